@@ -1,0 +1,159 @@
+"""Toybox's quality, from its decoded frames alone: is each object of a prompt what its words say?
+
+    python benchmarks/toybox_quality.py --model toybox
+
+Prompts are drawn from a generator seeded 7. Training draws its scenes from generators seeded 10,000,000 and above, so
+no scene, and no choice made on scenes, comes from this seed. Goals are those that the shipped weights are held to.
+Prints a table, then one line of JSON; --check turns a goal missed into exit status 1.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections import defaultdict
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from causalrope_sp import CausalVideoPipeline
+from causalrope_sp.codec.wan import WanDecoderStream, WanEncoderStream
+from causalrope_sp.toybox.judge import Verdict, judge, summarize
+from causalrope_sp.toybox.prompts import SceneSpec
+from causalrope_sp.toybox.scenes import PLACE_VARIABLES, random_scene, render
+
+SEED = 7
+GOALS = {"color": 0.97, "shape": 0.90, "motion": 0.93, "codec_psnr_db": 30.0, "long_color": 0.95}
+LAST = 16  # the frames of a long video that are judged
+
+
+def draw_scenes(count: int) -> list[SceneSpec]:
+    """The first `count` different scenes that seed 7 draws."""
+    generator = torch.Generator().manual_seed(SEED)
+    scenes: dict[SceneSpec, None] = {}
+    while len(scenes) < count:
+        scenes[random_scene(generator)] = None
+    return list(scenes)
+
+
+def judge_pipeline(pipe: CausalVideoPipeline, scenes: list[SceneSpec], frames: int, last: int | None) -> list[Verdict]:
+    """Makes a video of every scene (its number is its seed) and judges it, or its last frames."""
+    verdicts: list[Verdict] = []
+    for seed, scene in enumerate(track(scenes, f"{frames} frames each", console=Console(stderr=True), transient=True)):
+        video = pipe(scene.prompt(), frames=frames, seed=seed)
+        assert video is not None, "this benchmark runs on one rank"
+        verdicts += judge(video[-last:] if last else video, scene)
+    return verdicts
+
+
+@torch.inference_mode()
+def codec_psnr(pipe: CausalVideoPipeline, scenes: list[SceneSpec], frames: int) -> float:
+    """Mean PSNR in dB of rendered scenes against their round trip through the codec."""
+    generator = torch.Generator().manual_seed(SEED)
+    like = next(pipe.codec.parameters())
+    values = []
+    for scene in scenes:
+        places = torch.rand(1, PLACE_VARIABLES, generator=generator)
+        pixels = render([scene], places, torch.arange((frames - 1) // 4 * 4 + 1), pipe.height).transpose(1, 2).to(like)
+        latents = WanEncoderStream(pipe.codec).encode(2 * pixels - 1)
+        back = (WanDecoderStream(pipe.codec).decode(latents).clamp(-1, 1) + 1) / 2
+        values.append(-10 * math.log10(float((back - pixels).float().square().mean())))
+    return float(np.mean(values))
+
+
+def shares_by_word(verdicts: list[Verdict]) -> dict[str, dict[str, float]]:
+    """For every word, the share of its objects in which that word's own property is right."""
+    right: dict[str, dict[str, list[bool]]] = {kind: defaultdict(list) for kind in ("color", "shape", "motion")}
+    for v in verdicts:
+        for kind, words in right.items():
+            words[getattr(v.spec, kind)].append(getattr(v, kind))
+    return {kind: {word: float(np.mean(r)) for word, r in sorted(words.items())} for kind, words in right.items()}
+
+
+def print_table(result: dict[str, Any]) -> None:
+    table = Table(title=f"{result['model']}: {result['prompts']} prompts, {result['frames']} frames, seed {SEED}")
+    for column, side in (("measured", "left"), ("value", "right"), ("goal", "right"), ("reached", "left")):
+        table.add_column(column, justify=side)  # type: ignore[arg-type]
+    names = {
+        "color": "colour right",
+        "shape": "shape right",
+        "motion": "motion right",
+        "all": "all three right",
+        "background": "background right",
+        "codec_psnr_db": "codec round trip, PSNR in dB",
+        "long_color": f"colour right after {result['long_frames']} frames",
+    }
+    for key, name in names.items():
+        if result[key] is None:
+            continue
+        shown = (lambda v: f"{v:.1f}") if key == "codec_psnr_db" else (lambda v: f"{v:.1%}")
+        goal = GOALS.get(key)
+        reached = "" if goal is None else ("yes" if result[key] >= goal else "NO")
+        table.add_row(name, shown(result[key]), "" if goal is None else shown(goal), reached)
+    console = Console()
+    console.print(table)
+    for kind, words in result["by_word"].items():
+        console.print(f"{kind}: " + ", ".join(f"{word} {share:.0%}" for word, share in words.items()))
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--model", default="toybox", show_default=True, help="a name, a folder or a file")
+@click.option("--prompts", default=48, show_default=True, type=click.IntRange(1))
+@click.option("--frames", default=81, show_default=True, type=click.IntRange(1), help="pixel frames of each video")
+@click.option("--long-prompts", default=12, show_default=True, type=click.IntRange(0), help="0: no long videos")
+@click.option("--long-frames", default=240, show_default=True, type=click.IntRange(LAST))
+@click.option("--window", type=int, help="latent frames that attention looks back over (default: the model's)")
+@click.option("--check", is_flag=True, help="exit with status 1 if a goal is missed")
+@click.option("--json", "only_json", is_flag=True, help="print the JSON line alone")
+def main(
+    model: str,
+    prompts: int,
+    frames: int,
+    long_prompts: int,
+    long_frames: int,
+    window: int | None,
+    check: bool,
+    only_json: bool,
+) -> None:
+    """Measures the quality of a toybox model."""
+    pipe = CausalVideoPipeline.from_pretrained(model, window=window)
+    scenes = draw_scenes(prompts)
+    psnr = codec_psnr(pipe, scenes[: min(prompts, 16)], frames)
+    verdicts = judge_pipeline(pipe, scenes, frames, None)
+    late = judge_pipeline(pipe, scenes[:long_prompts], long_frames, LAST)
+    result: dict[str, Any] = {
+        "benchmark": "toybox_quality",
+        "model": model,
+        "seed": SEED,
+        "prompts": prompts,
+        "frames": frames,
+        "height": pipe.height,
+        "width": pipe.width,
+        "window": pipe.recipe.stream.window,
+        **summarize(verdicts),
+        "codec_psnr_db": psnr,
+        "long_prompts": long_prompts,
+        "long_frames": long_frames,
+        "long_color": summarize(late)["color"] if late else None,
+        "by_word": shares_by_word(verdicts),
+        "wrong": [
+            f"{v.spec.color} {v.spec.shape} {v.spec.motion}: saw {v.seen_colors}, {v.seen_shape}, {v.seen_motion}"
+            for v in verdicts
+            if not (v.color and v.shape and v.motion)
+        ],
+    }
+    result["ok"] = all(result[key] >= goal for key, goal in GOALS.items() if result[key] is not None)
+    if not only_json:
+        print_table(result)
+    print(json.dumps(result))
+    sys.exit(int(check and not result["ok"]))
+
+
+if __name__ == "__main__":
+    main()

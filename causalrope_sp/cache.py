@@ -1,0 +1,128 @@
+"""The KV cache: one preallocated ring of frame slots per layer, shared by all passes of a stream.
+
+The cache owns storage and cursor, a layer of the model sees a `LayerCache`. A denoise pass writes the open chunk's
+keys and values into the slots that the chunk will own, again and again; the context pass writes the clean ones and
+the chunk is committed. The first write of an open chunk saves what it overwrites, so that `cancel` leaves the
+stream as it was after the last commit.
+
+Shapes: B batch, F frames, S tokens a frame, H heads, d head width, K = slots; S and H are what this rank stores.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from causalrope_sp.errors import ConfigError
+from causalrope_sp.grid import Chunk
+from causalrope_sp.window import SlidingWindow
+
+
+class KVCache:
+    """Storage for `layers` rings of `window.frames` slots of `tokens`×`heads`×`head_dim` keys and values.
+
+    `committed` is the number of latent frames whose clean keys and values are in: the global time index at which
+    the next chunk starts.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        batch: int,
+        window: SlidingWindow,
+        tokens: int,
+        heads: int,
+        head_dim: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.window = window
+        self.committed = 0
+        self.open_chunk: Chunk | None = None
+        shape = (layers, 2, batch, window.frames, tokens, heads, head_dim)
+        self.storage_L2BKSHD = torch.empty(shape, dtype=dtype, device=device)
+        self._saved: dict[int, Tensor] = {}
+
+    @property
+    def bytes(self) -> int:
+        return self.storage_L2BKSHD.nbytes
+
+    def open(self, chunk: Chunk) -> None:
+        """Makes `chunk` the one that denoise passes write.
+
+        Raises:
+            ConfigError: another chunk is open, the chunk does not start where the stream stands, or it does not fit.
+        """
+        if self.open_chunk is not None:
+            raise ConfigError(f"chunk {self.open_chunk.index} is still open; commit or cancel it first")
+        if chunk.start != self.committed:
+            raise ConfigError(f"the cache stands at latent frame {self.committed}, the chunk starts at {chunk.start}")
+        self.window.slots(chunk)
+        self.open_chunk = chunk
+
+    def commit(self) -> None:
+        """The open chunk's clean keys and values are written, or will be by the forward that opens the next chunk.
+
+        Raises:
+            ConfigError: no chunk is open.
+        """
+        if self.open_chunk is None:
+            raise ConfigError("no chunk is open to commit")
+        self.committed, self.open_chunk = self.open_chunk.stop, None
+        self._saved.clear()
+
+    def cancel(self) -> None:
+        """Forgets the open chunk; frames that it overwrote are as they were after the last commit."""
+        if self.open_chunk is not None:
+            slots = self._taken(self.open_chunk)
+            for layer, saved in self._saved.items():
+                self.storage_L2BKSHD[layer][:, :, slots] = saved
+            self.open_chunk = None
+            self._saved.clear()
+
+    def layer(self, index: int) -> LayerCache:
+        return LayerCache(self, index)
+
+    def write(self, layer: int, chunk: Chunk, k_BFSHD: Tensor, v_BFSHD: Tensor) -> None:
+        ring_2BKSHD = self.storage_L2BKSHD[layer]
+        if chunk == self.open_chunk and layer not in self._saved:
+            self._saved[layer] = ring_2BKSHD[:, :, self._taken(chunk)]
+        for frame, slot, length in self.window.runs(chunk):
+            ring_2BKSHD[0, :, slot : slot + length] = k_BFSHD[:, frame : frame + length]
+            ring_2BKSHD[1, :, slot : slot + length] = v_BFSHD[:, frame : frame + length]
+
+    def read(self, layer: int, chunk: Chunk) -> tuple[Tensor, Tensor]:
+        prefix = self.storage_L2BKSHD[layer][:, :, : self.window.readable(chunk)].flatten(2, 3)
+        return prefix[0], prefix[1]
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError unless cursor, slots and storage agree and every committed number is finite."""
+        held = self.window.held(self.committed)
+        pinned = range(min(self.window.sink, self.committed))
+        ring = range(max(len(pinned), self.committed - self.window.frames + self.window.sink), self.committed)
+        assert sorted(held) == [*pinned, *ring], "the slots do not hold the sink and the newest frames"
+        assert all(self.window.slot(frame) == slot for slot, frame in enumerate(held)), "a frame is in a wrong slot"
+        if self.open_chunk is None:
+            assert not self._saved, "saved frames outlive their chunk"
+            assert self.storage_L2BKSHD[:, :, :, : len(held)].isfinite().all(), "a committed slot was never written"
+        else:
+            assert self.open_chunk.start == self.committed, "the open chunk is not the next one"
+
+    def _taken(self, chunk: Chunk) -> list[int]:
+        return [self.window.slot(frame) for frame in self.window.evicted(chunk)]
+
+
+class LayerCache:
+    """One layer's view: write a chunk's keys and values, read what its queries attend."""
+
+    def __init__(self, cache: KVCache, index: int) -> None:
+        self._cache, self._index = cache, index
+
+    def write(self, chunk: Chunk, k_BFSHD: Tensor, v_BFSHD: Tensor) -> None:
+        """Puts the chunk's keys and values, frame by frame, into the slots that the chunk owns."""
+        self._cache.write(self._index, chunk, k_BFSHD, v_BFSHD)
+
+    def read(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
+        """k and v, each (B, L, H, d), of all that the chunk's queries attend, itself included."""
+        return self._cache.read(self._index, chunk)

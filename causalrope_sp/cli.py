@@ -1,0 +1,399 @@
+"""The command line. Exit status: 0 done, 1 a check failed (or a fault of this program), 2 wrong input, 130 interrupted.
+
+Under torchrun every rank runs the same command; rank 0 alone speaks, shows progress and writes the video.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from causalrope_sp.errors import CausalRopeError, ConfigError
+from causalrope_sp.video import VideoWriter, check_output, open_video
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from causalrope_sp.verify import Check
+
+T = TypeVar("T")
+_RANK_0_SPEAKS_WITHIN_S = 10.0
+
+
+class _Cli(click.Group):
+    """Turns what a command raises into one line on stderr and an exit status."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        with _signals_interrupt():
+            status = self._status(*args, **{**kwargs, "standalone_mode": False})
+        sys.exit(status)
+
+    def _status(self, *args: Any, **kwargs: Any) -> int:
+        try:
+            return super().main(*args, **kwargs) or 0
+        except click.ClickException as error:
+            hint = ""
+            if isinstance(error, click.UsageError) and error.ctx is not None:
+                hint = f" See {error.ctx.command_path} --help"
+            _say_wrong_input(error.format_message() + hint)
+            return 2
+        except CausalRopeError as error:
+            _say_wrong_input(str(error))
+            return 2
+        except Exception as error:
+            traceback.print_exc()
+            click.echo(f"error on rank {_rank()}: {type(error).__name__}: {error}", err=True)
+            return 1
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            return 130
+
+
+def main() -> None:
+    """The entry point. A failed process leaves at once: it waits for no other rank, and for no thread that does."""
+    try:
+        cli()
+    except SystemExit as done:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        if done.code:
+            os._exit(done.code if isinstance(done.code, int) else 1)
+
+
+@click.group(
+    cls=_Cli, no_args_is_help=False, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120}
+)
+def cli() -> None:
+    """Causal video diffusion, streamed, on one process or many.
+
+    To use several: torchrun --standalone --nproc-per-node 2 -m causalrope_sp generate ...
+    """
+
+
+@cli.command()
+@click.argument("prompt")
+@click.option("--model", default="toybox", show_default=True, help="A model's name, its folder or its file.")
+@click.option("--frames", type=int, default=81, show_default=True, help="Pixel frames.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
+@click.option("--window", type=int, help="Latent frames that attention looks back over, the current chunk included.")
+@click.option("--sink", type=int, help="Latent frames of the very start that never leave the window.")
+@click.option("--steps", help="How many evenly spaced denoising steps (4), or which (1000,750,500,250).")
+@click.option(
+    "--strategy", default="auto", show_default=True, help="How attention crosses ranks: auto, ulysses or gather-kv."
+)
+@click.option("--out", default="video.mp4", show_default=True, help="FILE.mp4, .gif, .webp, or FOLDER/ for PNGs.")
+@click.option("--json", "as_json", is_flag=True, help="No progress bar, and one line of JSON at the end.")
+def generate(
+    prompt: str,
+    model: str,
+    frames: int,
+    seed: int,
+    window: int | None,
+    sink: int | None,
+    steps: str | None,
+    strategy: str,
+    out: str,
+    as_json: bool,
+) -> None:
+    """Makes a video from PROMPT, written while it is generated."""
+    if frames < 1:
+        raise ConfigError(f"frames must be at least 1, not {frames}")
+    timesteps = _parse_steps(steps)
+    _check_prompt(model, prompt)
+    if _shares_rank_0_disk():
+        check_output(out)
+
+    def generated() -> Iterator[Any]:
+        from causalrope_sp.parallel import SequenceParallel
+        from causalrope_sp.pipeline import CausalVideoPipeline
+
+        parallel = SequenceParallel.from_env(strategy=strategy)
+        pipe = CausalVideoPipeline.from_pretrained(model, parallel=parallel, window=window, sink=sink, steps=timesteps)
+        yield pipe
+        yield from pipe.stream(prompt, frames=frames, seed=seed)
+        parallel.close()
+
+    summary = _write_video(_in_background(generated), out, frames, silent=as_json)
+    if _rank() != 0:
+        return
+    if as_json:
+        click.echo(json.dumps(summary))
+    else:
+        size, took = f"{summary['width']}×{summary['height']}", f"{summary['seconds']:.1f} s"
+        rate, first = f"{summary['fps_generated']:.1f} a second", f"the first after {summary['first_frame_s']:.2f} s"
+        click.echo(f"{out}: {summary['frames']} frames of {size} in {took} ({rate}, {first})")
+
+
+@cli.command()
+@click.argument("path")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+def inspect(path: str, as_json: bool) -> int:
+    """Says what the checkpoint at PATH is, and what it lacks. Exit status 1 if it could not be loaded as it is."""
+    from causalrope_sp.weights import inspect_checkpoint
+
+    report = inspect_checkpoint(Path(path))
+    fields = {field.name: _plain(getattr(report, field.name)) for field in dataclasses.fields(report)}
+    if _rank() == 0 and as_json:
+        click.echo(json.dumps(fields))
+    elif _rank() == 0:
+        for name, value in fields.items():
+            for line in _readable(value):
+                click.echo(f"{name:>12}  {line}")
+                name = ""
+    return 1 if report.problem else 0
+
+
+@cli.command()
+@click.argument(
+    "folder", metavar="[DIR]", required=False, type=click.Path(exists=True, file_okay=False, path_type=Path)
+)
+@click.option("--ranks", default="1,2,3", show_default=True, help="How many processes to run each case on.")
+@click.option("--strategy", default="all", show_default=True, help="all, or one strategy's name.")
+@click.option("--dtype", type=click.Choice(["float64", "float32", "bfloat16"]), default="float64", show_default=True)
+@click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
+@click.option("--json", "as_json", is_flag=True, help="A list of objects: case, ranks, strategy, error, ok.")
+def verify(folder: Path | None, ranks: str, strategy: str, dtype: str, device: str, as_json: bool) -> int:
+    """Checks the numbers on this machine: the reference cases in DIR, or else small random models.
+
+    Starts the processes itself. Exit status 1 if a check fails.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("verify starts its own processes: run it without torchrun")
+    counts = _parse_ranks(ranks)
+    import torch
+
+    from causalrope_sp.verify import run_verification
+
+    checks = run_verification(folder, counts, [strategy], getattr(torch, dtype), device)
+    if as_json:
+        click.echo(json.dumps([_check_fields(check) for check in checks]))
+    else:
+        _print_table(checks)
+    return 1 if any(check.ok is False for check in checks) else 0
+
+
+def _write_video(items: Iterator[Any], out: str, frames: int, silent: bool) -> dict[str, Any]:
+    """Takes the pipeline, then its chunks, as they come; writes them on rank 0; returns what --json prints."""
+    pipe = next(items)
+    if _shares_rank_0_disk():
+        check_output(out, pipe.height, pipe.width)
+    started, first_frame_s, chunk_ms = time.perf_counter(), 0.0, list[float]()
+    with contextlib.ExitStack() as stack:
+        video, progress = None, None
+        if _rank() == 0:
+            video = open_video(out, pipe.height, pipe.width, pipe.fps)
+            stack.enter_context(_saying_what_was_kept(video, frames))
+            stack.enter_context(video)
+            progress = stack.enter_context(_progress(silent))
+            task = progress.add_task("generating", total=frames, fps=0.0)
+        try:
+            for chunk in items:
+                first_frame_s = first_frame_s or time.perf_counter() - started
+                chunk_ms.append(round(1000 * chunk.seconds, 2))
+                if video is None or progress is None:
+                    continue
+                video.write(chunk.frames)
+                progress.update(task, completed=video.frames, fps=video.frames / (time.perf_counter() - started))
+        except Exception as error:
+            if video is not None and not isinstance(error, CausalRopeError):
+                video.close()  # another rank is lost, or this program is at fault: the frames so far are still good
+            raise
+        seconds = time.perf_counter() - started
+    done = video.frames if video is not None else 0
+    return {
+        "frames": done,
+        "height": pipe.height,
+        "width": pipe.width,
+        "fps_generated": round(done / seconds, 3),
+        "first_frame_s": round(first_frame_s, 4),
+        "seconds": round(seconds, 4),
+        "ranks": pipe.parallel.size,
+        "strategy": pipe.parallel.strategy_name(pipe.model.config.num_heads),
+        "out": out,
+        "chunks": chunk_ms,
+    }
+
+
+def _in_background(iterate: Callable[[], Iterator[T]]) -> Iterator[T]:
+    """Runs an iterator in a thread of its own, at most two items ahead.
+
+    Signals reach Python in the main thread, and only between two of its steps. A main thread that waits here,
+    instead of inside a collective whose other ranks are gone, can finish the video at once.
+    """
+    results: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(maxsize=2)
+    left = threading.Event()
+
+    def work() -> None:
+        try:
+            for item in iterate():
+                results.put((item, None))
+                if left.is_set():
+                    return
+            results.put((None, None))
+        except BaseException as error:
+            results.put((None, error))
+
+    threading.Thread(target=work, name="generate", daemon=True).start()
+    try:
+        while True:
+            item, error = results.get()
+            if error is not None:
+                raise error
+            if item is None:
+                return
+            yield item
+    finally:
+        left.set()
+        with contextlib.suppress(queue.Empty):
+            while True:
+                results.get_nowait()  # makes room for a thread that waits to put
+
+
+@contextlib.contextmanager
+def _signals_interrupt() -> Iterator[None]:
+    """SIGTERM becomes a KeyboardInterrupt as Ctrl-C is, and only the first of the two counts: torchrun passes on the
+    Ctrl-C that the terminal has sent already, and the second must not cut short the finishing of the file."""
+    signals = (signal.SIGINT, signal.SIGTERM)
+
+    def interrupt(*_: object) -> None:
+        for number in signals:
+            signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, interrupt) for number in signals}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _saying_what_was_kept(video: VideoWriter, frames: int) -> Iterator[None]:
+    try:
+        yield
+    except CausalRopeError:
+        raise
+    except (KeyboardInterrupt, Exception):
+        kept = f"{video.frames} of {frames} frames are in {video.path}" if video.frames else "no frame was made yet"
+        click.echo(f"stopped: {kept}", err=True)
+        raise
+
+
+def _say_wrong_input(message: str) -> None:
+    """Rank 0 says it. Another rank waits for torchrun to end it, and speaks only if rank 0 had nothing to say."""
+    line, rank = " ".join(message.split()), _rank()
+    if rank == 0:
+        click.echo(f"error: {line}", err=True)
+        return
+    try:
+        time.sleep(_RANK_0_SPEAKS_WITHIN_S)
+    except KeyboardInterrupt:
+        return
+    click.echo(f"error on rank {rank}: {line}", err=True)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _shares_rank_0_disk() -> bool:
+    return int(os.environ.get("GROUP_RANK", "0")) == 0  # torchrun's number of the machine
+
+
+def _check_prompt(model: str, prompt: str) -> None:
+    """The toybox models know a closed list of words, which can be checked before anything is loaded."""
+    from causalrope_sp.toybox.prompts import parse_prompt
+
+    if model in ("toybox", "toybox-flow"):
+        parse_prompt(prompt)
+
+
+def _parse_steps(text: str | None) -> int | tuple[float, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(float(word) for word in text.split(",")) if "," in text else int(text)
+    except ValueError:
+        raise ConfigError(f"--steps takes a count or a list like 1000,750,500,250, not {text!r}") from None
+
+
+def _parse_ranks(text: str) -> list[int]:
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--ranks takes numbers of processes like 1,2,3, not {text!r}") from None
+
+
+def _progress(silent: bool) -> Progress:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("frames, {task.fields[fps]:.1f} fps,"),
+        TimeRemainingColumn(compact=True),
+        TextColumn("left"),
+        console=console,
+        disable=silent or not console.is_terminal,
+    )
+
+
+def _check_fields(check: Check) -> dict[str, Any]:
+    error = check.error if check.error is not None and math.isfinite(check.error) else None  # JSON has no NaN
+    return {"case": check.case, "ranks": check.ranks, "strategy": check.strategy, "error": error, "ok": check.ok}
+
+
+def _print_table(checks: list[Check]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    verdicts = {True: "[green]ok[/]", False: "[bold red]FAILED[/]", None: "[yellow]skipped[/]"}
+    table = Table("case", "ranks", "strategy", "relative error", "verdict", "")
+    for check in checks:
+        error = "" if check.error is None else f"{check.error:.2e}"
+        table.add_row(check.case, str(check.ranks), check.strategy, error, verdicts[check.ok], check.note)
+    console = Console()
+    console.print(table)
+    console.print(f"{sum(check.ok is True for check in checks)} of {len(checks)} checks passed", highlight=False)
+
+
+def _plain(value: Any) -> Any:
+    """A report's field as JSON can hold it."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, int | float | str | dict | None) else str(value).removeprefix("torch.")
+
+
+def _readable(value: Any) -> list[str]:
+    if isinstance(value, list):
+        return [str(item) for item in value] or ["nothing"]
+    if isinstance(value, dict):
+        return [f"{key} = {item}" for key, item in value.items()]
+    return [f"{value:,}" if isinstance(value, int) else str(value)]

@@ -1,0 +1,1 @@
+"""Codecs: latents <-> pixel frames, streaming."""

@@ -1,0 +1,116 @@
+"""Configuration: frozen dataclasses that refuse nonsense at construction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from causalrope_sp.errors import ConfigError
+
+
+def _positive(owner: object, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ConfigError(f"{type(owner).__name__}.{name} must be a whole number of at least 1, not {value!r}")
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """Sizes of a Wan 2.1 text-to-video DiT.
+
+    Raises:
+        ConfigError: a size below 1, `dim` not divisible by `num_heads`, an odd or too small head width, an odd
+            `freq_dim`.
+    """
+
+    dim: int
+    ffn_dim: int
+    num_heads: int
+    num_layers: int
+    text_dim: int = 4096
+    text_len: int = 512
+    freq_dim: int = 256
+    in_channels: int = 16
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    eps: float = 1e-6
+    theta: float = 10000.0
+
+    def __post_init__(self) -> None:
+        _positive(self, "dim", "ffn_dim", "num_heads", "num_layers", "text_dim", "text_len", "freq_dim", "in_channels")
+        if self.dim % self.num_heads:
+            raise ConfigError(f"dim {self.dim} is not divisible by num_heads {self.num_heads}")
+        if self.head_dim % 2 or self.head_dim < 6:
+            raise ConfigError(f"head width {self.head_dim} must be even and at least 6 to carry three rotary axes")
+        if self.freq_dim % 2:
+            raise ConfigError(f"freq_dim {self.freq_dim} must be even")
+        if len(self.patch_size) != 3 or self.patch_size[0] != 1 or min(self.patch_size) < 1:
+            raise ConfigError(f"patch_size {self.patch_size} must be (1, height, width)")
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+    @property
+    def token_dim(self) -> int:
+        """Numbers in one token before embedding, and in one output of the head."""
+        return self.in_channels * self.patch_size[0] * self.patch_size[1] * self.patch_size[2]
+
+
+PRESETS = {
+    "wan2.1-1.3b": DiTConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30),
+    "wan2.1-14b": DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),
+}
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """How a video is cut into chunks and how far back attention looks, in latent frames.
+
+    `window` counts the current chunk (Self-Forcing's `local_attn_size`); None looks back over everything, which
+    needs a video of known length. `sink` frames of the very start never leave the window.
+
+    Raises:
+        ConfigError: a length below its minimum, or a window smaller than chunk + sink.
+    """
+
+    window: int | None = None
+    sink: int = 0
+    chunk_frames: int = 3
+    independent_first_frame: bool = False
+
+    def __post_init__(self) -> None:
+        _positive(self, "chunk_frames")
+        if not isinstance(self.sink, int) or self.sink < 0:
+            raise ConfigError(f"sink must be a whole number of latent frames, 0 or more, not {self.sink!r}")
+        if self.window is None:
+            return
+        _positive(self, "window")
+        if self.window < self.chunk_frames + self.sink:
+            raise ConfigError(
+                f"window {self.window} is smaller than chunk + sink = {self.chunk_frames} + {self.sink} latent frames"
+            )
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """The denoising steps. `solver` "renoise" is Self-Forcing's few-step loop, where `steps` are unshifted timesteps
+    in (0, 1000]; "euler" follows the flow ODE from noise to data through `steps` and then 0.
+
+    Raises:
+        ConfigError: no steps, steps outside (0, 1000] or not falling, a shift that is not positive.
+    """
+
+    steps: tuple[float, ...] = (1000, 750, 500, 250)
+    shift: float = 5.0
+    solver: Literal["renoise", "euler"] = "renoise"
+
+    def __post_init__(self) -> None:
+        if not self.steps or not all(0 < s <= 1000 for s in self.steps):
+            raise ConfigError(f"steps must be timesteps above 0 and up to 1000, not {self.steps}")
+        if any(later >= earlier for earlier, later in zip(self.steps, self.steps[1:])):
+            raise ConfigError(f"steps must fall from noise to data, not {self.steps}")
+        if not self.shift > 0:
+            raise ConfigError(f"shift must be positive, not {self.shift}")
+        if self.solver not in ("renoise", "euler"):
+            raise ConfigError(f"solver must be renoise or euler, not {self.solver!r}")

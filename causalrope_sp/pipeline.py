@@ -1,0 +1,217 @@
+"""Text in, frames out: the text encoder, the sampler and the codec of one model, as a stream of chunks.
+
+A model is described by its recipe, a small JSON file that names its parts and how it runs; the embedded one is
+toybox/weights/toybox.json.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from causalrope_sp.codec.wan import WanDecoderStream, load_codec
+from causalrope_sp.config import SamplerConfig, StreamConfig
+from causalrope_sp.errors import CheckpointError, ConfigError
+from causalrope_sp.grid import LatentGrid
+from causalrope_sp.model import CausalDiT
+from causalrope_sp.noise import seeded_noise
+from causalrope_sp.parallel import SequenceParallel
+from causalrope_sp.sampler import sample_chunks
+from causalrope_sp.toybox.text import encode_prompt
+from causalrope_sp.weights import load_model
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKLWan
+
+TOYBOX = Path(__file__).parent / "toybox" / "weights"
+EMBEDDED = ("toybox", "toybox-flow")
+SPATIAL_STRIDE = 8  # pixels a latent pixel, and
+TEMPORAL_STRIDE = 4  # pixel frames a latent frame, in every Wan 2.1 VAE
+
+
+@dataclass(frozen=True)
+class VideoChunk:
+    """Frames that are ready. `frames` is uint8 (T, H, W, 3) on rank 0 and None on the others; `start_frame` counts
+    pixel frames from the video's start; `seconds` is what this chunk took, decoding included."""
+
+    index: int
+    start_frame: int
+    frames: np.ndarray | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a model is made of and how it runs, in pixels, pixel frames a second and latent frames.
+
+    Raises:
+        ConfigError: a size that the codec and the patch do not divide, or a text encoder that is not known.
+    """
+
+    transformer: Path
+    codec: Path
+    text: str
+    height: int
+    width: int
+    fps: float
+    stream: StreamConfig
+    sampler: SamplerConfig
+
+    def __post_init__(self) -> None:
+        if self.text != "toybox":
+            raise ConfigError(f"unknown text encoder {self.text!r} in the recipe; this version has: toybox")
+
+    @classmethod
+    def load(cls, path: Path) -> Recipe:
+        """Reads a recipe file; the paths in it are relative to its folder.
+
+        Raises:
+            CheckpointError: not readable, not JSON, or a field missing or unknown.
+        """
+        try:
+            fields: dict[str, Any] = json.loads(path.read_text())
+            fields["transformer"] = path.parent / fields["transformer"]
+            fields["codec"] = path.parent / fields["codec"]
+            fields["stream"] = StreamConfig(**fields["stream"])
+            sampler = fields["sampler"]
+            fields["sampler"] = SamplerConfig(**{**sampler, "steps": tuple(sampler["steps"])})
+            return cls(**fields)
+        except ConfigError:
+            raise
+        except (OSError, ValueError, TypeError, KeyError) as reason:
+            raise CheckpointError(f"{path} is not a model recipe: {type(reason).__name__}: {reason}") from reason
+
+
+class CausalVideoPipeline:
+    """A model that is ready to run. Under torchrun every rank builds one and makes the same calls."""
+
+    def __init__(self, recipe: Recipe, model: CausalDiT, codec: AutoencoderKLWan, parallel: SequenceParallel) -> None:
+        self.recipe, self.model, self.codec, self.parallel = recipe, model, codec, parallel
+        self.height, self.width, self.fps = recipe.height, recipe.width, recipe.fps
+        self.grid = LatentGrid.from_pixels(self.height, self.width, SPATIAL_STRIDE, model.config.patch_size[1:])
+        parallel.strategy(self.grid, model.config.num_heads)  # refuses ranks that cannot share this model
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path = "toybox",
+        *,
+        parallel: SequenceParallel | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        window: int | None = None,
+        sink: int | None = None,
+        steps: int | Sequence[float] | None = None,
+    ) -> CausalVideoPipeline:
+        """Loads a model.
+
+        Args:
+            model: an embedded model ("toybox", "toybox-flow"), a recipe file, or a folder with a pipeline.json.
+            parallel: the ranks; one process if None.
+            device: where to run; the ranks' device if None.
+            dtype: of the DiT; if None, bfloat16 on CUDA and float32 on the CPU.
+            window, sink: latent frames, in place of the recipe's.
+            steps: timesteps from noise to data in (0, 1000], or how many of them, evenly spaced.
+
+        Raises:
+            CheckpointError: nothing readable at `model`, or weights that do not fit.
+            ConfigError: settings that cannot work together, or ranks that cannot share this model.
+        """
+        recipe = Recipe.load(_find_recipe(model))
+        stream = recipe.stream
+        if window is not None or sink is not None:
+            stream = replace(
+                stream,
+                window=stream.window if window is None else window,
+                sink=stream.sink if sink is None else sink,
+            )
+        sampler = recipe.sampler if steps is None else replace(recipe.sampler, steps=_timesteps(steps))
+        recipe = replace(recipe, stream=stream, sampler=sampler)
+        parallel = parallel or SequenceParallel.single(device=device)
+        place = torch.device(device) if device is not None else parallel.device
+        if dtype is None:
+            dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
+        dit = load_model(recipe.transformer, dtype=dtype, device=place)
+        return cls(recipe, dit, load_codec(recipe.codec, device=place), parallel)
+
+    def stream(self, prompt: str, frames: int = 81, seed: int = 0) -> Iterator[VideoChunk]:
+        """Makes a video of `frames` pixel frames and yields every chunk as soon as it is decoded.
+
+        Whole chunks are made; the last is trimmed. The same prompt, seed and model give the same video at any
+        number of ranks.
+
+        Raises:
+            PromptError: the prompt is outside what the text encoder knows.
+            ConfigError: fewer than 1 frame.
+        """
+        if frames < 1:
+            raise ConfigError(f"frames must be at least 1, not {frames}")
+        return self._run(encode_prompt(prompt), frames, seed)
+
+    def __call__(self, prompt: str, frames: int = 81, seed: int = 0) -> np.ndarray | None:
+        """The whole video, uint8 (T, H, W, 3), on rank 0; None on the others. Raises as `stream` does."""
+        made = [chunk.frames for chunk in self.stream(prompt, frames, seed)]
+        return None if self.parallel.rank else np.concatenate([part for part in made if part is not None])
+
+    def _run(self, embeds: Tensor, frames: int, seed: int) -> Iterator[VideoChunk]:
+        config, step = self.model.config, self.recipe.stream.chunk_frames
+        latent_frames = 1 + -(-(frames - 1) // TEMPORAL_STRIDE)
+        if not self.recipe.stream.independent_first_frame:
+            latent_frames = -(-latent_frames // step) * step
+        shape = (1, config.in_channels, self.grid.latent_height, self.grid.latent_width)
+        decoder = WanDecoderStream(self.codec)
+        chunks = sample_chunks(
+            self.model,
+            embeds,
+            seeded_noise(seed, shape),
+            self.grid,
+            latent_frames,
+            stream=self.recipe.stream,
+            sampler=self.recipe.sampler,
+            parallel=self.parallel,
+        )
+        done, clock = 0, time.perf_counter()
+        for part in chunks:
+            count = min(TEMPORAL_STRIDE * part.chunk.stop - TEMPORAL_STRIDE + 1, frames) - done
+            pixels = to_uint8(decoder.decode(part.latents))[0, :count] if self.parallel.rank == 0 else None
+            now = time.perf_counter()
+            yield VideoChunk(part.chunk.index, done, pixels, now - clock)
+            done, clock = done + count, time.perf_counter()
+
+
+def to_uint8(pixels_BT3HW: Tensor) -> np.ndarray:
+    """Pixels in [-1, 1] as uint8 (B, T, H, W, 3)."""
+    scaled = (pixels_BT3HW.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+    return scaled.movedim(2, -1).cpu().numpy()
+
+
+def _timesteps(steps: int | Sequence[float]) -> tuple[float, ...]:
+    if not isinstance(steps, int):
+        return tuple(steps)
+    if steps < 1:
+        raise ConfigError(f"steps must be at least 1, not {steps}")
+    return tuple(1000 * (steps - i) / steps for i in range(steps))
+
+
+def _find_recipe(model: str | Path) -> Path:
+    if str(model) in EMBEDDED:
+        return TOYBOX / f"{model}.json"
+    path = Path(model)
+    if path.is_dir() and (path / "pipeline.json").is_file():
+        return path / "pipeline.json"
+    if path.suffix == ".json" and path.is_file():
+        return path
+    if not path.exists():
+        raise CheckpointError(f"no model {str(model)!r}: not one of {', '.join(EMBEDDED)}, not a file, not a folder")
+    raise CheckpointError(
+        f"{path} is not a whole model: it needs a recipe (pipeline.json) that names its transformer, codec and text "
+        "encoder; a bare DiT runs from Python with load_model and sample_chunks"
+    )

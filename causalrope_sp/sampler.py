@@ -1,0 +1,139 @@
+"""The loop: denoise, hand out, commit. A generator of chunks of latents.
+
+Shapes: B batch, F latent frames of a chunk, C channels, H×W latent size, s tokens of a frame on this rank,
+E numbers in a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from causalrope_sp.config import SamplerConfig, StreamConfig
+from causalrope_sp.errors import ConfigError
+from causalrope_sp.grid import Chunk, LatentGrid, split_into_chunks
+from causalrope_sp.model import CausalDiT
+from causalrope_sp.noise import Noise
+from causalrope_sp.parallel import SequenceParallel
+from causalrope_sp.schedule import SOLVERS, sigmas
+from causalrope_sp.stream import CausalStream, Part
+from causalrope_sp.window import SlidingWindow
+
+
+@dataclass(frozen=True)
+class LatentChunk:
+    """A finished chunk: whole frames, (B, F, C, H, W), on every rank."""
+
+    chunk: Chunk
+    latents: Tensor
+
+
+@torch.inference_mode()
+def sample_chunks(
+    model: CausalDiT,
+    embeds: Tensor,
+    noise: Noise,
+    grid: LatentGrid,
+    frames: int | None,
+    *,
+    stream: StreamConfig = StreamConfig(),
+    sampler: SamplerConfig = SamplerConfig(),
+    parallel: SequenceParallel | None = None,
+    initial_latents: Tensor | None = None,
+    fuse_context_pass: bool = True,
+) -> Iterator[LatentChunk]:
+    """Generates a video chunk by chunk (Self-Forcing, arXiv 2506.08009), on one rank or many.
+
+    Args:
+        model: the DiT; its dtype is the dtype of the forward. The sampler's own state is float32 or wider.
+        embeds: text embeddings, (B, text_len, text_dim), zeros after the text's end.
+        noise: starting and fresh noise by (chunk, step); see `seeded_noise`.
+        grid: the latent frame in tokens.
+        frames: latent frames to generate; None goes on for ever and needs a window.
+        stream: chunk length, window, sink.
+        sampler: steps and solver.
+        parallel: the ranks; one process if None.
+        initial_latents: given frames to continue, (B, F0, C, H, W); they are not handed out again.
+        fuse_context_pass: let a chunk's context pass ride with the next chunk's first denoise pass. Exact either way.
+
+    Yields:
+        LatentChunk: handed out before the chunk's context pass; the last chunk has none.
+
+    Raises:
+        ConfigError: `frames` below 1, no window for an endless video, shapes that do not fit the model or the grid,
+            ranks that the strategy cannot use.
+    """
+    parallel = parallel or SequenceParallel.single()
+    _check(model, embeds, grid, frames, stream, initial_latents)
+    past = embeds.new_empty(0, 0) if initial_latents is None else initial_latents
+    given = past.shape[1]
+    window = SlidingWindow(stream.window or given + (frames or 0), stream.sink)
+    state = CausalStream(model, embeds, grid, window, parallel)
+    shard = parallel.shard(grid)
+    solve, levels = SOLVERS[sampler.solver], sigmas(sampler)
+    precise = torch.float64 if model.dtype == torch.float64 else torch.float32
+
+    def mine(latents: Tensor) -> Tensor:
+        return grid.patchify(latents)[:, :, shard.start : shard.stop].to(model.device, precise)
+
+    def draw(chunk: Chunk, step: int) -> Tensor:
+        return mine(noise(chunk, step))
+
+    finished: Part | None = None
+    for chunk in _chunks(given, stream):
+        if finished is not None:
+            state.commit(finished)
+        finished = Part(chunk, mine(past[:, chunk.start : chunk.stop]), 0.0)
+
+    first = finished.chunk.index + 1 if finished else 0
+    for chunk in _chunks(frames, stream, index=first, start=given):
+        if finished is not None and not fuse_context_pass:
+            state.commit(finished)
+            finished = None
+        x = draw(chunk, 0)
+        for step, sigma in enumerate(levels):
+            velocity = state.denoise(chunk, x, 1000 * sigma, finished)
+            finished = None
+            to = levels[step + 1] if step + 1 < len(levels) else 0.0
+            x = solve(x, velocity, sigma, to, partial(draw, chunk, step + 1))
+        yield LatentChunk(chunk, grid.unpatchify(parallel.gather_tokens(x, shard)))
+        finished = Part(chunk, x, 0.0)
+
+
+def _chunks(frames: int | None, stream: StreamConfig, index: int = 0, start: int = 0) -> Iterator[Chunk]:
+    return split_into_chunks(
+        frames, stream.chunk_frames, independent_first_frame=stream.independent_first_frame, index=index, start=start
+    )
+
+
+def _check(
+    model: CausalDiT,
+    embeds: Tensor,
+    grid: LatentGrid,
+    frames: int | None,
+    stream: StreamConfig,
+    initial_latents: Tensor | None,
+) -> None:
+    config = model.config
+    if frames is None and stream.window is None:
+        raise ConfigError("an endless video needs a window")
+    if frames is not None and frames < 1:
+        raise ConfigError(f"frames must be at least 1, not {frames}")
+    if embeds.ndim != 3 or embeds.shape[1:] != (config.text_len, config.text_dim):
+        raise ConfigError(
+            f"text embeddings have shape {tuple(embeds.shape)}, expected (batch, {config.text_len}, {config.text_dim})"
+        )
+    if grid.patch != config.patch_size[1:]:
+        raise ConfigError(f"the grid's patch is {grid.patch}, the model's {config.patch_size[1:]}")
+    frame = (config.in_channels, grid.latent_height, grid.latent_width)
+    if initial_latents is not None and (
+        initial_latents.ndim != 5 or len(initial_latents) != len(embeds) or initial_latents.shape[2:] != frame
+    ):
+        raise ConfigError(
+            f"initial latents have shape {tuple(initial_latents.shape)}, expected ({len(embeds)}, frames, {frame[0]}, "
+            f"{frame[1]}, {frame[2]})"
+        )

@@ -1,0 +1,111 @@
+"""One stream's state, and the two things that happen to a chunk: it is denoised, then committed.
+
+Shapes: B batch, F frames of a chunk, s tokens of a frame that this rank owns, E numbers in a token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from causalrope_sp.cache import KVCache
+from causalrope_sp.grid import Chunk, LatentGrid
+from causalrope_sp.model import CausalDiT, ForwardPass
+from causalrope_sp.parallel import SequenceParallel
+from causalrope_sp.rope import RotaryTables, Rotation
+from causalrope_sp.window import SlidingWindow
+
+
+@dataclass(frozen=True)
+class Part:
+    """One chunk's tokens in a forward, at one timestep; this rank's shard of them."""
+
+    chunk: Chunk
+    tokens_BFSE: Tensor
+    timestep: float
+
+
+class CausalStream:
+    """A model bound to a prompt, a cache and a way across ranks.
+
+    Args:
+        embeds_BLE: text embeddings, (B, text_len, text_dim), zeros after the text's end.
+        window: how far back attention looks.
+
+    Raises:
+        ConfigError: more ranks than tokens in a frame, or heads that the strategy cannot split.
+    """
+
+    def __init__(
+        self,
+        model: CausalDiT,
+        embeds_BLE: Tensor,
+        grid: LatentGrid,
+        window: SlidingWindow,
+        parallel: SequenceParallel,
+    ) -> None:
+        config = model.config
+        self._model = model
+        self._strategy = parallel.strategy(grid, config.num_heads)
+        self._text = model.encode_text(embeds_BLE)
+        compute = torch.float64 if model.dtype == torch.float64 else torch.float32
+        self._rope = RotaryTables(config.head_dim, config.theta, self._strategy.shard, model.device, compute)
+        self._rotation: tuple[list[int], Rotation] | None = None
+        self.cache = KVCache(
+            config.num_layers,
+            len(embeds_BLE),
+            window,
+            grid.tokens,
+            self._strategy.stored_heads,
+            config.head_dim,
+            dtype=model.dtype,
+            device=model.device,
+        )
+
+    def denoise(self, chunk: Chunk, x_BFSE: Tensor, timestep: float, context: Part | None = None) -> Tensor:
+        """The velocity of the open chunk's tokens at `timestep`, (B, F, s, E).
+
+        With `context`, the chunk before it is committed in the same forward: its clean tokens attend the window up
+        to itself, the noisy ones the window up to this chunk, of which those fresh keys and values are a part.
+        """
+        if context is not None:
+            self._open(context.chunk)
+            self.cache.commit()
+        self._open(chunk)
+        noisy = Part(chunk, x_BFSE, timestep)
+        return self._forward([noisy] if context is None else [context, noisy])
+
+    def commit(self, context: Part) -> None:
+        """The context pass alone: writes a chunk's clean keys and values."""
+        self._open(context.chunk)
+        self._forward([context])
+        self.cache.commit()
+
+    def cancel(self) -> None:
+        """Forgets the open chunk; the stream is as it was after the last commit."""
+        self.cache.cancel()
+
+    def _open(self, chunk: Chunk) -> None:
+        if self.cache.open_chunk != chunk:
+            self.cache.open(chunk)
+
+    def _forward(self, parts: list[Part]) -> Tensor:
+        model, chunks = self._model, tuple(part.chunk for part in parts)
+        frames = [frame for chunk in chunks for frame in range(chunk.start, chunk.stop)]
+        timesteps = torch.tensor([part.timestep for part in parts for _ in range(part.chunk.frames)])
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return self._strategy.attend(q, k, v, self.cache.layer(layer), chunks)
+
+        step = ForwardPass(chunks, timesteps.double().to(model.device), self._rotate(frames), self._text, attend)
+        tokens = torch.cat([part.tokens_BFSE for part in parts], 1)
+        velocity = model(tokens.flatten(1, 2).to(model.dtype), step)
+        last = parts[-1].tokens_BFSE
+        return velocity.view(last.shape).to(last.dtype)
+
+    def _rotate(self, frames: list[int]) -> Rotation:
+        if self._rotation is None or self._rotation[0] != frames:
+            self._rotation = (frames, self._rope.rotation(frames))
+        return self._rotation[1]

@@ -1,0 +1,104 @@
+"""What a checkpoint layout is: which of its tensors make up each parameter of `CausalDiT`, and how.
+
+Layouts differ in names alone. How stored tensors become a parameter is the same for all of them: projections that
+the model fuses are concatenated, the patch convolution becomes a Linear over (pt, ph, pw, C), tables lose their
+leading axis of one.
+
+Shapes: D model width, C latent channels, pt, ph, pw the patch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from causalrope_sp.config import DiTConfig
+
+Shape = tuple[int, ...]
+Names = dict[str, tuple[str, ...]]  # a parameter of the model -> the stored names it is made of, in order
+
+
+def linear(name: str, *stored: str) -> Names:
+    """A Linear of the model and the one or several that it is stored as."""
+    return {f"{name}.{part}": tuple(f"{s}.{part}" for s in stored) for part in ("weight", "bias")}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to name the tensors of a Wan DiT.
+
+    `marker` is a module that every block has in this layout and in no other; `config_names` holds the fields of
+    `DiTConfig` that the layout's config.json calls differently.
+    """
+
+    name: str
+    marker: str
+    outer: Names
+    block: Names
+    config_names: Mapping[str, str] = field(default_factory=dict)
+
+    def prefix_in(self, names: Iterable[str]) -> str | None:
+        """What stands before every name of this layout ("" or ending in a dot), or None if `names` is not of it."""
+        pattern = re.compile(rf"((?:.*\.)?)blocks\.\d+\.{re.escape(self.marker)}\.")
+        found = (match for name in names if (match := pattern.match(name)))
+        first = next(found, None)
+        return None if first is None else first[1]
+
+    def names(self, num_layers: int) -> Names:
+        every = dict(self.outer)
+        for n in range(num_layers):
+            for parameter, stored in self.block.items():
+                every[f"blocks.{n}.{parameter}"] = tuple(f"blocks.{n}.{s}" for s in stored)
+        return every
+
+
+def parameter_shapes(config: DiTConfig) -> dict[str, Shape]:
+    """The shape of every parameter of `CausalDiT(config)`, without building it."""
+    dim, ffn = config.dim, config.ffn_dim
+    linears = {
+        "patch_embedding": (dim, config.token_dim),
+        "text_embedding.0": (dim, config.text_dim),
+        "text_embedding.2": (dim, dim),
+        "time_embedding.0": (dim, config.freq_dim),
+        "time_embedding.2": (dim, dim),
+        "time_projection.1": (6 * dim, dim),
+        "head.linear": (config.token_dim, dim),
+    }
+    shapes: dict[str, Shape] = {"head.modulation": (2, dim)}
+    for n in range(config.num_layers):
+        block = f"blocks.{n}."
+        linears |= {
+            block + "self_attn.qkv": (3 * dim, dim),
+            block + "self_attn.out": (dim, dim),
+            block + "cross_attn.q": (dim, dim),
+            block + "cross_attn.kv": (2 * dim, dim),
+            block + "cross_attn.out": (dim, dim),
+            block + "ffn.0": (ffn, dim),
+            block + "ffn.2": (dim, ffn),
+        }
+        shapes[block + "modulation"] = (6, dim)
+        norms = ("self_attn.norm_q", "self_attn.norm_k", "cross_attn.norm_q", "cross_attn.norm_k", "cross_norm")
+        shapes |= {f"{block}{norm}.weight": (dim,) for norm in norms}
+        shapes[block + "cross_norm.bias"] = (dim,)
+    for name, (outputs, inputs) in linears.items():
+        shapes[name + ".weight"], shapes[name + ".bias"] = (outputs, inputs), (outputs,)
+    return shapes
+
+
+def stored_shape(parameter: str, shape: Shape, pieces: int, config: DiTConfig) -> Shape:
+    """The shape of each of the stored tensors that make up a parameter of the given shape."""
+    if parameter == "patch_embedding.weight":
+        return (config.dim, config.in_channels, *config.patch_size)
+    if parameter.endswith("modulation"):
+        return (1, *shape)
+    return (shape[0] // pieces, *shape[1:])
+
+
+def arrange(parameter: str, stored: Tensor) -> Tensor:
+    """A stored tensor as the model lays it out: the parameter, or its part of a fused one."""
+    if parameter == "patch_embedding.weight":
+        return stored.permute(0, 2, 3, 4, 1).flatten(1)
+    return stored.squeeze(0) if parameter.endswith("modulation") else stored

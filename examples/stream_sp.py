@@ -1,0 +1,31 @@
+"""One stream on many processes; rank 0 gets the frames as they are made:
+
+torchrun --standalone --nproc-per-node 2 examples/stream_sp.py ["PROMPT" [OUT.mp4 [FRAMES]]]
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+
+from causalrope_sp import CausalVideoPipeline, SequenceParallel
+from causalrope_sp.video import open_video
+
+
+def main(prompt: str = "a blue square bounces", out: str = "streamed.mp4", frames: str = "81") -> None:
+    parallel = SequenceParallel.from_env(strategy="auto")
+    pipe = CausalVideoPipeline.from_pretrained("toybox", parallel=parallel)
+    speaks = parallel.rank == 0
+    with open_video(out, pipe.height, pipe.width, pipe.fps) if speaks else contextlib.nullcontext() as video:
+        for chunk in pipe.stream(prompt, frames=int(frames), seed=0):  # every rank takes part in every chunk
+            if video is None or chunk.frames is None:
+                continue
+            video.write(chunk.frames)
+            print(f"chunk {chunk.index}: {len(chunk.frames)} frames in {1000 * chunk.seconds:.0f} ms", flush=True)
+    if video is not None:
+        print(f"{video.frames} frames from {parallel.size} ranks in {out}", flush=True)
+    parallel.close()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,81 @@
+"""The torch truth of every operation, written to be read.
+
+Shapes: B batch, T tokens, F frames (T = F·s), L keys, H heads, d head width, D = H·d. What a frame carries, (F, D),
+may also differ by batch entry, (B, F, D).
+Half-precision input is computed in float32, anything else in its own dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype
+
+
+def rotate(x_BTHD: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
+    """Turns the channel pairs (2i, 2i+1) of every head by the token's angles; E = d/2."""
+    even, odd = x_BTHD.to(cos_TE.dtype).unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos_TE.unsqueeze(-2), sin_TE.unsqueeze(-2)
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).to(x_BTHD.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x²) + eps) · weight over the last axis."""
+    return functional.rms_norm(x.to(_compute_dtype(x)), x.shape[-1:], weight.to(_compute_dtype(x)), eps).to(x.dtype)
+
+
+def qk_norm_rotate(
+    qkv_BTD3: Tensor, q_weight: Tensor, k_weight: Tensor, cos_TE: Tensor, sin_TE: Tensor, heads: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v as (B, T, H, d) from the packed projection: q and k normed over all of D, then rotated."""
+    q, k, v = qkv_BTD3.chunk(3, -1)
+    q = rms_norm(q, q_weight, eps).unflatten(-1, (heads, -1))
+    k = rms_norm(k, k_weight, eps).unflatten(-1, (heads, -1))
+    return rotate(q, cos_TE, sin_TE), rotate(k, cos_TE, sin_TE), v.unflatten(-1, (heads, -1))
+
+
+def modulate(x_BTD: Tensor, shift_FD: Tensor, scale_FD: Tensor, eps: float) -> Tensor:
+    """LayerNorm without weights, then x·(1 + scale) + shift with the shift and scale of the token's frame."""
+    x = functional.layer_norm(x_BTD.to(_compute_dtype(x_BTD)), x_BTD.shape[-1:], eps=eps)
+    x = x.unflatten(1, (scale_FD.shape[-2], -1))
+    return torch.addcmul(shift_FD.unsqueeze(-2), x, 1 + scale_FD.unsqueeze(-2)).flatten(1, 2).to(x_BTD.dtype)
+
+
+def gate_add(x_BTD: Tensor, y_BTD: Tensor, gate_FD: Tensor) -> Tensor:
+    """The residual x + y·gate with the gate of the token's frame."""
+    y = y_BTD.unflatten(1, (gate_FD.shape[-2], -1)) * gate_FD.unsqueeze(-2)
+    return (x_BTD + y.flatten(1, 2)).to(x_BTD.dtype)
+
+
+def attention(q_BTHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor) -> Tensor:
+    """Every query attends every key: softmax(q·kᵀ/√d)·v, (B, T, H, d). The order of the keys does not matter."""
+    q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BLHD, v_BLHD))
+    return functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+def attention_lse(q_BTHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention with the log-sum-exp of its scores, (B, T, H, d) and (B, T, H), so that parts can be merged.
+
+    No keys at all give zeros and -inf.
+    """
+    dtype = _compute_dtype(q_BTHD)
+    q, k, v = (x.to(dtype) for x in (q_BTHD, k_BLHD, v_BLHD))
+    scores = torch.einsum("bthd,blhd->bthl", q, k) * q.shape[-1] ** -0.5
+    lse = scores.logsumexp(-1)
+    weights = torch.exp(scores - lse.unsqueeze(-1))
+    return torch.einsum("bthl,blhd->bthd", weights, v).to(q_BTHD.dtype), lse
+
+
+def merge(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Attention over the union of disjoint key sets, from the attention over each: n-way, by log-sum-exp."""
+    lse_NBTH = torch.stack(tuple(lses))
+    lse = lse_NBTH.logsumexp(0)
+    weights = torch.exp(lse_NBTH - lse).unsqueeze(-1)
+    merged = (torch.stack(tuple(outputs)).to(weights.dtype) * weights).sum(0)
+    return merged.to(outputs[0].dtype), lse

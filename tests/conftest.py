@@ -1,0 +1,25 @@
+"""Every test runs on one thread, and memory that is allocated but never written reads as NaN."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _poisoned_memory():
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+@pytest.fixture(scope="session")
+def goldens() -> Path:
+    """The folder of reference cases: CAUSALROPE_GOLDENS, else ../shared/goldens beside the checkout."""
+    folder = Path(os.environ.get("CAUSALROPE_GOLDENS", ROOT.parent / "shared" / "goldens"))
+    if not folder.is_dir():
+        pytest.skip(f"no reference cases: {folder} is not there; set CAUSALROPE_GOLDENS")
+    return folder
