@@ -1,16 +1,42 @@
 """Causal-RoPE sequence parallelism: one causal video stream on many GPUs, yielding frames while it is made."""
 
-from causalrope_sp.cache import KVCache
-from causalrope_sp.config import PRESETS, DiTConfig, SamplerConfig, StreamConfig
-from causalrope_sp.errors import CausalRopeError, CheckpointError, ConfigError, OutputError, PromptError
-from causalrope_sp.grid import Chunk, LatentGrid
-from causalrope_sp.model import CausalDiT
-from causalrope_sp.parallel import SequenceParallel
-from causalrope_sp.pipeline import CausalVideoPipeline
-from causalrope_sp.sampler import sample_chunks
-from causalrope_sp.weights import load_model
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from causalrope_sp.cache import KVCache
+    from causalrope_sp.config import PRESETS, DiTConfig, SamplerConfig, StreamConfig
+    from causalrope_sp.errors import CausalRopeError, CheckpointError, ConfigError, OutputError, PromptError
+    from causalrope_sp.grid import Chunk, LatentGrid
+    from causalrope_sp.model import CausalDiT
+    from causalrope_sp.parallel import SequenceParallel
+    from causalrope_sp.pipeline import CausalVideoPipeline
+    from causalrope_sp.sampler import sample_chunks
+    from causalrope_sp.weights import load_model
 
 __version__ = "0.1.0"
+
+_HOME = {
+    "KVCache": "cache",
+    "PRESETS": "config",
+    "DiTConfig": "config",
+    "SamplerConfig": "config",
+    "StreamConfig": "config",
+    "CausalRopeError": "errors",
+    "CheckpointError": "errors",
+    "ConfigError": "errors",
+    "OutputError": "errors",
+    "PromptError": "errors",
+    "Chunk": "grid",
+    "LatentGrid": "grid",
+    "CausalDiT": "model",
+    "SequenceParallel": "parallel",
+    "CausalVideoPipeline": "pipeline",
+    "sample_chunks": "sampler",
+    "load_model": "weights",
+}
 
 __all__ = [
     "PRESETS",
@@ -31,3 +57,10 @@ __all__ = [
     "load_model",
     "sample_chunks",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Public names are imported when they are first used, so that the command line answers before torch is loaded."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

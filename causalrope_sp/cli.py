@@ -10,19 +10,15 @@ import dataclasses
 import json
 import math
 import os
-import queue
-import signal
-import sys
-import threading
 import time
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from causalrope_sp.errors import CausalRopeError, ConfigError
+from causalrope_sp.process import CommandLine, in_background, rank, run, shares_rank_0_disk
 from causalrope_sp.video import VideoWriter, check_output, open_video
 
 if TYPE_CHECKING:
@@ -30,56 +26,11 @@ if TYPE_CHECKING:
 
     from causalrope_sp.verify import Check
 
-T = TypeVar("T")
-_RANK_0_SPEAKS_WITHIN_S = 10.0
-
-
-class _Cli(click.Group):
-    """Turns what a command raises into one line on stderr and an exit status."""
-
-    def main(self, *args: Any, **kwargs: Any) -> Any:
-        with _signals_interrupt():
-            status = self._status(*args, **{**kwargs, "standalone_mode": False})
-        sys.exit(status)
-
-    def _status(self, *args: Any, **kwargs: Any) -> int:
-        try:
-            return super().main(*args, **kwargs) or 0
-        except click.ClickException as error:
-            hint = ""
-            if isinstance(error, click.UsageError) and error.ctx is not None:
-                hint = f" See {error.ctx.command_path} --help"
-            _say_wrong_input(error.format_message() + hint)
-            return 2
-        except CausalRopeError as error:
-            _say_wrong_input(str(error))
-            return 2
-        except Exception as error:
-            traceback.print_exc()
-            click.echo(f"error on rank {_rank()}: {type(error).__name__}: {error}", err=True)
-            return 1
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt:
-            return 130
-
-
-def main() -> None:
-    """The entry point. A failed process leaves at once: it waits for no other rank, and for no thread that does."""
-    try:
-        cli()
-    except SystemExit as done:
-        with contextlib.suppress(OSError):
-            sys.stdout.flush()
-            sys.stderr.flush()
-        if done.code:
-            os._exit(done.code if isinstance(done.code, int) else 1)
-
 
 @click.group(
-    cls=_Cli, no_args_is_help=False, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120}
+    cls=CommandLine,
+    no_args_is_help=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
 def cli() -> None:
     """Causal video diffusion, streamed, on one process or many.
@@ -118,7 +69,7 @@ def generate(
         raise ConfigError(f"frames must be at least 1, not {frames}")
     timesteps = _parse_steps(steps)
     _check_prompt(model, prompt)
-    if _shares_rank_0_disk():
+    if shares_rank_0_disk():
         check_output(out)
 
     def generated() -> Iterator[Any]:
@@ -131,8 +82,8 @@ def generate(
         yield from pipe.stream(prompt, frames=frames, seed=seed)
         parallel.close()
 
-    summary = _write_video(_in_background(generated), out, frames, silent=as_json)
-    if _rank() != 0:
+    summary = _write_video(in_background(generated), out, frames, silent=as_json)
+    if rank() != 0:
         return
     if as_json:
         click.echo(json.dumps(summary))
@@ -151,9 +102,9 @@ def inspect(path: str, as_json: bool) -> int:
 
     report = inspect_checkpoint(Path(path))
     fields = {field.name: _plain(getattr(report, field.name)) for field in dataclasses.fields(report)}
-    if _rank() == 0 and as_json:
+    if rank() == 0 and as_json:
         click.echo(json.dumps(fields))
-    elif _rank() == 0:
+    elif rank() == 0:
         for name, value in fields.items():
             for line in _readable(value):
                 click.echo(f"{name:>12}  {line}")
@@ -193,12 +144,12 @@ def verify(folder: Path | None, ranks: str, strategy: str, dtype: str, device: s
 def _write_video(items: Iterator[Any], out: str, frames: int, silent: bool) -> dict[str, Any]:
     """Takes the pipeline, then its chunks, as they come; writes them on rank 0; returns what --json prints."""
     pipe = next(items)
-    if _shares_rank_0_disk():
+    if shares_rank_0_disk():
         check_output(out, pipe.height, pipe.width)
     started, first_frame_s, chunk_ms = time.perf_counter(), 0.0, list[float]()
     with contextlib.ExitStack() as stack:
         video, progress = None, None
-        if _rank() == 0:
+        if rank() == 0:
             video = open_video(out, pipe.height, pipe.width, pipe.fps)
             stack.enter_context(_saying_what_was_kept(video, frames))
             stack.enter_context(video)
@@ -232,63 +183,6 @@ def _write_video(items: Iterator[Any], out: str, frames: int, silent: bool) -> d
     }
 
 
-def _in_background(iterate: Callable[[], Iterator[T]]) -> Iterator[T]:
-    """Runs an iterator in a thread of its own, at most two items ahead.
-
-    Signals reach Python in the main thread, and only between two of its steps. A main thread that waits here,
-    instead of inside a collective whose other ranks are gone, can finish the video at once.
-    """
-    results: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(maxsize=2)
-    left = threading.Event()
-
-    def work() -> None:
-        try:
-            for item in iterate():
-                results.put((item, None))
-                if left.is_set():
-                    return
-            results.put((None, None))
-        except BaseException as error:
-            results.put((None, error))
-
-    threading.Thread(target=work, name="generate", daemon=True).start()
-    try:
-        while True:
-            item, error = results.get()
-            if error is not None:
-                raise error
-            if item is None:
-                return
-            yield item
-    finally:
-        left.set()
-        with contextlib.suppress(queue.Empty):
-            while True:
-                results.get_nowait()  # makes room for a thread that waits to put
-
-
-@contextlib.contextmanager
-def _signals_interrupt() -> Iterator[None]:
-    """SIGTERM becomes a KeyboardInterrupt as Ctrl-C is, and only the first of the two counts: torchrun passes on the
-    Ctrl-C that the terminal has sent already, and the second must not cut short the finishing of the file."""
-    signals = (signal.SIGINT, signal.SIGTERM)
-
-    def interrupt(*_: object) -> None:
-        for number in signals:
-            signal.signal(number, signal.SIG_IGN)
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, interrupt) for number in signals}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 @contextlib.contextmanager
 def _saying_what_was_kept(video: VideoWriter, frames: int) -> Iterator[None]:
     try:
@@ -301,32 +195,12 @@ def _saying_what_was_kept(video: VideoWriter, frames: int) -> Iterator[None]:
         raise
 
 
-def _say_wrong_input(message: str) -> None:
-    """Rank 0 says it. Another rank waits for torchrun to end it, and speaks only if rank 0 had nothing to say."""
-    line, rank = " ".join(message.split()), _rank()
-    if rank == 0:
-        click.echo(f"error: {line}", err=True)
-        return
-    try:
-        time.sleep(_RANK_0_SPEAKS_WITHIN_S)
-    except KeyboardInterrupt:
-        return
-    click.echo(f"error on rank {rank}: {line}", err=True)
-
-
-def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
-
-
-def _shares_rank_0_disk() -> bool:
-    return int(os.environ.get("GROUP_RANK", "0")) == 0  # torchrun's number of the machine
-
-
 def _check_prompt(model: str, prompt: str) -> None:
     """The toybox models know a closed list of words, which can be checked before anything is loaded."""
+    from causalrope_sp.toybox import EMBEDDED
     from causalrope_sp.toybox.prompts import parse_prompt
 
-    if model in ("toybox", "toybox-flow"):
+    if model in EMBEDDED:
         parse_prompt(prompt)
 
 
@@ -397,3 +271,8 @@ def _readable(value: Any) -> list[str]:
     if isinstance(value, dict):
         return [f"{key} = {item}" for key, item in value.items()]
     return [f"{value:,}" if isinstance(value, int) else str(value)]
+
+
+def main() -> None:
+    """The entry point."""
+    run(cli)

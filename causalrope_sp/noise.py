@@ -19,8 +19,12 @@ def seeded_noise(seed: int, shape_BCHW: tuple[int, int, int, int], stream: int =
     batch, *frame = shape_BCHW
 
     def draw(chunk: Chunk, step: int) -> Tensor:
-        key = f"{seed} {stream} {chunk.index} {step}".encode()
-        number = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
-        return torch.randn(batch, chunk.frames, *frame, generator=torch.Generator().manual_seed(number))
+        return torch.randn(batch, chunk.frames, *frame, generator=keyed_generator(seed, stream, chunk.index, step))
 
     return draw
+
+
+def keyed_generator(*key: int) -> torch.Generator:
+    """A CPU generator of its own for every tuple of whole numbers."""
+    digest = hashlib.blake2b(" ".join(map(str, key)).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)

@@ -22,17 +22,19 @@ from causalrope_sp.config import SamplerConfig, StreamConfig
 from causalrope_sp.errors import CheckpointError, ConfigError
 from causalrope_sp.grid import LatentGrid
 from causalrope_sp.model import CausalDiT
-from causalrope_sp.noise import seeded_noise
+from causalrope_sp.noise import keyed_generator, seeded_noise
 from causalrope_sp.parallel import SequenceParallel
 from causalrope_sp.sampler import sample_chunks
-from causalrope_sp.toybox.text import encode_prompt
+from causalrope_sp.toybox import EMBEDDED, WEIGHTS
+from causalrope_sp.toybox.chart import chart
+from causalrope_sp.toybox.prompts import parse_prompt
+from causalrope_sp.toybox.scenes import PLACE_VARIABLES
+from causalrope_sp.toybox.text import encode_scene
 from causalrope_sp.weights import load_model
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
 
-TOYBOX = Path(__file__).parent / "toybox" / "weights"
-EMBEDDED = ("toybox", "toybox-flow")
 SPATIAL_STRIDE = 8  # pixels a latent pixel, and
 TEMPORAL_STRIDE = 4  # pixel frames a latent frame, in every Wan 2.1 VAE
 
@@ -64,6 +66,7 @@ class Recipe:
     fps: float
     stream: StreamConfig
     sampler: SamplerConfig
+    chart: bool = False  # whether a stream opens with toybox's chart
 
     def __post_init__(self) -> None:
         if self.text != "toybox":
@@ -154,7 +157,9 @@ class CausalVideoPipeline:
         """
         if frames < 1:
             raise ConfigError(f"frames must be at least 1, not {frames}")
-        return self._run(encode_prompt(prompt), frames, seed)
+        scene = parse_prompt(prompt)
+        places = torch.rand(PLACE_VARIABLES, generator=keyed_generator(seed))
+        return self._run(encode_scene(scene, places).unsqueeze(0), frames, seed)
 
     def __call__(self, prompt: str, frames: int = 81, seed: int = 0) -> np.ndarray | None:
         """The whole video, uint8 (T, H, W, 3), on rank 0; None on the others. Raises as `stream` does."""
@@ -167,6 +172,8 @@ class CausalVideoPipeline:
         if not self.recipe.stream.independent_first_frame:
             latent_frames = -(-latent_frames // step) * step
         shape = (1, config.in_channels, self.grid.latent_height, self.grid.latent_width)
+        opening = chart(*shape[:3]) if self.recipe.chart else None
+        given = 0 if opening is None else opening.shape[1]
         decoder = WanDecoderStream(self.codec)
         chunks = sample_chunks(
             self.model,
@@ -177,13 +184,15 @@ class CausalVideoPipeline:
             stream=self.recipe.stream,
             sampler=self.recipe.sampler,
             parallel=self.parallel,
+            initial_latents=opening,
         )
         done, clock = 0, time.perf_counter()
-        for part in chunks:
-            count = min(TEMPORAL_STRIDE * part.chunk.stop - TEMPORAL_STRIDE + 1, frames) - done
+        for index, part in enumerate(chunks):
+            ready = TEMPORAL_STRIDE * (part.chunk.stop - given - 1) + 1
+            count = min(ready, frames) - done
             pixels = to_uint8(decoder.decode(part.latents))[0, :count] if self.parallel.rank == 0 else None
             now = time.perf_counter()
-            yield VideoChunk(part.chunk.index, done, pixels, now - clock)
+            yield VideoChunk(index, done, pixels, now - clock)
             done, clock = done + count, time.perf_counter()
 
 
@@ -203,7 +212,7 @@ def _timesteps(steps: int | Sequence[float]) -> tuple[float, ...]:
 
 def _find_recipe(model: str | Path) -> Path:
     if str(model) in EMBEDDED:
-        return TOYBOX / f"{model}.json"
+        return WEIGHTS / f"{model}.json"
     path = Path(model)
     if path.is_dir() and (path / "pipeline.json").is_file():
         return path / "pipeline.json"

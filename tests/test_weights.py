@@ -20,7 +20,7 @@ from causalrope_sp.errors import CheckpointError
 from causalrope_sp.grid import Chunk, LatentGrid, Shard
 from causalrope_sp.model import CausalDiT, ForwardPass
 from causalrope_sp.rope import RotaryTables
-from causalrope_sp.weights import inspect_checkpoint, load, load_model
+from causalrope_sp.weights import inspect_checkpoint, load, load_model, save_model
 from causalrope_sp.weights.layout import parameter_shapes
 
 CONFIG = DiTConfig(dim=36, ffn_dim=40, num_heads=3, num_layers=2, text_dim=10, freq_dim=8, in_channels=5)
@@ -412,3 +412,14 @@ def test_the_file_holds_what_was_saved(tmp_path: Path) -> None:
     spelled |= {f"blocks.0.{side}_attn.norm_{letter}.weight" for side in ("self", "cross") for letter in "qk"}
     spelled |= {"head.modulation", "blocks.0.modulation"}
     assert {name for name in names if not name.startswith("blocks.1.")} == spelled
+
+
+def test_a_saved_model_loads_back_bit_for_bit(tmp_path):
+    torch.manual_seed(0)
+    config = DiTConfig(dim=24, ffn_dim=40, num_heads=2, num_layers=2, text_dim=8, text_len=3, freq_dim=16)
+    model = CausalDiT(config)
+    save_model(model, tmp_path / "model.safetensors")
+    loaded = load_model(tmp_path / "model.safetensors")
+    assert loaded.config == config
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name

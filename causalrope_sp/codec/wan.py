@@ -37,7 +37,7 @@ def load_codec(folder: Path, device: torch.device | str = "cpu") -> AutoencoderK
         vae.load_state_dict(load_file(folder / "diffusion_pytorch_model.safetensors"))
     except (OSError, ValueError, RuntimeError, SafetensorError) as reason:
         raise CheckpointError(f"cannot read the codec in {folder}: {str(reason).splitlines()[0]}") from reason
-    return vae.to(device, torch.float32).eval().requires_grad_(False)
+    return vae.to(device).eval().requires_grad_(False)
 
 
 def _causal_convolutions(module: nn.Module) -> int:

@@ -1,7 +1,8 @@
 """Ground truth for toybox: renders any prompt of the grammar as anti-aliased frames.
 
 Coordinates are fractions of the picture, x to the right and y down; time is counted in pixel frames at 16 fps.
-What a prompt leaves open (where an object starts, at which phase) is fixed by six uniform numbers, three an object.
+What a prompt leaves open (where an object starts, at which phase) is fixed by six uniform numbers, three an object,
+drawn from the seed and part of the text that the model gets.
 
 Shapes: N scenes, O = 2 objects, T frames, X picture width = height.
 """
@@ -25,7 +26,8 @@ PULSE_FRAMES = 32
 ORBIT_RADIUS = 0.28
 PULSE_DEPTH = 0.3
 MARGIN = 0.03
-PLACE_VARIABLES = 6  # uniform numbers a scene needs
+
+PLACE_VARIABLES = 6  # uniform numbers a scene needs, three an object: where it starts, at which phase
 
 _DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 

@@ -1,44 +1,38 @@
 """toybox's text encoder: no weights, a closed vocabulary. Each phrase of the prompt is one token, the union of its
-words as ones at their places."""
+words as ones at their places; an object's token also carries what the prompt leaves open of it.
+
+Shapes: L = 3 tokens (background, first and second object), E embedding width.
+"""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 
-from causalrope_sp.toybox.prompts import BACKGROUNDS, COLORS, MOTIONS, SHAPES, SIZES, SceneSpec, parse_prompt
+from causalrope_sp.toybox.prompts import BACKGROUNDS, COLORS, MOTIONS, SHAPES, SIZES, SceneSpec
 
-_WORDS = [
-    *("first object", "second object", "background"),
-    *SIZES,
-    *COLORS,
-    *SHAPES,
-    *MOTIONS,
-    *BACKGROUNDS,
-]
+_WORDS = [*("first object", "second object", "background"), *SIZES, *COLORS, *SHAPES, *MOTIONS, *BACKGROUNDS]
 _PLACE = {word: place for place, word in enumerate(_WORDS)}
+_NUMBERS = 3  # an object's share of `scenes.PLACE_VARIABLES`
 
-TEXT_DIM = len(_WORDS)
+TEXT_DIM = len(_WORDS) + 3 * _NUMBERS
 TEXT_LEN = 3
 
 
-def encode_scene(spec: SceneSpec) -> Tensor:
-    """The embeddings of a parsed prompt, (TEXT_LEN, TEXT_DIM), zeros where there is no second object."""
-    objects = [
-        (which, o.size, o.color, o.shape, o.motion)
-        for which, o in zip(("first object", "second object"), spec.objects, strict=False)
-    ]
-    embeds = torch.zeros(TEXT_LEN, TEXT_DIM)
-    for token, words in enumerate([("background", spec.background), *objects]):
-        for word in words:
-            embeds[token, _PLACE[word]] = 1.0
-    return embeds
+def encode_scene(spec: SceneSpec, places_6: Tensor) -> Tensor:
+    """The embeddings of a scene, (L, E), zeros where there is no second object.
 
-
-def encode_prompt(prompt: str) -> Tensor:
-    """The embeddings of a prompt, (1, TEXT_LEN, TEXT_DIM).
-
-    Raises:
-        PromptError: the prompt is outside the grammar.
+    The six uniform numbers say where the objects start and at which phase; each is given as a sine, a cosine and a
+    ramp, of about unit size.
     """
-    return encode_scene(parse_prompt(prompt)).unsqueeze(0)
+    embeds = torch.zeros(TEXT_LEN, TEXT_DIM)
+    embeds[0, [_PLACE["background"], _PLACE[spec.background]]] = 1.0
+    for i, (which, o) in enumerate(zip(("first object", "second object"), spec.objects, strict=False)):
+        embeds[1 + i, [_PLACE[word] for word in (which, o.size, o.color, o.shape, o.motion)]] = 1.0
+        numbers = places_6[_NUMBERS * i : _NUMBERS * (i + 1)]
+        angles = 2 * math.pi * numbers
+        waves = 2**0.5 * torch.cat([angles.sin(), angles.cos()])
+        embeds[1 + i, len(_WORDS) :] = torch.cat([waves, 3**0.5 * (2 * numbers - 1)])
+    return embeds

@@ -97,6 +97,18 @@ def stored_shape(parameter: str, shape: Shape, pieces: int, config: DiTConfig) -
     return (shape[0] // pieces, *shape[1:])
 
 
+def stored_tensors(layout: Layout, config: DiTConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A model's state under the names and shapes of a layout: the way back from `arrange`."""
+    every: dict[str, Tensor] = {}
+    for parameter, stored in layout.names(config.num_layers).items():
+        tensor = state[parameter]
+        if parameter == "patch_embedding.weight":
+            tensor = tensor.unflatten(1, (*config.patch_size, config.in_channels)).permute(0, 4, 1, 2, 3)
+        pieces = [tensor.unsqueeze(0)] if parameter.endswith("modulation") else tensor.chunk(len(stored))
+        every |= {name: piece.contiguous() for name, piece in zip(stored, pieces, strict=True)}
+    return every
+
+
 def arrange(parameter: str, stored: Tensor) -> Tensor:
     """A stored tensor as the model lays it out: the parameter, or its part of a fused one."""
     if parameter == "patch_embedding.weight":

@@ -1,0 +1,146 @@
+"""How the process of a command behaves: its exit status, its signals, its rank's voice, and a way out of a hang."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import click
+
+from causalrope_sp.errors import CausalRopeError
+
+T = TypeVar("T")
+_RANK_0_SPEAKS_WITHIN_S = 10.0
+
+
+class CommandLine(click.Group):
+    """Turns what a command raises into one line on stderr and an exit status."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        with _signals_interrupt():
+            status = self._status(*args, **{**kwargs, "standalone_mode": False})
+        sys.exit(status)
+
+    def _status(self, *args: Any, **kwargs: Any) -> int:
+        try:
+            return super().main(*args, **kwargs) or 0
+        except click.ClickException as error:
+            hint = ""
+            if isinstance(error, click.UsageError) and error.ctx is not None:
+                hint = f" See {error.ctx.command_path} --help"
+            _say_wrong_input(error.format_message() + hint)
+            return 2
+        except CausalRopeError as error:
+            _say_wrong_input(str(error))
+            return 2
+        except Exception as error:
+            traceback.print_exc()
+            click.echo(f"error on rank {rank()}: {type(error).__name__}: {error}", err=True)
+            return 1
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            return 130
+
+
+def run(cli: click.Group) -> None:
+    """Runs a command line to its end.
+
+    A failed process leaves at once: it waits for no other rank, and for no thread that does.
+    """
+    try:
+        cli()
+    except SystemExit as done:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        if done.code:
+            os._exit(done.code if isinstance(done.code, int) else 1)
+
+
+def in_background(iterate: Callable[[], Iterator[T]]) -> Iterator[T]:
+    """Runs an iterator in a thread of its own, at most two items ahead.
+
+    Signals reach Python in the main thread, and only between two of its steps. A main thread that waits here,
+    instead of inside a collective whose other ranks are gone, can finish the video at once.
+    """
+    results: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(maxsize=2)
+    left = threading.Event()
+
+    def work() -> None:
+        try:
+            for item in iterate():
+                results.put((item, None))
+                if left.is_set():
+                    return
+            results.put((None, None))
+        except BaseException as error:
+            results.put((None, error))
+
+    threading.Thread(target=work, name="generate", daemon=True).start()
+    try:
+        while True:
+            item, error = results.get()
+            if error is not None:
+                raise error
+            if item is None:
+                return
+            yield item
+    finally:
+        left.set()
+        with contextlib.suppress(queue.Empty):
+            while True:
+                results.get_nowait()  # makes room for a thread that waits to put
+
+
+@contextlib.contextmanager
+def _signals_interrupt() -> Iterator[None]:
+    """SIGTERM becomes a KeyboardInterrupt as Ctrl-C is, and only the first of the two counts: torchrun passes on the
+    Ctrl-C that the terminal has sent already, and the second must not cut short the finishing of the file."""
+    signals = (signal.SIGINT, signal.SIGTERM)
+
+    def interrupt(*_: object) -> None:
+        for number in signals:
+            signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, interrupt) for number in signals}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _say_wrong_input(message: str) -> None:
+    """Rank 0 says it. Another rank waits for torchrun to end it, and speaks only if rank 0 had nothing to say."""
+    line = " ".join(message.split())
+    if rank() == 0:
+        click.echo(f"error: {line}", err=True)
+        return
+    try:
+        time.sleep(_RANK_0_SPEAKS_WITHIN_S)
+    except KeyboardInterrupt:
+        return
+    click.echo(f"error on rank {rank()}: {line}", err=True)
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def shares_rank_0_disk() -> bool:
+    return int(os.environ.get("GROUP_RANK", "0")) == 0  # torchrun's number of the machine

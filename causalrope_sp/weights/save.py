@@ -1,0 +1,22 @@
+"""From a model to a file that any Wan code can read."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from os import PathLike
+from typing import TYPE_CHECKING
+
+from safetensors.torch import save_file
+
+from causalrope_sp.weights.layout import stored_tensors
+from causalrope_sp.weights.wan import WAN
+
+if TYPE_CHECKING:
+    from causalrope_sp.model import CausalDiT
+
+
+def save_model(model: CausalDiT, path: str | PathLike[str]) -> None:
+    """Writes the model as one safetensors file under Wan's own names, its configuration in the metadata."""
+    metadata = {"layout": WAN.name, "config": json.dumps(asdict(model.config))}
+    save_file(stored_tensors(WAN, model.config, model.state_dict()), path, metadata)

@@ -1,0 +1,1 @@
+"""How toybox is trained: codec, latents, teacher, student. `examples/train_toybox.py` runs it."""

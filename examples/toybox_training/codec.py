@@ -1,0 +1,73 @@
+"""Stage 1, the codec: diffusers' Wan VAE, small, as an autoencoder with a fixed latent noise.
+
+Clips grow from 5 frames, where most is learned, to 17, 33 and 65: a codec that has only seen short clips drifts in
+colour when it streams long ones.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLWan
+
+from causalrope_sp.codec.wan import WanDecoderStream, WanEncoderStream
+from causalrope_sp.toybox.scenes import PLACE_VARIABLES, random_scene, render
+
+from .training import Training
+
+SHAPE = {
+    "patch_size": 2,
+    "in_channels": 12,
+    "out_channels": 12,
+    "base_dim": 16,
+    "dim_mult": [1, 2, 4],
+    "temperal_downsample": [True, True],
+    "num_res_blocks": 1,
+    "z_dim": 16,
+    "scale_factor_spatial": 8,
+}
+SEED = 10_000_000
+LATENT_NOISE = 0.1  # keeps the latents from carrying what a DiT could never predict
+LATENT_PENALTY = 1e-4  # on their square, so that they do not grow out of the noise
+
+
+def new_codec(mean: list[float] | None = None, std: list[float] | None = None) -> AutoencoderKLWan:
+    """The untrained codec; its latents are normalised by `mean` and `std` a channel, or not at all."""
+    channels = SHAPE["z_dim"]
+    return AutoencoderKLWan(**SHAPE, latents_mean=mean or [0.0] * channels, latents_std=std or [1.0] * channels)
+
+
+def train_codec(path: Path, size: int, steps: int, stop: int, lr: float, device: torch.device) -> AutoencoderKLWan:
+    """Trains for `stop` of `steps` steps, resuming from `path`; returns the averaged codec."""
+    torch.manual_seed(0)
+    training = Training(new_codec().to(device), path, lr, lambda _, p: p.ndim >= 4 and p.shape[0] > 3, average=0.995)
+    while training.step < stop:
+        progress = training.step / steps
+        generator = torch.Generator().manual_seed(SEED + training.step)
+        count, frames = _clips(progress, training.step)
+        scenes = [random_scene(generator) for _ in range(count)]
+        places = torch.rand(count, PLACE_VARIABLES, generator=generator)
+        pixels = render(scenes, places, torch.arange(frames), size).transpose(1, 2).to(device) * 2 - 1
+        with torch.autocast(device.type, torch.bfloat16):
+            latents = WanEncoderStream(training.model).encode(pixels)
+            noise = torch.randn(latents.shape, generator=generator).to(device)
+            back = WanDecoderStream(training.model).decode(latents + LATENT_NOISE * noise)
+        difference = back.float() - pixels
+        mse = difference.square().mean()
+        loss = mse + 0.05 * difference.abs().mean() + LATENT_PENALTY * latents.float().square().mean()
+        warm = min(1, (training.step + 1) / 100)
+        fall = 1 if progress < 0.3 else max(0.02, 0.5 + 0.5 * math.cos(math.pi * (progress - 0.3) / 0.7))
+        training.update(loss, warm * fall, {"psnr_db": -10 * math.log10(mse.item() / 4)})
+    training.save()
+    return training.ema
+
+
+def _clips(progress: float, step: int) -> tuple[int, int]:
+    """How many clips of how many frames a batch holds."""
+    if progress < 0.3:
+        return 12, 5
+    if progress < 0.65 or (progress < 0.9 and step % 2):
+        return 4, 17
+    return (2, 33) if progress < 0.9 else (1, 65)

@@ -1,0 +1,122 @@
+"""What every stage shares: the optimiser, the average of the weights, checkpoints, and a log to plot.
+
+Muon (Jordan et al., 2024) orthogonalises the momentum of every matrix; on this codec it reached in 400 steps what
+AdamW had not in 2000. Whatever is no matrix is left to AdamW.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def orthogonalize(gradient: Tensor) -> Tensor:
+    """The nearest orthogonal matrix, roughly: five quintic Newton-Schulz steps in bfloat16."""
+    x = gradient.bfloat16()
+    tall = x.shape[0] > x.shape[1]
+    x = x.T if tall else x
+    x = x / (x.norm() + 1e-7)
+    for _ in range(5):
+        square = x @ x.T
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    return x.T if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for parameters of two or more axes, flattened to matrices; steps are scaled to AdamW's size."""
+
+    def __init__(self, params: list[nn.Parameter], lr: float, momentum: float = 0.95) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                momentum = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
+                momentum.lerp_(parameter.grad, 1 - group["momentum"])
+                update = parameter.grad.lerp(momentum, group["momentum"]).flatten(1)
+                rows, columns = update.shape
+                scale = max(1, rows / columns) ** 0.5 * 0.2 * max(rows, columns) ** 0.5
+                direction = orthogonalize(update).to(parameter.dtype).view_as(parameter)
+                parameter.add_(direction, alpha=-group["lr"] * scale)
+
+
+class Training:
+    """One stage: a model, its running average, its optimisers and where it stands. Resumes from `path` if it is there.
+
+    Args:
+        matrix: which named parameters Muon takes.
+        average: how much of the running average is kept at a step, once it has warmed up.
+    """
+
+    def __init__(
+        self, model: nn.Module, path: Path, lr: float, matrix: Callable[[str, nn.Parameter], bool], average: float
+    ) -> None:
+        self.model, self.path, self.lr, self.average = model, path, lr, average
+        self.ema = copy.deepcopy(model).requires_grad_(False)
+        chosen = {id(p) for n, p in model.named_parameters() if matrix(n, p)}
+        self.optimizers = [
+            torch.optim.AdamW(
+                [p for p in model.parameters() if id(p) not in chosen], lr, betas=(0.9, 0.98), weight_decay=0
+            ),
+            Muon([p for p in model.parameters() if id(p) in chosen], lr),
+        ]
+        self.step = 0
+        self._log: list[dict[str, float]] = []
+        self._started = time.perf_counter()
+        if path.exists():
+            state = torch.load(path, weights_only=True)
+            self.step = state["step"]
+            for target, name in ((self.model, "model"), (self.ema, "ema")):
+                target.load_state_dict(state[name])
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
+
+    def update(self, loss: Tensor, rate: float, report: dict[str, float]) -> None:
+        """One step down `loss` at `rate` times the learning rate; logs `report` and saves now and then."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+            for group in optimizer.param_groups:
+                group["lr"] = self.lr * rate
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.step += 1
+        keep = min(self.average, self.step / (self.step + 19))
+        with torch.no_grad():
+            for averaged, current in zip(self.ema.parameters(), self.model.parameters(), strict=True):
+                averaged.lerp_(current, 1 - keep)
+        self._log.append({"loss": loss.item(), **report})
+        if self.step % 50 == 0:
+            self._write_log()
+        if self.step % 250 == 0:
+            self.save()
+
+    def save(self) -> None:
+        state: dict[str, Any] = {
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+        }
+        partial = self.path.with_suffix(".partial")
+        torch.save(state, partial)
+        os.replace(partial, self.path)
+
+    def _write_log(self) -> None:
+        names = sorted({name for entry in self._log for name in entry})
+        means = {n: sum(v) / len(v) for n in names if (v := [e[n] for e in self._log if n in e and e[n] == e[n]])}
+        line = {"step": self.step, "seconds": round(time.perf_counter() - self._started, 1), **means}
+        self._log.clear()
+        with self.path.with_suffix(".jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        print(f"{self.path.stem}: " + "  ".join(f"{k} {v:.4g}" for k, v in line.items()), flush=True)
