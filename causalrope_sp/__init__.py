@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from causalrope_sp.cache import KVCache
-    from causalrope_sp.config import PRESETS, DiTConfig, SamplerConfig, StreamConfig
+    from causalrope_sp.config import DiTConfig, SamplerConfig, StreamConfig
     from causalrope_sp.errors import CausalRopeError, CheckpointError, ConfigError, OutputError, PromptError
     from causalrope_sp.grid import Chunk, LatentGrid
     from causalrope_sp.model import CausalDiT
@@ -20,7 +20,6 @@ __version__ = "0.1.0"
 
 _HOME = {
     "KVCache": "cache",
-    "PRESETS": "config",
     "DiTConfig": "config",
     "SamplerConfig": "config",
     "StreamConfig": "config",
@@ -39,7 +38,6 @@ _HOME = {
 }
 
 __all__ = [
-    "PRESETS",
     "CausalDiT",
     "CausalRopeError",
     "CausalVideoPipeline",

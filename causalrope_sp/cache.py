@@ -2,8 +2,8 @@
 
 The cache owns storage and cursor, a layer of the model sees a `LayerCache`. A denoise pass writes the open chunk's
 keys and values into the slots that the chunk will own, again and again; the context pass writes the clean ones and
-the chunk is committed. The first write of an open chunk saves what it overwrites, so that `cancel` leaves the
-stream as it was after the last commit.
+the chunk is committed. The first write of an open chunk puts aside the frames that it takes over, once a chunk and not
+once a pass, so that `cancel` leaves the stream as it was after the last commit.
 
 Shapes: B batch, F frames, S tokens a frame, H heads, d head width, K = slots; S and H are what this rank stores.
 """
@@ -42,11 +42,15 @@ class KVCache:
         self.open_chunk: Chunk | None = None
         shape = (layers, 2, batch, window.frames, tokens, heads, head_dim)
         self.storage_L2BKSHD = torch.empty(shape, dtype=dtype, device=device)
-        self._saved: dict[int, Tensor] = {}
+        self._aside_L2BFSHD = self.storage_L2BKSHD[:, :, :, :0]  # frames put aside; grows to the largest chunk
+        self._put_aside: set[int] = set()  # the layers that have
+        self._written: dict[int, int] = {}  # slot -> frame, as the first layer writes them
 
     @property
     def bytes(self) -> int:
-        return self.storage_L2BKSHD.nbytes
+        """All that the cache holds on the device, what is put aside included."""
+        aside = self._aside_L2BFSHD
+        return self.storage_L2BKSHD.nbytes + aside.numel() * aside.element_size()
 
     def open(self, chunk: Chunk) -> None:
         """Makes `chunk` the one that denoise passes write.
@@ -59,6 +63,10 @@ class KVCache:
         if chunk.start != self.committed:
             raise ConfigError(f"the cache stands at latent frame {self.committed}, the chunk starts at {chunk.start}")
         self.window.slots(chunk)
+        evicted = len(self.window.evicted(chunk))
+        if evicted > self._aside_L2BFSHD.shape[3]:
+            layers, _, batch, _, *rest = self.storage_L2BKSHD.shape
+            self._aside_L2BFSHD = self.storage_L2BKSHD.new_empty(layers, 2, batch, evicted, *rest)
         self.open_chunk = chunk
 
     def commit(self) -> None:
@@ -70,24 +78,31 @@ class KVCache:
         if self.open_chunk is None:
             raise ConfigError("no chunk is open to commit")
         self.committed, self.open_chunk = self.open_chunk.stop, None
-        self._saved.clear()
+        self._put_aside.clear()
 
     def cancel(self) -> None:
         """Forgets the open chunk; frames that it overwrote are as they were after the last commit."""
         if self.open_chunk is not None:
-            slots = self._taken(self.open_chunk)
-            for layer, saved in self._saved.items():
-                self.storage_L2BKSHD[layer][:, :, slots] = saved
+            evicted = self.window.evicted(self.open_chunk)
+            for layer in self._put_aside:
+                for n, frame in enumerate(evicted):
+                    self.storage_L2BKSHD[layer, :, :, self.window.slot(frame)] = self._aside_L2BFSHD[layer, :, :, n]
+            if self._put_aside:
+                self._written |= {self.window.slot(frame): frame for frame in evicted}
             self.open_chunk = None
-            self._saved.clear()
+            self._put_aside.clear()
 
     def layer(self, index: int) -> LayerCache:
         return LayerCache(self, index)
 
     def write(self, layer: int, chunk: Chunk, k_BFSHD: Tensor, v_BFSHD: Tensor) -> None:
         ring_2BKSHD = self.storage_L2BKSHD[layer]
-        if chunk == self.open_chunk and layer not in self._saved:
-            self._saved[layer] = ring_2BKSHD[:, :, self._taken(chunk)]
+        if chunk == self.open_chunk and layer not in self._put_aside:
+            for n, frame in enumerate(self.window.evicted(chunk)):
+                self._aside_L2BFSHD[layer, :, :, n] = ring_2BKSHD[:, :, self.window.slot(frame)]
+            self._put_aside.add(layer)
+        if layer == 0:
+            self._written |= {self.window.slot(frame): frame for frame in range(chunk.start, chunk.stop)}
         for frame, slot, length in self.window.runs(chunk):
             ring_2BKSHD[0, :, slot : slot + length] = k_BFSHD[:, frame : frame + length]
             ring_2BKSHD[1, :, slot : slot + length] = v_BFSHD[:, frame : frame + length]
@@ -102,15 +117,14 @@ class KVCache:
         pinned = range(min(self.window.sink, self.committed))
         ring = range(max(len(pinned), self.committed - self.window.frames + self.window.sink), self.committed)
         assert sorted(held) == [*pinned, *ring], "the slots do not hold the sink and the newest frames"
-        assert all(self.window.slot(frame) == slot for slot, frame in enumerate(held)), "a frame is in a wrong slot"
+        opened = range(0) if self.open_chunk is None else range(self.open_chunk.start, self.open_chunk.stop)
+        for slot, frame in enumerate(held):
+            assert self._written.get(slot) in (frame, *opened), f"slot {slot} does not hold frame {frame}"
         if self.open_chunk is None:
-            assert not self._saved, "saved frames outlive their chunk"
+            assert not self._put_aside, "frames put aside outlive their chunk"
             assert self.storage_L2BKSHD[:, :, :, : len(held)].isfinite().all(), "a committed slot was never written"
         else:
             assert self.open_chunk.start == self.committed, "the open chunk is not the next one"
-
-    def _taken(self, chunk: Chunk) -> list[int]:
-        return [self.window.slot(frame) for frame in self.window.evicted(chunk)]
 
 
 class LayerCache:

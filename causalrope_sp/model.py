@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from causalrope_kernels import attention, gate_add, modulate, qk_norm_rotate, rms_norm
 from causalrope_sp.config import DiTConfig
-from causalrope_sp.grid import Chunk
 from causalrope_sp.rope import Rotation
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -27,15 +26,15 @@ TextContext = list[tuple[Tensor, Tensor]]  # k and v of every layer's cross-atte
 
 @dataclass(frozen=True)
 class ForwardPass:
-    """One forward: which chunks its tokens belong to, at which timesteps, and what they attend.
+    """One forward: at which timesteps its frames are, how they are rotated, and what they attend.
 
-    The tokens of the chunks follow one another in time; only the last chunk's velocity is computed. Timesteps are in
-    [0, 1000], one a frame, (F,), or in training one a frame and batch entry, (B, F). `attend` takes
-    (layer, q, k, v), q, k and v each (B, T, H, d), normed and rotated, and returns (B, T, H, d).
+    Only the velocity of the last `predicted_frames` is computed. Timesteps are in [0, 1000], one a frame, (F,), or in
+    training one a frame and batch entry, (B, F). `attend` takes (layer, q, k, v), q, k and v each (B, T, H, d), normed
+    and rotated, and returns (B, T, H, d).
     """
 
-    chunks: tuple[Chunk, ...]
     timesteps_F: Tensor
+    predicted_frames: int
     rotation: Rotation
     text: TextContext
     attend: Attend
@@ -148,13 +147,13 @@ class CausalDiT(nn.Module):
         return [cross_attn.keys_and_values(text) for cross_attn in self._cross_attentions()]
 
     def forward(self, tokens_BTE: Tensor, step: ForwardPass) -> Tensor:
-        """The velocity of the last chunk's tokens, (B, T of that chunk, E)."""
+        """The velocity of the tokens of the last `step.predicted_frames` frames."""
         time_FD = self.time_embedding(sinusoid(step.timesteps_F, self.config.freq_dim).to(self.dtype))
         time_F6D = self.time_projection(time_FD).unflatten(-1, (6, -1))
         x = self.patch_embedding(tokens_BTE)
         for layer, block in enumerate(self.blocks):
             x = block(x, time_F6D, layer, step)
-        frames = step.chunks[-1].frames
+        frames = step.predicted_frames
         tokens = x.shape[1] // time_FD.shape[-2] * frames
         return self.head(x[:, -tokens:], time_FD[..., -frames:, :])
 

@@ -20,23 +20,19 @@ from torch import Tensor
 from causalrope_sp.codec.wan import WanDecoderStream, load_codec
 from causalrope_sp.config import SamplerConfig, StreamConfig
 from causalrope_sp.errors import CheckpointError, ConfigError
-from causalrope_sp.grid import LatentGrid
+from causalrope_sp.grid import LatentGrid, split_into_chunks
 from causalrope_sp.model import CausalDiT
-from causalrope_sp.noise import keyed_generator, seeded_noise
+from causalrope_sp.noise import seeded_noise
 from causalrope_sp.parallel import SequenceParallel
 from causalrope_sp.sampler import sample_chunks
 from causalrope_sp.toybox import EMBEDDED, WEIGHTS
-from causalrope_sp.toybox.chart import chart
-from causalrope_sp.toybox.prompts import parse_prompt
-from causalrope_sp.toybox.scenes import PLACE_VARIABLES
-from causalrope_sp.toybox.text import encode_scene
+from causalrope_sp.toybox.text import ToyboxText
 from causalrope_sp.weights import load_model
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
 
-SPATIAL_STRIDE = 8  # pixels a latent pixel, and
-TEMPORAL_STRIDE = 4  # pixel frames a latent frame, in every Wan 2.1 VAE
+TEXT_ENCODERS = {"toybox": ToyboxText}
 
 
 @dataclass(frozen=True)
@@ -55,7 +51,7 @@ class Recipe:
     """What a model is made of and how it runs, in pixels, pixel frames a second and latent frames.
 
     Raises:
-        ConfigError: a size that the codec and the patch do not divide, or a text encoder that is not known.
+        ConfigError: a text encoder that is not known.
     """
 
     transformer: Path
@@ -66,11 +62,10 @@ class Recipe:
     fps: float
     stream: StreamConfig
     sampler: SamplerConfig
-    chart: bool = False  # whether a stream opens with toybox's chart
 
     def __post_init__(self) -> None:
-        if self.text != "toybox":
-            raise ConfigError(f"unknown text encoder {self.text!r} in the recipe; this version has: toybox")
+        if self.text not in TEXT_ENCODERS:
+            raise ConfigError(f"unknown text encoder {self.text!r}; this version has: {', '.join(TEXT_ENCODERS)}")
 
     @classmethod
     def load(cls, path: Path) -> Recipe:
@@ -99,7 +94,9 @@ class CausalVideoPipeline:
     def __init__(self, recipe: Recipe, model: CausalDiT, codec: AutoencoderKLWan, parallel: SequenceParallel) -> None:
         self.recipe, self.model, self.codec, self.parallel = recipe, model, codec, parallel
         self.height, self.width, self.fps = recipe.height, recipe.width, recipe.fps
-        self.grid = LatentGrid.from_pixels(self.height, self.width, SPATIAL_STRIDE, model.config.patch_size[1:])
+        self.text = TEXT_ENCODERS[recipe.text]()
+        stride = codec.config.scale_factor_spatial
+        self.grid = LatentGrid.from_pixels(self.height, self.width, stride, model.config.patch_size[1:])
         parallel.strategy(self.grid, model.config.num_heads)  # refuses ranks that cannot share this model
 
     @classmethod
@@ -119,7 +116,7 @@ class CausalVideoPipeline:
         Args:
             model: an embedded model ("toybox", "toybox-flow"), a recipe file, or a folder with a pipeline.json.
             parallel: the ranks; one process if None.
-            device: where to run; the ranks' device if None.
+            device: where to run on one process; if None, the GPU if there is one.
             dtype: of the DiT; if None, bfloat16 on CUDA and float32 on the CPU.
             window, sink: latent frames, in place of the recipe's.
             steps: timesteps from noise to data in (0, 1000], or how many of them, evenly spaced.
@@ -138,8 +135,10 @@ class CausalVideoPipeline:
             )
         sampler = recipe.sampler if steps is None else replace(recipe.sampler, steps=_timesteps(steps))
         recipe = replace(recipe, stream=stream, sampler=sampler)
+        if parallel is not None and device is not None:
+            raise ConfigError("give either `parallel`, which has a device, or `device`")
         parallel = parallel or SequenceParallel.single(device=device)
-        place = torch.device(device) if device is not None else parallel.device
+        place = parallel.device
         if dtype is None:
             dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
         dit = load_model(recipe.transformer, dtype=dtype, device=place)
@@ -157,9 +156,7 @@ class CausalVideoPipeline:
         """
         if frames < 1:
             raise ConfigError(f"frames must be at least 1, not {frames}")
-        scene = parse_prompt(prompt)
-        places = torch.rand(PLACE_VARIABLES, generator=keyed_generator(seed))
-        return self._run(encode_scene(scene, places).unsqueeze(0), frames, seed)
+        return self._run(self.text.encode(prompt, seed), frames, seed)
 
     def __call__(self, prompt: str, frames: int = 81, seed: int = 0) -> np.ndarray | None:
         """The whole video, uint8 (T, H, W, 3), on rank 0; None on the others. Raises as `stream` does."""
@@ -167,12 +164,8 @@ class CausalVideoPipeline:
         return None if self.parallel.rank else np.concatenate([part for part in made if part is not None])
 
     def _run(self, embeds: Tensor, frames: int, seed: int) -> Iterator[VideoChunk]:
-        config, step = self.model.config, self.recipe.stream.chunk_frames
-        latent_frames = 1 + -(-(frames - 1) // TEMPORAL_STRIDE)
-        if not self.recipe.stream.independent_first_frame:
-            latent_frames = -(-latent_frames // step) * step
-        shape = (1, config.in_channels, self.grid.latent_height, self.grid.latent_width)
-        opening = chart(*shape[:3]) if self.recipe.chart else None
+        shape = (1, self.model.config.in_channels, self.grid.latent_height, self.grid.latent_width)
+        opening = self.text.opening(*shape[1:])
         given = 0 if opening is None else opening.shape[1]
         decoder = WanDecoderStream(self.codec)
         chunks = sample_chunks(
@@ -180,7 +173,7 @@ class CausalVideoPipeline:
             embeds,
             seeded_noise(seed, shape),
             self.grid,
-            latent_frames,
+            self._latent_frames(frames, given),
             stream=self.recipe.stream,
             sampler=self.recipe.sampler,
             parallel=self.parallel,
@@ -188,12 +181,24 @@ class CausalVideoPipeline:
         )
         done, clock = 0, time.perf_counter()
         for index, part in enumerate(chunks):
-            ready = TEMPORAL_STRIDE * (part.chunk.stop - given - 1) + 1
-            count = min(ready, frames) - done
-            pixels = to_uint8(decoder.decode(part.latents))[0, :count] if self.parallel.rank == 0 else None
+            count = min(self._pixel_frames(part.chunk.stop - given), frames) - done
+            pixels = None
+            if self.parallel.rank == 0:
+                pixels = to_uint8(decoder.decode(part.latents.to(self.codec.dtype)))[0, :count]
             now = time.perf_counter()
             yield VideoChunk(index, done, pixels, now - clock)
             done, clock = done + count, time.perf_counter()
+
+    def _pixel_frames(self, latent_frames: int) -> int:
+        return 1 + self.codec.config.scale_factor_temporal * (latent_frames - 1)
+
+    def _latent_frames(self, frames: int, given: int) -> int:
+        """The latent frames of as many whole chunks as `frames` pixel frames need."""
+        stream = self.recipe.stream
+        endless = split_into_chunks(
+            None, stream.chunk_frames, independent_first_frame=stream.independent_first_frame, start=given
+        )
+        return next(c.stop - given for c in endless if self._pixel_frames(c.stop - given) >= frames)
 
 
 def to_uint8(pixels_BT3HW: Tensor) -> np.ndarray:

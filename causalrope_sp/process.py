@@ -32,6 +32,8 @@ class CommandLine(click.Group):
     def _status(self, *args: Any, **kwargs: Any) -> int:
         try:
             return super().main(*args, **kwargs) or 0
+        except (KeyboardInterrupt, click.Abort):
+            return 130
         except click.ClickException as error:
             hint = ""
             if isinstance(error, click.UsageError) and error.ctx is not None:
@@ -69,7 +71,7 @@ def run(cli: click.Group) -> None:
 
 
 def in_background(iterate: Callable[[], Iterator[T]]) -> Iterator[T]:
-    """Runs an iterator in a thread of its own, at most two items ahead.
+    """Runs an iterator in a thread of its own, a few items ahead.
 
     Signals reach Python in the main thread, and only between two of its steps. A main thread that waits here,
     instead of inside a collective whose other ranks are gone, can finish the video at once.
@@ -139,7 +141,8 @@ def _say_wrong_input(message: str) -> None:
 
 
 def rank() -> int:
-    return int(os.environ.get("RANK", "0"))
+    """This process's rank by torchrun's environment; 0 without torchrun."""
+    return int(os.environ.get("RANK", "0")) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else 0
 
 
 def shares_rank_0_disk() -> bool:

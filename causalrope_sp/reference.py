@@ -66,8 +66,8 @@ def block_causal_velocity(
     compute = torch.float64 if model.dtype == torch.float64 else torch.float32
     tables = RotaryTables(model.config.head_dim, model.config.theta, Shard(grid), model.device, compute)
     step = ForwardPass(
-        chunks=(Chunk(0, 0, frames), Chunk(1, frames, frames)),
-        timesteps_F=torch.tensor([0.0] * frames + [timestep] * frames, device=model.device),
+        timesteps_F=torch.tensor([0.0] * frames + [timestep] * frames, dtype=torch.float32, device=model.device),
+        predicted_frames=frames,
         rotation=tables.rotation(2 * list(range(frames))),
         text=model.encode_text(embeds),
         attend=attend,

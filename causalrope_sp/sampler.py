@@ -69,10 +69,8 @@ def sample_chunks(
     """
     parallel = parallel or SequenceParallel.single()
     _check(model, embeds, grid, frames, stream, initial_latents)
-    past = embeds.new_empty(0, 0) if initial_latents is None else initial_latents
-    given = past.shape[1]
-    window = SlidingWindow(stream.window or given + (frames or 0), stream.sink)
-    state = CausalStream(model, embeds, grid, window, parallel)
+    given = 0 if initial_latents is None else initial_latents.shape[1]
+    state = CausalStream(model, embeds, grid, _window(stream, frames, given), parallel)
     shard = parallel.shard(grid)
     solve, levels = SOLVERS[sampler.solver], sigmas(sampler)
     precise = torch.float64 if model.dtype == torch.float64 else torch.float32
@@ -81,13 +79,18 @@ def sample_chunks(
         return grid.patchify(latents)[:, :, shard.start : shard.stop].to(model.device, precise)
 
     def draw(chunk: Chunk, step: int) -> Tensor:
-        return mine(noise(chunk, step))
+        fresh = noise(chunk, step)
+        expected = (len(embeds), chunk.frames, model.config.in_channels, grid.latent_height, grid.latent_width)
+        if fresh.shape != expected:
+            raise ConfigError(f"the noise of chunk {chunk.index} has shape {tuple(fresh.shape)}, expected {expected}")
+        return mine(fresh)
 
     finished: Part | None = None
-    for chunk in _chunks(given, stream):
-        if finished is not None:
-            state.commit(finished)
-        finished = Part(chunk, mine(past[:, chunk.start : chunk.stop]), 0.0)
+    if initial_latents is not None:
+        for chunk in _chunks(given, stream):
+            if finished is not None:
+                state.commit(finished)
+            finished = Part(chunk, mine(initial_latents[:, chunk.start : chunk.stop]), 0.0)
 
     first = finished.chunk.index + 1 if finished else 0
     for chunk in _chunks(frames, stream, index=first, start=given):
@@ -108,6 +111,15 @@ def _chunks(frames: int | None, stream: StreamConfig, index: int = 0, start: int
     return split_into_chunks(
         frames, stream.chunk_frames, independent_first_frame=stream.independent_first_frame, index=index, start=start
     )
+
+
+def _window(stream: StreamConfig, frames: int | None, given: int) -> SlidingWindow:
+    """The stream's window, or one that holds the whole video where that is shorter and nothing is ever evicted."""
+    total = None if frames is None else given + frames
+    if total is not None and (stream.window is None or stream.window >= total):
+        return SlidingWindow(total)
+    assert stream.window is not None, "checked: an endless video has a window"
+    return SlidingWindow(stream.window, stream.sink)
 
 
 def _check(

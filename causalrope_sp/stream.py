@@ -53,6 +53,7 @@ class CausalStream:
         compute = torch.float64 if model.dtype == torch.float64 else torch.float32
         self._rope = RotaryTables(config.head_dim, config.theta, self._strategy.shard, model.device, compute)
         self._rotation: tuple[list[int], Rotation] | None = None
+        self._broken = False
         self.cache = KVCache(
             config.num_layers,
             len(embeds_BLE),
@@ -92,16 +93,27 @@ class CausalStream:
             self.cache.open(chunk)
 
     def _forward(self, parts: list[Part]) -> Tensor:
+        if self._broken:
+            raise RuntimeError("a forward of this stream was cut short, its cache is half written: start a new stream")
         model, chunks = self._model, tuple(part.chunk for part in parts)
         frames = [frame for chunk in chunks for frame in range(chunk.start, chunk.stop)]
-        timesteps = torch.tensor([part.timestep for part in parts for _ in range(part.chunk.frames)])
+        timesteps = [part.timestep for part in parts for _ in range(part.chunk.frames)]
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return self._strategy.attend(q, k, v, self.cache.layer(layer), chunks)
 
-        step = ForwardPass(chunks, timesteps.double().to(model.device), self._rotate(frames), self._text, attend)
+        step = ForwardPass(
+            # in float32, as Self-Forcing's schedule holds them: at 833.33 the difference shows as 1e-6 in the latents
+            timesteps_F=torch.tensor(timesteps, dtype=torch.float32, device=model.device),
+            predicted_frames=chunks[-1].frames,
+            rotation=self._rotate(frames),
+            text=self._text,
+            attend=attend,
+        )
         tokens = torch.cat([part.tokens_BFSE for part in parts], 1)
+        self._broken = True
         velocity = model(tokens.flatten(1, 2).to(model.dtype), step)
+        self._broken = False
         last = parts[-1].tokens_BFSE
         return velocity.view(last.shape).to(last.dtype)
 

@@ -39,7 +39,7 @@ class SlidingWindow:
             ConfigError: a chunk larger than the ring, which would overwrite itself.
         """
         ring = self.frames - self.sink
-        if chunk.stop > self.sink and chunk.stop - max(chunk.start, self.sink) > ring:
+        if chunk.stop - max(chunk.start, self.sink) > ring:
             raise ConfigError(
                 f"window {self.frames} is smaller than chunk + sink = {chunk.frames} + {self.sink} latent frames"
             )

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from causalrope_sp.config import DiTConfig
 from causalrope_sp.errors import CheckpointError
-from causalrope_sp.grid import Chunk, LatentGrid, Shard
+from causalrope_sp.grid import LatentGrid, Shard
 from causalrope_sp.model import CausalDiT, ForwardPass
 from causalrope_sp.rope import RotaryTables
 from causalrope_sp.weights import inspect_checkpoint, load, load_model, save_model
@@ -106,8 +106,8 @@ def run(model: CausalDiT, latents_1CFHW: Tensor, timesteps_F: Tensor, text_1LE: 
     grid = LatentGrid.from_latent(*latents.shape[-2:])
     tables = RotaryTables(model.config.head_dim, model.config.theta, Shard(grid), model.device, model.dtype)
     step = ForwardPass(
-        chunks=(Chunk(0, 0, frames),),
         timesteps_F=timesteps_F,
+        predicted_frames=frames,
         rotation=tables.rotation(range(frames)),
         text=model.encode_text(text_1LE),
         attend=lambda layer, q, k, v: attention(q, k, v),

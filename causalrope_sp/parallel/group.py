@@ -16,7 +16,8 @@ from causalrope_sp.parallel.gather_kv import GatherKV
 from causalrope_sp.parallel.strategy import Strategy
 from causalrope_sp.parallel.ulysses import Ulysses
 
-STRATEGIES = ("ulysses", "gather-kv")
+_STRATEGIES = {Ulysses.name: Ulysses, GatherKV.name: GatherKV}
+STRATEGIES = tuple(_STRATEGIES)
 
 
 class SequenceParallel:
@@ -36,8 +37,7 @@ class SequenceParallel:
     def __init__(
         self, group: dist.ProcessGroup | None, strategy: str = "auto", device: torch.device | str = "cpu"
     ) -> None:
-        if strategy not in ("auto", *STRATEGIES):
-            raise ConfigError(f"unknown strategy {strategy!r}; there are: auto, {', '.join(STRATEGIES)}")
+        _check_name(strategy)
         self._group, self._requested = group, strategy
         self.device = torch.device(device)
         self.rank = 0 if group is None else group.rank()
@@ -58,17 +58,18 @@ class SequenceParallel:
         Raises:
             ConfigError: an unknown strategy, or fewer GPUs on this machine than ranks.
         """
+        _check_name(strategy)
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return cls.single(strategy, device)
-        on_cuda = torch.cuda.is_available() if device is None else torch.device(device).type == "cuda"
-        if on_cuda and device is None:
-            local = int(os.environ["LOCAL_RANK"])
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if place.type == "cuda":
+            local = int(os.environ["LOCAL_RANK"]) if place.index is None else place.index
             if local >= torch.cuda.device_count():
                 raise ConfigError(f"local rank {local} has no GPU: this machine has {torch.cuda.device_count()}")
-            device = torch.device("cuda", local)
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if on_cuda else "gloo", timeout=timedelta(seconds=timeout_s))
-        parallel = cls(dist.group.WORLD, strategy, device or "cpu")
+            place = torch.device("cuda", local)
+            torch.cuda.set_device(place)
+        dist.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout_s))
+        parallel = cls(dist.group.WORLD, strategy, place)
         parallel._owns_group = True
         return parallel
 
@@ -87,10 +88,9 @@ class SequenceParallel:
             ConfigError: more ranks than tokens in a frame, or a strategy that these heads cannot be split for.
         """
         shard = self.shard(grid)
-        if self._group is None:
+        if self._group is None or self.size == 1:
             return Strategy(shard, heads)
-        chosen = Ulysses if self.strategy_name(heads) == Ulysses.name else GatherKV
-        return chosen(shard, heads, self._group)
+        return _STRATEGIES[self.strategy_name(heads)](shard, heads, self._group)
 
     def shard(self, grid: LatentGrid) -> Shard:
         """The tokens of every frame that this rank owns."""
@@ -106,3 +106,8 @@ class SequenceParallel:
         """Ends the process group if `from_env` made it."""
         if self._owns_group and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _check_name(strategy: str) -> None:
+    if strategy not in ("auto", *STRATEGIES):
+        raise ConfigError(f"unknown strategy {strategy!r}; there are: auto, {', '.join(STRATEGIES)}")

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 
-def chart(batch: int, channels: int, size: int) -> Tensor:
-    """(batch, 1, channels, size, size), of about unit size: y and x as ramps, then as sines and cosines of growing
-    frequency, in turn, as far as the channels go."""
-    axis = (torch.arange(size) + 0.5) / size
-    y, x = torch.meshgrid(axis, axis, indexing="ij")
+def chart(batch: int, channels: int, height: int, width: int) -> Tensor:
+    """(batch, 1, channels, height, width), of about unit size.
+
+    y and x as ramps, then as sines and cosines of growing frequency, in turn, as far as the channels go.
+    """
+    y, x = torch.meshgrid(*((torch.arange(n) + 0.5) / n for n in (height, width)), indexing="ij")
     waves = [3**0.5 * (2 * y - 1), 3**0.5 * (2 * x - 1)]
     for wave in range(-(-channels // 4)):
         for phase in (0, 0.25):

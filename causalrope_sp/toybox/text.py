@@ -11,7 +11,10 @@ import math
 import torch
 from torch import Tensor
 
-from causalrope_sp.toybox.prompts import BACKGROUNDS, COLORS, MOTIONS, SHAPES, SIZES, SceneSpec
+from causalrope_sp.noise import keyed_generator
+from causalrope_sp.toybox.chart import chart
+from causalrope_sp.toybox.prompts import BACKGROUNDS, COLORS, MOTIONS, SHAPES, SIZES, SceneSpec, parse_prompt
+from causalrope_sp.toybox.scenes import PLACE_VARIABLES
 
 _WORDS = [*("first object", "second object", "background"), *SIZES, *COLORS, *SHAPES, *MOTIONS, *BACKGROUNDS]
 _PLACE = {word: place for place, word in enumerate(_WORDS)}
@@ -19,6 +22,23 @@ _NUMBERS = 3  # an object's share of `scenes.PLACE_VARIABLES`
 
 TEXT_DIM = len(_WORDS) + 3 * _NUMBERS
 TEXT_LEN = 3
+
+
+class ToyboxText:
+    """What a pipeline asks of a text encoder: embeddings of a prompt, and the frames that a stream opens with."""
+
+    def encode(self, prompt: str, seed: int) -> Tensor:
+        """(1, L, E). What the prompt leaves open is drawn from the seed.
+
+        Raises:
+            PromptError: the prompt is outside the grammar.
+        """
+        places = torch.rand(PLACE_VARIABLES, generator=keyed_generator(seed))
+        return encode_scene(parse_prompt(prompt), places).unsqueeze(0)
+
+    def opening(self, channels: int, height: int, width: int) -> Tensor:
+        """The given latent frames of every stream, (1, 1, channels, height, width): the chart."""
+        return chart(1, channels, height, width)
 
 
 def encode_scene(spec: SceneSpec, places_6: Tensor) -> Tensor:

@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import causalrope_sp.model
+from causalrope_kernels import attention
 from causalrope_sp.config import DiTConfig, SamplerConfig, StreamConfig
-from causalrope_sp.grid import Chunk, LatentGrid, Shard
+from causalrope_sp.grid import LatentGrid, Shard
 from causalrope_sp.model import ForwardPass
 from causalrope_sp.rope import RotaryTables
 from causalrope_sp.toybox.chart import chart
@@ -28,8 +29,11 @@ TIMES = torch.tensor(SAMPLER.steps) / 1000
 
 @dataclass
 class Batch:
-    """What one step learns from: after the chart, clean history (B, F, C, X, X) from stream frame `past` on, and the
-    chunks to predict (B, N·CHUNK, C, X, X), chunk n at place `numbers[n]` counted from the history's first frame."""
+    """What one step learns from.
+
+    Clean history (B, F, C, X, X), after the chart if the stream's opening is in sight, and the chunks to predict,
+    (B, N·CHUNK, C, X, X), chunk n at place `numbers[n]` counted from the history's first frame.
+    """
 
     history: Tensor
     target: Tensor
@@ -39,20 +43,12 @@ class Batch:
     opening: bool = True  # False: the stream's start, and so its chart, is out of sight
 
 
-def attention(q_BTHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor) -> Tensor:
-    """Plain attention: for these short sequences its backward is three times as fast on a CPU as the fused one."""
-    q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BLHD, v_BLHD))
-    weights = torch.softmax((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2), -1)
-    return (weights.to(v.dtype) @ v).transpose(1, 2)
-
-
 class TeacherForcing:
     """The forward of training: clean history and noisy chunks in one sequence, each seeing what it will in a stream."""
 
     def __init__(self, grid: LatentGrid, device: torch.device) -> None:
         self.grid, self.device = grid, device
         self._rope = RotaryTables(CONFIG.head_dim, CONFIG.theta, Shard(grid), device, torch.float32)
-        causalrope_sp.model.attention = attention  # cross-attention trains on it too
 
     def errors(self, model: nn.Module, batch: Batch, generator: torch.Generator, *, own_guess: bool = False) -> Tensor:
         """The squared error of the velocity that leads to the target, (B, N), from fresh noise on the target or, with
@@ -77,7 +73,7 @@ class TeacherForcing:
     def _velocity(self, model: nn.Module, batch: Batch, noisy: Tensor) -> Tensor:
         history = batch.history
         if batch.opening:
-            history = torch.cat([chart(len(history), *history.shape[2:4]), history], 1)
+            history = torch.cat([chart(len(history), *history.shape[2:]), history], 1)
         past, opening = history.shape[1], int(batch.opening)
         starts = [opening + CHUNK * number for number in batch.numbers]
         tokens = torch.cat([self.grid.patchify(x.to(self.device)) for x in (history, noisy)], 1)
@@ -88,13 +84,14 @@ class TeacherForcing:
             return self._attend(q, k, v, past, opening, starts)
 
         step = ForwardPass(
-            chunks=(Chunk(0, 0, past), Chunk(1, past, noisy.shape[1])),
             timesteps_F=timesteps.to(self.device),
+            predicted_frames=noisy.shape[1],
             rotation=self._rope.rotation([*range(past), *(start + f for start in starts for f in range(CHUNK))]),
             text=model.encode_text(batch.embeds),
             attend=attend,
         )
-        with torch.autocast(self.device.type, torch.bfloat16):
+        with torch.autocast(self.device.type, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+            # the backward of the fused kernels is three times slower on a CPU for sequences as short as these
             velocity = model(tokens.flatten(1, 2), step)
         return self.grid.unpatchify(velocity.float().unflatten(1, (noisy.shape[1], -1)))
 

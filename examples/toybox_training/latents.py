@@ -37,7 +37,7 @@ def encode_scenes(codec: AutoencoderKLWan, path: Path, videos: int, frames: int,
         device = next(codec.parameters()).device
         parts: list[tuple[Tensor, Tensor]] = []
         for batch in range(-(-videos // BATCH)):
-            shard, within = divmod(batch, 16)
+            shard, within = divmod(batch, 16)  # the seeds that the shipped weights were trained on
             generator = torch.Generator().manual_seed(seed + 100 * shard + within)
             scenes = [random_scene(generator) for _ in range(BATCH)]
             places = torch.rand(BATCH, PLACE_VARIABLES, generator=generator)
@@ -48,7 +48,9 @@ def encode_scenes(codec: AutoencoderKLWan, path: Path, videos: int, frames: int,
             )
             print(f"encoded {len(parts) * BATCH} of {videos} videos", end="\r", flush=True)
         latents, embeds = (torch.cat(column) for column in zip(*parts, strict=True))
-        torch.save({"latents": latents, "embeds": embeds}, path)
+        partial = path.with_suffix(".partial")
+        torch.save({"latents": latents, "embeds": embeds}, partial)
+        partial.replace(path)
     return Latents(**torch.load(path, weights_only=True))
 
 

@@ -155,7 +155,7 @@ def _roll_out(
             long.latents.shape[1],
             stream=STREAM,
             sampler=SAMPLER,
-            initial_latents=chart(count, *long.latents.shape[2:4]),
+            initial_latents=chart(count, *long.latents.shape[2:]),
         )
         made = torch.cat([chunk.latents for chunk in chunks], 1).float().cpu().clone()
     return list(zip(pick.tolist(), made, strict=True))

@@ -42,15 +42,17 @@ def qk_norm_rotate(
 
 def modulate(x_BTD: Tensor, shift_FD: Tensor, scale_FD: Tensor, eps: float) -> Tensor:
     """LayerNorm without weights, then x·(1 + scale) + shift with the shift and scale of the token's frame."""
-    x = functional.layer_norm(x_BTD.to(_compute_dtype(x_BTD)), x_BTD.shape[-1:], eps=eps)
-    x = x.unflatten(1, (scale_FD.shape[-2], -1))
-    return torch.addcmul(shift_FD.unsqueeze(-2), x, 1 + scale_FD.unsqueeze(-2)).flatten(1, 2).to(x_BTD.dtype)
+    dtype = _compute_dtype(x_BTD)
+    shift, scale = (m.to(dtype).unsqueeze(-2) for m in (shift_FD, scale_FD))
+    x = functional.layer_norm(x_BTD.to(dtype), x_BTD.shape[-1:], eps=eps).unflatten(1, (scale.shape[-3], -1))
+    return torch.addcmul(shift, x, 1 + scale).flatten(1, 2).to(x_BTD.dtype)
 
 
 def gate_add(x_BTD: Tensor, y_BTD: Tensor, gate_FD: Tensor) -> Tensor:
     """The residual x + y·gate with the gate of the token's frame."""
-    y = y_BTD.unflatten(1, (gate_FD.shape[-2], -1)) * gate_FD.unsqueeze(-2)
-    return (x_BTD + y.flatten(1, 2)).to(x_BTD.dtype)
+    x, y, gate = (t.to(_compute_dtype(x_BTD)) for t in (x_BTD, y_BTD, gate_FD))
+    y = y.unflatten(1, (gate.shape[-2], -1)) * gate.unsqueeze(-2)
+    return (x + y.flatten(1, 2)).to(x_BTD.dtype)
 
 
 def attention(q_BTHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor) -> Tensor:
@@ -73,9 +75,12 @@ def attention_lse(q_BTHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor) -> tuple[Tenso
 
 
 def merge(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Attention over the union of disjoint key sets, from the attention over each: n-way, by log-sum-exp."""
+    """Attention over the union of disjoint key sets, from the attention over each: n-way, by log-sum-exp.
+
+    Parts without any key (lse -inf) weigh nothing; if no part has one, the result is zeros and -inf.
+    """
     lse_NBTH = torch.stack(tuple(lses))
     lse = lse_NBTH.logsumexp(0)
-    weights = torch.exp(lse_NBTH - lse).unsqueeze(-1)
+    weights = torch.exp(lse_NBTH - lse.masked_fill(lse == -torch.inf, 0.0)).unsqueeze(-1)
     merged = (torch.stack(tuple(outputs)).to(weights.dtype) * weights).sum(0)
     return merged.to(outputs[0].dtype), lse
