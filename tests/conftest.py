@@ -5,6 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
+
+settings.register_profile("shared machine", deadline=None)  # how long an example takes is not what is tested
+settings.load_profile("shared machine")
 
 ROOT = Path(__file__).parent.parent
 

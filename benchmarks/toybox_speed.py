@@ -1,0 +1,68 @@
+"""How fast toybox is on this machine: sustained frames a second with decoding, the first frames, a cold process.
+
+    python benchmarks/toybox_speed.py
+
+Gate: the video must be the same twice, and the same as the first frames of a longer one. Then times; JSON last.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+
+from causalrope_sp import CausalVideoPipeline
+
+PROMPT = "a red circle bounces and a blue square slides right"
+GOALS = {"fps": 24.0, "first_frame_s": 0.7, "cold_process_s": 15.0}
+
+
+@click.command()
+@click.option("--model", default="toybox", show_default=True)
+@click.option("--frames", default=241, show_default=True)
+@click.option("--runs", default=3, show_default=True)
+def main(model: str, frames: int, runs: int) -> None:
+    pipe = CausalVideoPipeline.from_pretrained(model)
+    short, again, longer = (np.asarray(pipe(PROMPT, frames=count)) for count in (20, 20, 41))
+    assert np.array_equal(short, again), "the same seed gave another video"
+    assert np.array_equal(short, longer[:20]), "a longer video begins otherwise"
+
+    first, rate = [], []
+    for _ in range(runs):
+        started = time.perf_counter()
+        for chunk in pipe.stream(PROMPT, frames=frames):
+            if chunk.index == 0:
+                first.append(time.perf_counter() - started)
+        rate.append(frames / (time.perf_counter() - started))
+    cold = []
+    for _ in range(runs):
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, "-m", "causalrope_sp", "generate", PROMPT, "--model", model]
+            started = time.perf_counter()
+            subprocess.run([*command, "--out", str(Path(folder) / "video.mp4")], check=True, capture_output=True)
+            cold.append(time.perf_counter() - started)
+
+    result = {
+        "fps": round(statistics.median(rate), 1),
+        "first_frame_s": round(statistics.median(first), 3),
+        "cold_process_s": round(statistics.median(cold), 2),
+        "frames": frames,
+        "threads": torch.get_num_threads(),
+        "processor": platform.processor() or platform.machine(),
+    }
+    for name, goal in GOALS.items():
+        print(f"{name:>16} {result[name]:>8}  (goal {'at least' if name == 'fps' else 'at most'} {goal})")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
