@@ -28,8 +28,15 @@ if TYPE_CHECKING:
 
 # suffix -> container, codec, pixel format, codec options, container options
 _FORMATS: dict[str, tuple[str, str, str, dict[str, str], dict[str, str]]] = {
-    # crf 14: flat colours come back within a few steps of 255; the index goes first so that a browser can start at once
-    ".mp4": ("mp4", "libx264", "yuv420p", {"crf": "14", "preset": "fast"}, {"movflags": "+faststart"}),
+    # crf 14: flat colours come back within a few steps of 255; the index goes first, so that a browser starts at once;
+    # packets go to the disk as they come, so that a full disk is noticed at once
+    ".mp4": (
+        "mp4",
+        "libx264",
+        "yuv420p",
+        {"crf": "14", "preset": "fast"},
+        {"movflags": "+faststart", "flush_packets": "1"},
+    ),
     ".gif": ("gif", "gif", "pal8", {}, {"loop": "0"}),
     ".webp": ("webp", "libwebp_anim", "bgra", {"quality": "90"}, {"loop": "0"}),
 }

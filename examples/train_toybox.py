@@ -30,7 +30,7 @@ SCENE_SEED, LONG_SCENE_SEED = 30_000_000, 40_000_000
 @click.option("--size", default=64, show_default=True, help="Height and width of the picture in pixels.")
 @click.option("--codec-steps", default=3600, show_default=True)
 @click.option("--codec-stop", default=1500, show_default=True, help="The step of the schedule to stop at.")
-@click.option("--teacher-steps", default=4000, show_default=True)
+@click.option("--teacher-steps", default=3500, show_default=True)
 @click.option("--student-steps", default=1500, show_default=True)
 @click.option("--videos", default=3328, show_default=True, help="Scenes of 57 frames that are encoded.")
 @click.option("--long-videos", default=512, show_default=True, help="Scenes of 129 frames for the student.")
@@ -60,7 +60,7 @@ def main(
     short, long = normalised(short, mean, std), normalised(long, mean, std)
     teacher = train_teacher(out / "teacher.pt", short, forcing, teacher_steps, 3e-3)
     save_model(teacher.to(torch.bfloat16), weights / "toybox-flow.safetensors")
-    student = train_student(out / "student.pt", teacher.float(), short, long, forcing, student_steps, 1e-3)
+    student = train_student(out / "student.pt", teacher.float(), short, long, forcing, student_steps, 1.2e-3)
     save_model(student.to(torch.bfloat16), weights / "toybox.safetensors")
     plot(out)
 

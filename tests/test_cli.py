@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -7,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from causalrope_sp.process import in_background
 MODEL = "toybox"
 PROMPT = "a red circle slides right"
 ROOT = Path(__file__).parents[1]
+StartEndless = Callable[..., subprocess.Popen[str]]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 KEYS = ["frames", "height", "width", "fps_generated", "first_frame_s", "seconds", "ranks", "strategy", "out", "chunks"]
 
@@ -40,13 +42,30 @@ def torchrun(*words: object) -> Any:
     return run(*words, command=(*TORCHRUN, "-m", "causalrope_sp"))
 
 
-def start_endless(out: Path, command: list[str], prompt: str = PROMPT) -> subprocess.Popen[str]:
-    """A run that would take hours; returns when its first frames are on the disk."""
+@pytest.fixture
+def start_endless() -> Iterator[StartEndless]:
+    """Starts a run that would take hours and returns when its first frames are on the disk; ends what is left of it."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(out: Path, command: list[str], prompt: str = PROMPT) -> subprocess.Popen[str]:
+        return _start_endless(out, command, prompt, started)
+
+    yield start
+    for process in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _start_endless(
+    out: Path, command: list[str], prompt: str, started: list[subprocess.Popen[str]]
+) -> subprocess.Popen[str]:
     line = [*command, "-m", "causalrope_sp", "generate", prompt, "--frames", "100000", "--window", "9"]
     line += ["--model", MODEL, "--out", str(out)]
     process = subprocess.Popen(
         line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True
     )
+    started.append(process)
     deadline = time.monotonic() + 120
     while not any(part.stat().st_size > 1000 for part in out.parent.glob(".*.part")):
         assert process.poll() is None, process.communicate()
@@ -156,7 +175,7 @@ def test_a_process_is_silent_on_stderr_where_there_is_no_terminal(tmp_path: Path
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_keeps_the_frames_so_far(number: signal.Signals, tmp_path: Path) -> None:
+def test_a_signal_keeps_the_frames_so_far(number: signal.Signals, tmp_path: Path, start_endless: StartEndless) -> None:
     out = tmp_path / "a.mp4"
     process = start_endless(out, [sys.executable])
     process.send_signal(number)
@@ -208,7 +227,7 @@ def test_under_torchrun_only_rank_0_speaks_of_wrong_input(tmp_path: Path) -> Non
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="finds the ranks' processes in /proc")
-def test_a_rank_that_dies_ends_the_other(tmp_path: Path) -> None:
+def test_a_rank_that_dies_ends_the_other(tmp_path: Path, start_endless: StartEndless) -> None:
     out = tmp_path / "a.mp4"
     process = start_endless(out, TORCHRUN)
     ranks = ranks_of(process.pid)
@@ -223,7 +242,7 @@ def test_a_rank_that_dies_ends_the_other(tmp_path: Path) -> None:
     assert frames_in(out) > 0
 
 
-def test_an_interrupted_torchrun_keeps_the_frames_so_far(tmp_path: Path) -> None:
+def test_an_interrupted_torchrun_keeps_the_frames_so_far(tmp_path: Path, start_endless: StartEndless) -> None:
     process = start_endless(tmp_path / "a.mp4", TORCHRUN)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does it: the launcher and every rank
     process.communicate(timeout=30)

@@ -17,18 +17,20 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 
 
-@pytest.fixture(scope="module")
-def codec() -> AutoencoderKLWan:
+@pytest.fixture(scope="module", params=[False, True], ids=["plain", "residual"])
+def codec(request: pytest.FixtureRequest) -> AutoencoderKLWan:
+    """Wan 2.1's blocks, and those with shortcuts, which need to know a video's first frame."""
     torch.manual_seed(0)
     vae = AutoencoderKLWan(
         base_dim=4,
         z_dim=CHANNELS,
-        dim_mult=[1, 2, 4],
+        dim_mult=[1, 2, 2],
         num_res_blocks=1,
         temperal_downsample=[True, True],
         in_channels=12,
         out_channels=12,
         patch_size=2,
+        is_residual=request.param,
         latents_mean=[0.5, -1.0, 0.25, 2.0],
         latents_std=[1.5, 0.5, 2.0, 0.75],
     )

@@ -52,17 +52,19 @@ class TeacherForcing:
 
     def errors(self, model: nn.Module, batch: Batch, generator: torch.Generator, *, own_guess: bool = False) -> Tensor:
         """The squared error of the velocity that leads to the target, (B, N), from fresh noise on the target or, with
-        `own_guess`, half of the time on what the model itself makes of pure noise, as its sampler meets it."""
+        `own_guess`, half of the time on what the model itself makes of pure noise, as its sampler meets it. There the
+        error is taken of the clean latent, since no velocity at little noise can undo a wrong guess."""
         noise = torch.randn(batch.target.shape, generator=generator)
-        source = batch.target
+        source, weight_BN = batch.target, torch.ones_like(batch.times_BN)
         if own_guess:
             half = torch.rand(batch.times_BN.shape, generator=generator) < 0.5
             source = torch.where(_by_frame(half), self._guess(model, batch, generator), source)
+            weight_BN = torch.where(half, batch.times_BN**2, weight_BN)
         level = _by_frame(batch.times_BN)
         noisy = (1 - level) * source + level * noise
         velocity = self._velocity(model, batch, noisy)
         error = (velocity - ((noisy - batch.target) / level).to(self.device)).square().mean((2, 3, 4))
-        return error.unflatten(1, (len(batch.numbers), CHUNK)).mean(2)
+        return error.unflatten(1, (len(batch.numbers), CHUNK)).mean(2) * weight_BN.to(self.device)
 
     @torch.no_grad()
     def _guess(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:

@@ -20,7 +20,7 @@ from .training import Training
 TEACHER_SEED, STUDENT_SEED = 20_000_000, 50_000_000
 FIRST_BATCH = 24  # videos a step of which the first chunk is learned, and
 LATER_BATCH = 4  # of which later chunks are
-POOL = 144  # self-made videos that a student learns from at a time
+POOL = 160  # self-made videos that a student learns from at a time; made anew when a run is resumed
 
 
 def train_teacher(path: Path, data: Latents, forcing: TeacherForcing, steps: int, lr: float) -> CausalDiT:
@@ -48,8 +48,8 @@ def train_student(
     pool: list[tuple[int, Tensor]] = []
     while training.step < steps:
         generator = torch.Generator().manual_seed(STUDENT_SEED + training.step)
-        if training.step % 4 == 0 or not pool:
-            pool = (pool + _roll_out(training.ema, long, forcing, 12, generator))[-POOL:]
+        if training.step % 12 == 0 or not pool:
+            pool = (pool + _roll_out(training.ema, long, forcing, 20, generator))[-POOL:]
         if training.step % 2 == 0:
             first = _at_student_times(_teacher_batch(data, [0], FIRST_BATCH, generator, drop=0.0), generator)
         else:
