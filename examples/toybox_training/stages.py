@@ -44,7 +44,7 @@ def train_student(
 ) -> CausalDiT:
     """The sampler's own four times, on histories that the student made itself."""
     torch.manual_seed(0)
-    training = _training(teacher, path, lr, average=0.995)
+    training = _training(teacher.requires_grad_(True), path, lr, average=0.995)
     pool: list[tuple[int, Tensor]] = []
     while training.step < steps:
         generator = torch.Generator().manual_seed(STUDENT_SEED + training.step)

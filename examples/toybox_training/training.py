@@ -102,6 +102,8 @@ class Training:
             self.save()
 
     def save(self) -> None:
+        if self._log:
+            self._write_log()
         state: dict[str, Any] = {
             "step": self.step,
             "model": self.model.state_dict(),
