@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from causalrope_sp.cases import KNOWN_KINDS, Case, case_files, load_case, self_check_cases
@@ -16,6 +16,9 @@ from causalrope_sp.grid import split_into_chunks
 from causalrope_sp.parallel import STRATEGIES, SequenceParallel
 from causalrope_sp.parallel.launch import run_ranks
 from causalrope_sp.reference import block_causal_velocity
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 REFERENCE_BOUND = {torch.float64: 1e-6, torch.float32: 1e-4}  # against latents computed elsewhere
 SELF_BOUND = {torch.float64: 1e-10, torch.float32: 1e-5}  # against this library on one process
