@@ -8,6 +8,7 @@ import os
 import pickle
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,6 @@ from causalrope_sp.grid import LatentGrid, Shard
 from causalrope_sp.model import CausalDiT, ForwardPass
 from causalrope_sp.rope import RotaryTables
 from causalrope_sp.weights import inspect_checkpoint, load, load_model, save_model
-from causalrope_sp.weights.layout import parameter_shapes
 
 CONFIG = DiTConfig(dim=36, ffn_dim=40, num_heads=3, num_layers=2, text_dim=10, freq_dim=8, in_channels=5)
 
@@ -164,10 +164,11 @@ def test_the_model_is_ready_to_run_and_owns_its_memory(tmp_path: Path) -> None:
     assert not model.training
 
 
-def test_shapes_are_those_of_the_model() -> None:
-    with torch.device("meta"):
-        built = CausalDiT(CONFIG).state_dict()
-    assert parameter_shapes(CONFIG) == {name: tuple(parameter.shape) for name, parameter in built.items()}
+def test_a_model_too_large_to_describe_is_one_line(tmp_path: Path) -> None:
+    save_model(CausalDiT(CONFIG), tmp_path / "model.safetensors")
+    too_large = replace(CONFIG, ffn_dim=1 << 62)
+    with pytest.raises(CheckpointError, match="declares a model that cannot be"):
+        inspect_checkpoint(tmp_path / "model.safetensors", config=too_large)
 
 
 def test_dtype_is_kept_converted_or_that_of_most_numbers(tmp_path: Path) -> None:

@@ -55,39 +55,6 @@ class Layout:
         return every
 
 
-def parameter_shapes(config: DiTConfig) -> dict[str, Shape]:
-    """The shape of every parameter of `CausalDiT(config)`, without building it."""
-    dim, ffn = config.dim, config.ffn_dim
-    linears = {
-        "patch_embedding": (dim, config.token_dim),
-        "text_embedding.0": (dim, config.text_dim),
-        "text_embedding.2": (dim, dim),
-        "time_embedding.0": (dim, config.freq_dim),
-        "time_embedding.2": (dim, dim),
-        "time_projection.1": (6 * dim, dim),
-        "head.linear": (config.token_dim, dim),
-    }
-    shapes: dict[str, Shape] = {"head.modulation": (2, dim)}
-    for n in range(config.num_layers):
-        block = f"blocks.{n}."
-        linears |= {
-            block + "self_attn.qkv": (3 * dim, dim),
-            block + "self_attn.out": (dim, dim),
-            block + "cross_attn.q": (dim, dim),
-            block + "cross_attn.kv": (2 * dim, dim),
-            block + "cross_attn.out": (dim, dim),
-            block + "ffn.0": (ffn, dim),
-            block + "ffn.2": (dim, ffn),
-        }
-        shapes[block + "modulation"] = (6, dim)
-        norms = ("self_attn.norm_q", "self_attn.norm_k", "cross_attn.norm_q", "cross_attn.norm_k", "cross_norm")
-        shapes |= {f"{block}{norm}.weight": (dim,) for norm in norms}
-        shapes[block + "cross_norm.bias"] = (dim,)
-    for name, (outputs, inputs) in linears.items():
-        shapes[name + ".weight"], shapes[name + ".bias"] = (outputs, inputs), (outputs,)
-    return shapes
-
-
 def stored_shape(parameter: str, shape: Shape, pieces: int, config: DiTConfig) -> Shape:
     """The shape of each of the stored tensors that make up a parameter of the given shape."""
     if parameter == "patch_embedding.weight":

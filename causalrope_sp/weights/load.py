@@ -9,19 +9,17 @@ from dataclasses import dataclass, field, fields
 from math import prod
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from causalrope_sp.config import DiTConfig
 from causalrope_sp.errors import CheckpointError, ConfigError
+from causalrope_sp.model import CausalDiT
 from causalrope_sp.weights.diffusers import DIFFUSERS
 from causalrope_sp.weights.files import DTYPES, WeightFiles
-from causalrope_sp.weights.layout import Layout, Names, Shape, arrange, parameter_shapes, stored_shape
+from causalrope_sp.weights.layout import Layout, Names, arrange, stored_shape
 from causalrope_sp.weights.wan import WAN
-
-if TYPE_CHECKING:
-    from causalrope_sp.model import CausalDiT
 
 LAYOUTS = (WAN, DIFFUSERS)
 WAN_HEAD_DIM = 128  # every published Wan; what is assumed where a checkpoint does not say
@@ -54,7 +52,7 @@ class _Checkpoint:
     files: WeightFiles
     prefix: str
     names: Names
-    shapes: dict[str, Shape]
+    model: CausalDiT  # on the meta device: shapes, no memory
     report: CheckpointReport
 
 
@@ -81,23 +79,19 @@ def load_model(
     Raises:
         CheckpointError: it cannot be read, is of no known layout, or a key is missing, left over or of a wrong shape.
     """
-    from causalrope_sp.model import CausalDiT
-
     checkpoint = _examine(Path(path), config)
     report = checkpoint.report
     if report.problem:
         raise CheckpointError(f"{report.path} ({report.layout} layout): {report.problem}")
-    with torch.device("meta"):
-        model = CausalDiT(report.config)
     state = {}
-    for parameter, stored in checkpoint.names.items():
+    for parameter, shaped in checkpoint.model.named_parameters():
         # Copied piece by piece into memory of its own: what `read` gives is a view of the file, which may change later.
-        shape = checkpoint.shapes[parameter]
-        state[parameter] = torch.empty(shape, dtype=dtype or report.dtype, device=device)
+        state[parameter] = torch.empty_like(shaped, dtype=dtype or report.dtype, device=device)
+        stored = checkpoint.names[parameter]
         for part, name in zip(state[parameter].chunk(len(stored)), stored, strict=True):
             part.copy_(arrange(parameter, checkpoint.files.read(checkpoint.prefix + name)))
-    model.load_state_dict(state, strict=True, assign=True)
-    return model.eval().requires_grad_(False)
+    checkpoint.model.load_state_dict(state, strict=True, assign=True)
+    return checkpoint.model.eval().requires_grad_(False)
 
 
 def _examine(path: Path, config: DiTConfig | None) -> _Checkpoint:
@@ -105,10 +99,15 @@ def _examine(path: Path, config: DiTConfig | None) -> _Checkpoint:
     layout, prefix = _detect(files)
     config = config or _infer_config(files, layout, prefix)
     names = layout.names(config.num_layers)
-    shapes = parameter_shapes(config)
+    try:
+        with torch.device("meta"):
+            model = CausalDiT(config)
+    except (RuntimeError, TypeError, OverflowError) as error:
+        raise CheckpointError(f"{path}: declares a model that cannot be: {str(error).splitlines()[0]}") from error
     missing, misshapen, seen = [], [], set()
-    for parameter, stored in names.items():
-        expected = stored_shape(parameter, shapes[parameter], len(stored), config)
+    for parameter, shaped in model.named_parameters():
+        stored = names[parameter]
+        expected = stored_shape(parameter, tuple(shaped.shape), len(stored), config)
         for name in (prefix + s for s in stored):
             if name not in files.tensors:
                 missing.append(name)
@@ -132,7 +131,7 @@ def _examine(path: Path, config: DiTConfig | None) -> _Checkpoint:
         unexpected=sorted(files.tensors.keys() - seen),
         misshapen=misshapen,
     )
-    return _Checkpoint(files, prefix, names, shapes, report)
+    return _Checkpoint(files, prefix, names, model, report)
 
 
 def _detect(files: WeightFiles) -> tuple[Layout, str]:
