@@ -19,7 +19,7 @@ import click
 
 from causalrope_sp.errors import CausalRopeError, ConfigError
 from causalrope_sp.process import CommandLine, in_background, rank, run, shares_rank_0_disk
-from causalrope_sp.video import VideoWriter, check_output, open_video
+from causalrope_sp.video import VideoWriter, check_output
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -150,7 +150,7 @@ def _write_video(items: Iterator[Any], out: str, frames: int, silent: bool) -> d
     with contextlib.ExitStack() as stack:
         video, progress = None, None
         if rank() == 0:
-            video = open_video(out, pipe.height, pipe.width, pipe.fps)
+            video = VideoWriter(out, pipe.height, pipe.width, pipe.fps)
             stack.enter_context(_saying_what_was_kept(video, frames))
             stack.enter_context(video)
             progress = stack.enter_context(_progress(silent))

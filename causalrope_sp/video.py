@@ -45,10 +45,14 @@ _BT709 = 1  # the number of BT.709 as matrix, primaries and transfer alike (ITU-
 
 
 class VideoWriter:
-    """Takes frames as they come; the file appears under its name at `close`. Use it in a `with` block.
+    """Takes frames of one size as they come; the file appears under its name at `close`. Use it in a `with` block.
 
-    Leaving the block normally or by KeyboardInterrupt keeps the file (no frames: no file), any other exception
-    removes it. `frames` counts what was written.
+    `path` is a .mp4 (H.264), .gif or .webp file, or a folder of PNGs (a name that ends in /). Leaving the block
+    normally or by KeyboardInterrupt keeps what was written (no frames: no file), any other exception removes it.
+    `frames` counts what was written.
+
+    Raises:
+        OutputError: the kind of file is unknown, the place cannot be written, or the format cannot hold the size.
     """
 
     def __init__(self, path: str | os.PathLike[str], height: int, width: int, fps: float) -> None:
@@ -123,17 +127,8 @@ class VideoWriter:
             raise OutputError(f"cannot write {self.path}: {_reason(error)}") from error
 
 
-def open_video(path: str | os.PathLike[str], height: int, width: int, fps: float) -> VideoWriter:
-    """Opens `path` for frames of one size: .mp4 (H.264), .gif, .webp, or a folder of PNGs (a name that ends in /).
-
-    Raises:
-        OutputError: the kind of file is unknown, the place cannot be written, or the format cannot hold the size.
-    """
-    return VideoWriter(path, height, width, fps)
-
-
 def check_output(path: str | os.PathLike[str], height: int | None = None, width: int | None = None) -> None:
-    """Raises OutputError if `open_video` would: call it before anything slow. The size can be checked when known."""
+    """Raises OutputError if `VideoWriter` would: call it before anything slow. The size can be checked when known."""
     name, target = _name(path), Path(os.path.abspath(path))
     suffix = target.suffix.lower()
     try:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 
 from causalrope_sp import CausalVideoPipeline
-from causalrope_sp.video import open_video
+from causalrope_sp.video import VideoWriter
 
 
 def main(prompt: str = "a red circle slides right", out: str = "generated.mp4", frames: str = "81") -> None:
     pipe = CausalVideoPipeline.from_pretrained("toybox")  # or a folder, or a file
-    with open_video(out, pipe.height, pipe.width, pipe.fps) as video:
+    with VideoWriter(out, pipe.height, pipe.width, pipe.fps) as video:
         for chunk in pipe.stream(prompt, frames=int(frames), seed=0):
             assert chunk.frames is not None  # uint8, T×H×W×3; only ranks above 0 of a parallel run get none
             video.write(chunk.frames)

@@ -9,14 +9,14 @@ import contextlib
 import sys
 
 from causalrope_sp import CausalVideoPipeline, SequenceParallel
-from causalrope_sp.video import open_video
+from causalrope_sp.video import VideoWriter
 
 
 def main(prompt: str = "a blue square bounces", out: str = "streamed.mp4", frames: str = "81") -> None:
     parallel = SequenceParallel.from_env(strategy="auto")
     pipe = CausalVideoPipeline.from_pretrained("toybox", parallel=parallel)
     speaks = parallel.rank == 0
-    with open_video(out, pipe.height, pipe.width, pipe.fps) if speaks else contextlib.nullcontext() as video:
+    with VideoWriter(out, pipe.height, pipe.width, pipe.fps) if speaks else contextlib.nullcontext() as video:
         for chunk in pipe.stream(prompt, frames=int(frames), seed=0):  # every rank takes part in every chunk
             if video is None or chunk.frames is None:
                 continue

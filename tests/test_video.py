@@ -12,7 +12,7 @@ import pytest
 from PIL import Image, ImageSequence
 
 from causalrope_sp.errors import OutputError
-from causalrope_sp.video import VideoWriter, check_output, open_video
+from causalrope_sp.video import VideoWriter, check_output
 
 HEIGHT, WIDTH, FPS = 64, 96, 16.0
 COLORS = [(220, 40, 40), (40, 180, 60), (50, 90, 220), (230, 210, 50), (150, 60, 200), (240, 140, 30)]
@@ -40,7 +40,7 @@ def decoded(path: Path) -> np.ndarray:
 
 
 def write(folder: Path, name: str, video: np.ndarray) -> Path:
-    with open_video(f"{folder}/{name}", HEIGHT, WIDTH, FPS) as writer:
+    with VideoWriter(f"{folder}/{name}", HEIGHT, WIDTH, FPS) as writer:
         writer.write(video[:3])
         writer.write(video[3:3])
         writer.write(video[3:])
@@ -50,14 +50,14 @@ def write(folder: Path, name: str, video: np.ndarray) -> Path:
 
 def stopped_by(error: BaseException, path: str | Path, video: np.ndarray) -> None:
     before = os.listdir(Path(path).parent)
-    with open_video(path, HEIGHT, WIDTH, FPS) as writer:
+    with VideoWriter(path, HEIGHT, WIDTH, FPS) as writer:
         writer.write(video)
         assert all(entry.startswith(".") for entry in os.listdir(Path(path).parent) if entry not in before)
         raise error
 
 
 def writer_of(folder: Path) -> VideoWriter:
-    return open_video(folder / "a.gif", HEIGHT, WIDTH, FPS)
+    return VideoWriter(folder / "a.gif", HEIGHT, WIDTH, FPS)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -96,7 +96,7 @@ def test_animations_last_as_long_as_their_frames(tmp_path: Path, name: str) -> N
 @pytest.mark.parametrize("name", ["a.gif", "a.webp", "a/"])
 def test_odd_sizes_outside_mp4(tmp_path: Path, name: str) -> None:
     video = np.stack([np.full((33, 31, 3), shade, np.uint8) for shade in (20, 200)])
-    with open_video(f"{tmp_path}/{name}", 33, 31, 24000 / 1001) as writer:
+    with VideoWriter(f"{tmp_path}/{name}", 33, 31, 24000 / 1001) as writer:
         writer.write(video)
     assert decoded(tmp_path / name.rstrip("/")).shape == video.shape
 
@@ -120,12 +120,12 @@ def test_an_interrupt_keeps_the_frames_so_far(tmp_path: Path, name: str) -> None
 def test_without_frames_there_is_no_file(tmp_path: Path, name: str) -> None:
     with pytest.raises(KeyboardInterrupt):
         stopped_by(KeyboardInterrupt(), f"{tmp_path}/{name}", scene()[:0])
-    open_video(f"{tmp_path}/{name}", HEIGHT, WIDTH, FPS).close()
+    VideoWriter(f"{tmp_path}/{name}", HEIGHT, WIDTH, FPS).close()
     assert os.listdir(tmp_path) == []
 
 
 def test_a_signal_waits_for_the_frame_that_is_being_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    writer = open_video(tmp_path / "a.mp4", HEIGHT, WIDTH, FPS)
+    writer = VideoWriter(tmp_path / "a.mp4", HEIGHT, WIDTH, FPS)
     add = writer._sink.add  # type: ignore[union-attr]
 
     def add_and_signal(frame: np.ndarray) -> None:
@@ -178,7 +178,7 @@ def test_what_cannot_be_written_is_said_in_one_line(
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "a.mp4").write_bytes(b"")
     path = f"{tmp_path}/{name}" if name else f"{tmp_path}/full/"
-    for attempt in (lambda: open_video(path, height, width, FPS), lambda: check_output(path, height, width)):
+    for attempt in (lambda: VideoWriter(path, height, width, FPS), lambda: check_output(path, height, width)):
         with pytest.raises(OutputError, match=reason) as caught:
             attempt()
         assert "\n" not in str(caught.value)
@@ -196,11 +196,11 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
 import resource
 import numpy as np
 from causalrope_sp.errors import OutputError
-from causalrope_sp.video import open_video
+from causalrope_sp.video import VideoWriter
 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
 for name in {NAMES}:
     try:
-        with open_video("{tmp_path}/" + name, 64, 64, 16) as writer:
+        with VideoWriter("{tmp_path}/" + name, 64, 64, 16) as writer:
             writer.write(np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), dtype=np.uint8))
     except OutputError as error:
         print(error)
@@ -237,4 +237,4 @@ def test_a_closed_writer_takes_nothing_more(tmp_path: Path) -> None:
 @pytest.mark.parametrize("fps", [0.0, -1.0, float("nan")])
 def test_a_rate_must_be_positive(tmp_path: Path, fps: float) -> None:
     with pytest.raises(OutputError, match="frames a second"):
-        open_video(tmp_path / "a.mp4", HEIGHT, WIDTH, fps)
+        VideoWriter(tmp_path / "a.mp4", HEIGHT, WIDTH, fps)
