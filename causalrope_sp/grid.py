@@ -44,7 +44,7 @@ class LatentGrid:
         return cls(height // patch[0], width // patch[1], patch)
 
     @classmethod
-    def from_pixels(cls, height: int, width: int, stride: int = 8, patch: tuple[int, int] = (2, 2)) -> LatentGrid:
+    def from_pixels(cls, height: int, width: int, stride: int, patch: tuple[int, int] = (2, 2)) -> LatentGrid:
         """The grid of a picture of height×width pixels behind a VAE of the given spatial stride.
 
         Raises:

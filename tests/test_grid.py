@@ -49,7 +49,7 @@ def test_rows_and_columns_agree_with_the_global_index(sharded: tuple[LatentGrid,
 
 @pytest.mark.parametrize(("ranks", "sizes"), [(8, [195] * 8), (7, [223] * 6 + [222]), (1, [1560])])
 def test_shards_of_wan_at_480p(ranks: int, sizes: list[int]) -> None:
-    grid = LatentGrid.from_pixels(480, 832)
+    grid = LatentGrid.from_pixels(480, 832, 8)
     assert (grid.rows, grid.columns, grid.latent_height, grid.latent_width) == (30, 52, 60, 104)
     assert [shard.tokens for shard in Shard(grid, 0, ranks).all] == sizes
 
@@ -133,7 +133,7 @@ def test_sizes_that_do_not_divide_name_the_nearest_that_do(size: int, step: tupl
         (lambda: LatentGrid(3, -1), "3×-1"),
         (lambda: LatentGrid.from_latent(5, 4), "5×4"),
         (lambda: LatentGrid.from_latent(4, 6, (2, 4)), "4×6"),
-        (lambda: LatentGrid.from_pixels(0, 16), "height 0"),
+        (lambda: LatentGrid.from_pixels(0, 16, 8), "height 0"),
         (lambda: Shard(LatentGrid(2, 3), 0, 7), "7 ranks .* 6 tokens"),
         (lambda: Shard(LatentGrid(2, 3), 2, 2), "rank 2"),
         (lambda: Shard(LatentGrid(2, 3), -1, 2), "rank -1"),

@@ -57,7 +57,7 @@ class WanDecoderStream:
     def decode(self, latents_BFCHW: Tensor) -> Tensor:
         """The pixel frames of the next latent frames, (B, T, 3, 8·H, 8·W), not clamped.
 
-        The stream's first latent frame gives one pixel frame, every other one four.
+        The stream's first latent frame gives one pixel frame, every other one as many as the temporal stride.
         """
         from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 
@@ -86,19 +86,21 @@ class WanEncoderStream:
         """The latent frames of the next pixel frames, (B, F, C, H/8, W/8), normalised.
 
         Raises:
-            ConfigError: the number of pixel frames is not 1 + 4n in the first call or 4n in a later one.
+            ConfigError: the number of pixel frames is not 1 + n strides in the first call or n strides in a later one.
         """
         from diffusers.models.autoencoders.autoencoder_kl_wan import patchify
 
         config = self._vae.config
-        count = pixels_BT3HW.shape[1]
+        count, stride = pixels_BT3HW.shape[1], config.scale_factor_temporal
         first = 0 if self._started else 1
-        if count < 1 or (count - first) % 4:
-            raise ConfigError(f"cannot encode {count} pixel frames: a stream takes 1 + 4n at first, then 4n")
+        if count < 1 or (count - first) % stride:
+            raise ConfigError(
+                f"cannot encode {count} pixel frames: a stream takes 1 + {stride}n at first, then {stride}n"
+            )
         pixels = pixels_BT3HW.transpose(1, 2)
         if config.patch_size is not None:
             pixels = patchify(pixels, patch_size=config.patch_size)
-        sizes = [1] * first + [4] * ((count - first) // 4)
+        sizes = [1] * first + [stride] * ((count - first) // stride)
         self._started = True
         pieces = [self._vae.encoder(p, feat_cache=self._state, feat_idx=[0]) for p in pixels.split(sizes, dim=2)]
         moments = self._vae.quant_conv(torch.cat(pieces, 2))

@@ -1,0 +1,92 @@
+"""The pipeline as a caller meets it: any number of frames, one video however it is asked for, recipes that fail."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from causalrope_sp import CausalVideoPipeline, CheckpointError, ConfigError
+from causalrope_sp.toybox import WEIGHTS
+
+PROMPT = "a large red circle slides right"
+
+
+@pytest.fixture(scope="module")
+def pipe() -> CausalVideoPipeline:
+    return CausalVideoPipeline.from_pretrained("toybox")
+
+
+@pytest.fixture(scope="module")
+def longest(pipe: CausalVideoPipeline) -> np.ndarray:
+    return _made(pipe, 34)
+
+
+def _made(pipe: CausalVideoPipeline, frames: int) -> np.ndarray:
+    video = pipe(PROMPT, frames=frames, seed=3)
+    assert video is not None
+    return video
+
+
+@pytest.mark.parametrize("frames", [1, 8, 9, 10, 21, 22, 33])
+def test_a_shorter_video_is_the_start_of_a_longer_one(
+    pipe: CausalVideoPipeline, longest: np.ndarray, frames: int
+) -> None:
+    video = _made(pipe, frames)
+    assert video.shape == (frames, pipe.height, pipe.width, 3)
+    assert np.abs(video.astype(int) - longest[:frames]).max() <= 1  # another window is another order of additions
+
+
+def test_chunks_follow_one_another(pipe: CausalVideoPipeline, longest: np.ndarray) -> None:
+    chunks = list(pipe.stream(PROMPT, frames=34, seed=3))
+    parts = [chunk.frames for chunk in chunks]
+    assert [chunk.index for chunk in chunks] == [0, 1, 2, 3]
+    assert [chunk.start_frame for chunk in chunks] == [0, 9, 21, 33]
+    assert all(part is not None and part.dtype == np.uint8 for part in parts)
+    assert np.array_equal(np.concatenate([part for part in parts if part is not None]), longest)
+
+
+def test_seed_and_prompt_decide_the_video(pipe: CausalVideoPipeline, longest: np.ndarray) -> None:
+    other = pipe(PROMPT, frames=9, seed=4)
+    assert other is not None
+    assert np.abs(other.astype(int) - longest[:9]).max() > 50
+
+
+def test_two_streams_of_one_pipeline_do_not_meet(pipe: CausalVideoPipeline, longest: np.ndarray) -> None:
+    one, other = pipe.stream(PROMPT, frames=21, seed=3), pipe.stream("a blue square pulses", frames=21, seed=9)
+    mine = []
+    for chunk, _ in zip(one, other, strict=True):
+        assert chunk.frames is not None
+        mine.append(chunk.frames)
+    assert np.array_equal(np.concatenate(mine), longest[:21])
+
+
+@pytest.mark.parametrize("frames", [0, -1])
+def test_no_frames_are_refused_before_anything_runs(pipe: CausalVideoPipeline, frames: int) -> None:
+    with pytest.raises(ConfigError, match="frames must be at least 1"):
+        pipe.stream(PROMPT, frames=frames)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"text": "umt5-xxs"}, ConfigError, "unknown text encoder 'umt5-xxs'"),
+        ({"height": 63}, ConfigError, "height 63 is not divisible by 16; the nearest that work: 48 or 64"),
+        ({"transformer": "none.safetensors"}, CheckpointError, "none.safetensors"),
+        ({"codec": "none"}, CheckpointError, "cannot read the codec"),
+        ({"stream": {"windw": 12}}, CheckpointError, "windw"),
+        ({"sampler": {"steps": []}}, ConfigError, "step"),
+        ({"colour": "red"}, CheckpointError, "colour"),
+    ],
+)
+def test_a_recipe_that_cannot_work_is_one_line(
+    tmp_path: Path, change: dict[str, object], error: type[Exception], message: str
+) -> None:
+    recipe = json.loads((WEIGHTS / "toybox.json").read_text())
+    recipe |= {"transformer": str(WEIGHTS / recipe["transformer"]), "codec": str(WEIGHTS / recipe["codec"])}
+    (tmp_path / "pipeline.json").write_text(json.dumps(recipe | change))
+    with pytest.raises(error, match=message) as caught:
+        CausalVideoPipeline.from_pretrained(tmp_path)
+    assert "\n" not in str(caught.value)
