@@ -1,6 +1,7 @@
 """Trains toybox from rendered scenes alone: codec, teacher, student.
 
     python examples/train_toybox.py --out runs/toybox
+    torchrun --standalone --nproc-per-node 2 examples/train_toybox.py --out runs/toybox
 
 Every stage writes its checkpoint and its log there and goes on where it was stopped. At the end the codec and both
 sets of weights lie in the folder `weights`, next to a plot of the curves. Minutes on a GPU, hours on two CPU cores.
@@ -9,71 +10,102 @@ sets of weights lie in the folder `weights`, next to a plot of the curves. Minut
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import click
 import torch
-from toybox_training.codec import new_codec, train_codec
-from toybox_training.dit import TeacherForcing
-from toybox_training.latents import encode_scenes, normalised, statistics
-from toybox_training.stages import train_student, train_teacher
+import torch.distributed as dist
+from toybox_training.codec import save_codec, train_codec
+from toybox_training.dit import TeacherForcing, new_model
+from toybox_training.latents import encode_scenes
+from toybox_training.stages import Scenes, train_student, train_teacher
+from toybox_training.training import processes, rank
 
+from causalrope_sp.codec.wan import load_codec
 from causalrope_sp.grid import LatentGrid
-from causalrope_sp.weights import save_model
+from causalrope_sp.weights import load_model, save_model
 
-SCENE_SEED, LONG_SCENE_SEED = 30_000_000, 40_000_000
+OPENING_SEED, CLIP_SEED, LONG_SEED = 62_000_000, 61_000_000, 64_000_000
 
 
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/toybox"), show_default=True)
+@click.option(
+    "--init",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="A folder of weights, such as the shipped one: its codec is kept, its teacher is where this one starts.",
+)
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
 @click.option("--size", default=64, show_default=True, help="Height and width of the picture in pixels.")
 @click.option("--codec-steps", default=3600, show_default=True)
 @click.option("--codec-stop", default=1500, show_default=True, help="The step of the schedule to stop at.")
 @click.option("--teacher-steps", default=3500, show_default=True)
 @click.option("--student-steps", default=1500, show_default=True)
-@click.option("--videos", default=3328, show_default=True, help="Scenes of 57 frames that are encoded.")
-@click.option("--long-videos", default=512, show_default=True, help="Scenes of 129 frames for the student.")
+@click.option("--openings", default=8192, show_default=True, help="Scenes of 9 frames, for the first chunk alone.")
+@click.option("--clips", default=3328, show_default=True, help="Scenes of 57 frames.")
+@click.option("--long", "long_clips", default=512, show_default=True, help="Scenes of 129 frames.")
 def main(
     out: Path,
+    init: Path | None,
     device: str,
     size: int,
     codec_steps: int,
     codec_stop: int,
     teacher_steps: int,
     student_steps: int,
-    videos: int,
-    long_videos: int,
+    openings: int,
+    clips: int,
+    long_clips: int,
 ) -> None:
+    place = torch.device(device)
+    if "WORLD_SIZE" in os.environ:
+        if place.type == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
     weights = out / "weights"
     weights.mkdir(parents=True, exist_ok=True)
-    place = torch.device(device)
-    codec = train_codec(out / "codec.pt", size, codec_steps, codec_stop, 2e-3, place).eval()
-    short = encode_scenes(codec, out / "scenes.pt", videos, 57, size, SCENE_SEED)
-    long = encode_scenes(codec, out / "long-scenes.pt", long_videos, 129, size, LONG_SCENE_SEED)
-    mean, std = statistics(short)
-    shipped = new_codec(mean, std)
-    shipped.load_state_dict(codec.state_dict())
-    shipped.to(torch.bfloat16).save_pretrained(weights / "codec")
 
-    forcing = TeacherForcing(LatentGrid.from_pixels(size, size), place)
-    short, long = normalised(short, mean, std), normalised(long, mean, std)
-    teacher = train_teacher(out / "teacher.pt", short, forcing, teacher_steps, 3e-3)
-    save_model(teacher.to(torch.bfloat16), weights / "toybox-flow.safetensors")
-    student = train_student(out / "student.pt", teacher.float(), short, long, forcing, student_steps, 1.2e-3)
-    save_model(student.to(torch.bfloat16), weights / "toybox.safetensors")
-    plot(out)
+    if init is None:
+        codec = train_codec(out / "codec.pt", size, codec_steps, codec_stop, 2e-3, place).eval()
+        if rank() == 0:
+            save_codec(codec, weights / "codec", size)
+    elif rank() == 0:
+        shutil.copytree(init / "codec", weights / "codec", dirs_exist_ok=True)
+    if processes() > 1:
+        dist.barrier()
+    codec = load_codec(weights / "codec", device=place)
+    scenes = Scenes(
+        openings=encode_scenes(codec, out / "openings", openings, 9, size, OPENING_SEED),
+        clips=encode_scenes(codec, out / "clips", clips, 57, size, CLIP_SEED),
+        long=encode_scenes(codec, out / "long", long_clips, 129, size, LONG_SEED),
+    )
+
+    forcing = TeacherForcing(LatentGrid.from_pixels(size, size, codec.config.scale_factor_spatial), place)
+    model = new_model() if init is None else load_model(init / "toybox-flow.safetensors", dtype=torch.float32)
+    rate = 3e-3 if init is None else 1.5e-3  # more undoes what the end of the run before had gained
+    teacher = train_teacher(out / "teacher.pt", model, scenes, forcing, teacher_steps, rate)
+    if rank() == 0:
+        save_model(teacher.to(torch.bfloat16), weights / "toybox-flow.safetensors")
+    student = train_student(out / "student.pt", teacher.float(), scenes, forcing, student_steps, 1.2e-3)
+    if rank() == 0:
+        save_model(student.to(torch.bfloat16), weights / "toybox.safetensors")
+        plot(out)
 
 
 def plot(out: Path) -> None:
-    """The curves of all stages, side by side, from their logs."""
+    """The curves of the stages that were run here, side by side, from their logs."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.2), constrained_layout=True)
-    for axis, stage in zip(axes, ("codec", "teacher", "student"), strict=True):
+    stages = [stage for stage in ("codec", "teacher", "student") if (out / f"{stage}.jsonl").exists()]
+    figure, axes = pyplot.subplots(
+        1, len(stages), figsize=(4 * len(stages), 3.2), constrained_layout=True, squeeze=False
+    )
+    for axis, stage in zip(axes[0], stages, strict=True):
         lines = [json.loads(line) for line in (out / f"{stage}.jsonl").read_text().splitlines()]
         for name in sorted({name for line in lines for name in line} - {"step", "seconds", "loss"}):
             seen = [line for line in lines if name in line]

@@ -12,15 +12,17 @@ import torch
 from torch import Tensor
 
 from causalrope_sp.noise import keyed_generator
-from causalrope_sp.toybox.chart import chart
+from causalrope_sp.toybox.chart import chart, waves
 from causalrope_sp.toybox.prompts import BACKGROUNDS, COLORS, MOTIONS, SHAPES, SIZES, SceneSpec, parse_prompt
-from causalrope_sp.toybox.scenes import PLACE_VARIABLES
+from causalrope_sp.toybox.scenes import PLACE_VARIABLES, tracks
 
 _WORDS = [*("first object", "second object", "background"), *SIZES, *COLORS, *SHAPES, *MOTIONS, *BACKGROUNDS]
 _PLACE = {word: place for place, word in enumerate(_WORDS)}
 _NUMBERS = 3  # an object's share of `scenes.PLACE_VARIABLES`
 
-TEXT_DIM = len(_WORDS) + 3 * _NUMBERS
+_START = 16  # the waves, as the chart's, of where an object starts
+
+TEXT_DIM = len(_WORDS) + 3 * _NUMBERS + _START
 TEXT_LEN = 3
 
 
@@ -45,14 +47,17 @@ def encode_scene(spec: SceneSpec, places_6: Tensor) -> Tensor:
     """The embeddings of a scene, (L, E), zeros where there is no second object.
 
     The six uniform numbers say where the objects start and at which phase; each is given as a sine, a cosine and a
-    ramp, of about unit size.
+    ramp, of about unit size. The place where an object's centre starts follows, in the same waves as the chart's, so
+    that a token of the picture finds what is near it by a product of the two.
     """
     embeds = torch.zeros(TEXT_LEN, TEXT_DIM)
     embeds[0, [_PLACE["background"], _PLACE[spec.background]]] = 1.0
-    for i, (which, o) in enumerate(zip(("first object", "second object"), spec.objects, strict=False)):
+    paths = tracks(spec, places_6.tolist(), torch.zeros(1))
+    for i, (which, o, path) in enumerate(zip(("first object", "second object"), spec.objects, paths, strict=False)):
         embeds[1 + i, [_PLACE[word] for word in (which, o.size, o.color, o.shape, o.motion)]] = 1.0
         numbers = places_6[_NUMBERS * i : _NUMBERS * (i + 1)]
         angles = 2 * math.pi * numbers
-        waves = 2**0.5 * torch.cat([angles.sin(), angles.cos()])
-        embeds[1 + i, len(_WORDS) :] = torch.cat([waves, 3**0.5 * (2 * numbers - 1)])
+        cycles = 2**0.5 * torch.cat([angles.sin(), angles.cos()])
+        x, y = path.center_T2[0]
+        embeds[1 + i, len(_WORDS) :] = torch.cat([cycles, 3**0.5 * (2 * numbers - 1), waves(y, x, _START)])
     return embeds

@@ -15,7 +15,7 @@ from diffusers import AutoencoderKLWan
 from causalrope_sp.codec.wan import WanDecoderStream, WanEncoderStream
 from causalrope_sp.toybox.scenes import PLACE_VARIABLES, random_scene, render
 
-from .training import Training
+from .training import Training, processes, rank
 
 SHAPE = {
     "patch_size": 2,
@@ -28,7 +28,7 @@ SHAPE = {
     "z_dim": 16,
     "scale_factor_spatial": 8,
 }
-SEED = 10_000_000
+SEED, STATISTICS_SEED = 10_000_000, 20_000_000
 LATENT_NOISE = 0.1  # keeps the latents from carrying what a DiT could never predict
 LATENT_PENALTY = 1e-4  # on their square, so that they do not grow out of the noise
 
@@ -45,7 +45,7 @@ def train_codec(path: Path, size: int, steps: int, stop: int, lr: float, device:
     training = Training(new_codec().to(device), path, lr, lambda _, p: p.ndim >= 4 and p.shape[0] > 3, average=0.995)
     while training.step < stop:
         progress = training.step / steps
-        generator = torch.Generator().manual_seed(SEED + training.step)
+        generator = torch.Generator().manual_seed(SEED + processes() * training.step + rank())
         count, frames = _clips(progress, training.step)
         scenes = [random_scene(generator) for _ in range(count)]
         places = torch.rand(count, PLACE_VARIABLES, generator=generator)
@@ -62,6 +62,23 @@ def train_codec(path: Path, size: int, steps: int, stop: int, lr: float, device:
         training.update(loss, warm * fall, {"psnr_db": -10 * math.log10(mse.item() / 4)})
     training.save()
     return training.ema
+
+
+@torch.inference_mode()
+def save_codec(codec: AutoencoderKLWan, folder: Path, size: int) -> None:
+    """Writes the codec in bfloat16, its latents normalised by their mean and deviation a channel over 256 scenes."""
+    generator = torch.Generator().manual_seed(STATISTICS_SEED)
+    parts = []
+    for _ in range(16):
+        scenes = [random_scene(generator) for _ in range(16)]
+        places = torch.rand(16, PLACE_VARIABLES, generator=generator)
+        pixels = render(scenes, places, torch.arange(33), size).transpose(1, 2) * 2 - 1
+        parts.append(WanEncoderStream(codec).encode(pixels.to(next(codec.parameters()).device)).cpu())
+    by_channel = torch.cat(parts).transpose(0, 2).flatten(1)
+    mean, std = ([round(v, 5) for v in of(1).tolist()] for of in (by_channel.mean, by_channel.std))
+    normalised = new_codec(mean, std)
+    normalised.load_state_dict(codec.state_dict())
+    normalised.to(torch.bfloat16).save_pretrained(folder)
 
 
 def _clips(progress: float, step: int) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Stage 2, the training set: scenes rendered and encoded once.
+"""Stage 2, the training set: scenes rendered and encoded once, each process its own share.
 
 Shapes: N videos, F latent frames, C channels, X latent width = height, L text tokens, E text width.
 """
@@ -13,61 +13,62 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from causalrope_sp.codec.wan import WanEncoderStream
+from causalrope_sp.toybox.prompts import BACKGROUNDS, SceneSpec
 from causalrope_sp.toybox.scenes import PLACE_VARIABLES, random_scene, render
 from causalrope_sp.toybox.text import encode_scene
 
+from .training import processes, rank
+
 BATCH = 16
+HARD = {"bounces": 5.0, "orbits clockwise": 2.0, "orbits counterclockwise": 2.0, "pulses": 2.0}  # other motions: 1
+VISIBLE = 0.3  # how far a latent must be from the background's to count as part of an object, in its own units
 
 
 @dataclass(frozen=True)
 class Latents:
-    """Encoded scenes: latents (N, F, C, X, X) in float16 and text embeddings (N, L, E)."""
+    """Encoded scenes: latents (N, F, C, X, X) in float16, text embeddings (N, L, E), where objects are (N, F, X, X),
+    and how often a scene is drawn, (N,)."""
 
     latents: Tensor
     embeds: Tensor
+    objects: Tensor
+    share: Tensor
+
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        return torch.multinomial(self.share, count, replacement=True, generator=generator)
 
 
 @torch.inference_mode()
 def encode_scenes(codec: AutoencoderKLWan, path: Path, videos: int, frames: int, size: int, seed: int) -> Latents:
-    """Renders and encodes `videos` scenes of `frames` pixel frames; reads `path` if it is there already.
+    """Renders and encodes this process's share of `videos` scenes of `frames` pixel frames, or reads it from `path`
+    if the same was encoded before."""
+    path = path.with_suffix(f".{rank()}.pt")
+    weights = sum(float(p.double().square().sum()) for p in codec.parameters())
+    made_from = [videos, frames, size, seed, processes(), weights]
+    if path.exists():
+        saved = torch.load(path, weights_only=True)
+        if saved.pop("made_from") == made_from:
+            return Latents(**saved)
+    device = next(codec.parameters()).device
 
-    The codec is the one of stage 1, which does not normalise yet.
-    """
-    if not path.exists():
-        device = next(codec.parameters()).device
-        parts: list[tuple[Tensor, Tensor]] = []
-        for batch in range(-(-videos // BATCH)):
-            shard, within = divmod(batch, 16)  # the seeds that the shipped weights were trained on
-            generator = torch.Generator().manual_seed(seed + 100 * shard + within)
-            scenes = [random_scene(generator) for _ in range(BATCH)]
-            places = torch.rand(BATCH, PLACE_VARIABLES, generator=generator)
-            pixels = render(scenes, places, torch.arange(frames), size).transpose(1, 2).to(device) * 2 - 1
-            latents = WanEncoderStream(codec).encode(pixels).cpu().half()
-            parts.append(
-                (latents, torch.stack([encode_scene(scene, p) for scene, p in zip(scenes, places, strict=True)]))
-            )
-            print(f"encoded {len(parts) * BATCH} of {videos} videos", end="\r", flush=True)
-        latents, embeds = (torch.cat(column) for column in zip(*parts, strict=True))
-        partial = path.with_suffix(".partial")
-        torch.save({"latents": latents, "embeds": embeds}, partial)
-        partial.replace(path)
-    return Latents(**torch.load(path, weights_only=True))
+    def encode(scenes: list[SceneSpec], places: Tensor) -> Tensor:
+        pixels = render(scenes, places, torch.arange(frames), size).transpose(1, 2).to(device) * 2 - 1
+        return WanEncoderStream(codec).encode(pixels).cpu()
 
-
-def statistics(data: Latents) -> tuple[list[float], list[float]]:
-    """Mean and deviation of every channel, as the codec's configuration keeps them."""
-    latents = data.latents.float()
-    return tuple([round(v, 5) for v in f(latents)] for f in (_mean, _std))  # type: ignore[return-value]
-
-
-def _mean(latents: Tensor) -> list[float]:
-    return latents.mean((0, 1, 3, 4)).tolist()
-
-
-def _std(latents: Tensor) -> list[float]:
-    return latents.transpose(0, 2).flatten(1).std(1).tolist()
-
-
-def normalised(data: Latents, mean: list[float], std: list[float]) -> Latents:
-    m, s = (torch.tensor(v).view(-1, 1, 1) for v in (mean, std))
-    return Latents(((data.latents.float() - m) / s).half(), data.embeds)
+    empty = {word: encode([SceneSpec((), word)], torch.zeros(1, PLACE_VARIABLES))[0] for word in BACKGROUNDS}
+    parts: list[tuple[Tensor, ...]] = []
+    for batch in range(rank(), videos // BATCH, processes()):
+        generator = torch.Generator().manual_seed(seed + batch)
+        scenes = [random_scene(generator) for _ in range(BATCH)]
+        places = torch.rand(BATCH, PLACE_VARIABLES, generator=generator)
+        latents = encode(scenes, places)
+        behind = torch.stack([empty[scene.background] for scene in scenes])
+        embeds = torch.stack([encode_scene(scene, p) for scene, p in zip(scenes, places, strict=True)])
+        share = torch.tensor([sum(HARD.get(o.motion, 1.0) for o in s.objects) for s in scenes])
+        parts.append((latents.half(), embeds, (latents - behind).abs().mean(2) > VISIBLE, share))
+        print(f"encoded {(batch + 1) * BATCH} of {videos} videos", end="\r", flush=True)
+    found = dict(zip(("latents", "embeds", "objects", "share"), map(torch.cat, zip(*parts, strict=True)), strict=True))
+    partial = path.with_suffix(".partial")
+    torch.save({"made_from": made_from, **found}, partial)
+    partial.replace(path)
+    return Latents(**found)
