@@ -95,7 +95,7 @@ class KVCache:
     def layer(self, index: int) -> LayerCache:
         return LayerCache(self, index)
 
-    def write(self, layer: int, chunk: Chunk, k_BFSHD: Tensor, v_BFSHD: Tensor) -> None:
+    def write(self, layer: int, chunk: Chunk, k_BFSHD: Tensor, v_BFSHD: Tensor, tokens: slice, heads: slice) -> None:
         ring_2BKSHD = self.storage_L2BKSHD[layer]
         if chunk == self.open_chunk and layer not in self._put_aside:
             for n, frame in enumerate(self.window.evicted(chunk)):
@@ -104,12 +104,8 @@ class KVCache:
         if layer == 0:
             self._written |= {self.window.slot(frame): frame for frame in range(chunk.start, chunk.stop)}
         for frame, slot, length in self.window.runs(chunk):
-            ring_2BKSHD[0, :, slot : slot + length] = k_BFSHD[:, frame : frame + length]
-            ring_2BKSHD[1, :, slot : slot + length] = v_BFSHD[:, frame : frame + length]
-
-    def read(self, layer: int, chunk: Chunk) -> tuple[Tensor, Tensor]:
-        prefix = self.storage_L2BKSHD[layer][:, :, : self.window.readable(chunk)].flatten(2, 3)
-        return prefix[0], prefix[1]
+            ring_2BKSHD[0, :, slot : slot + length, tokens, heads] = k_BFSHD[:, frame : frame + length]
+            ring_2BKSHD[1, :, slot : slot + length, tokens, heads] = v_BFSHD[:, frame : frame + length]
 
     def check_integrity(self) -> None:
         """Raises AssertionError unless cursor, slots and storage agree and every committed number is finite."""
@@ -128,15 +124,28 @@ class KVCache:
 
 
 class LayerCache:
-    """One layer's view: write a chunk's keys and values, read what its queries attend."""
+    """The view of layer `index`: write a chunk's keys and values, read what its queries attend."""
 
     def __init__(self, cache: KVCache, index: int) -> None:
-        self._cache, self._index = cache, index
+        self._cache, self.index, self.window = cache, index, cache.window
 
-    def write(self, chunk: Chunk, k_BFSHD: Tensor, v_BFSHD: Tensor) -> None:
-        """Puts the chunk's keys and values, frame by frame, into the slots that the chunk owns."""
-        self._cache.write(self._index, chunk, k_BFSHD, v_BFSHD)
+    def write(
+        self,
+        chunk: Chunk,
+        k_BFSHD: Tensor,
+        v_BFSHD: Tensor,
+        *,
+        tokens: slice = slice(None),
+        heads: slice = slice(None),
+    ) -> None:
+        """Puts the chunk's keys and values, or some tokens and heads of them, into the slots that the chunk owns."""
+        self._cache.write(self.index, chunk, k_BFSHD, v_BFSHD, tokens, heads)
 
     def read(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         """k and v, each (B, L, H, d), of all that the chunk's queries attend, itself included."""
-        return self._cache.read(self._index, chunk)
+        return self.slots(0, self.window.readable(chunk))
+
+    def slots(self, first: int, stop: int) -> tuple[Tensor, Tensor]:
+        """k and v, each (B, L, H, d), in the slots [first, stop)."""
+        k, v = self._cache.storage_L2BKSHD[self.index][:, :, first:stop].flatten(2, 3)
+        return k, v

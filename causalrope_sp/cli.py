@@ -133,7 +133,7 @@ def verify(folder: Path | None, ranks: str, strategy: str, dtype: str, device: s
 
     from causalrope_sp.verify import run_verification
 
-    checks = run_verification(folder, counts, [strategy], getattr(torch, dtype), device)
+    checks = run_verification(folder, counts, strategy, getattr(torch, dtype), device)
     if as_json:
         click.echo(json.dumps([_check_fields(check) for check in checks]))
     else:
@@ -177,7 +177,7 @@ def _write_video(items: Iterator[Any], out: str, frames: int, silent: bool) -> d
         "first_frame_s": round(first_frame_s, 4),
         "seconds": round(seconds, 4),
         "ranks": pipe.parallel.size,
-        "strategy": pipe.parallel.strategy_name(pipe.model.config.num_heads),
+        "strategy": pipe.parallel.layout(pipe.model.config.num_heads).name,
         "out": out,
         "chunks": chunk_ms,
     }

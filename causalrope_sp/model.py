@@ -16,11 +16,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from causalrope_kernels import attention, gate_add, modulate, qk_norm_rotate, rms_norm
+from causalrope_kernels import Projection, attention, gate_add, modulate, rms_norm
 from causalrope_sp.config import DiTConfig
 from causalrope_sp.rope import Rotation
 
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+Attend = Callable[[int, Projection], Tensor]
 TextContext = list[tuple[Tensor, Tensor]]  # k and v of every layer's cross-attention, (B, L, H, d)
 
 
@@ -29,8 +29,8 @@ class ForwardPass:
     """One forward: at which timesteps its frames are, how they are rotated, and what they attend.
 
     Only the velocity of the last `predicted_frames` is computed. Timesteps are in [0, 1000], one a frame, (F,), or in
-    training one a frame and batch entry, (B, F). `attend` takes (layer, q, k, v), q, k and v each (B, T, H, d), normed
-    and rotated, and returns (B, T, H, d).
+    training one a frame and batch entry, (B, F). `attend` takes the layer's number and the projection of its tokens to
+    q, k, v, and returns what they attend, (B, T, H, d).
     """
 
     timesteps_F: Tensor
@@ -50,16 +50,9 @@ class SelfAttention(nn.Module):
         self.out = nn.Linear(config.dim, config.dim)
 
     def forward(self, x_BTD: Tensor, layer: int, step: ForwardPass) -> Tensor:
-        q, k, v = qk_norm_rotate(
-            self.qkv(x_BTD),
-            self.norm_q.weight,
-            self.norm_k.weight,
-            step.rotation.cos,
-            step.rotation.sin,
-            self.heads,
-            self.eps,
-        )
-        return self.out(step.attend(layer, q, k, v).flatten(2))
+        cos, sin = step.rotation.cos, step.rotation.sin
+        projection = Projection(self.qkv(x_BTD), self.norm_q.weight, self.norm_k.weight, cos, sin, self.heads, self.eps)
+        return self.out(step.attend(layer, projection).flatten(2))
 
 
 class CrossAttention(nn.Module):

@@ -103,7 +103,7 @@ def sample_chunks(
             finished = None
             to = levels[step + 1] if step + 1 < len(levels) else 0.0
             x = solve(x, velocity, sigma, to, partial(draw, chunk, step + 1))
-        yield LatentChunk(chunk, grid.unpatchify(parallel.gather_tokens(x, shard)))
+        yield LatentChunk(chunk, grid.unpatchify(parallel.gather_tokens(x, grid)))
         finished = Part(chunk, x, 0.0)
 
 

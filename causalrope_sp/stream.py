@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from causalrope_kernels import Projection
 from causalrope_sp.cache import KVCache
 from causalrope_sp.grid import Chunk, LatentGrid
 from causalrope_sp.model import CausalDiT, ForwardPass
@@ -51,14 +52,14 @@ class CausalStream:
         self._strategy = parallel.strategy(grid, config.num_heads)
         self._text = model.encode_text(embeds_BLE)
         compute = torch.float64 if model.dtype == torch.float64 else torch.float32
-        self._rope = RotaryTables(config.head_dim, config.theta, self._strategy.shard, model.device, compute)
+        self._rope = RotaryTables(config.head_dim, config.theta, parallel.shard(grid), model.device, compute)
         self._rotation: tuple[list[int], Rotation] | None = None
         self._broken = False
         self.cache = KVCache(
             config.num_layers,
             len(embeds_BLE),
             window,
-            grid.tokens,
+            self._strategy.stored_tokens,
             self._strategy.stored_heads,
             config.head_dim,
             dtype=model.dtype,
@@ -99,8 +100,11 @@ class CausalStream:
         frames = [frame for chunk in chunks for frame in range(chunk.start, chunk.stop)]
         timesteps = [part.timestep for part in parts for _ in range(part.chunk.frames)]
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return self._strategy.attend(q, k, v, self.cache.layer(layer), chunks)
+        def attend(layer: int, projection: Projection) -> Tensor:
+            by_head = projection.qkv_BTD3.unflatten(-1, (-1, model.config.head_dim))
+            placed = self._strategy.place(len(by_head), len(frames), by_head)
+            projection.write(placed.placements())
+            return self._strategy.attend(placed, self.cache.layer(layer), chunks).flatten(1, 2)
 
         step = ForwardPass(
             # in float32, as Self-Forcing's schedule holds them: at 833.33 the difference shows as 1e-6 in the latents

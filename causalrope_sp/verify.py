@@ -13,13 +13,15 @@ from torch import Tensor
 from causalrope_sp.cases import KNOWN_KINDS, Case, case_files, load_case, self_check_cases
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.grid import split_into_chunks
-from causalrope_sp.parallel import STRATEGIES, SequenceParallel
+from causalrope_sp.parallel import SequenceParallel, strategies
 from causalrope_sp.parallel.launch import run_ranks
+from causalrope_sp.parallel.layout import check_name
 from causalrope_sp.reference import block_causal_velocity
 
 if TYPE_CHECKING:
     import torch.distributed as dist
 
+ALL = "all"
 REFERENCE_BOUND = {torch.float64: 1e-6, torch.float32: 1e-4}  # against latents computed elsewhere
 SELF_BOUND = {torch.float64: 1e-10, torch.float32: 1e-5}  # against this library on one process
 HALF_BOUND = 0.03  # half precision: at most twice what it costs one process, and never more than this
@@ -40,7 +42,7 @@ class Check:
 def run_verification(
     folder: Path | None,
     ranks: Sequence[int],
-    strategies: Sequence[str],
+    strategy: str,
     dtype: torch.dtype,
     device: str = "cpu",
 ) -> list[Check]:
@@ -48,17 +50,15 @@ def run_verification(
 
     Args:
         ranks: the rank counts to try.
-        strategies: names of `STRATEGIES`, or "all".
+        strategy: a strategy's name, or "all" that the ranks and the model's heads allow.
         dtype: float64, float32 or bfloat16.
 
     Raises:
         CheckpointError: the folder or a file in it cannot be read, or holds no case.
         ConfigError: an unknown strategy, a rank count below 1, more ranks than GPUs, or nothing that could be checked.
     """
-    names = STRATEGIES if "all" in strategies else tuple(strategies)
-    for name in names:
-        if name not in STRATEGIES:
-            raise ConfigError(f"unknown strategy {name!r}; there are: all, {', '.join(STRATEGIES)}")
+    if strategy != ALL:
+        check_name(strategy)
     if not ranks or min(ranks) < 1:
         raise ConfigError(f"rank counts must be at least 1, not {list(ranks)}")
     if device == "cuda" and max(ranks) > torch.cuda.device_count():
@@ -70,37 +70,37 @@ def run_verification(
     work = _check_self if folder is None else _check_folder
     checks: list[Check] = []
     for count in ranks:
-        checks += run_ranks(work, count, folder, names, dtype, device=device)
+        checks += run_ranks(work, count, folder, strategy, dtype, device=device)
     if all(check.ok is None for check in checks):
         raise ConfigError(f"nothing could be checked: {checks[0].note}")
     return checks
 
 
 def _check_folder(
-    group: dist.ProcessGroup | None, device: str, folder: Path, strategies: Sequence[str], dtype: torch.dtype
+    group: dist.ProcessGroup | None, device: str, folder: Path, strategy: str, dtype: torch.dtype
 ) -> list[Check]:
     checks = []
     for path, kind in case_files(folder):
         if kind not in KNOWN_KINDS:
             ranks = 1 if group is None else group.size()
             note = f"kind {kind!r} is not known to this version"
-            checks += [Check(path.stem, ranks, strategy, None, None, note) for strategy in strategies]
+            checks += [Check(path.stem, ranks, name, None, None, note) for name in _names(strategy, ranks, ranks)]
             continue
         case, latents = load_case(path, dtype, device)
         bound = REFERENCE_BOUND.get(dtype) or _half_bound(case, latents, device)
-        checks += _check_strategies(case, latents, bound, group, device, strategies)
+        checks += _check_strategies(case, latents, bound, group, device, strategy)
     return checks
 
 
 def _check_self(
-    group: dist.ProcessGroup | None, device: str, _: None, strategies: Sequence[str], dtype: torch.dtype
+    group: dist.ProcessGroup | None, device: str, _: None, strategy: str, dtype: torch.dtype
 ) -> list[Check]:
     checks = []
     single = SequenceParallel.single(device=device)
     for case, exact in zip(self_check_cases(dtype, device), self_check_cases(torch.float64, device), strict=True):
         expected = (case if dtype in SELF_BOUND else exact).run(single)
         bound = SELF_BOUND.get(dtype) or _half_bound(case, expected, device)
-        checks += _check_strategies(case, expected, bound, group, device, strategies)
+        checks += _check_strategies(case, expected, bound, group, device, strategy)
         if group is None and case.initial is None:
             streamed, whole = block_causal_pair(case)
             error = _relative_error(streamed, whole)
@@ -114,19 +114,23 @@ def _check_strategies(
     bound: float,
     group: dist.ProcessGroup | None,
     device: str,
-    strategies: Sequence[str],
+    strategy: str,
 ) -> list[Check]:
-    checks = []
-    for strategy in strategies:
-        parallel = SequenceParallel(group, strategy, device)
+    checks, ranks, heads = [], 1 if group is None else group.size(), case.model.config.num_heads
+    for name in _names(strategy, ranks, heads):
         try:
-            parallel.strategy(case.grid, case.model.config.num_heads)
+            parallel = SequenceParallel(group, name, device)
+            parallel.strategy(case.grid, heads)
         except ConfigError as reason:
-            checks.append(Check(case.name, parallel.size, strategy, None, None, str(reason)))
+            checks.append(Check(case.name, ranks, name, None, None, str(reason)))
             continue
         error = _relative_error(case.run(parallel), expected)
-        checks.append(Check(case.name, parallel.size, strategy, error, error <= bound))
+        checks.append(Check(case.name, ranks, name, error, error <= bound))
     return checks
+
+
+def _names(strategy: str, ranks: int, heads: int) -> list[str]:
+    return strategies(ranks, heads) if strategy == ALL else [strategy]
 
 
 def _half_bound(case: Case, expected: Tensor, device: str) -> float:

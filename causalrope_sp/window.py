@@ -59,6 +59,18 @@ class SlidingWindow:
         """How many slots, counted from the first, a chunk's queries read once its own keys are written."""
         return min(chunk.stop, self.frames)
 
+    def stretches(self, chunk: Chunk, since: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+        """The slots that a chunk's queries read, as stretches [first, stop): those that hold frames before the global
+        time index `since`, and the others."""
+        sides: tuple[list[tuple[int, int]], list[tuple[int, int]]] = ([], [])
+        for slot, frame in enumerate(self.held(chunk.stop)):
+            side = sides[frame >= since]
+            if side and side[-1][1] == slot:
+                side[-1] = (side[-1][0], slot + 1)
+            else:
+                side.append((slot, slot + 1))
+        return sides
+
     def evicted(self, chunk: Chunk) -> list[int]:
         """The global time indices of the frames whose slots a chunk takes over."""
         ring = self.frames - self.sink

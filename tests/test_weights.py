@@ -110,7 +110,7 @@ def run(model: CausalDiT, latents_1CFHW: Tensor, timesteps_F: Tensor, text_1LE: 
         predicted_frames=frames,
         rotation=tables.rotation(range(frames)),
         text=model.encode_text(text_1LE),
-        attend=lambda layer, q, k, v: attention(q, k, v),
+        attend=lambda layer, projection: attention(*projection.tensors()),
     )
     tokens = model(grid.patchify(latents).flatten(1, 2), step)
     return grid.unpatchify(tokens.unflatten(1, (frames, -1))).transpose(1, 2)

@@ -1,37 +1,108 @@
-"""The exchange primitives: every collective of the library is called here and nowhere else.
+"""The exchange primitives: every collective on a stream's way is called here and nowhere else, and noted in the ledger.
 
-Shards of a frame differ by at most one token, so pieces from different ranks differ in size: an all-to-all takes
-split sizes, an all-gather is padded to the largest shard for the wire and stripped at once.
+Pieces from different ranks differ in size, because shards of a frame differ by at most one token: an all-to-all takes
+split sizes, an all-gather takes blocks of the largest size, of which the smaller pieces fill the front.
+Buffers are named by their use, allocated once and reused by every layer and pass.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from math import prod
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from causalrope_sp.parallel.ledger import LAYERLESS, Entry, Ledger
+
 # torch 2.13 renamed all_gather_into_tensor and warns at every call of the old name
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-
-def all_to_all(pieces: Sequence[Tensor], shapes: Sequence[Sequence[int]], group: dist.ProcessGroup) -> list[Tensor]:
-    """Sends pieces[r] to rank r and returns what the ranks sent here; `shapes` are the shapes of that, by rank."""
-    send_sizes = [piece.numel() for piece in pieces]
-    receive_sizes = [torch.Size(shape).numel() for shape in shapes]
-    sent = torch.cat([piece.reshape(-1) for piece in pieces])
-    received = torch.empty(sum(receive_sizes), dtype=sent.dtype, device=sent.device)
-    dist.all_to_all_single(received, sent, receive_sizes, send_sizes, group)
-    return [flat.view(*shape) for flat, shape in zip(received.split(receive_sizes), shapes, strict=True)]
+Shape = Sequence[int]
 
 
-def all_gather(x: Tensor, sizes: Sequence[int], dim: int, group: dist.ProcessGroup) -> list[Tensor]:
-    """Every rank's x, in order of rank; they differ only along `dim`, whose length on rank r is sizes[r]."""
-    widest = max(sizes)
-    x = x.transpose(0, dim)
-    if len(x) < widest:
-        x = torch.cat([x, x.new_zeros(widest - len(x), *x.shape[1:])])
-    gathered = torch.empty(len(sizes) * widest, *x.shape[1:], dtype=x.dtype, device=x.device)
-    _all_gather_single(gathered, x.contiguous(), group)
-    return [piece[:size].transpose(0, dim) for piece, size in zip(gathered.split(widest), sizes, strict=True)]
+class Arrival:
+    """A collective in flight. The send buffer may be written, and the pieces read, after `wait`."""
+
+    def __init__(self, work: dist.Work, pieces: list[Tensor], note: tuple[Ledger, str, int]) -> None:
+        self._work, self._pieces, self._note = work, pieces, note
+
+    def wait(self) -> list[Tensor]:
+        """What the ranks sent here, in order of rank. On CUDA the stream waits and the host does not."""
+        ledger, kind, layer = self._note
+        began = time.perf_counter()
+        self._work.wait()
+        ledger.add(kind, layer, Entry(waited_s=time.perf_counter() - began))
+        return self._pieces
+
+
+class Exchange:
+    """Some ranks that talk, and what they keep for it.
+
+    Args:
+        group: the process group of these ranks.
+        ledger: where every collective is noted.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, ledger: Ledger) -> None:
+        self.rank, self.size = group.rank(), group.size()
+        self._group, self._ledger = group, ledger
+        self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def buffer(self, use: str, shapes: Sequence[Shape], like: Tensor, *, block: int | None = None) -> list[Tensor]:
+        """Room for a piece of each shape, side by side in one stretch of memory, or each at the front of `block`."""
+        sizes = [prod(shape) for shape in shapes]
+        flat = self._flat(use, block * len(sizes) if block else sum(sizes), like)
+        places = flat.split(block or sizes)
+        return [place[:size].view(*shape) for place, size, shape in zip(places, sizes, shapes, strict=True)]
+
+    def all_to_all(
+        self, kind: str, layer: int, shapes: Sequence[Shape], sent: Sequence[Tensor], use: str = ""
+    ) -> Arrival:
+        """Sends piece r of the buffer `sent` to rank r; `shapes` are the shapes of what the ranks send here."""
+        sizes = [prod(shape) for shape in shapes]
+        like = sent[0]
+        received = self._flat(f"{kind}{use} in", sum(sizes), like)
+        outgoing = _stretch(sent)
+        work = dist.all_to_all_single(
+            received, outgoing, sizes, [piece.numel() for piece in sent], self._group, async_op=True
+        )
+        self._note(kind, layer, sum(sizes) - sizes[self.rank], like)
+        pieces = [flat.view(*shape) for flat, shape in zip(received.split(sizes), shapes, strict=True)]
+        return Arrival(work, pieces, (self._ledger, kind, layer))
+
+    def all_gather(self, kind: str, layer: int, shapes: Sequence[Shape], sent: Tensor) -> Arrival:
+        """Sends `sent`, the only piece of a buffer whose block holds the largest of `shapes`, to every rank."""
+        block = max(prod(shape) for shape in shapes)
+        outgoing = sent.as_strided((block,), (1,))
+        received = self._flat(f"{kind} in", block * self.size, sent)
+        work = _all_gather_single(received, outgoing, self._group, async_op=True)
+        self._note(kind, layer, block * (self.size - 1), sent)
+        pieces = [place[: prod(shape)].view(*shape) for place, shape in zip(received.split(block), shapes, strict=True)]
+        return Arrival(work, pieces, (self._ledger, kind, layer))
+
+    def gather_tokens(self, tokens_BFSE: Tensor, sizes: Sequence[int]) -> Tensor:
+        """All tokens of some frames on every rank, from each rank's own; rank r has sizes[r] of a frame."""
+        batch, frames, _, width = tokens_BFSE.shape
+        shapes = [(batch, frames, size, width) for size in sizes]
+        block = max(prod(shape) for shape in shapes)
+        (sent,) = self.buffer("latents out", [tokens_BFSE.shape], tokens_BFSE, block=block)
+        sent.copy_(tokens_BFSE)
+        return torch.cat(self.all_gather("latents", LAYERLESS, shapes, sent).wait(), 2)
+
+    def _flat(self, use: str, size: int, like: Tensor) -> Tensor:
+        kept = self._buffers.get((use, like.dtype))
+        if kept is None or len(kept) < size:
+            kept = torch.zeros(size, dtype=like.dtype, device=like.device)
+            self._buffers[use, like.dtype] = kept
+        return kept[:size]
+
+    def _note(self, kind: str, layer: int, elements: int, like: Tensor) -> None:
+        self._ledger.add(kind, layer, Entry(1, elements, elements * like.element_size()))
+
+
+def _stretch(pieces: Sequence[Tensor]) -> Tensor:
+    """The one stretch of memory that the pieces of a buffer fill."""
+    return pieces[0].as_strided((sum(piece.numel() for piece in pieces),), (1,))

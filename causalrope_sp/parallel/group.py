@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from datetime import timedelta
 
 import torch
@@ -11,13 +12,13 @@ from torch import Tensor
 
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.grid import LatentGrid, Shard
-from causalrope_sp.parallel.exchange import all_gather
+from causalrope_sp.parallel.exchange import Exchange
 from causalrope_sp.parallel.gather_kv import GatherKV
+from causalrope_sp.parallel.layout import Layout, parse_strategy
+from causalrope_sp.parallel.ledger import Ledger
+from causalrope_sp.parallel.shard_kv import ShardKV
 from causalrope_sp.parallel.strategy import Strategy
 from causalrope_sp.parallel.ulysses import Ulysses
-
-_STRATEGIES = {Ulysses.name: Ulysses, GatherKV.name: GatherKV}
-STRATEGIES = tuple(_STRATEGIES)
 
 
 class SequenceParallel:
@@ -27,21 +28,34 @@ class SequenceParallel:
 
     Args:
         group: the process group of the ranks, or None for one process.
-        strategy: one of `STRATEGIES`, or "auto" (ulysses where it is balanced, else gather-kv).
+        strategy: one of `STRATEGIES`, a product of two, or "auto" (ulysses where it is balanced, else gather-kv).
         device: where this rank computes.
+        overlap: compute while keys, values and queries are in flight. Exact either way.
+        head_groups: send the output of one group of heads while the next is computed (`ulysses` alone).
 
     Raises:
-        ConfigError: an unknown strategy.
+        ConfigError: an unknown strategy, or a product for another number of ranks.
     """
 
     def __init__(
-        self, group: dist.ProcessGroup | None, strategy: str = "auto", device: torch.device | str = "cpu"
+        self,
+        group: dist.ProcessGroup | None,
+        strategy: str = "auto",
+        device: torch.device | str = "cpu",
+        *,
+        overlap: bool = True,
+        head_groups: int = 1,
     ) -> None:
-        _check_name(strategy)
-        self._group, self._requested = group, strategy
+        self._group = group
         self.device = torch.device(device)
         self.rank = 0 if group is None else group.rank()
         self.size = 1 if group is None else group.size()
+        self._layout = None if strategy == "auto" else parse_strategy(strategy, self.size)
+        if head_groups < 1:
+            raise ConfigError(f"head_groups must be at least 1, not {head_groups}")
+        self._overlap, self._head_groups = overlap, head_groups
+        self.ledger = Ledger()
+        self._exchanges: dict[tuple[int, ...], Exchange] = {}
         self._owns_group = False
 
     @classmethod
@@ -58,7 +72,6 @@ class SequenceParallel:
         Raises:
             ConfigError: an unknown strategy, or fewer GPUs on this machine than ranks.
         """
-        _check_name(strategy)
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return cls.single(strategy, device)
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -73,41 +86,66 @@ class SequenceParallel:
         parallel._owns_group = True
         return parallel
 
-    def strategy_name(self, heads: int) -> str:
-        """The strategy in use for a model of this many heads."""
-        if self.size == 1:
-            return Strategy.name
-        if self._requested == "auto":
-            return Ulysses.name if heads % self.size == 0 else GatherKV.name
-        return self._requested
-
-    def strategy(self, grid: LatentGrid, heads: int) -> Strategy:
-        """This rank's way through self-attention.
+    def layout(self, heads: int) -> Layout:
+        """The strategy in use for a model of this many heads.
 
         Raises:
-            ConfigError: more ranks than tokens in a frame, or a strategy that these heads cannot be split for.
+            ConfigError: fewer heads than ranks that trade tokens for heads.
         """
-        shard = self.shard(grid)
+        layout = self._layout or parse_strategy("ulysses" if heads % self.size == 0 else "gather-kv", self.size)
+        layout.check(heads)
+        return layout
+
+    def strategy(self, grid: LatentGrid, heads: int) -> Strategy:
+        """This rank's way through self-attention. Every rank must ask for it, since groups are made here.
+
+        Raises:
+            ConfigError: more ranks than tokens in a frame, or fewer heads than ranks that trade tokens for heads.
+        """
+        layout, tokens = self.layout(heads), [shard.tokens for shard in self.shard(grid).all]
         if self._group is None or self.size == 1:
-            return Strategy(shard, heads)
-        return _STRATEGIES[self.strategy_name(heads)](shard, heads, self._group)
+            return Strategy(grid.tokens, heads)
+        row, column = divmod(self.rank, layout.ulysses)
+        rows = [tokens[r * layout.ulysses : (r + 1) * layout.ulysses] for r in range(layout.sharing)]
+        split = layout.heads(heads)
+        mine = split[column]
+        inner = Strategy(sum(rows[row]), mine)
+        if layout.inner is not None:
+            share = {GatherKV.name: GatherKV, ShardKV.name: ShardKV}[layout.inner]
+            exchange = self._exchange(range(column, self.size, layout.ulysses))
+            inner = share(exchange, [sum(t) for t in rows], mine, self._overlap)
+        if layout.ulysses == 1:
+            return inner
+        trading = self._exchange(range(row * layout.ulysses, (row + 1) * layout.ulysses))
+        groups = 1 if layout.inner else min(self._head_groups, min(split))
+        return Ulysses(trading, rows[row], split, inner, groups)
 
     def shard(self, grid: LatentGrid) -> Shard:
         """The tokens of every frame that this rank owns."""
         return Shard(grid, self.rank, self.size)
 
-    def gather_tokens(self, tokens_BFSE: Tensor, shard: Shard) -> Tensor:
+    def gather_tokens(self, tokens_BFSE: Tensor, grid: LatentGrid) -> Tensor:
         """All tokens of the frames, on every rank, from each rank's own."""
         if self._group is None:
             return tokens_BFSE
-        return torch.cat(all_gather(tokens_BFSE, [s.tokens for s in shard.all], 2, self._group), 2)
+        sizes = [shard.tokens for shard in self.shard(grid).all]
+        return self._exchange(range(self.size)).gather_tokens(tokens_BFSE, sizes)
+
+    def _exchange(self, ranks: Sequence[int]) -> Exchange:
+        """The exchange among some ranks of the group, made once."""
+        assert self._group is not None, "one process exchanges nothing"
+        key = tuple(ranks)
+        if key not in self._exchanges:
+            group = self._group
+            if len(key) < self.size:
+                every = dist.get_process_group_ranks(self._group)
+                made = dist.new_group([every[rank] for rank in key], use_local_synchronization=True)
+                assert isinstance(made, dist.ProcessGroup)
+                group = made
+            self._exchanges[key] = Exchange(group, self.ledger)
+        return self._exchanges[key]
 
     def close(self) -> None:
         """Ends the process group if `from_env` made it."""
         if self._owns_group and dist.is_initialized():
             dist.destroy_process_group()
-
-
-def _check_name(strategy: str) -> None:
-    if strategy not in ("auto", *STRATEGIES):
-        raise ConfigError(f"unknown strategy {strategy!r}; there are: auto, {', '.join(STRATEGIES)}")

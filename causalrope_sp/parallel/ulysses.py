@@ -1,55 +1,103 @@
-"""Ulysses (arXiv 2309.14509): trade tokens for heads, attend whole sequences of some heads, trade back.
+"""Ulysses (arXiv 2309.14509): trade tokens for heads, attend, trade back.
 
-Two collectives a layer: q, k, v packed on the way in, the output on the way back. The cache holds 1/P of the heads.
+Two collectives a layer: q, k, v packed on the way in, the output on the way back. Heads need not divide evenly. Inside
+a head group another strategy may go on sharing tokens; then this is the outer half of a product.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from causalrope_sp.cache import LayerCache
-from causalrope_sp.errors import ConfigError
-from causalrope_sp.grid import Chunk, Shard
-from causalrope_sp.parallel.exchange import all_to_all
-from causalrope_sp.parallel.strategy import Strategy
+from causalrope_sp.grid import Chunk
+from causalrope_sp.parallel.exchange import Arrival, Exchange
+from causalrope_sp.parallel.strategy import Placed, Strategy, attend_local
 
 
 class Ulysses(Strategy):
     """
-    Raises:
-        ConfigError: more ranks than heads, or ranks that do not divide the heads.
+    Args:
+        exchange: the ranks that trade.
+        tokens: of a frame, rank by rank.
+        heads: of the model, rank by rank.
+        inner: how the tokens of all these ranks are attended, for this rank's heads.
+        head_groups: send a group's output while the next is computed (PipeSP, arXiv 2511.12056); 1 sends all at once.
     """
 
-    name = "ulysses"
+    def __init__(
+        self, exchange: Exchange, tokens: Sequence[int], heads: Sequence[int], inner: Strategy, head_groups: int = 1
+    ) -> None:
+        super().__init__(tokens[exchange.rank], sum(heads))
+        self._exchange, self._tokens, self._heads, self._inner = exchange, tokens, heads, inner
+        mine = heads[exchange.rank]
+        self._groups = _split([mine], head_groups)[0]
+        self._arriving = list(zip(*_split(heads, head_groups), strict=True))  # group by group, rank by rank
+        self._pipelined = head_groups > 1
 
-    def __init__(self, shard: Shard, heads: int, group: dist.ProcessGroup) -> None:
-        super().__init__(shard, heads)
-        if shard.ranks > heads:
-            raise ConfigError(
-                f"ulysses needs at least one head a rank: {heads} heads, {shard.ranks} ranks; use gather-kv"
-            )
-        if heads % shard.ranks:
-            raise ConfigError(
-                f"ulysses needs ranks that divide the heads: {heads} heads, {shard.ranks} ranks; use gather-kv"
-            )
-        self._group = group
-        self._tokens = [other.tokens for other in shard.all]
+    @property
+    def stored_tokens(self) -> int:
+        return self._inner.stored_tokens
 
     @property
     def stored_heads(self) -> int:
-        return self.heads // self.shard.ranks
+        return self._inner.stored_heads
 
-    def attend(
-        self, q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, cache: LayerCache, chunks: tuple[Chunk, ...]
-    ) -> Tensor:
-        mine_3BFSHD = self._frames(torch.stack([q_BTHD, k_BTHD, v_BTHD]).flatten(0, 1))
-        batch, frames, _, _, width = mine_3BFSHD.shape
-        pieces = mine_3BFSHD.split(self.stored_heads, 3)
-        shapes = [(batch, frames, tokens, self.stored_heads, width) for tokens in self._tokens]
-        q, k, v = torch.cat(all_to_all(pieces, shapes, self._group), 2).chunk(3)
-        output_BFSHD = self._attend_whole(q, k, v, cache, chunks)
-        shape = (batch // 3, frames, self.shard.tokens, self.stored_heads, width)
-        returned = all_to_all(output_BFSHD.split(self._tokens, 2), [shape] * self.shard.ranks, self._group)
-        return torch.cat(returned, 3).flatten(1, 2)
+    def place(self, batch: int, frames: int, like: Tensor) -> Placed:
+        shapes = [(3, batch, frames, self.tokens, heads, like.shape[-1]) for heads in self._heads]
+        return Placed([tuple(piece) for piece in self._exchange.buffer("qkv out", shapes, like)])  # type: ignore[misc]
+
+    def attend(self, placed: Placed, cache: LayerCache, chunks: Sequence[Chunk]) -> Tensor:
+        batch, frames, _, _, width = placed.pieces[0][0].shape
+        like, mine = placed.pieces[0][0], self._heads[self._exchange.rank]
+        shapes = [(3, batch, frames, tokens, mine, width) for tokens in self._tokens]
+        sent = self._exchange.buffer(
+            "qkv out", [(3, batch, frames, self.tokens, heads, width) for heads in self._heads], like
+        )
+        arrived = self._exchange.all_to_all("qkv", cache.index, shapes, sent).wait()
+        inside = self._inner.place(batch, frames, like)
+        ((q, k, v),) = inside.pieces
+        start = 0
+        for piece, tokens in zip(arrived, self._tokens, strict=True):
+            for whole, part in zip((q, k, v), piece, strict=True):
+                whole[:, :, start : start + tokens] = part
+            start += tokens
+        if self._pipelined:
+            return self._attend_by_groups(q, k, v, cache, chunks)
+        output = self._inner.attend(inside, cache, chunks)
+        returned = self._send_back(output, self._heads, cache.index, "").wait()
+        return torch.cat(returned, 3)
+
+    def _attend_by_groups(self, q: Tensor, k: Tensor, v: Tensor, cache: LayerCache, chunks: Sequence[Chunk]) -> Tensor:
+        on_the_way: list[Arrival] = []
+        for number, heads in enumerate(_ranges(self._groups)):
+            output = attend_local(q[..., heads, :], k[..., heads, :], v[..., heads, :], cache, chunks, heads)
+            on_the_way.append(self._send_back(output, self._arriving[number], cache.index, f" {number}"))
+        by_group = [arrival.wait() for arrival in on_the_way]
+        return torch.cat([group[rank] for rank in range(self._exchange.size) for group in by_group], 3)
+
+    def _send_back(self, output_BFSHD: Tensor, heads: Sequence[int], layer: int, use: str) -> Arrival:
+        """Every rank's tokens to that rank; `heads` of this rank's tokens come back from the ranks."""
+        batch, frames, _, mine, width = output_BFSHD.shape
+        sent = self._exchange.buffer(
+            f"output out{use}", [(batch, frames, tokens, mine, width) for tokens in self._tokens], output_BFSHD
+        )
+        for piece, part in zip(sent, output_BFSHD.split(list(self._tokens), 2), strict=True):
+            piece.copy_(part)
+        shapes = [(batch, frames, self.tokens, h, width) for h in heads]
+        return self._exchange.all_to_all("output", layer, shapes, sent, use)
+
+
+def _split(heads: Sequence[int], groups: int) -> list[list[int]]:
+    """Each rank's heads in `groups` parts that differ by at most one."""
+    return [[h // groups + (g < h % groups) for g in range(groups)] for h in heads]
+
+
+def _ranges(sizes: Sequence[int]) -> list[slice]:
+    ranges, start = [], 0
+    for size in sizes:
+        ranges.append(slice(start, start + size))
+        start += size
+    return ranges

@@ -8,6 +8,7 @@ Half-precision input is computed in float32, anything else in its own dtype.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,11 +19,16 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype
 
 
-def rotate(x_BTHD: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
-    """Turns the channel pairs (2i, 2i+1) of every head by the token's angles; E = d/2."""
+def rotate(x_BTHD: Tensor, cos_TE: Tensor, sin_TE: Tensor, out: Tensor | None = None) -> Tensor:
+    """Turns the channel pairs (2i, 2i+1) of every head by the token's angles, into `out` if given; E = d/2."""
     even, odd = x_BTHD.to(cos_TE.dtype).unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = cos_TE.unsqueeze(-2), sin_TE.unsqueeze(-2)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).to(x_BTHD.dtype)
+    turned = even * cos - odd * sin, even * sin + odd * cos
+    if out is None:
+        return torch.stack(turned, -1).flatten(-2).to(x_BTHD.dtype)
+    for part, value in zip(out.unflatten(-1, (-1, 2)).unbind(-1), turned, strict=True):
+        part.copy_(value)
+    return out
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -30,14 +36,48 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return functional.rms_norm(x.to(_compute_dtype(x)), x.shape[-1:], weight.to(_compute_dtype(x)), eps).to(x.dtype)
 
 
-def qk_norm_rotate(
-    qkv_BTD3: Tensor, q_weight: Tensor, k_weight: Tensor, cos_TE: Tensor, sin_TE: Tensor, heads: int, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v as (B, T, H, d) from the packed projection: q and k normed over all of D, then rotated."""
-    q, k, v = qkv_BTD3.chunk(3, -1)
-    q = rms_norm(q, q_weight, eps).unflatten(-1, (heads, -1))
-    k = rms_norm(k, k_weight, eps).unflatten(-1, (heads, -1))
-    return rotate(q, cos_TE, sin_TE), rotate(k, cos_TE, sin_TE), v.unflatten(-1, (heads, -1))
+@dataclass(frozen=True)
+class Placement:
+    """Where q, k, v of the heads [start, stop) go: views (B, T, stop - start, d), of a send buffer, say."""
+
+    start: int
+    stop: int
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+
+@dataclass(frozen=True)
+class Projection:
+    """q, k, v of a pass as the packed projection (B, T, 3·D) leaves them; norm and rotation are still to come."""
+
+    qkv_BTD3: Tensor
+    q_weight: Tensor
+    k_weight: Tensor
+    cos_TE: Tensor
+    sin_TE: Tensor
+    heads: int
+    eps: float
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v as (B, T, H, d): q and k normed over all of D, then rotated."""
+        q, k, v = self._normed()
+        return rotate(q, self.cos_TE, self.sin_TE), rotate(k, self.cos_TE, self.sin_TE), v
+
+    def write(self, placements: Sequence[Placement]) -> None:
+        """The same numbers, each head straight to where it goes next."""
+        q, k, v = self._normed()
+        for place in placements:
+            mine = slice(place.start, place.stop)
+            rotate(q[:, :, mine], self.cos_TE, self.sin_TE, out=place.q)
+            rotate(k[:, :, mine], self.cos_TE, self.sin_TE, out=place.k)
+            place.v.copy_(v[:, :, mine])
+
+    def _normed(self) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = self.qkv_BTD3.chunk(3, -1)
+        q, k = rms_norm(q, self.q_weight, self.eps), rms_norm(k, self.k_weight, self.eps)
+        q, k, v = (x.unflatten(-1, (self.heads, -1)) for x in (q, k, v))
+        return q, k, v
 
 
 def modulate(x_BTD: Tensor, shift_FD: Tensor, scale_FD: Tensor, eps: float) -> Tensor:

@@ -1,0 +1,269 @@
+"""The cost model: what a strategy moves, computes, keeps and takes, from sizes alone.
+
+Counts (elements, bytes, FLOPs, memory) are exact and tested against the ledger and torch's own counter. Times are
+predictions: counts over rates, with an alpha-beta link. Rates are data sheets' or guesses unless they were measured.
+
+Shapes: B batch, F frames of a pass, s tokens of a frame on a rank, S of a whole frame, H heads, d head width, D = H·d.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from causalrope_sp.config import DiTConfig
+from causalrope_sp.grid import LatentGrid, Shard
+from causalrope_sp.parallel.layout import Layout, parse_strategy, strategies
+
+ELEMENTWISE_PASSES = 30  # how often a block of the unfused model reads or writes its D numbers a token, about
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Rates of one rank: FLOP/s of large matrix products and of attention, bytes/s of its memory and of its link, and
+    the seconds that a collective takes before its first byte. `memory` is in bytes."""
+
+    name: str
+    matmul: float
+    attention: float
+    bandwidth: float
+    memory: float
+    link: float
+    latency: float
+
+
+# name: dense bf16 FLOP/s of large products, of attention, bytes/s of memory, bytes of memory. What large products reach
+# is about 80 % of the data sheet's peak (H100: 790 of 989), attention about 60 %.
+GPUS = {
+    "h200": (790e12, 600e12, 4.8e12, 141e9),
+    "h100": (790e12, 600e12, 3.35e12, 80e9),
+    "a800": (250e12, 190e12, 2.0e12, 80e9),
+    "a100": (250e12, 190e12, 2.0e12, 80e9),
+    "l40s": (180e12, 140e12, 0.86e12, 48e9),
+    "rtx4090": (150e12, 120e12, 1.0e12, 24e9),
+    "cpu": (60e9, 40e9, 20e9, 24e9),
+}
+# name: bytes/s that a rank receives in a collective, seconds before the first byte
+LINKS = {
+    "nvlink": (350e9, 15e-6),
+    "nvlink-a800": (150e9, 15e-6),
+    "pcie": (20e9, 20e-6),
+    "infiniband": (40e9, 25e-6),
+    "ethernet": (10e9, 50e-6),
+    "loopback": (1e9, 200e-6),
+}
+
+
+def machine(gpu: str, link: str) -> Machine:
+    return Machine(f"{gpu}, {link}", *GPUS[gpu], *LINKS[link])
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A stream: its model, its picture in tokens, window and chunk in latent frames, denoise passes a chunk."""
+
+    config: DiTConfig
+    grid: LatentGrid
+    window: int
+    chunk_frames: int
+    steps: int
+    batch: int = 1
+    itemsize: int = 2
+
+    @cached_property
+    def linear_flops(self) -> int:
+        """FLOPs a token of all matrix products but attention's."""
+        c = self.config
+        block = 2 * c.dim * (3 * c.dim + c.dim + c.dim + c.dim + 2 * c.ffn_dim)
+        return c.num_layers * block
+
+    @cached_property
+    def parameters(self) -> int:
+        c = self.config
+        d, layer = c.dim, 0
+        layer += 3 * d * d + 3 * d + d * d + d + 2 * d  # self-attention with its norms
+        layer += d * d + d + 2 * d * d + 2 * d + d * d + d + 2 * d  # cross-attention
+        layer += 2 * d + 2 * d * c.ffn_dim + c.ffn_dim + d + 6 * d  # its norm, the feed-forward, the modulation
+        outer = c.token_dim * d + d + c.text_dim * d + d + d * d + d + c.freq_dim * d + d + d * d + d + 6 * d * d + 6 * d
+        return c.num_layers * layer + outer + c.token_dim * d + c.token_dim + 2 * d
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one strategy costs, for the rank that has most of each. Milliseconds are predictions."""
+
+    strategy: str
+    ranks: int
+    collectives_per_pass: int
+    bytes_per_pass: int
+    collectives_per_chunk: int
+    bytes_per_chunk: int
+    weights_bytes: int
+    cache_bytes: int
+    activation_bytes: int
+    compute_ms: float
+    communication_ms: float
+    exposed_ms: float
+    chunk_ms: float
+    first_frame_ms: float
+    fps: float
+    efficiency: float
+    imbalance: float
+    fits: bool
+    chosen: bool = False
+
+    @property
+    def memory_bytes(self) -> int:
+        return self.weights_bytes + self.cache_bytes + self.activation_bytes
+
+
+def received(layout: Layout, work: Workload, rank: int, frames: int) -> dict[str, int]:
+    """Elements that a rank receives in one layer of a pass over `frames` frames, by the ledger's kinds (DESIGN §4)."""
+    if layout.ranks == 1:
+        return {}
+    row, column, tokens, rows = _place(layout, work, rank)
+    split = layout.heads(work.config.num_heads)
+    heads, width, times = split[column], work.config.head_dim, work.batch * frames
+    found = {}
+    if layout.ulysses > 1:
+        mine = tokens[rank]
+        found["qkv"] = 3 * times * (rows[row] - mine) * heads * width
+        found["output"] = times * mine * (sum(split) - heads) * width
+    widest, others = max(rows), layout.sharing - 1
+    if layout.inner == "gather-kv":
+        found["kv"] = 2 * times * others * widest * heads * width
+    if layout.inner == "shard-kv":
+        found["q"] = times * others * widest * heads * width
+        found["partial"] = times * others * rows[row] * heads * (width + _lse_elements(work))
+    return found
+
+
+def _lse_elements(work: Workload) -> int:
+    """How many of the model's numbers a log-sum-exp takes: it travels in float32 at least."""
+    return max(1, 4 // work.itemsize)
+
+
+def received_latents(work: Workload, ranks: int) -> int:
+    """Elements that a rank receives when a chunk's latents are gathered; they are float32, or float64."""
+    widest = max(shard.tokens for shard in Shard(work.grid, 0, ranks).all)
+    return (ranks - 1) * work.batch * work.chunk_frames * widest * work.config.token_dim
+
+
+def cache_bytes(layout: Layout, work: Workload, rank: int) -> int:
+    """The ring, and the frames that an open chunk puts aside."""
+    row, column, _, rows = _place(layout, work, rank)
+    heads = layout.heads(work.config.num_heads)[column]
+    tokens = sum(rows) if layout.inner == "gather-kv" else rows[row]
+    frames = work.window + work.chunk_frames
+    return 2 * work.config.num_layers * work.batch * frames * tokens * heads * work.config.head_dim * work.itemsize
+
+
+def attention_flops(layout: Layout, work: Workload, rank: int, frames: int, keys: int) -> int:
+    """FLOPs of a rank's self-attention in a pass: `frames` of queries, each on `keys` frames of keys, all layers."""
+    row, column, _, rows = _place(layout, work, rank)
+    heads = layout.heads(work.config.num_heads)[column]
+    queries = sum(rows) if layout.inner == "shard-kv" else rows[row]
+    stored = rows[row] if layout.inner == "shard-kv" else sum(rows)
+    every = work.config.num_layers * work.batch * heads * work.config.head_dim
+    return 4 * every * frames * queries * keys * stored
+
+
+def cross_flops(work: Workload, tokens: int) -> int:
+    return 4 * work.config.num_layers * tokens * work.config.text_len * work.config.dim
+
+
+def plan(work: Workload, ranks: int, on: Machine) -> list[Plan]:
+    """Every strategy at this many ranks, and which of them is the best, always the same on every rank: the fastest
+    chunk of those that fit, the least memory among equals."""
+    alone = _cost(parse_strategy("ulysses", 1), work, on)
+    names = ["ulysses"] if ranks == 1 else strategies(ranks, work.config.num_heads)
+    costs = [_cost(parse_strategy(name, ranks), work, on) for name in names]
+    costs = [replace(c, efficiency=alone.chunk_ms / (ranks * c.chunk_ms)) for c in costs]
+    best = min(range(len(costs)), key=lambda n: (not costs[n].fits, round(costs[n].chunk_ms, 3), costs[n].memory_bytes))
+    return [replace(c, chosen=n == best) for n, c in enumerate(costs)]
+
+
+def _cost(layout: Layout, work: Workload, on: Machine) -> Plan:
+    every = range(layout.ranks)
+    chunk, window = work.chunk_frames, work.window
+    steady = [_pass_times(layout, work, on, rank, chunk, window) for rank in every]
+    fused = [_pass_times(layout, work, on, rank, 2 * chunk, window) for rank in every]
+    opening = [_pass_times(layout, work, on, rank, chunk, chunk) for rank in every]
+    slowest = max(steady, key=lambda times: times[0] + times[2])
+    slowest_fused = max(fused, key=lambda times: times[0] + times[2])
+    gather = 0.0
+    if layout.ranks > 1:
+        gather = on.latency + received_latents(work, layout.ranks) * 4 / on.link
+    compute, communication, exposed = (
+        f + (work.steps - 1) * s for f, s in zip(slowest_fused, slowest, strict=True)
+    )
+    seconds = compute + exposed + gather
+    first = max(c + e for c, _, e in opening) * work.steps + gather
+    bytes_pass = max(sum(received(layout, work, r, chunk).values()) for r in every) * work.itemsize
+    bytes_pass *= work.config.num_layers
+    calls = work.config.num_layers * (len(received(layout, work, 0, chunk)))
+    tokens = max(shard.tokens for shard in Shard(work.grid, 0, layout.ranks).all)
+    weights = work.parameters * work.itemsize
+    cache = max(cache_bytes(layout, work, r) for r in every)
+    activations = _activation_bytes(work, tokens)
+    mean = sum(c for c, _, _ in steady) / layout.ranks
+    return Plan(
+        strategy=layout.name,
+        ranks=layout.ranks,
+        collectives_per_pass=calls,
+        bytes_per_pass=bytes_pass,
+        collectives_per_chunk=calls * work.steps + (layout.ranks > 1),
+        bytes_per_chunk=bytes_pass * (work.steps + 1) + received_latents(work, layout.ranks) * 4,
+        weights_bytes=weights,
+        cache_bytes=cache,
+        activation_bytes=activations,
+        compute_ms=1e3 * compute,
+        communication_ms=1e3 * (communication + gather),
+        exposed_ms=1e3 * (exposed + gather),
+        chunk_ms=1e3 * seconds,
+        first_frame_ms=1e3 * first,
+        fps=4 * chunk / seconds,
+        efficiency=1.0,
+        imbalance=slowest[0] / mean,
+        fits=weights + cache + activations <= on.memory,
+    )
+
+
+def _pass_times(
+    layout: Layout, work: Workload, on: Machine, rank: int, frames: int, keys: int
+) -> tuple[float, float, float]:
+    """Seconds of a pass on one rank: computing, communicating, and of the latter what nothing hides."""
+    _, _, tokens, rows = _place(layout, work, rank)
+    mine = work.batch * frames * tokens[rank]
+    attention = attention_flops(layout, work, rank, frames, keys) / on.attention
+    moved = 2 * ELEMENTWISE_PASSES * work.config.dim * work.config.num_layers * mine
+    weights = work.parameters * work.itemsize
+    products = max(work.linear_flops * mine / on.matmul, weights / on.bandwidth)
+    compute = products + cross_flops(work, mine) / on.attention + attention + moved / on.bandwidth
+    layers = work.config.num_layers
+    took = {
+        kind: layers * (on.latency + elements * work.itemsize / on.link)
+        for kind, elements in received(layout, work, rank, frames).items()
+    }
+    hidden = 0.0
+    if "kv" in took:  # behind attention to what is cached already
+        hidden = min(took["kv"], attention * max(0, keys - frames) / max(keys, 1))
+    if "q" in took:  # behind attention with this rank's own queries
+        hidden = min(took["q"], attention / layout.sharing)
+    communication = sum(took.values())
+    return compute, communication, communication - hidden
+
+
+def _activation_bytes(work: Workload, tokens: int) -> int:
+    """The most that is alive at once in a fused pass: a feed-forward's input, hidden numbers and residual, or q, k, v
+    with their buffers."""
+    c = work.config
+    return work.batch * 2 * work.chunk_frames * tokens * work.itemsize * max(3 * c.dim + 2 * c.ffn_dim, 12 * c.dim)
+
+
+def _place(layout: Layout, work: Workload, rank: int) -> tuple[int, int, list[int], list[int]]:
+    """A rank's row and column, every rank's tokens of a frame, and every row's."""
+    row, column = divmod(rank, layout.ulysses)
+    tokens = [shard.tokens for shard in Shard(work.grid, 0, layout.ranks).all]
+    rows = [sum(tokens[r * layout.ulysses : (r + 1) * layout.ulysses]) for r in range(layout.sharing)]
+    return row, column, tokens, rows

@@ -1,0 +1,62 @@
+"""The ledger: what every collective moved, and how long this rank stood waiting for it.
+
+Elements and bytes are those that one rank *receives* from the others, padding for the wire included.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+LAYERLESS = -1  # the layer of what belongs to none, such as a chunk's latents
+
+
+@dataclass
+class Entry:
+    """The sum over some collectives. `waited_s` is the exposed time: spent waiting, with nothing to compute."""
+
+    calls: int = 0
+    elements: int = 0
+    bytes: int = 0
+    waited_s: float = 0.0
+
+    def __iadd__(self, other: Entry) -> Entry:
+        self.calls += other.calls
+        self.elements += other.elements
+        self.bytes += other.bytes
+        self.waited_s += other.waited_s
+        return self
+
+
+class Ledger:
+    """Entries by kind ("qkv", "output", "kv", "q", "partial", "latents") and layer."""
+
+    def __init__(self) -> None:
+        self._entries: dict[tuple[str, int], Entry] = defaultdict(Entry)
+
+    def add(self, kind: str, layer: int, entry: Entry) -> None:
+        self._entries[kind, layer] += entry
+
+    def by_kind(self) -> dict[str, Entry]:
+        return self._sum(0)
+
+    def by_layer(self) -> dict[int, Entry]:
+        return self._sum(1)
+
+    def total(self) -> Entry:
+        total = Entry()
+        for entry in self._entries.values():
+            total += entry
+        return total
+
+    def take(self) -> Ledger:
+        """What was noted since the last call, as a ledger of its own; this one begins anew."""
+        taken = Ledger()
+        taken._entries, self._entries = self._entries, taken._entries
+        return taken
+
+    def _sum(self, axis: int) -> dict:
+        sums: dict = defaultdict(Entry)
+        for key, entry in self._entries.items():
+            sums[key[axis]] += entry
+        return dict(sums)
