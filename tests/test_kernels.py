@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from causalrope_kernels import (
+    Placement,
+    Projection,
     attention,
     attention_lse,
     gate_add,
     merge,
     modulate,
-    qk_norm_rotate,
     rms_norm,
     rotate,
 )
@@ -104,13 +105,18 @@ def test_rms_norm() -> None:
     close(rms_norm(tiny, weight, EPS), plain_rms_norm(tiny, weight))
 
 
-def test_qk_norm_rotate_norms_over_all_heads_then_rotates() -> None:
+def test_the_projection_norms_over_all_heads_then_rotates() -> None:
     qkv, q_weight, k_weight = random(B, T, 3 * WIDTH), random(WIDTH, seed=1), random(WIDTH, seed=2)
     cos, sin = rotation()
-    q, k, v = qk_norm_rotate(qkv, q_weight, k_weight, cos, sin, H, EPS)
+    projection = Projection(qkv, q_weight, k_weight, cos, sin, H, EPS)
+    q, k, v = projection.tensors()
     for result, part, weight in ((q, qkv[..., :WIDTH], q_weight), (k, qkv[..., WIDTH : 2 * WIDTH], k_weight)):
         close(result, plain_rotate(plain_rms_norm(part, weight).view(B, T, H, D), cos, sin))
     assert torch.equal(v, qkv[..., 2 * WIDTH :].reshape(B, T, H, D))
+    room = torch.full((3, H, T, B, D), math.nan, dtype=torch.float64).permute(0, 3, 2, 1, 4)
+    projection.write([Placement(0, 1, *room[..., :1, :]), Placement(1, H, *room[..., 1:, :])])
+    for written, result in zip(room, (q, k, v), strict=True):
+        assert torch.equal(written, result)
 
 
 @pytest.mark.parametrize("carrier", [(F, WIDTH), (B, F, WIDTH)], ids=["frame", "batch and frame"])

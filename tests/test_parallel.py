@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import functools
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -18,8 +18,10 @@ from torch import Tensor
 from causalrope_sp import Chunk, ConfigError, DiTConfig, LatentGrid, SamplerConfig, StreamConfig, sample_chunks
 from causalrope_sp.model import CausalDiT
 from causalrope_sp.noise import seeded_noise
-from causalrope_sp.parallel import STRATEGIES, SequenceParallel, exchange
+from causalrope_sp.parallel import SequenceParallel, exchange, strategies
+from causalrope_sp.parallel.cost import Workload, cache_bytes, received, received_latents
 from causalrope_sp.parallel.launch import run_ranks
+from causalrope_sp.parallel.layout import parse_strategy
 from causalrope_sp.stream import CausalStream, Part
 from causalrope_sp.window import SlidingWindow
 
@@ -41,7 +43,9 @@ WAYS_TO_TALK = (
     "barrier",
 )
 WHOLE = StreamConfig()
-COLLECTIVES = {"ulysses": 2, "gather-kv": 1}  # a layer, in a pass
+COLLECTIVES = {"ulysses": 2, "gather-kv": 1, "shard-kv": 2}  # a layer, in a pass; a product makes those of its parts
+RANKS = (2, 3, 4, 5)
+EVERY = [(ranks, strategy) for ranks in RANKS for strategy in strategies(ranks, CONFIG.num_heads)]
 
 
 def make_model(dtype: torch.dtype = torch.float64, **sizes: int) -> CausalDiT:
@@ -122,7 +126,7 @@ def watched_collectives() -> Iterator[list[tuple[str, int]]]:
         def noting(*args: Any, **options: Any) -> Any:
             arrived = 0
             if name == "all_to_all_single":
-                arrived = sum(args[2]) - args[2][dist.get_rank()]
+                arrived = sum(args[2]) - args[2][args[4].rank()]
             elif name == "all_gather_single":
                 arrived = args[0].numel() - args[1].numel()
             noted.append((name, arrived))
@@ -137,26 +141,40 @@ def watched_collectives() -> Iterator[list[tuple[str, int]]]:
         yield noted
 
 
-def count_collectives(group: dist.ProcessGroup, device: str, strategy: str) -> dict[str, list[tuple[str, int]]]:
-    """The collectives of each kind of pass, and of a whole video of three chunks in two steps."""
-    grid, passes = LatentGrid(2, 3), {}
+def count_collectives(group: dist.ProcessGroup, device: str, strategy: str) -> dict[str, dict[str, Any]]:
+    """The collectives of each kind of pass, seen from outside and as the ledger has them: (calls, elements, bytes)."""
+    grid, passes = LatentGrid(1, 7), {}
     parallel = SequenceParallel(group, strategy, device)
     shard = parallel.shard(grid)
     embeds = random(1, CONFIG.text_len, CONFIG.text_dim)
     x = random(1, 2, grid.tokens, CONFIG.token_dim)[:, :, shard.start : shard.stop]
     first, second = Chunk(0, 0, 2), Chunk(1, 2, 2)
+    stream = CausalStream(make_model(), embeds, grid, SlidingWindow(2), parallel)
+    runs = {
+        "denoise": lambda: stream.denoise(first, x, 1000.0),
+        "fused": lambda: stream.denoise(second, x, 1000.0, Part(first, x, 0.0)),
+        "context": lambda: stream.commit(Part(second, x, 0.0)),
+        "latents": lambda: parallel.gather_tokens(x, grid),
+    }
     with watched_collectives() as noted:
-        stream = CausalStream(make_model(), embeds, grid, SlidingWindow(4), parallel)
-        for name, run in (
-            ("denoise", lambda: stream.denoise(first, x, 1000.0)),
-            ("fused", lambda: stream.denoise(second, x, 1000.0, Part(first, x, 0.0))),
-            ("context", lambda: stream.commit(Part(second, x, 0.0))),
-            ("video", lambda: Job(2, 3, 6, StreamConfig(4, 0, 2)).run(parallel)),
-        ):
+        for name, run in runs.items():
             noted.clear()
+            parallel.ledger.take()
             run()
-            passes[name] = list(noted)
+            ledger = parallel.ledger.take()
+            by_kind = {kind: (e.calls, e.elements, e.bytes) for kind, e in ledger.by_kind().items()}
+            passes[name] = {"seen": list(noted), "ledger": by_kind, "layers": set(ledger.by_layer())}
+    passes["cache"] = {"bytes": stream.cache.bytes}
     return passes
+
+
+def variants(group: dist.ProcessGroup, device: str, strategy: str) -> list[Tensor]:
+    """The same video without overlap, and by head groups, where that changes the way it is made."""
+    job = JOBS["window and sink, batch 2"]
+    ways: list[dict[str, Any]] = [{"overlap": False}]
+    if strategy == "ulysses":
+        ways += [{"head_groups": 2}, {"head_groups": 3}, {"head_groups": 99}]
+    return [job.run(SequenceParallel(group, strategy, device, **way)) for way in ways]
 
 
 def refusals(group: dist.ProcessGroup, device: str) -> dict[str, str]:
@@ -165,39 +183,48 @@ def refusals(group: dist.ProcessGroup, device: str) -> dict[str, str]:
     ranks = group.size()
     for case, strategy, heads, grid in (
         ("more ranks than heads", "ulysses", ranks - 1, LatentGrid(2, 3)),
-        ("ranks that do not divide", "ulysses", ranks + 1, LatentGrid(2, 3)),
         ("more ranks than tokens", "gather-kv", 6, LatentGrid(1, ranks - 1)),
+        ("a product of other ranks", "ulysses7xshard-kv3", 6, LatentGrid(2, 3)),
     ):
         model = make_model(dim=12 * heads, num_heads=heads)
         embeds = random(1, CONFIG.text_len, CONFIG.text_dim)
         noise = seeded_noise(0, (1, CONFIG.in_channels, grid.latent_height, grid.latent_width))
-        parallel = SequenceParallel(group, strategy, device)
         try:
+            parallel = SequenceParallel(group, strategy, device)
             next(sample_chunks(model, embeds, noise, grid, 3, parallel=parallel))
         except ConfigError as error:
             said[case] = str(error)
     return said
 
 
-def exercise(group: dist.ProcessGroup, device: str) -> list[dict[str, Any]]:
+def exercise(group: dist.ProcessGroup, device: str) -> list[dict[Any, Any]]:
     """Everything that needs this many ranks, from every rank: starting processes is what costs."""
     torch.set_deterministic_debug_mode("error")  # with the next line: what is never written reads as NaN
     torch.utils.deterministic.fill_uninitialized_memory = True
-    mine: dict[str, Any] = {"refusals": refusals(group, device)}
-    for strategy, name in itertools.product(STRATEGIES, JOBS):
-        mine[strategy, name] = JOBS[name].run(SequenceParallel(group, strategy, device))
+    mine: dict[Any, Any] = {"refusals": refusals(group, device)}
+    for strategy in strategies(group.size(), CONFIG.num_heads):
+        for name, job in JOBS.items():
+            if group.size() <= job.grid.tokens:
+                mine[strategy, name] = job.run(SequenceParallel(group, strategy, device))
+        mine[strategy, "variants"] = variants(group, device, strategy)
+        mine[strategy, "collectives"] = count_collectives(group, device, strategy)
     everyone: list[Any] = [None] * group.size()
-    mine["collectives"] = {strategy: count_collectives(group, device, strategy) for strategy in STRATEGIES}
     dist.all_gather_object(everyone, mine)
     return everyone
 
 
-@pytest.fixture(scope="module", params=[2, 3], ids=["2 ranks", "3 ranks"])
-def ranks(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
-    """What `exercise` found, rank by rank."""
-    found = run_ranks(exercise, request.param)
-    assert len(found) == request.param
-    return found
+@pytest.fixture(scope="module")
+def found() -> Callable[[int], list[dict[Any, Any]]]:
+    """What `exercise` found at a number of ranks, rank by rank; done once."""
+
+    @functools.cache
+    def run(ranks: int) -> list[dict[Any, Any]]:
+        return run_ranks(exercise, ranks)
+
+    return run
+
+
+Found = Callable[[int], list[dict[Any, Any]]]
 
 
 @pytest.fixture(scope="module")
@@ -206,54 +233,83 @@ def alone() -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", [name for name, job in JOBS.items() if job.dtype == torch.float64])
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_many_ranks_equal_one(ranks: list[dict[str, Any]], alone: dict[str, Tensor], strategy: str, name: str) -> None:
-    for rank in ranks:
+@pytest.mark.parametrize(("ranks", "strategy"), EVERY)
+def test_many_ranks_equal_one(found: Found, alone: dict[str, Tensor], ranks: int, strategy: str, name: str) -> None:
+    results = found(ranks)
+    assert len(results) == ranks
+    if ranks > JOBS[name].grid.tokens:
+        assert (strategy, name) not in results[0]
+        return
+    for rank in results:
         assert rank[strategy, name].shape == alone[name].shape
         assert relative(rank[strategy, name], alone[name]) < 1e-12
-        assert torch.equal(rank[strategy, name], ranks[0][strategy, name])
+        assert torch.equal(rank[strategy, name], results[0][strategy, name])
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(("ranks", "strategy"), EVERY)
+def test_overlap_and_head_groups_change_nothing(
+    found: Found, alone: dict[str, Tensor], ranks: int, strategy: str
+) -> None:
+    for rank in found(ranks):
+        for result in rank[strategy, "variants"]:
+            assert relative(result, alone["window and sink, batch 2"]) < 1e-12
+
+
+@pytest.mark.parametrize(("ranks", "strategy"), EVERY)
 def test_narrow_numbers_cost_no_more_on_many_ranks(
-    ranks: list[dict[str, Any]], alone: dict[str, Tensor], strategy: str
+    found: Found, alone: dict[str, Tensor], ranks: int, strategy: str
 ) -> None:
     exact = single(replace(JOBS["bfloat16"], dtype=torch.float64))
-    for rank in ranks:
+    for rank in found(ranks):
         assert relative(rank[strategy, "float32"], alone["float32"]) < 1e-5
         assert relative(rank[strategy, "bfloat16"], exact) < 2 * relative(alone["bfloat16"], exact)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_collectives_of_a_layer_in_a_pass(ranks: list[dict[str, Any]], strategy: str) -> None:
-    kind = "all_to_all_single" if strategy == "ulysses" else "all_gather_single"
-    expected = [kind] * COLLECTIVES[strategy] * CONFIG.num_layers
-    for rank in ranks:
-        passes = {name: [call for call, _ in calls] for name, calls in rank["collectives"][strategy].items()}
-        assert passes["denoise"] == passes["fused"] == passes["context"] == expected
-        a_chunk = 2 * expected + ["all_gather_single"]  # two steps, and at the end one gather of its latents
-        assert passes["video"] == 3 * a_chunk
+@pytest.mark.parametrize(("ranks", "strategy"), EVERY)
+def test_collectives_of_a_layer_in_a_pass(found: Found, ranks: int, strategy: str) -> None:
+    parts = [re.sub(r"\d+$", "", part) for part in strategy.split("x")]
+    expected = CONFIG.num_layers * sum(COLLECTIVES[part] for part in parts)
+    for rank in found(ranks):
+        for name in ("denoise", "fused", "context"):
+            noted = rank[strategy, "collectives"][name]
+            assert len(noted["seen"]) == expected
+            assert sum(calls for calls, _, _ in noted["ledger"].values()) == expected
+            assert noted["layers"] == set(range(CONFIG.num_layers))
+        assert len(rank[strategy, "collectives"]["latents"]["seen"]) == 1
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_only_the_new_chunk_travels(ranks: list[dict[str, Any]], strategy: str) -> None:
-    """The numbers that a rank receives, whatever the cache holds, where the shards are even."""
-    parts, width = len(ranks), CONFIG.dim
-    for rank in ranks:
+@pytest.mark.parametrize(("ranks", "strategy"), EVERY)
+def test_only_the_new_chunk_travels(found: Found, ranks: int, strategy: str) -> None:
+    """What a rank receives is what the formulas say, whatever the cache holds; seven tokens are even nowhere."""
+    layout = parse_strategy(strategy, ranks)
+    work = Workload(CONFIG, LatentGrid(1, 7), window=2, chunk_frames=2, steps=2, itemsize=8)
+    for number, rank in enumerate(found(ranks)):
+        noted = rank[strategy, "collectives"]
         for name, frames in (("denoise", 2), ("context", 2), ("fused", 4)):
-            tokens = frames * 6
-            whole = 4 * tokens // parts * width if strategy == "ulysses" else 2 * tokens * width
-            received = sum(count for _, count in rank["collectives"][strategy][name])
-            assert received == CONFIG.num_layers * whole * (parts - 1) // parts
+            formula = received(layout, work, number, frames)
+            layers = CONFIG.num_layers
+            assert noted[name]["ledger"] == {k: (layers, layers * n, 8 * layers * n) for k, n in formula.items()}
+            assert sum(count for _, count in noted[name]["seen"]) == layers * sum(formula.values())
+        assert noted["latents"]["ledger"]["latents"][1] == received_latents(work, ranks)
+        assert noted["cache"]["bytes"] == cache_bytes(layout, work, number)
 
 
-def test_ranks_that_do_not_fit_are_refused_on_every_rank(ranks: list[dict[str, Any]]) -> None:
-    p = len(ranks)
-    for rank in ranks:
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_even_shards_move_what_the_design_says(ranks: int) -> None:
+    work = Workload(CONFIG, LatentGrid(2, 4), window=4, chunk_frames=3, steps=2, itemsize=8)
+    even, share = 3 * 8 * CONFIG.dim, (ranks - 1) / ranks
+    for name, elements in (("ulysses", 4 * even / ranks * share), ("gather-kv", 2 * even * share)):
+        if CONFIG.num_heads % ranks == 0 or name != "ulysses":
+            assert sum(received(parse_strategy(name, ranks), work, 0, 3).values()) == elements
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_ranks_that_do_not_fit_are_refused_on_every_rank(found: Found, ranks: int) -> None:
+    for rank in found(ranks):
         said = rank["refusals"]
-        assert f"{p - 1} heads, {p} ranks" in said["more ranks than heads"]
-        assert f"{p + 1} heads, {p} ranks" in said["ranks that do not divide"]
-        assert f"{p} ranks are more than the {p - 1} tokens" in said["more ranks than tokens"]
+        assert f"{ranks - 1} heads, {ranks} ranks" in said["more ranks than heads"]
+        assert f"{ranks} ranks are more than the {ranks - 1} tokens" in said["more ranks than tokens"]
+        assert f"7×3 ranks, each 2 or more, and not for {ranks}" in said["a product of other ranks"]
         assert not any("\n" in line for line in said.values())
 
 
@@ -292,32 +348,30 @@ class Ranks:
         return self._size
 
 
-@pytest.mark.parametrize(
-    ("size", "heads", "requested", "chosen"),
-    [
-        (2, 12, "auto", "ulysses"),
-        (8, 12, "auto", "gather-kv"),
-        (24, 12, "auto", "gather-kv"),
-        (2, 12, "gather-kv", "gather-kv"),
-        (4, 12, "ulysses", "ulysses"),
-    ],
-)
-def test_auto_is_ulysses_where_it_is_balanced(size: int, heads: int, requested: str, chosen: str) -> None:
-    parallel = SequenceParallel(Ranks(size), requested)  # type: ignore[arg-type]
-    assert parallel.strategy_name(heads) == chosen
-    strategy = parallel.strategy(LatentGrid(5, 5), heads)
-    assert strategy.name == chosen
-    assert strategy.stored_heads == (heads // size if chosen == "ulysses" else heads)
+@pytest.mark.parametrize("ranks", range(1, 13))
+@pytest.mark.parametrize("heads", [1, 5, 12])
+def test_every_strategy_that_is_named_is_one(ranks: int, heads: int) -> None:
+    grid = LatentGrid(5, 5)
+    for name in strategies(ranks, heads):
+        layout = parse_strategy(name, ranks)
+        layout.check(heads)
+        assert layout.ulysses * layout.sharing == layout.ranks == ranks
+        assert sum(layout.heads(heads)) == heads
+        assert max(layout.heads(heads)) - min(layout.heads(heads)) <= 1
+        work = Workload(replace(CONFIG, dim=12 * heads, num_heads=heads), grid, 4, 2, 2)
+        held = sum(cache_bytes(layout, work, rank) for rank in range(ranks))
+        copies = layout.sharing if layout.inner == "gather-kv" else 1
+        assert held == copies * cache_bytes(parse_strategy("ulysses", 1), work, 0)
 
 
 def test_one_process_is_a_group_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     for parallel in (SequenceParallel.single(device="cpu"), SequenceParallel.from_env("ulysses", device="cpu")):
-        assert (parallel.rank, parallel.size, parallel.strategy_name(12)) == (0, 1, "single")
+        assert (parallel.rank, parallel.size, parallel.layout(12).name) == (0, 1, "single")
         assert parallel.shard(LatentGrid(2, 3)).tokens == 6
         parallel.close()
 
 
 def test_unknown_strategies_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"unknown strategy 'ring'; there are: auto, ulysses, gather-kv"):
+    with pytest.raises(ConfigError, match=r"unknown strategy 'ring'; there are: auto, ulysses, gather-kv, shard-kv"):
         SequenceParallel.single("ring")

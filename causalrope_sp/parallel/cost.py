@@ -9,7 +9,7 @@ Shapes: B batch, F frames of a pass, s tokens of a frame on a rank, S of a whole
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 
 from causalrope_sp.config import DiTConfig
 from causalrope_sp.grid import LatentGrid, Shard
@@ -84,13 +84,21 @@ class Workload:
         layer += 3 * d * d + 3 * d + d * d + d + 2 * d  # self-attention with its norms
         layer += d * d + d + 2 * d * d + 2 * d + d * d + d + 2 * d  # cross-attention
         layer += 2 * d + 2 * d * c.ffn_dim + c.ffn_dim + d + 6 * d  # its norm, the feed-forward, the modulation
-        outer = c.token_dim * d + d + c.text_dim * d + d + d * d + d + c.freq_dim * d + d + d * d + d + 6 * d * d + 6 * d
-        return c.num_layers * layer + outer + c.token_dim * d + c.token_dim + 2 * d
+        outer = (c.token_dim + c.text_dim + c.freq_dim) * d + 3 * d  # embeddings of patch, text and time,
+        outer += 2 * (d * d + d) + 6 * d * d + 6 * d  # the second layers of two of them, the projection of time,
+        outer += c.token_dim * d + c.token_dim + 2 * d  # and the head
+        return c.num_layers * layer + outer
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What one strategy costs, for the rank that has most of each. Milliseconds are predictions."""
+    """What one strategy costs, for the rank that has most of each. Times are predictions, in milliseconds.
+
+    A chunk's passes are those of the steady state: one fused with the context pass of the chunk before, a full window.
+    `exposed_ms` is the part of `communication_ms` that nothing hides, `imbalance` the slowest rank's computing against
+    the mean, `efficiency` one rank's time against all ranks' together. The first frame's time leaves out loading, text
+    and decoding.
+    """
 
     strategy: str
     ranks: int
@@ -145,7 +153,7 @@ def _lse_elements(work: Workload) -> int:
 
 def received_latents(work: Workload, ranks: int) -> int:
     """Elements that a rank receives when a chunk's latents are gathered; they are float32, or float64."""
-    widest = max(shard.tokens for shard in Shard(work.grid, 0, ranks).all)
+    widest = max(_tokens(work.grid, ranks))
     return (ranks - 1) * work.batch * work.chunk_frames * widest * work.config.token_dim
 
 
@@ -194,15 +202,13 @@ def _cost(layout: Layout, work: Workload, on: Machine) -> Plan:
     gather = 0.0
     if layout.ranks > 1:
         gather = on.latency + received_latents(work, layout.ranks) * 4 / on.link
-    compute, communication, exposed = (
-        f + (work.steps - 1) * s for f, s in zip(slowest_fused, slowest, strict=True)
-    )
+    compute, communication, exposed = (f + (work.steps - 1) * s for f, s in zip(slowest_fused, slowest, strict=True))
     seconds = compute + exposed + gather
     first = max(c + e for c, _, e in opening) * work.steps + gather
     bytes_pass = max(sum(received(layout, work, r, chunk).values()) for r in every) * work.itemsize
     bytes_pass *= work.config.num_layers
     calls = work.config.num_layers * (len(received(layout, work, 0, chunk)))
-    tokens = max(shard.tokens for shard in Shard(work.grid, 0, layout.ranks).all)
+    tokens = max(_tokens(work.grid, layout.ranks))
     weights = work.parameters * work.itemsize
     cache = max(cache_bytes(layout, work, r) for r in every)
     activations = _activation_bytes(work, tokens)
@@ -233,7 +239,7 @@ def _pass_times(
     layout: Layout, work: Workload, on: Machine, rank: int, frames: int, keys: int
 ) -> tuple[float, float, float]:
     """Seconds of a pass on one rank: computing, communicating, and of the latter what nothing hides."""
-    _, _, tokens, rows = _place(layout, work, rank)
+    tokens = _place(layout, work, rank)[2]
     mine = work.batch * frames * tokens[rank]
     attention = attention_flops(layout, work, rank, frames, keys) / on.attention
     moved = 2 * ELEMENTWISE_PASSES * work.config.dim * work.config.num_layers * mine
@@ -264,6 +270,11 @@ def _activation_bytes(work: Workload, tokens: int) -> int:
 def _place(layout: Layout, work: Workload, rank: int) -> tuple[int, int, list[int], list[int]]:
     """A rank's row and column, every rank's tokens of a frame, and every row's."""
     row, column = divmod(rank, layout.ulysses)
-    tokens = [shard.tokens for shard in Shard(work.grid, 0, layout.ranks).all]
+    tokens = _tokens(work.grid, layout.ranks)
     rows = [sum(tokens[r * layout.ulysses : (r + 1) * layout.ulysses]) for r in range(layout.sharing)]
     return row, column, tokens, rows
+
+
+@cache
+def _tokens(grid: LatentGrid, ranks: int) -> list[int]:
+    return [shard.tokens for shard in Shard(grid, 0, ranks).all]
