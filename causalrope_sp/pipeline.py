@@ -24,6 +24,7 @@ from causalrope_sp.grid import LatentGrid, split_into_chunks
 from causalrope_sp.model import CausalDiT
 from causalrope_sp.noise import seeded_noise
 from causalrope_sp.parallel import SequenceParallel
+from causalrope_sp.parallel.cost import Workload
 from causalrope_sp.sampler import sample_chunks
 from causalrope_sp.toybox import EMBEDDED, WEIGHTS
 from causalrope_sp.toybox.text import ToyboxText
@@ -97,7 +98,11 @@ class CausalVideoPipeline:
         self.text = TEXT_ENCODERS[recipe.text]()
         stride = codec.config.scale_factor_spatial
         self.grid = LatentGrid.from_pixels(self.height, self.width, stride, model.config.patch_size[1:])
-        parallel.strategy(self.grid, model.config.num_heads)  # refuses ranks that cannot share this model
+        window = recipe.stream.window or recipe.stream.chunk_frames
+        self.workload = Workload.of(
+            model.config, self.grid, recipe.stream, recipe.sampler, window, itemsize=model.dtype.itemsize
+        )
+        parallel.layout(self.workload)  # refuses ranks that cannot share this model
 
     @classmethod
     def from_pretrained(
@@ -125,7 +130,7 @@ class CausalVideoPipeline:
             CheckpointError: nothing readable at `model`, or weights that do not fit.
             ConfigError: settings that cannot work together, or ranks that cannot share this model.
         """
-        recipe = Recipe.load(_find_recipe(model))
+        recipe = Recipe.load(find_recipe(model))
         stream = recipe.stream
         if window is not None or sink is not None:
             stream = replace(
@@ -215,7 +220,8 @@ def _timesteps(steps: int | Sequence[float]) -> tuple[float, ...]:
     return tuple(1000 * (steps - i) / steps for i in range(steps))
 
 
-def _find_recipe(model: str | Path) -> Path:
+def find_recipe(model: str | Path) -> Path:
+    """The recipe file of an embedded model's name, a folder, or itself. Raises CheckpointError if there is none."""
     if str(model) in EMBEDDED:
         return WEIGHTS / f"{model}.json"
     path = Path(model)

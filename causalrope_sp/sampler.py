@@ -19,6 +19,7 @@ from causalrope_sp.grid import Chunk, LatentGrid, split_into_chunks
 from causalrope_sp.model import CausalDiT
 from causalrope_sp.noise import Noise
 from causalrope_sp.parallel import SequenceParallel
+from causalrope_sp.parallel.cost import Workload
 from causalrope_sp.schedule import SOLVERS, sigmas
 from causalrope_sp.stream import CausalStream, Part
 from causalrope_sp.window import SlidingWindow
@@ -70,8 +71,9 @@ def sample_chunks(
     parallel = parallel or SequenceParallel.single()
     _check(model, embeds, grid, frames, stream, initial_latents)
     given = 0 if initial_latents is None else initial_latents.shape[1]
-    state = CausalStream(model, embeds, grid, _window(stream, frames, given), parallel)
-    shard = parallel.shard(grid)
+    window, shard = _window(stream, frames, given), parallel.shard(grid)
+    work = Workload.of(model.config, grid, stream, sampler, window.frames, len(embeds), model.dtype.itemsize)
+    state = CausalStream(model, embeds, grid, window, shard, parallel.strategy(work))
     solve, levels = SOLVERS[sampler.solver], sigmas(sampler)
     precise = torch.float64 if model.dtype == torch.float64 else torch.float32
 

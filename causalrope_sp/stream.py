@@ -12,9 +12,9 @@ from torch import Tensor
 
 from causalrope_kernels import Projection
 from causalrope_sp.cache import KVCache
-from causalrope_sp.grid import Chunk, LatentGrid
+from causalrope_sp.grid import Chunk, LatentGrid, Shard
 from causalrope_sp.model import CausalDiT, ForwardPass
-from causalrope_sp.parallel import SequenceParallel
+from causalrope_sp.parallel.strategy import Strategy
 from causalrope_sp.rope import RotaryTables, Rotation
 from causalrope_sp.window import SlidingWindow
 
@@ -34,9 +34,8 @@ class CausalStream:
     Args:
         embeds_BLE: text embeddings, (B, text_len, text_dim), zeros after the text's end.
         window: how far back attention looks.
-
-    Raises:
-        ConfigError: more ranks than tokens in a frame, or heads that the strategy cannot split.
+        shard: the tokens of a frame that this rank owns.
+        strategy: how they attend those of the others.
     """
 
     def __init__(
@@ -45,14 +44,15 @@ class CausalStream:
         embeds_BLE: Tensor,
         grid: LatentGrid,
         window: SlidingWindow,
-        parallel: SequenceParallel,
+        shard: Shard,
+        strategy: Strategy,
     ) -> None:
         config = model.config
         self._model = model
-        self._strategy = parallel.strategy(grid, config.num_heads)
+        self._strategy = strategy
         self._text = model.encode_text(embeds_BLE)
         compute = torch.float64 if model.dtype == torch.float64 else torch.float32
-        self._rope = RotaryTables(config.head_dim, config.theta, parallel.shard(grid), model.device, compute)
+        self._rope = RotaryTables(config.head_dim, config.theta, shard, model.device, compute)
         self._rotation: tuple[list[int], Rotation] | None = None
         self._broken = False
         self.cache = KVCache(

@@ -120,11 +120,11 @@ def _check_strategies(
     for name in _names(strategy, ranks, heads):
         try:
             parallel = SequenceParallel(group, name, device)
-            parallel.strategy(case.grid, heads)
+            result = case.run(parallel)
         except ConfigError as reason:
             checks.append(Check(case.name, ranks, name, None, None, str(reason)))
             continue
-        error = _relative_error(case.run(parallel), expected)
+        error = _relative_error(result, expected)
         checks.append(Check(case.name, ranks, name, error, error <= bound))
     return checks
 

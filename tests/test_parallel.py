@@ -45,6 +45,7 @@ WAYS_TO_TALK = (
 WHOLE = StreamConfig()
 COLLECTIVES = {"ulysses": 2, "gather-kv": 1, "shard-kv": 2}  # a layer, in a pass; a product makes those of its parts
 RANKS = (2, 3, 4, 5)
+WORK = Workload(CONFIG, LatentGrid(1, 7), window=2, chunk_frames=2, steps=2, itemsize=8)
 EVERY = [(ranks, strategy) for ranks in RANKS for strategy in strategies(ranks, CONFIG.num_heads)]
 
 
@@ -143,13 +144,13 @@ def watched_collectives() -> Iterator[list[tuple[str, int]]]:
 
 def count_collectives(group: dist.ProcessGroup, device: str, strategy: str) -> dict[str, dict[str, Any]]:
     """The collectives of each kind of pass, seen from outside and as the ledger has them: (calls, elements, bytes)."""
-    grid, passes = LatentGrid(1, 7), {}
+    grid, passes = WORK.grid, {}
     parallel = SequenceParallel(group, strategy, device)
     shard = parallel.shard(grid)
     embeds = random(1, CONFIG.text_len, CONFIG.text_dim)
     x = random(1, 2, grid.tokens, CONFIG.token_dim)[:, :, shard.start : shard.stop]
     first, second = Chunk(0, 0, 2), Chunk(1, 2, 2)
-    stream = CausalStream(make_model(), embeds, grid, SlidingWindow(2), parallel)
+    stream = CausalStream(make_model(), embeds, grid, SlidingWindow(2), shard, parallel.strategy(WORK))
     runs = {
         "denoise": lambda: stream.denoise(first, x, 1000.0),
         "fused": lambda: stream.denoise(second, x, 1000.0, Part(first, x, 0.0)),
@@ -281,8 +282,7 @@ def test_collectives_of_a_layer_in_a_pass(found: Found, ranks: int, strategy: st
 @pytest.mark.parametrize(("ranks", "strategy"), EVERY)
 def test_only_the_new_chunk_travels(found: Found, ranks: int, strategy: str) -> None:
     """What a rank receives is what the formulas say, whatever the cache holds; seven tokens are even nowhere."""
-    layout = parse_strategy(strategy, ranks)
-    work = Workload(CONFIG, LatentGrid(1, 7), window=2, chunk_frames=2, steps=2, itemsize=8)
+    layout, work = parse_strategy(strategy, ranks), WORK
     for number, rank in enumerate(found(ranks)):
         noted = rank[strategy, "collectives"]
         for name, frames in (("denoise", 2), ("context", 2), ("fused", 4)):
@@ -367,7 +367,7 @@ def test_every_strategy_that_is_named_is_one(ranks: int, heads: int) -> None:
 def test_one_process_is_a_group_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     for parallel in (SequenceParallel.single(device="cpu"), SequenceParallel.from_env("ulysses", device="cpu")):
-        assert (parallel.rank, parallel.size, parallel.layout(12).name) == (0, 1, "single")
+        assert (parallel.rank, parallel.size, parallel.layout(WORK).name) == (0, 1, "single")
         assert parallel.shard(LatentGrid(2, 3)).tokens == 6
         parallel.close()
 

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from causalrope_sp import Chunk, ConfigError, DiTConfig, LatentGrid, SamplerConfig, StreamConfig, sample_chunks
-from causalrope_sp.grid import split_into_chunks
+from causalrope_sp.grid import Shard, split_into_chunks
 from causalrope_sp.model import CausalDiT
 from causalrope_sp.noise import Noise, seeded_noise
-from causalrope_sp.parallel import SequenceParallel
+from causalrope_sp.parallel.strategy import Strategy
 from causalrope_sp.reference import block_causal_velocity
 from causalrope_sp.schedule import add_noise, predict_x0, sigmas
 from causalrope_sp.stream import CausalStream, Part
@@ -255,10 +255,10 @@ def random(*shape: int, seed: int) -> Tensor:
 @pytest.mark.parametrize("abandoned", [0, 1, 2, 3])
 def test_a_cancelled_chunk_leaves_no_trace(abandoned: int) -> None:
     """Of any size, after a fused forward and a later pass, in a window that is full: what follows is as without it."""
-    window, parallel = SlidingWindow(4, 1), SequenceParallel.single(device="cpu")
+    window = SlidingWindow(4, 1)
     x = random(4, 1, 3, GRID.tokens, CONFIG.token_dim, seed=3)
     parts = [Part(Chunk(i, 2 * i, 2), x[i, :, :2], 0.0) for i in range(3)]
-    stream = CausalStream(MODEL, text(1), GRID, window, parallel)
+    stream = CausalStream(MODEL, text(1), GRID, window, Shard(GRID), Strategy(GRID.tokens, MODEL.config.num_heads))
     for part in parts[:2]:
         stream.commit(part)
     stream.denoise(parts[2].chunk, x[3, :, :2], 500.0)
@@ -273,14 +273,16 @@ def test_a_cancelled_chunk_leaves_no_trace(abandoned: int) -> None:
     assert stream.cache.committed == 6
     result = stream.denoise(Chunk(3, 6, 2), x[3, :, :2], 500.0)
 
-    undisturbed = CausalStream(MODEL, text(1), GRID, window, parallel)
+    undisturbed = CausalStream(MODEL, text(1), GRID, window, Shard(GRID), Strategy(GRID.tokens, MODEL.config.num_heads))
     for part in parts:
         undisturbed.commit(part)
     assert relative(result, undisturbed.denoise(Chunk(3, 6, 2), x[3, :, :2], 500.0)) < 1e-12
 
 
 def test_one_chunk_at_a_time() -> None:
-    stream = CausalStream(MODEL, text(1), GRID, SlidingWindow(4), SequenceParallel.single(device="cpu"))
+    stream = CausalStream(
+        MODEL, text(1), GRID, SlidingWindow(4), Shard(GRID), Strategy(GRID.tokens, MODEL.config.num_heads)
+    )
     x = random(1, 2, GRID.tokens, CONFIG.token_dim, seed=3)
     stream.denoise(Chunk(0, 0, 2), x, 1000.0)
     with pytest.raises(ConfigError, match="chunk 0 is still open"):

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
-from causalrope_sp.config import DiTConfig
+from causalrope_sp.config import DiTConfig, SamplerConfig, StreamConfig
 from causalrope_sp.grid import LatentGrid, Shard
 from causalrope_sp.parallel.layout import Layout, parse_strategy, strategies
 
@@ -58,6 +58,9 @@ def machine(gpu: str, link: str) -> Machine:
     return Machine(f"{gpu}, {link}", *GPUS[gpu], *LINKS[link])
 
 
+H100, CPU = machine("h100", "nvlink"), machine("cpu", "loopback")
+
+
 @dataclass(frozen=True)
 class Workload:
     """A stream: its model, its picture in tokens, window and chunk in latent frames, denoise passes a chunk."""
@@ -69,6 +72,20 @@ class Workload:
     steps: int
     batch: int = 1
     itemsize: int = 2
+
+    @classmethod
+    def of(
+        cls,
+        config: DiTConfig,
+        grid: LatentGrid,
+        stream: StreamConfig,
+        sampler: SamplerConfig,
+        window: int,
+        batch: int = 1,
+        itemsize: int = 2,
+    ) -> Workload:
+        """A stream as it is configured, `window` latent frames long at most."""
+        return cls(config, grid, window, min(stream.chunk_frames, window), len(sampler.steps), batch, itemsize)
 
     @cached_property
     def linear_flops(self) -> int:
@@ -184,7 +201,7 @@ def plan(work: Workload, ranks: int, on: Machine) -> list[Plan]:
     """Every strategy at this many ranks, and which of them is the best, always the same on every rank: the fastest
     chunk of those that fit, the least memory among equals."""
     alone = _cost(parse_strategy("ulysses", 1), work, on)
-    names = ["ulysses"] if ranks == 1 else strategies(ranks, work.config.num_heads)
+    names = strategies(ranks, work.config.num_heads)[: 1 if ranks == 1 else None]
     costs = [_cost(parse_strategy(name, ranks), work, on) for name in names]
     costs = [replace(c, efficiency=alone.chunk_ms / (ranks * c.chunk_ms)) for c in costs]
     best = min(range(len(costs)), key=lambda n: (not costs[n].fits, round(costs[n].chunk_ms, 3), costs[n].memory_bytes))

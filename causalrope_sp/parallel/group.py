@@ -10,8 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from causalrope_sp.config import DiTConfig
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.grid import LatentGrid, Shard
+from causalrope_sp.parallel.cost import CPU, H100, Machine, Workload, plan
 from causalrope_sp.parallel.exchange import Exchange
 from causalrope_sp.parallel.gather_kv import GatherKV
 from causalrope_sp.parallel.layout import Layout, parse_strategy
@@ -28,10 +30,11 @@ class SequenceParallel:
 
     Args:
         group: the process group of the ranks, or None for one process.
-        strategy: one of `STRATEGIES`, a product of two, or "auto" (ulysses where it is balanced, else gather-kv).
+        strategy: one of `STRATEGIES`, a product such as ulysses4xgather-kv2, or "auto" (see `layout`).
         device: where this rank computes.
         overlap: compute while keys, values and queries are in flight. Exact either way.
         head_groups: send the output of one group of heads while the next is computed (`ulysses` alone).
+        machine: what "auto" predicts with, the same on every rank; if None, an H100 on NVLink, or a CPU.
 
     Raises:
         ConfigError: an unknown strategy, or a product for another number of ranks.
@@ -45,12 +48,15 @@ class SequenceParallel:
         *,
         overlap: bool = True,
         head_groups: int = 1,
+        machine: Machine | None = None,
     ) -> None:
         self._group = group
         self.device = torch.device(device)
+        self._machine = machine or (H100 if self.device.type == "cuda" else CPU)
         self.rank = 0 if group is None else group.rank()
         self.size = 1 if group is None else group.size()
         self._layout = None if strategy == "auto" else parse_strategy(strategy, self.size)
+        self._chosen: dict[DiTConfig, Layout] = {}
         if head_groups < 1:
             raise ConfigError(f"head_groups must be at least 1, not {head_groups}")
         self._overlap, self._head_groups = overlap, head_groups
@@ -86,25 +92,31 @@ class SequenceParallel:
         parallel._owns_group = True
         return parallel
 
-    def layout(self, heads: int) -> Layout:
-        """The strategy in use for a model of this many heads.
+    def layout(self, work: Workload) -> Layout:
+        """The strategy in use for a stream; "auto" takes what the cost model predicts to be the fastest for the first
+        stream of a model, and keeps to it.
 
         Raises:
-            ConfigError: fewer heads than ranks that trade tokens for heads.
+            ConfigError: more ranks than tokens in a frame, or fewer heads than ranks that trade tokens for heads.
         """
-        layout = self._layout or parse_strategy("ulysses" if heads % self.size == 0 else "gather-kv", self.size)
-        layout.check(heads)
+        self.shard(work.grid)
+        layout = self._layout or self._chosen.get(work.config)
+        if layout is None:
+            best = next(cost for cost in plan(work, self.size, self._machine) if cost.chosen)
+            layout = self._chosen[work.config] = parse_strategy(best.strategy, self.size)
+        layout.check(work.config.num_heads)
         return layout
 
-    def strategy(self, grid: LatentGrid, heads: int) -> Strategy:
+    def strategy(self, work: Workload) -> Strategy:
         """This rank's way through self-attention. Every rank must ask for it, since groups are made here.
 
         Raises:
             ConfigError: more ranks than tokens in a frame, or fewer heads than ranks that trade tokens for heads.
         """
-        layout, tokens = self.layout(heads), [shard.tokens for shard in self.shard(grid).all]
+        layout, grid, heads = self.layout(work), work.grid, work.config.num_heads
         if self._group is None or self.size == 1:
             return Strategy(grid.tokens, heads)
+        tokens = [shard.tokens for shard in self.shard(grid).all]
         row, column = divmod(self.rank, layout.ulysses)
         rows = [tokens[r * layout.ulysses : (r + 1) * layout.ulysses] for r in range(layout.sharing)]
         split = layout.heads(heads)

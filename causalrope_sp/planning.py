@@ -1,0 +1,165 @@
+"""`causalrope-sp plan`: what every strategy would cost for a model on some ranks, as a table, as JSON, as a plot."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from causalrope_sp.config import PRESETS, DiTConfig, SamplerConfig, StreamConfig
+from causalrope_sp.errors import CheckpointError, ConfigError
+from causalrope_sp.grid import LatentGrid
+from causalrope_sp.parallel.cost import GPUS, LINKS, Machine, Plan, Workload, machine, plan
+
+WAN_STRIDE = 8  # pixels of a side that one latent pixel stands for
+PLOTTED = (1, 2, 4, 8, 16, 32, 64)
+
+
+def describe_workload(
+    model: str,
+    height: int | None,
+    width: int | None,
+    window: int | None,
+    sink: int | None,
+    chunk_frames: int | None,
+    steps: int | None,
+) -> Workload:
+    """The stream to plan for: a preset, an embedded model or a checkpoint, with whatever is overruled.
+
+    Raises:
+        CheckpointError: nothing readable at `model`.
+        ConfigError: settings that cannot work together.
+    """
+    config, stream, sampler, size = _known(model)
+    stream = StreamConfig(
+        window=stream.window if window is None else window,
+        sink=stream.sink if sink is None else sink,
+        chunk_frames=stream.chunk_frames if chunk_frames is None else chunk_frames,
+    )
+    passes = len(sampler.steps) if steps is None else steps
+    if passes < 1:
+        raise ConfigError(f"steps must be at least 1, not {passes}")
+    assert stream.window is not None, "every known model has a window"
+    grid = LatentGrid.from_pixels(height or size[0], width or size[1], WAN_STRIDE, config.patch_size[1:])
+    return Workload(config, grid, stream.window, stream.chunk_frames, passes)
+
+
+def describe_machine(gpu: str, link: str, measured: Path | None) -> Machine:
+    """Data sheets' rates, or those that were measured: a JSON object with any of a machine's fields, in SI units.
+
+    Raises:
+        ConfigError: a name that is not known, a file that cannot be read, or a field that a machine has not.
+    """
+    for kind, name, known in (("gpu", gpu, GPUS), ("link", link, LINKS)):
+        if name not in known:
+            raise ConfigError(f"unknown {kind} {name!r}; there are: {', '.join(known)}; or give --measured rates")
+    rates = machine(gpu, link)
+    if measured is None:
+        return rates
+    try:
+        found = json.loads(measured.read_text())
+        if not all(isinstance(v, int | float) and v > 0 for k, v in found.items() if k != "name"):
+            raise ValueError("every rate must be a number above 0")
+        return dataclasses.replace(rates, **{"name": f"measured ({measured.name})", **found})
+    except (OSError, ValueError, TypeError, AttributeError) as reason:
+        raise ConfigError(f"cannot use the measured rates in {measured}: {reason}") from reason
+
+
+def fields(cost: Plan) -> dict[str, Any]:
+    """A plan as JSON holds it; "auto" takes the one that is `chosen`."""
+    values = dataclasses.asdict(cost) | {"memory_bytes": cost.memory_bytes}
+    return {name: round(v, 4) if isinstance(v, float) else v for name, v in values.items()}
+
+
+def print_plan(work: Workload, costs: list[Plan], on: Machine) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    c, tokens = work.config, work.grid.tokens
+    title = (
+        f"{c.num_layers} layers of {c.dim}, {c.num_heads} heads; {work.grid.rows}×{work.grid.columns} = {tokens} tokens"
+        f" a frame; window {work.window}, chunk {work.chunk_frames} latent frames, {work.steps} steps; {on.name}"
+    )
+    table = Table(title=title, title_justify="left", caption_justify="left")
+    for column in ("strategy", "GB", "calls", "MB a pass", "compute", "comm.", "exposed", "ms a chunk", "fps"):
+        table.add_column(column, justify="left" if column == "strategy" else "right", no_wrap=True)
+    table.add_column("first", justify="right")
+    table.add_column("eff.", justify="right")
+    for p in costs:
+        row = [
+            f"{p.memory_bytes / 1e9:.1f}" + ("" if p.fits else " !"),
+            f"{p.collectives_per_pass}",
+            f"{p.bytes_per_pass / 1e6:.1f}",
+            *(f"{ms:.1f}" for ms in (p.compute_ms, p.communication_ms, p.exposed_ms, p.chunk_ms)),
+            f"{p.fps:.1f}",
+            f"{p.first_frame_ms:.0f}",
+            f"{p.efficiency:.0%}",
+        ]
+        table.add_row(f"{p.strategy}{' ←' if p.chosen else ''}", *row, style="bold" if p.chosen else None)
+    console = Console()
+    console.print(table)
+    console.print(
+        "Predicted, not measured; all times in ms. Memory, calls and bytes received are those of the rank that has "
+        "most. ← is what auto takes; ! does not fit the memory. First: the first frames, without loading and decoding.",
+        highlight=False,
+    )
+    uneven = [p for p in costs if p.imbalance > 1.02]
+    for p in uneven:
+        console.print(
+            f"{p.strategy}: the busiest rank computes {p.imbalance - 1:.0%} more than the mean", highlight=False
+        )
+
+
+def plot_plan(work: Workload, on: Machine, path: Path) -> None:
+    """Frames a second and memory of the best strategy of each kind over 1 to 64 ranks."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    kinds: dict[str, list[Plan]] = {}
+    for ranks in (r for r in PLOTTED if r <= work.grid.tokens):
+        best: dict[str, Plan] = {}
+        for cost in plan(work, ranks, on):
+            kind = _kind(cost.strategy)
+            if kind not in best or cost.chunk_ms < best[kind].chunk_ms:
+                best[kind] = cost
+        if ranks == 1:
+            best = {kind: next(iter(best.values())) for kind in ("ulysses", "gather-kv", "shard-kv")}
+        for kind, cost in best.items():
+            kinds.setdefault(kind, []).append(cost)
+    figure, (speed, memory) = pyplot.subplots(1, 2, figsize=(10, 3.6), constrained_layout=True)
+    for kind, costs in kinds.items():
+        ranks_of = [cost.ranks for cost in costs]
+        speed.plot(ranks_of, [cost.fps for cost in costs], marker="o", markersize=3, label=kind)
+        memory.plot(ranks_of, [cost.memory_bytes / 1e9 for cost in costs], marker="o", markersize=3, label=kind)
+    for axis, label in ((speed, "frames a second (predicted)"), (memory, "GB a rank (predicted)")):
+        axis.set(xlabel="ranks", ylabel=label, xscale="log", xticks=PLOTTED, xticklabels=PLOTTED)
+        axis.grid(alpha=0.3)
+    speed.set_yscale("log")
+    speed.legend(fontsize=7)
+    figure.suptitle(f"{work.config.num_layers} layers of {work.config.dim}, {on.name}", fontsize=9)
+    figure.savefig(path, dpi=110)
+
+
+def _kind(strategy: str) -> str:
+    return "".join(letter for letter in strategy if not letter.isdigit())
+
+
+def _known(model: str) -> tuple[DiTConfig, StreamConfig, SamplerConfig, tuple[int, int]]:
+    from causalrope_sp.pipeline import Recipe, find_recipe
+    from causalrope_sp.weights import inspect_checkpoint
+
+    wan = StreamConfig(window=21, chunk_frames=3), SamplerConfig(), (480, 832)
+    if model in PRESETS:
+        return PRESETS[model], *wan
+    try:
+        recipe = Recipe.load(find_recipe(model))
+    except CheckpointError:
+        if not Path(model).exists():
+            raise CheckpointError(
+                f"no model {model!r}: not one of {', '.join(PRESETS)}, toybox, not a file, not a folder"
+            ) from None
+        return inspect_checkpoint(model).config, *wan
+    return inspect_checkpoint(recipe.transformer).config, recipe.stream, recipe.sampler, (recipe.height, recipe.width)
