@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from causalrope_sp.errors import CausalRopeError, ConfigError
-from causalrope_sp.process import CommandLine, in_background, rank, run, shares_rank_0_disk
+from causalrope_sp.errors import CausalRopeError, ConfigError, RankLostError
+from causalrope_sp.process import Background, CommandLine, rank, run, shares_rank_0_disk
 from causalrope_sp.video import VideoWriter, check_output
 
 if TYPE_CHECKING:
@@ -48,9 +48,10 @@ def cli() -> None:
 @click.option("--sink", type=int, help="Latent frames of the very start that never leave the window.")
 @click.option("--steps", help="How many evenly spaced denoising steps (4), or which (1000,750,500,250).")
 @click.option(
-    "--strategy", default="auto", show_default=True, help="How attention crosses ranks: auto, ulysses or gather-kv."
+    "--strategy", default="auto", show_default=True, help="auto, ulysses, gather-kv, shard-kv, ulysses2xgather-kv4, ..."
 )
 @click.option("--out", default="video.mp4", show_default=True, help="FILE.mp4, .gif, .webp, or FOLDER/ for PNGs.")
+@click.option("--timeout", default=600.0, show_default=True, help="Seconds that a stuck rank may hold up the others.")
 @click.option("--json", "as_json", is_flag=True, help="No progress bar, and one line of JSON at the end.")
 def generate(
     prompt: str,
@@ -62,6 +63,7 @@ def generate(
     steps: str | None,
     strategy: str,
     out: str,
+    timeout: float,
     as_json: bool,
 ) -> None:
     """Makes a video from PROMPT, written while it is generated."""
@@ -76,13 +78,19 @@ def generate(
         from causalrope_sp.parallel import SequenceParallel
         from causalrope_sp.pipeline import CausalVideoPipeline
 
-        parallel = SequenceParallel.from_env(strategy=strategy)
+        parallel = SequenceParallel.from_env(
+            strategy,
+            timeout_s=timeout,
+            silence_s=min(20.0, timeout),
+            on_loss=lambda said: made.fail(RankLostError(said)),
+        )
         pipe = CausalVideoPipeline.from_pretrained(model, parallel=parallel, window=window, sink=sink, steps=timesteps)
         yield pipe
         yield from pipe.stream(prompt, frames=frames, seed=seed)
         parallel.close()
 
-    summary = _write_video(in_background(generated), out, frames, silent=as_json)
+    made = Background(generated)
+    summary = _write_video(iter(made), out, frames, silent=as_json)
     if rank() != 0:
         return
     if as_json:
@@ -187,10 +195,12 @@ def plan(
 
 def _write_video(items: Iterator[Any], out: str, frames: int, silent: bool) -> dict[str, Any]:
     """Takes the pipeline, then its chunks, as they come; writes them on rank 0; returns what --json prints."""
+    from causalrope_sp.parallel.ledger import Ledger
+
     pipe = next(items)
     if shares_rank_0_disk():
         check_output(out, pipe.height, pipe.width)
-    started, first_frame_s, chunk_ms = time.perf_counter(), 0.0, list[float]()
+    started, first_frame_s, chunk_ms, moved = time.perf_counter(), 0.0, list[float](), Ledger()
     with contextlib.ExitStack() as stack:
         video, progress = None, None
         if rank() == 0:
@@ -203,6 +213,7 @@ def _write_video(items: Iterator[Any], out: str, frames: int, silent: bool) -> d
             for chunk in items:
                 first_frame_s = first_frame_s or time.perf_counter() - started
                 chunk_ms.append(round(1000 * chunk.seconds, 2))
+                moved.include(chunk.ledger)
                 if video is None or progress is None:
                     continue
                 video.write(chunk.frames)
@@ -224,6 +235,7 @@ def _write_video(items: Iterator[Any], out: str, frames: int, silent: bool) -> d
         "strategy": pipe.parallel.layout(pipe.workload).name,
         "out": out,
         "chunks": chunk_ms,
+        "communication": moved.as_json(),
     }
 
 

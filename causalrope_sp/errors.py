@@ -21,3 +21,7 @@ class CheckpointError(CausalRopeError):
 
 class OutputError(CausalRopeError):
     """An output file or folder that cannot be written."""
+
+
+class RankLostError(RuntimeError):
+    """No wrong input: another rank of the stream is gone, stopped or stuck."""

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from causalrope_sp import __version__
 from causalrope_sp.codec.wan import WanDecoderStream, load_codec
 from causalrope_sp.config import SamplerConfig, StreamConfig
 from causalrope_sp.errors import CheckpointError, ConfigError
@@ -25,6 +26,7 @@ from causalrope_sp.model import CausalDiT
 from causalrope_sp.noise import seeded_noise
 from causalrope_sp.parallel import SequenceParallel
 from causalrope_sp.parallel.cost import Workload
+from causalrope_sp.parallel.ledger import Ledger
 from causalrope_sp.sampler import sample_chunks
 from causalrope_sp.toybox import EMBEDDED, WEIGHTS
 from causalrope_sp.toybox.text import ToyboxText
@@ -33,18 +35,21 @@ from causalrope_sp.weights import load_model
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
 
+_WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 TEXT_ENCODERS = {"toybox": ToyboxText}
 
 
 @dataclass(frozen=True)
 class VideoChunk:
     """Frames that are ready. `frames` is uint8 (T, H, W, 3) on rank 0 and None on the others; `start_frame` counts
-    pixel frames from the video's start; `seconds` is what this chunk took, decoding included."""
+    pixel frames from the video's start; `seconds` is what this chunk took, decoding included; `ledger` is what its
+    collectives moved."""
 
     index: int
     start_frame: int
     frames: np.ndarray | None
     seconds: float
+    ledger: Ledger
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,16 @@ class CausalVideoPipeline:
         window = recipe.stream.window or recipe.stream.chunk_frames
         self.workload = Workload.of(
             model.config, self.grid, recipe.stream, recipe.sampler, window, itemsize=model.dtype.itemsize
+        )
+        parallel.agree(
+            {
+                "version": __version__,
+                "torch": torch.__version__,
+                "configuration": (model.config, recipe.height, recipe.width, recipe.stream, recipe.sampler),
+                "dtype": model.dtype,
+                "weights": _digest(model),
+                "strategy": parallel.requested,
+            }
         )
         parallel.layout(self.workload)  # refuses ranks that cannot share this model
 
@@ -161,7 +176,9 @@ class CausalVideoPipeline:
         """
         if frames < 1:
             raise ConfigError(f"frames must be at least 1, not {frames}")
-        return self._run(self.text.encode(prompt, seed), frames, seed)
+        embeds = self.text.encode(prompt, seed)
+        self.parallel.agree({"frames": frames, "seed": seed, "prompt": prompt})
+        return self._run(embeds, frames, seed)
 
     def __call__(self, prompt: str, frames: int = 81, seed: int = 0) -> np.ndarray | None:
         """The whole video, uint8 (T, H, W, 3), on rank 0; None on the others. Raises as `stream` does."""
@@ -191,7 +208,7 @@ class CausalVideoPipeline:
             if self.parallel.rank == 0:
                 pixels = to_uint8(decoder.decode(part.latents.to(self.codec.dtype)))[0, :count]
             now = time.perf_counter()
-            yield VideoChunk(index, done, pixels, now - clock)
+            yield VideoChunk(index, done, pixels, now - clock, self.parallel.ledger.take())
             done, clock = done + count, time.perf_counter()
 
     def _pixel_frames(self, latent_frames: int) -> int:
@@ -210,6 +227,18 @@ def to_uint8(pixels_BT3HW: Tensor) -> np.ndarray:
     """Pixels in [-1, 1] as uint8 (B, T, H, W, 3)."""
     scaled = (pixels_BT3HW.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
     return scaled.movedim(2, -1).cpu().numpy()
+
+
+def _digest(model: CausalDiT) -> str:
+    """Tells weights apart by two sums over their bits, one weighted by place: quick, and done where they lie."""
+    total = 0
+    for parameter in model.parameters():
+        bits = parameter.detach().flatten().view(_WORDS[parameter.element_size()])
+        for piece in bits.split(1 << 24):
+            words = piece.long()
+            place = torch.arange(1, len(words) + 1, device=words.device)
+            total = (31 * total + int(words.sum()) + 7 * int((words * place).sum())) % (1 << 64)
+    return f"{total:016x}"
 
 
 def _timesteps(steps: int | Sequence[float]) -> tuple[float, ...]:

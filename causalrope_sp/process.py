@@ -11,14 +11,15 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import click
 
-from causalrope_sp.errors import CausalRopeError
+from causalrope_sp.errors import CausalRopeError, RankLostError
 
 T = TypeVar("T")
 _RANK_0_SPEAKS_WITHIN_S = 10.0
+AHEAD = 3  # items that may be made and not yet taken
 
 
 class CommandLine(click.Group):
@@ -43,6 +44,9 @@ class CommandLine(click.Group):
         except CausalRopeError as error:
             _say_wrong_input(str(error))
             return 2
+        except RankLostError as error:
+            click.echo(f"error: {error}", err=True)
+            return 1
         except Exception as error:
             traceback.print_exc()
             click.echo(f"error on rank {rank()}: {type(error).__name__}: {error}", err=True)
@@ -70,39 +74,47 @@ def run(cli: click.Group) -> None:
             os._exit(done.code if isinstance(done.code, int) else 1)
 
 
-def in_background(iterate: Callable[[], Iterator[T]]) -> Iterator[T]:
-    """Runs an iterator in a thread of its own, a few items ahead.
+class Background(Generic[T]):
+    """Runs an iterator in a thread of its own, a few items ahead; iterate over it, once.
 
     Signals reach Python in the main thread, and only between two of its steps. A main thread that waits here,
     instead of inside a collective whose other ranks are gone, can finish the video at once.
     """
-    results: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(maxsize=2)
-    left = threading.Event()
 
-    def work() -> None:
+    def __init__(self, iterate: Callable[[], Iterator[T]]) -> None:
+        self._iterate = iterate
+        self._results: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue()
+        self._room, self._left = threading.Semaphore(AHEAD), threading.Event()
+
+    def fail(self, error: BaseException) -> None:
+        """Raises `error` in the thread that iterates, as soon as it has taken what is ready; from any thread."""
+        self._results.put((None, error))
+
+    def __iter__(self) -> Iterator[T]:
+        threading.Thread(target=self._work, name="generate", daemon=True).start()
         try:
-            for item in iterate():
-                results.put((item, None))
-                if left.is_set():
-                    return
-            results.put((None, None))
-        except BaseException as error:
-            results.put((None, error))
-
-    threading.Thread(target=work, name="generate", daemon=True).start()
-    try:
-        while True:
-            item, error = results.get()
-            if error is not None:
-                raise error
-            if item is None:
-                return
-            yield item
-    finally:
-        left.set()
-        with contextlib.suppress(queue.Empty):
             while True:
-                results.get_nowait()  # makes room for a thread that waits to put
+                item, error = self._results.get()
+                if error is not None:
+                    raise error
+                if item is None:
+                    return
+                self._room.release()
+                yield item
+        finally:
+            self._left.set()
+            self._room.release()
+
+    def _work(self) -> None:
+        try:
+            for item in self._iterate():
+                self._results.put((item, None))
+                self._room.acquire()
+                if self._left.is_set():
+                    return
+            self._results.put((None, None))
+        except BaseException as error:
+            self._results.put((None, error))
 
 
 @contextlib.contextmanager

@@ -19,7 +19,8 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from causalrope_sp.cli import cli
-from causalrope_sp.process import in_background
+from causalrope_sp.parallel import strategies
+from causalrope_sp.process import AHEAD, Background
 
 MODEL = "toybox"
 PROMPT = "a red circle slides right"
@@ -27,6 +28,7 @@ ROOT = Path(__file__).parents[1]
 StartEndless = Callable[..., subprocess.Popen[str]]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 KEYS = ["frames", "height", "width", "fps_generated", "first_frame_s", "seconds", "ranks", "strategy", "out", "chunks"]
+KEYS += ["communication"]
 
 
 def shell(*words: object) -> Result:
@@ -47,8 +49,8 @@ def start_endless() -> Iterator[StartEndless]:
     """Starts a run that would take hours and returns when its first frames are on the disk; ends what is left of it."""
     started: list[subprocess.Popen[str]] = []
 
-    def start(out: Path, command: list[str], prompt: str = PROMPT) -> subprocess.Popen[str]:
-        return _start_endless(out, command, prompt, started)
+    def start(out: Path, command: list[str], *options: str, prompt: str = PROMPT) -> subprocess.Popen[str]:
+        return _start_endless(out, command, [prompt, *options], started)
 
     yield start
     for process in started:
@@ -58,9 +60,9 @@ def start_endless() -> Iterator[StartEndless]:
 
 
 def _start_endless(
-    out: Path, command: list[str], prompt: str, started: list[subprocess.Popen[str]]
+    out: Path, command: list[str], words: list[str], started: list[subprocess.Popen[str]]
 ) -> subprocess.Popen[str]:
-    line = [*command, "-m", "causalrope_sp", "generate", prompt, "--frames", "100000", "--window", "9"]
+    line = [*command, "-m", "causalrope_sp", "generate", *words, "--frames", "100000", "--window", "9"]
     line += ["--model", MODEL, "--out", str(out)]
     process = subprocess.Popen(
         line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True
@@ -213,7 +215,10 @@ def test_two_ranks_make_the_same_video_as_one(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     two = json.loads(done.stdout.splitlines()[-1])
     assert (one["ranks"], two["ranks"], len(done.stdout.splitlines())) == (1, 2, 1)
-    assert two["strategy"] in ("ulysses", "gather-kv")
+    assert two["strategy"] in strategies(2, 6)
+    assert one["communication"] == {}
+    assert two["communication"]["latents"]["calls"] == len(two["chunks"])
+    assert all(kind["bytes"] > 0 for name, kind in two["communication"].items() if name != "agreement")
     error = np.mean((pictures(tmp_path / "one") - pictures(tmp_path / "two")) ** 2)
     assert error < 255**2 / 10**6  # PSNR > 60 dB
 
@@ -240,6 +245,23 @@ def test_a_rank_that_dies_ends_the_other(tmp_path: Path, start_endless: StartEnd
     assert f"Signal 9 (SIGKILL) received by PID {ranks[1]}" in errors
     assert not any(os.path.exists(f"/proc/{pid}") for pid in ranks.values())
     assert frames_in(out) > 0
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="finds the ranks' processes in /proc")
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_rank_that_is_stopped_is_named_and_ends_the_other(
+    tmp_path: Path, start_endless: StartEndless, stopped: int
+) -> None:
+    out = tmp_path / "a.mp4"
+    process = start_endless(out, TORCHRUN, "--timeout", "4")
+    ranks = ranks_of(process.pid)
+    os.kill(ranks[stopped], signal.SIGSTOP)
+    _, errors = process.communicate(timeout=90)  # torchrun gives the stopped one half a minute before it kills it
+    assert process.returncode != 0
+    assert f"error: rank {stopped} has not been heard of for 4 s: it is gone, or stopped" in errors
+    assert not any(os.path.exists(f"/proc/{pid}") for pid in ranks.values())
+    if stopped == 1:
+        assert frames_in(out) > 0
 
 
 def test_an_interrupted_torchrun_keeps_the_frames_so_far(tmp_path: Path, start_endless: StartEndless) -> None:
@@ -310,8 +332,8 @@ def test_background_work_keeps_order_and_passes_errors_on() -> None:
 
     seen = []
     with pytest.raises(KeyError, match="end"):
-        seen.extend(in_background(numbers))
-    items = in_background(numbers)
+        seen.extend(Background(numbers))
+    items = iter(Background(numbers))
     assert [next(items) for _ in range(9)] == list(range(9))
 
 
@@ -323,12 +345,25 @@ def test_background_work_stops_when_nobody_listens() -> None:
             made.append(threading.current_thread())
             yield len(made)
 
-    items = in_background(endless)
+    items = iter(Background(endless))
     assert next(items) == 1
     items.close()  # type: ignore[attr-defined]
     made[0].join(timeout=10)
     assert not made[0].is_alive()
-    assert len(made) <= 6
+    assert len(made) <= AHEAD + 2
+
+
+def test_what_fails_elsewhere_ends_background_work() -> None:
+    def stuck() -> Iterator[int]:
+        yield 1
+        threading.Event().wait()
+
+    work = Background(stuck)
+    items = iter(work)
+    assert next(items) == 1
+    threading.Timer(0.1, work.fail, [KeyError("lost")]).start()
+    with pytest.raises(KeyError, match="lost"):
+        next(items)
 
 
 def test_the_plain_example_runs(tmp_path: Path) -> None:

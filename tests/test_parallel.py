@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import queue
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from causalrope_sp.parallel import SequenceParallel, exchange, strategies
 from causalrope_sp.parallel.cost import Workload, cache_bytes, received, received_latents
 from causalrope_sp.parallel.launch import run_ranks
 from causalrope_sp.parallel.layout import parse_strategy
+from causalrope_sp.parallel.watchdog import Watchdog
 from causalrope_sp.stream import CausalStream, Part
 from causalrope_sp.window import SlidingWindow
 
@@ -178,6 +180,16 @@ def variants(group: dist.ProcessGroup, device: str, strategy: str) -> list[Tenso
     return [job.run(SequenceParallel(group, strategy, device, **way)) for way in ways]
 
 
+def disagreement(group: dist.ProcessGroup, device: str) -> str:
+    parallel = SequenceParallel(group, "gather-kv", device)
+    parallel.agree({"seed": 1, "prompt": "the same"})
+    try:
+        parallel.agree({"seed": 1, "prompt": "a" if parallel.rank < parallel.size - 1 else "b"})
+    except ConfigError as error:
+        return str(error)
+    return "nothing"
+
+
 def refusals(group: dist.ProcessGroup, device: str) -> dict[str, str]:
     """What the sampler says on this rank where the ranks do not fit; nobody may wait for anybody."""
     said = {}
@@ -202,7 +214,7 @@ def exercise(group: dist.ProcessGroup, device: str) -> list[dict[Any, Any]]:
     """Everything that needs this many ranks, from every rank: starting processes is what costs."""
     torch.set_deterministic_debug_mode("error")  # with the next line: what is never written reads as NaN
     torch.utils.deterministic.fill_uninitialized_memory = True
-    mine: dict[Any, Any] = {"refusals": refusals(group, device)}
+    mine: dict[Any, Any] = {"refusals": refusals(group, device), "disagreement": disagreement(group, device)}
     for strategy in strategies(group.size(), CONFIG.num_heads):
         for name, job in JOBS.items():
             if group.size() <= job.grid.tokens:
@@ -313,6 +325,12 @@ def test_ranks_that_do_not_fit_are_refused_on_every_rank(found: Found, ranks: in
         assert not any("\n" in line for line in said.values())
 
 
+@pytest.mark.parametrize("ranks", RANKS)
+def test_ranks_that_differ_are_named_with_the_field(found: Found, ranks: int) -> None:
+    for rank in found(ranks):
+        assert rank["disagreement"] == f"ranks 0 and {ranks - 1} differ in prompt: a; b"
+
+
 def fail_on_the_last(group: dist.ProcessGroup, device: str) -> None:
     if group.rank() == group.size() - 1:
         raise ConfigError(f"the last rank is out of order at {time.time()}")
@@ -375,3 +393,41 @@ def test_one_process_is_a_group_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_unknown_strategies_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"unknown strategy 'ring'; there are: auto, ulysses, gather-kv, shard-kv"):
         SequenceParallel.single("ring")
+
+
+class Clock:
+    """Ranks that talk through a store, and what the watchdog of rank 0 says of them."""
+
+    def __init__(self, begun: int) -> None:
+        self.store, self.said = dist.HashStore(), queue.Queue[str]()
+        self.say(1, 0, 0)
+        self.dog = Watchdog(self.store, 0, 2, lambda: begun, self.said.put, silence_s=1.5, stall_s=3)
+
+    def say(self, rank: int, beat: int, begun: int) -> None:
+        self.store.set(f"causalrope/alive/{rank}", f"{beat} {begun}")
+
+
+def test_a_silent_rank_is_named() -> None:
+    clock = Clock(begun=0)
+    assert clock.said.get(timeout=10) == "rank 1 has not been heard of for 1.5 s: it is gone, or stopped"
+
+
+def test_a_stuck_rank_is_named_though_it_is_alive() -> None:
+    clock, started, beat = Clock(begun=7), time.monotonic(), 0
+    while clock.said.empty() and time.monotonic() - started < 10:
+        beat += 1
+        clock.say(1, beat, 6)
+        time.sleep(0.1)
+    assert clock.said.get_nowait() == "rank 1 has held up rank 0 for 3 s: it is stuck"
+
+
+@pytest.mark.parametrize("begun", [7, 8], ids=["waiting too", "ahead"])
+def test_a_rank_that_nobody_waits_for_is_left_alone(begun: int) -> None:
+    clock, started, beat = Clock(begun=7), time.monotonic(), 0
+    while time.monotonic() - started < 5:
+        beat += 1
+        clock.say(1, beat, begun)
+        time.sleep(0.1)
+    clock.dog.stop()
+    assert clock.said.empty()
+    assert clock.store.get("causalrope/alive/0") == b"done"

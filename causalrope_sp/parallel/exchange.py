@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from math import prod
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,9 +33,16 @@ class Arrival:
     def wait(self) -> list[Tensor]:
         """What the ranks sent here, in order of rank. On CUDA the stream waits and the host does not."""
         ledger, kind, layer = self._note
-        began = time.perf_counter()
-        self._work.wait()
-        ledger.add(kind, layer, Entry(waited_s=time.perf_counter() - began))
+        if self._pieces[0].is_cuda:
+            began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            began.record()
+            self._work.wait()
+            ended.record()
+            ledger.add_wait(kind, layer, began, ended)
+        else:
+            started = time.perf_counter()
+            self._work.wait()
+            ledger.add(kind, layer, Entry(waited_s=time.perf_counter() - started))
         return self._pieces
 
 
@@ -91,6 +99,13 @@ class Exchange:
         (sent,) = self.buffer("latents out", [tokens_BFSE.shape], tokens_BFSE, block=block)
         sent.copy_(tokens_BFSE)
         return torch.cat(self.all_gather("latents", LAYERLESS, shapes, sent).wait(), 2)
+
+    def everyone(self, mine: dict[str, str]) -> list[dict[str, str]]:
+        """What every rank has to say, in order of rank; for start-up."""
+        said: list[Any] = [None] * self.size
+        self._ledger.add("agreement", LAYERLESS, Entry(calls=1))
+        dist.all_gather_object(said, mine, self._group)
+        return said
 
     def _flat(self, use: str, size: int, like: Tensor) -> Tensor:
         kept = self._buffers.get((use, like.dtype))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,7 @@ from causalrope_sp.parallel.ledger import Ledger
 from causalrope_sp.parallel.shard_kv import ShardKV
 from causalrope_sp.parallel.strategy import Strategy
 from causalrope_sp.parallel.ulysses import Ulysses
+from causalrope_sp.parallel.watchdog import Watchdog, leave
 
 
 class SequenceParallel:
@@ -55,6 +57,7 @@ class SequenceParallel:
         self._machine = machine or (H100 if self.device.type == "cuda" else CPU)
         self.rank = 0 if group is None else group.rank()
         self.size = 1 if group is None else group.size()
+        self.requested = strategy
         self._layout = None if strategy == "auto" else parse_strategy(strategy, self.size)
         self._chosen: dict[DiTConfig, Layout] = {}
         if head_groups < 1:
@@ -62,34 +65,65 @@ class SequenceParallel:
         self._overlap, self._head_groups = overlap, head_groups
         self.ledger = Ledger()
         self._exchanges: dict[tuple[int, ...], Exchange] = {}
+        self._watchdog: Watchdog | None = None
         self._owns_group = False
 
     @classmethod
     def single(cls, strategy: str = "auto", device: torch.device | str | None = None) -> SequenceParallel:
         """One process, through the same code."""
-        return cls(None, strategy, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return cls(None, strategy, device or _default_device())
 
     @classmethod
     def from_env(
-        cls, strategy: str = "auto", device: torch.device | str | None = None, timeout_s: float = 600
+        cls,
+        strategy: str = "auto",
+        device: torch.device | str | None = None,
+        *,
+        timeout_s: float = 600,
+        silence_s: float = 20,
+        on_loss: Callable[[str], None] = leave,
+        **options: Any,
     ) -> SequenceParallel:
         """The group that torchrun's environment describes (NCCL on CUDA, gloo on the CPU), or one process without it.
 
+        Args:
+            timeout_s: how long a rank may hold up the others before it counts as stuck.
+            silence_s: how long a rank may give no sign of life before it counts as lost.
+            on_loss: what to do then, called from another thread with a line that names the rank; ends the process if
+                not given.
+            options: the constructor's.
+
         Raises:
-            ConfigError: an unknown strategy, or fewer GPUs on this machine than ranks.
+            ConfigError: an unknown strategy, a time that is not above 0, or fewer GPUs on this machine than ranks.
         """
+        if min(timeout_s, silence_s) <= 0:
+            raise ConfigError(f"a timeout must be more than 0 seconds, not {min(timeout_s, silence_s):g}")
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            return cls.single(strategy, device)
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            return cls(None, strategy, device or _default_device(), **options)
+        place = torch.device(device or _default_device())
         if place.type == "cuda":
             local = int(os.environ["LOCAL_RANK"]) if place.index is None else place.index
             if local >= torch.cuda.device_count():
                 raise ConfigError(f"local rank {local} has no GPU: this machine has {torch.cuda.device_count()}")
             place = torch.device("cuda", local)
             torch.cuda.set_device(place)
-        dist.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout_s))
-        parallel = cls(dist.group.WORLD, strategy, place)
+        # the watchdog speaks first, and names the rank
+        dist.init_process_group(
+            "nccl" if place.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout_s + 2 * silence_s)
+        )
+        assert dist.group.WORLD is not None
+        parallel = cls(dist.group.WORLD, strategy, place, **options)
         parallel._owns_group = True
+        # a client of its own, since a blocking call on one connection holds up every other
+        store = dist.TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=False,
+            timeout=timedelta(seconds=silence_s),
+        )
+        parallel._watchdog = Watchdog(
+            store, parallel.rank, parallel.size, lambda: parallel.ledger.begun, on_loss, silence_s, timeout_s
+        )
         return parallel
 
     def layout(self, work: Workload) -> Layout:
@@ -157,7 +191,28 @@ class SequenceParallel:
             self._exchanges[key] = Exchange(group, self.ledger)
         return self._exchanges[key]
 
+    def agree(self, on: Mapping[str, object]) -> None:
+        """Makes sure that all ranks are about to do the same; what each field says is compared as text.
+
+        Raises:
+            ConfigError: a field that differs; the message names it and the ranks.
+        """
+        if self._group is None or self.size == 1:
+            return
+        mine = {name: str(value) for name, value in on.items()}
+        said = self._exchange(range(self.size)).everyone(mine)
+        for name in mine:
+            for rank, other in enumerate(said):
+                if other.get(name) != said[0].get(name):
+                    raise ConfigError(f"ranks 0 and {rank} differ in {name}: {said[0].get(name)}; {other.get(name)}")
+
     def close(self) -> None:
-        """Ends the process group if `from_env` made it."""
+        """Ends what `from_env` started: the watchdog and the process group."""
+        if self._watchdog is not None:
+            self._watchdog.stop()
         if self._owns_group and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"

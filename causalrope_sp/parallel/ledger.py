@@ -6,7 +6,10 @@ Elements and bytes are those that one rank *receives* from the others, padding f
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
 
 LAYERLESS = -1  # the layer of what belongs to none, such as a chunk's latents
 
@@ -29,13 +32,27 @@ class Entry:
 
 
 class Ledger:
-    """Entries by kind ("qkv", "output", "kv", "q", "partial", "latents") and layer."""
+    """Entries by kind ("qkv", "output", "kv", "q", "partial", "latents", "agreement") and layer.
+
+    `begun` counts all collectives for ever, also over `take`.
+    """
 
     def __init__(self) -> None:
         self._entries: dict[tuple[str, int], Entry] = defaultdict(Entry)
+        self._waits: list[tuple[str, int, torch.cuda.Event, torch.cuda.Event]] = []
+        self.begun = 0
 
     def add(self, kind: str, layer: int, entry: Entry) -> None:
         self._entries[kind, layer] += entry
+        self.begun += entry.calls
+
+    def add_wait(self, kind: str, layer: int, began: torch.cuda.Event, ended: torch.cuda.Event) -> None:
+        """A wait of a CUDA stream, between two events; read when the ledger is taken, so that the host never waits."""
+        self._waits.append((kind, layer, began, ended))
+
+    def include(self, other: Ledger) -> None:
+        for (kind, layer), entry in other._entries.items():
+            self.add(kind, layer, entry)
 
     def by_kind(self) -> dict[str, Entry]:
         return self._sum(0)
@@ -50,13 +67,24 @@ class Ledger:
         return total
 
     def take(self) -> Ledger:
-        """What was noted since the last call, as a ledger of its own; this one begins anew."""
+        """What was noted since the last call, as a ledger of its own; this one begins anew.
+
+        On CUDA it waits for the last of the noted collectives.
+        """
+        for kind, layer, began, ended in self._waits:
+            ended.synchronize()
+            self.add(kind, layer, Entry(waited_s=began.elapsed_time(ended) / 1000))
+        self._waits.clear()
         taken = Ledger()
         taken._entries, self._entries = self._entries, taken._entries
         return taken
 
-    def _sum(self, axis: int) -> dict:
-        sums: dict = defaultdict(Entry)
+    def as_json(self) -> dict[str, dict[str, Any]]:
+        """By kind, as JSON holds it."""
+        return {kind: asdict(entry) for kind, entry in sorted(self.by_kind().items())}
+
+    def _sum(self, axis: int) -> dict[Any, Entry]:
+        sums: dict[Any, Entry] = defaultdict(Entry)
         for key, entry in self._entries.items():
             sums[key[axis]] += entry
         return dict(sums)
