@@ -14,7 +14,7 @@ from causalrope_sp.cases import KNOWN_KINDS, Case, case_files, load_case, self_c
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.grid import split_into_chunks
 from causalrope_sp.parallel import SequenceParallel, strategies
-from causalrope_sp.parallel.launch import run_ranks
+from causalrope_sp.parallel.launch import RankPool
 from causalrope_sp.parallel.layout import check_name
 from causalrope_sp.reference import block_causal_velocity
 
@@ -69,8 +69,9 @@ def run_verification(
                 load_case(path, dtype)  # what cannot be read is said before any process is started
     work = _check_self if folder is None else _check_folder
     checks: list[Check] = []
-    for count in ranks:
-        checks += run_ranks(work, count, folder, strategy, dtype, device=device)
+    with RankPool(device) as pool:
+        for count in ranks:
+            checks += pool.run(work, count, folder, strategy, dtype)
     if all(check.ok is None for check in checks):
         raise ConfigError(f"nothing could be checked: {checks[0].note}")
     return checks

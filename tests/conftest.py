@@ -1,11 +1,14 @@
 """Every test runs on one thread, and memory that is allocated but never written reads as NaN."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
+
+from causalrope_sp.parallel.launch import RankPool
 
 settings.register_profile("shared machine", deadline=None)  # how long an example takes is not what is tested
 settings.load_profile("shared machine")
@@ -18,6 +21,13 @@ def _poisoned_memory():
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[RankPool]:
+    """Processes for the tests that need ranks, started once."""
+    with RankPool() as pool:
+        yield pool
 
 
 @pytest.fixture(scope="session")

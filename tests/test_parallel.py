@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import queue
 import re
 import time
@@ -17,11 +18,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from causalrope_sp import Chunk, ConfigError, DiTConfig, LatentGrid, SamplerConfig, StreamConfig, sample_chunks
+from causalrope_sp.errors import RankLostError
 from causalrope_sp.model import CausalDiT
 from causalrope_sp.noise import seeded_noise
 from causalrope_sp.parallel import SequenceParallel, exchange, strategies
 from causalrope_sp.parallel.cost import Workload, cache_bytes, received, received_latents
-from causalrope_sp.parallel.launch import run_ranks
+from causalrope_sp.parallel.launch import RankPool, run_ranks
 from causalrope_sp.parallel.layout import parse_strategy
 from causalrope_sp.parallel.watchdog import Watchdog
 from causalrope_sp.stream import CausalStream, Part
@@ -227,12 +229,13 @@ def exercise(group: dist.ProcessGroup, device: str) -> list[dict[Any, Any]]:
 
 
 @pytest.fixture(scope="module")
-def found() -> Callable[[int], list[dict[Any, Any]]]:
+def found(pool: RankPool) -> Callable[[int], list[dict[Any, Any]]]:
     """What `exercise` found at a number of ranks, rank by rank; done once."""
 
     @functools.cache
     def run(ranks: int) -> list[dict[Any, Any]]:
-        return run_ranks(exercise, ranks)
+        found: list[dict[Any, Any]] = pool.run(exercise, ranks)
+        return found
 
     return run
 
@@ -338,11 +341,22 @@ def fail_on_the_last(group: dist.ProcessGroup, device: str) -> None:
 
 
 def test_a_rank_that_fails_ends_the_others() -> None:
-    with pytest.raises(torch.multiprocessing.ProcessRaisedException, match="the last rank is out of order") as caught:
+    with pytest.raises(RankLostError, match=r"rank 1 of 2 failed: (.|\n)*the last rank is out of order") as caught:
         run_ranks(fail_on_the_last, 2)
     failed = re.search(r"out of order at ([\d.]+)", str(caught.value))
     assert failed
     assert time.time() - float(failed[1]) < 30
+
+
+def end_at_once(group: dist.ProcessGroup, device: str) -> None:
+    if group.rank() == 1:
+        os._exit(7)
+    dist.barrier()
+
+
+def test_a_rank_that_ends_is_told_with_its_status() -> None:
+    with pytest.raises(RankLostError, match=r"rank \d of 2 failed: (it ended with status 7|(.|\n)*Connection closed)"):
+        run_ranks(end_at_once, 2)
 
 
 def add(group: dist.ProcessGroup | None, device: str, a: int, b: int) -> tuple[object, str, int]:

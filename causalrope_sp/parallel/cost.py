@@ -89,10 +89,10 @@ class Workload:
 
     @cached_property
     def linear_flops(self) -> int:
-        """FLOPs a token of all matrix products but attention's."""
+        """FLOPs a token of all matrix products but attention's. What a frame or a prompt needs once is left out."""
         c = self.config
         block = 2 * c.dim * (3 * c.dim + c.dim + c.dim + c.dim + 2 * c.ffn_dim)
-        return c.num_layers * block
+        return c.num_layers * block + 2 * 2 * c.dim * c.token_dim  # embedding of the patch, and head
 
     @cached_property
     def parameters(self) -> int:

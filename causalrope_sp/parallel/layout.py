@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from causalrope_sp.errors import ConfigError
 
+SINGLE = "single"  # what every strategy is on one rank
 INNER = ("gather-kv", "shard-kv")
 STRATEGIES = ("ulysses", *INNER)
 _PRODUCT = re.compile(rf"ulysses(\d+)x({'|'.join(INNER)})(\d+)")
@@ -54,8 +55,8 @@ def parse_strategy(name: str, ranks: int) -> Layout:
     Raises:
         ConfigError: an unknown name, or a product of another number of ranks.
     """
-    if ranks == 1 and name in STRATEGIES:
-        return Layout("single", 1, 1, None)
+    if ranks == 1 and name in (SINGLE, *STRATEGIES):
+        return Layout(SINGLE, 1, 1, None)
     if name == "ulysses":
         return Layout(name, ranks, ranks, None)
     if name in INNER:

@@ -1,0 +1,185 @@
+"""The cost model: its counts against the model itself and torch's counter, its choice, and its command."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from causalrope_sp import CausalDiT, DiTConfig, LatentGrid, SamplerConfig, StreamConfig
+from causalrope_sp.cli import cli
+from causalrope_sp.config import PRESETS
+from causalrope_sp.grid import Chunk, Shard
+from causalrope_sp.parallel.cost import (
+    GPUS,
+    LINKS,
+    Workload,
+    attention_flops,
+    cross_flops,
+    machine,
+    plan,
+)
+from causalrope_sp.parallel.layout import parse_strategy, strategies
+from causalrope_sp.parallel.strategy import Strategy
+from causalrope_sp.stream import CausalStream, Part
+from causalrope_sp.window import SlidingWindow
+
+CONFIG = DiTConfig(dim=48, ffn_dim=80, num_heads=4, num_layers=3, text_dim=8, text_len=5, freq_dim=16, in_channels=2)
+WORK = Workload(CONFIG, LatentGrid(3, 4), window=6, chunk_frames=2, steps=4, itemsize=4)
+WAN = Workload(PRESETS["wan2.1-14b"], LatentGrid.from_pixels(480, 832, 8), window=21, chunk_frames=3, steps=4)
+H100 = machine("h100", "nvlink")
+
+
+def shell(*words: object) -> tuple[int, str]:
+    result = CliRunner().invoke(cli, ["plan", *map(str, words)], env={"COLUMNS": "200"})
+    return result.exit_code, result.output
+
+
+@pytest.mark.parametrize("config", [CONFIG, *PRESETS.values()])
+def test_parameters_are_the_models(config: DiTConfig) -> None:
+    with torch.device("meta"):
+        counted = sum(parameter.numel() for parameter in CausalDiT(config).parameters())
+    assert replace(WORK, config=config).parameters == counted
+
+
+def test_flops_are_those_that_torch_counts() -> None:
+    """A pass in the middle of a stream, its window full."""
+    torch.manual_seed(0)
+    model, grid = CausalDiT(CONFIG).eval().requires_grad_(False), WORK.grid
+    strategy = Strategy(grid.tokens, CONFIG.num_heads)
+    stream = CausalStream(
+        model, torch.randn(1, CONFIG.text_len, CONFIG.text_dim), grid, SlidingWindow(6), Shard(grid), strategy
+    )
+    x = torch.randn(1, 2, grid.tokens, CONFIG.token_dim)
+    for n in range(3):
+        stream.commit(Part(Chunk(n, 2 * n, 2), x, 0.0))
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        stream.denoise(Chunk(3, 6, 2), x, 1000.0)
+    tokens = 2 * grid.tokens
+    a_frame = 2 * CONFIG.dim * (CONFIG.freq_dim + CONFIG.dim + 6 * CONFIG.dim)
+    alone = parse_strategy("ulysses", 1)
+    expected = WORK.linear_flops * tokens + cross_flops(WORK, tokens) + attention_flops(alone, WORK, 0, 2, 6)
+    assert counter.get_total_flops() == expected + 2 * a_frame
+
+
+def test_the_design_has_the_same_flops() -> None:
+    """DESIGN §7: one steady pass at 480×832; 1.3B 11.7 TFLOP linear and 28.3 of attention, 14B 112 and 125."""
+    alone = parse_strategy("ulysses", 1)
+    for name, linear, attention in (("wan2.1-1.3b", 11.7e12, 28.3e12), ("wan2.1-14b", 112e12, 125.6e12)):
+        work = replace(WAN, config=PRESETS[name])
+        assert work.linear_flops * 4680 == pytest.approx(linear, rel=0.005)
+        assert attention_flops(alone, work, 0, 3, 21) == pytest.approx(attention, rel=0.005)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 5, 8, 12])
+def test_ranks_share_the_work(ranks: int) -> None:
+    alone = attention_flops(parse_strategy("ulysses", 1), WAN, 0, 3, 21)
+    for name in strategies(ranks, 40):
+        layout = parse_strategy(name, ranks)
+        assert sum(attention_flops(layout, WAN, rank, 3, 21) for rank in range(ranks)) == alone
+
+
+def test_auto_takes_the_fastest_that_fits() -> None:
+    for ranks in (1, 2, 7, 8, 64):
+        costs = plan(WAN, ranks, H100)
+        (chosen,) = [cost for cost in costs if cost.chosen]
+        assert chosen.chunk_ms == pytest.approx(min(cost.chunk_ms for cost in costs if cost.fits), abs=1e-3)
+        assert plan(WAN, ranks, H100) == costs
+    small = replace(H100, memory=40e9)
+    assert {cost.strategy: cost.fits for cost in plan(WAN, 8, small)}["gather-kv"] is False
+    (chosen,) = [cost for cost in plan(WAN, 8, small) if cost.chosen]
+    assert chosen.fits
+    assert chosen.strategy != "gather-kv"
+
+
+def test_heads_that_do_not_divide_cost_balance() -> None:
+    uneven = {cost.strategy: cost for cost in plan(replace(WAN, config=PRESETS["wan2.1-1.3b"]), 8, H100)}
+    assert uneven["ulysses"].imbalance > 1.2  # 12 heads on 8 ranks: half of them attend with two
+    assert uneven["ulysses4xgather-kv2"].imbalance < 1.01
+
+
+def test_one_rank_communicates_nothing() -> None:
+    (alone,) = plan(WAN, 1, H100)
+    assert (alone.bytes_per_pass, alone.bytes_per_chunk, alone.collectives_per_chunk, alone.exposed_ms) == (0, 0, 0, 0)
+    assert alone.efficiency == 1
+
+
+def test_a_slow_link_is_exposed_and_a_fast_one_hidden() -> None:
+    costs = {link: {p.strategy: p for p in plan(WAN, 8, machine("h100", link))} for link in LINKS}
+    assert costs["nvlink"]["gather-kv"].exposed_ms < costs["nvlink"]["ulysses"].exposed_ms
+    assert costs["ethernet"]["ulysses"].exposed_ms < costs["ethernet"]["gather-kv"].exposed_ms
+
+
+def test_json_has_every_strategy_and_field() -> None:
+    status, output = shell("--model", "wan2.1-14b", "--ranks", 8, "--json")
+    assert status == 0
+    found = json.loads(output)
+    assert [entry["strategy"] for entry in found] == strategies(8, 40)
+    names = "strategy ranks collectives_per_pass bytes_per_pass memory_bytes compute_ms communication_ms exposed_ms"
+    names += " chunk_ms fps first_frame_ms efficiency chosen"
+    assert all(set(names.split()) <= set(entry) for entry in found)
+    assert sum(entry["chosen"] for entry in found) == 1
+    by_name = {entry["strategy"]: entry["bytes_per_pass"] for entry in found}
+    elements = 4 * 585 * 5120 * 7 / 8  # DESIGN §4: 4·(C/P)·D·(P-1)/P a layer
+    assert by_name["ulysses"] == 40 * 2 * elements
+
+
+def test_the_table_fits_a_screen() -> None:
+    status, output = shell("--model", "wan2.1-14b", "--ranks", 8)
+    assert status == 0
+    assert "Predicted, not measured" in output
+    assert len(output.splitlines()) < 24
+
+
+def test_toybox_and_a_checkpoint_can_be_planned() -> None:
+    from causalrope_sp.toybox import WEIGHTS
+
+    for model in ("toybox", WEIGHTS / "toybox.safetensors"):
+        status, output = shell("--model", model, "--height", 64, "--width", 64, "--ranks", 2, "--json")
+        assert status == 0, output
+        assert {entry["strategy"] for entry in json.loads(output)} == {"ulysses", "gather-kv", "shard-kv"}
+
+
+def test_measured_rates_count(tmp_path: Path) -> None:
+    (tmp_path / "rates.json").write_text(json.dumps({"matmul": 1e12, "link": 1e9}))
+    status, slow = shell("--ranks", 2, "--json", "--measured", tmp_path / "rates.json")
+    assert status == 0
+    assert json.loads(slow)[0]["chunk_ms"] > 10 * json.loads(shell("--ranks", 2, "--json")[1])[0]["chunk_ms"]
+
+
+def test_a_plot_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    status, _ = shell("--model", "toybox", "--plot", tmp_path / "plan.png")
+    assert status == 0
+    assert (tmp_path / "plan.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--gpu", "abacus"], f"unknown gpu 'abacus'; there are: {', '.join(GPUS)}"),
+        (["--link", "string"], "unknown link 'string'"),
+        (["--model", "nothing"], "no model 'nothing'"),
+        (["--ranks", "2000"], "2000 ranks are more than the 1560 tokens of a frame"),
+        (["--window", "2"], "window 2 is smaller than chunk + sink"),
+        (["--height", "481"], "height 481 is not divisible by 16"),
+        (["--steps", "0"], "steps must be at least 1"),
+        (["--measured", "nothing.json"], "cannot use the measured rates in nothing.json"),
+    ],
+)
+def test_wrong_input_is_one_line(words: list[str], said: str) -> None:
+    status, output = shell(*words)
+    assert status == 2
+    assert output.startswith(f"error: {said}")
+    assert output.count("\n") == 1
+
+
+def test_a_workload_comes_from_its_configuration() -> None:
+    work = Workload.of(CONFIG, WORK.grid, StreamConfig(chunk_frames=8), SamplerConfig((1000,)), window=6)
+    assert (work.chunk_frames, work.steps) == (6, 1)
