@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import TCPStore
 
 from causalrope_sp.config import DiTConfig
 from causalrope_sp.errors import ConfigError
@@ -115,7 +116,7 @@ class SequenceParallel:
         parallel = cls(dist.group.WORLD, strategy, place, **options)
         parallel._owns_group = True
         # a client of its own, since a blocking call on one connection holds up every other
-        store = dist.TCPStore(
+        store = TCPStore(
             os.environ["MASTER_ADDR"],
             int(os.environ["MASTER_PORT"]),
             is_master=False,

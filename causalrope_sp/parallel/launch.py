@@ -47,11 +47,11 @@ class RankPool:
         results: dict[int, Any] = {}
         waiting = {pipe: rank for rank, (_, pipe) in enumerate(self._workers[:ranks])}
         while waiting:
-            for pipe in wait(list(waiting)):
-                assert isinstance(pipe, Connection)
-                rank = waiting.pop(pipe)
+            for ready in wait(list(waiting)):
+                assert isinstance(ready, Connection)
+                rank = waiting.pop(ready)
                 try:
-                    failed, results[rank] = pipe.recv()
+                    failed, results[rank] = ready.recv()
                 except EOFError:
                     failed, results[rank] = True, f"it ended with status {self._status(rank)}"
                 if failed:
@@ -81,7 +81,7 @@ class RankPool:
     def _status(self, rank: int) -> int | None:
         process = self._workers[rank][0]
         process.join(5)
-        return process.exitcode  # type: ignore[no-any-return]
+        return process.exitcode
 
     def _end(self) -> None:
         for process, pipe in self._workers:

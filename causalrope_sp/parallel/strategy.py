@@ -62,7 +62,7 @@ class Strategy:
     def place(self, batch: int, frames: int, like: Tensor) -> Placed:
         """Room for a pass; `like` has the numbers' type and device, and d as its last axis."""
         room = like.new_empty(3, batch, frames, self.tokens, self.heads, like.shape[-1])
-        return Placed([tuple(room)])  # type: ignore[list-item]
+        return Placed([tuple(room)])
 
     def attend(self, placed: Placed, cache: LayerCache, chunks: Sequence[Chunk]) -> Tensor:
         """What this rank's queries attend, (B, F, s, h, d). `chunks` follow one another in the frames."""

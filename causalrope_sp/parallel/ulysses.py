@@ -47,7 +47,7 @@ class Ulysses(Strategy):
 
     def place(self, batch: int, frames: int, like: Tensor) -> Placed:
         shapes = [(3, batch, frames, self.tokens, heads, like.shape[-1]) for heads in self._heads]
-        return Placed([tuple(piece) for piece in self._exchange.buffer("qkv out", shapes, like)])  # type: ignore[misc]
+        return Placed([tuple(piece) for piece in self._exchange.buffer("qkv out", shapes, like)])
 
     def attend(self, placed: Placed, cache: LayerCache, chunks: Sequence[Chunk]) -> Tensor:
         batch, frames, _, _, width = placed.pieces[0][0].shape

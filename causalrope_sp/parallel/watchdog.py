@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from torch.distributed import Store
+from torch._C._distributed_c10d import Store
 
 EVERY_S = 0.5
 _DONE = "done"
