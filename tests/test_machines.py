@@ -18,6 +18,7 @@ WORDS = ["generate", "a red circle slides right", "--frames", "9"]
 NAMES = [f"causalrope-{os.getpid()}-{n}" for n in range(2)]
 CABLE = [f"cr{os.getpid() % 10**6}{side}" for side in "ab"]
 ADDRESSES = ["10.213.7.1", "10.213.7.2"]
+HOST = ["is_host=1,join_timeout=60", "is_host=0,join_timeout=60"]  # both machines have one name: it cannot tell
 
 
 def ip(*words: str) -> None:
@@ -56,18 +57,18 @@ def test_two_machines_make_the_video_of_one(machines: list[list[str]], tmp_path:
     python, module = [sys.executable, "-m"], ["-m", "causalrope_sp"]
     subprocess.run([*python, "causalrope_sp", *WORDS, "--out", f"{tmp_path}/one/"], cwd=ROOT, check=True, timeout=120)
     launch = ["torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
-    launch += ["--rdzv-endpoint", f"{ADDRESSES[0]}:29571", "--rdzv-id", "test", "--rdzv-conf", "join_timeout=60"]
+    launch += ["--rdzv-endpoint", f"{ADDRESSES[0]}:29571", "--rdzv-id", "test"]
     words = [*WORDS, "--strategy", "ulysses2xgather-kv2", "--out", f"{tmp_path}/two/"]
     started = [
         subprocess.Popen(
-            [*machine, *python, *launch, "--local-addr", address, *module, *words],
+            [*machine, *python, *launch, "--local-addr", address, "--rdzv-conf", conf, *module, *words],
             cwd=ROOT,
             env={**os.environ, "GLOO_SOCKET_IFNAME": cable, "TP_SOCKET_IFNAME": cable},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for machine, address, cable in zip(machines, ADDRESSES, CABLE, strict=True)
+        for machine, address, cable, conf in zip(machines, ADDRESSES, CABLE, HOST, strict=True)
     ]
     try:
         outputs = [process.communicate(timeout=180) for process in started]
