@@ -51,6 +51,8 @@ def cli() -> None:
     "--strategy", default="auto", show_default=True, help="auto, ulysses, gather-kv, shard-kv, ulysses2xgather-kv4, ..."
 )
 @click.option("--out", default="video.mp4", show_default=True, help="FILE.mp4, .gif, .webp, or FOLDER/ for PNGs.")
+@click.option("--overlap/--no-overlap", default=True, help="Compute while other ranks' numbers are on their way.")
+@click.option("--head-groups", default=1, show_default=True, help="ulysses: send one group's output during the next's.")
 @click.option("--timeout", default=600.0, show_default=True, help="Seconds that a stuck rank may hold up the others.")
 @click.option("--json", "as_json", is_flag=True, help="No progress bar, and one line of JSON at the end.")
 def generate(
@@ -63,6 +65,8 @@ def generate(
     steps: str | None,
     strategy: str,
     out: str,
+    overlap: bool,
+    head_groups: int,
     timeout: float,
     as_json: bool,
 ) -> None:
@@ -83,6 +87,8 @@ def generate(
             timeout_s=timeout,
             silence_s=min(20.0, timeout),
             on_loss=lambda said: made.fail(RankLostError(said)),
+            overlap=overlap,
+            head_groups=head_groups,
         )
         pipe = CausalVideoPipeline.from_pretrained(model, parallel=parallel, window=window, sink=sink, steps=timesteps)
         yield pipe

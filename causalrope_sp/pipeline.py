@@ -107,16 +107,17 @@ class CausalVideoPipeline:
         self.workload = Workload.of(
             model.config, self.grid, recipe.stream, recipe.sampler, window, itemsize=model.dtype.itemsize
         )
-        parallel.agree(
-            {
-                "version": __version__,
-                "torch": torch.__version__,
-                "configuration": (model.config, recipe.height, recipe.width, recipe.stream, recipe.sampler),
-                "dtype": model.dtype,
-                "weights": _digest(model),
-                "strategy": parallel.requested,
-            }
-        )
+        if parallel.size > 1:
+            parallel.agree(
+                {
+                    "version": __version__,
+                    "torch": torch.__version__,
+                    "configuration": (model.config, recipe.height, recipe.width, recipe.stream, recipe.sampler),
+                    "dtype": model.dtype,
+                    "weights": _digest(model),
+                    "strategy": parallel.requested,
+                }
+            )
         parallel.layout(self.workload)  # refuses ranks that cannot share this model
 
     @classmethod

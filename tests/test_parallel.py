@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from causalrope_sp import Chunk, ConfigError, DiTConfig, LatentGrid, SamplerConfig, StreamConfig, sample_chunks
@@ -86,9 +88,9 @@ class Job:
     def frame(self) -> tuple[int, int, int]:
         return CONFIG.in_channels, self.grid.latent_height, self.grid.latent_width
 
-    def run(self, parallel: SequenceParallel) -> Tensor:
+    def run(self, parallel: SequenceParallel, **sizes: int) -> Tensor:
         chunks = sample_chunks(
-            make_model(self.dtype),
+            make_model(self.dtype, **sizes),
             random(self.batch, CONFIG.text_len, CONFIG.text_dim),
             seeded_noise(0, (self.batch, *self.frame)),
             self.grid,
@@ -307,6 +309,50 @@ def test_only_the_new_chunk_travels(found: Found, ranks: int, strategy: str) -> 
             assert sum(count for _, count in noted[name]["seen"]) == layers * sum(formula.values())
         assert noted["latents"]["ledger"]["latents"][1] == received_latents(work, ranks)
         assert noted["cache"]["bytes"] == cache_bytes(layout, work, number)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A stream of any shape, and a strategy among those that it allows."""
+
+    ranks: int
+    heads: int
+    job: Job
+    strategy: str
+    overlap: bool
+    head_groups: int
+
+    def run(self, parallel: SequenceParallel) -> Tensor:
+        return self.job.run(parallel, dim=12 * self.heads, num_heads=self.heads)
+
+
+@st.composite
+def streams(draw: st.DrawFn) -> Drawn:
+    ranks, heads = draw(st.integers(2, 5)), draw(st.integers(1, 7))
+    rows = draw(st.integers(1, 4))
+    columns = draw(st.integers(-(-ranks // rows), 4 + ranks // rows))
+    chunk, sink = draw(st.integers(1, 3)), draw(st.integers(0, 2))
+    window = draw(st.one_of(st.none(), st.integers(chunk + sink, chunk + sink + 5)))
+    first = draw(st.booleans()) if window is None or window > 1 else False
+    stream = StreamConfig(window, sink, chunk, independent_first_frame=first)
+    known = 0 if first else draw(st.integers(0, 4))
+    job = Job(rows, columns, draw(st.integers(1, 8)), stream, draw(st.integers(1, 2)), known, fuse=draw(st.booleans()))
+    strategy = draw(st.sampled_from(strategies(ranks, heads)))
+    return Drawn(ranks, heads, job, strategy, draw(st.booleans()), draw(st.integers(1, 3)))
+
+
+def run_drawn(group: dist.ProcessGroup, device: str, drawn: Drawn) -> Tensor:
+    way = {"overlap": drawn.overlap, "head_groups": drawn.head_groups}
+    return drawn.run(SequenceParallel(group, drawn.strategy, device, **way))
+
+
+@given(drawn=streams())
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_stream_on_any_ranks_equals_one(pool: RankPool, drawn: Drawn) -> None:
+    expected = drawn.run(SequenceParallel.single(device="cpu"))
+    result = pool.run(run_drawn, drawn.ranks, drawn)
+    assert result.shape == expected.shape
+    assert relative(result, expected) < 1e-12
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

@@ -110,7 +110,8 @@ class Exchange:
     def _flat(self, use: str, size: int, like: Tensor) -> Tensor:
         kept = self._buffers.get((use, like.dtype))
         if kept is None or len(kept) < size:
-            kept = torch.zeros(size, dtype=like.dtype, device=like.device)
+            with torch.inference_mode(False):  # or the next stream could not write it outside inference mode
+                kept = torch.zeros(size, dtype=like.dtype, device=like.device)
             self._buffers[use, like.dtype] = kept
         return kept[:size]
 

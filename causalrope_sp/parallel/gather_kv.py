@@ -42,14 +42,13 @@ class GatherKV(Strategy):
         shapes = self._shapes(batch, frames, like.shape[-1])
         mine = shapes[self._exchange.rank]
         (sent,) = self._exchange.buffer("kv out", [mine], like, block=max(map(prod, shapes)))
-        return Placed([(like.new_empty(mine[1:]), *sent)])
+        return Placed([(like.new_empty(mine[1:]), *sent)], [sent])
 
     def attend(self, placed: Placed, cache: LayerCache, chunks: Sequence[Chunk]) -> Tensor:
         ((q, _, _),) = placed.pieces
         batch, frames, _, _, width = q.shape
         shapes = self._shapes(batch, frames, width)
-        (sent,) = self._exchange.buffer("kv out", [shapes[self._exchange.rank]], q, block=max(map(prod, shapes)))
-        on_the_way = self._exchange.all_gather("kv", cache.index, shapes, sent)
+        on_the_way = self._exchange.all_gather("kv", cache.index, shapes, *placed.sent)
         passes = by_chunk(chunks)
         before = []
         if self._overlap:

@@ -37,13 +37,13 @@ class ShardKV(Strategy):
         shapes = self._shapes(batch, frames, like.shape[-1])
         mine = shapes[self._exchange.rank]
         (sent,) = self._exchange.buffer("q out", [mine], like, block=max(map(prod, shapes)))
-        return Placed([(sent, like.new_empty(mine), like.new_empty(mine))])
+        return Placed([(sent, like.new_empty(mine), like.new_empty(mine))], [sent])
 
     def attend(self, placed: Placed, cache: LayerCache, chunks: Sequence[Chunk]) -> Tensor:
         ((q, k, v),) = placed.pieces
         batch, frames, _, _, width = q.shape
         shapes, me = self._shapes(batch, frames, width), self._exchange.rank
-        on_the_way = self._exchange.all_gather("q", cache.index, shapes, q)
+        on_the_way = self._exchange.all_gather("q", cache.index, shapes, *placed.sent)
         arrived = None if self._overlap else on_the_way.wait()
         partials: list[list[Partial]] = [[] for _ in self._tokens]
         for chunk, part in by_chunk(chunks):

@@ -24,9 +24,13 @@ Partial = tuple[Tensor, Tensor]  # attention over some of the keys, (B, F, s, h,
 
 @dataclass(frozen=True)
 class Placed:
-    """q, k, v of one pass, each (B, F, s, h, d), where a strategy wants them: of some heads each, in order."""
+    """q, k, v of one pass, each (B, F, s, h, d), where a strategy wants them: of some heads each, in order.
+
+    `sent` is the buffer that they are a part of, if they are to be sent, piece by piece.
+    """
 
     pieces: Sequence[tuple[Tensor, Tensor, Tensor]]
+    sent: Sequence[Tensor] = ()
 
     def placements(self) -> list[Placement]:
         """The same views as the projection writes them, (B, F·s, h, d)."""

@@ -47,16 +47,14 @@ class Ulysses(Strategy):
 
     def place(self, batch: int, frames: int, like: Tensor) -> Placed:
         shapes = [(3, batch, frames, self.tokens, heads, like.shape[-1]) for heads in self._heads]
-        return Placed([tuple(piece) for piece in self._exchange.buffer("qkv out", shapes, like)])
+        sent = self._exchange.buffer("qkv out", shapes, like)
+        return Placed([(q, k, v) for q, k, v in sent], sent)
 
     def attend(self, placed: Placed, cache: LayerCache, chunks: Sequence[Chunk]) -> Tensor:
-        batch, frames, _, _, width = placed.pieces[0][0].shape
         like, mine = placed.pieces[0][0], self._heads[self._exchange.rank]
+        batch, frames, _, _, width = like.shape
         shapes = [(3, batch, frames, tokens, mine, width) for tokens in self._tokens]
-        sent = self._exchange.buffer(
-            "qkv out", [(3, batch, frames, self.tokens, heads, width) for heads in self._heads], like
-        )
-        arrived = self._exchange.all_to_all("qkv", cache.index, shapes, sent).wait()
+        arrived = self._exchange.all_to_all("qkv", cache.index, shapes, placed.sent).wait()
         inside = self._inner.place(batch, frames, like)
         ((q, k, v),) = inside.pieces
         start = 0
