@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -112,9 +113,15 @@ def print_plan(work: Workload, costs: list[Plan], on: Machine) -> None:
 
 
 def plot_plan(work: Workload, on: Machine, path: Path) -> None:
-    """Frames a second and memory of the best strategy of each kind over 1 to 64 ranks."""
-    import matplotlib
+    """Frames a second and memory of the best strategy of each kind over 1 to 64 ranks.
 
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise ConfigError("--plot needs matplotlib, which is not installed: pip install matplotlib") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -144,7 +151,7 @@ def plot_plan(work: Workload, on: Machine, path: Path) -> None:
 
 
 def _kind(strategy: str) -> str:
-    return "".join(letter for letter in strategy if not letter.isdigit())
+    return re.sub(r"ulysses\d+x(.*?)\d+", r"ulysses × \1", strategy)
 
 
 def _known(model: str) -> tuple[DiTConfig, StreamConfig, SamplerConfig, tuple[int, int]]:

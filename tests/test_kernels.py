@@ -19,6 +19,7 @@ from causalrope_kernels import (
     gate_add,
     merge,
     modulate,
+    reference,
     rms_norm,
     rotate,
 )
@@ -127,6 +128,21 @@ def test_modulate_and_gate_add_go_by_frame(carrier: tuple[int, ...]) -> None:
     close(gate_add(x, y, scale), plain_gate_add(x, y, scale))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("queries", "keys", "width"), [(1, 1, 8), (7, 31, 20), (65, 130, 64), (3, 600, 128)])
+def test_fused_attention_is_no_further_off_than_the_reference(
+    queries: int, keys: int, width: int, dtype: torch.dtype
+) -> None:
+    exact = [random(B, n, H, width, seed=seed) for seed, n in enumerate((queries, keys, keys))]
+    output, lse = attention_lse(*(x.to(dtype) for x in exact))
+    truth, true_lse = plain_attention(*(x.to(dtype).double() for x in exact))
+    rough, rough_lse = reference.attention_lse(*(x.to(dtype) for x in exact))
+    assert (output.dtype, lse.dtype) == (rough.dtype, rough_lse.dtype)
+    unit = UNIT.get(dtype, torch.finfo(dtype).eps)
+    assert (output.double() - truth).abs().max() <= 2 * (rough.double() - truth).abs().max() + 8 * unit**2
+    assert (lse.double() - true_lse).abs().max() <= unit / 25 * true_lse.abs().max() + 8 * torch.finfo(lse.dtype).eps
+
+
 @pytest.mark.parametrize("keys", [1, T, 31])
 def test_attention(keys: int) -> None:
     q, k, v = random(B, T, H, D), random(B, keys, H, D, seed=1), random(B, keys, H, D, seed=2)
@@ -221,12 +237,14 @@ def test_half_precision_attention_is_bounded_by_its_values(dtype: torch.dtype) -
     largest = v.double().abs().max()
     assert (attention(q, k, v).double() - exact).abs().max() < 2 * UNIT[dtype] * largest
 
-    output, lse = attention_lse(q, k, v)
+    output, lse = reference.attention_lse(q, k, v)
     rounded_once(output, exact, dtype)
     assert lse.dtype == torch.float32
     torch.testing.assert_close(lse.double(), exact_lse, rtol=0, atol=1e-5)
 
-    outputs, lses = zip(*(attention_lse(q, k[:, a:b], v[:, a:b]) for a, b in ((0, 7), (7, 7), (7, 30), (30, 40))))
+    outputs, lses = zip(
+        *(reference.attention_lse(q, k[:, a:b], v[:, a:b]) for a, b in ((0, 7), (7, 7), (7, 30), (30, 40)))
+    )
     merged, merged_lse = merge(outputs, lses)
     assert merged.dtype == dtype
     assert (merged.double() - exact).abs().max() < 2 * UNIT[dtype] * largest
