@@ -18,7 +18,7 @@ from torch import Tensor
 
 from causalrope_sp import CheckpointError, ConfigError
 from causalrope_sp.cli import cli
-from causalrope_sp.parallel import STRATEGIES
+from causalrope_sp.parallel import STRATEGIES, strategies
 from causalrope_sp.verify import Check, run_verification
 
 SMALLEST = "dmd-batch2-framewise"
@@ -30,12 +30,13 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
 
 
-def kinds(folder: Path) -> dict[str, str]:
+def kinds_and_heads(folder: Path) -> dict[str, tuple[str, int]]:
     found = {}
     for path in folder.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
-            if case := (file.metadata() or {}).get("case"):
-                found[path.stem] = json.loads(case)["kind"]
+            if text := (file.metadata() or {}).get("case"):
+                case = json.loads(text)
+                found[path.stem] = case["kind"], case["cfg"]["num_heads"]
     return found
 
 
@@ -55,25 +56,28 @@ def tamper(folder: Path, name: str = "tampered") -> None:
 
 
 def one_rank(folder: Path | None, dtype: torch.dtype = torch.float64) -> list[Check]:
-    return run_verification(folder, [1], ["gather-kv"], dtype)
+    return run_verification(folder, [1], "gather-kv", dtype)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 5])
 def test_every_reference_case_is_met(goldens: Path, ranks: int) -> None:
-    checks = run_verification(goldens, [ranks], ["all"], torch.float64)
-    by_kind = kinds(goldens)
-    assert sorted((c.case, c.ranks, c.strategy) for c in checks) == sorted(
-        (case, ranks, strategy) for case in by_kind for strategy in STRATEGIES
-    )
+    checks = run_verification(goldens, [ranks], "all", torch.float64)
+    cases = kinds_and_heads(goldens)
+    expected = {
+        (case, ranks, strategy)
+        for case, (kind, heads) in cases.items()
+        for strategy in strategies(ranks, heads if kind == "dmd" else ranks)
+    }
+    assert {(c.case, c.ranks, c.strategy) for c in checks} == expected
     for check in checks:
-        if by_kind[check.case] == "dmd":
+        if cases[check.case][0] == "dmd":
             assert check.ok
             assert check.error is not None
             assert check.error <= 1e-6
         else:
             assert check.ok is None
             assert check.error is None
-            assert repr(by_kind[check.case]) in check.note
+            assert repr(cases[check.case][0]) in check.note
 
 
 def test_reference_cases_hold_in_float32(folder: Path) -> None:
@@ -83,12 +87,12 @@ def test_reference_cases_hold_in_float32(folder: Path) -> None:
 
 
 def test_the_self_check_passes() -> None:
-    checks = run_verification(None, [1, 2], ["all"], torch.float64)
+    checks = run_verification(None, [1, 2], "all", torch.float64)
     assert all(check.ok for check in checks)
     assert {check.ranks for check in checks} == {1, 2}
-    strategies = {(check.case, check.strategy) for check in checks if check.ranks == 2}
-    cases = {case for case, _ in strategies}
-    assert strategies == {(case, strategy) for case in cases for strategy in STRATEGIES}
+    found = {(check.case, check.strategy) for check in checks if check.ranks == 2}
+    cases = {case for case, _ in found}
+    assert found == {(case, strategy) for case in cases for strategy in STRATEGIES}
     assert len(cases) >= 5
     assert sum(check.case.endswith("one forward over all") for check in checks) >= 4
 
@@ -158,7 +162,7 @@ def test_what_cannot_be_read_is_one_line_and_status_2(folder: Path, damage: str)
 def test_weights_that_are_missing_end_several_ranks_the_same_way(folder: Path) -> None:
     (folder / f"{WEIGHTS}.safetensors").unlink()
     with pytest.raises(CheckpointError, match="no weights"):
-        run_verification(folder, [2], ["gather-kv"], torch.float64)
+        run_verification(folder, [2], "gather-kv", torch.float64)
 
 
 def test_wrong_questions_are_refused(tmp_path: Path) -> None:
@@ -167,10 +171,10 @@ def test_wrong_questions_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds no reference case"):
         one_rank(tmp_path)
     with pytest.raises(ConfigError, match="unknown strategy 'ring'"):
-        run_verification(None, [1], ["ring"], torch.float64)
+        run_verification(None, [1], "ring", torch.float64)
     for ranks in ([], [0], [2, -1]):
         with pytest.raises(ConfigError, match="rank counts"):
-            run_verification(None, ranks, ["all"], torch.float64)
+            run_verification(None, ranks, "all", torch.float64)
 
 
 def test_the_command_line_prints_json_and_fails_for_one_failure(folder: Path) -> None:
