@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+KEPT_EVENTS = 4096
 LAYERLESS = -1  # the layer of what belongs to none, such as a chunk's latents
 
 
@@ -47,8 +48,10 @@ class Ledger:
         self.begun += entry.calls
 
     def add_wait(self, kind: str, layer: int, began: torch.cuda.Event, ended: torch.cuda.Event) -> None:
-        """A wait of a CUDA stream, between two events; read when the ledger is taken, so that the host never waits."""
+        """A wait of a CUDA stream, between two events; read later, so that the host never waits."""
         self._waits.append((kind, layer, began, ended))
+        if len(self._waits) > KEPT_EVENTS:  # nobody takes this ledger: keep no more than those that may not be over yet
+            self._read_waits(only_over=True)
 
     def include(self, other: Ledger) -> None:
         for (kind, layer), entry in other._entries.items():
@@ -71,13 +74,19 @@ class Ledger:
 
         On CUDA it waits for the last of the noted collectives.
         """
-        for kind, layer, began, ended in self._waits:
-            ended.synchronize()
-            self.add(kind, layer, Entry(waited_s=began.elapsed_time(ended) / 1000))
-        self._waits.clear()
+        self._read_waits()
         taken = Ledger()
         taken._entries, self._entries = self._entries, taken._entries
         return taken
+
+    def _read_waits(self, *, only_over: bool = False) -> None:
+        waits, self._waits = self._waits, []
+        for kind, layer, began, ended in waits:
+            if only_over and not ended.query():
+                self._waits.append((kind, layer, began, ended))
+                continue
+            ended.synchronize()
+            self.add(kind, layer, Entry(waited_s=began.elapsed_time(ended) / 1000))
 
     def as_json(self) -> dict[str, dict[str, Any]]:
         """By kind, as JSON holds it."""

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from torch._C._distributed_c10d import Store
 
 EVERY_S = 0.5
+LAST_S = 3.0  # how long rank 0 waits for the others at the end
 _DONE = "done"
 
 
@@ -57,10 +58,15 @@ class Watchdog:
         self._thread.start()
 
     def stop(self) -> None:
-        """This rank is done and will be missed by nobody."""
+        """This rank is done and will be missed by nobody. Rank 0 may hold the store, so it waits a little for others."""
         self._stopping.set()
         self._thread.join(2 * EVERY_S)
         self._store.set(self._key(self._rank), _DONE)
+        others = [self._key(rank) for rank in range(1, self._ranks)]
+        deadline = time.monotonic() + LAST_S
+        while self._rank == 0 and others and time.monotonic() < deadline:
+            others = [key for key in others if self._store.get(key).decode() != _DONE]
+            time.sleep(0.01)
 
     def _watch(self) -> None:
         heard = dict.fromkeys(range(self._ranks), ("", time.monotonic()))
