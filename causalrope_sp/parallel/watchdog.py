@@ -58,7 +58,7 @@ class Watchdog:
         self._thread.start()
 
     def stop(self) -> None:
-        """This rank is done and will be missed by nobody. Rank 0 may hold the store, so it waits a little for others."""
+        """This rank is done, and missed by nobody. Rank 0, which may hold the store, waits a little for the others."""
         self._stopping.set()
         self._thread.join(2 * EVERY_S)
         self._store.set(self._key(self._rank), _DONE)
