@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from causalrope_kernels import attention
+from causalrope_kernels import Projection, attention
 from causalrope_sp.config import DiTConfig, SamplerConfig, StreamConfig
 from causalrope_sp.grid import LatentGrid, Shard
 from causalrope_sp.model import CausalDiT, ForwardPass
@@ -104,8 +104,8 @@ class TeacherForcing:
         still = batch.times_BN.new_zeros(len(history), past)
         timesteps = torch.cat([still, 1000 * batch.times_BN.repeat_interleave(CHUNK, 1)], 1)
 
-        def attend(_: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return self._attend(q, k, v, past, starts)
+        def attend(_: int, projection: Projection) -> Tensor:
+            return self._attend(*projection.tensors(), past, starts)
 
         frames = [*range(1, past), *(start + f for start in starts for f in range(CHUNK))]
         step = ForwardPass(
