@@ -43,7 +43,7 @@ class KVCache:
         shape = (layers, 2, batch, window.frames, tokens, heads, head_dim)
         self.storage_L2BKSHD = torch.empty(shape, dtype=dtype, device=device)
         self._aside_L2BFSHD = self.storage_L2BKSHD[:, :, :, :0]  # frames put aside; grows to the largest chunk
-        self._put_aside: set[int] = set()  # the layers that have
+        self._put_aside: set[tuple[int, int | None]] = set()  # the layers, and their first heads, that have
         self._written: dict[int, int] = {}  # slot -> frame, as the first layer writes them
 
     @property
@@ -84,7 +84,7 @@ class KVCache:
         """Forgets the open chunk; frames that it overwrote are as they were after the last commit."""
         if self.open_chunk is not None:
             evicted = self.window.evicted(self.open_chunk)
-            for layer in self._put_aside:
+            for layer in {layer for layer, _ in self._put_aside}:
                 for n, frame in enumerate(evicted):
                     self.storage_L2BKSHD[layer, :, :, self.window.slot(frame)] = self._aside_L2BFSHD[layer, :, :, n]
             if self._put_aside:
@@ -97,10 +97,10 @@ class KVCache:
 
     def write(self, layer: int, chunk: Chunk, k_BFSHD: Tensor, v_BFSHD: Tensor, tokens: slice, heads: slice) -> None:
         ring_2BKSHD = self.storage_L2BKSHD[layer]
-        if chunk == self.open_chunk and layer not in self._put_aside:
+        if chunk == self.open_chunk and (layer, heads.start) not in self._put_aside:
             for n, frame in enumerate(self.window.evicted(chunk)):
-                self._aside_L2BFSHD[layer, :, :, n] = ring_2BKSHD[:, :, self.window.slot(frame)]
-            self._put_aside.add(layer)
+                self._aside_L2BFSHD[layer, :, :, n, :, heads] = ring_2BKSHD[:, :, self.window.slot(frame), :, heads]
+            self._put_aside.add((layer, heads.start))
         if layer == 0:
             self._written |= {self.window.slot(frame): frame for frame in range(chunk.start, chunk.stop)}
         for frame, slot, length in self.window.runs(chunk):

@@ -53,7 +53,7 @@ def cli() -> None:
 @click.option("--out", default="video.mp4", show_default=True, help="FILE.mp4, .gif, .webp, or FOLDER/ for PNGs.")
 @click.option("--overlap/--no-overlap", default=True, help="Compute while other ranks' numbers are on their way.")
 @click.option("--head-groups", default=1, show_default=True, help="ulysses: send one group's output during the next's.")
-@click.option("--timeout", default=600.0, show_default=True, help="Seconds that a stuck rank may hold up the others.")
+@click.option("--timeout", default=600.0, show_default=True, help="Seconds for a stuck rank (a silent one has 20).")
 @click.option("--json", "as_json", is_flag=True, help="No progress bar, and one line of JSON at the end.")
 def generate(
     prompt: str,
@@ -238,7 +238,7 @@ def _write_video(items: Iterator[Any], out: str, frames: int, silent: bool) -> d
         "first_frame_s": round(first_frame_s, 4),
         "seconds": round(seconds, 4),
         "ranks": pipe.parallel.size,
-        "strategy": pipe.parallel.layout(pipe.workload).name,
+        "strategy": pipe.parallel.in_use(pipe.model.config),
         "out": out,
         "chunks": chunk_ms,
         "communication": moved.as_json(),

@@ -57,6 +57,8 @@ class DiTConfig:
         return self.in_channels * self.patch_size[0] * self.patch_size[1] * self.patch_size[2]
 
 
+VAE_STRIDE = (4, 8, 8)  # Wan's: pixel frames, rows and columns that one latent number stands for
+
 PRESETS = {
     "wan2.1-1.3b": DiTConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30),
     "wan2.1-14b": DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),

@@ -153,6 +153,6 @@ class CausalDiT(nn.Module):
 
 def sinusoid(timesteps_F: Tensor, width: int) -> Tensor:
     """Wan's sinusoidal embedding of timesteps in [0, 1000]: cosines, then sines, in float64, (F, width)."""
-    frequencies = torch.exp(-math.log(10000) / (width // 2) * torch.arange(width // 2, dtype=torch.float64))
-    angles = timesteps_F.double().unsqueeze(-1) * frequencies.to(timesteps_F.device)
+    place = torch.arange(width // 2, dtype=torch.float64, device=timesteps_F.device)
+    angles = timesteps_F.double().unsqueeze(-1) * torch.exp(-math.log(10000) / (width // 2) * place)
     return torch.cat([angles.cos(), angles.sin()], -1)

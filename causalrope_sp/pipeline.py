@@ -25,7 +25,6 @@ from causalrope_sp.grid import LatentGrid, split_into_chunks
 from causalrope_sp.model import CausalDiT
 from causalrope_sp.noise import seeded_noise
 from causalrope_sp.parallel import SequenceParallel
-from causalrope_sp.parallel.cost import Workload
 from causalrope_sp.parallel.ledger import Ledger
 from causalrope_sp.sampler import sample_chunks
 from causalrope_sp.toybox import EMBEDDED, WEIGHTS
@@ -103,10 +102,7 @@ class CausalVideoPipeline:
         self.text = TEXT_ENCODERS[recipe.text]()
         stride = codec.config.scale_factor_spatial
         self.grid = LatentGrid.from_pixels(self.height, self.width, stride, model.config.patch_size[1:])
-        window = recipe.stream.window or recipe.stream.chunk_frames
-        self.workload = Workload.of(
-            model.config, self.grid, recipe.stream, recipe.sampler, window, itemsize=model.dtype.itemsize
-        )
+        parallel.check(self.grid, model.config.num_heads)
         if parallel.size > 1:
             parallel.agree(
                 {
@@ -114,11 +110,9 @@ class CausalVideoPipeline:
                     "torch": torch.__version__,
                     "configuration": (model.config, recipe.height, recipe.width, recipe.stream, recipe.sampler),
                     "dtype": model.dtype,
-                    "weights": _digest(model),
-                    "strategy": parallel.requested,
+                    "weights": digest(model),
                 }
             )
-        parallel.layout(self.workload)  # refuses ranks that cannot share this model
 
     @classmethod
     def from_pretrained(
@@ -175,11 +169,10 @@ class CausalVideoPipeline:
             PromptError: the prompt is outside what the text encoder knows.
             ConfigError: fewer than 1 frame.
         """
+        self.parallel.agree({"frames": frames, "seed": seed, "prompt": prompt})
         if frames < 1:
             raise ConfigError(f"frames must be at least 1, not {frames}")
-        embeds = self.text.encode(prompt, seed)
-        self.parallel.agree({"frames": frames, "seed": seed, "prompt": prompt})
-        return self._run(embeds, frames, seed)
+        return self._run(self.text.encode(prompt, seed), frames, seed)
 
     def __call__(self, prompt: str, frames: int = 81, seed: int = 0) -> np.ndarray | None:
         """The whole video, uint8 (T, H, W, 3), on rank 0; None on the others. Raises as `stream` does."""
@@ -230,7 +223,7 @@ def to_uint8(pixels_BT3HW: Tensor) -> np.ndarray:
     return scaled.movedim(2, -1).cpu().numpy()
 
 
-def _digest(model: CausalDiT) -> str:
+def digest(model: CausalDiT) -> str:
     """Tells weights apart by two sums over their bits, one weighted by place: quick, and done where they lie."""
     total = 0
     for parameter in model.parameters():

@@ -8,12 +8,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from causalrope_sp.config import PRESETS, DiTConfig, SamplerConfig, StreamConfig
+from causalrope_sp.config import PRESETS, VAE_STRIDE, DiTConfig, SamplerConfig, StreamConfig
 from causalrope_sp.errors import CheckpointError, ConfigError
 from causalrope_sp.grid import LatentGrid
 from causalrope_sp.parallel.cost import GPUS, LINKS, Machine, Plan, Workload, machine, plan
 
-WAN_STRIDE = 8  # pixels of a side that one latent pixel stands for
 PLOTTED = (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -41,8 +40,9 @@ def describe_workload(
     passes = len(sampler.steps) if steps is None else steps
     if passes < 1:
         raise ConfigError(f"steps must be at least 1, not {passes}")
-    assert stream.window is not None, "every known model has a window"
-    grid = LatentGrid.from_pixels(height or size[0], width or size[1], WAN_STRIDE, config.patch_size[1:])
+    if stream.window is None:
+        raise ConfigError(f"{model} looks back over everything: give --window, the latent frames of the video")
+    grid = LatentGrid.from_pixels(height or size[0], width or size[1], VAE_STRIDE[1], config.patch_size[1:])
     return Workload(config, grid, stream.window, stream.chunk_frames, passes)
 
 

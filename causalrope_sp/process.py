@@ -19,7 +19,7 @@ from causalrope_sp.errors import CausalRopeError, RankLostError
 
 T = TypeVar("T")
 _RANK_0_SPEAKS_WITHIN_S = 10.0
-AHEAD = 3  # items that may be made and not yet taken
+AHEAD = 3  # items that may be ready and not yet taken, beside the one in the making
 
 
 class CommandLine(click.Group):
@@ -108,10 +108,10 @@ class Background(Generic[T]):
     def _work(self) -> None:
         try:
             for item in self._iterate():
-                self._results.put((item, None))
                 self._room.acquire()
                 if self._left.is_set():
                     return
+                self._results.put((item, None))
             self._results.put((None, None))
         except BaseException as error:
             self._results.put((None, error))

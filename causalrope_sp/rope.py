@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from causalrope_sp.devices import send
 from causalrope_sp.grid import Shard
 
 
@@ -39,7 +40,7 @@ class RotaryTables:
     def rotation(self, frames: Sequence[int]) -> Rotation:
         """The rotation of this shard's tokens in the frames with these global time indices, frame after frame."""
         self._grow(max(frames) + 1)
-        index = torch.tensor(frames, device=self._device)
+        index = send(torch.tensor(frames), self._device)
         tokens = self._place.cos.shape[0]
 
         def join(time: Tensor, place: Tensor) -> Tensor:

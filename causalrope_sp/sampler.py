@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from causalrope_sp.config import SamplerConfig, StreamConfig
+from causalrope_sp.devices import send
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.grid import Chunk, LatentGrid, split_into_chunks
 from causalrope_sp.model import CausalDiT
@@ -73,12 +74,13 @@ def sample_chunks(
     given = 0 if initial_latents is None else initial_latents.shape[1]
     window, shard = _window(stream, frames, given), parallel.shard(grid)
     work = Workload.of(model.config, grid, stream, sampler, window.frames, len(embeds), model.dtype.itemsize)
+    parallel.agree({"strategy": parallel.describe(work)})
     state = CausalStream(model, embeds, grid, window, shard, parallel.strategy(work))
     solve, levels = SOLVERS[sampler.solver], sigmas(sampler)
     precise = torch.float64 if model.dtype == torch.float64 else torch.float32
 
     def mine(latents: Tensor) -> Tensor:
-        return grid.patchify(latents)[:, :, shard.start : shard.stop].to(model.device, precise)
+        return send(grid.patchify(latents)[:, :, shard.start : shard.stop].contiguous(), model.device, precise)
 
     def draw(chunk: Chunk, step: int) -> Tensor:
         fresh = noise(chunk, step)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from causalrope_kernels import Projection
 from causalrope_sp.cache import KVCache
+from causalrope_sp.devices import send
 from causalrope_sp.grid import Chunk, LatentGrid, Shard
 from causalrope_sp.model import CausalDiT, ForwardPass
 from causalrope_sp.parallel.strategy import Strategy
@@ -108,7 +109,7 @@ class CausalStream:
 
         step = ForwardPass(
             # in float32, as Self-Forcing's schedule holds them: at 833.33 the difference shows as 1e-6 in the latents
-            timesteps_F=torch.tensor(timesteps, dtype=torch.float32, device=model.device),
+            timesteps_F=send(torch.tensor(timesteps, dtype=torch.float32), model.device),
             predicted_frames=chunks[-1].frames,
             rotation=self._rotate(frames),
             text=self._text,

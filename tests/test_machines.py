@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -67,6 +69,7 @@ def test_two_machines_make_the_video_of_one(machines: list[list[str]], tmp_path:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=True,
         )
         for machine, address, cable, conf in zip(machines, ADDRESSES, CABLE, HOST, strict=True)
     ]
@@ -74,7 +77,8 @@ def test_two_machines_make_the_video_of_one(machines: list[list[str]], tmp_path:
         outputs = [process.communicate(timeout=180) for process in started]
     finally:
         for process in started:
-            process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
     assert [process.returncode for process in started] == [0, 0], outputs
     assert sum("9 frames of" in stdout for stdout, _ in outputs) == 1
     one, two = pictures(tmp_path / "one"), pictures(tmp_path / "two")

@@ -1,7 +1,8 @@
 """The cost model: what a strategy moves, computes, keeps and takes, from sizes alone.
 
-Counts (elements, bytes, FLOPs, memory) are exact and tested against the ledger and torch's own counter. Times are
-predictions: counts over rates, with an alpha-beta link. Rates are data sheets' or guesses unless they were measured.
+Counts (elements, bytes, FLOPs, weights, cache) are exact and tested against the ledger and torch's own counter. Memory
+of activations is an estimate. Times are predictions: counts over rates, with an alpha-beta link. Rates are data sheets'
+or guesses unless they were measured.
 
 Shapes: B batch, F frames of a pass, s tokens of a frame on a rank, S of a whole frame, H heads, d head width, D = H·d.
 """
@@ -11,9 +12,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
-from causalrope_sp.config import DiTConfig, SamplerConfig, StreamConfig
+from causalrope_sp.config import VAE_STRIDE, DiTConfig, SamplerConfig, StreamConfig
 from causalrope_sp.grid import LatentGrid, Shard
 from causalrope_sp.parallel.layout import Layout, parse_strategy, strategies
+from causalrope_sp.parallel.strategy import lse_elements
 
 ELEMENTWISE_PASSES = 30  # how often a block of the unfused model reads or writes its D numbers a token, about
 
@@ -159,13 +161,8 @@ def received(layout: Layout, work: Workload, rank: int, frames: int) -> dict[str
         found["kv"] = 2 * times * others * widest * heads * width
     if layout.inner == "shard-kv":
         found["q"] = times * others * widest * heads * width
-        found["partial"] = times * others * rows[row] * heads * (width + _lse_elements(work))
+        found["partial"] = times * others * rows[row] * heads * (width + lse_elements(work.itemsize))
     return found
-
-
-def _lse_elements(work: Workload) -> int:
-    """How many of the model's numbers a log-sum-exp takes: it travels in float32 at least."""
-    return max(1, 4 // work.itemsize)
 
 
 def received_latents(work: Workload, ranks: int) -> int:
@@ -225,10 +222,9 @@ def _cost(layout: Layout, work: Workload, on: Machine) -> Plan:
     bytes_pass = max(sum(received(layout, work, r, chunk).values()) for r in every) * work.itemsize
     bytes_pass *= work.config.num_layers
     calls = work.config.num_layers * (len(received(layout, work, 0, chunk)))
-    tokens = max(_tokens(work.grid, layout.ranks))
     weights = work.parameters * work.itemsize
     cache = max(cache_bytes(layout, work, r) for r in every)
-    activations = _activation_bytes(work, tokens)
+    activations = max(_activation_bytes(layout, work, r) for r in every)
     mean = sum(c for c, _, _ in steady) / layout.ranks
     return Plan(
         strategy=layout.name,
@@ -245,7 +241,7 @@ def _cost(layout: Layout, work: Workload, on: Machine) -> Plan:
         exposed_ms=1e3 * (exposed + gather),
         chunk_ms=1e3 * seconds,
         first_frame_ms=1e3 * first,
-        fps=4 * chunk / seconds,
+        fps=VAE_STRIDE[0] * chunk / seconds,
         efficiency=1.0,
         imbalance=slowest[0] / mean,
         fits=weights + cache + activations <= on.memory,
@@ -259,7 +255,7 @@ def _pass_times(
     tokens = _place(layout, work, rank)[2]
     mine = work.batch * frames * tokens[rank]
     attention = attention_flops(layout, work, rank, frames, keys) / on.attention
-    moved = 2 * ELEMENTWISE_PASSES * work.config.dim * work.config.num_layers * mine
+    moved = ELEMENTWISE_PASSES * work.config.dim * work.config.num_layers * mine * work.itemsize
     weights = work.parameters * work.itemsize
     products = max(work.linear_flops * mine / on.matmul, weights / on.bandwidth)
     compute = products + cross_flops(work, mine) / on.attention + attention + moved / on.bandwidth
@@ -271,25 +267,25 @@ def _pass_times(
     hidden = 0.0
     if "kv" in took:  # behind attention to what is cached already
         hidden = min(took["kv"], attention * max(0, keys - frames) / max(keys, 1))
-    if "q" in took:  # behind attention with this rank's own queries
-        hidden = min(took["q"], attention / layout.sharing)
+    if "q" in took:  # behind attention with this rank's own queries of the first chunk
+        hidden = min(took["q"], attention / layout.sharing * work.chunk_frames / frames)
     communication = sum(took.values())
     return compute, communication, communication - hidden
 
 
-def _activation_bytes(work: Workload, tokens: int) -> int:
-    """The most that is alive at once in a fused pass: a feed-forward's input, hidden numbers and residual, or q, k, v
-    with their buffers."""
-    c = work.config
-    return work.batch * 2 * work.chunk_frames * tokens * work.itemsize * max(3 * c.dim + 2 * c.ffn_dim, 12 * c.dim)
+def _activation_bytes(layout: Layout, work: Workload, rank: int) -> int:
+    """About the most that is alive at once in a fused pass: the residual with a feed-forward's hidden numbers, or with
+    q, k, v and what a strategy sends and receives."""
+    c, frames = work.config, 2 * work.chunk_frames
+    tokens = work.batch * frames * _tokens(work.grid, layout.ranks)[rank]
+    wire = sum(received(layout, work, rank, frames).values())
+    return work.itemsize * (2 * c.dim * tokens + max(2 * c.ffn_dim * tokens, 8 * c.dim * tokens + 2 * wire))
 
 
 def _place(layout: Layout, work: Workload, rank: int) -> tuple[int, int, list[int], list[int]]:
     """A rank's row and column, every rank's tokens of a frame, and every row's."""
-    row, column = divmod(rank, layout.ulysses)
     tokens = _tokens(work.grid, layout.ranks)
-    rows = [sum(tokens[r * layout.ulysses : (r + 1) * layout.ulysses]) for r in range(layout.sharing)]
-    return row, column, tokens, rows
+    return *layout.place(rank), tokens, [sum(row) for row in layout.rows(tokens)]
 
 
 @cache

@@ -8,7 +8,7 @@ Buffers are named by their use, allocated once and reused by every layer and pas
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from causalrope_sp.errors import RankLostError
 from causalrope_sp.parallel.ledger import LAYERLESS, Entry, Ledger
 
 # torch 2.13 renamed all_gather_into_tensor and warns at every call of the old name
@@ -27,23 +28,35 @@ Shape = Sequence[int]
 class Arrival:
     """A collective in flight. The send buffer may be written, and the pieces read, after `wait`."""
 
-    def __init__(self, work: dist.Work, pieces: list[Tensor], note: tuple[Ledger, str, int]) -> None:
-        self._work, self._pieces, self._note = work, pieces, note
+    def __init__(self, work: dist.Work, pieces: list[Tensor], exchange: Exchange, kind: str, layer: int) -> None:
+        self._work, self._pieces, self._exchange = work, pieces, exchange
+        self._kind, self._layer = kind, layer
 
     def wait(self) -> list[Tensor]:
-        """What the ranks sent here, in order of rank. On CUDA the stream waits and the host does not."""
-        ledger, kind, layer = self._note
+        """What the ranks sent here, in order of rank. On CUDA the stream waits and the host does not.
+
+        Raises:
+            RankLostError: a rank is gone.
+        """
+        ledger, kind, layer = self._exchange.ledger, self._kind, self._layer
         if self._pieces[0].is_cuda:
             began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             began.record()
-            self._work.wait()
+            self._finish()
             ended.record()
             ledger.add_wait(kind, layer, began, ended)
         else:
             started = time.perf_counter()
-            self._work.wait()
+            self._finish()
             ledger.add(kind, layer, Entry(waited_s=time.perf_counter() - started))
         return self._pieces
+
+    def _finish(self) -> None:
+        try:
+            self._work.wait()
+        except RuntimeError as error:
+            gone = self._exchange.who_is_gone() or f"a collective ({self._kind}) failed: {str(error).splitlines()[0]}"
+            raise RankLostError(gone) from error
 
 
 class Exchange:
@@ -52,11 +65,13 @@ class Exchange:
     Args:
         group: the process group of these ranks.
         ledger: where every collective is noted.
+        who_is_gone: asked when a collective fails; a line that names the rank, or None.
     """
 
-    def __init__(self, group: dist.ProcessGroup, ledger: Ledger) -> None:
+    def __init__(self, group: dist.ProcessGroup, ledger: Ledger, who_is_gone: Callable[[], str | None]) -> None:
         self.rank, self.size = group.rank(), group.size()
-        self._group, self._ledger = group, ledger
+        self.ledger, self.who_is_gone = ledger, who_is_gone
+        self._group = group
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def buffer(self, use: str, shapes: Sequence[Shape], like: Tensor, *, block: int | None = None) -> list[Tensor]:
@@ -74,22 +89,22 @@ class Exchange:
         like = sent[0]
         received = self._flat(f"{kind}{use} in", sum(sizes), like)
         outgoing = _stretch(sent)
+        self.ledger.begin(kind, layer, sum(sizes) - sizes[self.rank], like)
         work = dist.all_to_all_single(
             received, outgoing, sizes, [piece.numel() for piece in sent], self._group, async_op=True
         )
-        self._note(kind, layer, sum(sizes) - sizes[self.rank], like)
         pieces = [flat.view(*shape) for flat, shape in zip(received.split(sizes), shapes, strict=True)]
-        return Arrival(work, pieces, (self._ledger, kind, layer))
+        return Arrival(work, pieces, self, kind, layer)
 
     def all_gather(self, kind: str, layer: int, shapes: Sequence[Shape], sent: Tensor) -> Arrival:
         """Sends `sent`, the only piece of a buffer whose block holds the largest of `shapes`, to every rank."""
         block = max(prod(shape) for shape in shapes)
         outgoing = sent.as_strided((block,), (1,))
         received = self._flat(f"{kind} in", block * self.size, sent)
+        self.ledger.begin(kind, layer, block * (self.size - 1), sent)
         work = _all_gather_single(received, outgoing, self._group, async_op=True)
-        self._note(kind, layer, block * (self.size - 1), sent)
         pieces = [place[: prod(shape)].view(*shape) for place, shape in zip(received.split(block), shapes, strict=True)]
-        return Arrival(work, pieces, (self._ledger, kind, layer))
+        return Arrival(work, pieces, self, kind, layer)
 
     def gather_tokens(self, tokens_BFSE: Tensor, sizes: Sequence[int]) -> Tensor:
         """All tokens of some frames on every rank, from each rank's own; rank r has sizes[r] of a frame."""
@@ -101,9 +116,8 @@ class Exchange:
         return torch.cat(self.all_gather("latents", LAYERLESS, shapes, sent).wait(), 2)
 
     def everyone(self, mine: dict[str, str]) -> list[dict[str, str]]:
-        """What every rank has to say, in order of rank; for start-up."""
+        """What every rank has to say, in order of rank. Before a stream begins: the ledger does not hear of it."""
         said: list[Any] = [None] * self.size
-        self._ledger.add("agreement", LAYERLESS, Entry(calls=1))
         dist.all_gather_object(said, mine, self._group)
         return said
 
@@ -111,12 +125,9 @@ class Exchange:
         kept = self._buffers.get((use, like.dtype))
         if kept is None or len(kept) < size:
             with torch.inference_mode(False):  # or the next stream could not write it outside inference mode
-                kept = torch.zeros(size, dtype=like.dtype, device=like.device)
+                kept = torch.empty(size, dtype=like.dtype, device=like.device)
             self._buffers[use, like.dtype] = kept
         return kept[:size]
-
-    def _note(self, kind: str, layer: int, elements: int, like: Tensor) -> None:
-        self._ledger.add(kind, layer, Entry(1, elements, elements * like.element_size()))
 
 
 def _stretch(pieces: Sequence[Tensor]) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import TCPStore
+from torch.distributed.constants import default_pg_timeout
 
 from causalrope_sp.config import DiTConfig
 from causalrope_sp.errors import ConfigError
@@ -58,7 +58,6 @@ class SequenceParallel:
         self._machine = machine or (H100 if self.device.type == "cuda" else CPU)
         self.rank = 0 if group is None else group.rank()
         self.size = 1 if group is None else group.size()
-        self.requested = strategy
         self._layout = None if strategy == "auto" else parse_strategy(strategy, self.size)
         self._chosen: dict[DiTConfig, Layout] = {}
         if head_groups < 1:
@@ -67,6 +66,7 @@ class SequenceParallel:
         self.ledger = Ledger()
         self._exchanges: dict[tuple[int, ...], Exchange] = {}
         self._watchdog: Watchdog | None = None
+        self._silence_s, self._timeout = 0.0, default_pg_timeout
         self._owns_group = False
 
     @classmethod
@@ -108,15 +108,15 @@ class SequenceParallel:
                 raise ConfigError(f"local rank {local} has no GPU: this machine has {torch.cuda.device_count()}")
             place = torch.device("cuda", local)
             torch.cuda.set_device(place)
-        # the watchdog speaks first, and names the rank
-        dist.init_process_group(
-            "nccl" if place.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout_s + 2 * silence_s)
-        )
+        if strategy != "auto":
+            parse_strategy(strategy, int(os.environ["WORLD_SIZE"]))  # wrong input is said before anybody waits
+        limit = timedelta(seconds=timeout_s + 2 * silence_s)  # the watchdog speaks first, and names the rank
+        dist.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=limit)
         assert dist.group.WORLD is not None
         parallel = cls(dist.group.WORLD, strategy, place, **options)
-        parallel._owns_group = True
+        parallel._owns_group, parallel._silence_s, parallel._timeout = True, silence_s, limit
         # a client of its own, since a blocking call on one connection holds up every other
-        store = TCPStore(
+        store = dist.TCPStore(  # type: ignore[attr-defined]
             os.environ["MASTER_ADDR"],
             int(os.environ["MASTER_PORT"]),
             is_master=False,
@@ -142,6 +142,26 @@ class SequenceParallel:
         layout.check(work.config.num_heads)
         return layout
 
+    def check(self, grid: LatentGrid, heads: int) -> None:
+        """Refuses, before any stream, what no stream could run.
+
+        Raises:
+            ConfigError: more ranks than tokens in a frame, or fewer heads than ranks that trade tokens for heads.
+        """
+        self.shard(grid)
+        if self._layout is not None:
+            self._layout.check(heads)
+
+    def in_use(self, config: DiTConfig) -> str:
+        """The name of the strategy that the streams of a model use; "auto" before the first of them."""
+        layout = self._layout or self._chosen.get(config)
+        return "auto" if layout is None else layout.name
+
+    def describe(self, work: Workload) -> str:
+        """All that decides which collectives a stream makes, in words: the same on every rank, or they would hang."""
+        layout = self.layout(work)
+        return f"{layout.name}, {self._groups_of(layout, work.config.num_heads)} head groups"
+
     def strategy(self, work: Workload) -> Strategy:
         """This rank's way through self-attention. Every rank must ask for it, since groups are made here.
 
@@ -152,8 +172,8 @@ class SequenceParallel:
         if self._group is None or self.size == 1:
             return Strategy(grid.tokens, heads)
         tokens = [shard.tokens for shard in self.shard(grid).all]
-        row, column = divmod(self.rank, layout.ulysses)
-        rows = [tokens[r * layout.ulysses : (r + 1) * layout.ulysses] for r in range(layout.sharing)]
+        row, column = layout.place(self.rank)
+        rows = layout.rows(tokens)
         split = layout.heads(heads)
         mine = split[column]
         inner = Strategy(sum(rows[row]), mine)
@@ -164,8 +184,11 @@ class SequenceParallel:
         if layout.ulysses == 1:
             return inner
         trading = self._exchange(range(row * layout.ulysses, (row + 1) * layout.ulysses))
-        groups = 1 if layout.inner else min(self._head_groups, min(split))
-        return Ulysses(trading, rows[row], split, inner, groups)
+        return Ulysses(trading, rows[row], split, inner, self._groups_of(layout, heads))
+
+    def _groups_of(self, layout: Layout, heads: int) -> int:
+        """A rank cannot send its output in more groups than it has heads, and only ulysses alone sends in groups."""
+        return 1 if layout.inner else min(self._head_groups, min(layout.heads(heads)))
 
     def shard(self, grid: LatentGrid) -> Shard:
         """The tokens of every frame that this rank owns."""
@@ -186,10 +209,12 @@ class SequenceParallel:
             group = self._group
             if len(key) < self.size:
                 every = dist.get_process_group_ranks(self._group)
-                made = dist.new_group([every[rank] for rank in key], use_local_synchronization=True)
+                made = dist.new_group(
+                    [every[rank] for rank in key], timeout=self._timeout, use_local_synchronization=True
+                )
                 assert isinstance(made, dist.ProcessGroup)
                 group = made
-            self._exchanges[key] = Exchange(group, self.ledger)
+            self._exchanges[key] = Exchange(group, self.ledger, self._who_is_gone)
         return self._exchanges[key]
 
     def agree(self, on: Mapping[str, object]) -> None:
@@ -203,9 +228,15 @@ class SequenceParallel:
         mine = {name: str(value) for name, value in on.items()}
         said = self._exchange(range(self.size)).everyone(mine)
         for name in mine:
-            for rank, other in enumerate(said):
-                if other.get(name) != said[0].get(name):
-                    raise ConfigError(f"ranks 0 and {rank} differ in {name}: {said[0].get(name)}; {other.get(name)}")
+            ranks_by_value: dict[str | None, list[str]] = {}
+            for rank, fields in enumerate(said):
+                ranks_by_value.setdefault(fields.get(name), []).append(str(rank))
+            if len(ranks_by_value) > 1:
+                sides = "; ".join(f"{value} on {', '.join(ranks)}" for value, ranks in ranks_by_value.items())
+                raise ConfigError(f"ranks differ in {name}: {sides}")
+
+    def _who_is_gone(self) -> str | None:
+        return None if self._watchdog is None else self._watchdog.who_is_silent(self._silence_s)
 
     def close(self) -> None:
         """Ends what `from_env` started: the watchdog and the process group."""

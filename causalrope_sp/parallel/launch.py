@@ -12,7 +12,6 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 from torch import multiprocessing
-from torch._C._distributed_c10d import FileStore
 
 from causalrope_sp.errors import RankLostError
 
@@ -53,10 +52,11 @@ class RankPool:
                 try:
                     failed, results[rank] = ready.recv()
                 except EOFError:
-                    failed, results[rank] = True, f"it ended with status {self._status(rank)}"
+                    failed, results[rank] = True, "it ended"
                 if failed:
+                    rank, why = self._first_to_end(ranks) or (rank, results[rank])
                     self._end()
-                    raise RankLostError(f"rank {rank} of {ranks} failed: {results[rank]}")
+                    raise RankLostError(f"rank {rank} of {ranks} failed: {why}")
         return results[0]
 
     def close(self) -> None:
@@ -78,10 +78,13 @@ class RankPool:
             theirs.close()
             self._workers.append((process, mine))
 
-    def _status(self, rank: int) -> int | None:
-        process = self._workers[rank][0]
-        process.join(5)
-        return process.exitcode
+    def _first_to_end(self, ranks: int) -> tuple[int, str] | None:
+        """A process that is gone is the cause; what the others then raise is not."""
+        wait([process.sentinel for process, _ in self._workers[:ranks]], timeout=1)
+        for rank, (process, _) in enumerate(self._workers[:ranks]):
+            if process.exitcode is not None:
+                return rank, f"it ended with status {process.exitcode}"
+        return None
 
     def _end(self) -> None:
         for process, pipe in self._workers:
@@ -116,7 +119,7 @@ def _as_rank(rank: int, ranks: int, device: str, store: str, work: Callable[...,
     if device == "cuda":
         torch.cuda.set_device(rank)
     backend = "nccl" if device == "cuda" else "gloo"
-    dist.init_process_group(backend, store=FileStore(store, ranks), rank=rank, world_size=ranks)
+    dist.init_process_group(backend, store=dist.FileStore(store, ranks), rank=rank, world_size=ranks)
     value = work(dist.group.WORLD, device, *args)
     dist.barrier()
     dist.destroy_process_group()

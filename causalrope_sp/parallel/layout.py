@@ -7,6 +7,7 @@ for heads, and the R ranks with the same heads share tokens by the inner strateg
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from causalrope_sp.errors import ConfigError
@@ -31,6 +32,14 @@ class Layout:
     def sharing(self) -> int:
         """R, the ranks that share the tokens of one head group."""
         return self.ranks // self.ulysses
+
+    def place(self, rank: int) -> tuple[int, int]:
+        """(row, column): which ranks this one trades with, and which it shares tokens with."""
+        return divmod(rank, self.ulysses)
+
+    def rows(self, tokens: Sequence[int]) -> list[list[int]]:
+        """Every rank's tokens of a frame, row by row."""
+        return [list(tokens[r * self.ulysses : (r + 1) * self.ulysses]) for r in range(self.sharing)]
 
     def check(self, heads: int) -> None:
         """Raises ConfigError if a rank would be left without a head."""

@@ -5,11 +5,12 @@ Elements and bytes are those that one rank *receives* from the others, padding f
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 KEPT_EVENTS = 4096
 LAYERLESS = -1  # the layer of what belongs to none, such as a chunk's latents
@@ -33,25 +34,40 @@ class Entry:
 
 
 class Ledger:
-    """Entries by kind ("qkv", "output", "kv", "q", "partial", "latents", "agreement") and layer.
-
-    `begun` counts all collectives for ever, also over `take`.
-    """
+    """Entries by kind ("qkv", "output", "kv", "q", "partial", "latents") and layer."""
 
     def __init__(self) -> None:
         self._entries: dict[tuple[str, int], Entry] = defaultdict(Entry)
         self._waits: list[tuple[str, int, torch.cuda.Event, torch.cuda.Event]] = []
-        self.begun = 0
+        self._begun = 0
+        self._starting: deque[torch.cuda.Event] = deque()
+
+    def begin(self, kind: str, layer: int, elements: int, like: Tensor) -> None:
+        """Notes a collective that is about to begin and will bring `elements` numbers like those of `like`."""
+        self.add(kind, layer, Entry(1, elements, elements * like.element_size()))
+        if like.is_cuda:
+            event = torch.cuda.Event()
+            event.record()
+            self._starting.append(event)
+        else:
+            self._begun += 1
+
+    @property
+    def begun(self) -> int:
+        """How many collectives this rank has come to, ever; on CUDA, how many the device has come to."""
+        while self._starting and self._starting[0].query():
+            self._starting.popleft()
+            self._begun += 1
+        return self._begun
 
     def add(self, kind: str, layer: int, entry: Entry) -> None:
         self._entries[kind, layer] += entry
-        self.begun += entry.calls
 
     def add_wait(self, kind: str, layer: int, began: torch.cuda.Event, ended: torch.cuda.Event) -> None:
-        """A wait of a CUDA stream, between two events; read later, so that the host never waits."""
+        """A wait of a CUDA stream, between two events; read when it is over, so that the host never waits."""
         self._waits.append((kind, layer, began, ended))
         if len(self._waits) > KEPT_EVENTS:  # nobody takes this ledger: keep no more than those that may not be over yet
-            self._read_waits(only_over=True)
+            self._read_waits()
 
     def include(self, other: Ledger) -> None:
         for (kind, layer), entry in other._entries.items():
@@ -72,21 +88,20 @@ class Ledger:
     def take(self) -> Ledger:
         """What was noted since the last call, as a ledger of its own; this one begins anew.
 
-        On CUDA it waits for the last of the noted collectives.
+        On CUDA a wait that is not over yet is left to the next taking.
         """
         self._read_waits()
         taken = Ledger()
         taken._entries, self._entries = self._entries, taken._entries
         return taken
 
-    def _read_waits(self, *, only_over: bool = False) -> None:
+    def _read_waits(self) -> None:
         waits, self._waits = self._waits, []
         for kind, layer, began, ended in waits:
-            if only_over and not ended.query():
+            if ended.query():
+                self.add(kind, layer, Entry(waited_s=began.elapsed_time(ended) / 1000))
+            else:
                 self._waits.append((kind, layer, began, ended))
-                continue
-            ended.synchronize()
-            self.add(kind, layer, Entry(waited_s=began.elapsed_time(ended) / 1000))
 
     def as_json(self) -> dict[str, dict[str, Any]]:
         """By kind, as JSON holds it."""

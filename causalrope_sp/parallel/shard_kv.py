@@ -15,7 +15,7 @@ from torch import Tensor
 from causalrope_sp.cache import LayerCache
 from causalrope_sp.grid import Chunk
 from causalrope_sp.parallel.exchange import Exchange
-from causalrope_sp.parallel.strategy import Partial, Placed, Strategy, attend_stretches, by_chunk, merged
+from causalrope_sp.parallel.strategy import Partial, Placed, Strategy, attend_all, by_chunk, lse_elements, merged
 
 
 class ShardKV(Strategy):
@@ -48,13 +48,12 @@ class ShardKV(Strategy):
         partials: list[list[Partial]] = [[] for _ in self._tokens]
         for chunk, part in by_chunk(chunks):
             cache.write(chunk, k[:, part], v[:, part])
-            seen = cache.window.stretches(chunk, since=0)[1]
-            partials[me].append(merged(attend_stretches(q[:, part], cache, seen)))
+            partials[me].append(attend_all(q[:, part], cache, chunk))
             if arrived is None:
                 arrived = on_the_way.wait()
             for rank, queries in enumerate(arrived):
                 if rank != me:
-                    partials[rank].append(merged(attend_stretches(queries[:, part], cache, seen)))
+                    partials[rank].append(attend_all(queries[:, part], cache, chunk))
         return self._bring_home(partials, q, cache.index)
 
     def _bring_home(self, partials: Sequence[Sequence[Partial]], like: Tensor, layer: int) -> Tensor:
@@ -63,7 +62,7 @@ class ShardKV(Strategy):
         The log-sum-exp rides behind the output's d numbers, in its own, wider type: it is what the merge weighs by.
         """
         batch, frames, _, _, width = like.shape
-        wide = partials[0][0][1].element_size() // like.element_size()  # how many numbers a log-sum-exp takes
+        wide = lse_elements(like.element_size())
         room = self._shapes(batch, frames, width + wide)
         sent = self._exchange.buffer("partial out", room, like)
         for piece, parts in zip(sent, partials, strict=True):

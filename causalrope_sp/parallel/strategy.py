@@ -101,6 +101,16 @@ def by_chunk(chunks: Sequence[Chunk]) -> list[tuple[Chunk, slice]]:
     return [(chunk, slice(chunk.start - first, chunk.stop - first)) for chunk in chunks]
 
 
+def attend_all(q_BFQHD: Tensor, cache: LayerCache, chunk: Chunk) -> Partial:
+    """Attention over all that the chunk's queries see of what this rank holds, with its log-sum-exp."""
+    return attend_stretches(q_BFQHD, cache, [(0, cache.window.readable(chunk))])[0]
+
+
+def lse_elements(itemsize: int) -> int:
+    """How many numbers of `itemsize` bytes a log-sum-exp takes on the wire: it travels in float32 at least."""
+    return max(1, 4 // itemsize)
+
+
 def attend_stretches(q_BFQHD: Tensor, cache: LayerCache, stretches: Sequence[tuple[int, int]]) -> list[Partial]:
     """Partial attention over each stretch of slots."""
     partials = []

@@ -7,13 +7,14 @@ collectives it has begun.
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 import threading
 import time
 from collections.abc import Callable
 
-from torch._C._distributed_c10d import Store
+from torch.distributed import Store  # type: ignore[attr-defined]
 
 EVERY_S = 0.5
 LAST_S = 3.0  # how long rank 0 waits for the others at the end
@@ -32,10 +33,10 @@ class Watchdog:
 
     Args:
         store: the rendezvous store that all ranks share.
-        begun: how many collectives this rank has begun.
+        begun: how many collectives this rank has come to.
         on_loss: called once, from the thread, with a line that names the rank.
         silence_s: how long a rank may say nothing (it is gone, or stopped) before it counts as lost.
-        stall_s: how long a rank may hold up others, who have begun more collectives, before it counts as stuck.
+        stall_s: how long a rank may hold up this one, which has come to more collectives, before it counts as stuck.
     """
 
     def __init__(
@@ -56,47 +57,75 @@ class Watchdog:
         self._say()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
+        atexit.register(self.stop)
 
     def stop(self) -> None:
         """This rank is done, and missed by nobody. Rank 0, which may hold the store, waits a little for the others."""
+        if self._stopping.is_set():
+            return
         self._stopping.set()
         self._thread.join(2 * EVERY_S)
         self._store.set(self._key(self._rank), _DONE)
-        others = [self._key(rank) for rank in range(1, self._ranks)]
-        deadline = time.monotonic() + LAST_S
+        others, deadline = list(range(1, self._ranks)), time.monotonic() + LAST_S
         while self._rank == 0 and others and time.monotonic() < deadline:
-            others = [key for key in others if self._store.get(key).decode() != _DONE]
+            others = [rank for rank in others if self._hear(rank) != _DONE]
             time.sleep(0.01)
 
+    def who_is_silent(self, within_s: float) -> str | None:
+        """After a collective has failed: the rank that says nothing more, or None if all go on for `within_s`."""
+        before = {rank: self._hear(rank) for rank in range(self._ranks) if rank != self._rank}
+        deadline = time.monotonic() + within_s
+        while time.monotonic() < deadline:
+            time.sleep(4 * EVERY_S)
+            for rank, said in before.items():
+                if said != _DONE and self._hear(rank) == said:
+                    return f"rank {rank} is gone: it has stopped giving signs of life"
+        return None
+
     def _watch(self) -> None:
-        heard = dict.fromkeys(range(self._ranks), ("", time.monotonic()))
-        counts = dict.fromkeys(range(self._ranks), (-1, time.monotonic()))
+        heard = [("", time.monotonic()) for _ in range(self._ranks)]
+        counts = [(-1, time.monotonic()) for _ in range(self._ranks)]
+        last = time.monotonic()
         while not self._stopping.wait(EVERY_S):
+            now = time.monotonic()
+            if now - last > self._silence_s / 2:  # this process was paused itself, and perhaps all of them
+                heard, counts = [("", now)] * self._ranks, [(-1, now)] * self._ranks
+            last = now
             try:
                 self._say()
                 lost = self._listen(heard, counts)
             except Exception as error:
-                lost = f"the rendezvous store does not answer, so rank 0 or its machine is gone ({error})"
+                lost = f"the rendezvous store does not answer, so the machine that holds it is gone ({error})"
             if lost is not None and not self._stopping.is_set():
                 self._on_loss(lost)
                 return
 
-    def _listen(self, heard: dict[int, tuple[str, float]], counts: dict[int, tuple[int, float]]) -> str | None:
-        now, mine = time.monotonic(), self._begun()
+    def _listen(self, heard: list[tuple[str, float]], counts: list[tuple[int, float]]) -> str | None:
+        """A rank that is silent, or of those that hold up this one the one that is furthest behind: the others wait
+        for it as well."""
+        now, mine, stuck = time.monotonic(), self._begun(), dict[int, int]()
         for rank in range(self._ranks):
-            said = self._store.get(self._key(rank)).decode()
+            said = self._hear(rank)
             if rank == self._rank or said == _DONE:
                 continue
             if said != heard[rank][0]:
                 heard[rank] = (said, now)
-            count = int(said.split()[1])
+            count = int(said.split()[1]) if said else -1
             if count != counts[rank][0] or count >= mine:
                 counts[rank] = (count, now)
             if now - heard[rank][1] > self._silence_s:
                 return f"rank {rank} has not been heard of for {self._silence_s:g} s: it is gone, or stopped"
             if now - counts[rank][1] > self._stall_s:
-                return f"rank {rank} has held up rank {self._rank} for {self._stall_s:g} s: it is stuck"
-        return None
+                stuck[rank] = count
+        if not stuck:
+            return None
+        rank = min(stuck, key=lambda r: stuck[r])
+        return f"rank {rank} has held up rank {self._rank} for {self._stall_s:g} s: it is stuck"
+
+    def _hear(self, rank: int) -> str:
+        """What a rank said last; nothing if it has said nothing yet."""
+        key = self._key(rank)
+        return self._store.get(key).decode() if self._store.check([key]) else ""
 
     def _say(self) -> None:
         self._beat += 1
