@@ -21,12 +21,15 @@ from torch import Tensor
 
 from causalrope_sp import Chunk, ConfigError, DiTConfig, LatentGrid, SamplerConfig, StreamConfig, sample_chunks
 from causalrope_sp.errors import RankLostError
+from causalrope_sp.grid import Shard
 from causalrope_sp.model import CausalDiT
 from causalrope_sp.noise import seeded_noise
 from causalrope_sp.parallel import SequenceParallel, exchange, strategies
+from causalrope_sp.parallel import strategy as strategy_module
 from causalrope_sp.parallel.cost import Workload, cache_bytes, received, received_latents
 from causalrope_sp.parallel.launch import RankPool, run_ranks
 from causalrope_sp.parallel.layout import parse_strategy
+from causalrope_sp.parallel.strategy import Strategy
 from causalrope_sp.parallel.watchdog import Watchdog
 from causalrope_sp.stream import CausalStream, Part
 from causalrope_sp.window import SlidingWindow
@@ -191,6 +194,55 @@ def variants(group: dist.ProcessGroup, device: str, strategy: str) -> list[Tenso
     return [job.run(SequenceParallel(group, strategy, device, **way)) for way in ways]
 
 
+def order_of_events(group: dist.ProcessGroup, device: str, strategy: str) -> list[str]:
+    """What one layer of a pass in mid-stream does, in order: sends, waits, attends."""
+    events: list[str] = []
+
+    def noting(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*args: Any, **options: Any) -> Any:
+            events.append(name)
+            return call(*args, **options)
+
+        return noted
+
+    parallel = SequenceParallel(group, strategy, device, head_groups=2)
+    shard, model = parallel.shard(WORK.grid), make_model(num_layers=1)
+    stream = CausalStream(
+        model,
+        random(1, 3, 8),
+        WORK.grid,
+        SlidingWindow(6),
+        shard,
+        parallel.strategy(replace(WORK, config=model.config)),
+    )
+    x = random(1, 2, WORK.grid.tokens, CONFIG.token_dim)[:, :, shard.start : shard.stop]
+    stream.commit(Part(Chunk(0, 0, 2), x, 0.0))
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("all_to_all", "all_gather"):
+            patch.setattr(exchange.Exchange, name, noting("send", getattr(exchange.Exchange, name)))
+        patch.setattr(exchange.Arrival, "wait", noting("wait", exchange.Arrival.wait))
+        for name in ("attention", "attention_lse"):
+            patch.setattr(strategy_module, name, noting("attend", getattr(strategy_module, name)))
+        stream.denoise(Chunk(1, 2, 2), x, 1000.0)
+    return events
+
+
+def cancelled_in_head_groups(group: dist.ProcessGroup, device: str) -> Tensor:
+    """A stream in which a fused chunk is cancelled, in a ring smaller than two chunks, and what is denoised after."""
+    parallel = SequenceParallel(group, "ulysses", device, head_groups=2)
+    shard = parallel.shard(WORK.grid)
+    x = random(4, 1, 2, WORK.grid.tokens, CONFIG.token_dim)[..., shard.start : shard.stop, :]
+    embeds = random(1, CONFIG.text_len, CONFIG.text_dim)
+    stream = CausalStream(make_model(), embeds, WORK.grid, SlidingWindow(3), shard, parallel.strategy(WORK))
+    first, second = (Part(Chunk(n, 2 * n, 2), x[n], 0.0) for n in range(2))
+    stream.commit(first)
+    stream.denoise(Chunk(1, 2, 2), x[1], 1000.0)
+    stream.denoise(Chunk(2, 4, 2), x[2], 1000.0, second)
+    stream.denoise(Chunk(2, 4, 2), x[3], 500.0)
+    stream.cancel()
+    return parallel.gather_tokens(stream.denoise(Chunk(2, 4, 1), x[3][:, :1], 1000.0), WORK.grid)
+
+
 def disagreement(group: dist.ProcessGroup, device: str) -> str:
     parallel = SequenceParallel(group, "gather-kv", device)
     parallel.agree({"seed": 1, "prompt": "the same"})
@@ -231,7 +283,10 @@ def exercise(group: dist.ProcessGroup, device: str) -> list[dict[Any, Any]]:
             if group.size() <= job.grid.tokens:
                 mine[strategy, name] = job.run(SequenceParallel(group, strategy, device))
         mine[strategy, "variants"] = variants(group, device, strategy)
+        mine[strategy, "events"] = order_of_events(group, device, strategy)
         mine[strategy, "collectives"] = count_collectives(group, device, strategy)
+    if group.size() <= CONFIG.num_heads // 2:
+        mine["cancelled"] = cancelled_in_head_groups(group, device)
     everyone: list[Any] = [None] * group.size()
     dist.all_gather_object(everyone, mine)
     return everyone
@@ -278,6 +333,35 @@ def test_overlap_and_head_groups_change_nothing(
     for rank in found(ranks):
         for result in rank[strategy, "variants"]:
             assert relative(result, alone["window and sink, batch 2"]) < 1e-12
+
+
+@pytest.mark.parametrize(("ranks", "strategy"), EVERY)
+def test_ranks_compute_while_numbers_are_in_flight(found: Found, ranks: int, strategy: str) -> None:
+    events = " ".join(found(ranks)[0][strategy, "events"])
+    if strategy == "ulysses" and ranks <= CONFIG.num_heads // 2:
+        assert events == "send wait attend send attend send wait wait"
+    elif strategy == "ulysses":  # some rank has but one head
+        assert events == "send wait attend send wait"
+    elif strategy == "gather-kv":
+        assert events == "send attend wait attend"
+    elif strategy == "shard-kv":
+        assert events == "send attend wait " + "attend " * (ranks - 1) + "send wait"
+    else:
+        inner = "send attend wait attend" if "gather" in strategy else "send attend wait attend(?: attend)* send wait"
+        assert re.fullmatch(f"send wait {inner} send wait", events)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_a_cancelled_chunk_leaves_no_trace_in_any_head_group(found: Found, ranks: int) -> None:
+    alone = CausalStream(
+        make_model(), random(1, 3, 8), WORK.grid, SlidingWindow(3), Shard(WORK.grid), Strategy(WORK.grid.tokens, 6)
+    )
+    x = random(4, 1, 2, WORK.grid.tokens, CONFIG.token_dim)
+    for n in range(2):
+        alone.commit(Part(Chunk(n, 2 * n, 2), x[n], 0.0))
+    expected = alone.denoise(Chunk(2, 4, 1), x[3][:, :1], 1000.0)
+    for rank in found(ranks):
+        assert relative(rank["cancelled"], expected) < 1e-12
 
 
 @pytest.mark.parametrize(("ranks", "strategy"), EVERY)

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from causalrope_sp import CausalVideoPipeline, CheckpointError, ConfigError
+from causalrope_sp import CausalDiT, CausalVideoPipeline, CheckpointError, ConfigError, DiTConfig
+from causalrope_sp.pipeline import digest
 from causalrope_sp.toybox import WEIGHTS
 
 PROMPT = "a large red circle slides right"
@@ -90,3 +92,17 @@ def test_a_recipe_that_cannot_work_is_one_line(
     with pytest.raises(error, match=message) as caught:
         CausalVideoPipeline.from_pretrained(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_the_digest_tells_weights_apart(dtype: torch.dtype) -> None:
+    config = DiTConfig(dim=12, ffn_dim=12, num_heads=1, num_layers=1, text_dim=4, text_len=2, freq_dim=4)
+    torch.manual_seed(0)
+    model = CausalDiT(config).to(dtype).requires_grad_(False)
+    before = digest(model)
+    assert digest(model) == before
+    weight = model.blocks[0].ffn[0].weight
+    weight[3, 4] = weight[3, 4] * (1 + 2 * torch.finfo(dtype).eps)
+    changed = digest(model)
+    weight[[0, 1]] = weight[[1, 0]]
+    assert len({before, changed, digest(model)}) == 3

@@ -80,9 +80,10 @@ class RankPool:
 
     def _first_to_end(self, ranks: int) -> tuple[int, str] | None:
         """A process that is gone is the cause; what the others then raise is not."""
-        wait([process.sentinel for process, _ in self._workers[:ranks]], timeout=1)
+        ended = wait([process.sentinel for process, _ in self._workers[:ranks]], timeout=1)
         for rank, (process, _) in enumerate(self._workers[:ranks]):
-            if process.exitcode is not None:
+            if process.sentinel in ended:
+                process.join()
                 return rank, f"it ended with status {process.exitcode}"
         return None
 
