@@ -12,6 +12,7 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 from torch import multiprocessing
+from torch.distributed import FileStore  # type: ignore[attr-defined]
 
 from causalrope_sp.errors import RankLostError
 
@@ -120,7 +121,7 @@ def _as_rank(rank: int, ranks: int, device: str, store: str, work: Callable[...,
     if device == "cuda":
         torch.cuda.set_device(rank)
     backend = "nccl" if device == "cuda" else "gloo"
-    dist.init_process_group(backend, store=dist.FileStore(store, ranks), rank=rank, world_size=ranks)
+    dist.init_process_group(backend, store=FileStore(store, ranks), rank=rank, world_size=ranks)
     value = work(dist.group.WORLD, device, *args)
     dist.barrier()
     dist.destroy_process_group()
