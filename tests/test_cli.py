@@ -248,20 +248,16 @@ def test_a_rank_that_dies_ends_the_other(tmp_path: Path, start_endless: StartEnd
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="finds the ranks' processes in /proc")
-@pytest.mark.parametrize("stopped", [0, 1])
-def test_a_rank_that_is_stopped_is_named_and_ends_the_other(
-    tmp_path: Path, start_endless: StartEndless, stopped: int
-) -> None:
+def test_a_rank_that_is_stopped_is_named_and_ends_the_other(tmp_path: Path, start_endless: StartEndless) -> None:
     out = tmp_path / "a.mp4"
     process = start_endless(out, TORCHRUN, "--timeout", "8")
     ranks = ranks_of(process.pid)
-    os.kill(ranks[stopped], signal.SIGSTOP)
+    os.kill(ranks[1], signal.SIGSTOP)
     _, errors = process.communicate(timeout=90)  # torchrun gives the stopped one half a minute before it kills it
     assert process.returncode != 0
-    assert f"error: rank {stopped} has not been heard of for 8 s: it is gone, or stopped" in errors
+    assert "error: rank 1 has not been heard of for 8 s: it is gone, or stopped" in errors
     assert not any(os.path.exists(f"/proc/{pid}") for pid in ranks.values())
-    if stopped == 1:
-        assert frames_in(out) > 0
+    assert frames_in(out) > 0
 
 
 def test_an_interrupted_torchrun_keeps_the_frames_so_far(tmp_path: Path, start_endless: StartEndless) -> None:

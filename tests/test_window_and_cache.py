@@ -208,7 +208,7 @@ def fill(cache: KVCache, chunk: Chunk, passes: int = 1) -> None:
     for _ in range(passes):
         for layer in range(LAYERS):
             k, v = torch.randn(2, BATCH, chunk.frames, TOKENS, HEADS, WIDTH, dtype=torch.float64)
-            cache.write(layer, chunk, k, v)
+            cache.layer(layer).write(chunk, k, v)
 
 
 def committed_bytes(cache: KVCache) -> Tensor:
@@ -243,9 +243,9 @@ def test_tokens_heads_and_batch_stay_in_their_places() -> None:
         chunk = Chunk(start // 2, start, 2)
         cache.open(chunk)
         for layer in range(LAYERS):
-            cache.write(layer, chunk, k[:, start : chunk.stop] + layer, -k[:, start : chunk.stop])
+            cache.layer(layer).write(chunk, k[:, start : chunk.stop] + layer, -k[:, start : chunk.stop])
         cache.commit()
-    read_k, read_v = cache.read(1, Chunk(2, 4, 2))
+    read_k, read_v = cache.layer(1).read(Chunk(2, 4, 2))
     by_slot = k[:, [0, 4, 5, 3]].flatten(1, 2)
     assert torch.equal(read_k, by_slot + 1)
     assert torch.equal(read_v, -by_slot)
@@ -263,13 +263,13 @@ def test_a_context_pass_reads_before_the_next_chunk_takes_its_slots() -> None:
     cache.commit()
     cache.open(third)
     frames = torch.arange(6, dtype=torch.float64).view(1, 6, 1, 1, 1).expand(BATCH, -1, TOKENS, HEADS, WIDTH)
-    cache.write(0, first, frames[:, :2], frames[:, :2])
-    cache.write(0, second, frames[:, 2:4], frames[:, 2:4])
-    assert cache.read(0, second)[0].unique().tolist() == [0, 1, 2, 3]
-    cache.write(0, third, frames[:, 4:], frames[:, 4:])
-    assert cache.read(0, third)[1].unique().tolist() == [2, 3, 4, 5]
+    cache.layer(0).write(first, frames[:, :2], frames[:, :2])
+    cache.layer(0).write(second, frames[:, 2:4], frames[:, 2:4])
+    assert cache.layer(0).read(second)[0].unique().tolist() == [0, 1, 2, 3]
+    cache.layer(0).write(third, frames[:, 4:], frames[:, 4:])
+    assert cache.layer(0).read(third)[1].unique().tolist() == [2, 3, 4, 5]
     cache.cancel()
-    assert cache.read(0, second)[0].unique().tolist() == [0, 1, 2, 3]
+    assert cache.layer(0).read(second)[0].unique().tolist() == [0, 1, 2, 3]
 
 
 def test_integrity_sees_a_commit_of_nothing_and_a_wrong_cursor() -> None:
