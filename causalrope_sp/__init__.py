@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from causalrope_sp.version import __version__
+
 if TYPE_CHECKING:
     from causalrope_sp.cache import KVCache
     from causalrope_sp.config import DiTConfig, SamplerConfig, StreamConfig
@@ -15,8 +17,6 @@ if TYPE_CHECKING:
     from causalrope_sp.pipeline import CausalVideoPipeline
     from causalrope_sp.sampler import sample_chunks
     from causalrope_sp.weights import load_model
-
-__version__ = "0.1.0"
 
 _HOME = {
     "KVCache": "cache",
@@ -52,6 +52,7 @@ __all__ = [
     "SamplerConfig",
     "SequenceParallel",
     "StreamConfig",
+    "__version__",
     "load_model",
     "sample_chunks",
 ]

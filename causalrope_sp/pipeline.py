@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from causalrope_sp import __version__
 from causalrope_sp.codec.wan import WanDecoderStream, load_codec
 from causalrope_sp.config import SamplerConfig, StreamConfig
 from causalrope_sp.errors import CheckpointError, ConfigError
@@ -29,6 +28,7 @@ from causalrope_sp.parallel.ledger import Ledger
 from causalrope_sp.sampler import sample_chunks
 from causalrope_sp.toybox import EMBEDDED, WEIGHTS
 from causalrope_sp.toybox.text import ToyboxText
+from causalrope_sp.version import __version__
 from causalrope_sp.weights import load_model
 
 if TYPE_CHECKING:
