@@ -182,6 +182,14 @@ def count_collectives(group: dist.ProcessGroup, device: str, strategy: str) -> d
             by_kind = {kind: (e.calls, e.elements, e.bytes) for kind, e in ledger.by_kind().items()}
             passes[name] = {"seen": list(noted), "ledger": by_kind, "layers": set(ledger.by_layer())}
     passes["cache"] = {"bytes": stream.cache.bytes}
+    stream.cancel()
+    allocated = []
+    for n in range(5, 8):  # each fused pass after the first finds every buffer there
+        stream.denoise(Chunk(n, 2 * n, 2), x, 1000.0, Part(Chunk(n - 1, 2 * n - 2, 2), x, 0.0) if n > 5 else None)
+        allocated.append(
+            {use: room.data_ptr() for e in parallel._exchanges.values() for use, room in e._buffers.items()}
+        )
+    passes["buffers"] = {"allocated": allocated}
     return passes
 
 
@@ -385,6 +393,14 @@ def test_collectives_of_a_layer_in_a_pass(found: Found, ranks: int, strategy: st
             assert sum(calls for calls, _, _ in noted["ledger"].values()) == expected
             assert noted["layers"] == set(range(CONFIG.num_layers))
         assert len(rank[strategy, "collectives"]["latents"]["seen"]) == 1
+
+
+@pytest.mark.parametrize(("ranks", "strategy"), EVERY)
+def test_buffers_are_allocated_once(found: Found, ranks: int, strategy: str) -> None:
+    for rank in found(ranks):
+        _, second, third = rank[strategy, "collectives"]["buffers"]["allocated"]
+        assert second
+        assert second == third
 
 
 @pytest.mark.parametrize(("ranks", "strategy"), EVERY)
