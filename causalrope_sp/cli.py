@@ -19,6 +19,7 @@ import click
 
 from causalrope_sp.errors import CausalRopeError, ConfigError, RankLostError
 from causalrope_sp.process import Background, CommandLine, rank, run, shares_rank_0_disk
+from causalrope_sp.version import __version__
 from causalrope_sp.video import VideoWriter, check_output
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     no_args_is_help=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
+@click.version_option(__version__, prog_name="causalrope-sp")
 def cli() -> None:
     """Causal video diffusion, streamed, on one process or many.
 
@@ -112,9 +114,10 @@ def generate(
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 def inspect(path: str, as_json: bool) -> int:
     """Says what the checkpoint at PATH is, and what it lacks. Exit status 1 if it could not be loaded as it is."""
+    from causalrope_sp.toybox import EMBEDDED, WEIGHTS
     from causalrope_sp.weights import inspect_checkpoint
 
-    report = inspect_checkpoint(Path(path))
+    report = inspect_checkpoint(WEIGHTS / f"{path}.safetensors" if path in EMBEDDED else Path(path))
     fields = {field.name: _plain(getattr(report, field.name)) for field in dataclasses.fields(report)}
     if rank() == 0 and as_json:
         click.echo(json.dumps(fields))

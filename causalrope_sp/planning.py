@@ -74,6 +74,7 @@ def fields(cost: Plan) -> dict[str, Any]:
 
 
 def print_plan(work: Workload, costs: list[Plan], on: Machine) -> None:
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
@@ -82,18 +83,15 @@ def print_plan(work: Workload, costs: list[Plan], on: Machine) -> None:
         f"{c.num_layers} layers of {c.dim}, {c.num_heads} heads; {work.grid.rows}×{work.grid.columns} = {tokens} tokens"
         f" a frame; window {work.window}, chunk {work.chunk_frames} latent frames, {work.steps} steps; {on.name}"
     )
-    table = Table(title=title, title_justify="left", caption_justify="left")
-    for column in ("strategy", "GB", "calls", "MB a pass", "compute", "comm.", "exposed", "ms a chunk", "fps"):
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for column in ("strategy", "GB", "calls", "MB", "comp.", "exp.", "chunk", "fps", "first", "eff."):
         table.add_column(column, justify="left" if column == "strategy" else "right", no_wrap=True)
-    table.add_column("first", justify="right")
-    table.add_column("eff.", justify="right")
     for p in costs:
         row = [
-            f"{p.memory_bytes / 1e9:.1f}" + ("" if p.fits else " !"),
+            f"{p.memory_bytes / 1e9:.1f}" + ("!" if not p.fits else ""),
             f"{p.collectives_per_pass}",
-            f"{p.bytes_per_pass / 1e6:.1f}",
-            *(f"{ms:.1f}" for ms in (p.compute_ms, p.communication_ms, p.exposed_ms, p.chunk_ms)),
-            f"{p.fps:.1f}",
+            f"{p.bytes_per_pass / 1e6:.0f}",
+            *(_short(value) for value in (p.compute_ms, p.exposed_ms, p.chunk_ms, p.fps)),
             f"{p.first_frame_ms:.0f}",
             f"{p.efficiency:.0%}",
         ]
@@ -101,8 +99,9 @@ def print_plan(work: Workload, costs: list[Plan], on: Machine) -> None:
     console = Console()
     console.print(table)
     console.print(
-        "Predicted, not measured; all times in ms. Memory, calls and bytes received are those of the rank that has "
-        "most. ← is what auto takes; ! does not fit the memory. First: the first frames, without loading and decoding.",
+        "Predicted, not measured. Of the rank that has most: GB of memory (! does not fit), calls and MB received in a "
+        "pass. Milliseconds a chunk: computing, communication that nothing hides, all; and the first frames, without "
+        "loading and decoding. eff.: one rank's time against all ranks' together. ← is what auto takes.",
         highlight=False,
     )
     uneven = [p for p in costs if p.imbalance > 1.02]
@@ -110,6 +109,10 @@ def print_plan(work: Workload, costs: list[Plan], on: Machine) -> None:
         console.print(
             f"{p.strategy}: the busiest rank computes {p.imbalance - 1:.0%} more than the mean", highlight=False
         )
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
 
 
 def plot_plan(work: Workload, on: Machine, path: Path) -> None:

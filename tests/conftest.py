@@ -1,6 +1,7 @@
 """Every test runs on one thread, and memory that is allocated but never written reads as NaN."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,7 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(autouse=True, scope="session")
 def _poisoned_memory():
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a run in the background begins with Ctrl-C ignored
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
 
