@@ -52,7 +52,7 @@ class LatentGrid:
         """
         for name, size, step in (("height", height, stride * patch[0]), ("width", width, stride * patch[1])):
             if size < 1 or size % step:
-                below, above = size // step * step, (size // step + 1) * step
+                below, above = size // step * step, max(1, size // step + 1) * step
                 near = f"{below} or {above}" if below > 0 else f"{above}"
                 raise ConfigError(f"{name} {size} is not divisible by {step}; the nearest that work: {near}")
         return cls(height // stride // patch[0], width // stride // patch[1], patch)

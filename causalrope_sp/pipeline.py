@@ -20,7 +20,7 @@ from torch import Tensor
 from causalrope_sp.codec.wan import WanDecoderStream, load_codec
 from causalrope_sp.config import SamplerConfig, StreamConfig
 from causalrope_sp.errors import CheckpointError, ConfigError
-from causalrope_sp.grid import LatentGrid, split_into_chunks
+from causalrope_sp.grid import LatentGrid
 from causalrope_sp.model import CausalDiT
 from causalrope_sp.noise import seeded_noise
 from causalrope_sp.parallel import SequenceParallel
@@ -56,7 +56,7 @@ class Recipe:
     """What a model is made of and how it runs, in pixels, pixel frames a second and latent frames.
 
     Raises:
-        ConfigError: a text encoder that is not known.
+        ConfigError: a text encoder that is not known, or a size that is no number.
     """
 
     transformer: Path
@@ -69,6 +69,11 @@ class Recipe:
     sampler: SamplerConfig
 
     def __post_init__(self) -> None:
+        whole = all(isinstance(size, int) and not isinstance(size, bool) for size in (self.height, self.width))
+        if not whole or not isinstance(self.fps, int | float):
+            raise ConfigError(
+                f"height, width and fps must be numbers, not {self.height!r}, {self.width!r}, {self.fps!r}"
+            )
         if self.text not in TEXT_ENCODERS:
             raise ConfigError(f"unknown text encoder {self.text!r}; this version has: {', '.join(TEXT_ENCODERS)}")
 
@@ -210,11 +215,10 @@ class CausalVideoPipeline:
 
     def _latent_frames(self, frames: int, given: int) -> int:
         """The latent frames of as many whole chunks as `frames` pixel frames need."""
-        stream = self.recipe.stream
-        endless = split_into_chunks(
-            None, stream.chunk_frames, independent_first_frame=stream.independent_first_frame, start=given
-        )
-        return next(c.stop - given for c in endless if self._pixel_frames(c.stop - given) >= frames)
+        stream, stride = self.recipe.stream, self.codec.config.scale_factor_temporal
+        needed = 1 - (1 - frames) // stride
+        lone = 1 if stream.independent_first_frame and given == 0 else 0
+        return lone - (lone - needed) // stream.chunk_frames * stream.chunk_frames
 
 
 def to_uint8(pixels_BT3HW: Tensor) -> np.ndarray:
@@ -238,8 +242,8 @@ def digest(model: CausalDiT) -> str:
 def _timesteps(steps: int | Sequence[float]) -> tuple[float, ...]:
     if not isinstance(steps, int):
         return tuple(steps)
-    if steps < 1:
-        raise ConfigError(f"steps must be at least 1, not {steps}")
+    if not 1 <= steps <= 1000:
+        raise ConfigError(f"steps must be at least 1 and at most 1000, not {steps}")
     return tuple(1000 * (steps - i) / steps for i in range(steps))
 
 

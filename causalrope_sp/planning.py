@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from causalrope_sp.config import PRESETS, VAE_STRIDE, DiTConfig, SamplerConfig, StreamConfig
-from causalrope_sp.errors import CheckpointError, ConfigError
+from causalrope_sp.errors import CheckpointError, ConfigError, OutputError
 from causalrope_sp.grid import LatentGrid
 from causalrope_sp.parallel.cost import GPUS, LINKS, Machine, Plan, Workload, machine, plan
 
@@ -42,7 +42,9 @@ def describe_workload(
         raise ConfigError(f"steps must be at least 1, not {passes}")
     if stream.window is None:
         raise ConfigError(f"{model} looks back over everything: give --window, the latent frames of the video")
-    grid = LatentGrid.from_pixels(height or size[0], width or size[1], VAE_STRIDE[1], config.patch_size[1:])
+    grid = LatentGrid.from_pixels(
+        size[0] if height is None else height, size[1] if width is None else width, VAE_STRIDE[1], config.patch_size[1:]
+    )
     return Workload(config, grid, stream.window, stream.chunk_frames, passes)
 
 
@@ -60,10 +62,13 @@ def describe_machine(gpu: str, link: str, measured: Path | None) -> Machine:
         return rates
     try:
         found = json.loads(measured.read_text())
-        if not all(isinstance(v, int | float) and v > 0 for k, v in found.items() if k != "name"):
+        names = {field.name for field in dataclasses.fields(Machine)} - {"name"}
+        if not isinstance(found, dict) or set(found) - {"name"} - names:
+            raise ValueError(f"it must be an object with some of {', '.join(sorted(names))}")
+        if not all(type(v) in (int, float) and 1e-12 < v < 1e30 for k, v in found.items() if k != "name"):
             raise ValueError("every rate must be a number above 0")
-        return dataclasses.replace(rates, **{"name": f"measured ({measured.name})", **found})
-    except (OSError, ValueError, TypeError, AttributeError) as reason:
+        return dataclasses.replace(rates, **{**found, "name": f"measured ({measured.name})"})
+    except (OSError, ValueError, RecursionError) as reason:
         raise ConfigError(f"cannot use the measured rates in {measured}: {reason}") from reason
 
 
@@ -77,13 +82,14 @@ def print_plan(work: Workload, costs: list[Plan], on: Machine) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     c, tokens = work.config, work.grid.tokens
     title = (
         f"{c.num_layers} layers of {c.dim}, {c.num_heads} heads; {work.grid.rows}×{work.grid.columns} = {tokens} tokens"
         f" a frame; window {work.window}, chunk {work.chunk_frames} latent frames, {work.steps} steps; {on.name}"
     )
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for column in ("strategy", "GB", "calls", "MB", "comp.", "exp.", "chunk", "fps", "first", "eff."):
         table.add_column(column, justify="left" if column == "strategy" else "right", no_wrap=True)
     for p in costs:
@@ -120,7 +126,10 @@ def plot_plan(work: Workload, on: Machine, path: Path) -> None:
 
     Raises:
         ConfigError: matplotlib is not installed.
+        OutputError: no .png, .svg or .pdf file can be written there.
     """
+    if path.suffix not in (".png", ".svg", ".pdf") or path.is_dir():
+        raise OutputError(f"cannot draw {path}: it must be a .png, .svg or .pdf file")
     try:
         import matplotlib
     except ImportError:
@@ -150,7 +159,10 @@ def plot_plan(work: Workload, on: Machine, path: Path) -> None:
     speed.set_yscale("log")
     speed.legend(fontsize=7)
     figure.suptitle(f"{work.config.num_layers} layers of {work.config.dim}, {on.name}", fontsize=9)
-    figure.savefig(path, dpi=110)
+    try:
+        figure.savefig(path, dpi=110)
+    except OSError as error:
+        raise OutputError(f"cannot draw {path}: {error.strerror or error}") from error
 
 
 def _kind(strategy: str) -> str:

@@ -65,6 +65,17 @@ def test_two_streams_of_one_pipeline_do_not_meet(pipe: CausalVideoPipeline, long
     assert np.array_equal(np.concatenate(mine), longest[:21])
 
 
+def test_a_video_of_hours_begins_at_once(pipe: CausalVideoPipeline) -> None:
+    first = next(pipe.stream(PROMPT, frames=10**15, seed=3))
+    assert first.frames is not None
+    assert len(first.frames) == 9
+
+
+def test_steps_are_bounded() -> None:
+    with pytest.raises(ConfigError, match="steps must be at least 1 and at most 1000, not 1001"):
+        CausalVideoPipeline.from_pretrained("toybox", steps=1001)
+
+
 @pytest.mark.parametrize("frames", [0, -1])
 def test_no_frames_are_refused_before_anything_runs(pipe: CausalVideoPipeline, frames: int) -> None:
     with pytest.raises(ConfigError, match="frames must be at least 1"):
@@ -75,6 +86,8 @@ def test_no_frames_are_refused_before_anything_runs(pipe: CausalVideoPipeline, f
     ("change", "error", "message"),
     [
         ({"text": "umt5-xxs"}, ConfigError, "unknown text encoder 'umt5-xxs'"),
+        ({"height": "64"}, ConfigError, "height, width and fps must be numbers, not '64', 64, 16"),
+        ({"fps": None}, ConfigError, "height, width and fps must be numbers"),
         ({"height": 63}, ConfigError, "height 63 is not divisible by 16; the nearest that work: 48 or 64"),
         ({"transformer": "none.safetensors"}, CheckpointError, "none.safetensors"),
         ({"codec": "none"}, CheckpointError, "cannot read the codec"),

@@ -153,6 +153,14 @@ def test_measured_rates_count(tmp_path: Path) -> None:
     assert json.loads(slow)[0]["chunk_ms"] > 10 * json.loads(shell("--ranks", 2, "--json")[1])[0]["chunk_ms"]
 
 
+@pytest.mark.parametrize("text", ["[]", '{"nope": 1}', '{"matmul": true}', '{"link": Infinity}', "[" * 100_000, "{"])
+def test_rates_that_are_none_are_one_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "rates.json").write_text(text)
+    status, output = shell("--measured", tmp_path / "rates.json")
+    assert (status, output.count("\n")) == (2, 1)
+    assert output.startswith("error: cannot use the measured rates in")
+
+
 def test_a_plot_is_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     status, _ = shell("--model", "toybox", "--plot", tmp_path / "plan.png")
@@ -170,6 +178,10 @@ def test_a_plot_is_drawn(tmp_path: Path) -> None:
         (["--window", "2"], "window 2 is smaller than chunk + sink"),
         (["--height", "481"], "height 481 is not divisible by 16"),
         (["--steps", "0"], "steps must be at least 1"),
+        (["--height", "0"], "height 0 is not divisible by 16; the nearest that work: 16"),
+        (["--height", "-16"], "height -16 is not divisible by 16; the nearest that work: 16"),
+        (["--plot", "plan.zzz"], "cannot draw plan.zzz: it must be a .png, .svg or .pdf file"),
+        (["--plot", "/nowhere/plan.png"], "cannot draw /nowhere/plan.png: No such file or directory"),
         (["--measured", "nothing.json"], "cannot use the measured rates in nothing.json"),
     ],
 )

@@ -25,6 +25,8 @@ from causalrope_sp.parallel.strategy import Strategy
 from causalrope_sp.parallel.ulysses import Ulysses
 from causalrope_sp.parallel.watchdog import Watchdog, leave
 
+LONGEST_S = 1e6  # a timeout
+
 
 class SequenceParallel:
     """Which rank this is, of how many, and how attention crosses between them.
@@ -97,8 +99,9 @@ class SequenceParallel:
         Raises:
             ConfigError: an unknown strategy, a time that is not above 0, or fewer GPUs on this machine than ranks.
         """
-        if min(timeout_s, silence_s) <= 0:
-            raise ConfigError(f"a timeout must be more than 0 seconds, not {min(timeout_s, silence_s):g}")
+        for seconds in (timeout_s, silence_s):
+            if not 0 < seconds <= LONGEST_S:
+                raise ConfigError(f"a timeout must be above 0 and at most {LONGEST_S:g} seconds, not {seconds:g}")
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return cls(None, strategy, device or _default_device(), **options)
         place = torch.device(device or _default_device())
