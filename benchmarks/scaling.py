@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -139,7 +140,7 @@ def main(ranks: str, measured: Path | None) -> None:
                     error = float((latents - alone).norm() / alone.norm())
                     assert error < 1e-5, f"{name} on {count} ranks is off by {error:.1e}"
                     p = predicted.get(name, next(iter(predicted.values())))
-                    way = "" if overlap and groups == 1 else ("in head groups" if overlap else "without overlap")
+                    way = "" if overlap and groups == 1 else ("head groups" if overlap else "no overlap")
                     rows.append(
                         {
                             "ranks": count,
@@ -151,9 +152,10 @@ def main(ranks: str, measured: Path | None) -> None:
                             "predicted_communication_ms": round(p.communication_ms, 2),
                         }
                     )
-    table = Table(title=f"{GRID.tokens} tokens a frame, {CONFIG.num_layers} layers of {CONFIG.dim}, float32")
-    for column in rows[0]:
-        table.add_column(column.replace("_", " "), justify="left" if column in ("strategy", "way") else "right")
+    title = f"{GRID.tokens} tokens a frame, {CONFIG.num_layers} layers of {CONFIG.dim}, float32; milliseconds a chunk"
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for column in ("ranks", "strategy", "way", "took", "exposed", "pred.", "exposed", "comm."):
+        table.add_column(column, justify="left" if column in ("strategy", "way") else "right", no_wrap=True)
     for row in rows:
         table.add_row(*map(str, row.values()))
     Console().print(table)
