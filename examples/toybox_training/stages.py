@@ -22,9 +22,9 @@ TEACHER_SEED, STUDENT_SEED = 50_000_000, 60_000_000
 FIRST_BATCH = 16  # videos a step of which the first chunk is learned, and
 LATER_BATCH = 5  # of which later chunks are
 POOL = 160  # self-made videos that a student learns from at a time; made anew when a run is resumed
+POOL_FRAMES = 63  # their length in latent frames
 STRAYED = 0.6  # the mean square error, on objects, from which on a self-made history teaches nothing
 STUDENT_SHARES = torch.tensor([0.4, 0.25, 0.2, 0.15])  # how often the student meets each of its times, from noise on
-POOL_FRAMES = 63  # their length in latent frames
 PERIOD = 16  # latent frames after which every motion repeats itself
 LONGEST = 24  # periods by which a scene is made older than it is, so that a stream can go on for minutes
 
