@@ -22,7 +22,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from causalrope_kernels import attention
+from causalrope_kernels import Keys, attention
 from causalrope_sp import CausalDiT, DiTConfig, LatentGrid, SamplerConfig, SequenceParallel, StreamConfig, sample_chunks
 from causalrope_sp.noise import seeded_noise
 from causalrope_sp.parallel import strategies
@@ -98,7 +98,7 @@ def measure_machine(pool: RankPool) -> Machine:
     return Machine(
         name="this machine, measured",
         matmul=2 * tokens * CONFIG.dim * CONFIG.ffn_dim / _seconds(lambda: x @ w),
-        attention=4 * tokens * keys * CONFIG.dim / _seconds(lambda: attention(q, k, k)),
+        attention=4 * tokens * keys * CONFIG.dim / _seconds(lambda: attention(q, Keys(k, k))),
         bandwidth=2 * large.nbytes / _seconds(lambda: large * 2.0),
         memory=1e12,
         link=link,

@@ -10,9 +10,12 @@ Shapes: B batch, F frames, S tokens a frame, H heads, d head width, K = slots; S
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Callable, Sequence
 
+import torch
+
+from causalrope_kernels import Keys, Room, Turn
+from causalrope_sp.devices import send
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.grid import Chunk
 from causalrope_sp.window import SlidingWindow
@@ -22,7 +25,8 @@ class KVCache:
     """Storage for `layers` rings of `window.frames` slots of `tokens`×`heads`×`head_dim` keys and values.
 
     `committed` is the number of latent frames whose clean keys and values are in: the global time index at which
-    the next chunk starts.
+    the next chunk starts. With `turn` keys are stored unturned in time, and turned on read by the places that it is
+    given, slot by slot: those of the frames within the window (`relative` policy).
     """
 
     def __init__(
@@ -36,15 +40,20 @@ class KVCache:
         *,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
+        turn: Callable[[Sequence[int]], Turn] | None = None,
     ) -> None:
         self.window = window
+        self._turn = turn
         self.committed = 0
         self.open_chunk: Chunk | None = None
         shape = (layers, 2, batch, window.frames, tokens, heads, head_dim)
         self.storage_L2BKSHD = torch.empty(shape, dtype=dtype, device=device)
         self._aside_L2BFSHD = self.storage_L2BKSHD[:, :, :, :0]  # frames put aside; grows to the largest chunk
-        self._put_aside: set[tuple[int, int | None]] = set()  # the layers, and their first heads, that have
+        self._put_aside: set[int] = set()  # the layers that have
         self._written: dict[int, int] = {}  # slot -> frame, as the first layer writes them
+        self._slots: dict[Chunk, torch.Tensor] = {}  # what all layers share, and the device need be told once a chunk
+        self._turns: dict[Chunk, Turn | None] = {}
+        self._stretches: dict[tuple[Chunk, int, bool], tuple[tuple[tuple[int, int], ...], torch.Tensor]] = {}
 
     @property
     def bytes(self) -> int:
@@ -68,6 +77,8 @@ class KVCache:
             layers, _, batch, _, *rest = self.storage_L2BKSHD.shape
             self._aside_L2BFSHD = self.storage_L2BKSHD.new_empty(layers, 2, batch, evicted, *rest)
         self.open_chunk = chunk
+        for memory in (self._slots, self._turns, self._stretches):
+            memory.clear()
 
     def commit(self) -> None:
         """The open chunk's clean keys and values are written, or will be by the forward that opens the next chunk.
@@ -84,7 +95,7 @@ class KVCache:
         """Forgets the open chunk; frames that it overwrote are as they were after the last commit."""
         if self.open_chunk is not None:
             evicted = self.window.evicted(self.open_chunk)
-            for layer in {layer for layer, _ in self._put_aside}:
+            for layer in self._put_aside:
                 for n, frame in enumerate(evicted):
                     self.storage_L2BKSHD[layer, :, :, self.window.slot(frame)] = self._aside_L2BFSHD[layer, :, :, n]
             if self._put_aside:
@@ -95,17 +106,33 @@ class KVCache:
     def layer(self, index: int) -> LayerCache:
         return LayerCache(self, index)
 
-    def write(self, layer: int, chunk: Chunk, k_BFSHD: Tensor, v_BFSHD: Tensor, tokens: slice, heads: slice) -> None:
+    def rooms(self, layer: int, chunk: Chunk) -> tuple[Room, Room]:
         ring_2BKSHD = self.storage_L2BKSHD[layer]
-        if chunk == self.open_chunk and (layer, heads.start) not in self._put_aside:
+        if chunk == self.open_chunk and layer not in self._put_aside:
             for n, frame in enumerate(self.window.evicted(chunk)):
-                self._aside_L2BFSHD[layer, :, :, n, :, heads] = ring_2BKSHD[:, :, self.window.slot(frame), :, heads]
-            self._put_aside.add((layer, heads.start))
+                self._aside_L2BFSHD[layer, :, :, n] = ring_2BKSHD[:, :, self.window.slot(frame)]
+            self._put_aside.add(layer)
         if layer == 0:
             self._written |= {self.window.slot(frame): frame for frame in range(chunk.start, chunk.stop)}
-        for frame, slot, length in self.window.runs(chunk):
-            ring_2BKSHD[0, :, slot : slot + length, tokens, heads] = k_BFSHD[:, frame : frame + length]
-            ring_2BKSHD[1, :, slot : slot + length, tokens, heads] = v_BFSHD[:, frame : frame + length]
+        if chunk not in self._slots:
+            self._slots[chunk] = send(torch.tensor(self.window.slots(chunk)), ring_2BKSHD.device)
+        k, v = (Room(ring, self._slots[chunk]) for ring in ring_2BKSHD)
+        return k, v
+
+    def keys(self, layer: int, chunk: Chunk, since: int, old: bool) -> Keys:
+        ring_2BKSHD = self.storage_L2BKSHD[layer]
+        tokens, device = ring_2BKSHD.shape[3], ring_2BKSHD.device
+        key = chunk, since, old
+        if key not in self._stretches:
+            slots = self.window.stretches(chunk, since)[not old]
+            if since:  # always two, the second at times empty: so many does a captured graph have
+                slots = [*slots, (0, 0), (0, 0)][:2]
+            rows = tuple((first * tokens, stop * tokens) for first, stop in slots)
+            self._stretches[key] = rows, send(torch.tensor(rows, dtype=torch.int32).view(-1, 2), device)
+        if chunk not in self._turns:
+            self._turns[chunk] = None if self._turn is None else self._turn(self.window.places(chunk))
+        k, v = ring_2BKSHD.flatten(2, 3)
+        return Keys(k, v, *self._stretches[key], self._turns[chunk])
 
     def check_integrity(self) -> None:
         """Raises AssertionError unless cursor, slots and storage agree and every committed number is finite."""
@@ -124,28 +151,23 @@ class KVCache:
 
 
 class LayerCache:
-    """The view of layer `index`: write a chunk's keys and values, read what its queries attend."""
+    """The view of layer `index`: where a chunk's keys and values go, and what its queries attend."""
 
     def __init__(self, cache: KVCache, index: int) -> None:
         self._cache, self.index, self.window = cache, index, cache.window
 
-    def write(
-        self,
-        chunk: Chunk,
-        k_BFSHD: Tensor,
-        v_BFSHD: Tensor,
-        *,
-        tokens: slice = slice(None),
-        heads: slice = slice(None),
-    ) -> None:
-        """Puts the chunk's keys and values, or some tokens and heads of them, into the slots that the chunk owns."""
-        self._cache.write(self.index, chunk, k_BFSHD, v_BFSHD, tokens, heads)
+    def rooms(self, chunk: Chunk) -> tuple[Room, Room]:
+        """Where the keys and the values of the chunk go: the slots that it owns. Whoever asks, writes them."""
+        return self._cache.rooms(self.index, chunk)
 
-    def read(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
-        """k and v, each (B, L, H, d), of all that the chunk's queries attend, itself included."""
-        return self.slots(0, self.window.readable(chunk))
+    def keys(self, chunk: Chunk) -> Keys:
+        """All that the chunk's queries attend, itself included."""
+        return self._cache.keys(self.index, chunk, since=0, old=False)
 
-    def slots(self, first: int, stop: int) -> tuple[Tensor, Tensor]:
-        """k and v, each (B, L, H, d), in the slots [first, stop)."""
-        k, v = self._cache.storage_L2BKSHD[self.index][:, :, first:stop].flatten(2, 3)
-        return k, v
+    def keys_before(self, chunk: Chunk, since: int) -> Keys:
+        """Of all that, what belongs to frames before the global time index `since`,"""
+        return self._cache.keys(self.index, chunk, since, old=True)
+
+    def keys_since(self, chunk: Chunk, since: int) -> Keys:
+        """and what does not."""
+        return self._cache.keys(self.index, chunk, since, old=False)

@@ -16,12 +16,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from causalrope_kernels import Projection, attention, gate_add, modulate, rms_norm
+from causalrope_kernels import (
+    Affine,
+    ByFrame,
+    Keys,
+    Modulation,
+    Projection,
+    Rotation,
+    add_norm,
+    attention,
+    linear_gelu,
+    rms_norm,
+)
 from causalrope_sp.config import DiTConfig
-from causalrope_sp.rope import Rotation
 
 Attend = Callable[[int, Projection], Tensor]
-TextContext = list[tuple[Tensor, Tensor]]  # k and v of every layer's cross-attention, (B, L, H, d)
+TextContext = list[Keys]  # of every layer's cross-attention
 
 
 @dataclass(frozen=True)
@@ -40,6 +50,24 @@ class ForwardPass:
     attend: Attend
 
 
+@dataclass(frozen=True)
+class Residual:
+    """The stream of tokens between two blocks: `x` and what is yet to be added to it, `branch`·`gate`.
+
+    Left open, so that the sum is taken where the next norm reads it: once over memory for both.
+    """
+
+    x_BTD: Tensor
+    branch_BTD: Tensor | None = None
+    gate: ByFrame | None = None
+
+    def last(self, tokens: int, frames: int) -> Residual:
+        """That of the last frames."""
+        branch = None if self.branch_BTD is None else self.branch_BTD[:, -tokens:]
+        gate = None if self.gate is None else self.gate.frames(slice(-frames, None))
+        return Residual(self.x_BTD[:, -tokens:], branch, gate)
+
+
 class SelfAttention(nn.Module):
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -50,8 +78,9 @@ class SelfAttention(nn.Module):
         self.out = nn.Linear(config.dim, config.dim)
 
     def forward(self, x_BTD: Tensor, layer: int, step: ForwardPass) -> Tensor:
-        cos, sin = step.rotation.cos, step.rotation.sin
-        projection = Projection(self.qkv(x_BTD), self.norm_q.weight, self.norm_k.weight, cos, sin, self.heads, self.eps)
+        qkv_BFSN = self.qkv(x_BTD).unflatten(1, (step.timesteps_F.shape[-1], -1))
+        weights = self.norm_q.weight, self.norm_k.weight
+        projection = Projection(qkv_BFSN, *weights, step.rotation, self.heads, self.eps)
         return self.out(step.attend(layer, projection).flatten(2))
 
 
@@ -65,14 +94,24 @@ class CrossAttention(nn.Module):
         self.norm_k = nn.RMSNorm(config.dim, config.eps)
         self.out = nn.Linear(config.dim, config.dim)
 
-    def keys_and_values(self, text_BLD: Tensor) -> tuple[Tensor, Tensor]:
+    def keys(self, text_BLD: Tensor) -> Keys:
         k, v = self.kv(text_BLD).chunk(2, -1)
         k = rms_norm(k, self.norm_k.weight, self.eps)
-        return k.unflatten(-1, (self.heads, -1)), v.unflatten(-1, (self.heads, -1))
+        return Keys(k.unflatten(-1, (self.heads, -1)), v.unflatten(-1, (self.heads, -1)))
 
-    def forward(self, x_BTD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, keys: Keys) -> Tensor:
         q = rms_norm(self.q(x_BTD), self.norm_q.weight, self.eps).unflatten(-1, (self.heads, -1))
-        return self.out(attention(q, k_BLHD, v_BLHD).flatten(2))
+        return self.out(attention(q, keys).flatten(2))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.up = nn.Linear(config.dim, config.ffn_dim)
+        self.down = nn.Linear(config.ffn_dim, config.dim)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.down(linear_gelu(x_BTD, self.up.weight, self.up.bias))
 
 
 class Block(nn.Module):
@@ -83,15 +122,15 @@ class Block(nn.Module):
         self.self_attn = SelfAttention(config)
         self.cross_norm = nn.LayerNorm(config.dim, config.eps)
         self.cross_attn = CrossAttention(config)
-        self.ffn = nn.Sequential(
-            nn.Linear(config.dim, config.ffn_dim), nn.GELU("tanh"), nn.Linear(config.ffn_dim, config.dim)
-        )
+        self.ffn = FeedForward(config)
 
-    def forward(self, x_BTD: Tensor, time_F6D: Tensor, layer: int, step: ForwardPass) -> Tensor:
-        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = (time_F6D + self.modulation).unbind(-2)
-        x = gate_add(x_BTD, self.self_attn(modulate(x_BTD, shift_1, scale_1, self.eps), layer, step), gate_1)
-        x = x + self.cross_attn(self.cross_norm(x), *step.text[layer])
-        return gate_add(x, self.ffn(modulate(x, shift_2, scale_2, self.eps)), gate_2)
+    def forward(self, residual: Residual, time_F6D: Tensor, layer: int, step: ForwardPass) -> Residual:
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = ByFrame.unbind(time_F6D, self.modulation)
+        cross_norm = Affine(self.cross_norm.weight, self.cross_norm.bias, self.eps)
+        x, normed = add_norm(residual.x_BTD, residual.branch_BTD, residual.gate, Modulation(shift_1, scale_1, self.eps))
+        x, normed = add_norm(x, self.self_attn(normed, layer, step), gate_1, cross_norm)
+        x, normed = add_norm(x, self.cross_attn(normed, step.text[layer]), None, Modulation(shift_2, scale_2, self.eps))
+        return Residual(x, self.ffn(normed), gate_2)
 
 
 class Head(nn.Module):
@@ -101,9 +140,10 @@ class Head(nn.Module):
         self.modulation = nn.Parameter(torch.randn(2, config.dim) / config.dim**0.5)
         self.linear = nn.Linear(config.dim, config.token_dim)
 
-    def forward(self, x_BTD: Tensor, time_FD: Tensor) -> Tensor:
-        shift, scale = (time_FD.unsqueeze(-2) + self.modulation).unbind(-2)
-        return self.linear(modulate(x_BTD, shift, scale, self.eps))
+    def forward(self, residual: Residual, time_FD: Tensor) -> Tensor:
+        shift, scale = (ByFrame(time_FD, learned) for learned in self.modulation)
+        norm = Modulation(shift, scale, self.eps)
+        return self.linear(add_norm(residual.x_BTD, residual.branch_BTD, residual.gate, norm)[1])
 
 
 class CausalDiT(nn.Module):
@@ -137,18 +177,18 @@ class CausalDiT(nn.Module):
         `embeds_BLE` is (B, text_len, text_dim), zeros after the text's end.
         """
         text = self.text_embedding(embeds_BLE.to(self.device, self.dtype))
-        return [cross_attn.keys_and_values(text) for cross_attn in self._cross_attentions()]
+        return [cross_attn.keys(text) for cross_attn in self._cross_attentions()]
 
     def forward(self, tokens_BTE: Tensor, step: ForwardPass) -> Tensor:
         """The velocity of the tokens of the last `step.predicted_frames` frames."""
         time_FD = self.time_embedding(sinusoid(step.timesteps_F, self.config.freq_dim).to(self.dtype))
         time_F6D = self.time_projection(time_FD).unflatten(-1, (6, -1))
-        x = self.patch_embedding(tokens_BTE)
+        residual = Residual(self.patch_embedding(tokens_BTE))
         for layer, block in enumerate(self.blocks):
-            x = block(x, time_F6D, layer, step)
+            residual = block(residual, time_F6D, layer, step)
         frames = step.predicted_frames
-        tokens = x.shape[1] // time_FD.shape[-2] * frames
-        return self.head(x[:, -tokens:], time_FD[..., -frames:, :])
+        tokens = tokens_BTE.shape[1] // time_FD.shape[-2] * frames
+        return self.head(residual.last(tokens, frames), time_FD[..., -frames:, :])
 
 
 def sinusoid(timesteps_F: Tensor, width: int) -> Tensor:

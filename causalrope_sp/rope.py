@@ -7,21 +7,15 @@ gives each axis its own frequencies theta^(-2i/n), n the axis' width in channels
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from causalrope_kernels import Rotation, Turn
 from causalrope_sp.devices import send
 from causalrope_sp.grid import Shard
 
-
-@dataclass(frozen=True)
-class Rotation:
-    """Cosine and sine of every token's angles, each (T, d/2), ready for `causalrope_kernels.rotate`."""
-
-    cos: Tensor
-    sin: Tensor
+FIRST_TIMES = 1024  # rows of the time axis' table to begin with
 
 
 class RotaryTables:
@@ -29,34 +23,44 @@ class RotaryTables:
 
     def __init__(self, head_dim: int, theta: float, shard: Shard, device: torch.device, dtype: torch.dtype) -> None:
         spatial = head_dim // 6
+        self._shard, self._device, self._dtype = shard, device, dtype
         self._time_frequencies = _frequencies(head_dim // 2 - 2 * spatial, theta)
-        y, x = shard.rows_and_columns()
-        frequencies = _frequencies(spatial, theta)
-        self._place_angles = torch.cat([torch.outer(y.double(), frequencies), torch.outer(x.double(), frequencies)], 1)
-        self._device, self._dtype = device, dtype
-        self._place = self._table(self._place_angles)
-        self._time = self._table(torch.zeros(0, len(self._time_frequencies)))
+        self._row = self._table(shard.grid.rows, _frequencies(spatial, theta))
+        self._column = self._table(shard.grid.columns, _frequencies(spatial, theta))
+        self._time = self._table(FIRST_TIMES, self._time_frequencies)
 
-    def rotation(self, frames: Sequence[int]) -> Rotation:
-        """The rotation of this shard's tokens in the frames with these global time indices, frame after frame."""
-        self._grow(max(frames) + 1)
-        index = send(torch.tensor(frames), self._device)
-        tokens = self._place.cos.shape[0]
+    def rotation(self, query_times: Sequence[int], key_times: Sequence[int] | None = None) -> Rotation:
+        """The rotation of this shard's tokens in frames whose queries and keys stand at these places in time.
 
-        def join(time: Tensor, place: Tensor) -> Tensor:
-            time = time[index].unsqueeze(1).expand(-1, tokens, -1)
-            return torch.cat([time, place.expand(len(frames), -1, -1)], -1).flatten(0, 1)
+        Keys stand where queries do if nothing else is said.
+        """
+        self._grow(max(query_times) + 1)
+        at = send(torch.tensor(query_times), self._device)
+        return Rotation(
+            self._time,
+            self._row,
+            self._column,
+            query_times_F=at,
+            key_times_F=at if key_times is None else send(torch.tensor(key_times), self._device),
+            start=self._shard.start,
+            tokens=self._shard.tokens,
+            columns=self._shard.grid.columns,
+        )
 
-        return Rotation(join(self._time.cos, self._place.cos), join(self._time.sin, self._place.sin))
+    def turn(self, places: Sequence[int], tokens: int) -> Turn:
+        """How the keys of slots, of so many tokens each, are turned on read if they stand at these places in time."""
+        self._grow(max(places) + 1)
+        return Turn(self._time[send(torch.tensor(places), self._device)], tokens)
 
-    def _grow(self, frames: int) -> None:
-        have = self._time.cos.shape[0]
-        if frames > have:
-            steps = torch.arange(max(frames, 2 * have, 64), dtype=torch.float64)
-            self._time = self._table(torch.outer(steps, self._time_frequencies))
+    def _grow(self, times: int) -> None:
+        have = len(self._time)
+        if times > have:
+            self._time = self._table(max(times, 2 * have), self._time_frequencies)
 
-    def _table(self, angles: Tensor) -> Rotation:
-        return Rotation(*(a.to(self._device, self._dtype) for a in (angles.cos(), angles.sin())))
+    def _table(self, places: int, frequencies: Tensor) -> Tensor:
+        """Cosines and sines of every place on an axis, (places, 2, E)."""
+        angles = torch.outer(torch.arange(places, dtype=torch.float64), frequencies)
+        return torch.stack([angles.cos(), angles.sin()], 1).to(self._device, self._dtype)
 
 
 def _frequencies(pairs: int, theta: float) -> Tensor:

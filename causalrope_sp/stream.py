@@ -10,13 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from causalrope_kernels import Projection
+from causalrope_kernels import Projection, Rotation
 from causalrope_sp.cache import KVCache
 from causalrope_sp.devices import send
 from causalrope_sp.grid import Chunk, LatentGrid, Shard
 from causalrope_sp.model import CausalDiT, ForwardPass
 from causalrope_sp.parallel.strategy import Strategy
-from causalrope_sp.rope import RotaryTables, Rotation
+from causalrope_sp.rope import RotaryTables
 from causalrope_sp.window import SlidingWindow
 
 
@@ -102,10 +102,7 @@ class CausalStream:
         timesteps = [part.timestep for part in parts for _ in range(part.chunk.frames)]
 
         def attend(layer: int, projection: Projection) -> Tensor:
-            by_head = projection.qkv_BTD3.unflatten(-1, (-1, model.config.head_dim))
-            placed = self._strategy.place(len(by_head), len(frames), by_head)
-            projection.write(placed.placements())
-            return self._strategy.attend(placed, self.cache.layer(layer), chunks).flatten(1, 2)
+            return self._strategy.attend(projection, self.cache.layer(layer), chunks).flatten(1, 2)
 
         step = ForwardPass(
             # in float32, as Self-Forcing's schedule holds them: at 833.33 the difference shows as 1e-6 in the latents

@@ -45,16 +45,6 @@ class SlidingWindow:
             )
         return [self.slot(frame) for frame in range(chunk.start, chunk.stop)]
 
-    def runs(self, chunk: Chunk) -> list[tuple[int, int, int]]:
-        """`slots` as stretches that lie side by side: (first frame within the chunk, first slot, length)."""
-        runs: list[tuple[int, int, int]] = []
-        for frame, slot in enumerate(self.slots(chunk)):
-            if runs and slot == runs[-1][1] + runs[-1][2]:
-                runs[-1] = (*runs[-1][:2], runs[-1][2] + 1)
-            else:
-                runs.append((frame, slot, 1))
-        return runs
-
     def readable(self, chunk: Chunk) -> int:
         """How many slots, counted from the first, a chunk's queries read once its own keys are written."""
         return min(chunk.stop, self.frames)
@@ -70,6 +60,13 @@ class SlidingWindow:
             else:
                 side.append((slot, slot + 1))
         return sides
+
+    def places(self, chunk: Chunk) -> list[int]:
+        """Where the frame in each slot stands among those that a chunk's queries read, oldest first: its place in time
+        for a stream that never leaves the window's range."""
+        held = self.held(chunk.stop)
+        order = {frame: place for place, frame in enumerate(sorted(held))}
+        return [order[frame] for frame in held]
 
     def evicted(self, chunk: Chunk) -> list[int]:
         """The global time indices of the frames whose slots a chunk takes over."""

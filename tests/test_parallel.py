@@ -24,7 +24,7 @@ from causalrope_sp.errors import RankLostError
 from causalrope_sp.grid import Shard
 from causalrope_sp.model import CausalDiT
 from causalrope_sp.noise import seeded_noise
-from causalrope_sp.parallel import SequenceParallel, exchange, strategies
+from causalrope_sp.parallel import SequenceParallel, exchange, strategies, ulysses
 from causalrope_sp.parallel import strategy as strategy_module
 from causalrope_sp.parallel.cost import Workload, cache_bytes, received, received_latents
 from causalrope_sp.parallel.launch import RankPool, run_ranks
@@ -229,8 +229,12 @@ def order_of_events(group: dist.ProcessGroup, device: str, strategy: str) -> lis
         for name in ("all_to_all", "all_gather"):
             patch.setattr(exchange.Exchange, name, noting("send", getattr(exchange.Exchange, name)))
         patch.setattr(exchange.Arrival, "wait", noting("wait", exchange.Arrival.wait))
-        for name in ("attention", "attention_lse"):
-            patch.setattr(strategy_module, name, noting("attend", getattr(strategy_module, name)))
+        for module, name in (
+            (strategy_module, "attention"),
+            (strategy_module, "attention_parts"),
+            (ulysses, "attention"),
+        ):
+            patch.setattr(module, name, noting("attend", getattr(module, name)))
         stream.denoise(Chunk(1, 2, 2), x, 1000.0)
     return events
 

@@ -114,7 +114,7 @@ def test_the_digest_tells_weights_apart(dtype: torch.dtype) -> None:
     model = CausalDiT(config).to(dtype).requires_grad_(False)
     before = digest(model)
     assert digest(model) == before
-    weight = model.blocks[0].ffn[0].weight
+    weight = model.blocks[0].ffn.up.weight
     weight[3, 4] = weight[3, 4] * (1 + 2 * torch.finfo(dtype).eps)
     changed = digest(model)
     weight[[0, 1]] = weight[[1, 0]]

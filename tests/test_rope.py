@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from causalrope_kernels import rotate
+from causalrope_kernels.reference import rotate
 from causalrope_sp import LatentGrid
 from causalrope_sp.grid import Shard
 from causalrope_sp.rope import RotaryTables
@@ -23,8 +23,7 @@ def tables(head_dim: int, shard: Shard, dtype: torch.dtype = torch.float64, thet
 
 
 def turn(x_BTHD: Tensor, rope: RotaryTables, frames: list[int]) -> Tensor:
-    rotation = rope.rotation(frames)
-    return rotate(x_BTHD, rotation.cos, rotation.sin)
+    return rotate(x_BTHD, *rope.rotation(frames).of_queries)
 
 
 def angles(g: int, grid: LatentGrid, head_dim: int, theta: float) -> list[float]:
@@ -63,7 +62,7 @@ def test_rotation_is_complex_multiplication_by_global_index(
 
 def test_wan_splits_its_head_into_22_21_21_pairs() -> None:
     rotation = tables(128, Shard(LatentGrid(2, 2))).rotation([1, 2])
-    t, y, x = rotation.cos.unflatten(0, (2, 4)).split([22, 21, 21], -1)
+    t, y, x = rotation.of_queries[0].unflatten(0, (2, 4)).split([22, 21, 21], -1)
     assert (t[0] == t[0, :1]).all()
     assert (t[0] != t[1]).any(0).all()
     assert torch.equal(y[0], y[1])
@@ -88,22 +87,21 @@ def test_tables_grow_and_change_nothing_that_was_there() -> None:
     grown = tables(12, shard)
     asked = [[0, 1, 2], [70, 3], [63, 64, 65], [1023, 1024, 1025], [5000, 0, 4999], [0, 1, 2]]
     for frames in asked:
-        fresh = tables(12, shard).rotation(frames)
-        rotation = grown.rotation(frames)
-        assert rotation.cos.shape == (len(frames) * shard.tokens, 6)
-        assert torch.equal(rotation.cos, fresh.cos)
-        assert torch.equal(rotation.sin, fresh.sin)
+        fresh = tables(12, shard).rotation(frames).of_queries
+        for mine, other in zip(grown.rotation(frames).of_queries, fresh, strict=True):
+            assert mine.shape == (len(frames) * shard.tokens, 6)
+            assert torch.equal(mine, other)
 
 
 @pytest.mark.parametrize("frame", [1024, 100_000])
 def test_far_frames_keep_their_precision_in_float32(frame: int) -> None:
     """The angles themselves are made in float64; in float32 they would be off by 1e-3 here."""
     shard = Shard(LatentGrid(2, 2))
-    rotation = tables(12, shard, torch.float32).rotation([frame])
+    cos, sin = tables(12, shard, torch.float32).rotation([frame]).of_queries
     exact = torch.tensor([angles(g, shard.grid, 12, THETA) for g in shard.global_index(frame)], dtype=torch.float64)
-    assert rotation.cos.dtype == rotation.sin.dtype == torch.float32
-    torch.testing.assert_close(rotation.cos.double(), exact.cos(), rtol=0, atol=1e-7)
-    torch.testing.assert_close(rotation.sin.double(), exact.sin(), rtol=0, atol=1e-7)
+    assert cos.dtype == sin.dtype == torch.float32
+    torch.testing.assert_close(cos.double(), exact.cos(), rtol=0, atol=1e-7)
+    torch.testing.assert_close(sin.double(), exact.sin(), rtol=0, atol=1e-7)
 
 
 @given(st.integers(0, 50), st.integers(0, 50), st.integers(1, 3000))

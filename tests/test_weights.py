@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from causalrope_kernels.reference import attention
 from causalrope_sp.config import DiTConfig
 from causalrope_sp.errors import CheckpointError
 from causalrope_sp.grid import LatentGrid, Shard
@@ -99,8 +100,6 @@ def save_wan(file: Path, state: dict[str, Tensor], num_heads: int | None = CONFI
 
 def run(model: CausalDiT, latents_1CFHW: Tensor, timesteps_F: Tensor, text_1LE: Tensor) -> Tensor:
     """One pass of one chunk in which every token attends every other."""
-    from causalrope_kernels import attention
-
     latents = latents_1CFHW.transpose(1, 2)
     frames = latents.shape[1]
     grid = LatentGrid.from_latent(*latents.shape[-2:])
@@ -208,7 +207,7 @@ def test_torch_files_of_tensors_alone(tmp_path: Path, zipped: bool, nested: str 
     content = {nested: state, "generator": {}, "step": 3} if nested else state
     torch.save(content, file, _use_new_zipfile_serialization=zipped)
     model = load_model(tmp_path, config=CONFIG)
-    assert torch.equal(model.blocks[0].ffn[0].weight, state["blocks.0.ffn.0.weight"])
+    assert torch.equal(model.blocks[0].ffn.up.weight, state["blocks.0.ffn.0.weight"])
 
 
 def test_heads_of_128_are_assumed_only_where_the_width_allows(tmp_path: Path) -> None:

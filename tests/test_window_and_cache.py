@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor
 
+from causalrope_kernels.reference import stretches
 from causalrope_sp import Chunk, ConfigError, KVCache, StreamConfig
+from causalrope_sp.cache import LayerCache
 from causalrope_sp.reference import visible_past
 from causalrope_sp.window import SlidingWindow
 
@@ -68,8 +70,14 @@ def test_a_chunk_takes_no_slot_that_it_still_reads(stream: tuple[SlidingWindow, 
         in_slot |= dict(zip(slots, range(chunk.start, chunk.stop)))
         assert sorted(in_slot) == list(range(window.readable(chunk)))
         assert window.held(chunk.stop) == [in_slot[slot] for slot in sorted(in_slot)]
-        stretches = [(first + i, slot + i) for first, slot, length in window.runs(chunk) for i in range(length)]
-        assert stretches == list(enumerate(slots))
+        for since in range(chunk.stop + 1):
+            for number, (mine, old) in enumerate(zip(window.stretches(chunk, since), (True, False))):
+                covered = [slot for first, stop in mine for slot in range(first, stop)]
+                assert covered == [slot for slot in sorted(in_slot) if (in_slot[slot] < since) == old], number
+        assert max(map(len, window.stretches(chunk, chunk.start))) <= 2
+        places = window.places(chunk)
+        assert sorted(in_slot, key=in_slot.__getitem__) == sorted(in_slot, key=places.__getitem__)
+        assert sorted(places) == list(range(len(in_slot)))
 
 
 @given(streams(), st.data())
@@ -113,12 +121,12 @@ class CacheOfAStream(RuleBasedStateMachine):
         numbers = {t: float(100 * self.stamp + 10 * layer + i) for i, t in enumerate(range(chunk.start, chunk.stop))}
         k = torch.tensor([*numbers.values()], dtype=torch.float64).view(1, -1, 1, 1, 1)
         k = k.expand(BATCH, -1, TOKENS, HEADS, WIDTH)
-        self.cache.layer(layer).write(chunk, k, -k)
+        write(self.cache.layer(layer), chunk, k, -k)
         return numbers
 
     def expect(self, chunk: Chunk, layer: int, numbers: dict[int, float]) -> None:
         """The chunk reads its own numbers and the committed ones of its past, and nothing else."""
-        k, v = self.cache.layer(layer).read(chunk)
+        k, v = read(self.cache.layer(layer), chunk)
         frames = kept(chunk.stop, self.window.frames, self.window.sink)
         past = {t: number + 10 * layer for t, number in self.clean.items()}
         expected = sorted((past | numbers)[t] for t in frames)
@@ -204,11 +212,21 @@ TestCacheOfAStream = CacheOfAStream.TestCase
 TestCacheOfAStream.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
 
 
+def write(cache: LayerCache, chunk: Chunk, k: Tensor, v: Tensor) -> None:
+    for room, x in zip(cache.rooms(chunk), (k, v), strict=True):
+        room.put(x)
+
+
+def read(cache: LayerCache, chunk: Chunk) -> tuple[Tensor, Tensor]:
+    ((k, v),) = stretches(cache.keys(chunk))
+    return k, v
+
+
 def fill(cache: KVCache, chunk: Chunk, passes: int = 1) -> None:
     for _ in range(passes):
         for layer in range(LAYERS):
             k, v = torch.randn(2, BATCH, chunk.frames, TOKENS, HEADS, WIDTH, dtype=torch.float64)
-            cache.layer(layer).write(chunk, k, v)
+            write(cache.layer(layer), chunk, k, v)
 
 
 def committed_bytes(cache: KVCache) -> Tensor:
@@ -243,9 +261,9 @@ def test_tokens_heads_and_batch_stay_in_their_places() -> None:
         chunk = Chunk(start // 2, start, 2)
         cache.open(chunk)
         for layer in range(LAYERS):
-            cache.layer(layer).write(chunk, k[:, start : chunk.stop] + layer, -k[:, start : chunk.stop])
+            write(cache.layer(layer), chunk, k[:, start : chunk.stop] + layer, -k[:, start : chunk.stop])
         cache.commit()
-    read_k, read_v = cache.layer(1).read(Chunk(2, 4, 2))
+    read_k, read_v = read(cache.layer(1), Chunk(2, 4, 2))
     by_slot = k[:, [0, 4, 5, 3]].flatten(1, 2)
     assert torch.equal(read_k, by_slot + 1)
     assert torch.equal(read_v, -by_slot)
@@ -263,13 +281,13 @@ def test_a_context_pass_reads_before_the_next_chunk_takes_its_slots() -> None:
     cache.commit()
     cache.open(third)
     frames = torch.arange(6, dtype=torch.float64).view(1, 6, 1, 1, 1).expand(BATCH, -1, TOKENS, HEADS, WIDTH)
-    cache.layer(0).write(first, frames[:, :2], frames[:, :2])
-    cache.layer(0).write(second, frames[:, 2:4], frames[:, 2:4])
-    assert cache.layer(0).read(second)[0].unique().tolist() == [0, 1, 2, 3]
-    cache.layer(0).write(third, frames[:, 4:], frames[:, 4:])
-    assert cache.layer(0).read(third)[1].unique().tolist() == [2, 3, 4, 5]
+    write(cache.layer(0), first, frames[:, :2], frames[:, :2])
+    write(cache.layer(0), second, frames[:, 2:4], frames[:, 2:4])
+    assert read(cache.layer(0), second)[0].unique().tolist() == [0, 1, 2, 3]
+    write(cache.layer(0), third, frames[:, 4:], frames[:, 4:])
+    assert read(cache.layer(0), third)[1].unique().tolist() == [2, 3, 4, 5]
     cache.cancel()
-    assert cache.layer(0).read(second)[0].unique().tolist() == [0, 1, 2, 3]
+    assert read(cache.layer(0), second)[0].unique().tolist() == [0, 1, 2, 3]
 
 
 def test_integrity_sees_a_commit_of_nothing_and_a_wrong_cursor() -> None:

@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 
-import torch
 from torch import Tensor
 
-from causalrope_kernels import attention
+from causalrope_kernels import Partial, Pieces, Room, Source, merge
 from causalrope_sp.cache import LayerCache
 from causalrope_sp.grid import Chunk
 from causalrope_sp.parallel.exchange import Exchange
-from causalrope_sp.parallel.strategy import Placed, Strategy, attend_stretches, by_chunk, merged
+from causalrope_sp.parallel.strategy import Strategy, by_chunk, empty, joined, parts_of
 
 
 class GatherKV(Strategy):
@@ -38,36 +37,26 @@ class GatherKV(Strategy):
     def stored_tokens(self) -> int:
         return sum(self._tokens)
 
-    def place(self, batch: int, frames: int, like: Tensor) -> Placed:
-        shapes = self._shapes(batch, frames, like.shape[-1])
-        mine = shapes[self._exchange.rank]
-        (sent,) = self._exchange.buffer("kv out", [mine], like, block=max(map(prod, shapes)))
-        return Placed([(like.new_empty(mine[1:]), *sent)], [sent])
-
-    def attend(self, placed: Placed, cache: LayerCache, chunks: Sequence[Chunk]) -> Tensor:
-        ((q, _, _),) = placed.pieces
-        batch, frames, _, _, width = q.shape
-        shapes = self._shapes(batch, frames, width)
-        on_the_way = self._exchange.all_gather("kv", cache.index, shapes, *placed.sent)
+    def attend(self, source: Source, cache: LayerCache, chunks: Sequence[Chunk]) -> Tensor:
+        batch, frames, _, _, width = source.shape
+        shapes = [(2, batch, frames, tokens, self.heads, width) for tokens in self._tokens]
+        mine = [shapes[self._exchange.rank]]
+        (sent,) = self._exchange.buffer("kv out", mine, source.like, block=max(map(prod, shapes)))
+        source.write(k=[Room(sent[0])], v=[Room(sent[1])])
+        on_the_way = self._exchange.all_gather("kv", cache.index, shapes, sent)
+        q = empty(source)
+        source.write(q=[Room(q)])
         passes = by_chunk(chunks)
-        before = []
+        before: list[list[Partial]] = [[] for _ in chunks]
+        known = 0  # every frame before this one is attended while the others' keys and values are in flight
         if self._overlap:
-            old = [cache.window.stretches(chunk, since=chunks[0].start)[0] for chunk in chunks]
-            before = [attend_stretches(q[:, part], cache, known) for (_, part), known in zip(passes, old, strict=True)]
-        arrived = on_the_way.wait()
+            known = chunks[0].start
+            before = [parts_of(q[:, part], cache.keys_before(chunk, known)) for chunk, part in passes]
+        arrived = Pieces(on_the_way.wait())
         outputs = []
-        for number, (chunk, part) in enumerate(passes):
-            start = 0
-            for piece, tokens in zip(arrived, self._tokens, strict=True):
-                cache.write(chunk, *piece[:, :, part], tokens=slice(start, start + tokens))
-                start += tokens
-            if self._overlap:
-                new = cache.window.stretches(chunk, since=chunks[0].start)[1]
-                outputs.append(merged(before[number] + attend_stretches(q[:, part], cache, new))[0])
-            else:
-                mine = q[:, part]
-                outputs.append(attention(mine.flatten(1, 2), *cache.read(chunk)).view(mine.shape))
-        return torch.cat(outputs, 1)
-
-    def _shapes(self, batch: int, frames: int, width: int) -> list[tuple[int, ...]]:
-        return [(2, batch, frames, tokens, self.heads, width) for tokens in self._tokens]
+        for (chunk, part), old in zip(passes, before, strict=True):
+            k_room, v_room = cache.rooms(chunk)
+            arrived.part(part).write(k=[k_room], v=[v_room])
+            new = parts_of(q[:, part], cache.keys_since(chunk, known))
+            outputs.append(merge([*old, *new])[0].view(q[:, part].shape))
+        return joined(outputs)

@@ -12,10 +12,11 @@ from math import prod
 import torch
 from torch import Tensor
 
+from causalrope_kernels import Partial, Room, Source, merge
 from causalrope_sp.cache import LayerCache
 from causalrope_sp.grid import Chunk
 from causalrope_sp.parallel.exchange import Exchange
-from causalrope_sp.parallel.strategy import Partial, Placed, Strategy, attend_all, by_chunk, lse_elements, merged
+from causalrope_sp.parallel.strategy import Strategy, by_chunk, lse_elements, parts_of
 
 
 class ShardKV(Strategy):
@@ -33,27 +34,23 @@ class ShardKV(Strategy):
         super().__init__(tokens[exchange.rank], heads)
         self._exchange, self._tokens, self._overlap = exchange, tokens, overlap
 
-    def place(self, batch: int, frames: int, like: Tensor) -> Placed:
-        shapes = self._shapes(batch, frames, like.shape[-1])
-        mine = shapes[self._exchange.rank]
-        (sent,) = self._exchange.buffer("q out", [mine], like, block=max(map(prod, shapes)))
-        return Placed([(sent, like.new_empty(mine), like.new_empty(mine))], [sent])
-
-    def attend(self, placed: Placed, cache: LayerCache, chunks: Sequence[Chunk]) -> Tensor:
-        ((q, k, v),) = placed.pieces
-        batch, frames, _, _, width = q.shape
+    def attend(self, source: Source, cache: LayerCache, chunks: Sequence[Chunk]) -> Tensor:
+        batch, frames, _, _, width = source.shape
         shapes, me = self._shapes(batch, frames, width), self._exchange.rank
-        on_the_way = self._exchange.all_gather("q", cache.index, shapes, *placed.sent)
+        (q,) = self._exchange.buffer("q out", [shapes[me]], source.like, block=max(map(prod, shapes)))
+        source.write(q=[Room(q)])
+        on_the_way = self._exchange.all_gather("q", cache.index, shapes, q)
         arrived = None if self._overlap else on_the_way.wait()
         partials: list[list[Partial]] = [[] for _ in self._tokens]
         for chunk, part in by_chunk(chunks):
-            cache.write(chunk, k[:, part], v[:, part])
-            partials[me].append(attend_all(q[:, part], cache, chunk))
+            k_room, v_room = cache.rooms(chunk)
+            source.part(part).write(k=[k_room], v=[v_room])
+            partials[me].append(merge(parts_of(q[:, part], cache.keys(chunk))))
             if arrived is None:
                 arrived = on_the_way.wait()
             for rank, queries in enumerate(arrived):
                 if rank != me:
-                    partials[rank].append(attend_all(queries[:, part], cache, chunk))
+                    partials[rank].append(merge(parts_of(queries[:, part], cache.keys(chunk))))
         return self._bring_home(partials, q, cache.index)
 
     def _bring_home(self, partials: Sequence[Sequence[Partial]], like: Tensor, layer: int) -> Tensor:
@@ -67,13 +64,13 @@ class ShardKV(Strategy):
         sent = self._exchange.buffer("partial out", room, like)
         for piece, parts in zip(sent, partials, strict=True):
             output, lse = (torch.cat(x, 1) for x in zip(*parts, strict=True))
-            piece[..., :width] = output
-            piece[..., width:] = lse.unsqueeze(-1).view(like.dtype)
+            piece[..., :width] = output.view(*piece.shape[:-1], width)
+            piece[..., width:] = lse.unsqueeze(-1).view(like.dtype).view(*piece.shape[:-1], wide)
         back = [room[self._exchange.rank]] * self._exchange.size
         arrived = self._exchange.all_to_all("partial", layer, back, sent).wait()
         lse_dtype = partials[0][0][1].dtype
-        found = [(p[..., :width], p[..., width:].contiguous().view(lse_dtype).squeeze(-1)) for p in arrived]
-        return merged(found)[0]
+        flat = [piece.flatten(1, 2) for piece in arrived]
+        return merge([(p[..., :width], p[..., width:].view(lse_dtype).squeeze(-1)) for p in flat])[0].view(like.shape)
 
     def _shapes(self, batch: int, frames: int, width: int) -> list[tuple[int, ...]]:
         return [(batch, frames, tokens, self.heads, width) for tokens in self._tokens]

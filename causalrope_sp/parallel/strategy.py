@@ -1,7 +1,7 @@
 """How self-attention crosses ranks. The base class is the group of one, where nothing crosses.
 
-A strategy says where this rank's q, k and v are to be written (`place`), normed and rotated by their global index,
-and returns what its queries attend (`attend`). What it caches, and in which split, is its own business.
+A strategy has q, k and v written straight to where it wants them, normed and rotated by their global index: into what
+it sends, or into the slots of the cache. What it caches, and in which split, is its own business.
 
 Shapes: B batch, F frames of the pass, s tokens of a frame on this rank, S tokens of a whole frame, H heads, h heads on
 this rank, d head width, L keys.
@@ -10,36 +10,13 @@ this rank, d head width, L keys.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from causalrope_kernels import Placement, attention, attention_lse, merge
+from causalrope_kernels import Keys, Partial, Room, Source, attention, attention_parts
 from causalrope_sp.cache import LayerCache
 from causalrope_sp.grid import Chunk
-
-Partial = tuple[Tensor, Tensor]  # attention over some of the keys, (B, F, s, h, d), and its log-sum-exp, (B, F, s, h)
-
-
-@dataclass(frozen=True)
-class Placed:
-    """q, k, v of one pass, each (B, F, s, h, d), where a strategy wants them: of some heads each, in order.
-
-    `sent` is the buffer that they are a part of, if they are to be sent, piece by piece.
-    """
-
-    pieces: Sequence[tuple[Tensor, Tensor, Tensor]]
-    sent: Sequence[Tensor] = ()
-
-    def placements(self) -> list[Placement]:
-        """The same views as the projection writes them, (B, F·s, h, d)."""
-        placements, start = [], 0
-        for piece in self.pieces:
-            stop = start + piece[0].shape[3]
-            placements.append(Placement(start, stop, *(x.flatten(1, 2) for x in piece)))
-            start = stop
-        return placements
 
 
 class Strategy:
@@ -63,36 +40,39 @@ class Strategy:
         """and how many heads of them."""
         return self.heads
 
-    def place(self, batch: int, frames: int, like: Tensor) -> Placed:
-        """Room for a pass; `like` has the numbers' type and device, and d as its last axis."""
-        room = like.new_empty(3, batch, frames, self.tokens, self.heads, like.shape[-1])
-        return Placed([tuple(room)])
-
-    def attend(self, placed: Placed, cache: LayerCache, chunks: Sequence[Chunk]) -> Tensor:
+    def attend(self, source: Source, cache: LayerCache, chunks: Sequence[Chunk]) -> Tensor:
         """What this rank's queries attend, (B, F, s, h, d). `chunks` follow one another in the frames."""
-        ((q, k, v),) = placed.pieces
-        return attend_local(q, k, v, cache, chunks)
+        return joined(attend_cached(source, cache, chunks))
 
 
-def attend_local(
-    q_BFQHD: Tensor,
-    k_BFSHD: Tensor,
-    v_BFSHD: Tensor,
-    cache: LayerCache,
-    chunks: Sequence[Chunk],
-    heads: slice = slice(None),
-) -> Tensor:
-    """Chunk after chunk: write its keys and values, then attend all that it may see, (B, F, Q, h, d).
+def attend_cached(source: Source, cache: LayerCache, chunks: Sequence[Chunk]) -> list[Tensor]:
+    """Chunk after chunk: its keys and values go into the cache, then its queries attend all that they may see.
 
     The order matters: a later chunk may take over slots that an earlier one still reads.
     """
     outputs = []
     for chunk, frames in by_chunk(chunks):
-        cache.write(chunk, k_BFSHD[:, frames], v_BFSHD[:, frames], heads=heads)
-        q = q_BFQHD[:, frames]
-        k, v = cache.read(chunk)
-        outputs.append(attention(q.flatten(1, 2), k[:, :, heads], v[:, :, heads]).view(q.shape))
-    return torch.cat(outputs, 1)
+        q = write_chunk(source.part(frames), cache, chunk)
+        outputs.append(attention(q.flatten(1, 2), cache.keys(chunk)).view(q.shape))
+    return outputs
+
+
+def write_chunk(source: Source, cache: LayerCache, chunk: Chunk) -> Tensor:
+    """A chunk's keys and values into the cache; its queries, (B, F, s, h, d)."""
+    q = empty(source)
+    k_room, v_room = cache.rooms(chunk)
+    source.write(q=[Room(q)], k=[k_room], v=[v_room])
+    return q
+
+
+def empty(source: Source) -> Tensor:
+    """Room for one of q, k, v."""
+    return source.like.new_empty(source.shape)
+
+
+def joined(outputs: Sequence[Tensor]) -> Tensor:
+    """One after the other in time."""
+    return outputs[0] if len(outputs) == 1 else torch.cat(tuple(outputs), 1)
 
 
 def by_chunk(chunks: Sequence[Chunk]) -> list[tuple[Chunk, slice]]:
@@ -101,25 +81,11 @@ def by_chunk(chunks: Sequence[Chunk]) -> list[tuple[Chunk, slice]]:
     return [(chunk, slice(chunk.start - first, chunk.stop - first)) for chunk in chunks]
 
 
-def attend_all(q_BFQHD: Tensor, cache: LayerCache, chunk: Chunk) -> Partial:
-    """Attention over all that the chunk's queries see of what this rank holds, with its log-sum-exp."""
-    return attend_stretches(q_BFQHD, cache, [(0, cache.window.readable(chunk))])[0]
+def parts_of(q_BFQHD: Tensor, keys: Keys) -> list[Partial]:
+    """Partial attention of queries frame by frame, over parts of the keys, (B, F·Q, h, d)."""
+    return attention_parts(q_BFQHD.flatten(1, 2), keys)
 
 
 def lse_elements(itemsize: int) -> int:
     """How many numbers of `itemsize` bytes a log-sum-exp takes on the wire: it travels in float32 at least."""
     return max(1, 4 // itemsize)
-
-
-def attend_stretches(q_BFQHD: Tensor, cache: LayerCache, stretches: Sequence[tuple[int, int]]) -> list[Partial]:
-    """Partial attention over each stretch of slots."""
-    partials = []
-    for first, stop in stretches:
-        output, lse = attention_lse(q_BFQHD.flatten(1, 2), *cache.slots(first, stop))
-        partials.append((output.view(q_BFQHD.shape), lse.view(q_BFQHD.shape[:-1])))
-    return partials
-
-
-def merged(partials: Sequence[Partial]) -> Partial:
-    """The partial attention over all the keys of some, which have none in common."""
-    return partials[0] if len(partials) == 1 else merge(*zip(*partials, strict=True))

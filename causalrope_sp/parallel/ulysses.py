@@ -11,10 +11,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from causalrope_kernels import Pieces, Room, Source, attention
 from causalrope_sp.cache import LayerCache
 from causalrope_sp.grid import Chunk
 from causalrope_sp.parallel.exchange import Arrival, Exchange
-from causalrope_sp.parallel.strategy import Placed, Strategy, attend_local
+from causalrope_sp.parallel.strategy import Strategy, by_chunk, joined, write_chunk
 
 
 class Ulysses(Strategy):
@@ -45,34 +46,32 @@ class Ulysses(Strategy):
     def stored_heads(self) -> int:
         return self._inner.stored_heads
 
-    def place(self, batch: int, frames: int, like: Tensor) -> Placed:
-        shapes = [(3, batch, frames, self.tokens, heads, like.shape[-1]) for heads in self._heads]
-        sent = self._exchange.buffer("qkv out", shapes, like)
-        return Placed([(q, k, v) for q, k, v in sent], sent)
-
-    def attend(self, placed: Placed, cache: LayerCache, chunks: Sequence[Chunk]) -> Tensor:
-        like, mine = placed.pieces[0][0], self._heads[self._exchange.rank]
-        batch, frames, _, _, width = like.shape
-        shapes = [(3, batch, frames, tokens, mine, width) for tokens in self._tokens]
-        arrived = self._exchange.all_to_all("qkv", cache.index, shapes, placed.sent).wait()
-        inside = self._inner.place(batch, frames, like)
-        ((q, k, v),) = inside.pieces
-        start = 0
-        for piece, tokens in zip(arrived, self._tokens, strict=True):
-            for whole, part in zip((q, k, v), piece, strict=True):
-                whole[:, :, start : start + tokens] = part
-            start += tokens
+    def attend(self, source: Source, cache: LayerCache, chunks: Sequence[Chunk]) -> Tensor:
+        batch, frames, mine, _, width = source.shape
+        sent = self._exchange.buffer("qkv out", [(3, batch, frames, mine, h, width) for h in self._heads], source.like)
+        q, k, v = ([Room(piece[kind]) for piece in sent] for kind in range(3))
+        source.write(q=q, k=k, v=v)
+        heads = self._heads[self._exchange.rank]
+        shapes = [(3, batch, frames, tokens, heads, width) for tokens in self._tokens]
+        arrived = Pieces(self._exchange.all_to_all("qkv", cache.index, shapes, sent).wait())
         if self._pipelined:
-            return self._attend_by_groups(q, k, v, cache, chunks)
-        output = self._inner.attend(inside, cache, chunks)
-        returned = self._send_back(output, self._heads, cache.index, "").wait()
-        return torch.cat(returned, 3)
+            return self._attend_by_groups(arrived, cache, chunks)
+        output = self._inner.attend(arrived, cache, chunks)
+        return torch.cat(self._send_back(output, self._heads, cache.index, "").wait(), 3)
 
-    def _attend_by_groups(self, q: Tensor, k: Tensor, v: Tensor, cache: LayerCache, chunks: Sequence[Chunk]) -> Tensor:
+    def _attend_by_groups(self, source: Source, cache: LayerCache, chunks: Sequence[Chunk]) -> Tensor:
+        """Only the last chunk's attention is sent group by group: the others' keys may be gone once it is written."""
+        outputs: list[list[Tensor]] = [[] for _ in self._groups]
         on_the_way: list[Arrival] = []
-        for number, heads in enumerate(_ranges(self._groups)):
-            output = attend_local(q[..., heads, :], k[..., heads, :], v[..., heads, :], cache, chunks, heads)
-            on_the_way.append(self._send_back(output, self._arriving[number], cache.index, f" {number}"))
+        for chunk, frames in by_chunk(chunks):
+            q = write_chunk(source.part(frames), cache, chunk)
+            for number, heads in enumerate(_ranges(self._groups)):
+                mine = q[..., heads, :]
+                found = attention(mine.flatten(1, 2), cache.keys(chunk).heads(heads))
+                outputs[number].append(found.view(mine.shape))
+                if chunk == chunks[-1]:
+                    whole = joined(outputs[number])
+                    on_the_way.append(self._send_back(whole, self._arriving[number], cache.index, f" {number}"))
         by_group = [arrival.wait() for arrival in on_the_way]
         return torch.cat([group[rank] for rank in range(self._exchange.size) for group in by_group], 3)
 

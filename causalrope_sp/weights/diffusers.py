@@ -29,8 +29,8 @@ DIFFUSERS = Layout(
         **linear("cross_attn.out", "attn2.to_out.0"),
         "cross_attn.norm_q.weight": ("attn2.norm_q.weight",),
         "cross_attn.norm_k.weight": ("attn2.norm_k.weight",),
-        **linear("ffn.0", "ffn.net.0.proj"),
-        **linear("ffn.2", "ffn.net.2"),
+        **linear("ffn.up", "ffn.net.0.proj"),
+        **linear("ffn.down", "ffn.net.2"),
     },
     config_names={"num_heads": "num_attention_heads"},
 )

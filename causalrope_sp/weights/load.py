@@ -163,7 +163,7 @@ def _infer_config(files: WeightFiles, layout: Layout, prefix: str) -> DiTConfig:
         "dim": dim,
         "in_channels": in_channels,
         "patch_size": tuple(patch),
-        "ffn_dim": shape("blocks.0.ffn.0.weight", 2)[0],
+        "ffn_dim": shape("blocks.0.ffn.up.weight", 2)[0],
         "text_dim": shape("text_embedding.0.weight", 2)[1],
         "freq_dim": shape("time_embedding.0.weight", 2)[1],
         "num_layers": _count_layers(files, prefix),

@@ -29,8 +29,8 @@ WAN = Layout(
         **linear("cross_attn.out", "cross_attn.o"),
         "cross_attn.norm_q.weight": ("cross_attn.norm_q.weight",),
         "cross_attn.norm_k.weight": ("cross_attn.norm_k.weight",),
-        **linear("ffn.0", "ffn.0"),
-        **linear("ffn.2", "ffn.2"),
+        **linear("ffn.up", "ffn.0"),
+        **linear("ffn.down", "ffn.2"),
     },
     config_names={"in_channels": "in_dim"},
 )

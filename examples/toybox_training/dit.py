@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from causalrope_kernels import Projection, attention
+from causalrope_kernels import Projection
+from causalrope_kernels.reference import attention
 from causalrope_sp.config import DiTConfig, SamplerConfig, StreamConfig
 from causalrope_sp.grid import LatentGrid, Shard
 from causalrope_sp.model import CausalDiT, ForwardPass

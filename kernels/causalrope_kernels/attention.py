@@ -1,27 +1,103 @@
-"""Attention by torch's fused kernels, with the log-sum-exp that they compute and the public function drops."""
+"""Attention of the queries of a pass on the keys of a cache, by one name over several libraries.
+
+`auto` takes, on CUDA, what was measured to be fastest for the shape (`attention_choice`); on the CPU torch's own.
+Shapes: B batch, T queries, L keys, H heads, d head width.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from causalrope_kernels import reference
+from causalrope_kernels import attention_choice, check, reference
+from causalrope_kernels.arguments import Keys
+from causalrope_kernels.attention_libraries import LIBRARIES
+from causalrope_kernels.backend import use_triton
+from causalrope_kernels.reference import Partial
 
-_HALF = (torch.bfloat16, torch.float16)
+BACKENDS = ("auto", "torch", "triton", *LIBRARIES)
 
 
-def attention_lse(q_BTHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor) -> tuple[Tensor, Tensor]:
-    """What `reference.attention_lse` gives, without the scores in memory wherever torch has a kernel for it."""
-    q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BLHD, v_BLHD))
-    queries, keys, width = q.shape[2], k.shape[2], q.shape[3]
-    if keys == 0 or queries == 0:
-        return reference.attention_lse(q_BTHD, k_BLHD, v_BLHD)
-    if q.device.type == "cpu":
+def attention(q_BTHD: Tensor, keys: Keys, backend: str = "auto") -> Tensor:
+    """Every query attends every key: softmax(q·kᵀ/√d)·v, (B, T, H, d). The order of the keys does not matter.
+
+    Args:
+        q_BTHD: the queries.
+        keys: keys and values, and which of their rows are attended.
+        backend: one of `BACKENDS`. "torch" is whatever torch has for the device, and the only one with a gradient.
+
+    Raises:
+        ValueError: shapes, strides, dtypes or devices that do not fit, an unknown backend, one that is not installed
+            or cannot go here.
+    """
+    check.attention(q_BTHD, keys)
+    if _choose(backend, q_BTHD, keys) == "torch" and keys.k.shape[1]:
+        parts = reference.stretches(keys)
+        if len(parts) == 1:
+            return reference.attention(q_BTHD, *parts[0])
+    return merge(attention_parts(q_BTHD, keys, backend))[0]
+
+
+def attention_parts(q_BTHD: Tensor, keys: Keys, backend: str = "auto") -> list[Partial]:
+    """Attention over disjoint parts of the keys with its log-sum-exp, (B, T, H, d) and (B, T, H), to be merged.
+
+    A library makes a part of every stretch, the Triton kernel one of all. No keys at all give zeros and -inf.
+
+    Raises:
+        ValueError: as `attention`.
+    """
+    check.attention(q_BTHD, keys)
+    chosen = _choose(backend, q_BTHD, keys)
+    if chosen == "triton":
+        from causalrope_kernels.attention_kernel import attend
+
+        return [attend(q_BTHD, keys)]
+    run = _torch if chosen == "torch" else LIBRARIES[chosen].run
+    parts = [run(q_BTHD, k, v) for k, v in reference.stretches(keys)] if q_BTHD.numel() else []
+    nothing = keys.k[:, :0]
+    return parts or [reference.attention_lse(q_BTHD, nothing, nothing)]
+
+
+def merge(parts: Sequence[Partial], backend: str = "auto") -> Partial:
+    """Attention over the union of disjoint key sets, from the attention over each: n-way, by log-sum-exp.
+
+    Parts without any key (lse -inf) weigh nothing; if no part has one, the result is zeros and -inf.
+
+    Raises:
+        ValueError: no parts, or parts that differ in shape, dtype or device.
+    """
+    check.parts(parts)
+    if len(parts) == 1:
+        return parts[0]
+    if use_triton(backend, parts[0][0]):
+        from causalrope_kernels import merge_kernel as kernel
+
+        return kernel.merge(parts)
+    return reference.merge(parts)
+
+
+def _choose(backend: str, q_BTHD: Tensor, keys: Keys) -> str:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, not {backend!r}")
+    if backend in LIBRARIES:
+        obstacle = LIBRARIES[backend].obstacle(q_BTHD)
+        if obstacle is not None:
+            raise ValueError(f"backend: {backend} {obstacle}")
+        return backend
+    if backend == "auto":
+        return attention_choice.choose(q_BTHD, keys)
+    return "triton" if use_triton(backend, q_BTHD, keys.k, keys.v) else "torch"
+
+
+def _torch(q_BTHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor) -> Partial:
+    """With the log-sum-exp that torch's kernels compute and its public function drops."""
+    if q_BTHD.device.type == "cpu":
+        q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BLHD, v_BLHD))
         output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
-    elif q.dtype in _HALF and width % 8 == 0:
-        output, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)
-    elif q.dtype != torch.float64 and width % 8 == 0:
-        output, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True)
-    else:
-        return reference.attention_lse(q_BTHD, k_BLHD, v_BLHD)
-    return output.transpose(1, 2), lse[..., :queries].transpose(1, 2)
+        return output.transpose(1, 2), lse.transpose(1, 2)
+    for name in ("flash", "efficient"):
+        if LIBRARIES[name].obstacle(q_BTHD) is None:
+            return LIBRARIES[name].run(q_BTHD, k_BLHD, v_BLHD)
+    return reference.attention_lse(q_BTHD, k_BLHD, v_BLHD)

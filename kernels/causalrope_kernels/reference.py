@@ -8,91 +8,63 @@ Half-precision input is computed in float32, anything else in its own dtype.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from causalrope_kernels.arguments import Affine, ByFrame, Keys, Norm, Turn
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    return torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype
+Partial = tuple[Tensor, Tensor]  # attention over some of the keys, (B, T, H, d), and its log-sum-exp, (B, T, H)
 
 
-def rotate(x_BTHD: Tensor, cos_TE: Tensor, sin_TE: Tensor, out: Tensor | None = None) -> Tensor:
-    """Turns the channel pairs (2i, 2i+1) of every head by the token's angles, into `out` if given; E = d/2."""
+def wide(x: Tensor) -> Tensor:
+    """`x` in the dtype that it is computed in."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def rotate(x_BTHD: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
+    """Turns the channel pairs (2i, 2i+1) of every head by the token's angles; E = d/2."""
     even, odd = x_BTHD.to(cos_TE.dtype).unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = cos_TE.unsqueeze(-2), sin_TE.unsqueeze(-2)
-    turned = even * cos - odd * sin, even * sin + odd * cos
-    if out is None:
-        return torch.stack(turned, -1).flatten(-2).to(x_BTHD.dtype)
-    for part, value in zip(out.unflatten(-1, (-1, 2)).unbind(-1), turned, strict=True):
-        part.copy_(value)
-    return out
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).to(x_BTHD.dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x²) + eps) · weight over the last axis."""
-    return functional.rms_norm(x.to(_compute_dtype(x)), x.shape[-1:], weight.to(_compute_dtype(x)), eps).to(x.dtype)
+    wide_x = wide(x)
+    return functional.rms_norm(wide_x, x.shape[-1:], weight.to(wide_x.dtype), eps).to(x.dtype)
 
 
-@dataclass(frozen=True)
-class Placement:
-    """Where q, k, v of the heads [start, stop) go: views (B, T, stop - start, d), of a send buffer, say."""
+def add_norm(x_BTD: Tensor, y_BTD: Tensor | None, gate: ByFrame | None, norm: Norm) -> tuple[Tensor, Tensor]:
+    """The residual x + y·gate, rounded to x's dtype, and its LayerNorm, taken before that rounding.
 
-    start: int
-    stop: int
-    q: Tensor
-    k: Tensor
-    v: Tensor
-
-
-@dataclass(frozen=True)
-class Projection:
-    """q, k, v of a pass as the packed projection (B, T, 3·D) leaves them; norm and rotation are still to come."""
-
-    qkv_BTD3: Tensor
-    q_weight: Tensor
-    k_weight: Tensor
-    cos_TE: Tensor
-    sin_TE: Tensor
-    heads: int
-    eps: float
-
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v as (B, T, H, d): q and k normed over all of D, then rotated."""
-        q, k, v = self._normed()
-        return rotate(q, self.cos_TE, self.sin_TE), rotate(k, self.cos_TE, self.sin_TE), v
-
-    def write(self, placements: Sequence[Placement]) -> None:
-        """The same numbers, each head straight to where it goes next."""
-        q, k, v = self._normed()
-        for place in placements:
-            mine = slice(place.start, place.stop)
-            rotate(q[:, :, mine], self.cos_TE, self.sin_TE, out=place.q)
-            rotate(k[:, :, mine], self.cos_TE, self.sin_TE, out=place.k)
-            place.v.copy_(v[:, :, mine])
-
-    def _normed(self) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = self.qkv_BTD3.chunk(3, -1)
-        q, k = rms_norm(q, self.q_weight, self.eps), rms_norm(k, self.k_weight, self.eps)
-        q, k, v = (x.unflatten(-1, (self.heads, -1)) for x in (q, k, v))
-        return q, k, v
+    Without a gate y is added as it is, without y nothing is.
+    """
+    x = wide(x_BTD)
+    dtype = x.dtype
+    if y_BTD is not None:
+        y = y_BTD.to(dtype)
+        if gate is not None:
+            by_frame = _by_frame(gate, dtype)
+            y = (y.unflatten(1, (by_frame.shape[-3], -1)) * by_frame).flatten(1, 2)
+        x = x + y
+    total = x_BTD if y_BTD is None else x.to(x_BTD.dtype)
+    if isinstance(norm, Affine):
+        weight, bias = norm.weight.to(dtype), norm.bias.to(dtype)
+        return total, functional.layer_norm(x, x.shape[-1:], weight, bias, norm.eps).to(x_BTD.dtype)
+    shift, scale = _by_frame(norm.shift, dtype), _by_frame(norm.scale, dtype)
+    normed = functional.layer_norm(x, x.shape[-1:], eps=norm.eps).unflatten(1, (scale.shape[-3], -1))
+    return total, torch.addcmul(shift, normed, 1 + scale).flatten(1, 2).to(x_BTD.dtype)
 
 
-def modulate(x_BTD: Tensor, shift_FD: Tensor, scale_FD: Tensor, eps: float) -> Tensor:
-    """LayerNorm without weights, then x·(1 + scale) + shift with the shift and scale of the token's frame."""
-    dtype = _compute_dtype(x_BTD)
-    shift, scale = (m.to(dtype).unsqueeze(-2) for m in (shift_FD, scale_FD))
-    x = functional.layer_norm(x_BTD.to(dtype), x_BTD.shape[-1:], eps=eps).unflatten(1, (scale.shape[-3], -1))
-    return torch.addcmul(shift, x, 1 + scale).flatten(1, 2).to(x_BTD.dtype)
+def _by_frame(vector: ByFrame, dtype: torch.dtype) -> Tensor:
+    return (vector.time_FD.to(dtype) + vector.learned_D.to(dtype)).unsqueeze(-2)
 
 
-def gate_add(x_BTD: Tensor, y_BTD: Tensor, gate_FD: Tensor) -> Tensor:
-    """The residual x + y·gate with the gate of the token's frame."""
-    x, y, gate = (t.to(_compute_dtype(x_BTD)) for t in (x_BTD, y_BTD, gate_FD))
-    y = y.unflatten(1, (gate.shape[-2], -1)) * gate.unsqueeze(-2)
-    return (x + y.flatten(1, 2)).to(x_BTD.dtype)
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A linear layer and GELU in its tanh form."""
+    return functional.gelu(functional.linear(x, weight, bias), approximate="tanh")
 
 
 def attention(q_BTHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor) -> Tensor:
@@ -101,26 +73,44 @@ def attention(q_BTHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor) -> Tensor:
     return functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
-def attention_lse(q_BTHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor) -> tuple[Tensor, Tensor]:
+def attention_lse(q_BTHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor) -> Partial:
     """Attention with the log-sum-exp of its scores, (B, T, H, d) and (B, T, H), so that parts can be merged.
 
     No keys at all give zeros and -inf.
     """
-    dtype = _compute_dtype(q_BTHD)
-    q, k, v = (x.to(dtype) for x in (q_BTHD, k_BLHD, v_BLHD))
+    q, k, v = (wide(x) for x in (q_BTHD, k_BLHD, v_BLHD))
     scores = torch.einsum("bthd,blhd->bthl", q, k) * q.shape[-1] ** -0.5
     lse = scores.logsumexp(-1)
     weights = torch.exp(scores - lse.unsqueeze(-1))
     return torch.einsum("bthl,blhd->bthd", weights, v).to(q_BTHD.dtype), lse
 
 
-def merge(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def turned(k_BLHD: Tensor, turn: Turn, first: int = 0) -> Tensor:
+    """Keys turned by the place in time of their slot; row 0 of `k_BLHD` is row `first` of the ring."""
+    slots = torch.arange(first, first + k_BLHD.shape[1], device=k_BLHD.device) // turn.tokens
+    cos, sin = turn.table[slots].unbind(1)
+    width = 2 * cos.shape[-1]
+    return torch.cat([rotate(k_BLHD[..., :width], cos, sin), k_BLHD[..., width:]], -1)
+
+
+def stretches(keys: Keys) -> list[tuple[Tensor, Tensor]]:
+    """The keys, turned, and values of every stretch that holds any."""
+    parts = []
+    for first, stop in keys.stretches if keys.stretches is not None else ((0, keys.k.shape[1]),):
+        if stop > first:
+            k, v = keys.k[:, first:stop], keys.v[:, first:stop]
+            parts.append((k if keys.turn is None else turned(k, keys.turn, first), v))
+    return parts
+
+
+def merge(parts: Sequence[Partial]) -> Partial:
     """Attention over the union of disjoint key sets, from the attention over each: n-way, by log-sum-exp.
 
     Parts without any key (lse -inf) weigh nothing; if no part has one, the result is zeros and -inf.
     """
-    lse_NBTH = torch.stack(tuple(lses))
+    outputs, lses = zip(*parts, strict=True)
+    lse_NBTH = torch.stack(lses)
     lse = lse_NBTH.logsumexp(0)
     weights = torch.exp(lse_NBTH - lse.masked_fill(lse == -torch.inf, 0.0)).unsqueeze(-1)
-    merged = (torch.stack(tuple(outputs)).to(weights.dtype) * weights).sum(0)
+    merged = (torch.stack(outputs).to(weights.dtype) * weights).sum(0)
     return merged.to(outputs[0].dtype), lse

@@ -1,0 +1,128 @@
+"""Which attention is fastest for a shape: measured once on the machine, remembered, and said in the log.
+
+What can be asked of a library is attention over plain rows; where keys are turned on read, or where a captured graph
+must find the bounds on the device, only the Triton kernel goes, and nothing is measured.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from causalrope_kernels import reference
+from causalrope_kernels.arguments import Keys
+from causalrope_kernels.attention_libraries import LIBRARIES
+from causalrope_kernels.backend import use_triton
+from causalrope_kernels.reference import Partial
+
+RUNS = 5
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """All that the choice depends on; of the keys their capacity, since what is attended grows from chunk to chunk."""
+
+    device: torch.device
+    dtype: torch.dtype
+    batch: int
+    queries: int
+    keys: int
+    heads: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Milliseconds of every backend that could go, and of those that could but were wrong or failed, why."""
+
+    chosen: str
+    milliseconds: dict[str, float]
+    refused: dict[str, str]
+
+
+def choose(q_BTHD: Tensor, keys: Keys) -> str:
+    """The backend for these queries and keys: "torch", "triton" or one of `LIBRARIES`."""
+    triton = use_triton("auto", q_BTHD, keys.k, keys.v)
+    if not triton or keys.turn is not None or not q_BTHD.numel():
+        return "triton" if triton else "torch"
+    batch, queries, heads, width = q_BTHD.shape
+    shape = Shape(q_BTHD.device, q_BTHD.dtype, batch, queries, keys.k.shape[1], heads, width)
+    if torch.cuda.is_current_stream_capturing():
+        # a library takes its number of keys from the host, where a graph cannot change it
+        return "triton" if keys.bounds_N2 is not None else measure(shape).chosen
+    return measure(shape).chosen
+
+
+@cache
+def measure(shape: Shape) -> Measured:
+    """Times every exact backend on this shape, with keys strided as a cache has them, and takes the fastest that is
+    right: whose output is no further from the reference than twice what rounding to the dtype costs.
+    """
+    from causalrope_kernels.attention_kernel import attend
+
+    q, k, v = _random(shape)
+    rows = min(shape.queries, 128)
+    expected = reference.attention_lse(q[:, :rows], k, v)
+    candidates: dict[str, Callable[[], Partial]] = {"triton": lambda: attend(q, Keys(k, v))}
+    for name, library in LIBRARIES.items():
+        if library.exact and library.obstacle(q) is None:
+            candidates[name] = lambda run=library.run: run(q, k, v)  # type: ignore[misc]
+    times: dict[str, float] = {}
+    refused: dict[str, str] = {}
+    for name, run in candidates.items():
+        try:
+            fault = _fault(run(), expected, rows)
+            if fault is None:
+                times[name] = _milliseconds(run)
+            else:
+                refused[name] = fault
+        except (RuntimeError, ImportError, TypeError, ValueError) as error:
+            refused[name] = str(error).splitlines()[0] if str(error) else type(error).__name__
+    chosen = min(times, key=times.__getitem__, default="triton")
+    said = ", ".join(f"{name} {ms:.3g} ms" for name, ms in sorted(times.items(), key=lambda item: item[1]))
+    _log.info("attention of %d on %d tokens, %d heads of %d, %s: %s", shape.queries, shape.keys, shape.heads,
+              shape.width, str(shape.dtype).removeprefix("torch."), said)  # fmt: skip
+    for name, why in refused.items():
+        _log.warning("attention: %s is left out: %s", name, why)
+    return Measured(chosen, times, refused)
+
+
+def _random(shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator(shape.device).manual_seed(0)
+
+    def draw(*sizes: int) -> Tensor:
+        return torch.randn(*sizes, generator=generator, device=shape.device).to(shape.dtype)
+
+    q = draw(shape.batch, shape.queries, shape.heads, shape.width)
+    k, v = draw(2, shape.batch, shape.keys, shape.heads, shape.width)
+    return q, k, v
+
+
+def _fault(result: Partial, expected: Partial, rows: int) -> str | None:
+    (output, lse), (right, right_lse) = result, expected
+    if output.shape[1] < rows or output[:, :rows].shape != right.shape or lse[:, :rows].shape != right_lse.shape:
+        return f"its output has shape {tuple(output.shape)}, its log-sum-exp {tuple(lse.shape)}"
+    error = (output[:, :rows].double() - right.double()).abs().max().item()
+    bound = 4 * torch.finfo(right.dtype).eps * right.double().abs().max().item()
+    drift = (lse[:, :rows].double() - right_lse.double()).abs().max().item()
+    if not error <= bound or not drift <= 1e-2:
+        return f"its output is off by {error:.1e} (bound {bound:.1e}), its log-sum-exp by {drift:.1e}"
+    return None
+
+
+def _milliseconds(run: Callable[[], object]) -> float:
+    """The median of a few runs."""
+    run()
+    pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(RUNS)]
+    for began, ended in pairs:
+        began.record()
+        run()
+        ended.record()
+    torch.cuda.synchronize()
+    return sorted(began.elapsed_time(ended) for began, ended in pairs)[RUNS // 2]

@@ -1,0 +1,206 @@
+"""Flash attention (arXiv 2307.08691) of a pass' queries on keys in stretches of a ring, with its log-sum-exp.
+
+Where the stretches begin and end is read on the device, so one captured graph serves a window that fills and one that
+is full. Keys that are cached unturned in time (`relative` policy) are not turned as they are read: a rotation may go to
+either side of a product, and all keys of a slot share theirs, so the queries are turned back, once a slot.
+4·T·L·H·d FLOP. Shapes: B batch, T queries, L keys, H heads, d head width, N stretches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from causalrope_kernels.arguments import Keys
+from causalrope_kernels.reference import Partial, turned
+from causalrope_kernels.tables import on_device
+
+LOG2_E = 1.4426950408889634
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Queries and keys that a program holds at a time, its warps, how many blocks of keys are on their way, and how
+    many channels a product q·kᵀ takes at once (None: all)."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+    channels: int | None = None
+
+
+@triton.jit
+def _load(x, places, there, FIRST: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr):
+    """Channels [FIRST, FIRST + COUNT) of the rows that begin at `places`; zeros beyond WIDTH and, if MASKED, where no
+    row is."""
+    channel = FIRST + tl.arange(0, COUNT)
+    place = places[:, None] + channel[None, :]
+    if MASKED:
+        return tl.load(x + place, mask=there[:, None] & (channel < WIDTH)[None, :], other=0.0)
+    elif FIRST + COUNT > WIDTH:
+        return tl.load(x + place, mask=(channel < WIDTH)[None, :], other=0.0)
+    else:
+        return tl.load(x + place)
+
+
+@triton.jit
+def _block(
+    total, weights, largest, query, rest, q, q_places, asked, k, v, begin, stop, k_row, v_row, scale,
+    KEYS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, SLICE: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """One block of keys and values; only the last of a stretch, the TAIL, may hold fewer than KEYS."""
+    row = tl.arange(0, KEYS)
+    there = begin + row < stop
+    k_block, v_block = k + tl.cast(begin, tl.int64) * k_row, v + tl.cast(begin, tl.int64) * v_row
+    if query.shape[1] * 2 == BLOCK:
+        key = _load(k_block, row * k_row, there, 0, BLOCK // 2, WIDTH, TAIL)
+        scores = tl.dot(query, tl.trans(key), input_precision="ieee")
+        key = _load(k_block, row * k_row, there, BLOCK // 2, BLOCK // 2, WIDTH, TAIL)
+        scores = tl.dot(rest, tl.trans(key), scores, input_precision="ieee")
+    elif SLICE == BLOCK:
+        key = _load(k_block, row * k_row, there, 0, BLOCK, WIDTH, TAIL)
+        scores = tl.dot(query, tl.trans(key), input_precision="ieee")
+    else:
+        scores = tl.zeros([asked.shape[0], KEYS], tl.float32)
+        for first in tl.static_range(0, BLOCK, SLICE):
+            part = _load(q, q_places, asked, first, SLICE, WIDTH, True)
+            key = _load(k_block, row * k_row, there, first, SLICE, WIDTH, TAIL)
+            scores = tl.dot(part, tl.trans(key), scores, input_precision="ieee")
+    scores *= scale
+    if TAIL:
+        scores = tl.where(there[None, :], scores, float("-inf"))
+    new = tl.maximum(largest, tl.max(scores, 1))
+    shrink = tl.exp2(largest - new)
+    weight = tl.exp2(scores - new[:, None])
+    weights = weights * shrink + tl.sum(weight, 1)
+    value = _load(v_block, row * v_row, there, 0, BLOCK, WIDTH, TAIL)
+    total = tl.dot(weight.to(v.dtype.element_ty), value, total * shrink[:, None], input_precision="ieee")
+    return total, weights, new
+
+
+@triton.jit
+def _stretch(
+    total, weights, largest, query, rest, q, q_places, asked, k, v, first, stop, k_row, v_row, scale,
+    KEYS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, SLICE: tl.constexpr,
+):  # fmt: skip
+    whole = first + (stop - first) // KEYS * KEYS
+    for begin in tl.range(first, whole, KEYS):
+        total, weights, largest = _block(
+            total, weights, largest, query, rest, q, q_places, asked, k, v, begin, stop, k_row, v_row, scale,
+            KEYS, WIDTH, BLOCK, SLICE, TAIL=False,
+        )  # fmt: skip
+    if whole < stop:
+        total, weights, largest = _block(
+            total, weights, largest, query, rest, q, q_places, asked, k, v, whole, stop, k_row, v_row, scale,
+            KEYS, WIDTH, BLOCK, SLICE, TAIL=True,
+        )  # fmt: skip
+    return total, weights, largest
+
+
+@triton.jit
+def attention_kernel(
+    q, k, v, out, lse, bounds, turn,
+    queries, heads, slot_tokens, scale,
+    q_batch, q_token, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
+    STRETCHES: tl.constexpr, TURN_PAIRS: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, SLICE: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """Program (i, b·H + h): the i-th block of queries of head h. `scale` is log2(e)/√d, for scores in powers of two."""
+    batch, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
+    token = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
+    asked = token < queries
+    q += batch * q_batch + head * q_head
+    k += batch * k_batch + head * k_head
+    v += batch * v_batch + head * v_head
+    q_places = token.to(tl.int64) * q_token
+    channel = tl.arange(0, BLOCK)
+    mask = asked[:, None] & (channel < WIDTH)[None, :]
+    HALF: tl.constexpr = BLOCK // 2
+
+    total = tl.zeros([QUERIES, BLOCK], tl.float32)
+    weights = tl.zeros([QUERIES], tl.float32)
+    largest = tl.full([QUERIES], float("-inf"), tl.float32)
+    for number in tl.static_range(STRETCHES):
+        first, stop = tl.load(bounds + 2 * number), tl.load(bounds + 2 * number + 1)
+        if TURN_PAIRS:
+            # time turns channels of the first half alone; the other half is the same for all slots
+            pair = tl.arange(0, HALF // 2)
+            rest = _load(q, q_places, asked, HALF, HALF, WIDTH, True)
+            for slot in tl.range(first // slot_tokens, stop // slot_tokens, num_stages=1):
+                plain = _load(q, q_places, asked, 0, HALF, WIDTH, True).to(tl.float32)
+                even, odd = tl.split(tl.reshape(plain, [QUERIES, HALF // 2, 2]))
+                angle = turn + slot * 2 * TURN_PAIRS + pair
+                cos = tl.load(angle, mask=pair < TURN_PAIRS, other=1.0).to(tl.float32)[None, :]
+                sin = tl.load(angle + TURN_PAIRS, mask=pair < TURN_PAIRS, other=0.0).to(tl.float32)[None, :]
+                back = tl.reshape(tl.join(even * cos + odd * sin, odd * cos - even * sin), [QUERIES, HALF])
+                total, weights, largest = _stretch(
+                    total, weights, largest, back.to(q.dtype.element_ty), rest, q, q_places, asked, k, v,
+                    slot * slot_tokens, (slot + 1) * slot_tokens, k_row, v_row, scale, KEYS, WIDTH, BLOCK, SLICE,
+                )  # fmt: skip
+        else:
+            query = _load(q, q_places, asked, 0, BLOCK, WIDTH, True)
+            total, weights, largest = _stretch(
+                total, weights, largest, query, query, q, q_places, asked, k, v, first, stop, k_row, v_row, scale,
+                KEYS, WIDTH, BLOCK, SLICE,
+            )  # fmt: skip
+
+    empty = weights == 0.0
+    divisor = tl.where(empty, 1.0, weights)
+    row = (batch * queries + token) * heads + head
+    result = (total / divisor[:, None]).to(out.dtype.element_ty)
+    tl.store(out + row[:, None] * WIDTH + channel[None, :], result, mask=mask)
+    tl.store(lse + row, tl.where(empty, float("-inf"), (largest + tl.log2(divisor)) * LN_2), mask=asked)
+
+
+def tile(queries: int, width: int, dtype: torch.dtype, turned: bool, architecture: int) -> Tile:
+    """A larger block of queries reads the keys less often; the registers, which hold the sum over d, bound it.
+
+    These are the largest that compile without a spill (benchmarks/compiled_kernels.md).
+    """
+    if dtype == torch.float32:
+        return Tile(32, 16, 4, 1, 32) if width <= 128 else Tile(32, 16, 8, 1, 16)
+    if width > 128:
+        return Tile(32, 32, 8, 2)
+    if turned and width > 64 and architecture < 90:
+        return Tile(64, 32, 8, 3)
+    if queries <= 64:
+        return Tile(64, 64, 8, 2)
+    return Tile(128, 64, 8, 3) if width > 64 or turned else Tile(128, 128, 8, 3)
+
+
+def architecture(device: torch.device) -> int:
+    """The compute capability as one number, 90 for an H200; that too where there is no GPU to ask."""
+    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+    return 10 * major + minor
+
+
+def attend(q_BTHD: Tensor, keys: Keys) -> Partial:
+    """The attention over all stretches in one launch, (B, T, H, d), and its log-sum-exp in float32, (B, T, H)."""
+    batch, queries, heads, width = q_BTHD.shape
+    out = torch.empty(batch, queries, heads, width, dtype=q_BTHD.dtype, device=q_BTHD.device)
+    lse = torch.empty(batch, queries, heads, dtype=torch.float32, device=q_BTHD.device)
+    if out.numel() == 0:
+        return out, lse
+    k, turn, bounds = keys.k, keys.turn, keys.bounds_N2
+    if bounds is None:
+        stretches = keys.stretches if keys.stretches is not None else ((0, k.shape[1]),)
+        bounds = on_device(stretches, q_BTHD.device, torch.int32)
+    if turn is not None and q_BTHD.dtype == torch.float32:  # no registers are left to turn queries in
+        k, turn = turned(k, turn), None
+    size = tile(queries, width, q_BTHD.dtype, turn is not None, architecture(q_BTHD.device))
+    block = max(16, triton.next_power_of_2(width))
+    attention_kernel[triton.cdiv(queries, size.queries), batch * heads](
+        q_BTHD, k, keys.v, out, lse, bounds, None if turn is None else turn.table,
+        queries, heads, 1 if turn is None else turn.tokens, width**-0.5 * LOG2_E,
+        *q_BTHD.stride()[:3], *k.stride()[:3], *keys.v.stride()[:3],
+        STRETCHES=len(bounds), TURN_PAIRS=0 if turn is None else turn.table.shape[2],
+        WIDTH=width, BLOCK=block, SLICE=min(size.channels or block, block), QUERIES=size.queries, KEYS=size.keys,
+        num_warps=size.warps, num_stages=size.stages,
+    )  # fmt: skip
+    return out, lse

@@ -1,0 +1,41 @@
+"""Which backend an operation runs on, chosen per call."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Backend = Literal["auto", "triton", "torch"]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TRITON = find_spec("triton") is not None
+
+
+def use_triton(backend: str, *tensors: Tensor | None) -> bool:
+    """Whether Triton's kernel runs. "auto" takes it on CUDA wherever it can go: not in float64, and not where a
+    gradient is wanted, since the kernels have no backward.
+
+    Raises:
+        ValueError: an unknown name, or "triton" where its kernel cannot go.
+    """
+    given = [x for x in tensors if x is not None]
+    if backend == "auto":
+        return TRITON and given[0].is_cuda and _obstacle(given) is None
+    if backend not in ("triton", "torch"):
+        raise ValueError(f"backend: expected auto, triton or torch, not {backend!r}")
+    obstacle = _obstacle(given)
+    if backend == "triton" and obstacle is not None:
+        raise ValueError(f"backend: triton {obstacle}")
+    return backend == "triton"
+
+
+def _obstacle(tensors: list[Tensor]) -> str | None:
+    for x in tensors:
+        if x.dtype not in DTYPES:
+            return f"runs in {', '.join(str(d).removeprefix('torch.') for d in DTYPES)}, not in {x.dtype}"
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return "has no backward, and a tensor here requires a gradient"
+    return None

@@ -1,0 +1,214 @@
+"""What an operation refuses before anything is launched: a ValueError names the argument, the expected, the given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from causalrope_kernels.arguments import Affine, ByFrame, Keys, Norm, Room, Rotation
+
+if TYPE_CHECKING:
+    from causalrope_kernels.sources import Projection
+
+
+def shape(name: str, x: Tensor, expected: Sequence[int | None], meaning: str) -> None:
+    """`expected` holds None where any size will do."""
+    if x.ndim != len(expected) or any(e is not None and e != n for n, e in zip(x.shape, expected)):
+        sizes = ", ".join("any" if e is None else str(e) for e in expected)
+        raise ValueError(f"{name}: expected shape {meaning} = ({sizes}), not {tuple(x.shape)}")
+
+
+def same(name: str, x: Tensor, like: Tensor, *, dtype: bool = True) -> None:
+    """On the same device, and of the same dtype."""
+    if x.device != like.device:
+        raise ValueError(f"{name}: expected to be on {like.device}, not {x.device}")
+    if dtype and x.dtype != like.dtype:
+        raise ValueError(f"{name}: expected {like.dtype}, not {x.dtype}")
+    if not x.is_floating_point():
+        raise ValueError(f"{name}: expected floating-point numbers, not {x.dtype}")
+
+
+def dense(name: str, x: Tensor, axes: int = 1) -> None:
+    """The last `axes` axes lie in memory without gaps."""
+    step = 1
+    for axis in range(1, axes + 1):
+        if x.shape[-axis] > 1 and x.stride(-axis) != step:
+            raise ValueError(f"{name}: expected stride {step} in axis {-axis}, not {x.stride(-axis)}")
+        step *= x.shape[-axis]
+
+
+def whole_numbers(name: str, x: Tensor, count: int, like: Tensor) -> None:
+    if x.shape != (count,) or x.dtype not in (torch.int32, torch.int64) or x.device != like.device:
+        raise ValueError(
+            f"{name}: expected {count} integers on {like.device}, not {x.dtype} of shape {tuple(x.shape)} on {x.device}"
+        )
+
+
+def vector(name: str, x: Tensor, width: int, like: Tensor) -> None:
+    shape(name, x, (width,), "(D,)")
+    same(name, x, like, dtype=False)
+    dense(name, x)
+
+
+def by_frame(name: str, vectors: ByFrame, x_BTD: Tensor) -> None:
+    """One vector a frame, of a number of frames that divides the tokens."""
+    time, (batch, tokens, width) = vectors.time_FD, x_BTD.shape
+    shape(f"{name}.time_FD", time, (batch, None, width)[3 - time.ndim :], "(B, F, D)" if time.ndim == 3 else "(F, D)")
+    same(f"{name}.time_FD", time, x_BTD, dtype=False)
+    dense(f"{name}.time_FD", time)
+    if time.shape[-2] < 1 or tokens % time.shape[-2]:
+        raise ValueError(f"{name}.time_FD: expected as many frames as divide {tokens} tokens, not {time.shape[-2]}")
+    vector(f"{name}.learned_D", vectors.learned_D, width, x_BTD)
+
+
+def add_norm(x_BTD: Tensor, y_BTD: Tensor | None, gate: ByFrame | None, norm: Norm) -> None:
+    shape("x", x_BTD, (None, None, None), "(B, T, D)")
+    same("x", x_BTD, x_BTD)
+    dense("x", x_BTD)
+    if y_BTD is not None:
+        shape("y", y_BTD, x_BTD.shape, "(B, T, D)")
+        same("y", y_BTD, x_BTD, dtype=False)
+        dense("y", y_BTD)
+    elif gate is not None:
+        raise ValueError("gate: expected none without y, not a gate")
+    width = x_BTD.shape[2]
+    if isinstance(norm, Affine):
+        vector("weight", norm.weight, width, x_BTD)
+        vector("bias", norm.bias, width, x_BTD)
+    vectors = {"gate": gate} if isinstance(norm, Affine) else {"gate": gate, "shift": norm.shift, "scale": norm.scale}
+    frames = set()
+    for name, each in vectors.items():
+        if each is not None:
+            by_frame(name, each, x_BTD)
+            frames.add(tuple(each.time_FD.shape))
+    if len(frames) > 1:
+        raise ValueError(f"gate, shift, scale: expected the same frames, not {sorted(frames)}")
+
+
+def rms_norm(x: Tensor, weight: Tensor) -> None:
+    if x.ndim < 1:
+        raise ValueError("x: expected at least one axis, not a number")
+    same("x", x, x)
+    dense("x", x)
+    vector("weight", weight, x.shape[-1], x)
+
+
+def projection(given: Projection) -> None:
+    qkv, rotation = given.qkv_BFSN, given.rotation
+    shape("qkv", qkv, (None, None, None, None), "(B, F, s, 3·D)")
+    same("qkv", qkv, qkv)
+    dense("qkv", qkv)
+    frames, tokens, numbers = qkv.shape[1:]
+    if given.heads < 1 or numbers % (6 * given.heads):
+        raise ValueError(f"qkv: expected 3 × {given.heads} heads of an even width in the last axis, not {numbers}")
+    vector("q_weight", given.q_weight, numbers // 3, qkv)
+    vector("k_weight", given.k_weight, numbers // 3, qkv)
+    _rotation(rotation, frames, tokens, numbers // 6 // given.heads, qkv)
+
+
+def _rotation(rotation: Rotation, frames: int, tokens: int, pairs: int, like: Tensor) -> None:
+    tables = {"time": rotation.time, "row": rotation.row, "column": rotation.column}
+    for name, table in tables.items():
+        shape(f"rotation.{name}", table, (None, 2, None), "(places, 2, E)")
+        same(f"rotation.{name}", table, like, dtype=False)
+        dense(f"rotation.{name}", table, 3)
+    widths = [table.shape[2] for table in tables.values()]
+    if sum(widths) != pairs:
+        raise ValueError(f"rotation: expected {pairs} angles of a token, not {' + '.join(map(str, widths))}")
+    whole_numbers("rotation.query_times_F", rotation.query_times_F, frames, like)
+    whole_numbers("rotation.key_times_F", rotation.key_times_F, frames, like)
+    if rotation.tokens != tokens:
+        raise ValueError(f"rotation.tokens: expected {tokens}, as qkv has, not {rotation.tokens}")
+    room = min(rotation.row.shape[0], -(-(rotation.start + tokens) // rotation.columns)), rotation.column.shape[0]
+    if rotation.start < 0 or rotation.columns > room[1] or rotation.start + tokens > room[0] * rotation.columns:
+        raise ValueError(
+            f"rotation: expected tokens within {rotation.row.shape[0]}×{rotation.column.shape[0]} places, not "
+            f"[{rotation.start}, {rotation.start + tokens}) of rows of {rotation.columns}"
+        )
+
+
+def pieces(given: Sequence[Tensor]) -> None:
+    if not given:
+        raise ValueError("pieces: expected at least one, not none")
+    kinds, batch, frames, _, heads, width = given[0].shape if given[0].ndim == 6 else (0,) * 6
+    for number, piece in enumerate(given):
+        name = f"pieces[{number}]"
+        shape(name, piece, (kinds, batch, frames, None, heads, width), "(N, B, F, s, H, d)")
+        same(name, piece, given[0])
+        dense(name, piece, 3)
+    if kinds not in (2, 3):
+        raise ValueError(f"pieces: expected k, v or q, k, v in the first axis, not {kinds}")
+
+
+def rooms(source: tuple[int, int, int, int, int], like: Tensor, **by_name: Sequence[Room]) -> None:
+    batch, frames, tokens, heads, width = source
+    for name, given in by_name.items():
+        for number, room in enumerate(given):
+            label = f"{name}[{number}]"
+            places = frames if room.slots_F is None else None
+            shape(label, room.x, (batch, places, tokens, None, width), "(B, F, s, H, d)")
+            same(label, room.x, like)
+            dense(label, room.x)
+            if room.slots_F is not None:
+                whole_numbers(f"{label}.slots_F", room.slots_F, frames, like)
+        if given and sum(room.x.shape[3] for room in given) != heads:
+            raise ValueError(
+                f"{name}: expected rooms for {heads} heads in all, not {[room.x.shape[3] for room in given]}"
+            )
+
+
+def attention(q_BTHD: Tensor, keys: Keys) -> None:
+    shape("q", q_BTHD, (None, None, None, None), "(B, T, H, d)")
+    same("q", q_BTHD, q_BTHD)
+    batch, _, heads, width = q_BTHD.shape
+    for name, x in (("k", keys.k), ("v", keys.v)):
+        shape(name, x, (batch, keys.k.shape[1], heads, width), "(B, L, H, d)")
+        same(name, x, q_BTHD)
+        dense(name, x)
+    dense("q", q_BTHD)
+    rows = keys.k.shape[1]
+    for first, stop in keys.stretches or ():
+        if not 0 <= first <= stop <= rows:
+            raise ValueError(f"stretches: expected [first, stop) within {rows} rows, not [{first}, {stop})")
+    if keys.bounds_N2 is not None:
+        bounds, count = keys.bounds_N2, len(keys.stretches or ())
+        if bounds.shape != (count, 2) or bounds.dtype != torch.int32 or bounds.device != q_BTHD.device:
+            raise ValueError(
+                f"bounds_N2: expected int32 of shape ({count}, 2) on {q_BTHD.device}, not {bounds.dtype} of shape "
+                f"{tuple(bounds.shape)} on {bounds.device}"
+            )
+    if keys.turn is not None:
+        table, tokens = keys.turn.table, keys.turn.tokens
+        shape("turn.table", table, (None, 2, None), "(K, 2, E)")
+        same("turn.table", table, q_BTHD, dtype=False)
+        dense("turn.table", table, 3)
+        if tokens < 1 or rows > len(table) * tokens or 2 * table.shape[2] > width:
+            raise ValueError(
+                f"turn: expected angles for {rows} rows of {width // 2} channel pairs, not {len(table)} slots of "
+                f"{tokens} tokens and {table.shape[2]} pairs"
+            )
+        if any(first % tokens or stop % tokens for first, stop in keys.stretches or ((0, rows),)):
+            raise ValueError(
+                f"stretches: expected whole slots of {tokens} rows, as keys are turned, not {keys.stretches}"
+            )
+
+
+def parts(given: Sequence[tuple[Tensor, Tensor]]) -> None:
+    if not given:
+        raise ValueError("parts: expected at least one, not none")
+    first, first_lse = given[0]
+    shape("parts[0] output", first, (None, None, None, None), "(B, T, H, d)")
+    for number, (output, lse) in enumerate(given):
+        shape(f"parts[{number}] output", output, first.shape, "(B, T, H, d)")
+        same(f"parts[{number}] output", output, first)
+        dense(f"parts[{number}] output", output)
+        shape(f"parts[{number}] lse", lse, first.shape[:3], "(B, T, H)")
+        same(f"parts[{number}] lse", lse, first_lse)
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> None:
+    shape("weight", weight, (None, x.shape[-1]), "(N, K)")
+    shape("bias", bias, (weight.shape[0],), "(N,)")

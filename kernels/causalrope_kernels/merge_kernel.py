@@ -1,0 +1,73 @@
+"""The n-way merge of partial attention, straight from where the parts lie: pieces as they arrived from the ranks, each
+log-sum-exp behind the numbers of its output, or tensors of their own.
+
+Reads N·T·H·(d + 1) numbers, writes T·H·(d + 1).
+Shapes: B batch, T queries, H heads, d head width, N parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from causalrope_kernels.reference import Partial
+
+ROWS = 32
+
+
+@triton.jit
+def merge_kernel(
+    outputs, lses, merged, merged_lse,
+    tokens, heads, output_strides, lse_strides,
+    PARTS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A program takes some (token, head) pairs of one batch entry; strides are those of batch, token and head."""
+    pair = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    batch = tl.program_id(1).to(tl.int64)
+    token, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
+    real = pair < tokens * heads
+    channel = tl.arange(0, BLOCK)
+    mask = real[:, None] & (channel < WIDTH)[None, :]
+
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    weights = tl.zeros([ROWS], tl.float32)
+    largest = tl.full([ROWS], float("-inf"), tl.float32)
+    for part in tl.static_range(PARTS):
+        by_batch, by_token, by_head = lse_strides[part]
+        lse = tl.load(lses[part] + batch * by_batch + token * by_token + head * by_head, mask=real, other=float("-inf"))
+        by_batch, by_token, by_head = output_strides[part]
+        place = batch * by_batch + token * by_token + head * by_head
+        output = tl.load(outputs[part] + place[:, None] + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+        # parts one by one, as flash attention takes its blocks: what was summed so far shrinks with every new maximum
+        new = tl.maximum(largest, lse)
+        safe = tl.where(new == float("-inf"), 0.0, new)
+        before, weight = tl.exp(largest - safe), tl.exp(lse - safe)
+        total = total * before[:, None] + tl.where(weight[:, None] > 0, output, 0.0) * weight[:, None]
+        weights = weights * before + weight
+        largest = new
+    empty = weights == 0.0
+    divisor = tl.where(empty, 1.0, weights)
+    written = batch * tokens * heads + pair
+    tl.store(
+        merged + written[:, None] * WIDTH + channel[None, :],
+        (total / divisor[:, None]).to(merged.dtype.element_ty),
+        mask=mask,
+    )
+    tl.store(merged_lse + written, tl.where(empty, float("-inf"), largest + tl.log(divisor)), mask=real)
+
+
+def merge(parts: Sequence[Partial]) -> Partial:
+    outputs, lses = zip(*parts, strict=True)
+    batch, tokens, heads, width = outputs[0].shape
+    merged = torch.empty(batch, tokens, heads, width, dtype=outputs[0].dtype, device=outputs[0].device)
+    merged_lse = torch.empty(batch, tokens, heads, dtype=lses[0].dtype, device=merged.device)
+    if merged_lse.numel():
+        merge_kernel[triton.cdiv(tokens * heads, ROWS), batch](
+            outputs, lses, merged, merged_lse,
+            tokens, heads, tuple(x.stride()[:3] for x in outputs), tuple(x.stride() for x in lses),
+            PARTS=len(parts), WIDTH=width, ROWS=ROWS, BLOCK=triton.next_power_of_2(width), num_warps=4,
+        )  # fmt: skip
+    return merged, merged_lse

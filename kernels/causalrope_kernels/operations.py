@@ -1,0 +1,57 @@
+"""The operations by name: what they are given is checked, a backend is chosen, and that one runs.
+
+Shapes: B batch, T tokens, F frames (T = F·s), L keys, H heads, d head width, D = H·d.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from causalrope_kernels import check, reference
+from causalrope_kernels.arguments import ByFrame, Norm
+from causalrope_kernels.backend import Backend, use_triton
+
+
+def add_norm(
+    x_BTD: Tensor, y_BTD: Tensor | None, gate: ByFrame | None, norm: Norm, backend: Backend = "auto"
+) -> tuple[Tensor, Tensor]:
+    """The residual x + y·gate (y as it is without a gate, x alone without y) and its LayerNorm, modulated by the
+    token's frame or affine; both (B, T, D).
+
+    Raises:
+        ValueError: shapes, strides, dtypes or devices that do not fit, by the argument's name.
+    """
+    check.add_norm(x_BTD, y_BTD, gate, norm)
+    if use_triton(backend, x_BTD, y_BTD):
+        from causalrope_kernels import add_norm_kernel as kernel
+
+        return kernel.add_norm(x_BTD, y_BTD, gate, norm)
+    return reference.add_norm(x_BTD, y_BTD, gate, norm)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, backend: Backend = "auto") -> Tensor:
+    """x / sqrt(mean(x²) + eps) · weight over the last axis.
+
+    Raises:
+        ValueError: a weight of another width, strides or devices that do not fit.
+    """
+    check.rms_norm(x, weight)
+    if use_triton(backend, x):
+        from causalrope_kernels import rms_norm_kernel as kernel
+
+        return kernel.rms_norm(x, weight, eps)
+    return reference.rms_norm(x, weight, eps)
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A linear layer and GELU in its tanh form: cuBLASLt does both at once, and the wide result crosses memory once.
+
+    Raises:
+        ValueError: a weight or bias of another width.
+    """
+    check.linear_gelu(x, weight, bias)
+    if x.is_cuda and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
+        rows = torch.ops.aten._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True)
+        return rows.unflatten(0, x.shape[:-1])
+    return reference.linear_gelu(x, weight, bias)

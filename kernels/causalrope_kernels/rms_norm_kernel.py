@@ -1,0 +1,40 @@
+"""RMSNorm over the last axis: read once, written once, 2·T·D numbers."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from causalrope_kernels.add_norm_kernel import NUMBERS, warps
+
+
+@triton.jit
+def rms_norm_kernel(
+    x, weight, out, count, eps, x_row, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    channel = tl.arange(0, BLOCK)
+    real = channel < WIDTH
+    mask = (row < count)[:, None] & real[None, :]
+    value = tl.load(x + row[:, None] * x_row + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+    spread = tl.rsqrt(tl.sum(value * value, 1) / WIDTH + eps)
+    factor = tl.load(weight + channel, mask=real, other=0.0).to(tl.float32)
+    result = value * spread[:, None] * factor[None, :]
+    tl.store(out + row[:, None] * WIDTH + channel[None, :], result.to(out.dtype.element_ty), mask=mask)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    width = x.shape[-1]
+    rows_of_x = x.reshape(-1, width)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    count = rows_of_x.shape[0]
+    if count and width:
+        block = triton.next_power_of_2(width)
+        rows = max(1, min(NUMBERS // block, 8, triton.next_power_of_2(count)))
+        rms_norm_kernel[(triton.cdiv(count, rows),)](
+            rows_of_x, weight, out, count, eps, rows_of_x.stride(0),
+            WIDTH=width, ROWS=rows, BLOCK=block, num_warps=warps(rows * block),
+        )  # fmt: skip
+    return out
