@@ -1,0 +1,247 @@
+"""Compiles every Triton kernel as it is launched at the shapes of Wan 2.1, for GPUs that need not be there.
+
+    python benchmarks/compile_kernels.py            # compares with benchmarks/compiled_kernels.md
+    python benchmarks/compile_kernels.py --write    # writes it
+
+The launchers run on tensors without memory, and what they launch is compiled instead of run; the machine code then
+tells registers, spills and shared memory. Status 1 if a kernel spills or does not fit.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from causalrope_kernels import (
+    Affine,
+    ByFrame,
+    Keys,
+    Modulation,
+    Pieces,
+    Projection,
+    Room,
+    Rotation,
+    Turn,
+    attention_kernel,
+)
+from causalrope_kernels.add_norm_kernel import add_norm
+from causalrope_kernels.attention_kernel import attend
+from causalrope_kernels.merge_kernel import merge
+from causalrope_kernels.place_kernel import place_pieces, place_projection
+from causalrope_kernels.rms_norm_kernel import rms_norm
+from causalrope_sp.config import PRESETS
+
+TABLE = Path(__file__).with_name("compiled_kernels.md")
+ARCHITECTURES = {80: 164, 90: 228, 100: 228}  # and the KiB of shared memory of a multiprocessor; a block gets 1 less
+ROWS, COLUMNS, FRAMES, WINDOW = 30, 52, 3, 21
+TOKENS = ROWS * COLUMNS
+
+
+class AbsentGPU:
+    """As much of a GPU as the compiler asks for."""
+
+    def __init__(self, architecture: int) -> None:
+        self._architecture = architecture
+
+    def get_current_device(self) -> int:
+        return self._architecture  # compiled kernels are kept by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self._architecture, 32)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one kernel takes on one architecture: registers of a thread, bytes spilled, KiB of shared memory."""
+
+    kernel: str
+    case: str
+    architecture: int
+    warps: int
+    registers: int
+    spilled: int
+    shared: float
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def launches() -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Every kernel in every form that a stream of 1.3B or 14B at 480×832 launches, and those of other head widths."""
+    for name, config in PRESETS.items():
+        size = name.removeprefix("wan2.1-")
+        yield from _norms(size, config.dim)
+        yield from _placements(size, config.num_heads, config.head_dim)
+    yield from _attentions()
+    for dtype, said in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+        for parts in (2, 8):
+            yield f"{said}, {parts} parts", partial(_merge, parts, dtype)
+
+
+def _norms(size: str, dim: int) -> Iterator[tuple[str, Callable[[], Any]]]:
+    x, vector = empty(1, FRAMES * TOKENS, dim), empty(dim)
+    gate, shift, scale, *_ = ByFrame.unbind(empty(FRAMES, 6, dim), empty(6, dim))
+    modulation = Modulation(shift, scale, 1e-6)
+    yield f"{size}, modulate", partial(add_norm, x, None, None, modulation)
+    yield f"{size}, gate, modulate", partial(add_norm, x, x, gate, modulation)
+    yield f"{size}, add, modulate", partial(add_norm, x, x, None, modulation)
+    yield f"{size}, gate, affine", partial(add_norm, x, x, gate, Affine(vector, vector, 1e-6))
+    yield size, partial(rms_norm, x, vector, 1e-6)
+
+
+def _placements(size: str, heads: int, width: int) -> Iterator[tuple[str, Callable[[], Any]]]:
+    times = torch.empty(FRAMES, dtype=torch.int64, device="meta")
+    pairs = width // 6
+
+    def table(places: int, pairs: int) -> Tensor:
+        return empty(places, 2, pairs, dtype=torch.float32)
+
+    for ranks in (1, 8):
+        tokens = TOKENS // ranks
+        rotation = Rotation(
+            table(1024, width // 2 - 2 * pairs), table(ROWS, pairs), table(COLUMNS, pairs), times, times,
+            start=0, tokens=tokens, columns=COLUMNS,
+        )  # fmt: skip
+        weight = empty(heads * width)
+        projection = Projection(empty(1, FRAMES, tokens, 3 * heads * width), weight, weight, rotation, heads, 1e-6)
+        q = [Room(empty(1, FRAMES, tokens, heads, width))]
+        ring = [Room(empty(1, WINDOW, tokens, heads, width), times)]
+        if ranks == 1:
+            yield f"{size}, q and ring", partial(place_projection, projection, q, ring, ring)
+            yield f"{size}, q", partial(place_projection, projection, q, (), ())
+            yield f"{size}, ring", partial(place_projection, projection, (), ring, ring)
+        else:
+            yield f"{size}, {ranks} ranks, send buffer", partial(place_projection, projection, q, q, q)
+    split = empty(2, 3, 1, FRAMES, TOKENS // 2, heads // 2, width)
+    half = Pieces(list(split))
+    q = [Room(empty(1, FRAMES, TOKENS, heads // 2, width))]
+    ring = [Room(empty(1, WINDOW, TOKENS, heads // 2, width), times)]
+    yield f"{size}, 2 ranks, q and ring", partial(place_pieces, half.pieces, q, ring, ring)
+
+
+def _attentions() -> Iterator[tuple[str, Callable[[], Any]]]:
+    for width in (64, 128):
+        yield f"bf16, d {width}", partial(_attend, torch.bfloat16, width)
+        yield f"bf16, d {width}, 2 stretches", partial(_attend, torch.bfloat16, width, stretches=2)
+        yield f"bf16, d {width}, turned", partial(_attend, torch.bfloat16, width, turned=True)
+    yield "bf16, d 20", partial(_attend, torch.bfloat16, 20)
+    yield "bf16, d 256", partial(_attend, torch.bfloat16, 256)
+    yield "bf16, d 128, 48 queries", partial(_attend, torch.bfloat16, 128, queries=48)
+    yield "bf16, d 128, turned, 48 queries", partial(_attend, torch.bfloat16, 128, turned=True, queries=48)
+    yield "bf16, d 256, turned", partial(_attend, torch.bfloat16, 256, turned=True)
+    yield "fp16, d 128", partial(_attend, torch.float16, 128)
+    yield "fp32, d 128", partial(_attend, torch.float32, 128)
+    yield "fp32, d 256", partial(_attend, torch.float32, 256)
+    yield "fp32, d 128, turned", partial(_attend, torch.float32, 128, turned=True)
+
+
+def _attend(
+    dtype: torch.dtype, width: int, *, stretches: int = 1, turned: bool = False, queries: int = FRAMES * TOKENS
+) -> None:
+    heads = 12
+    q = empty(1, queries, heads, width, dtype=dtype)
+    k = empty(1, WINDOW * TOKENS, heads, width, dtype=dtype)
+    bounds = empty(stretches, 2, dtype=torch.int32)
+    turn = Turn(empty(WINDOW, 2, width // 2 - 2 * (width // 6), dtype=torch.float32), TOKENS) if turned else None
+    attend(q, Keys(k, k, ((0, WINDOW * TOKENS),) * stretches, bounds, turn))
+
+
+def _merge(parts: int, dtype: torch.dtype) -> None:
+    heads, width = 12, 128
+    wide = 4 // dtype.itemsize
+    arrived = empty(parts, 1, FRAMES * TOKENS // 8, heads, width + wide, dtype=dtype)
+    lse = empty(*arrived.shape[:-1], dtype=torch.float32)
+    merge([(output[..., :width], log) for output, log in zip(arrived, lse)])
+
+
+def compiled(architecture: int, number: int) -> list[Row]:
+    """What the launch of that number launches, for one architecture."""
+    driver.set_active(AbsentGPU(architecture))
+    case, launch = list(launches())[number]
+    rows: list[Row] = []
+
+    def compile_only(function: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        kernel = run(function, *args, grid=grid, warmup=True, **options)
+        registers, spilled = _resources(kernel.asm["cubin"])
+        name, metadata = function.fn.__name__.removesuffix("_kernel"), kernel.metadata
+        rows.append(Row(name, case, architecture, metadata.num_warps, registers, spilled, metadata.shared / 1024))
+
+    run = JITFunction.run
+    with (
+        patch.object(JITFunction, "run", compile_only),
+        patch.object(attention_kernel, "architecture", lambda device: architecture),
+    ):
+        launch()
+    return rows
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers of a thread and its bytes of local memory, which is where registers are spilled to."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", said)
+    assert len(found) == 1, said
+    registers, stack, local = map(int, found[0])
+    return registers, stack + local
+
+
+def as_table(rows: list[Row]) -> str:
+    lines = [
+        "# Compiled kernels",
+        "",
+        "What every Triton kernel takes as it is launched for Wan 2.1 at 480×832: registers of a thread,",
+        "bytes spilled, KiB of shared memory of a block. Compiled without a GPU by `python benchmarks/compile_kernels.py --write`,",
+        f"Triton {triton.__version__}.",
+        "",
+        "| kernel | case | warps | " + " | ".join(f"sm_{a}" for a in ARCHITECTURES) + " |",
+        "|---|---|---|" + "---|" * len(ARCHITECTURES),
+    ]
+    for row in (r for r in rows if r.architecture == min(ARCHITECTURES)):
+        same = {r.architecture: r for r in rows if (r.kernel, r.case) == (row.kernel, row.case)}
+        cells = (f"{r.registers} reg, {r.spilled} B, {r.shared:.1f} KiB" for r in (same[a] for a in ARCHITECTURES))
+        lines.append(f"| {row.kernel} | {row.case} | {row.warps} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    tasks = list(product(ARCHITECTURES, range(len(list(launches())))))
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        rows = [row for found in pool.map(compiled, *zip(*tasks)) for row in found]
+    unfit = [row for row in rows if row.spilled or row.shared > ARCHITECTURES[row.architecture] - 1]
+    if "--write" in sys.argv:
+        TABLE.write_text(as_table(rows))
+    print(as_table(rows))
+    for row in unfit:
+        print(f"does not fit: {row}")
+    print(json.dumps({"rows": [asdict(row) for row in rows], "triton": triton.__version__}))
+    return 1 if unfit else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
