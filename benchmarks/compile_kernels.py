@@ -46,7 +46,7 @@ from causalrope_kernels import (
 from causalrope_kernels.add_norm_kernel import add_norm
 from causalrope_kernels.attention_kernel import attend
 from causalrope_kernels.merge_kernel import merge
-from causalrope_kernels.place_kernel import place_pieces, place_projection
+from causalrope_kernels.place_kernel import place_pieces, place_projection, place_tokens
 from causalrope_kernels.rms_norm_kernel import rms_norm
 from causalrope_sp.config import PRESETS
 
@@ -97,7 +97,7 @@ def launches() -> Iterator[tuple[str, Callable[[], Any]]]:
         yield from _placements(size, config.num_heads, config.head_dim)
     yield from _attentions()
     for dtype, said in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
-        for parts in (2, 8):
+        for parts in (2, 8, 32):
             yield f"{said}, {parts} parts", partial(_merge, parts, dtype)
 
 
@@ -137,6 +137,8 @@ def _placements(size: str, heads: int, width: int) -> Iterator[tuple[str, Callab
             yield f"{size}, {ranks} ranks, send buffer", partial(place_projection, projection, q, q, q)
     split = empty(2, 3, 1, FRAMES, TOKENS // 2, heads // 2, width)
     half = Pieces(list(split))
+    tokens = empty(1, FRAMES, TOKENS, heads // 2, width)
+    yield f"{size}, 2 ranks", partial(place_tokens, tokens, list(tokens.view(2, 1, FRAMES, -1, heads // 2, width)))
     q = [Room(empty(1, FRAMES, TOKENS, heads // 2, width))]
     ring = [Room(empty(1, WINDOW, TOKENS, heads // 2, width), times)]
     yield f"{size}, 2 ranks, q and ring", partial(place_pieces, half.pieces, q, ring, ring)
@@ -171,10 +173,8 @@ def _attend(
 
 def _merge(parts: int, dtype: torch.dtype) -> None:
     heads, width = 12, 128
-    wide = 4 // dtype.itemsize
-    arrived = empty(parts, 1, FRAMES * TOKENS // 8, heads, width + wide, dtype=dtype)
-    lse = empty(*arrived.shape[:-1], dtype=torch.float32)
-    merge([(output[..., :width], log) for output, log in zip(arrived, lse)])
+    shape = 1, FRAMES * TOKENS // 8, heads
+    merge([(empty(*shape, width, dtype=dtype), empty(*shape, dtype=torch.float32)) for _ in range(parts)])
 
 
 def compiled(architecture: int, number: int) -> list[Row]:
@@ -216,8 +216,8 @@ def as_table(rows: list[Row]) -> str:
         "# Compiled kernels",
         "",
         "What every Triton kernel takes as it is launched for Wan 2.1 at 480×832: registers of a thread,",
-        "bytes spilled, KiB of shared memory of a block. Compiled without a GPU by `python benchmarks/compile_kernels.py --write`,",
-        f"Triton {triton.__version__}.",
+        "bytes spilled, KiB of shared memory of a block. Compiled without a GPU by",
+        f"`python benchmarks/compile_kernels.py --write`, Triton {triton.__version__}.",
         "",
         "| kernel | case | warps | " + " | ".join(f"sm_{a}" for a in ARCHITECTURES) + " |",
         "|---|---|---|" + "---|" * len(ARCHITECTURES),

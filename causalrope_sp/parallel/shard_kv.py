@@ -56,21 +56,25 @@ class ShardKV(Strategy):
     def _bring_home(self, partials: Sequence[Sequence[Partial]], like: Tensor, layer: int) -> Tensor:
         """Every rank's partial results to that rank, and this rank's from all of them, merged.
 
-        The log-sum-exp rides behind the output's d numbers, in its own, wider type: it is what the merge weighs by.
+        The log-sum-exps ride behind a rank's outputs, in their own, wider type: they are what the merge weighs by.
         """
         batch, frames, _, _, width = like.shape
-        wide = lse_elements(like.element_size())
-        room = self._shapes(batch, frames, width + wide)
-        sent = self._exchange.buffer("partial out", room, like)
-        for piece, parts in zip(sent, partials, strict=True):
-            output, lse = (torch.cat(x, 1) for x in zip(*parts, strict=True))
-            piece[..., :width] = output.view(*piece.shape[:-1], width)
-            piece[..., width:] = lse.unsqueeze(-1).view(like.dtype).view(*piece.shape[:-1], wide)
-        back = [room[self._exchange.rank]] * self._exchange.size
-        arrived = self._exchange.all_to_all("partial", layer, back, sent).wait()
-        lse_dtype = partials[0][0][1].dtype
-        flat = [piece.flatten(1, 2) for piece in arrived]
-        return merge([(p[..., :width], p[..., width:].view(lse_dtype).squeeze(-1)) for p in flat])[0].view(like.shape)
+        wide, lse_dtype = lse_elements(like.element_size()), partials[0][0][1].dtype
+        rows = [batch * frames * tokens for tokens in self._tokens]
+        sizes = [(count * self.heads * (width + wide),) for count in rows]
+
+        def opened(piece: Tensor, tokens: int) -> Partial:
+            output, lse = piece.split([piece.numel() // (width + wide) * each for each in (width, wide)])
+            shape = batch, frames * tokens, self.heads
+            return output.view(*shape, width), lse.view(lse_dtype).view(shape)
+
+        sent = self._exchange.buffer("partial out", sizes, like)
+        for piece, parts, tokens in zip(sent, partials, self._tokens, strict=True):
+            for place, found in zip(opened(piece, tokens), zip(*parts, strict=True), strict=True):
+                torch.cat(found, 1, out=place)
+        mine = self._exchange.rank
+        back = self._exchange.all_to_all("partial", layer, [sizes[mine]] * self._exchange.size, sent).wait()
+        return merge([opened(piece, self._tokens[mine]) for piece in back])[0].view(like.shape)
 
     def _shapes(self, batch: int, frames: int, width: int) -> list[tuple[int, ...]]:
         return [(batch, frames, tokens, self.heads, width) for tokens in self._tokens]

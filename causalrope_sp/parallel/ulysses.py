@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from causalrope_kernels import Pieces, Room, Source, attention
+from causalrope_kernels import Pieces, Room, Source, attention, split_tokens
 from causalrope_sp.cache import LayerCache
 from causalrope_sp.grid import Chunk
 from causalrope_sp.parallel.exchange import Arrival, Exchange
@@ -81,8 +81,7 @@ class Ulysses(Strategy):
         sent = self._exchange.buffer(
             f"output out{use}", [(batch, frames, tokens, mine, width) for tokens in self._tokens], output_BFSHD
         )
-        for piece, part in zip(sent, output_BFSHD.split(list(self._tokens), 2), strict=True):
-            piece.copy_(part)
+        split_tokens(output_BFSHD, sent)
         shapes = [(batch, frames, self.tokens, h, width) for h in heads]
         return self._exchange.all_to_all("output", layer, shapes, sent, use)
 

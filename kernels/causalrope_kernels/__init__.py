@@ -4,7 +4,7 @@ from causalrope_kernels.arguments import Affine, ByFrame, Keys, Modulation, Norm
 from causalrope_kernels.attention import attention, attention_parts, merge
 from causalrope_kernels.operations import add_norm, linear_gelu, rms_norm
 from causalrope_kernels.reference import Partial
-from causalrope_kernels.sources import Pieces, Projection, Source
+from causalrope_kernels.sources import Pieces, Projection, Source, split_tokens
 
 __all__ = [
     "Affine",
@@ -25,4 +25,5 @@ __all__ = [
     "linear_gelu",
     "merge",
     "rms_norm",
+    "split_tokens",
 ]

@@ -23,13 +23,18 @@ def use_triton(backend: str, *tensors: Tensor | None) -> bool:
     """
     given = [x for x in tensors if x is not None]
     if backend == "auto":
-        return TRITON and given[0].is_cuda and _obstacle(given) is None
+        return TRITON and runs_triton(given[0].device) and _obstacle(given) is None
     if backend not in ("triton", "torch"):
         raise ValueError(f"backend: expected auto, triton or torch, not {backend!r}")
     obstacle = _obstacle(given)
     if backend == "triton" and obstacle is not None:
         raise ValueError(f"backend: triton {obstacle}")
     return backend == "triton"
+
+
+def runs_triton(device: torch.device) -> bool:
+    """Whether Triton's kernels are what runs on a device if nothing is said."""
+    return device.type == "cuda"
 
 
 def _obstacle(tensors: list[Tensor]) -> str | None:

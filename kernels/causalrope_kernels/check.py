@@ -143,6 +143,19 @@ def pieces(given: Sequence[Tensor]) -> None:
         raise ValueError(f"pieces: expected k, v or q, k, v in the first axis, not {kinds}")
 
 
+def split(x_BFSHD: Tensor, given: Sequence[Tensor]) -> None:
+    shape("x", x_BFSHD, (None,) * 5, "(B, F, S, H, d)")
+    same("x", x_BFSHD, x_BFSHD)
+    dense("x", x_BFSHD, 2)
+    batch, frames, tokens, heads, width = x_BFSHD.shape
+    for number, piece in enumerate(given):
+        shape(f"pieces[{number}]", piece, (batch, frames, None, heads, width), "(B, F, s, H, d)")
+        same(f"pieces[{number}]", piece, x_BFSHD)
+        dense(f"pieces[{number}]", piece, 5)
+    if sum(piece.shape[2] for piece in given) != tokens:
+        raise ValueError(f"pieces: expected {tokens} tokens in all, not {[piece.shape[2] for piece in given]}")
+
+
 def rooms(source: tuple[int, int, int, int, int], like: Tensor, **by_name: Sequence[Room]) -> None:
     batch, frames, tokens, heads, width = source
     for name, given in by_name.items():

@@ -16,6 +16,7 @@ import triton.language as tl
 from causalrope_kernels.reference import Partial
 
 ROWS = 32
+MOST = 32  # parts in one launch: each brings its pointers and strides
 
 
 @triton.jit
@@ -60,6 +61,8 @@ def merge_kernel(
 
 
 def merge(parts: Sequence[Partial]) -> Partial:
+    if len(parts) > MOST:
+        return merge([merge(parts[:MOST]), *parts[MOST:]])
     outputs, lses = zip(*parts, strict=True)
     batch, tokens, heads, width = outputs[0].shape
     merged = torch.empty(batch, tokens, heads, width, dtype=outputs[0].dtype, device=outputs[0].device)

@@ -1,6 +1,7 @@
-"""q, k, v straight to where they go next: from the packed projection, normed and rotated, or as they arrived.
+"""q, k, v straight to where they go next: from the packed projection, normed and rotated, or as they arrived; and
+tokens of all ranks to the pieces that go back.
 
-Both read every number once and write it once, 6·T·D numbers for q, k, v together. A room's strides are counted in rows
+All read every number once and write it once, 6·T·D numbers for q, k, v together. A room's strides are counted in rows
 of d numbers, head by head, so that any split of the heads over the pieces of a send buffer is the same kernel.
 Shapes: B batch, F frames, s tokens of a frame, H heads, d head width, D = H·d, E angles of an axis.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -26,14 +28,10 @@ def _rows(table, slots, batch, frame, token, head, there, SLOTS: tl.constexpr):
     """Where the token's heads go, in rows of d numbers."""
     if SLOTS:
         frame = tl.load(slots + frame)
-    field = table + head * FIELDS
-    begin = tl.load(field, mask=there, other=0)
-    by_batch, by_frame, by_token = (
-        tl.load(field + 1, mask=there, other=0),
-        tl.load(field + 2, mask=there, other=0),
-        tl.load(field + 3, mask=there, other=0),
-    )
-    return begin + batch * by_batch + frame * by_frame + token * by_token
+    field = tl.arange(0, FIELDS)
+    line = tl.load(table + head[:, None] * FIELDS + field[None, :], mask=there[:, None], other=0)
+    times = tl.where(field == 0, 1, tl.where(field == 1, batch, tl.where(field == 2, frame, token)))
+    return tl.sum(line * times[None, :].to(tl.int32), 1).to(tl.int64)
 
 
 @triton.jit
@@ -112,7 +110,7 @@ def pieces_kernel(
     head, channel = tl.arange(0, HEADS), tl.arange(0, BLOCK)
     there = head < COUNT
     mask = there[:, None] & (channel < WIDTH)[None, :]
-    begin, by_frame = tl.load(places + 2 * token), tl.load(places + 2 * token + 1)
+    begin, by_frame = tl.load(places + 2 * token).to(tl.int64), tl.load(places + 2 * token + 1).to(tl.int64)
     first = begin + (batch * all_frames + frame) * by_frame
     by_kind = batches * all_frames * by_frame
     place = head[:, None] * WIDTH + channel[None, :]
@@ -130,6 +128,31 @@ def pieces_kernel(
         tl.store(v_room + rows[:, None] * WIDTH + channel[None, :], value, mask=mask)
 
 
+@triton.jit
+def split_kernel(
+    x,
+    pieces,
+    places,
+    frames,
+    by_batch,
+    by_frame,
+    by_token,
+    WIDTH: tl.constexpr,
+    NUMBERS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Program (j, b·F + f): all NUMBERS of token j of frame f, to its piece; `places` as above."""
+    token = tl.program_id(0)
+    batch, frame = (tl.program_id(1) // frames).to(tl.int64), (tl.program_id(1) % frames).to(tl.int64)
+    number = tl.arange(0, BLOCK)
+    value = tl.load(
+        x + batch * by_batch + frame * by_frame + token.to(tl.int64) * by_token + number, mask=number < NUMBERS
+    )
+    begin, piece_frame = tl.load(places + 2 * token).to(tl.int64), tl.load(places + 2 * token + 1).to(tl.int64)
+    row = begin + (batch * frames + frame) * piece_frame
+    tl.store(pieces + row * WIDTH + number, value, mask=number < NUMBERS)
+
+
 def place_projection(projection: Projection, q: Rooms, k: Rooms, v: Rooms) -> None:
     qkv, rotation = projection.qkv_BFSN, projection.rotation
     batch, frames, tokens, heads, width = projection.shape
@@ -142,7 +165,7 @@ def place_projection(projection: Projection, q: Rooms, k: Rooms, v: Rooms) -> No
         rotation.time, rotation.row, rotation.column, rotation.query_times_F, rotation.key_times_F,
         rotation.start, tokens, frames, rotation.columns, projection.eps, *qkv.stride()[:3], **constants,
         TIMES=rotation.time.shape[2], ROWS=rotation.row.shape[2], COLUMNS=rotation.column.shape[2],
-        COUNT=heads, WIDTH=width, HEADS=tile, BLOCK=block, num_warps=warps(tile * block),
+        COUNT=heads, WIDTH=width, HEADS=tile, BLOCK=block, num_warps=warps(2 * tile * block),
     )  # fmt: skip
 
 
@@ -155,8 +178,18 @@ def place_pieces(pieces: Sequence[Tensor], q: Rooms, k: Rooms, v: Rooms) -> None
     block, tile = triton.next_power_of_2(width), triton.next_power_of_2(heads)
     pieces_kernel[tokens, batch * frames](
         pieces[0], _places(pieces), *rooms, batch, frames, pieces[0].stride(1) // pieces[0].stride(2), **constants,
-        KINDS=kinds, COUNT=heads, WIDTH=width, HEADS=tile, BLOCK=block, num_warps=warps(tile * block),
+        KINDS=kinds, COUNT=heads, WIDTH=width, HEADS=tile, BLOCK=block, num_warps=warps(2 * tile * block),
     )  # fmt: skip
+
+
+def place_tokens(x_BFSHD: Tensor, pieces: Sequence[Tensor]) -> None:
+    batch, frames, tokens, heads, width = x_BFSHD.shape
+    if x_BFSHD.numel():
+        block = triton.next_power_of_2(heads * width)
+        split_kernel[tokens, batch * frames](
+            x_BFSHD, pieces[0], _places([piece.unsqueeze(0) for piece in pieces]), frames, *x_BFSHD.stride()[:3],
+            WIDTH=width, NUMBERS=heads * width, BLOCK=block, num_warps=warps(block),
+        )  # fmt: skip
 
 
 def _arguments(q: Rooms, k: Rooms, v: Rooms, unused: Tensor, width: int) -> tuple[tuple[Tensor, ...], dict[str, bool]]:
@@ -185,7 +218,7 @@ def _table(rooms: Sequence[Room], width: int) -> Tensor:
             )
         begin, by_batch, by_frame, by_token, by_head = (step // width for step in steps)
         lines += [(begin + head * by_head, by_batch, by_frame, by_token) for head in range(room.x.shape[3])]
-    return on_device(tuple(lines), first.device)
+    return on_device(tuple(lines), first.device, torch.int32)
 
 
 def _places(pieces: Sequence[Tensor]) -> Tensor:
@@ -199,4 +232,4 @@ def _places(pieces: Sequence[Tensor]) -> Tensor:
         if apart % width or not spacing or piece.stride(0) != piece.shape[1] * piece.stride(1):
             raise ValueError(f"pieces[{number}]: expected whole frames of one buffer, not strides {piece.stride()}")
         lines += [((apart + token * by_token) // width, by_frame // width) for token in range(piece.shape[3])]
-    return on_device(tuple(lines), first.device)
+    return on_device(tuple(lines), first.device, torch.int32)

@@ -127,6 +127,21 @@ class Pieces:
                 _put(rooms, torch.cat([piece[number] for piece in self.pieces], 2))
 
 
+def split_tokens(x_BFSHD: Tensor, pieces: Sequence[Tensor], backend: Backend = "auto") -> None:
+    """The way back: tokens of all ranks, side by side in every frame, into a piece a rank, (B, F, s_r, H, d).
+
+    Raises:
+        ValueError: pieces that do not hold just all of the tokens, or are of another shape, dtype or device.
+    """
+    check.split(x_BFSHD, pieces)
+    if use_triton(backend, x_BFSHD):
+        from causalrope_kernels.place_kernel import place_tokens
+
+        return place_tokens(x_BFSHD, pieces)
+    for piece, part in zip(pieces, x_BFSHD.split([piece.shape[2] for piece in pieces], 2), strict=True):
+        piece.copy_(part)
+
+
 def _put(rooms: Rooms, value_BFSHD: Tensor) -> None:
     parts = value_BFSHD.split([room.x.shape[3] for room in rooms], 3)
     for room, part in zip(rooms, parts, strict=True):
