@@ -72,17 +72,24 @@ class StreamConfig:
     `window` counts the current chunk (Self-Forcing's `local_attn_size`); None looks back over everything, which
     needs a video of known length. `sink` frames of the very start never leave the window.
 
+    `rope` says where a frame stands in time: "absolute", at its global time index, as models are trained; or
+    "relative", at its place within the window, so that a stream of hours never leaves the range of a trained one and
+    its sink stays near. Without a sink both are the same.
+
     Raises:
-        ConfigError: a length below its minimum, or a window smaller than chunk + sink.
+        ConfigError: a length below its minimum, a window smaller than chunk + sink, an unknown `rope`.
     """
 
     window: int | None = None
     sink: int = 0
     chunk_frames: int = 3
     independent_first_frame: bool = False
+    rope: Literal["absolute", "relative"] = "absolute"
 
     def __post_init__(self) -> None:
         _positive(self, "chunk_frames")
+        if self.rope not in ("absolute", "relative"):
+            raise ConfigError(f"rope must be absolute or relative, not {self.rope!r}")
         if not isinstance(self.sink, int) or self.sink < 0:
             raise ConfigError(f"sink must be a whole number of latent frames, 0 or more, not {self.sink!r}")
         if self.window is None:

@@ -56,7 +56,7 @@ def sample_chunks(
         noise: starting and fresh noise by (chunk, step); see `seeded_noise`.
         grid: the latent frame in tokens.
         frames: latent frames to generate; None goes on for ever and needs a window.
-        stream: chunk length, window, sink.
+        stream: chunk length, window, sink, places in time.
         sampler: steps and solver.
         parallel: the ranks; one process if None.
         initial_latents: given frames to continue, (B, F0, C, H, W); they are not handed out again.
@@ -75,7 +75,8 @@ def sample_chunks(
     window, shard = _window(stream, frames, given), parallel.shard(grid)
     work = Workload.of(model.config, grid, stream, sampler, window.frames, len(embeds), model.dtype.itemsize)
     parallel.agree({"strategy": parallel.describe(work)})
-    state = CausalStream(model, embeds, grid, window, shard, parallel.strategy(work))
+    strategy = parallel.strategy(work)
+    state = CausalStream(model, embeds, grid, window, shard, strategy, relative=stream.rope == "relative")
     solve, levels = SOLVERS[sampler.solver], sigmas(sampler)
     precise = torch.float64 if model.dtype == torch.float64 else torch.float32
 

@@ -6,6 +6,7 @@ Shapes: B batch, F frames of a chunk, s tokens of a frame that this rank owns, E
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -37,6 +38,7 @@ class CausalStream:
         window: how far back attention looks.
         shard: the tokens of a frame that this rank owns.
         strategy: how they attend those of the others.
+        relative: place frames in time by their place within the window, and not by their global time index.
     """
 
     def __init__(
@@ -47,6 +49,8 @@ class CausalStream:
         window: SlidingWindow,
         shard: Shard,
         strategy: Strategy,
+        *,
+        relative: bool = False,
     ) -> None:
         config = model.config
         self._model = model
@@ -54,7 +58,8 @@ class CausalStream:
         self._text = model.encode_text(embeds_BLE)
         compute = torch.float64 if model.dtype == torch.float64 else torch.float32
         self._rope = RotaryTables(config.head_dim, config.theta, shard, model.device, compute)
-        self._rotation: tuple[list[int], Rotation] | None = None
+        self._relative = relative
+        self._rotation: tuple[tuple[Chunk, ...], Rotation] | None = None
         self._broken = False
         self.cache = KVCache(
             config.num_layers,
@@ -65,6 +70,7 @@ class CausalStream:
             config.head_dim,
             dtype=model.dtype,
             device=model.device,
+            turn=partial(self._rope.turn, tokens=strategy.stored_tokens) if relative else None,
         )
 
     def denoise(self, chunk: Chunk, x_BFSE: Tensor, timestep: float, context: Part | None = None) -> Tensor:
@@ -98,7 +104,6 @@ class CausalStream:
         if self._broken:
             raise RuntimeError("a forward of this stream was cut short, its cache is half written: start a new stream")
         model, chunks = self._model, tuple(part.chunk for part in parts)
-        frames = [frame for chunk in chunks for frame in range(chunk.start, chunk.stop)]
         timesteps = [part.timestep for part in parts for _ in range(part.chunk.frames)]
 
         def attend(layer: int, projection: Projection) -> Tensor:
@@ -108,7 +113,7 @@ class CausalStream:
             # in float32, as Self-Forcing's schedule holds them: at 833.33 the difference shows as 1e-6 in the latents
             timesteps_F=send(torch.tensor(timesteps, dtype=torch.float32), model.device),
             predicted_frames=chunks[-1].frames,
-            rotation=self._rotate(frames),
+            rotation=self._rotate(chunks),
             text=self._text,
             attend=attend,
         )
@@ -119,7 +124,13 @@ class CausalStream:
         last = parts[-1].tokens_BFSE
         return velocity.view(last.shape).to(last.dtype)
 
-    def _rotate(self, frames: list[int]) -> Rotation:
-        if self._rotation is None or self._rotation[0] != frames:
-            self._rotation = (frames, self._rope.rotation(frames))
+    def _rotate(self, chunks: tuple[Chunk, ...]) -> Rotation:
+        if self._rotation is None or self._rotation[0] != chunks:
+            if self._relative:  # keys are turned in time when they are read
+                window = self.cache.window
+                places = [window.places(chunk)[slot] for chunk in chunks for slot in window.slots(chunk)]
+                rotation = self._rope.rotation(places, [0] * len(places))
+            else:
+                rotation = self._rope.rotation([f for chunk in chunks for f in range(chunk.start, chunk.stop)])
+            self._rotation = chunks, rotation
         return self._rotation[1]

@@ -63,10 +63,10 @@ class SlidingWindow:
 
     def places(self, chunk: Chunk) -> list[int]:
         """Where the frame in each slot stands among those that a chunk's queries read, oldest first: its place in time
-        for a stream that never leaves the window's range."""
+        for a stream that never leaves the window's range. 0 for a slot that holds none yet."""
         held = self.held(chunk.stop)
         order = {frame: place for place, frame in enumerate(sorted(held))}
-        return [order[frame] for frame in held]
+        return [order[frame] for frame in held] + [0] * (self.frames - len(held))
 
     def evicted(self, chunk: Chunk) -> list[int]:
         """The global time indices of the frames whose slots a chunk takes over."""

@@ -118,6 +118,7 @@ JOBS = {
     "context passes alone": Job(2, 4, 7, StreamConfig(4, 1, 3), fuse=False),
     "lone first frame": Job(1, 5, 8, StreamConfig(4, 0, 3, independent_first_frame=True)),
     "given frames": Job(1, 4, 4, StreamConfig(4, 2, 2), batch=2, known=5),
+    "relative places": Job(1, 7, 9, StreamConfig(5, 1, 2, rope="relative"), batch=2),
     "hardly any tokens": Job(3, 1, 5, StreamConfig(3, 0, 1)),
     "float32": Job(1, 7, 6, StreamConfig(5, 1, 2), dtype=torch.float32),
     "bfloat16": Job(1, 7, 6, StreamConfig(5, 1, 2), dtype=torch.bfloat16),
@@ -445,7 +446,8 @@ def streams(draw: st.DrawFn) -> Drawn:
     chunk, sink = draw(st.integers(1, 3)), draw(st.integers(0, 2))
     window = draw(st.one_of(st.none(), st.integers(chunk + sink, chunk + sink + 5)))
     first = draw(st.booleans()) if window is None or window > 1 else False
-    stream = StreamConfig(window, sink, chunk, independent_first_frame=first)
+    rope = draw(st.sampled_from(["absolute", "relative"]))
+    stream = StreamConfig(window, sink, chunk, independent_first_frame=first, rope=rope)
     known = 0 if first else draw(st.integers(0, 4))
     job = Job(rows, columns, draw(st.integers(1, 8)), stream, draw(st.integers(1, 2)), known, fuse=draw(st.booleans()))
     strategy = draw(st.sampled_from(strategies(ranks, heads)))

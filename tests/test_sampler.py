@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,12 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from causalrope_kernels.reference import attention
 from causalrope_sp import Chunk, ConfigError, DiTConfig, LatentGrid, SamplerConfig, StreamConfig, sample_chunks
 from causalrope_sp.grid import Shard, split_into_chunks
-from causalrope_sp.model import CausalDiT
+from causalrope_sp.model import CausalDiT, ForwardPass
 from causalrope_sp.noise import Noise, seeded_noise
 from causalrope_sp.parallel.strategy import Strategy
-from causalrope_sp.reference import block_causal_velocity
+from causalrope_sp.reference import block_causal_velocity, visible_past
+from causalrope_sp.rope import RotaryTables
 from causalrope_sp.schedule import add_noise, predict_x0, sigmas
 from causalrope_sp.stream import CausalStream, Part
 from causalrope_sp.window import SlidingWindow
@@ -277,6 +280,54 @@ def test_a_cancelled_chunk_leaves_no_trace(abandoned: int) -> None:
     for part in parts:
         undisturbed.commit(part)
     assert relative(result, undisturbed.denoise(Chunk(3, 6, 2), x[3, :, :2], 500.0)) < 1e-12
+
+
+@pytest.mark.parametrize("chunk", [1, 2])
+def test_without_a_sink_relative_places_are_absolute_ones(chunk: int) -> None:
+    """Scores depend on differences of time alone, and those of the newest frames are the same."""
+    stream = StreamConfig(4, 0, chunk)
+    expected = sample(9, stream=stream, sampler=TWO_STEPS)
+    assert relative(sample(9, stream=replace(stream, rope="relative"), sampler=TWO_STEPS), expected) < 1e-12
+    moved = sample(9, stream=replace(stream, sink=1), sampler=TWO_STEPS)
+    assert relative(sample(9, stream=replace(stream, sink=1, rope="relative"), sampler=TWO_STEPS), moved) > 1e-4
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_relative_places_are_those_within_the_window(fused: bool) -> None:
+    """A model of one layer, whose keys do not depend on what was attended before: every chunk against one forward over
+    the frames that it sees, counted from 0."""
+    torch.manual_seed(0)
+    model = CausalDiT(replace(CONFIG, num_layers=1)).double().eval().requires_grad_(False)
+    window, sink, embeds = 5, 2, text(1)
+    rope = RotaryTables(CONFIG.head_dim, CONFIG.theta, Shard(GRID), model.device, torch.float64)
+    stream = CausalStream(
+        model,
+        embeds,
+        GRID,
+        SlidingWindow(window, sink),
+        Shard(GRID),
+        Strategy(GRID.tokens, CONFIG.num_heads),
+        relative=True,
+    )
+    clean, noisy = random(2, 1, 12, GRID.tokens, CONFIG.token_dim, seed=3)
+    before: Part | None = None
+    for chunk in split_into_chunks(12, 2):
+        own = slice(chunk.start, chunk.stop)
+        result = stream.denoise(chunk, noisy[:, own], 500.0, before if fused else None)
+        before = Part(chunk, clean[:, own], 0.0)
+        past = visible_past(chunk, window, sink)
+        step = ForwardPass(
+            timesteps_F=torch.tensor([0.0] * len(past) + [500.0] * 2),
+            predicted_frames=2,
+            rotation=rope.rotation(range(len(past) + 2)),
+            text=model.encode_text(embeds),
+            attend=lambda layer, projection: attention(*projection.tensors()),
+        )
+        seen = torch.cat([clean[:, past], noisy[:, own]], 1)
+        expected = model(seen.flatten(1, 2), step).view(result.shape)
+        assert relative(result, expected) < 1e-12
+        if not fused:
+            stream.commit(before)
 
 
 def test_one_chunk_at_a_time() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -388,19 +388,21 @@ def by_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "runs_triton", lambda device: True)
 
 
-WINDOW = StreamConfig(window=5, sink=1, chunk_frames=2)
-
-
-def video_by_triton(group: Any, device: str, strategy: str) -> Tensor:
+def video_by_triton(group: Any, device: str, strategy: str, stream: StreamConfig) -> Tensor:
     with pytest.MonkeyPatch.context() as patch:
         by_triton(patch)
         for name in ("add_norm", "rms_norm", "attention", "attention_lse", "merge"):
             patch.setattr(reference, name, None)  # a call of it would raise
-        return a_video(SequenceParallel(group, strategy, device), torch.float32, WINDOW)
+        return a_video(SequenceParallel(group, strategy, device), torch.float32, stream)
 
 
-@pytest.mark.parametrize("strategy", ["ulysses", "gather-kv", "shard-kv"])
-def test_a_stream_by_triton_on_two_ranks_is_that_by_torch_on_one(pool: RankPool, strategy: str) -> None:
-    expected = a_video(SequenceParallel.single(device="cpu"), torch.float64, WINDOW)
-    found = pool.run(video_by_triton, 2, strategy)
+@pytest.mark.parametrize(
+    ("strategy", "rope"), [("ulysses", "absolute"), ("gather-kv", "relative"), ("shard-kv", "absolute")]
+)
+def test_a_stream_by_triton_on_two_ranks_is_that_by_torch_on_one(
+    pool: RankPool, strategy: str, rope: Literal["absolute", "relative"]
+) -> None:
+    stream = StreamConfig(window=5, sink=1, chunk_frames=2, rope=rope)
+    expected = a_video(SequenceParallel.single(device="cpu"), torch.float64, stream)
+    found = pool.run(video_by_triton, 2, strategy, stream)
     assert (found.double() - expected).norm() <= 1e-5 * expected.norm()

@@ -76,8 +76,9 @@ def test_a_chunk_takes_no_slot_that_it_still_reads(stream: tuple[SlidingWindow, 
                 assert covered == [slot for slot in sorted(in_slot) if (in_slot[slot] < since) == old], number
         assert max(map(len, window.stretches(chunk, chunk.start))) <= 2
         places = window.places(chunk)
+        assert places[len(in_slot) :] == [0] * (window.frames - len(in_slot))
         assert sorted(in_slot, key=in_slot.__getitem__) == sorted(in_slot, key=places.__getitem__)
-        assert sorted(places) == list(range(len(in_slot)))
+        assert sorted(places[: len(in_slot)]) == list(range(len(in_slot)))
 
 
 @given(streams(), st.data())
@@ -345,3 +346,8 @@ def test_a_stream_that_is_configured_fits_its_window(window: int, sink: int, chu
     else:
         with pytest.raises(ConfigError):
             StreamConfig(window, sink, chunk)
+
+
+def test_an_unknown_place_in_time_is_refused() -> None:
+    with pytest.raises(ConfigError, match="rope must be absolute or relative, not 'reversed'"):
+        StreamConfig(rope="reversed")  # type: ignore[arg-type]
