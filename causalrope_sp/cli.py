@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from causalrope_sp.errors import CausalRopeError, ConfigError, RankLostError
-from causalrope_sp.process import Background, CommandLine, rank, run, shares_rank_0_disk
+from causalrope_sp.process import Background, CommandLine, rank, run, say_choices, shares_rank_0_disk
 from causalrope_sp.version import __version__
 from causalrope_sp.video import VideoWriter, check_output
 
@@ -79,6 +79,8 @@ def generate(
     _check_prompt(model, prompt)
     if shares_rank_0_disk():
         check_output(out)
+    if not as_json:
+        say_choices()
 
     def generated() -> Iterator[Any]:
         from causalrope_sp.parallel import SequenceParallel

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -162,7 +162,20 @@ class CausalVideoPipeline:
         if dtype is None:
             dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
         dit = load_model(recipe.transformer, dtype=dtype, device=place)
-        return cls(recipe, dit, load_codec(recipe.codec, device=place), parallel)
+        pipe = cls(recipe, dit, load_codec(recipe.codec, device=place), parallel)
+        if place.type == "cuda":
+            pipe.warm_up()
+        return pipe
+
+    def warm_up(self) -> None:
+        """Makes a first chunk and throws it away, so that kernels are compiled, the fastest attention is measured and
+        the ranks are connected before anybody waits. `from_pretrained` does it on CUDA; every rank must."""
+        config, stream = self.model.config, self.recipe.stream
+        beyond = self._pixel_frames((stream.window or 0) + stream.chunk_frames + 1)  # so that the cache has its size
+        chunks = self._run(torch.zeros(1, config.text_len, config.text_dim), beyond, seed=0)
+        next(chunks)
+        chunks.close()
+        self.parallel.ledger.take()
 
     def stream(self, prompt: str, frames: int = 81, seed: int = 0) -> Iterator[VideoChunk]:
         """Makes a video of `frames` pixel frames and yields every chunk as soon as it is decoded.
@@ -184,7 +197,7 @@ class CausalVideoPipeline:
         made = [chunk.frames for chunk in self.stream(prompt, frames, seed)]
         return None if self.parallel.rank else np.concatenate([part for part in made if part is not None])
 
-    def _run(self, embeds: Tensor, frames: int, seed: int) -> Iterator[VideoChunk]:
+    def _run(self, embeds: Tensor, frames: int, seed: int) -> Generator[VideoChunk, None, None]:
         shape = (1, self.model.config.in_channels, self.grid.latent_height, self.grid.latent_width)
         opening = self.text.opening(*shape[1:])
         given = 0 if opening is None else opening.shape[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import queue
 import signal
@@ -72,6 +73,16 @@ def run(cli: click.Group) -> None:
             sys.stderr.flush()
         if done.code:
             os._exit(done.code if isinstance(done.code, int) else 1)
+
+
+def say_choices() -> None:
+    """Rank 0 says on stderr what the kernels measure, choose and leave out."""
+    if rank() == 0:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger = logging.getLogger("causalrope_kernels")
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
 
 
 class Background(Generic[T]):

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from causalrope_sp import CausalDiT, CausalVideoPipeline, CheckpointError, ConfigError, DiTConfig
+from causalrope_sp.cache import KVCache
 from causalrope_sp.pipeline import digest
 from causalrope_sp.toybox import WEIGHTS
 
@@ -48,6 +49,18 @@ def test_chunks_follow_one_another(pipe: CausalVideoPipeline, longest: np.ndarra
     assert [chunk.start_frame for chunk in chunks] == [0, 9, 21, 33]
     assert all(part is not None and part.dtype == np.uint8 for part in parts)
     assert np.array_equal(np.concatenate([part for part in parts if part is not None]), longest)
+
+
+def test_warming_up_fills_a_cache_of_the_real_size_and_leaves_no_trace(
+    pipe: CausalVideoPipeline, longest: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    windows = []
+    init = KVCache.__init__
+    monkeypatch.setattr(KVCache, "__init__", lambda self, *a, **k: windows.append(a[2].frames) or init(self, *a, **k))
+    pipe.warm_up()
+    assert windows == [pipe.recipe.stream.window]
+    assert not pipe.parallel.ledger.total().calls
+    assert np.array_equal(_made(pipe, 34), longest)
 
 
 def test_seed_and_prompt_decide_the_video(pipe: CausalVideoPipeline, longest: np.ndarray) -> None:

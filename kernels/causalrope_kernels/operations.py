@@ -51,7 +51,8 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ValueError: a weight or bias of another width.
     """
     check.linear_gelu(x, weight, bias)
-    if x.is_cuda and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
+    wants_gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    if x.is_cuda and x.dtype == weight.dtype and not wants_gradient:
         rows = torch.ops.aten._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True)
         return rows.unflatten(0, x.shape[:-1])
     return reference.linear_gelu(x, weight, bias)
