@@ -107,6 +107,8 @@ def _norms(size: str, dim: int) -> Iterator[tuple[str, Callable[[], Any]]]:
     modulation = Modulation(shift, scale, 1e-6)
     yield f"{size}, modulate", partial(add_norm, x, None, None, modulation)
     yield f"{size}, gate, modulate", partial(add_norm, x, x, gate, modulation)
+    few = empty(1, FRAMES * TOKENS // 8, dim)
+    yield f"{size}, 8 ranks, gate, modulate", partial(add_norm, few, few, gate, modulation)
     yield f"{size}, add, modulate", partial(add_norm, x, x, None, modulation)
     yield f"{size}, gate, affine", partial(add_norm, x, x, gate, Affine(vector, vector, 1e-6))
     yield size, partial(rms_norm, x, vector, 1e-6)
@@ -149,6 +151,7 @@ def _attentions() -> Iterator[tuple[str, Callable[[], Any]]]:
         yield f"bf16, d {width}", partial(_attend, torch.bfloat16, width)
         yield f"bf16, d {width}, 2 stretches", partial(_attend, torch.bfloat16, width, stretches=2)
         yield f"bf16, d {width}, turned", partial(_attend, torch.bfloat16, width, turned=True)
+        yield f"bf16, d {width}, 2 shares", partial(_attend, torch.bfloat16, width, shares=2)
     yield "bf16, d 20", partial(_attend, torch.bfloat16, 20)
     yield "bf16, d 256", partial(_attend, torch.bfloat16, 256)
     yield "bf16, d 128, 48 queries", partial(_attend, torch.bfloat16, 128, queries=48)
@@ -161,14 +164,21 @@ def _attentions() -> Iterator[tuple[str, Callable[[], Any]]]:
 
 
 def _attend(
-    dtype: torch.dtype, width: int, *, stretches: int = 1, turned: bool = False, queries: int = FRAMES * TOKENS
+    dtype: torch.dtype,
+    width: int,
+    *,
+    stretches: int = 1,
+    turned: bool = False,
+    shares: int = 1,
+    queries: int = FRAMES * TOKENS,
 ) -> None:
     heads = 12
     q = empty(1, queries, heads, width, dtype=dtype)
     k = empty(1, WINDOW * TOKENS, heads, width, dtype=dtype)
     bounds = empty(stretches, 2, dtype=torch.int32)
     turn = Turn(empty(WINDOW, 2, width // 2 - 2 * (width // 6), dtype=torch.float32), TOKENS) if turned else None
-    attend(q, Keys(k, k, ((0, WINDOW * TOKENS),) * stretches, bounds, turn))
+    with patch.object(attention_kernel, "shares", lambda *shape: shares):
+        attend(q, Keys(k, k, ((0, WINDOW * TOKENS),) * stretches, bounds, turn))
 
 
 def _merge(parts: int, dtype: torch.dtype) -> None:

@@ -55,7 +55,7 @@ def libraries(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Library]]:
     """Stand-ins by name, as the test fills them in; how long each takes goes by its function."""
     found: dict[str, Library] = {}
     monkeypatch.setattr(attention_choice, "LIBRARIES", found)
-    times = {"right": 2.0, "also_right": 1.0, "attend": 9.0}
+    times = {"right": 2.0, "also_right": 1.0, "_by_triton": 9.0}
     monkeypatch.setattr(attention_choice, "_milliseconds", lambda run: times.get(run.func.__name__, 5.0))
     measure.cache_clear()
     yield found

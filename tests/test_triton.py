@@ -29,11 +29,14 @@ from causalrope_kernels import (
     Room,
     Turn,
     add_norm,
+    add_norm_kernel,
+    attention_kernel,
     attention_parts,
     backend,
     merge,
     reference,
     rms_norm,
+    rms_norm_kernel,
     split_tokens,
 )
 from causalrope_sp import DiTConfig, LatentGrid, SamplerConfig, StreamConfig, sample_chunks
@@ -46,6 +49,9 @@ from causalrope_sp.rope import RotaryTables
 
 EPS = 1e-6
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+
+
+ROWS = pytest.mark.parametrize("rows", [1, 4], ids=["row by row", "4 rows a program"])
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -126,7 +132,11 @@ def by_frame(*carrier: int, seed: int) -> ByFrame:
 @pytest.mark.parametrize(
     ("batch", "frames", "tokens", "width"), [(2, 3, 7, 60), (1, 1, 1, 128), (1, 2, 17, 384), (2, 2, 3, 1536)]
 )
-def test_add_norm(batch: int, frames: int, tokens: int, width: int, dtype: torch.dtype) -> None:
+@ROWS
+def test_add_norm(
+    batch: int, frames: int, tokens: int, width: int, dtype: torch.dtype, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(add_norm_kernel, "rows_of", lambda count, block: rows)
     x, y = random(2, batch, frames * tokens, width)
     carrier = (batch, frames, width) if batch > 1 else (frames, width)
     gate, shift, scale = (by_frame(*carrier, seed=seed) for seed in (1, 3, 5))
@@ -156,9 +166,11 @@ def test_add_norm_of_the_last_frames_of_a_batch() -> None:
 
 
 @DTYPES
-@pytest.mark.parametrize(("rows", "width"), [(1, 60), (13, 128), (5, 1536)])
-def test_rms_norm(rows: int, width: int, dtype: torch.dtype) -> None:
-    packed, weight = random(2, rows, 2 * width), random(width, seed=1)
+@pytest.mark.parametrize(("tokens", "width"), [(1, 60), (13, 128), (5, 1536)])
+@ROWS
+def test_rms_norm(tokens: int, width: int, dtype: torch.dtype, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rms_norm_kernel, "rows_of", lambda count, block: rows)
+    packed, weight = random(2, tokens, 2 * width), random(width, seed=1)
     compare(lambda x, w, backend: rms_norm(x[..., :width], w, EPS, backend), packed, weight, dtype=dtype)
     compare(lambda x, w, backend: rms_norm(x[..., width:], w, EPS, backend), 1e-4 * packed, weight, dtype=dtype)
 
@@ -300,14 +312,37 @@ def test_keys_are_turned_on_read(width: int, dtype: torch.dtype) -> None:
     compare(whole, q, Keys(k, v, stretches, torch.tensor(stretches, dtype=torch.int32), turn), dtype=dtype)
 
 
-def test_bounds_are_read_on_the_device() -> None:
+@pytest.mark.parametrize("count", [2, 3, 8])
+def test_shares_of_the_keys_add_up(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every stretch, and of slots; some get none."""
+    monkeypatch.setattr(attention_kernel, "shares", lambda *shape: count)
+    q, (k, v) = random(2, 5, 2, 20), random(2, 2, 300, 2, 20, seed=1)
+    assert len(attention_parts(q.float(), as_dtype(Keys(k, v), torch.float32), "triton")) == count
+    for dtype in (torch.float32, torch.bfloat16):
+        compare(whole, q, Keys(k, v, ((0, 150), (160, 165))), dtype=dtype)
+    turn = RotaryTables(20, 10_000, Shard(GRID), torch.device("cpu"), torch.float64).turn(range(6), 50)
+    compare(whole, q, Keys(k, v, ((50, 250),), turn=turn), dtype=torch.bfloat16)
+
+
+def test_few_queries_get_shares_that_fill_a_gpu() -> None:
+    cpu = torch.device("cpu")
+    assert attention_kernel.shares(37 * 12, 32_760, cpu) == 2  # 3.4 waves become 6.7
+    assert attention_kernel.shares(5 * 12, 32_760, cpu) == 2
+    assert attention_kernel.shares(12, 32_760, cpu) == 8
+    assert attention_kernel.shares(12, 512, cpu) == 1
+    assert attention_kernel.shares(132, 32_760, cpu) == 1
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_bounds_are_read_on_the_device(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same launch with other numbers in the same tensor: what a captured graph does from chunk to chunk."""
+    monkeypatch.setattr(attention_kernel, "shares", lambda *shape: count)
     q, (k, v) = random(1, 5, 2, 20).float(), random(2, 1, 60, 2, 20, seed=1).float()
     bounds = torch.tensor([[0, 60]], dtype=torch.int32)
     keys = Keys(k, v, ((0, 60),), bounds)
     for first, stop in ((0, 20), (0, 40), (30, 60), (7, 7)):
         bounds.copy_(torch.tensor([[first, stop]]))
-        ((output, lse),) = attention_parts(q, keys, "triton")
+        output, lse = whole(q, keys, "triton")
         expected, expected_lse = whole(q, Keys(k, v, ((first, stop),)), "torch")
         torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-6)

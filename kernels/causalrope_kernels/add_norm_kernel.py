@@ -15,7 +15,14 @@ from torch import Tensor
 
 from causalrope_kernels.arguments import Affine, ByFrame, Norm
 
-NUMBERS = 8192  # that a program holds, about
+NUMBERS = 16_384  # that a program holds at most, about
+PROGRAMS = 512  # that keep a GPU busy, about
+
+
+@triton.jit
+def _once(place, mask):
+    """What nobody reads again, so that it pushes nothing out of the caches that somebody will."""
+    return tl.load(place, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
 
 
 @triton.jit
@@ -44,10 +51,10 @@ def add_norm_kernel(
     written = (batch * frames * tokens + row)[:, None] * WIDTH + channel[None, :]
 
     x += batch.to(tl.int64) * x_batch
-    value = tl.load(x + row[:, None] * x_token + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+    value = _once(x + row[:, None] * x_token + channel[None, :], mask)
     if ADD:
         y += batch.to(tl.int64) * y_batch
-        added = tl.load(y + row[:, None] * y_token + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+        added = _once(y + row[:, None] * y_token + channel[None, :], mask)
         if GATE:
             added *= _vector(gate, gate_learned, batch * gate_batch + frame * gate_frame, channel, real)[None, :]
         value += added
@@ -84,7 +91,7 @@ def add_norm(x_BTD: Tensor, y_BTD: Tensor | None, gate: ByFrame | None, norm: No
     tokens = count // frames
     y = x_BTD if y_BTD is None else y_BTD
     block = triton.next_power_of_2(width)
-    rows = max(1, min(NUMBERS // block, 8, triton.next_power_of_2(tokens)))
+    rows = rows_of(batch * count, block)
     add_norm_kernel[triton.cdiv(tokens, rows), batch * frames](
         x_BTD, y, total, normed,
         _time(gate, x_BTD), gate.learned_D if gate else x_BTD, _time(scale, x_BTD), scale_learned,
@@ -95,6 +102,11 @@ def add_norm(x_BTD: Tensor, y_BTD: Tensor | None, gate: ByFrame | None, norm: No
         ROWS=rows, BLOCK=block, num_warps=warps(rows * block),
     )  # fmt: skip
     return total, normed
+
+
+def rows_of(count: int, block: int) -> int:
+    """How many rows of a block a program takes: many, to read what they share but once; but leave work for all."""
+    return max(1, min(NUMBERS // block, 8, triton.next_power_of_2(count // PROGRAMS + 1) // 2))
 
 
 def warps(numbers: int) -> int:

@@ -43,7 +43,7 @@ def attention(q_BTHD: Tensor, keys: Keys, backend: str = "auto") -> Tensor:
 def attention_parts(q_BTHD: Tensor, keys: Keys, backend: str = "auto") -> list[Partial]:
     """Attention over disjoint parts of the keys with its log-sum-exp, (B, T, H, d) and (B, T, H), to be merged.
 
-    A library makes a part of every stretch, the Triton kernel one of all. No keys at all give zeros and -inf.
+    A library makes a part of every stretch, the Triton kernel some shares of all. No keys at all give zeros and -inf.
 
     Raises:
         ValueError: as `attention`.
@@ -53,7 +53,7 @@ def attention_parts(q_BTHD: Tensor, keys: Keys, backend: str = "auto") -> list[P
     if chosen == "triton":
         from causalrope_kernels.attention_kernel import attend
 
-        return [attend(q_BTHD, keys)]
+        return attend(q_BTHD, keys)
     run = _torch if chosen == "torch" else LIBRARIES[chosen].run
     parts = [run(q_BTHD, k, v) for k, v in reference.stretches(keys)] if q_BTHD.numel() else []
     nothing = keys.k[:, :0]

@@ -64,12 +64,10 @@ def measure(shape: Shape) -> Measured:
     """Times every exact backend on this shape, with keys strided as a cache has them, and takes the fastest that is
     right: whose output is no further from the reference than a few roundings to the dtype.
     """
-    from causalrope_kernels.attention_kernel import attend
-
     q, k, v = _random(shape)
     rows = min(shape.queries, 128)
     expected = reference.attention_lse(q[:, :rows], k, v)
-    candidates = {"triton": partial(attend, q, Keys(k, v))}
+    candidates = {"triton": partial(_by_triton, q, k, v)}
     for name, library in LIBRARIES.items():
         if library.exact and library.obstacle(q) is None:
             candidates[name] = partial(library.run, q, k, v)
@@ -91,6 +89,14 @@ def measure(shape: Shape) -> Measured:
     for name, why in refused.items():
         _log.warning("attention: %s is left out: %s", name, why)
     return Measured(chosen, times, refused)
+
+
+def _by_triton(q: Tensor, k: Tensor, v: Tensor) -> Partial:
+    from causalrope_kernels.attention_kernel import attend
+    from causalrope_kernels.merge_kernel import merge
+
+    parts = attend(q, Keys(k, v))
+    return parts[0] if len(parts) == 1 else merge(parts)
 
 
 def _random(shape: Shape) -> tuple[Tensor, Tensor, Tensor]:

@@ -20,6 +20,8 @@ from causalrope_kernels.reference import Partial, turned
 from causalrope_kernels.tables import on_device
 
 LOG2_E = 1.4426950408889634
+PROCESSORS = 132  # of an H200, where there is no GPU to ask
+MOST_SHARES = 8
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
@@ -108,10 +110,13 @@ def attention_kernel(
     q, k, v, out, lse, bounds, turn,
     queries, heads, slot_tokens, scale,
     q_batch, q_token, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
-    STRETCHES: tl.constexpr, TURN_PAIRS: tl.constexpr,
+    STRETCHES: tl.constexpr, SHARES: tl.constexpr, TURN_PAIRS: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, SLICE: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, b·H + h): the i-th block of queries of head h. `scale` is log2(e)/√d, for scores in powers of two."""
+    """Program (i, b·H + h, n): the i-th block of queries of head h, on the n-th share of every stretch.
+
+    `scale` is log2(e)/√d, for scores in powers of two.
+    """
     batch, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
     token = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
     asked = token < queries
@@ -128,6 +133,11 @@ def attention_kernel(
     largest = tl.full([QUERIES], float("-inf"), tl.float32)
     for number in tl.static_range(STRETCHES):
         first, stop = tl.load(bounds + 2 * number), tl.load(bounds + 2 * number + 1)
+        unit = slot_tokens if TURN_PAIRS else KEYS
+        units = tl.cdiv(stop - first, unit)
+        share = tl.program_id(2)
+        stop = tl.minimum(stop, first + units * (share + 1) // SHARES * unit)
+        first += units * share // SHARES * unit
         if TURN_PAIRS:
             # time turns channels of the first half alone; the other half is the same for all slots
             pair = tl.arange(0, HALF // 2)
@@ -152,7 +162,7 @@ def attention_kernel(
 
     empty = weights == 0.0
     divisor = tl.where(empty, 1.0, weights)
-    row = (batch * queries + token) * heads + head
+    row = ((tl.program_id(2) * (tl.num_programs(1) // heads) + batch) * queries + token) * heads + head
     result = (total / divisor[:, None]).to(out.dtype.element_ty)
     tl.store(out + row[:, None] * WIDTH + channel[None, :], result, mask=mask)
     tl.store(lse + row, tl.where(empty, float("-inf"), (largest + tl.log2(divisor)) * LN_2), mask=asked)
@@ -164,7 +174,7 @@ def tile(queries: int, width: int, dtype: torch.dtype, turned: bool, architectur
     These are the largest that compile without a spill (benchmarks/compiled_kernels.md).
     """
     if dtype == torch.float32:
-        return Tile(32, 16, 4, 1, 32) if width <= 128 else Tile(32, 16, 8, 1, 16)
+        return Tile(32, 16, 4, 1, 16) if width <= 128 else Tile(32, 16, 8, 1, 16)
     if width > 128:
         return Tile(32, 32, 8, 2)
     if turned and width > 64 and architecture < 90:
@@ -180,13 +190,22 @@ def architecture(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def attend(q_BTHD: Tensor, keys: Keys) -> Partial:
-    """The attention over all stretches in one launch, (B, T, H, d), and its log-sum-exp in float32, (B, T, H)."""
+def shares(programs: int, keys: int, device: torch.device) -> int:
+    """In how many shares the keys are attended, so that few queries keep a whole GPU busy, and many do not leave most
+    of it idle at their end. A share costs a merge, so it must pay for it, and holds a thousand keys at least."""
+    at_once = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else PROCESSORS
+
+    def busy(count: int) -> float:
+        return programs * count / (-(-programs * count // at_once) * at_once)
+
+    most = max(1, min(MOST_SHARES, keys // 1024))
+    return max(range(1, most + 1), key=lambda count: busy(count) - 0.02 * count)
+
+
+def attend(q_BTHD: Tensor, keys: Keys) -> list[Partial]:
+    """The attention over all stretches in one launch: (B, T, H, d) with the log-sum-exp in float32, (B, T, H), for each
+    of some shares of the keys."""
     batch, queries, heads, width = q_BTHD.shape
-    out = torch.empty(batch, queries, heads, width, dtype=q_BTHD.dtype, device=q_BTHD.device)
-    lse = torch.empty(batch, queries, heads, dtype=torch.float32, device=q_BTHD.device)
-    if out.numel() == 0:
-        return out, lse
     k, turn, bounds = keys.k, keys.turn, keys.bounds_N2
     if bounds is None:
         stretches = keys.stretches if keys.stretches is not None else ((0, k.shape[1]),)
@@ -195,12 +214,18 @@ def attend(q_BTHD: Tensor, keys: Keys) -> Partial:
         k, turn = turned(k, turn), None
     size = tile(queries, width, q_BTHD.dtype, turn is not None, architecture(q_BTHD.device))
     block = max(16, triton.next_power_of_2(width))
-    attention_kernel[triton.cdiv(queries, size.queries), batch * heads](
+    programs = triton.cdiv(queries, size.queries) * batch * heads
+    count = shares(programs, k.shape[1], q_BTHD.device)
+    out = torch.empty(count, batch, queries, heads, width, dtype=q_BTHD.dtype, device=q_BTHD.device)
+    lse = torch.empty(count, batch, queries, heads, dtype=torch.float32, device=q_BTHD.device)
+    if out.numel() == 0:
+        return [(out[0], lse[0])]
+    attention_kernel[triton.cdiv(queries, size.queries), batch * heads, count](
         q_BTHD, k, keys.v, out, lse, bounds, None if turn is None else turn.table,
         queries, heads, 1 if turn is None else turn.tokens, width**-0.5 * LOG2_E,
         *q_BTHD.stride()[:3], *k.stride()[:3], *keys.v.stride()[:3],
-        STRETCHES=len(bounds), TURN_PAIRS=0 if turn is None else turn.table.shape[2],
+        STRETCHES=len(bounds), SHARES=count, TURN_PAIRS=0 if turn is None else turn.table.shape[2],
         WIDTH=width, BLOCK=block, SLICE=min(size.channels or block, block), QUERIES=size.queries, KEYS=size.keys,
         num_warps=size.warps, num_stages=size.stages,
     )  # fmt: skip
-    return out, lse
+    return list(zip(out, lse, strict=True))

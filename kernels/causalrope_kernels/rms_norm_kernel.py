@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from causalrope_kernels.add_norm_kernel import NUMBERS, warps
+from causalrope_kernels.add_norm_kernel import rows_of, warps
 
 
 @triton.jit
@@ -32,7 +32,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     count = rows_of_x.shape[0]
     if count and width:
         block = triton.next_power_of_2(width)
-        rows = max(1, min(NUMBERS // block, 8, triton.next_power_of_2(count)))
+        rows = rows_of(count, block)
         rms_norm_kernel[(triton.cdiv(count, rows),)](
             rows_of_x, weight, out, count, eps, rows_of_x.stride(0),
             WIDTH=width, ROWS=rows, BLOCK=block, num_warps=warps(rows * block),

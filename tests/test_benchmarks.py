@@ -1,0 +1,72 @@
+"""The benchmarks run: their gates pass where there is no GPU, and what needs one says so in a line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+
+
+def run(script: str, *options: str) -> subprocess.CompletedProcess[str]:
+    """On one thread, and without what this process set for its own kernels."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(BENCHMARKS / script), *options]
+    return subprocess.run(command, capture_output=True, text=True, env=environment | {"OMP_NUM_THREADS": "1"})
+
+
+def last_line(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_every_operation_passes_its_gate() -> None:
+    found = last_line(run("kernels.py", "--gate-only"))
+    assert found["passed"]
+    assert all(verdict["passed"] for verdict in found["gate"])
+    judged = {(verdict["operation"], verdict["ranks"]) for verdict in found["gate"]}
+    for ranks in (1, 3):
+        names = {name for name, count in judged if count == ranks}
+        assert {"gate, modulate", "rms norm", "q, k, v to q and ring", "linear, gelu", "cross-attention"} <= names
+        assert {"attention, full ring", "attention, 2 stretches", "attention, keys turned", "merge of 2"} <= names
+    assert {("q, k, v to send buffer", 3), ("pieces to q and ring", 3), ("merge of 3 as they arrive", 3)} <= judged
+
+
+@without_cuda
+@pytest.mark.parametrize("script", ["kernels.py", "pass.py"])
+def test_times_need_cuda(script: str) -> None:
+    done = run(script)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert len(done.stderr.splitlines()) == 1
+    assert "CUDA" in done.stderr
+
+
+def test_floors_need_no_gpu() -> None:
+    """A copy of 4·T·D bfloat16 numbers, and a product, by hand."""
+    options = "--model", "wan2.1-1.3b", "--ranks", "1", "--bandwidth", "4.3e12", "--matmul", "790e12"
+    found = last_line(run("kernels.py", "--floors", *options))
+    floors = {floor["operation"]: floor["floor_us"] for floor in found["floors"]}
+    assert floors["gate, modulate"] == pytest.approx(4 * 4680 * 1536 * 2 / 4.3e6)
+    assert floors["linear, gelu"] == pytest.approx(2 * 4680 * 1536 * 8960 / 790e6)
+    (one,) = found["passes"]
+    assert one["memory_ms"] == pytest.approx((2 + 30 * (4 + 4 + 4 + 2 + 6)) * 4680 * 1536 * 2 / 4.3e9)
+    assert run("kernels.py", "--floors").returncode == 2
+
+
+def test_a_pass_and_a_step_run() -> None:
+    found = last_line(run("pass.py", "--smoke"))
+    assert found["smoke"]
+    assert found["gate"]["passed"]
+    rows = {(row["window"], row["what"], row["way"]): row for row in found["rows"]}
+    for window in ("empty", "full"):
+        assert (window, "one denoise pass", "eager") in rows
+        assert {(window, "autoregressive step", way) for way in ("fused", "separate")} <= rows.keys()
+    assert all(row["ms"] > 0 and row["of_roofline"] is None for row in rows.values())
