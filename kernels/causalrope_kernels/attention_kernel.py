@@ -179,7 +179,7 @@ def tile(queries: int, width: int, dtype: torch.dtype, turned: bool, architectur
         return Tile(32, 32, 8, 2)
     if turned and width > 64 and architecture < 90:
         return Tile(64, 32, 8, 3)
-    if queries <= 64:
+    if queries <= 64 or (turned and width > 64 and architecture >= 100):
         return Tile(64, 64, 8, 2)
     return Tile(128, 64, 8, 3) if width > 64 or turned else Tile(128, 128, 8, 3)
 
