@@ -2,7 +2,9 @@
 
 Where the stretches begin and end is read on the device, so one captured graph serves a window that fills and one that
 is full. Keys that are cached unturned in time (`relative` policy) are not turned as they are read: a rotation may go to
-either side of a product, and all keys of a slot share theirs, so the queries are turned back, once a slot.
+either side of a product, and all keys of a slot share theirs, so the queries are turned back, once a slot. Those are
+rounded once more, alike for all keys of a slot: the log-sum-exp errs up to five times what turned keys cost it (1e-4 in
+bfloat16, nothing to a merge), the output hardly more than with turned keys.
 4·T·L·H·d FLOP. Shapes: B batch, T queries, L keys, H heads, d head width, N stretches.
 """
 

@@ -44,15 +44,18 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, backend: Backend = "auto") -
     return reference.rms_norm(x, weight, eps)
 
 
-def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """A linear layer and GELU in its tanh form: cuBLASLt does both at once, and the wide result crosses memory once.
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, backend: str = "auto") -> Tensor:
+    """A linear layer and GELU in its tanh form. "auto" has cuBLASLt do both at once on CUDA, where the wide result then
+    crosses memory once; "torch" does one after the other.
 
     Raises:
-        ValueError: a weight or bias of another width.
+        ValueError: a weight or bias of another width, an unknown backend.
     """
     check.linear_gelu(x, weight, bias)
+    if backend not in ("auto", "torch"):
+        raise ValueError(f"backend: expected auto or torch, not {backend!r}")
     wants_gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    if x.is_cuda and x.dtype == weight.dtype and not wants_gradient:
+    if backend == "auto" and x.is_cuda and x.dtype == weight.dtype and not wants_gradient:
         rows = torch.ops.aten._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True)
         return rows.unflatten(0, x.shape[:-1])
     return reference.linear_gelu(x, weight, bias)

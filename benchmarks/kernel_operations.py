@@ -1,0 +1,356 @@
+"""The operations that benchmarks/kernels.py judges and times, each as a rank of a stream of Wan 2.1 has it.
+
+Shapes: T tokens of the chunk on a rank, Q queries, L keys, H heads, h heads on a rank, d head width, D = H·d, P ranks,
+N parts, M width of the feed-forward, e bytes of a number.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from causalrope_kernels import (
+    Affine,
+    ByFrame,
+    Keys,
+    Modulation,
+    Norm,
+    Partial,
+    Pieces,
+    Projection,
+    Room,
+    Source,
+    add_norm,
+    attention,
+    attention_parts,
+    linear_gelu,
+    merge,
+    reference,
+    rms_norm,
+)
+from causalrope_sp.config import PRESETS, DiTConfig
+from causalrope_sp.grid import Chunk, LatentGrid, Shard
+from causalrope_sp.parallel.layout import parse_strategy
+from causalrope_sp.parallel.strategy import lse_elements
+from causalrope_sp.rope import RotaryTables
+from causalrope_sp.window import SlidingWindow
+
+GRID, FRAMES, WINDOW = LatentGrid(30, 52), 3, SlidingWindow(21)
+FIRST = 30  # the chunk's first frame: the ring has gone round, and the chunk's slots lie inside it
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One rank's part of one chunk, of a stream whose window is full."""
+
+    model: str
+    config: DiTConfig
+    shard: Shard
+    frames: int
+    window: SlidingWindow
+    first: int
+
+    @property
+    def ranks(self) -> int:
+        return self.shard.ranks
+
+    @property
+    def tokens(self) -> int:
+        """T"""
+        return self.frames * self.shard.tokens
+
+    @property
+    def chunk(self) -> Chunk:
+        return Chunk(self.first // self.frames, self.first, self.frames)
+
+    @property
+    def split(self) -> list[int]:
+        """Heads, rank by rank, where ranks trade tokens for heads."""
+        return parse_strategy("ulysses", self.ranks).heads(self.config.num_heads)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Random numbers, the same ones every time: rounded to `dtype`, held in `held`, which loses nothing."""
+
+    device: torch.device
+    dtype: torch.dtype
+    held: torch.dtype
+    generator: torch.Generator
+
+    @classmethod
+    def of(cls, device: torch.device, dtype: torch.dtype, held: torch.dtype | None = None) -> Draw:
+        return cls(device, dtype, held or dtype, torch.Generator(device).manual_seed(0))
+
+    @property
+    def wide(self) -> torch.dtype:
+        """That of angles and of log-sum-exps."""
+        return torch.float64 if self.held == torch.float64 else torch.float32
+
+    def __call__(self, *shape: int, scale: float = 1.0) -> Tensor:
+        return (scale * self._normal(shape)).to(self.dtype).to(self.held)
+
+    def precise(self, *shape: int) -> Tensor:
+        return self._normal(shape).to(self.wide)
+
+    def unwritten(self, *shape: int) -> Tensor:
+        return torch.full(shape, math.nan, dtype=self.held, device=self.device)
+
+    def _normal(self, shape: tuple[int, ...]) -> Tensor:
+        return torch.randn(shape, generator=self.generator, device=self.device)
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One call at one shape, and what it must move or compute.
+
+    Args:
+        formula: of the bytes that must cross memory or, if `matrix`, of the FLOP; `amount` is its value.
+        build: draws what one call takes.
+        run: the call, by backend; "torch" is the reference.
+        backend: the one that is timed.
+        judged: what the gate compares, where that is more than `run` returns.
+        per_pass: how often one pass makes the call, on a single rank.
+        attends: whether it is attention, which several libraries offer.
+        note: what to say of its shape.
+    """
+
+    name: str
+    formula: str
+    amount: int
+    build: Callable[[Draw], Any]
+    run: Callable[[Any, str], Any]
+    matrix: bool = False
+    backend: str = "triton"
+    judged: Callable[[Any, str], Any] | None = None
+    per_pass: int = 0
+    attends: bool = False
+    note: str = ""
+
+
+def operations(s: Setting, itemsize: int = 2) -> Iterator[Operation]:
+    """All that a pass of this setting does, or would with another strategy."""
+    yield from _norms(s, itemsize)
+    yield from _placements(s, itemsize)
+    yield from _merges(s, itemsize)
+    yield _linear_gelu(s)
+    yield from _attentions(s)
+
+
+def _norms(s: Setting, itemsize: int) -> Iterator[Operation]:
+    layers, numbers = s.config.num_layers, s.tokens * s.config.dim * itemsize
+    # the first block has nothing to add yet; the head adds what the last block left open
+    yield Operation("modulate", "2·T·D·e", 2 * numbers, partial(_norm_inputs, s), _add_norm, per_pass=1)
+    forms = {
+        "gate, modulate": {"added": True, "gated": True},
+        "add, modulate": {"added": True},
+        "gate, affine": {"added": True, "gated": True, "affine": True},
+    }
+    for name, form in forms.items():
+        build = partial(_norm_inputs, s, **form)
+        yield Operation(name, "4·T·D·e", 4 * numbers, build, _add_norm, per_pass=layers)
+
+    def rows_and_weight(draw: Draw) -> tuple[Tensor, Tensor]:
+        return draw(1, s.tokens, s.config.dim), draw(s.config.dim)
+
+    def run(inputs: tuple[Tensor, Tensor], backend: str) -> Tensor:
+        return rms_norm(*inputs, s.config.eps, backend=backend)
+
+    yield Operation("rms norm", "2·T·D·e", 2 * numbers, rows_and_weight, run, per_pass=layers)
+
+
+NormInputs = tuple[Tensor, Tensor | None, ByFrame | None, Norm]
+
+
+def _norm_inputs(
+    s: Setting, draw: Draw, *, added: bool = False, gated: bool = False, affine: bool = False
+) -> NormInputs:
+    dim, eps = s.config.dim, s.config.eps
+    gate, shift, scale, *_ = ByFrame.unbind(draw(s.frames, 6, dim), draw(6, dim))
+    norm = Affine(draw(dim), draw(dim), eps) if affine else Modulation(shift, scale, eps)
+    x_BTD = draw(1, s.tokens, dim)
+    return x_BTD, draw(1, s.tokens, dim) if added else None, gate if gated else None, norm
+
+
+def _add_norm(inputs: NormInputs, backend: str) -> tuple[Tensor, Tensor]:
+    return add_norm(*inputs, backend=backend)
+
+
+@dataclass(frozen=True)
+class Write:
+    """q, k, v and the rooms that they go to."""
+
+    source: Source
+    q: list[Room]
+    k: list[Room]
+    v: list[Room]
+
+
+def _write(inputs: Write, backend: str) -> tuple[Tensor, ...]:
+    q, k, v = inputs.q, inputs.k, inputs.v
+    inputs.source.write(q=q, k=k, v=v, backend=backend)
+    return tuple(room.x for room in (*q, *k, *v))
+
+
+def _placements(s: Setting, itemsize: int) -> Iterator[Operation]:
+    heads, width, mine = s.config.num_heads, s.config.head_dim, s.split[0]
+    moved = 6 * s.tokens * s.config.dim * itemsize
+
+    def to_ring(draw: Draw) -> Write:
+        return Write(_projection(s, draw), *_q_and_ring(s, draw, s.shard.tokens, heads))
+
+    def to_others(draw: Draw) -> Write:
+        return Write(_projection(s, draw), *_send_buffer(s, draw))
+
+    def arrived(draw: Draw) -> Write:
+        sizes = [3 * s.frames * shard.tokens * mine * width for shard in s.shard.all]
+        flat = draw(sum(sizes)).split(sizes)
+        pieces = Pieces([piece.view(3, 1, s.frames, -1, mine, width) for piece in flat])
+        return Write(pieces, *_q_and_ring(s, draw, s.shard.grid.tokens, mine))
+
+    yield Operation("q, k, v to q and ring", "6·T·D·e", moved, to_ring, _write, per_pass=s.config.num_layers)
+    if s.ranks > 1:
+        yield Operation("q, k, v to send buffer", "6·T·D·e", moved, to_others, _write)
+        moved = 6 * s.frames * s.shard.grid.tokens * mine * width * itemsize
+        yield Operation("pieces to q and ring", "6·Q·h·d·e", moved, arrived, _write, note=f"{mine} of {heads} heads")
+
+
+def _projection(s: Setting, draw: Draw) -> Projection:
+    c = s.config
+    turns = _tables(s, draw).rotation(list(range(s.first, s.first + s.frames)))
+    turns = replace(turns, **{name: getattr(turns, name).to(draw.wide) for name in ("time", "row", "column")})
+    qkv_BFSN = draw(1, s.frames, s.shard.tokens, 3 * c.dim)
+    return Projection(qkv_BFSN, draw(c.dim), draw(c.dim), turns, c.num_heads, c.eps)
+
+
+def _tables(s: Setting, draw: Draw) -> RotaryTables:
+    return RotaryTables(s.config.head_dim, s.config.theta, s.shard, draw.device, torch.float32)
+
+
+def _q_and_ring(s: Setting, draw: Draw, tokens: int, heads: int) -> tuple[list[Room], list[Room], list[Room]]:
+    """A tensor for q, and the chunk's slots in the rings of k and v."""
+    slots_F = torch.tensor(s.window.slots(s.chunk), device=draw.device)
+    place = tokens, heads, s.config.head_dim
+    k, v = (Room(draw.unwritten(1, s.window.frames, *place), slots_F) for _ in range(2))
+    return [Room(draw.unwritten(1, s.frames, *place))], [k], [v]
+
+
+def _send_buffer(s: Setting, draw: Draw) -> list[list[Room]]:
+    """As `Exchange.buffer` has it for an all-to-all: a piece a rank, side by side, each q, k, v of its heads."""
+    sizes = [3 * s.frames * s.shard.tokens * heads * s.config.head_dim for heads in s.split]
+    flat = draw.unwritten(sum(sizes)).split(sizes)
+    pieces = [
+        part.view(3, 1, s.frames, s.shard.tokens, h, s.config.head_dim) for part, h in zip(flat, s.split, strict=True)
+    ]
+    return [[Room(piece[kind]) for piece in pieces] for kind in range(3)]
+
+
+def _merges(s: Setting, itemsize: int) -> Iterator[Operation]:
+    part = s.tokens * s.config.num_heads * (s.config.head_dim * itemsize + 4)  # the log-sum-exp is float32
+
+    def merged(parts: list[Partial], backend: str) -> Partial:
+        return merge(parts, backend=backend)
+
+    formula = "(N+1)·T·H·(d·e + 4)"
+    yield Operation("merge of 2", formula, 3 * part, partial(_parts, s), merged)
+    if s.ranks > 1:
+        build, amount = partial(_parts_from_ranks, s), (s.ranks + 1) * part
+        yield Operation(f"merge of {s.ranks} as they arrive", formula, amount, build, merged)
+
+
+def _parts(s: Setting, draw: Draw, count: int = 2) -> list[Partial]:
+    outputs_NBTHD = draw(count, 1, s.tokens, s.config.num_heads, s.config.head_dim)
+    lse_NBTH = draw.precise(*outputs_NBTHD.shape[:-1])
+    lse_NBTH[0, :, 0] = -math.inf  # a part without keys
+    return list(zip(outputs_NBTHD, lse_NBTH, strict=True))
+
+
+def _parts_from_ranks(s: Setting, draw: Draw) -> list[Partial]:
+    """As shard-kv gets them: each log-sum-exp in the bytes behind its output."""
+    width, found = s.config.head_dim, []
+    for output, lse in _parts(s, draw, s.ranks):
+        wide = lse_elements(output.element_size())
+        piece = draw.unwritten(*output.shape[:-1], width + wide)
+        piece[..., :width] = output
+        piece[..., width:] = lse.unsqueeze(-1).view(output.dtype)
+        found.append((piece[..., :width], piece[..., width:].view(lse.dtype).squeeze(-1)))
+    return found
+
+
+def _linear_gelu(s: Setting) -> Operation:
+    dim, wide = s.config.dim, s.config.ffn_dim
+
+    def build(draw: Draw) -> tuple[Tensor, Tensor, Tensor]:
+        return draw(1, s.tokens, dim), draw(wide, dim, scale=dim**-0.5), draw(wide)
+
+    def run(inputs: tuple[Tensor, Tensor, Tensor], backend: str) -> Tensor:
+        return reference.linear_gelu(*inputs) if backend == "torch" else linear_gelu(*inputs)
+
+    amount = 2 * s.tokens * dim * wide
+    return Operation("linear, gelu", "2·T·D·M", amount, build, run, matrix=True, per_pass=s.config.num_layers)
+
+
+Attention = tuple[Tensor, Keys]
+
+
+def _attentions(s: Setting) -> Iterator[Operation]:
+    c, layers = s.config, s.config.num_layers
+    queries, heads, note = _attended(s)
+    tokens, slots = s.shard.grid.tokens, s.window.frames
+    old, _ = s.window.stretches(s.chunk, s.chunk.start)
+    make = partial(
+        Operation, run=_attend, judged=_attend_with_lse, matrix=True, backend="auto", attends=True, note=note
+    )
+
+    def stretches(given: Sequence[tuple[int, int]], turned: bool, draw: Draw) -> Attention:
+        rows = tuple((first * tokens, stop * tokens) for first, stop in given)
+        q = draw(1, queries, heads, c.head_dim)
+        k, v = draw(2, 1, slots * tokens, heads, c.head_dim)
+        turn = _tables(s, draw).turn(s.window.places(s.chunk), tokens) if turned else None
+        if turn is not None:
+            turn = replace(turn, table=turn.table.to(draw.wide))
+        return q, Keys(k, v, rows, torch.tensor(rows, dtype=torch.int32, device=draw.device), turn)
+
+    def text(draw: Draw) -> Attention:
+        k, v = draw(1, c.text_len, c.dim), draw(1, c.text_len, 2 * c.dim)[..., c.dim :]
+        heads_of = partial(Tensor.unflatten, dim=-1, sizes=(c.num_heads, c.head_dim))
+        return draw(1, s.tokens, c.num_heads, c.head_dim), Keys(heads_of(k), heads_of(v))
+
+    flop, whole = 4 * queries * tokens * heads * c.head_dim, [(0, slots)]
+    read = sum(stop - first for first, stop in old)
+    build = partial(stretches, whole, False)
+    yield make("attention, full ring", "4·Q·L·h·d", slots * flop, build, per_pass=layers)
+    yield make(f"attention, {len(old)} stretches", "4·Q·L·h·d", read * flop, partial(stretches, old, False))
+    yield make("attention, keys turned", "4·Q·L·h·d", slots * flop, partial(stretches, whole, True))
+    flop = 4 * s.tokens * c.text_len * c.dim
+    yield make("cross-attention", "4·T·L·D", flop, text, per_pass=layers, note=f"{c.text_len} keys of text")
+
+
+def _attended(s: Setting) -> tuple[int, int, str]:
+    """Queries and heads of one rank's self-attention, and by which strategy; all keys in either case."""
+    whole, heads = s.frames * s.shard.grid.tokens, s.config.num_heads
+    if s.ranks == 1:
+        return whole, heads, ""
+    if heads % s.ranks == 0:
+        return whole, heads // s.ranks, f"ulysses: {heads // s.ranks} of {heads} heads"
+    return s.tokens, heads, f"gather-kv: {s.tokens} of {whole} queries"
+
+
+def _attend(inputs: Attention, backend: str) -> Tensor:
+    return attention(*inputs, backend=backend)
+
+
+def _attend_with_lse(inputs: Attention, backend: str) -> Partial:
+    return merge(attention_parts(*inputs, backend=backend), backend="torch" if backend == "torch" else "auto")
+
+
+def settings(models: Sequence[str], ranks: Sequence[int]) -> list[Setting]:
+    return [
+        Setting(name, PRESETS[name], Shard(GRID, 0, count), FRAMES, WINDOW, FIRST) for name in models for count in ranks
+    ]

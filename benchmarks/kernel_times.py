@@ -1,0 +1,208 @@
+"""The device's time for an operation, beside its floor and what others take.
+
+Times are the device's alone: it sleeps until the host has launched a whole round of calls, each on buffers of its own,
+so that no call finds its numbers in the cache.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+from kernel_operations import Attention, Draw, Operation, Setting, operations
+from torch import Tensor
+
+from causalrope_kernels.attention_choice import Shape, choose, measure
+from causalrope_kernels.attention_libraries import LIBRARIES
+from causalrope_sp.parallel.cost import Workload
+
+TARGETS = {"of_floor": 1.25, "of_eager": 4.0, "of_best": 0.95, "share": 0.06}
+ROUNDS, L2, CLOCK = 5, 60e6, 2e9  # timed rounds, bytes of cache, cycles a second at most
+SIDE = 8192  # of the matrices that the matrix rate is measured with
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Bytes a second of a copy, FLOP a second of a large bf16 product; microseconds of a kernel that moves nothing."""
+
+    bandwidth: float
+    matmul: float
+    launch_us: float | None = None
+
+    def floor_us(self, operation: Operation) -> float:
+        return 1e6 * operation.amount / (self.matmul if operation.matrix else self.bandwidth)
+
+
+def microseconds(run: Callable[[Any], Any], copies: Sequence[Any]) -> float:
+    """The device's time for one call, the median of a few rounds of a call on each of the copies.
+
+    What a round returns is kept to its end, so that no call writes over what another left in the cache.
+    """
+
+    def once() -> list[Any]:
+        return [run(inputs) for inputs in copies]
+
+    once()  # compiles, and tells the device what need be told once
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    once()
+    launching = time.perf_counter() - started
+    times = []
+    for _ in range(ROUNDS):
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        torch.cuda._sleep(int(2 * launching * CLOCK))
+        began.record()
+        kept = once()
+        ended.record()
+        torch.cuda.synchronize()
+        del kept
+        times.append(began.elapsed_time(ended))
+    return 1e3 * median(times) / len(copies)
+
+
+def measure_rates(device: torch.device) -> Rates:
+    draw = Draw.of(device, torch.bfloat16)
+    large = torch.empty(2, 1 << 29, dtype=torch.bfloat16, device=device)  # 1 GiB each
+    matrices = draw(2, SIDE, SIDE)
+    copied = microseconds(lambda pair: pair[1].copy_(pair[0]), [large])
+    multiplied = microseconds(lambda pair: pair[0] @ pair[1], 4 * [matrices])
+    nothing = microseconds(Tensor.zero_, [large[0, :1]] * 64)
+    return Rates(1e6 * large.nbytes / copied, 1e6 * 2 * SIDE**3 / multiplied, nothing)
+
+
+@dataclass(frozen=True)
+class Backends:
+    """Microseconds of attention by every backend that could go, of the others why not, and what "auto" takes."""
+
+    chosen: str
+    us: dict[str, float]
+    refused: dict[str, str]
+
+    @property
+    def of_best(self) -> float:
+        """The fastest exact one's time over that of the chosen one."""
+        exact = [us for name, us in self.us.items() if name not in LIBRARIES or LIBRARIES[name].exact]
+        return min(exact) / self.us[self.chosen] if self.chosen in self.us else 0.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One operation at one shape, measured. `compiled_us` is None where torch.compile failed, or was not asked for."""
+
+    model: str
+    ranks: int
+    operation: str
+    note: str
+    formula: str
+    floor_us: float
+    eager_us: float
+    compiled_us: float | None
+    compile_failed: str | None
+    ours_us: float
+    matrix: bool
+    per_pass: int
+    backends: Backends | None = None
+
+    @property
+    def missed(self) -> list[str] | None:
+        """Which targets are; None if there are none."""
+        if self.backends is not None:
+            return ["best"] if self.backends.of_best < TARGETS["of_best"] else []
+        if self.matrix:
+            return None
+        slow = {
+            "floor": self.ours_us > TARGETS["of_floor"] * self.floor_us,
+            "eager": self.eager_us < TARGETS["of_eager"] * self.ours_us,
+        }
+        return [name for name, is_missed in slow.items() if is_missed]
+
+
+def timed(operation: Operation, s: Setting, rates: Rates, device: torch.device, compiles: bool) -> Row:
+    inputs = [operation.build(Draw.of(device, torch.bfloat16)) for _ in range(_copies(operation))]
+    ours = microseconds(lambda given: operation.run(given, operation.backend), inputs)
+    eager = microseconds(lambda given: operation.run(given, "torch"), inputs)
+    compiled, failed = _compiled(operation, inputs) if compiles else (None, None)
+    return Row(
+        model=s.model,
+        ranks=s.ranks,
+        operation=operation.name,
+        note=operation.note,
+        formula=operation.formula,
+        floor_us=rates.floor_us(operation),
+        eager_us=eager,
+        compiled_us=compiled,
+        compile_failed=failed,
+        ours_us=ours,
+        matrix=operation.matrix,
+        per_pass=operation.per_pass,
+        backends=_backends(operation, inputs) if operation.attends else None,
+    )
+
+
+def _copies(operation: Operation) -> int:
+    """So many that twice the cache's bytes lie between two calls on the same one."""
+    return 4 if operation.matrix else max(2, min(64, math.ceil(2 * L2 / operation.amount)))
+
+
+def _compiled(operation: Operation, inputs: Sequence[Any]) -> tuple[float | None, str | None]:
+    """The reference through torch.compile for this one shape: its microseconds, or why it failed.
+
+    A rotation's angles have been looked up by then, in its favour as in eager's.
+    """
+    torch.compiler.reset()
+    run = torch.compile(lambda given: operation.run(given, "torch"), dynamic=False)
+    try:
+        return microseconds(run, inputs), None
+    except Exception as error:
+        return None, _in_a_line(error)
+
+
+def _backends(operation: Operation, inputs: Sequence[Attention]) -> Backends:
+    q, keys = inputs[0]
+    measured = measure(Shape(q.device, q.dtype, *q.shape[:2], keys.k.shape[1], *q.shape[2:]))
+    refused, us = dict(measured.refused), {}
+    for name in ("triton", *LIBRARIES):
+        obstacle = LIBRARIES[name].obstacle(q) if name in LIBRARIES else None
+        if obstacle is not None:
+            refused[name] = obstacle
+        elif name not in refused:
+            try:
+                us[name] = microseconds(partial(operation.run, backend=name), inputs)
+            except (RuntimeError, ImportError, TypeError, ValueError) as error:
+                refused[name] = _in_a_line(error)
+    return Backends(choose(q, keys), us, refused)
+
+
+def _in_a_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Milliseconds of one pass on one rank: what lies between the matrix products, attention, the products."""
+
+    model: str
+    memory_ms: float
+    attention_ms: float
+    products_ms: float
+
+    @property
+    def share(self) -> float:
+        return self.memory_ms / (self.memory_ms + self.attention_ms + self.products_ms)
+
+    @classmethod
+    def of(cls, s: Setting, rates: Rates, us: dict[str, float]) -> Pass:
+        """From the microseconds of every operation by name; the products at the matrix rate."""
+        work = Workload(s.config, s.shard.grid, s.window.frames, s.frames, steps=1)
+        sums = {"memory": 0.0, "attention": 0.0}
+        for operation in operations(s):
+            if operation.attends or not operation.matrix:
+                sums["attention" if operation.attends else "memory"] += operation.per_pass * us[operation.name] / 1e3
+        return cls(s.model, sums["memory"], sums["attention"], 1e3 * work.linear_flops * s.tokens / rates.matmul)
