@@ -46,7 +46,7 @@ from causalrope_kernels import (
 from causalrope_kernels.add_norm_kernel import add_norm
 from causalrope_kernels.attention_kernel import attend
 from causalrope_kernels.merge_kernel import merge
-from causalrope_kernels.place_kernel import place_pieces, place_projection, place_tokens
+from causalrope_kernels.place_kernel import place_pieces, place_projection, split_tokens
 from causalrope_kernels.rms_norm_kernel import rms_norm
 from causalrope_sp.config import PRESETS
 
@@ -140,7 +140,7 @@ def _placements(size: str, heads: int, width: int) -> Iterator[tuple[str, Callab
     split = empty(2, 3, 1, FRAMES, TOKENS // 2, heads // 2, width)
     half = Pieces(list(split))
     tokens = empty(1, FRAMES, TOKENS, heads // 2, width)
-    yield f"{size}, 2 ranks", partial(place_tokens, tokens, list(tokens.view(2, 1, FRAMES, -1, heads // 2, width)))
+    yield f"{size}, 2 ranks", partial(split_tokens, tokens, list(tokens.view(2, 1, FRAMES, -1, heads // 2, width)))
     q = [Room(empty(1, FRAMES, TOKENS, heads // 2, width))]
     ring = [Room(empty(1, WINDOW, TOKENS, heads // 2, width), times)]
     yield f"{size}, 2 ranks, q and ring", partial(place_pieces, half.pieces, q, ring, ring)

@@ -31,6 +31,7 @@ from causalrope_kernels import (
     attention_parts,
     linear_gelu,
     merge,
+    place,
     reference,
     rms_norm,
 )
@@ -194,7 +195,7 @@ class Write:
 
 def _write(inputs: Write, backend: str) -> tuple[Tensor, ...]:
     q, k, v = inputs.q, inputs.k, inputs.v
-    inputs.source.write(q=q, k=k, v=v, backend=backend)
+    place(inputs.source, q=q, k=k, v=v, backend=backend)
     return tuple(room.x for room in (*q, *k, *v))
 
 

@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -48,6 +48,11 @@ def cli() -> None:
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
 @click.option("--window", type=int, help="Latent frames that attention looks back over, the current chunk included.")
 @click.option("--sink", type=int, help="Latent frames of the very start that never leave the window.")
+@click.option(
+    "--rope",
+    type=click.Choice(["absolute", "relative"]),
+    help="Where a frame stands in time: at its number since the stream began, or at its place in the window.",
+)
 @click.option("--steps", help="How many evenly spaced denoising steps (4), or which (1000,750,500,250).")
 @click.option(
     "--strategy", default="auto", show_default=True, help="auto, ulysses, gather-kv, shard-kv, ulysses2xgather-kv4, ..."
@@ -64,6 +69,7 @@ def generate(
     seed: int,
     window: int | None,
     sink: int | None,
+    rope: Literal["absolute", "relative"] | None,
     steps: str | None,
     strategy: str,
     out: str,
@@ -94,7 +100,9 @@ def generate(
             overlap=overlap,
             head_groups=head_groups,
         )
-        pipe = CausalVideoPipeline.from_pretrained(model, parallel=parallel, window=window, sink=sink, steps=timesteps)
+        pipe = CausalVideoPipeline.from_pretrained(
+            model, parallel=parallel, window=window, sink=sink, rope=rope, steps=timesteps
+        )
         yield pipe
         yield from pipe.stream(prompt, frames=frames, seed=seed)
         parallel.close()

@@ -11,7 +11,7 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -129,6 +129,7 @@ class CausalVideoPipeline:
         dtype: torch.dtype | None = None,
         window: int | None = None,
         sink: int | None = None,
+        rope: Literal["absolute", "relative"] | None = None,
         steps: int | Sequence[float] | None = None,
     ) -> CausalVideoPipeline:
         """Loads a model.
@@ -139,6 +140,7 @@ class CausalVideoPipeline:
             device: where to run on one process; if None, the GPU if there is one.
             dtype: of the DiT; if None, bfloat16 on CUDA and float32 on the CPU.
             window, sink: latent frames, in place of the recipe's.
+            rope: where frames stand in time (see `StreamConfig`), in place of the recipe's.
             steps: timesteps from noise to data in (0, 1000], or how many of them, evenly spaced.
 
         Raises:
@@ -146,13 +148,9 @@ class CausalVideoPipeline:
             ConfigError: settings that cannot work together, or ranks that cannot share this model.
         """
         recipe = Recipe.load(find_recipe(model))
-        stream = recipe.stream
-        if window is not None or sink is not None:
-            stream = replace(
-                stream,
-                window=stream.window if window is None else window,
-                sink=stream.sink if sink is None else sink,
-            )
+        given = {"window": window, "sink": sink, "rope": rope}
+        changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        stream = replace(recipe.stream, **changes)
         sampler = recipe.sampler if steps is None else replace(recipe.sampler, steps=_timesteps(steps))
         recipe = replace(recipe, stream=stream, sampler=sampler)
         if parallel is not None and device is not None:

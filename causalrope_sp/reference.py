@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from causalrope_kernels import Projection
+from causalrope_kernels import Projection, project
 from causalrope_sp.grid import Chunk, LatentGrid, Shard
 from causalrope_sp.model import CausalDiT, ForwardPass
 from causalrope_sp.rope import RotaryTables
@@ -61,7 +61,7 @@ def block_causal_velocity(
     mask = block_causal_mask(chunks, grid.tokens, window, sink).to(model.device)
 
     def attend(_: int, projection: Projection) -> Tensor:
-        q, k, v = (x.transpose(1, 2) for x in projection.tensors())
+        q, k, v = (x.transpose(1, 2) for x in project(projection))
         return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
 
     compute = torch.float64 if model.dtype == torch.float64 else torch.float32

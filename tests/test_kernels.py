@@ -29,6 +29,8 @@ from causalrope_kernels import (
     backend,
     linear_gelu,
     merge,
+    place,
+    project,
     reference,
     rms_norm,
     split_tokens,
@@ -148,7 +150,7 @@ def test_the_projection_norms_over_all_heads_then_rotates() -> None:
     qkv, q_weight, k_weight = random(B, F, S, 3 * WIDTH), random(WIDTH, seed=1), random(WIDTH, seed=2)
     rotation = a_rotation()
     projection = Projection(qkv, q_weight, k_weight, rotation, H, EPS)
-    q, k, v = projection.tensors()
+    q, k, v = project(projection)
     flat = qkv.flatten(1, 2)
     for result, part, weight, times in (
         (q, flat[..., :WIDTH], q_weight, rotation.query_times_F),
@@ -162,7 +164,7 @@ def test_the_projection_norms_over_all_heads_then_rotates() -> None:
 def test_a_source_writes_frames_and_heads_where_they_are_wanted() -> None:
     """From a projection and from pieces, into views by heads and into the slots of a ring."""
     projection = Projection(random(B, F, S, 3 * WIDTH), *random(2, WIDTH, seed=1), a_rotation(), H, EPS)
-    whole = torch.stack(projection.tensors()).unflatten(2, (F, S))
+    whole = torch.stack(project(projection)).unflatten(2, (F, S))
     pieces = Pieces([whole[:, :, :, :1], whole[:, :, :, 1:]])
     assert pieces.shape == projection.shape == (B, F, S, H, D)
     slots = torch.tensor([4, 1])
@@ -170,14 +172,14 @@ def test_a_source_writes_frames_and_heads_where_they_are_wanted() -> None:
         room = torch.full((2, H, F - 1, B, S, D), math.nan, dtype=torch.float64).permute(0, 3, 2, 4, 1, 5)
         ring = torch.full((B, 5, S, H, D), math.nan, dtype=torch.float64)
         q, k = ([Room(x[..., :1, :]), Room(x[..., 1:, :])] for x in room)
-        source.part(slice(1, 3)).write(q=q, k=k, v=[Room(ring, slots)])
+        place(source.part(slice(1, 3)), q=q, k=k, v=[Room(ring, slots)])
         assert torch.equal(room[0], whole[0, :, 1:])
         assert torch.equal(room[1], whole[1, :, 1:])
         assert torch.equal(ring[:, slots], whole[2, :, 1:])
         assert ring[:, [0, 2, 3]].isnan().all()
     kv = Pieces([whole[1:, :, :, :3], whole[1:, :, :, 3:]])
     ring = torch.full((2, B, 5, S, H, D), math.nan, dtype=torch.float64)
-    kv.write(k=[Room(ring[0, :, :F])], v=[Room(ring[1, :, 2:])])
+    place(kv, k=[Room(ring[0, :, :F])], v=[Room(ring[1, :, 2:])])
     assert torch.equal(ring[0, :, :F], whole[1])
     assert torch.equal(ring[1, :, 2:], whole[2])
 
@@ -363,6 +365,13 @@ def rooms(*shape: int, dtype: torch.dtype = torch.float64, slots: Tensor | None 
     return [Room(torch.zeros(*shape, dtype=dtype), slots)]
 
 
+def with_environment(values: dict[str, str], call: Callable[[], object]) -> object:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in values.items():
+            patch.setenv(name, value)
+        return call()
+
+
 WRONG: dict[str, tuple[Callable[[], object], str]] = {
     "x without a batch": (
         lambda: add_norm(X[0], None, None, PLAIN),
@@ -396,43 +405,43 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
         lambda: linear_gelu(X, torch.zeros(7, 25), torch.zeros(7)),
         r"weight: expected shape \(N, K\)",
     ),
-    "heads that do not divide": (lambda: projecting(heads=5).write(), "qkv: expected 3 × 5 heads"),
+    "heads that do not divide": (lambda: place(projecting(heads=5)), "qkv: expected 3 × 5 heads"),
     "too many angles": (
-        lambda: projecting(time=torch.zeros(60, 2, 9)).write(),
+        lambda: place(projecting(time=torch.zeros(60, 2, 9))),
         r"rotation: expected 4 angles of a token, not 9 \+ 1 \+ 1",
     ),
     "times for fewer frames": (
-        lambda: projecting(key_times_F=torch.zeros(2, dtype=torch.int64)).write(),
+        lambda: place(projecting(key_times_F=torch.zeros(2, dtype=torch.int64))),
         "rotation.key_times_F: expected 3 integers on cpu, not torch.int64 of shape",
     ),
     "times that are no integers": (
-        lambda: projecting(query_times_F=torch.zeros(3)).write(),
+        lambda: place(projecting(query_times_F=torch.zeros(3))),
         "query_times_F: expected 3 integers",
     ),
     "tokens outside the grid": (
-        lambda: projecting(start=6).write(),
+        lambda: place(projecting(start=6)),
         "rotation: expected tokens within 3×3 places, not",
     ),
-    "tokens of another shard": (lambda: projecting(tokens=5).write(), "rotation.tokens: expected 4, as qkv has, not 5"),
+    "tokens of another shard": (lambda: place(projecting(tokens=5)), "rotation.tokens: expected 4, as qkv has, not 5"),
     "rooms for too few heads": (
-        lambda: projecting().write(q=rooms(B, F, S, 2, D)),
+        lambda: place(projecting(), q=rooms(B, F, S, 2, D)),
         r"q: expected rooms for 3 heads in all, not \[2\]",
     ),
     "a room of another dtype": (
-        lambda: projecting().write(k=rooms(B, F, S, H, D, dtype=torch.float32)),
+        lambda: place(projecting(), k=rooms(B, F, S, H, D, dtype=torch.float32)),
         r"k\[0\]: expected torch.float64, not torch.float32",
     ),
     "a room for fewer tokens": (
-        lambda: projecting().write(v=rooms(B, F, 3, H, D)),
+        lambda: place(projecting(), v=rooms(B, F, 3, H, D)),
         r"v\[0\]: expected shape \(B, F, s, H, d\)",
     ),
     "slots for fewer frames": (
-        lambda: projecting().write(k=rooms(B, 9, S, H, D, slots=torch.tensor([1, 2]))),
+        lambda: place(projecting(), k=rooms(B, 9, S, H, D, slots=torch.tensor([1, 2]))),
         r"k\[0\].slots_F: expected 3 integers",
     ),
-    "pieces of nothing": (lambda: Pieces([]).write(), "pieces: expected at least one, not none"),
+    "pieces of nothing": (lambda: place(Pieces([])), "pieces: expected at least one, not none"),
     "pieces of other heads": (
-        lambda: Pieces([torch.zeros(2, B, F, S, H, D), torch.zeros(2, B, F, S, 1, D)]).write(),
+        lambda: place(Pieces([torch.zeros(2, B, F, S, H, D), torch.zeros(2, B, F, S, 1, D)])),
         r"pieces\[1\]: expected shape",
     ),
     "tokens split into too few": (
@@ -481,6 +490,27 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
     "triton where a gradient is wanted": (
         lambda: rms_norm(X.clone().requires_grad_(), VECTOR, EPS, "triton"),
         "backend: triton has no backward",
+    ),
+    "triton on the CPU": (
+        lambda: with_environment({"TRITON_INTERPRET": "0"}, lambda: rms_norm(X, VECTOR, EPS, "triton")),
+        "backend: triton runs on cuda, not on cpu",
+    ),
+    "bfloat16 interpreted": (
+        lambda: rms_norm(X.bfloat16(), VECTOR, EPS, "triton"),
+        "backend: triton is interpreted in float32 and float16; in bfloat16",
+    ),
+    "a room that is no list": (
+        lambda: place(projecting(), q=rooms(B, F, S, H, D)[0]),
+        "q: expected a list of rooms, not Room",
+    ),
+    "queries from pieces of k, v": (
+        lambda: place(Pieces([torch.zeros(2, B, F, S, H, D)]), q=rooms(B, F, S, H, D)),
+        "q: expected no rooms for pieces of k, v alone",
+    ),
+    "a source that is none": (lambda: place(X), "source: expected a Projection or Pieces, not Tensor"),
+    "a layer in another dtype": (
+        lambda: linear_gelu(X, torch.zeros(7, WIDTH).double(), torch.zeros(7).double()),
+        "weight: expected torch.float32, not torch.float64",
     ),
     "a library on the CPU": (lambda: attention(Q, Keys(Q, Q), "cudnn"), "backend: cudnn runs on cuda, not on cpu"),
     "a library that is not there": (

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from causalrope_kernels.reference import attention
+from causalrope_kernels.reference import attention, project
 from causalrope_sp import Chunk, ConfigError, DiTConfig, LatentGrid, SamplerConfig, StreamConfig, sample_chunks
 from causalrope_sp.grid import Shard, split_into_chunks
 from causalrope_sp.model import CausalDiT, ForwardPass
@@ -321,7 +321,7 @@ def test_relative_places_are_those_within_the_window(fused: bool) -> None:
             predicted_frames=2,
             rotation=rope.rotation(range(len(past) + 2)),
             text=model.encode_text(embeds),
-            attend=lambda layer, projection: attention(*projection.tensors()),
+            attend=lambda layer, projection: attention(*project(projection)),
         )
         seen = torch.cat([clean[:, past], noisy[:, own]], 1)
         expected = model(seen.flatten(1, 2), step).view(result.shape)

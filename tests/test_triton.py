@@ -34,6 +34,7 @@ from causalrope_kernels import (
     attention_parts,
     backend,
     merge,
+    place,
     reference,
     rms_norm,
     rms_norm_kernel,
@@ -78,6 +79,7 @@ def _bfloat16_as_on_a_gpu() -> Iterator[None]:
         return dot(self, a, b, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backend, "INTERPRETER_HAS_BFLOAT16", True)
         patch.setattr(builder, "cast_impl", cast_impl)
         patch.setattr(builder, "create_fp_to_fp", lambda self, x, dtype, rounding: cast_impl(self, x, dtype))
         patch.setattr(builder, "create_dot", create_dot)
@@ -208,7 +210,7 @@ def written(
         "k": [Room(ring, SLOTS[:count])],
         "v": [Room(wide[:, 1:, 1:-1])],
     }
-    source.write(**{kind: rooms[kind] for kind in kinds}, backend=name)
+    place(source, **{kind: rooms[kind] for kind in kinds}, backend=name)
     assert ring[:, [1, 2, 4, 6]].isnan().all()
     assert wide[:, 0].isnan().all()
     assert wide[:, :, [0, -1]].isnan().all()

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from causalrope_kernels.reference import attention
+from causalrope_kernels.reference import attention, project
 from causalrope_sp.config import DiTConfig
 from causalrope_sp.errors import CheckpointError
 from causalrope_sp.grid import LatentGrid, Shard
@@ -109,7 +109,7 @@ def run(model: CausalDiT, latents_1CFHW: Tensor, timesteps_F: Tensor, text_1LE: 
         predicted_frames=frames,
         rotation=tables.rotation(range(frames)),
         text=model.encode_text(text_1LE),
-        attend=lambda layer, projection: attention(*projection.tensors()),
+        attend=lambda layer, projection: attention(*project(projection)),
     )
     tokens = model(grid.patchify(latents).flatten(1, 2), step)
     return grid.unpatchify(tokens.unflatten(1, (frames, -1))).transpose(1, 2)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor
 
-from causalrope_kernels.reference import stretches
+from causalrope_kernels.reference import put, stretches
 from causalrope_sp import Chunk, ConfigError, KVCache, StreamConfig
 from causalrope_sp.cache import LayerCache
 from causalrope_sp.reference import visible_past
@@ -215,7 +215,7 @@ TestCacheOfAStream.settings = settings(max_examples=60, stateful_step_count=25, 
 
 def write(cache: LayerCache, chunk: Chunk, k: Tensor, v: Tensor) -> None:
     for room, x in zip(cache.rooms(chunk), (k, v), strict=True):
-        room.put(x)
+        put(room, x)
 
 
 def read(cache: LayerCache, chunk: Chunk) -> tuple[Tensor, Tensor]:

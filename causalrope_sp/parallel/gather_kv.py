@@ -11,7 +11,7 @@ from math import prod
 
 from torch import Tensor
 
-from causalrope_kernels import Partial, Pieces, Room, Source, merge
+from causalrope_kernels import Partial, Pieces, Room, Source, merge, place
 from causalrope_sp.cache import LayerCache
 from causalrope_sp.grid import Chunk
 from causalrope_sp.parallel.exchange import Exchange
@@ -42,10 +42,10 @@ class GatherKV(Strategy):
         shapes = [(2, batch, frames, tokens, self.heads, width) for tokens in self._tokens]
         mine = [shapes[self._exchange.rank]]
         (sent,) = self._exchange.buffer("kv out", mine, source.like, block=max(map(prod, shapes)))
-        source.write(k=[Room(sent[0])], v=[Room(sent[1])])
+        place(source, k=[Room(sent[0])], v=[Room(sent[1])])
         on_the_way = self._exchange.all_gather("kv", cache.index, shapes, sent)
         q = empty(source)
-        source.write(q=[Room(q)])
+        place(source, q=[Room(q)])
         passes = by_chunk(chunks)
         before: list[list[Partial]] = [[] for _ in chunks]
         known = 0  # every frame before this one is attended while the others' keys and values are in flight
@@ -56,7 +56,7 @@ class GatherKV(Strategy):
         outputs = []
         for (chunk, part), old in zip(passes, before, strict=True):
             k_room, v_room = cache.rooms(chunk)
-            arrived.part(part).write(k=[k_room], v=[v_room])
+            place(arrived.part(part), k=[k_room], v=[v_room])
             new = parts_of(q[:, part], cache.keys_since(chunk, known))
             outputs.append(merge([*old, *new])[0].view(q[:, part].shape))
         return joined(outputs)

@@ -12,7 +12,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from causalrope_kernels import Partial, Room, Source, merge
+from causalrope_kernels import Partial, Room, Source, merge, place
 from causalrope_sp.cache import LayerCache
 from causalrope_sp.grid import Chunk
 from causalrope_sp.parallel.exchange import Exchange
@@ -38,13 +38,13 @@ class ShardKV(Strategy):
         batch, frames, _, _, width = source.shape
         shapes, me = self._shapes(batch, frames, width), self._exchange.rank
         (q,) = self._exchange.buffer("q out", [shapes[me]], source.like, block=max(map(prod, shapes)))
-        source.write(q=[Room(q)])
+        place(source, q=[Room(q)])
         on_the_way = self._exchange.all_gather("q", cache.index, shapes, q)
         arrived = None if self._overlap else on_the_way.wait()
         partials: list[list[Partial]] = [[] for _ in self._tokens]
         for chunk, part in by_chunk(chunks):
             k_room, v_room = cache.rooms(chunk)
-            source.part(part).write(k=[k_room], v=[v_room])
+            place(source.part(part), k=[k_room], v=[v_room])
             partials[me].append(merge(parts_of(q[:, part], cache.keys(chunk))))
             if arrived is None:
                 arrived = on_the_way.wait()
@@ -70,8 +70,8 @@ class ShardKV(Strategy):
 
         sent = self._exchange.buffer("partial out", sizes, like)
         for piece, parts, tokens in zip(sent, partials, self._tokens, strict=True):
-            for place, found in zip(opened(piece, tokens), zip(*parts, strict=True), strict=True):
-                torch.cat(found, 1, out=place)
+            for whole, found in zip(opened(piece, tokens), zip(*parts, strict=True), strict=True):
+                torch.cat(found, 1, out=whole)
         mine = self._exchange.rank
         back = self._exchange.all_to_all("partial", layer, [sizes[mine]] * self._exchange.size, sent).wait()
         return merge([opened(piece, self._tokens[mine]) for piece in back])[0].view(like.shape)

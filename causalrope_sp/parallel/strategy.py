@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from causalrope_kernels import Keys, Partial, Room, Source, attention, attention_parts
+from causalrope_kernels import Keys, Partial, Room, Source, attention, attention_parts, place
 from causalrope_sp.cache import LayerCache
 from causalrope_sp.grid import Chunk
 
@@ -61,7 +61,7 @@ def write_chunk(source: Source, cache: LayerCache, chunk: Chunk) -> Tensor:
     """A chunk's keys and values into the cache; its queries, (B, F, s, h, d)."""
     q = empty(source)
     k_room, v_room = cache.rooms(chunk)
-    source.write(q=[Room(q)], k=[k_room], v=[v_room])
+    place(source, q=[Room(q)], k=[k_room], v=[v_room])
     return q
 
 

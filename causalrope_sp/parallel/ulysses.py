@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from causalrope_kernels import Pieces, Room, Source, attention, split_tokens
+from causalrope_kernels import Pieces, Room, Source, attention, place, split_tokens
 from causalrope_sp.cache import LayerCache
 from causalrope_sp.grid import Chunk
 from causalrope_sp.parallel.exchange import Arrival, Exchange
@@ -50,7 +50,7 @@ class Ulysses(Strategy):
         batch, frames, mine, _, width = source.shape
         sent = self._exchange.buffer("qkv out", [(3, batch, frames, mine, h, width) for h in self._heads], source.like)
         q, k, v = ([Room(piece[kind]) for piece in sent] for kind in range(3))
-        source.write(q=q, k=k, v=v)
+        place(source, q=q, k=k, v=v)
         heads = self._heads[self._exchange.rank]
         shapes = [(3, batch, frames, tokens, heads, width) for tokens in self._tokens]
         arrived = Pieces(self._exchange.all_to_all("qkv", cache.index, shapes, sent).wait())

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from causalrope_kernels import Projection
+from causalrope_kernels import Projection, project
 from causalrope_kernels.reference import attention
 from causalrope_sp.config import DiTConfig, SamplerConfig, StreamConfig
 from causalrope_sp.grid import LatentGrid, Shard
@@ -106,7 +106,7 @@ class TeacherForcing:
         timesteps = torch.cat([still, 1000 * batch.times_BN.repeat_interleave(CHUNK, 1)], 1)
 
         def attend(_: int, projection: Projection) -> Tensor:
-            return self._attend(*projection.tensors(), past, starts)
+            return self._attend(*project(projection), past, starts)
 
         frames = [*range(1, past), *(start + f for start in starts for f in range(CHUNK))]
         step = ForwardPass(

@@ -6,6 +6,7 @@ ring, E angles of one axis (over all three axes E = d/2).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -17,8 +18,10 @@ from torch import Tensor
 class Rotation:
     """Rotary angles of the tokens of a pass, axis by axis: token j of a frame stands at g = start + j in its grid.
 
-    A table holds the cosines and sines of every place on its axis, (places, 2, E). Queries and keys of frame f stand
-    at `query_times_F[f]` and `key_times_F[f]`, integers on the device: where a stream stands is no part of a kernel.
+    A table holds the cosines, [:, 0], and sines, [:, 1], of every place on its axis, (places, 2, E). A head's channels
+    2i and 2i + 1 are a pair; its first pairs are turned by time, then come those of row and of column (Wan: d//6 each,
+    and time has the rest). Queries and keys of frame f stand at `query_times_F[f]` and `key_times_F[f]`, integers on
+    the device: where a stream stands is no part of a kernel. They are in [0, places): whoever makes them sees to that.
     With the `absolute` policy both are the global time index, with `relative` a key's is 0 until it is read.
     """
 
@@ -55,17 +58,12 @@ class Rotation:
 class Room:
     """Where q, k or v of some heads go: `x`, (B, F, s, h, d), a view of a send buffer, say.
 
-    With `slots_F`, integers on the device, `x` is a ring (B, K, s, h, d) and frame f goes to slot `slots_F[f]`.
+    With `slots_F`, integers on the device, `x` is a ring (B, K, s, h, d) and frame f goes to slot `slots_F[f]`. They
+    are different and in [0, K): whoever makes them sees to that, for a kernel cannot ask.
     """
 
     x: Tensor
     slots_F: Tensor | None = None
-
-    def put(self, value_BFSHD: Tensor) -> None:
-        if self.slots_F is None:
-            self.x.copy_(value_BFSHD)
-        else:
-            self.x.index_copy_(1, self.slots_F, value_BFSHD.to(self.x.dtype))
 
 
 @dataclass(frozen=True)
@@ -135,3 +133,59 @@ class Affine:
 
 
 Norm = Modulation | Affine
+
+
+@dataclass(frozen=True)
+class Projection:
+    """The packed projection to q, k, v, (B, F, s, 3·D), from which q and k are normed over all of D, then rotated."""
+
+    qkv_BFSN: Tensor
+    q_weight: Tensor
+    k_weight: Tensor
+    rotation: Rotation
+    heads: int
+    eps: float
+
+    @property
+    def shape(self) -> tuple[int, int, int, int, int]:
+        """(B, F, s, H, d) of each of q, k, v."""
+        batch, frames, tokens, numbers = self.qkv_BFSN.shape
+        return batch, frames, tokens, self.heads, numbers // 3 // self.heads
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the same dtype and device."""
+        return self.qkv_BFSN
+
+    def part(self, frames: slice) -> Projection:
+        """That of some of the frames."""
+        return replace(self, qkv_BFSN=self.qkv_BFSN[:, frames], rotation=self.rotation.part(frames))
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """q, k, v as they arrived: a piece a rank, (N, B, F, s_r, H, d), the ranks' tokens of a frame in order.
+
+    N is 3 for q, k, v and 2 for k, v. All pieces are parts of one buffer.
+    """
+
+    pieces: Sequence[Tensor]
+
+    @property
+    def shape(self) -> tuple[int, int, int, int, int]:
+        """(B, F, S, H, d) of each of q, k, v."""
+        _, batch, frames, _, heads, width = self.pieces[0].shape
+        return batch, frames, sum(piece.shape[3] for piece in self.pieces), heads, width
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the same dtype and device."""
+        return self.pieces[0]
+
+    def part(self, frames: slice) -> Pieces:
+        """Those of some of the frames."""
+        return Pieces([piece[:, :, frames] for piece in self.pieces])
+
+
+Source = Projection | Pieces
+Rooms = Sequence[Room]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 from typing import Literal
 
@@ -12,6 +13,7 @@ Backend = Literal["auto", "triton", "torch"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TRITON = find_spec("triton") is not None
+INTERPRETER_HAS_BFLOAT16 = False  # Triton 3.9's rounds to it by cutting, and multiplies it as if it were of integers
 
 
 def use_triton(backend: str, *tensors: Tensor | None) -> bool:
@@ -26,7 +28,7 @@ def use_triton(backend: str, *tensors: Tensor | None) -> bool:
         return TRITON and runs_triton(given[0].device) and _obstacle(given) is None
     if backend not in ("triton", "torch"):
         raise ValueError(f"backend: expected auto, triton or torch, not {backend!r}")
-    obstacle = _obstacle(given)
+    obstacle = _obstacle(given) if TRITON else "is not installed"
     if backend == "triton" and obstacle is not None:
         raise ValueError(f"backend: triton {obstacle}")
     return backend == "triton"
@@ -37,10 +39,19 @@ def runs_triton(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def interpreted() -> bool:
+    """Whether kernels run on the CPU, by Triton's interpreter: as TRITON_INTERPRET stood when they were first used."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
 def _obstacle(tensors: list[Tensor]) -> str | None:
     for x in tensors:
         if x.dtype not in DTYPES:
             return f"runs in {', '.join(str(d).removeprefix('torch.') for d in DTYPES)}, not in {x.dtype}"
+        if not x.is_cuda and not interpreted():
+            return f"runs on cuda, not on {x.device}, where TRITON_INTERPRET=1 would interpret it"
+        if x.dtype == torch.bfloat16 and not x.is_cuda and not INTERPRETER_HAS_BFLOAT16:
+            return "is interpreted in float32 and float16; in bfloat16 the interpreter's numbers are wrong"
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         return "has no backward, and a tensor here requires a gradient"
     return None

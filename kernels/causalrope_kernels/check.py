@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from causalrope_kernels.arguments import Affine, ByFrame, Keys, Norm, Room, Rotation
-
-if TYPE_CHECKING:
-    from causalrope_kernels.sources import Projection
+from causalrope_kernels.arguments import Affine, ByFrame, Keys, Norm, Pieces, Projection, Room, Rooms, Rotation, Source
 
 
 def shape(name: str, x: Tensor, expected: Sequence[int | None], meaning: str) -> None:
@@ -96,7 +92,16 @@ def rms_norm(x: Tensor, weight: Tensor) -> None:
     vector("weight", weight, x.shape[-1], x)
 
 
-def projection(given: Projection) -> None:
+def source(given: Source) -> None:
+    if isinstance(given, Pieces):
+        _pieces(given.pieces)
+    elif isinstance(given, Projection):
+        _projection(given)
+    else:
+        raise ValueError(f"source: expected a Projection or Pieces, not {type(given).__name__}")
+
+
+def _projection(given: Projection) -> None:
     qkv, rotation = given.qkv_BFSN, given.rotation
     shape("qkv", qkv, (None, None, None, None), "(B, F, s, 3·D)")
     same("qkv", qkv, qkv)
@@ -130,7 +135,7 @@ def _rotation(rotation: Rotation, frames: int, tokens: int, pairs: int, like: Te
         )
 
 
-def pieces(given: Sequence[Tensor]) -> None:
+def _pieces(given: Sequence[Tensor]) -> None:
     if not given:
         raise ValueError("pieces: expected at least one, not none")
     kinds, batch, frames, _, heads, width = given[0].shape if given[0].ndim == 6 else (0,) * 6
@@ -156,21 +161,27 @@ def split(x_BFSHD: Tensor, given: Sequence[Tensor]) -> None:
         raise ValueError(f"pieces: expected {tokens} tokens in all, not {[piece.shape[2] for piece in given]}")
 
 
-def rooms(source: tuple[int, int, int, int, int], like: Tensor, **by_name: Sequence[Room]) -> None:
-    batch, frames, tokens, heads, width = source
-    for name, given in by_name.items():
-        for number, room in enumerate(given):
+def rooms(given: Source, **by_name: Rooms) -> None:
+    batch, frames, tokens, heads, width = given.shape
+    if isinstance(given, Pieces) and len(given.pieces[0]) == 2 and by_name["q"]:
+        raise ValueError("q: expected no rooms for pieces of k, v alone, not some")
+    for name, found in by_name.items():
+        if not isinstance(found, Sequence) or not all(isinstance(room, Room) for room in found):
+            raise ValueError(f"{name}: expected a list of rooms, not {type(found).__name__}")
+        for number, room in enumerate(found):
             label = f"{name}[{number}]"
             places = frames if room.slots_F is None else None
             shape(label, room.x, (batch, places, tokens, None, width), "(B, F, s, H, d)")
-            same(label, room.x, like)
+            same(label, room.x, given.like)
             dense(label, room.x)
             if room.slots_F is not None:
-                whole_numbers(f"{label}.slots_F", room.slots_F, frames, like)
-        if given and sum(room.x.shape[3] for room in given) != heads:
+                whole_numbers(f"{label}.slots_F", room.slots_F, frames, given.like)
+        if found and sum(room.x.shape[3] for room in found) != heads:
             raise ValueError(
-                f"{name}: expected rooms for {heads} heads in all, not {[room.x.shape[3] for room in given]}"
+                f"{name}: expected rooms for {heads} heads in all, not {[room.x.shape[3] for room in found]}"
             )
+        if len({room.slots_F is None for room in found}) > 1 or len({id(room.slots_F) for room in found}) > 1:
+            raise ValueError(f"{name}: expected the same slots in all rooms, not several")
 
 
 def attention(q_BTHD: Tensor, keys: Keys) -> None:
@@ -223,5 +234,9 @@ def parts(given: Sequence[tuple[Tensor, Tensor]]) -> None:
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> None:
+    if x.ndim < 2:
+        raise ValueError(f"x: expected at least two axes, not {tuple(x.shape)}")
     shape("weight", weight, (None, x.shape[-1]), "(N, K)")
     shape("bias", bias, (weight.shape[0],), "(N,)")
+    same("weight", weight, x, dtype=not torch.is_autocast_enabled(x.device.type))
+    same("bias", bias, weight)

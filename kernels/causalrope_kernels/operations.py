@@ -5,11 +5,13 @@ Shapes: B batch, T tokens, F frames (T = F·s), L keys, H heads, d head width, D
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from causalrope_kernels import check, reference
-from causalrope_kernels.arguments import ByFrame, Norm
+from causalrope_kernels.arguments import ByFrame, Norm, Pieces, Rooms, Source
 from causalrope_kernels.backend import Backend, use_triton
 
 
@@ -42,6 +44,40 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, backend: Backend = "auto") -
 
         return kernel.rms_norm(x, weight, eps)
     return reference.rms_norm(x, weight, eps)
+
+
+def place(source: Source, *, q: Rooms = (), k: Rooms = (), v: Rooms = (), backend: Backend = "auto") -> None:
+    """Writes q, k, v, or those of them that have rooms, straight there; the heads go to the rooms in order.
+
+    From a projection q and k are normed over all of D and rotated on the way; pieces are copied as they are.
+
+    Raises:
+        ValueError: rooms that do not hold just all of the heads, or a shape, stride, dtype or device that does not fit.
+    """
+    check.source(source)
+    check.rooms(source, q=q, k=k, v=v)
+    if not use_triton(backend, source.like):
+        return reference.place(source, q, k, v)
+    from causalrope_kernels import place_kernel as kernel
+
+    if isinstance(source, Pieces):
+        kernel.place_pieces(source.pieces, q, k, v)
+    else:
+        kernel.place_projection(source, q, k, v)
+
+
+def split_tokens(x_BFSHD: Tensor, pieces: Sequence[Tensor], backend: Backend = "auto") -> None:
+    """Tokens of all ranks, side by side in every frame, into a piece a rank, (B, F, s_r, H, d): the way back.
+
+    Raises:
+        ValueError: pieces that do not hold just all of the tokens, or are of another shape, dtype or device.
+    """
+    check.split(x_BFSHD, pieces)
+    if not use_triton(backend, x_BFSHD):
+        return reference.split_tokens(x_BFSHD, pieces)
+    from causalrope_kernels import place_kernel as kernel
+
+    kernel.split_tokens(x_BFSHD, pieces)
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, backend: str = "auto") -> Tensor:

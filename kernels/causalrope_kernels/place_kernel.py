@@ -16,8 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from causalrope_kernels.add_norm_kernel import warps
-from causalrope_kernels.arguments import Room
-from causalrope_kernels.sources import Projection, Rooms
+from causalrope_kernels.arguments import Projection, Room, Rooms
 from causalrope_kernels.tables import on_device
 
 FIELDS = tl.constexpr(4)  # of a head in a room: where it begins, and the steps of batch, frame and token
@@ -182,7 +181,7 @@ def place_pieces(pieces: Sequence[Tensor], q: Rooms, k: Rooms, v: Rooms) -> None
     )  # fmt: skip
 
 
-def place_tokens(x_BFSHD: Tensor, pieces: Sequence[Tensor]) -> None:
+def split_tokens(x_BFSHD: Tensor, pieces: Sequence[Tensor]) -> None:
     batch, frames, tokens, heads, width = x_BFSHD.shape
     if x_BFSHD.numel():
         block = triton.next_power_of_2(heads * width)

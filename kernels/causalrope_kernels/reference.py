@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from causalrope_kernels.arguments import Affine, ByFrame, Keys, Norm, Turn
+from causalrope_kernels.arguments import Affine, ByFrame, Keys, Norm, Pieces, Projection, Room, Rooms, Source, Turn
 
 Partial = tuple[Tensor, Tensor]  # attention over some of the keys, (B, T, H, d), and its log-sum-exp, (B, T, H)
 
@@ -60,6 +60,46 @@ def add_norm(x_BTD: Tensor, y_BTD: Tensor | None, gate: ByFrame | None, norm: No
 
 def _by_frame(vector: ByFrame, dtype: torch.dtype) -> Tensor:
     return (vector.time_FD.to(dtype) + vector.learned_D.to(dtype)).unsqueeze(-2)
+
+
+def project(projection: Projection) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v as (B, T, H, d): q and k normed over all of D, then rotated; rounded once, at the end. Differentiable."""
+    return _third(projection, 0), _third(projection, 1), _third(projection, 2)
+
+
+def _third(projection: Projection, number: int) -> Tensor:
+    x, rotation = projection.qkv_BFSN.chunk(3, -1)[number].flatten(1, 2), projection.rotation
+    if number == 2:
+        return x.unflatten(-1, (projection.heads, -1))
+    weight = (projection.q_weight, projection.k_weight)[number]
+    normed = rms_norm(wide(x), weight, projection.eps).unflatten(-1, (projection.heads, -1))
+    return rotate(normed, *(rotation.of_queries, rotation.of_keys)[number]).to(x.dtype)
+
+
+def place(source: Source, q: Rooms, k: Rooms, v: Rooms) -> None:
+    """q, k, v, or those of them that have rooms, into those; the heads go to the rooms in order."""
+    for number, rooms in enumerate((q, k, v)):
+        if not rooms:
+            continue
+        if isinstance(source, Pieces):
+            value = torch.cat([piece[number - 3] for piece in source.pieces], 2)
+        else:
+            value = _third(source, number).unflatten(1, source.shape[1:3])
+        for room, part in zip(rooms, value.split([room.x.shape[3] for room in rooms], 3), strict=True):
+            put(room, part)
+
+
+def put(room: Room, value_BFSHD: Tensor) -> None:
+    if room.slots_F is None:
+        room.x.copy_(value_BFSHD)
+    else:
+        room.x.index_copy_(1, room.slots_F, value_BFSHD)
+
+
+def split_tokens(x_BFSHD: Tensor, pieces: Sequence[Tensor]) -> None:
+    """Tokens of all ranks, side by side in every frame, into a piece a rank, (B, F, s_r, H, d)."""
+    for piece, part in zip(pieces, x_BFSHD.split([piece.shape[2] for piece in pieces], 2), strict=True):
+        piece.copy_(part)
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
