@@ -34,6 +34,7 @@ from causalrope_kernels import (
     place,
     reference,
     rms_norm,
+    split_tokens,
 )
 from causalrope_sp.config import PRESETS, DiTConfig
 from causalrope_sp.grid import Chunk, LatentGrid, Shard
@@ -209,17 +210,35 @@ def _placements(s: Setting, itemsize: int) -> Iterator[Operation]:
     def to_others(draw: Draw) -> Write:
         return Write(_projection(s, draw), *_send_buffer(s, draw))
 
-    def arrived(draw: Draw) -> Write:
-        sizes = [3 * s.frames * shard.tokens * mine * width for shard in s.shard.all]
+    def arrived(kinds: int, heads: int, draw: Draw) -> Write:
+        sizes = [kinds * s.frames * shard.tokens * heads * width for shard in s.shard.all]
         flat = draw(sum(sizes)).split(sizes)
-        pieces = Pieces([piece.view(3, 1, s.frames, -1, mine, width) for piece in flat])
-        return Write(pieces, *_q_and_ring(s, draw, s.shard.grid.tokens, mine))
+        pieces = Pieces([piece.view(kinds, 1, s.frames, -1, heads, width) for piece in flat])
+        q, k, v = _q_and_ring(s, draw, s.shard.grid.tokens, heads)
+        return Write(pieces, q if kinds == 3 else [], k, v)
 
     yield Operation("q, k, v to q and ring", "6·T·D·e", moved, to_ring, _write, per_pass=s.config.num_layers)
     if s.ranks > 1:
         yield Operation("q, k, v to send buffer", "6·T·D·e", moved, to_others, _write)
-        moved = 6 * s.frames * s.shard.grid.tokens * mine * width * itemsize
-        yield Operation("pieces to q and ring", "6·Q·h·d·e", moved, arrived, _write, note=f"{mine} of {heads} heads")
+        all_tokens, note = s.frames * s.shard.grid.tokens * width * itemsize, f"{mine} of {heads} heads"
+        yield Operation(
+            "pieces to q and ring", "6·Q·h·d·e", 6 * mine * all_tokens, partial(arrived, 3, mine), _write, note=note
+        )
+        yield Operation("pieces to ring", "4·Q·D·e", 4 * heads * all_tokens, partial(arrived, 2, heads), _write)
+        yield Operation("tokens to pieces", "2·Q·h·d·e", 2 * mine * all_tokens, partial(_back, s), _split, note=note)
+
+
+def _back(s: Setting, draw: Draw) -> tuple[Tensor, list[Tensor]]:
+    """What this rank's heads attended, and the pieces in which the others' tokens of it go back."""
+    heads, width = s.split[0], s.config.head_dim
+    sizes = [s.frames * shard.tokens * heads * width for shard in s.shard.all]
+    pieces = [flat.view(1, s.frames, -1, heads, width) for flat in draw.unwritten(sum(sizes)).split(sizes)]
+    return draw(1, s.frames, s.shard.grid.tokens, heads, width), pieces
+
+
+def _split(inputs: tuple[Tensor, list[Tensor]], backend: str) -> tuple[Tensor, ...]:
+    split_tokens(*inputs, backend=backend)
+    return tuple(inputs[1])
 
 
 def _projection(s: Setting, draw: Draw) -> Projection:
@@ -273,14 +292,12 @@ def _parts(s: Setting, draw: Draw, count: int = 2) -> list[Partial]:
 
 
 def _parts_from_ranks(s: Setting, draw: Draw) -> list[Partial]:
-    """As shard-kv gets them: each log-sum-exp in the bytes behind its output."""
-    width, found = s.config.head_dim, []
+    """As shard-kv gets them: the log-sum-exps in the bytes behind all outputs of a rank."""
+    found = []
     for output, lse in _parts(s, draw, s.ranks):
-        wide = lse_elements(output.element_size())
-        piece = draw.unwritten(*output.shape[:-1], width + wide)
-        piece[..., :width] = output
-        piece[..., width:] = lse.unsqueeze(-1).view(output.dtype)
-        found.append((piece[..., :width], piece[..., width:].view(lse.dtype).squeeze(-1)))
+        piece = torch.cat([output.flatten(), lse.flatten().view(output.dtype)])
+        outputs, lses = piece.split([output.numel(), lse_elements(output.element_size()) * lse.numel()])
+        found.append((outputs.view(output.shape), lses.view(lse.dtype).view(lse.shape)))
     return found
 
 

@@ -39,7 +39,10 @@ def print_gate(verdicts: Sequence[Verdict]) -> None:
             where = f"{v.operation} by {v.backend}, P = {v.ranks}, {v.dtype}"
             print(f"gate: {where}: off by (at most) {together}, at worst {worst}")
     dtypes, passed = ", ".join(dict.fromkeys(v.dtype for v in verdicts)), sum(v.passed for v in verdicts)
-    print(f"gate: {passed} of {len(verdicts)} outputs in {dtypes} are within twice their reference's error\n")
+    print(
+        f"gate: {passed} of {len(verdicts)} outputs in {dtypes} err at most twice what their reference does "
+        "(four times at the worst number, or a few roundings to float32)\n"
+    )
 
 
 def print_floors(rates: Rates, given: Sequence[Setting]) -> None:

@@ -318,7 +318,8 @@ def attention_backends(setup: Setup) -> dict[str, str]:
     found = {}
     for name, count in keys.items():
         device = torch.empty(0, device=setup.device).device  # with its index, as the choice is remembered by
-        chosen = measure(Shape(device, setup.model.dtype, 1, tokens, count, config.num_heads, config.head_dim))
+        shape = Shape(device, setup.model.dtype, 1, tokens, count, config.num_heads, config.head_dim)
+        chosen = measure(shape.rounded())
         times = (f"{other} {ms:.3g} ms" for other, ms in sorted(chosen.milliseconds.items(), key=lambda item: item[1]))
         found[name] = f"{chosen.chosen} (of {', '.join(times)})"
     return found

@@ -60,6 +60,7 @@ def cli() -> None:
 @click.option("--out", default="video.mp4", show_default=True, help="FILE.mp4, .gif, .webp, or FOLDER/ for PNGs.")
 @click.option("--overlap/--no-overlap", default=True, help="Compute while other ranks' numbers are on their way.")
 @click.option("--head-groups", default=1, show_default=True, help="ulysses: send one group's output during the next's.")
+@click.option("--attention", default="auto", show_default=True, help="auto measures; or one library's name.")
 @click.option("--timeout", default=600.0, show_default=True, help="Seconds for a stuck rank (a silent one has 20).")
 @click.option("--json", "as_json", is_flag=True, help="No progress bar, and one line of JSON at the end.")
 def generate(
@@ -75,6 +76,7 @@ def generate(
     out: str,
     overlap: bool,
     head_groups: int,
+    attention: str,
     timeout: float,
     as_json: bool,
 ) -> None:
@@ -99,6 +101,7 @@ def generate(
             on_loss=lambda said: made.fail(RankLostError(said)),
             overlap=overlap,
             head_groups=head_groups,
+            attention=attention,
         )
         pipe = CausalVideoPipeline.from_pretrained(
             model, parallel=parallel, window=window, sink=sink, rope=rope, steps=timesteps

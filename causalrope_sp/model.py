@@ -40,7 +40,7 @@ class ForwardPass:
 
     Only the velocity of the last `predicted_frames` is computed. Timesteps are in [0, 1000], one a frame, (F,), or in
     training one a frame and batch entry, (B, F). `attend` takes the layer's number and the projection of its tokens to
-    q, k, v, and returns what they attend, (B, T, H, d).
+    q, k, v, and returns what they attend, (B, T, H, d). `attention` names the library that attends the text.
     """
 
     timesteps_F: Tensor
@@ -48,6 +48,7 @@ class ForwardPass:
     rotation: Rotation
     text: TextContext
     attend: Attend
+    attention: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -99,9 +100,9 @@ class CrossAttention(nn.Module):
         k = rms_norm(k, self.norm_k.weight, self.eps)
         return Keys(k.unflatten(-1, (self.heads, -1)), v.unflatten(-1, (self.heads, -1)))
 
-    def forward(self, x_BTD: Tensor, keys: Keys) -> Tensor:
+    def forward(self, x_BTD: Tensor, keys: Keys, backend: str) -> Tensor:
         q = rms_norm(self.q(x_BTD), self.norm_q.weight, self.eps).unflatten(-1, (self.heads, -1))
-        return self.out(attention(q, keys).flatten(2))
+        return self.out(attention(q, keys, backend).flatten(2))
 
 
 class FeedForward(nn.Module):
@@ -129,7 +130,9 @@ class Block(nn.Module):
         cross_norm = Affine(self.cross_norm.weight, self.cross_norm.bias, self.eps)
         x, normed = add_norm(residual.x_BTD, residual.branch_BTD, residual.gate, Modulation(shift_1, scale_1, self.eps))
         x, normed = add_norm(x, self.self_attn(normed, layer, step), gate_1, cross_norm)
-        x, normed = add_norm(x, self.cross_attn(normed, step.text[layer]), None, Modulation(shift_2, scale_2, self.eps))
+        x, normed = add_norm(
+            x, self.cross_attn(normed, step.text[layer], step.attention), None, Modulation(shift_2, scale_2, self.eps)
+        )
         return Residual(x, self.ffn(normed), gate_2)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -166,13 +166,29 @@ class CausalVideoPipeline:
         return pipe
 
     def warm_up(self) -> None:
-        """Makes a first chunk and throws it away, so that kernels are compiled, the fastest attention is measured and
-        the ranks are connected before anybody waits. `from_pretrained` does it on CUDA; every rank must."""
+        """Runs a stream of one pass a chunk until its window has been full for a chunk, and throws it away: kernels are
+        compiled, the fastest attention is measured and the ranks are connected before anybody waits.
+
+        `from_pretrained` does it on CUDA; every rank must.
+        """
         config, stream = self.model.config, self.recipe.stream
-        beyond = self._pixel_frames((stream.window or 0) + stream.chunk_frames + 1)  # so that the cache has its size
-        chunks = self._run(torch.zeros(1, config.text_len, config.text_dim), beyond, seed=0)
-        next(chunks)
-        chunks.close()
+        shape = (config.in_channels, self.grid.latent_height, self.grid.latent_width)
+        opening = self.text.opening(*shape)
+        chunks = sample_chunks(
+            self.model,
+            torch.zeros(1, config.text_len, config.text_dim),
+            seeded_noise(0, (1, *shape)),
+            self.grid,
+            (stream.window or 0) + 2 * stream.chunk_frames,
+            stream=stream,
+            sampler=SamplerConfig(steps=(1000,)),
+            parallel=self.parallel,
+            initial_latents=opening,
+        )
+        decoder = WanDecoderStream(self.codec)
+        for number, part in enumerate(chunks):
+            if number < 2 and self.parallel.rank == 0:  # the first chunk of a video has fewer pixels than the others
+                decoder.decode(part.latents.to(self.codec.dtype))
         self.parallel.ledger.take()
 
     def stream(self, prompt: str, frames: int = 81, seed: int = 0) -> Iterator[VideoChunk]:
@@ -195,7 +211,7 @@ class CausalVideoPipeline:
         made = [chunk.frames for chunk in self.stream(prompt, frames, seed)]
         return None if self.parallel.rank else np.concatenate([part for part in made if part is not None])
 
-    def _run(self, embeds: Tensor, frames: int, seed: int) -> Generator[VideoChunk, None, None]:
+    def _run(self, embeds: Tensor, frames: int, seed: int) -> Iterator[VideoChunk]:
         shape = (1, self.model.config.in_channels, self.grid.latent_height, self.grid.latent_width)
         opening = self.text.opening(*shape[1:])
         given = 0 if opening is None else opening.shape[1]

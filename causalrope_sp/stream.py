@@ -116,6 +116,7 @@ class CausalStream:
             rotation=self._rotate(chunks),
             text=self._text,
             attend=attend,
+            attention=self._strategy.backend,
         )
         tokens = torch.cat([part.tokens_BFSE for part in parts], 1)
         self._broken = True

@@ -2,7 +2,9 @@
 
 import os
 
-os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is defined: there they run on the CPU
+# Without a GPU kernels are interpreted, which must be said before any is defined; and then no test may find a GPU.
+if os.environ.get("CAUSALROPE_TEST_DEVICE", "cpu") == "cpu":
+    os.environ |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 import signal
 from collections.abc import Iterator

@@ -75,7 +75,7 @@ def test_the_fastest_that_is_right_is_chosen_and_said(
     assert "off by" in measured.refused["c"]
     assert "shape" in measured.refused["e"]
     first, *rest = [record.getMessage() for record in caplog.records]
-    assert first == "attention of 5 on 40 tokens, 3 heads of 16, float32: b 1 ms, a 2 ms, triton 9 ms"
+    assert first == "attention of 5 on 40 tokens, 3 heads of 16, float32, by b: b 1 ms, a 2 ms, triton 9 ms"
     assert [line.split(":")[1] for line in rest] == [" c is left out", " d is left out", " e is left out"]
 
 

@@ -107,6 +107,7 @@ def test_help_names_the_commands() -> None:
         (["generate", PROMPT, "--steps", "250,1000"], "steps must fall"),
         (["generate", PROMPT, "--window", "1"], "window 1 is smaller than chunk + sink"),
         (["generate", PROMPT, "--sink", "-1"], "sink must be"),
+        (["generate", PROMPT, "--attention", "magic"], "attention must be one of auto, torch, triton"),
         (["generate", PROMPT, "--timeout", "nan"], "a timeout must be above 0 and at most"),
         (["generate", PROMPT, "--timeout", "0"], "a timeout must be above 0 and at most"),
         (["generate", PROMPT, "--steps", "100000000000"], "steps must be at least 1 and at most 1000"),

@@ -54,11 +54,13 @@ def test_chunks_follow_one_another(pipe: CausalVideoPipeline, longest: np.ndarra
 def test_warming_up_fills_a_cache_of_the_real_size_and_leaves_no_trace(
     pipe: CausalVideoPipeline, longest: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    windows = []
-    init = KVCache.__init__
+    windows, chunks = [], []
+    init, opened = KVCache.__init__, KVCache.open
     monkeypatch.setattr(KVCache, "__init__", lambda self, *a, **k: windows.append(a[2].frames) or init(self, *a, **k))
+    monkeypatch.setattr(KVCache, "open", lambda self, chunk: chunks.append(chunk) or opened(self, chunk))
     pipe.warm_up()
     assert windows == [pipe.recipe.stream.window]
+    assert chunks[-1].start >= windows[0]  # in a window that was full before
     assert not pipe.parallel.ledger.total().calls
     assert np.array_equal(_made(pipe, 34), longest)
 

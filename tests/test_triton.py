@@ -7,6 +7,7 @@ Sizes are odd on purpose: uneven shards that begin and end inside a row, frames 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -48,6 +49,7 @@ from causalrope_sp.parallel import SequenceParallel
 from causalrope_sp.parallel.launch import RankPool
 from causalrope_sp.rope import RotaryTables
 
+DEVICE = torch.device(os.environ.get("CAUSALROPE_TEST_DEVICE", "cpu"))  # on "cuda" compiled, and not interpreted
 EPS = 1e-6
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 
@@ -87,7 +89,8 @@ def _bfloat16_as_on_a_gpu() -> Iterator[None]:
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(*shape, dtype=torch.float64, generator=generator, device="cpu").to(DEVICE)
 
 
 def no_worse(ours: Tensor, rough: Tensor, truth: Tensor) -> None:
@@ -178,7 +181,7 @@ def test_rms_norm(tokens: int, width: int, dtype: torch.dtype, rows: int, monkey
 
 
 GRID = LatentGrid(4, 5)
-SLOTS = torch.tensor([5, 0, 3])
+SLOTS = torch.tensor([5, 0, 3], device=DEVICE)
 Written = list[Tensor]
 
 
@@ -186,7 +189,7 @@ def a_projection(heads: int, width: int, rank: int, dtype: torch.dtype, *, relat
     """Of three frames from 1030 on, of the uneven shards of 20 tokens on three ranks, which cut rows."""
     shard = Shard(GRID, rank, 3)
     compute = torch.float64 if dtype == torch.float64 else torch.float32
-    tables = RotaryTables(width, 10_000, shard, torch.device("cpu"), compute)
+    tables = RotaryTables(width, 10_000, shard, DEVICE, compute)
     rotation = tables.rotation([1030, 1031, 1032], [0, 0, 0] if relative else None)
     qkv = random(2, 3, shard.tokens, 3 * heads * width, seed=rank).to(dtype)
     return Projection(qkv, *(random(heads * width, seed=seed).to(dtype) for seed in (8, 9)), rotation, heads, EPS)
@@ -244,7 +247,7 @@ def test_the_relative_policy_leaves_keys_unturned_in_time() -> None:
     )
     torch.testing.assert_close(ours["k"], rough["k"])
     projection = a_projection(3, 20, 1, torch.float32)
-    at_zero = RotaryTables(20, 10_000, Shard(GRID, 1, 3), torch.device("cpu"), torch.float32).rotation([0, 0, 0])
+    at_zero = RotaryTables(20, 10_000, Shard(GRID, 1, 3), DEVICE, torch.float32).rotation([0, 0, 0])
     still = Projection(projection.qkv_BFSN, projection.q_weight, projection.k_weight, at_zero, 3, EPS)
     torch.testing.assert_close(ours["k"], written(still, (3,), "torch", slice(0, 3))["k"])
     torch.testing.assert_close(ours["q"], written(projection, (3,), "torch", slice(0, 3))["q"])
@@ -299,7 +302,7 @@ def test_attention(queries: int, keys: int, width: int, dtype: torch.dtype) -> N
 def test_attention_over_stretches_of_a_ring(dtype: torch.dtype) -> None:
     q, (k, v) = random(2, 11, 3, 20), random(2, 2, 150, 3, 20, seed=1)
     compare(whole, q[:, :, 1:], Keys(k, v, ((3, 90), (95, 95), (100, 149))).heads(slice(1, 3)), dtype=dtype)
-    bounds = torch.tensor([[0, 7], [20, 21]], dtype=torch.int32)
+    bounds = torch.tensor([[0, 7], [20, 21]], dtype=torch.int32, device=DEVICE)
     compare(whole, q, Keys(k, v, ((0, 7), (20, 21)), bounds), dtype=dtype)
 
 
@@ -308,10 +311,12 @@ def test_attention_over_stretches_of_a_ring(dtype: torch.dtype) -> None:
 def test_keys_are_turned_on_read(width: int, dtype: torch.dtype) -> None:
     slots, tokens = 6, 13
     q, (k, v) = random(2, 9, 2, width), random(2, 2, slots * tokens, 2, width, seed=1)
-    tables = RotaryTables(width, 10_000, Shard(GRID), torch.device("cpu"), torch.float64)
+    tables = RotaryTables(width, 10_000, Shard(GRID), DEVICE, torch.float64)
     turn = tables.turn([3, 0, 1, 2, 5, 4], tokens)
     stretches = ((0, 2 * tokens), (3 * tokens, 5 * tokens))
-    compare(whole, q, Keys(k, v, stretches, torch.tensor(stretches, dtype=torch.int32), turn), dtype=dtype)
+    compare(
+        whole, q, Keys(k, v, stretches, torch.tensor(stretches, dtype=torch.int32, device=DEVICE), turn), dtype=dtype
+    )
 
 
 @pytest.mark.parametrize("count", [2, 3, 8])
@@ -322,7 +327,7 @@ def test_shares_of_the_keys_add_up(count: int, monkeypatch: pytest.MonkeyPatch) 
     assert len(attention_parts(q.float(), as_dtype(Keys(k, v), torch.float32), "triton")) == count
     for dtype in (torch.float32, torch.bfloat16):
         compare(whole, q, Keys(k, v, ((0, 150), (160, 165))), dtype=dtype)
-    turn = RotaryTables(20, 10_000, Shard(GRID), torch.device("cpu"), torch.float64).turn(range(6), 50)
+    turn = RotaryTables(20, 10_000, Shard(GRID), DEVICE, torch.float64).turn(range(6), 50)
     compare(whole, q, Keys(k, v, ((50, 250),), turn=turn), dtype=torch.bfloat16)
 
 
@@ -340,7 +345,7 @@ def test_bounds_are_read_on_the_device(count: int, monkeypatch: pytest.MonkeyPat
     """The same launch with other numbers in the same tensor: what a captured graph does from chunk to chunk."""
     monkeypatch.setattr(attention_kernel, "shares", lambda *shape: count)
     q, (k, v) = random(1, 5, 2, 20).float(), random(2, 1, 60, 2, 20, seed=1).float()
-    bounds = torch.tensor([[0, 60]], dtype=torch.int32)
+    bounds = torch.tensor([[0, 60]], dtype=torch.int32, device=DEVICE)
     keys = Keys(k, v, ((0, 60),), bounds)
     for first, stop in ((0, 20), (0, 40), (30, 60), (7, 7)):
         bounds.copy_(torch.tensor([[first, stop]]))
@@ -375,14 +380,19 @@ def test_merge(count: int, width: int, dtype: torch.dtype) -> None:
         no_worse(ours, rough, exact)
 
 
-def test_parts_are_merged_as_they_arrived() -> None:
-    """Each log-sum-exp in the bytes behind its output; an output without keys may hold anything."""
-    wire = torch.full((3, 2, 7, 3, 20 + 2), math.nan, dtype=torch.bfloat16)
-    parts = some_parts(3, 20)
-    for piece, (output, lse) in zip(wire, parts, strict=True):
-        piece[..., :20] = output.masked_fill((lse == -math.inf).unsqueeze(-1), math.nan)
-        piece[..., 20:] = lse.float().unsqueeze(-1).view(torch.bfloat16)
-    arrived = [(piece[..., :20], piece[..., 20:].view(torch.float32).squeeze(-1)) for piece in wire]
+@pytest.mark.parametrize("together", [True, False])
+def test_parts_are_merged_as_they_arrived(together: bool) -> None:
+    """Log-sum-exps behind all outputs, or each behind its own; an output without keys may hold anything."""
+    if together:
+        wire = torch.full((3, 2 * 7 * 3 * (20 + 2)), math.nan, dtype=torch.bfloat16, device=DEVICE)
+        opened = [piece.split([2 * 7 * 3 * 20, 2 * 7 * 3 * 2]) for piece in wire]
+        arrived = [(o.view(2, 7, 3, 20), weights.view(torch.float32).view(2, 7, 3)) for o, weights in opened]
+    else:
+        rows = torch.full((3, 2, 7, 3, 20 + 2), math.nan, dtype=torch.bfloat16, device=DEVICE)
+        arrived = [(piece[..., :20], piece[..., 20:].view(torch.float32).squeeze(-1)) for piece in rows]
+    for (place_of_output, place_of_lse), (output, lse) in zip(arrived, some_parts(3, 20), strict=True):
+        place_of_output.copy_(output.masked_fill((lse == -math.inf).unsqueeze(-1), math.nan))
+        place_of_lse.copy_(lse)
     output, lse = merge(arrived, "triton")
     cleared = [(o.masked_fill((weight == -math.inf).unsqueeze(-1), 0.0), weight) for o, weight in arrived]
     expected, expected_lse = reference.merge(cleared)
@@ -391,7 +401,7 @@ def test_parts_are_merged_as_they_arrived() -> None:
 
 
 def test_merging_nothing_gives_zeros_and_minus_infinity() -> None:
-    nothing = (torch.full((1, 3, 2, 20), math.nan), torch.full((1, 3, 2), -math.inf))
+    nothing = (torch.full((1, 3, 2, 20), math.nan, device=DEVICE), torch.full((1, 3, 2), -math.inf, device=DEVICE))
     output, lse = merge([nothing, nothing], "triton")
     assert not output.any()
     assert (lse == -math.inf).all()
@@ -433,6 +443,7 @@ def video_by_triton(group: Any, device: str, strategy: str, stream: StreamConfig
         return a_video(SequenceParallel(group, strategy, device), torch.float32, stream)
 
 
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="its ranks are processes of this one machine's CPU")
 @pytest.mark.parametrize(
     ("strategy", "rope"), [("ulysses", "absolute"), ("gather-kv", "relative"), ("shard-kv", "absolute")]
 )

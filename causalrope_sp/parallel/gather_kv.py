@@ -25,12 +25,13 @@ class GatherKV(Strategy):
         tokens: of a frame, rank by rank.
         heads: of how many heads.
         overlap: attend the cached window while the new keys and values are in flight.
+        backend: of attention.
     """
 
     name = "gather-kv"
 
-    def __init__(self, exchange: Exchange, tokens: Sequence[int], heads: int, overlap: bool) -> None:
-        super().__init__(tokens[exchange.rank], heads)
+    def __init__(self, exchange: Exchange, tokens: Sequence[int], heads: int, overlap: bool, backend: str) -> None:
+        super().__init__(tokens[exchange.rank], heads, backend)
         self._exchange, self._tokens, self._overlap = exchange, tokens, overlap
 
     @property
@@ -49,14 +50,14 @@ class GatherKV(Strategy):
         passes = by_chunk(chunks)
         before: list[list[Partial]] = [[] for _ in chunks]
         known = 0  # every frame before this one is attended while the others' keys and values are in flight
-        if self._overlap:
+        if self._overlap and chunks[0].start:
             known = chunks[0].start
-            before = [parts_of(q[:, part], cache.keys_before(chunk, known)) for chunk, part in passes]
+            before = [parts_of(q[:, part], cache.keys_before(chunk, known), self.backend) for chunk, part in passes]
         arrived = Pieces(on_the_way.wait())
         outputs = []
         for (chunk, part), old in zip(passes, before, strict=True):
             k_room, v_room = cache.rooms(chunk)
             place(arrived.part(part), k=[k_room], v=[v_room])
-            new = parts_of(q[:, part], cache.keys_since(chunk, known))
+            new = parts_of(q[:, part], cache.keys_since(chunk, known), self.backend)
             outputs.append(merge([*old, *new])[0].view(q[:, part].shape))
         return joined(outputs)

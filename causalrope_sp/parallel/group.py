@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
 
+from causalrope_kernels import ATTENTION_BACKENDS
 from causalrope_sp.config import DiTConfig
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.grid import LatentGrid, Shard
@@ -39,10 +40,11 @@ class SequenceParallel:
         device: where this rank computes.
         overlap: compute while keys, values and queries are in flight. Exact either way.
         head_groups: send the output of one group of heads while the next is computed (`ulysses` alone).
+        attention: which library attends, one of `causalrope_kernels.ATTENTION_BACKENDS`; "auto" measures.
         machine: what "auto" predicts with, the same on every rank; if None, an H100 on NVLink, or a CPU.
 
     Raises:
-        ConfigError: an unknown strategy, or a product for another number of ranks.
+        ConfigError: an unknown strategy or attention, or a product for another number of ranks.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class SequenceParallel:
         *,
         overlap: bool = True,
         head_groups: int = 1,
+        attention: str = "auto",
         machine: Machine | None = None,
     ) -> None:
         self._group = group
@@ -64,7 +67,9 @@ class SequenceParallel:
         self._chosen: dict[DiTConfig, Layout] = {}
         if head_groups < 1:
             raise ConfigError(f"head_groups must be at least 1, not {head_groups}")
-        self._overlap, self._head_groups = overlap, head_groups
+        if attention not in ATTENTION_BACKENDS:
+            raise ConfigError(f"attention must be one of {', '.join(ATTENTION_BACKENDS)}, not {attention!r}")
+        self._overlap, self._head_groups, self._attention = overlap, head_groups, attention
         self.ledger = Ledger()
         self._exchanges: dict[tuple[int, ...], Exchange] = {}
         self._watchdog: Watchdog | None = None
@@ -72,9 +77,11 @@ class SequenceParallel:
         self._owns_group = False
 
     @classmethod
-    def single(cls, strategy: str = "auto", device: torch.device | str | None = None) -> SequenceParallel:
-        """One process, through the same code."""
-        return cls(None, strategy, device or _default_device())
+    def single(
+        cls, strategy: str = "auto", device: torch.device | str | None = None, **options: Any
+    ) -> SequenceParallel:
+        """One process, through the same code; `options` are the constructor's."""
+        return cls(None, strategy, device or _default_device(), **options)
 
     @classmethod
     def from_env(
@@ -173,17 +180,17 @@ class SequenceParallel:
         """
         layout, grid, heads = self.layout(work), work.grid, work.config.num_heads
         if self._group is None or self.size == 1:
-            return Strategy(grid.tokens, heads)
+            return Strategy(grid.tokens, heads, self._attention)
         tokens = [shard.tokens for shard in self.shard(grid).all]
         row, column = layout.place(self.rank)
         rows = layout.rows(tokens)
         split = layout.heads(heads)
         mine = split[column]
-        inner = Strategy(sum(rows[row]), mine)
+        inner = Strategy(sum(rows[row]), mine, self._attention)
         if layout.inner is not None:
             share = {GatherKV.name: GatherKV, ShardKV.name: ShardKV}[layout.inner]
             exchange = self._exchange(range(column, self.size, layout.ulysses))
-            inner = share(exchange, [sum(t) for t in rows], mine, self._overlap)
+            inner = share(exchange, [sum(t) for t in rows], mine, self._overlap, self._attention)
         if layout.ulysses == 1:
             return inner
         trading = self._exchange(range(row * layout.ulysses, (row + 1) * layout.ulysses))

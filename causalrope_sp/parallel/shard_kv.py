@@ -26,12 +26,13 @@ class ShardKV(Strategy):
         tokens: of a frame, rank by rank.
         heads: of how many heads.
         overlap: attend with this rank's own queries while the others' are in flight.
+        backend: of attention.
     """
 
     name = "shard-kv"
 
-    def __init__(self, exchange: Exchange, tokens: Sequence[int], heads: int, overlap: bool) -> None:
-        super().__init__(tokens[exchange.rank], heads)
+    def __init__(self, exchange: Exchange, tokens: Sequence[int], heads: int, overlap: bool, backend: str) -> None:
+        super().__init__(tokens[exchange.rank], heads, backend)
         self._exchange, self._tokens, self._overlap = exchange, tokens, overlap
 
     def attend(self, source: Source, cache: LayerCache, chunks: Sequence[Chunk]) -> Tensor:
@@ -45,12 +46,12 @@ class ShardKV(Strategy):
         for chunk, part in by_chunk(chunks):
             k_room, v_room = cache.rooms(chunk)
             place(source.part(part), k=[k_room], v=[v_room])
-            partials[me].append(merge(parts_of(q[:, part], cache.keys(chunk))))
+            partials[me].append(merge(parts_of(q[:, part], cache.keys(chunk), self.backend)))
             if arrived is None:
                 arrived = on_the_way.wait()
             for rank, queries in enumerate(arrived):
                 if rank != me:
-                    partials[rank].append(merge(parts_of(queries[:, part], cache.keys(chunk))))
+                    partials[rank].append(merge(parts_of(queries[:, part], cache.keys(chunk), self.backend)))
         return self._bring_home(partials, q, cache.index)
 
     def _bring_home(self, partials: Sequence[Sequence[Partial]], like: Tensor, layer: int) -> Tensor:

@@ -25,10 +25,11 @@ class Strategy:
     Args:
         tokens: s, how many tokens of a frame this rank brings.
         heads: h, of how many heads.
+        backend: of attention, one of `causalrope_kernels.ATTENTION_BACKENDS`.
     """
 
-    def __init__(self, tokens: int, heads: int) -> None:
-        self.tokens, self.heads = tokens, heads
+    def __init__(self, tokens: int, heads: int, backend: str = "auto") -> None:
+        self.tokens, self.heads, self.backend = tokens, heads, backend
 
     @property
     def stored_tokens(self) -> int:
@@ -42,10 +43,10 @@ class Strategy:
 
     def attend(self, source: Source, cache: LayerCache, chunks: Sequence[Chunk]) -> Tensor:
         """What this rank's queries attend, (B, F, s, h, d). `chunks` follow one another in the frames."""
-        return joined(attend_cached(source, cache, chunks))
+        return joined(attend_cached(source, cache, chunks, self.backend))
 
 
-def attend_cached(source: Source, cache: LayerCache, chunks: Sequence[Chunk]) -> list[Tensor]:
+def attend_cached(source: Source, cache: LayerCache, chunks: Sequence[Chunk], backend: str) -> list[Tensor]:
     """Chunk after chunk: its keys and values go into the cache, then its queries attend all that they may see.
 
     The order matters: a later chunk may take over slots that an earlier one still reads.
@@ -53,7 +54,7 @@ def attend_cached(source: Source, cache: LayerCache, chunks: Sequence[Chunk]) ->
     outputs = []
     for chunk, frames in by_chunk(chunks):
         q = write_chunk(source.part(frames), cache, chunk)
-        outputs.append(attention(q.flatten(1, 2), cache.keys(chunk)).view(q.shape))
+        outputs.append(attention(q.flatten(1, 2), cache.keys(chunk), backend).view(q.shape))
     return outputs
 
 
@@ -81,9 +82,9 @@ def by_chunk(chunks: Sequence[Chunk]) -> list[tuple[Chunk, slice]]:
     return [(chunk, slice(chunk.start - first, chunk.stop - first)) for chunk in chunks]
 
 
-def parts_of(q_BFQHD: Tensor, keys: Keys) -> list[Partial]:
+def parts_of(q_BFQHD: Tensor, keys: Keys, backend: str) -> list[Partial]:
     """Partial attention of queries frame by frame, over parts of the keys, (B, F·Q, h, d)."""
-    return attention_parts(q_BFQHD.flatten(1, 2), keys)
+    return attention_parts(q_BFQHD.flatten(1, 2), keys, backend)
 
 
 def lse_elements(itemsize: int) -> int:

@@ -31,7 +31,7 @@ class Ulysses(Strategy):
     def __init__(
         self, exchange: Exchange, tokens: Sequence[int], heads: Sequence[int], inner: Strategy, head_groups: int = 1
     ) -> None:
-        super().__init__(tokens[exchange.rank], sum(heads))
+        super().__init__(tokens[exchange.rank], sum(heads), inner.backend)
         self._exchange, self._tokens, self._heads, self._inner = exchange, tokens, heads, inner
         mine = heads[exchange.rank]
         self._groups = _split([mine], head_groups)[0]
@@ -67,7 +67,7 @@ class Ulysses(Strategy):
             q = write_chunk(source.part(frames), cache, chunk)
             for number, heads in enumerate(_ranges(self._groups)):
                 mine = q[..., heads, :]
-                found = attention(mine.flatten(1, 2), cache.keys(chunk).heads(heads))
+                found = attention(mine.flatten(1, 2), cache.keys(chunk).heads(heads), self.backend)
                 outputs[number].append(found.view(mine.shape))
                 if chunk == chunks[-1]:
                     whole = joined(outputs[number])

@@ -13,11 +13,12 @@ from causalrope_kernels.arguments import (
     Source,
     Turn,
 )
-from causalrope_kernels.attention import attention, attention_parts, merge
+from causalrope_kernels.attention import ATTENTION_BACKENDS, attention, attention_parts, merge
 from causalrope_kernels.operations import add_norm, linear_gelu, place, rms_norm, split_tokens
 from causalrope_kernels.reference import Partial, project
 
 __all__ = [
+    "ATTENTION_BACKENDS",
     "Affine",
     "ByFrame",
     "Keys",

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from causalrope_kernels.arguments import Affine, ByFrame, Norm
+from causalrope_kernels.tables import launching_on
 
 NUMBERS = 16_384  # that a program holds at most, about
 PROGRAMS = 512  # that keep a GPU busy, about
@@ -32,12 +33,12 @@ def _vector(time, learned, frame, channel, mask):
     return by_time + tl.load(learned + channel, mask=mask, other=0.0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "frames"])  # what differs from rank to rank
 def add_norm_kernel(
     x, y, total, normed,
     gate, gate_learned, scale, scale_learned, shift, shift_learned,
     tokens, frames, eps,
-    x_batch, x_token, y_batch, y_token, gate_batch, gate_frame, norm_batch, norm_frame,
+    x_batch, x_token, y_batch, y_token, gate_batch, gate_frame, scale_batch, scale_frame, shift_batch, shift_frame,
     WIDTH: tl.constexpr, ADD: tl.constexpr, GATE: tl.constexpr, AFFINE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -67,9 +68,8 @@ def add_norm_kernel(
         factor = tl.load(scale_learned + channel, mask=real, other=0.0).to(tl.float32)
         offset = tl.load(shift_learned + channel, mask=real, other=0.0).to(tl.float32)
     else:
-        place = batch * norm_batch + frame * norm_frame
-        factor = 1.0 + _vector(scale, scale_learned, place, channel, real)
-        offset = _vector(shift, shift_learned, place, channel, real)
+        factor = 1.0 + _vector(scale, scale_learned, batch * scale_batch + frame * scale_frame, channel, real)
+        offset = _vector(shift, shift_learned, batch * shift_batch + frame * shift_frame, channel, real)
     result = centred * spread[:, None] * factor[None, :] + offset[None, :]
     tl.store(normed + written, result.to(normed.dtype.element_ty), mask=mask)
 
@@ -92,15 +92,16 @@ def add_norm(x_BTD: Tensor, y_BTD: Tensor | None, gate: ByFrame | None, norm: No
     y = x_BTD if y_BTD is None else y_BTD
     block = triton.next_power_of_2(width)
     rows = rows_of(batch * count, block)
-    add_norm_kernel[triton.cdiv(tokens, rows), batch * frames](
-        x_BTD, y, total, normed,
-        _time(gate, x_BTD), gate.learned_D if gate else x_BTD, _time(scale, x_BTD), scale_learned,
-        _time(shift, x_BTD), shift_learned,
-        tokens, frames, norm.eps,
-        *x_BTD.stride()[:2], *y.stride()[:2], *_strides(gate), *_strides(scale),
-        WIDTH=width, ADD=y_BTD is not None, GATE=gate is not None, AFFINE=isinstance(norm, Affine),
-        ROWS=rows, BLOCK=block, num_warps=warps(rows * block),
-    )  # fmt: skip
+    with launching_on(x_BTD):
+        add_norm_kernel[triton.cdiv(tokens, rows), batch * frames](
+            x_BTD, y, total, normed,
+            _time(gate, x_BTD), gate.learned_D if gate else x_BTD, _time(scale, x_BTD), scale_learned,
+            _time(shift, x_BTD), shift_learned,
+            tokens, frames, norm.eps,
+            *x_BTD.stride()[:2], *y.stride()[:2], *_strides(gate), *_strides(scale), *_strides(shift),
+            WIDTH=width, ADD=y_BTD is not None, GATE=gate is not None, AFFINE=isinstance(norm, Affine),
+            ROWS=rows, BLOCK=block, num_warps=warps(rows * block),
+        )  # fmt: skip
     return total, normed
 
 

@@ -35,7 +35,16 @@ class Rotation:
     columns: int
 
     def part(self, frames: slice) -> Rotation:
-        return replace(self, query_times_F=self.query_times_F[frames], key_times_F=self.key_times_F[frames])
+        """That of some of the frames; made once, since every layer asks."""
+        if (frames.start, frames.stop) not in self._parts:
+            queries = self.query_times_F[frames]
+            keys = queries if self.key_times_F is self.query_times_F else self.key_times_F[frames]
+            self._parts[frames.start, frames.stop] = replace(self, query_times_F=queries, key_times_F=keys)
+        return self._parts[frames.start, frames.stop]
+
+    @cached_property
+    def _parts(self) -> dict[tuple[int | None, int | None], Rotation]:
+        return {(0, len(self.query_times_F)): self}
 
     @cached_property
     def of_queries(self) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from causalrope_kernels.attention_libraries import LIBRARIES
 from causalrope_kernels.backend import use_triton
 from causalrope_kernels.reference import Partial
 
-BACKENDS = ("auto", "torch", "triton", *LIBRARIES)
+ATTENTION_BACKENDS = ("auto", "torch", "triton", *LIBRARIES)
 
 
 def attention(q_BTHD: Tensor, keys: Keys, backend: str = "auto") -> Tensor:
@@ -26,18 +26,19 @@ def attention(q_BTHD: Tensor, keys: Keys, backend: str = "auto") -> Tensor:
     Args:
         q_BTHD: the queries.
         keys: keys and values, and which of their rows are attended.
-        backend: one of `BACKENDS`. "torch" is whatever torch has for the device, and the only one with a gradient.
+        backend: one of `ATTENTION_BACKENDS`. "torch" is whatever torch has for the device, and alone has a gradient.
 
     Raises:
         ValueError: shapes, strides, dtypes or devices that do not fit, an unknown backend, one that is not installed
             or cannot go here.
     """
     check.attention(q_BTHD, keys)
-    if _choose(backend, q_BTHD, keys) == "torch" and keys.k.shape[1]:
-        parts = reference.stretches(keys)
-        if len(parts) == 1:
-            return reference.attention(q_BTHD, *parts[0])
-    return merge(attention_parts(q_BTHD, keys, backend))[0]
+    chosen = _choose(backend, q_BTHD, keys)
+    if chosen == "torch" and keys.k.shape[1]:
+        stretches = reference.stretches(keys)
+        if len(stretches) == 1:
+            return reference.attention(q_BTHD, *stretches[0])
+    return merge(_parts(chosen, q_BTHD, keys))[0]
 
 
 def attention_parts(q_BTHD: Tensor, keys: Keys, backend: str = "auto") -> list[Partial]:
@@ -49,7 +50,10 @@ def attention_parts(q_BTHD: Tensor, keys: Keys, backend: str = "auto") -> list[P
         ValueError: as `attention`.
     """
     check.attention(q_BTHD, keys)
-    chosen = _choose(backend, q_BTHD, keys)
+    return _parts(_choose(backend, q_BTHD, keys), q_BTHD, keys)
+
+
+def _parts(chosen: str, q_BTHD: Tensor, keys: Keys) -> list[Partial]:
     if chosen == "triton":
         from causalrope_kernels.attention_kernel import attend
 
@@ -79,8 +83,8 @@ def merge(parts: Sequence[Partial], backend: str = "auto") -> Partial:
 
 
 def _choose(backend: str, q_BTHD: Tensor, keys: Keys) -> str:
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, not {backend!r}")
+    if backend not in ATTENTION_BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(ATTENTION_BACKENDS)}, not {backend!r}")
     if backend in LIBRARIES:
         obstacle = LIBRARIES[backend].obstacle(q_BTHD)
         if obstacle is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 
 import torch
@@ -19,14 +19,17 @@ from causalrope_kernels.arguments import Keys
 from causalrope_kernels.attention_libraries import LIBRARIES
 from causalrope_kernels.backend import use_triton
 from causalrope_kernels.reference import Partial
+from causalrope_kernels.tables import launching_on
 
 RUNS = 5
+MOST_KEYS = 1 << 14  # more would change no choice
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Shape:
-    """All that the choice depends on; of the keys their capacity, since what is attended grows from chunk to chunk."""
+    """All that the choice depends on. Of the keys it is the order of magnitude alone: what is attended grows from chunk
+    to chunk, and nothing is to be measured anew while somebody waits."""
 
     device: torch.device
     dtype: torch.dtype
@@ -35,6 +38,10 @@ class Shape:
     keys: int
     heads: int
     width: int
+
+    def rounded(self) -> Shape:
+        """With the keys' order of magnitude for their number."""
+        return replace(self, keys=min(MOST_KEYS, 1 << max(0, self.keys - 1).bit_length()))
 
 
 @dataclass(frozen=True)
@@ -52,11 +59,12 @@ def choose(q_BTHD: Tensor, keys: Keys) -> str:
     if not triton or not q_BTHD.is_cuda or keys.turn is not None or not q_BTHD.numel():
         return "triton" if triton else "torch"
     batch, queries, heads, width = q_BTHD.shape
-    shape = Shape(q_BTHD.device, q_BTHD.dtype, batch, queries, keys.k.shape[1], heads, width)
+    shape = Shape(q_BTHD.device, q_BTHD.dtype, batch, queries, keys.k.shape[1], heads, width).rounded()
     if torch.cuda.is_current_stream_capturing():
         # a library takes its number of keys from the host, where a graph cannot change it
         return "triton" if keys.bounds_N2 is not None else measure(shape).chosen
-    return measure(shape).chosen
+    with launching_on(q_BTHD):
+        return measure(shape).chosen
 
 
 @cache
@@ -65,7 +73,7 @@ def measure(shape: Shape) -> Measured:
     right: whose output is no further from the reference than a few roundings to the dtype.
     """
     q, k, v = _random(shape)
-    rows = min(shape.queries, 128)
+    rows = min(shape.queries, 64)
     expected = reference.attention_lse(q[:, :rows], k, v)
     candidates = {"triton": partial(_by_triton, q, k, v)}
     for name, library in LIBRARIES.items():
@@ -80,14 +88,14 @@ def measure(shape: Shape) -> Measured:
                 times[name] = _milliseconds(run)
             else:
                 refused[name] = fault
-        except (RuntimeError, ImportError, TypeError, ValueError) as error:
+        except Exception as error:  # whatever a library or a compiler trips over
             refused[name] = str(error).splitlines()[0] if str(error) else type(error).__name__
     chosen = min(times, key=times.__getitem__, default="triton")
     said = ", ".join(f"{name} {ms:.3g} ms" for name, ms in sorted(times.items(), key=lambda item: item[1]))
-    _log.info("attention of %d on %d tokens, %d heads of %d, %s: %s", shape.queries, shape.keys, shape.heads,
-              shape.width, str(shape.dtype).removeprefix("torch."), said)  # fmt: skip
+    _log.info("attention of %d on %d tokens, %d heads of %d, %s, by %s: %s", shape.queries, shape.keys, shape.heads,
+              shape.width, str(shape.dtype).removeprefix("torch."), chosen, said)  # fmt: skip
     for name, why in refused.items():
-        _log.warning("attention: %s is left out: %s", name, why)
+        _log.info("attention: %s is left out: %s", name, why)
     return Measured(chosen, times, refused)
 
 
@@ -124,7 +132,7 @@ def _fault(result: Partial, expected: Partial, rows: int) -> str | None:
 
 
 def _milliseconds(run: Callable[[], object]) -> float:
-    """The median of a few runs."""
+    """The median of a few runs, on the current device."""
     run()
     pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(RUNS)]
     for began, ended in pairs:

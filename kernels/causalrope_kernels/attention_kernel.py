@@ -1,16 +1,17 @@
 """Flash attention (arXiv 2307.08691) of a pass' queries on keys in stretches of a ring, with its log-sum-exp.
 
-Where the stretches begin and end is read on the device, so one captured graph serves a window that fills and one that
-is full. Keys that are cached unturned in time (`relative` policy) are not turned as they are read: a rotation may go to
-either side of a product, and all keys of a slot share theirs, so the queries are turned back, once a slot. Those are
-rounded once more, alike for all keys of a slot: the log-sum-exp errs up to five times what turned keys cost it (1e-4 in
-bfloat16, nothing to a merge), the output hardly more than with turned keys.
+Where the stretches begin and end is read on the device, so that a captured graph can serve a window that fills and one
+that is full. Keys that are cached unturned in time (`relative` policy) are not turned as they are read: a rotation may
+go to either side of a product, and all keys of a slot share theirs, so the queries are turned back, once a slot. Those
+are rounded once more, alike for all keys of a slot: the log-sum-exp errs up to five times what turned keys cost it
+(1e-4 in bfloat16, nothing to a merge), the output hardly more than with turned keys.
 4·T·L·H·d FLOP. Shapes: B batch, T queries, L keys, H heads, d head width, N stretches.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -19,10 +20,10 @@ from torch import Tensor
 
 from causalrope_kernels.arguments import Keys
 from causalrope_kernels.reference import Partial, turned
-from causalrope_kernels.tables import on_device
+from causalrope_kernels.tables import launching_on, on_device
 
 LOG2_E = 1.4426950408889634
-PROCESSORS = 132  # of an H200, where there is no GPU to ask
+PROCESSORS = 132
 MOST_SHARES = 8
 LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -107,7 +108,7 @@ def _stretch(
     return total, weights, largest
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["queries", "heads", "slot_tokens"])
 def attention_kernel(
     q, k, v, out, lse, bounds, turn,
     queries, heads, slot_tokens, scale,
@@ -186,16 +187,23 @@ def tile(queries: int, width: int, dtype: torch.dtype, turned: bool, architectur
     return Tile(128, 64, 8, 3) if width > 64 or turned else Tile(128, 128, 8, 3)
 
 
+@cache
 def architecture(device: torch.device) -> int:
     """The compute capability as one number, 90 for an H200; that too where there is no GPU to ask."""
     major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
     return 10 * major + minor
 
 
+@cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; an H200's where there is none to ask."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else PROCESSORS
+
+
 def shares(programs: int, keys: int, device: torch.device) -> int:
     """In how many shares the keys are attended, so that few queries keep a whole GPU busy, and many do not leave most
     of it idle at their end. A share costs a merge, so it must pay for it, and holds a thousand keys at least."""
-    at_once = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else PROCESSORS
+    at_once = processors(device)
 
     def busy(count: int) -> float:
         return programs * count / (-(-programs * count // at_once) * at_once)
@@ -211,23 +219,24 @@ def attend(q_BTHD: Tensor, keys: Keys) -> list[Partial]:
     k, turn, bounds = keys.k, keys.turn, keys.bounds_N2
     if bounds is None:
         stretches = keys.stretches if keys.stretches is not None else ((0, k.shape[1]),)
-        bounds = on_device(stretches, q_BTHD.device, torch.int32)
-    if turn is not None and q_BTHD.dtype == torch.float32:  # no registers are left to turn queries in
-        k, turn = turned(k, turn), None
+        bounds = on_device(tuple(map(tuple, stretches)), q_BTHD.device, torch.int32)
+    block = max(16 if turn is None else 32, triton.next_power_of_2(width))
+    if turn is not None and (q_BTHD.dtype == torch.float32 or 4 * turn.table.shape[2] > block):
+        k, turn = turned(k, turn), None  # no registers are left to turn queries in, or more than half of a head turns
     size = tile(queries, width, q_BTHD.dtype, turn is not None, architecture(q_BTHD.device))
-    block = max(16, triton.next_power_of_2(width))
     programs = triton.cdiv(queries, size.queries) * batch * heads
     count = shares(programs, k.shape[1], q_BTHD.device)
     out = torch.empty(count, batch, queries, heads, width, dtype=q_BTHD.dtype, device=q_BTHD.device)
     lse = torch.empty(count, batch, queries, heads, dtype=torch.float32, device=q_BTHD.device)
     if out.numel() == 0:
         return [(out[0], lse[0])]
-    attention_kernel[triton.cdiv(queries, size.queries), batch * heads, count](
-        q_BTHD, k, keys.v, out, lse, bounds, None if turn is None else turn.table,
-        queries, heads, 1 if turn is None else turn.tokens, width**-0.5 * LOG2_E,
-        *q_BTHD.stride()[:3], *k.stride()[:3], *keys.v.stride()[:3],
-        STRETCHES=len(bounds), SHARES=count, TURN_PAIRS=0 if turn is None else turn.table.shape[2],
-        WIDTH=width, BLOCK=block, SLICE=min(size.channels or block, block), QUERIES=size.queries, KEYS=size.keys,
-        num_warps=size.warps, num_stages=size.stages,
-    )  # fmt: skip
+    with launching_on(q_BTHD):
+        attention_kernel[triton.cdiv(queries, size.queries), batch * heads, count](
+            q_BTHD, k, keys.v, out, lse, bounds, None if turn is None else turn.table,
+            queries, heads, 1 if turn is None else turn.tokens, width**-0.5 * LOG2_E,
+            *q_BTHD.stride()[:3], *k.stride()[:3], *keys.v.stride()[:3],
+            STRETCHES=len(bounds), SHARES=count, TURN_PAIRS=0 if turn is None else turn.table.shape[2],
+            WIDTH=width, BLOCK=block, SLICE=min(size.channels or block, block), QUERIES=size.queries, KEYS=size.keys,
+            num_warps=size.warps, num_stages=size.stages,
+        )  # fmt: skip
     return list(zip(out, lse, strict=True))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -54,10 +55,12 @@ class Library:
         return None
 
 
+@cache
 def _installed(module: str) -> bool:
+    """Whether it can be imported: one that is broken, as after another torch was installed, counts as absent."""
     try:
         return find_spec(module) is not None
-    except ModuleNotFoundError:  # the package above it is missing
+    except ImportError:
         return False
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from importlib.util import find_spec
 from typing import Literal
 
@@ -34,9 +35,10 @@ def use_triton(backend: str, *tensors: Tensor | None) -> bool:
     return backend == "triton"
 
 
+@cache
 def runs_triton(device: torch.device) -> bool:
-    """Whether Triton's kernels are what runs on a device if nothing is said."""
-    return device.type == "cuda"
+    """Whether Triton's kernels are what runs on a device if nothing is said: on GPUs from Ampere on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
 
 
 def interpreted() -> bool:

@@ -176,6 +176,8 @@ def rooms(given: Source, **by_name: Rooms) -> None:
             dense(label, room.x)
             if room.slots_F is not None:
                 whole_numbers(f"{label}.slots_F", room.slots_F, frames, given.like)
+                if room.slots_F.dtype != torch.int64:
+                    raise ValueError(f"{label}.slots_F: expected int64, not {room.slots_F.dtype}")
         if found and sum(room.x.shape[3] for room in found) != heads:
             raise ValueError(
                 f"{name}: expected rooms for {heads} heads in all, not {[room.x.shape[3] for room in found]}"

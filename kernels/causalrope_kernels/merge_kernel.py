@@ -14,12 +14,13 @@ import triton
 import triton.language as tl
 
 from causalrope_kernels.reference import Partial
+from causalrope_kernels.tables import launching_on
 
 ROWS = 32
 MOST = 32  # parts in one launch: each brings its pointers and strides
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "heads"])
 def merge_kernel(
     outputs, lses, merged, merged_lse,
     tokens, heads, output_strides, lse_strides,
@@ -68,9 +69,10 @@ def merge(parts: Sequence[Partial]) -> Partial:
     merged = torch.empty(batch, tokens, heads, width, dtype=outputs[0].dtype, device=outputs[0].device)
     merged_lse = torch.empty(batch, tokens, heads, dtype=lses[0].dtype, device=merged.device)
     if merged_lse.numel():
-        merge_kernel[triton.cdiv(tokens * heads, ROWS), batch](
-            outputs, lses, merged, merged_lse,
-            tokens, heads, tuple(x.stride()[:3] for x in outputs), tuple(x.stride() for x in lses),
-            PARTS=len(parts), WIDTH=width, ROWS=ROWS, BLOCK=triton.next_power_of_2(width), num_warps=4,
-        )  # fmt: skip
+        with launching_on(merged):
+            merge_kernel[triton.cdiv(tokens * heads, ROWS), batch](
+                outputs, lses, merged, merged_lse,
+                tokens, heads, tuple(x.stride()[:3] for x in outputs), tuple(x.stride() for x in lses),
+                PARTS=len(parts), WIDTH=width, ROWS=ROWS, BLOCK=triton.next_power_of_2(width), num_warps=4,
+            )  # fmt: skip
     return merged, merged_lse

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from causalrope_kernels import check, reference
-from causalrope_kernels.arguments import ByFrame, Norm, Pieces, Rooms, Source
-from causalrope_kernels.backend import Backend, use_triton
+from causalrope_kernels.arguments import Affine, ByFrame, Norm, Pieces, Rooms, Source
+from causalrope_kernels.backend import DTYPES, Backend, use_triton
 
 
 def add_norm(
@@ -25,11 +25,20 @@ def add_norm(
         ValueError: shapes, strides, dtypes or devices that do not fit, by the argument's name.
     """
     check.add_norm(x_BTD, y_BTD, gate, norm)
-    if use_triton(backend, x_BTD, y_BTD):
+    if use_triton(backend, x_BTD, y_BTD, *_vectors(gate, norm)):
         from causalrope_kernels import add_norm_kernel as kernel
 
         return kernel.add_norm(x_BTD, y_BTD, gate, norm)
     return reference.add_norm(x_BTD, y_BTD, gate, norm)
+
+
+def _vectors(gate: ByFrame | None, norm: Norm) -> list[Tensor]:
+    given = [gate] if isinstance(norm, Affine) else [gate, norm.shift, norm.scale]
+    tensors = [norm.weight, norm.bias] if isinstance(norm, Affine) else []
+    for each in given:
+        if each is not None:
+            tensors += [each.time_FD, each.learned_D]
+    return tensors
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, backend: Backend = "auto") -> Tensor:
@@ -39,7 +48,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, backend: Backend = "auto") -
         ValueError: a weight of another width, strides or devices that do not fit.
     """
     check.rms_norm(x, weight)
-    if use_triton(backend, x):
+    if use_triton(backend, x, weight):
         from causalrope_kernels import rms_norm_kernel as kernel
 
         return kernel.rms_norm(x, weight, eps)
@@ -56,7 +65,8 @@ def place(source: Source, *, q: Rooms = (), k: Rooms = (), v: Rooms = (), backen
     """
     check.source(source)
     check.rooms(source, q=q, k=k, v=v)
-    if not use_triton(backend, source.like):
+    weights = () if isinstance(source, Pieces) else (source.q_weight, source.k_weight)
+    if not use_triton(backend, source.like, *weights):
         return reference.place(source, q, k, v)
     from causalrope_kernels import place_kernel as kernel
 
@@ -90,8 +100,9 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, backend: str = "auto") 
     check.linear_gelu(x, weight, bias)
     if backend not in ("auto", "torch"):
         raise ValueError(f"backend: expected auto or torch, not {backend!r}")
-    wants_gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    if backend == "auto" and x.is_cuda and x.dtype == weight.dtype and not wants_gradient:
+    wants_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, weight, bias))
+    fused = x.is_cuda and x.dtype == weight.dtype and x.dtype in DTYPES
+    if backend == "auto" and fused and not wants_gradient:
         rows = torch.ops.aten._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True)
         return rows.unflatten(0, x.shape[:-1])
     return reference.linear_gelu(x, weight, bias)

@@ -9,6 +9,7 @@ Shapes: B batch, F frames, s tokens of a frame, H heads, d head width, D = H·d,
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import triton
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from causalrope_kernels.add_norm_kernel import warps
 from causalrope_kernels.arguments import Projection, Room, Rooms
-from causalrope_kernels.tables import on_device
+from causalrope_kernels.tables import Lines, launching_on, on_device
 
 FIELDS = tl.constexpr(4)  # of a head in a room: where it begins, and the steps of batch, frame and token
 
@@ -60,7 +61,10 @@ def _turn(
     tl.store(room + rows[:, None] * WIDTH + channel[None, :], turned.to(room.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["start", "tokens", "frames", "columns"],
+    do_not_specialize_on_alignment=["q_times", "k_times", "q_slots", "k_slots", "v_slots"],
+)
 def projection_kernel(
     qkv, q_weight, k_weight, q_room, k_room, v_room, q_table, k_table, v_table, q_slots, k_slots, v_slots,
     time, row, column, q_times, k_times, start, tokens, frames, columns, eps, by_batch, by_frame, by_token,
@@ -94,7 +98,10 @@ def projection_kernel(
         tl.store(v_room + rows[:, None] * WIDTH + channel[None, :], value, mask=mask)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["batches", "frames", "all_frames"],
+    do_not_specialize_on_alignment=["q_slots", "k_slots", "v_slots"],
+)
 def pieces_kernel(
     pieces, places, q_room, k_room, v_room, q_table, k_table, v_table, q_slots, k_slots, v_slots,
     batches, frames, all_frames,
@@ -127,7 +134,7 @@ def pieces_kernel(
         tl.store(v_room + rows[:, None] * WIDTH + channel[None, :], value, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["frames"])
 def split_kernel(
     x,
     pieces,
@@ -159,13 +166,14 @@ def place_projection(projection: Projection, q: Rooms, k: Rooms, v: Rooms) -> No
     if qkv.numel() == 0 or not (q or k or v):
         return
     block, tile = triton.next_power_of_2(width), triton.next_power_of_2(heads)
-    projection_kernel[tokens, batch * frames](
-        qkv, projection.q_weight, projection.k_weight, *rooms,
-        rotation.time, rotation.row, rotation.column, rotation.query_times_F, rotation.key_times_F,
-        rotation.start, tokens, frames, rotation.columns, projection.eps, *qkv.stride()[:3], **constants,
-        TIMES=rotation.time.shape[2], ROWS=rotation.row.shape[2], COLUMNS=rotation.column.shape[2],
-        COUNT=heads, WIDTH=width, HEADS=tile, BLOCK=block, num_warps=warps(2 * tile * block),
-    )  # fmt: skip
+    with launching_on(qkv):
+        projection_kernel[tokens, batch * frames](
+            qkv, projection.q_weight, projection.k_weight, *rooms,
+            rotation.time, rotation.row, rotation.column, rotation.query_times_F, rotation.key_times_F,
+            rotation.start, tokens, frames, rotation.columns, projection.eps, *qkv.stride()[:3], **constants,
+            TIMES=rotation.time.shape[2], ROWS=rotation.row.shape[2], COLUMNS=rotation.column.shape[2],
+            COUNT=heads, WIDTH=width, HEADS=tile, BLOCK=block, num_warps=warps(2 * tile * block),
+        )  # fmt: skip
 
 
 def place_pieces(pieces: Sequence[Tensor], q: Rooms, k: Rooms, v: Rooms) -> None:
@@ -175,20 +183,22 @@ def place_pieces(pieces: Sequence[Tensor], q: Rooms, k: Rooms, v: Rooms) -> None
     if pieces[0].numel() == 0 or not (q or k or v):
         return
     block, tile = triton.next_power_of_2(width), triton.next_power_of_2(heads)
-    pieces_kernel[tokens, batch * frames](
-        pieces[0], _places(pieces), *rooms, batch, frames, pieces[0].stride(1) // pieces[0].stride(2), **constants,
-        KINDS=kinds, COUNT=heads, WIDTH=width, HEADS=tile, BLOCK=block, num_warps=warps(2 * tile * block),
-    )  # fmt: skip
+    with launching_on(pieces[0]):
+        pieces_kernel[tokens, batch * frames](
+            pieces[0], _places(pieces), *rooms, batch, frames, pieces[0].stride(1) // pieces[0].stride(2), **constants,
+            KINDS=kinds, COUNT=heads, WIDTH=width, HEADS=tile, BLOCK=block, num_warps=warps(2 * tile * block),
+        )  # fmt: skip
 
 
 def split_tokens(x_BFSHD: Tensor, pieces: Sequence[Tensor]) -> None:
     batch, frames, tokens, heads, width = x_BFSHD.shape
     if x_BFSHD.numel():
         block = triton.next_power_of_2(heads * width)
-        split_kernel[tokens, batch * frames](
-            x_BFSHD, pieces[0], _places([piece.unsqueeze(0) for piece in pieces]), frames, *x_BFSHD.stride()[:3],
-            WIDTH=width, NUMBERS=heads * width, BLOCK=block, num_warps=warps(block),
-        )  # fmt: skip
+        with launching_on(x_BFSHD):
+            split_kernel[tokens, batch * frames](
+                x_BFSHD, pieces[0], _places([piece.unsqueeze(0) for piece in pieces]), frames, *x_BFSHD.stride()[:3],
+                WIDTH=width, NUMBERS=heads * width, BLOCK=block, num_warps=warps(block),
+            )  # fmt: skip
 
 
 def _arguments(q: Rooms, k: Rooms, v: Rooms, unused: Tensor, width: int) -> tuple[tuple[Tensor, ...], dict[str, bool]]:
@@ -227,8 +237,14 @@ def _places(pieces: Sequence[Tensor]) -> Tensor:
     for number, piece in enumerate(pieces):
         apart = (piece.data_ptr() - first.data_ptr()) // first.element_size()
         by_frame, by_token = piece.stride(2), piece.stride(3)
-        spacing = piece.stride(1) == pieces[0].stride(1) // pieces[0].stride(2) * by_frame
+        spacing = piece.stride(1) == first.stride(1) // max(1, first.stride(2)) * by_frame
         if apart % width or not spacing or piece.stride(0) != piece.shape[1] * piece.stride(1):
             raise ValueError(f"pieces[{number}]: expected whole frames of one buffer, not strides {piece.stride()}")
-        lines += [((apart + token * by_token) // width, by_frame // width) for token in range(piece.shape[3])]
-    return on_device(tuple(lines), first.device, torch.int32)
+        lines.append((apart // width, by_token // width, piece.shape[3], by_frame // width))
+    return _token_by_token(tuple(lines), first.device)
+
+
+@lru_cache(maxsize=256)
+def _token_by_token(pieces: Lines, device: torch.device) -> Tensor:
+    lines = [(begin + token * step, by_frame) for begin, step, count, by_frame in pieces for token in range(count)]
+    return on_device(tuple(lines), device, torch.int32)

@@ -8,9 +8,10 @@ import triton.language as tl
 from torch import Tensor
 
 from causalrope_kernels.add_norm_kernel import rows_of, warps
+from causalrope_kernels.tables import launching_on
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def rms_norm_kernel(
     x, weight, out, count, eps, x_row, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -33,8 +34,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if count and width:
         block = triton.next_power_of_2(width)
         rows = rows_of(count, block)
-        rms_norm_kernel[(triton.cdiv(count, rows),)](
-            rows_of_x, weight, out, count, eps, rows_of_x.stride(0),
-            WIDTH=width, ROWS=rows, BLOCK=block, num_warps=warps(rows * block),
-        )  # fmt: skip
+        with launching_on(x):
+            rms_norm_kernel[(triton.cdiv(count, rows),)](
+                rows_of_x, weight, out, count, eps, rows_of_x.stride(0),
+                WIDTH=width, ROWS=rows, BLOCK=block, num_warps=warps(rows * block),
+            )  # fmt: skip
     return out

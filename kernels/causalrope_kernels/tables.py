@@ -1,13 +1,19 @@
-"""Small tables of integers that a kernel reads on the device."""
+"""What every launcher needs: the device that it launches on, and small tables of integers there."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 Lines = tuple[tuple[int, ...], ...]
+
+
+def launching_on(x: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the thread's current device, which need not be the tensors'."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 @lru_cache(maxsize=1024)
