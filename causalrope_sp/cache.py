@@ -126,7 +126,8 @@ class KVCache:
         if key not in self._stretches:
             slots = self.window.stretches(chunk, since)[not old]
             if since:  # always two, the second at times empty: so many does a captured graph have
-                slots = [*slots, (0, 0), (0, 0)][:2]
+                assert len(slots) <= 2, "what goes round lies in one stretch or two"
+                slots += [(0, 0)] * (2 - len(slots))
             rows = tuple((first * tokens, stop * tokens) for first, stop in slots)
             self._stretches[key] = rows, send(torch.tensor(rows, dtype=torch.int32).view(-1, 2), device)
         if chunk not in self._turns:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -538,3 +541,8 @@ def test_auto_is_torch_on_the_cpu_and_where_a_gradient_is_wanted(monkeypatch: py
     assert not use_triton("auto", X, X.clone().requires_grad_())
     with torch.no_grad():
         assert use_triton("auto", X, X.clone().requires_grad_())
+
+
+def test_the_example_runs() -> None:
+    run = subprocess.run([sys.executable, str(ROOT / "examples" / "kernels.py")], capture_output=True, text=True)
+    assert (run.returncode, run.stdout) == (0, "torch.Size([1, 48, 2, 16])\n"), run.stderr

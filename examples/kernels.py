@@ -1,0 +1,35 @@
+"""The operations by hand: one layer's self-attention of a chunk on a ring of frame slots, without the rest of the library.
+
+A grid of 4×6 tokens a frame, 2 heads of 16; chunk 3 of frames 6 and 7, in a ring of six slots that holds frames 2 to 7.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from causalrope_kernels import Keys, Projection, Room, Rotation, attention, place
+
+ROWS, COLUMNS, HEADS, WIDTH, SLOTS, FRAMES = 4, 6, 2, 16, 6, (6, 7)
+TOKENS, DIM = ROWS * COLUMNS, HEADS * WIDTH
+PAIRS = WIDTH // 2 - 2 * (WIDTH // 6), WIDTH // 6, WIDTH // 6  # of channels: for time, row, column
+
+
+def table(places: int, pairs: int) -> torch.Tensor:
+    """Cosines and sines of every place on an axis, (places, 2, pairs)."""
+    angles = torch.outer(torch.arange(places, dtype=torch.float64), 10_000.0 ** (-torch.arange(pairs) / pairs))
+    return torch.stack([angles.cos(), angles.sin()], 1).float()
+
+
+times = torch.tensor(FRAMES)  # with the global time index on the device, no kernel depends on it
+tables = [table(places, pairs) for places, pairs in zip((1024, ROWS, COLUMNS), PAIRS, strict=True)]
+rotation = Rotation(*tables, times, times, start=0, tokens=TOKENS, columns=COLUMNS)
+qkv = torch.randn(1, len(FRAMES), TOKENS, 3 * DIM)
+projection = Projection(qkv, torch.ones(DIM), torch.ones(DIM), rotation, HEADS, eps=1e-6)
+
+q = torch.empty(1, len(FRAMES), TOKENS, HEADS, WIDTH)
+ring_k, ring_v = torch.randn(2, 1, SLOTS, TOKENS, HEADS, WIDTH)
+slots = times % SLOTS
+place(projection, q=[Room(q)], k=[Room(ring_k, slots)], v=[Room(ring_v, slots)])
+
+keys = Keys(ring_k.flatten(1, 2), ring_v.flatten(1, 2), stretches=((0, SLOTS * TOKENS),))  # in rows, not in slots
+print(attention(q.flatten(1, 2), keys).shape)
