@@ -1,4 +1,4 @@
-"""The operations by hand: one layer's self-attention of a chunk on a ring of frame slots, without the rest of the library.
+"""The operations by hand: one layer's self-attention of a chunk on a ring of frame slots.
 
 A grid of 4×6 tokens a frame, 2 heads of 16; chunk 3 of frames 6 and 7, in a ring of six slots that holds frames 2 to 7.
 """
