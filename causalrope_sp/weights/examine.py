@@ -66,7 +66,7 @@ def examine(path: Path, config: DiTConfig | None, part: str | None) -> Examined:
         config=config,
         dtype=most_common_dtype(sizes),
         parameters=sizes.total(),
-        preset=guess_preset(path, files.folder, found.wrapping, declared, config),
+        preset=guess_preset(path, files.files[0], found.wrapping, declared, config),
         missing=missing,
         unexpected=sorted(shown(n) for n in (*(s for b, s in found.stored.items() if b not in expected), *found.rest)),
         misshapen=misshapen,

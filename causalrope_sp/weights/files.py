@@ -37,8 +37,8 @@ class Stored:
 
 
 class WeightFiles:
-    """An open checkpoint: `path` as given, `folder` where its files lie, `parts` the dictionaries on top of them that
-    were gone into and `beside` those that were not.
+    """An open checkpoint: `path` as given, `files` what it led to, `parts` the dictionaries on top of them that were
+    gone into and `beside` those that were not.
 
     Raises:
         CheckpointError: nothing there, not a checkpoint, truncated, or a pickle that holds more than tensors.
@@ -53,9 +53,8 @@ class WeightFiles:
         try:
             if not path.exists():
                 raise CheckpointError(f"{path}: no such file or folder")
-            files = _weight_files(path)
-            self.folder = files[0].parent
-            for file in files:
+            self.files = _weight_files(path)
+            for file in self.files:
                 if _is_safetensors(file):
                     self._open_safetensors(file)
                 else:
@@ -85,7 +84,7 @@ class WeightFiles:
         Raises:
             CheckpointError: either is not a JSON object.
         """
-        beside = self.folder / name
+        beside = self.files[0].parent / name
         declared = read_json(beside) if beside.is_file() else {}
         if "config" in self.metadata:
             declared |= json_object(self.metadata["config"], f"{self.path}: metadata `config`")

@@ -140,14 +140,12 @@ def find_preset(name: str) -> Preset:
     return FAMILY[name]
 
 
-def guess_preset(
-    path: Path, folder: Path, wrapping: Wrapping, declared: Mapping[str, Any], config: DiTConfig
-) -> Preset:
+def guess_preset(path: Path, file: Path, wrapping: Wrapping, declared: Mapping[str, Any], config: DiTConfig) -> Preset:
     """The preset that a checkpoint's files speak for, with what they say; UNKNOWN if they say nothing.
 
-    `folder` is where its weights lie, `declared` what its config.json says.
+    `file` is the first one of its weights, `declared` what its config.json says.
     """
-    name, reason = next(_signs(path, folder, wrapping, declared), ("none", "nothing in its names or files tells"))
+    name, reason = next(_signs(path, file, wrapping, declared), ("none", "nothing in its names or files tells"))
     preset, evidence = FAMILY.get(name, UNKNOWN), [reason]
     said = {ours: declared[theirs] for theirs, ours in _DECLARED if _counts(declared.get(theirs))}
     if said:
@@ -183,17 +181,17 @@ def _counts(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _signs(path: Path, folder: Path, wrapping: Wrapping, declared: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _signs(path: Path, file: Path, wrapping: Wrapping, declared: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """What speaks for a preset, the strongest first."""
     if declared.get("_class_name") == "CausalWanTransformer3DModel":
         yield "sfwan", "config.json names the class CausalWanTransformer3DModel"
-    for file, wanted in (
+    for name, wanted in (
         ("model_index.json", "WanCausalDMDPipeline"),
         ("scheduler/scheduler_config.json", "SelfForcingFlowMatchScheduler"),
     ):
-        if _class_in(folder.parent / file) == wanted:
-            yield "sfwan", f"{file} names the class {wanted}"
-    names = (*path.absolute().parts[-3:], *folder.absolute().parts[-3:])
+        if _class_in(file.parent.parent / name) == wanted:
+            yield "sfwan", f"{name} names the class {wanted}"
+    names = (*path.absolute().parts[-3:], *file.absolute().parts[-3:])
     words = [re.sub(r"[_ .]+", "-", name.lower()) for name in names]
     framewise = next((name for name, word in zip(names, words) if re.search(_FRAMEWISE, word)), None)
     for pattern, preset in _BY_NAME:
