@@ -286,6 +286,12 @@ def test_what_does_not_fit_is_named(tmp_path: Path, break_it: object, told: str)
     assert "\n" not in message
 
 
+def test_a_lora_is_no_model(tmp_path: Path) -> None:
+    save_file(spell("peft", pairs()), tmp_path / "lora.safetensors")
+    with pytest.raises(CheckpointError, match="a LoRA, which load_model takes as one of `loras`"):
+        load_model(tmp_path / "lora.safetensors")
+
+
 def test_a_dora_is_refused(tmp_path: Path) -> None:
     metadata = {"lora_adapter_metadata": json.dumps({"transformer.use_dora": True})}
     save_file(spell("diffusers", pairs()), tmp_path / "lora", metadata)

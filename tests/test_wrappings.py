@@ -172,6 +172,16 @@ def test_a_dictionary_that_holds_itself_is_refused(tmp_path: Path) -> None:
         load_model(tmp_path / "w.pt")
 
 
+def test_a_message_names_what_is_wrong_as_it_is_stored(tmp_path: Path) -> None:
+    state = NAMES["self-forcing's ema"](wan_state())
+    del state["model._fsdp_wrapped_module.head.head.bias"]
+    state["model._fsdp_wrapped_module.blocks.0.extra"] = torch.zeros(1)
+    save_file(state, tmp_path / "w")
+    with pytest.raises(CheckpointError) as caught:
+        load_model(tmp_path / "w", config=CONFIG)
+    assert "1 missing: head.head.bias; 1 unexpected: model._fsdp_wrapped_module.blocks.0.extra" in str(caught.value)
+
+
 def test_a_pipeline_of_diffusers_keeps_its_dit_in_a_folder(tmp_path: Path, expected: Tensor) -> None:
     diffusers_model().save_pretrained(tmp_path / "transformer")
     (tmp_path / "model_index.json").write_text('{"_class_name": "WanPipeline"}')

@@ -13,6 +13,7 @@ from causalrope_sp.config import DiTConfig
 from causalrope_sp.errors import CheckpointError
 from causalrope_sp.model import CausalDiT
 from causalrope_sp.weights.examine import Examined, examine
+from causalrope_sp.weights.finite import all_finite
 from causalrope_sp.weights.layout import arrange
 from causalrope_sp.weights.lora import Lora, LoraMerge
 from causalrope_sp.weights.messages import some
@@ -71,14 +72,14 @@ def _fill(checkpoint: Examined, dtype: torch.dtype, device: torch.device, merges
     state: dict[str, Tensor] = {}
     broken: list[str] = []
     for parameter, shaped in checkpoint.model.named_parameters():
-        state[parameter] = torch.empty_like(shaped, dtype=dtype, device=device)
+        state[parameter] = torch.empty(shaped.shape, dtype=dtype, device=device)
         names = checkpoint.names[parameter]
         for number, (piece, name) in enumerate(zip(state[parameter].chunk(len(names)), names, strict=True)):
             stored = arrange(parameter, checkpoint.files.take(name))
             for merge in merges:
                 stored = merge.into(stored, parameter, number, device)
             piece.copy_(stored)
-            if not _finite(piece):
+            if not all_finite(piece):
                 broken.append(name)
     if broken:
         raise CheckpointError(
@@ -86,8 +87,3 @@ def _fill(checkpoint: Examined, dtype: torch.dtype, device: torch.device, merges
             f"{some(broken)}"
         )
     checkpoint.model.load_state_dict(state, strict=True, assign=True)
-
-
-def _finite(tensor: Tensor) -> bool:
-    """Whether all numbers are finite: their least and greatest are. Takes no memory, unlike a mask."""
-    return bool(torch.stack(tensor.aminmax()).isfinite().all())

@@ -26,6 +26,7 @@ from causalrope_sp.errors import CheckpointError, ConfigError
 from causalrope_sp.model import CausalDiT
 from causalrope_sp.weights.diffusers import DIFFUSERS
 from causalrope_sp.weights.files import DTYPES, WeightFiles, json_object
+from causalrope_sp.weights.finite import all_finite
 from causalrope_sp.weights.layout import Shape, arrange, stored_shape
 from causalrope_sp.weights.messages import shown, some
 from causalrope_sp.weights.wan import WAN
@@ -109,7 +110,7 @@ class LoraMerge:
                 continue
             wide = torch.promote_types(stored.dtype, torch.float32)
             delta = self._delta(target, change, wide, device)
-            if not delta.isfinite().all():
+            if not all_finite(delta):
                 raise CheckpointError(f"{self.path}: NaN or infinite for {parameter}: {some(change.keys.values())}")
             if target.number is None:
                 delta = delta[number * len(stored) : (number + 1) * len(stored)]
