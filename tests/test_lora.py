@@ -288,7 +288,7 @@ def test_what_does_not_fit_is_named(tmp_path: Path, break_it: object, told: str)
 
 def test_a_lora_is_no_model(tmp_path: Path) -> None:
     save_file(spell("peft", pairs()), tmp_path / "lora.safetensors")
-    with pytest.raises(CheckpointError, match="a LoRA, which load_model takes as one of `loras`"):
+    with pytest.raises(CheckpointError, match="a LoRA, to be given to load_model as one of `loras`"):
         load_model(tmp_path / "lora.safetensors")
 
 

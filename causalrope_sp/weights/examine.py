@@ -79,6 +79,8 @@ def examine(path: Path, config: DiTConfig | None, part: str | None) -> Examined:
 
 def _detect(files: WeightFiles, part: str | None) -> _Found:
     names = bare_names(files.tensors, files.path)
+    if names and all(".lora" in name or name.startswith("lora_") or name.endswith(".alpha") for name in names):
+        raise CheckpointError(f"{files.path}: a LoRA, to be given to load_model as one of `loras` beside its model")
     for layout in LAYOUTS:
         prefixes = layout.prefixes_in(names)
         if not prefixes:
@@ -94,10 +96,6 @@ def _detect(files: WeightFiles, part: str | None) -> _Found:
         example = next(name for name in stored.values() if f".{layout.marker}." in name)
         why = f"its blocks have {layout.marker}: {shown(example)}"
         return _Found(layout, Wrapping(files.parts, prefix, wrapping_modules(files.tensors), beside), why, stored, rest)
-    if any("lora" in name for name in names):
-        raise CheckpointError(
-            f"{files.path}: a LoRA, which load_model takes as one of `loras`, beside the model it is for"
-        )
     known = " or ".join(f"{layout.name} (blocks.0.{layout.marker}...)" for layout in LAYOUTS)
     found = some(list(files.tensors)) or "none"
     raise CheckpointError(f"{files.path}: not a Wan transformer: none of its keys ({found}) is of the layout {known}")
