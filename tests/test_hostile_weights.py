@@ -245,6 +245,13 @@ def a_record_larger_than_the_file(file: Path) -> None:
     file.write_bytes(raw)
 
 
+def spread_over_disks(file: Path) -> None:
+    torch.save(wan_state(), file)
+    raw = bytearray(file.read_bytes())
+    raw[raw.rindex(b"PK\x06\x07") + 16] = 9
+    file.write_bytes(raw)
+
+
 def more_numbers_than_bytes(file: Path) -> None:
     torch.save({"blocks.0.self_attn.q.weight": torch.zeros(1).expand(2**20, 2**20)}, file)
 
@@ -262,6 +269,7 @@ def on_meta(file: Path) -> None:
     [
         (compressed, "is compressed"),
         (a_record_larger_than_the_file, "larger than the file"),
+        (spread_over_disks, "truncated or not a torch file"),
         (more_numbers_than_bytes, "more numbers than the file has room for"),
         (no_numbers_at_all, "no plain tensor"),
         (on_meta, "no plain tensor"),

@@ -23,9 +23,7 @@ def open_tensors(file: Path, part: str | None, parts: tuple[str, ...]) -> Nested
     Raises:
         CheckpointError: truncated, compressed, larger inside than outside, or more than tensors in a dictionary.
     """
-    mapped = zipfile.is_zipfile(file)
-    if mapped:
-        _check_archive(file)
+    mapped = _is_sound_archive(file)
     nested = innermost(_load_tensors_only(file, mapped), part, parts)
     if not isinstance(nested.content, dict):
         raise CheckpointError(f"{file}: holds a {type(nested.content).__name__}, not tensors by name")
@@ -37,9 +35,14 @@ def open_tensors(file: Path, part: str | None, parts: tuple[str, ...]) -> Nested
     return Nested(state, nested.parts, nested.beside)
 
 
-def _check_archive(file: Path) -> None:
-    """torch.save stores its records as they are; a packed one could unfold into any size."""
+def _is_sound_archive(file: Path) -> bool:
+    """Whether it is a zip archive, as today's torch.save writes, and not the older format.
+
+    torch.save stores its records as they are; a packed one could unfold into any size.
+    """
     try:
+        if not zipfile.is_zipfile(file):
+            return False
         with zipfile.ZipFile(file) as archive:
             packed = [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
             size = sum(entry.file_size for entry in archive.infolist())
@@ -49,6 +52,7 @@ def _check_archive(file: Path) -> None:
         raise CheckpointError(f"{file}: its record {shown(packed[0])} is compressed, which torch.save never does")
     if size > file.stat().st_size:
         raise CheckpointError(f"{file}: declares records that are larger than the file")
+    return True
 
 
 def _load_tensors_only(file: Path, mapped: bool) -> Any:
