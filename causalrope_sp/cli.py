@@ -6,7 +6,6 @@ Under torchrun every rank runs the same command; rank 0 alone speaks, shows prog
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import math
 import os
@@ -124,21 +123,28 @@ def generate(
 
 @cli.command()
 @click.argument("path")
+@click.option("--part", help="Which model in the file: generator, generator_ema, ... (default: the averaged one).")
+@click.option("--preset", help="How it runs: self-forcing, causvid, longlive-1.3b, ... (default: guessed).")
+@click.option("--window", type=int, help="Latent frames that attention looks back over, in place of the preset's.")
+@click.option("--sink", type=int, help="Latent frames of the very start that never leave the window.")
+@click.option("--chunk-frames", type=int, help="Latent frames denoised together.")
+@click.option("--steps", help="How many evenly spaced denoising steps (4), or which (1000,750,500,250).")
+@click.option("--shift", type=float, help="Of the timesteps towards noise.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
-def inspect(path: str, as_json: bool) -> int:
-    """Says what the checkpoint at PATH is, and what it lacks. Exit status 1 if it could not be loaded as it is."""
-    from causalrope_sp.toybox import EMBEDDED, WEIGHTS
-    from causalrope_sp.weights import inspect_checkpoint
+def inspect(path: str, part: str | None, preset: str | None, steps: str | None, as_json: bool, **run: Any) -> int:
+    """Says what the checkpoint at PATH is, why, what it lacks, and how it would run.
 
-    report = inspect_checkpoint(WEIGHTS / f"{path}.safetensors" if path in EMBEDDED else Path(path))
-    fields = {field.name: _plain(getattr(report, field.name)) for field in dataclasses.fields(report)}
-    if rank() == 0 and as_json:
-        click.echo(json.dumps(fields))
-    elif rank() == 0:
-        for name, value in fields.items():
-            for line in _readable(value):
-                click.echo(f"{name:>12}  {line}")
-                name = ""
+    Exit status 1 if it could not be loaded as it is.
+    """
+    from causalrope_sp import inspection
+    from causalrope_sp.schedule import timesteps
+
+    parsed = _parse_steps(steps)
+    changes = {name: value for name, value in run.items() if value is not None}
+    changes |= {} if parsed is None else {"steps": timesteps(parsed)}
+    report = inspection.inspect(path, part, preset, changes)
+    if rank() == 0:
+        click.echo(json.dumps(inspection.fields(report)) if as_json else inspection.text(report))
     return 1 if report.problem else 0
 
 
@@ -332,23 +338,6 @@ def _print_table(checks: list[Check]) -> None:
     console = Console()
     console.print(table)
     console.print(f"{sum(check.ok is True for check in checks)} of {len(checks)} checks passed", highlight=False)
-
-
-def _plain(value: Any) -> Any:
-    """A report's field as JSON can hold it."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.asdict(value)
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value if isinstance(value, int | float | str | dict | None) else str(value).removeprefix("torch.")
-
-
-def _readable(value: Any) -> list[str]:
-    if isinstance(value, list):
-        return [str(item) for item in value] or ["nothing"]
-    if isinstance(value, dict):
-        return [f"{key} = {item}" for key, item in value.items()]
-    return [f"{value:,}" if isinstance(value, int) else str(value)]
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,7 +22,7 @@ class DiTConfig:
 
     Raises:
         ConfigError: a size below 1, `dim` not divisible by `num_heads`, an odd or too small head width, an odd
-            `freq_dim`.
+            `freq_dim`, an `eps` or `theta` that is not a positive finite number.
     """
 
     dim: int
@@ -46,6 +47,9 @@ class DiTConfig:
             raise ConfigError(f"freq_dim {self.freq_dim} must be even")
         if len(self.patch_size) != 3 or self.patch_size[0] != 1 or min(self.patch_size) < 1:
             raise ConfigError(f"patch_size {self.patch_size} must be (1, height, width)")
+
+        if not all(value > 0 and math.isfinite(value) for value in (self.eps, self.theta)):
+            raise ConfigError(f"eps {self.eps} and theta {self.theta} must be positive and finite")
 
     @property
     def head_dim(self) -> int:

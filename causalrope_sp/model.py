@@ -119,7 +119,7 @@ class Block(nn.Module):
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.eps = config.eps
-        self.modulation = nn.Parameter(torch.randn(6, config.dim) / config.dim**0.5)
+        self.modulation = _table(6, config.dim)
         self.self_attn = SelfAttention(config)
         self.cross_norm = nn.LayerNorm(config.dim, config.eps)
         self.cross_attn = CrossAttention(config)
@@ -140,7 +140,7 @@ class Head(nn.Module):
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.eps = config.eps
-        self.modulation = nn.Parameter(torch.randn(2, config.dim) / config.dim**0.5)
+        self.modulation = _table(2, config.dim)
         self.linear = nn.Linear(config.dim, config.token_dim)
 
     def forward(self, residual: Residual, time_FD: Tensor) -> Tensor:
@@ -192,6 +192,13 @@ class CausalDiT(nn.Module):
         frames = step.predicted_frames
         tokens = tokens_BTE.shape[1] // time_FD.shape[-2] * frames
         return self.head(residual.last(tokens, frames), time_FD[..., -frames:, :])
+
+
+def _table(rows: int, dim: int) -> nn.Parameter:
+    """What is learned of shifts, scales and gates. Nothing is drawn on the meta device, where that would import sympy:
+    75 MB and more than a second before a checkpoint is even looked at."""
+    table = torch.empty(rows, dim)
+    return nn.Parameter(table if table.is_meta else torch.randn(rows, dim) / dim**0.5)
 
 
 def sinusoid(timesteps_F: Tensor, width: int) -> Tensor:

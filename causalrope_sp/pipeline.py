@@ -26,6 +26,7 @@ from causalrope_sp.noise import seeded_noise
 from causalrope_sp.parallel import SequenceParallel
 from causalrope_sp.parallel.ledger import Ledger
 from causalrope_sp.sampler import sample_chunks
+from causalrope_sp.schedule import timesteps
 from causalrope_sp.toybox import EMBEDDED, WEIGHTS
 from causalrope_sp.toybox.text import ToyboxText
 from causalrope_sp.version import __version__
@@ -151,7 +152,7 @@ class CausalVideoPipeline:
         given = {"window": window, "sink": sink, "rope": rope}
         changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         stream = replace(recipe.stream, **changes)
-        sampler = recipe.sampler if steps is None else replace(recipe.sampler, steps=_timesteps(steps))
+        sampler = recipe.sampler if steps is None else replace(recipe.sampler, steps=timesteps(steps))
         recipe = replace(recipe, stream=stream, sampler=sampler)
         if parallel is not None and device is not None:
             raise ConfigError("give either `parallel`, which has a device, or `device`")
@@ -264,14 +265,6 @@ def digest(model: CausalDiT) -> str:
             place = torch.arange(1, len(words) + 1, device=words.device)
             total = (31 * total + int(words.sum()) + 7 * int((words * place).sum())) % (1 << 64)
     return f"{total:016x}"
-
-
-def _timesteps(steps: int | Sequence[float]) -> tuple[float, ...]:
-    if not isinstance(steps, int):
-        return tuple(steps)
-    if not 1 <= steps <= 1000:
-        raise ConfigError(f"steps must be at least 1 and at most 1000, not {steps}")
-    return tuple(1000 * (steps - i) / steps for i in range(steps))
 
 
 def find_recipe(model: str | Path) -> Path:

@@ -183,5 +183,8 @@ def _known(model: str) -> tuple[DiTConfig, StreamConfig, SamplerConfig, tuple[in
             raise CheckpointError(
                 f"no model {model!r}: not one of {', '.join(PRESETS)}, toybox, not a file, not a folder"
             ) from None
-        return inspect_checkpoint(model).config, *wan
+        report = inspect_checkpoint(model)
+        known = report.preset.stream.window is not None
+        runs = (report.preset.stream, report.preset.sampler, wan[2]) if known else wan
+        return report.config, *runs
     return inspect_checkpoint(recipe.transformer).config, recipe.stream, recipe.sampler, (recipe.height, recipe.width)

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
 from causalrope_sp.config import SamplerConfig
+from causalrope_sp.errors import ConfigError
 
 
 def shift_sigma(sigma: float, shift: float) -> float:
     """σ(s) = shift·s / (1 + (shift - 1)·s): spends more of the steps at high noise."""
     return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def timesteps(steps: int | Sequence[float]) -> tuple[float, ...]:
+    """The unshifted timesteps of so many steps, evenly spaced from noise to data; a list of them as it is.
+
+    Raises:
+        ConfigError: fewer than 1 step or more than 1000.
+    """
+    if not isinstance(steps, int):
+        return tuple(steps)
+    if not 1 <= steps <= 1000:
+        raise ConfigError(f"steps must be at least 1 and at most 1000, not {steps}")
+    return tuple(1000 * (steps - i) / steps for i in range(steps))
 
 
 def sigmas(config: SamplerConfig) -> list[float]:

@@ -3,7 +3,6 @@ wrong with a file is one line that names it."""
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import sys
@@ -13,44 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import CONFIG, diffusers_model, run, save_wan, wan_state
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from causalrope_kernels.reference import attention, project
 from causalrope_sp.config import DiTConfig
 from causalrope_sp.errors import CheckpointError
-from causalrope_sp.grid import LatentGrid, Shard
-from causalrope_sp.model import CausalDiT, ForwardPass
-from causalrope_sp.rope import RotaryTables
-from causalrope_sp.weights import inspect_checkpoint, load, load_model, save_model
-
-CONFIG = DiTConfig(dim=36, ffn_dim=40, num_heads=3, num_layers=2, text_dim=10, freq_dim=8, in_channels=5)
-
-# diffusers' names and Wan's, from diffusers' own conversion of the published checkpoints. Order matters.
-TO_WAN = (
-    ("condition_embedder.time_embedder.linear_1", "time_embedding.0"),
-    ("condition_embedder.time_embedder.linear_2", "time_embedding.2"),
-    ("condition_embedder.text_embedder.linear_1", "text_embedding.0"),
-    ("condition_embedder.text_embedder.linear_2", "text_embedding.2"),
-    ("condition_embedder.time_proj", "time_projection.1"),
-    ("proj_out", "head.head"),
-    ("scale_shift_table", "modulation"),
-    ("ffn.net.0.proj", "ffn.0"),
-    ("ffn.net.2", "ffn.2"),
-    (".norm2.", ".norm3."),
-    ("attn1", "self_attn"),
-    ("attn2", "cross_attn"),
-    ("to_out.0", "o"),
-    (".to_q.", ".q."),
-    (".to_k.", ".k."),
-    (".to_v.", ".v."),
-)
-
-
-def wan_name(name: str) -> str:
-    for diffusers, wan in TO_WAN:
-        name = name.replace(diffusers, wan)
-    return "head.modulation" if name == "modulation" else name
+from causalrope_sp.model import CausalDiT
+from causalrope_sp.weights import files, inspect_checkpoint, load_model, save_model
 
 
 @pytest.fixture
@@ -67,52 +36,6 @@ class Sinusoid64(nn.Module):
         half = CONFIG.freq_dim // 2
         angles = timesteps.double()[:, None] * 10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
         return torch.cat([angles.cos(), angles.sin()], 1)
-
-
-def diffusers_model(dtype: torch.dtype = torch.float32) -> nn.Module:
-    from diffusers import WanTransformer3DModel
-
-    torch.manual_seed(0)
-    model = WanTransformer3DModel(
-        num_attention_heads=CONFIG.num_heads,
-        attention_head_dim=CONFIG.head_dim,
-        in_channels=CONFIG.in_channels,
-        out_channels=CONFIG.in_channels,
-        text_dim=CONFIG.text_dim,
-        freq_dim=CONFIG.freq_dim,
-        ffn_dim=CONFIG.ffn_dim,
-        num_layers=CONFIG.num_layers,
-        rope_max_seq_len=16,
-    ).to(dtype)
-    for parameter in model.parameters():  # norms and biases too, which otherwise hide a swap behind ones and zeros
-        nn.init.normal_(parameter, std=0.3)
-    return model.eval()
-
-
-def wan_state(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    return {wan_name(name): tensor.contiguous() for name, tensor in diffusers_model(dtype).state_dict().items()}
-
-
-def save_wan(file: Path, state: dict[str, Tensor], num_heads: int | None = CONFIG.num_heads) -> Path:
-    save_file(state, file, {"config": json.dumps({"num_heads": num_heads})} if num_heads else None)
-    return file
-
-
-def run(model: CausalDiT, latents_1CFHW: Tensor, timesteps_F: Tensor, text_1LE: Tensor) -> Tensor:
-    """One pass of one chunk in which every token attends every other."""
-    latents = latents_1CFHW.transpose(1, 2)
-    frames = latents.shape[1]
-    grid = LatentGrid.from_latent(*latents.shape[-2:])
-    tables = RotaryTables(model.config.head_dim, model.config.theta, Shard(grid), model.device, model.dtype)
-    step = ForwardPass(
-        timesteps_F=timesteps_F,
-        predicted_frames=frames,
-        rotation=tables.rotation(range(frames)),
-        text=model.encode_text(text_1LE),
-        attend=lambda layer, projection: attention(*project(projection)),
-    )
-    tokens = model(grid.patchify(latents).flatten(1, 2), step)
-    return grid.unpatchify(tokens.unflatten(1, (frames, -1))).transpose(1, 2)
 
 
 @pytest.mark.usefixtures("exact_float64")
@@ -189,7 +112,7 @@ def test_inspection_neither_builds_a_model_nor_reads_a_tensor(tmp_path: Path, mo
     file = save_wan(tmp_path / "w.safetensors", state)
 
     monkeypatch.setitem(sys.modules, "causalrope_sp.model", None)
-    monkeypatch.setattr(load.WeightFiles, "read", None)
+    monkeypatch.setattr(files.WeightFiles, "read", None)
     report = inspect_checkpoint(file)
     assert (report.path, report.layout, report.config, report.dtype) == (file, "wan", CONFIG, torch.bfloat16)
     assert report.missing == ["blocks.1.self_attn.k.bias"]

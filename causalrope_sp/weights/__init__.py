@@ -1,6 +1,18 @@
-"""Checkpoints: one file a layout, its detection by content, and loading into the causal DiT."""
+"""Checkpoints: layouts, wrappings, LoRA, presets, each in a file of its own, and loading into the causal DiT."""
 
-from causalrope_sp.weights.load import CheckpointReport, inspect_checkpoint, load_model
+from causalrope_sp.weights.load import inspect_checkpoint, load_model
+from causalrope_sp.weights.lora import Lora
+from causalrope_sp.weights.presets import FAMILY, Preset, find_preset
+from causalrope_sp.weights.report import CheckpointReport
 from causalrope_sp.weights.save import save_model
 
-__all__ = ["CheckpointReport", "inspect_checkpoint", "load_model", "save_model"]
+__all__ = [
+    "FAMILY",
+    "CheckpointReport",
+    "Lora",
+    "Preset",
+    "find_preset",
+    "inspect_checkpoint",
+    "load_model",
+    "save_model",
+]

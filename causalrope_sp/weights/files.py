@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint by name, from one safetensors file, several with an index, or a torch file.
+"""The tensors of a checkpoint by name, from one safetensors file, several with an index, or torch files.
 
 Names, shapes and dtypes come from the headers; a tensor's data is read when it is asked for.
 """
@@ -6,10 +6,6 @@ Names, shapes and dtypes come from the headers; a tensor's data is read when it 
 from __future__ import annotations
 
 import json
-import pickle
-import re
-import warnings
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +16,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from causalrope_sp.errors import CheckpointError
+from causalrope_sp.weights.messages import one_line, shown, some
+from causalrope_sp.weights.torch_files import open_tensors
+from causalrope_sp.weights.wrappings import PARTS
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-INDEX = ".safetensors.index.json"
-TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
-# Training scripts keep the averaged and the raw weights side by side; the averaged ones are meant for use.
-NESTED_UNDER = ("generator_ema", "generator", "state_dict", "model")
+INDEX = ".index.json"
+SAFETENSORS = (".safetensors",)
+TORCH = (".pt", ".pth", ".bin", ".ckpt")
+LONGEST_JSON = 64 << 20  # bytes; the index of the largest published model is a thousandth of it
 
 
 @dataclass(frozen=True)
@@ -38,42 +37,57 @@ class Stored:
 
 
 class WeightFiles:
-    """An open checkpoint.
+    """An open checkpoint: `path` as given, `files` what it led to, `parts` the dictionaries on top of them that were
+    gone into and `beside` those that were not.
 
     Raises:
         CheckpointError: nothing there, not a checkpoint, truncated, or a pickle that holds more than tensors.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, part: str | None = None, parts: tuple[str, ...] = PARTS) -> None:
         self.path = path
         self.tensors: dict[str, Stored] = {}
         self.metadata: Mapping[str, str] = {}
+        self.parts: tuple[str, ...] = ()
+        self.beside: tuple[str, ...] = ()
         try:
             if not path.exists():
                 raise CheckpointError(f"{path}: no such file or folder")
-            for file in _weight_files(path):
+            self.files = _weight_files(path)
+            for file in self.files:
                 if _is_safetensors(file):
                     self._open_safetensors(file)
                 else:
-                    self._open_torch(file)
+                    self._open_torch(file, part, parts)
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
 
     def read(self, name: str) -> Tensor:
+        """The tensor, a view of its file."""
         home = self.tensors[name].home
-        tensor: Tensor = home[name] if isinstance(home, dict) else home.get_tensor(name)
+        try:
+            tensor: Tensor = home[name] if isinstance(home, dict) else home.get_tensor(name)
+        except SafetensorError as error:
+            raise CheckpointError(f"{self.path}: {shown(name)} cannot be read ({one_line(error)})") from error
         return tensor
 
-    def declared_config(self) -> dict[str, Any]:
-        """What the file's metadata says about the model, before what a config.json beside it says.
+    def take(self, name: str) -> Tensor:
+        """The tensor, once: where it was read with its whole file, its memory is free as soon as the caller's is."""
+        tensor, home = self.read(name), self.tensors[name].home
+        if isinstance(home, dict):
+            del home[name]
+        return tensor
+
+    def declared_config(self, name: str = "config.json") -> dict[str, Any]:
+        """What the file's metadata says about the model, before what a JSON file beside it says.
 
         Raises:
             CheckpointError: either is not a JSON object.
         """
-        beside = (self.path if self.path.is_dir() else self.path.parent) / "config.json"
-        declared = _read_json(beside) if beside.is_file() else {}
+        beside = self.files[0].parent / name
+        declared = read_json(beside) if beside.is_file() else {}
         if "config" in self.metadata:
-            declared |= _json_object(self.metadata["config"], f"{self.path}: metadata `config`")
+            declared |= json_object(self.metadata["config"], f"{self.path}: metadata `config`")
         return declared
 
     def _open_safetensors(self, file: Path) -> None:
@@ -82,48 +96,73 @@ class WeightFiles:
             slices = {name: home.get_slice(name) for name in home.keys()}
             described = {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
         except SafetensorError as error:
-            raise CheckpointError(f"{file}: truncated or not a safetensors file ({_one_line(error)})") from error
+            raise CheckpointError(f"{file}: truncated or not a safetensors file ({one_line(error)})") from error
         for name, (shape, dtype) in described.items():
             self._add(file, name, Stored(shape, DTYPES.get(dtype, dtype), home))
         self.metadata = self.metadata or home.metadata() or {}
 
-    def _open_torch(self, file: Path) -> None:
-        tensors = _state_dict(_load_tensors_only(file), file)
-        for name, tensor in tensors.items():
-            self._add(file, name, Stored(tuple(tensor.shape), tensor.dtype, tensors))
+    def _open_torch(self, file: Path, part: str | None, parts: tuple[str, ...]) -> None:
+        nested = open_tensors(file, part, parts)
+        self.parts, self.beside = nested.parts, nested.beside
+        for name, tensor in nested.content.items():
+            self._add(file, name, Stored(tuple(tensor.shape), tensor.dtype, nested.content))
 
     def _add(self, file: Path, name: str, stored: Stored) -> None:
         if name in self.tensors:
-            raise CheckpointError(f"{file}: {name} is in another file of {self.path} too")
+            raise CheckpointError(f"{file}: {shown(name)} is in another file of {self.path} too")
         self.tensors[name] = stored
 
 
 def _weight_files(path: Path) -> Sequence[Path]:
-    """The files that hold the weights at `path`: itself, or what the folder holds, shards in order."""
+    """The files that hold the weights at `path`: itself, or what the folder holds, shards in order. A pipeline of
+    diffusers keeps its DiT in a folder of its own."""
     if path.is_file():
         return _shards(path) if path.name.endswith(INDEX) else [path]
-    choices = {index.name: _shards(index) for index in sorted(path.glob("*" + INDEX))}
-    sharded = {shard for shards in choices.values() for shard in shards}
-    singles = sorted(set(path.glob("*.safetensors")) - sharded)
-    if not choices and not singles:
-        singles = sorted(file for file in path.iterdir() if file.suffix in TORCH_SUFFIXES)
-    choices |= {file.name: [file] for file in singles}
+    choices = _choices(path)
+    if not choices and (path / "transformer").is_dir():
+        choices = _choices(path / "transformer")
     if not choices:
-        raise CheckpointError(f"{path}: holds no weights (no .safetensors, no {', no '.join(TORCH_SUFFIXES)})")
+        raise CheckpointError(f"{path}: holds no weights (no {', no '.join((*SAFETENSORS, *TORCH))})")
     if len(choices) > 1:
-        raise CheckpointError(f"{path}: holds several checkpoints, name one of them: {', '.join(choices)}")
+        raise CheckpointError(f"{path}: holds several checkpoints, name one of them: {some(choices)}")
     return next(iter(choices.values()))
 
 
+def _choices(folder: Path) -> dict[str, Sequence[Path]]:
+    """The checkpoints that lie in a folder; torch files only where nothing is kept as safetensors."""
+    for suffixes in (SAFETENSORS, TORCH):
+        indexes = sorted(file for suffix in suffixes for file in folder.glob(f"*{suffix}{INDEX}"))
+        choices = {index.name: _shards(index) for index in indexes}
+        sharded = {shard for shards in choices.values() for shard in shards}
+        singles = sorted({file for suffix in suffixes for file in folder.glob(f"*{suffix}")} - sharded)
+        choices |= {file.name: [file] for file in singles}
+        if choices:
+            return choices
+    return {}
+
+
 def _shards(index: Path) -> Sequence[Path]:
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: has no weight_map")
     names = sorted({str(name) for name in weight_map.values()})
     for name in names:
-        if Path(name).name != name or not (index.parent / name).is_file():
-            raise CheckpointError(f"{index}: names {name}, which is not in {index.parent}")
+        if not _lies_in(index.parent, name):
+            raise CheckpointError(f"{index}: names {shown(name)}, which is not a file in {index.parent}")
     return [index.parent / name for name in names]
+
+
+def _lies_in(folder: Path, name: str) -> bool:
+    """Whether `name` is a file of the folder itself: no way into another, be it by a path or by a link. Only the
+    links of a hub's cache are followed, from snapshots/REVISION into the blobs of the same repository."""
+    try:
+        if Path(name).name != name or "\\" in name or not (folder / name).is_file():
+            return False
+        target, home = (folder / name).resolve(strict=True), folder.resolve(strict=True)
+        repository = next((above.parent for above in home.parents if above.name == "snapshots"), None)
+        return target.parent == home or (repository is not None and target.parent == repository / "blobs")
+    except (OSError, ValueError):  # a name that no file can have
+        return False
 
 
 def _is_safetensors(file: Path) -> bool:
@@ -139,49 +178,21 @@ def _is_safetensors(file: Path) -> bool:
     raise CheckpointError(f"{file}: neither a safetensors file nor one of torch.save")
 
 
-def _load_tensors_only(file: Path) -> Any:
+def read_json(file: Path) -> dict[str, Any]:
+    """Raises CheckpointError: not readable, too long to be what it should be, or not a JSON object."""
     try:
-        with warnings.catch_warnings(action="ignore"):  # what torch warns of, the line below says
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL (\S+)", str(error))
-        if named:
-            raise CheckpointError(
-                f"{file}: refused, because it holds Python objects ({named[1]}) and loading those can run code; "
-                "save the tensors alone"
-            ) from error
-        raise CheckpointError(f"{file}: not a torch file of tensors alone") from error
-    except Exception as error:  # torch.load raises whatever a broken archive trips over
-        raise CheckpointError(f"{file}: truncated or not a torch file ({_one_line(error)})") from error
-
-
-def _state_dict(content: Any, file: Path) -> dict[str, Tensor]:
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file}: holds a {type(content).__name__}, not tensors by name")
-    nested = next((content[name] for name in NESTED_UNDER if isinstance(content.get(name), dict)), content)
-    for name, value in nested.items():
-        if not isinstance(value, Tensor):
-            raise CheckpointError(f"{file}: {name} is a {type(value).__name__}, not a tensor")
-    return nested
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        return _json_object(file.read_bytes(), str(file))
+        if file.stat().st_size > LONGEST_JSON:
+            raise CheckpointError(f"{file}: longer than {LONGEST_JSON >> 20} MiB")
+        return json_object(file.read_bytes(), str(file))
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror or error}") from error
 
 
-def _json_object(text: str | bytes, where: str) -> dict[str, Any]:
+def json_object(text: str | bytes, where: str) -> dict[str, Any]:
     try:
         content = json.loads(text)
-    except ValueError as error:
-        raise CheckpointError(f"{where}: not JSON ({_one_line(error)})") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where}: not JSON ({one_line(error)})") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{where}: not a JSON object")
     return content
-
-
-def _one_line(error: Exception) -> str:
-    """The first sentence of an error of another library; torch's go on for a paragraph."""
-    return (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]

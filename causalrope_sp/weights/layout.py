@@ -40,12 +40,10 @@ class Layout:
     block: Names
     config_names: Mapping[str, str] = field(default_factory=dict)
 
-    def prefix_in(self, names: Iterable[str]) -> str | None:
-        """What stands before every name of this layout ("" or ending in a dot), or None if `names` is not of it."""
+    def prefixes_in(self, names: Iterable[str]) -> list[str]:
+        """What stands before names of this layout, each "" or ending in a dot; none if `names` are not of it."""
         pattern = re.compile(rf"((?:.*\.)?)blocks\.\d+\.{re.escape(self.marker)}\.")
-        found = (match for name in names if (match := pattern.match(name)))
-        first = next(found, None)
-        return None if first is None else first[1]
+        return sorted({match[1] for name in names if (match := pattern.match(name))})
 
     def names(self, num_layers: int) -> Names:
         every = dict(self.outer)

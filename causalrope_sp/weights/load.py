@@ -1,68 +1,34 @@
-"""From a path to a model: which layout, which configuration, what is wrong, and the parameters themselves."""
+"""From a path to a model: the parameters themselves, each read once, merged, cast and laid out on its device."""
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
-from math import prod
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import Tensor
 
 from causalrope_sp.config import DiTConfig
-from causalrope_sp.errors import CheckpointError, ConfigError
+from causalrope_sp.errors import CheckpointError
 from causalrope_sp.model import CausalDiT
-from causalrope_sp.weights.diffusers import DIFFUSERS
-from causalrope_sp.weights.files import DTYPES, WeightFiles
-from causalrope_sp.weights.layout import Layout, Names, arrange, stored_shape
-from causalrope_sp.weights.wan import WAN
-
-LAYOUTS = (WAN, DIFFUSERS)
-WAN_HEAD_DIM = 128  # every published Wan; what is assumed where a checkpoint does not say
-SHOWN = 4  # keys of a kind that a message names
+from causalrope_sp.weights.examine import Examined, examine
+from causalrope_sp.weights.finite import all_finite
+from causalrope_sp.weights.layout import arrange
+from causalrope_sp.weights.lora import Lora, LoraMerge
+from causalrope_sp.weights.messages import some
+from causalrope_sp.weights.report import CheckpointReport
 
 
-@dataclass(frozen=True)
-class CheckpointReport:
-    """What a checkpoint is, and what keeps it from being loaded."""
-
-    path: Path
-    layout: str
-    config: DiTConfig
-    dtype: torch.dtype
-    parameters: int
-    missing: list[str]
-    unexpected: list[str]
-    misshapen: list[str] = field(default_factory=list)  # "key is (expected) there (given)"
-
-    @property
-    def problem(self) -> str | None:
-        """All that is wrong, in one line; None if the checkpoint can be loaded."""
-        kinds = (("missing", self.missing), ("unexpected", self.unexpected), ("of a wrong shape", self.misshapen))
-        found = [f"{len(keys)} {kind}: {_some(keys)}" for kind, keys in kinds if keys]
-        return "; ".join(found) or None
-
-
-@dataclass(frozen=True)
-class _Checkpoint:
-    files: WeightFiles
-    prefix: str
-    names: Names
-    model: CausalDiT  # on the meta device: shapes, no memory
-    report: CheckpointReport
-
-
-def inspect_checkpoint(path: str | PathLike[str], *, config: DiTConfig | None = None) -> CheckpointReport:
+def inspect_checkpoint(
+    path: str | PathLike[str], *, config: DiTConfig | None = None, part: str | None = None
+) -> CheckpointReport:
     """What the checkpoint at `path` is, from its headers; a model is not built.
 
     Raises:
         CheckpointError: it cannot be read, is of no known layout, or does not tell its configuration.
     """
-    return _examine(Path(path), config).report
+    return examine(Path(path), config, part).report
 
 
 def load_model(
@@ -71,149 +37,53 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     config: DiTConfig | None = None,
+    part: str | None = None,
+    loras: Sequence[str | PathLike[str] | Lora] = (),
 ) -> CausalDiT:
     """The model of a checkpoint file or folder, ready to run: in eval mode, without gradients.
 
-    `dtype` None keeps the checkpoint's, the one of most of its numbers; `config` overrules what the checkpoint says.
+    Args:
+        path: a file, a sharded checkpoint's index, or a folder with one checkpoint in it.
+        dtype: of the model; None keeps the checkpoint's, the one of most of its numbers.
+        device: where the model goes; each tensor is cast and sent there by itself, so that the host never holds more
+            than one besides the file's own pages.
+        config: overrules what the checkpoint says.
+        part: which of several models in the file ("generator"); None takes the averaged one where there is one.
+        loras: LoRA files that are merged, in this order; `Lora` gives one a weight.
 
     Raises:
-        CheckpointError: it cannot be read, is of no known layout, or a key is missing, left over or of a wrong shape.
+        CheckpointError: it cannot be read, is of no known layout, a key is missing, left over or of a wrong shape, a
+            LoRA does not fit, or a weight is NaN or infinite.
     """
-    checkpoint = _examine(Path(path), config)
+    checkpoint = examine(Path(path), config, part)
     report = checkpoint.report
     if report.problem:
         raise CheckpointError(f"{report.path} ({report.layout} layout): {report.problem}")
-    state = {}
-    for parameter, shaped in checkpoint.model.named_parameters():
-        # Copied piece by piece into memory of its own: what `read` gives is a view of the file, which may change later.
-        state[parameter] = torch.empty_like(shaped, dtype=dtype or report.dtype, device=device)
-        stored = checkpoint.names[parameter]
-        for part, name in zip(state[parameter].chunk(len(stored)), stored, strict=True):
-            part.copy_(arrange(parameter, checkpoint.files.read(checkpoint.prefix + name)))
-    checkpoint.model.load_state_dict(state, strict=True, assign=True)
+    merges = [LoraMerge(lora if isinstance(lora, Lora) else Lora(lora), checkpoint.model) for lora in loras]
+    _fill(checkpoint, dtype or report.dtype, torch.device(device), merges)
     return checkpoint.model.eval().requires_grad_(False)
 
 
-def _examine(path: Path, config: DiTConfig | None) -> _Checkpoint:
-    files = WeightFiles(path)
-    layout, prefix = _detect(files)
-    config = config or _infer_config(files, layout, prefix)
-    names = layout.names(config.num_layers)
-    try:
-        with torch.device("meta"):
-            model = CausalDiT(config)
-    except (RuntimeError, TypeError, OverflowError) as error:
-        raise CheckpointError(f"{path}: declares a model that cannot be: {str(error).splitlines()[0]}") from error
-    missing, misshapen, seen = [], [], set()
-    for parameter, shaped in model.named_parameters():
-        stored = names[parameter]
-        expected = stored_shape(parameter, tuple(shaped.shape), len(stored), config)
-        for name in (prefix + s for s in stored):
-            if name not in files.tensors:
-                missing.append(name)
-                continue
-            seen.add(name)
-            if files.tensors[name].shape != expected:
-                misshapen.append(f"{name} is {files.tensors[name].shape}, expected {expected}")
-    sizes: Counter[torch.dtype] = Counter()
-    for name in sorted(seen):
-        stored_as = files.tensors[name].dtype
-        if not isinstance(stored_as, torch.dtype) or stored_as not in DTYPES.values():
-            raise CheckpointError(f"{path}: {name} is stored as {stored_as}, not as float64, 32, 16 or bfloat16")
-        sizes[stored_as] += prod(files.tensors[name].shape)
-    report = CheckpointReport(
-        path=path,
-        layout=layout.name,
-        config=config,
-        dtype=sizes.most_common(1)[0][0],
-        parameters=sizes.total(),
-        missing=missing,
-        unexpected=sorted(files.tensors.keys() - seen),
-        misshapen=misshapen,
-    )
-    return _Checkpoint(files, prefix, names, model, report)
+def _fill(checkpoint: Examined, dtype: torch.dtype, device: torch.device, merges: Sequence[LoraMerge]) -> None:
+    """Gives the model its parameters, one stored tensor after the other.
 
-
-def _detect(files: WeightFiles) -> tuple[Layout, str]:
-    for layout in LAYOUTS:
-        prefix = layout.prefix_in(files.tensors)
-        if prefix is not None:
-            return layout, prefix
-    known = " or ".join(f"{layout.name} (blocks.0.{layout.marker}...)" for layout in LAYOUTS)
-    found = _some(list(files.tensors)) or "none"
-    raise CheckpointError(f"{files.path}: not a Wan transformer: none of its keys ({found}) is of the layout {known}")
-
-
-def _infer_config(files: WeightFiles, layout: Layout, prefix: str) -> DiTConfig:
-    """The configuration as the checkpoint declares it, the rest from the shapes of its tensors."""
-    declared = _declared_fields(files.declared_config(), layout, files.path)
-    outer_and_first = layout.names(1)
-
-    def shape(parameter: str, rank: int) -> tuple[int, ...]:
-        name = prefix + outer_and_first[parameter][0]
-        if name not in files.tensors:
-            raise CheckpointError(f"{files.path} ({layout.name} layout): 1 missing: {name}")
-        found = files.tensors[name].shape
-        if len(found) != rank:
-            raise CheckpointError(f"{files.path} ({layout.name} layout): {name} is {found}, expected {rank} axes")
-        return found
-
-    dim, in_channels, *patch = shape("patch_embedding.weight", 5)
-    read: dict[str, Any] = {
-        "dim": dim,
-        "in_channels": in_channels,
-        "patch_size": tuple(patch),
-        "ffn_dim": shape("blocks.0.ffn.up.weight", 2)[0],
-        "text_dim": shape("text_embedding.0.weight", 2)[1],
-        "freq_dim": shape("time_embedding.0.weight", 2)[1],
-        "num_layers": _count_layers(files, prefix),
-    }
-    values = read | declared
-    if "num_heads" not in values:
-        if dim % WAN_HEAD_DIM:
-            raise CheckpointError(
-                f"{files.path}: does not say how many heads it has, and its width {dim} is no multiple of "
-                f"{WAN_HEAD_DIM}; give `config`, or a config.json with num_heads beside it"
-            )
-        values["num_heads"] = dim // WAN_HEAD_DIM
-    try:
-        inferred = DiTConfig(**values)
-    except ConfigError as error:
-        raise CheckpointError(f"{files.path}: declares a model that cannot be: {error}") from error
-    if inferred.num_layers > len(files.tensors):
+    They are copied into memory of their own: what a file gives is a view of it, and it may change later.
+    """
+    state: dict[str, Tensor] = {}
+    broken: list[str] = []
+    for parameter, shaped in checkpoint.model.named_parameters():
+        state[parameter] = torch.empty(shaped.shape, dtype=dtype, device=device)
+        names = checkpoint.names[parameter]
+        for number, (piece, name) in enumerate(zip(state[parameter].chunk(len(names)), names, strict=True)):
+            stored = arrange(parameter, checkpoint.files.take(name))
+            for merge in merges:
+                stored = merge.into(stored, parameter, number, device)
+            piece.copy_(stored)
+            if not all_finite(piece):
+                broken.append(name)
+    if broken:
         raise CheckpointError(
-            f"{files.path}: declares {inferred.num_layers} layers and holds {len(files.tensors)} tensors"
+            f"{checkpoint.report.path}: {len(broken)} NaN or infinite in {str(dtype).removeprefix('torch.')}: "
+            f"{some(broken)}"
         )
-    return inferred
-
-
-def _declared_fields(declared: dict[str, Any], layout: Layout, where: Path) -> dict[str, Any]:
-    """The fields of `DiTConfig` that a checkpoint declares, from its own words into ours."""
-    values: dict[str, Any] = {}
-    for name in (f.name for f in fields(DiTConfig)):
-        word = next((w for w in (layout.config_names.get(name, name), name) if declared.get(w) is not None), None)
-        if word is None:
-            continue
-        value = declared[word]
-        several = name == "patch_size"
-        numbers = value if several and isinstance(value, list) else [value]
-        if isinstance(value, list) != several or not all(isinstance(number, int | float) for number in numbers):
-            raise CheckpointError(
-                f"{where}: declares {word} as {value!r}, not {'three numbers' if several else 'a number'}"
-            )
-        values[name] = tuple(value) if several else value
-    head_dim = declared.get("attention_head_dim")
-    if "dim" not in values and "num_heads" in values and isinstance(head_dim, int):
-        values["dim"] = values["num_heads"] * head_dim
-    return values
-
-
-def _count_layers(files: WeightFiles, prefix: str) -> int:
-    """Blocks are numbered from 0; a gap counts, so that its keys are reported as missing."""
-    pattern = re.compile(re.escape(prefix) + r"blocks\.(\d{1,6})\.")
-    return 1 + max(int(match[1]) for name in files.tensors if (match := pattern.match(name)))
-
-
-def _some(keys: Sequence[str]) -> str:
-    rest = f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
-    return ", ".join(keys[:SHOWN]) + rest
+    checkpoint.model.load_state_dict(state, strict=True, assign=True)

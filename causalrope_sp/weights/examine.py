@@ -1,0 +1,129 @@
+"""A checkpoint from its headers alone: layout, wrapping, configuration, and what of it is missing or too much."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+
+from causalrope_sp.config import DiTConfig
+from causalrope_sp.errors import CheckpointError
+from causalrope_sp.model import CausalDiT
+from causalrope_sp.weights.diffusers import DIFFUSERS
+from causalrope_sp.weights.files import DTYPES, Stored, WeightFiles
+from causalrope_sp.weights.infer import infer_config
+from causalrope_sp.weights.layout import Layout, Names, stored_shape
+from causalrope_sp.weights.messages import shown, some
+from causalrope_sp.weights.presets import guess_preset
+from causalrope_sp.weights.report import CheckpointReport, most_common_dtype
+from causalrope_sp.weights.wan import WAN
+from causalrope_sp.weights.wrappings import Wrapping, bare_names, choose_prefix, without, wrapping_modules
+
+LAYOUTS = (WAN, DIFFUSERS)
+
+
+@dataclass(frozen=True)
+class Examined:
+    """A checkpoint that is open, with the model that it is for and the stored names of each parameter of it."""
+
+    files: WeightFiles
+    layout: Layout
+    names: Names
+    model: CausalDiT  # on the meta device: shapes, no memory
+    report: CheckpointReport
+
+
+@dataclass(frozen=True)
+class _Found:
+    """The tensors of one model by the layout's own names, and how they are stored."""
+
+    layout: Layout
+    wrapping: Wrapping
+    why: str
+    stored: dict[str, str]
+    rest: list[str]
+
+
+def examine(path: Path, config: DiTConfig | None, part: str | None) -> Examined:
+    """Raises CheckpointError: unreadable, of no known layout, or without a configuration."""
+    files = WeightFiles(path, part)
+    found = _detect(files, part)
+    tensors = {name: files.tensors[stored] for name, stored in found.stored.items()}
+    declared = files.declared_config()
+    config = config or infer_config(tensors, declared, found.layout, path)
+    model = _on_meta(config, path)
+    names = found.layout.names(config.num_layers)
+    missing, misshapen, sizes = _compare(model, names, tensors, path)
+    expected = {name for several in names.values() for name in several}
+    report = CheckpointReport(
+        path=path,
+        layout=found.layout.name,
+        why=found.why,
+        wrapping=found.wrapping,
+        config=config,
+        dtype=most_common_dtype(sizes),
+        parameters=sizes.total(),
+        preset=guess_preset(path, files.files[0], found.wrapping, declared, config),
+        missing=missing,
+        unexpected=sorted(shown(n) for n in (*(s for b, s in found.stored.items() if b not in expected), *found.rest)),
+        misshapen=misshapen,
+    )
+    stored = {
+        parameter: tuple(found.stored.get(name, name) for name in several) for parameter, several in names.items()
+    }
+    return Examined(files, found.layout, stored, model, report)
+
+
+def _detect(files: WeightFiles, part: str | None) -> _Found:
+    names = bare_names(files.tensors, files.path)
+    if names and all(".lora" in name or name.startswith("lora_") or name.endswith(".alpha") for name in names):
+        raise CheckpointError(f"{files.path}: a LoRA, to be given to load_model as one of `loras` beside its model")
+    for layout in LAYOUTS:
+        prefixes = layout.prefixes_in(names)
+        if not prefixes:
+            continue
+        prefix = choose_prefix(prefixes, part, files.path)
+        if part is not None and part not in (*files.parts, *prefix.split(".")):
+            there = (*files.parts, *files.beside, *(p for p in prefixes if p))
+            raise CheckpointError(
+                f"{files.path}: has no part {shown(part)}; it has: {some(there) or 'one model alone'}"
+            )
+        stored, rest = without(prefix, names, prefixes)
+        beside = (*files.beside, *(other for other in prefixes if other != prefix))
+        example = next(name for name in stored.values() if f".{layout.marker}." in name)
+        why = f"its blocks have {layout.marker}: {shown(example)}"
+        return _Found(layout, Wrapping(files.parts, prefix, wrapping_modules(files.tensors), beside), why, stored, rest)
+    known = " or ".join(f"{layout.name} (blocks.0.{layout.marker}...)" for layout in LAYOUTS)
+    found = some(list(files.tensors)) or "none"
+    raise CheckpointError(f"{files.path}: not a Wan transformer: none of its keys ({found}) is of the layout {known}")
+
+
+def _on_meta(config: DiTConfig, path: Path) -> CausalDiT:
+    try:
+        with torch.device("meta"):
+            return CausalDiT(config)
+    except (RuntimeError, TypeError, OverflowError) as error:
+        raise CheckpointError(f"{path}: declares a model that cannot be: {str(error).splitlines()[0]}") from error
+
+
+def _compare(
+    model: CausalDiT, names: Names, tensors: dict[str, Stored], path: Path
+) -> tuple[list[str], list[str], Counter[torch.dtype]]:
+    """What the model needs and is missing, what is there in another shape, and how many numbers there are by dtype."""
+    missing, misshapen, sizes = [], [], Counter[torch.dtype]()
+    for parameter, shaped in model.named_parameters():
+        expected = stored_shape(parameter, tuple(shaped.shape), len(names[parameter]), model.config)
+        for name in names[parameter]:
+            if name not in tensors:
+                missing.append(name)
+                continue
+            there, dtype = tensors[name].shape, tensors[name].dtype
+            if there != expected:
+                misshapen.append(f"{name} is {shown(there)}, expected {expected}")
+            if not isinstance(dtype, torch.dtype) or dtype not in DTYPES.values():
+                raise CheckpointError(f"{path}: {name} is stored as {dtype}, not as float64, 32, 16 or bfloat16")
+            sizes[dtype] += prod(there)
+    return missing, misshapen, sizes

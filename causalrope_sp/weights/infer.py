@@ -1,0 +1,99 @@
+"""The configuration of a model from what its checkpoint declares and from the shapes of its tensors."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from causalrope_sp.config import DiTConfig
+from causalrope_sp.errors import CheckpointError, ConfigError
+from causalrope_sp.weights.files import Stored
+from causalrope_sp.weights.layout import Layout
+from causalrope_sp.weights.messages import shown
+
+WAN_HEAD_DIM = 128  # every published Wan; what is assumed where a checkpoint does not say
+LONGEST_TEXT = 1 << 16  # tokens; buffers of this length are made, so a declared one is not taken at its word
+
+
+def infer_config(tensors: dict[str, Stored], declared: dict[str, Any], layout: Layout, where: Path) -> DiTConfig:
+    """The configuration as the checkpoint declares it, the rest from the shapes of its tensors.
+
+    Raises:
+        CheckpointError: it does not say enough, or says what cannot be.
+    """
+    values = _shaped_fields(tensors, layout, where) | _declared_fields(declared, layout, where)
+    if "num_heads" not in values:
+        dim = values["dim"]
+        if dim % WAN_HEAD_DIM:
+            raise CheckpointError(
+                f"{where}: does not say how many heads it has, and its width {dim} is no multiple of "
+                f"{WAN_HEAD_DIM}; give `config`, or a config.json with num_heads beside it"
+            )
+        values["num_heads"] = dim // WAN_HEAD_DIM
+    try:
+        inferred = DiTConfig(**values)
+    except ConfigError as error:
+        raise CheckpointError(f"{where}: declares a model that cannot be: {error}") from error
+    if inferred.num_layers > len(tensors):
+        raise CheckpointError(f"{where}: declares {inferred.num_layers} layers and holds {len(tensors)} tensors")
+    if inferred.text_len > LONGEST_TEXT:
+        raise CheckpointError(f"{where}: declares a text_len of {inferred.text_len}, above {LONGEST_TEXT}")
+    return inferred
+
+
+def _shaped_fields(tensors: dict[str, Stored], layout: Layout, where: Path) -> dict[str, Any]:
+    outer_and_first = layout.names(1)
+
+    def shape(parameter: str, rank: int) -> tuple[int, ...]:
+        name = outer_and_first[parameter][0]
+        if name not in tensors:
+            raise CheckpointError(f"{where} ({layout.name} layout): 1 missing: {name}")
+        found = tensors[name].shape
+        if len(found) != rank:
+            raise CheckpointError(f"{where} ({layout.name} layout): {name} is {found}, expected {rank} axes")
+        return found
+
+    dim, in_channels, *patch = shape("patch_embedding.weight", 5)
+    return {
+        "dim": dim,
+        "in_channels": in_channels,
+        "patch_size": tuple(patch),
+        "ffn_dim": shape("blocks.0.ffn.up.weight", 2)[0],
+        "text_dim": shape("text_embedding.0.weight", 2)[1],
+        "freq_dim": shape("time_embedding.0.weight", 2)[1],
+        "num_layers": _count_layers(tensors),
+    }
+
+
+def _declared_fields(declared: dict[str, Any], layout: Layout, where: Path) -> dict[str, Any]:
+    """The fields of `DiTConfig` that a checkpoint declares, from its own words into ours."""
+    values: dict[str, Any] = {}
+    for name in (f.name for f in fields(DiTConfig)):
+        word = next((w for w in (layout.config_names.get(name, name), name) if declared.get(w) is not None), None)
+        if word is None:
+            continue
+        value = declared[word]
+        several = name == "patch_size"
+        numbers = value if several and isinstance(value, list) else [value]
+        if isinstance(value, list) != several or not all(_is_number(number) for number in numbers):
+            raise CheckpointError(
+                f"{where}: declares {word} as {shown(repr(value))}, not {'three numbers' if several else 'a number'}"
+            )
+        values[name] = tuple(value) if several else value
+    head_dim = declared.get("attention_head_dim")
+    if "dim" not in values and "num_heads" in values and isinstance(head_dim, int):
+        values["dim"] = values["num_heads"] * head_dim
+    return values
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _count_layers(tensors: dict[str, Stored]) -> int:
+    """Blocks are numbered from 0; a gap counts, so that its keys are reported as missing."""
+    numbers = (match[1] for name in tensors if (match := re.match(r"blocks\.(\d{1,6})\.", name)))
+    return 1 + max(int(number) for number in numbers)

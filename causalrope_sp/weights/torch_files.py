@@ -1,0 +1,78 @@
+"""What torch.save wrote, read as tensors alone: no code of a file is run, and nothing is believed about its size."""
+
+from __future__ import annotations
+
+import pickle
+import re
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from causalrope_sp.errors import CheckpointError
+from causalrope_sp.weights.messages import one_line, shown
+from causalrope_sp.weights.wrappings import Nested, innermost
+
+
+def open_tensors(file: Path, part: str | None, parts: tuple[str, ...]) -> Nested:
+    """The tensors by name of a torch file, mapped where its format allows.
+
+    Raises:
+        CheckpointError: truncated, compressed, larger inside than outside, or more than tensors in a dictionary.
+    """
+    mapped = _is_sound_archive(file)
+    nested = innermost(_load_tensors_only(file, mapped), part, parts)
+    if not isinstance(nested.content, dict):
+        raise CheckpointError(f"{file}: holds a {type(nested.content).__name__}, not tensors by name")
+    state = {str(name): value for name, value in nested.content.items()}
+    for name, value in state.items():
+        _check_tensor(file, name, value)
+    if sum(tensor.numel() * tensor.element_size() for tensor in state.values()) > file.stat().st_size:
+        raise CheckpointError(f"{file}: declares more numbers than the file has room for")
+    return Nested(state, nested.parts, nested.beside)
+
+
+def _is_sound_archive(file: Path) -> bool:
+    """Whether it is a zip archive, as today's torch.save writes, and not the older format.
+
+    torch.save stores its records as they are; a packed one could unfold into any size.
+    """
+    try:
+        if not zipfile.is_zipfile(file):
+            return False
+        with zipfile.ZipFile(file) as archive:
+            packed = [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
+            size = sum(entry.file_size for entry in archive.infolist())
+    except Exception as error:  # a broken archive trips over whatever it trips over
+        raise CheckpointError(f"{file}: truncated or not a torch file ({one_line(error)})") from error
+    if packed:
+        raise CheckpointError(f"{file}: its record {shown(packed[0])} is compressed, which torch.save never does")
+    if size > file.stat().st_size:
+        raise CheckpointError(f"{file}: declares records that are larger than the file")
+    return True
+
+
+def _load_tensors_only(file: Path, mapped: bool) -> Any:
+    try:
+        with warnings.catch_warnings(action="ignore"):  # what torch warns of, the lines below say
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        if named:
+            raise CheckpointError(
+                f"{file}: refused, because it holds Python objects ({shown(named[1])}) and loading those can run code; "
+                "save the tensors alone"
+            ) from error
+        raise CheckpointError(f"{file}: not a torch file of tensors alone") from error
+    except Exception as error:  # torch.load raises whatever a broken archive trips over
+        raise CheckpointError(f"{file}: truncated or not a torch file ({one_line(error)})") from error
+
+
+def _check_tensor(file: Path, name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise CheckpointError(f"{file}: {shown(name)} is a {type(value).__name__}, not a tensor")
+    if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized or value.is_nested:
+        raise CheckpointError(f"{file}: {shown(name)} is no plain tensor of numbers")

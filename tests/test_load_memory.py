@@ -1,0 +1,97 @@
+"""Loading takes as much memory of the host as the model itself, whatever kind of file it comes from."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from causalrope_sp.config import DiTConfig
+from causalrope_sp.model import CausalDiT
+from causalrope_sp.weights import save_model
+from causalrope_sp.weights.layout import stored_tensors
+from causalrope_sp.weights.wan import WAN
+
+CONFIG = DiTConfig(dim=1024, ffn_dim=4096, num_heads=8, num_layers=8, text_dim=512)
+SMALL = DiTConfig(dim=12, ffn_dim=8, num_heads=2, num_layers=1, text_dim=4, freq_dim=4, in_channels=2)
+MEASURE = """
+import json, sys, threading, time
+from pathlib import Path
+import torch
+from causalrope_sp.weights import load_model
+
+def anonymous():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon:")) * 1024
+
+def watch():
+    while not done.is_set():
+        peak.append(anonymous())
+        time.sleep(0.001)
+
+torch.set_num_threads(1)
+load_model(sys.argv[3])  # what is imported on the way is no part of it
+before, peak, done = anonymous(), [0], threading.Event()
+watcher = threading.Thread(target=watch)
+watcher.start()
+model = load_model(sys.argv[1], dtype=getattr(torch, sys.argv[2]))
+done.set()
+watcher.join()
+size = sum(p.numel() * p.element_size() for p in model.parameters())
+print(json.dumps({"peak": max(*peak, anonymous()) - before, "model": size, "samples": len(peak)}))
+"""
+
+
+@pytest.fixture(scope="module")
+def model() -> CausalDiT:
+    with torch.device("meta"):
+        model = CausalDiT(CONFIG)
+    model.to(torch.bfloat16).to_empty(device="cpu")
+    for parameter in model.parameters():
+        parameter.data.fill_(0.5)
+    return model.requires_grad_(False)
+
+
+def write(model: CausalDiT, folder: Path, kind: str) -> Path:
+    file = folder / "w"
+    if kind == "safetensors":
+        save_model(model, file)
+        return file
+    state = stored_tensors(WAN, model.config, model.state_dict())
+    torch.save(
+        {"generator_ema": state, "critic": {"x": torch.zeros(10**6)}},
+        file,
+        _use_new_zipfile_serialization=kind != "legacy",
+    )
+    return file
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [("safetensors", "bfloat16"), ("zipped", "bfloat16"), ("legacy", "bfloat16"), ("safetensors", "float32")],
+)
+def test_peak_memory_is_that_of_the_model(tmp_path: Path, model: CausalDiT, kind: str, dtype: str) -> None:
+    """At most 1.2 times the file (of its numbers in the wanted dtype), beyond what the imports take.
+
+    What counts is RssAnon, the memory that only this process can free. The pages of a mapped file are in memory as well
+    while they are copied, but they are the kernel's cache: clean, shared by all ranks that read the same file, and
+    given up whenever somebody needs the room; counted with them, a process that reads a file in any way takes twice the
+    file. The kernel keeps no peak of RssAnon, so a thread reads it every millisecond; what it could miss between two
+    looks is one tensor. A legacy file of torch.save cannot be mapped: it is read whole, and let go tensor by tensor.
+    """
+    file = write(model, tmp_path, kind)
+    save_model(CausalDiT(SMALL), tmp_path / "small")
+    command = [sys.executable, "-c", MEASURE, str(file), dtype, str(tmp_path / "small")]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert run.returncode == 0, run.stderr
+    measured = json.loads(run.stdout.splitlines()[-1])
+    numbers = sum(parameter.numel() for parameter in model.parameters())
+    assert measured["model"] == numbers * getattr(torch, dtype).itemsize
+    assert file.stat().st_size > 250e6
+    assert measured["samples"] > 20
+    allowed = 1.2 * file.stat().st_size * getattr(torch, dtype).itemsize / 2
+    assert measured["model"] * 0.95 < measured["peak"] < allowed, measured
