@@ -10,8 +10,10 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +65,20 @@ class WeightFiles:
         home = self.tensors[name].home
         tensor: Tensor = home[name] if isinstance(home, dict) else home.get_tensor(name)
         return tensor
+
+    def numbers(self, names: Iterable[str]) -> Counter[torch.dtype]:
+        """How many numbers of each dtype the named tensors hold.
+
+        Raises:
+            CheckpointError: one of them is of no dtype that a model computes in.
+        """
+        sizes: Counter[torch.dtype] = Counter()
+        for name in sorted(names):
+            dtype = self.tensors[name].dtype
+            if not isinstance(dtype, torch.dtype) or dtype not in DTYPES.values():
+                raise CheckpointError(f"{self.path}: {name} is stored as {dtype}, not as float64, 32, 16 or bfloat16")
+            sizes[dtype] += prod(self.tensors[name].shape)
+        return sizes
 
     def declared_config(self) -> dict[str, Any]:
         """What the file's metadata says about the model, before what a config.json beside it says.

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from math import prod
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from causalrope_sp.config import DiTConfig
 from causalrope_sp.errors import CheckpointError, ConfigError
 from causalrope_sp.model import CausalDiT
 from causalrope_sp.weights.diffusers import DIFFUSERS
-from causalrope_sp.weights.files import DTYPES, WeightFiles
+from causalrope_sp.weights.files import WeightFiles
 from causalrope_sp.weights.layout import Layout, Names, arrange, stored_shape
 from causalrope_sp.weights.wan import WAN
 
@@ -42,9 +40,7 @@ class CheckpointReport:
     @property
     def problem(self) -> str | None:
         """All that is wrong, in one line; None if the checkpoint can be loaded."""
-        kinds = (("missing", self.missing), ("unexpected", self.unexpected), ("of a wrong shape", self.misshapen))
-        found = [f"{len(keys)} {kind}: {_some(keys)}" for kind, keys in kinds if keys]
-        return "; ".join(found) or None
+        return problem(self.missing, self.unexpected, self.misshapen)
 
 
 @dataclass(frozen=True)
@@ -115,12 +111,7 @@ def _examine(path: Path, config: DiTConfig | None) -> _Checkpoint:
             seen.add(name)
             if files.tensors[name].shape != expected:
                 misshapen.append(f"{name} is {files.tensors[name].shape}, expected {expected}")
-    sizes: Counter[torch.dtype] = Counter()
-    for name in sorted(seen):
-        stored_as = files.tensors[name].dtype
-        if not isinstance(stored_as, torch.dtype) or stored_as not in DTYPES.values():
-            raise CheckpointError(f"{path}: {name} is stored as {stored_as}, not as float64, 32, 16 or bfloat16")
-        sizes[stored_as] += prod(files.tensors[name].shape)
+    sizes = files.numbers(seen)
     report = CheckpointReport(
         path=path,
         layout=layout.name,
@@ -140,7 +131,7 @@ def _detect(files: WeightFiles) -> tuple[Layout, str]:
         if prefix is not None:
             return layout, prefix
     known = " or ".join(f"{layout.name} (blocks.0.{layout.marker}...)" for layout in LAYOUTS)
-    found = _some(list(files.tensors)) or "none"
+    found = some(list(files.tensors)) or "none"
     raise CheckpointError(f"{files.path}: not a Wan transformer: none of its keys ({found}) is of the layout {known}")
 
 
@@ -214,6 +205,14 @@ def _count_layers(files: WeightFiles, prefix: str) -> int:
     return 1 + max(int(match[1]) for name in files.tensors if (match := pattern.match(name)))
 
 
-def _some(keys: Sequence[str]) -> str:
+def problem(missing: Sequence[str], unexpected: Sequence[str], misshapen: Sequence[str]) -> str | None:
+    """What is wrong with a checkpoint's keys, in one line; None if nothing is."""
+    kinds = (("missing", missing), ("unexpected", unexpected), ("of a wrong shape", misshapen))
+    found = [f"{len(keys)} {kind}: {some(keys)}" for kind, keys in kinds if keys]
+    return "; ".join(found) or None
+
+
+def some(keys: Sequence[str]) -> str:
+    """The first few of many."""
     rest = f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
     return ", ".join(keys[:SHOWN]) + rest
