@@ -10,7 +10,8 @@ from typing import Any
 from causalrope_sp.errors import CheckpointError
 
 TOKENIZER = "tokenizer.json"
-WAN_WEIGHTS = "models_t5*"  # models_t5_umt5-xxl-enc-bf16.pth among the files of Wan's own folder
+# models_t5_umt5-xxl-enc-bf16.pth among the files of Wan's own folder, and what transformers writes into a folder
+WEIGHTS = ("models_t5*", "model*.safetensors", "pytorch_model*.bin")
 
 
 @dataclass(frozen=True)
@@ -33,32 +34,38 @@ class TextSource:
             return cls(folder / named.path, None if named.tokenizer is None else folder / named.tokenizer)
         return cls(folder / text) if isinstance(text, str) and ("/" in text or "." in text) else text
 
+    def is_here(self) -> bool:
+        """Whether there are weights to be found, right or wrong."""
+        return bool(self._weights())
+
     def find(self) -> tuple[Path, Path]:
         """The file or folder of the weights, and the tokenizer's file.
 
         Raises:
             CheckpointError: either is not there.
         """
-        if not self.path.exists():
-            raise CheckpointError(f"no text encoder at {self.path}: no such file or folder")
-        weights = self._weights()
-        home = weights if weights.is_dir() else weights.parent
+        choices = self._weights()
+        if not choices:
+            looked_for = (
+                f"no text_encoder/, {', '.join(WEIGHTS)} in it" if self.path.exists() else "no such file or folder"
+            )
+            raise CheckpointError(f"no text encoder at {self.path}: {looked_for}")
+        if len(choices) > 1:
+            names = ", ".join(file.name for file in choices)
+            raise CheckpointError(f"{self.path}: several text encoders, name one of them: {names}")
+        home = choices[0] if choices[0].is_dir() else choices[0].parent
         places = [home / "tokenizer", home / "google" / "umt5-xxl", home.parent / "tokenizer", home]
         if self.tokenizer is not None:
-            places = [self.tokenizer] if self.tokenizer.is_dir() else [self.tokenizer.parent]
+            places = [self.tokenizer if self.tokenizer.is_dir() else self.tokenizer.parent]
         found = next((place / TOKENIZER for place in places if (place / TOKENIZER).is_file()), None)
         if found is None:
             raise CheckpointError(f"{self.path}: no {TOKENIZER} in {', '.join(map(str, places))}")
-        return weights, found
+        return choices[0], found
 
-    def _weights(self) -> Path:
+    def _weights(self) -> list[Path]:
         if self.path.is_file():
-            return self.path
+            return [self.path]
         if (self.path / "text_encoder").is_dir():
-            return self.path / "text_encoder"
-        wan = sorted(self.path.glob(WAN_WEIGHTS))
-        if len(wan) > 1:
-            raise CheckpointError(
-                f"{self.path}: several text encoders, name one of them: {', '.join(file.name for file in wan)}"
-            )
-        return wan[0] if wan else self.path
+            return [self.path / "text_encoder"]
+        wan, *own = (sorted(self.path.glob(pattern)) for pattern in WEIGHTS)
+        return wan or ([self.path] if any(own) else [])
