@@ -112,7 +112,7 @@ class UMT5TextEncoder:
         # One by one and without padding, which is masked anyway: then none depends on the others.
         for row, ids in zip(embeds, tokens, strict=True):
             made = torch.func.functional_call(
-                self._checkpoint.model, dict(weights), (torch.tensor([ids], device=self.device),)
+                self._checkpoint.model, weights, (torch.tensor([ids], device=self.device),), tie_weights=False
             )
             row[: len(ids)] = made.last_hidden_state[0]
         del weights
@@ -130,15 +130,19 @@ class UMT5TextEncoder:
         ids: list[int] = encoding.ids
         return ids
 
-    def _weights(self) -> Mapping[str, Tensor]:
-        """The parameters on the device, under every name that the model knows them by."""
+    def _weights(self) -> dict[str, Tensor]:
+        """The parameters on the device, by every name that the model has them under."""
         state = self._kept
         if state is None:
             home = torch.device("cpu") if self.keep == "cpu" else self.device
             state = self._checkpoint.read(self.dtype, home)
             self._kept = None if self.keep == "free" else state
         on_device = {name: tensor.to(self.device) for name, tensor in state.items()}
-        return {**on_device, "encoder.embed_tokens.weight": on_device["shared.weight"]}
+        # The token table is in one module under two names, or in two, depending on transformers' release. Each module's
+        # own is named once, because functional_call would put a module back wrongly that it finds twice.
+        modules = self._checkpoint.model.named_modules()
+        names = [name for at, module in modules for name, _ in module.named_parameters(at, recurse=False)]
+        return {name: on_device.get(name, on_device["shared.weight"]) for name in names}
 
 
 def _open_tokenizer(file: Path) -> Tokenizer:
