@@ -41,8 +41,9 @@ def cli() -> None:
 
 
 @cli.command()
-@click.argument("prompt")
+@click.argument("prompt", required=False)
 @click.option("--model", default="toybox", show_default=True, help="A model's name, its folder or its file.")
+@click.option("--text-embeds", metavar="FILE", help="In place of PROMPT: its embeddings, written by encode.")
 @click.option("--frames", type=int, default=81, show_default=True, help="Pixel frames.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
 @click.option("--window", type=int, help="Latent frames that attention looks back over, the current chunk included.")
@@ -63,8 +64,9 @@ def cli() -> None:
 @click.option("--timeout", default=600.0, show_default=True, help="Seconds for a stuck rank (a silent one has 20).")
 @click.option("--json", "as_json", is_flag=True, help="No progress bar, and one line of JSON at the end.")
 def generate(
-    prompt: str,
+    prompt: str | None,
     model: str,
+    text_embeds: str | None,
     frames: int,
     seed: int,
     window: int | None,
@@ -83,7 +85,7 @@ def generate(
     if frames < 1:
         raise ConfigError(f"frames must be at least 1, not {frames}")
     timesteps = _parse_steps(steps)
-    _check_prompt(model, prompt)
+    _check_text(model, prompt, text_embeds)
     if shares_rank_0_disk():
         check_output(out)
     if not as_json:
@@ -103,10 +105,10 @@ def generate(
             attention=attention,
         )
         pipe = CausalVideoPipeline.from_pretrained(
-            model, parallel=parallel, window=window, sink=sink, rope=rope, steps=timesteps
+            model, parallel=parallel, window=window, sink=sink, rope=rope, steps=timesteps, keep_text="free"
         )
         yield pipe
-        yield from pipe.stream(prompt, frames=frames, seed=seed)
+        yield from pipe.stream(prompt, frames=frames, seed=seed, embeds=text_embeds)
         parallel.close()
 
     made = Background(generated)
@@ -119,6 +121,33 @@ def generate(
         size, took = f"{summary['width']}×{summary['height']}", f"{summary['seconds']:.1f} s"
         rate, first = f"{summary['fps_generated']:.1f} a second", f"the first after {summary['first_frame_s']:.2f} s"
         click.echo(f"{out}: {summary['frames']} frames of {size} in {took} ({rate}, {first})")
+
+
+@cli.command()
+@click.argument("prompt")
+@click.option("--model", help="Whose text encoder: a model's name, its folder or its file (default: toybox).")
+@click.option("--text", metavar="PATH", help="UMT5 itself: a diffusers folder, Wan's folder or its .pth.")
+@click.option("--tokenizer", metavar="DIR", help="The tokenizer's folder, if it is not beside the weights.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="toybox: its places.")
+@click.option("--out", default="prompt.safetensors", show_default=True, help="The file to write.")
+@click.option("--json", "as_json", is_flag=True, help="One line of JSON.")
+def encode(
+    prompt: str, model: str | None, text: str | None, tokenizer: str | None, seed: int, out: str, as_json: bool
+) -> None:
+    """Writes the text embeddings of PROMPT, for generate --text-embeds on a machine without the encoder."""
+    from causalrope_sp.encoding import encode_to_file
+
+    if rank() != 0:
+        return
+    started = time.perf_counter()
+    saved = encode_to_file(prompt, model, text, tokenizer, seed, out)
+    took = time.perf_counter() - started
+    if as_json:
+        shape, dtype = list(saved.embeds.shape), str(saved.embeds.dtype).removeprefix("torch.")
+        fields = {"prompt": saved.prompt, "encoder": saved.encoder, "length": saved.length, "shape": shape}
+        click.echo(json.dumps({**fields, "dtype": dtype, "seconds": round(took, 4), "out": out}))
+    else:
+        click.echo(f"{out}: {saved.length} tokens of {saved.embeds.shape[-1]} numbers in {took:.1f} s")
 
 
 @cli.command()
@@ -279,12 +308,16 @@ def _saying_what_was_kept(video: VideoWriter, frames: int) -> Iterator[None]:
         raise
 
 
-def _check_prompt(model: str, prompt: str) -> None:
+def _check_text(model: str, prompt: str | None, embeds: str | None) -> None:
     """The toybox models know a closed list of words, which can be checked before anything is loaded."""
     from causalrope_sp.toybox import EMBEDDED
     from causalrope_sp.toybox.prompts import parse_prompt
 
-    if model in EMBEDDED:
+    if prompt is None and embeds is None:
+        raise click.UsageError("Missing argument 'PROMPT', or --text-embeds.", click.get_current_context())
+    if prompt is not None and embeds is not None:
+        raise ConfigError("give either a prompt or --text-embeds, not both")
+    if prompt is not None and model in EMBEDDED:
         parse_prompt(prompt)
 
 

@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,6 +28,9 @@ from causalrope_sp.parallel import SequenceParallel
 from causalrope_sp.parallel.ledger import Ledger
 from causalrope_sp.sampler import sample_chunks
 from causalrope_sp.schedule import timesteps
+from causalrope_sp.text import TextSource, load_embeds
+from causalrope_sp.text.shared import SharedUMT5, share_embeds
+from causalrope_sp.text.umt5 import Keep
 from causalrope_sp.toybox import EMBEDDED, WEIGHTS
 from causalrope_sp.toybox.text import ToyboxText
 from causalrope_sp.version import __version__
@@ -56,13 +60,16 @@ class VideoChunk:
 class Recipe:
     """What a model is made of and how it runs, in pixels, pixel frames a second and latent frames.
 
+    `text` is one of `TEXT_ENCODERS` or where UMT5 lies; in the file a path, told from a name by its / or its dot, or
+    {"path": ..., "tokenizer": ...}.
+
     Raises:
         ConfigError: a text encoder that is not known, or a size that is no number.
     """
 
     transformer: Path
     codec: Path
-    text: str
+    text: str | TextSource
     height: int
     width: int
     fps: float
@@ -75,8 +82,11 @@ class Recipe:
             raise ConfigError(
                 f"height, width and fps must be numbers, not {self.height!r}, {self.width!r}, {self.fps!r}"
             )
-        if self.text not in TEXT_ENCODERS:
-            raise ConfigError(f"unknown text encoder {self.text!r}; this version has: {', '.join(TEXT_ENCODERS)}")
+        if not isinstance(self.text, TextSource) and self.text not in TEXT_ENCODERS:
+            raise ConfigError(
+                f"unknown text encoder {self.text!r}; this version has: {', '.join(TEXT_ENCODERS)}; a path to UMT5 has "
+                "a / or a dot in it"
+            )
 
     @classmethod
     def load(cls, path: Path) -> Recipe:
@@ -89,6 +99,7 @@ class Recipe:
             fields: dict[str, Any] = json.loads(path.read_text())
             fields["transformer"] = path.parent / fields["transformer"]
             fields["codec"] = path.parent / fields["codec"]
+            fields["text"] = TextSource.in_recipe(fields["text"], path.parent)
             fields["stream"] = StreamConfig(**fields["stream"])
             sampler = fields["sampler"]
             fields["sampler"] = SamplerConfig(**{**sampler, "steps": tuple(sampler["steps"])})
@@ -102,10 +113,21 @@ class Recipe:
 class CausalVideoPipeline:
     """A model that is ready to run. Under torchrun every rank builds one and makes the same calls."""
 
-    def __init__(self, recipe: Recipe, model: CausalDiT, codec: AutoencoderKLWan, parallel: SequenceParallel) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        model: CausalDiT,
+        codec: AutoencoderKLWan,
+        parallel: SequenceParallel,
+        keep_text: Keep = "cpu",
+    ) -> None:
         self.recipe, self.model, self.codec, self.parallel = recipe, model, codec, parallel
         self.height, self.width, self.fps = recipe.height, recipe.width, recipe.fps
-        self.text = TEXT_ENCODERS[recipe.text]()
+        self.text: ToyboxText | SharedUMT5
+        if isinstance(recipe.text, TextSource):
+            self.text = SharedUMT5(recipe.text, parallel, model.config, model.dtype, keep_text)
+        else:
+            self.text = TEXT_ENCODERS[recipe.text]()
         stride = codec.config.scale_factor_spatial
         self.grid = LatentGrid.from_pixels(self.height, self.width, stride, model.config.patch_size[1:])
         parallel.check(self.grid, model.config.num_heads)
@@ -116,6 +138,7 @@ class CausalVideoPipeline:
                     "torch": torch.__version__,
                     "configuration": (model.config, recipe.height, recipe.width, recipe.stream, recipe.sampler),
                     "dtype": model.dtype,
+                    "text encoder": type(self.text).__name__,
                     "weights": digest(model),
                 }
             )
@@ -132,6 +155,7 @@ class CausalVideoPipeline:
         sink: int | None = None,
         rope: Literal["absolute", "relative"] | None = None,
         steps: int | Sequence[float] | None = None,
+        keep_text: Keep = "cpu",
     ) -> CausalVideoPipeline:
         """Loads a model.
 
@@ -143,6 +167,8 @@ class CausalVideoPipeline:
             window, sink: latent frames, in place of the recipe's.
             rope: where frames stand in time (see `StreamConfig`), in place of the recipe's.
             steps: timesteps from noise to data in (0, 1000], or how many of them, evenly spaced.
+            keep_text: where UMT5 waits between two prompts: on the "device", on the "cpu", or "free": given up, and
+                read again for the next. It is on rank 0 alone.
 
         Raises:
             CheckpointError: nothing readable at `model`, or weights that do not fit.
@@ -161,7 +187,7 @@ class CausalVideoPipeline:
         if dtype is None:
             dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
         dit = load_model(recipe.transformer, dtype=dtype, device=place)
-        pipe = cls(recipe, dit, load_codec(recipe.codec, device=place), parallel)
+        pipe = cls(recipe, dit, load_codec(recipe.codec, device=place), parallel, keep_text)
         if place.type == "cuda":
             pipe.warm_up()
         return pipe
@@ -192,24 +218,45 @@ class CausalVideoPipeline:
                 decoder.decode(part.latents.to(self.codec.dtype))
         self.parallel.ledger.take()
 
-    def stream(self, prompt: str, frames: int = 81, seed: int = 0) -> Iterator[VideoChunk]:
+    def stream(
+        self,
+        prompt: str | None = None,
+        frames: int = 81,
+        seed: int = 0,
+        *,
+        embeds: Tensor | str | PathLike[str] | None = None,
+    ) -> Iterator[VideoChunk]:
         """Makes a video of `frames` pixel frames and yields every chunk as soon as it is decoded.
 
         Whole chunks are made; the last is trimmed. The same prompt, seed and model give the same video at any
-        number of ranks.
+        number of ranks. In place of a prompt, `embeds` are its embeddings, (1, text_len, text_dim), or a file of
+        `save_embeds`; those of rank 0 count, and the others' file need not be there.
 
         Raises:
             PromptError: the prompt is outside what the text encoder knows.
-            ConfigError: fewer than 1 frame.
+            ConfigError: fewer than 1 frame, neither or both of prompt and embeds, embeds of another size.
+            CheckpointError: no text encoder, or a file that cannot be read.
         """
-        self.parallel.agree({"frames": frames, "seed": seed, "prompt": prompt})
+        self.parallel.agree({"frames": frames, "seed": seed, "prompt": prompt, "given embeddings": embeds is not None})
         if frames < 1:
             raise ConfigError(f"frames must be at least 1, not {frames}")
-        return self._run(self.text.encode(prompt, seed), frames, seed)
+        if (prompt is None) == (embeds is None):
+            raise ConfigError("give either a prompt or its embeddings")
+        if prompt is not None:
+            return self._run(self.text.encode(prompt, seed), frames, seed)
+        given = share_embeds(lambda: _given(embeds), self.parallel, self.model.config, self.model.dtype)
+        return self._run(given, frames, seed)
 
-    def __call__(self, prompt: str, frames: int = 81, seed: int = 0) -> np.ndarray | None:
+    def __call__(
+        self,
+        prompt: str | None = None,
+        frames: int = 81,
+        seed: int = 0,
+        *,
+        embeds: Tensor | str | PathLike[str] | None = None,
+    ) -> np.ndarray | None:
         """The whole video, uint8 (T, H, W, 3), on rank 0; None on the others. Raises as `stream` does."""
-        made = [chunk.frames for chunk in self.stream(prompt, frames, seed)]
+        made = [chunk.frames for chunk in self.stream(prompt, frames, seed, embeds=embeds)]
         return None if self.parallel.rank else np.concatenate([part for part in made if part is not None])
 
     def _run(self, embeds: Tensor, frames: int, seed: int) -> Iterator[VideoChunk]:
@@ -265,6 +312,13 @@ def digest(model: CausalDiT) -> str:
             place = torch.arange(1, len(words) + 1, device=words.device)
             total = (31 * total + int(words.sum()) + 7 * int((words * place).sum())) % (1 << 64)
     return f"{total:016x}"
+
+
+def _given(embeds: Tensor | str | PathLike[str] | None) -> Tensor:
+    if isinstance(embeds, Tensor):
+        return embeds
+    assert embeds is not None, "checked"
+    return load_embeds(embeds).embeds
 
 
 def find_recipe(model: str | Path) -> Path:

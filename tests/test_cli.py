@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,12 +16,14 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+import text_files as files
 from click.testing import CliRunner, Result
 from PIL import Image
 
 from causalrope_sp.cli import cli
 from causalrope_sp.parallel import strategies
 from causalrope_sp.process import AHEAD, Background
+from causalrope_sp.text import load_embeds
 
 MODEL = "toybox"
 PROMPT = "a red circle slides right"
@@ -98,6 +101,15 @@ def test_help_names_the_commands() -> None:
         (["paint"], "No such command 'paint'"),
         (["generate"], "Missing argument 'PROMPT'"),
         (["generate", PROMPT, "--colour"], "No such option"),
+        (["generate", PROMPT, "--text-embeds", "e.safetensors"], "give either a prompt or --text-embeds, not both"),
+        (["generate", "--text-embeds", "nowhere.safetensors"], "nowhere.safetensors: no such file"),
+        (["encode"], "Missing argument 'PROMPT'"),
+        (["encode", "a pink circle slides right"], "unknown word 'pink'"),
+        (["encode", PROMPT, "--text", "nowhere"], "no text encoder at nowhere: no such file or folder"),
+        (["encode", PROMPT, "--text", "nowhere", "--model", "toybox"], "give either --model or --text, not both"),
+        (["encode", PROMPT, "--tokenizer", "nowhere"], "--tokenizer goes with --text"),
+        (["encode", PROMPT, "--out", "none/e.safetensors"], "cannot write none/e.safetensors"),
+        (["encode", PROMPT, "--out", "."], "cannot write .: it is a folder"),
         (["generate", "a pink circle slides right"], "unknown word 'pink'"),
         (["generate", PROMPT, "--frames", "0"], "frames must be at least 1, not 0"),
         (["generate", PROMPT, "--frames", "many"], "'many' is not a valid integer"),
@@ -225,6 +237,42 @@ def test_two_ranks_make_the_same_video_as_one(tmp_path: Path) -> None:
     assert all(kind["bytes"] > 0 for name, kind in two["communication"].items() if name != "agreement")
     error = np.mean((pictures(tmp_path / "one") - pictures(tmp_path / "two")) ** 2)
     assert error < 255**2 / 10**6  # PSNR > 60 dB
+
+
+def test_embeddings_that_were_encoded_make_the_video_of_their_prompt(tmp_path: Path) -> None:
+    file = tmp_path / "e.safetensors"
+    written = json.loads(shell("encode", PROMPT, "--seed", 4, "--out", file, "--json").output)
+    assert written.pop("seconds") >= 0
+    assert written == {
+        "prompt": PROMPT,
+        "encoder": "toybox",
+        "length": 2,
+        "shape": [1, 3, 51],
+        "dtype": "float32",
+        "out": str(file),
+    }
+    words = ("--model", MODEL, "--frames", 5, "--seed", 4, "--json", "--out")
+    assert shell("generate", PROMPT, *words, f"{tmp_path}/a/").exit_code == 0
+    assert shell("generate", "--text-embeds", file, *words, f"{tmp_path}/b/").exit_code == 0
+    assert np.array_equal(pictures(tmp_path / "a"), pictures(tmp_path / "b"))
+    done = torchrun("generate", "--text-embeds", file, *words, f"{tmp_path}/c/")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["communication"]["text"]["calls"] == 1
+    assert np.mean((pictures(tmp_path / "a") - pictures(tmp_path / "c")) ** 2) < 255**2 / 10**6
+
+
+def test_umt5_encodes_from_the_shell(tmp_path: Path) -> None:
+    files.save_wan(tmp_path, files.make_encoder())
+    file = tmp_path / "e.safetensors"
+    result = shell("encode", "a dog", "--text", tmp_path, "--out", file)
+    assert result.exit_code == 0, result.output
+    assert re.fullmatch(rf"{file}: \d+ tokens of 24 numbers in \d+\.\d s\n", result.output)
+    loaded = load_embeds(file)
+    assert (loaded.prompt, loaded.encoder) == ("a dog", "umt5, 2 layers of 24, wan layout, float32")
+    assert loaded.embeds.shape == (1, 512, 24)
+    refused = shell("generate", "--text-embeds", file, "--out", tmp_path / "a.mp4")
+    assert refused.exit_code == 2
+    assert "text embeddings have shape (1, 512, 24), the model takes (1, 3, 51)" in refused.output
 
 
 def test_under_torchrun_only_rank_0_speaks_of_wrong_input(tmp_path: Path) -> None:

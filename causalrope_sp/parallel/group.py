@@ -211,6 +211,17 @@ class SequenceParallel:
         sizes = [shard.tokens for shard in self.shard(grid).all]
         return self._exchange(range(self.size)).gather_tokens(tokens_BFSE, sizes)
 
+    def from_rank_0(self, kind: str, make: Callable[[], Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """What rank 0 makes, of the shape that all ranks know, on every rank; the others do not call `make`.
+
+        Raises:
+            CausalRopeError: on every rank, what `make` raised on rank 0.
+        """
+        if self._group is None or self.size == 1:
+            return make().to(self.device, dtype)
+        room = torch.empty(*shape, dtype=dtype, device=self.device)
+        return self._exchange(range(self.size)).from_rank_0(kind, make, room)
+
     def _exchange(self, ranks: Sequence[int]) -> Exchange:
         """The exchange among some ranks of the group, made once."""
         assert self._group is not None, "one process exchanges nothing"

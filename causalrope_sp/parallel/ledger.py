@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 KEPT_EVENTS = 4096
-LAYERLESS = -1  # the layer of what belongs to none, such as a chunk's latents
+LAYERLESS = -1  # the layer of what belongs to none, such as a chunk's latents or the text
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Entry:
 
 
 class Ledger:
-    """Entries by kind ("qkv", "output", "kv", "q", "partial", "latents") and layer."""
+    """Entries by kind ("qkv", "output", "kv", "q", "partial", "latents", "text") and layer."""
 
     def __init__(self) -> None:
         self._entries: dict[tuple[str, int], Entry] = defaultdict(Entry)

@@ -6,8 +6,10 @@ Names, shapes and dtypes come from the headers; a tensor's data is read when it 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +79,20 @@ class WeightFiles:
         if isinstance(home, dict):
             del home[name]
         return tensor
+
+    def numbers(self, names: Iterable[str]) -> Counter[torch.dtype]:
+        """How many numbers of each dtype the named tensors hold.
+
+        Raises:
+            CheckpointError: one of them is of no dtype that a model computes in.
+        """
+        sizes: Counter[torch.dtype] = Counter()
+        for name in sorted(names):
+            dtype = self.tensors[name].dtype
+            if not isinstance(dtype, torch.dtype) or dtype not in DTYPES.values():
+                raise CheckpointError(f"{self.path}: {name} is stored as {dtype}, not as float64, 32, 16 or bfloat16")
+            sizes[dtype] += prod(self.tensors[name].shape)
+        return sizes
 
     def declared_config(self, name: str = "config.json") -> dict[str, Any]:
         """What the file's metadata says about the model, before what a JSON file beside it says.

@@ -21,6 +21,13 @@ def some(keys: Collection[object]) -> str:
     return ", ".join(shown(key) for key in islice(keys, SHOWN)) + rest
 
 
+def problem(missing: Collection[str], unexpected: Collection[str], misshapen: Collection[str]) -> str | None:
+    """What is wrong with a checkpoint's keys, in one line; None if nothing is."""
+    kinds = (("missing", missing), ("unexpected", unexpected), ("of a wrong shape", misshapen))
+    found = [f"{len(keys)} {kind}: {some(keys)}" for kind, keys in kinds if keys]
+    return "; ".join(found) or None
+
+
 def one_line(error: Exception) -> str:
     """The first sentence of an error of another library; torch's go on for a paragraph."""
     return shown((str(error).splitlines() or [type(error).__name__])[0].split(". ")[0])

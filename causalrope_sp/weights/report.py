@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from causalrope_sp.config import DiTConfig
-from causalrope_sp.weights.messages import some
+from causalrope_sp.weights.messages import problem
 from causalrope_sp.weights.presets import Preset
 from causalrope_sp.weights.wrappings import Wrapping
 
@@ -33,9 +33,7 @@ class CheckpointReport:
     @property
     def problem(self) -> str | None:
         """All that is wrong, in one line; None if the checkpoint can be loaded."""
-        kinds = (("missing", self.missing), ("unexpected", self.unexpected), ("of a wrong shape", self.misshapen))
-        found = [f"{len(keys)} {kind}: {some(keys)}" for kind, keys in kinds if keys]
-        return "; ".join(found) or None
+        return problem(self.missing, self.unexpected, self.misshapen)
 
 
 def most_common_dtype(sizes: Counter[torch.dtype]) -> torch.dtype:

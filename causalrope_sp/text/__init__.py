@@ -1,0 +1,8 @@
+"""Prompts to embeddings: UMT5, and embeddings as a file."""
+
+from causalrope_sp.text.clean import clean_prompt
+from causalrope_sp.text.embeds import PromptEmbeds, load_embeds, save_embeds
+from causalrope_sp.text.source import TextSource
+from causalrope_sp.text.umt5 import UMT5TextEncoder
+
+__all__ = ["PromptEmbeds", "TextSource", "UMT5TextEncoder", "clean_prompt", "load_embeds", "save_embeds"]

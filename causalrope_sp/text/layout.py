@@ -1,0 +1,93 @@
+"""The two ways to name the tensors of a UMT5 encoder: transformers', as in a diffusers folder, and Wan's own.
+
+The tensors themselves are the same: projections are stored output × input, the relative positions' bias bucket × head.
+Wan's `gate.0` is what goes through GELU (`wi_0`), `fc1` what it gates (`wi_1`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+# A parameter of transformers' model -> the name it is stored under, or several of which any will do.
+Names = Mapping[str, tuple[str, ...]]
+
+BLOCK = "encoder.block"
+ATTENTION, FEED_FORWARD = "layer.0.SelfAttention", "layer.1.DenseReluDense"
+_BLOCK_PARAMETERS = (
+    "layer.0.layer_norm.weight",
+    *(f"{ATTENTION}.{part}.weight" for part in ("q", "k", "v", "o", "relative_attention_bias")),
+    "layer.1.layer_norm.weight",
+    *(f"{FEED_FORWARD}.{part}.weight" for part in ("wi_0", "wi_1", "wo")),
+)
+
+
+@dataclass(frozen=True)
+class T5Layout:
+    """`blocks` is what its blocks are numbered under, `marker` a module that every block has in this layout and in no
+    other; names that begin with one of `unneeded` belong to the rest of a model that has more than an encoder."""
+
+    name: str
+    blocks: str
+    marker: str
+    outer: Names
+    block: Names
+    unneeded: tuple[str, ...] = ()
+
+    def prefix_in(self, names: Iterable[str]) -> str | None:
+        """What stands before every name of this layout ("" or ending in a dot), or None if `names` is not of it."""
+        pattern = re.compile(rf"((?:.*\.)?){re.escape(self.blocks)}\.\d+\.{re.escape(self.marker)}\.")
+        found = (match for name in names if (match := pattern.match(name)))
+        first = next(found, None)
+        return None if first is None else first[1]
+
+    def count_blocks(self, names: Iterable[str], prefix: str) -> int:
+        """Blocks are numbered from 0; a gap counts, so that its keys are reported as missing."""
+        pattern = re.compile(re.escape(f"{prefix}{self.blocks}.") + r"(\d{1,6})\.")
+        return 1 + max(int(match[1]) for name in names if (match := pattern.match(name)))
+
+    def names(self, num_layers: int) -> dict[str, tuple[str, ...]]:
+        every = dict(self.outer)
+        for n in range(num_layers):
+            for parameter, stored in self.block.items():
+                every[f"{BLOCK}.{n}.{parameter}"] = tuple(f"{self.blocks}.{n}.{s}" for s in stored)
+        return every
+
+
+TRANSFORMERS = T5Layout(
+    name="transformers",
+    blocks=BLOCK,
+    marker=ATTENTION,
+    outer={
+        # one table under two names, of which a file holds either or both
+        "shared.weight": ("shared.weight", "encoder.embed_tokens.weight"),
+        "encoder.final_layer_norm.weight": ("encoder.final_layer_norm.weight",),
+    },
+    block={name: (name,) for name in _BLOCK_PARAMETERS},
+    unneeded=("decoder.", "lm_head."),
+)
+
+WAN = T5Layout(
+    name="wan",
+    blocks="blocks",
+    marker="attn",
+    outer={
+        "shared.weight": ("token_embedding.weight",),
+        "encoder.final_layer_norm.weight": ("norm.weight",),
+    },
+    block={
+        "layer.0.layer_norm.weight": ("norm1.weight",),
+        f"{ATTENTION}.q.weight": ("attn.q.weight",),
+        f"{ATTENTION}.k.weight": ("attn.k.weight",),
+        f"{ATTENTION}.v.weight": ("attn.v.weight",),
+        f"{ATTENTION}.o.weight": ("attn.o.weight",),
+        f"{ATTENTION}.relative_attention_bias.weight": ("pos_embedding.embedding.weight",),
+        "layer.1.layer_norm.weight": ("norm2.weight",),
+        f"{FEED_FORWARD}.wi_0.weight": ("ffn.gate.0.weight",),
+        f"{FEED_FORWARD}.wi_1.weight": ("ffn.fc1.weight",),
+        f"{FEED_FORWARD}.wo.weight": ("ffn.fc2.weight",),
+    },
+)
+
+LAYOUTS = (WAN, TRANSFORMERS)
