@@ -11,13 +11,13 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from causalrope_sp.codec.wan import WanDecoderStream, load_codec
+from causalrope_sp.codec import Codec, load_codec
 from causalrope_sp.config import SamplerConfig, StreamConfig
 from causalrope_sp.errors import CheckpointError, ConfigError
 from causalrope_sp.grid import LatentGrid
@@ -30,9 +30,6 @@ from causalrope_sp.toybox import EMBEDDED, WEIGHTS
 from causalrope_sp.toybox.text import ToyboxText
 from causalrope_sp.version import __version__
 from causalrope_sp.weights import load_model
-
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKLWan
 
 _WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 TEXT_ENCODERS = {"toybox": ToyboxText}
@@ -101,12 +98,16 @@ class Recipe:
 class CausalVideoPipeline:
     """A model that is ready to run. Under torchrun every rank builds one and makes the same calls."""
 
-    def __init__(self, recipe: Recipe, model: CausalDiT, codec: AutoencoderKLWan, parallel: SequenceParallel) -> None:
+    def __init__(self, recipe: Recipe, model: CausalDiT, codec: Codec, parallel: SequenceParallel) -> None:
         self.recipe, self.model, self.codec, self.parallel = recipe, model, codec, parallel
         self.height, self.width, self.fps = recipe.height, recipe.width, recipe.fps
         self.text = TEXT_ENCODERS[recipe.text]()
-        stride = codec.config.scale_factor_spatial
-        self.grid = LatentGrid.from_pixels(self.height, self.width, stride, model.config.patch_size[1:])
+        if codec.channels != model.config.in_channels:
+            raise ConfigError(
+                f"the codec's latents have {codec.channels} channels, the model's {model.config.in_channels}"
+            )
+        patch = model.config.patch_size[1:]
+        self.grid = LatentGrid.from_pixels(self.height, self.width, codec.spatial_stride, patch)
         parallel.check(self.grid, model.config.num_heads)
         if parallel.size > 1:
             parallel.agree(
@@ -130,6 +131,8 @@ class CausalVideoPipeline:
         window: int | None = None,
         sink: int | None = None,
         steps: int | Sequence[float] | None = None,
+        codec: str | None = None,
+        codec_weights: str | Path | None = None,
     ) -> CausalVideoPipeline:
         """Loads a model.
 
@@ -140,6 +143,8 @@ class CausalVideoPipeline:
             dtype: of the DiT; if None, bfloat16 on CUDA and float32 on the CPU.
             window, sink: latent frames, in place of the recipe's.
             steps: timesteps from noise to data in (0, 1000], or how many of them, evenly spaced.
+            codec: which kind of codec it must be; None takes what the file holds.
+            codec_weights: its file or folder, in place of the recipe's.
 
         Raises:
             CheckpointError: nothing readable at `model`, or weights that do not fit.
@@ -162,7 +167,9 @@ class CausalVideoPipeline:
         if dtype is None:
             dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
         dit = load_model(recipe.transformer, dtype=dtype, device=place)
-        pipe = cls(recipe, dit, load_codec(recipe.codec, device=place), parallel)
+        pipe = cls(
+            recipe, dit, load_codec(recipe.codec if codec_weights is None else codec_weights, codec, place), parallel
+        )
         if place.type == "cuda":
             pipe.warm_up()
         return pipe
@@ -201,7 +208,7 @@ class CausalVideoPipeline:
         shape = (1, self.model.config.in_channels, self.grid.latent_height, self.grid.latent_width)
         opening = self.text.opening(*shape[1:])
         given = 0 if opening is None else opening.shape[1]
-        decoder = WanDecoderStream(self.codec)
+        decoder = self.codec.decoder()
         chunks = sample_chunks(
             self.model,
             embeds,
@@ -224,11 +231,11 @@ class CausalVideoPipeline:
             done, clock = done + count, time.perf_counter()
 
     def _pixel_frames(self, latent_frames: int) -> int:
-        return 1 + self.codec.config.scale_factor_temporal * (latent_frames - 1)
+        return 1 + self.codec.temporal_stride * (latent_frames - 1)
 
     def _latent_frames(self, frames: int, given: int) -> int:
         """The latent frames of as many whole chunks as `frames` pixel frames need."""
-        stream, stride = self.recipe.stream, self.codec.config.scale_factor_temporal
+        stream, stride = self.recipe.stream, self.codec.temporal_stride
         needed = 1 - (1 - frames) // stride
         lone = 1 if stream.independent_first_frame and given == 0 else 0
         return lone - (lone - needed) // stream.chunk_frames * stream.chunk_frames
