@@ -18,14 +18,16 @@ import torch
 from torch import Tensor
 
 from causalrope_sp.codec import Codec, load_codec
-from causalrope_sp.config import SamplerConfig, StreamConfig
+from causalrope_sp.config import SamplerConfig, StreamConfig, check_given
 from causalrope_sp.errors import CheckpointError, ConfigError
+from causalrope_sp.given import NOTHING, Given, given_past, given_picture, given_source
 from causalrope_sp.grid import LatentGrid
 from causalrope_sp.model import CausalDiT
 from causalrope_sp.noise import seeded_noise
 from causalrope_sp.parallel import SequenceParallel
 from causalrope_sp.parallel.ledger import Ledger
-from causalrope_sp.sampler import sample_chunks
+from causalrope_sp.reading import Picture, Video
+from causalrope_sp.sampler import Source, sample_chunks
 from causalrope_sp.toybox import EMBEDDED, WEIGHTS
 from causalrope_sp.toybox.text import ToyboxText
 from causalrope_sp.version import __version__
@@ -184,61 +186,109 @@ class CausalVideoPipeline:
         chunks.close()
         self.parallel.ledger.take()
 
-    def stream(self, prompt: str, frames: int = 81, seed: int = 0) -> Iterator[VideoChunk]:
+    def stream(
+        self,
+        prompt: str,
+        frames: int = 81,
+        seed: int = 0,
+        *,
+        image: Picture | None = None,
+        video: Video | None = None,
+        strength: float | None = None,
+    ) -> Iterator[VideoChunk]:
         """Makes a video of `frames` pixel frames and yields every chunk as soon as it is decoded.
 
         Whole chunks are made; the last is trimmed. The same prompt, seed and model give the same video at any
         number of ranks.
 
+        Args:
+            image: the video's first frame, a file or uint8 (H, W, 3), through the codec; it counts as one of `frames`.
+            video: a video, as a file or as uint8 (H, W, 3) frames, to continue: its last frames are what the stream
+                looks back on, and what is yielded comes after them. With `strength`, a video to redraw instead.
+            strength: the share of the denoising steps, rounded up, that redraw `video`, chunk by chunk as it is read:
+                above 0, which changes least, to 1, which leaves nothing of it if the first step is at pure noise.
+                The result has as many frames as `video`, up to `frames`.
+
+        Pictures and videos are scaled to cover the model's size and cropped around the centre; see `reading`.
+
         Raises:
             PromptError: the prompt is outside what the text encoder knows.
-            ConfigError: fewer than 1 frame.
+            InputError: a picture or video that cannot be read.
+            ConfigError: fewer than 1 frame, or more than one thing to start from.
         """
-        self.parallel.agree({"frames": frames, "seed": seed, "prompt": prompt})
+        check_given(image is not None, video is not None, video is not None and strength is None, strength)
         if frames < 1:
             raise ConfigError(f"frames must be at least 1, not {frames}")
-        return self._run(self.text.encode(prompt, seed), frames, seed)
+        given = self._given(image, video, strength)
+        self.parallel.agree({"frames": frames, "seed": seed, "prompt": prompt, "what is given": given.digest})
+        return self._run(self.text.encode(prompt, seed), frames, seed, given)
 
-    def __call__(self, prompt: str, frames: int = 81, seed: int = 0) -> np.ndarray | None:
-        """The whole video, uint8 (T, H, W, 3), on rank 0; None on the others. Raises as `stream` does."""
-        made = [chunk.frames for chunk in self.stream(prompt, frames, seed)]
+    def __call__(self, prompt: str, frames: int = 81, seed: int = 0, **given: Any) -> np.ndarray | None:
+        """The whole video, uint8 (T, H, W, 3), on rank 0; None on the others. Takes and raises what `stream` does."""
+        made = [chunk.frames for chunk in self.stream(prompt, frames, seed, **given)]
         return None if self.parallel.rank else np.concatenate([part for part in made if part is not None])
 
-    def _run(self, embeds: Tensor, frames: int, seed: int) -> Generator[VideoChunk, None, None]:
+    def _given(self, image: Picture | None, video: Video | None, strength: float | None) -> Given:
+        size = self.height, self.width
+        if image is not None:
+            return given_picture(self.codec, image, *size)
+        if video is None:
+            return NOTHING
+        if strength is not None:
+            return given_source(self.codec, video, *size, self.fps, len(self.recipe.sampler.steps), strength)
+        return given_past(self.codec, video, *size, self.fps, self.recipe.stream, _frames_of(self._opening()))
+
+    def _opening(self) -> Tensor | None:
+        return self.text.opening(self.model.config.in_channels, self.grid.latent_height, self.grid.latent_width)
+
+    def _run(self, embeds: Tensor, frames: int, seed: int, given: Given = NOTHING) -> Generator[VideoChunk, None, None]:
         shape = (1, self.model.config.in_channels, self.grid.latent_height, self.grid.latent_width)
-        opening = self.text.opening(*shape[1:])
-        given = 0 if opening is None else opening.shape[1]
+        opening, past, source = self._opening(), given.latents, given.source
+        first = [part.cpu() for part in (opening, past) if part is not None]
         decoder = self.codec.decoder()
         chunks = sample_chunks(
             self.model,
             embeds,
             seeded_noise(seed, shape),
             self.grid,
-            self._latent_frames(frames, given),
+            self._latent_frames(frames + given.hidden, _frames_of(opening), _frames_of(past)),
             stream=self.recipe.stream,
             sampler=self.recipe.sampler,
             parallel=self.parallel,
-            initial_latents=opening,
+            initial_latents=torch.cat(first, 1) if first else None,
+            source=None if source is None else Source(lambda chunk: source.take(chunk.frames), given.first_step),
         )
         done, clock = 0, time.perf_counter()
         for index, part in enumerate(chunks):
-            count = min(self._pixel_frames(part.chunk.stop - given), frames) - done
+            made = self._pixel_frames(part.chunk.stop - _frames_of(opening)) - given.hidden
+            length = None if source is None else source.length
+            stop = min(frames, made) if length is None else min(frames, made, length)
             pixels = None
             if self.parallel.rank == 0:
-                pixels = to_uint8(decoder.decode(part.latents.to(self.codec.dtype)))[0, :count]
+                latents = part.latents
+                if index == 0 and past is not None:
+                    latents = torch.cat([past.to(latents), latents], 1)
+                decoded = decoder.decode(latents.to(self.codec.dtype))[:, given.hidden if index == 0 else 0 :]
+                pixels = to_uint8(decoded[:, : stop - done])[0]
             now = time.perf_counter()
             yield VideoChunk(index, done, pixels, now - clock, self.parallel.ledger.take())
-            done, clock = done + count, time.perf_counter()
+            done, clock = stop, time.perf_counter()
+            if length is not None and done == length:
+                return
 
     def _pixel_frames(self, latent_frames: int) -> int:
         return 1 + self.codec.temporal_stride * (latent_frames - 1)
 
-    def _latent_frames(self, frames: int, given: int) -> int:
-        """The latent frames of as many whole chunks as `frames` pixel frames need."""
+    def _latent_frames(self, frames: int, opening: int, past: int) -> int:
+        """The latent frames, beside those that are given, of as many whole chunks as `frames` pixel frames need."""
         stream, stride = self.recipe.stream, self.codec.temporal_stride
-        needed = 1 - (1 - frames) // stride
-        lone = 1 if stream.independent_first_frame and given == 0 else 0
+        needed = max(1, 1 - (1 - frames) // stride - past)
+        lone = 1 if stream.independent_first_frame and opening + past == 0 else 0
         return lone - (lone - needed) // stream.chunk_frames * stream.chunk_frames
+
+
+def _frames_of(latents: Tensor | None) -> int:
+    return 0 if latents is None else latents.shape[1]
 
 
 def to_uint8(pixels_BT3HW: Tensor) -> np.ndarray:
