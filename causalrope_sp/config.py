@@ -130,7 +130,7 @@ def check_given(picture: bool, video: bool, keep_on: bool, strength: float | Non
     if picture and video:
         raise ConfigError("give either an image or a video, not both")
     if not video and (keep_on or strength is not None):
-        raise ConfigError(f"{'to continue' if keep_on else 'strength'} needs a video")
+        raise ConfigError(f"{'continuing' if keep_on else 'a strength'} needs a video")
     if video and keep_on == (strength is not None):
         raise ConfigError("a video is either continued or, with a strength, redrawn: say which one")
     if strength is not None and not 0 < strength <= 1:

@@ -1,9 +1,9 @@
 """Pictures and videos in: files, or arrays, as uint8 frames of the model's size and rate.
 
 Size: scaled to cover the model's picture (the larger of the two ratios, bicubic, antialiased), then cropped around the
-centre; what has the size already is taken bit for bit. Rate: at the middle of every frame's time, the frame that a
-player would show then. A picture is turned as its EXIF data say, a video as its display matrix says; a transparent
-picture lies on black.
+centre; what has the size already is taken bit for bit. Rate: the frame that a player would show a quarter into every
+frame's time, so that equal, halved and doubled rates stay clear of the moment when frames change. A picture is turned
+as its EXIF data say, a video as its display matrix says; a transparent picture lies on black.
 """
 
 from __future__ import annotations
@@ -82,16 +82,16 @@ def fit(frame: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def _at_rate(timed: Iterator[TimedFrame], fps: float) -> Iterator[np.ndarray]:
-    """Frames at another rate: for each one wanted, the one shown in the middle of its time."""
+    """Frames at another rate: for each one wanted, the one shown a quarter into its time."""
     rate, wanted = Fraction(fps).limit_denominator(1001), 0
     shown: np.ndarray | None = None
     until = Fraction(0)
     for start, end, frame in timed:
-        while shown is not None and (2 * wanted + 1) / (2 * rate) < start:
+        while shown is not None and (4 * wanted + 1) / (4 * rate) < start:
             yield shown
             wanted += 1
         shown, until = frame, end
-    while shown is not None and (2 * wanted + 1) / (2 * rate) < until:
+    while shown is not None and (4 * wanted + 1) / (4 * rate) < until:
         yield shown
         wanted += 1
 

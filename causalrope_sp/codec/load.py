@@ -8,7 +8,9 @@ from pathlib import Path
 
 import torch
 
+from causalrope_sp.codec import taehv
 from causalrope_sp.codec.interface import Codec
+from causalrope_sp.codec.taehv import TaehvCodec
 from causalrope_sp.codec.tensors import some
 from causalrope_sp.codec.wan import WanCodec
 from causalrope_sp.codec.wan_weights import DIFFUSERS_MARKER, WAN_MARKER, load_diffusers_vae, load_wan_vae
@@ -19,6 +21,7 @@ from causalrope_sp.weights.files import WeightFiles
 _LAYOUTS: dict[str, tuple[str, Callable[[WeightFiles, torch.device | str], Codec]]] = {
     DIFFUSERS_MARKER: ("wan", lambda files, device: WanCodec(load_diffusers_vae(files).to(device))),
     WAN_MARKER: ("wan", lambda files, device: WanCodec(load_wan_vae(files).to(device))),
+    taehv.MARKER: ("taehv", lambda files, device: TaehvCodec(taehv.load_taehv(files).to(device))),
 }
 KINDS = tuple(dict.fromkeys(kind for kind, _ in _LAYOUTS.values()))
 
@@ -27,7 +30,7 @@ def load_codec(path: str | PathLike[str], kind: str | None = None, device: torch
     """The codec in a file or folder, in float32, ready to run.
 
     Args:
-        path: a Wan VAE as diffusers' folder or as Wan's own file (`Wan2.1_VAE.pth`).
+        path: a Wan VAE as diffusers' folder or as Wan's own file (`Wan2.1_VAE.pth`), or a TAEHV file (`taew2_1.pth`).
         kind: what it must be; None takes what it is.
 
     Raises:
