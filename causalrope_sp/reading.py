@@ -74,7 +74,7 @@ def fit(frame: np.ndarray, height: int, width: int) -> np.ndarray:
         return frame
     scale = max(height / frame.shape[0], width / frame.shape[1])
     size = max(height, round(frame.shape[0] * scale)), max(width, round(frame.shape[1] * scale))
-    pixels = torch.from_numpy(np.ascontiguousarray(frame)).movedim(2, 0).unsqueeze(0).float()
+    pixels = torch.from_numpy(frame.copy()).movedim(2, 0).unsqueeze(0).float()
     scaled = interpolate(pixels, size, mode="bicubic", antialias=True, align_corners=False)
     top, left = (size[0] - height) // 2, (size[1] - width) // 2
     cropped = scaled[0, :, top : top + height, left : left + width]
