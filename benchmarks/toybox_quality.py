@@ -23,7 +23,6 @@ from rich.progress import track
 from rich.table import Table
 
 from causalrope_sp import CausalVideoPipeline
-from causalrope_sp.codec.wan import WanDecoderStream, WanEncoderStream
 from causalrope_sp.toybox.judge import Verdict, judge, summarize
 from causalrope_sp.toybox.prompts import SceneSpec
 from causalrope_sp.toybox.scenes import PLACE_VARIABLES, random_scene, render
@@ -56,13 +55,13 @@ def judge_pipeline(pipe: CausalVideoPipeline, scenes: list[SceneSpec], frames: i
 def codec_psnr(pipe: CausalVideoPipeline, scenes: list[SceneSpec], frames: int) -> float:
     """Mean PSNR in dB of rendered scenes against their round trip through the codec."""
     generator = torch.Generator().manual_seed(SEED)
-    like = next(pipe.codec.parameters())
     values = []
     for scene in scenes:
         places = torch.rand(1, PLACE_VARIABLES, generator=generator)
-        pixels = render([scene], places, torch.arange((frames - 1) // 4 * 4 + 1), pipe.height).transpose(1, 2).to(like)
-        latents = WanEncoderStream(pipe.codec).encode(2 * pixels - 1)
-        back = (WanDecoderStream(pipe.codec).decode(latents).clamp(-1, 1) + 1) / 2
+        pixels = render([scene], places, torch.arange((frames - 1) // 4 * 4 + 1), pipe.height).transpose(1, 2)
+        pixels = pixels.to(pipe.codec.device, pipe.codec.dtype)
+        latents = pipe.codec.encoder().encode(2 * pixels - 1)
+        back = (pipe.codec.decoder().decode(latents).clamp(-1, 1) + 1) / 2
         values.append(-10 * math.log10(float((back - pixels).float().square().mean())))
     return float(np.mean(values))
 

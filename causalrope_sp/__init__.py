@@ -10,7 +10,7 @@ from causalrope_sp.version import __version__
 if TYPE_CHECKING:
     from causalrope_sp.cache import KVCache
     from causalrope_sp.config import DiTConfig, SamplerConfig, StreamConfig
-    from causalrope_sp.errors import CausalRopeError, CheckpointError, ConfigError, OutputError, PromptError
+    from causalrope_sp.errors import CausalRopeError, CheckpointError, ConfigError, InputError, OutputError, PromptError
     from causalrope_sp.grid import Chunk, LatentGrid
     from causalrope_sp.model import CausalDiT
     from causalrope_sp.parallel import SequenceParallel
@@ -26,6 +26,7 @@ _HOME = {
     "CausalRopeError": "errors",
     "CheckpointError": "errors",
     "ConfigError": "errors",
+    "InputError": "errors",
     "OutputError": "errors",
     "PromptError": "errors",
     "Chunk": "grid",
@@ -45,6 +46,7 @@ __all__ = [
     "Chunk",
     "ConfigError",
     "DiTConfig",
+    "InputError",
     "KVCache",
     "LatentGrid",
     "OutputError",

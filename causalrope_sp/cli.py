@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from causalrope_sp.config import check_given
 from causalrope_sp.errors import CausalRopeError, ConfigError, RankLostError
 from causalrope_sp.process import Background, CommandLine, rank, run, say_choices, shares_rank_0_disk
 from causalrope_sp.version import __version__
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from causalrope_sp.verify import Check
+
+
+EXISTING = click.Path(exists=True, path_type=Path)
+EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
 @click.group(
@@ -57,6 +62,12 @@ def cli() -> None:
 @click.option(
     "--strategy", default="auto", show_default=True, help="auto, ulysses, gather-kv, shard-kv, ulysses2xgather-kv4, ..."
 )
+@click.option("--image", type=EXISTING_FILE, help="A picture that is the first frame.")
+@click.option("--video", type=EXISTING_FILE, help="A video, to continue or to redraw.")
+@click.option("--continue", "keep_on", is_flag=True, help="Make what comes after --video.")
+@click.option("--strength", type=float, help="Redraw --video by this share of the steps: small changes little, 1 all.")
+@click.option("--codec", type=click.Choice(["wan", "taehv"]), help="Which kind of codec (default: the model's).")
+@click.option("--codec-weights", type=EXISTING, help="Its file or folder, in place of the model's.")
 @click.option("--out", default="video.mp4", show_default=True, help="FILE.mp4, .gif, .webp, or FOLDER/ for PNGs.")
 @click.option("--overlap/--no-overlap", default=True, help="Compute while other ranks' numbers are on their way.")
 @click.option("--head-groups", default=1, show_default=True, help="ulysses: send one group's output during the next's.")
@@ -74,6 +85,12 @@ def generate(
     rope: Literal["absolute", "relative"] | None,
     steps: str | None,
     strategy: str,
+    image: Path | None,
+    video: Path | None,
+    keep_on: bool,
+    strength: float | None,
+    codec: str | None,
+    codec_weights: Path | None,
     out: str,
     overlap: bool,
     head_groups: int,
@@ -81,9 +98,14 @@ def generate(
     timeout: float,
     as_json: bool,
 ) -> None:
-    """Makes a video from PROMPT, written while it is generated."""
+    """Makes a video from PROMPT, written while it is generated.
+
+    --image and --video are scaled to cover the model's size and cropped around the centre; a video is taken at the
+    model's frame rate. With --strength the result is no longer than --video.
+    """
     if frames < 1:
         raise ConfigError(f"frames must be at least 1, not {frames}")
+    check_given(image is not None, video is not None, keep_on, strength)
     timesteps = _parse_steps(steps)
     _check_text(model, prompt, text_embeds)
     if shares_rank_0_disk():
@@ -105,10 +127,20 @@ def generate(
             attention=attention,
         )
         pipe = CausalVideoPipeline.from_pretrained(
-            model, parallel=parallel, window=window, sink=sink, rope=rope, steps=timesteps, keep_text="free"
+            model,
+            parallel=parallel,
+            window=window,
+            sink=sink,
+            rope=rope,
+            steps=timesteps,
+            keep_text="free",
+            codec=codec,
+            codec_weights=codec_weights,
         )
         yield pipe
-        yield from pipe.stream(prompt, frames=frames, seed=seed, embeds=text_embeds)
+        yield from pipe.stream(
+            prompt, frames=frames, seed=seed, embeds=text_embeds, image=image, video=video, strength=strength
+        )
         parallel.close()
 
     made = Background(generated)
@@ -275,6 +307,8 @@ def _write_video(items: Iterator[Any], out: str, frames: int, silent: bool) -> d
                     continue
                 video.write(chunk.frames)
                 progress.update(task, completed=video.frames, fps=video.frames / (time.perf_counter() - started))
+            if video is not None and progress is not None:
+                progress.update(task, total=video.frames)  # a video that is redrawn may be shorter
         except Exception as error:
             if video is not None and not isinstance(error, CausalRopeError):
                 video.close()  # another rank is lost, or this program is at fault: the frames so far are still good

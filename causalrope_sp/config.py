@@ -127,3 +127,15 @@ class SamplerConfig:
             raise ConfigError(f"shift must be positive, not {self.shift}")
         if self.solver not in ("renoise", "euler"):
             raise ConfigError(f"solver must be renoise or euler, not {self.solver!r}")
+
+
+def check_given(picture: bool, video: bool, keep_on: bool, strength: float | None) -> None:
+    """Raises ConfigError unless at most one of the three is asked for: a picture, a video to continue, or to redraw."""
+    if picture and video:
+        raise ConfigError("give either an image or a video, not both")
+    if not video and (keep_on or strength is not None):
+        raise ConfigError(f"{'continuing' if keep_on else 'a strength'} needs a video")
+    if video and keep_on == (strength is not None):
+        raise ConfigError("a video is either continued or, with a strength, redrawn: say which one")
+    if strength is not None and not 0 < strength <= 1:
+        raise ConfigError(f"strength must be above 0 and at most 1, not {strength}")

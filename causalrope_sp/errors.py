@@ -19,6 +19,10 @@ class CheckpointError(CausalRopeError):
     """A checkpoint that cannot be read, or does not hold what its layout promises."""
 
 
+class InputError(CausalRopeError):
+    """A picture or video that cannot be read."""
+
+
 class OutputError(CausalRopeError):
     """An output file or folder that cannot be written."""
 

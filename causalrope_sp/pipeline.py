@@ -12,21 +12,23 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from causalrope_sp.codec.wan import WanDecoderStream, load_codec
-from causalrope_sp.config import SamplerConfig, StreamConfig
+from causalrope_sp.codec import Codec, load_codec
+from causalrope_sp.config import SamplerConfig, StreamConfig, check_given
 from causalrope_sp.errors import CheckpointError, ConfigError
+from causalrope_sp.given import NOTHING, Given, given_past, given_picture, given_source
 from causalrope_sp.grid import LatentGrid
 from causalrope_sp.model import CausalDiT
 from causalrope_sp.noise import seeded_noise
 from causalrope_sp.parallel import SequenceParallel
 from causalrope_sp.parallel.ledger import Ledger
-from causalrope_sp.sampler import sample_chunks
+from causalrope_sp.reading import Picture, Video
+from causalrope_sp.sampler import Source, sample_chunks
 from causalrope_sp.schedule import timesteps
 from causalrope_sp.text import TextSource, load_embeds
 from causalrope_sp.text.shared import SharedUMT5, share_embeds
@@ -35,9 +37,6 @@ from causalrope_sp.toybox import EMBEDDED, WEIGHTS
 from causalrope_sp.toybox.text import ToyboxText
 from causalrope_sp.version import __version__
 from causalrope_sp.weights import load_model
-
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKLWan
 
 _WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 TEXT_ENCODERS = {"toybox": ToyboxText}
@@ -117,7 +116,7 @@ class CausalVideoPipeline:
         self,
         recipe: Recipe,
         model: CausalDiT,
-        codec: AutoencoderKLWan,
+        codec: Codec,
         parallel: SequenceParallel,
         keep_text: Keep = "cpu",
     ) -> None:
@@ -128,8 +127,12 @@ class CausalVideoPipeline:
             self.text = SharedUMT5(recipe.text, parallel, model.config, model.dtype, keep_text)
         else:
             self.text = TEXT_ENCODERS[recipe.text]()
-        stride = codec.config.scale_factor_spatial
-        self.grid = LatentGrid.from_pixels(self.height, self.width, stride, model.config.patch_size[1:])
+        if codec.channels != model.config.in_channels:
+            raise ConfigError(
+                f"the codec's latents have {codec.channels} channels, the model's {model.config.in_channels}"
+            )
+        patch = model.config.patch_size[1:]
+        self.grid = LatentGrid.from_pixels(self.height, self.width, codec.spatial_stride, patch)
         parallel.check(self.grid, model.config.num_heads)
         if parallel.size > 1:
             parallel.agree(
@@ -156,6 +159,8 @@ class CausalVideoPipeline:
         rope: Literal["absolute", "relative"] | None = None,
         steps: int | Sequence[float] | None = None,
         keep_text: Keep = "cpu",
+        codec: str | None = None,
+        codec_weights: str | Path | None = None,
     ) -> CausalVideoPipeline:
         """Loads a model.
 
@@ -169,6 +174,8 @@ class CausalVideoPipeline:
             steps: timesteps from noise to data in (0, 1000], or how many of them, evenly spaced.
             keep_text: where UMT5 waits between two prompts: on the "device", on the "cpu", or "free": given up, and
                 read again for the next. It is on rank 0 alone.
+            codec: which kind of codec it must be; None takes what the file holds.
+            codec_weights: its file or folder, in place of the recipe's.
 
         Raises:
             CheckpointError: nothing readable at `model`, or weights that do not fit.
@@ -187,7 +194,8 @@ class CausalVideoPipeline:
         if dtype is None:
             dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
         dit = load_model(recipe.transformer, dtype=dtype, device=place)
-        pipe = cls(recipe, dit, load_codec(recipe.codec, device=place), parallel, keep_text)
+        weights = recipe.codec if codec_weights is None else codec_weights
+        pipe = cls(recipe, dit, load_codec(weights, codec, place), parallel, keep_text)
         if place.type == "cuda":
             pipe.warm_up()
         return pipe
@@ -200,7 +208,6 @@ class CausalVideoPipeline:
         """
         config, stream = self.model.config, self.recipe.stream
         shape = (config.in_channels, self.grid.latent_height, self.grid.latent_width)
-        opening = self.text.opening(*shape)
         chunks = sample_chunks(
             self.model,
             torch.zeros(1, config.text_len, config.text_dim),
@@ -210,9 +217,9 @@ class CausalVideoPipeline:
             stream=stream,
             sampler=SamplerConfig(steps=(1000,)),
             parallel=self.parallel,
-            initial_latents=opening,
+            initial_latents=self._opening(),
         )
-        decoder = WanDecoderStream(self.codec)
+        decoder = self.codec.decoder()
         for number, part in enumerate(chunks):
             if number < 2 and self.parallel.rank == 0:  # the first chunk of a video has fewer pixels than the others
                 decoder.decode(part.latents.to(self.codec.dtype))
@@ -225,6 +232,9 @@ class CausalVideoPipeline:
         seed: int = 0,
         *,
         embeds: Tensor | str | PathLike[str] | None = None,
+        image: Picture | None = None,
+        video: Video | None = None,
+        strength: float | None = None,
     ) -> Iterator[VideoChunk]:
         """Makes a video of `frames` pixel frames and yields every chunk as soon as it is decoded.
 
@@ -232,68 +242,102 @@ class CausalVideoPipeline:
         number of ranks. In place of a prompt, `embeds` are its embeddings, (1, text_len, text_dim), or a file of
         `save_embeds`; those of rank 0 count, and the others' file need not be there.
 
+        Args:
+            image: the video's first frame, a file or uint8 (H, W, 3), through the codec; it counts as one of `frames`.
+            video: a video, as a file or as uint8 (H, W, 3) frames, to continue: its last frames are what the stream
+                looks back on, and what is yielded comes after them. With `strength`, a video to redraw instead.
+            strength: the share of the denoising steps, rounded up, that redraw `video`, chunk by chunk as it is read:
+                above 0, which changes least, to 1, which leaves nothing of it if the first step is at pure noise.
+                The result has as many frames as `video`, up to `frames`.
+
+        Pictures and videos are scaled to cover the model's size and cropped around the centre; see `reading`.
+
         Raises:
             PromptError: the prompt is outside what the text encoder knows.
-            ConfigError: fewer than 1 frame, neither or both of prompt and embeds, embeds of another size.
+            InputError: a picture or video that cannot be read.
+            ConfigError: fewer than 1 frame, neither or both of prompt and embeds, embeds of another size, or more than
+                one thing to start from.
             CheckpointError: no text encoder, or a file that cannot be read.
         """
-        self.parallel.agree({"frames": frames, "seed": seed, "prompt": prompt, "given embeddings": embeds is not None})
+        check_given(image is not None, video is not None, video is not None and strength is None, strength)
         if frames < 1:
             raise ConfigError(f"frames must be at least 1, not {frames}")
         if (prompt is None) == (embeds is None):
             raise ConfigError("give either a prompt or its embeddings")
+        start = self._start(image, video, strength)
+        said = {"frames": frames, "seed": seed, "prompt": prompt, "given embeddings": embeds is not None}
+        self.parallel.agree({**said, "what is given": start.digest})
         if prompt is not None:
-            return self._run(self.text.encode(prompt, seed), frames, seed)
-        given = share_embeds(lambda: _given(embeds), self.parallel, self.model.config, self.model.dtype)
-        return self._run(given, frames, seed)
+            return self._run(self.text.encode(prompt, seed), frames, seed, start)
+        shared = share_embeds(lambda: _given(embeds), self.parallel, self.model.config, self.model.dtype)
+        return self._run(shared, frames, seed, start)
 
-    def __call__(
-        self,
-        prompt: str | None = None,
-        frames: int = 81,
-        seed: int = 0,
-        *,
-        embeds: Tensor | str | PathLike[str] | None = None,
-    ) -> np.ndarray | None:
-        """The whole video, uint8 (T, H, W, 3), on rank 0; None on the others. Raises as `stream` does."""
-        made = [chunk.frames for chunk in self.stream(prompt, frames, seed, embeds=embeds)]
+    def __call__(self, prompt: str | None = None, frames: int = 81, seed: int = 0, **given: Any) -> np.ndarray | None:
+        """The whole video, uint8 (T, H, W, 3), on rank 0; None on the others. Takes and raises what `stream` does."""
+        made = [chunk.frames for chunk in self.stream(prompt, frames, seed, **given)]
         return None if self.parallel.rank else np.concatenate([part for part in made if part is not None])
 
-    def _run(self, embeds: Tensor, frames: int, seed: int) -> Iterator[VideoChunk]:
+    def _start(self, image: Picture | None, video: Video | None, strength: float | None) -> Given:
+        size = self.height, self.width
+        if image is not None:
+            return given_picture(self.codec, image, *size)
+        if video is None:
+            return NOTHING
+        if strength is not None:
+            return given_source(self.codec, video, *size, self.fps, len(self.recipe.sampler.steps), strength)
+        return given_past(self.codec, video, *size, self.fps, self.recipe.stream, _frames_of(self._opening()))
+
+    def _opening(self) -> Tensor | None:
+        return self.text.opening(self.model.config.in_channels, self.grid.latent_height, self.grid.latent_width)
+
+    def _run(self, embeds: Tensor, frames: int, seed: int, given: Given = NOTHING) -> Iterator[VideoChunk]:
         shape = (1, self.model.config.in_channels, self.grid.latent_height, self.grid.latent_width)
-        opening = self.text.opening(*shape[1:])
-        given = 0 if opening is None else opening.shape[1]
-        decoder = WanDecoderStream(self.codec)
+        opening, past, source = self._opening(), given.latents, given.source
+        first = [part.cpu() for part in (opening, past) if part is not None]
+        decoder = self.codec.decoder()
         chunks = sample_chunks(
             self.model,
             embeds,
             seeded_noise(seed, shape),
             self.grid,
-            self._latent_frames(frames, given),
+            self._latent_frames(frames + given.hidden, _frames_of(opening), _frames_of(past)),
             stream=self.recipe.stream,
             sampler=self.recipe.sampler,
             parallel=self.parallel,
-            initial_latents=opening,
+            initial_latents=torch.cat(first, 1) if first else None,
+            source=None if source is None else Source(lambda chunk: source.take(chunk.frames), given.first_step),
         )
         done, clock = 0, time.perf_counter()
         for index, part in enumerate(chunks):
-            count = min(self._pixel_frames(part.chunk.stop - given), frames) - done
+            made = self._pixel_frames(part.chunk.stop - _frames_of(opening)) - given.hidden
+            length = None if source is None else source.length
+            stop = min(frames, made) if length is None else min(frames, made, length)
             pixels = None
             if self.parallel.rank == 0:
-                pixels = to_uint8(decoder.decode(part.latents.to(self.codec.dtype)))[0, :count]
+                latents = part.latents
+                if index == 0 and past is not None:
+                    latents = torch.cat([past.to(latents), latents], 1)
+                decoded = decoder.decode(latents.to(self.codec.dtype))[:, given.hidden if index == 0 else 0 :]
+                pixels = to_uint8(decoded[:, : stop - done])[0]
             now = time.perf_counter()
             yield VideoChunk(index, done, pixels, now - clock, self.parallel.ledger.take())
-            done, clock = done + count, time.perf_counter()
+            done, clock = stop, time.perf_counter()
+            if length is not None and done == length:
+                return
 
     def _pixel_frames(self, latent_frames: int) -> int:
-        return 1 + self.codec.config.scale_factor_temporal * (latent_frames - 1)
+        return 1 + self.codec.temporal_stride * (latent_frames - 1)
 
-    def _latent_frames(self, frames: int, given: int) -> int:
-        """The latent frames of as many whole chunks as `frames` pixel frames need."""
-        stream, stride = self.recipe.stream, self.codec.config.scale_factor_temporal
-        needed = 1 - (1 - frames) // stride
-        lone = 1 if stream.independent_first_frame and given == 0 else 0
+    def _latent_frames(self, frames: int, opening: int, past: int) -> int:
+        """The latent frames, beside those that are given, of as many whole chunks as `frames` pixel frames need."""
+        stream, stride = self.recipe.stream, self.codec.temporal_stride
+        needed = max(1, 1 - (1 - frames) // stride - past)
+        lone = 1 if stream.independent_first_frame and opening + past == 0 else 0
         return lone - (lone - needed) // stream.chunk_frames * stream.chunk_frames
+
+
+def _frames_of(latents: Tensor | None) -> int:
+    return 0 if latents is None else latents.shape[1]
 
 
 def to_uint8(pixels_BT3HW: Tensor) -> np.ndarray:

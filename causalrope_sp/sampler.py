@@ -6,7 +6,7 @@ E numbers in a token.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,7 +21,7 @@ from causalrope_sp.model import CausalDiT
 from causalrope_sp.noise import Noise
 from causalrope_sp.parallel import SequenceParallel
 from causalrope_sp.parallel.cost import Workload
-from causalrope_sp.schedule import SOLVERS, sigmas
+from causalrope_sp.schedule import SOLVERS, add_noise, sigmas
 from causalrope_sp.stream import CausalStream, Part
 from causalrope_sp.window import SlidingWindow
 
@@ -32,6 +32,15 @@ class LatentChunk:
 
     chunk: Chunk
     latents: Tensor
+
+
+@dataclass(frozen=True)
+class Source:
+    """A video to redraw: a chunk's denoising starts from its clean latents, (B, F, C, H, W), noised to the level of
+    `first_step`. They are asked for once a chunk, in order."""
+
+    latents: Callable[[Chunk], Tensor]
+    first_step: int
 
 
 @torch.inference_mode()
@@ -46,6 +55,7 @@ def sample_chunks(
     sampler: SamplerConfig = SamplerConfig(),
     parallel: SequenceParallel | None = None,
     initial_latents: Tensor | None = None,
+    source: Source | None = None,
     fuse_context_pass: bool = True,
 ) -> Iterator[LatentChunk]:
     """Generates a video chunk by chunk (Self-Forcing, arXiv 2506.08009), on one rank or many.
@@ -60,6 +70,7 @@ def sample_chunks(
         sampler: steps and solver.
         parallel: the ranks; one process if None.
         initial_latents: given frames to continue, (B, F0, C, H, W); they are not handed out again.
+        source: a video to start each chunk from, instead of from noise alone.
         fuse_context_pass: let a chunk's context pass ride with the next chunk's first denoise pass. Exact either way.
 
     Yields:
@@ -67,7 +78,7 @@ def sample_chunks(
 
     Raises:
         ConfigError: `frames` below 1, no window for an endless video, shapes that do not fit the model or the grid,
-            ranks that the strategy cannot use.
+            ranks that the strategy cannot use, a `source` that starts at no step of the sampler's.
     """
     parallel = parallel or SequenceParallel.single()
     _check(model, embeds, grid, frames, stream, initial_latents)
@@ -78,17 +89,24 @@ def sample_chunks(
     strategy = parallel.strategy(work)
     state = CausalStream(model, embeds, grid, window, shard, strategy, relative=stream.rope == "relative")
     solve, levels = SOLVERS[sampler.solver], sigmas(sampler)
+    begin = 0 if source is None else source.first_step
+    if not 0 <= begin < len(levels):
+        raise ConfigError(f"a source starts at one of the steps 0 to {len(levels) - 1}, not at {begin}")
     precise = torch.float64 if model.dtype == torch.float64 else torch.float32
 
     def mine(latents: Tensor) -> Tensor:
         return send(grid.patchify(latents)[:, :, shard.start : shard.stop].contiguous(), model.device, precise)
 
-    def draw(chunk: Chunk, step: int) -> Tensor:
-        fresh = noise(chunk, step)
+    def checked(name: str, chunk: Chunk, latents: Tensor) -> Tensor:
         expected = (len(embeds), chunk.frames, model.config.in_channels, grid.latent_height, grid.latent_width)
-        if fresh.shape != expected:
-            raise ConfigError(f"the noise of chunk {chunk.index} has shape {tuple(fresh.shape)}, expected {expected}")
-        return mine(fresh)
+        if latents.shape != expected:
+            raise ConfigError(
+                f"the {name} of chunk {chunk.index} has shape {tuple(latents.shape)}, expected {expected}"
+            )
+        return mine(latents)
+
+    def draw(chunk: Chunk, step: int) -> Tensor:
+        return checked("noise", chunk, noise(chunk, step))
 
     finished: Part | None = None
     if initial_latents is not None:
@@ -102,8 +120,10 @@ def sample_chunks(
         if finished is not None and not fuse_context_pass:
             state.commit(finished)
             finished = None
-        x = draw(chunk, 0)
-        for step, sigma in enumerate(levels):
+        x = draw(chunk, begin)
+        if source is not None:
+            x = add_noise(checked("source", chunk, source.latents(chunk)), x, levels[begin])
+        for step, sigma in enumerate(levels[begin:], begin):
             velocity = state.denoise(chunk, x, 1000 * sigma, finished)
             finished = None
             to = levels[step + 1] if step + 1 < len(levels) else 0.0

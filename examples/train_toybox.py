@@ -23,7 +23,7 @@ from toybox_training.latents import encode_scenes
 from toybox_training.stages import Scenes, train_student, train_teacher
 from toybox_training.training import processes, rank
 
-from causalrope_sp.codec.wan import load_codec
+from causalrope_sp.codec import load_codec
 from causalrope_sp.grid import LatentGrid
 from causalrope_sp.weights import load_model, save_model
 
@@ -75,7 +75,7 @@ def main(
         shutil.copytree(init / "codec", weights / "codec", dirs_exist_ok=True)
     if processes() > 1:
         dist.barrier()
-    codec = load_codec(weights / "codec", device=place)
+    codec = load_codec(weights / "codec", "wan", place).vae
     scenes = Scenes(
         openings=encode_scenes(codec, out / "openings", openings, 9, size, OPENING_SEED),
         clips=encode_scenes(codec, out / "clips", clips, 57, size, CLIP_SEED),

@@ -127,6 +127,20 @@ def test_help_names_the_commands() -> None:
         (["generate", PROMPT, "--model", "nowhere"], "no model 'nowhere'"),
         (["generate", PROMPT, "--out", "x.avi"], "must end in .mp4, .gif, .webp, or in /"),
         (["generate", PROMPT, "--out", "none/x.mp4"], "there is no folder none"),
+        (["generate", PROMPT, "--image", "none.png"], "File 'none.png' does not exist"),
+        (["generate", PROMPT, "--image", __file__], "not a picture of a known kind"),
+        (["generate", PROMPT, "--image", __file__, "--video", __file__], "give either an image or a video, not both"),
+        (["generate", PROMPT, "--continue"], "continuing needs a video"),
+        (["generate", PROMPT, "--strength", "0.5"], "a strength needs a video"),
+        (["generate", PROMPT, "--video", __file__], "either continued or, with a strength, redrawn"),
+        (["generate", PROMPT, "--video", __file__, "--continue", "--strength", "1"], "either continued or"),
+        (
+            ["generate", PROMPT, "--video", __file__, "--strength", "2"],
+            "strength must be above 0 and at most 1, not 2.0",
+        ),
+        (["generate", PROMPT, "--codec", "mp3"], "'mp3' is not one of 'wan', 'taehv'"),
+        (["generate", PROMPT, "--codec", "taehv"], "holds a wan codec, not taehv"),
+        (["generate", PROMPT, "--codec-weights", __file__], "cannot read the codec"),
         (["inspect"], "Missing argument 'PATH'"),
         (["inspect", "nowhere"], "nowhere"),
         (["verify", "nowhere"], "'nowhere' does not exist"),
@@ -155,6 +169,20 @@ def test_wrong_input_is_found_before_anything_is_loaded(words: list[str], monkey
 
     monkeypatch.setattr("causalrope_sp.pipeline.CausalVideoPipeline.from_pretrained", load)
     assert shell("generate", *words).exit_code == 2
+
+
+def test_generate_takes_pictures_and_videos_in(tmp_path: Path) -> None:
+    first, video, out = tmp_path / "first.png", tmp_path / "video.mp4", tmp_path / "out.mp4"
+    Image.new("RGB", (90, 70), "red").save(first)
+    words: list[object]
+    for words, target, frames in (
+        (["--image", first, "--frames", 14], video, 14),
+        (["--video", video, "--continue", "--frames", 5], out, 5),
+        (["--video", video, "--strength", 0.5, "--codec", "wan"], out, 14),
+    ):
+        result = shell("generate", PROMPT, "--model", MODEL, *words, "--out", target, "--json")
+        assert result.exit_code == 0, result.output
+        assert json.loads(result.stdout)["frames"] == frames
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.gif", "a.webp", "a/"])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import accumulate
+from typing import Any
 
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
-from torch import Tensor
+from torch import Tensor, nn
 
 from causalrope_sp import ConfigError
 from causalrope_sp.codec.wan import WanDecoderStream, WanEncoderStream
@@ -87,6 +90,63 @@ def test_encoding_piece_by_piece_equals_encoding_the_whole(
     latents = torch.cat(encoded, 1)
     assert latents.dtype == dtype
     torch.testing.assert_close(latents, expected.transpose(1, 2), rtol=0, atol=TOLERANCE[dtype])
+
+
+@contextmanager
+def pointwise_by_frame(codec: AutoencoderKLWan) -> Iterator[None]:
+    """diffusers takes its two pointwise convolutions over all latent frames at once, where the library below chooses
+    another order of additions for another number of them: the one difference that is left, taken away."""
+
+    def by_frame(convolution: nn.Module) -> Callable[[Tensor], Tensor]:
+        forward = convolution.forward
+        return lambda x: torch.cat([forward(frame.contiguous()) for frame in x.split(1, 2)], 2)
+
+    convolutions = codec.quant_conv, codec.post_quant_conv
+    for convolution in convolutions:
+        convolution.forward = by_frame(convolution)
+    yield
+    for convolution in convolutions:
+        del convolution.forward
+
+
+@DTYPES
+@pytest.mark.parametrize("size", [(3, 3), (2, 5), (1, 1), (4, 7), (8, 6)], ids=str)
+def test_no_chunking_changes_a_bit_and_diffusers_has_the_same_bits(
+    codec: AutoencoderKLWan, size: tuple[int, int], dtype: torch.dtype
+) -> None:
+    codec = codec.to(dtype)
+    mean, std = statistics(codec, dtype)
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(BATCH, 7, CHANNELS, *size, dtype=dtype, generator=generator)
+    pixels = torch.rand(BATCH, 17, 3, 8 * size[0], 8 * size[1], dtype=dtype, generator=generator) * 2 - 1
+    with pointwise_by_frame(codec):
+        decoded = codec.decode(latents.transpose(1, 2) * std + mean).sample.transpose(1, 2)
+        encoded = ((codec.encode(pixels.transpose(1, 2)).latent_dist.mode() - mean) / std).transpose(1, 2)
+    for sizes in ([1] * 7, [3, 3, 1], [2, 5], [7]):
+        decoder = WanDecoderStream(codec)
+        video = torch.cat([decoder.decode(piece) for piece in pieces(latents, sizes)], 1)
+        assert torch.equal(video.clamp(-1, 1), decoded)
+    for sizes in ([1, 4, 4, 4, 4], [5, 12], [9, 8], [17]):
+        encoder = WanEncoderStream(codec)
+        assert torch.equal(torch.cat([encoder.encode(piece) for piece in pieces(pixels, sizes)], 1), encoded)
+
+
+def bytes_of(state: list[Any]) -> int:
+    """What a stream keeps between two calls, by the memory that its tensors hold on to, not by what they show of it."""
+    return sum(part.untyped_storage().nbytes() for part in state if isinstance(part, Tensor))
+
+
+def test_a_stream_of_any_length_keeps_as_much(codec: AutoencoderKLWan) -> None:
+    codec = codec.to(torch.float32)
+    decoder, encoder = WanDecoderStream(codec), WanEncoderStream(codec)
+    encoder.encode(torch.zeros(1, 1, 3, 8 * SIDE, 8 * SIDE))
+    kept: list[tuple[int, int]] = []
+    for count in (3, 1, 3, 2, 3, 3, 3, 3):
+        decoder.decode(torch.zeros(1, count, CHANNELS, SIDE, SIDE))
+        encoder.encode(torch.zeros(1, 4 * count, 3, 8 * SIDE, 8 * SIDE))
+        kept.append((bytes_of(decoder._state), bytes_of(encoder._state)))
+    assert min(kept[0]) > 0
+    assert len(set(kept)) == 1
 
 
 def test_streams_share_nothing(codec: AutoencoderKLWan) -> None:

@@ -31,6 +31,7 @@ from causalrope_sp.parallel.launch import RankPool, run_ranks
 from causalrope_sp.parallel.layout import parse_strategy
 from causalrope_sp.parallel.strategy import Strategy
 from causalrope_sp.parallel.watchdog import Watchdog
+from causalrope_sp.sampler import Source
 from causalrope_sp.stream import CausalStream, Part
 from causalrope_sp.window import SlidingWindow
 
@@ -85,6 +86,7 @@ class Job:
     stream: StreamConfig = WHOLE
     batch: int = 1
     known: int = 0
+    redrawn_from: int | None = None
     dtype: torch.dtype = torch.float64
     fuse: bool = True
 
@@ -95,6 +97,9 @@ class Job:
     @property
     def frame(self) -> tuple[int, int, int]:
         return CONFIG.in_channels, self.grid.latent_height, self.grid.latent_width
+
+    def drawing(self, chunk: Chunk) -> Tensor:
+        return random(self.batch, self.known + self.frames, *self.frame)[:, chunk.start : chunk.stop]
 
     def run(self, parallel: SequenceParallel, **sizes: int) -> Tensor:
         chunks = sample_chunks(
@@ -107,6 +112,7 @@ class Job:
             sampler=SamplerConfig((1000, 500)),
             parallel=parallel,
             initial_latents=random(self.batch, self.known, *self.frame) if self.known else None,
+            source=None if self.redrawn_from is None else Source(self.drawing, self.redrawn_from),
             fuse_context_pass=self.fuse,
         )
         return torch.cat([chunk.latents for chunk in chunks], 1)
@@ -118,6 +124,7 @@ JOBS = {
     "context passes alone": Job(2, 4, 7, StreamConfig(4, 1, 3), fuse=False),
     "lone first frame": Job(1, 5, 8, StreamConfig(4, 0, 3, independent_first_frame=True)),
     "given frames": Job(1, 4, 4, StreamConfig(4, 2, 2), batch=2, known=5),
+    "redrawn after a given frame": Job(2, 4, 6, StreamConfig(4, 1, 2), known=1, redrawn_from=1),
     "relative places": Job(1, 7, 9, StreamConfig(5, 1, 2, rope="relative"), batch=2),
     "hardly any tokens": Job(3, 1, 5, StreamConfig(3, 0, 1)),
     "float32": Job(1, 7, 6, StreamConfig(5, 1, 2), dtype=torch.float32),

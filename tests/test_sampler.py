@@ -21,6 +21,7 @@ from causalrope_sp.noise import Noise, seeded_noise
 from causalrope_sp.parallel.strategy import Strategy
 from causalrope_sp.reference import block_causal_velocity, visible_past
 from causalrope_sp.rope import RotaryTables
+from causalrope_sp.sampler import Source
 from causalrope_sp.schedule import add_noise, predict_x0, sigmas
 from causalrope_sp.stream import CausalStream, Part
 from causalrope_sp.window import SlidingWindow
@@ -57,7 +58,9 @@ def sample(frames: int, batch: int = 1, **options: Any) -> Tensor:
     return torch.cat([chunk.latents for chunk in chunks], 1)
 
 
-def from_one_forward(streamed: Tensor, stream: StreamConfig, sampler: SamplerConfig) -> Tensor:
+def from_one_forward(
+    streamed: Tensor, stream: StreamConfig, sampler: SamplerConfig, redrawn: Tensor | None = None, begin: int = 0
+) -> Tensor:
     """The video that the solver reaches when every velocity comes from one forward over all frames at once, with the
     streamed video as the clean past: the streamed video itself, if streaming is exact."""
     batch, frames = streamed.shape[:2]
@@ -68,8 +71,8 @@ def from_one_forward(streamed: Tensor, stream: StreamConfig, sampler: SamplerCon
     def noise(step: int) -> Tensor:
         return torch.cat([draw(chunk, step) for chunk in chunks], 1).double()
 
-    x = noise(0)
-    for step, (sigma, to) in enumerate(zip(levels, [*levels[1:], 0.0])):
+    x = noise(0) if redrawn is None else add_noise(redrawn, noise(begin), levels[begin])
+    for step, (sigma, to) in list(enumerate(zip(levels, [*levels[1:], 0.0])))[begin:]:
         velocity = block_causal_velocity(
             MODEL, text(batch), GRID, chunks, streamed, x, 1000 * sigma, window=stream.window, sink=stream.sink
         )
@@ -132,6 +135,23 @@ def test_given_frames_are_continued_as_if_they_had_been_generated(
     continued = sample(more, initial_latents=whole[:, :known], **options)
     assert continued.shape[1] == more
     assert relative(continued, whole[:, known:]) < 1e-12
+
+
+@given(stream_configs(), samplers, st.integers(1, 7), st.integers(1, 2), st.data())
+@settings(deadline=None, max_examples=20)
+def test_a_redrawn_video_starts_from_its_source_at_the_steps_level(
+    stream: StreamConfig, sampler: SamplerConfig, frames: int, batch: int, data: st.DataObject
+) -> None:
+    begin = data.draw(st.integers(0, len(sampler.steps) - 1))
+    clean = torch.randn(batch, frames, *FRAME, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    source = Source(lambda chunk: clean[:, chunk.start : chunk.stop], begin)
+    streamed = sample(frames, batch, stream=stream, sampler=sampler, source=source)
+    assert relative(streamed, from_one_forward(streamed, stream, sampler, clean, begin)) < 1e-12
+
+
+def test_from_pure_noise_nothing_is_left_of_a_source() -> None:
+    noisy = Source(lambda chunk: torch.full((1, chunk.frames, *FRAME), 7.0), 0)
+    assert torch.equal(sample(7, source=noisy), sample(7))
 
 
 def test_the_window_matters() -> None:
@@ -360,6 +380,9 @@ def take(**changes: Any) -> None:
         (lambda: take(initial_latents=torch.zeros(2, 3, *FRAME)), r"expected \(1, frames, 2, 4, 6\)"),
         (lambda: take(initial_latents=torch.zeros(1, 3, 2, 4, 8)), r"\(1, 3, 2, 4, 8\)"),
         (lambda: take(initial_latents=torch.zeros(3, *FRAME)), r"\(3, 2, 4, 6\)"),
+        (lambda: take(source=Source(lambda chunk: chunk, 4)), "one of the steps 0 to 3, not at 4"),
+        (lambda: take(source=Source(lambda chunk: chunk, -1)), "not at -1"),
+        (lambda: take(source=Source(lambda chunk: torch.zeros(1, 2, *FRAME), 1)), "the source of chunk 0 has shape"),
         (lambda: StreamConfig(window=4, sink=2), r"window 4 is smaller than chunk \+ sink = 3 \+ 2"),
         (lambda: StreamConfig(window=0), "window"),
         (lambda: StreamConfig(chunk_frames=0), "chunk_frames"),

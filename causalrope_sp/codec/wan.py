@@ -2,52 +2,53 @@
 
 diffusers' `AutoencoderKLWan` holds the layers; its own `decode` forgets the state after every call, so a video
 decoded chunk by chunk with it would flicker at each seam. The two streams below walk the same layers, one latent
-frame at a time as `decode` does, and keep the state. The frames are those of decoding everything at once.
+frame at a time as `decode` does, and keep the state. Nothing is computed over several latent frames at once, not even
+the two pointwise convolutions, so that how a video is cut into chunks changes no bit of it.
 
 Shapes: B batch, F latent frames, C latent channels, T pixel frames, H×W latent size; pixels are in [-1, 1].
 """
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from causalrope_sp.errors import CheckpointError, ConfigError
+from causalrope_sp.codec.interface import stream_pieces
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
 
 
-def load_codec(folder: Path, device: torch.device | str = "cpu") -> AutoencoderKLWan:
-    """The VAE in a diffusers folder (config.json and diffusion_pytorch_model.safetensors), in float32.
+class WanCodec:
+    """diffusers' `AutoencoderKLWan` as a codec."""
 
-    Raises:
-        CheckpointError: a file that cannot be read, or weights that do not fit the configuration.
-    """
-    from diffusers import AutoencoderKLWan
+    name = "wan"
 
-    try:
-        vae = AutoencoderKLWan.from_config(json.loads((folder / "config.json").read_text()))
-        vae.load_state_dict(load_file(folder / "diffusion_pytorch_model.safetensors"))
-    except (OSError, ValueError, RuntimeError, SafetensorError) as reason:
-        raise CheckpointError(f"cannot read the codec in {folder}: {str(reason).splitlines()[0]}") from reason
-    return vae.to(device).eval().requires_grad_(False)
+    def __init__(self, vae: AutoencoderKLWan) -> None:
+        self.vae = vae.eval().requires_grad_(False)
+        self.channels: int = vae.config.z_dim
+        self.temporal_stride: int = vae.config.scale_factor_temporal
+        self.spatial_stride: int = vae.config.scale_factor_spatial
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.vae.post_quant_conv.weight.dtype
 
-def _causal_convolutions(module: nn.Module) -> int:
-    from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
+    @property
+    def device(self) -> torch.device:
+        return self.vae.post_quant_conv.weight.device
 
-    return sum(isinstance(m, WanCausalConv3d) for m in module.modules())
+    def decoder(self) -> WanDecoderStream:
+        return WanDecoderStream(self.vae)
+
+    def encoder(self) -> WanEncoderStream:
+        return WanEncoderStream(self.vae)
 
 
 class WanDecoderStream:
-    """Decodes one video, chunk after chunk."""
+    """A `DecoderStream` through the Wan VAE."""
 
     def __init__(self, vae: AutoencoderKLWan) -> None:
         self._vae = vae
@@ -55,19 +56,15 @@ class WanDecoderStream:
         self._started = False
 
     def decode(self, latents_BFCHW: Tensor) -> Tensor:
-        """The pixel frames of the next latent frames, (B, T, 3, 8·H, 8·W), not clamped.
-
-        The stream's first latent frame gives one pixel frame, every other one as many as the temporal stride.
-        """
         from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 
         config = self._vae.config
         mean, std = _statistics(self._vae, latents_BFCHW)
-        latents = self._vae.post_quant_conv((latents_BFCHW * std + mean).transpose(1, 2))
         pieces = []
-        for frame in latents.split(1, dim=2):
+        for frame in (latents_BFCHW * std + mean).split(1, dim=1):
             first, self._started = not self._started, True
-            pieces.append(self._vae.decoder(frame, feat_cache=self._state, feat_idx=[0], first_chunk=first))
+            latent = self._vae.post_quant_conv(frame.transpose(1, 2).contiguous())
+            pieces.append(self._vae.decoder(latent, feat_cache=self._state, feat_idx=[0], first_chunk=first))
         pixels = torch.cat(pieces, 2)
         if config.patch_size is not None:
             pixels = unpatchify(pixels, patch_size=config.patch_size)
@@ -75,7 +72,7 @@ class WanDecoderStream:
 
 
 class WanEncoderStream:
-    """Encodes one video, piece after piece."""
+    """An `EncoderStream` through the Wan VAE: every latent frame is there as soon as its own pixel frames are."""
 
     def __init__(self, vae: AutoencoderKLWan) -> None:
         self._vae = vae
@@ -83,29 +80,27 @@ class WanEncoderStream:
         self._started = False
 
     def encode(self, pixels_BT3HW: Tensor) -> Tensor:
-        """The latent frames of the next pixel frames, (B, F, C, H/8, W/8), normalised.
-
-        Raises:
-            ConfigError: the number of pixel frames is not 1 + n strides in the first call or n strides in a later one.
-        """
         from diffusers.models.autoencoders.autoencoder_kl_wan import patchify
 
         config = self._vae.config
-        count, stride = pixels_BT3HW.shape[1], config.scale_factor_temporal
-        first = 0 if self._started else 1
-        if count < 1 or (count - first) % stride:
-            raise ConfigError(
-                f"cannot encode {count} pixel frames: a stream takes 1 + {stride}n at first, then {stride}n"
-            )
-        pixels = pixels_BT3HW.transpose(1, 2)
-        if config.patch_size is not None:
-            pixels = patchify(pixels, patch_size=config.patch_size)
-        sizes = [1] * first + [stride] * ((count - first) // stride)
+        sizes = stream_pieces(pixels_BT3HW.shape[1], config.scale_factor_temporal, self._started)
         self._started = True
-        pieces = [self._vae.encoder(p, feat_cache=self._state, feat_idx=[0]) for p in pixels.split(sizes, dim=2)]
-        moments = self._vae.quant_conv(torch.cat(pieces, 2))
-        mean, std = _statistics(self._vae, moments)
-        return (moments[:, : config.z_dim].transpose(1, 2) - mean) / std
+        moments = []
+        for piece in pixels_BT3HW.split(sizes, dim=1):
+            pixels = piece.transpose(1, 2).contiguous()
+            if config.patch_size is not None:
+                pixels = patchify(pixels, patch_size=config.patch_size)
+            hidden = self._vae.encoder(pixels, feat_cache=self._state, feat_idx=[0])
+            moments.append(self._vae.quant_conv(hidden)[:, : config.z_dim])
+        means = torch.cat(moments, 2).transpose(1, 2)
+        mean, std = _statistics(self._vae, means)
+        return (means - mean) / std
+
+
+def _causal_convolutions(module: nn.Module) -> int:
+    from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
+
+    return sum(isinstance(m, WanCausalConv3d) for m in module.modules())
 
 
 def _statistics(vae: AutoencoderKLWan, like: Tensor) -> tuple[Tensor, Tensor]:
