@@ -510,6 +510,19 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
         lambda: place(Pieces([torch.zeros(2, B, F, S, H, D)]), q=rooms(B, F, S, H, D)),
         "q: expected no rooms for pieces of k, v alone",
     ),
+    "slots with gaps between": (
+        lambda: place(projecting(), k=rooms(B, 9, S, H, D, slots=torch.arange(6)[::2])),
+        r"k\[0\].slots_F: expected stride 1",
+    ),
+    "a ring of none": (
+        lambda: place(projecting(), k=rooms(B, 0, S, H, D, slots=torch.arange(3))),
+        r"k\[0\]: expected a ring with slots",
+    ),
+    "bounds alone": (
+        lambda: attention(Q, Keys(Q, Q, None, torch.zeros(0, 2, dtype=torch.int32))),
+        "bounds_N2: expected stretches beside it",
+    ),
+    "rows of no columns": (lambda: place(projecting(columns=0)), "rotation.columns: expected at least 1, not 0"),
     "a source that is none": (lambda: place(X), "source: expected a Projection or Pieces, not Tensor"),
     "a layer in another dtype": (
         lambda: linear_gelu(X, torch.zeros(7, WIDTH).double(), torch.zeros(7).double()),
@@ -546,3 +559,22 @@ def test_auto_is_torch_on_the_cpu_and_where_a_gradient_is_wanted(monkeypatch: py
 def test_the_example_runs() -> None:
     run = subprocess.run([sys.executable, str(ROOT / "examples" / "kernels.py")], capture_output=True, text=True)
     assert (run.returncode, run.stdout) == (0, "torch.Size([1, 48, 2, 16])\n"), run.stderr
+
+
+def test_attention_over_stretches_has_its_gradient() -> None:
+    q, (k, v) = random(1, 3, 2, D), random(2, 1, 9, 2, D, seed=1)
+    for x in (q, k, v):
+        x.requires_grad_()
+    assert torch.autograd.gradcheck(lambda *given: attention(given[0], Keys(*given[1:], ((0, 4), (5, 9)))), (q, k, v))
+
+
+def test_parts_of_a_rotation_are_those_frames() -> None:
+    rotation = a_rotation()
+    for frames in (slice(0, None, 2), slice(0, 3, 2), slice(0, 3), slice(1, 2), slice(0, None, 3)):
+        assert torch.equal(rotation.part(frames).query_times_F, rotation.query_times_F[frames])
+
+
+def test_merging_weighs_by_differences_and_not_by_size() -> None:
+    outputs, lses = random(2, 1, 3, 2, D).float(), 1e5 + random(2, 1, 3, 2, seed=1).float()
+    exact, _ = merge([(o.double(), lse.double()) for o, lse in zip(outputs, lses)])
+    assert (merge(list(zip(outputs, lses)))[0].double() - exact).norm() < 1e-6 * exact.norm()

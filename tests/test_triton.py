@@ -272,6 +272,25 @@ def test_pieces(kinds: int, padded: bool) -> None:
             assert torch.equal(ours[kind], plain[kind])
 
 
+def test_a_rank_may_bring_no_tokens() -> None:
+    whole = random(3, 1, 2, 5, 3, 20).half()
+    arrived = [whole[:, :, :, :0], whole[:, :, :, :3].contiguous(), whole[:, :, :, :0], whole[:, :, :, 3:].contiguous()]
+    flat = torch.cat([piece.flatten() for piece in arrived])
+    sizes = [piece.numel() for piece in arrived]
+    pieces = Pieces([part.view(piece.shape) for part, piece in zip(flat.split(sizes), arrived, strict=True)])
+    found = written(pieces, (3,), "triton", slice(0, 2))
+    for kind, x in zip("qkv", whole, strict=True):
+        assert torch.equal(found[kind], x)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 2), (1, 0, 2), (1, 3, 0)])
+def test_nothing_to_attend_with_is_nothing(shape: tuple[int, int, int]) -> None:
+    batch, _, heads = shape
+    q, k = random(*shape, 20).half(), random(batch, 7, heads, 20).half()
+    ((output, lse),) = attention_parts(q, Keys(k, k), "triton")
+    assert (output.shape, lse.shape) == (q.shape, shape)
+
+
 @pytest.mark.parametrize("batch", [1, 2])
 def test_tokens_are_split_into_pieces(batch: int) -> None:
     x = random(batch, 3, 20, 4, 20)[:, :, :, 1:].bfloat16()

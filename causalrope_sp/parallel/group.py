@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
 
-from causalrope_kernels import ATTENTION_BACKENDS
+from causalrope_kernels import ATTENTION_BACKENDS, attention_obstacle
 from causalrope_sp.config import DiTConfig
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.grid import LatentGrid, Shard
@@ -69,6 +69,9 @@ class SequenceParallel:
             raise ConfigError(f"head_groups must be at least 1, not {head_groups}")
         if attention not in ATTENTION_BACKENDS:
             raise ConfigError(f"attention must be one of {', '.join(ATTENTION_BACKENDS)}, not {attention!r}")
+        obstacle = attention_obstacle(attention, self.device)
+        if obstacle is not None:
+            raise ConfigError(f"attention {attention} {obstacle}")
         self._overlap, self._head_groups, self._attention = overlap, head_groups, attention
         self.ledger = Ledger()
         self._exchanges: dict[tuple[int, ...], Exchange] = {}

@@ -13,7 +13,7 @@ from causalrope_kernels.arguments import (
     Source,
     Turn,
 )
-from causalrope_kernels.attention import ATTENTION_BACKENDS, attention, attention_parts, merge
+from causalrope_kernels.attention import ATTENTION_BACKENDS, attention, attention_obstacle, attention_parts, merge
 from causalrope_kernels.operations import add_norm, linear_gelu, place, rms_norm, split_tokens
 from causalrope_kernels.reference import Partial, project
 
@@ -33,6 +33,7 @@ __all__ = [
     "Turn",
     "add_norm",
     "attention",
+    "attention_obstacle",
     "attention_parts",
     "linear_gelu",
     "merge",

@@ -36,15 +36,17 @@ class Rotation:
 
     def part(self, frames: slice) -> Rotation:
         """That of some of the frames; made once, since every layer asks."""
-        if (frames.start, frames.stop) not in self._parts:
+        which = frames.indices(len(self.query_times_F))
+        if which not in self._parts:
+            frames = slice(*which)
             queries = self.query_times_F[frames]
             keys = queries if self.key_times_F is self.query_times_F else self.key_times_F[frames]
-            self._parts[frames.start, frames.stop] = replace(self, query_times_F=queries, key_times_F=keys)
-        return self._parts[frames.start, frames.stop]
+            self._parts[which] = replace(self, query_times_F=queries, key_times_F=keys)
+        return self._parts[which]
 
     @cached_property
-    def _parts(self) -> dict[tuple[int | None, int | None], Rotation]:
-        return {(0, len(self.query_times_F)): self}
+    def _parts(self) -> dict[tuple[int, int, int], Rotation]:
+        return {(0, len(self.query_times_F), 1): self}
 
     @cached_property
     def of_queries(self) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from causalrope_kernels import attention_choice, check, reference
 from causalrope_kernels.arguments import Keys
 from causalrope_kernels.attention_libraries import LIBRARIES
-from causalrope_kernels.backend import use_triton
+from causalrope_kernels.backend import obstacle, use_triton
 from causalrope_kernels.reference import Partial
 
 ATTENTION_BACKENDS = ("auto", "torch", "triton", *LIBRARIES)
@@ -59,6 +59,8 @@ def _parts(chosen: str, q_BTHD: Tensor, keys: Keys) -> list[Partial]:
 
         return attend(q_BTHD, keys)
     run = _torch if chosen == "torch" else LIBRARIES[chosen].run
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q_BTHD, keys.k, keys.v)):
+        run = reference.attention_lse  # the log-sum-exp of torch's kernels has no gradient
     parts = [run(q_BTHD, k, v) for k, v in reference.stretches(keys)] if q_BTHD.numel() else []
     nothing = keys.k[:, :0]
     return parts or [reference.attention_lse(q_BTHD, nothing, nothing)]
@@ -75,7 +77,7 @@ def merge(parts: Sequence[Partial], backend: str = "auto") -> Partial:
     check.parts(parts)
     if len(parts) == 1:
         return parts[0]
-    if use_triton(backend, parts[0][0]):
+    if use_triton(backend, *(output for output, _ in parts)) and not any(lse.requires_grad for _, lse in parts):
         from causalrope_kernels import merge_kernel as kernel
 
         return kernel.merge(parts)
@@ -86,9 +88,9 @@ def _choose(backend: str, q_BTHD: Tensor, keys: Keys) -> str:
     if backend not in ATTENTION_BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(ATTENTION_BACKENDS)}, not {backend!r}")
     if backend in LIBRARIES:
-        obstacle = LIBRARIES[backend].obstacle(q_BTHD)
-        if obstacle is not None:
-            raise ValueError(f"backend: {backend} {obstacle}")
+        why = LIBRARIES[backend].obstacle(q_BTHD)
+        if why is not None:
+            raise ValueError(f"backend: {backend} {why}")
         return backend
     if backend == "auto":
         return attention_choice.choose(q_BTHD, keys)
@@ -105,3 +107,11 @@ def _torch(q_BTHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor) -> Partial:
         if LIBRARIES[name].obstacle(q_BTHD) is None:
             return LIBRARIES[name].run(q_BTHD, k_BLHD, v_BLHD)
     return reference.attention_lse(q_BTHD, k_BLHD, v_BLHD)
+
+
+def attention_obstacle(backend: str, device: torch.device) -> str | None:
+    """Why no attention of this backend can run on a device, or None; before there are any queries."""
+    example = torch.empty(1, 1, 1, 64, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32, device=device)
+    if backend in LIBRARIES:
+        return LIBRARIES[backend].obstacle(example)
+    return obstacle([example]) if backend == "triton" else None

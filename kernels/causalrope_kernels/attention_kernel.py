@@ -81,8 +81,9 @@ def _block(
     if TAIL:
         scores = tl.where(there[None, :], scores, float("-inf"))
     new = tl.maximum(largest, tl.max(scores, 1))
-    shrink = tl.exp2(largest - new)
-    weight = tl.exp2(scores - new[:, None])
+    safe = tl.where(new == float("-inf"), 0.0, new)  # a block may hold nothing but scores of minus infinity
+    shrink = tl.exp2(largest - safe)
+    weight = tl.exp2(scores - safe[:, None])
     weights = weights * shrink + tl.sum(weight, 1)
     value = _load(v_block, row * v_row, there, 0, BLOCK, WIDTH, TAIL)
     total = tl.dot(weight.to(v.dtype.element_ty), value, total * shrink[:, None], input_precision="ieee")
@@ -120,7 +121,7 @@ def attention_kernel(
 
     `scale` is log2(e)/√d, for scores in powers of two.
     """
-    batch, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
+    batch, head = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
     token = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
     asked = token < queries
     q += batch * q_batch + head * q_head
@@ -216,6 +217,8 @@ def attend(q_BTHD: Tensor, keys: Keys) -> list[Partial]:
     """The attention over all stretches in one launch: (B, T, H, d) with the log-sum-exp in float32, (B, T, H), for each
     of some shares of the keys."""
     batch, queries, heads, width = q_BTHD.shape
+    if q_BTHD.numel() == 0:
+        return [(torch.empty_like(q_BTHD), q_BTHD.new_empty(batch, queries, heads, dtype=torch.float32))]
     k, turn, bounds = keys.k, keys.turn, keys.bounds_N2
     if bounds is None:
         stretches = keys.stretches if keys.stretches is not None else ((0, k.shape[1]),)
@@ -228,8 +231,6 @@ def attend(q_BTHD: Tensor, keys: Keys) -> list[Partial]:
     count = shares(programs, k.shape[1], q_BTHD.device)
     out = torch.empty(count, batch, queries, heads, width, dtype=q_BTHD.dtype, device=q_BTHD.device)
     lse = torch.empty(count, batch, queries, heads, dtype=torch.float32, device=q_BTHD.device)
-    if out.numel() == 0:
-        return [(out[0], lse[0])]
     with launching_on(q_BTHD):
         attention_kernel[triton.cdiv(queries, size.queries), batch * heads, count](
             q_BTHD, k, keys.v, out, lse, bounds, None if turn is None else turn.table,

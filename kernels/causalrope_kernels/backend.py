@@ -26,12 +26,12 @@ def use_triton(backend: str, *tensors: Tensor | None) -> bool:
     """
     given = [x for x in tensors if x is not None]
     if backend == "auto":
-        return TRITON and runs_triton(given[0].device) and _obstacle(given) is None
+        return TRITON and runs_triton(given[0].device) and obstacle(given) is None
     if backend not in ("triton", "torch"):
         raise ValueError(f"backend: expected auto, triton or torch, not {backend!r}")
-    obstacle = _obstacle(given) if TRITON else "is not installed"
-    if backend == "triton" and obstacle is not None:
-        raise ValueError(f"backend: triton {obstacle}")
+    why = obstacle(given) if TRITON else "is not installed"
+    if backend == "triton" and why is not None:
+        raise ValueError(f"backend: triton {why}")
     return backend == "triton"
 
 
@@ -46,7 +46,8 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def _obstacle(tensors: list[Tensor]) -> str | None:
+def obstacle(tensors: list[Tensor]) -> str | None:
+    """Why Triton's kernels cannot go with these, or None."""
     for x in tensors:
         if x.dtype not in DTYPES:
             return f"runs in {', '.join(str(d).removeprefix('torch.') for d in DTYPES)}, not in {x.dtype}"

@@ -29,6 +29,8 @@ def same(name: str, x: Tensor, like: Tensor, *, dtype: bool = True) -> None:
 
 def dense(name: str, x: Tensor, axes: int = 1) -> None:
     """The last `axes` axes lie in memory without gaps."""
+    if not x.numel():
+        return
     step = 1
     for axis in range(1, axes + 1):
         if x.shape[-axis] > 1 and x.stride(-axis) != step:
@@ -41,6 +43,7 @@ def whole_numbers(name: str, x: Tensor, count: int, like: Tensor) -> None:
         raise ValueError(
             f"{name}: expected {count} integers on {like.device}, not {x.dtype} of shape {tuple(x.shape)} on {x.device}"
         )
+    dense(name, x)
 
 
 def vector(name: str, x: Tensor, width: int, like: Tensor) -> None:
@@ -52,6 +55,8 @@ def vector(name: str, x: Tensor, width: int, like: Tensor) -> None:
 def by_frame(name: str, vectors: ByFrame, x_BTD: Tensor) -> None:
     """One vector a frame, of a number of frames that divides the tokens."""
     time, (batch, tokens, width) = vectors.time_FD, x_BTD.shape
+    if time.ndim not in (2, 3):
+        raise ValueError(f"{name}.time_FD: expected two or three axes, not {tuple(time.shape)}")
     shape(f"{name}.time_FD", time, (batch, None, width)[3 - time.ndim :], "(B, F, D)" if time.ndim == 3 else "(F, D)")
     same(f"{name}.time_FD", time, x_BTD, dtype=False)
     dense(f"{name}.time_FD", time)
@@ -125,6 +130,8 @@ def _rotation(rotation: Rotation, frames: int, tokens: int, pairs: int, like: Te
         raise ValueError(f"rotation: expected {pairs} angles of a token, not {' + '.join(map(str, widths))}")
     whole_numbers("rotation.query_times_F", rotation.query_times_F, frames, like)
     whole_numbers("rotation.key_times_F", rotation.key_times_F, frames, like)
+    if rotation.columns < 1:
+        raise ValueError(f"rotation.columns: expected at least 1, not {rotation.columns}")
     if rotation.tokens != tokens:
         raise ValueError(f"rotation.tokens: expected {tokens}, as qkv has, not {rotation.tokens}")
     room = min(rotation.row.shape[0], -(-(rotation.start + tokens) // rotation.columns)), rotation.column.shape[0]
@@ -174,6 +181,8 @@ def rooms(given: Source, **by_name: Rooms) -> None:
             shape(label, room.x, (batch, places, tokens, None, width), "(B, F, s, H, d)")
             same(label, room.x, given.like)
             dense(label, room.x)
+            if room.slots_F is not None and frames and not room.x.shape[1]:
+                raise ValueError(f"{label}: expected a ring with slots, not one of none")
             if room.slots_F is not None:
                 whole_numbers(f"{label}.slots_F", room.slots_F, frames, given.like)
                 if room.slots_F.dtype != torch.int64:
@@ -190,6 +199,8 @@ def attention(q_BTHD: Tensor, keys: Keys) -> None:
     shape("q", q_BTHD, (None, None, None, None), "(B, T, H, d)")
     same("q", q_BTHD, q_BTHD)
     batch, _, heads, width = q_BTHD.shape
+    if width < 1 or keys.k.ndim != 4:
+        raise ValueError(f"k: expected shape (B, L, H, d) with d at least 1, not {tuple(keys.k.shape)}")
     for name, x in (("k", keys.k), ("v", keys.v)):
         shape(name, x, (batch, keys.k.shape[1], heads, width), "(B, L, H, d)")
         same(name, x, q_BTHD)
@@ -200,6 +211,9 @@ def attention(q_BTHD: Tensor, keys: Keys) -> None:
         if not 0 <= first <= stop <= rows:
             raise ValueError(f"stretches: expected [first, stop) within {rows} rows, not [{first}, {stop})")
     if keys.bounds_N2 is not None:
+        if keys.stretches is None:
+            raise ValueError("bounds_N2: expected stretches beside it, not none")
+        dense("bounds_N2", keys.bounds_N2, 2)
         bounds, count = keys.bounds_N2, len(keys.stretches or ())
         if bounds.shape != (count, 2) or bounds.dtype != torch.int32 or bounds.device != q_BTHD.device:
             raise ValueError(

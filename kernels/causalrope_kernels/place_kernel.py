@@ -177,10 +177,13 @@ def place_projection(projection: Projection, q: Rooms, k: Rooms, v: Rooms) -> No
 
 
 def place_pieces(pieces: Sequence[Tensor], q: Rooms, k: Rooms, v: Rooms) -> None:
+    pieces = [piece for piece in pieces if piece.numel()]  # an empty one has no place in memory
+    if not pieces:
+        return
     kinds, batch, frames, _, heads, width = pieces[0].shape
     rooms, constants = _arguments(q, k, v, pieces[0], width)
     tokens = sum(piece.shape[3] for piece in pieces)
-    if pieces[0].numel() == 0 or not (q or k or v):
+    if not (q or k or v):
         return
     block, tile = triton.next_power_of_2(width), triton.next_power_of_2(heads)
     with launching_on(pieces[0]):
@@ -192,6 +195,7 @@ def place_pieces(pieces: Sequence[Tensor], q: Rooms, k: Rooms, v: Rooms) -> None
 
 def split_tokens(x_BFSHD: Tensor, pieces: Sequence[Tensor]) -> None:
     batch, frames, tokens, heads, width = x_BFSHD.shape
+    pieces = [piece for piece in pieces if piece.numel()]
     if x_BFSHD.numel():
         block = triton.next_power_of_2(heads * width)
         with launching_on(x_BFSHD):
@@ -236,9 +240,14 @@ def _places(pieces: Sequence[Tensor]) -> Tensor:
     lines = []
     for number, piece in enumerate(pieces):
         apart = (piece.data_ptr() - first.data_ptr()) // first.element_size()
-        by_frame, by_token = piece.stride(2), piece.stride(3)
-        spacing = piece.stride(1) == first.stride(1) // max(1, first.stride(2)) * by_frame
-        if apart % width or not spacing or piece.stride(0) != piece.shape[1] * piece.stride(1):
+        by_token = piece.stride(3) if piece.shape[3] > 1 else 0
+        by_frame = piece.stride(2) if piece.shape[2] > 1 else piece.stride(1)
+        spacing = piece.shape[2] == 1 or piece.stride(1) == first.stride(1) // first.stride(2) * by_frame
+        if (
+            any(step % width for step in (apart, by_token, by_frame))
+            or not spacing
+            or piece.stride(0) != piece.shape[1] * piece.stride(1)
+        ):
             raise ValueError(f"pieces[{number}]: expected whole frames of one buffer, not strides {piece.stride()}")
         lines.append((apart // width, by_token // width, piece.shape[3], by_frame // width))
     return _token_by_token(tuple(lines), first.device)

@@ -120,9 +120,7 @@ def attention_lse(q_BTHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor) -> Partial:
     """
     q, k, v = (wide(x) for x in (q_BTHD, k_BLHD, v_BLHD))
     scores = torch.einsum("bthd,blhd->bthl", q, k) * q.shape[-1] ** -0.5
-    lse = scores.logsumexp(-1)
-    weights = torch.exp(scores - lse.unsqueeze(-1))
-    return torch.einsum("bthl,blhd->bthd", weights, v).to(q_BTHD.dtype), lse
+    return torch.einsum("bthl,blhd->bthd", scores.softmax(-1), v).to(q_BTHD.dtype), scores.logsumexp(-1)
 
 
 def turned(k_BLHD: Tensor, turn: Turn, first: int = 0) -> Tensor:
@@ -150,7 +148,10 @@ def merge(parts: Sequence[Partial]) -> Partial:
     """
     outputs, lses = zip(*parts, strict=True)
     lse_NBTH = torch.stack(lses)
-    lse = lse_NBTH.logsumexp(0)
-    weights = torch.exp(lse_NBTH - lse.masked_fill(lse == -torch.inf, 0.0)).unsqueeze(-1)
-    merged = (torch.stack(outputs).to(weights.dtype) * weights).sum(0)
-    return merged.to(outputs[0].dtype), lse
+    largest = lse_NBTH.amax(0)
+    largest = largest.masked_fill(largest == -torch.inf, 0.0)
+    weights = torch.exp(lse_NBTH - largest).unsqueeze(-1)
+    total = weights.sum(0)
+    values = torch.stack(outputs).to(weights.dtype).masked_fill(weights == 0, 0.0)
+    merged = (values * weights).sum(0) / total.masked_fill(total == 0, 1.0)
+    return merged.to(outputs[0].dtype), total.squeeze(-1).log() + largest
