@@ -197,7 +197,8 @@ def test_the_encoder_runs_on_rank_0_alone(
             assert (found[name][0] is None) == (rank > 0)
     assert torch.equal(ranks[0]["text"], ranks[1]["text"])
     for name in ("prompt", "embeds"):
-        assert np.abs(ranks[0][name][0].astype(int) - expected).max() <= 1
+        first = ranks[0][name][0].astype(int)
+        assert np.abs(first - expected[: len(first)]).max() <= 1
     for name, error, told in (
         ("ftfy", PromptError, "needs ftfy"),
         ("shape", ConfigError, "text embeddings have shape (2, 2, 2)"),
