@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from causalrope_sp.errors import ConfigError, OutputError
-from causalrope_sp.pipeline import TEXT_ENCODERS, Recipe, find_recipe
+from causalrope_sp.recipe import TEXT_ENCODERS, Recipe, find_recipe
 from causalrope_sp.text import PromptEmbeds, TextSource, UMT5TextEncoder, save_embeds
 from causalrope_sp.text.umt5 import TEXT_LEN
 from causalrope_sp.weights import inspect_checkpoint

@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from causalrope_sp.pipeline import Recipe, find_recipe
+from causalrope_sp.recipe import Recipe, find_recipe
 from causalrope_sp.toybox import EMBEDDED
 from causalrope_sp.weights import CheckpointReport, Preset, find_preset, inspect_checkpoint
 

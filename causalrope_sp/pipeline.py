@@ -1,12 +1,7 @@
-"""Text in, frames out: the text encoder, the sampler and the codec of one model, as a stream of chunks.
-
-A model is described by its recipe, a small JSON file that names its parts and how it runs; the embedded one is
-toybox/weights/toybox.json.
-"""
+"""Text in, frames out: the text encoder, the sampler and the codec of one model, as a stream of chunks."""
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -19,8 +14,9 @@ import torch
 from torch import Tensor
 
 from causalrope_sp.codec import Codec, load_codec
-from causalrope_sp.config import SamplerConfig, StreamConfig, check_given
-from causalrope_sp.errors import CheckpointError, ConfigError
+from causalrope_sp.codec.pixels import to_uint8
+from causalrope_sp.config import SamplerConfig, check_given
+from causalrope_sp.errors import ConfigError
 from causalrope_sp.given import NOTHING, Given, given_past, given_picture, given_source
 from causalrope_sp.grid import LatentGrid
 from causalrope_sp.model import CausalDiT
@@ -28,18 +24,16 @@ from causalrope_sp.noise import seeded_noise
 from causalrope_sp.parallel import SequenceParallel
 from causalrope_sp.parallel.ledger import Ledger
 from causalrope_sp.reading import Picture, Video
+from causalrope_sp.recipe import TEXT_ENCODERS, Recipe, find_recipe
 from causalrope_sp.sampler import Source, sample_chunks
 from causalrope_sp.schedule import timesteps
 from causalrope_sp.text import TextSource, load_embeds
 from causalrope_sp.text.shared import SharedUMT5, share_embeds
 from causalrope_sp.text.umt5 import Keep
-from causalrope_sp.toybox import EMBEDDED, WEIGHTS
 from causalrope_sp.toybox.text import ToyboxText
 from causalrope_sp.version import __version__
 from causalrope_sp.weights import load_model
-
-_WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-TEXT_ENCODERS = {"toybox": ToyboxText}
+from causalrope_sp.weights.digest import digest
 
 
 @dataclass(frozen=True)
@@ -53,60 +47,6 @@ class VideoChunk:
     frames: np.ndarray | None
     seconds: float
     ledger: Ledger
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What a model is made of and how it runs, in pixels, pixel frames a second and latent frames.
-
-    `text` is one of `TEXT_ENCODERS` or where UMT5 lies; in the file a path, told from a name by its / or its dot, or
-    {"path": ..., "tokenizer": ...}.
-
-    Raises:
-        ConfigError: a text encoder that is not known, or a size that is no number.
-    """
-
-    transformer: Path
-    codec: Path
-    text: str | TextSource
-    height: int
-    width: int
-    fps: float
-    stream: StreamConfig
-    sampler: SamplerConfig
-
-    def __post_init__(self) -> None:
-        whole = all(isinstance(size, int) and not isinstance(size, bool) for size in (self.height, self.width))
-        if not whole or not isinstance(self.fps, int | float):
-            raise ConfigError(
-                f"height, width and fps must be numbers, not {self.height!r}, {self.width!r}, {self.fps!r}"
-            )
-        if not isinstance(self.text, TextSource) and self.text not in TEXT_ENCODERS:
-            raise ConfigError(
-                f"unknown text encoder {self.text!r}; this version has: {', '.join(TEXT_ENCODERS)}; a path to UMT5 has "
-                "a / or a dot in it"
-            )
-
-    @classmethod
-    def load(cls, path: Path) -> Recipe:
-        """Reads a recipe file; the paths in it are relative to its folder.
-
-        Raises:
-            CheckpointError: not readable, not JSON, or a field missing or unknown.
-        """
-        try:
-            fields: dict[str, Any] = json.loads(path.read_text())
-            fields["transformer"] = path.parent / fields["transformer"]
-            fields["codec"] = path.parent / fields["codec"]
-            fields["text"] = TextSource.in_recipe(fields["text"], path.parent)
-            fields["stream"] = StreamConfig(**fields["stream"])
-            sampler = fields["sampler"]
-            fields["sampler"] = SamplerConfig(**{**sampler, "steps": tuple(sampler["steps"])})
-            return cls(**fields)
-        except ConfigError:
-            raise
-        except (OSError, ValueError, TypeError, KeyError) as reason:
-            raise CheckpointError(f"{path} is not a model recipe: {type(reason).__name__}: {reason}") from reason
 
 
 class CausalVideoPipeline:
@@ -340,43 +280,8 @@ def _frames_of(latents: Tensor | None) -> int:
     return 0 if latents is None else latents.shape[1]
 
 
-def to_uint8(pixels_BT3HW: Tensor) -> np.ndarray:
-    """Pixels in [-1, 1] as uint8 (B, T, H, W, 3)."""
-    scaled = (pixels_BT3HW.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
-    return scaled.movedim(2, -1).cpu().numpy()
-
-
-def digest(model: CausalDiT) -> str:
-    """Tells weights apart by two sums over their bits, one weighted by place: quick, and done where they lie."""
-    total = 0
-    for parameter in model.parameters():
-        bits = parameter.detach().flatten().view(_WORDS[parameter.element_size()])
-        for piece in bits.split(1 << 24):
-            words = piece.long()
-            place = torch.arange(1, len(words) + 1, device=words.device)
-            total = (31 * total + int(words.sum()) + 7 * int((words * place).sum())) % (1 << 64)
-    return f"{total:016x}"
-
-
 def _given(embeds: Tensor | str | PathLike[str] | None) -> Tensor:
     if isinstance(embeds, Tensor):
         return embeds
     assert embeds is not None, "checked"
     return load_embeds(embeds).embeds
-
-
-def find_recipe(model: str | Path) -> Path:
-    """The recipe file of an embedded model's name, a folder, or itself. Raises CheckpointError if there is none."""
-    if str(model) in EMBEDDED:
-        return WEIGHTS / f"{model}.json"
-    path = Path(model)
-    if path.is_dir() and (path / "pipeline.json").is_file():
-        return path / "pipeline.json"
-    if path.suffix == ".json" and path.is_file():
-        return path
-    if not path.exists():
-        raise CheckpointError(f"no model {str(model)!r}: not one of {', '.join(EMBEDDED)}, not a file, not a folder")
-    raise CheckpointError(
-        f"{path} is not a whole model: it needs a recipe (pipeline.json) that names its transformer, codec and text "
-        "encoder; a bare DiT runs from Python with load_model and sample_chunks"
-    )

@@ -170,7 +170,7 @@ def _kind(strategy: str) -> str:
 
 
 def _known(model: str) -> tuple[DiTConfig, StreamConfig, SamplerConfig, tuple[int, int]]:
-    from causalrope_sp.pipeline import Recipe, find_recipe
+    from causalrope_sp.recipe import Recipe, find_recipe
     from causalrope_sp.weights import inspect_checkpoint
 
     wan = StreamConfig(window=21, chunk_frames=3), SamplerConfig(), (480, 832)

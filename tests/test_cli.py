@@ -361,7 +361,7 @@ def test_inspect_tells_what_a_checkpoint_is(tmp_path: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from causalrope_sp.pipeline import Recipe
+    from causalrope_sp.recipe import Recipe
     from causalrope_sp.toybox import WEIGHTS
 
     weights = Recipe.load(WEIGHTS / "toybox.json").transformer

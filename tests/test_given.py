@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from causalrope_sp import CausalVideoPipeline, ConfigError, InputError, StreamConfig, sample_chunks
+from causalrope_sp.codec.pixels import to_uint8
 from causalrope_sp.given import Given, VideoLatents, whole_chunks
 from causalrope_sp.grid import split_into_chunks
 from causalrope_sp.noise import seeded_noise
-from causalrope_sp.pipeline import to_uint8
 from causalrope_sp.video import VideoWriter
 
 PROMPT = "a red circle slides right"

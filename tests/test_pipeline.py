@@ -11,8 +11,8 @@ import torch
 
 from causalrope_sp import CausalDiT, CausalVideoPipeline, CheckpointError, ConfigError, DiTConfig
 from causalrope_sp.cache import KVCache
-from causalrope_sp.pipeline import digest
 from causalrope_sp.toybox import WEIGHTS
+from causalrope_sp.weights.digest import digest
 
 PROMPT = "a large red circle slides right"
 

@@ -21,6 +21,7 @@ from causalrope_sp.parallel.exchange import Exchange
 from causalrope_sp.parallel.gather_kv import GatherKV
 from causalrope_sp.parallel.layout import Layout, parse_strategy
 from causalrope_sp.parallel.ledger import Ledger
+from causalrope_sp.parallel.mesh import Mesh
 from causalrope_sp.parallel.shard_kv import ShardKV
 from causalrope_sp.parallel.strategy import Strategy
 from causalrope_sp.parallel.ulysses import Ulysses
@@ -36,6 +37,8 @@ class SequenceParallel:
 
     Args:
         group: the process group of the ranks, or None for one process.
+        lanes: in how many lanes of equal size the ranks denoise (see `mesh`).
+        decoders: how many of the last ranks only decode.
         strategy: one of `STRATEGIES`, a product such as ulysses4xgather-kv2, or "auto" (see `layout`).
         device: where this rank computes.
         overlap: compute while keys, values and queries are in flight. Exact either way.
@@ -44,7 +47,7 @@ class SequenceParallel:
         machine: what "auto" predicts with, the same on every rank; if None, an H100 on NVLink, or a CPU.
 
     Raises:
-        ConfigError: an unknown strategy or attention, or a product for another number of ranks.
+        ConfigError: an unknown strategy or attention, a product for another number of ranks, or no such mesh.
     """
 
     def __init__(
@@ -53,6 +56,8 @@ class SequenceParallel:
         strategy: str = "auto",
         device: torch.device | str = "cpu",
         *,
+        lanes: int = 1,
+        decoders: int = 0,
         overlap: bool = True,
         head_groups: int = 1,
         attention: str = "auto",
@@ -63,7 +68,10 @@ class SequenceParallel:
         self._machine = machine or (H100 if self.device.type == "cuda" else CPU)
         self.rank = 0 if group is None else group.rank()
         self.size = 1 if group is None else group.size()
-        self._layout = None if strategy == "auto" else parse_strategy(strategy, self.size)
+        self.mesh = Mesh(self.size, lanes, decoders)
+        self.decodes = self.rank in self.mesh.decoding
+        self.lane, self.place = (0, 0) if self.decodes else self.mesh.place(self.rank)
+        self._layout = None if strategy == "auto" else parse_strategy(strategy, self.mesh.sequence)
         self._chosen: dict[DiTConfig, Layout] = {}
         if head_groups < 1:
             raise ConfigError(f"head_groups must be at least 1, not {head_groups}")
@@ -121,8 +129,9 @@ class SequenceParallel:
                 raise ConfigError(f"local rank {local} has no GPU: this machine has {torch.cuda.device_count()}")
             place = torch.device("cuda", local)
             torch.cuda.set_device(place)
+        mesh = Mesh(int(os.environ["WORLD_SIZE"]), options.get("lanes", 1), options.get("decoders", 0))
         if strategy != "auto":
-            parse_strategy(strategy, int(os.environ["WORLD_SIZE"]))  # wrong input is said before anybody waits
+            parse_strategy(strategy, mesh.sequence)  # wrong input is said before anybody waits
         limit = timedelta(seconds=timeout_s + 2 * silence_s)  # the watchdog speaks first, and names the rank
         dist.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=limit)
         assert dist.group.WORLD is not None
@@ -150,8 +159,8 @@ class SequenceParallel:
         self.shard(work.grid)
         layout = self._layout or self._chosen.get(work.config)
         if layout is None:
-            best = next(cost for cost in plan(work, self.size, self._machine) if cost.chosen)
-            layout = self._chosen[work.config] = parse_strategy(best.strategy, self.size)
+            best = next(cost for cost in plan(work, self.mesh.sequence, self._machine) if cost.chosen)
+            layout = self._chosen[work.config] = parse_strategy(best.strategy, self.mesh.sequence)
         layout.check(work.config.num_heads)
         return layout
 
@@ -182,21 +191,21 @@ class SequenceParallel:
             ConfigError: more ranks than tokens in a frame, or fewer heads than ranks that trade tokens for heads.
         """
         layout, grid, heads = self.layout(work), work.grid, work.config.num_heads
-        if self._group is None or self.size == 1:
+        if self.mesh.sequence == 1:
             return Strategy(grid.tokens, heads, self._attention)
         tokens = [shard.tokens for shard in self.shard(grid).all]
-        row, column = layout.place(self.rank)
+        row, column = layout.place(self.place)
         rows = layout.rows(tokens)
         split = layout.heads(heads)
         mine = split[column]
         inner = Strategy(sum(rows[row]), mine, self._attention)
         if layout.inner is not None:
             share = {GatherKV.name: GatherKV, ShardKV.name: ShardKV}[layout.inner]
-            exchange = self._exchange(range(column, self.size, layout.ulysses))
+            exchange = self._exchange(self._lane[column :: layout.ulysses])
             inner = share(exchange, [sum(t) for t in rows], mine, self._overlap, self._attention)
         if layout.ulysses == 1:
             return inner
-        trading = self._exchange(range(row * layout.ulysses, (row + 1) * layout.ulysses))
+        trading = self._exchange(self._lane[row * layout.ulysses : (row + 1) * layout.ulysses])
         return Ulysses(trading, rows[row], split, inner, self._groups_of(layout, heads))
 
     def _groups_of(self, layout: Layout, heads: int) -> int:
@@ -205,14 +214,14 @@ class SequenceParallel:
 
     def shard(self, grid: LatentGrid) -> Shard:
         """The tokens of every frame that this rank owns."""
-        return Shard(grid, self.rank, self.size)
+        return Shard(grid, self.place, self.mesh.sequence)
 
     def gather_tokens(self, tokens_BFSE: Tensor, grid: LatentGrid) -> Tensor:
-        """All tokens of the frames, on every rank, from each rank's own."""
-        if self._group is None:
+        """All tokens of the frames, on every rank of the lane, from each rank's own."""
+        if self.mesh.sequence == 1:
             return tokens_BFSE
         sizes = [shard.tokens for shard in self.shard(grid).all]
-        return self._exchange(range(self.size)).gather_tokens(tokens_BFSE, sizes)
+        return self._exchange(self._lane).gather_tokens(tokens_BFSE, sizes)
 
     def from_rank_0(self, kind: str, make: Callable[[], Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """What rank 0 makes, of the shape that all ranks know, on every rank; the others do not call `make`.
@@ -224,6 +233,10 @@ class SequenceParallel:
             return make().to(self.device, dtype)
         room = torch.empty(*shape, dtype=dtype, device=self.device)
         return self._exchange(range(self.size)).from_rank_0(kind, make, room)
+
+    @property
+    def _lane(self) -> range:
+        return self.mesh.lane(self.lane)
 
     def _exchange(self, ranks: Sequence[int]) -> Exchange:
         """The exchange among some ranks of the group, made once."""
@@ -241,19 +254,20 @@ class SequenceParallel:
             self._exchanges[key] = Exchange(group, self.ledger, self._who_is_gone)
         return self._exchanges[key]
 
-    def agree(self, on: Mapping[str, object]) -> None:
-        """Makes sure that all ranks are about to do the same; what each field says is compared as text.
+    def agree(self, on: Mapping[str, object], among: Sequence[int] | None = None) -> None:
+        """Makes sure that all ranks, or some, are about to do the same; what each field says is compared as text.
 
         Raises:
             ConfigError: a field that differs; the message names it and the ranks.
         """
-        if self._group is None or self.size == 1:
+        ranks = range(self.size) if among is None else among
+        if len(ranks) == 1:
             return
         mine = {name: str(value) for name, value in on.items()}
-        said = self._exchange(range(self.size)).everyone(mine)
+        said = self._exchange(ranks).everyone(mine)
         for name in mine:
             ranks_by_value: dict[str | None, list[str]] = {}
-            for rank, fields in enumerate(said):
+            for rank, fields in zip(ranks, said, strict=True):
                 ranks_by_value.setdefault(fields.get(name), []).append(str(rank))
             if len(ranks_by_value) > 1:
                 sides = "; ".join(f"{value} on {', '.join(ranks)}" for value, ranks in ranks_by_value.items())

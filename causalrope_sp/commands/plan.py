@@ -1,0 +1,52 @@
+"""`causalrope-sp plan`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.option("--model", default="wan2.1-1.3b", show_default=True, help="wan2.1-1.3b, wan2.1-14b, toybox or a PATH.")
+@click.option("--height", type=int, help="Pixels (default: the model's).")
+@click.option("--width", type=int, help="Pixels.")
+@click.option("--window", type=int, help="Latent frames that attention looks back over.")
+@click.option("--sink", type=int, help="Latent frames of the very start that stay.")
+@click.option("--chunk-frames", type=int, help="Latent frames denoised together.")
+@click.option("--steps", type=int, help="Denoise passes a chunk.")
+@click.option("--ranks", default=8, show_default=True, type=click.IntRange(1, 4096))
+@click.option("--gpu", default="h100", show_default=True, help="Of each rank: h200, h100, a800, a100, l40s, ...")
+@click.option("--link", default="nvlink", show_default=True, help="Between ranks: nvlink, pcie, infiniband, ...")
+@click.option("--measured", type=click.Path(path_type=Path), help="A JSON file of rates that were measured.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draws fps and memory over 1 to 64 ranks into this file.")
+@click.option("--json", "as_json", is_flag=True, help="A list, one object a strategy.")
+def plan(
+    model: str,
+    height: int | None,
+    width: int | None,
+    window: int | None,
+    sink: int | None,
+    chunk_frames: int | None,
+    steps: int | None,
+    ranks: int,
+    gpu: str,
+    link: str,
+    measured: Path | None,
+    plot: Path | None,
+    as_json: bool,
+) -> None:
+    """Predicts, for every strategy, memory, bytes and time of a stream on RANKS ranks; nothing is run."""
+    from causalrope_sp import planning
+    from causalrope_sp.parallel import cost
+
+    work = planning.describe_workload(model, height, width, window, sink, chunk_frames, steps)
+    on = planning.describe_machine(gpu, link, measured)
+    costs = cost.plan(work, ranks, on)
+    if plot is not None:
+        planning.plot_plan(work, on, plot)
+    if as_json:
+        click.echo(json.dumps([planning.fields(c) for c in costs]))
+    else:
+        planning.print_plan(work, costs, on)
