@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -14,8 +16,8 @@ import torch
 from torch import Tensor
 
 from causalrope_sp.codec import Codec, load_codec
-from causalrope_sp.codec.pixels import to_uint8
 from causalrope_sp.config import SamplerConfig, check_given
+from causalrope_sp.decoding import Beside, Decode, as_they_come, check_decode, frames_of, serve
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.given import NOTHING, Given, given_past, given_picture, given_source
 from causalrope_sp.grid import LatentGrid
@@ -32,7 +34,7 @@ from causalrope_sp.text.shared import SharedUMT5, share_embeds
 from causalrope_sp.text.umt5 import Keep
 from causalrope_sp.toybox.text import ToyboxText
 from causalrope_sp.version import __version__
-from causalrope_sp.weights import load_model
+from causalrope_sp.weights import load_model, outline_model
 from causalrope_sp.weights.digest import digest
 
 
@@ -59,7 +61,10 @@ class CausalVideoPipeline:
         codec: Codec,
         parallel: SequenceParallel,
         keep_text: Keep = "cpu",
+        decode: Decode = "inline",
     ) -> None:
+        check_decode(decode, parallel.mesh.decoders)
+        self._decode = decode
         self.recipe, self.model, self.codec, self.parallel = recipe, model, codec, parallel
         self.height, self.width, self.fps = recipe.height, recipe.width, recipe.fps
         self.text: ToyboxText | SharedUMT5
@@ -80,11 +85,12 @@ class CausalVideoPipeline:
                     "version": __version__,
                     "torch": torch.__version__,
                     "configuration": (model.config, recipe.height, recipe.width, recipe.stream, recipe.sampler),
-                    "dtype": model.dtype,
                     "text encoder": type(self.text).__name__,
-                    "weights": digest(model),
+                    "decode": decode,
                 }
             )
+        if not parallel.decodes:
+            parallel.agree({"dtype": model.dtype, "weights": digest(model)}, among=parallel.mesh.denoising)
 
     @classmethod
     def from_pretrained(
@@ -101,6 +107,7 @@ class CausalVideoPipeline:
         keep_text: Keep = "cpu",
         codec: str | None = None,
         codec_weights: str | Path | None = None,
+        decode: Decode = "inline",
     ) -> CausalVideoPipeline:
         """Loads a model.
 
@@ -116,6 +123,7 @@ class CausalVideoPipeline:
                 read again for the next. It is on rank 0 alone.
             codec: which kind of codec it must be; None takes what the file holds.
             codec_weights: its file or folder, in place of the recipe's.
+            decode: who decodes, and when (see `decoding`); decode ranks are `parallel`'s.
 
         Raises:
             CheckpointError: nothing readable at `model`, or weights that do not fit.
@@ -133,9 +141,12 @@ class CausalVideoPipeline:
         place = parallel.device
         if dtype is None:
             dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
-        dit = load_model(recipe.transformer, dtype=dtype, device=place)
+        if parallel.decodes:
+            dit = outline_model(recipe.transformer)
+        else:
+            dit = load_model(recipe.transformer, dtype=dtype, device=place)
         weights = recipe.codec if codec_weights is None else codec_weights
-        pipe = cls(recipe, dit, load_codec(weights, codec, place), parallel, keep_text)
+        pipe = cls(recipe, dit, load_codec(weights, codec, place), parallel, keep_text, decode)
         if place.type == "cuda":
             pipe.warm_up()
         return pipe
@@ -146,6 +157,10 @@ class CausalVideoPipeline:
 
         `from_pretrained` does it on CUDA; every rank must.
         """
+        if self.parallel.decodes:
+            deque(serve(self.codec, self.parallel, self.grid), 0)
+            self.parallel.ledger.take()
+            return
         config, stream = self.model.config, self.recipe.stream
         shape = (config.in_channels, self.grid.latent_height, self.grid.latent_width)
         chunks = sample_chunks(
@@ -159,10 +174,11 @@ class CausalVideoPipeline:
             parallel=self.parallel,
             initial_latents=self._opening(),
         )
-        decoder = self.codec.decoder()
+        frames = frames_of(self.codec, self.parallel, self.grid, self._decode)
         for number, part in enumerate(chunks):
-            if number < 2 and self.parallel.rank == 0:  # the first chunk of a video has fewer pixels than the others
-                decoder.decode(part.latents.to(self.codec.dtype))
+            if number < 2:  # the first chunk of a video has fewer pixels than the others
+                frames.decode(part.latents, 0, self.codec.temporal_stride * part.chunk.frames)
+        frames.close()
         self.parallel.ledger.take()
 
     def stream(
@@ -207,6 +223,8 @@ class CausalVideoPipeline:
         start = self._start(image, video, strength)
         said = {"frames": frames, "seed": seed, "prompt": prompt, "given embeddings": embeds is not None}
         self.parallel.agree({**said, "what is given": start.digest})
+        if self.parallel.decodes:
+            return self._serve()
         if prompt is not None:
             return self._run(self.text.encode(prompt, seed), frames, seed, start)
         shared = share_embeds(lambda: _given(embeds), self.parallel, self.model.config, self.model.dtype)
@@ -234,7 +252,7 @@ class CausalVideoPipeline:
         shape = (1, self.model.config.in_channels, self.grid.latent_height, self.grid.latent_width)
         opening, past, source = self._opening(), given.latents, given.source
         first = [part.cpu() for part in (opening, past) if part is not None]
-        decoder = self.codec.decoder()
+        decoder = frames_of(self.codec, self.parallel, self.grid, self._decode)
         chunks = sample_chunks(
             self.model,
             embeds,
@@ -247,23 +265,31 @@ class CausalVideoPipeline:
             initial_latents=torch.cat(first, 1) if first else None,
             source=None if source is None else Source(lambda chunk: source.take(chunk.frames), given.first_step),
         )
+        done, clock, beside = 0, time.perf_counter(), Beside(self.parallel.device)
+        with suppress(GeneratorExit), closing(as_they_come(chunks, self.parallel, self._decode)) as coming:
+            for index, (part, made) in enumerate(coming):
+                length = frames if source is None or source.length is None else source.length
+                stop = min(frames, length, self._pixel_frames(part.chunk.stop - _frames_of(opening)) - given.hidden)
+                with beside.after(made, part.latents):
+                    latents, hidden = part.latents, 0
+                    if index == 0 and past is not None:
+                        latents, hidden = torch.cat([past.to(latents), latents], 1), given.hidden
+                    pixels = decoder.decode(latents, hidden, hidden + stop - done)
+                now = time.perf_counter()
+                yield VideoChunk(index, done, pixels, now - clock, self.parallel.ledger.take())
+                done, clock = stop, time.perf_counter()
+                if done == length:
+                    break
+        decoder.close()
+
+    def _serve(self) -> Iterator[VideoChunk]:
+        """A decode rank's share of a video: chunks without frames, which rank 0 has."""
         done, clock = 0, time.perf_counter()
-        for index, part in enumerate(chunks):
-            made = self._pixel_frames(part.chunk.stop - _frames_of(opening)) - given.hidden
-            length = None if source is None else source.length
-            stop = min(frames, made) if length is None else min(frames, made, length)
-            pixels = None
-            if self.parallel.rank == 0:
-                latents = part.latents
-                if index == 0 and past is not None:
-                    latents = torch.cat([past.to(latents), latents], 1)
-                decoded = decoder.decode(latents.to(self.codec.dtype))[:, given.hidden if index == 0 else 0 :]
-                pixels = to_uint8(decoded[:, : stop - done])[0]
-            now = time.perf_counter()
-            yield VideoChunk(index, done, pixels, now - clock, self.parallel.ledger.take())
-            done, clock = stop, time.perf_counter()
-            if length is not None and done == length:
-                return
+        with closing(serve(self.codec, self.parallel, self.grid)) as asked:
+            for index, frames in enumerate(asked):
+                now = time.perf_counter()
+                yield VideoChunk(index, done, None, now - clock, self.parallel.ledger.take())
+                done, clock = done + frames, time.perf_counter()
 
     def _pixel_frames(self, latent_frames: int) -> int:
         return 1 + self.codec.temporal_stride * (latent_frames - 1)

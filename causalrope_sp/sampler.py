@@ -6,7 +6,7 @@ E numbers in a token.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -57,7 +57,7 @@ def sample_chunks(
     initial_latents: Tensor | None = None,
     source: Source | None = None,
     fuse_context_pass: bool = True,
-) -> Iterator[LatentChunk]:
+) -> Generator[LatentChunk]:
     """Generates a video chunk by chunk (Self-Forcing, arXiv 2506.08009), on one rank or many.
 
     Args:

@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from causalrope_sp.codec.interface import stream_pieces
+from causalrope_sp.codec.split import sharing_weights, split_convolutions
 from causalrope_sp.codec.tensors import read_exactly, shape_of
 from causalrope_sp.errors import CheckpointError
+from causalrope_sp.parallel.strips import Strips
 from causalrope_sp.weights.files import WeightFiles
 
 MARKER = "decoder.3.conv.0.weight"  # the first memory block
@@ -124,8 +126,8 @@ class TaehvCodec:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def decoder(self) -> TaehvDecoderStream:
-        return TaehvDecoderStream(self.model)
+    def decoder(self, strips: Strips | None = None) -> TaehvDecoderStream:
+        return TaehvDecoderStream(self.model, strips)
 
     def encoder(self) -> TaehvEncoderStream:
         return TaehvEncoderStream(self.model)
@@ -134,19 +136,24 @@ class TaehvCodec:
 class TaehvDecoderStream:
     """A `DecoderStream` through TAEHV."""
 
-    def __init__(self, model: Taehv) -> None:
-        self._model = model
+    def __init__(self, model: Taehv, strips: Strips | None = None) -> None:
+        self._config, self._strips, self._decoder = model.config, strips, model.decoder
+        if strips is not None:
+            self._decoder = sharing_weights(model.decoder)
+            split_convolutions(self._decoder, strips)
         self._memory: dict[int, Tensor] = {}
         self._started = False
 
     def decode(self, latents_BFCHW: Tensor) -> Tensor:
-        before = prod(self._model.config.grows) - 1  # frames of the first latent frame that precede the video
+        before = prod(self._config.grows) - 1  # frames of the first latent frame that precede the video
+        if self._strips is not None:
+            latents_BFCHW = self._strips.mine(latents_BFCHW)
         pieces = []
         for frame in latents_BFCHW.split(1, dim=1):
-            made = _walk(self._model.decoder, frame, self._memory)
+            made = _walk(self._decoder, frame, self._memory)
             pieces.append(made if self._started else made[:, before:])
             self._started = True
-        return pixel_shuffle(torch.cat(pieces, 1), self._model.config.patch) * 2 - 1
+        return pixel_shuffle(torch.cat(pieces, 1), self._config.patch) * 2 - 1
 
 
 class TaehvEncoderStream:

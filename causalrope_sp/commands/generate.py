@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 EXISTING = click.Path(exists=True, path_type=Path)
 EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 # which options go where: to the ranks, to the model, to the stream
-RANKS = ("strategy", "overlap", "head_groups", "attention")
-MODEL = ("window", "sink", "rope", "codec", "codec_weights")
+RANKS = ("strategy", "decoders", "overlap", "head_groups", "attention")
+MODEL = ("window", "sink", "rope", "codec", "codec_weights", "decode")
 STREAM = ("frames", "seed", "image", "video", "strength")
 
 
@@ -51,6 +51,21 @@ STREAM = ("frames", "seed", "image", "video", "strength")
 @click.option("--strength", type=float, help="Redraw --video by this share of the steps: small changes little, 1 all.")
 @click.option("--codec", type=click.Choice(["wan", "taehv"]), help="Which kind of codec (default: the model's).")
 @click.option("--codec-weights", type=EXISTING, help="Its file or folder, in place of the model's.")
+@click.option(
+    "--decode",
+    type=click.Choice(["inline", "overlap", "together"]),
+    default="inline",
+    show_default=True,
+    help="Rank 0 before the next chunk is made, or while it is; or all ranks together.",
+)
+@click.option(
+    "--decode-ranks",
+    "decoders",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Of the ranks, how many only decode, while the others make the next chunk.",
+)
 @click.option("--out", default="video.mp4", show_default=True, help="FILE.mp4, .gif, .webp, or FOLDER/ for PNGs.")
 @click.option("--overlap/--no-overlap", default=True, help="Compute while other ranks' numbers are on their way.")
 @click.option("--head-groups", default=1, show_default=True, help="ulysses: send one group's output during the next's.")

@@ -134,6 +134,27 @@ class Exchange:
         Arrival(work, [room], self, kind, LAYERLESS).wait()
         return room
 
+    def send(self, kind: str, x: Tensor, to: int) -> None:
+        """`x` to one rank, which receives it."""
+        work = dist.isend(x, group=self._group, group_dst=to)
+        assert work is not None, "asked for one in flight"
+        Arrival(work, [x], self, kind, LAYERLESS).wait()
+
+    def receive(self, kind: str, room: Tensor, source: int) -> Tensor:
+        """What one rank sends, in `room`."""
+        self.ledger.begin(kind, LAYERLESS, room.numel(), room)
+        work = dist.irecv(room, group=self._group, group_src=source)
+        assert work is not None, "asked for one in flight"
+        Arrival(work, [room], self, kind, LAYERLESS).wait()
+        return room
+
+    def gather_to_first(self, kind: str, shapes: Sequence[Shape], sent: Tensor) -> list[Tensor]:
+        """Rank 0 gets `sent` of every rank, in order of rank and of these shapes; the others get nothing."""
+        none: Shape = (0,)
+        out = self.buffer(f"{kind} out", [sent.shape] + [none] * (self.size - 1), sent)
+        out[0].copy_(sent)
+        return self.all_to_all(kind, LAYERLESS, shapes if self.rank == 0 else [none] * self.size, out).wait()
+
     def everyone(self, mine: dict[str, str]) -> list[dict[str, str]]:
         """What every rank has to say, in order of rank. Before a stream begins: the ledger does not hear of it."""
         said: list[Any] = [None] * self.size

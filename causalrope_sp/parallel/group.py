@@ -24,6 +24,7 @@ from causalrope_sp.parallel.ledger import Ledger
 from causalrope_sp.parallel.mesh import Mesh
 from causalrope_sp.parallel.shard_kv import ShardKV
 from causalrope_sp.parallel.strategy import Strategy
+from causalrope_sp.parallel.strips import Strips
 from causalrope_sp.parallel.ulysses import Ulysses
 from causalrope_sp.parallel.watchdog import Watchdog, leave
 
@@ -44,6 +45,7 @@ class SequenceParallel:
         overlap: compute while keys, values and queries are in flight. Exact either way.
         head_groups: send the output of one group of heads while the next is computed (`ulysses` alone).
         attention: which library attends, one of `causalrope_kernels.ATTENTION_BACKENDS`; "auto" measures.
+        timeout: of the groups that are made within `group`.
         machine: what "auto" predicts with, the same on every rank; if None, an H100 on NVLink, or a CPU.
 
     Raises:
@@ -61,6 +63,7 @@ class SequenceParallel:
         overlap: bool = True,
         head_groups: int = 1,
         attention: str = "auto",
+        timeout: timedelta = default_pg_timeout,
         machine: Machine | None = None,
     ) -> None:
         self._group = group
@@ -82,10 +85,12 @@ class SequenceParallel:
             raise ConfigError(f"attention {attention} {obstacle}")
         self._overlap, self._head_groups, self._attention = overlap, head_groups, attention
         self.ledger = Ledger()
-        self._exchanges: dict[tuple[int, ...], Exchange] = {}
+        self._exchanges: dict[tuple[str | None, tuple[int, ...]], Exchange] = {}
         self._watchdog: Watchdog | None = None
-        self._silence_s, self._timeout = 0.0, default_pg_timeout
+        self._silence_s, self._timeout = 0.0, timeout
         self._owns_group = False
+        if decoders:
+            self.host_exchange = self._exchange(range(self.size), backend="gloo")  # of all, for tensors on the host
 
     @classmethod
     def single(
@@ -135,8 +140,8 @@ class SequenceParallel:
         limit = timedelta(seconds=timeout_s + 2 * silence_s)  # the watchdog speaks first, and names the rank
         dist.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=limit)
         assert dist.group.WORLD is not None
-        parallel = cls(dist.group.WORLD, strategy, place, **options)
-        parallel._owns_group, parallel._silence_s, parallel._timeout = True, silence_s, limit
+        parallel = cls(dist.group.WORLD, strategy, place, timeout=limit, **options)
+        parallel._owns_group, parallel._silence_s = True, silence_s
         # a client of its own, since a blocking call on one connection holds up every other
         store = dist.TCPStore(  # type: ignore[attr-defined]
             os.environ["MASTER_ADDR"],
@@ -224,30 +229,45 @@ class SequenceParallel:
         return self._exchange(self._lane).gather_tokens(tokens_BFSE, sizes)
 
     def from_rank_0(self, kind: str, make: Callable[[], Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """What rank 0 makes, of the shape that all ranks know, on every rank; the others do not call `make`.
+        """What rank 0 makes, of a shape that all ranks know, on all that denoise; the others do not call `make`.
 
         Raises:
             CausalRopeError: on every rank, what `make` raised on rank 0.
         """
-        if self._group is None or self.size == 1:
+        if len(self.mesh.denoising) == 1:
             return make().to(self.device, dtype)
         room = torch.empty(*shape, dtype=dtype, device=self.device)
-        return self._exchange(range(self.size)).from_rank_0(kind, make, room)
+        return self._exchange(self.mesh.denoising).from_rank_0(kind, make, room)
+
+    def strips(self, grid: LatentGrid, ranks: Sequence[int]) -> Strips | None:
+        """The strips of a picture that some ranks decode together, this one among them; None where it is alone.
+
+        Raises:
+            ConfigError: more ranks than the picture's longer side has latent pixels.
+        """
+        return None if len(ranks) == 1 else Strips(self._exchange(ranks), grid.latent_height, grid.latent_width)
 
     @property
     def _lane(self) -> range:
         return self.mesh.lane(self.lane)
 
-    def _exchange(self, ranks: Sequence[int]) -> Exchange:
-        """The exchange among some ranks of the group, made once."""
+    def _exchange(self, ranks: Sequence[int], backend: str | None = None) -> Exchange:
+        """The exchange among some ranks of the group, made once; with the group's own backend if none is named.
+
+        torch tells a new group by its ranks and by how many groups each of them has: all of them must have made as
+        many before.
+        """
         assert self._group is not None, "one process exchanges nothing"
-        key = tuple(ranks)
+        key = backend, tuple(ranks)
         if key not in self._exchanges:
             group = self._group
-            if len(key) < self.size:
+            if len(ranks) < self.size or backend is not None:
                 every = dist.get_process_group_ranks(self._group)
                 made = dist.new_group(
-                    [every[rank] for rank in key], timeout=self._timeout, use_local_synchronization=True
+                    [every[rank] for rank in ranks],
+                    timeout=self._timeout,
+                    backend=backend,
+                    use_local_synchronization=True,
                 )
                 assert isinstance(made, dist.ProcessGroup)
                 group = made

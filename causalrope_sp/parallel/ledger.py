@@ -5,6 +5,7 @@ Elements and bytes are those that one rank *receives* from the others, padding f
 
 from __future__ import annotations
 
+import threading
 from collections import defaultdict, deque
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -34,12 +35,17 @@ class Entry:
 
 
 class Ledger:
-    """Entries by kind ("qkv", "output", "kv", "q", "partial", "latents", "text") and layer."""
+    """Entries by kind and layer, noted from any thread.
+
+    Kinds are "qkv", "output", "kv", "q" and "partial" of attention, "latents" and "text", and of decoding "halo" and
+    "mid" (the decoder's own attention), "pixels", and "to decode", what decode ranks are sent.
+    """
 
     def __init__(self) -> None:
         self._entries: dict[tuple[str, int], Entry] = defaultdict(Entry)
         self._waits: list[tuple[str, int, torch.cuda.Event, torch.cuda.Event]] = []
         self._begun = 0
+        self._lock = threading.Lock()
         self._starting: deque[torch.cuda.Event] = deque()
 
     def begin(self, kind: str, layer: int, elements: int, like: Tensor) -> None:
@@ -50,7 +56,8 @@ class Ledger:
             event.record()
             self._starting.append(event)
         else:
-            self._begun += 1
+            with self._lock:
+                self._begun += 1
 
     @property
     def begun(self) -> int:
@@ -61,7 +68,8 @@ class Ledger:
         return self._begun
 
     def add(self, kind: str, layer: int, entry: Entry) -> None:
-        self._entries[kind, layer] += entry
+        with self._lock:
+            self._entries[kind, layer] += entry
 
     def add_wait(self, kind: str, layer: int, began: torch.cuda.Event, ended: torch.cuda.Event) -> None:
         """A wait of a CUDA stream, between two events; read when it is over, so that the host never waits."""
@@ -92,7 +100,8 @@ class Ledger:
         """
         self._read_waits()
         taken = Ledger()
-        taken._entries, self._entries = self._entries, taken._entries
+        with self._lock:
+            taken._entries, self._entries = self._entries, taken._entries
         return taken
 
     def _read_waits(self) -> None:

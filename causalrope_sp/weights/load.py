@@ -31,6 +31,15 @@ def inspect_checkpoint(
     return examine(Path(path), config, part).report
 
 
+def outline_model(path: str | PathLike[str]) -> CausalDiT:
+    """The model of a checkpoint without its weights, on the meta device, for ranks that do not run it.
+
+    Raises:
+        CheckpointError: as `inspect_checkpoint`.
+    """
+    return examine(Path(path), None, None).model
+
+
 def load_model(
     path: str | PathLike[str],
     *,
