@@ -71,3 +71,8 @@ def test_a_pass_and_a_step_run() -> None:
         assert (window, "one denoise pass", "eager") in rows
         assert {(window, "autoregressive step", way) for way in ("fused", "separate")} <= rows.keys()
     assert all(row["ms"] > 0 and row["of_roofline"] is None for row in rows.values())
+
+
+def test_every_way_to_decode_passes_its_gate() -> None:
+    found = last_line(run("decode.py", "--ranks", "2", "--chunks", "3"))
+    assert [row["way"] for row in found["rows"]] == ["inline", "overlap", "together", "1 decode ranks"]

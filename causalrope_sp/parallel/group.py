@@ -175,7 +175,7 @@ class SequenceParallel:
         Raises:
             ConfigError: more ranks than tokens in a frame, or fewer heads than ranks that trade tokens for heads.
         """
-        self.shard(grid)
+        Shard(grid, 0, self.mesh.sequence)
         if self._layout is not None:
             self._layout.check(heads)
 
@@ -218,7 +218,13 @@ class SequenceParallel:
         return 1 if layout.inner else min(self._head_groups, min(layout.heads(heads)))
 
     def shard(self, grid: LatentGrid) -> Shard:
-        """The tokens of every frame that this rank owns."""
+        """The tokens of every frame that this rank owns.
+
+        Raises:
+            ConfigError: more ranks than tokens in a frame, or this is a decode rank, which owns none.
+        """
+        if self.decodes:
+            raise ConfigError(f"rank {self.rank} only decodes: it runs a pipeline's streams, and none of its own")
         return Shard(grid, self.place, self.mesh.sequence)
 
     def gather_tokens(self, tokens_BFSE: Tensor, grid: LatentGrid) -> Tensor:
