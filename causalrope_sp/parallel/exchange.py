@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,7 @@ from causalrope_sp.parallel.ledger import LAYERLESS, Entry, Ledger
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 Shape = Sequence[int]
+T = TypeVar("T")
 
 
 class Arrival:
@@ -119,17 +120,30 @@ class Exchange:
     def from_rank_0(self, kind: str, make: Callable[[], Tensor], room: Tensor) -> Tensor:
         """Fills `room` on every rank with what rank 0 makes; what that raises as wrong input is raised on every rank,
         which would otherwise wait for numbers that never come."""
+        self.together(lambda: room.copy_(make()) if self.rank == 0 else None)
+        return self.broadcast(kind, room, 0)
+
+    def together(self, work: Callable[[], T]) -> T:
+        """What `work` returns here. What it raises as wrong input on any rank, the first one's, is raised on every
+        rank, so that none goes on to wait for the others. `work` itself must not exchange anything."""
         error: CausalRopeError | None = None
-        if self.rank == 0:
-            try:
-                room.copy_(make())
-            except CausalRopeError as wrong:
-                error = wrong
-        failed = self.everyone({} if error is None else {"kind": type(error).__name__, "said": str(error)})[0]
-        if failed:
-            raise error or getattr(errors, failed["kind"], CausalRopeError)(failed["said"])
-        self.ledger.begin(kind, LAYERLESS, room.numel() if self.rank else 0, room)
-        work = dist.broadcast(room, group=self._group, group_src=0, async_op=True)
+        try:
+            made = work()
+        except CausalRopeError as wrong:
+            error = wrong
+        said = self.everyone({} if error is None else {"kind": type(error).__name__, "said": str(error)})
+        failed = next((one for one in said if one), None)
+        if failed is None:
+            return made
+        if error is not None and failed["said"] == str(error):
+            raise error
+        raise getattr(errors, failed["kind"], CausalRopeError)(failed["said"])
+
+    def broadcast(self, kind: str, room: Tensor, source: int) -> Tensor:
+        """Fills `room`, which is contiguous, on every rank with what it holds on the rank `source`."""
+        self.ledger.begin(kind, LAYERLESS, room.numel() if self.rank != source else 0, room)
+        sent = room.view(torch.uint8) if room.element_size() == 1 else room  # no backend knows 8-bit floats
+        work = dist.broadcast(sent, group=self._group, group_src=source, async_op=True)
         assert work is not None, "asked for one in flight"
         Arrival(work, [room], self, kind, LAYERLESS).wait()
         return room

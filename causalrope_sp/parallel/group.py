@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,6 +28,7 @@ from causalrope_sp.parallel.ulysses import Ulysses
 from causalrope_sp.parallel.watchdog import Watchdog, leave
 
 LONGEST_S = 1e6  # a timeout
+T = TypeVar("T")
 
 
 class SequenceParallel:
@@ -233,6 +234,18 @@ class SequenceParallel:
             return make().to(self.device, dtype)
         room = torch.empty(*shape, dtype=dtype, device=self.device)
         return self._exchange(range(self.size)).from_rank_0(kind, make, room)
+
+    def together(self, work: Callable[[], T]) -> T:
+        """What `work` returns on this rank; every rank must call.
+
+        Raises:
+            CausalRopeError: on every rank, what `work` raised on the first that met wrong input.
+        """
+        return work() if self.size == 1 else self._exchange(range(self.size)).together(work)
+
+    def broadcast(self, kind: str, room: Tensor, source: int) -> Tensor:
+        """Fills `room` on every rank with what it holds on the rank `source`."""
+        return room if self.size == 1 else self._exchange(range(self.size)).broadcast(kind, room, source)
 
     @property
     def _lane(self) -> range:
