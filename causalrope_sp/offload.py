@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from causalrope_sp.errors import ConfigError
 
 WORDS = ("text", "codec", "none")
+Keep = Literal["device", "cpu", "free"]
 
 
 @dataclass(frozen=True)
@@ -18,31 +20,29 @@ class Offload:
     `codec`: the codec's weights wait on the CPU, pinned, and are on the device only while they decode or encode.
     """
 
-    text: str = "cpu"
+    text: Keep = "cpu"
     codec: bool = False
 
     def __post_init__(self) -> None:
-        if self.text not in ("device", "cpu", "free"):
-            raise ConfigError(f"UMT5 stays on the device, waits on the cpu or is free, not {self.text!r}")
+        if self.text not in get_args(Keep):
+            raise ConfigError(f"Offload.text must be one of {', '.join(get_args(Keep))}, not {self.text!r}")
 
     @classmethod
-    def of(cls, said: str | Iterable[str] | Offload, text: str = "cpu") -> Offload:
-        """From words of `WORDS`, as a list or with commas between; what is not named stays on the device. `text` is
-        where UMT5 waits if it is named.
+    def of(cls, said: str | Iterable[str]) -> Offload:
+        """From words of `WORDS`, as a list or with commas between. What is not named stays on the device; UMT5, if it
+        is named, is given up.
 
         Raises:
             ConfigError: no word, one that is not known, or "none" beside another.
         """
-        if isinstance(said, cls):
-            return said
-        given = [said] if isinstance(said, str) else list(said)  # type: ignore[list-item, arg-type]
+        given = [said] if isinstance(said, str) else list(said)
         words = [word.strip() for part in given for word in part.split(",")]
         unknown = [word for word in words if word not in WORDS]
         if unknown or not words:
             raise ConfigError(f"offload takes {', '.join(WORDS)}, not {', '.join(map(repr, unknown)) or 'nothing'}")
         if "none" in words and set(words) != {"none"}:
             raise ConfigError(f"offload none goes with no other, not with {', '.join(sorted({*words} - {'none'}))}")
-        return cls(text if "text" in words else "device", "codec" in words)
+        return cls("free" if "text" in words else "device", "codec" in words)
 
     def __str__(self) -> str:
         """The words that `of` takes."""

@@ -21,19 +21,21 @@ from causalrope_sp.given import NOTHING, Given, given_past, given_picture, given
 from causalrope_sp.grid import LatentGrid
 from causalrope_sp.model import CausalDiT
 from causalrope_sp.noise import seeded_noise
+from causalrope_sp.offload import Offload
 from causalrope_sp.parallel import SequenceParallel
 from causalrope_sp.parallel.ledger import Ledger
+from causalrope_sp.preflight import check_fits, describe_run, free_bytes
 from causalrope_sp.reading import Picture, Video
 from causalrope_sp.recipe import TEXT_ENCODERS, Recipe, find_recipe
 from causalrope_sp.sampler import Source, sample_chunks
 from causalrope_sp.schedule import timesteps
 from causalrope_sp.text import TextSource, load_embeds
 from causalrope_sp.text.shared import SharedUMT5, share_embeds
-from causalrope_sp.text.umt5 import Keep
 from causalrope_sp.toybox.text import ToyboxText
 from causalrope_sp.version import __version__
 from causalrope_sp.weights import load_model
 from causalrope_sp.weights.digest import digest
+from causalrope_sp.weights.load import Weights
 
 
 @dataclass(frozen=True)
@@ -58,13 +60,13 @@ class CausalVideoPipeline:
         model: CausalDiT,
         codec: Codec,
         parallel: SequenceParallel,
-        keep_text: Keep = "cpu",
+        offload: Offload = Offload(),
     ) -> None:
         self.recipe, self.model, self.codec, self.parallel = recipe, model, codec, parallel
         self.height, self.width, self.fps = recipe.height, recipe.width, recipe.fps
         self.text: ToyboxText | SharedUMT5
         if isinstance(recipe.text, TextSource):
-            self.text = SharedUMT5(recipe.text, parallel, model.config, model.dtype, keep_text)
+            self.text = SharedUMT5(recipe.text, parallel, model.config, model.dtype, offload.text)
         else:
             self.text = TEXT_ENCODERS[recipe.text]()
         if codec.channels != model.config.in_channels:
@@ -98,9 +100,11 @@ class CausalVideoPipeline:
         sink: int | None = None,
         rope: Literal["absolute", "relative"] | None = None,
         steps: int | Sequence[float] | None = None,
-        keep_text: Keep = "cpu",
+        weights: Weights | None = None,
+        offload: Offload | str | Sequence[str] | None = None,
         codec: str | None = None,
         codec_weights: str | Path | None = None,
+        preflight: bool = True,
     ) -> CausalVideoPipeline:
         """Loads a model.
 
@@ -112,30 +116,40 @@ class CausalVideoPipeline:
             window, sink: latent frames, in place of the recipe's.
             rope: where frames stand in time (see `StreamConfig`), in place of the recipe's.
             steps: timesteps from noise to data in (0, 1000], or how many of them, evenly spaced.
-            keep_text: where UMT5 waits between two prompts: on the "device", on the "cpu", or "free": given up, and
-                read again for the next. It is on rank 0 alone.
+            weights: of the DiT: "full", or "fp8" (see `load_model`), in place of the recipe's.
+            offload: what is on the device only while it is used: "text" (UMT5, read again for every prompt), "codec",
+                both, or "none"; an `Offload` says more. If None, UMT5 waits on the CPU between two prompts. It is on
+                rank 0 alone.
             codec: which kind of codec it must be; None takes what the file holds.
             codec_weights: its file or folder, in place of the recipe's.
+            preflight: refuse, before anything is loaded, what is predicted not to fit (see `preflight`).
 
         Raises:
             CheckpointError: nothing readable at `model`, or weights that do not fit.
-            ConfigError: settings that cannot work together, or ranks that cannot share this model.
+            ConfigError: settings that cannot work together, ranks that cannot share this model, or a run that does not
+                fit into memory.
         """
         recipe = Recipe.load(find_recipe(model))
         given = {"window": window, "sink": sink, "rope": rope}
         changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         stream = replace(recipe.stream, **changes)
         sampler = recipe.sampler if steps is None else replace(recipe.sampler, steps=timesteps(steps))
-        recipe = replace(recipe, stream=stream, sampler=sampler)
+        recipe = replace(recipe, stream=stream, sampler=sampler, weights=weights or recipe.weights)
+        recipe = replace(recipe, codec=recipe.codec if codec_weights is None else Path(codec_weights))
         if parallel is not None and device is not None:
             raise ConfigError("give either `parallel`, which has a device, or `device`")
         parallel = parallel or SequenceParallel.single(device=device)
         place = parallel.device
         if dtype is None:
             dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
-        dit = load_model(recipe.transformer, dtype=dtype, device=place)
-        weights = recipe.codec if codec_weights is None else codec_weights
-        pipe = cls(recipe, dit, load_codec(weights, codec, place), parallel, keep_text)
+        offload = Offload() if offload is None else offload
+        waiting = offload if isinstance(offload, Offload) else Offload.of(offload)
+        run = parallel.together(lambda: describe_run(recipe, parallel, waiting, dtype.itemsize, codec))
+        if preflight:
+            parallel.together(lambda: check_fits(run, free_bytes(place), place))
+        dit = load_model(recipe.transformer, dtype=dtype, device=place, weights=recipe.weights, parallel=parallel)
+        decoder = parallel.together(lambda: load_codec(recipe.codec, codec, place, offload=waiting.codec))
+        pipe = cls(recipe, dit, decoder, parallel, waiting)
         if place.type == "cuda":
             pipe.warm_up()
         return pipe

@@ -31,11 +31,13 @@ _WAN_KEPT = 2  # frames that a causal convolution over three keeps
 
 @dataclass(frozen=True)
 class CodecFootprint:
-    """Bytes of the weights, of what a decoder keeps between chunks, and of what it needs beside while it decodes."""
+    """Bytes of the weights, of what a decoder keeps between chunks, and of what it needs beside while it decodes;
+    `stride` is the pixels that the side of a latent stands for."""
 
-    weights: int = 0
-    state: int = 0
-    activations: int = 0
+    weights: int
+    state: int
+    activations: int
+    stride: int
 
 
 def codec_footprint(
@@ -73,7 +75,7 @@ def wan_footprint(vae: AutoencoderKLWan, height: int, width: int, frames: int) -
             places *= 4
     widest = decoder.conv_out.in_channels * vae.config.scale_factor_temporal * places
     pixels = _earlier_pixels(height, width, frames, vae.config.scale_factor_temporal)
-    return CodecFootprint(_bytes_of(vae), state, round(_WAN_ALIVE * widest * _ITEM) + pixels)
+    return CodecFootprint(_bytes_of(vae), state, round(_WAN_ALIVE * widest * _ITEM) + pixels, stride)
 
 
 def taehv_footprint(model: Taehv, height: int, width: int, frames: int) -> CodecFootprint:
@@ -87,7 +89,8 @@ def taehv_footprint(model: Taehv, height: int, width: int, frames: int) -> Codec
         rate *= grow
         widest = max(widest, rate * max(wide, narrow) * 4 * places)
     pixels = _earlier_pixels(height, width, frames, prod(config.grows))
-    return CodecFootprint(_bytes_of(model), state * _ITEM, round(_TAEHV_ALIVE * widest * _ITEM) + pixels)
+    stride = config.patch * 2**stages
+    return CodecFootprint(_bytes_of(model), state * _ITEM, round(_TAEHV_ALIVE * widest * _ITEM) + pixels, stride)
 
 
 def _earlier_pixels(height: int, width: int, frames: int, stride: int) -> int:

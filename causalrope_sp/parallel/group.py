@@ -66,7 +66,7 @@ class SequenceParallel:
     ) -> None:
         self._group = group
         self.device = torch.device(device)
-        self._machine = machine or (H100 if self.device.type == "cuda" else CPU)
+        self.machine = machine or (H100 if self.device.type == "cuda" else CPU)
         self.rank = 0 if group is None else group.rank()
         self.size = 1 if group is None else group.size()
         self.mesh = Mesh(self.size, lanes, decoders)
@@ -160,7 +160,7 @@ class SequenceParallel:
         self.shard(work.grid)
         layout = self._layout or self._chosen.get(work.config)
         if layout is None:
-            best = next(cost for cost in plan(work, self.mesh.sequence, self._machine) if cost.chosen)
+            best = next(cost for cost in plan(work, self.mesh.sequence, self.machine) if cost.chosen)
             layout = self._chosen[work.config] = parse_strategy(best.strategy, self.mesh.sequence)
         layout.check(work.config.num_heads)
         return layout

@@ -1,7 +1,7 @@
 """What a rank's device holds at once: the model and its cache, and what stands beside them.
 
-The most is taken at one of three times: while a prompt is encoded, while a chunk is denoised, while it is decoded. Weights,
-cache and what a codec keeps between chunks are exact; activations are estimates, and the workspace is a guess.
+The most is taken at one of three times: while a prompt is encoded, while a chunk is denoised, while it is decoded.
+Weights, cache and what a codec keeps between chunks are exact; activations are estimates, the workspace is a guess.
 """
 
 from __future__ import annotations

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from causalrope_sp.config import DiTConfig
 from causalrope_sp.errors import ConfigError
+from causalrope_sp.offload import Keep
 from causalrope_sp.parallel import SequenceParallel
 from causalrope_sp.text.source import TextSource
-from causalrope_sp.text.umt5 import Keep, UMT5TextEncoder
+from causalrope_sp.text.umt5 import UMT5TextEncoder
 
 
 class SharedUMT5:

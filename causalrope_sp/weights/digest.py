@@ -27,7 +27,7 @@ def digest(model: CausalDiT) -> str:
 
 
 def fingerprint(files: WeightFiles, names: Iterable[str]) -> str:
-    """Tells open files apart by names, shapes, dtypes and a few numbers of every tensor: a page of the file for each."""
+    """Tells open files apart by names, shapes, dtypes and a few numbers of every tensor, a page of the file each."""
     total = hashlib.blake2b(digest_size=8)
     for name in sorted(names):
         numbers = files.read(name).flatten()
