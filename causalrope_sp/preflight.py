@@ -46,23 +46,28 @@ class Run:
 
     @property
     def beside(self) -> Beside:
-        """On a CPU nothing waits elsewhere: UMT5 is there or given up, a codec that is offloaded there twice."""
-        twice = self.codec.weights if self.on_cpu and self.offload.codec else 0
-        return Beside(
-            text=self.text,
-            codec=self.codec.weights,
-            codec_state=self.codec.state,
-            codec_activations=self.codec.activations + twice,
-            workspace=0 if self.on_cpu else CUDA_WORKSPACE,
-            text_stays=self.offload.text == "device" or (self.on_cpu and self.offload.text == "cpu"),
-            codec_stays=self.on_cpu or not self.offload.codec,
-        )
+        return beside(self.text, self.codec, self.offload, self.on_cpu)
 
     def plan(self) -> Plan:
         """With the strategy that is named, or the one that "auto" takes."""
         costs = plan(self.work, self.ranks, self.machine, self.beside)
         named = next((cost for cost in costs if cost.strategy == self.strategy), None)
         return named or next(cost for cost in costs if cost.chosen)
+
+
+def beside(text: int, codec: CodecFootprint, offload: Offload, on_cpu: bool) -> Beside:
+    """A text encoder of so many bytes and a codec, beside a DiT. On a CPU nothing waits elsewhere: UMT5 is there or
+    given up, a codec that is offloaded is there twice while it is used."""
+    twice = codec.weights if on_cpu and offload.codec else 0
+    return Beside(
+        text=text,
+        codec=codec.weights,
+        codec_state=codec.state,
+        codec_activations=codec.activations + twice,
+        workspace=0 if on_cpu else CUDA_WORKSPACE,
+        text_stays=offload.text == "device" or (on_cpu and offload.text == "cpu"),
+        codec_stays=on_cpu or not offload.codec,
+    )
 
 
 def describe_run(

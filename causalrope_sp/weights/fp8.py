@@ -42,7 +42,8 @@ class Fp8Linear(nn.Module):
 def to_fp8(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
     """The e4m3 numbers, (N, K), and float32 scales, (N,), that are nearest to a finite weight."""
     wide = weight_NK.to(torch.promote_types(weight_NK.dtype, torch.float32))
-    largest = wide.abs().amax(1)
+    low, high = wide.aminmax(dim=1)
+    largest = torch.maximum(-low, high)
     exponent = torch.frexp(largest / 1.75).exponent - _LARGEST_EXPONENT  # largest / scale is at most 448
     exponent = torch.where(largest.isfinite() & (largest > 0), exponent, 0).clamp(-126, 127)
     scale = torch.ldexp(torch.ones_like(largest), exponent)
