@@ -66,7 +66,7 @@ def describe_beside(model: str, work: Workload, offload: Offload, on_cpu: bool) 
     from causalrope_sp.text.footprint import text_bytes, umt5_xxl_bytes
 
     recipe = None if model in PRESETS else _recipe(model)
-    size = (VAE_STRIDE[1] * side for side in (work.grid.latent_height, work.grid.latent_width))
+    size = VAE_STRIDE[1] * work.grid.latent_height, VAE_STRIDE[1] * work.grid.latent_width
     if recipe is None:
         return beside(umt5_xxl_bytes(), wan_2_1_footprint(*size, work.chunk_frames), offload, on_cpu)
     text = text_bytes(recipe.text) if isinstance(recipe.text, TextSource) else 0

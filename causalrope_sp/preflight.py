@@ -26,7 +26,11 @@ from causalrope_sp.weights import inspect_checkpoint
 
 CUDA_WORKSPACE = 1 << 29  # a guess: what cuBLAS, NCCL, kernels and the gaps between blocks take
 MOST_RANKS = 64  # that are suggested
-PHASES = {"text": "while a prompt is encoded", "denoise": "while a chunk is denoised", "decode": "while one is decoded"}
+PHASES = {
+    "text": "while a prompt is encoded",
+    "denoise": "while a chunk is denoised",
+    "decode": "while a chunk is decoded",
+}
 
 
 @dataclass(frozen=True)
@@ -132,6 +136,7 @@ def check_fits(run: Run, free: int | None, device: object) -> None:
         "codec": run.codec.weights,
         "its state": run.codec.state,
         "its activations": run.codec.activations,
+        "workspace": cost.beside.workspace,
     }
     said = ", ".join(f"{name} {_gb(size)}" for name, size in parts.items() if size)
     helps = "; ".join(remedies(run, free))
@@ -148,7 +153,8 @@ def remedies(run: Run, free: int) -> list[str]:
     offloads = [(f"--offload {other}", replace(run, offload=other)) for other in _more_offload(run)]
     folded = replace(run, work=replace(run.work, fp8=True))
     folding = [] if run.work.fp8 else [("--weights fp8", folded)]
-    found = [words for words, other in (*offloads, *folding) if _fits(other, free)]
+    found = [words for words, other in offloads if _fits(other, free)][:1]
+    found += [words for words, other in folding if _fits(other, free)]
     found += _strategies(run, free) + _windows(run, free) + _ranks(run, free)
     if found:
         return found
