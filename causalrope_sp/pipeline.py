@@ -23,19 +23,21 @@ from causalrope_sp.given import NOTHING, Given, given_past, given_picture, given
 from causalrope_sp.grid import LatentGrid
 from causalrope_sp.model import CausalDiT
 from causalrope_sp.noise import seeded_noise
+from causalrope_sp.offload import Offload
 from causalrope_sp.parallel import SequenceParallel
 from causalrope_sp.parallel.ledger import Ledger
+from causalrope_sp.preflight import describe_run, free_bytes
 from causalrope_sp.reading import Picture, Video
 from causalrope_sp.recipe import TEXT_ENCODERS, Recipe, find_recipe
 from causalrope_sp.sampler import Source, sample_chunks
 from causalrope_sp.schedule import timesteps
 from causalrope_sp.text import TextSource, load_embeds
 from causalrope_sp.text.shared import SharedUMT5, share_embeds
-from causalrope_sp.text.umt5 import Keep
 from causalrope_sp.toybox.text import ToyboxText
 from causalrope_sp.version import __version__
 from causalrope_sp.weights import load_model, outline_model
 from causalrope_sp.weights.digest import digest
+from causalrope_sp.weights.load import Weights
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class CausalVideoPipeline:
         model: CausalDiT,
         codec: Codec,
         parallel: SequenceParallel,
-        keep_text: Keep = "cpu",
+        offload: Offload = Offload(),
         decode: Decode = "inline",
     ) -> None:
         check_decode(decode, parallel.mesh.decoders)
@@ -69,7 +71,7 @@ class CausalVideoPipeline:
         self.height, self.width, self.fps = recipe.height, recipe.width, recipe.fps
         self.text: ToyboxText | SharedUMT5
         if isinstance(recipe.text, TextSource):
-            self.text = SharedUMT5(recipe.text, parallel, model.config, model.dtype, keep_text)
+            self.text = SharedUMT5(recipe.text, parallel, model.config, model.dtype, offload.text)
         else:
             self.text = TEXT_ENCODERS[recipe.text]()
         if codec.channels != model.config.in_channels:
@@ -79,18 +81,17 @@ class CausalVideoPipeline:
         patch = model.config.patch_size[1:]
         self.grid = LatentGrid.from_pixels(self.height, self.width, codec.spatial_stride, patch)
         parallel.check(self.grid, model.config.num_heads)
-        if parallel.size > 1:
-            parallel.agree(
-                {
-                    "version": __version__,
-                    "torch": torch.__version__,
-                    "configuration": (model.config, recipe.height, recipe.width, recipe.stream, recipe.sampler),
-                    "text encoder": type(self.text).__name__,
-                    "decode": decode,
-                }
-            )
-        if not parallel.decodes:
-            parallel.agree({"dtype": model.dtype, "weights": digest(model)}, among=parallel.mesh.denoising)
+        parallel.everyone.agree(
+            {
+                "version": __version__,
+                "torch": torch.__version__,
+                "configuration": (model.config, recipe.height, recipe.width, recipe.stream, recipe.sampler),
+                "text encoder": type(self.text).__name__,
+                "decode": decode,
+            }
+        )
+        if not parallel.decodes and parallel.denoisers.size > 1:
+            parallel.denoisers.agree({"dtype": model.dtype, "weights": digest(model)})
 
     @classmethod
     def from_pretrained(
@@ -104,10 +105,12 @@ class CausalVideoPipeline:
         sink: int | None = None,
         rope: Literal["absolute", "relative"] | None = None,
         steps: int | Sequence[float] | None = None,
-        keep_text: Keep = "cpu",
+        weights: Weights | None = None,
+        offload: Offload | str | Sequence[str] | None = None,
         codec: str | None = None,
         codec_weights: str | Path | None = None,
         decode: Decode = "inline",
+        preflight: bool = True,
     ) -> CausalVideoPipeline:
         """Loads a model.
 
@@ -119,34 +122,46 @@ class CausalVideoPipeline:
             window, sink: latent frames, in place of the recipe's.
             rope: where frames stand in time (see `StreamConfig`), in place of the recipe's.
             steps: timesteps from noise to data in (0, 1000], or how many of them, evenly spaced.
-            keep_text: where UMT5 waits between two prompts: on the "device", on the "cpu", or "free": given up, and
-                read again for the next. It is on rank 0 alone.
+            weights: of the DiT: "full", or "fp8" (see `load_model`), in place of the recipe's.
+            offload: what is on the device only while it is used: "text" (UMT5, read again for every prompt), "codec",
+                both, or "none"; an `Offload` says more. If None, UMT5 waits on the CPU between two prompts. It is on
+                rank 0 alone.
             codec: which kind of codec it must be; None takes what the file holds.
             codec_weights: its file or folder, in place of the recipe's.
             decode: who decodes, and when (see `decoding`); decode ranks are `parallel`'s.
+            preflight: refuse, before anything is loaded, what is predicted not to fit (see `preflight`).
 
         Raises:
             CheckpointError: nothing readable at `model`, or weights that do not fit.
-            ConfigError: settings that cannot work together, or ranks that cannot share this model.
+            ConfigError: settings that cannot work together, ranks that cannot share this model, or a run that does not
+                fit into memory.
         """
         recipe = Recipe.load(find_recipe(model))
         given = {"window": window, "sink": sink, "rope": rope}
         changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         stream = replace(recipe.stream, **changes)
         sampler = recipe.sampler if steps is None else replace(recipe.sampler, steps=timesteps(steps))
-        recipe = replace(recipe, stream=stream, sampler=sampler)
+        recipe = replace(recipe, stream=stream, sampler=sampler, weights=weights or recipe.weights)
+        recipe = replace(recipe, codec=recipe.codec if codec_weights is None else Path(codec_weights))
         if parallel is not None and device is not None:
             raise ConfigError("give either `parallel`, which has a device, or `device`")
         parallel = parallel or SequenceParallel.single(device=device)
         place = parallel.device
         if dtype is None:
             dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
+        offload = Offload() if offload is None else offload
+        waiting = offload if isinstance(offload, Offload) else Offload.of(offload)
+        ranks = parallel.everyone
+        run = ranks.together(lambda: describe_run(recipe, parallel, waiting, decode, dtype.itemsize, codec))
+        if preflight:
+            ranks.together(lambda: run.check_fits(free_bytes(place), place))
         if parallel.decodes:
             dit = outline_model(recipe.transformer)
         else:
-            dit = load_model(recipe.transformer, dtype=dtype, device=place)
-        weights = recipe.codec if codec_weights is None else codec_weights
-        pipe = cls(recipe, dit, load_codec(weights, codec, place), parallel, keep_text, decode)
+            readers = parallel.denoisers
+            dit = load_model(recipe.transformer, dtype=dtype, device=place, weights=recipe.weights, parallel=readers)
+        decoder = ranks.together(lambda: load_codec(recipe.codec, codec, place, offload=waiting.codec))
+        pipe = cls(recipe, dit, decoder, parallel, waiting, decode)
         if place.type == "cuda":
             pipe.warm_up()
         return pipe
@@ -222,7 +237,7 @@ class CausalVideoPipeline:
             raise ConfigError("give either a prompt or its embeddings")
         start = self._start(image, video, strength)
         said = {"frames": frames, "seed": seed, "prompt": prompt, "given embeddings": embeds is not None}
-        self.parallel.agree({**said, "what is given": start.digest})
+        self.parallel.everyone.agree({**said, "what is given": start.digest})
         if self.parallel.decodes:
             return self._serve()
         if prompt is not None:

@@ -6,12 +6,17 @@ import dataclasses
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from causalrope_sp.config import PRESETS, VAE_STRIDE, DiTConfig, SamplerConfig, StreamConfig
 from causalrope_sp.errors import CheckpointError, ConfigError, OutputError
 from causalrope_sp.grid import LatentGrid
+from causalrope_sp.offload import Offload
 from causalrope_sp.parallel.cost import GPUS, LINKS, Machine, Plan, Workload, machine, plan
+from causalrope_sp.parallel.memory import Beside
+
+if TYPE_CHECKING:
+    from causalrope_sp.recipe import Recipe
 
 PLOTTED = (1, 2, 4, 8, 16, 32, 64)
 
@@ -48,6 +53,26 @@ def describe_workload(
     return Workload(config, grid, stream.window, stream.chunk_frames, passes)
 
 
+def describe_beside(model: str, work: Workload, offload: Offload, on_cpu: bool) -> Beside:
+    """The text encoder and the codec that stand beside a model: those of its recipe, else Wan's own, UMT5-XXL in
+    bfloat16 and the Wan VAE.
+
+    Raises:
+        CheckpointError: the recipe's codec or text encoder cannot be read.
+    """
+    from causalrope_sp.codec.footprint import codec_footprint, wan_2_1_footprint
+    from causalrope_sp.preflight import beside
+    from causalrope_sp.text import TextSource
+    from causalrope_sp.text.footprint import text_bytes, umt5_xxl_bytes
+
+    recipe = None if model in PRESETS else _recipe(model)
+    size = VAE_STRIDE[1] * work.grid.latent_height, VAE_STRIDE[1] * work.grid.latent_width
+    if recipe is None:
+        return beside(umt5_xxl_bytes(), wan_2_1_footprint(*size, work.chunk_frames), offload, on_cpu)
+    text = text_bytes(recipe.text) if isinstance(recipe.text, TextSource) else 0
+    return beside(text, codec_footprint(recipe.codec, None, *size, work.chunk_frames), offload, on_cpu)
+
+
 def describe_machine(gpu: str, link: str, measured: Path | None) -> Machine:
     """Data sheets' rates, or those that were measured: a JSON object with any of a machine's fields, in SI units.
 
@@ -74,7 +99,7 @@ def describe_machine(gpu: str, link: str, measured: Path | None) -> Machine:
 
 def fields(cost: Plan) -> dict[str, Any]:
     """A plan as JSON holds it; "auto" takes the one that is `chosen`."""
-    values = dataclasses.asdict(cost) | {"memory_bytes": cost.memory_bytes}
+    values = dataclasses.asdict(cost) | {"memory_bytes": cost.memory_bytes, "bytes_by_time": cost.bytes_by_time}
     return {name: round(v, 4) if isinstance(v, float) else v for name, v in values.items()}
 
 
@@ -104,6 +129,7 @@ def print_plan(work: Workload, costs: list[Plan], on: Machine) -> None:
         table.add_row(f"{p.strategy}{' ←' if p.chosen else ''}", *row, style="bold" if p.chosen else None)
     console = Console()
     console.print(table)
+    console.print(_memory_in_words(next(p for p in costs if p.chosen)), highlight=False)
     console.print(
         "Predicted, not measured. Of the rank that has most: GB of memory (! does not fit), calls and MB received in a "
         "pass. Milliseconds a chunk: computing, communication that nothing hides, all; and the first frames, without "
@@ -115,6 +141,23 @@ def print_plan(work: Workload, costs: list[Plan], on: Machine) -> None:
         console.print(
             f"{p.strategy}: the busiest rank computes {p.imbalance - 1:.0%} more than the mean", highlight=False
         )
+
+
+def _memory_in_words(cost: Plan) -> str:
+    beside, by_time = cost.beside, cost.bytes_by_time
+    parts = {
+        "weights": cost.weights_bytes,
+        "cache": cost.cache_bytes,
+        "activations": cost.activation_bytes,
+        "UMT5": beside.text,
+        "codec": beside.codec,
+        "its state": beside.codec_state,
+        "its activations": beside.codec_activations,
+        "workspace": beside.workspace,
+    }
+    said = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items() if size)
+    times = ", ".join(f"{size / 1e9:.1f} to {time}" for time, size in by_time.items())
+    return f"GB on rank 0 with {cost.strategy}: {times}; of {said}."
 
 
 def _short(value: float) -> str:
@@ -170,15 +213,13 @@ def _kind(strategy: str) -> str:
 
 
 def _known(model: str) -> tuple[DiTConfig, StreamConfig, SamplerConfig, tuple[int, int]]:
-    from causalrope_sp.recipe import Recipe, find_recipe
     from causalrope_sp.weights import inspect_checkpoint
 
     wan = StreamConfig(window=21, chunk_frames=3), SamplerConfig(), (480, 832)
     if model in PRESETS:
         return PRESETS[model], *wan
-    try:
-        recipe = Recipe.load(find_recipe(model))
-    except CheckpointError:
+    recipe = _recipe(model)
+    if recipe is None:
         if not Path(model).exists():
             raise CheckpointError(
                 f"no model {model!r}: not one of {', '.join(PRESETS)}, toybox, not a file, not a folder"
@@ -188,3 +229,12 @@ def _known(model: str) -> tuple[DiTConfig, StreamConfig, SamplerConfig, tuple[in
         runs = (report.preset.stream, report.preset.sampler, wan[2]) if known else wan
         return report.config, *runs
     return inspect_checkpoint(recipe.transformer).config, recipe.stream, recipe.sampler, (recipe.height, recipe.width)
+
+
+def _recipe(model: str) -> Recipe | None:
+    from causalrope_sp.recipe import Recipe, find_recipe
+
+    try:
+        return Recipe.load(find_recipe(model))
+    except CheckpointError:
+        return None

@@ -85,7 +85,7 @@ def sample_chunks(
     given = 0 if initial_latents is None else initial_latents.shape[1]
     window, shard = _window(stream, frames, given), parallel.shard(grid)
     work = Workload.of(model.config, grid, stream, sampler, window.frames, len(embeds), model.dtype.itemsize)
-    parallel.agree({"strategy": parallel.describe(work)}, among=parallel.mesh.denoising)
+    parallel.denoisers.agree({"strategy": parallel.describe(work)})
     strategy = parallel.strategy(work)
     state = CausalStream(model, embeds, grid, window, shard, strategy, relative=stream.rope == "relative")
     solve, levels = SOLVERS[sampler.solver], sigmas(sampler)

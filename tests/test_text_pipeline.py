@@ -24,6 +24,7 @@ from causalrope_sp import (
     SequenceParallel,
     load_model,
 )
+from causalrope_sp.offload import Offload
 from causalrope_sp.parallel.launch import RankPool
 from causalrope_sp.text import UMT5TextEncoder, save_embeds
 from causalrope_sp.toybox import WEIGHTS
@@ -76,7 +77,7 @@ def video(pipe: CausalVideoPipeline, *args: Any, **options: Any) -> np.ndarray:
 def test_a_prompt_and_its_embeddings_give_the_same_video(
     home: Path, bare: CausalVideoPipeline, embeds: Tensor, embeds_file: Path, keep: Any
 ) -> None:
-    pipe = CausalVideoPipeline.from_pretrained(home / "model", device="cpu", keep_text=keep)
+    pipe = CausalVideoPipeline.from_pretrained(home / "model", device="cpu", offload=Offload(keep))
     expected = video(pipe, PROMPT)
     assert np.array_equal(video(pipe, PROMPT), expected)
     assert not np.array_equal(video(pipe, "the quick fox"), expected)

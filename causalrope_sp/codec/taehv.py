@@ -29,7 +29,7 @@ from causalrope_sp.weights.files import WeightFiles
 
 MARKER = "decoder.3.conv.0.weight"  # the first memory block
 _STAGES = 3
-_MEMORIES = 3  # memory blocks in a stage
+MEMORIES = 3  # memory blocks in a stage
 
 
 @dataclass(frozen=True)
@@ -201,20 +201,25 @@ def load_taehv(files: WeightFiles) -> Taehv:
     Raises:
         CheckpointError: a tensor that is missing, left over or of a wrong shape, or strides that do not agree.
     """
+    model = taehv_on_meta(files)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    model.load_state_dict(read_exactly(files, expected), assign=True)
+    return model
+
+
+def taehv_on_meta(files: WeightFiles) -> Taehv:
+    """The model of an open file without its weights. Raises as `load_taehv` does."""
     config = _infer(files)
     if prod(config.pools) != prod(config.grows):
         raise CheckpointError(
             f"{files.path}: encodes {prod(config.pools)} frames into one and decodes {prod(config.grows)} from it"
         )
     with torch.device("meta"):
-        model = Taehv(config)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    model.load_state_dict(read_exactly(files, expected), assign=True)
-    return model
+        return Taehv(config)
 
 
 def _infer(files: WeightFiles) -> TaehvConfig:
-    stage = _MEMORIES + 2  # layers of the encoder's: pool, convolution, memory blocks; the decoder's have one more
+    stage = MEMORIES + 2  # layers of the encoder's: pool, convolution, memory blocks; the decoder's have one more
     pools = [shape_of(files, f"encoder.{2 + stage * n}.conv.weight", 4) for n in range(_STAGES)]
     grows = [shape_of(files, f"decoder.{7 + (stage + 1) * n}.conv.weight", 4) for n in range(_STAGES)]
     width, pixels = shape_of(files, "encoder.0.weight", 4)[:2]
@@ -235,4 +240,4 @@ def _conv(width: int, out: int, *, stride: int = 1, bias: bool = True) -> nn.Con
 
 
 def _memories(width: int) -> list[MemoryBlock]:
-    return [MemoryBlock(width) for _ in range(_MEMORIES)]
+    return [MemoryBlock(width) for _ in range(MEMORIES)]

@@ -14,6 +14,7 @@ import click
 from causalrope_sp.commands.words import parse_steps
 from causalrope_sp.config import check_given
 from causalrope_sp.errors import CausalRopeError, ConfigError, RankLostError
+from causalrope_sp.offload import Offload
 from causalrope_sp.process import Background, rank, say_choices, shares_rank_0_disk
 from causalrope_sp.video import VideoWriter, check_output
 
@@ -24,7 +25,7 @@ EXISTING = click.Path(exists=True, path_type=Path)
 EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 # which options go where: to the ranks, to the model, to the stream
 RANKS = ("strategy", "decoders", "overlap", "head_groups", "attention")
-MODEL = ("window", "sink", "rope", "codec", "codec_weights", "decode")
+MODEL = ("window", "sink", "rope", "weights", "offload", "codec", "codec_weights", "decode", "preflight")
 STREAM = ("frames", "seed", "image", "video", "strength")
 
 
@@ -66,6 +67,16 @@ STREAM = ("frames", "seed", "image", "video", "strength")
     show_default=True,
     help="Of the ranks, how many only decode, while the others make the next chunk.",
 )
+@click.option("--weights", type=click.Choice(["full", "fp8"]), help="fp8: the blocks' matrices in 8 bits.")
+@click.option(
+    "--offload",
+    multiple=True,
+    default=["text"],
+    show_default=True,
+    metavar="text|codec|none",
+    help="What is on the device only while it is used.",
+)
+@click.option("--preflight/--no-preflight", default=True, help="Refuse at once what is predicted not to fit.")
 @click.option("--out", default="video.mp4", show_default=True, help="FILE.mp4, .gif, .webp, or FOLDER/ for PNGs.")
 @click.option("--overlap/--no-overlap", default=True, help="Compute while other ranks' numbers are on their way.")
 @click.option("--head-groups", default=1, show_default=True, help="ulysses: send one group's output during the next's.")
@@ -85,6 +96,7 @@ def generate(
         raise ConfigError(f"frames must be at least 1, not {frames}")
     check_given(picture is not None, video is not None, options["keep_on"], options["strength"])
     steps = parse_steps(options["steps"])
+    Offload.of(options["offload"])  # wrong words are said before anything is imported
     _check_text(model, prompt, text_embeds)
     if shares_rank_0_disk():
         check_output(out)
@@ -102,7 +114,7 @@ def generate(
             **{name: options[name] for name in RANKS},
         )
         pipe = CausalVideoPipeline.from_pretrained(
-            model, parallel=parallel, steps=steps, keep_text="free", **{name: options[name] for name in MODEL}
+            model, parallel=parallel, steps=steps, **{name: options[name] for name in MODEL}
         )
         yield pipe
         yield from pipe.stream(prompt, embeds=text_embeds, **{name: options[name] for name in STREAM})

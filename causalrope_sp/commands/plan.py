@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -19,6 +20,15 @@ import click
 @click.option("--ranks", default=8, show_default=True, type=click.IntRange(1, 4096))
 @click.option("--gpu", default="h100", show_default=True, help="Of each rank: h200, h100, a800, a100, l40s, ...")
 @click.option("--link", default="nvlink", show_default=True, help="Between ranks: nvlink, pcie, infiniband, ...")
+@click.option("--weights", type=click.Choice(["full", "fp8"]), default="full", show_default=True, help="Of the DiT.")
+@click.option(
+    "--offload",
+    multiple=True,
+    default=["text"],
+    show_default=True,
+    metavar="text|codec|none",
+    help="What is on the device only while it is used.",
+)
 @click.option("--measured", type=click.Path(path_type=Path), help="A JSON file of rates that were measured.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draws fps and memory over 1 to 64 ranks into this file.")
 @click.option("--json", "as_json", is_flag=True, help="A list, one object a strategy.")
@@ -33,17 +43,22 @@ def plan(
     ranks: int,
     gpu: str,
     link: str,
+    weights: str,
+    offload: tuple[str, ...],
     measured: Path | None,
     plot: Path | None,
     as_json: bool,
 ) -> None:
     """Predicts, for every strategy, memory, bytes and time of a stream on RANKS ranks; nothing is run."""
     from causalrope_sp import planning
+    from causalrope_sp.offload import Offload
     from causalrope_sp.parallel import cost
 
     work = planning.describe_workload(model, height, width, window, sink, chunk_frames, steps)
+    work = replace(work, fp8=weights == "fp8")
     on = planning.describe_machine(gpu, link, measured)
-    costs = cost.plan(work, ranks, on)
+    beside = planning.describe_beside(model, work, Offload.of(offload), gpu == "cpu")
+    costs = cost.plan(work, ranks, on, beside)
     if plot is not None:
         planning.plot_plan(work, on, plot)
     if as_json:

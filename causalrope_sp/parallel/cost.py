@@ -15,6 +15,7 @@ from functools import cache, cached_property
 from causalrope_sp.config import VAE_STRIDE, DiTConfig, SamplerConfig, StreamConfig
 from causalrope_sp.grid import LatentGrid, Shard
 from causalrope_sp.parallel.layout import Layout, parse_strategy, strategies
+from causalrope_sp.parallel.memory import NOTHING, Beside
 from causalrope_sp.parallel.strategy import lse_elements
 
 ELEMENTWISE_PASSES = 30  # how often a block of the unfused model reads or writes its D numbers a token, about
@@ -65,7 +66,8 @@ H100, CPU = machine("h100", "nvlink"), machine("cpu", "loopback")
 
 @dataclass(frozen=True)
 class Workload:
-    """A stream: its model, its picture in tokens, window and chunk in latent frames, denoise passes a chunk."""
+    """A stream: its model, its picture in tokens, window and chunk in latent frames, denoise passes a chunk; `fp8` if
+    the matrices of the blocks are kept in 8 bits."""
 
     config: DiTConfig
     grid: LatentGrid
@@ -74,6 +76,7 @@ class Workload:
     steps: int
     batch: int = 1
     itemsize: int = 2
+    fp8: bool = False
 
     @classmethod
     def of(
@@ -108,6 +111,18 @@ class Workload:
         outer += c.token_dim * d + c.token_dim + 2 * d  # and the head
         return c.num_layers * layer + outer
 
+    @property
+    def matrices(self) -> int:
+        """Numbers in all matrices of the blocks."""
+        c = self.config
+        return c.num_layers * c.dim * (8 * c.dim + 2 * c.ffn_dim)
+
+    @property
+    def weights_bytes(self) -> int:
+        c, full = self.config, self.parameters * self.itemsize
+        scales = 4 * c.num_layers * (9 * c.dim + c.ffn_dim)
+        return full - (self.itemsize - 1) * self.matrices + scales if self.fp8 else full
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -138,10 +153,16 @@ class Plan:
     imbalance: float
     fits: bool
     chosen: bool = False
+    beside: Beside = NOTHING
+
+    @property
+    def bytes_by_time(self) -> dict[str, int]:
+        return self.beside.by_time(self.weights_bytes, self.cache_bytes, self.activation_bytes)
 
     @property
     def memory_bytes(self) -> int:
-        return self.weights_bytes + self.cache_bytes + self.activation_bytes
+        """The most at once."""
+        return max(self.bytes_by_time.values())
 
 
 def received(layout: Layout, work: Workload, rank: int, frames: int) -> dict[str, int]:
@@ -194,18 +215,18 @@ def cross_flops(work: Workload, tokens: int) -> int:
     return 4 * work.config.num_layers * tokens * work.config.text_len * work.config.dim
 
 
-def plan(work: Workload, ranks: int, on: Machine) -> list[Plan]:
+def plan(work: Workload, ranks: int, on: Machine, beside: Beside = NOTHING) -> list[Plan]:
     """Every strategy at this many ranks, and which of them is the best, always the same on every rank: the fastest
     chunk of those that fit, the least memory among equals."""
-    alone = _cost(parse_strategy("ulysses", 1), work, on)
+    alone = _cost(parse_strategy("ulysses", 1), work, on, beside)
     names = strategies(ranks, work.config.num_heads)[: 1 if ranks == 1 else None]
-    costs = [_cost(parse_strategy(name, ranks), work, on) for name in names]
+    costs = [_cost(parse_strategy(name, ranks), work, on, beside) for name in names]
     costs = [replace(c, efficiency=alone.chunk_ms / (ranks * c.chunk_ms)) for c in costs]
     best = min(range(len(costs)), key=lambda n: (not costs[n].fits, round(costs[n].chunk_ms, 3), costs[n].memory_bytes))
     return [replace(c, chosen=n == best) for n, c in enumerate(costs)]
 
 
-def _cost(layout: Layout, work: Workload, on: Machine) -> Plan:
+def _cost(layout: Layout, work: Workload, on: Machine, beside: Beside) -> Plan:
     every = range(layout.ranks)
     chunk, window = work.chunk_frames, work.window
     steady = [_pass_times(layout, work, on, rank, chunk, window) for rank in every]
@@ -222,7 +243,6 @@ def _cost(layout: Layout, work: Workload, on: Machine) -> Plan:
     bytes_pass = max(sum(received(layout, work, r, chunk).values()) for r in every) * work.itemsize
     bytes_pass *= work.config.num_layers
     calls = work.config.num_layers * (len(received(layout, work, 0, chunk)))
-    weights = work.parameters * work.itemsize
     cache = max(cache_bytes(layout, work, r) for r in every)
     activations = max(_activation_bytes(layout, work, r) for r in every)
     mean = sum(c for c, _, _ in steady) / layout.ranks
@@ -233,7 +253,7 @@ def _cost(layout: Layout, work: Workload, on: Machine) -> Plan:
         bytes_per_pass=bytes_pass,
         collectives_per_chunk=calls * work.steps + (layout.ranks > 1),
         bytes_per_chunk=bytes_pass * (work.steps + 1) + received_latents(work, layout.ranks) * 4,
-        weights_bytes=weights,
+        weights_bytes=work.weights_bytes,
         cache_bytes=cache,
         activation_bytes=activations,
         compute_ms=1e3 * compute,
@@ -244,7 +264,8 @@ def _cost(layout: Layout, work: Workload, on: Machine) -> Plan:
         fps=VAE_STRIDE[0] * chunk / seconds,
         efficiency=1.0,
         imbalance=slowest[0] / mean,
-        fits=weights + cache + activations <= on.memory,
+        fits=max(beside.by_time(work.weights_bytes, cache, activations).values()) <= on.memory,
+        beside=beside,
     )
 
 
@@ -256,8 +277,9 @@ def _pass_times(
     mine = work.batch * frames * tokens[rank]
     attention = attention_flops(layout, work, rank, frames, keys) / on.attention
     moved = ELEMENTWISE_PASSES * work.config.dim * work.config.num_layers * mine * work.itemsize
-    weights = work.parameters * work.itemsize
-    products = max(work.linear_flops * mine / on.matmul, weights / on.bandwidth)
+    products = max(work.linear_flops * mine / on.matmul, work.weights_bytes / on.bandwidth)
+    if work.fp8:  # unfolded in memory: the 8 bits read, the matrix written, scaled, and read by its product
+        products += (1 + 3 * work.itemsize) * work.matrices / on.bandwidth
     compute = products + cross_flops(work, mine) / on.attention + attention + moved / on.bandwidth
     layers = work.config.num_layers
     took = {
@@ -279,7 +301,8 @@ def _activation_bytes(layout: Layout, work: Workload, rank: int) -> int:
     c, frames = work.config, 2 * work.chunk_frames
     tokens = work.batch * frames * _tokens(work.grid, layout.ranks)[rank]
     wire = sum(received(layout, work, rank, frames).values())
-    return work.itemsize * (2 * c.dim * tokens + max(2 * c.ffn_dim * tokens, 8 * c.dim * tokens + 2 * wire))
+    unfolded = c.dim * max(3 * c.dim, c.ffn_dim) * work.itemsize if work.fp8 else 0
+    return unfolded + work.itemsize * (2 * c.dim * tokens + max(2 * c.ffn_dim * tokens, 8 * c.dim * tokens + 2 * wire))
 
 
 def _place(layout: Layout, work: Workload, rank: int) -> tuple[int, int, list[int], list[int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -22,6 +22,7 @@ from causalrope_sp.parallel.gather_kv import GatherKV
 from causalrope_sp.parallel.layout import Layout, parse_strategy
 from causalrope_sp.parallel.ledger import Ledger
 from causalrope_sp.parallel.mesh import Mesh
+from causalrope_sp.parallel.ranks import Ranks
 from causalrope_sp.parallel.shard_kv import ShardKV
 from causalrope_sp.parallel.strategy import Strategy
 from causalrope_sp.parallel.strips import Strips
@@ -68,7 +69,7 @@ class SequenceParallel:
     ) -> None:
         self._group = group
         self.device = torch.device(device)
-        self._machine = machine or (H100 if self.device.type == "cuda" else CPU)
+        self.machine = machine or (H100 if self.device.type == "cuda" else CPU)
         self.rank = 0 if group is None else group.rank()
         self.size = 1 if group is None else group.size()
         self.mesh = Mesh(self.size, lanes, decoders)
@@ -89,6 +90,8 @@ class SequenceParallel:
         self._watchdog: Watchdog | None = None
         self._silence_s, self._timeout = 0.0, timeout
         self._owns_group = False
+        self.everyone = Ranks(range(self.size), self.rank, self._exchange)
+        self.denoisers = Ranks(self.mesh.denoising, self.rank, self._exchange)
         if decoders:
             self.host_exchange = self._exchange(range(self.size), backend="gloo")  # of all, for tensors on the host
 
@@ -164,7 +167,7 @@ class SequenceParallel:
         self.shard(work.grid)
         layout = self._layout or self._chosen.get(work.config)
         if layout is None:
-            best = next(cost for cost in plan(work, self.mesh.sequence, self._machine) if cost.chosen)
+            best = next(cost for cost in plan(work, self.mesh.sequence, self.machine) if cost.chosen)
             layout = self._chosen[work.config] = parse_strategy(best.strategy, self.mesh.sequence)
         layout.check(work.config.num_heads)
         return layout
@@ -234,17 +237,6 @@ class SequenceParallel:
         sizes = [shard.tokens for shard in self.shard(grid).all]
         return self._exchange(self._lane).gather_tokens(tokens_BFSE, sizes)
 
-    def from_rank_0(self, kind: str, make: Callable[[], Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """What rank 0 makes, of a shape that all ranks know, on all that denoise; the others do not call `make`.
-
-        Raises:
-            CausalRopeError: on every rank, what `make` raised on rank 0.
-        """
-        if len(self.mesh.denoising) == 1:
-            return make().to(self.device, dtype)
-        room = torch.empty(*shape, dtype=dtype, device=self.device)
-        return self._exchange(self.mesh.denoising).from_rank_0(kind, make, room)
-
     def strips(self, grid: LatentGrid, ranks: Sequence[int]) -> Strips | None:
         """The strips of a picture that some ranks decode together, this one among them; None where it is alone.
 
@@ -279,25 +271,6 @@ class SequenceParallel:
                 group = made
             self._exchanges[key] = Exchange(group, self.ledger, self._who_is_gone)
         return self._exchanges[key]
-
-    def agree(self, on: Mapping[str, object], among: Sequence[int] | None = None) -> None:
-        """Makes sure that all ranks, or some, are about to do the same; what each field says is compared as text.
-
-        Raises:
-            ConfigError: a field that differs; the message names it and the ranks.
-        """
-        ranks = range(self.size) if among is None else among
-        if len(ranks) == 1:
-            return
-        mine = {name: str(value) for name, value in on.items()}
-        said = self._exchange(ranks).everyone(mine)
-        for name in mine:
-            ranks_by_value: dict[str | None, list[str]] = {}
-            for rank, fields in zip(ranks, said, strict=True):
-                ranks_by_value.setdefault(fields.get(name), []).append(str(rank))
-            if len(ranks_by_value) > 1:
-                sides = "; ".join(f"{value} on {', '.join(ranks)}" for value, ranks in ranks_by_value.items())
-                raise ConfigError(f"ranks differ in {name}: {sides}")
 
     def _who_is_gone(self) -> str | None:
         return None if self._watchdog is None else self._watchdog.who_is_silent(self._silence_s)

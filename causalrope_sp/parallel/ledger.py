@@ -37,8 +37,8 @@ class Entry:
 class Ledger:
     """Entries by kind and layer, noted from any thread.
 
-    Kinds are "qkv", "output", "kv", "q" and "partial" of attention, "latents" and "text", and of decoding "halo" and
-    "mid" (the decoder's own attention), "pixels", and "to decode", what decode ranks are sent.
+    Kinds are "qkv", "output", "kv", "q" and "partial" of attention, "weights", "text" and "latents", and of decoding
+    "halo" and "mid" (the decoder's own attention), "pixels", and "to decode", what decode ranks are sent.
     """
 
     def __init__(self) -> None:

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from causalrope_sp.config import DiTConfig
 from causalrope_sp.errors import ConfigError
+from causalrope_sp.offload import Keep
 from causalrope_sp.parallel import SequenceParallel
 from causalrope_sp.text.source import TextSource
-from causalrope_sp.text.umt5 import Keep, UMT5TextEncoder
+from causalrope_sp.text.umt5 import UMT5TextEncoder
 
 
 class SharedUMT5:
@@ -65,4 +66,4 @@ def share_embeds(
             raise ConfigError(f"text embeddings have shape {tuple(embeds.shape)}, the model takes {shape}")
         return embeds
 
-    return parallel.from_rank_0("text", made, shape, dtype)
+    return parallel.denoisers.from_first("text", made, shape, dtype, parallel.device)
