@@ -68,7 +68,7 @@ def as_they_come(chunks: Generator[LatentChunk], parallel: SequenceParallel, dec
     return ((chunk, None) for chunk in chunks)
 
 
-class Beside:
+class SideStream:
     """A CUDA stream for what is done with one chunk while the next is being made; nothing on the CPU."""
 
     def __init__(self, device: torch.device) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from causalrope_sp.codec import Codec, load_codec
 from causalrope_sp.config import SamplerConfig, check_given
-from causalrope_sp.decoding import Beside, Decode, as_they_come, check_decode, frames_of, serve
+from causalrope_sp.decoding import Decode, SideStream, as_they_come, check_decode, frames_of, serve
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.given import NOTHING, Given, given_past, given_picture, given_source
 from causalrope_sp.grid import LatentGrid
@@ -26,7 +26,7 @@ from causalrope_sp.noise import seeded_noise
 from causalrope_sp.offload import Offload
 from causalrope_sp.parallel import SequenceParallel
 from causalrope_sp.parallel.ledger import Ledger
-from causalrope_sp.preflight import describe_run, free_bytes
+from causalrope_sp.preflight import check_memory
 from causalrope_sp.reading import Picture, Video
 from causalrope_sp.recipe import TEXT_ENCODERS, Recipe, find_recipe
 from causalrope_sp.sampler import Source, sample_chunks
@@ -152,14 +152,13 @@ class CausalVideoPipeline:
         offload = Offload() if offload is None else offload
         waiting = offload if isinstance(offload, Offload) else Offload.of(offload)
         ranks = parallel.everyone
-        run = ranks.together(lambda: describe_run(recipe, parallel, waiting, decode, dtype.itemsize, codec))
         if preflight:
-            ranks.together(lambda: run.check_fits(free_bytes(place), place))
+            ranks.together(lambda: check_memory(recipe, parallel, waiting, decode, dtype.itemsize, codec))
         if parallel.decodes:
             dit = outline_model(recipe.transformer)
         else:
             readers = parallel.denoisers
-            dit = load_model(recipe.transformer, dtype=dtype, device=place, weights=recipe.weights, parallel=readers)
+            dit = load_model(recipe.transformer, dtype=dtype, device=place, weights=recipe.weights, readers=readers)
         decoder = ranks.together(lambda: load_codec(recipe.codec, codec, place, offload=waiting.codec))
         pipe = cls(recipe, dit, decoder, parallel, waiting, decode)
         if place.type == "cuda":
@@ -280,12 +279,12 @@ class CausalVideoPipeline:
             initial_latents=torch.cat(first, 1) if first else None,
             source=None if source is None else Source(lambda chunk: source.take(chunk.frames), given.first_step),
         )
-        done, clock, beside = 0, time.perf_counter(), Beside(self.parallel.device)
+        done, clock, side = 0, time.perf_counter(), SideStream(self.parallel.device)
         with suppress(GeneratorExit), closing(as_they_come(chunks, self.parallel, self._decode)) as coming:
             for index, (part, made) in enumerate(coming):
                 length = frames if source is None or source.length is None else source.length
                 stop = min(frames, length, self._pixel_frames(part.chunk.stop - _frames_of(opening)) - given.hidden)
-                with beside.after(made, part.latents):
+                with side.after(made, part.latents):
                     latents, hidden = part.latents, 0
                     if index == 0 and past is not None:
                         latents, hidden = torch.cat([past.to(latents), latents], 1), given.hidden

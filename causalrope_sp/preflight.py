@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 
 import torch
 
 from causalrope_sp.codec.footprint import CodecFootprint, codec_footprint
+from causalrope_sp.decoding import Decode
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.grid import LatentGrid
 from causalrope_sp.offload import Keep, Offload
@@ -47,10 +49,11 @@ class Run:
     codec: CodecFootprint
     least_window: int
     on_cpu: bool
+    decodes_beside: bool = False
 
     @property
     def beside(self) -> Beside:
-        return beside(self.text, self.codec, self.offload, self.on_cpu)
+        return replace(beside(self.text, self.codec, self.offload, self.on_cpu), decodes_beside=self.decodes_beside)
 
     def plan(self) -> Plan:
         """With the strategy that is named, or the one that "auto" takes."""
@@ -74,8 +77,33 @@ def beside(text: int, codec: CodecFootprint, offload: Offload, on_cpu: bool) -> 
     )
 
 
+def check_memory(
+    recipe: Recipe, parallel: SequenceParallel, offload: Offload, decode: Decode, itemsize: int, codec: str | None
+) -> None:
+    """Refuses what this rank's device has no room for. A decode rank has a codec alone.
+
+    Raises:
+        ConfigError: it will not fit, or will not run.
+        CheckpointError: a file cannot be read.
+    """
+    run, free = describe_run(recipe, parallel, offload, decode, itemsize, codec), free_bytes(parallel.device)
+    if not parallel.decodes:
+        return check_fits(run, free, parallel.device)
+    needs = run.codec.weights + run.codec.state + run.codec.activations + run.beside.workspace
+    if free is not None and needs > free:
+        raise ConfigError(
+            f"decode rank {parallel.rank} needs {_gb(needs)} GB on {parallel.device}, {_gb(free)} GB are free: short "
+            f"by {_gb(needs - free)} GB (predicted); more decode ranks take less each"
+        )
+
+
 def describe_run(
-    recipe: Recipe, parallel: SequenceParallel, offload: Offload, itemsize: int, codec: str | None = None
+    recipe: Recipe,
+    parallel: SequenceParallel,
+    offload: Offload,
+    decode: Decode = "inline",
+    itemsize: int = 2,
+    codec: str | None = None,
 ) -> Run:
     """What a rank is about to load and run, from the headers of its files. A stream that looks back over everything is
     counted with the least that it can, a chunk: its length is not known yet.
@@ -86,6 +114,7 @@ def describe_run(
     config, stream = inspect_checkpoint(recipe.transformer).config, recipe.stream
     size = recipe.height, recipe.width
     found = codec_footprint(recipe.codec, codec, *size, stream.chunk_frames)
+    found = found.share(decode_share(parallel, decode))
     grid = LatentGrid.from_pixels(*size, found.stride, config.patch_size[1:])
     parallel.check(grid, config.num_heads)
     least = stream.chunk_frames + stream.sink
@@ -100,7 +129,17 @@ def describe_run(
         found,
         least,
         parallel.device.type == "cpu",
+        decode == "overlap" and parallel.rank == 0,
     )
+
+
+def decode_share(parallel: SequenceParallel, decode: Decode) -> Fraction:
+    """How much of a picture this rank decodes, halos left out."""
+    if parallel.mesh.decoders:
+        return Fraction(int(parallel.decodes), parallel.mesh.decoders)
+    if decode == "together":
+        return Fraction(1, parallel.size)
+    return Fraction(int(parallel.rank == 0))
 
 
 def free_bytes(device: torch.device) -> int | None:

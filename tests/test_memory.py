@@ -15,7 +15,7 @@ import torch
 from click.testing import CliRunner
 from torch import Tensor
 
-from causalrope_sp import CausalVideoPipeline, CheckpointError, ConfigError, LatentGrid, pipeline
+from causalrope_sp import CausalVideoPipeline, CheckpointError, ConfigError, LatentGrid, pipeline, preflight
 from causalrope_sp.cli import cli
 from causalrope_sp.codec import load_codec
 from causalrope_sp.codec.footprint import CodecFootprint, wan_2_1_footprint
@@ -216,7 +216,7 @@ def test_a_run_is_refused_before_anything_is_loaded(monkeypatch: pytest.MonkeyPa
     loaded: list[Any] = []
     load = pipeline.load_model
     monkeypatch.setattr(pipeline, "load_model", lambda *a, **k: loaded.append(a) or load(*a, **k))
-    monkeypatch.setattr(pipeline, "free_bytes", lambda device: 25 * 10**6)
+    monkeypatch.setattr(preflight, "free_bytes", lambda device: 25 * 10**6)
     result = CliRunner().invoke(cli, ["generate", PROMPT, "--frames", "1"])
     assert result.exit_code == 2, result.output
     assert re.fullmatch(r"error: this run needs 0\.029 GB on cpu .* fit: .*--weights fp8.*\n", result.output)

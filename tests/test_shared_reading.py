@@ -53,7 +53,7 @@ def load_together(group: dist.ProcessGroup | None, device: str, file: Path, opti
 
     WeightFiles.take = counted  # type: ignore[method-assign]
     try:
-        model = load_model(file, parallel=parallel, **options)
+        model = load_model(file, readers=parallel.denoisers, **options)
     finally:
         WeightFiles.take = take  # type: ignore[method-assign]
     entry = parallel.ledger.by_kind().get("weights")
@@ -83,7 +83,7 @@ def test_every_rank_has_the_model_and_every_tensor_was_read_once(
 def fail_together(group: dist.ProcessGroup, device: str, files: list[Path], options: dict[str, Any]) -> list[Any]:
     parallel = SequenceParallel(group, "gather-kv", device)
     with pytest.raises(CausalRopeError) as caught:
-        load_model(files[parallel.rank], parallel=parallel, **options)
+        load_model(files[parallel.rank], readers=parallel.denoisers, **options)
     return everyone((type(caught.value).__name__, str(caught.value)))
 
 

@@ -10,8 +10,9 @@ Shapes: H×W latent size. Bytes are those of float32, in which codecs run.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from math import prod
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from math import ceil, prod
 from os import PathLike
 from typing import TYPE_CHECKING
 
@@ -38,6 +39,10 @@ class CodecFootprint:
     state: int
     activations: int
     stride: int
+
+    def share(self, of: Fraction) -> CodecFootprint:
+        """On a rank that decodes so much of the picture."""
+        return replace(self, state=ceil(self.state * of), activations=ceil(self.activations * of))
 
 
 def codec_footprint(

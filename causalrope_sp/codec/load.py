@@ -11,11 +11,11 @@ from causalrope_sp.codec import taehv
 from causalrope_sp.codec.interface import Codec
 from causalrope_sp.codec.offload import OffloadedCodec
 from causalrope_sp.codec.taehv import TaehvCodec
-from causalrope_sp.codec.tensors import some
 from causalrope_sp.codec.wan import WanCodec
 from causalrope_sp.codec.wan_weights import DIFFUSERS_MARKER, WAN_MARKER, load_vae
 from causalrope_sp.errors import CheckpointError, ConfigError
 from causalrope_sp.weights.files import WeightFiles
+from causalrope_sp.weights.messages import some
 
 # a tensor that no other layout has -> the kind of codec
 _LAYOUTS = {DIFFUSERS_MARKER: "wan", WAN_MARKER: "wan", taehv.MARKER: "taehv"}

@@ -14,7 +14,8 @@ class Beside:
     """Bytes beside the DiT, on the rank that has most of them. `codec_state` is what a decoder keeps between chunks,
     `codec_activations` what it needs while it decodes one; `workspace` is what libraries take for themselves.
 
-    `text_stays` and `codec_stays` say whether the weights are there all the time, or only while they are used.
+    `text_stays` and `codec_stays` say whether the weights are there all the time, or only while they are used;
+    `decodes_beside` whether the next chunk is denoised while one is decoded.
     """
 
     text: int = 0
@@ -24,6 +25,7 @@ class Beside:
     workspace: int = 0
     text_stays: bool = False
     codec_stays: bool = True
+    decodes_beside: bool = False
 
     def by_time(self, weights: int, cache: int, activations: int) -> dict[str, int]:
         """Bytes in all while a prompt is encoded, a chunk denoised, a chunk decoded, beside a DiT that needs so many.
@@ -31,10 +33,11 @@ class Beside:
         waiting = weights + self.workspace + (self.text if self.text_stays else 0)
         waiting += self.codec if self.codec_stays else 0
         streaming = waiting + cache + self.codec_state
+        decoding = (0 if self.codec_stays else self.codec) + self.codec_activations
         return {
             "text": waiting + (0 if self.text_stays else self.text),
             "denoise": streaming + activations,
-            "decode": streaming + (0 if self.codec_stays else self.codec) + self.codec_activations,
+            "decode": streaming + decoding + (activations if self.decodes_beside else 0),
         }
 
 

@@ -17,11 +17,10 @@ from causalrope_sp.errors import CheckpointError, ConfigError
 from causalrope_sp.model import CausalDiT
 from causalrope_sp.weights.digest import fingerprint
 from causalrope_sp.weights.examine import Examined, examine
-from causalrope_sp.weights.finite import all_finite
+from causalrope_sp.weights.finite import all_finite, refuse_broken
 from causalrope_sp.weights.fp8 import PARTS, STORED, fold_blocks, folded, to_fp8
 from causalrope_sp.weights.layout import arrange
 from causalrope_sp.weights.lora import Lora, LoraMerge
-from causalrope_sp.weights.messages import some
 from causalrope_sp.weights.readers import Alone, Readers, owners
 from causalrope_sp.weights.report import CheckpointReport
 
@@ -57,7 +56,7 @@ def load_model(
     part: str | None = None,
     loras: Sequence[str | PathLike[str] | Lora] = (),
     weights: Weights = "full",
-    parallel: Readers | None = None,
+    readers: Readers = Alone(),
 ) -> CausalDiT:
     """The model of a checkpoint file or folder, ready to run: in eval mode, without gradients.
 
@@ -71,8 +70,8 @@ def load_model(
         loras: LoRA files that are merged, in this order; `Lora` gives one a weight.
         weights: "full", all in `dtype`, or "fp8": the matrices of the blocks in 8 bits (see `fp8`), each folded as it
             is read, so that the full model is nowhere.
-        parallel: ranks that load the same model, a `SequenceParallel`: each parameter is read by one of them and sent
-            to the others. Every rank must call, and reads all headers.
+        readers: ranks that load the same model, such as a `SequenceParallel`'s `denoisers`: each parameter is read by
+            one of them and sent to the others. Every rank must call, and reads all headers.
 
     Raises:
         CheckpointError: it cannot be read, is of no known layout, a key is missing, left over or of a wrong shape, a
@@ -81,7 +80,6 @@ def load_model(
     """
     if weights not in get_args(Weights):
         raise ConfigError(f"weights must be {' or '.join(get_args(Weights))}, not {weights!r}")
-    readers = parallel or Alone()
     checkpoint, merges = readers.together(lambda: _open(Path(path), config, part, loras))
     if readers.size > 1:
         _agree(checkpoint, merges, readers)
@@ -137,7 +135,7 @@ def _fill(checkpoint: Examined, rooms: Mapping[str, Sequence[Tensor]], merges: S
     They are copied into memory of their own: what a file gives is a view of it, and it may change later.
     """
     broken: list[str] = []
-    dtype = None
+    dtype = checkpoint.report.dtype
     for parameter, room in rooms.items():
         names = checkpoint.names[parameter]
         parts = zip(*(tensor.chunk(len(names)) for tensor in room), strict=True)
@@ -153,11 +151,7 @@ def _fill(checkpoint: Examined, rooms: Mapping[str, Sequence[Tensor]], merges: S
                     piece.copy_(made)
             if not all_finite(stored):
                 broken.append(name)
-    if broken:
-        raise CheckpointError(
-            f"{checkpoint.report.path}: {len(broken)} NaN or infinite in {str(dtype).removeprefix('torch.')}: "
-            f"{some(broken)}"
-        )
+    refuse_broken(checkpoint.report.path, broken, dtype)
 
 
 def _state(rooms: Mapping[str, Sequence[Tensor]], quantised: Collection[str]) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 class Readers(Protocol):
-    """`SequenceParallel` is one."""
+    """`parallel.ranks.Ranks` is one."""
 
     @property
     def rank(self) -> int: ...
