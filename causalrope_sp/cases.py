@@ -20,9 +20,10 @@ from causalrope_sp.model import CausalDiT
 from causalrope_sp.noise import Noise, seeded_noise
 from causalrope_sp.parallel import SequenceParallel
 from causalrope_sp.sampler import sample_chunks
+from causalrope_sp.schedule import timesteps
 from causalrope_sp.weights import load_model
 
-KNOWN_KINDS = ("dmd",)
+KNOWN_KINDS = ("dmd", "diffusion")
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Case:
     stream: StreamConfig
     sampler: SamplerConfig
     initial: Tensor | None = None
+    negative: Tensor | None = None
 
     def run(self, parallel: SequenceParallel) -> Tensor:
         """The generated latents, (B, F, C, H, W)."""
@@ -51,6 +53,7 @@ class Case:
             sampler=self.sampler,
             parallel=parallel,
             initial_latents=self.initial,
+            negative_embeds=self.negative,
         )
         return torch.cat([chunk.latents for chunk in chunks], 1)
 
@@ -96,11 +99,11 @@ def _load_case(path: Path, dtype: torch.dtype, device: str) -> tuple[Case, Tenso
     stream = StreamConfig(
         None if window == -1 else window, spec["sink_size"], spec["chunk_frames"], spec["independent_first_frame"]
     )
-    sampler = SamplerConfig(tuple(spec["denoising_step_list"]), spec["timestep_shift"])
+    sampler = _sampler(spec)
     chunks = split_into_chunks(
         frames, stream.chunk_frames, independent_first_frame=stream.independent_first_frame, start=given
     )
-    draws = len(list(chunks)) * (len(sampler.steps) - 1)
+    draws = len(list(chunks)) * (len(sampler.steps) - 1) if sampler.solver == "renoise" else 0
     if len(renoise) != draws:
         raise CheckpointError(f"{path} holds {len(renoise)} fresh draws of noise, its chunks and steps need {draws}")
 
@@ -124,8 +127,17 @@ def _load_case(path: Path, dtype: torch.dtype, device: str) -> tuple[Case, Tenso
         stream=stream,
         sampler=sampler,
         initial=tensors.get("initial_latent"),
+        negative=tensors.get("negative_embeds"),
     )
     return case, latents
+
+
+def _sampler(spec: dict[str, Any]) -> SamplerConfig:
+    """Few steps that are re-noised between ("dmd"), or many of UniPC under guidance ("diffusion")."""
+    if spec["kind"] == "dmd":
+        return SamplerConfig(tuple(spec["denoising_step_list"]), spec["timestep_shift"])
+    steps = timesteps(spec["num_inference_steps"], "unipc")
+    return SamplerConfig(steps, spec["timestep_shift"], "unipc", spec["guidance_scale"])
 
 
 def self_check_cases(dtype: torch.dtype, device: str = "cpu") -> Iterator[Case]:

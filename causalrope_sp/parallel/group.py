@@ -20,7 +20,7 @@ from causalrope_sp.parallel.cost import CPU, H100, Machine, Workload, plan
 from causalrope_sp.parallel.exchange import Exchange
 from causalrope_sp.parallel.gather_kv import GatherKV
 from causalrope_sp.parallel.layout import Layout, parse_strategy
-from causalrope_sp.parallel.ledger import Ledger
+from causalrope_sp.parallel.ledger import LAYERLESS, Ledger
 from causalrope_sp.parallel.mesh import Mesh
 from causalrope_sp.parallel.shard_kv import ShardKV
 from causalrope_sp.parallel.strategy import Strategy
@@ -182,7 +182,8 @@ class SequenceParallel:
     def describe(self, work: Workload) -> str:
         """All that decides which collectives a stream makes, in words: the same on every rank, or they would hang."""
         layout = self.layout(work)
-        return f"{layout.name}, {self._groups_of(layout, work.config.num_heads)} head groups"
+        lanes = "" if self.mesh.lanes == 1 else f"{self.mesh.lanes} lanes of "
+        return f"{lanes}{layout.name}, {self._groups_of(layout, work.config.num_heads)} head groups"
 
     def strategy(self, work: Workload) -> Strategy:
         """This rank's way through self-attention. Every rank must ask for it, since groups are made here.
@@ -222,6 +223,11 @@ class SequenceParallel:
             return tokens_BFSE
         sizes = [shard.tokens for shard in self.shard(grid).all]
         return self._exchange(self._lane).gather_tokens(tokens_BFSE, sizes)
+
+    def across_lanes(self, kind: str, mine: Tensor) -> list[Tensor]:
+        """What the ranks at this place of every lane hold of the same shape, in order of lane; until the next call."""
+        exchange = self._exchange(self.mesh.across(self.place))
+        return exchange.all_gather(kind, LAYERLESS, [mine.shape] * self.mesh.lanes, mine.contiguous()).wait()
 
     def from_rank_0(self, kind: str, make: Callable[[], Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """What rank 0 makes, of the shape that all ranks know, on every rank; the others do not call `make`.

@@ -34,7 +34,7 @@ class Entry:
 
 
 class Ledger:
-    """Entries by kind ("qkv", "output", "kv", "q", "partial", "latents", "text") and layer."""
+    """Entries by kind ("qkv", "output", "kv", "q", "partial", "guidance", "latents", "text") and layer."""
 
     def __init__(self) -> None:
         self._entries: dict[tuple[str, int], Entry] = defaultdict(Entry)
