@@ -155,3 +155,11 @@ def check_given(picture: bool, video: bool, keep_on: bool, strength: float | Non
         raise ConfigError("a video is either continued or, with a strength, redrawn: say which one")
     if strength is not None and not 0 < strength <= 1:
         raise ConfigError(f"strength must be above 0 and at most 1, not {strength}")
+
+
+def check_negative(prompt: bool, embeds: bool, guided: bool) -> None:
+    """Raises ConfigError unless at most one of a negative prompt and its embeddings is given, and guidance uses it."""
+    if prompt and embeds:
+        raise ConfigError("give either a negative prompt or its embeddings")
+    if (prompt or embeds) and not guided:
+        raise ConfigError("a negative prompt needs guidance: a scale other than 1")

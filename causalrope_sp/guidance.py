@@ -126,3 +126,8 @@ def check_guidance(sampler: SamplerConfig, lanes: int) -> None:
     if lanes > 2 or (lanes == 2 and not guided):
         what = "two branches" if guided else "one branch: guidance, a scale other than 1, makes a second"
         raise ConfigError(f"{lanes} lanes of ranks were asked for, and there is {what}")
+
+
+def possible_lanes(guided: bool, ranks: int) -> list[int]:
+    """In how many lanes so many ranks can run a stream: of two halves each can have a branch of guidance."""
+    return [1, 2] if guided and ranks % 2 == 0 else [1]

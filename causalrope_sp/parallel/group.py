@@ -159,7 +159,8 @@ class SequenceParallel:
         self.shard(work.grid)
         layout = self._layout or self._chosen.get(work.config)
         if layout is None:
-            best = next(cost for cost in plan(work, self.mesh.sequence, self._machine) if cost.chosen)
+            lanes = self.mesh.lanes
+            best = next(c for c in plan(work, lanes * self.mesh.sequence, self._machine, [lanes]) if c.chosen)
             layout = self._chosen[work.config] = parse_strategy(best.strategy, self.mesh.sequence)
         layout.check(work.config.num_heads)
         return layout
