@@ -114,8 +114,9 @@ class SamplerConfig:
     `steps` are unshifted timesteps in (0, 1000]; "euler" follows the flow ODE from noise to data through `steps` and
     then 0; "unipc" does so to second order (UniPC, arXiv 2302.04867) and must start below 1000.
 
-    `guidance_scale` s leads away from a negative prompt, v = v⁻ + s·(v⁺ - v⁻), at the steps whose shifted timestep is
-    within `guidance_interval`, both ends counted (arXiv 2404.07724); elsewhere, and everywhere at scale 1, v = v⁺.
+    `guidance_scale` s leads away from a negative prompt, v = v⁻ + s·(v⁺ - v⁻), at the steps whose timestep, as the
+    model is told it, is within `guidance_interval`, both ends counted (arXiv 2404.07724); elsewhere, and everywhere at
+    scale 1, v = v⁺.
 
     Raises:
         ConfigError: no steps, steps outside (0, 1000] or not falling, a shift that is not positive, a scale below 0 or

@@ -124,8 +124,8 @@ def check_guidance(sampler: SamplerConfig, lanes: int) -> None:
         steps = ", ".join(f"{t:g}" for t in told_timesteps(sampler))
         raise ConfigError(f"no step is within the guidance interval {low:g} to {high:g}; they are at {steps}")
     if lanes > 2 or (lanes == 2 and not guided):
-        what = "two branches" if guided else "one branch: guidance, a scale other than 1, makes a second"
-        raise ConfigError(f"{lanes} lanes of ranks were asked for, and there is {what}")
+        what = "guidance has two" if guided else "without guidance, a scale other than 1, there is one"
+        raise ConfigError(f"{lanes} lanes of ranks need as many branches: {what}")
 
 
 def possible_lanes(guided: bool, ranks: int) -> list[int]:

@@ -67,7 +67,11 @@ def sigmas(config: SamplerConfig) -> list[float]:
 
 
 def told_timesteps(config: SamplerConfig) -> list[float]:
-    """The timestep that the model is told at every step: 1000·σ, of which Wan's UniPC keeps the whole part."""
+    """The timestep that the model is told at every step: 1000·σ, of which Wan's UniPC keeps the whole part.
+
+    diffusers keeps the same part of its own rounding of 1000·σ: at shift 1, where that may be a whole number, it may
+    be one less.
+    """
     told = [1000 * sigma for sigma in sigmas(config)]
     return [float(int(t)) for t in told] if config.solver == "unipc" else told
 
@@ -75,7 +79,7 @@ def told_timesteps(config: SamplerConfig) -> list[float]:
 def guided_steps(config: SamplerConfig) -> list[bool]:
     """Whether a step is guided, for every step."""
     low, high = config.guidance_interval
-    return [config.guidance_scale != 1 and low <= 1000 * sigma <= high for sigma in sigmas(config)]
+    return [config.guidance_scale != 1 and low <= t <= high for t in told_timesteps(config)]
 
 
 def guide(positive: Tensor, negative: Tensor, scale: float) -> Tensor:

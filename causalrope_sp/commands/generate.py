@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 
 from causalrope_sp.commands.words import parse_steps
-from causalrope_sp.config import Solver, check_given
+from causalrope_sp.config import Solver, check_given, check_negative
 from causalrope_sp.errors import CausalRopeError, ConfigError, RankLostError
 from causalrope_sp.process import Background, rank, say_choices, shares_rank_0_disk
 from causalrope_sp.video import VideoWriter, check_output
@@ -77,7 +77,9 @@ def generate(
         raise ConfigError(f"frames must be at least 1, not {frames}")
     check_given(picture is not None, video is not None, options["keep_on"], options["strength"])
     steps = parse_steps(options["steps"])
-    _check_text(model, prompt, text_embeds, options["negative_prompt"])
+    negative = options["negative_prompt"]
+    _check_text(model, prompt, text_embeds, negative)
+    check_negative(negative is not None, options["negative_embeds"] is not None, guided=True)  # known with the recipe
     if shares_rank_0_disk():
         check_output(out)
     if not as_json:
