@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import json
 import math
 import sys
 from collections.abc import Callable
@@ -27,11 +29,13 @@ from causalrope_sp.grid import split_into_chunks
 from causalrope_sp.parallel import strategies
 from causalrope_sp.parallel.cost import CPU, Workload, plan
 from causalrope_sp.parallel.launch import RankPool
+from causalrope_sp.recipe import Recipe
 from causalrope_sp.reference import block_causal_velocity
 from causalrope_sp.sampler import Source
 from causalrope_sp.schedule import add_noise, guided_steps, overruled, sigmas, timesteps, told_timesteps
 from causalrope_sp.solvers import UniPC, start_solver
 from causalrope_sp.stream import CausalStream
+from causalrope_sp.toybox import WEIGHTS
 
 MANY = (999.0, 700.0, 400.0, 100.0)
 
@@ -219,6 +223,18 @@ def test_unipc_is_float64_throughout(steps: int) -> None:
     assert relative(ours(config, torch.float64), run(unipc_by_hand(config), torch.float64, steps)) < 1e-12
 
 
+def test_unipc_that_begins_late_is_unipc_of_the_steps_that_are_left() -> None:
+    x = torch.randn(1, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    config = SamplerConfig(timesteps(8, "unipc"), 5.0, "unipc")
+    left = replace(config, steps=config.steps[3:])
+    late, fresh = start_solver(config, 3), start_solver(left)
+    one, other, levels = x, x, [*sigmas(left), 0.0]
+    for sigma, to in itertools.pairwise(levels):
+        one = late(one, torch.sin(3 * one), sigma, to, lambda: x)
+        other = fresh(other, torch.sin(3 * other), sigma, to, lambda: x)
+    assert torch.equal(one, other)
+
+
 def test_euler_is_diffusers() -> None:
     config = SamplerConfig(timesteps(20), 5.0, "euler")
     theirs = FlowMatchEulerDiscreteScheduler(shift=5.0)
@@ -376,6 +392,31 @@ def test_a_pipeline_is_guided_by_prompts_and_by_embeddings(tmp_path: Path) -> No
         pipe.stream(TOYBOX, negative_prompt="a blue square bounces", negative_embeds=embeds)
     with pytest.raises(ConfigError, match="1 ranks that denoise cannot be cut into 2 lanes"):
         SequenceParallel.single(lanes=2)
+
+
+def pipeline_on_two_lanes(group: dist.ProcessGroup, device: str) -> list[Any]:
+    parallel = SequenceParallel(group, "auto", device, lanes=2)
+    pipe = CausalVideoPipeline.from_pretrained("toybox-flow", steps=2, guidance=2.0, parallel=parallel)
+    made = pipe(TOYBOX, frames=21, negative_prompt="a blue square bounces")
+    everyone: list[Any] = [None] * group.size()
+    dist.all_gather_object(everyone, (made, parallel.in_use(pipe.model.config)))
+    return everyone
+
+
+def test_a_pipeline_on_two_lanes_hands_its_frames_out_on_rank_0(pool: RankPool) -> None:
+    (made, label), (nothing, _) = pool.run(pipeline_on_two_lanes, 2)
+    pipe = CausalVideoPipeline.from_pretrained("toybox-flow", steps=2, guidance=2.0, device="cpu")
+    alone = pipe(TOYBOX, frames=21, negative_prompt="a blue square bounces")
+    assert np.abs(made.astype(int) - alone).max() <= 1
+    assert (label, nothing) == ("2×single", None)
+
+
+def test_a_recipe_may_be_guided(tmp_path: Path) -> None:
+    recipe = json.loads((WEIGHTS / "toybox.json").read_text())
+    recipe |= {"transformer": str(WEIGHTS / recipe["transformer"]), "codec": str(WEIGHTS / recipe["codec"])}
+    guided = {"solver": "unipc", "steps": [999, 500], "guidance_scale": 3, "guidance_interval": [400, 1000]}
+    (tmp_path / "pipeline.json").write_text(json.dumps(recipe | {"sampler": guided}))
+    assert Recipe.load(tmp_path / "pipeline.json").sampler == SamplerConfig((999, 500), 5.0, "unipc", 3, (400, 1000))
 
 
 def shell(*words: str) -> tuple[int, str]:

@@ -178,13 +178,15 @@ class SequenceParallel:
     def in_use(self, config: DiTConfig) -> str:
         """The name of the strategy that the streams of a model use; "auto" before the first of them."""
         layout = self._layout or self._chosen.get(config)
-        return "auto" if layout is None else layout.name
+        return "auto" if layout is None else self._label(layout)
 
     def describe(self, work: Workload) -> str:
         """All that decides which collectives a stream makes, in words: the same on every rank, or they would hang."""
         layout = self.layout(work)
-        lanes = "" if self.mesh.lanes == 1 else f"{self.mesh.lanes} lanes of "
-        return f"{lanes}{layout.name}, {self._groups_of(layout, work.config.num_heads)} head groups"
+        return f"{self._label(layout)}, {self._groups_of(layout, work.config.num_heads)} head groups"
+
+    def _label(self, layout: Layout) -> str:
+        return layout.name if self.mesh.lanes == 1 else f"{self.mesh.lanes}×{layout.name}"
 
     def strategy(self, work: Workload) -> Strategy:
         """This rank's way through self-attention. Every rank must ask for it, since groups are made here.
