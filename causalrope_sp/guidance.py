@@ -52,7 +52,7 @@ class Branches:
         negative: embeddings of the negative prompt; they are of no use where no step is guided.
 
     Raises:
-        ConfigError: see `check_guidance`.
+        ConfigError: guided steps without a negative prompt, or with one of another shape.
     """
 
     def __init__(
@@ -63,13 +63,8 @@ class Branches:
         sampler: SamplerConfig,
         parallel: SequenceParallel,
     ) -> None:
-        check_guidance(sampler, parallel.mesh.lanes)
-        self._scale, self._guided, self._timesteps = (
-            sampler.guidance_scale,
-            guided_steps(sampler),
-            told_timesteps(sampler),
-        )
-        self._parallel = parallel
+        self._scale, self._guided = sampler.guidance_scale, guided_steps(sampler)
+        self._timesteps, self._parallel = told_timesteps(sampler), parallel
         prompts = [positive]
         if any(self._guided):
             if negative is None:

@@ -29,6 +29,7 @@ from causalrope_sp.grid import split_into_chunks
 from causalrope_sp.parallel import strategies
 from causalrope_sp.parallel.cost import CPU, Workload, plan
 from causalrope_sp.parallel.launch import RankPool
+from causalrope_sp.parallel.ledger import Ledger
 from causalrope_sp.recipe import Recipe
 from causalrope_sp.reference import block_causal_velocity
 from causalrope_sp.sampler import Source
@@ -364,6 +365,18 @@ def test_lanes_without_branches_are_refused_on_every_rank(found_on: Found) -> No
             "2 lanes of ranks need as many branches: without guidance, a scale other than 1, there is one",
             "4 lanes of ranks need as many branches: guidance has two",
         ]
+
+
+def test_lanes_that_cross_are_even_for_the_watchdog() -> None:
+    """Or a rank that waits in the lane with fewer collectives would be taken for the one that is stuck."""
+    busy, idle = Ledger(), Ledger()
+    for _ in range(3):
+        for _ in range(5):
+            busy.begin("kv", 0, 1, torch.zeros(1))
+        idle.begin("guidance", -1, 1, torch.zeros(1))
+        assert idle.begun > busy.begun
+        busy.begin("guidance", -1, 1, torch.zeros(1))
+        assert idle.begun == busy.begun
 
 
 def test_one_lane_keeps_two_caches_and_two_lanes_one_each() -> None:
