@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
@@ -16,11 +17,12 @@ import torch
 from torch import Tensor
 
 from causalrope_sp.codec import Codec, load_codec
-from causalrope_sp.config import SamplerConfig, check_given
+from causalrope_sp.config import SamplerConfig, Solver, check_given, check_negative
 from causalrope_sp.decoding import Decode, SideStream, as_they_come, check_decode, frames_of, serve
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.given import NOTHING, Given, given_past, given_picture, given_source
 from causalrope_sp.grid import LatentGrid
+from causalrope_sp.guidance import check_guidance
 from causalrope_sp.model import CausalDiT
 from causalrope_sp.noise import seeded_noise
 from causalrope_sp.offload import Offload
@@ -30,7 +32,7 @@ from causalrope_sp.preflight import check_memory
 from causalrope_sp.reading import Picture, Video
 from causalrope_sp.recipe import TEXT_ENCODERS, Recipe, find_recipe
 from causalrope_sp.sampler import Source, sample_chunks
-from causalrope_sp.schedule import timesteps
+from causalrope_sp.schedule import guided_steps, overruled
 from causalrope_sp.text import TextSource, load_embeds
 from causalrope_sp.text.shared import SharedUMT5, share_embeds
 from causalrope_sp.toybox.text import ToyboxText
@@ -38,6 +40,8 @@ from causalrope_sp.version import __version__
 from causalrope_sp.weights import load_model, outline_model
 from causalrope_sp.weights.digest import digest
 from causalrope_sp.weights.load import Weights
+
+Embeds = Tensor | str | PathLike[str]
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,10 @@ class CausalVideoPipeline:
         sink: int | None = None,
         rope: Literal["absolute", "relative"] | None = None,
         steps: int | Sequence[float] | None = None,
+        solver: Solver | None = None,
+        shift: float | None = None,
+        guidance: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
         weights: Weights | None = None,
         offload: Offload | str | Sequence[str] | None = None,
         codec: str | None = None,
@@ -122,6 +130,8 @@ class CausalVideoPipeline:
             window, sink: latent frames, in place of the recipe's.
             rope: where frames stand in time (see `StreamConfig`), in place of the recipe's.
             steps: timesteps from noise to data in (0, 1000], or how many of them, evenly spaced.
+            solver, shift, guidance, guidance_interval: of the sampler (see `SamplerConfig`), in place of the recipe's;
+                another solver without `steps` takes as many as the recipe has, evenly spaced.
             weights: of the DiT: "full", or "fp8" (see `load_model`), in place of the recipe's.
             offload: what is on the device only while it is used: "text" (UMT5, read again for every prompt), "codec",
                 both, or "none"; an `Offload` says more. If None, UMT5 waits on the CPU between two prompts. It is on
@@ -140,12 +150,20 @@ class CausalVideoPipeline:
         given = {"window": window, "sink": sink, "rope": rope}
         changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         stream = replace(recipe.stream, **changes)
-        sampler = recipe.sampler if steps is None else replace(recipe.sampler, steps=timesteps(steps))
+        sampler = overruled(
+            recipe.sampler,
+            steps=steps,
+            solver=solver,
+            shift=shift,
+            guidance=guidance,
+            guidance_interval=guidance_interval,
+        )
         recipe = replace(recipe, stream=stream, sampler=sampler, weights=weights or recipe.weights)
         recipe = replace(recipe, codec=recipe.codec if codec_weights is None else Path(codec_weights))
         if parallel is not None and device is not None:
             raise ConfigError("give either `parallel`, which has a device, or `device`")
         parallel = parallel or SequenceParallel.single(device=device)
+        check_guidance(sampler, parallel.mesh.lanes)
         place = parallel.device
         if dtype is None:
             dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
@@ -177,16 +195,18 @@ class CausalVideoPipeline:
             return
         config, stream = self.model.config, self.recipe.stream
         shape = (config.in_channels, self.grid.latent_height, self.grid.latent_width)
+        text = torch.zeros(1, config.text_len, config.text_dim)
         chunks = sample_chunks(
             self.model,
-            torch.zeros(1, config.text_len, config.text_dim),
+            text,
             seeded_noise(0, (1, *shape)),
             self.grid,
             (stream.window or 0) + 2 * stream.chunk_frames,
             stream=stream,
-            sampler=SamplerConfig(steps=(1000,)),
+            sampler=SamplerConfig(steps=(1000,), guidance_scale=self.recipe.sampler.guidance_scale),
             parallel=self.parallel,
             initial_latents=self._opening(),
+            negative_embeds=text,
         )
         frames = frames_of(self.codec, self.parallel, self.grid, self._decode)
         for number, part in enumerate(chunks):
@@ -201,7 +221,9 @@ class CausalVideoPipeline:
         frames: int = 81,
         seed: int = 0,
         *,
-        embeds: Tensor | str | PathLike[str] | None = None,
+        embeds: Embeds | None = None,
+        negative_prompt: str | None = None,
+        negative_embeds: Embeds | None = None,
         image: Picture | None = None,
         video: Video | None = None,
         strength: float | None = None,
@@ -213,6 +235,8 @@ class CausalVideoPipeline:
         `save_embeds`; those of rank 0 count, and the others' file need not be there.
 
         Args:
+            negative_prompt, negative_embeds: what guidance leads away from; if neither is given, no text: UMT5's empty
+                prompt, toybox' zeros.
             image: the video's first frame, a file or uint8 (H, W, 3), through the codec; it counts as one of `frames`.
             video: a video, as a file or as uint8 (H, W, 3) frames, to continue: its last frames are what the stream
                 looks back on, and what is yielded comes after them. With `strength`, a video to redraw instead.
@@ -225,8 +249,8 @@ class CausalVideoPipeline:
         Raises:
             PromptError: the prompt is outside what the text encoder knows.
             InputError: a picture or video that cannot be read.
-            ConfigError: fewer than 1 frame, neither or both of prompt and embeds, embeds of another size, or more than
-                one thing to start from.
+            ConfigError: fewer than 1 frame, neither or both of prompt and embeds, embeds of another size, more than one
+                thing to start from, both or without guidance any of negative prompt and embeds.
             CheckpointError: no text encoder, or a file that cannot be read.
         """
         check_given(image is not None, video is not None, video is not None and strength is None, strength)
@@ -234,15 +258,23 @@ class CausalVideoPipeline:
             raise ConfigError(f"frames must be at least 1, not {frames}")
         if (prompt is None) == (embeds is None):
             raise ConfigError("give either a prompt or its embeddings")
+        guided = any(guided_steps(self.recipe.sampler))
+        check_negative(negative_prompt is not None, negative_embeds is not None, guided)
         start = self._start(image, video, strength)
         said = {"frames": frames, "seed": seed, "prompt": prompt, "given embeddings": embeds is not None}
+        said |= {"negative prompt": negative_prompt, "given negative embeddings": negative_embeds is not None}
         self.parallel.everyone.agree({**said, "what is given": start.digest})
         if self.parallel.decodes:
             return self._serve()
-        if prompt is not None:
-            return self._run(self.text.encode(prompt, seed), frames, seed, start)
-        shared = share_embeds(lambda: _given(embeds), self.parallel, self.model.config, self.model.dtype)
-        return self._run(shared, frames, seed, start)
+        wanted = [(prompt, embeds), (negative_prompt, negative_embeds)][: 1 + guided]
+        texts = self._encode(wanted, seed)
+        return self._run(texts[0], texts[1] if guided else None, frames, seed, start)
+
+    def _encode(self, wanted: Sequence[tuple[str | None, Embeds | None]], seed: int) -> list[Tensor]:
+        """The embeddings of prompts, or those that are given in their place, (1, L, E) each, on every rank."""
+        texts = iter(self.text.encode_all([prompt for prompt, embeds in wanted if embeds is None], seed))
+        share = partial(share_embeds, parallel=self.parallel, config=self.model.config, dtype=self.model.dtype)
+        return [next(texts) if embeds is None else share(partial(_given, embeds)) for _, embeds in wanted]
 
     def __call__(self, prompt: str | None = None, frames: int = 81, seed: int = 0, **given: Any) -> np.ndarray | None:
         """The whole video, uint8 (T, H, W, 3), on rank 0; None on the others. Takes and raises what `stream` does."""
@@ -262,7 +294,9 @@ class CausalVideoPipeline:
     def _opening(self) -> Tensor | None:
         return self.text.opening(self.model.config.in_channels, self.grid.latent_height, self.grid.latent_width)
 
-    def _run(self, embeds: Tensor, frames: int, seed: int, given: Given = NOTHING) -> Iterator[VideoChunk]:
+    def _run(
+        self, embeds: Tensor, negative: Tensor | None, frames: int, seed: int, given: Given = NOTHING
+    ) -> Iterator[VideoChunk]:
         shape = (1, self.model.config.in_channels, self.grid.latent_height, self.grid.latent_width)
         opening, past, source = self._opening(), given.latents, given.source
         first = [part.cpu() for part in (opening, past) if part is not None]
@@ -278,6 +312,7 @@ class CausalVideoPipeline:
             parallel=self.parallel,
             initial_latents=torch.cat(first, 1) if first else None,
             source=None if source is None else Source(lambda chunk: source.take(chunk.frames), given.first_step),
+            negative_embeds=negative,
         )
         done, clock, side = 0, time.perf_counter(), SideStream(self.parallel.device)
         with suppress(GeneratorExit), closing(as_they_come(chunks, self.parallel, self._decode)) as coming:
@@ -320,8 +355,5 @@ def _frames_of(latents: Tensor | None) -> int:
     return 0 if latents is None else latents.shape[1]
 
 
-def _given(embeds: Tensor | str | PathLike[str] | None) -> Tensor:
-    if isinstance(embeds, Tensor):
-        return embeds
-    assert embeds is not None, "checked"
-    return load_embeds(embeds).embeds
+def _given(embeds: Embeds) -> Tensor:
+    return embeds if isinstance(embeds, Tensor) else load_embeds(embeds).embeds

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 from causalrope_sp.config import PRESETS, VAE_STRIDE, DiTConfig, SamplerConfig, StreamConfig
 from causalrope_sp.errors import CheckpointError, ConfigError, OutputError
 from causalrope_sp.grid import LatentGrid
+from causalrope_sp.guidance import check_guidance, possible_lanes
 from causalrope_sp.offload import Offload
 from causalrope_sp.parallel.cost import GPUS, LINKS, Machine, Plan, Workload, machine, plan
 from causalrope_sp.parallel.memory import Beside
+from causalrope_sp.schedule import overruled
 
 if TYPE_CHECKING:
     from causalrope_sp.recipe import Recipe
@@ -29,6 +31,8 @@ def describe_workload(
     sink: int | None,
     chunk_frames: int | None,
     steps: int | None,
+    guidance: float | None = None,
+    guidance_interval: tuple[float, float] | None = None,
 ) -> Workload:
     """The stream to plan for: a preset, an embedded model or a checkpoint, with whatever is overruled.
 
@@ -42,15 +46,14 @@ def describe_workload(
         sink=stream.sink if sink is None else sink,
         chunk_frames=stream.chunk_frames if chunk_frames is None else chunk_frames,
     )
-    passes = len(sampler.steps) if steps is None else steps
-    if passes < 1:
-        raise ConfigError(f"steps must be at least 1, not {passes}")
+    sampler = overruled(sampler, steps=steps, guidance=guidance, guidance_interval=guidance_interval)
+    check_guidance(sampler, lanes=1)
     if stream.window is None:
         raise ConfigError(f"{model} looks back over everything: give --window, the latent frames of the video")
     grid = LatentGrid.from_pixels(
         size[0] if height is None else height, size[1] if width is None else width, VAE_STRIDE[1], config.patch_size[1:]
     )
-    return Workload(config, grid, stream.window, stream.chunk_frames, passes)
+    return Workload.of(config, grid, stream, sampler, stream.window)
 
 
 def describe_beside(model: str, work: Workload, offload: Offload, on_cpu: bool) -> Beside:
@@ -112,7 +115,8 @@ def print_plan(work: Workload, costs: list[Plan], on: Machine) -> None:
     c, tokens = work.config, work.grid.tokens
     title = (
         f"{c.num_layers} layers of {c.dim}, {c.num_heads} heads; {work.grid.rows}×{work.grid.columns} = {tokens} tokens"
-        f" a frame; window {work.window}, chunk {work.chunk_frames} latent frames, {work.steps} steps; {on.name}"
+        f" a frame; window {work.window}, chunk {work.chunk_frames} latent frames, {work.steps} steps"
+        f"{f', {work.guided} of them guided' if work.guided else ''}; {on.name}"
     )
     table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for column in ("strategy", "GB", "calls", "MB", "comp.", "exp.", "chunk", "fps", "first", "eff."):
@@ -126,21 +130,20 @@ def print_plan(work: Workload, costs: list[Plan], on: Machine) -> None:
             f"{p.first_frame_ms:.0f}",
             f"{p.efficiency:.0%}",
         ]
-        table.add_row(f"{p.strategy}{' ←' if p.chosen else ''}", *row, style="bold" if p.chosen else None)
+        table.add_row(f"{p.name}{' ←' if p.chosen else ''}", *row, style="bold" if p.chosen else None)
     console = Console()
     console.print(table)
     console.print(_memory_in_words(next(p for p in costs if p.chosen)), highlight=False)
     console.print(
         "Predicted, not measured. Of the rank that has most: GB of memory (! does not fit), calls and MB received in a "
         "pass. Milliseconds a chunk: computing, communication that nothing hides, all; and the first frames, without "
-        "loading and decoding. eff.: one rank's time against all ranks' together. ← is what auto takes.",
+        "loading and decoding. eff.: one rank's time against all ranks' together. ← is what auto takes"
+        + (", 2× with --guidance-parallel: a half of the ranks for each branch." if work.guided else "."),
         highlight=False,
     )
     uneven = [p for p in costs if p.imbalance > 1.02]
     for p in uneven:
-        console.print(
-            f"{p.strategy}: the busiest rank computes {p.imbalance - 1:.0%} more than the mean", highlight=False
-        )
+        console.print(f"{p.name}: the busiest rank computes {p.imbalance - 1:.0%} more than the mean", highlight=False)
 
 
 def _memory_in_words(cost: Plan) -> str:
@@ -183,8 +186,8 @@ def plot_plan(work: Workload, on: Machine, path: Path) -> None:
     kinds: dict[str, list[Plan]] = {}
     for ranks in (r for r in PLOTTED if r <= work.grid.tokens):
         best: dict[str, Plan] = {}
-        for cost in plan(work, ranks, on):
-            kind = _kind(cost.strategy)
+        for cost in plan(work, ranks, on, lanes=possible_lanes(work.guided > 0, ranks)):
+            kind = _kind(cost.name)
             if kind not in best or cost.chunk_ms < best[kind].chunk_ms:
                 best[kind] = cost
         if ranks == 1:

@@ -50,14 +50,19 @@ class Run:
     least_window: int
     on_cpu: bool
     decodes_beside: bool = False
+    lanes: int = 1
 
     @property
     def beside(self) -> Beside:
         return replace(beside(self.text, self.codec, self.offload, self.on_cpu), decodes_beside=self.decodes_beside)
 
+    def plans(self, ranks: int) -> list[Plan]:
+        """With every strategy of so many ranks a lane."""
+        return plan(self.work, self.lanes * ranks, self.machine, lanes=(self.lanes,), beside=self.beside)
+
     def plan(self) -> Plan:
         """With the strategy that is named, or the one that "auto" takes."""
-        costs = plan(self.work, self.ranks, self.machine, self.beside)
+        costs = self.plans(self.ranks)
         named = next((cost for cost in costs if cost.strategy == self.strategy), None)
         return named or next(cost for cost in costs if cost.chosen)
 
@@ -130,6 +135,7 @@ def describe_run(
         least,
         parallel.device.type == "cpu",
         decode == "overlap" and parallel.rank == 0,
+        parallel.mesh.lanes,
     )
 
 
@@ -218,7 +224,7 @@ def _more_offload(run: Run) -> list[Offload]:
 
 
 def _strategies(run: Run, free: int) -> list[str]:
-    fitting = [cost for cost in plan(run.work, run.ranks, run.machine, run.beside) if cost.memory_bytes <= free]
+    fitting = [cost for cost in run.plans(run.ranks) if cost.memory_bytes <= free]
     return [f"--strategy {min(fitting, key=lambda cost: cost.chunk_ms).strategy}"] if fitting else []
 
 
@@ -234,9 +240,9 @@ def _ranks(run: Run, free: int) -> list[str]:
     """The fewest ranks, doubled, that have a strategy which fits."""
     ranks = 2 * run.ranks
     while ranks <= min(MOST_RANKS, run.work.grid.tokens):
-        least = min(plan(run.work, ranks, run.machine, run.beside), key=lambda cost: cost.memory_bytes)
+        least = min(run.plans(ranks), key=lambda cost: cost.memory_bytes)
         if least.memory_bytes <= free:
-            return [f"{ranks} ranks with --strategy {least.strategy}"]
+            return [f"{run.lanes * ranks} ranks with --strategy {least.strategy}"]
         ranks *= 2
     return []
 

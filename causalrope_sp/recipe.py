@@ -68,7 +68,8 @@ class Recipe:
             fields["text"] = TextSource.in_recipe(fields["text"], path.parent)
             fields["stream"] = StreamConfig(**fields["stream"])
             sampler = fields["sampler"]
-            fields["sampler"] = SamplerConfig(**{**sampler, "steps": tuple(sampler["steps"])})
+            lists = {name: tuple(value) for name, value in sampler.items() if isinstance(value, list)}
+            fields["sampler"] = SamplerConfig(**{**sampler, "steps": tuple(sampler["steps"]), **lists})
             return cls(**fields)
         except ConfigError:
             raise

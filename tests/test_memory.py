@@ -203,7 +203,7 @@ def test_1_3b_runs_in_24_gb() -> None:
     grid = LatentGrid.from_pixels(*size, 8)
     work = Workload.of(PRESETS["wan2.1-1.3b"], grid, stream, recipe.sampler, stream.window or 0)
     assert work == WORK
-    (cost,) = plan(work, 1, machine("rtx4090", "pcie"), PRESET.beside)
+    (cost,) = plan(work, 1, machine("rtx4090", "pcie"), beside=PRESET.beside)
     assert cost.fits
     result = CliRunner().invoke(cli, ["plan", "--model", "wan2.1-1.3b", "--gpu", "rtx4090", "--ranks", "1", "--json"])
     (found,) = json.loads(result.output)

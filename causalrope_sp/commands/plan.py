@@ -17,6 +17,8 @@ import click
 @click.option("--sink", type=int, help="Latent frames of the very start that stay.")
 @click.option("--chunk-frames", type=int, help="Latent frames denoised together.")
 @click.option("--steps", type=int, help="Denoise passes a chunk.")
+@click.option("--guidance", type=float, help="The scale; any but 1 makes a second branch.")
+@click.option("--guidance-interval", type=(float, float), help="Timesteps within which steps are guided.")
 @click.option("--ranks", default=8, show_default=True, type=click.IntRange(1, 4096))
 @click.option("--gpu", default="h100", show_default=True, help="Of each rank: h200, h100, a800, a100, l40s, ...")
 @click.option("--link", default="nvlink", show_default=True, help="Between ranks: nvlink, pcie, infiniband, ...")
@@ -40,6 +42,8 @@ def plan(
     sink: int | None,
     chunk_frames: int | None,
     steps: int | None,
+    guidance: float | None,
+    guidance_interval: tuple[float, float] | None,
     ranks: int,
     gpu: str,
     link: str,
@@ -51,14 +55,17 @@ def plan(
 ) -> None:
     """Predicts, for every strategy, memory, bytes and time of a stream on RANKS ranks; nothing is run."""
     from causalrope_sp import planning
+    from causalrope_sp.guidance import possible_lanes
     from causalrope_sp.offload import Offload
     from causalrope_sp.parallel import cost
 
-    work = planning.describe_workload(model, height, width, window, sink, chunk_frames, steps)
+    work = planning.describe_workload(
+        model, height, width, window, sink, chunk_frames, steps, guidance, guidance_interval
+    )
     work = replace(work, fp8=weights == "fp8")
     on = planning.describe_machine(gpu, link, measured)
     beside = planning.describe_beside(model, work, Offload.of(offload), gpu == "cpu")
-    costs = cost.plan(work, ranks, on, beside)
+    costs = cost.plan(work, ranks, on, lanes=possible_lanes(work.guided > 0, ranks), beside=beside)
     if plot is not None:
         planning.plot_plan(work, on, plot)
     if as_json:

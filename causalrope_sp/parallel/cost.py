@@ -9,6 +9,7 @@ Shapes: B batch, F frames of a pass, s tokens of a frame on a rank, S of a whole
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
@@ -17,6 +18,7 @@ from causalrope_sp.grid import LatentGrid, Shard
 from causalrope_sp.parallel.layout import Layout, parse_strategy, strategies
 from causalrope_sp.parallel.memory import NOTHING, Beside
 from causalrope_sp.parallel.strategy import lse_elements
+from causalrope_sp.schedule import guided_steps
 
 ELEMENTWISE_PASSES = 30  # how often a block of the unfused model reads or writes its D numbers a token, about
 
@@ -66,8 +68,9 @@ H100, CPU = machine("h100", "nvlink"), machine("cpu", "loopback")
 
 @dataclass(frozen=True)
 class Workload:
-    """A stream: its model, its picture in tokens, window and chunk in latent frames, denoise passes a chunk; `fp8` if
-    the matrices of the blocks are kept in 8 bits."""
+    """A stream: its model, its picture in tokens, window and chunk in latent frames, denoise passes a chunk, and how
+    many of these are guided, so that a second branch, with a cache of its own, makes a pass too; `fp8` if the matrices
+    of the blocks are kept in 8 bits."""
 
     config: DiTConfig
     grid: LatentGrid
@@ -77,6 +80,7 @@ class Workload:
     batch: int = 1
     itemsize: int = 2
     fp8: bool = False
+    guided: int = 0
 
     @classmethod
     def of(
@@ -90,7 +94,8 @@ class Workload:
         itemsize: int = 2,
     ) -> Workload:
         """A stream as it is configured, `window` latent frames long at most."""
-        return cls(config, grid, window, min(stream.chunk_frames, window), len(sampler.steps), batch, itemsize)
+        chunk, guided = min(stream.chunk_frames, window), sum(guided_steps(sampler))
+        return cls(config, grid, window, chunk, len(sampler.steps), batch, itemsize, guided)
 
     @cached_property
     def linear_flops(self) -> int:
@@ -131,11 +136,12 @@ class Plan:
     A chunk's passes are those of the steady state: one fused with the context pass of the chunk before, a full window.
     `exposed_ms` is the part of `communication_ms` that nothing hides, `imbalance` the slowest rank's computing against
     the mean, `efficiency` one rank's time against all ranks' together. The first frame's time leaves out loading, text
-    and decoding.
+    and decoding. With two `lanes` each half of the ranks runs one branch of guidance by the strategy.
     """
 
     strategy: str
     ranks: int
+    lanes: int
     collectives_per_pass: int
     bytes_per_pass: int
     collectives_per_chunk: int
@@ -158,6 +164,10 @@ class Plan:
     @property
     def bytes_by_time(self) -> dict[str, int]:
         return self.beside.by_time(self.weights_bytes, self.cache_bytes, self.activation_bytes)
+
+    @property
+    def name(self) -> str:
+        return self.strategy if self.lanes == 1 else f"{self.lanes}×{self.strategy}"
 
     @property
     def memory_bytes(self) -> int:
@@ -192,8 +202,13 @@ def received_latents(work: Workload, ranks: int) -> int:
     return (ranks - 1) * work.batch * work.chunk_frames * widest * work.config.token_dim
 
 
+def received_guidance(work: Workload, ranks: int) -> int:
+    """Elements that a rank receives from the other lane of as many ranks after a pass; of the type of the latents."""
+    return work.batch * work.chunk_frames * max(_tokens(work.grid, ranks)) * work.config.token_dim
+
+
 def cache_bytes(layout: Layout, work: Workload, rank: int) -> int:
-    """The ring, and the frames that an open chunk puts aside."""
+    """One branch's ring, and the frames that an open chunk puts aside."""
     row, column, _, rows = _place(layout, work, rank)
     heads = layout.heads(work.config.num_heads)[column]
     tokens = sum(rows) if layout.inner == "gather-kv" else rows[row]
@@ -215,18 +230,23 @@ def cross_flops(work: Workload, tokens: int) -> int:
     return 4 * work.config.num_layers * tokens * work.config.text_len * work.config.dim
 
 
-def plan(work: Workload, ranks: int, on: Machine, beside: Beside = NOTHING) -> list[Plan]:
-    """Every strategy at this many ranks, and which of them is the best, always the same on every rank: the fastest
-    chunk of those that fit, the least memory among equals."""
-    alone = _cost(parse_strategy("ulysses", 1), work, on, beside)
-    names = strategies(ranks, work.config.num_heads)[: 1 if ranks == 1 else None]
-    costs = [_cost(parse_strategy(name, ranks), work, on, beside) for name in names]
+def plan(
+    work: Workload, ranks: int, on: Machine, *, lanes: Sequence[int] = (1,), beside: Beside = NOTHING
+) -> list[Plan]:
+    """Every strategy at this many ranks, in each of these numbers of lanes, and which of them is the best, always the
+    same on every rank: the fastest chunk of those that fit, the least memory among equals."""
+    alone, costs = _cost(parse_strategy("ulysses", 1), 1, work, on, beside), []
+    for count in lanes:
+        names = strategies(ranks // count, work.config.num_heads)[: 1 if ranks == count else None]
+        costs += [_cost(parse_strategy(name, ranks // count), count, work, on, beside) for name in names]
     costs = [replace(c, efficiency=alone.chunk_ms / (ranks * c.chunk_ms)) for c in costs]
     best = min(range(len(costs)), key=lambda n: (not costs[n].fits, round(costs[n].chunk_ms, 3), costs[n].memory_bytes))
     return [replace(c, chosen=n == best) for n, c in enumerate(costs)]
 
 
-def _cost(layout: Layout, work: Workload, on: Machine, beside: Beside) -> Plan:
+def _cost(layout: Layout, lanes: int, work: Workload, on: Machine, beside: Beside) -> Plan:
+    branches = 2 if work.guided and lanes == 1 else 1  # that take turns on a rank
+    passes = work.steps + (work.guided if branches == 2 else 0)
     every = range(layout.ranks)
     chunk, window = work.chunk_frames, work.window
     steady = [_pass_times(layout, work, on, rank, chunk, window) for rank in every]
@@ -234,25 +254,31 @@ def _cost(layout: Layout, work: Workload, on: Machine, beside: Beside) -> Plan:
     opening = [_pass_times(layout, work, on, rank, chunk, chunk) for rank in every]
     slowest = max(steady, key=lambda times: times[0] + times[2])
     slowest_fused = max(fused, key=lambda times: times[0] + times[2])
-    gather = 0.0
-    if layout.ranks > 1:
-        gather = on.latency + received_latents(work, layout.ranks) * 4 / on.link
-    compute, communication, exposed = (f + (work.steps - 1) * s for f, s in zip(slowest_fused, slowest, strict=True))
+    # a chunk's latents once, and velocities across lanes after every pass
+    once, crossed = received_latents(work, layout.ranks), received_guidance(work, layout.ranks) if lanes > 1 else 0
+    trades = work.steps if lanes > 1 else 0
+    rest = (layout.ranks > 1) + trades
+    rest_bytes = 4 * (once + trades * crossed)
+    gather = rest * on.latency + rest_bytes / on.link
+    compute, communication, exposed = (
+        branches * f + (passes - branches) * s for f, s in zip(slowest_fused, slowest, strict=True)
+    )
     seconds = compute + exposed + gather
-    first = max(c + e for c, _, e in opening) * work.steps + gather
+    first = max(c + e for c, _, e in opening) * passes + gather
     bytes_pass = max(sum(received(layout, work, r, chunk).values()) for r in every) * work.itemsize
     bytes_pass *= work.config.num_layers
     calls = work.config.num_layers * (len(received(layout, work, 0, chunk)))
-    cache = max(cache_bytes(layout, work, r) for r in every)
+    cache = branches * max(cache_bytes(layout, work, r) for r in every)
     activations = max(_activation_bytes(layout, work, r) for r in every)
     mean = sum(c for c, _, _ in steady) / layout.ranks
     return Plan(
         strategy=layout.name,
-        ranks=layout.ranks,
+        ranks=lanes * layout.ranks,
+        lanes=lanes,
         collectives_per_pass=calls,
         bytes_per_pass=bytes_pass,
-        collectives_per_chunk=calls * work.steps + (layout.ranks > 1),
-        bytes_per_chunk=bytes_pass * (work.steps + 1) + received_latents(work, layout.ranks) * 4,
+        collectives_per_chunk=calls * passes + rest,
+        bytes_per_chunk=bytes_pass * (passes + branches) + rest_bytes,
         weights_bytes=work.weights_bytes,
         cache_bytes=cache,
         activation_bytes=activations,

@@ -20,7 +20,7 @@ from causalrope_sp.parallel.cost import CPU, H100, Machine, Workload, plan
 from causalrope_sp.parallel.exchange import Exchange
 from causalrope_sp.parallel.gather_kv import GatherKV
 from causalrope_sp.parallel.layout import Layout, parse_strategy
-from causalrope_sp.parallel.ledger import Ledger
+from causalrope_sp.parallel.ledger import LAYERLESS, Ledger
 from causalrope_sp.parallel.mesh import Mesh
 from causalrope_sp.parallel.ranks import Ranks
 from causalrope_sp.parallel.shard_kv import ShardKV
@@ -167,7 +167,9 @@ class SequenceParallel:
         self.shard(work.grid)
         layout = self._layout or self._chosen.get(work.config)
         if layout is None:
-            best = next(cost for cost in plan(work, self.mesh.sequence, self.machine) if cost.chosen)
+            lanes = self.mesh.lanes
+            costs = plan(work, lanes * self.mesh.sequence, self.machine, lanes=[lanes])
+            best = next(cost for cost in costs if cost.chosen)
             layout = self._chosen[work.config] = parse_strategy(best.strategy, self.mesh.sequence)
         layout.check(work.config.num_heads)
         return layout
@@ -185,12 +187,15 @@ class SequenceParallel:
     def in_use(self, config: DiTConfig) -> str:
         """The name of the strategy that the streams of a model use; "auto" before the first of them."""
         layout = self._layout or self._chosen.get(config)
-        return "auto" if layout is None else layout.name
+        return "auto" if layout is None else self._label(layout)
 
     def describe(self, work: Workload) -> str:
         """All that decides which collectives a stream makes, in words: the same on every rank, or they would hang."""
         layout = self.layout(work)
-        return f"{layout.name}, {self._groups_of(layout, work.config.num_heads)} head groups"
+        return f"{self._label(layout)}, {self._groups_of(layout, work.config.num_heads)} head groups"
+
+    def _label(self, layout: Layout) -> str:
+        return layout.name if self.mesh.lanes == 1 else f"{self.mesh.lanes}×{layout.name}"
 
     def strategy(self, work: Workload) -> Strategy:
         """This rank's way through self-attention. Every rank must ask for it, since groups are made here.
@@ -236,6 +241,11 @@ class SequenceParallel:
             return tokens_BFSE
         sizes = [shard.tokens for shard in self.shard(grid).all]
         return self._exchange(self._lane).gather_tokens(tokens_BFSE, sizes)
+
+    def across_lanes(self, kind: str, mine: Tensor) -> list[Tensor]:
+        """What the ranks at this place of every lane hold of the same shape, in order of lane; until the next call."""
+        exchange = self._exchange(self.mesh.across(self.place))
+        return exchange.all_gather(kind, LAYERLESS, [mine.shape] * self.mesh.lanes, mine.contiguous()).wait()
 
     def strips(self, grid: LatentGrid, ranks: Sequence[int]) -> Strips | None:
         """The strips of a picture that some ranks decode together, this one among them; None where it is alone.

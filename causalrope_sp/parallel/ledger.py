@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 KEPT_EVENTS = 4096
+CROSSING = 1 << 20  # more collectives than a pass makes
 LAYERLESS = -1  # the layer of what belongs to none, such as a chunk's latents or the text
 
 
@@ -37,8 +38,8 @@ class Entry:
 class Ledger:
     """Entries by kind and layer, noted from any thread.
 
-    Kinds are "qkv", "output", "kv", "q" and "partial" of attention, "weights", "text" and "latents", and of decoding
-    "halo" and "mid" (the decoder's own attention), "pixels", and "to decode", what decode ranks are sent.
+    Kinds are "qkv", "output", "kv", "q" and "partial" of attention, "guidance", "weights", "text" and "latents", and of
+    decoding "halo" and "mid" (the decoder's own attention), "pixels", and "to decode", what decode ranks are sent.
     """
 
     def __init__(self) -> None:
@@ -46,7 +47,7 @@ class Ledger:
         self._waits: list[tuple[str, int, torch.cuda.Event, torch.cuda.Event]] = []
         self._begun = 0
         self._lock = threading.Lock()
-        self._starting: deque[torch.cuda.Event] = deque()
+        self._starting: deque[tuple[str, torch.cuda.Event]] = deque()
 
     def begin(self, kind: str, layer: int, elements: int, like: Tensor) -> None:
         """Notes a collective that is about to begin and will bring `elements` numbers like those of `like`."""
@@ -54,18 +55,21 @@ class Ledger:
         if like.is_cuda:
             event = torch.cuda.Event()
             event.record()
-            self._starting.append(event)
+            self._starting.append((kind, event))
         else:
-            with self._lock:
-                self._begun += 1
+            self._count(kind)
 
     @property
     def begun(self) -> int:
-        """How many collectives this rank has come to, ever; on CUDA, how many the device has come to."""
-        while self._starting and self._starting[0].query():
-            self._starting.popleft()
-            self._begun += 1
+        """How far this rank has come, ever, in collectives; on CUDA, how far the device has come. Two lanes, which make
+        different numbers of them in a step, are even again where they cross."""
+        while self._starting and self._starting[0][1].query():
+            self._count(self._starting.popleft()[0])
         return self._begun
+
+    def _count(self, kind: str) -> None:
+        with self._lock:
+            self._begun = (self._begun // CROSSING + 1) * CROSSING if kind == "guidance" else self._begun + 1
 
     def add(self, kind: str, layer: int, entry: Entry) -> None:
         with self._lock:
