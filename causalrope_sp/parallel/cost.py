@@ -95,7 +95,7 @@ class Workload:
     ) -> Workload:
         """A stream as it is configured, `window` latent frames long at most."""
         chunk, guided = min(stream.chunk_frames, window), sum(guided_steps(sampler))
-        return cls(config, grid, window, chunk, len(sampler.steps), batch, itemsize, guided)
+        return cls(config, grid, window, chunk, len(sampler.steps), batch, itemsize, guided=guided)
 
     @cached_property
     def linear_flops(self) -> int:
