@@ -14,6 +14,7 @@ from causalrope_sp.grid import LatentGrid
 from causalrope_sp.guidance import check_guidance, possible_lanes
 from causalrope_sp.offload import Offload
 from causalrope_sp.parallel.cost import GPUS, LINKS, Machine, Plan, Workload, machine, plan
+from causalrope_sp.parallel.decode_cost import DecodePlan, VaeSize, plan_decoding
 from causalrope_sp.parallel.memory import Beside
 from causalrope_sp.schedule import overruled
 
@@ -76,6 +77,25 @@ def describe_beside(model: str, work: Workload, offload: Offload, on_cpu: bool) 
     return beside(text, codec_footprint(recipe.codec, None, *size, work.chunk_frames), offload, on_cpu)
 
 
+def describe_decoding(model: str, work: Workload, ranks: int, on: Machine) -> DecodePlan | None:
+    """How denoising and decoding are best spread over the ranks, for the Wan VAE of a model's recipe, or Wan's own;
+    None for another codec.
+
+    Raises:
+        CheckpointError: the recipe's codec cannot be read.
+    """
+    from causalrope_sp.codec.load import open_codec
+    from causalrope_sp.codec.wan_weights import vae_on_meta
+
+    recipe, vae = None if model in PRESETS else _recipe(model), VaeSize()
+    if recipe is not None:
+        files, kind = open_codec(recipe.codec)
+        if kind != "wan":
+            return None
+        vae = VaeSize.of(vae_on_meta(files).config)
+    return plan_decoding(vae, work, ranks, on)
+
+
 def describe_machine(gpu: str, link: str, measured: Path | None) -> Machine:
     """Data sheets' rates, or those that were measured: a JSON object with any of a machine's fields, in SI units.
 
@@ -98,6 +118,14 @@ def describe_machine(gpu: str, link: str, measured: Path | None) -> Machine:
         return dataclasses.replace(rates, **{**found, "name": f"measured ({measured.name})"})
     except (OSError, ValueError, RecursionError) as reason:
         raise ConfigError(f"cannot use the measured rates in {measured}: {reason}") from reason
+
+
+def decoding_fields(found: DecodePlan | None) -> dict[str, Any] | None:
+    """Decoding as JSON holds it; `strategy` is that of the ranks that denoise."""
+    if found is None:
+        return None
+    values = {name: getattr(found, name) for name in ("decode_ms", "rule", "decoders", "chunk_ms", "fps")}
+    return {name: round(value, 4) for name, value in values.items()} | {"strategy": found.denoise.name}
 
 
 def fields(cost: Plan) -> dict[str, Any]:
@@ -144,6 +172,19 @@ def print_plan(work: Workload, costs: list[Plan], on: Machine) -> None:
     uneven = [p for p in costs if p.imbalance > 1.02]
     for p in uneven:
         console.print(f"{p.name}: the busiest rank computes {p.imbalance - 1:.0%} more than the mean", highlight=False)
+
+
+def print_decoding(found: DecodePlan, ranks: int) -> None:
+    from rich.console import Console
+
+    way = f"{found.decoders} of {ranks} ranks decode alone" if found.decoders else "all ranks decode together, in turn"
+    if ranks == 1:
+        way = "one rank does both in turn"
+    Console().print(
+        f"Decoding: {found.decode_ms:.0f} ms a chunk on one rank; with it {found.chunk_ms:.0f} ms, {_short(found.fps)} "
+        f"fps if {way}, {found.denoise.name} for the others (DeDiVAE's rule: {found.rule:.2f} decode ranks).",
+        highlight=False,
+    )
 
 
 def _memory_in_words(cost: Plan) -> str:

@@ -206,7 +206,7 @@ def test_1_3b_runs_in_24_gb() -> None:
     (cost,) = plan(work, 1, machine("rtx4090", "pcie"), beside=PRESET.beside)
     assert cost.fits
     result = CliRunner().invoke(cli, ["plan", "--model", "wan2.1-1.3b", "--gpu", "rtx4090", "--ranks", "1", "--json"])
-    (found,) = json.loads(result.output)
+    (found,) = json.loads(result.output)["strategies"]
     assert (found["memory_bytes"], found["fits"]) == (cost.memory_bytes, True)
     assert found["bytes_by_time"] == cost.bytes_by_time
     assert found["beside"]["text"] == umt5_xxl_bytes()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,6 +40,10 @@ H100 = machine("h100", "nvlink")
 def shell(*words: object) -> tuple[int, str]:
     result = CliRunner().invoke(cli, ["plan", *map(str, words)], env={"COLUMNS": "200"})
     return result.exit_code, result.output
+
+
+def strategies_of(output: str) -> list[dict[str, Any]]:
+    return json.loads(output)["strategies"]
 
 
 @pytest.mark.parametrize("config", [CONFIG, *PRESETS.values()])
@@ -119,7 +124,7 @@ def test_a_slow_link_is_exposed_and_a_fast_one_hidden() -> None:
 def test_json_has_every_strategy_and_field() -> None:
     status, output = shell("--model", "wan2.1-14b", "--ranks", 8, "--json")
     assert status == 0
-    found = json.loads(output)
+    found = strategies_of(output)
     assert [entry["strategy"] for entry in found] == strategies(8, 40)
     names = "strategy ranks collectives_per_pass bytes_per_pass memory_bytes compute_ms communication_ms exposed_ms"
     names += " chunk_ms fps first_frame_ms efficiency chosen"
@@ -128,6 +133,17 @@ def test_json_has_every_strategy_and_field() -> None:
     by_name = {entry["strategy"]: entry["bytes_per_pass"] for entry in found}
     elements = 4 * 585 * 5120 * 7 / 8  # DESIGN §4: 4·(C/P)·D·(P-1)/P a layer
     assert by_name["ulysses"] == 40 * 2 * elements
+
+
+def test_decoding_is_planned_with_its_ranks() -> None:
+    status, output = shell("--model", "wan2.1-1.3b", "--ranks", 8, "--json")
+    assert status == 0
+    decoding = json.loads(output)["decoding"]
+    assert 0 < decoding["decoders"] < 8
+    assert decoding["decoders"] == pytest.approx(decoding["rule"], abs=2)
+    assert decoding["chunk_ms"] >= decoding["decode_ms"] / decoding["decoders"]
+    _, output = shell("--model", "wan2.1-1.3b", "--ranks", 8)
+    assert f"{decoding['decoders']} of 8 ranks decode alone" in " ".join(output.split())
 
 
 def test_the_table_fits_a_screen() -> None:
@@ -143,14 +159,14 @@ def test_toybox_and_a_checkpoint_can_be_planned() -> None:
     for model in ("toybox", WEIGHTS / "toybox.safetensors"):
         status, output = shell("--model", model, "--height", 64, "--width", 64, "--ranks", 2, "--json")
         assert status == 0, output
-        assert {entry["strategy"] for entry in json.loads(output)} == {"ulysses", "gather-kv", "shard-kv"}
+        assert {entry["strategy"] for entry in strategies_of(output)} == {"ulysses", "gather-kv", "shard-kv"}
 
 
 def test_measured_rates_count(tmp_path: Path) -> None:
     (tmp_path / "rates.json").write_text(json.dumps({"matmul": 1e12, "link": 1e9}))
     status, slow = shell("--ranks", 2, "--json", "--measured", tmp_path / "rates.json")
     assert status == 0
-    assert json.loads(slow)[0]["chunk_ms"] > 10 * json.loads(shell("--ranks", 2, "--json")[1])[0]["chunk_ms"]
+    assert strategies_of(slow)[0]["chunk_ms"] > 10 * strategies_of(shell("--ranks", 2, "--json")[1])[0]["chunk_ms"]
 
 
 @pytest.mark.parametrize("text", ["[]", '{"nope": 1}', '{"matmul": true}', '{"link": Infinity}', "[" * 100_000, "{"])

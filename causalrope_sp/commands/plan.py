@@ -33,7 +33,7 @@ import click
 )
 @click.option("--measured", type=click.Path(path_type=Path), help="A JSON file of rates that were measured.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draws fps and memory over 1 to 64 ranks into this file.")
-@click.option("--json", "as_json", is_flag=True, help="A list, one object a strategy.")
+@click.option("--json", "as_json", is_flag=True, help="One object: strategies, a list, and decoding.")
 def plan(
     model: str,
     height: int | None,
@@ -66,9 +66,13 @@ def plan(
     on = planning.describe_machine(gpu, link, measured)
     beside = planning.describe_beside(model, work, Offload.of(offload), gpu == "cpu")
     costs = cost.plan(work, ranks, on, lanes=possible_lanes(work.guided > 0, ranks), beside=beside)
+    decoding = planning.describe_decoding(model, work, ranks, on)
     if plot is not None:
         planning.plot_plan(work, on, plot)
     if as_json:
-        click.echo(json.dumps([planning.fields(c) for c in costs]))
+        found = {"strategies": [planning.fields(c) for c in costs], "decoding": planning.decoding_fields(decoding)}
+        click.echo(json.dumps(found))
     else:
         planning.print_plan(work, costs, on)
+        if decoding is not None:
+            planning.print_decoding(decoding, ranks)

@@ -6,7 +6,7 @@ predictions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -89,14 +89,11 @@ def plan_decoding(vae: VaeSize, work: Workload, ranks: int, on: Machine) -> Deco
 
 
 def _with_decoders(decoders: int, decode_ms: float, work: Workload, ranks: int, on: Machine) -> DecodePlan:
-    denoise = _chosen(plan(work, ranks - decoders, on))
+    lanes = (1, 2) if work.guided and (ranks - decoders) % 2 == 0 else (1,)
+    denoise = next(cost for cost in plan(work, ranks - decoders, on, lanes=lanes) if cost.chosen)
     chunk_ms = max(denoise.chunk_ms, decode_ms / decoders) if decoders else denoise.chunk_ms + decode_ms / ranks
     fps = denoise.fps * denoise.chunk_ms / chunk_ms
     return DecodePlan(decode_ms, 0.0, decoders, chunk_ms, fps, denoise)
-
-
-def _chosen(costs: Sequence[Plan]) -> Plan:
-    return next(cost for cost in costs if cost.chosen)
 
 
 def _conv(wide: int, out: int, kernel: int) -> int:
