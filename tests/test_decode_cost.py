@@ -46,11 +46,11 @@ def test_the_sizes_assumed_are_wan_2_1_s() -> None:
 def test_the_balance_is_the_best_of_all(ranks: int, model: str) -> None:
     work = Workload(PRESETS[model], LatentGrid(30, 52), window=21, chunk_frames=3, steps=4)
     vae = VaeSize()
-    decode = vae.decode_ms(work.grid, 3, H100)
 
     def chunk(decoders: int) -> float:
         denoise = min(cost.chunk_ms for cost in plan(work, ranks - decoders, H100))
-        return max(denoise, decode / decoders) if decoders else denoise + decode / ranks
+        decode = vae.decode_ms(work.grid, 3, H100, decoders or ranks)
+        return max(denoise, decode) if decoders else denoise + decode
 
     best = plan_decoding(vae, work, ranks, H100)
     assert best.chunk_ms == pytest.approx(min(chunk(n) for n in range(ranks)), rel=1e-3)

@@ -58,10 +58,17 @@ class VaeSize:
                 flops += places * _conv(wide, wide // 2, 9)
         return flops + places * _conv(self.widths[-1], 3 * self.patch**2, 27)
 
-    def decode_ms(self, grid: LatentGrid, frames: int, on: Machine) -> float:
-        """Predicted milliseconds for so many latent frames on one rank."""
-        flops = frames * self.decode_flops(grid.latent_height, grid.latent_width)
-        return 1e3 * flops / (CONVOLUTIONS * on.matmul)
+    @property
+    def exchanges(self) -> int:
+        """Collectives a latent frame where ranks decode in strips: one a convolution of 3×3, and one in the middle."""
+        stages = len(self.widths) - 1
+        return 1 + 4 + 1 + 2 * self.blocks * stages + len(self.doubles_time) + 1
+
+    def decode_ms(self, grid: LatentGrid, frames: int, on: Machine, ranks: int = 1) -> float:
+        """Predicted milliseconds for so many latent frames on some ranks, a strip each."""
+        flops = self.decode_flops(grid.latent_height, grid.latent_width) / ranks
+        waits = self.exchanges * on.latency if ranks > 1 else 0.0
+        return 1e3 * frames * (flops / (CONVOLUTIONS * on.matmul) + waits)
 
 
 @dataclass(frozen=True)
@@ -83,15 +90,16 @@ def plan_decoding(vae: VaeSize, work: Workload, ranks: int, on: Machine) -> Deco
     alone = plan(work, 1, on)[0].chunk_ms
     rule = ranks * decode / (decode + alone)
     tries = {0, *(n for n in (int(rule), int(rule) + 1, int(rule) + 2) if 0 < n < ranks)}
-    found = [_with_decoders(n, decode, work, ranks, on) for n in sorted(tries)]
+    found = [_with_decoders(n, vae, work, ranks, on) for n in sorted(tries)]
     best = min(found, key=lambda each: each.chunk_ms)
-    return replace(best, rule=rule)
+    return replace(best, decode_ms=decode, rule=rule)
 
 
-def _with_decoders(decoders: int, decode_ms: float, work: Workload, ranks: int, on: Machine) -> DecodePlan:
+def _with_decoders(decoders: int, vae: VaeSize, work: Workload, ranks: int, on: Machine) -> DecodePlan:
     lanes = (1, 2) if work.guided and (ranks - decoders) % 2 == 0 else (1,)
     denoise = next(cost for cost in plan(work, ranks - decoders, on, lanes=lanes) if cost.chosen)
-    chunk_ms = max(denoise.chunk_ms, decode_ms / decoders) if decoders else denoise.chunk_ms + decode_ms / ranks
+    decode_ms = vae.decode_ms(work.grid, work.chunk_frames, on, decoders or ranks)
+    chunk_ms = max(denoise.chunk_ms, decode_ms) if decoders else denoise.chunk_ms + decode_ms
     fps = denoise.fps * denoise.chunk_ms / chunk_ms
     return DecodePlan(decode_ms, 0.0, decoders, chunk_ms, fps, denoise)
 
