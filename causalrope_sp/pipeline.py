@@ -25,6 +25,7 @@ from causalrope_sp.parallel import SequenceParallel
 from causalrope_sp.parallel.ledger import Ledger
 from causalrope_sp.reading import Picture, Video
 from causalrope_sp.recipe import TEXT_ENCODERS, Recipe, find_recipe
+from causalrope_sp.reuse import ReusePolicy, find_policy
 from causalrope_sp.sampler import Source, sample_chunks
 from causalrope_sp.schedule import timesteps
 from causalrope_sp.text import TextSource, load_embeds
@@ -175,6 +176,7 @@ class CausalVideoPipeline:
         image: Picture | None = None,
         video: Video | None = None,
         strength: float | None = None,
+        reuse: ReusePolicy | str | PathLike[str] | None = None,
     ) -> Iterator[VideoChunk]:
         """Makes a video of `frames` pixel frames and yields every chunk as soon as it is decoded.
 
@@ -189,6 +191,8 @@ class CausalVideoPipeline:
             strength: the share of the denoising steps, rounded up, that redraw `video`, chunk by chunk as it is read:
                 above 0, which changes least, to 1, which leaves nothing of it if the first step is at pure noise.
                 The result has as many frames as `video`, up to `frames`.
+            reuse: which attention outputs later steps take over from earlier ones (see `find_policy`): a policy, a
+                preset's name such as "pab:latte", or a JSON file.
 
         Pictures and videos are scaled to cover the model's size and cropped around the centre; see `reading`.
 
@@ -205,12 +209,13 @@ class CausalVideoPipeline:
         if (prompt is None) == (embeds is None):
             raise ConfigError("give either a prompt or its embeddings")
         start = self._start(image, video, strength)
+        policy = None if reuse is None else find_policy(reuse)
         said = {"frames": frames, "seed": seed, "prompt": prompt, "given embeddings": embeds is not None}
         self.parallel.agree({**said, "what is given": start.digest})
         if prompt is not None:
-            return self._run(self.text.encode(prompt, seed), frames, seed, start)
+            return self._run(self.text.encode(prompt, seed), frames, seed, start, policy)
         shared = share_embeds(lambda: _given(embeds), self.parallel, self.model.config, self.model.dtype)
-        return self._run(shared, frames, seed, start)
+        return self._run(shared, frames, seed, start, policy)
 
     def __call__(self, prompt: str | None = None, frames: int = 81, seed: int = 0, **given: Any) -> np.ndarray | None:
         """The whole video, uint8 (T, H, W, 3), on rank 0; None on the others. Takes and raises what `stream` does."""
@@ -230,7 +235,9 @@ class CausalVideoPipeline:
     def _opening(self) -> Tensor | None:
         return self.text.opening(self.model.config.in_channels, self.grid.latent_height, self.grid.latent_width)
 
-    def _run(self, embeds: Tensor, frames: int, seed: int, given: Given = NOTHING) -> Iterator[VideoChunk]:
+    def _run(
+        self, embeds: Tensor, frames: int, seed: int, given: Given = NOTHING, reuse: ReusePolicy | None = None
+    ) -> Iterator[VideoChunk]:
         shape = (1, self.model.config.in_channels, self.grid.latent_height, self.grid.latent_width)
         opening, past, source = self._opening(), given.latents, given.source
         first = [part.cpu() for part in (opening, past) if part is not None]
@@ -246,6 +253,7 @@ class CausalVideoPipeline:
             parallel=self.parallel,
             initial_latents=torch.cat(first, 1) if first else None,
             source=None if source is None else Source(lambda chunk: source.take(chunk.frames), given.first_step),
+            reuse=reuse,
         )
         done, clock = 0, time.perf_counter()
         for index, part in enumerate(chunks):

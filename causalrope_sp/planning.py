@@ -12,6 +12,8 @@ from causalrope_sp.config import PRESETS, VAE_STRIDE, DiTConfig, SamplerConfig, 
 from causalrope_sp.errors import CheckpointError, ConfigError, OutputError
 from causalrope_sp.grid import LatentGrid
 from causalrope_sp.parallel.cost import GPUS, LINKS, Machine, Plan, Workload, machine, plan
+from causalrope_sp.reuse.policy import ReusePolicy
+from causalrope_sp.schedule import timesteps
 
 PLOTTED = (1, 2, 4, 8, 16, 32, 64)
 
@@ -24,6 +26,7 @@ def describe_workload(
     sink: int | None,
     chunk_frames: int | None,
     steps: int | None,
+    reuse: ReusePolicy | None = None,
 ) -> Workload:
     """The stream to plan for: a preset, an embedded model or a checkpoint, with whatever is overruled.
 
@@ -37,15 +40,14 @@ def describe_workload(
         sink=stream.sink if sink is None else sink,
         chunk_frames=stream.chunk_frames if chunk_frames is None else chunk_frames,
     )
-    passes = len(sampler.steps) if steps is None else steps
-    if passes < 1:
-        raise ConfigError(f"steps must be at least 1, not {passes}")
+    if steps is not None:
+        sampler = dataclasses.replace(sampler, steps=timesteps(steps))
     if stream.window is None:
         raise ConfigError(f"{model} looks back over everything: give --window, the latent frames of the video")
     grid = LatentGrid.from_pixels(
         size[0] if height is None else height, size[1] if width is None else width, VAE_STRIDE[1], config.patch_size[1:]
     )
-    return Workload(config, grid, stream.window, stream.chunk_frames, passes)
+    return Workload.of(config, grid, stream, sampler, stream.window, reuse=reuse)
 
 
 def describe_machine(gpu: str, link: str, measured: Path | None) -> Machine:
@@ -110,11 +112,21 @@ def print_plan(work: Workload, costs: list[Plan], on: Machine) -> None:
         "loading and decoding. eff.: one rank's time against all ranks' together. ← is what auto takes.",
         highlight=False,
     )
+    if work.reuse is not None:
+        console.print(_what_is_reused(work, costs), highlight=False)
     uneven = [p for p in costs if p.imbalance > 1.02]
     for p in uneven:
         console.print(
             f"{p.strategy}: the busiest rank computes {p.imbalance - 1:.0%} more than the mean", highlight=False
         )
+
+
+def _what_is_reused(work: Workload, costs: list[Plan]) -> str:
+    every = work.config.num_layers * work.steps
+    shares = {k: 1 - sum(work.computed(s)[k] for s in range(work.steps)) / every for k in work.computed(0)}
+    most = max(cost.stored_bytes for cost in costs)
+    said = ", ".join(f"{kind} {share:.0%}" for kind, share in shares.items())
+    return f"Of a chunk's outputs are reused: {said}; kept for it, at most {most / 1e9:.2f} GB a rank."
 
 
 def _short(value: float) -> str:

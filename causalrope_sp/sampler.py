@@ -21,6 +21,7 @@ from causalrope_sp.model import CausalDiT
 from causalrope_sp.noise import Noise
 from causalrope_sp.parallel import SequenceParallel
 from causalrope_sp.parallel.cost import Workload
+from causalrope_sp.reuse.policy import ReusePlan, ReusePolicy
 from causalrope_sp.schedule import SOLVERS, add_noise, sigmas
 from causalrope_sp.stream import CausalStream, Part
 from causalrope_sp.window import SlidingWindow
@@ -56,6 +57,7 @@ def sample_chunks(
     parallel: SequenceParallel | None = None,
     initial_latents: Tensor | None = None,
     source: Source | None = None,
+    reuse: ReusePolicy | None = None,
     fuse_context_pass: bool = True,
 ) -> Iterator[LatentChunk]:
     """Generates a video chunk by chunk (Self-Forcing, arXiv 2506.08009), on one rank or many.
@@ -71,6 +73,8 @@ def sample_chunks(
         parallel: the ranks; one process if None.
         initial_latents: given frames to continue, (B, F0, C, H, W); they are not handed out again.
         source: a video to start each chunk from, instead of from noise alone.
+        reuse: which attention outputs later steps take over from earlier ones of their chunk (PAB); it changes the
+            result, the same way on any number of ranks. None computes all of them.
         fuse_context_pass: let a chunk's context pass ride with the next chunk's first denoise pass. Exact either way.
 
     Yields:
@@ -84,14 +88,16 @@ def sample_chunks(
     _check(model, embeds, grid, frames, stream, initial_latents)
     given = 0 if initial_latents is None else initial_latents.shape[1]
     window, shard = _window(stream, frames, given), parallel.shard(grid)
-    work = Workload.of(model.config, grid, stream, sampler, window.frames, len(embeds), model.dtype.itemsize)
-    parallel.agree({"strategy": parallel.describe(work)}, among=parallel.mesh.denoising)
-    strategy = parallel.strategy(work)
-    state = CausalStream(model, embeds, grid, window, shard, strategy, relative=stream.rope == "relative")
+    work = Workload.of(model.config, grid, stream, sampler, window.frames, len(embeds), model.dtype.itemsize, reuse)
     solve, levels = SOLVERS[sampler.solver], sigmas(sampler)
     begin = 0 if source is None else source.first_step
     if not 0 <= begin < len(levels):
         raise ConfigError(f"a source starts at one of the steps 0 to {len(levels) - 1}, not at {begin}")
+    parallel.agree({"strategy": parallel.describe(work), "reuse": reuse}, among=parallel.mesh.denoising)
+    strategy = parallel.strategy(work)
+    plan = None if reuse is None else ReusePlan.of_causal(reuse, levels[begin:], model.config.num_layers)
+    relative = stream.rope == "relative"
+    state = CausalStream(model, embeds, grid, window, shard, strategy, relative=relative, reuse=plan)
     precise = torch.float64 if model.dtype == torch.float64 else torch.float32
 
     def mine(latents: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from causalrope_sp.commands.words import parse_steps
 from causalrope_sp.config import check_given
 from causalrope_sp.errors import CausalRopeError, ConfigError, RankLostError
 from causalrope_sp.process import Background, rank, say_choices, shares_rank_0_disk
+from causalrope_sp.reuse import find_policy
 from causalrope_sp.video import VideoWriter, check_output
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 # which options go where: to the ranks, to the model, to the stream
 RANKS = ("strategy", "overlap", "head_groups", "attention")
 MODEL = ("window", "sink", "rope", "codec", "codec_weights")
-STREAM = ("frames", "seed", "image", "video", "strength")
+STREAM = ("frames", "seed", "image", "video", "strength", "reuse")
 
 
 @click.command()
@@ -49,6 +50,7 @@ STREAM = ("frames", "seed", "image", "video", "strength")
 @click.option("--video", type=EXISTING_FILE, help="A video, to continue or to redraw.")
 @click.option("--continue", "keep_on", is_flag=True, help="Make what comes after --video.")
 @click.option("--strength", type=float, help="Redraw --video by this share of the steps: small changes little, 1 all.")
+@click.option("--reuse", help="Attention reused between steps: pab:PRESET, such as pab:latte, or a FILE.")
 @click.option("--codec", type=click.Choice(["wan", "taehv"]), help="Which kind of codec (default: the model's).")
 @click.option("--codec-weights", type=EXISTING, help="Its file or folder, in place of the model's.")
 @click.option("--out", default="video.mp4", show_default=True, help="FILE.mp4, .gif, .webp, or FOLDER/ for PNGs.")
@@ -70,6 +72,8 @@ def generate(
         raise ConfigError(f"frames must be at least 1, not {frames}")
     check_given(picture is not None, video is not None, options["keep_on"], options["strength"])
     steps = parse_steps(options["steps"])
+    if options["reuse"] is not None:
+        options["reuse"] = find_policy(options["reuse"])
     _check_text(model, prompt, text_embeds)
     if shares_rank_0_disk():
         check_output(out)

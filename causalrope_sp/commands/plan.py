@@ -16,6 +16,7 @@ import click
 @click.option("--sink", type=int, help="Latent frames of the very start that stay.")
 @click.option("--chunk-frames", type=int, help="Latent frames denoised together.")
 @click.option("--steps", type=int, help="Denoise passes a chunk.")
+@click.option("--reuse", help="Attention reused between steps: pab:PRESET, such as pab:latte, or a FILE.")
 @click.option("--ranks", default=8, show_default=True, type=click.IntRange(1, 4096))
 @click.option("--gpu", default="h100", show_default=True, help="Of each rank: h200, h100, a800, a100, l40s, ...")
 @click.option("--link", default="nvlink", show_default=True, help="Between ranks: nvlink, pcie, infiniband, ...")
@@ -30,6 +31,7 @@ def plan(
     sink: int | None,
     chunk_frames: int | None,
     steps: int | None,
+    reuse: str | None,
     ranks: int,
     gpu: str,
     link: str,
@@ -40,8 +42,10 @@ def plan(
     """Predicts, for every strategy, memory, bytes and time of a stream on RANKS ranks; nothing is run."""
     from causalrope_sp import planning
     from causalrope_sp.parallel import cost
+    from causalrope_sp.reuse import find_policy
 
-    work = planning.describe_workload(model, height, width, window, sink, chunk_frames, steps)
+    policy = None if reuse is None else find_policy(reuse)
+    work = planning.describe_workload(model, height, width, window, sink, chunk_frames, steps, policy)
     on = planning.describe_machine(gpu, link, measured)
     costs = cost.plan(work, ranks, on)
     if plot is not None:

@@ -9,6 +9,7 @@ Shapes: B batch, F frames of a pass, s tokens of a frame on a rank, S of a whole
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
@@ -16,7 +17,10 @@ from causalrope_sp.config import VAE_STRIDE, DiTConfig, SamplerConfig, StreamCon
 from causalrope_sp.grid import LatentGrid, Shard
 from causalrope_sp.parallel.layout import Layout, parse_strategy, strategies
 from causalrope_sp.parallel.strategy import lse_elements
+from causalrope_sp.reuse.policy import CAUSAL_KINDS, Kind, ReusePlan, ReusePolicy
+from causalrope_sp.schedule import sigmas
 
+Seconds = tuple[float, float, float]  # computing, communicating, and of the latter what nothing hides
 ELEMENTWISE_PASSES = 30  # how often a block of the unfused model reads or writes its D numbers a token, about
 
 
@@ -65,7 +69,8 @@ H100, CPU = machine("h100", "nvlink"), machine("cpu", "loopback")
 
 @dataclass(frozen=True)
 class Workload:
-    """A stream: its model, its picture in tokens, window and chunk in latent frames, denoise passes a chunk."""
+    """A stream: its model, its picture in tokens, window and chunk in latent frames, denoise passes a chunk, and which
+    outputs they take over from one another."""
 
     config: DiTConfig
     grid: LatentGrid
@@ -74,6 +79,7 @@ class Workload:
     steps: int
     batch: int = 1
     itemsize: int = 2
+    reuse: ReusePlan | None = None
 
     @classmethod
     def of(
@@ -85,16 +91,34 @@ class Workload:
         window: int,
         batch: int = 1,
         itemsize: int = 2,
+        reuse: ReusePolicy | None = None,
     ) -> Workload:
         """A stream as it is configured, `window` latent frames long at most."""
-        return cls(config, grid, window, min(stream.chunk_frames, window), len(sampler.steps), batch, itemsize)
+        chunk, steps = min(stream.chunk_frames, window), len(sampler.steps)
+        plan = None if reuse is None else ReusePlan.of_causal(reuse, sigmas(sampler), config.num_layers)
+        return cls(config, grid, window, chunk, steps, batch, itemsize, plan)
+
+    def computed(self, step: int) -> dict[Kind, int]:
+        """In how many layers denoise pass `step` of a chunk computes what; the others reuse."""
+        every = self.config.num_layers
+        return {kind: every if self.reuse is None else self.reuse.computed(step, kind) for kind in CAUSAL_KINDS}
 
     @cached_property
     def linear_flops(self) -> int:
         """FLOPs a token of all matrix products but attention's. What a frame or a prompt needs once is left out."""
+        return self.linear_flops_of(self.computed(0))
+
+    def linear_flops_of(self, computed: dict[Kind, int]) -> int:
+        """Those of a pass that computes so much."""
         c = self.config
-        block = 2 * c.dim * (3 * c.dim + c.dim + c.dim + c.dim + 2 * c.ffn_dim)
-        return c.num_layers * block + 2 * 2 * c.dim * c.token_dim  # embedding of the patch, and head
+        weights = {"self": 4 * c.dim, "cross": 2 * c.dim, "mlp": 2 * c.ffn_dim}  # a layer's, by output of width `dim`
+        layers = sum(2 * c.dim * weights[kind] * count for kind, count in computed.items())
+        return layers + 2 * self.patch_flops  # the embedding, and the head
+
+    @property
+    def patch_flops(self) -> int:
+        """FLOPs a token of the patch embedding, or of the head."""
+        return 2 * self.config.dim * self.config.token_dim
 
     @cached_property
     def parameters(self) -> int:
@@ -116,7 +140,7 @@ class Plan:
     A chunk's passes are those of the steady state: one fused with the context pass of the chunk before, a full window.
     `exposed_ms` is the part of `communication_ms` that nothing hides, `imbalance` the slowest rank's computing against
     the mean, `efficiency` one rank's time against all ranks' together. The first frame's time leaves out loading, text
-    and decoding.
+    and decoding. `stored_bytes` are the outputs that a chunk's passes take over from one another.
     """
 
     strategy: str
@@ -125,8 +149,10 @@ class Plan:
     bytes_per_pass: int
     collectives_per_chunk: int
     bytes_per_chunk: int
+    flops_per_chunk: int
     weights_bytes: int
     cache_bytes: int
+    stored_bytes: int
     activation_bytes: int
     compute_ms: float
     communication_ms: float
@@ -141,7 +167,7 @@ class Plan:
 
     @property
     def memory_bytes(self) -> int:
-        return self.weights_bytes + self.cache_bytes + self.activation_bytes
+        return self.weights_bytes + self.cache_bytes + self.stored_bytes + self.activation_bytes
 
 
 def received(layout: Layout, work: Workload, rank: int, frames: int) -> dict[str, int]:
@@ -180,6 +206,13 @@ def cache_bytes(layout: Layout, work: Workload, rank: int) -> int:
     return 2 * work.config.num_layers * work.batch * frames * tokens * heads * work.config.head_dim * work.itemsize
 
 
+def stored_bytes(layout: Layout, work: Workload, rank: int) -> int:
+    """The outputs that a rank keeps for later passes of a chunk: its own shard of each."""
+    outputs = 0 if work.reuse is None else work.reuse.stored
+    tokens = _tokens(work.grid, layout.ranks)[rank]
+    return outputs * work.batch * work.chunk_frames * tokens * work.config.dim * work.itemsize
+
+
 def attention_flops(layout: Layout, work: Workload, rank: int, frames: int, keys: int) -> int:
     """FLOPs of a rank's self-attention in a pass: `frames` of queries, each on `keys` frames of keys, all layers."""
     row, column, _, rows = _place(layout, work, rank)
@@ -192,6 +225,20 @@ def attention_flops(layout: Layout, work: Workload, rank: int, frames: int, keys
 
 def cross_flops(work: Workload, tokens: int) -> int:
     return 4 * work.config.num_layers * tokens * work.config.text_len * work.config.dim
+
+
+def chunk_flops(layout: Layout, work: Workload, rank: int) -> int:
+    """FLOPs of a rank in a steady chunk: its denoise passes, the first with the context pass of the chunk before."""
+    layers = work.config.num_layers
+    mine = work.batch * work.chunk_frames * _tokens(work.grid, layout.ranks)[rank]
+    total = -work.patch_flops * mine  # a context pass has no head
+    for step in range(work.steps):
+        frames, computed = work.chunk_frames * (2 if step == 0 else 1), work.computed(step)
+        tokens = mine * (2 if step == 0 else 1)
+        total += work.linear_flops_of(computed) * tokens
+        total += computed["self"] * attention_flops(layout, work, rank, frames, work.window) // layers
+        total += computed["cross"] * cross_flops(work, tokens) // layers
+    return total
 
 
 def plan(work: Workload, ranks: int, on: Machine) -> list[Plan]:
@@ -208,33 +255,44 @@ def plan(work: Workload, ranks: int, on: Machine) -> list[Plan]:
 def _cost(layout: Layout, work: Workload, on: Machine) -> Plan:
     every = range(layout.ranks)
     chunk, window = work.chunk_frames, work.window
-    steady = [_pass_times(layout, work, on, rank, chunk, window) for rank in every]
-    fused = [_pass_times(layout, work, on, rank, 2 * chunk, window) for rank in every]
-    opening = [_pass_times(layout, work, on, rank, chunk, chunk) for rank in every]
-    slowest = max(steady, key=lambda times: times[0] + times[2])
-    slowest_fused = max(fused, key=lambda times: times[0] + times[2])
+    later = Counter(tuple(work.computed(step).items()) for step in range(1, work.steps))
+
+    def slowest(frames: int, keys: int, computed: dict[Kind, int]) -> Seconds:
+        times = [_pass_times(layout, work, on, rank, frames, keys, computed) for rank in every]
+        return max(times, key=lambda each: each[0] + each[2])
+
+    def all_passes(first: Seconds, keys: int) -> list[float]:
+        rest = [[count * s for s in slowest(chunk, keys, dict(computed))] for computed, count in later.items()]
+        return [sum(each) for each in zip(first, *rest, strict=True)]
+
+    full = work.computed(0)
+    steady = [_pass_times(layout, work, on, rank, chunk, window, full)[0] for rank in every]
     gather = 0.0
     if layout.ranks > 1:
         gather = on.latency + received_latents(work, layout.ranks) * 4 / on.link
-    compute, communication, exposed = (f + (work.steps - 1) * s for f, s in zip(slowest_fused, slowest, strict=True))
+    compute, communication, exposed = all_passes(slowest(2 * chunk, window, full), window)
     seconds = compute + exposed + gather
-    first = max(c + e for c, _, e in opening) * work.steps + gather
-    bytes_pass = max(sum(received(layout, work, r, chunk).values()) for r in every) * work.itemsize
-    bytes_pass *= work.config.num_layers
-    calls = work.config.num_layers * (len(received(layout, work, 0, chunk)))
+    opening = all_passes(slowest(chunk, chunk, full), chunk)
+    first = opening[0] + opening[2] + gather
+    bytes_layer = max(sum(received(layout, work, r, chunk).values()) for r in every) * work.itemsize
+    layers = work.config.num_layers
+    attended = sum(work.computed(step)["self"] for step in range(work.steps))  # layers, over a chunk's passes
+    calls_layer = len(received(layout, work, 0, chunk))
     weights = work.parameters * work.itemsize
     cache = max(cache_bytes(layout, work, r) for r in every)
     activations = max(_activation_bytes(layout, work, r) for r in every)
-    mean = sum(c for c, _, _ in steady) / layout.ranks
+    stored = max(stored_bytes(layout, work, r) for r in every)
     return Plan(
         strategy=layout.name,
         ranks=layout.ranks,
-        collectives_per_pass=calls,
-        bytes_per_pass=bytes_pass,
-        collectives_per_chunk=calls * work.steps + (layout.ranks > 1),
-        bytes_per_chunk=bytes_pass * (work.steps + 1) + received_latents(work, layout.ranks) * 4,
+        collectives_per_pass=calls_layer * layers,
+        bytes_per_pass=bytes_layer * layers,
+        collectives_per_chunk=calls_layer * attended + (layout.ranks > 1),
+        bytes_per_chunk=bytes_layer * (attended + layers) + received_latents(work, layout.ranks) * 4,
+        flops_per_chunk=max(chunk_flops(layout, work, r) for r in every),
         weights_bytes=weights,
         cache_bytes=cache,
+        stored_bytes=stored,
         activation_bytes=activations,
         compute_ms=1e3 * compute,
         communication_ms=1e3 * (communication + gather),
@@ -243,23 +301,26 @@ def _cost(layout: Layout, work: Workload, on: Machine) -> Plan:
         first_frame_ms=1e3 * first,
         fps=VAE_STRIDE[0] * chunk / seconds,
         efficiency=1.0,
-        imbalance=slowest[0] / mean,
-        fits=weights + cache + activations <= on.memory,
+        imbalance=max(steady) * layout.ranks / sum(steady),
+        fits=weights + cache + stored + activations <= on.memory,
     )
 
 
 def _pass_times(
-    layout: Layout, work: Workload, on: Machine, rank: int, frames: int, keys: int
-) -> tuple[float, float, float]:
-    """Seconds of a pass on one rank: computing, communicating, and of the latter what nothing hides."""
+    layout: Layout, work: Workload, on: Machine, rank: int, frames: int, keys: int, computed: dict[Kind, int]
+) -> Seconds:
+    """Seconds of a pass on one rank that computes so much: computing, communicating, and of the latter what nothing
+    hides."""
     tokens = _place(layout, work, rank)[2]
     mine = work.batch * frames * tokens[rank]
-    attention = attention_flops(layout, work, rank, frames, keys) / on.attention
+    share = {kind: count / work.config.num_layers for kind, count in computed.items()}
+    attention = share["self"] * attention_flops(layout, work, rank, frames, keys) / on.attention
     moved = ELEMENTWISE_PASSES * work.config.dim * work.config.num_layers * mine * work.itemsize
-    weights = work.parameters * work.itemsize
-    products = max(work.linear_flops * mine / on.matmul, weights / on.bandwidth)
-    compute = products + cross_flops(work, mine) / on.attention + attention + moved / on.bandwidth
-    layers = work.config.num_layers
+    flops = work.linear_flops_of(computed)
+    weights = (work.parameters - (work.linear_flops - flops) // 2) * work.itemsize  # a weight is two FLOPs a token
+    products = max(flops * mine / on.matmul, weights / on.bandwidth)
+    compute = products + share["cross"] * cross_flops(work, mine) / on.attention + attention + moved / on.bandwidth
+    layers = computed["self"]
     took = {
         kind: layers * (on.latency + elements * work.itemsize / on.link)
         for kind, elements in received(layout, work, rank, frames).items()
