@@ -234,6 +234,15 @@ class SequenceParallel:
         room = torch.empty(*shape, dtype=dtype, device=self.device)
         return self._exchange(range(self.size)).from_rank_0(kind, make, room)
 
+    def exchange(self) -> Exchange:
+        """What this rank's lane talks through; every rank of it must ask, and there must be several."""
+        return self._exchange(self._lane)
+
+    @property
+    def attention(self) -> str:
+        """Which library attends."""
+        return self._attention
+
     @property
     def _lane(self) -> range:
         return self.mesh.lane(self.lane)

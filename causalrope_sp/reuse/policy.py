@@ -15,9 +15,10 @@ from typing import Literal, Self, get_args
 
 from causalrope_sp.errors import ConfigError
 
-Kind = Literal["self", "temporal", "cross", "mlp"]  # "self" is attention within a frame, or over all of a window
+# "self" is attention within a frame, or over all of a window; a block of attention across frames has an MLP of its own
+Kind = Literal["self", "temporal", "cross", "mlp", "temporal-mlp"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-CAUSAL_KINDS: tuple[Kind, ...] = ("self", "cross", "mlp")  # those of `CausalDiT`
+CAUSAL_KINDS: tuple[Kind, ...] = ("self", "cross", "mlp")  # those of `CausalDiT`; a factorised DiT has all of them
 Layers = tuple[int, ...] | None  # None: every layer
 
 

@@ -6,6 +6,8 @@ A model whose attention is over space and time at once, Wan's, takes the spatial
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from causalrope_sp.reuse.policy import After, Broadcast, ReusePolicy, Rule
 
 
@@ -17,6 +19,7 @@ def pyramid(
     rules += [Broadcast("temporal", temporal, timesteps)] if temporal else []
     rules += [Broadcast("cross", cross, timesteps)] if cross else []
     rules += [mlp] if mlp else []
+    rules += [replace(mlp, kind="temporal-mlp")] if mlp and temporal else []
     return ReusePolicy(tuple(rules))
 
 
