@@ -46,7 +46,7 @@ def policies(files: tuple[Path, ...] = ()) -> dict[str, ReusePolicy]:
     """Those that are compared, by name. Wan's attention takes the spatial range; none of its kinds takes the middle
     one."""
     found = {"/".join(map(str, ranges)): pyramid(*ranges, WINDOW) for ranges in RANGES}
-    return found | {path.name: find_policy(path) for path in files}
+    return found | {path.stem: find_policy(path) for path in files}
 
 
 def saved(work: Workload, policy: ReusePolicy, sampler: SamplerConfig, ranks: int) -> dict[str, Any]:

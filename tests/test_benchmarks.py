@@ -71,3 +71,16 @@ def test_a_pass_and_a_step_run() -> None:
         assert (window, "one denoise pass", "eager") in rows
         assert {(window, "autoregressive step", way) for way in ("fused", "separate")} <= rows.keys()
     assert all(row["ms"] > 0 and row["of_roofline"] is None for row in rows.values())
+
+
+def test_what_reuse_saves_needs_no_run() -> None:
+    """Calls by hand: 40 layers, 2 a layer for ulysses, 30 passes of which every other one in the window reuses, and a
+    gather of the latents."""
+    found = last_line(run("reuse.py", "--formulas"))
+    rows = {(r["model"], r["steps"], r["ranges"], r["strategy"]): r for r in found["full_size"]}
+    row = rows["wan2.1-14b", 30, "2/4/6", "ulysses"]
+    levels = [5 * s / (1 + 4 * s) for s in ((30 - n) / 30 for n in range(30))]
+    hits = sum(n % 2 for n, level in enumerate(levels) if 100 < 1000 * level < 850)
+    assert row["calls"] == [40 * 2 * 30 + 1, 40 * 2 * (30 - hits) + 1]
+    assert 0 < row["flops_saved"] < row["bytes_saved"] < 0.5
+    assert found["rows"] == []
