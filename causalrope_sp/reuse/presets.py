@@ -1,6 +1,6 @@
 """The published defaults of PAB, model by model.
 
-Source: the paper's code, as METHODS lists it in the columns timestep window, spatial / temporal / cross range, and MLP.
+Source: the paper's public code (arXiv 2408.12588): timestep window, spatial / temporal / cross range, MLP.
 A model whose attention is over space and time at once, Wan's, takes the spatial range for it.
 """
 
