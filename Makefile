@@ -29,7 +29,7 @@ demo.mp4: $(INSTALLED) $(SOURCES)
 	$(BIN)/causalrope-sp generate "$(PROMPT)" --out $@
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

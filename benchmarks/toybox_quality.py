@@ -108,6 +108,8 @@ def print_table(result: dict[str, Any]) -> None:
 @click.option("--long-prompts", default=12, show_default=True, type=click.IntRange(0), help="0: no long videos")
 @click.option("--long-frames", default=240, show_default=True, type=click.IntRange(LAST))
 @click.option("--window", type=int, help="latent frames that attention looks back over (default: the model's)")
+@click.option("--solver", help="in place of the model's")
+@click.option("--guidance", type=float, help="scale, away from no text")
 @click.option("--check", is_flag=True, help="exit with status 1 if a goal is missed")
 @click.option("--json", "only_json", is_flag=True, help="print the JSON line alone")
 def main(
@@ -117,11 +119,13 @@ def main(
     long_prompts: int,
     long_frames: int,
     window: int | None,
+    solver: Any,
+    guidance: float | None,
     check: bool,
     only_json: bool,
 ) -> None:
     """Measures the quality of a toybox model."""
-    pipe = CausalVideoPipeline.from_pretrained(model, window=window)
+    pipe = CausalVideoPipeline.from_pretrained(model, window=window, solver=solver, guidance=guidance)
     scenes = draw_scenes(prompts)
     psnr = codec_psnr(pipe, scenes[: min(prompts, 16)], frames)
     verdicts = judge_pipeline(pipe, scenes, frames, None)
@@ -135,6 +139,8 @@ def main(
         "height": pipe.height,
         "width": pipe.width,
         "window": pipe.recipe.stream.window,
+        "solver": pipe.recipe.sampler.solver,
+        "guidance": pipe.recipe.sampler.guidance_scale,
         **summarize(verdicts),
         "codec_psnr_db": psnr,
         "long_prompts": long_prompts,

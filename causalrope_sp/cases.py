@@ -20,9 +20,10 @@ from causalrope_sp.model import CausalDiT
 from causalrope_sp.noise import Noise, seeded_noise
 from causalrope_sp.parallel import SequenceParallel
 from causalrope_sp.sampler import sample_chunks
+from causalrope_sp.schedule import timesteps
 from causalrope_sp.weights import load_model
 
-KNOWN_KINDS = ("dmd",)
+KNOWN_KINDS = ("dmd", "diffusion")
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Case:
     stream: StreamConfig
     sampler: SamplerConfig
     initial: Tensor | None = None
+    negative: Tensor | None = None
 
     def run(self, parallel: SequenceParallel) -> Tensor:
         """The generated latents, (B, F, C, H, W)."""
@@ -51,6 +53,7 @@ class Case:
             sampler=self.sampler,
             parallel=parallel,
             initial_latents=self.initial,
+            negative_embeds=self.negative,
         )
         return torch.cat([chunk.latents for chunk in chunks], 1)
 
@@ -96,11 +99,11 @@ def _load_case(path: Path, dtype: torch.dtype, device: str) -> tuple[Case, Tenso
     stream = StreamConfig(
         None if window == -1 else window, spec["sink_size"], spec["chunk_frames"], spec["independent_first_frame"]
     )
-    sampler = SamplerConfig(tuple(spec["denoising_step_list"]), spec["timestep_shift"])
+    sampler = _sampler(spec)
     chunks = split_into_chunks(
         frames, stream.chunk_frames, independent_first_frame=stream.independent_first_frame, start=given
     )
-    draws = len(list(chunks)) * (len(sampler.steps) - 1)
+    draws = len(list(chunks)) * (len(sampler.steps) - 1) if sampler.solver == "renoise" else 0
     if len(renoise) != draws:
         raise CheckpointError(f"{path} holds {len(renoise)} fresh draws of noise, its chunks and steps need {draws}")
 
@@ -124,12 +127,22 @@ def _load_case(path: Path, dtype: torch.dtype, device: str) -> tuple[Case, Tenso
         stream=stream,
         sampler=sampler,
         initial=tensors.get("initial_latent"),
+        negative=tensors.get("negative_embeds"),
     )
     return case, latents
 
 
+def _sampler(spec: dict[str, Any]) -> SamplerConfig:
+    """Few steps that are re-noised between ("dmd"), or many of UniPC under guidance ("diffusion")."""
+    if spec["kind"] == "dmd":
+        return SamplerConfig(tuple(spec["denoising_step_list"]), spec["timestep_shift"])
+    steps = timesteps(spec["num_inference_steps"], "unipc")
+    return SamplerConfig(steps, spec["timestep_shift"], "unipc", spec["guidance_scale"])
+
+
 def self_check_cases(dtype: torch.dtype, device: str = "cpu") -> Iterator[Case]:
-    """A small random model over every way to cut a stream: odd grid, window, sink, lone first frame, given frames."""
+    """A small random model over every way to cut a stream: odd grid, window, sink, lone first frame, given frames; and
+    under guidance, where a chunk begins within the interval and where it does not."""
     torch.manual_seed(0)
     config = DiTConfig(dim=72, ffn_dim=96, num_heads=6, num_layers=2, text_dim=16, text_len=5, freq_dim=32)
     model = CausalDiT(config).to(device, dtype).eval().requires_grad_(False)
@@ -140,21 +153,30 @@ def self_check_cases(dtype: torch.dtype, device: str = "cpu") -> Iterator[Case]:
         "random-sink": (16, StreamConfig(window=6, sink=2, chunk_frames=2)),
         "random-first-frame": (10, StreamConfig(window=6, sink=1, chunk_frames=3, independent_first_frame=True)),
         "random-extend": (6, StreamConfig(window=6, sink=1, chunk_frames=2)),
+        "random-guidance": (8, StreamConfig(window=5, sink=1, chunk_frames=2)),
+        "random-guidance-late": (7, StreamConfig(window=6, sink=1, chunk_frames=2, independent_first_frame=True)),
+    }
+    samplers = {
+        "random-extend": SamplerConfig((1000, 500)),
+        "random-guidance": SamplerConfig((999, 700, 300), 3.0, "unipc", 2.0, (500, 1000)),
+        "random-guidance-late": SamplerConfig((1000, 600, 200), 1.0, "euler", 2.0, (100, 700)),
     }
     for seed, (name, (frames, stream)) in enumerate(plans.items()):
         shape = (2 if name == "random-sink" else 1, config.in_channels, grid.latent_height, grid.latent_width)
         draw = torch.Generator().manual_seed(seed)
-        extend = name == "random-extend"
+        given, guided = name in ("random-extend", "random-guidance-late"), "guidance" in name
+        text = partial(torch.randn, shape[0], config.text_len, config.text_dim, generator=draw)
         yield Case(
             name=name,
             model=model,
             grid=grid,
-            embeds=torch.randn(shape[0], config.text_len, config.text_dim, generator=draw),
+            embeds=text(),
             noise=partial(seeded_noise, seed, shape),
             frames=frames,
             stream=stream,
-            sampler=SamplerConfig((1000, 500) if extend else (1000,)),
-            initial=torch.randn(1, 5, *shape[1:], generator=draw) if extend else None,
+            sampler=samplers.get(name, SamplerConfig((1000,))),
+            initial=torch.randn(1, 5, *shape[1:], generator=draw) if given else None,
+            negative=text() if guided else None,
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from causalrope_sp.errors import ConfigError
 
@@ -105,18 +105,29 @@ class StreamConfig:
             )
 
 
+Solver = Literal["renoise", "euler", "unipc"]
+
+
 @dataclass(frozen=True)
 class SamplerConfig:
-    """The denoising steps. `solver` "renoise" is Self-Forcing's few-step loop, where `steps` are unshifted timesteps
-    in (0, 1000]; "euler" follows the flow ODE from noise to data through `steps` and then 0.
+    """The denoising steps, and how strongly they are guided. `solver` "renoise" is Self-Forcing's few-step loop, where
+    `steps` are unshifted timesteps in (0, 1000]; "euler" follows the flow ODE from noise to data through `steps` and
+    then 0; "unipc" does so to second order (UniPC, arXiv 2302.04867) and must start below 1000.
+
+    `guidance_scale` s leads away from a negative prompt, v = v⁻ + s·(v⁺ - v⁻), at the steps whose timestep, as the
+    model is told it, is within `guidance_interval`, both ends counted (arXiv 2404.07724); elsewhere, and everywhere at
+    scale 1, v = v⁺.
 
     Raises:
-        ConfigError: no steps, steps outside (0, 1000] or not falling, a shift that is not positive.
+        ConfigError: no steps, steps outside (0, 1000] or not falling, a shift that is not positive, a scale below 0 or
+            not finite, an interval that is none within [0, 1000].
     """
 
     steps: tuple[float, ...] = (1000, 750, 500, 250)
     shift: float = 5.0
-    solver: Literal["renoise", "euler"] = "renoise"
+    solver: Solver = "renoise"
+    guidance_scale: float = 1.0
+    guidance_interval: tuple[float, float] = (0, 1000)
 
     def __post_init__(self) -> None:
         if not self.steps or not all(0 < s <= 1000 for s in self.steps):
@@ -125,8 +136,14 @@ class SamplerConfig:
             raise ConfigError(f"steps must fall from noise to data, not {self.steps}")
         if not self.shift > 0:
             raise ConfigError(f"shift must be positive, not {self.shift}")
-        if self.solver not in ("renoise", "euler"):
-            raise ConfigError(f"solver must be renoise or euler, not {self.solver!r}")
+        if self.solver not in get_args(Solver):
+            raise ConfigError(f"solver must be one of {', '.join(get_args(Solver))}, not {self.solver!r}")
+        if self.solver == "unipc" and self.steps[0] == 1000:
+            raise ConfigError("solver unipc cannot start at 1000, where its logarithms are infinite; Wan starts at 999")
+        if not 0 <= self.guidance_scale < math.inf:
+            raise ConfigError(f"the guidance scale must be finite and at least 0, not {self.guidance_scale}")
+        if len(self.guidance_interval) != 2 or not 0 <= self.guidance_interval[0] <= self.guidance_interval[1] <= 1000:
+            raise ConfigError(f"guidance is within an interval of timesteps 0 to 1000, not {self.guidance_interval}")
 
 
 def check_given(picture: bool, video: bool, keep_on: bool, strength: float | None) -> None:
@@ -139,3 +156,11 @@ def check_given(picture: bool, video: bool, keep_on: bool, strength: float | Non
         raise ConfigError("a video is either continued or, with a strength, redrawn: say which one")
     if strength is not None and not 0 < strength <= 1:
         raise ConfigError(f"strength must be above 0 and at most 1, not {strength}")
+
+
+def check_negative(prompt: bool, embeds: bool, guided: bool) -> None:
+    """Raises ConfigError unless at most one of a negative prompt and its embeddings is given, and guidance uses it."""
+    if prompt and embeds:
+        raise ConfigError("give either a negative prompt or its embeddings")
+    if (prompt or embeds) and not guided:
+        raise ConfigError("a negative prompt needs guidance: a scale other than 1")

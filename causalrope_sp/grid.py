@@ -16,6 +16,11 @@ from torch import Tensor
 from causalrope_sp.errors import ConfigError
 
 
+def shares(total: int, parts: int) -> list[int]:
+    """`total` things in so many parts that differ by at most one, the larger ones first."""
+    return [total // parts + (part < total % parts) for part in range(parts)]
+
+
 @dataclass(frozen=True)
 class LatentGrid:
     """Height and width of a latent frame in tokens, and the patch that makes a token.

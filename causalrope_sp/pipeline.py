@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
@@ -14,27 +17,32 @@ import torch
 from torch import Tensor
 
 from causalrope_sp.codec import Codec, load_codec
-from causalrope_sp.codec.pixels import to_uint8
-from causalrope_sp.config import SamplerConfig, check_given
+from causalrope_sp.config import SamplerConfig, Solver, check_given, check_negative
+from causalrope_sp.decoding import Decode, SideStream, as_they_come, check_decode, frames_of, serve
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.given import NOTHING, Given, given_past, given_picture, given_source
 from causalrope_sp.grid import LatentGrid
+from causalrope_sp.guidance import check_guidance
 from causalrope_sp.model import CausalDiT
 from causalrope_sp.noise import seeded_noise
+from causalrope_sp.offload import Offload
 from causalrope_sp.parallel import SequenceParallel
 from causalrope_sp.parallel.ledger import Ledger
+from causalrope_sp.preflight import check_memory
 from causalrope_sp.reading import Picture, Video
 from causalrope_sp.recipe import TEXT_ENCODERS, Recipe, find_recipe
 from causalrope_sp.reuse import ReusePolicy, find_policy
 from causalrope_sp.sampler import Source, sample_chunks
-from causalrope_sp.schedule import timesteps
+from causalrope_sp.schedule import guided_steps, overruled
 from causalrope_sp.text import TextSource, load_embeds
 from causalrope_sp.text.shared import SharedUMT5, share_embeds
-from causalrope_sp.text.umt5 import Keep
 from causalrope_sp.toybox.text import ToyboxText
 from causalrope_sp.version import __version__
-from causalrope_sp.weights import load_model
+from causalrope_sp.weights import load_model, outline_model
 from causalrope_sp.weights.digest import digest
+from causalrope_sp.weights.load import Weights
+
+Embeds = Tensor | str | PathLike[str]
 
 
 @dataclass(frozen=True)
@@ -59,13 +67,16 @@ class CausalVideoPipeline:
         model: CausalDiT,
         codec: Codec,
         parallel: SequenceParallel,
-        keep_text: Keep = "cpu",
+        offload: Offload = Offload(),
+        decode: Decode = "inline",
     ) -> None:
+        check_decode(decode, parallel.mesh.decoders)
+        self._decode = decode
         self.recipe, self.model, self.codec, self.parallel = recipe, model, codec, parallel
         self.height, self.width, self.fps = recipe.height, recipe.width, recipe.fps
         self.text: ToyboxText | SharedUMT5
         if isinstance(recipe.text, TextSource):
-            self.text = SharedUMT5(recipe.text, parallel, model.config, model.dtype, keep_text)
+            self.text = SharedUMT5(recipe.text, parallel, model.config, model.dtype, offload.text)
         else:
             self.text = TEXT_ENCODERS[recipe.text]()
         if codec.channels != model.config.in_channels:
@@ -75,17 +86,17 @@ class CausalVideoPipeline:
         patch = model.config.patch_size[1:]
         self.grid = LatentGrid.from_pixels(self.height, self.width, codec.spatial_stride, patch)
         parallel.check(self.grid, model.config.num_heads)
-        if parallel.size > 1:
-            parallel.agree(
-                {
-                    "version": __version__,
-                    "torch": torch.__version__,
-                    "configuration": (model.config, recipe.height, recipe.width, recipe.stream, recipe.sampler),
-                    "dtype": model.dtype,
-                    "text encoder": type(self.text).__name__,
-                    "weights": digest(model),
-                }
-            )
+        parallel.everyone.agree(
+            {
+                "version": __version__,
+                "torch": torch.__version__,
+                "configuration": (model.config, recipe.height, recipe.width, recipe.stream, recipe.sampler),
+                "text encoder": type(self.text).__name__,
+                "decode": decode,
+            }
+        )
+        if not parallel.decodes and parallel.denoisers.size > 1:
+            parallel.denoisers.agree({"dtype": model.dtype, "weights": digest(model)})
 
     @classmethod
     def from_pretrained(
@@ -99,9 +110,16 @@ class CausalVideoPipeline:
         sink: int | None = None,
         rope: Literal["absolute", "relative"] | None = None,
         steps: int | Sequence[float] | None = None,
-        keep_text: Keep = "cpu",
+        solver: Solver | None = None,
+        shift: float | None = None,
+        guidance: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        weights: Weights | None = None,
+        offload: Offload | str | Sequence[str] | None = None,
         codec: str | None = None,
         codec_weights: str | Path | None = None,
+        decode: Decode = "inline",
+        preflight: bool = True,
     ) -> CausalVideoPipeline:
         """Loads a model.
 
@@ -113,30 +131,55 @@ class CausalVideoPipeline:
             window, sink: latent frames, in place of the recipe's.
             rope: where frames stand in time (see `StreamConfig`), in place of the recipe's.
             steps: timesteps from noise to data in (0, 1000], or how many of them, evenly spaced.
-            keep_text: where UMT5 waits between two prompts: on the "device", on the "cpu", or "free": given up, and
-                read again for the next. It is on rank 0 alone.
+            solver, shift, guidance, guidance_interval: of the sampler (see `SamplerConfig`), in place of the recipe's;
+                another solver without `steps` takes as many as the recipe has, evenly spaced.
+            weights: of the DiT: "full", or "fp8" (see `load_model`), in place of the recipe's.
+            offload: what is on the device only while it is used: "text" (UMT5, read again for every prompt), "codec",
+                both, or "none"; an `Offload` says more. If None, UMT5 waits on the CPU between two prompts. It is on
+                rank 0 alone.
             codec: which kind of codec it must be; None takes what the file holds.
             codec_weights: its file or folder, in place of the recipe's.
+            decode: who decodes, and when (see `decoding`); decode ranks are `parallel`'s.
+            preflight: refuse, before anything is loaded, what is predicted not to fit (see `preflight`).
 
         Raises:
             CheckpointError: nothing readable at `model`, or weights that do not fit.
-            ConfigError: settings that cannot work together, or ranks that cannot share this model.
+            ConfigError: settings that cannot work together, ranks that cannot share this model, or a run that does not
+                fit into memory.
         """
         recipe = Recipe.load(find_recipe(model))
         given = {"window": window, "sink": sink, "rope": rope}
         changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         stream = replace(recipe.stream, **changes)
-        sampler = recipe.sampler if steps is None else replace(recipe.sampler, steps=timesteps(steps))
-        recipe = replace(recipe, stream=stream, sampler=sampler)
+        sampler = overruled(
+            recipe.sampler,
+            steps=steps,
+            solver=solver,
+            shift=shift,
+            guidance=guidance,
+            guidance_interval=guidance_interval,
+        )
+        recipe = replace(recipe, stream=stream, sampler=sampler, weights=weights or recipe.weights)
+        recipe = replace(recipe, codec=recipe.codec if codec_weights is None else Path(codec_weights))
         if parallel is not None and device is not None:
             raise ConfigError("give either `parallel`, which has a device, or `device`")
         parallel = parallel or SequenceParallel.single(device=device)
+        check_guidance(sampler, parallel.mesh.lanes)
         place = parallel.device
         if dtype is None:
             dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
-        dit = load_model(recipe.transformer, dtype=dtype, device=place)
-        weights = recipe.codec if codec_weights is None else codec_weights
-        pipe = cls(recipe, dit, load_codec(weights, codec, place), parallel, keep_text)
+        offload = Offload() if offload is None else offload
+        waiting = offload if isinstance(offload, Offload) else Offload.of(offload)
+        ranks = parallel.everyone
+        if preflight:
+            ranks.together(lambda: check_memory(recipe, parallel, waiting, decode, dtype.itemsize, codec))
+        if parallel.decodes:
+            dit = outline_model(recipe.transformer)
+        else:
+            readers = parallel.denoisers
+            dit = load_model(recipe.transformer, dtype=dtype, device=place, weights=recipe.weights, readers=readers)
+        decoder = ranks.together(lambda: load_codec(recipe.codec, codec, place, offload=waiting.codec))
+        pipe = cls(recipe, dit, decoder, parallel, waiting, decode)
         if place.type == "cuda":
             pipe.warm_up()
         return pipe
@@ -147,23 +190,30 @@ class CausalVideoPipeline:
 
         `from_pretrained` does it on CUDA; every rank must.
         """
+        if self.parallel.decodes:
+            deque(serve(self.codec, self.parallel, self.grid), 0)
+            self.parallel.ledger.take()
+            return
         config, stream = self.model.config, self.recipe.stream
         shape = (config.in_channels, self.grid.latent_height, self.grid.latent_width)
+        text = torch.zeros(1, config.text_len, config.text_dim)
         chunks = sample_chunks(
             self.model,
-            torch.zeros(1, config.text_len, config.text_dim),
+            text,
             seeded_noise(0, (1, *shape)),
             self.grid,
             (stream.window or 0) + 2 * stream.chunk_frames,
             stream=stream,
-            sampler=SamplerConfig(steps=(1000,)),
+            sampler=SamplerConfig(steps=(1000,), guidance_scale=self.recipe.sampler.guidance_scale),
             parallel=self.parallel,
             initial_latents=self._opening(),
+            negative_embeds=text,
         )
-        decoder = self.codec.decoder()
+        frames = frames_of(self.codec, self.parallel, self.grid, self._decode)
         for number, part in enumerate(chunks):
-            if number < 2 and self.parallel.rank == 0:  # the first chunk of a video has fewer pixels than the others
-                decoder.decode(part.latents.to(self.codec.dtype))
+            if number < 2:  # the first chunk of a video has fewer pixels than the others
+                frames.decode(part.latents, 0, self.codec.temporal_stride * part.chunk.frames)
+        frames.close()
         self.parallel.ledger.take()
 
     def stream(
@@ -172,7 +222,9 @@ class CausalVideoPipeline:
         frames: int = 81,
         seed: int = 0,
         *,
-        embeds: Tensor | str | PathLike[str] | None = None,
+        embeds: Embeds | None = None,
+        negative_prompt: str | None = None,
+        negative_embeds: Embeds | None = None,
         image: Picture | None = None,
         video: Video | None = None,
         strength: float | None = None,
@@ -185,6 +237,8 @@ class CausalVideoPipeline:
         `save_embeds`; those of rank 0 count, and the others' file need not be there.
 
         Args:
+            negative_prompt, negative_embeds: what guidance leads away from; if neither is given, no text: UMT5's empty
+                prompt, toybox' zeros.
             image: the video's first frame, a file or uint8 (H, W, 3), through the codec; it counts as one of `frames`.
             video: a video, as a file or as uint8 (H, W, 3) frames, to continue: its last frames are what the stream
                 looks back on, and what is yielded comes after them. With `strength`, a video to redraw instead.
@@ -199,8 +253,8 @@ class CausalVideoPipeline:
         Raises:
             PromptError: the prompt is outside what the text encoder knows.
             InputError: a picture or video that cannot be read.
-            ConfigError: fewer than 1 frame, neither or both of prompt and embeds, embeds of another size, or more than
-                one thing to start from.
+            ConfigError: fewer than 1 frame, neither or both of prompt and embeds, embeds of another size, more than one
+                thing to start from, both or without guidance any of negative prompt and embeds.
             CheckpointError: no text encoder, or a file that cannot be read.
         """
         check_given(image is not None, video is not None, video is not None and strength is None, strength)
@@ -208,14 +262,24 @@ class CausalVideoPipeline:
             raise ConfigError(f"frames must be at least 1, not {frames}")
         if (prompt is None) == (embeds is None):
             raise ConfigError("give either a prompt or its embeddings")
+        guided = any(guided_steps(self.recipe.sampler))
+        check_negative(negative_prompt is not None, negative_embeds is not None, guided)
         start = self._start(image, video, strength)
-        policy = None if reuse is None else find_policy(reuse)
         said = {"frames": frames, "seed": seed, "prompt": prompt, "given embeddings": embeds is not None}
-        self.parallel.agree({**said, "what is given": start.digest})
-        if prompt is not None:
-            return self._run(self.text.encode(prompt, seed), frames, seed, start, policy)
-        shared = share_embeds(lambda: _given(embeds), self.parallel, self.model.config, self.model.dtype)
-        return self._run(shared, frames, seed, start, policy)
+        policy = None if reuse is None else find_policy(reuse)
+        said |= {"negative prompt": negative_prompt, "given negative embeddings": negative_embeds is not None}
+        self.parallel.everyone.agree({**said, "what is given": start.digest})
+        if self.parallel.decodes:
+            return self._serve()
+        wanted = [(prompt, embeds), (negative_prompt, negative_embeds)][: 1 + guided]
+        texts = self._encode(wanted, seed)
+        return self._run(texts[0], texts[1] if guided else None, frames, seed, start, policy)
+
+    def _encode(self, wanted: Sequence[tuple[str | None, Embeds | None]], seed: int) -> list[Tensor]:
+        """The embeddings of prompts, or those that are given in their place, (1, L, E) each, on every rank."""
+        texts = iter(self.text.encode_all([prompt for prompt, embeds in wanted if embeds is None], seed))
+        share = partial(share_embeds, parallel=self.parallel, config=self.model.config, dtype=self.model.dtype)
+        return [next(texts) if embeds is None else share(partial(_given, embeds)) for _, embeds in wanted]
 
     def __call__(self, prompt: str | None = None, frames: int = 81, seed: int = 0, **given: Any) -> np.ndarray | None:
         """The whole video, uint8 (T, H, W, 3), on rank 0; None on the others. Takes and raises what `stream` does."""
@@ -236,12 +300,18 @@ class CausalVideoPipeline:
         return self.text.opening(self.model.config.in_channels, self.grid.latent_height, self.grid.latent_width)
 
     def _run(
-        self, embeds: Tensor, frames: int, seed: int, given: Given = NOTHING, reuse: ReusePolicy | None = None
+        self,
+        embeds: Tensor,
+        negative: Tensor | None,
+        frames: int,
+        seed: int,
+        given: Given = NOTHING,
+        reuse: ReusePolicy | None = None,
     ) -> Iterator[VideoChunk]:
         shape = (1, self.model.config.in_channels, self.grid.latent_height, self.grid.latent_width)
         opening, past, source = self._opening(), given.latents, given.source
         first = [part.cpu() for part in (opening, past) if part is not None]
-        decoder = self.codec.decoder()
+        decoder = frames_of(self.codec, self.parallel, self.grid, self._decode)
         chunks = sample_chunks(
             self.model,
             embeds,
@@ -253,25 +323,34 @@ class CausalVideoPipeline:
             parallel=self.parallel,
             initial_latents=torch.cat(first, 1) if first else None,
             source=None if source is None else Source(lambda chunk: source.take(chunk.frames), given.first_step),
+            negative_embeds=negative,
             reuse=reuse,
         )
+        done, clock, side = 0, time.perf_counter(), SideStream(self.parallel.device)
+        with suppress(GeneratorExit), closing(as_they_come(chunks, self.parallel, self._decode)) as coming:
+            for index, (part, made) in enumerate(coming):
+                length = frames if source is None or source.length is None else source.length
+                stop = min(frames, length, self._pixel_frames(part.chunk.stop - _frames_of(opening)) - given.hidden)
+                with side.after(made, part.latents):
+                    latents, hidden = part.latents, 0
+                    if index == 0 and past is not None:
+                        latents, hidden = torch.cat([past.to(latents), latents], 1), given.hidden
+                    pixels = decoder.decode(latents, hidden, hidden + stop - done)
+                now = time.perf_counter()
+                yield VideoChunk(index, done, pixels, now - clock, self.parallel.ledger.take())
+                done, clock = stop, time.perf_counter()
+                if done == length:
+                    break
+        decoder.close()
+
+    def _serve(self) -> Iterator[VideoChunk]:
+        """A decode rank's share of a video: chunks without frames, which rank 0 has."""
         done, clock = 0, time.perf_counter()
-        for index, part in enumerate(chunks):
-            made = self._pixel_frames(part.chunk.stop - _frames_of(opening)) - given.hidden
-            length = None if source is None else source.length
-            stop = min(frames, made) if length is None else min(frames, made, length)
-            pixels = None
-            if self.parallel.rank == 0:
-                latents = part.latents
-                if index == 0 and past is not None:
-                    latents = torch.cat([past.to(latents), latents], 1)
-                decoded = decoder.decode(latents.to(self.codec.dtype))[:, given.hidden if index == 0 else 0 :]
-                pixels = to_uint8(decoded[:, : stop - done])[0]
-            now = time.perf_counter()
-            yield VideoChunk(index, done, pixels, now - clock, self.parallel.ledger.take())
-            done, clock = stop, time.perf_counter()
-            if length is not None and done == length:
-                return
+        with closing(serve(self.codec, self.parallel, self.grid)) as asked:
+            for index, frames in enumerate(asked):
+                now = time.perf_counter()
+                yield VideoChunk(index, done, None, now - clock, self.parallel.ledger.take())
+                done, clock = done + frames, time.perf_counter()
 
     def _pixel_frames(self, latent_frames: int) -> int:
         return 1 + self.codec.temporal_stride * (latent_frames - 1)
@@ -288,8 +367,5 @@ def _frames_of(latents: Tensor | None) -> int:
     return 0 if latents is None else latents.shape[1]
 
 
-def _given(embeds: Tensor | str | PathLike[str] | None) -> Tensor:
-    if isinstance(embeds, Tensor):
-        return embeds
-    assert embeds is not None, "checked"
-    return load_embeds(embeds).embeds
+def _given(embeds: Embeds) -> Tensor:
+    return embeds if isinstance(embeds, Tensor) else load_embeds(embeds).embeds

@@ -6,14 +6,20 @@ import dataclasses
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from causalrope_sp.config import PRESETS, VAE_STRIDE, DiTConfig, SamplerConfig, StreamConfig
 from causalrope_sp.errors import CheckpointError, ConfigError, OutputError
 from causalrope_sp.grid import LatentGrid
+from causalrope_sp.guidance import check_guidance, possible_lanes
+from causalrope_sp.offload import Offload
 from causalrope_sp.parallel.cost import GPUS, LINKS, Machine, Plan, Workload, machine, plan
+from causalrope_sp.parallel.memory import Beside
 from causalrope_sp.reuse.policy import ReusePolicy
-from causalrope_sp.schedule import timesteps
+from causalrope_sp.schedule import overruled
+
+if TYPE_CHECKING:
+    from causalrope_sp.recipe import Recipe
 
 PLOTTED = (1, 2, 4, 8, 16, 32, 64)
 
@@ -26,6 +32,8 @@ def describe_workload(
     sink: int | None,
     chunk_frames: int | None,
     steps: int | None,
+    guidance: float | None = None,
+    guidance_interval: tuple[float, float] | None = None,
     reuse: ReusePolicy | None = None,
 ) -> Workload:
     """The stream to plan for: a preset, an embedded model or a checkpoint, with whatever is overruled.
@@ -40,14 +48,34 @@ def describe_workload(
         sink=stream.sink if sink is None else sink,
         chunk_frames=stream.chunk_frames if chunk_frames is None else chunk_frames,
     )
-    if steps is not None:
-        sampler = dataclasses.replace(sampler, steps=timesteps(steps))
+    sampler = overruled(sampler, steps=steps, guidance=guidance, guidance_interval=guidance_interval)
+    check_guidance(sampler, lanes=1)
     if stream.window is None:
         raise ConfigError(f"{model} looks back over everything: give --window, the latent frames of the video")
     grid = LatentGrid.from_pixels(
         size[0] if height is None else height, size[1] if width is None else width, VAE_STRIDE[1], config.patch_size[1:]
     )
     return Workload.of(config, grid, stream, sampler, stream.window, reuse=reuse)
+
+
+def describe_beside(model: str, work: Workload, offload: Offload, on_cpu: bool) -> Beside:
+    """The text encoder and the codec that stand beside a model: those of its recipe, else Wan's own, UMT5-XXL in
+    bfloat16 and the Wan VAE.
+
+    Raises:
+        CheckpointError: the recipe's codec or text encoder cannot be read.
+    """
+    from causalrope_sp.codec.footprint import codec_footprint, wan_2_1_footprint
+    from causalrope_sp.preflight import beside
+    from causalrope_sp.text import TextSource
+    from causalrope_sp.text.footprint import text_bytes, umt5_xxl_bytes
+
+    recipe = None if model in PRESETS else _recipe(model)
+    size = VAE_STRIDE[1] * work.grid.latent_height, VAE_STRIDE[1] * work.grid.latent_width
+    if recipe is None:
+        return beside(umt5_xxl_bytes(), wan_2_1_footprint(*size, work.chunk_frames), offload, on_cpu)
+    text = text_bytes(recipe.text) if isinstance(recipe.text, TextSource) else 0
+    return beside(text, codec_footprint(recipe.codec, None, *size, work.chunk_frames), offload, on_cpu)
 
 
 def describe_machine(gpu: str, link: str, measured: Path | None) -> Machine:
@@ -76,7 +104,7 @@ def describe_machine(gpu: str, link: str, measured: Path | None) -> Machine:
 
 def fields(cost: Plan) -> dict[str, Any]:
     """A plan as JSON holds it; "auto" takes the one that is `chosen`."""
-    values = dataclasses.asdict(cost) | {"memory_bytes": cost.memory_bytes}
+    values = dataclasses.asdict(cost) | {"memory_bytes": cost.memory_bytes, "bytes_by_time": cost.bytes_by_time}
     return {name: round(v, 4) if isinstance(v, float) else v for name, v in values.items()}
 
 
@@ -89,7 +117,8 @@ def print_plan(work: Workload, costs: list[Plan], on: Machine) -> None:
     c, tokens = work.config, work.grid.tokens
     title = (
         f"{c.num_layers} layers of {c.dim}, {c.num_heads} heads; {work.grid.rows}×{work.grid.columns} = {tokens} tokens"
-        f" a frame; window {work.window}, chunk {work.chunk_frames} latent frames, {work.steps} steps; {on.name}"
+        f" a frame; window {work.window}, chunk {work.chunk_frames} latent frames, {work.steps} steps"
+        f"{f', {work.guided} of them guided' if work.guided else ''}; {on.name}"
     )
     table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for column in ("strategy", "GB", "calls", "MB", "comp.", "exp.", "chunk", "fps", "first", "eff."):
@@ -103,27 +132,45 @@ def print_plan(work: Workload, costs: list[Plan], on: Machine) -> None:
             f"{p.first_frame_ms:.0f}",
             f"{p.efficiency:.0%}",
         ]
-        table.add_row(f"{p.strategy}{' ←' if p.chosen else ''}", *row, style="bold" if p.chosen else None)
+        table.add_row(f"{p.name}{' ←' if p.chosen else ''}", *row, style="bold" if p.chosen else None)
     console = Console()
     console.print(table)
+    console.print(_memory_in_words(next(p for p in costs if p.chosen)), highlight=False)
     console.print(
         "Predicted, not measured. Of the rank that has most: GB of memory (! does not fit), calls and MB received in a "
         "pass. Milliseconds a chunk: computing, communication that nothing hides, all; and the first frames, without "
-        "loading and decoding. eff.: one rank's time against all ranks' together. ← is what auto takes.",
+        "loading and decoding. eff.: one rank's time against all ranks' together. ← is what auto takes"
+        + (", 2× with --guidance-parallel: a half of the ranks for each branch." if work.guided else "."),
         highlight=False,
     )
-    if work.reuse is not None:
+    if work.reuse:
         console.print(_what_is_reused(work, costs), highlight=False)
     uneven = [p for p in costs if p.imbalance > 1.02]
     for p in uneven:
-        console.print(
-            f"{p.strategy}: the busiest rank computes {p.imbalance - 1:.0%} more than the mean", highlight=False
-        )
+        console.print(f"{p.name}: the busiest rank computes {p.imbalance - 1:.0%} more than the mean", highlight=False)
+
+
+def _memory_in_words(cost: Plan) -> str:
+    beside, by_time = cost.beside, cost.bytes_by_time
+    parts = {
+        "weights": cost.weights_bytes,
+        "cache": cost.cache_bytes,
+        "activations": cost.activation_bytes,
+        "UMT5": beside.text,
+        "codec": beside.codec,
+        "its state": beside.codec_state,
+        "its activations": beside.codec_activations,
+        "workspace": beside.workspace,
+    }
+    said = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items() if size)
+    times = ", ".join(f"{size / 1e9:.1f} to {time}" for time, size in by_time.items())
+    return f"GB on rank 0 with {cost.strategy}: {times}; of {said}."
 
 
 def _what_is_reused(work: Workload, costs: list[Plan]) -> str:
-    every = work.config.num_layers * work.steps
-    shares = {k: 1 - sum(work.computed(s)[k] for s in range(work.steps)) / every for k in work.computed(0)}
+    every = work.config.num_layers * (work.steps + work.guided)
+    passes = [work.computed(step, branch) for branch, steps in enumerate(work.passes) for step in range(steps)]
+    shares = {kind: 1 - sum(computed[kind] for computed in passes) / every for kind in work.computed(0)}
     most = max(cost.stored_bytes for cost in costs)
     said = ", ".join(f"{kind} {share:.0%}" for kind, share in shares.items())
     return f"Of a chunk's outputs are reused: {said}; kept for it, at most {most / 1e9:.2f} GB a rank."
@@ -152,8 +199,8 @@ def plot_plan(work: Workload, on: Machine, path: Path) -> None:
     kinds: dict[str, list[Plan]] = {}
     for ranks in (r for r in PLOTTED if r <= work.grid.tokens):
         best: dict[str, Plan] = {}
-        for cost in plan(work, ranks, on):
-            kind = _kind(cost.strategy)
+        for cost in plan(work, ranks, on, lanes=possible_lanes(work.guided > 0, ranks)):
+            kind = _kind(cost.name)
             if kind not in best or cost.chunk_ms < best[kind].chunk_ms:
                 best[kind] = cost
         if ranks == 1:
@@ -182,15 +229,13 @@ def _kind(strategy: str) -> str:
 
 
 def _known(model: str) -> tuple[DiTConfig, StreamConfig, SamplerConfig, tuple[int, int]]:
-    from causalrope_sp.recipe import Recipe, find_recipe
     from causalrope_sp.weights import inspect_checkpoint
 
     wan = StreamConfig(window=21, chunk_frames=3), SamplerConfig(), (480, 832)
     if model in PRESETS:
         return PRESETS[model], *wan
-    try:
-        recipe = Recipe.load(find_recipe(model))
-    except CheckpointError:
+    recipe = _recipe(model)
+    if recipe is None:
         if not Path(model).exists():
             raise CheckpointError(
                 f"no model {model!r}: not one of {', '.join(PRESETS)}, toybox, not a file, not a folder"
@@ -200,3 +245,12 @@ def _known(model: str) -> tuple[DiTConfig, StreamConfig, SamplerConfig, tuple[in
         runs = (report.preset.stream, report.preset.sampler, wan[2]) if known else wan
         return report.config, *runs
     return inspect_checkpoint(recipe.transformer).config, recipe.stream, recipe.sampler, (recipe.height, recipe.width)
+
+
+def _recipe(model: str) -> Recipe | None:
+    from causalrope_sp.recipe import Recipe, find_recipe
+
+    try:
+        return Recipe.load(find_recipe(model))
+    except CheckpointError:
+        return None

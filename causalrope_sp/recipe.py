@@ -7,13 +7,14 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from causalrope_sp.config import SamplerConfig, StreamConfig
 from causalrope_sp.errors import CheckpointError, ConfigError
 from causalrope_sp.text import TextSource
 from causalrope_sp.toybox import EMBEDDED, WEIGHTS
 from causalrope_sp.toybox.text import ToyboxText
+from causalrope_sp.weights.load import Weights
 
 TEXT_ENCODERS = {"toybox": ToyboxText}
 
@@ -23,10 +24,10 @@ class Recipe:
     """What a model is made of and how it runs, in pixels, pixel frames a second and latent frames.
 
     `text` is one of `TEXT_ENCODERS` or where UMT5 lies; in the file a path, told from a name by its / or its dot, or
-    {"path": ..., "tokenizer": ...}.
+    {"path": ..., "tokenizer": ...}. `weights` is what `load_model` takes.
 
     Raises:
-        ConfigError: a text encoder that is not known, or a size that is no number.
+        ConfigError: a text encoder or weights that are not known, or a size that is no number.
     """
 
     transformer: Path
@@ -37,6 +38,7 @@ class Recipe:
     fps: float
     stream: StreamConfig
     sampler: SamplerConfig
+    weights: Weights = "full"
 
     def __post_init__(self) -> None:
         whole = all(isinstance(size, int) and not isinstance(size, bool) for size in (self.height, self.width))
@@ -49,6 +51,8 @@ class Recipe:
                 f"unknown text encoder {self.text!r}; this version has: {', '.join(TEXT_ENCODERS)}; a path to UMT5 has "
                 "a / or a dot in it"
             )
+        if self.weights not in get_args(Weights):
+            raise ConfigError(f"weights must be {' or '.join(get_args(Weights))}, not {self.weights!r}")
 
     @classmethod
     def load(cls, path: Path) -> Recipe:
@@ -64,7 +68,8 @@ class Recipe:
             fields["text"] = TextSource.in_recipe(fields["text"], path.parent)
             fields["stream"] = StreamConfig(**fields["stream"])
             sampler = fields["sampler"]
-            fields["sampler"] = SamplerConfig(**{**sampler, "steps": tuple(sampler["steps"])})
+            lists = {name: tuple(value) for name, value in sampler.items() if isinstance(value, list)}
+            fields["sampler"] = SamplerConfig(**{**sampler, "steps": tuple(sampler["steps"]), **lists})
             return cls(**fields)
         except ConfigError:
             raise

@@ -6,7 +6,7 @@ E numbers in a token.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,12 +17,14 @@ from causalrope_sp.config import SamplerConfig, StreamConfig
 from causalrope_sp.devices import send
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.grid import Chunk, LatentGrid, split_into_chunks
+from causalrope_sp.guidance import NEGATIVE, Branches, check_guidance
 from causalrope_sp.model import CausalDiT
 from causalrope_sp.noise import Noise
 from causalrope_sp.parallel import SequenceParallel
 from causalrope_sp.parallel.cost import Workload
 from causalrope_sp.reuse.policy import ReusePlan, ReusePolicy
-from causalrope_sp.schedule import SOLVERS, add_noise, sigmas
+from causalrope_sp.schedule import add_noise, branch_timesteps, sigmas
+from causalrope_sp.solvers import start_solver
 from causalrope_sp.stream import CausalStream, Part
 from causalrope_sp.window import SlidingWindow
 
@@ -57,9 +59,10 @@ def sample_chunks(
     parallel: SequenceParallel | None = None,
     initial_latents: Tensor | None = None,
     source: Source | None = None,
+    negative_embeds: Tensor | None = None,
     reuse: ReusePolicy | None = None,
     fuse_context_pass: bool = True,
-) -> Iterator[LatentChunk]:
+) -> Generator[LatentChunk]:
     """Generates a video chunk by chunk (Self-Forcing, arXiv 2506.08009), on one rank or many.
 
     Args:
@@ -69,10 +72,11 @@ def sample_chunks(
         grid: the latent frame in tokens.
         frames: latent frames to generate; None goes on for ever and needs a window.
         stream: chunk length, window, sink, places in time.
-        sampler: steps and solver.
-        parallel: the ranks; one process if None.
+        sampler: steps, solver and guidance.
+        parallel: the ranks; one process if None. On two lanes of them the two branches of guidance run at once.
         initial_latents: given frames to continue, (B, F0, C, H, W); they are not handed out again.
         source: a video to start each chunk from, instead of from noise alone.
+        negative_embeds: what guidance leads away from, like `embeds`; not looked at where the scale is 1.
         reuse: which attention outputs later steps take over from earlier ones of their chunk (PAB); it changes the
             result, the same way on any number of ranks. None computes all of them.
         fuse_context_pass: let a chunk's context pass ride with the next chunk's first denoise pass. Exact either way.
@@ -82,22 +86,27 @@ def sample_chunks(
 
     Raises:
         ConfigError: `frames` below 1, no window for an endless video, shapes that do not fit the model or the grid,
-            ranks that the strategy cannot use, a `source` that starts at no step of the sampler's.
+            ranks that the strategy cannot use, a `source` that starts at no step of the sampler's, guidance without
+            `negative_embeds` or at no step, lanes without guidance.
     """
     parallel = parallel or SequenceParallel.single()
     _check(model, embeds, grid, frames, stream, initial_latents)
     given = 0 if initial_latents is None else initial_latents.shape[1]
     window, shard = _window(stream, frames, given), parallel.shard(grid)
     work = Workload.of(model.config, grid, stream, sampler, window.frames, len(embeds), model.dtype.itemsize, reuse)
-    solve, levels = SOLVERS[sampler.solver], sigmas(sampler)
+    check_guidance(sampler, parallel.mesh.lanes)
+    parallel.denoisers.agree({"strategy": parallel.describe(work), "sampler": sampler, "reuse": reuse})
+    strategy, levels = parallel.strategy(work), sigmas(sampler)
     begin = 0 if source is None else source.first_step
     if not 0 <= begin < len(levels):
         raise ConfigError(f"a source starts at one of the steps 0 to {len(levels) - 1}, not at {begin}")
-    parallel.agree({"strategy": parallel.describe(work), "reuse": reuse}, among=parallel.mesh.denoising)
-    strategy = parallel.strategy(work)
-    plan = None if reuse is None else ReusePlan.of_causal(reuse, levels[begin:], model.config.num_layers)
-    relative = stream.rope == "relative"
-    state = CausalStream(model, embeds, grid, window, shard, strategy, relative=relative, reuse=plan)
+
+    def open_stream(prompt: Tensor, branch: int) -> CausalStream:
+        passes, relative = branch_timesteps(sampler, branch == NEGATIVE, begin), stream.rope == "relative"
+        plan = None if reuse is None else ReusePlan.of_causal(reuse, passes, model.config.num_layers)
+        return CausalStream(model, prompt, grid, window, shard, strategy, relative=relative, reuse=plan)
+
+    branches = Branches(open_stream, embeds, negative_embeds, sampler, parallel)
     precise = torch.float64 if model.dtype == torch.float64 else torch.float32
 
     def mine(latents: Tensor) -> Tensor:
@@ -114,28 +123,26 @@ def sample_chunks(
     def draw(chunk: Chunk, step: int) -> Tensor:
         return checked("noise", chunk, noise(chunk, step))
 
-    finished: Part | None = None
+    first = 0
     if initial_latents is not None:
         for chunk in _chunks(given, stream):
-            if finished is not None:
-                state.commit(finished)
-            finished = Part(chunk, mine(initial_latents[:, chunk.start : chunk.stop]), 0.0)
+            branches.commit()
+            branches.finish(Part(chunk, mine(initial_latents[:, chunk.start : chunk.stop]), 0.0))
+            first = chunk.index + 1
 
-    first = finished.chunk.index + 1 if finished else 0
     for chunk in _chunks(frames, stream, index=first, start=given):
-        if finished is not None and not fuse_context_pass:
-            state.commit(finished)
-            finished = None
+        if not fuse_context_pass:
+            branches.commit()
         x = draw(chunk, begin)
         if source is not None:
             x = add_noise(checked("source", chunk, source.latents(chunk)), x, levels[begin])
+        solve = start_solver(sampler, begin)
         for step, sigma in enumerate(levels[begin:], begin):
-            velocity = state.denoise(chunk, x, 1000 * sigma, finished)
-            finished = None
+            velocity = branches.velocity(chunk, x, step)
             to = levels[step + 1] if step + 1 < len(levels) else 0.0
             x = solve(x, velocity, sigma, to, partial(draw, chunk, step + 1))
         yield LatentChunk(chunk, grid.unpatchify(parallel.gather_tokens(x, grid)))
-        finished = Part(chunk, x, 0.0)
+        branches.finish(Part(chunk, x, 0.0))
 
 
 def _chunks(frames: int | None, stream: StreamConfig, index: int = 0, start: int = 0) -> Iterator[Chunk]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
-from causalrope_sp.config import SamplerConfig
+from causalrope_sp.config import SamplerConfig, Solver
 from causalrope_sp.errors import ConfigError
 
 
@@ -15,8 +17,9 @@ def shift_sigma(sigma: float, shift: float) -> float:
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
-def timesteps(steps: int | Sequence[float]) -> tuple[float, ...]:
-    """The unshifted timesteps of so many steps, evenly spaced from noise to data; a list of them as it is.
+def timesteps(steps: int | Sequence[float], solver: Solver = "renoise") -> tuple[float, ...]:
+    """The unshifted timesteps of so many steps, evenly spaced from noise to data; a list of them as it is. Those of
+    "unipc" start at 999, as Wan's do.
 
     Raises:
         ConfigError: fewer than 1 step or more than 1000.
@@ -25,12 +28,69 @@ def timesteps(steps: int | Sequence[float]) -> tuple[float, ...]:
         return tuple(steps)
     if not 1 <= steps <= 1000:
         raise ConfigError(f"steps must be at least 1 and at most 1000, not {steps}")
-    return tuple(1000 * (steps - i) / steps for i in range(steps))
+    start = 999 if solver == "unipc" else 1000
+    return tuple(start * (steps - i) / steps for i in range(steps))
+
+
+def overruled(
+    config: SamplerConfig,
+    *,
+    steps: int | Sequence[float] | None = None,
+    solver: Solver | None = None,
+    shift: float | None = None,
+    guidance: float | None = None,
+    guidance_interval: tuple[float, float] | None = None,
+) -> SamplerConfig:
+    """The sampler with whatever is not None in place of its own. Another solver without steps takes as many as there
+    were, evenly spaced.
+
+    Raises:
+        ConfigError: what `SamplerConfig` and `timesteps` refuse.
+    """
+    way = solver or config.solver
+    if steps is None and way != config.solver:
+        steps = len(config.steps)
+    given = {
+        "steps": None if steps is None else timesteps(steps, way),
+        "solver": solver,
+        "shift": shift,
+        "guidance_scale": guidance,
+        "guidance_interval": guidance_interval,
+    }
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    return replace(config, **changes)
 
 
 def sigmas(config: SamplerConfig) -> list[float]:
     """The noise level of every step, shifted, falling, without the final 0."""
     return [shift_sigma(step / 1000, config.shift) for step in config.steps]
+
+
+def told_timesteps(config: SamplerConfig) -> list[float]:
+    """The timestep that the model is told at every step: 1000·σ, of which Wan's UniPC keeps the whole part.
+
+    diffusers keeps the same part of its own rounding of 1000·σ: at shift 1, where that may be a whole number, it may
+    be one less.
+    """
+    told = [1000 * sigma for sigma in sigmas(config)]
+    return [float(int(t)) for t in told] if config.solver == "unipc" else told
+
+
+def guided_steps(config: SamplerConfig) -> list[bool]:
+    """Whether a step is guided, for every step."""
+    low, high = config.guidance_interval
+    return [config.guidance_scale != 1 and low <= t <= high for t in told_timesteps(config)]
+
+
+def branch_timesteps(config: SamplerConfig, negative: bool = False, first_step: int = 0) -> tuple[float, ...]:
+    """Those of a chunk's passes from a step on: all of them for the prompt, the guided ones for the negative prompt."""
+    steps = zip(told_timesteps(config), guided_steps(config), strict=True)
+    return tuple(t for t, guided in list(steps)[first_step:] if guided or not negative)
+
+
+def guide(positive: Tensor, negative: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance of a velocity (arXiv 2207.12598): away from the negative prompt's."""
+    return negative + scale * (positive - negative)
 
 
 def predict_x0(x: Tensor, velocity: Tensor, sigma: float) -> Tensor:

@@ -13,10 +13,12 @@ from torch import Tensor
 from causalrope_sp.cases import KNOWN_KINDS, Case, case_files, load_case, self_check_cases
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.grid import split_into_chunks
+from causalrope_sp.guidance import possible_lanes
 from causalrope_sp.parallel import SequenceParallel, strategies
 from causalrope_sp.parallel.launch import RankPool
-from causalrope_sp.parallel.layout import check_name
+from causalrope_sp.parallel.layout import SINGLE, check_name
 from causalrope_sp.reference import block_causal_velocity
+from causalrope_sp.schedule import guided_steps
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -102,7 +104,7 @@ def _check_self(
         expected = (case if dtype in SELF_BOUND else exact).run(single)
         bound = SELF_BOUND.get(dtype) or _half_bound(case, expected, device)
         checks += _check_strategies(case, expected, bound, group, device, strategy)
-        if group is None and case.initial is None:
+        if group is None and case.initial is None and case.negative is None:
             streamed, whole = block_causal_pair(case)
             error = _relative_error(streamed, whole)
             checks.append(Check(f"{case.name}, one forward over all", 1, "single", error, error <= bound))
@@ -118,20 +120,25 @@ def _check_strategies(
     strategy: str,
 ) -> list[Check]:
     checks, ranks, heads = [], 1 if group is None else group.size(), case.model.config.num_heads
-    for name in _names(strategy, ranks, heads):
+    lanes = possible_lanes(any(guided_steps(case.sampler)), ranks)
+    for count, name in [(n, name) for n in lanes for name in _names(strategy, ranks // n, heads, n)]:
+        label = name if count == 1 else f"{count}×{name}"
         try:
-            parallel = SequenceParallel(group, name, device)
+            parallel = SequenceParallel(group, name, device, lanes=count)
             result = case.run(parallel)
         except ConfigError as reason:
-            checks.append(Check(case.name, ranks, name, None, None, str(reason)))
+            checks.append(Check(case.name, ranks, label, None, None, str(reason)))
             continue
         error = _relative_error(result, expected)
-        checks.append(Check(case.name, ranks, name, error, error <= bound))
+        checks.append(Check(case.name, ranks, label, error, error <= bound))
     return checks
 
 
-def _names(strategy: str, ranks: int, heads: int) -> list[str]:
-    return strategies(ranks, heads) if strategy == ALL else [strategy]
+def _names(strategy: str, ranks: int, heads: int, lanes: int = 1) -> list[str]:
+    """What to run on the ranks of a lane. Two lanes of one rank each are the same by every name."""
+    if strategy != ALL:
+        return [strategy]
+    return [SINGLE] if (ranks, lanes) == (1, 2) else strategies(ranks, heads)
 
 
 def _half_bound(case: Case, expected: Tensor, device: str) -> float:

@@ -73,6 +73,11 @@ def test_a_pass_and_a_step_run() -> None:
     assert all(row["ms"] > 0 and row["of_roofline"] is None for row in rows.values())
 
 
+def test_every_way_to_decode_passes_its_gate() -> None:
+    found = last_line(run("decode.py", "--ranks", "2", "--chunks", "3"))
+    assert [row["way"] for row in found["rows"]] == ["inline", "overlap", "together", "1 decode ranks"]
+
+
 def test_what_reuse_saves_needs_no_run() -> None:
     """Calls by hand: 40 layers, 2 a layer for ulysses, 30 passes of which every other one in the window reuses, and a
     gather of the latents."""

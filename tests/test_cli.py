@@ -267,6 +267,20 @@ def test_two_ranks_make_the_same_video_as_one(tmp_path: Path) -> None:
     assert error < 255**2 / 10**6  # PSNR > 60 dB
 
 
+def test_a_decode_rank_makes_the_same_video(tmp_path: Path) -> None:
+    words = ("generate", PROMPT, "--model", MODEL, "--frames", 30, "--json", "--out")
+    assert shell(*words, f"{tmp_path}/one/", "--decode", "overlap").exit_code == 0
+    done = torchrun(*words, f"{tmp_path}/two/", "--decode-ranks", 1)
+    assert done.returncode == 0, done.stderr
+    moved = json.loads(done.stdout)["communication"]
+    assert moved["pixels"]["bytes"] == 30 * 64 * 64 * 3 + 3 * 4 * 8  # frames, and a head a chunk
+    error = np.mean((pictures(tmp_path / "one") - pictures(tmp_path / "two")) ** 2)
+    assert error < 255**2 / 10**6
+    wrong = torchrun(*words, f"{tmp_path}/three/", "--decode-ranks", 2)
+    assert (wrong.returncode, wrong.stdout) != (0, "")
+    assert "error: 2 decode ranks leave none of 2 ranks to denoise" in wrong.stderr
+
+
 def test_embeddings_that_were_encoded_make_the_video_of_their_prompt(tmp_path: Path) -> None:
     file = tmp_path / "e.safetensors"
     written = json.loads(shell("encode", PROMPT, "--seed", 4, "--out", file, "--json").output)

@@ -133,6 +133,10 @@ def of_integers(state: dict[str, Tensor]) -> None:
     state["conv1.bias"] = torch.zeros(32, dtype=torch.int8)
 
 
+def infinite(state: dict[str, Tensor]) -> None:
+    state["conv1.bias"] = torch.full((32,), torch.inf)
+
+
 def unreadable(state: dict[str, Tensor]) -> None:
     del state["encoder.conv1.weight"]
 
@@ -148,6 +152,7 @@ def nested(state: dict[str, Tensor]) -> None:
     ("change", "says"),
     [
         (dropped, "1 missing: decoder.head.2.bias"),
+        (infinite, "1 NaN or infinite in float32: conv1.bias"),
         (added, "1 unexpected: decoder.tail.weight"),
         (misshapen, r"1 of a wrong shape: conv1.bias is \(31,\), expected \(32,\)"),
         (of_integers, "1 not of floating point: conv1.bias"),

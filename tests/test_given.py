@@ -83,7 +83,9 @@ def test_a_picture_is_the_first_frame(pipe: CausalVideoPipeline, video: np.ndarr
     assert [len(part) for part in frames] == [13, 12, 5]
     assert [chunk.start_frame for chunk in chunks] == [0, 13, 25]
     codec = pipe.codec
-    shown = to_uint8(codec.decoder().decode(codec.encoder().encode(as_pixels(video[20:21]))))[0, 0]
+    shown = (
+        to_uint8(codec.decoder().decode(codec.encoder().encode(as_pixels(video[20:21]))))[0, 0].movedim(0, -1).numpy()
+    )
     assert np.array_equal(frames[0][0], shown)
     assert psnr(frames[0][0], video[20]) > 30
     whole = np.concatenate(frames)

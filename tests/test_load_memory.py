@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from causalrope_sp.config import DiTConfig
+from causalrope_sp.grid import LatentGrid
 from causalrope_sp.model import CausalDiT
+from causalrope_sp.parallel.cost import Workload
 from causalrope_sp.weights import save_model
 from causalrope_sp.weights.layout import stored_tensors
 from causalrope_sp.weights.wan import WAN
@@ -34,11 +36,11 @@ def watch():
         time.sleep(0.001)
 
 torch.set_num_threads(1)
-load_model(sys.argv[3])  # what is imported on the way is no part of it
+load_model(sys.argv[3], weights=sys.argv[4])  # what is imported on the way is no part of it
 before, peak, done = anonymous(), [0], threading.Event()
 watcher = threading.Thread(target=watch)
 watcher.start()
-model = load_model(sys.argv[1], dtype=getattr(torch, sys.argv[2]))
+model = load_model(sys.argv[1], dtype=getattr(torch, sys.argv[2]), weights=sys.argv[4])
 done.set()
 watcher.join()
 size = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -70,6 +72,14 @@ def write(model: CausalDiT, folder: Path, kind: str) -> Path:
     return file
 
 
+def measure(file: Path, dtype: str, small: Path, weights: str = "full") -> dict[str, int]:
+    command = [sys.executable, "-c", MEASURE, str(file), dtype, str(small), weights]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert run.returncode == 0, run.stderr
+    measured: dict[str, int] = json.loads(run.stdout.splitlines()[-1])
+    return measured
+
+
 @pytest.mark.parametrize(
     ("kind", "dtype"),
     [("safetensors", "bfloat16"), ("zipped", "bfloat16"), ("legacy", "bfloat16"), ("safetensors", "float32")],
@@ -85,13 +95,21 @@ def test_peak_memory_is_that_of_the_model(tmp_path: Path, model: CausalDiT, kind
     """
     file = write(model, tmp_path, kind)
     save_model(CausalDiT(SMALL), tmp_path / "small")
-    command = [sys.executable, "-c", MEASURE, str(file), dtype, str(tmp_path / "small")]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=200)
-    assert run.returncode == 0, run.stderr
-    measured = json.loads(run.stdout.splitlines()[-1])
+    measured = measure(file, dtype, tmp_path / "small")
     numbers = sum(parameter.numel() for parameter in model.parameters())
     assert measured["model"] == numbers * getattr(torch, dtype).itemsize
     assert file.stat().st_size > 250e6
     assert measured["samples"] > 20
     allowed = 1.2 * file.stat().st_size * getattr(torch, dtype).itemsize / 2
     assert measured["model"] * 0.95 < measured["peak"] < allowed, measured
+
+
+def test_the_host_never_holds_what_is_folded_into_8_bits(tmp_path: Path, model: CausalDiT) -> None:
+    """Beside the folded model there is one matrix, twice in float32: once as it is and once over its scales."""
+    file = write(model, tmp_path, "safetensors")
+    save_model(CausalDiT(SMALL), tmp_path / "small")
+    measured = measure(file, "bfloat16", tmp_path / "small", "fp8")
+    work = Workload(CONFIG, LatentGrid(1, 1), window=1, chunk_frames=1, steps=1, itemsize=2, fp8=True)
+    assert measured["model"] == work.weights_bytes < 0.55 * file.stat().st_size
+    matrix = CONFIG.dim * CONFIG.ffn_dim
+    assert measured["model"] * 0.95 < measured["peak"] < measured["model"] + 2.5 * 4 * matrix, measured

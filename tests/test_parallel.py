@@ -265,9 +265,9 @@ def cancelled_in_head_groups(group: dist.ProcessGroup, device: str) -> Tensor:
 
 def disagreement(group: dist.ProcessGroup, device: str) -> str:
     parallel = SequenceParallel(group, "gather-kv", device)
-    parallel.agree({"seed": 1, "prompt": "the same"})
+    parallel.everyone.agree({"seed": 1, "prompt": "the same"})
     try:
-        parallel.agree({"seed": 1, "prompt": "a" if parallel.rank < parallel.size - 1 else "b"})
+        parallel.everyone.agree({"seed": 1, "prompt": "a" if parallel.rank < parallel.size - 1 else "b"})
     except ConfigError as error:
         return str(error)
     return "nothing"

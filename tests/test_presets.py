@@ -152,7 +152,8 @@ def test_inspect_says_what_why_and_how(tmp_path: Path) -> None:
     report = json.loads(inspect("--json", "--preset", "longlive-1.3b", "--window", "9", "--steps", "2", "--shift", "3"))
     assert (report["preset"], report["evidence"][0]) == ("longlive-1.3b", "named by --preset")
     assert (report["stream"]["window"], report["stream"]["sink"]) == (9, 3)
-    assert report["sampler"] == {"steps": [1000, 500], "shift": 3, "solver": "renoise"}
+    guidance = {"guidance_scale": 1.0, "guidance_interval": [0, 1000]}
+    assert report["sampler"] == {"steps": [1000, 500], "shift": 3, "solver": "renoise", **guidance}
     assert report["wrapping"]["parts"] == ["generator_ema"]
     assert report["wrapping"]["beside"] == ["critic"]
 

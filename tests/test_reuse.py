@@ -247,7 +247,7 @@ def test_flops_of_a_chunk_are_those_that_torch_counts() -> None:
         SlidingWindow(6),
         Shard(GRID),
         Strategy(GRID.tokens, CONFIG.num_heads),
-        reuse=work_of(MIXED).reuse,
+        reuse=work_of(MIXED).reuse[0],
     )
     x = random(1, 2, GRID.tokens, CONFIG.token_dim)
     for n in range(3):
@@ -326,6 +326,49 @@ def test_a_hit_makes_no_collective(pool: RankPool, ranks: int) -> None:
         assert costs[strategy].collectives_per_chunk < plain[strategy].collectives_per_chunk / 2
         assert costs[strategy].stored_bytes > plain[strategy].stored_bytes == 0
     assert "ranks differ in reuse" in found[0]["disagreement"]
+
+
+GUIDED = replace(SAMPLER, guidance_scale=3.0, guidance_interval=(200, 800))
+
+
+def guided(group: dist.ProcessGroup | None, device: str, lanes: int, reuse: ReusePolicy | None) -> dict[str, Any]:
+    """A video of two branches, and on this rank the calls of its last chunk, without those that end it."""
+    parallel = SequenceParallel(group, "gather-kv", device, lanes=lanes)
+    frame, calls, latents = (CONFIG.in_channels, GRID.latent_height, GRID.latent_width), {}, []
+    for chunk in sample_chunks(
+        make_model(),
+        random(1, CONFIG.text_len, CONFIG.text_dim),
+        seeded_noise(0, (1, *frame)),
+        GRID,
+        8,
+        stream=STREAM,
+        sampler=GUIDED,
+        parallel=parallel,
+        reuse=reuse,
+        negative_embeds=-random(1, CONFIG.text_len, CONFIG.text_dim),
+    ):
+        calls = {kind: entry.calls for kind, entry in parallel.ledger.take().by_kind().items()}
+        latents.append(chunk.latents)
+    return {"latents": torch.cat(latents, 1), "calls": calls}
+
+
+def test_each_branch_of_guidance_reuses_its_own(pool: RankPool) -> None:
+    """At five of eight steps there are two branches. The negative one counts its own passes: the first of them, which
+    carries its context pass, is computed."""
+    alone = guided(None, "cpu", 1, SHARED)["latents"]
+    ones = ReusePolicy((Broadcast("self", 1), Broadcast("cross", 1)))
+    assert torch.equal(guided(None, "cpu", 1, ones)["latents"], guided(None, "cpu", 1, None)["latents"])
+    assert not torch.allclose(alone, guided(None, "cpu", 1, None)["latents"], rtol=1e-3)
+    work = Workload.of(CONFIG, GRID, STREAM, GUIDED, 6, itemsize=8, reuse=SHARED)
+    assert work.passes == [8, 5]
+    for ranks, lanes in ((2, 1), (2, 2), (3, 1)):
+        found = pool.run(guided, ranks, lanes, SHARED)
+        assert (found["latents"] - alone).norm() / alone.norm() < 1e-12
+        costs = {cost.strategy: cost for cost in plan(work, ranks, H100, lanes=[lanes])}
+        cost = costs.get("gather-kv") or costs["single"]
+        assert sum(found["calls"].values()) == cost.collectives_per_chunk
+        if lanes == 1:
+            assert found["calls"]["kv"] == CONFIG.num_layers * (3 + 2)  # at steps 0, 3, 6 and, of five, 0 and 3
 
 
 def test_a_pipeline_takes_a_policy_by_name() -> None:

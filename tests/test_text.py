@@ -341,6 +341,14 @@ def test_what_is_wrong_is_told_in_one_line(tmp_path: Path, make: Callable[[Path]
     assert "\n" not in str(caught.value)
 
 
+def test_weights_that_are_no_numbers_are_told_when_they_are_read(tmp_path: Path) -> None:
+    files.save_wan(tmp_path, files.make_encoder())
+    change(tmp_path, blocks__1__ffn__fc2__weight=torch.full((24, 40), torch.nan))
+    encoder = UMT5TextEncoder.from_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"1 NaN or infinite in float32: blocks\.1\.ffn\.fc2\.weight"):
+        encoder.encode("a dog")
+
+
 @pytest.mark.parametrize(
     ("declared", "told"),
     [

@@ -24,8 +24,10 @@ from causalrope_sp import (
     SequenceParallel,
     load_model,
 )
+from causalrope_sp.offload import Offload
 from causalrope_sp.parallel.launch import RankPool
 from causalrope_sp.text import UMT5TextEncoder, save_embeds
+from causalrope_sp.text.checkpoint import T5Checkpoint
 from causalrope_sp.toybox import WEIGHTS
 
 PROMPT = "a red dog"
@@ -76,7 +78,7 @@ def video(pipe: CausalVideoPipeline, *args: Any, **options: Any) -> np.ndarray:
 def test_a_prompt_and_its_embeddings_give_the_same_video(
     home: Path, bare: CausalVideoPipeline, embeds: Tensor, embeds_file: Path, keep: Any
 ) -> None:
-    pipe = CausalVideoPipeline.from_pretrained(home / "model", device="cpu", keep_text=keep)
+    pipe = CausalVideoPipeline.from_pretrained(home / "model", device="cpu", offload=Offload(keep))
     expected = video(pipe, PROMPT)
     assert np.array_equal(video(pipe, PROMPT), expected)
     assert not np.array_equal(video(pipe, "the quick fox"), expected)
@@ -96,6 +98,16 @@ def test_a_recipe_names_folders_files_and_tokenizers(home: Path, tmp_path: Path,
     }[spelled]
     pipe = CausalVideoPipeline.from_pretrained(write_recipe(tmp_path / "model", text), device="cpu")
     torch.testing.assert_close(pipe.text.encode(PROMPT, 0), embeds, rtol=0, atol=1e-6)
+
+
+def test_two_prompts_are_one_reading_of_the_encoder(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = CausalVideoPipeline.from_pretrained(home / "model", device="cpu", keep_text="free", guidance=2.0, steps=1)
+    read, calls = T5Checkpoint.read, []
+    monkeypatch.setattr(T5Checkpoint, "read", lambda self, *a: calls.append(a) or read(self, *a))
+    made = video(pipe, PROMPT)
+    assert len(calls) == 1
+    assert np.array_equal(video(pipe, PROMPT, negative_prompt=""), made)
+    assert not np.array_equal(video(pipe, PROMPT, negative_prompt="the quick fox"), made)
 
 
 def test_without_the_encoder_a_prompt_is_refused(bare: CausalVideoPipeline, tmp_path: Path) -> None:

@@ -63,21 +63,17 @@ def one_rank(folder: Path | None, dtype: torch.dtype = torch.float64) -> list[Ch
 def test_every_reference_case_is_met(goldens: Path, ranks: int) -> None:
     checks = run_verification(goldens, [ranks], "all", torch.float64)
     cases = kinds_and_heads(goldens)
-    expected = {
-        (case, ranks, strategy)
-        for case, (kind, heads) in cases.items()
-        for strategy in strategies(ranks, heads if kind == "dmd" else ranks)
-    }
+    expected = {(case, ranks, name) for case, (_, heads) in cases.items() for name in strategies(ranks, heads)}
+    for case, (kind, heads) in cases.items():
+        if kind == "diffusion" and ranks % 2 == 0:  # two branches, on two lanes
+            halves = strategies(ranks // 2, heads) if ranks > 2 else ["single"]
+            expected |= {(case, ranks, f"2×{name}") for name in halves}
+    assert {kind for kind, _ in cases.values()} == {"dmd", "diffusion"}
     assert {(c.case, c.ranks, c.strategy) for c in checks} == expected
     for check in checks:
-        if cases[check.case][0] == "dmd":
-            assert check.ok
-            assert check.error is not None
-            assert check.error <= 1e-6
-        else:
-            assert check.ok is None
-            assert check.error is None
-            assert repr(cases[check.case][0]) in check.note
+        assert check.ok
+        assert check.error is not None
+        assert check.error <= 1e-6
 
 
 def test_reference_cases_hold_in_float32(folder: Path) -> None:
@@ -92,8 +88,10 @@ def test_the_self_check_passes() -> None:
     assert {check.ranks for check in checks} == {1, 2}
     found = {(check.case, check.strategy) for check in checks if check.ranks == 2}
     cases = {case for case, _ in found}
-    assert found == {(case, strategy) for case in cases for strategy in STRATEGIES}
+    on_lanes = {(case, "2×single") for case in cases if "guidance" in case}
+    assert found == {(case, strategy) for case in cases for strategy in STRATEGIES} | on_lanes
     assert len(cases) >= 5
+    assert len(on_lanes) == 2
     assert sum(check.case.endswith("one forward over all") for check in checks) >= 4
 
 
@@ -180,7 +178,7 @@ def test_wrong_questions_are_refused(tmp_path: Path) -> None:
 def test_the_command_line_prints_json_and_fails_for_one_failure(folder: Path) -> None:
     tamper(folder)
     shutil.copyfile(folder / f"{SMALLEST}.safetensors", folder / "other-kind.safetensors")
-    relabel(folder / "other-kind.safetensors", json.dumps({"kind": "diffusion"}))
+    relabel(folder / "other-kind.safetensors", json.dumps({"kind": "consistency"}))
     command = [sys.executable, "-m", "causalrope_sp", "verify", str(folder), "--ranks", "1", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1, done.stderr

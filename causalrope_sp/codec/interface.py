@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from causalrope_sp.errors import ConfigError
+from causalrope_sp.parallel.strips import Strips
 
 
 class DecoderStream(Protocol):
@@ -60,7 +61,9 @@ class Codec(Protocol):
     @property
     def device(self) -> torch.device: ...
 
-    def decoder(self) -> DecoderStream: ...
+    def decoder(self, strips: Strips | None = None) -> DecoderStream:
+        """With `strips` one that takes whole latents, as every rank does, and gives this rank's strip of the pixels."""
+        ...
 
     def encoder(self) -> EncoderStream: ...
 

@@ -21,13 +21,15 @@ from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from causalrope_sp.codec.interface import stream_pieces
+from causalrope_sp.codec.split import sharing_weights, split_convolutions
 from causalrope_sp.codec.tensors import read_exactly, shape_of
 from causalrope_sp.errors import CheckpointError
+from causalrope_sp.parallel.strips import Strips
 from causalrope_sp.weights.files import WeightFiles
 
 MARKER = "decoder.3.conv.0.weight"  # the first memory block
 _STAGES = 3
-_MEMORIES = 3  # memory blocks in a stage
+MEMORIES = 3  # memory blocks in a stage
 
 
 @dataclass(frozen=True)
@@ -124,8 +126,8 @@ class TaehvCodec:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def decoder(self) -> TaehvDecoderStream:
-        return TaehvDecoderStream(self.model)
+    def decoder(self, strips: Strips | None = None) -> TaehvDecoderStream:
+        return TaehvDecoderStream(self.model, strips)
 
     def encoder(self) -> TaehvEncoderStream:
         return TaehvEncoderStream(self.model)
@@ -134,19 +136,24 @@ class TaehvCodec:
 class TaehvDecoderStream:
     """A `DecoderStream` through TAEHV."""
 
-    def __init__(self, model: Taehv) -> None:
-        self._model = model
+    def __init__(self, model: Taehv, strips: Strips | None = None) -> None:
+        self._config, self._strips, self._decoder = model.config, strips, model.decoder
+        if strips is not None:
+            self._decoder = sharing_weights(model.decoder)
+            split_convolutions(self._decoder, strips)
         self._memory: dict[int, Tensor] = {}
         self._started = False
 
     def decode(self, latents_BFCHW: Tensor) -> Tensor:
-        before = prod(self._model.config.grows) - 1  # frames of the first latent frame that precede the video
+        before = prod(self._config.grows) - 1  # frames of the first latent frame that precede the video
+        if self._strips is not None:
+            latents_BFCHW = self._strips.mine(latents_BFCHW)
         pieces = []
         for frame in latents_BFCHW.split(1, dim=1):
-            made = _walk(self._model.decoder, frame, self._memory)
+            made = _walk(self._decoder, frame, self._memory)
             pieces.append(made if self._started else made[:, before:])
             self._started = True
-        return pixel_shuffle(torch.cat(pieces, 1), self._model.config.patch) * 2 - 1
+        return pixel_shuffle(torch.cat(pieces, 1), self._config.patch) * 2 - 1
 
 
 class TaehvEncoderStream:
@@ -194,20 +201,25 @@ def load_taehv(files: WeightFiles) -> Taehv:
     Raises:
         CheckpointError: a tensor that is missing, left over or of a wrong shape, or strides that do not agree.
     """
+    model = taehv_on_meta(files)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    model.load_state_dict(read_exactly(files, expected), assign=True)
+    return model
+
+
+def taehv_on_meta(files: WeightFiles) -> Taehv:
+    """The model of an open file without its weights. Raises as `load_taehv` does."""
     config = _infer(files)
     if prod(config.pools) != prod(config.grows):
         raise CheckpointError(
             f"{files.path}: encodes {prod(config.pools)} frames into one and decodes {prod(config.grows)} from it"
         )
     with torch.device("meta"):
-        model = Taehv(config)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    model.load_state_dict(read_exactly(files, expected), assign=True)
-    return model
+        return Taehv(config)
 
 
 def _infer(files: WeightFiles) -> TaehvConfig:
-    stage = _MEMORIES + 2  # layers of the encoder's: pool, convolution, memory blocks; the decoder's have one more
+    stage = MEMORIES + 2  # layers of the encoder's: pool, convolution, memory blocks; the decoder's have one more
     pools = [shape_of(files, f"encoder.{2 + stage * n}.conv.weight", 4) for n in range(_STAGES)]
     grows = [shape_of(files, f"decoder.{7 + (stage + 1) * n}.conv.weight", 4) for n in range(_STAGES)]
     width, pixels = shape_of(files, "encoder.0.weight", 4)[:2]
@@ -228,4 +240,4 @@ def _conv(width: int, out: int, *, stride: int = 1, bias: bool = True) -> nn.Con
 
 
 def _memories(width: int) -> list[MemoryBlock]:
-    return [MemoryBlock(width) for _ in range(_MEMORIES)]
+    return [MemoryBlock(width) for _ in range(MEMORIES)]

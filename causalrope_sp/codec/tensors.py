@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from causalrope_sp.errors import CheckpointError
 from causalrope_sp.weights.files import WeightFiles
-
-SHOWN = 4  # names of a kind that a message names
+from causalrope_sp.weights.finite import all_finite, refuse_broken
+from causalrope_sp.weights.messages import some
 
 
 def shape_of(files: WeightFiles, name: str, axes: int) -> tuple[int, ...]:
@@ -31,7 +31,7 @@ def read_exactly(files: WeightFiles, expected: Mapping[str, tuple[int, ...]]) ->
     """The tensors of these names and shapes in float32, in memory of their own.
 
     Raises:
-        CheckpointError: one is missing, left over, of another shape or not of floating point.
+        CheckpointError: one is missing, left over, of another shape, not of floating point, or NaN or infinite.
     """
     held = files.tensors
     misshapen = [
@@ -48,13 +48,9 @@ def read_exactly(files: WeightFiles, expected: Mapping[str, tuple[int, ...]]) ->
     problems = [f"{len(names)} {kind}: {some(names)}" for kind, names in kinds.items() if names]
     if problems:
         raise CheckpointError(f"{files.path}: {'; '.join(problems)}")
-    return {name: files.read(name).to(torch.float32, copy=True) for name in expected}
-
-
-def some(names: Sequence[str]) -> str:
-    """The first names, and how many more there are."""
-    rest = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + rest
+    read = {name: files.read(name).to(torch.float32, copy=True) for name in expected}
+    refuse_broken(files.path, [name for name, tensor in read.items() if not all_finite(tensor)], torch.float32)
+    return read
 
 
 def _is_floating(dtype: torch.dtype | str) -> bool:

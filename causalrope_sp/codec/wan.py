@@ -14,11 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from causalrope_sp.codec.interface import stream_pieces
+from causalrope_sp.codec.split import sharing_weights, split_convolutions
+from causalrope_sp.parallel.strips import Strips
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
+    from diffusers.models.autoencoders.autoencoder_kl_wan import WanAttentionBlock
 
 
 class WanCodec:
@@ -40,8 +44,8 @@ class WanCodec:
     def device(self) -> torch.device:
         return self.vae.post_quant_conv.weight.device
 
-    def decoder(self) -> WanDecoderStream:
-        return WanDecoderStream(self.vae)
+    def decoder(self, strips: Strips | None = None) -> WanDecoderStream:
+        return WanDecoderStream(self.vae, strips)
 
     def encoder(self) -> WanEncoderStream:
         return WanEncoderStream(self.vae)
@@ -50,9 +54,10 @@ class WanCodec:
 class WanDecoderStream:
     """A `DecoderStream` through the Wan VAE."""
 
-    def __init__(self, vae: AutoencoderKLWan) -> None:
-        self._vae = vae
-        self._state: list[Any] = [None] * _causal_convolutions(vae.decoder)
+    def __init__(self, vae: AutoencoderKLWan, strips: Strips | None = None) -> None:
+        self._vae, self._strips = vae, strips
+        self._decoder = vae.decoder if strips is None else _split(vae.decoder, strips)
+        self._state: list[Any] = [None] * _causal_convolutions(self._decoder)
         self._started = False
 
     def decode(self, latents_BFCHW: Tensor) -> Tensor:
@@ -60,11 +65,13 @@ class WanDecoderStream:
 
         config = self._vae.config
         mean, std = _statistics(self._vae, latents_BFCHW)
+        if self._strips is not None:
+            latents_BFCHW = self._strips.mine(latents_BFCHW)
         pieces = []
         for frame in (latents_BFCHW * std + mean).split(1, dim=1):
             first, self._started = not self._started, True
             latent = self._vae.post_quant_conv(frame.transpose(1, 2).contiguous())
-            pieces.append(self._vae.decoder(latent, feat_cache=self._state, feat_idx=[0], first_chunk=first))
+            pieces.append(self._decoder(latent, feat_cache=self._state, feat_idx=[0], first_chunk=first))
         pixels = torch.cat(pieces, 2)
         if config.patch_size is not None:
             pixels = unpatchify(pixels, patch_size=config.patch_size)
@@ -95,6 +102,34 @@ class WanEncoderStream:
         means = torch.cat(moments, 2).transpose(1, 2)
         mean, std = _statistics(self._vae, means)
         return (means - mean) / std
+
+
+class SplitAttention(nn.Module):
+    """diffusers' `WanAttentionBlock`, attention of a frame's places over that frame: this strip's places over all."""
+
+    def __init__(self, block: WanAttentionBlock, strips: Strips) -> None:
+        super().__init__()
+        self.norm, self.to_qkv, self.proj, self._strips = block.norm, block.to_qkv, block.proj, strips
+
+    def forward(self, x_BCTHW: Tensor) -> Tensor:
+        batch, channels = x_BCTHW.shape[:2]
+        normed = self.norm(x_BCTHW.transpose(1, 2).flatten(0, 1))
+        weight, bias = self.to_qkv.weight, self.to_qkv.bias
+        q = functional.conv2d(normed, weight[:channels], bias[:channels])
+        kv = functional.conv2d(self._strips.whole(normed), weight[channels:], bias[channels:])
+        q, k, v = (part.flatten(2).transpose(1, 2).unsqueeze(1).contiguous() for part in (q, *kv.chunk(2, 1)))
+        attended = functional.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2)
+        projected = self.proj(attended.reshape(normed.shape))
+        return x_BCTHW + projected.unflatten(0, (batch, -1)).transpose(1, 2)
+
+
+def _split(decoder: nn.Module, strips: Strips) -> Any:
+    split = sharing_weights(decoder)
+    split_convolutions(split, strips)
+    attentions = split.mid_block.attentions
+    for number, block in enumerate(attentions):
+        attentions[number] = SplitAttention(block, strips)
+    return split
 
 
 def _causal_convolutions(module: nn.Module) -> int:

@@ -41,19 +41,32 @@ _BLOCK = {
 }
 
 
-def load_diffusers_vae(files: WeightFiles) -> AutoencoderKLWan:
-    """The VAE under diffusers' names, with the config.json beside it."""
+def load_vae(files: WeightFiles) -> AutoencoderKLWan:
+    """The VAE of an open file of either layout, in float32.
+
+    Raises:
+        CheckpointError: a tensor that is missing, left over or of a wrong shape, or a configuration that cannot be.
+    """
+    vae = vae_on_meta(files)
+    shapes = {name: tuple(tensor.shape) for name, tensor in vae.state_dict().items()}
+    modules = {}
+    if WAN_MARKER in files.tensors:
+        modules = wan_modules(len(vae.config.dim_mult), vae.config.num_res_blocks)
+    stored = {name: _stored_name(name, modules) for name in shapes}
+    tensors = read_exactly(files, {stored[name]: shape for name, shape in shapes.items()})
+    vae.load_state_dict({name: tensors[stored[name]] for name in shapes}, assign=True)
+    return vae
+
+
+def vae_on_meta(files: WeightFiles) -> AutoencoderKLWan:
+    """The VAE of an open file without its weights: under diffusers' names by the config.json beside it, under Wan's by
+    the shapes of its tensors."""
+    if WAN_MARKER in files.tensors:
+        return _on_meta(infer_config(files), files)
     config = files.declared_config()
     if not config:
         raise CheckpointError(f"{files.path}: a VAE under diffusers' names needs the config.json beside it")
-    return _filled(files, config, {})
-
-
-def load_wan_vae(files: WeightFiles) -> AutoencoderKLWan:
-    """The VAE under Wan's names."""
-    config = infer_config(files)
-    stages, blocks = len(config["dim_mult"]), config["num_res_blocks"]
-    return _filled(files, config, wan_modules(stages, blocks))
+    return _on_meta(config, files)
 
 
 def wan_modules(stages: int, blocks: int) -> dict[str, str]:
@@ -130,19 +143,14 @@ def _stages(files: WeightFiles) -> tuple[list[int], list[bool], int]:
     return widths, temporal, blocks[0]
 
 
-def _filled(files: WeightFiles, config: dict[str, Any], modules: dict[str, str]) -> AutoencoderKLWan:
+def _on_meta(config: dict[str, Any], files: WeightFiles) -> AutoencoderKLWan:
     from diffusers import AutoencoderKLWan
 
     try:
         with torch.device("meta"):
-            vae = AutoencoderKLWan.from_config(config)
+            return AutoencoderKLWan.from_config(config)
     except (ValueError, TypeError, RuntimeError, ZeroDivisionError, AttributeError) as reason:
         raise CheckpointError(f"{files.path}: declares a VAE that cannot be: {str(reason).splitlines()[0]}") from reason
-    shapes = {name: tuple(tensor.shape) for name, tensor in vae.state_dict().items()}
-    stored = {name: _stored_name(name, modules) for name in shapes}
-    tensors = read_exactly(files, {stored[name]: shape for name, shape in shapes.items()})
-    vae.load_state_dict({name: tensors[stored[name]] for name in shapes}, assign=True)
-    return vae
 
 
 def _stored_name(name: str, modules: dict[str, str]) -> str:

@@ -21,7 +21,7 @@ from causalrope_sp.process import rank
 def encode(
     prompt: str, model: str | None, text: str | None, tokenizer: str | None, seed: int, out: str, as_json: bool
 ) -> None:
-    """Writes the text embeddings of PROMPT, for generate --text-embeds on a machine without the encoder."""
+    """Writes the text embeddings of PROMPT, for generate's --text-embeds or --negative-embeds."""
     from causalrope_sp.encoding import encode_to_file
 
     if rank() != 0:

@@ -7,13 +7,14 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
 from causalrope_sp.commands.words import parse_steps
-from causalrope_sp.config import check_given
+from causalrope_sp.config import Solver, check_given, check_negative
 from causalrope_sp.errors import CausalRopeError, ConfigError, RankLostError
+from causalrope_sp.offload import Offload
 from causalrope_sp.process import Background, rank, say_choices, shares_rank_0_disk
 from causalrope_sp.reuse import find_policy
 from causalrope_sp.video import VideoWriter, check_output
@@ -24,9 +25,12 @@ if TYPE_CHECKING:
 EXISTING = click.Path(exists=True, path_type=Path)
 EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 # which options go where: to the ranks, to the model, to the stream
-RANKS = ("strategy", "overlap", "head_groups", "attention")
-MODEL = ("window", "sink", "rope", "codec", "codec_weights")
-STREAM = ("frames", "seed", "image", "video", "strength", "reuse")
+RANKS = ("strategy", "decoders", "overlap", "head_groups", "attention")
+MODEL = (
+    *("window", "sink", "rope", "solver", "shift", "guidance", "guidance_interval"),
+    *("weights", "offload", "codec", "codec_weights", "decode", "preflight"),
+)
+STREAM = ("frames", "seed", "negative_prompt", "negative_embeds", "image", "video", "strength", "reuse")
 
 
 @click.command()
@@ -43,6 +47,13 @@ STREAM = ("frames", "seed", "image", "video", "strength", "reuse")
     help="Where a frame stands in time: at its number since the stream began, or at its place in the window.",
 )
 @click.option("--steps", help="How many evenly spaced denoising steps (4), or which (1000,750,500,250).")
+@click.option("--solver", type=click.Choice(get_args(Solver)), help="What leads from step to step.")
+@click.option("--shift", type=float, help="Of the timesteps towards noise.")
+@click.option("--guidance", type=float, help="The scale that leads away from a negative prompt; 1 is none.")
+@click.option("--guidance-interval", type=(float, float), help="Guide at timesteps within these two (0 1000) alone.")
+@click.option("--negative-prompt", help="What guidance leads away from (default: no text).")
+@click.option("--negative-embeds", metavar="FILE", help="In its place: its embeddings, written by encode.")
+@click.option("--guidance-parallel", is_flag=True, help="One half of the ranks for each of guidance's two branches.")
 @click.option(
     "--strategy", default="auto", show_default=True, help="auto, ulysses, gather-kv, shard-kv, ulysses2xgather-kv4, ..."
 )
@@ -53,6 +64,31 @@ STREAM = ("frames", "seed", "image", "video", "strength", "reuse")
 @click.option("--reuse", help="Attention reused between steps: pab:PRESET, such as pab:latte, or a FILE.")
 @click.option("--codec", type=click.Choice(["wan", "taehv"]), help="Which kind of codec (default: the model's).")
 @click.option("--codec-weights", type=EXISTING, help="Its file or folder, in place of the model's.")
+@click.option(
+    "--decode",
+    type=click.Choice(["inline", "overlap", "together"]),
+    default="inline",
+    show_default=True,
+    help="Rank 0 before the next chunk is made, or while it is; or all ranks together.",
+)
+@click.option(
+    "--decode-ranks",
+    "decoders",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Of the ranks, how many only decode, while the others make the next chunk.",
+)
+@click.option("--weights", type=click.Choice(["full", "fp8"]), help="fp8: the blocks' matrices in 8 bits.")
+@click.option(
+    "--offload",
+    multiple=True,
+    default=["text"],
+    show_default=True,
+    metavar="text|codec|none",
+    help="What is on the device only while it is used.",
+)
+@click.option("--preflight/--no-preflight", default=True, help="Refuse at once what is predicted not to fit.")
 @click.option("--out", default="video.mp4", show_default=True, help="FILE.mp4, .gif, .webp, or FOLDER/ for PNGs.")
 @click.option("--overlap/--no-overlap", default=True, help="Compute while other ranks' numbers are on their way.")
 @click.option("--head-groups", default=1, show_default=True, help="ulysses: send one group's output during the next's.")
@@ -74,7 +110,10 @@ def generate(
     steps = parse_steps(options["steps"])
     if options["reuse"] is not None:
         options["reuse"] = find_policy(options["reuse"])
-    _check_text(model, prompt, text_embeds)
+    Offload.of(options["offload"])  # wrong words are said before anything is imported
+    negative = options["negative_prompt"]
+    _check_text(model, prompt, text_embeds, negative)
+    check_negative(negative is not None, options["negative_embeds"] is not None, guided=True)  # known with the recipe
     if shares_rank_0_disk():
         check_output(out)
     if not as_json:
@@ -88,10 +127,11 @@ def generate(
             timeout_s=timeout,
             silence_s=min(20.0, timeout),
             on_loss=lambda said: made.fail(RankLostError(said)),
+            lanes=2 if options["guidance_parallel"] else 1,
             **{name: options[name] for name in RANKS},
         )
         pipe = CausalVideoPipeline.from_pretrained(
-            model, parallel=parallel, steps=steps, keep_text="free", **{name: options[name] for name in MODEL}
+            model, parallel=parallel, steps=steps, **{name: options[name] for name in MODEL}
         )
         yield pipe
         yield from pipe.stream(prompt, embeds=text_embeds, **{name: options[name] for name in STREAM})
@@ -169,7 +209,7 @@ def _saying_what_was_kept(video: VideoWriter, frames: int) -> Iterator[None]:
         raise
 
 
-def _check_text(model: str, prompt: str | None, embeds: str | None) -> None:
+def _check_text(model: str, prompt: str | None, embeds: str | None, negative: str | None) -> None:
     """The toybox models know a closed list of words, which can be checked before anything is loaded."""
     from causalrope_sp.toybox import EMBEDDED
     from causalrope_sp.toybox.prompts import parse_prompt
@@ -178,8 +218,9 @@ def _check_text(model: str, prompt: str | None, embeds: str | None) -> None:
         raise click.UsageError("Missing argument 'PROMPT', or --text-embeds.", click.get_current_context())
     if prompt is not None and embeds is not None:
         raise ConfigError("give either a prompt or --text-embeds, not both")
-    if prompt is not None and model in EMBEDDED:
-        parse_prompt(prompt)
+    for text in (prompt, negative):
+        if text is not None and model in EMBEDDED:
+            parse_prompt(text)
 
 
 def _progress(silent: bool) -> Progress:

@@ -10,15 +10,17 @@ Shapes: B batch, F frames of a pass, s tokens of a frame on a rank, S of a whole
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
 from causalrope_sp.config import VAE_STRIDE, DiTConfig, SamplerConfig, StreamConfig
 from causalrope_sp.grid import LatentGrid, Shard
 from causalrope_sp.parallel.layout import Layout, parse_strategy, strategies
+from causalrope_sp.parallel.memory import NOTHING, Beside
 from causalrope_sp.parallel.strategy import lse_elements
 from causalrope_sp.reuse.policy import CAUSAL_KINDS, Kind, ReusePlan, ReusePolicy
-from causalrope_sp.schedule import sigmas
+from causalrope_sp.schedule import branch_timesteps, guided_steps
 
 Seconds = tuple[float, float, float]  # computing, communicating, and of the latter what nothing hides
 ELEMENTWISE_PASSES = 30  # how often a block of the unfused model reads or writes its D numbers a token, about
@@ -69,8 +71,9 @@ H100, CPU = machine("h100", "nvlink"), machine("cpu", "loopback")
 
 @dataclass(frozen=True)
 class Workload:
-    """A stream: its model, its picture in tokens, window and chunk in latent frames, denoise passes a chunk, and which
-    outputs they take over from one another."""
+    """A stream: its model, its picture in tokens, window and chunk in latent frames, denoise passes a chunk, and how
+    many of these are guided, so that a second branch, with a cache of its own, makes a pass too; `fp8` if the matrices
+    of the blocks are kept in 8 bits. `reuse` is what each branch's passes take over from one another, if anything."""
 
     config: DiTConfig
     grid: LatentGrid
@@ -79,7 +82,9 @@ class Workload:
     steps: int
     batch: int = 1
     itemsize: int = 2
-    reuse: ReusePlan | None = None
+    fp8: bool = False
+    guided: int = 0
+    reuse: tuple[ReusePlan, ...] = ()
 
     @classmethod
     def of(
@@ -94,14 +99,22 @@ class Workload:
         reuse: ReusePolicy | None = None,
     ) -> Workload:
         """A stream as it is configured, `window` latent frames long at most."""
-        chunk, steps = min(stream.chunk_frames, window), len(sampler.steps)
-        plan = None if reuse is None else ReusePlan.of_causal(reuse, sigmas(sampler), config.num_layers)
-        return cls(config, grid, window, chunk, steps, batch, itemsize, plan)
+        chunk, guided = min(stream.chunk_frames, window), sum(guided_steps(sampler))
+        plans: tuple[ReusePlan, ...] = ()
+        if reuse is not None:
+            told = [branch_timesteps(sampler, negative) for negative in ((False, True) if guided else (False,))]
+            plans = tuple(ReusePlan.of_causal(reuse, each, config.num_layers) for each in told)
+        return cls(config, grid, window, chunk, len(sampler.steps), batch, itemsize, guided=guided, reuse=plans)
 
-    def computed(self, step: int) -> dict[Kind, int]:
-        """In how many layers denoise pass `step` of a chunk computes what; the others reuse."""
+    @property
+    def passes(self) -> list[int]:
+        """How many each branch makes in a chunk."""
+        return [self.steps, self.guided] if self.guided else [self.steps]
+
+    def computed(self, step: int, branch: int = 0) -> dict[Kind, int]:
+        """In how many layers pass `step` of a branch's chunk computes what; the others reuse."""
         every = self.config.num_layers
-        return {kind: every if self.reuse is None else self.reuse.computed(step, kind) for kind in CAUSAL_KINDS}
+        return {kind: self.reuse[branch].computed(step, kind) if self.reuse else every for kind in CAUSAL_KINDS}
 
     @cached_property
     def linear_flops(self) -> int:
@@ -132,6 +145,18 @@ class Workload:
         outer += c.token_dim * d + c.token_dim + 2 * d  # and the head
         return c.num_layers * layer + outer
 
+    @property
+    def matrices(self) -> int:
+        """Numbers in all matrices of the blocks."""
+        c = self.config
+        return c.num_layers * c.dim * (8 * c.dim + 2 * c.ffn_dim)
+
+    @property
+    def weights_bytes(self) -> int:
+        c, full = self.config, self.parameters * self.itemsize
+        scales = 4 * c.num_layers * (9 * c.dim + c.ffn_dim)
+        return full - (self.itemsize - 1) * self.matrices + scales if self.fp8 else full
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -140,11 +165,13 @@ class Plan:
     A chunk's passes are those of the steady state: one fused with the context pass of the chunk before, a full window.
     `exposed_ms` is the part of `communication_ms` that nothing hides, `imbalance` the slowest rank's computing against
     the mean, `efficiency` one rank's time against all ranks' together. The first frame's time leaves out loading, text
-    and decoding. `stored_bytes` are the outputs that a chunk's passes take over from one another.
+    and decoding. With two `lanes` each half of the ranks runs one branch of guidance by the strategy, and counts are of
+    the prompt's. `stored_bytes` are the outputs that passes take over from one another.
     """
 
     strategy: str
     ranks: int
+    lanes: int
     collectives_per_pass: int
     bytes_per_pass: int
     collectives_per_chunk: int
@@ -164,10 +191,20 @@ class Plan:
     imbalance: float
     fits: bool
     chosen: bool = False
+    beside: Beside = NOTHING
+
+    @property
+    def bytes_by_time(self) -> dict[str, int]:
+        return self.beside.by_time(self.weights_bytes, self.cache_bytes + self.stored_bytes, self.activation_bytes)
+
+    @property
+    def name(self) -> str:
+        return self.strategy if self.lanes == 1 else f"{self.lanes}×{self.strategy}"
 
     @property
     def memory_bytes(self) -> int:
-        return self.weights_bytes + self.cache_bytes + self.stored_bytes + self.activation_bytes
+        """The most at once."""
+        return max(self.bytes_by_time.values())
 
 
 def received(layout: Layout, work: Workload, rank: int, frames: int) -> dict[str, int]:
@@ -197,8 +234,13 @@ def received_latents(work: Workload, ranks: int) -> int:
     return (ranks - 1) * work.batch * work.chunk_frames * widest * work.config.token_dim
 
 
+def received_guidance(work: Workload, ranks: int) -> int:
+    """Elements that a rank receives from the other lane of as many ranks after a pass; of the type of the latents."""
+    return work.batch * work.chunk_frames * max(_tokens(work.grid, ranks)) * work.config.token_dim
+
+
 def cache_bytes(layout: Layout, work: Workload, rank: int) -> int:
-    """The ring, and the frames that an open chunk puts aside."""
+    """One branch's ring, and the frames that an open chunk puts aside."""
     row, column, _, rows = _place(layout, work, rank)
     heads = layout.heads(work.config.num_heads)[column]
     tokens = sum(rows) if layout.inner == "gather-kv" else rows[row]
@@ -206,9 +248,9 @@ def cache_bytes(layout: Layout, work: Workload, rank: int) -> int:
     return 2 * work.config.num_layers * work.batch * frames * tokens * heads * work.config.head_dim * work.itemsize
 
 
-def stored_bytes(layout: Layout, work: Workload, rank: int) -> int:
-    """The outputs that a rank keeps for later passes of a chunk: its own shard of each."""
-    outputs = 0 if work.reuse is None else work.reuse.stored
+def stored_bytes(layout: Layout, work: Workload, rank: int, branch: int = 0) -> int:
+    """The outputs that a rank keeps for later passes of a branch's chunk: its own shard of each."""
+    outputs = work.reuse[branch].stored if work.reuse else 0
     tokens = _tokens(work.grid, layout.ranks)[rank]
     return outputs * work.batch * work.chunk_frames * tokens * work.config.dim * work.itemsize
 
@@ -227,70 +269,78 @@ def cross_flops(work: Workload, tokens: int) -> int:
     return 4 * work.config.num_layers * tokens * work.config.text_len * work.config.dim
 
 
-def chunk_flops(layout: Layout, work: Workload, rank: int) -> int:
-    """FLOPs of a rank in a steady chunk: its denoise passes, the first with the context pass of the chunk before."""
+def chunk_flops(layout: Layout, work: Workload, rank: int, branch: int = 0) -> int:
+    """FLOPs of a rank in a branch's steady chunk: its passes, the first with the context pass of the chunk before."""
     layers = work.config.num_layers
     mine = work.batch * work.chunk_frames * _tokens(work.grid, layout.ranks)[rank]
     total = -work.patch_flops * mine  # a context pass has no head
-    for step in range(work.steps):
-        frames, computed = work.chunk_frames * (2 if step == 0 else 1), work.computed(step)
-        tokens = mine * (2 if step == 0 else 1)
-        total += work.linear_flops_of(computed) * tokens
-        total += computed["self"] * attention_flops(layout, work, rank, frames, work.window) // layers
-        total += computed["cross"] * cross_flops(work, tokens) // layers
+    for step in range(work.passes[branch]):
+        chunks, computed = 2 if step == 0 else 1, work.computed(step, branch)
+        attention = attention_flops(layout, work, rank, chunks * work.chunk_frames, work.window)
+        total += work.linear_flops_of(computed) * chunks * mine
+        total += computed["self"] * attention // layers
+        total += computed["cross"] * cross_flops(work, chunks * mine) // layers
     return total
 
 
-def plan(work: Workload, ranks: int, on: Machine) -> list[Plan]:
-    """Every strategy at this many ranks, and which of them is the best, always the same on every rank: the fastest
-    chunk of those that fit, the least memory among equals."""
-    alone = _cost(parse_strategy("ulysses", 1), work, on)
-    names = strategies(ranks, work.config.num_heads)[: 1 if ranks == 1 else None]
-    costs = [_cost(parse_strategy(name, ranks), work, on) for name in names]
+def plan(
+    work: Workload, ranks: int, on: Machine, *, lanes: Sequence[int] = (1,), beside: Beside = NOTHING
+) -> list[Plan]:
+    """Every strategy at this many ranks, in each of these numbers of lanes, and which of them is the best, always the
+    same on every rank: the fastest chunk of those that fit, the least memory among equals."""
+    alone, costs = _cost(parse_strategy("ulysses", 1), 1, work, on, beside), []
+    for count in lanes:
+        names = strategies(ranks // count, work.config.num_heads)[: 1 if ranks == count else None]
+        costs += [_cost(parse_strategy(name, ranks // count), count, work, on, beside) for name in names]
     costs = [replace(c, efficiency=alone.chunk_ms / (ranks * c.chunk_ms)) for c in costs]
     best = min(range(len(costs)), key=lambda n: (not costs[n].fits, round(costs[n].chunk_ms, 3), costs[n].memory_bytes))
     return [replace(c, chosen=n == best) for n, c in enumerate(costs)]
 
 
-def _cost(layout: Layout, work: Workload, on: Machine) -> Plan:
-    every = range(layout.ranks)
+def _cost(layout: Layout, lanes: int, work: Workload, on: Machine, beside: Beside) -> Plan:
+    passes = work.passes if lanes == 1 else work.passes[:1]  # of each branch that takes its turn on a rank
+    every, branches, layers = range(layout.ranks), len(passes), work.config.num_layers
     chunk, window = work.chunk_frames, work.window
-    later = Counter(tuple(work.computed(step).items()) for step in range(1, work.steps))
+    after_the_first = [work.computed(step, branch) for branch, steps in enumerate(passes) for step in range(1, steps)]
+    alike = Counter(tuple(computed.items()) for computed in after_the_first)
+    full = work.computed(0)
 
     def slowest(frames: int, keys: int, computed: dict[Kind, int]) -> Seconds:
         times = [_pass_times(layout, work, on, rank, frames, keys, computed) for rank in every]
         return max(times, key=lambda each: each[0] + each[2])
 
-    def all_passes(first: Seconds, keys: int) -> list[float]:
-        rest = [[count * s for s in slowest(chunk, keys, dict(computed))] for computed, count in later.items()]
-        return [sum(each) for each in zip(first, *rest, strict=True)]
+    def all_passes(first_frames: int, keys: int) -> list[float]:
+        first = [branches * seconds for seconds in slowest(first_frames, keys, full)]
+        later = [[count * seconds for seconds in slowest(chunk, keys, dict(c))] for c, count in alike.items()]
+        return [sum(each) for each in zip(first, *later, strict=True)]
 
-    full = work.computed(0)
-    steady = [_pass_times(layout, work, on, rank, chunk, window, full)[0] for rank in every]
-    gather = 0.0
-    if layout.ranks > 1:
-        gather = on.latency + received_latents(work, layout.ranks) * 4 / on.link
-    compute, communication, exposed = all_passes(slowest(2 * chunk, window, full), window)
+    # a chunk's latents once, and velocities across lanes after every pass
+    once, crossed = received_latents(work, layout.ranks), received_guidance(work, layout.ranks) if lanes > 1 else 0
+    trades = work.steps if lanes > 1 else 0
+    rest = (layout.ranks > 1) + trades
+    rest_bytes = 4 * (once + trades * crossed)
+    gather = rest * on.latency + rest_bytes / on.link
+    compute, communication, exposed = all_passes(2 * chunk, window)
     seconds = compute + exposed + gather
-    opening = all_passes(slowest(chunk, chunk, full), chunk)
+    opening = all_passes(chunk, chunk)
     first = opening[0] + opening[2] + gather
+    steady = [_pass_times(layout, work, on, rank, chunk, window, full)[0] for rank in every]
     bytes_layer = max(sum(received(layout, work, r, chunk).values()) for r in every) * work.itemsize
-    layers = work.config.num_layers
-    attended = sum(work.computed(step)["self"] for step in range(work.steps))  # layers, over a chunk's passes
     calls_layer = len(received(layout, work, 0, chunk))
-    weights = work.parameters * work.itemsize
-    cache = max(cache_bytes(layout, work, r) for r in every)
+    attended = branches * layers + sum(computed["self"] for computed in after_the_first)  # layers, of all passes
+    cache = branches * max(cache_bytes(layout, work, r) for r in every)
+    stored = max(sum(stored_bytes(layout, work, r, branch) for branch in range(branches)) for r in every)
     activations = max(_activation_bytes(layout, work, r) for r in every)
-    stored = max(stored_bytes(layout, work, r) for r in every)
     return Plan(
         strategy=layout.name,
-        ranks=layout.ranks,
+        ranks=lanes * layout.ranks,
+        lanes=lanes,
         collectives_per_pass=calls_layer * layers,
         bytes_per_pass=bytes_layer * layers,
-        collectives_per_chunk=calls_layer * attended + (layout.ranks > 1),
-        bytes_per_chunk=bytes_layer * (attended + layers) + received_latents(work, layout.ranks) * 4,
-        flops_per_chunk=max(chunk_flops(layout, work, r) for r in every),
-        weights_bytes=weights,
+        collectives_per_chunk=calls_layer * attended + rest,
+        bytes_per_chunk=bytes_layer * (attended + branches * layers) + rest_bytes,
+        flops_per_chunk=max(sum(chunk_flops(layout, work, r, branch) for branch in range(branches)) for r in every),
+        weights_bytes=work.weights_bytes,
         cache_bytes=cache,
         stored_bytes=stored,
         activation_bytes=activations,
@@ -302,23 +352,26 @@ def _cost(layout: Layout, work: Workload, on: Machine) -> Plan:
         fps=VAE_STRIDE[0] * chunk / seconds,
         efficiency=1.0,
         imbalance=max(steady) * layout.ranks / sum(steady),
-        fits=weights + cache + stored + activations <= on.memory,
+        fits=max(beside.by_time(work.weights_bytes, cache + stored, activations).values()) <= on.memory,
+        beside=beside,
     )
 
 
 def _pass_times(
     layout: Layout, work: Workload, on: Machine, rank: int, frames: int, keys: int, computed: dict[Kind, int]
 ) -> Seconds:
-    """Seconds of a pass on one rank that computes so much: computing, communicating, and of the latter what nothing
-    hides."""
+    """Seconds of a pass on one rank that computes so much."""
     tokens = _place(layout, work, rank)[2]
     mine = work.batch * frames * tokens[rank]
     share = {kind: count / work.config.num_layers for kind, count in computed.items()}
     attention = share["self"] * attention_flops(layout, work, rank, frames, keys) / on.attention
     moved = ELEMENTWISE_PASSES * work.config.dim * work.config.num_layers * mine * work.itemsize
     flops = work.linear_flops_of(computed)
-    weights = (work.parameters - (work.linear_flops - flops) // 2) * work.itemsize  # a weight is two FLOPs a token
+    skipped = (work.linear_flops - flops) // 2  # weights: each is two FLOPs a token
+    weights = work.weights_bytes - skipped * (1 if work.fp8 else work.itemsize)
     products = max(flops * mine / on.matmul, weights / on.bandwidth)
+    if work.fp8:  # unfolded in memory: the 8 bits read, the matrix written, scaled, and read by its product
+        products += (1 + 3 * work.itemsize) * (work.matrices - skipped) / on.bandwidth
     compute = products + share["cross"] * cross_flops(work, mine) / on.attention + attention + moved / on.bandwidth
     layers = computed["self"]
     took = {
@@ -340,7 +393,8 @@ def _activation_bytes(layout: Layout, work: Workload, rank: int) -> int:
     c, frames = work.config, 2 * work.chunk_frames
     tokens = work.batch * frames * _tokens(work.grid, layout.ranks)[rank]
     wire = sum(received(layout, work, rank, frames).values())
-    return work.itemsize * (2 * c.dim * tokens + max(2 * c.ffn_dim * tokens, 8 * c.dim * tokens + 2 * wire))
+    unfolded = c.dim * max(3 * c.dim, c.ffn_dim) * work.itemsize if work.fp8 else 0
+    return unfolded + work.itemsize * (2 * c.dim * tokens + max(2 * c.ffn_dim * tokens, 8 * c.dim * tokens + 2 * wire))
 
 
 def _place(layout: Layout, work: Workload, rank: int) -> tuple[int, int, list[int], list[int]]:

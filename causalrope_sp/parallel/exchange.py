@@ -16,8 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from causalrope_sp import errors
-from causalrope_sp.errors import CausalRopeError, RankLostError
+from causalrope_sp.errors import RankLostError
 from causalrope_sp.parallel.ledger import LAYERLESS, Entry, Ledger
 
 # torch 2.13 renamed all_gather_into_tensor and warns at every call of the old name
@@ -116,23 +115,35 @@ class Exchange:
         sent.copy_(tokens_BFSE)
         return torch.cat(self.all_gather("latents", LAYERLESS, shapes, sent).wait(), 2)
 
-    def from_rank_0(self, kind: str, make: Callable[[], Tensor], room: Tensor) -> Tensor:
-        """Fills `room` on every rank with what rank 0 makes; what that raises as wrong input is raised on every rank,
-        which would otherwise wait for numbers that never come."""
-        error: CausalRopeError | None = None
-        if self.rank == 0:
-            try:
-                room.copy_(make())
-            except CausalRopeError as wrong:
-                error = wrong
-        failed = self.everyone({} if error is None else {"kind": type(error).__name__, "said": str(error)})[0]
-        if failed:
-            raise error or getattr(errors, failed["kind"], CausalRopeError)(failed["said"])
-        self.ledger.begin(kind, LAYERLESS, room.numel() if self.rank else 0, room)
-        work = dist.broadcast(room, group=self._group, group_src=0, async_op=True)
+    def broadcast(self, kind: str, room: Tensor, source: int) -> Tensor:
+        """Fills `room`, which is contiguous, on every rank with what it holds on the rank `source`."""
+        self.ledger.begin(kind, LAYERLESS, room.numel() if self.rank != source else 0, room)
+        sent = room.view(torch.uint8) if room.element_size() == 1 else room  # no backend knows 8-bit floats
+        work = dist.broadcast(sent, group=self._group, group_src=source, async_op=True)
         assert work is not None, "asked for one in flight"
         Arrival(work, [room], self, kind, LAYERLESS).wait()
         return room
+
+    def send(self, kind: str, x: Tensor, to: int) -> None:
+        """`x` to one rank, which receives it."""
+        work = dist.isend(x, group=self._group, group_dst=to)
+        assert work is not None, "asked for one in flight"
+        Arrival(work, [x], self, kind, LAYERLESS).wait()
+
+    def receive(self, kind: str, room: Tensor, source: int) -> Tensor:
+        """What one rank sends, in `room`."""
+        self.ledger.begin(kind, LAYERLESS, room.numel(), room)
+        work = dist.irecv(room, group=self._group, group_src=source)
+        assert work is not None, "asked for one in flight"
+        Arrival(work, [room], self, kind, LAYERLESS).wait()
+        return room
+
+    def gather_to_first(self, kind: str, shapes: Sequence[Shape], sent: Tensor) -> list[Tensor]:
+        """Rank 0 gets `sent` of every rank, in order of rank and of these shapes; the others get nothing."""
+        none: Shape = (0,)
+        out = self.buffer(f"{kind} out", [sent.shape] + [none] * (self.size - 1), sent)
+        out[0].copy_(sent)
+        return self.all_to_all(kind, LAYERLESS, shapes if self.rank == 0 else [none] * self.size, out).wait()
 
     def everyone(self, mine: dict[str, str]) -> list[dict[str, str]]:
         """What every rank has to say, in order of rank. Before a stream begins: the ledger does not hear of it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -20,10 +20,12 @@ from causalrope_sp.parallel.cost import CPU, H100, Machine, Workload, plan
 from causalrope_sp.parallel.exchange import Exchange
 from causalrope_sp.parallel.gather_kv import GatherKV
 from causalrope_sp.parallel.layout import Layout, parse_strategy
-from causalrope_sp.parallel.ledger import Ledger
+from causalrope_sp.parallel.ledger import LAYERLESS, Ledger
 from causalrope_sp.parallel.mesh import Mesh
+from causalrope_sp.parallel.ranks import Ranks
 from causalrope_sp.parallel.shard_kv import ShardKV
 from causalrope_sp.parallel.strategy import Strategy
+from causalrope_sp.parallel.strips import Strips
 from causalrope_sp.parallel.ulysses import Ulysses
 from causalrope_sp.parallel.watchdog import Watchdog, leave
 
@@ -44,6 +46,7 @@ class SequenceParallel:
         overlap: compute while keys, values and queries are in flight. Exact either way.
         head_groups: send the output of one group of heads while the next is computed (`ulysses` alone).
         attention: which library attends, one of `causalrope_kernels.ATTENTION_BACKENDS`; "auto" measures.
+        timeout: of the groups that are made within `group`.
         machine: what "auto" predicts with, the same on every rank; if None, an H100 on NVLink, or a CPU.
 
     Raises:
@@ -61,11 +64,12 @@ class SequenceParallel:
         overlap: bool = True,
         head_groups: int = 1,
         attention: str = "auto",
+        timeout: timedelta = default_pg_timeout,
         machine: Machine | None = None,
     ) -> None:
         self._group = group
         self.device = torch.device(device)
-        self._machine = machine or (H100 if self.device.type == "cuda" else CPU)
+        self.machine = machine or (H100 if self.device.type == "cuda" else CPU)
         self.rank = 0 if group is None else group.rank()
         self.size = 1 if group is None else group.size()
         self.mesh = Mesh(self.size, lanes, decoders)
@@ -82,10 +86,14 @@ class SequenceParallel:
             raise ConfigError(f"attention {attention} {obstacle}")
         self._overlap, self._head_groups, self._attention = overlap, head_groups, attention
         self.ledger = Ledger()
-        self._exchanges: dict[tuple[int, ...], Exchange] = {}
+        self._exchanges: dict[tuple[str | None, tuple[int, ...]], Exchange] = {}
         self._watchdog: Watchdog | None = None
-        self._silence_s, self._timeout = 0.0, default_pg_timeout
+        self._silence_s, self._timeout = 0.0, timeout
         self._owns_group = False
+        self.everyone = Ranks(range(self.size), self.rank, self._exchange)
+        self.denoisers = Ranks(self.mesh.denoising, self.rank, self._exchange)
+        if decoders:
+            self.host_exchange = self._exchange(range(self.size), backend="gloo")  # of all, for tensors on the host
 
     @classmethod
     def single(
@@ -135,8 +143,8 @@ class SequenceParallel:
         limit = timedelta(seconds=timeout_s + 2 * silence_s)  # the watchdog speaks first, and names the rank
         dist.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=limit)
         assert dist.group.WORLD is not None
-        parallel = cls(dist.group.WORLD, strategy, place, **options)
-        parallel._owns_group, parallel._silence_s, parallel._timeout = True, silence_s, limit
+        parallel = cls(dist.group.WORLD, strategy, place, timeout=limit, **options)
+        parallel._owns_group, parallel._silence_s = True, silence_s
         # a client of its own, since a blocking call on one connection holds up every other
         store = dist.TCPStore(  # type: ignore[attr-defined]
             os.environ["MASTER_ADDR"],
@@ -159,7 +167,9 @@ class SequenceParallel:
         self.shard(work.grid)
         layout = self._layout or self._chosen.get(work.config)
         if layout is None:
-            best = next(cost for cost in plan(work, self.mesh.sequence, self._machine) if cost.chosen)
+            lanes = self.mesh.lanes
+            costs = plan(work, lanes * self.mesh.sequence, self.machine, lanes=[lanes])
+            best = next(cost for cost in costs if cost.chosen)
             layout = self._chosen[work.config] = parse_strategy(best.strategy, self.mesh.sequence)
         layout.check(work.config.num_heads)
         return layout
@@ -170,19 +180,22 @@ class SequenceParallel:
         Raises:
             ConfigError: more ranks than tokens in a frame, or fewer heads than ranks that trade tokens for heads.
         """
-        self.shard(grid)
+        Shard(grid, 0, self.mesh.sequence)
         if self._layout is not None:
             self._layout.check(heads)
 
     def in_use(self, config: DiTConfig) -> str:
         """The name of the strategy that the streams of a model use; "auto" before the first of them."""
         layout = self._layout or self._chosen.get(config)
-        return "auto" if layout is None else layout.name
+        return "auto" if layout is None else self._label(layout)
 
     def describe(self, work: Workload) -> str:
         """All that decides which collectives a stream makes, in words: the same on every rank, or they would hang."""
         layout = self.layout(work)
-        return f"{layout.name}, {self._groups_of(layout, work.config.num_heads)} head groups"
+        return f"{self._label(layout)}, {self._groups_of(layout, work.config.num_heads)} head groups"
+
+    def _label(self, layout: Layout) -> str:
+        return layout.name if self.mesh.lanes == 1 else f"{self.mesh.lanes}×{layout.name}"
 
     def strategy(self, work: Workload) -> Strategy:
         """This rank's way through self-attention. Every rank must ask for it, since groups are made here.
@@ -213,7 +226,13 @@ class SequenceParallel:
         return 1 if layout.inner else min(self._head_groups, min(layout.heads(heads)))
 
     def shard(self, grid: LatentGrid) -> Shard:
-        """The tokens of every frame that this rank owns."""
+        """The tokens of every frame that this rank owns.
+
+        Raises:
+            ConfigError: more ranks than tokens in a frame, or this is a decode rank, which owns none.
+        """
+        if self.decodes:
+            raise ConfigError(f"rank {self.rank} only decodes: it runs a pipeline's streams, and none of its own")
         return Shard(grid, self.place, self.mesh.sequence)
 
     def gather_tokens(self, tokens_BFSE: Tensor, grid: LatentGrid) -> Tensor:
@@ -223,16 +242,18 @@ class SequenceParallel:
         sizes = [shard.tokens for shard in self.shard(grid).all]
         return self._exchange(self._lane).gather_tokens(tokens_BFSE, sizes)
 
-    def from_rank_0(self, kind: str, make: Callable[[], Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """What rank 0 makes, of the shape that all ranks know, on every rank; the others do not call `make`.
+    def across_lanes(self, kind: str, mine: Tensor) -> list[Tensor]:
+        """What the ranks at this place of every lane hold of the same shape, in order of lane; until the next call."""
+        exchange = self._exchange(self.mesh.across(self.place))
+        return exchange.all_gather(kind, LAYERLESS, [mine.shape] * self.mesh.lanes, mine.contiguous()).wait()
+
+    def strips(self, grid: LatentGrid, ranks: Sequence[int]) -> Strips | None:
+        """The strips of a picture that some ranks decode together, this one among them; None where it is alone.
 
         Raises:
-            CausalRopeError: on every rank, what `make` raised on rank 0.
+            ConfigError: more ranks than the picture's longer side has latent pixels.
         """
-        if self._group is None or self.size == 1:
-            return make().to(self.device, dtype)
-        room = torch.empty(*shape, dtype=dtype, device=self.device)
-        return self._exchange(range(self.size)).from_rank_0(kind, make, room)
+        return None if len(ranks) == 1 else Strips(self._exchange(ranks), grid.latent_height, grid.latent_width)
 
     def exchange(self) -> Exchange:
         """What this rank's lane talks through; every rank of it must ask, and there must be several."""
@@ -247,40 +268,28 @@ class SequenceParallel:
     def _lane(self) -> range:
         return self.mesh.lane(self.lane)
 
-    def _exchange(self, ranks: Sequence[int]) -> Exchange:
-        """The exchange among some ranks of the group, made once."""
+    def _exchange(self, ranks: Sequence[int], backend: str | None = None) -> Exchange:
+        """The exchange among some ranks of the group, made once; with the group's own backend if none is named.
+
+        torch tells a new group by its ranks and by how many groups each of them has: all of them must have made as
+        many before.
+        """
         assert self._group is not None, "one process exchanges nothing"
-        key = tuple(ranks)
+        key = backend, tuple(ranks)
         if key not in self._exchanges:
             group = self._group
-            if len(key) < self.size:
+            if len(ranks) < self.size or backend is not None:
                 every = dist.get_process_group_ranks(self._group)
                 made = dist.new_group(
-                    [every[rank] for rank in key], timeout=self._timeout, use_local_synchronization=True
+                    [every[rank] for rank in ranks],
+                    timeout=self._timeout,
+                    backend=backend,
+                    use_local_synchronization=True,
                 )
                 assert isinstance(made, dist.ProcessGroup)
                 group = made
             self._exchanges[key] = Exchange(group, self.ledger, self._who_is_gone)
         return self._exchanges[key]
-
-    def agree(self, on: Mapping[str, object], among: Sequence[int] | None = None) -> None:
-        """Makes sure that all ranks, or some, are about to do the same; what each field says is compared as text.
-
-        Raises:
-            ConfigError: a field that differs; the message names it and the ranks.
-        """
-        ranks = range(self.size) if among is None else among
-        if len(ranks) == 1:
-            return
-        mine = {name: str(value) for name, value in on.items()}
-        said = self._exchange(ranks).everyone(mine)
-        for name in mine:
-            ranks_by_value: dict[str | None, list[str]] = {}
-            for rank, fields in zip(ranks, said, strict=True):
-                ranks_by_value.setdefault(fields.get(name), []).append(str(rank))
-            if len(ranks_by_value) > 1:
-                sides = "; ".join(f"{value} on {', '.join(ranks)}" for value, ranks in ranks_by_value.items())
-                raise ConfigError(f"ranks differ in {name}: {sides}")
 
     def _who_is_gone(self) -> str | None:
         return None if self._watchdog is None else self._watchdog.who_is_silent(self._silence_s)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from causalrope_sp.errors import ConfigError
+from causalrope_sp.grid import shares
 
 SINGLE = "single"  # what every strategy is on one rank
 INNER = ("gather-kv", "shard-kv")
@@ -50,7 +51,7 @@ class Layout:
 
     def heads(self, heads: int) -> list[int]:
         """How many heads each of the trading ranks attends; they differ by at most one."""
-        return [heads // self.ulysses + (u < heads % self.ulysses) for u in range(self.ulysses)]
+        return shares(heads, self.ulysses)
 
 
 def check_name(name: str) -> None:

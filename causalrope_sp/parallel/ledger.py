@@ -5,6 +5,7 @@ Elements and bytes are those that one rank *receives* from the others, padding f
 
 from __future__ import annotations
 
+import threading
 from collections import defaultdict, deque
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 KEPT_EVENTS = 4096
+CROSSING = 1 << 20  # more collectives than a pass makes
 LAYERLESS = -1  # the layer of what belongs to none, such as a chunk's latents or the text
 
 
@@ -34,13 +36,18 @@ class Entry:
 
 
 class Ledger:
-    """Entries by kind ("qkv", "output", "kv", "q", "partial", "latents", "text") and layer."""
+    """Entries by kind and layer, noted from any thread.
+
+    Kinds are "qkv", "output", "kv", "q" and "partial" of attention, "guidance", "weights", "text" and "latents", and of
+    decoding "halo" and "mid" (the decoder's own attention), "pixels", and "to decode", what decode ranks are sent.
+    """
 
     def __init__(self) -> None:
         self._entries: dict[tuple[str, int], Entry] = defaultdict(Entry)
         self._waits: list[tuple[str, int, torch.cuda.Event, torch.cuda.Event]] = []
         self._begun = 0
-        self._starting: deque[torch.cuda.Event] = deque()
+        self._lock = threading.Lock()
+        self._starting: deque[tuple[str, torch.cuda.Event]] = deque()
 
     def begin(self, kind: str, layer: int, elements: int, like: Tensor) -> None:
         """Notes a collective that is about to begin and will bring `elements` numbers like those of `like`."""
@@ -48,20 +55,25 @@ class Ledger:
         if like.is_cuda:
             event = torch.cuda.Event()
             event.record()
-            self._starting.append(event)
+            self._starting.append((kind, event))
         else:
-            self._begun += 1
+            self._count(kind)
 
     @property
     def begun(self) -> int:
-        """How many collectives this rank has come to, ever; on CUDA, how many the device has come to."""
-        while self._starting and self._starting[0].query():
-            self._starting.popleft()
-            self._begun += 1
+        """How far this rank has come, ever, in collectives; on CUDA, how far the device has come. Two lanes, which make
+        different numbers of them in a step, are even again where they cross."""
+        while self._starting and self._starting[0][1].query():
+            self._count(self._starting.popleft()[0])
         return self._begun
 
+    def _count(self, kind: str) -> None:
+        with self._lock:
+            self._begun = (self._begun // CROSSING + 1) * CROSSING if kind == "guidance" else self._begun + 1
+
     def add(self, kind: str, layer: int, entry: Entry) -> None:
-        self._entries[kind, layer] += entry
+        with self._lock:
+            self._entries[kind, layer] += entry
 
     def add_wait(self, kind: str, layer: int, began: torch.cuda.Event, ended: torch.cuda.Event) -> None:
         """A wait of a CUDA stream, between two events; read when it is over, so that the host never waits."""
@@ -92,7 +104,8 @@ class Ledger:
         """
         self._read_waits()
         taken = Ledger()
-        taken._entries, self._entries = self._entries, taken._entries
+        with self._lock:
+            taken._entries, self._entries = self._entries, taken._entries
         return taken
 
     def _read_waits(self) -> None:

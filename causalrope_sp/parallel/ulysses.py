@@ -13,7 +13,7 @@ from torch import Tensor
 
 from causalrope_kernels import Pieces, Room, Source, attention, place, split_tokens
 from causalrope_sp.cache import LayerCache
-from causalrope_sp.grid import Chunk
+from causalrope_sp.grid import Chunk, shares
 from causalrope_sp.parallel.exchange import Arrival, Exchange
 from causalrope_sp.parallel.strategy import Strategy, by_chunk, joined, write_chunk
 
@@ -88,7 +88,7 @@ class Ulysses(Strategy):
 
 def _split(heads: Sequence[int], groups: int) -> list[list[int]]:
     """Each rank's heads in `groups` parts that differ by at most one."""
-    return [[h // groups + (g < h % groups) for g in range(groups)] for h in heads]
+    return [shares(h, groups) for h in heads]
 
 
 def _ranges(sizes: Sequence[int]) -> list[slice]:

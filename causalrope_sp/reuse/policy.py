@@ -124,9 +124,9 @@ class ReusePlan:
     kinds: tuple[Kind, ...]
 
     @classmethod
-    def of_causal(cls, policy: ReusePolicy, sigmas: Sequence[float], layers: int) -> Self:
-        """That of a `CausalDiT` whose chunks are denoised from these noise levels, in [0, 1]."""
-        return cls(policy, tuple(1000 * sigma for sigma in sigmas), layers, CAUSAL_KINDS)
+    def of_causal(cls, policy: ReusePolicy, timesteps: tuple[float, ...], layers: int) -> Self:
+        """That of a `CausalDiT`."""
+        return cls(policy, timesteps, layers, CAUSAL_KINDS)
 
     def reuses(self, step: int, layer: int, kind: Kind) -> bool:
         return (step, layer, kind) in self._reused
@@ -143,12 +143,15 @@ class ReusePlan:
     def stored(self) -> int:
         """How many outputs are kept at the most at once; each is as large as the chunk's residual."""
         return max(
-            sum(
-                self.keeps(step, layer, kind) or self.reuses(step, layer, kind)
-                for layer in range(self.layers)
-                for kind in self.kinds
-            )
-            for step in range(len(self.timesteps))
+            (
+                sum(
+                    self.keeps(step, layer, kind) or self.reuses(step, layer, kind)
+                    for layer in range(self.layers)
+                    for kind in self.kinds
+                )
+                for step in range(len(self.timesteps))
+            ),
+            default=0,
         )
 
     @cached_property

@@ -17,6 +17,7 @@ from torch import Tensor
 from causalrope_sp.errors import CheckpointError
 from causalrope_sp.text.layout import ATTENTION, BLOCK, FEED_FORWARD, LAYOUTS, TRANSFORMERS, T5Layout
 from causalrope_sp.weights.files import WeightFiles
+from causalrope_sp.weights.finite import all_finite, refuse_broken
 from causalrope_sp.weights.messages import problem, some
 
 if TYPE_CHECKING:
@@ -82,11 +83,18 @@ class T5Checkpoint:
         return cls(files, layout, model, names, files.numbers(names.values()).most_common(1)[0][0])
 
     def read(self, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-        """All parameters, in memory of their own: what a file gives is a view of it, and it may change later."""
-        state = {}
+        """All parameters, in memory of their own: what a file gives is a view of it, and it may change later.
+
+        Raises:
+            CheckpointError: one is NaN or infinite.
+        """
+        state, broken = {}, []
         for parameter, name in self.names.items():
             stored = self.files.read(name)
             state[parameter] = torch.empty(stored.shape, dtype=dtype, device=device).copy_(stored)
+            if not all_finite(state[parameter]):
+                broken.append(name)
+        refuse_broken(self.files.path, broken, dtype)
         return state
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from causalrope_sp.config import DiTConfig
 from causalrope_sp.errors import ConfigError
+from causalrope_sp.offload import Keep
 from causalrope_sp.parallel import SequenceParallel
 from causalrope_sp.text.source import TextSource
-from causalrope_sp.text.umt5 import Keep, UMT5TextEncoder
+from causalrope_sp.text.umt5 import UMT5TextEncoder
 
 
 class SharedUMT5:
@@ -34,14 +36,27 @@ class SharedUMT5:
             CheckpointError: the encoder is not there, or cannot be read.
             PromptError: the prompt cannot be cleaned without ftfy.
         """
-        return share_embeds(lambda: self._on_rank_0(prompt), self._parallel, self._config, self._dtype)
+        return self.encode_all([prompt], seed)[0]
+
+    def encode_all(self, prompts: Sequence[str | None], seed: int) -> list[Tensor]:
+        """Several at once, since an encoder that is given up between prompts is then read but once. None is the empty
+        prompt."""
+        made: list[Tensor] = []
+
+        def of(number: int) -> Tensor:
+            if not made:
+                made.extend(self._on_rank_0([prompt or "" for prompt in prompts]).split(1))
+            return made[number]
+
+        count = range(len(prompts))
+        return [share_embeds(partial(of, n), self._parallel, self._config, self._dtype) for n in count]
 
     def opening(self, channels: int, height: int, width: int) -> None:
         """Nothing is given: a stream of Wan begins with noise."""
 
-    def _on_rank_0(self, prompt: str) -> Tensor:
+    def _on_rank_0(self, prompts: Sequence[str]) -> Tensor:
         self._encoder = self._encoder or self._open()
-        return self._encoder.encode(prompt)
+        return self._encoder.encode(prompts)
 
     def _open(self) -> UMT5TextEncoder:
         return UMT5TextEncoder.from_pretrained(
@@ -65,4 +80,4 @@ def share_embeds(
             raise ConfigError(f"text embeddings have shape {tuple(embeds.shape)}, the model takes {shape}")
         return embeds
 
-    return parallel.from_rank_0("text", made, shape, dtype)
+    return parallel.denoisers.from_first("text", made, shape, dtype, parallel.device)

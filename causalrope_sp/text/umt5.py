@@ -9,12 +9,13 @@ import logging
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, get_args
 
 import torch
 from torch import Tensor
 
 from causalrope_sp.errors import CheckpointError, ConfigError
+from causalrope_sp.offload import Keep
 from causalrope_sp.text.checkpoint import T5Checkpoint
 from causalrope_sp.text.clean import clean_prompt
 from causalrope_sp.text.source import TextSource
@@ -22,7 +23,6 @@ from causalrope_sp.text.source import TextSource
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-Keep = Literal["device", "cpu", "free"]
 TEXT_LEN = 512  # Wan's
 
 _log = logging.getLogger(__name__)

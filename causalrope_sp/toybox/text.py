@@ -7,6 +7,7 @@ Shapes: L = 3 tokens (background, first and second object), E embedding width.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -37,6 +38,11 @@ class ToyboxText:
         """
         places = torch.rand(PLACE_VARIABLES, generator=keyed_generator(seed))
         return encode_scene(parse_prompt(prompt), places).unsqueeze(0)
+
+    def encode_all(self, prompts: Sequence[str | None], seed: int) -> list[Tensor]:
+        """Those of several prompts. None is no text: zeros, which the weights that ship have not been trained on."""
+        nothing = torch.zeros(1, TEXT_LEN, TEXT_DIM)
+        return [nothing if prompt is None else self.encode(prompt, seed) for prompt in prompts]
 
     def opening(self, channels: int, height: int, width: int) -> Tensor:
         """The given latent frames of every stream, (1, 1, channels, height, width): the chart."""

@@ -1,6 +1,6 @@
 """Checkpoints: layouts, wrappings, LoRA, presets, each in a file of its own, and loading into the causal DiT."""
 
-from causalrope_sp.weights.load import inspect_checkpoint, load_model
+from causalrope_sp.weights.load import inspect_checkpoint, load_model, outline_model
 from causalrope_sp.weights.lora import Lora
 from causalrope_sp.weights.presets import FAMILY, Preset, find_preset
 from causalrope_sp.weights.report import CheckpointReport
@@ -14,5 +14,6 @@ __all__ = [
     "find_preset",
     "inspect_checkpoint",
     "load_model",
+    "outline_model",
     "save_model",
 ]

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from safetensors.torch import save_file
 
+from causalrope_sp.errors import ConfigError
+from causalrope_sp.weights.fp8 import is_fp8
 from causalrope_sp.weights.layout import stored_tensors
 from causalrope_sp.weights.wan import WAN
 
@@ -17,6 +19,12 @@ if TYPE_CHECKING:
 
 
 def save_model(model: CausalDiT, path: str | PathLike[str]) -> None:
-    """Writes the model as one safetensors file under Wan's own names, its configuration in the metadata."""
+    """Writes the model as one safetensors file under Wan's own names, its configuration in the metadata.
+
+    Raises:
+        ConfigError: its weights are in 8 bits, which no layout has.
+    """
+    if is_fp8(model):
+        raise ConfigError("a model with fp8 weights cannot be saved: save it with full weights, fold them at loading")
     metadata = {"layout": WAN.name, "config": json.dumps(asdict(model.config))}
     save_file(stored_tensors(WAN, model.config, model.state_dict()), path, metadata)

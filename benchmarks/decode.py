@@ -1,0 +1,106 @@
+"""The ways to decode against each other: milliseconds a chunk of a pipeline, denoising and decoding, and to its first
+frames. Gate: every way's frames are those of one rank that decodes in line, to a step of 255.
+
+    python benchmarks/decode.py [--ranks 1,2] [--size 64x64] [--chunks 8]
+
+Without a GPU one thread a rank, on as many cores as there are. `rule` is how many of the ranks DeDiVAE's balance would
+have decode, from what one rank takes for either.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import numpy as np
+import torch
+from printed import finish, print_table
+
+from causalrope_sp import CausalVideoPipeline, SequenceParallel
+from causalrope_sp.parallel.launch import RankPool
+from causalrope_sp.toybox import WEIGHTS
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
+PROMPT = "a red circle bounces and a blue square slides right"
+SKIPPED = 2  # the first chunk has fewer frames, and all of them a window that is not full yet
+
+
+def run_stream(
+    group: dist.ProcessGroup | None, device: str, recipe: str, chunks: int, decode: Any, decoders: int
+) -> tuple[dict[str, float], np.ndarray | None]:
+    """Milliseconds to the first frames and, the median, for a chunk; and on rank 0 the video."""
+    parallel = SequenceParallel(group, device=device, decoders=decoders)
+    pipe = CausalVideoPipeline.from_pretrained(recipe, parallel=parallel, decode=decode)
+    took, parts, started = list[float](), [], time.perf_counter()
+    for chunk in pipe.stream(PROMPT, frames=9 + 12 * (chunks - 1)):
+        took.append(1e3 * (time.perf_counter() - started))
+        parts.append(chunk.frames)
+        started = time.perf_counter()
+    times = {"first_ms": took[0], "chunk_ms": float(np.median(took[SKIPPED:]))}
+    return times, None if parallel.rank else np.concatenate(parts)
+
+
+def alone(recipe: str, chunks: int) -> tuple[float, float]:
+    """Milliseconds that one rank takes to denoise a chunk, and to decode it."""
+    pipe = CausalVideoPipeline.from_pretrained(recipe)
+    decoder, spent = pipe.codec.decoder(), list[float]()
+    latents = torch.randn(1, 3, pipe.codec.channels, pipe.grid.latent_height, pipe.grid.latent_width)
+    with torch.inference_mode():
+        for _ in range(chunks):
+            started = time.perf_counter()
+            decoder.decode(latents)
+            spent.append(1e3 * (time.perf_counter() - started))
+    decode_ms = float(np.median(spent[SKIPPED:]))
+    return run_stream(None, "cpu", recipe, chunks, "inline", 0)[0]["chunk_ms"] - decode_ms, decode_ms
+
+
+def resized(folder: Path, size: str) -> str:
+    """toybox at another size: what it draws there is nothing, and takes as long as something would."""
+    height, width = (int(side) for side in size.split("x"))
+    recipe = json.loads((WEIGHTS / "toybox.json").read_text()) | {"height": height, "width": width}
+    recipe |= {"transformer": str(WEIGHTS / recipe["transformer"]), "codec": str(WEIGHTS / recipe["codec"])}
+    (folder / "pipeline.json").write_text(json.dumps(recipe))
+    return str(folder)
+
+
+def ways(ranks: int) -> list[tuple[str, int]]:
+    """(decode, decode ranks) of all that so many ranks can do."""
+    many = [("together", 0)] if ranks > 1 else []
+    return [("inline", 0), ("overlap", 0), *many, *(("inline", decoders) for decoders in range(1, ranks))]
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--ranks", default="1,2", show_default=True)
+@click.option("--size", default="64x64", show_default=True, help="Height x width in pixels.")
+@click.option("--chunks", default=8, show_default=True, type=click.IntRange(SKIPPED + 1))
+def main(ranks: str, size: str, chunks: int) -> None:
+    torch.set_num_threads(1)
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder, RankPool() as pool:
+        recipe = resized(Path(folder), size)
+        _, expected = run_stream(None, "cpu", recipe, chunks, "inline", 0)
+        assert expected is not None
+        denoise_ms, decode_ms = alone(recipe, chunks)
+        for count in (int(word) for word in ranks.split(",")):
+            rule = count * decode_ms / (decode_ms + denoise_ms)
+            for decode, decoders in ways(count):
+                times, video = pool.run(run_stream, count, recipe, chunks, decode, decoders)
+                off = int(np.abs(video.astype(int) - expected).max())
+                assert off <= 1, f"{decode} with {decoders} decode ranks of {count}: frames differ by {off}"
+                way = f"{decoders} decode ranks" if decoders else decode
+                fps = 12e3 / times["chunk_ms"]
+                rows.append({"ranks": count, "way": way, "rule": round(rule, 2), "fps": round(fps, 1)} | times)
+    print(f"toybox at {size}, on one rank {denoise_ms:.0f} ms a chunk to denoise, {decode_ms:.0f} to decode\n")
+    columns = ("ranks", "way", "rule", "fps", "first ms", "chunk ms")
+    print_table(columns, [[round(v, 2) if isinstance(v, float) else v for v in row.values()] for row in rows])
+    finish("decode", size=size, denoise_ms=round(denoise_ms, 2), decode_ms=round(decode_ms, 2), rows=rows)
+
+
+if __name__ == "__main__":
+    main()

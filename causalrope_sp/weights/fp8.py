@@ -1,0 +1,73 @@
+"""Weights in 8 bits: e4m3 numbers with a scale for every output channel, computed with in the model's own dtype.
+
+A scale is a power of two, so that a weight times its scale is the same number in bfloat16 as in float64: all that is
+lost is lost when the weights are stored. Each matrix is unfolded when it is used and given up again.
+
+Shapes: N output channels, K input channels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from causalrope_sp.model import CausalDiT
+
+STORED = torch.float8_e4m3fn
+PARTS = ("numbers", "scale")  # what an `Fp8Linear` has in place of a weight
+_LARGEST_EXPONENT = 8  # below 448 lie numbers up to 1.75 · 2^8
+
+
+class Fp8Linear(nn.Module):
+    """A Linear whose weight is stored as e4m3 `numbers`, (N, K), and float32 `scale`, (N,). Its bias is in the dtype
+    that it computes in."""
+
+    def __init__(self, of: nn.Linear) -> None:
+        super().__init__()
+        place = of.weight.device
+        self.numbers = _fixed(torch.empty(of.weight.shape, dtype=torch.uint8, device=place).view(STORED))
+        self.scale = _fixed(torch.empty(of.weight.shape[0], dtype=torch.float32, device=place))
+        self.bias = of.bias
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight, unfolded: (N, K) in the dtype of the bias."""
+        return self.numbers.to(self.bias.dtype).mul_(self.scale.to(self.bias.dtype).unsqueeze(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+def to_fp8(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
+    """The e4m3 numbers, (N, K), and float32 scales, (N,), that are nearest to a finite weight."""
+    wide = weight_NK.to(torch.promote_types(weight_NK.dtype, torch.float32))
+    low, high = wide.aminmax(dim=1)
+    largest = torch.maximum(-low, high)
+    exponent = torch.frexp(largest / 1.75).exponent - _LARGEST_EXPONENT  # largest / scale is at most 448
+    exponent = torch.where(largest.isfinite() & (largest > 0), exponent, 0).clamp(-126, 127)
+    scale = torch.ldexp(torch.ones_like(largest), exponent)
+    return (wide / scale.unsqueeze(1)).to(STORED), scale.float()
+
+
+def folded(model: CausalDiT) -> list[str]:
+    """The parameters of a model that `fold_blocks` would fold."""
+    modules = [f"blocks.{name}" for name, module in model.blocks.named_modules() if isinstance(module, nn.Linear)]
+    return [f"{name}.weight" for name in modules]
+
+
+def fold_blocks(model: CausalDiT) -> None:
+    """Puts an `Fp8Linear`, not filled yet, in place of every Linear of the blocks. Embeddings, norms, modulation and
+    head stay as they are."""
+    for parameter in folded(model):
+        parent, _, leaf = parameter.removesuffix(".weight").rpartition(".")
+        module = model.get_submodule(parent)
+        setattr(module, leaf, Fp8Linear(getattr(module, leaf)))
+
+
+def is_fp8(model: CausalDiT) -> bool:
+    return any(isinstance(module, Fp8Linear) for module in model.modules())
+
+
+def _fixed(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)

@@ -1,0 +1,58 @@
+"""What decoding is predicted to cost: FLOPs against torch's counter, the balance against trying everything."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from causalrope_sp import LatentGrid
+from causalrope_sp.codec.wan import WanDecoderStream
+from causalrope_sp.config import PRESETS
+from causalrope_sp.parallel.cost import H100, Workload, plan
+from causalrope_sp.parallel.decode_cost import VaeSize, plan_decoding
+
+
+@pytest.mark.parametrize("size", [(3, 5), (4, 2)])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"base_dim": 4, "dim_mult": [1, 2, 2], "temperal_downsample": [True, True], "patch_size": 2},
+        {"base_dim": 8, "dim_mult": [1, 2, 4, 4], "temperal_downsample": [False, True, True], "num_res_blocks": 2},
+    ],
+    ids=["small", "like Wan 2.1's"],
+)
+@torch.no_grad()
+def test_flops_are_those_that_torch_counts(sizes: dict[str, object], size: tuple[int, int]) -> None:
+    pixels = 3 * sizes.get("patch_size", 1) ** 2  # type: ignore[operator]
+    given = {"num_res_blocks": 1, "z_dim": 16, "in_channels": pixels, "out_channels": pixels} | sizes
+    vae = AutoencoderKLWan(**given).eval()
+    stream, latents = WanDecoderStream(vae), torch.randn(1, 2, 16, *size)
+    stream.decode(latents)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # of the fused one none are counted
+        stream.decode(latents[:, :1])
+    assert VaeSize.of(vae.config).decode_flops(*size) == counter.get_total_flops()
+
+
+def test_the_sizes_assumed_are_wan_2_1_s() -> None:
+    with torch.device("meta"):
+        assert VaeSize.of(AutoencoderKLWan().config) == VaeSize()
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("model", ["wan2.1-1.3b", "wan2.1-14b"])
+def test_the_balance_is_the_best_of_all(ranks: int, model: str) -> None:
+    work = Workload(PRESETS[model], LatentGrid(30, 52), window=21, chunk_frames=3, steps=4)
+    vae = VaeSize()
+    decode = vae.decode_ms(work.grid, 3, H100)
+
+    def chunk(decoders: int) -> float:
+        denoise = min(cost.chunk_ms for cost in plan(work, ranks - decoders, H100))
+        return max(denoise, decode / decoders) if decoders else denoise + decode / ranks
+
+    best = plan_decoding(vae, work, ranks, H100)
+    assert best.chunk_ms == pytest.approx(min(chunk(n) for n in range(ranks)), rel=1e-3)
+    assert best.chunk_ms == pytest.approx(chunk(best.decoders), rel=1e-3)
+    assert best.fps == pytest.approx(12e3 / best.chunk_ms)

@@ -1,0 +1,100 @@
+"""A picture decoded in strips by several ranks is the one decoded whole: either codec, either axis, uneven strips."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+from torch import Tensor
+
+from causalrope_sp import ConfigError, LatentGrid, SequenceParallel
+from causalrope_sp.codec import Codec
+from causalrope_sp.codec.taehv import Taehv, TaehvCodec, TaehvConfig
+from causalrope_sp.codec.wan import WanCodec
+from causalrope_sp.parallel.launch import RankPool
+
+CHANNELS = 4
+CUT = (1, 3, 2)  # latent frames a chunk
+CODECS = ("wan", "wan with shortcuts", "taehv")
+
+
+def small_codec(kind: str, dtype: torch.dtype) -> Codec:
+    torch.manual_seed(0)
+    if kind == "taehv":
+        config = TaehvConfig(CHANNELS, encoder_width=4, widths=(8, 6, 4, 4), pools=(2, 2, 1), grows=(1, 2, 2), patch=2)
+        return TaehvCodec(Taehv(config).to(dtype))
+    vae = AutoencoderKLWan(
+        base_dim=4,
+        z_dim=CHANNELS,
+        dim_mult=[1, 2, 2],
+        num_res_blocks=1,
+        temperal_downsample=[True, True],
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
+        is_residual=kind != "wan",
+        latents_mean=[0.5, -1.0, 0.25, 2.0],
+        latents_std=[1.5, 0.5, 2.0, 0.75],
+    )
+    return WanCodec(vae.to(dtype))
+
+
+def latents_of(height: int, width: int, dtype: torch.dtype) -> Tensor:
+    draw = torch.Generator().manual_seed(1)
+    return torch.randn(2, sum(CUT), CHANNELS, height, width, dtype=dtype, generator=draw)
+
+
+def decode_in_strips(
+    group: Any, device: str, kind: str, height: int, width: int, dtype: torch.dtype
+) -> tuple[list[Tensor], dict[str, Any]]:
+    codec, parallel = small_codec(kind, dtype), SequenceParallel(group, device=device)
+    strips = parallel.strips(LatentGrid.from_latent(height, width, (1, 1)), parallel.mesh.denoising)
+    assert strips is not None
+    stream = codec.decoder(strips)
+    made = []
+    for part in latents_of(height, width, dtype).split(CUT, 1):
+        whole = strips.on_first(stream.decode(part))
+        assert (whole is None) == (parallel.rank > 0)
+        if whole is not None:
+            made.append(whole)
+    return made, parallel.ledger.as_json()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", CODECS)
+@pytest.mark.parametrize(("ranks", "height", "width"), [(2, 3, 5), (3, 7, 4), (4, 2, 9)])
+def test_strips_make_the_whole_picture(pool: RankPool, kind: str, ranks: int, height: int, width: int) -> None:
+    dtype = torch.float64
+    whole = small_codec(kind, dtype).decoder()
+    expected = [whole.decode(part) for part in latents_of(height, width, dtype).split(CUT, 1)]
+    made, moved = pool.run(decode_in_strips, ranks, kind, height, width, dtype)
+    for part, other in zip(made, expected, strict=True):
+        assert other.std() > 1e-3
+        torch.testing.assert_close(part, other, rtol=0, atol=1e-12)
+    assert moved["halo"]["calls"] > 0
+    assert ("mid" in moved) == (kind != "taehv")
+
+
+@torch.no_grad()
+def test_in_float32_strips_cost_no_more_than_rounding(pool: RankPool) -> None:
+    for kind in CODECS:
+        whole = small_codec(kind, torch.float32).decoder()
+        expected = torch.cat([whole.decode(part) for part in latents_of(3, 5, torch.float32).split(CUT, 1)], 1)
+        made, _ = pool.run(decode_in_strips, 2, kind, 3, 5, torch.float32)
+        assert (torch.cat(made, 1) - expected).norm() <= 1e-5 * expected.norm()
+
+
+def refuses_more_ranks_than_columns(group: Any, device: str) -> str:
+    parallel = SequenceParallel(group, device=device)
+    try:
+        parallel.strips(LatentGrid.from_latent(1, 2, (1, 1)), parallel.mesh.denoising)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_more_ranks_than_columns_are_refused(pool: RankPool) -> None:
+    message = "3 ranks that decode are more than the 2 latent columns of a picture"
+    assert pool.run(refuses_more_ranks_than_columns, 3) == message
