@@ -11,6 +11,7 @@ from causalrope_sp.commands.encode import encode
 from causalrope_sp.commands.generate import generate
 from causalrope_sp.commands.inspect import inspect
 from causalrope_sp.commands.plan import plan
+from causalrope_sp.commands.profile_reuse import profile_reuse
 from causalrope_sp.commands.verify import verify
 from causalrope_sp.process import CommandLine, run
 from causalrope_sp.version import __version__
@@ -29,7 +30,7 @@ def cli() -> None:
     """
 
 
-for command in (generate, encode, inspect, verify, plan):
+for command in (generate, encode, inspect, verify, plan, profile_reuse):
     cli.add_command(command)
 
 

@@ -48,7 +48,8 @@ class Branches:
     """What a chunk's velocity is made of.
 
     Args:
-        open_stream: makes the stream of a prompt's embeddings; it is asked only for branches that run on this rank.
+        open_stream: makes the stream of a prompt's embeddings, and is told which branch it is; it is asked only for
+            branches that run on this rank.
         negative: embeddings of the negative prompt; they are of no use where no step is guided.
 
     Raises:
@@ -57,7 +58,7 @@ class Branches:
 
     def __init__(
         self,
-        open_stream: Callable[[Tensor], CausalStream],
+        open_stream: Callable[[Tensor, int], CausalStream],
         positive: Tensor,
         negative: Tensor | None,
         sampler: SamplerConfig,
@@ -74,8 +75,8 @@ class Branches:
                     f"negative embeddings have shape {tuple(negative.shape)}, the prompt's {tuple(positive.shape)}"
                 )
             prompts.append(negative)
-        mine = prompts if parallel.mesh.lanes == 1 else [prompts[parallel.lane]]
-        self._branches = [Branch(open_stream(prompt)) for prompt in mine]
+        mine = range(len(prompts)) if parallel.mesh.lanes == 1 else [parallel.lane]
+        self._branches = [Branch(open_stream(prompts[branch], branch)) for branch in mine]
 
     def velocity(self, chunk: Chunk, x_BFSE: Tensor, step: int) -> Tensor:
         """The velocity of the chunk's tokens at a step, guided if the step is, (B, F, s, E)."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ from causalrope_kernels import (
     rms_norm,
 )
 from causalrope_sp.config import DiTConfig
+from causalrope_sp.reuse.store import OutputOf, computed
 
 Attend = Callable[[int, Projection], Tensor]
 TextContext = list[Keys]  # of every layer's cross-attention
@@ -40,7 +42,8 @@ class ForwardPass:
 
     Only the velocity of the last `predicted_frames` is computed. Timesteps are in [0, 1000], one a frame, (F,), or in
     training one a frame and batch entry, (B, F). `attend` takes the layer's number and the projection of its tokens to
-    q, k, v, and returns what they attend, (B, T, H, d). `attention` names the library that attends the text.
+    q, k, v, and returns what they attend, (B, T, H, d). `attention` names the library that attends the text. `output`
+    is asked for each attention's and feed-forward's output, and may have it from an earlier pass.
     """
 
     timesteps_F: Tensor
@@ -49,6 +52,7 @@ class ForwardPass:
     text: TextContext
     attend: Attend
     attention: str = "auto"
+    output: OutputOf = computed
 
 
 @dataclass(frozen=True)
@@ -129,11 +133,11 @@ class Block(nn.Module):
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = ByFrame.unbind(time_F6D, self.modulation)
         cross_norm = Affine(self.cross_norm.weight, self.cross_norm.bias, self.eps)
         x, normed = add_norm(residual.x_BTD, residual.branch_BTD, residual.gate, Modulation(shift_1, scale_1, self.eps))
-        x, normed = add_norm(x, self.self_attn(normed, layer, step), gate_1, cross_norm)
-        x, normed = add_norm(
-            x, self.cross_attn(normed, step.text[layer], step.attention), None, Modulation(shift_2, scale_2, self.eps)
-        )
-        return Residual(x, self.ffn(normed), gate_2)
+        attended = step.output(layer, "self", partial(self.self_attn, normed, layer, step))
+        x, normed = add_norm(x, attended, gate_1, cross_norm)
+        attended = step.output(layer, "cross", partial(self.cross_attn, normed, step.text[layer], step.attention))
+        x, normed = add_norm(x, attended, None, Modulation(shift_2, scale_2, self.eps))
+        return Residual(x, step.output(layer, "mlp", partial(self.ffn, normed)), gate_2)
 
 
 class Head(nn.Module):

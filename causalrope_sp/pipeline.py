@@ -31,6 +31,7 @@ from causalrope_sp.parallel.ledger import Ledger
 from causalrope_sp.preflight import check_memory
 from causalrope_sp.reading import Picture, Video
 from causalrope_sp.recipe import TEXT_ENCODERS, Recipe, find_recipe
+from causalrope_sp.reuse import ReusePolicy, find_policy
 from causalrope_sp.sampler import Source, sample_chunks
 from causalrope_sp.schedule import guided_steps, overruled
 from causalrope_sp.text import TextSource, load_embeds
@@ -227,6 +228,7 @@ class CausalVideoPipeline:
         image: Picture | None = None,
         video: Video | None = None,
         strength: float | None = None,
+        reuse: ReusePolicy | str | PathLike[str] | None = None,
     ) -> Iterator[VideoChunk]:
         """Makes a video of `frames` pixel frames and yields every chunk as soon as it is decoded.
 
@@ -243,6 +245,8 @@ class CausalVideoPipeline:
             strength: the share of the denoising steps, rounded up, that redraw `video`, chunk by chunk as it is read:
                 above 0, which changes least, to 1, which leaves nothing of it if the first step is at pure noise.
                 The result has as many frames as `video`, up to `frames`.
+            reuse: which attention outputs later steps take over from earlier ones (see `find_policy`): a policy, a
+                preset's name such as "pab:latte", or a JSON file.
 
         Pictures and videos are scaled to cover the model's size and cropped around the centre; see `reading`.
 
@@ -262,13 +266,14 @@ class CausalVideoPipeline:
         check_negative(negative_prompt is not None, negative_embeds is not None, guided)
         start = self._start(image, video, strength)
         said = {"frames": frames, "seed": seed, "prompt": prompt, "given embeddings": embeds is not None}
+        policy = None if reuse is None else find_policy(reuse)
         said |= {"negative prompt": negative_prompt, "given negative embeddings": negative_embeds is not None}
         self.parallel.everyone.agree({**said, "what is given": start.digest})
         if self.parallel.decodes:
             return self._serve()
         wanted = [(prompt, embeds), (negative_prompt, negative_embeds)][: 1 + guided]
         texts = self._encode(wanted, seed)
-        return self._run(texts[0], texts[1] if guided else None, frames, seed, start)
+        return self._run(texts[0], texts[1] if guided else None, frames, seed, start, policy)
 
     def _encode(self, wanted: Sequence[tuple[str | None, Embeds | None]], seed: int) -> list[Tensor]:
         """The embeddings of prompts, or those that are given in their place, (1, L, E) each, on every rank."""
@@ -295,7 +300,13 @@ class CausalVideoPipeline:
         return self.text.opening(self.model.config.in_channels, self.grid.latent_height, self.grid.latent_width)
 
     def _run(
-        self, embeds: Tensor, negative: Tensor | None, frames: int, seed: int, given: Given = NOTHING
+        self,
+        embeds: Tensor,
+        negative: Tensor | None,
+        frames: int,
+        seed: int,
+        given: Given = NOTHING,
+        reuse: ReusePolicy | None = None,
     ) -> Iterator[VideoChunk]:
         shape = (1, self.model.config.in_channels, self.grid.latent_height, self.grid.latent_width)
         opening, past, source = self._opening(), given.latents, given.source
@@ -313,6 +324,7 @@ class CausalVideoPipeline:
             initial_latents=torch.cat(first, 1) if first else None,
             source=None if source is None else Source(lambda chunk: source.take(chunk.frames), given.first_step),
             negative_embeds=negative,
+            reuse=reuse,
         )
         done, clock, side = 0, time.perf_counter(), SideStream(self.parallel.device)
         with suppress(GeneratorExit), closing(as_they_come(chunks, self.parallel, self._decode)) as coming:

@@ -16,6 +16,7 @@ from causalrope_sp.offload import Offload
 from causalrope_sp.parallel.cost import GPUS, LINKS, Machine, Plan, Workload, machine, plan
 from causalrope_sp.parallel.decode_cost import DecodePlan, VaeSize, plan_decoding
 from causalrope_sp.parallel.memory import Beside
+from causalrope_sp.reuse.policy import ReusePolicy
 from causalrope_sp.schedule import overruled
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ def describe_workload(
     steps: int | None,
     guidance: float | None = None,
     guidance_interval: tuple[float, float] | None = None,
+    reuse: ReusePolicy | None = None,
 ) -> Workload:
     """The stream to plan for: a preset, an embedded model or a checkpoint, with whatever is overruled.
 
@@ -54,7 +56,7 @@ def describe_workload(
     grid = LatentGrid.from_pixels(
         size[0] if height is None else height, size[1] if width is None else width, VAE_STRIDE[1], config.patch_size[1:]
     )
-    return Workload.of(config, grid, stream, sampler, stream.window)
+    return Workload.of(config, grid, stream, sampler, stream.window, reuse=reuse)
 
 
 def describe_beside(model: str, work: Workload, offload: Offload, on_cpu: bool) -> Beside:
@@ -169,6 +171,8 @@ def print_plan(work: Workload, costs: list[Plan], on: Machine) -> None:
         + (", 2× with --guidance-parallel: a half of the ranks for each branch." if work.guided else "."),
         highlight=False,
     )
+    if work.reuse:
+        console.print(_what_is_reused(work, costs), highlight=False)
     uneven = [p for p in costs if p.imbalance > 1.02]
     for p in uneven:
         console.print(f"{p.name}: the busiest rank computes {p.imbalance - 1:.0%} more than the mean", highlight=False)
@@ -202,6 +206,15 @@ def _memory_in_words(cost: Plan) -> str:
     said = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items() if size)
     times = ", ".join(f"{size / 1e9:.1f} to {time}" for time, size in by_time.items())
     return f"GB on rank 0 with {cost.strategy}: {times}; of {said}."
+
+
+def _what_is_reused(work: Workload, costs: list[Plan]) -> str:
+    every = work.config.num_layers * (work.steps + work.guided)
+    passes = [work.computed(step, branch) for branch, steps in enumerate(work.passes) for step in range(steps)]
+    shares = {kind: 1 - sum(computed[kind] for computed in passes) / every for kind in work.computed(0)}
+    most = max(cost.stored_bytes for cost in costs)
+    said = ", ".join(f"{kind} {share:.0%}" for kind, share in shares.items())
+    return f"Of a chunk's outputs are reused: {said}; kept for it, at most {most / 1e9:.2f} GB a rank."
 
 
 def _short(value: float) -> str:

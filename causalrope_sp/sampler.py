@@ -17,12 +17,13 @@ from causalrope_sp.config import SamplerConfig, StreamConfig
 from causalrope_sp.devices import send
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.grid import Chunk, LatentGrid, split_into_chunks
-from causalrope_sp.guidance import Branches, check_guidance
+from causalrope_sp.guidance import NEGATIVE, Branches, check_guidance
 from causalrope_sp.model import CausalDiT
 from causalrope_sp.noise import Noise
 from causalrope_sp.parallel import SequenceParallel
 from causalrope_sp.parallel.cost import Workload
-from causalrope_sp.schedule import add_noise, sigmas
+from causalrope_sp.reuse.policy import ReusePlan, ReusePolicy
+from causalrope_sp.schedule import add_noise, branch_timesteps, sigmas
 from causalrope_sp.solvers import start_solver
 from causalrope_sp.stream import CausalStream, Part
 from causalrope_sp.window import SlidingWindow
@@ -59,6 +60,7 @@ def sample_chunks(
     initial_latents: Tensor | None = None,
     source: Source | None = None,
     negative_embeds: Tensor | None = None,
+    reuse: ReusePolicy | None = None,
     fuse_context_pass: bool = True,
 ) -> Generator[LatentChunk]:
     """Generates a video chunk by chunk (Self-Forcing, arXiv 2506.08009), on one rank or many.
@@ -75,6 +77,8 @@ def sample_chunks(
         initial_latents: given frames to continue, (B, F0, C, H, W); they are not handed out again.
         source: a video to start each chunk from, instead of from noise alone.
         negative_embeds: what guidance leads away from, like `embeds`; not looked at where the scale is 1.
+        reuse: which attention outputs later steps take over from earlier ones of their chunk (PAB); it changes the
+            result, the same way on any number of ranks. None computes all of them.
         fuse_context_pass: let a chunk's context pass ride with the next chunk's first denoise pass. Exact either way.
 
     Yields:
@@ -89,19 +93,20 @@ def sample_chunks(
     _check(model, embeds, grid, frames, stream, initial_latents)
     given = 0 if initial_latents is None else initial_latents.shape[1]
     window, shard = _window(stream, frames, given), parallel.shard(grid)
-    work = Workload.of(model.config, grid, stream, sampler, window.frames, len(embeds), model.dtype.itemsize)
+    work = Workload.of(model.config, grid, stream, sampler, window.frames, len(embeds), model.dtype.itemsize, reuse)
     check_guidance(sampler, parallel.mesh.lanes)
-    parallel.denoisers.agree({"strategy": parallel.describe(work), "sampler": sampler})
-    strategy = parallel.strategy(work)
-
-    def open_stream(prompt: Tensor) -> CausalStream:
-        return CausalStream(model, prompt, grid, window, shard, strategy, relative=stream.rope == "relative")
-
-    branches = Branches(open_stream, embeds, negative_embeds, sampler, parallel)
-    levels = sigmas(sampler)
+    parallel.denoisers.agree({"strategy": parallel.describe(work), "sampler": sampler, "reuse": reuse})
+    strategy, levels = parallel.strategy(work), sigmas(sampler)
     begin = 0 if source is None else source.first_step
     if not 0 <= begin < len(levels):
         raise ConfigError(f"a source starts at one of the steps 0 to {len(levels) - 1}, not at {begin}")
+
+    def open_stream(prompt: Tensor, branch: int) -> CausalStream:
+        passes, relative = branch_timesteps(sampler, branch == NEGATIVE, begin), stream.rope == "relative"
+        plan = None if reuse is None else ReusePlan.of_causal(reuse, passes, model.config.num_layers)
+        return CausalStream(model, prompt, grid, window, shard, strategy, relative=relative, reuse=plan)
+
+    branches = Branches(open_stream, embeds, negative_embeds, sampler, parallel)
     precise = torch.float64 if model.dtype == torch.float64 else torch.float32
 
     def mine(latents: Tensor) -> Tensor:

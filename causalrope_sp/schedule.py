@@ -82,6 +82,12 @@ def guided_steps(config: SamplerConfig) -> list[bool]:
     return [config.guidance_scale != 1 and low <= t <= high for t in told_timesteps(config)]
 
 
+def branch_timesteps(config: SamplerConfig, negative: bool = False, first_step: int = 0) -> tuple[float, ...]:
+    """Those of a chunk's passes from a step on: all of them for the prompt, the guided ones for the negative prompt."""
+    steps = zip(told_timesteps(config), guided_steps(config), strict=True)
+    return tuple(t for t, guided in list(steps)[first_step:] if guided or not negative)
+
+
 def guide(positive: Tensor, negative: Tensor, scale: float) -> Tensor:
     """Classifier-free guidance of a velocity (arXiv 2207.12598): away from the negative prompt's."""
     return negative + scale * (positive - negative)

@@ -17,6 +17,8 @@ from causalrope_sp.devices import send
 from causalrope_sp.grid import Chunk, LatentGrid, Shard
 from causalrope_sp.model import CausalDiT, ForwardPass
 from causalrope_sp.parallel.strategy import Strategy
+from causalrope_sp.reuse.policy import ReusePlan
+from causalrope_sp.reuse.store import OutputOf, OutputStore, computed
 from causalrope_sp.rope import RotaryTables
 from causalrope_sp.window import SlidingWindow
 
@@ -39,6 +41,7 @@ class CausalStream:
         shard: the tokens of a frame that this rank owns.
         strategy: how they attend those of the others.
         relative: place frames in time by their place within the window, and not by their global time index.
+        reuse: which outputs a chunk's denoise passes take over from earlier ones; None computes all of them.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class CausalStream:
         strategy: Strategy,
         *,
         relative: bool = False,
+        reuse: ReusePlan | None = None,
     ) -> None:
         config = model.config
         self._model = model
@@ -61,6 +65,7 @@ class CausalStream:
         self._relative = relative
         self._rotation: tuple[tuple[Chunk, ...], Rotation] | None = None
         self._broken = False
+        self.outputs = None if reuse is None else OutputStore(reuse)
         self.cache = KVCache(
             config.num_layers,
             len(embeds_BLE),
@@ -84,23 +89,26 @@ class CausalStream:
             self.cache.commit()
         self._open(chunk)
         noisy = Part(chunk, x_BFSE, timestep)
-        return self._forward([noisy] if context is None else [context, noisy])
+        output = computed if self.outputs is None else self.outputs.next_pass(chunk, x_BFSE.shape[1] * x_BFSE.shape[2])
+        return self._forward([noisy] if context is None else [context, noisy], output)
 
     def commit(self, context: Part) -> None:
         """The context pass alone: writes a chunk's clean keys and values."""
         self._open(context.chunk)
-        self._forward([context])
+        self._forward([context], computed)
         self.cache.commit()
 
     def cancel(self) -> None:
         """Forgets the open chunk; the stream is as it was after the last commit."""
         self.cache.cancel()
+        if self.outputs is not None:
+            self.outputs.clear()
 
     def _open(self, chunk: Chunk) -> None:
         if self.cache.open_chunk != chunk:
             self.cache.open(chunk)
 
-    def _forward(self, parts: list[Part]) -> Tensor:
+    def _forward(self, parts: list[Part], output: OutputOf) -> Tensor:
         if self._broken:
             raise RuntimeError("a forward of this stream was cut short, its cache is half written: start a new stream")
         model, chunks = self._model, tuple(part.chunk for part in parts)
@@ -117,6 +125,7 @@ class CausalStream:
             text=self._text,
             attend=attend,
             attention=self._strategy.backend,
+            output=output,
         )
         tokens = torch.cat([part.tokens_BFSE for part in parts], 1)
         self._broken = True

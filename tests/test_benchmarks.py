@@ -76,3 +76,16 @@ def test_a_pass_and_a_step_run() -> None:
 def test_every_way_to_decode_passes_its_gate() -> None:
     found = last_line(run("decode.py", "--ranks", "2", "--chunks", "3"))
     assert [row["way"] for row in found["rows"]] == ["inline", "overlap", "together", "1 decode ranks"]
+
+
+def test_what_reuse_saves_needs_no_run() -> None:
+    """Calls by hand: 40 layers, 2 a layer for ulysses, 30 passes of which every other one in the window reuses, and a
+    gather of the latents."""
+    found = last_line(run("reuse.py", "--formulas"))
+    rows = {(r["model"], r["steps"], r["ranges"], r["strategy"]): r for r in found["full_size"]}
+    row = rows["wan2.1-14b", 30, "2/4/6", "ulysses"]
+    levels = [5 * s / (1 + 4 * s) for s in ((30 - n) / 30 for n in range(30))]
+    hits = sum(n % 2 for n, level in enumerate(levels) if 100 < 1000 * level < 850)
+    assert row["calls"] == [40 * 2 * 30 + 1, 40 * 2 * (30 - hits) + 1]
+    assert 0 < row["flops_saved"] < row["bytes_saved"] < 0.5
+    assert found["rows"] == []

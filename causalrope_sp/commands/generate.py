@@ -16,6 +16,7 @@ from causalrope_sp.config import Solver, check_given, check_negative
 from causalrope_sp.errors import CausalRopeError, ConfigError, RankLostError
 from causalrope_sp.offload import Offload
 from causalrope_sp.process import Background, rank, say_choices, shares_rank_0_disk
+from causalrope_sp.reuse import find_policy
 from causalrope_sp.video import VideoWriter, check_output
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ MODEL = (
     *("window", "sink", "rope", "solver", "shift", "guidance", "guidance_interval"),
     *("weights", "offload", "codec", "codec_weights", "decode", "preflight"),
 )
-STREAM = ("frames", "seed", "negative_prompt", "negative_embeds", "image", "video", "strength")
+STREAM = ("frames", "seed", "negative_prompt", "negative_embeds", "image", "video", "strength", "reuse")
 
 
 @click.command()
@@ -60,6 +61,7 @@ STREAM = ("frames", "seed", "negative_prompt", "negative_embeds", "image", "vide
 @click.option("--video", type=EXISTING_FILE, help="A video, to continue or to redraw.")
 @click.option("--continue", "keep_on", is_flag=True, help="Make what comes after --video.")
 @click.option("--strength", type=float, help="Redraw --video by this share of the steps: small changes little, 1 all.")
+@click.option("--reuse", help="Attention reused between steps: pab:PRESET, such as pab:latte, or a FILE.")
 @click.option("--codec", type=click.Choice(["wan", "taehv"]), help="Which kind of codec (default: the model's).")
 @click.option("--codec-weights", type=EXISTING, help="Its file or folder, in place of the model's.")
 @click.option(
@@ -106,6 +108,8 @@ def generate(
         raise ConfigError(f"frames must be at least 1, not {frames}")
     check_given(picture is not None, video is not None, options["keep_on"], options["strength"])
     steps = parse_steps(options["steps"])
+    if options["reuse"] is not None:
+        options["reuse"] = find_policy(options["reuse"])
     Offload.of(options["offload"])  # wrong words are said before anything is imported
     negative = options["negative_prompt"]
     _check_text(model, prompt, text_embeds, negative)

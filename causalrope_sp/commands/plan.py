@@ -19,6 +19,7 @@ import click
 @click.option("--steps", type=int, help="Denoise passes a chunk.")
 @click.option("--guidance", type=float, help="The scale; any but 1 makes a second branch.")
 @click.option("--guidance-interval", type=(float, float), help="Timesteps within which steps are guided.")
+@click.option("--reuse", help="Attention reused between steps: pab:PRESET, such as pab:latte, or a FILE.")
 @click.option("--ranks", default=8, show_default=True, type=click.IntRange(1, 4096))
 @click.option("--gpu", default="h100", show_default=True, help="Of each rank: h200, h100, a800, a100, l40s, ...")
 @click.option("--link", default="nvlink", show_default=True, help="Between ranks: nvlink, pcie, infiniband, ...")
@@ -44,6 +45,7 @@ def plan(
     steps: int | None,
     guidance: float | None,
     guidance_interval: tuple[float, float] | None,
+    reuse: str | None,
     ranks: int,
     gpu: str,
     link: str,
@@ -58,9 +60,11 @@ def plan(
     from causalrope_sp.guidance import possible_lanes
     from causalrope_sp.offload import Offload
     from causalrope_sp.parallel import cost
+    from causalrope_sp.reuse import find_policy
 
+    policy = None if reuse is None else find_policy(reuse)
     work = planning.describe_workload(
-        model, height, width, window, sink, chunk_frames, steps, guidance, guidance_interval
+        model, height, width, window, sink, chunk_frames, steps, guidance, guidance_interval, policy
     )
     work = replace(work, fp8=weights == "fp8")
     on = planning.describe_machine(gpu, link, measured)

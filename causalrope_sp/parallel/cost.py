@@ -9,6 +9,7 @@ Shapes: B batch, F frames of a pass, s tokens of a frame on a rank, S of a whole
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
@@ -18,8 +19,10 @@ from causalrope_sp.grid import LatentGrid, Shard
 from causalrope_sp.parallel.layout import Layout, parse_strategy, strategies
 from causalrope_sp.parallel.memory import NOTHING, Beside
 from causalrope_sp.parallel.strategy import lse_elements
-from causalrope_sp.schedule import guided_steps
+from causalrope_sp.reuse.policy import CAUSAL_KINDS, Kind, ReusePlan, ReusePolicy
+from causalrope_sp.schedule import branch_timesteps, guided_steps
 
+Seconds = tuple[float, float, float]  # computing, communicating, and of the latter what nothing hides
 ELEMENTWISE_PASSES = 30  # how often a block of the unfused model reads or writes its D numbers a token, about
 
 
@@ -70,7 +73,7 @@ H100, CPU = machine("h100", "nvlink"), machine("cpu", "loopback")
 class Workload:
     """A stream: its model, its picture in tokens, window and chunk in latent frames, denoise passes a chunk, and how
     many of these are guided, so that a second branch, with a cache of its own, makes a pass too; `fp8` if the matrices
-    of the blocks are kept in 8 bits."""
+    of the blocks are kept in 8 bits. `reuse` is what each branch's passes take over from one another, if anything."""
 
     config: DiTConfig
     grid: LatentGrid
@@ -81,6 +84,7 @@ class Workload:
     itemsize: int = 2
     fp8: bool = False
     guided: int = 0
+    reuse: tuple[ReusePlan, ...] = ()
 
     @classmethod
     def of(
@@ -92,17 +96,42 @@ class Workload:
         window: int,
         batch: int = 1,
         itemsize: int = 2,
+        reuse: ReusePolicy | None = None,
     ) -> Workload:
         """A stream as it is configured, `window` latent frames long at most."""
         chunk, guided = min(stream.chunk_frames, window), sum(guided_steps(sampler))
-        return cls(config, grid, window, chunk, len(sampler.steps), batch, itemsize, guided=guided)
+        plans: tuple[ReusePlan, ...] = ()
+        if reuse is not None:
+            told = [branch_timesteps(sampler, negative) for negative in ((False, True) if guided else (False,))]
+            plans = tuple(ReusePlan.of_causal(reuse, each, config.num_layers) for each in told)
+        return cls(config, grid, window, chunk, len(sampler.steps), batch, itemsize, guided=guided, reuse=plans)
+
+    @property
+    def passes(self) -> list[int]:
+        """How many each branch makes in a chunk."""
+        return [self.steps, self.guided] if self.guided else [self.steps]
+
+    def computed(self, step: int, branch: int = 0) -> dict[Kind, int]:
+        """In how many layers pass `step` of a branch's chunk computes what; the others reuse."""
+        every = self.config.num_layers
+        return {kind: self.reuse[branch].computed(step, kind) if self.reuse else every for kind in CAUSAL_KINDS}
 
     @cached_property
     def linear_flops(self) -> int:
         """FLOPs a token of all matrix products but attention's. What a frame or a prompt needs once is left out."""
+        return self.linear_flops_of(self.computed(0))
+
+    def linear_flops_of(self, computed: dict[Kind, int]) -> int:
+        """Those of a pass that computes so much."""
         c = self.config
-        block = 2 * c.dim * (3 * c.dim + c.dim + c.dim + c.dim + 2 * c.ffn_dim)
-        return c.num_layers * block + 2 * 2 * c.dim * c.token_dim  # embedding of the patch, and head
+        weights = {"self": 4 * c.dim, "cross": 2 * c.dim, "mlp": 2 * c.ffn_dim}  # a layer's, by output of width `dim`
+        layers = sum(2 * c.dim * weights[kind] * count for kind, count in computed.items())
+        return layers + 2 * self.patch_flops  # the embedding, and the head
+
+    @property
+    def patch_flops(self) -> int:
+        """FLOPs a token of the patch embedding, or of the head."""
+        return 2 * self.config.dim * self.config.token_dim
 
     @cached_property
     def parameters(self) -> int:
@@ -136,7 +165,8 @@ class Plan:
     A chunk's passes are those of the steady state: one fused with the context pass of the chunk before, a full window.
     `exposed_ms` is the part of `communication_ms` that nothing hides, `imbalance` the slowest rank's computing against
     the mean, `efficiency` one rank's time against all ranks' together. The first frame's time leaves out loading, text
-    and decoding. With two `lanes` each half of the ranks runs one branch of guidance by the strategy.
+    and decoding. With two `lanes` each half of the ranks runs one branch of guidance by the strategy, and counts are of
+    the prompt's. `stored_bytes` are the outputs that passes take over from one another.
     """
 
     strategy: str
@@ -146,8 +176,10 @@ class Plan:
     bytes_per_pass: int
     collectives_per_chunk: int
     bytes_per_chunk: int
+    flops_per_chunk: int
     weights_bytes: int
     cache_bytes: int
+    stored_bytes: int
     activation_bytes: int
     compute_ms: float
     communication_ms: float
@@ -163,7 +195,7 @@ class Plan:
 
     @property
     def bytes_by_time(self) -> dict[str, int]:
-        return self.beside.by_time(self.weights_bytes, self.cache_bytes, self.activation_bytes)
+        return self.beside.by_time(self.weights_bytes, self.cache_bytes + self.stored_bytes, self.activation_bytes)
 
     @property
     def name(self) -> str:
@@ -216,6 +248,13 @@ def cache_bytes(layout: Layout, work: Workload, rank: int) -> int:
     return 2 * work.config.num_layers * work.batch * frames * tokens * heads * work.config.head_dim * work.itemsize
 
 
+def stored_bytes(layout: Layout, work: Workload, rank: int, branch: int = 0) -> int:
+    """The outputs that a rank keeps for later passes of a branch's chunk: its own shard of each."""
+    outputs = work.reuse[branch].stored if work.reuse else 0
+    tokens = _tokens(work.grid, layout.ranks)[rank]
+    return outputs * work.batch * work.chunk_frames * tokens * work.config.dim * work.itemsize
+
+
 def attention_flops(layout: Layout, work: Workload, rank: int, frames: int, keys: int) -> int:
     """FLOPs of a rank's self-attention in a pass: `frames` of queries, each on `keys` frames of keys, all layers."""
     row, column, _, rows = _place(layout, work, rank)
@@ -228,6 +267,20 @@ def attention_flops(layout: Layout, work: Workload, rank: int, frames: int, keys
 
 def cross_flops(work: Workload, tokens: int) -> int:
     return 4 * work.config.num_layers * tokens * work.config.text_len * work.config.dim
+
+
+def chunk_flops(layout: Layout, work: Workload, rank: int, branch: int = 0) -> int:
+    """FLOPs of a rank in a branch's steady chunk: its passes, the first with the context pass of the chunk before."""
+    layers = work.config.num_layers
+    mine = work.batch * work.chunk_frames * _tokens(work.grid, layout.ranks)[rank]
+    total = -work.patch_flops * mine  # a context pass has no head
+    for step in range(work.passes[branch]):
+        chunks, computed = 2 if step == 0 else 1, work.computed(step, branch)
+        attention = attention_flops(layout, work, rank, chunks * work.chunk_frames, work.window)
+        total += work.linear_flops_of(computed) * chunks * mine
+        total += computed["self"] * attention // layers
+        total += computed["cross"] * cross_flops(work, chunks * mine) // layers
+    return total
 
 
 def plan(
@@ -245,42 +298,51 @@ def plan(
 
 
 def _cost(layout: Layout, lanes: int, work: Workload, on: Machine, beside: Beside) -> Plan:
-    branches = 2 if work.guided and lanes == 1 else 1  # that take turns on a rank
-    passes = work.steps + (work.guided if branches == 2 else 0)
-    every = range(layout.ranks)
+    passes = work.passes if lanes == 1 else work.passes[:1]  # of each branch that takes its turn on a rank
+    every, branches, layers = range(layout.ranks), len(passes), work.config.num_layers
     chunk, window = work.chunk_frames, work.window
-    steady = [_pass_times(layout, work, on, rank, chunk, window) for rank in every]
-    fused = [_pass_times(layout, work, on, rank, 2 * chunk, window) for rank in every]
-    opening = [_pass_times(layout, work, on, rank, chunk, chunk) for rank in every]
-    slowest = max(steady, key=lambda times: times[0] + times[2])
-    slowest_fused = max(fused, key=lambda times: times[0] + times[2])
+    after_the_first = [work.computed(step, branch) for branch, steps in enumerate(passes) for step in range(1, steps)]
+    alike = Counter(tuple(computed.items()) for computed in after_the_first)
+    full = work.computed(0)
+
+    def slowest(frames: int, keys: int, computed: dict[Kind, int]) -> Seconds:
+        times = [_pass_times(layout, work, on, rank, frames, keys, computed) for rank in every]
+        return max(times, key=lambda each: each[0] + each[2])
+
+    def all_passes(first_frames: int, keys: int) -> list[float]:
+        first = [branches * seconds for seconds in slowest(first_frames, keys, full)]
+        later = [[count * seconds for seconds in slowest(chunk, keys, dict(c))] for c, count in alike.items()]
+        return [sum(each) for each in zip(first, *later, strict=True)]
+
     # a chunk's latents once, and velocities across lanes after every pass
     once, crossed = received_latents(work, layout.ranks), received_guidance(work, layout.ranks) if lanes > 1 else 0
     trades = work.steps if lanes > 1 else 0
     rest = (layout.ranks > 1) + trades
     rest_bytes = 4 * (once + trades * crossed)
     gather = rest * on.latency + rest_bytes / on.link
-    compute, communication, exposed = (
-        branches * f + (passes - branches) * s for f, s in zip(slowest_fused, slowest, strict=True)
-    )
+    compute, communication, exposed = all_passes(2 * chunk, window)
     seconds = compute + exposed + gather
-    first = max(c + e for c, _, e in opening) * passes + gather
-    bytes_pass = max(sum(received(layout, work, r, chunk).values()) for r in every) * work.itemsize
-    bytes_pass *= work.config.num_layers
-    calls = work.config.num_layers * (len(received(layout, work, 0, chunk)))
+    opening = all_passes(chunk, chunk)
+    first = opening[0] + opening[2] + gather
+    steady = [_pass_times(layout, work, on, rank, chunk, window, full)[0] for rank in every]
+    bytes_layer = max(sum(received(layout, work, r, chunk).values()) for r in every) * work.itemsize
+    calls_layer = len(received(layout, work, 0, chunk))
+    attended = branches * layers + sum(computed["self"] for computed in after_the_first)  # layers, of all passes
     cache = branches * max(cache_bytes(layout, work, r) for r in every)
+    stored = max(sum(stored_bytes(layout, work, r, branch) for branch in range(branches)) for r in every)
     activations = max(_activation_bytes(layout, work, r) for r in every)
-    mean = sum(c for c, _, _ in steady) / layout.ranks
     return Plan(
         strategy=layout.name,
         ranks=lanes * layout.ranks,
         lanes=lanes,
-        collectives_per_pass=calls,
-        bytes_per_pass=bytes_pass,
-        collectives_per_chunk=calls * passes + rest,
-        bytes_per_chunk=bytes_pass * (passes + branches) + rest_bytes,
+        collectives_per_pass=calls_layer * layers,
+        bytes_per_pass=bytes_layer * layers,
+        collectives_per_chunk=calls_layer * attended + rest,
+        bytes_per_chunk=bytes_layer * (attended + branches * layers) + rest_bytes,
+        flops_per_chunk=max(sum(chunk_flops(layout, work, r, branch) for branch in range(branches)) for r in every),
         weights_bytes=work.weights_bytes,
         cache_bytes=cache,
+        stored_bytes=stored,
         activation_bytes=activations,
         compute_ms=1e3 * compute,
         communication_ms=1e3 * (communication + gather),
@@ -289,25 +351,29 @@ def _cost(layout: Layout, lanes: int, work: Workload, on: Machine, beside: Besid
         first_frame_ms=1e3 * first,
         fps=VAE_STRIDE[0] * chunk / seconds,
         efficiency=1.0,
-        imbalance=slowest[0] / mean,
-        fits=max(beside.by_time(work.weights_bytes, cache, activations).values()) <= on.memory,
+        imbalance=max(steady) * layout.ranks / sum(steady),
+        fits=max(beside.by_time(work.weights_bytes, cache + stored, activations).values()) <= on.memory,
         beside=beside,
     )
 
 
 def _pass_times(
-    layout: Layout, work: Workload, on: Machine, rank: int, frames: int, keys: int
-) -> tuple[float, float, float]:
-    """Seconds of a pass on one rank: computing, communicating, and of the latter what nothing hides."""
+    layout: Layout, work: Workload, on: Machine, rank: int, frames: int, keys: int, computed: dict[Kind, int]
+) -> Seconds:
+    """Seconds of a pass on one rank that computes so much."""
     tokens = _place(layout, work, rank)[2]
     mine = work.batch * frames * tokens[rank]
-    attention = attention_flops(layout, work, rank, frames, keys) / on.attention
+    share = {kind: count / work.config.num_layers for kind, count in computed.items()}
+    attention = share["self"] * attention_flops(layout, work, rank, frames, keys) / on.attention
     moved = ELEMENTWISE_PASSES * work.config.dim * work.config.num_layers * mine * work.itemsize
-    products = max(work.linear_flops * mine / on.matmul, work.weights_bytes / on.bandwidth)
+    flops = work.linear_flops_of(computed)
+    skipped = (work.linear_flops - flops) // 2  # weights: each is two FLOPs a token
+    weights = work.weights_bytes - skipped * (1 if work.fp8 else work.itemsize)
+    products = max(flops * mine / on.matmul, weights / on.bandwidth)
     if work.fp8:  # unfolded in memory: the 8 bits read, the matrix written, scaled, and read by its product
-        products += (1 + 3 * work.itemsize) * work.matrices / on.bandwidth
-    compute = products + cross_flops(work, mine) / on.attention + attention + moved / on.bandwidth
-    layers = work.config.num_layers
+        products += (1 + 3 * work.itemsize) * (work.matrices - skipped) / on.bandwidth
+    compute = products + share["cross"] * cross_flops(work, mine) / on.attention + attention + moved / on.bandwidth
+    layers = computed["self"]
     took = {
         kind: layers * (on.latency + elements * work.itemsize / on.link)
         for kind, elements in received(layout, work, rank, frames).items()

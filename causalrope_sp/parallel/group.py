@@ -255,6 +255,15 @@ class SequenceParallel:
         """
         return None if len(ranks) == 1 else Strips(self._exchange(ranks), grid.latent_height, grid.latent_width)
 
+    def exchange(self) -> Exchange:
+        """What this rank's lane talks through; every rank of it must ask, and there must be several."""
+        return self._exchange(self._lane)
+
+    @property
+    def attention(self) -> str:
+        """Which library attends."""
+        return self._attention
+
     @property
     def _lane(self) -> range:
         return self.mesh.lane(self.lane)

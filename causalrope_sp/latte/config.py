@@ -1,0 +1,73 @@
+"""Sizes of a Latte DiT, and how diffusers says them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Self
+
+from causalrope_sp.errors import CheckpointError, ConfigError
+
+# what diffusers' class can be told and Latte never is: another value is another model
+_FIXED = {
+    "norm_type": "ada_norm_single",
+    "norm_elementwise_affine": False,
+    "activation_fn": "gelu-approximate",
+}
+
+
+@dataclass(frozen=True)
+class LatteConfig:
+    """Sizes of a Latte DiT, under diffusers' names. The defaults are those of the published Latte-1.
+
+    `sample_size` is the height of the latents that positions were learned at; other sizes are interpolated to it.
+
+    Raises:
+        ConfigError: a size below 1, or a width that two sinusoidal axes do not divide.
+    """
+
+    num_attention_heads: int = 16
+    attention_head_dim: int = 72
+    num_layers: int = 28
+    in_channels: int = 4
+    out_channels: int = 8
+    caption_channels: int = 4096
+    sample_size: int = 64
+    patch_size: int = 2
+    attention_bias: bool = True
+    norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type == "int" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ConfigError(f"LatteConfig.{field.name} must be a whole number of at least 1, not {value!r}")
+        if self.dim % 4:
+            raise ConfigError(f"width {self.dim} must be divisible by 4 to carry the sinusoids of two axes")
+        if not self.norm_eps > 0:
+            raise ConfigError(f"norm_eps must be positive, not {self.norm_eps}")
+
+    @classmethod
+    def of_diffusers(cls, declared: Mapping[str, Any]) -> Self:
+        """From the config.json of a `LatteTransformer3DModel`.
+
+        Raises:
+            CheckpointError: a field that is missing, or says that this is another kind of model.
+        """
+        for name, expected in _FIXED.items():
+            if declared.get(name) != expected:
+                raise CheckpointError(f"not Latte: its config has {name} {declared.get(name)!r}, not {expected!r}")
+        names = [field.name for field in fields(cls)]
+        missing = [name for name in names if declared.get(name) is None and name != "out_channels"]
+        if missing:
+            raise CheckpointError(f"the model's config has no {', '.join(missing)}")
+        given = {name: declared[name] for name in names if declared.get(name) is not None}
+        found = cls(**{"out_channels": declared["in_channels"], **given})
+        read = declared.get("cross_attention_dim")
+        if read != found.dim:
+            raise CheckpointError(f"not Latte: its cross-attention reads a width of {read}, not {found.dim}")
+        return found
+
+    @property
+    def dim(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
