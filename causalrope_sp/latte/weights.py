@@ -12,9 +12,9 @@ from causalrope_sp.errors import CheckpointError
 from causalrope_sp.latte.config import LatteConfig
 from causalrope_sp.latte.model import LatteDiT
 from causalrope_sp.weights.files import WeightFiles
-from causalrope_sp.weights.finite import all_finite
+from causalrope_sp.weights.finite import all_finite, refuse_broken
 from causalrope_sp.weights.layout import Names, linear
-from causalrope_sp.weights.messages import problem, some
+from causalrope_sp.weights.messages import problem
 
 
 def load_latte(
@@ -48,8 +48,7 @@ def load_latte(
         joined = torch.cat([_as_linear(parameter, files.take(stored)) for stored in made_of])
         state[parameter] = joined.to(device, dtype, copy=True)
     broken = [name for name, tensor in state.items() if not all_finite(tensor)]
-    if broken:
-        raise CheckpointError(f"{path}: {len(broken)} NaN or infinite: {some(broken)}")
+    refuse_broken(Path(path), broken, dtype)
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval().requires_grad_(False)
 

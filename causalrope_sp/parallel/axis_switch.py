@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from causalrope_sp.errors import ConfigError
+from causalrope_sp.grid import shares
 from causalrope_sp.parallel.exchange import Exchange
 
 KIND = "switch"  # in the ledger
@@ -27,7 +28,7 @@ def split_evenly(count: int, ranks: int, what: str) -> list[int]:
     """
     if ranks > count:
         raise ConfigError(f"{ranks} ranks are more than {count} {what}")
-    return [count // ranks + (rank < count % ranks) for rank in range(ranks)]
+    return shares(count, ranks)
 
 
 def received_by_switches(frames: Sequence[int], tokens: Sequence[int], rank: int, numbers: int) -> tuple[int, int]:
