@@ -44,9 +44,10 @@ from causalrope_sp.config import PRESETS
 from causalrope_sp.grid import Chunk, Shard, split_into_chunks
 from causalrope_sp.model import ForwardPass
 from causalrope_sp.noise import seeded_noise
-from causalrope_sp.parallel.cost import Workload, attention_flops, cross_flops
+from causalrope_sp.parallel.cost import attention_flops, cross_flops
 from causalrope_sp.parallel.layout import SINGLE, parse_strategy
 from causalrope_sp.parallel.strategy import Strategy, write_chunk
+from causalrope_sp.parallel.workload import Workload
 from causalrope_sp.reference import block_causal_velocity
 from causalrope_sp.rope import RotaryTables
 from causalrope_sp.stream import CausalStream, Part

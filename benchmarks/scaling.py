@@ -26,8 +26,10 @@ from causalrope_kernels import Keys, attention
 from causalrope_sp import CausalDiT, DiTConfig, LatentGrid, SamplerConfig, SequenceParallel, StreamConfig, sample_chunks
 from causalrope_sp.noise import seeded_noise
 from causalrope_sp.parallel import strategies
-from causalrope_sp.parallel.cost import Machine, Workload, plan
+from causalrope_sp.parallel.cost import plan
 from causalrope_sp.parallel.launch import RankPool
+from causalrope_sp.parallel.machines import Machine
+from causalrope_sp.parallel.workload import Workload
 
 if TYPE_CHECKING:
     import torch.distributed as dist

@@ -19,8 +19,10 @@ from causalrope_sp.errors import ConfigError
 from causalrope_sp.grid import LatentGrid
 from causalrope_sp.offload import Keep, Offload
 from causalrope_sp.parallel import SequenceParallel
-from causalrope_sp.parallel.cost import Machine, Plan, Workload, plan
+from causalrope_sp.parallel.cost import Plan, plan
+from causalrope_sp.parallel.machines import Machine
 from causalrope_sp.parallel.memory import Beside
+from causalrope_sp.parallel.workload import Workload
 from causalrope_sp.recipe import Recipe
 from causalrope_sp.text import TextSource
 from causalrope_sp.text.footprint import text_bytes

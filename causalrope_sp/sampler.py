@@ -21,7 +21,7 @@ from causalrope_sp.guidance import NEGATIVE, Branches, check_guidance
 from causalrope_sp.model import CausalDiT
 from causalrope_sp.noise import Noise
 from causalrope_sp.parallel import SequenceParallel
-from causalrope_sp.parallel.cost import Workload
+from causalrope_sp.parallel.workload import Workload
 from causalrope_sp.reuse.policy import ReusePlan, ReusePolicy
 from causalrope_sp.schedule import add_noise, branch_timesteps, sigmas
 from causalrope_sp.solvers import start_solver

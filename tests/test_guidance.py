@@ -27,9 +27,11 @@ from causalrope_sp import CausalVideoPipeline, ConfigError, SamplerConfig, Seque
 from causalrope_sp.cli import cli
 from causalrope_sp.grid import split_into_chunks
 from causalrope_sp.parallel import strategies
-from causalrope_sp.parallel.cost import CPU, Workload, plan
+from causalrope_sp.parallel.cost import plan
 from causalrope_sp.parallel.launch import RankPool
 from causalrope_sp.parallel.ledger import Ledger
+from causalrope_sp.parallel.machines import CPU
+from causalrope_sp.parallel.workload import Workload
 from causalrope_sp.recipe import Recipe
 from causalrope_sp.reference import block_causal_velocity
 from causalrope_sp.sampler import Source

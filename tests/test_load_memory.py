@@ -13,7 +13,7 @@ import torch
 from causalrope_sp.config import DiTConfig
 from causalrope_sp.grid import LatentGrid
 from causalrope_sp.model import CausalDiT
-from causalrope_sp.parallel.cost import Workload
+from causalrope_sp.parallel.workload import Workload
 from causalrope_sp.weights import save_model
 from causalrope_sp.weights.layout import stored_tensors
 from causalrope_sp.weights.wan import WAN

@@ -22,7 +22,9 @@ from causalrope_sp.codec.footprint import CodecFootprint, wan_2_1_footprint
 from causalrope_sp.codec.offload import OffloadedCodec
 from causalrope_sp.config import PRESETS
 from causalrope_sp.offload import Offload
-from causalrope_sp.parallel.cost import Workload, machine, plan
+from causalrope_sp.parallel.cost import plan
+from causalrope_sp.parallel.machines import machine
+from causalrope_sp.parallel.workload import Workload
 from causalrope_sp.preflight import Run, _available, check_fits, remedies
 from causalrope_sp.recipe import Recipe
 from causalrope_sp.text import TextSource

@@ -26,11 +26,12 @@ from causalrope_sp.model import CausalDiT
 from causalrope_sp.noise import seeded_noise
 from causalrope_sp.parallel import SequenceParallel, exchange, strategies, ulysses
 from causalrope_sp.parallel import strategy as strategy_module
-from causalrope_sp.parallel.cost import Workload, cache_bytes, received, received_latents
+from causalrope_sp.parallel.cost import cache_bytes, received, received_latents
 from causalrope_sp.parallel.launch import RankPool, run_ranks
 from causalrope_sp.parallel.layout import parse_strategy
 from causalrope_sp.parallel.strategy import Strategy
 from causalrope_sp.parallel.watchdog import Watchdog
+from causalrope_sp.parallel.workload import Workload
 from causalrope_sp.sampler import Source
 from causalrope_sp.stream import CausalStream, Part
 from causalrope_sp.window import SlidingWindow

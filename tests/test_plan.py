@@ -17,17 +17,11 @@ from causalrope_sp import CausalDiT, DiTConfig, LatentGrid, SamplerConfig, Strea
 from causalrope_sp.cli import cli
 from causalrope_sp.config import PRESETS
 from causalrope_sp.grid import Chunk, Shard
-from causalrope_sp.parallel.cost import (
-    GPUS,
-    LINKS,
-    Workload,
-    attention_flops,
-    cross_flops,
-    machine,
-    plan,
-)
+from causalrope_sp.parallel.cost import attention_flops, cross_flops, plan
 from causalrope_sp.parallel.layout import parse_strategy, strategies
+from causalrope_sp.parallel.machines import GPUS, LINKS, machine
 from causalrope_sp.parallel.strategy import Strategy
+from causalrope_sp.parallel.workload import Workload
 from causalrope_sp.stream import CausalStream, Part
 from causalrope_sp.window import SlidingWindow
 

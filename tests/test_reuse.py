@@ -32,10 +32,12 @@ from causalrope_sp.cli import cli
 from causalrope_sp.grid import Shard
 from causalrope_sp.noise import seeded_noise
 from causalrope_sp.parallel import SequenceParallel, strategies
-from causalrope_sp.parallel.cost import H100, Workload, chunk_flops, plan, received, received_latents, stored_bytes
+from causalrope_sp.parallel.cost import chunk_flops, plan, received, received_latents, stored_bytes
 from causalrope_sp.parallel.launch import RankPool
 from causalrope_sp.parallel.layout import parse_strategy
+from causalrope_sp.parallel.machines import H100
 from causalrope_sp.parallel.strategy import Strategy
+from causalrope_sp.parallel.workload import Workload
 from causalrope_sp.reuse import PRESETS, After, Broadcast, ReusePlan, ReusePolicy, find_policy, write_policy
 from causalrope_sp.reuse.policy import CAUSAL_KINDS, KINDS
 from causalrope_sp.reuse.store import OutputStore

@@ -12,150 +12,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cache
 
-from causalrope_sp.config import VAE_STRIDE, DiTConfig, SamplerConfig, StreamConfig
+from causalrope_sp.config import VAE_STRIDE
 from causalrope_sp.grid import LatentGrid, Shard
 from causalrope_sp.parallel.layout import Layout, parse_strategy, strategies
+from causalrope_sp.parallel.machines import Machine
 from causalrope_sp.parallel.memory import NOTHING, Beside
 from causalrope_sp.parallel.strategy import lse_elements
-from causalrope_sp.reuse.policy import CAUSAL_KINDS, Kind, ReusePlan, ReusePolicy
-from causalrope_sp.schedule import branch_timesteps, guided_steps
+from causalrope_sp.parallel.workload import Workload
+from causalrope_sp.reuse.policy import Kind
 
 Seconds = tuple[float, float, float]  # computing, communicating, and of the latter what nothing hides
 ELEMENTWISE_PASSES = 30  # how often a block of the unfused model reads or writes its D numbers a token, about
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Rates of one rank: FLOP/s of large matrix products and of attention, bytes/s of its memory and of its link, and
-    the seconds that a collective takes before its first byte. `memory` is in bytes."""
-
-    name: str
-    matmul: float
-    attention: float
-    bandwidth: float
-    memory: float
-    link: float
-    latency: float
-
-
-# name: dense bf16 FLOP/s of large products, of attention, bytes/s of memory, bytes of memory. What large products reach
-# is about 80 % of the data sheet's peak (H100: 790 of 989), attention about 60 %.
-GPUS = {
-    "h200": (790e12, 600e12, 4.8e12, 141e9),
-    "h100": (790e12, 600e12, 3.35e12, 80e9),
-    "a800": (250e12, 190e12, 2.0e12, 80e9),
-    "a100": (250e12, 190e12, 2.0e12, 80e9),
-    "l40s": (180e12, 140e12, 0.86e12, 48e9),
-    "rtx4090": (150e12, 120e12, 1.0e12, 24e9),
-    "cpu": (60e9, 40e9, 20e9, 24e9),
-}
-# name: bytes/s that a rank receives in a collective, seconds before the first byte
-LINKS = {
-    "nvlink": (350e9, 15e-6),
-    "nvlink-a800": (150e9, 15e-6),
-    "pcie": (20e9, 20e-6),
-    "infiniband": (40e9, 25e-6),
-    "ethernet": (10e9, 50e-6),
-    "loopback": (1e9, 200e-6),
-}
-
-
-def machine(gpu: str, link: str) -> Machine:
-    return Machine(f"{gpu}, {link}", *GPUS[gpu], *LINKS[link])
-
-
-H100, CPU = machine("h100", "nvlink"), machine("cpu", "loopback")
-
-
-@dataclass(frozen=True)
-class Workload:
-    """A stream: its model, its picture in tokens, window and chunk in latent frames, denoise passes a chunk, and how
-    many of these are guided, so that a second branch, with a cache of its own, makes a pass too; `fp8` if the matrices
-    of the blocks are kept in 8 bits. `reuse` is what each branch's passes take over from one another, if anything."""
-
-    config: DiTConfig
-    grid: LatentGrid
-    window: int
-    chunk_frames: int
-    steps: int
-    batch: int = 1
-    itemsize: int = 2
-    fp8: bool = False
-    guided: int = 0
-    reuse: tuple[ReusePlan, ...] = ()
-
-    @classmethod
-    def of(
-        cls,
-        config: DiTConfig,
-        grid: LatentGrid,
-        stream: StreamConfig,
-        sampler: SamplerConfig,
-        window: int,
-        batch: int = 1,
-        itemsize: int = 2,
-        reuse: ReusePolicy | None = None,
-    ) -> Workload:
-        """A stream as it is configured, `window` latent frames long at most."""
-        chunk, guided = min(stream.chunk_frames, window), sum(guided_steps(sampler))
-        plans: tuple[ReusePlan, ...] = ()
-        if reuse is not None:
-            told = [branch_timesteps(sampler, negative) for negative in ((False, True) if guided else (False,))]
-            plans = tuple(ReusePlan.of_causal(reuse, each, config.num_layers) for each in told)
-        return cls(config, grid, window, chunk, len(sampler.steps), batch, itemsize, guided=guided, reuse=plans)
-
-    @property
-    def passes(self) -> list[int]:
-        """How many each branch makes in a chunk."""
-        return [self.steps, self.guided] if self.guided else [self.steps]
-
-    def computed(self, step: int, branch: int = 0) -> dict[Kind, int]:
-        """In how many layers pass `step` of a branch's chunk computes what; the others reuse."""
-        every = self.config.num_layers
-        return {kind: self.reuse[branch].computed(step, kind) if self.reuse else every for kind in CAUSAL_KINDS}
-
-    @cached_property
-    def linear_flops(self) -> int:
-        """FLOPs a token of all matrix products but attention's. What a frame or a prompt needs once is left out."""
-        return self.linear_flops_of(self.computed(0))
-
-    def linear_flops_of(self, computed: dict[Kind, int]) -> int:
-        """Those of a pass that computes so much."""
-        c = self.config
-        weights = {"self": 4 * c.dim, "cross": 2 * c.dim, "mlp": 2 * c.ffn_dim}  # a layer's, by output of width `dim`
-        layers = sum(2 * c.dim * weights[kind] * count for kind, count in computed.items())
-        return layers + 2 * self.patch_flops  # the embedding, and the head
-
-    @property
-    def patch_flops(self) -> int:
-        """FLOPs a token of the patch embedding, or of the head."""
-        return 2 * self.config.dim * self.config.token_dim
-
-    @cached_property
-    def parameters(self) -> int:
-        c = self.config
-        d, layer = c.dim, 0
-        layer += 3 * d * d + 3 * d + d * d + d + 2 * d  # self-attention with its norms
-        layer += d * d + d + 2 * d * d + 2 * d + d * d + d + 2 * d  # cross-attention
-        layer += 2 * d + 2 * d * c.ffn_dim + c.ffn_dim + d + 6 * d  # its norm, the feed-forward, the modulation
-        outer = (c.token_dim + c.text_dim + c.freq_dim) * d + 3 * d  # embeddings of patch, text and time,
-        outer += 2 * (d * d + d) + 6 * d * d + 6 * d  # the second layers of two of them, the projection of time,
-        outer += c.token_dim * d + c.token_dim + 2 * d  # and the head
-        return c.num_layers * layer + outer
-
-    @property
-    def matrices(self) -> int:
-        """Numbers in all matrices of the blocks."""
-        c = self.config
-        return c.num_layers * c.dim * (8 * c.dim + 2 * c.ffn_dim)
-
-    @property
-    def weights_bytes(self) -> int:
-        c, full = self.config, self.parameters * self.itemsize
-        scales = 4 * c.num_layers * (9 * c.dim + c.ffn_dim)
-        return full - (self.itemsize - 1) * self.matrices + scales if self.fp8 else full
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from causalrope_sp.grid import LatentGrid
-from causalrope_sp.parallel.cost import Machine, Plan, Workload, plan
+from causalrope_sp.parallel.cost import Plan, plan
+from causalrope_sp.parallel.machines import Machine
+from causalrope_sp.parallel.workload import Workload
 
 # Of the rate of large matrix products: what Self-Forcing's published frame rates with and without decoding amount to,
 # about 270 ms for 12 frames of 480×832 on an H100. A guess until it is measured.

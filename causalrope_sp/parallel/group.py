@@ -16,11 +16,12 @@ from causalrope_kernels import ATTENTION_BACKENDS, attention_obstacle
 from causalrope_sp.config import DiTConfig
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.grid import LatentGrid, Shard
-from causalrope_sp.parallel.cost import CPU, H100, Machine, Workload, plan
+from causalrope_sp.parallel.cost import plan
 from causalrope_sp.parallel.exchange import Exchange
 from causalrope_sp.parallel.gather_kv import GatherKV
 from causalrope_sp.parallel.layout import Layout, parse_strategy
 from causalrope_sp.parallel.ledger import LAYERLESS, Ledger
+from causalrope_sp.parallel.machines import CPU, H100, Machine
 from causalrope_sp.parallel.mesh import Mesh
 from causalrope_sp.parallel.ranks import Ranks
 from causalrope_sp.parallel.shard_kv import ShardKV
@@ -28,6 +29,7 @@ from causalrope_sp.parallel.strategy import Strategy
 from causalrope_sp.parallel.strips import Strips
 from causalrope_sp.parallel.ulysses import Ulysses
 from causalrope_sp.parallel.watchdog import Watchdog, leave
+from causalrope_sp.parallel.workload import Workload
 
 LONGEST_S = 1e6  # a timeout
 

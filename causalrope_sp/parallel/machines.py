@@ -1,0 +1,48 @@
+"""Machines to predict for: their rates are data sheets' or guesses, unless they were measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Rates of one rank: FLOP/s of large matrix products and of attention, bytes/s of its memory and of its link, and
+    the seconds that a collective takes before its first byte. `memory` is in bytes."""
+
+    name: str
+    matmul: float
+    attention: float
+    bandwidth: float
+    memory: float
+    link: float
+    latency: float
+
+
+# name: dense bf16 FLOP/s of large products, of attention, bytes/s of memory, bytes of memory. What large products reach
+# is about 80 % of the data sheet's peak (H100: 790 of 989), attention about 60 %.
+GPUS = {
+    "h200": (790e12, 600e12, 4.8e12, 141e9),
+    "h100": (790e12, 600e12, 3.35e12, 80e9),
+    "a800": (250e12, 190e12, 2.0e12, 80e9),
+    "a100": (250e12, 190e12, 2.0e12, 80e9),
+    "l40s": (180e12, 140e12, 0.86e12, 48e9),
+    "rtx4090": (150e12, 120e12, 1.0e12, 24e9),
+    "cpu": (60e9, 40e9, 20e9, 24e9),
+}
+# name: bytes/s that a rank receives in a collective, seconds before the first byte
+LINKS = {
+    "nvlink": (350e9, 15e-6),
+    "nvlink-a800": (150e9, 15e-6),
+    "pcie": (20e9, 20e-6),
+    "infiniband": (40e9, 25e-6),
+    "ethernet": (10e9, 50e-6),
+    "loopback": (1e9, 200e-6),
+}
+
+
+def machine(gpu: str, link: str) -> Machine:
+    return Machine(f"{gpu}, {link}", *GPUS[gpu], *LINKS[link])
+
+
+H100, CPU = machine("h100", "nvlink"), machine("cpu", "loopback")
