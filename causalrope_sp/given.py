@@ -80,6 +80,10 @@ class Given:
     first_step: int = 0
     digest: str = "nothing"  # the same on all ranks that were given the same
 
+    @property
+    def latent_frames(self) -> int:
+        return 0 if self.latents is None else self.latents.shape[1]
+
 
 NOTHING = Given()
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import closing, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -18,16 +16,16 @@ from torch import Tensor
 
 from causalrope_sp.codec import Codec, load_codec
 from causalrope_sp.config import SamplerConfig, Solver, check_given, check_negative
-from causalrope_sp.decoding import Decode, SideStream, as_they_come, check_decode, frames_of, serve
+from causalrope_sp.decoding import Decode, check_decode, frames_of, serve
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.given import NOTHING, Given, given_past, given_picture, given_source
 from causalrope_sp.grid import LatentGrid
 from causalrope_sp.guidance import check_guidance
+from causalrope_sp.handout import Cut, VideoChunk, hand_out, serve_out
 from causalrope_sp.model import CausalDiT
 from causalrope_sp.noise import seeded_noise
 from causalrope_sp.offload import Offload
 from causalrope_sp.parallel import SequenceParallel
-from causalrope_sp.parallel.ledger import Ledger
 from causalrope_sp.preflight import check_memory
 from causalrope_sp.reading import Picture, Video
 from causalrope_sp.recipe import TEXT_ENCODERS, Recipe, find_recipe
@@ -43,19 +41,6 @@ from causalrope_sp.weights.digest import digest
 from causalrope_sp.weights.load import Weights
 
 Embeds = Tensor | str | PathLike[str]
-
-
-@dataclass(frozen=True)
-class VideoChunk:
-    """Frames that are ready. `frames` is uint8 (T, H, W, 3) on rank 0 and None on the others; `start_frame` counts
-    pixel frames from the video's start; `seconds` is what this chunk took, decoding included; `ledger` is what its
-    collectives moved."""
-
-    index: int
-    start_frame: int
-    frames: np.ndarray | None
-    seconds: float
-    ledger: Ledger
 
 
 class CausalVideoPipeline:
@@ -270,7 +255,7 @@ class CausalVideoPipeline:
         said |= {"negative prompt": negative_prompt, "given negative embeddings": negative_embeds is not None}
         self.parallel.everyone.agree({**said, "what is given": start.digest})
         if self.parallel.decodes:
-            return self._serve()
+            return serve_out(self.codec, self.parallel, self.grid)
         wanted = [(prompt, embeds), (negative_prompt, negative_embeds)][: 1 + guided]
         texts = self._encode(wanted, seed)
         return self._run(texts[0], texts[1] if guided else None, frames, seed, start, policy)
@@ -294,7 +279,9 @@ class CausalVideoPipeline:
             return NOTHING
         if strength is not None:
             return given_source(self.codec, video, *size, self.fps, len(self.recipe.sampler.steps), strength)
-        return given_past(self.codec, video, *size, self.fps, self.recipe.stream, _frames_of(self._opening()))
+        opening = self._opening()
+        before = 0 if opening is None else opening.shape[1]
+        return given_past(self.codec, video, *size, self.fps, self.recipe.stream, before)
 
     def _opening(self) -> Tensor | None:
         return self.text.opening(self.model.config.in_channels, self.grid.latent_height, self.grid.latent_width)
@@ -309,15 +296,15 @@ class CausalVideoPipeline:
         reuse: ReusePolicy | None = None,
     ) -> Iterator[VideoChunk]:
         shape = (1, self.model.config.in_channels, self.grid.latent_height, self.grid.latent_width)
-        opening, past, source = self._opening(), given.latents, given.source
-        first = [part.cpu() for part in (opening, past) if part is not None]
-        decoder = frames_of(self.codec, self.parallel, self.grid, self._decode)
+        opening, source = self._opening(), given.source
+        first = [part.cpu() for part in (opening, given.latents) if part is not None]
+        cut = Cut(frames, self.codec.temporal_stride, 0 if opening is None else opening.shape[1], given)
         chunks = sample_chunks(
             self.model,
             embeds,
             seeded_noise(seed, shape),
             self.grid,
-            self._latent_frames(frames + given.hidden, _frames_of(opening), _frames_of(past)),
+            cut.latent_frames(self.recipe.stream),
             stream=self.recipe.stream,
             sampler=self.recipe.sampler,
             parallel=self.parallel,
@@ -326,45 +313,7 @@ class CausalVideoPipeline:
             negative_embeds=negative,
             reuse=reuse,
         )
-        done, clock, side = 0, time.perf_counter(), SideStream(self.parallel.device)
-        with suppress(GeneratorExit), closing(as_they_come(chunks, self.parallel, self._decode)) as coming:
-            for index, (part, made) in enumerate(coming):
-                length = frames if source is None or source.length is None else source.length
-                stop = min(frames, length, self._pixel_frames(part.chunk.stop - _frames_of(opening)) - given.hidden)
-                with side.after(made, part.latents):
-                    latents, hidden = part.latents, 0
-                    if index == 0 and past is not None:
-                        latents, hidden = torch.cat([past.to(latents), latents], 1), given.hidden
-                    pixels = decoder.decode(latents, hidden, hidden + stop - done)
-                now = time.perf_counter()
-                yield VideoChunk(index, done, pixels, now - clock, self.parallel.ledger.take())
-                done, clock = stop, time.perf_counter()
-                if done == length:
-                    break
-        decoder.close()
-
-    def _serve(self) -> Iterator[VideoChunk]:
-        """A decode rank's share of a video: chunks without frames, which rank 0 has."""
-        done, clock = 0, time.perf_counter()
-        with closing(serve(self.codec, self.parallel, self.grid)) as asked:
-            for index, frames in enumerate(asked):
-                now = time.perf_counter()
-                yield VideoChunk(index, done, None, now - clock, self.parallel.ledger.take())
-                done, clock = done + frames, time.perf_counter()
-
-    def _pixel_frames(self, latent_frames: int) -> int:
-        return 1 + self.codec.temporal_stride * (latent_frames - 1)
-
-    def _latent_frames(self, frames: int, opening: int, past: int) -> int:
-        """The latent frames, beside those that are given, of as many whole chunks as `frames` pixel frames need."""
-        stream, stride = self.recipe.stream, self.codec.temporal_stride
-        needed = max(1, 1 - (1 - frames) // stride - past)
-        lone = 1 if stream.independent_first_frame and opening + past == 0 else 0
-        return lone - (lone - needed) // stream.chunk_frames * stream.chunk_frames
-
-
-def _frames_of(latents: Tensor | None) -> int:
-    return 0 if latents is None else latents.shape[1]
+        return hand_out(chunks, self.codec, self.parallel, self.grid, self._decode, cut)
 
 
 def _given(embeds: Embeds) -> Tensor:
