@@ -122,7 +122,7 @@ def test_continuing_a_streams_own_latents_is_having_gone_on(
     The decoder goes on too."""
     hidden = 1 + 4 * (latent_frames - 1)
     past = Given(latents_of(pipe, 15)[:, :latent_frames], hidden)
-    chunks = pipe._run(pipe.text.encode(PROMPT, SEED), 49 - hidden, SEED, past)
+    chunks = pipe._run(pipe.text.encode(PROMPT, SEED), None, 49 - hidden, SEED, past)
     continued = np.concatenate([chunk.frames for chunk in chunks if chunk.frames is not None])
     assert furthest(continued, video[hidden:]) <= 1  # another window is another order of additions
 
