@@ -19,6 +19,7 @@ from causalrope_sp.grid import Chunk, LatentGrid, split_into_chunks
 from causalrope_sp.model import CausalDiT
 from causalrope_sp.noise import Noise, seeded_noise
 from causalrope_sp.parallel import SequenceParallel
+from causalrope_sp.reuse.policy import ReusePolicy
 from causalrope_sp.sampler import sample_chunks
 from causalrope_sp.schedule import timesteps
 from causalrope_sp.weights import load_model
@@ -40,6 +41,7 @@ class Case:
     sampler: SamplerConfig
     initial: Tensor | None = None
     negative: Tensor | None = None
+    reuse: ReusePolicy | None = None
 
     def run(self, parallel: SequenceParallel) -> Tensor:
         """The generated latents, (B, F, C, H, W)."""
@@ -54,6 +56,7 @@ class Case:
             parallel=parallel,
             initial_latents=self.initial,
             negative_embeds=self.negative,
+            reuse=self.reuse,
         )
         return torch.cat([chunk.latents for chunk in chunks], 1)
 

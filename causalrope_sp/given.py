@@ -65,8 +65,9 @@ class VideoLatents:
 
     def _frame(self) -> np.ndarray:
         if self._next is not None:
-            self._last, self._next = self._next, next(self._source, None)
-            self.frames += 1
+            self._last = self._next
+            self.frames += 1  # first: another thread may ask for the length
+            self._next = next(self._source, None)
         return self._last
 
 

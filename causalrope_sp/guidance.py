@@ -43,6 +43,10 @@ class Branch:
     def finish(self, part: Part) -> None:
         self._finished = part
 
+    @property
+    def stored_bytes(self) -> int:
+        return self._stream.stored_bytes
+
 
 class Branches:
     """What a chunk's velocity is made of.
@@ -98,6 +102,11 @@ class Branches:
             mine = x_BFSE
         return self._parallel.across_lanes("guidance", mine)
 
+    @property
+    def stored_bytes(self) -> int:
+        """The most that this rank's branches kept at once, each, of outputs that passes reuse."""
+        return sum(branch.stored_bytes for branch in self._branches)
+
     def commit(self) -> None:
         """The context passes that are due, alone."""
         for branch in self._branches:
@@ -122,8 +131,3 @@ def check_guidance(sampler: SamplerConfig, lanes: int) -> None:
     if lanes > 2 or (lanes == 2 and not guided):
         what = "guidance has two" if guided else "without guidance, a scale other than 1, there is one"
         raise ConfigError(f"{lanes} lanes of ranks need as many branches: {what}")
-
-
-def possible_lanes(guided: bool, ranks: int) -> list[int]:
-    """In how many lanes so many ranks can run a stream: of two halves each can have a branch of guidance."""
-    return [1, 2] if guided and ranks % 2 == 0 else [1]

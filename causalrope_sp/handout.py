@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Iterator
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,8 @@ import torch
 
 from causalrope_sp.codec import Codec
 from causalrope_sp.config import StreamConfig
-from causalrope_sp.decoding import Decode, SideStream, as_they_come, frames_of, serve
+from causalrope_sp.decoding import Decode, Frames, Made, SideStream, as_they_come, frames_of, serve
+from causalrope_sp.errors import CausalRopeError
 from causalrope_sp.given import Given
 from causalrope_sp.grid import LatentGrid
 from causalrope_sp.parallel import SequenceParallel
@@ -73,23 +74,35 @@ def hand_out(
     decode: Decode,
     cut: Cut,
 ) -> Iterator[VideoChunk]:
-    """Decodes the chunks as they come, on a rank that denoises."""
-    decoder, side = frames_of(codec, parallel, grid, decode), SideStream(parallel.device)
-    past, done, clock = cut.given.latents, 0, time.perf_counter()
-    with suppress(GeneratorExit), closing(as_they_come(chunks, parallel, decode)) as coming:
-        for index, (part, made) in enumerate(coming):
-            stop = cut.stop(part.chunk.stop)
-            with side.after(made, part.latents):
-                latents, hidden = part.latents, 0
-                if index == 0 and past is not None:
-                    latents, hidden = torch.cat([past.to(latents), latents], 1), cut.given.hidden
-                pixels = decoder.decode(latents, hidden, hidden + stop - done)
-            now = time.perf_counter()
-            yield VideoChunk(index, done, pixels, now - clock, parallel.ledger.take())
-            done, clock = stop, time.perf_counter()
-            if done == cut.length:
-                break
-    decoder.close()
+    """Decodes the chunks as they come, on a rank that denoises. Decode ranks hear of the end, be it one that was wished
+    for or wrong input that every rank met."""
+    decoder = frames_of(codec, parallel, grid, decode)
+    try:
+        with closing(as_they_come(chunks, parallel, decode)) as coming:
+            yield from _decoded(coming, decoder, parallel, cut)
+    except GeneratorExit:
+        decoder.close()
+    except CausalRopeError:
+        decoder.close()
+        raise
+    else:
+        decoder.close()
+
+
+def _decoded(coming: Iterator[Made], decoder: Frames, parallel: SequenceParallel, cut: Cut) -> Iterator[VideoChunk]:
+    side, past, done, clock = SideStream(parallel.device), cut.given.latents, 0, time.perf_counter()
+    for index, (part, made) in enumerate(coming):
+        stop = cut.stop(part.chunk.stop)
+        with side.after(made, part.latents):
+            latents, hidden = part.latents, 0
+            if index == 0 and past is not None:
+                latents, hidden = torch.cat([past.to(latents), latents], 1), cut.given.hidden
+            pixels = decoder.decode(latents, hidden, hidden + stop - done)
+        now = time.perf_counter()
+        yield VideoChunk(index, done, pixels, now - clock, parallel.ledger.take())
+        done, clock = stop, time.perf_counter()
+        if done == cut.length:
+            return
 
 
 def serve_out(codec: Codec, parallel: SequenceParallel, grid: LatentGrid) -> Iterator[VideoChunk]:

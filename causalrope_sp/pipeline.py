@@ -26,7 +26,7 @@ from causalrope_sp.model import CausalDiT
 from causalrope_sp.noise import seeded_noise
 from causalrope_sp.offload import Offload
 from causalrope_sp.parallel import SequenceParallel
-from causalrope_sp.preflight import check_memory
+from causalrope_sp.preflight import check_memory, describe_run
 from causalrope_sp.reading import Picture, Video
 from causalrope_sp.recipe import TEXT_ENCODERS, Recipe, find_recipe
 from causalrope_sp.reuse import ReusePolicy, find_policy
@@ -156,8 +156,12 @@ class CausalVideoPipeline:
         offload = Offload() if offload is None else offload
         waiting = offload if isinstance(offload, Offload) else Offload.of(offload)
         ranks = parallel.everyone
+        run = ranks.together(lambda: describe_run(recipe, parallel, waiting, decode, dtype.itemsize, codec))
         if preflight:
-            ranks.together(lambda: check_memory(recipe, parallel, waiting, decode, dtype.itemsize, codec))
+            ranks.together(lambda: check_memory(run, parallel))
+        strategy = ranks.first_says(run.plan().strategy)  # by all that stands beside the model, as `plan` does
+        if parallel.named == "auto":
+            parallel.settle(run.work.config, strategy)
         if parallel.decodes:
             dit = outline_model(recipe.transformer)
         else:
@@ -254,10 +258,12 @@ class CausalVideoPipeline:
         policy = None if reuse is None else find_policy(reuse)
         said |= {"negative prompt": negative_prompt, "given negative embeddings": negative_embeds is not None}
         self.parallel.everyone.agree({**said, "what is given": start.digest})
+        wanted = [(prompt, embeds), (negative_prompt, negative_embeds)][: 1 + guided]
+        texts = self.parallel.everyone.together(
+            lambda: [] if self.parallel.decodes else self._encode(wanted, seed)  # decode ranks hear of wrong input too
+        )
         if self.parallel.decodes:
             return serve_out(self.codec, self.parallel, self.grid)
-        wanted = [(prompt, embeds), (negative_prompt, negative_embeds)][: 1 + guided]
-        texts = self._encode(wanted, seed)
         return self._run(texts[0], texts[1] if guided else None, frames, seed, start, policy)
 
     def _encode(self, wanted: Sequence[tuple[str | None, Embeds | None]], seed: int) -> list[Tensor]:

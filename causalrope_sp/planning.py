@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 from causalrope_sp.config import PRESETS, VAE_STRIDE, DiTConfig, SamplerConfig, StreamConfig
 from causalrope_sp.errors import CheckpointError, ConfigError, OutputError
 from causalrope_sp.grid import LatentGrid
-from causalrope_sp.guidance import check_guidance, possible_lanes
+from causalrope_sp.guidance import check_guidance
 from causalrope_sp.offload import Offload
 from causalrope_sp.parallel.cost import Plan, plan
 from causalrope_sp.parallel.decode_cost import DecodePlan, VaeSize, plan_decoding
 from causalrope_sp.parallel.machines import GPUS, LINKS, Machine, machine
 from causalrope_sp.parallel.memory import Beside
+from causalrope_sp.parallel.mesh import possible_lanes
 from causalrope_sp.parallel.workload import Workload
 from causalrope_sp.reuse.policy import ReusePolicy
 from causalrope_sp.schedule import overruled

@@ -84,16 +84,13 @@ def beside(text: int, codec: CodecFootprint, offload: Offload, on_cpu: bool) -> 
     )
 
 
-def check_memory(
-    recipe: Recipe, parallel: SequenceParallel, offload: Offload, decode: Decode, itemsize: int, codec: str | None
-) -> None:
+def check_memory(run: Run, parallel: SequenceParallel) -> None:
     """Refuses what this rank's device has no room for. A decode rank has a codec alone.
 
     Raises:
-        ConfigError: it will not fit, or will not run.
-        CheckpointError: a file cannot be read.
+        ConfigError: it will not fit.
     """
-    run, free = describe_run(recipe, parallel, offload, decode, itemsize, codec), free_bytes(parallel.device)
+    free = free_bytes(parallel.device)
     if not parallel.decodes:
         return check_fits(run, free, parallel.device)
     needs = run.codec.weights + run.codec.state + run.codec.activations + run.beside.workspace
@@ -129,7 +126,7 @@ def describe_run(
     return Run(
         replace(work, fp8=recipe.weights == "fp8"),
         parallel.mesh.sequence,
-        parallel.in_use(config),
+        parallel.named,
         parallel.machine,
         offload,
         text_bytes(recipe.text) if isinstance(recipe.text, TextSource) and parallel.rank == 0 else 0,
@@ -156,16 +153,28 @@ def free_bytes(device: torch.device) -> int | None:
     if device.type == "cuda":
         own = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + own
-    return _available(Path("/proc/meminfo"))
+    said = [_available(Path("/proc/meminfo")), _left_in_group(Path("/sys/fs/cgroup"))]
+    free = min((each for each in said if each is not None), default=None)
+    # torchrun's ranks of this machine share it
+    return None if free is None else free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _available(meminfo: Path) -> int | None:
     try:
         lines = meminfo.read_text().splitlines()
-        kibibytes = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration, ValueError, IndexError):
         return None
-    return 1024 * kibibytes // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's ranks of this machine
+
+
+def _left_in_group(cgroup: Path) -> int | None:
+    """What a container's limit leaves, page cache that can be given back included; None without a limit."""
+    try:
+        limit, used = (int((cgroup / f"memory.{name}").read_text()) for name in ("max", "current"))
+        fields = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+        return max(0, limit - used + int(fields.get("inactive_file", 0)))
+    except (OSError, ValueError):  # no such group, or no limit: "max"
+        return None
 
 
 def check_fits(run: Run, free: int | None, device: object) -> None:

@@ -141,6 +141,7 @@ def sample_chunks(
             velocity = branches.velocity(chunk, x, step)
             to = levels[step + 1] if step + 1 < len(levels) else 0.0
             x = solve(x, velocity, sigma, to, partial(draw, chunk, step + 1))
+        parallel.ledger.keep(branches.stored_bytes)
         yield LatentChunk(chunk, grid.unpatchify(parallel.gather_tokens(x, grid)))
         branches.finish(Part(chunk, x, 0.0))
 

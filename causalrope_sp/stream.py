@@ -104,6 +104,11 @@ class CausalStream:
         if self.outputs is not None:
             self.outputs.clear()
 
+    @property
+    def stored_bytes(self) -> int:
+        """The most that was kept at once of outputs that passes reuse."""
+        return 0 if self.outputs is None else self.outputs.most_bytes
+
     def _open(self, chunk: Chunk) -> None:
         if self.cache.open_chunk != chunk:
             self.cache.open(chunk)

@@ -13,10 +13,10 @@ from torch import Tensor
 from causalrope_sp.cases import KNOWN_KINDS, Case, case_files, load_case, self_check_cases
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.grid import split_into_chunks
-from causalrope_sp.guidance import possible_lanes
 from causalrope_sp.parallel import SequenceParallel, strategies
 from causalrope_sp.parallel.launch import RankPool
 from causalrope_sp.parallel.layout import SINGLE, check_name
+from causalrope_sp.parallel.mesh import possible_lanes
 from causalrope_sp.reference import block_causal_velocity
 from causalrope_sp.schedule import guided_steps
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from causalrope_sp import CausalVideoPipeline, ConfigError, SequenceParallel
+from causalrope_sp import CausalRopeError, CausalVideoPipeline, ConfigError, SequenceParallel
 from causalrope_sp.ahead import one_ahead
 from causalrope_sp.parallel.launch import RankPool
 
@@ -74,6 +74,39 @@ def test_a_continued_video_is_decoded_elsewhere_too(pool: RankPool, expected: np
     alone, _ = make(None, "cpu", 0, "inline", given, 0)
     video, _ = pool.run(make, 2, 1, "inline", given, 0)
     assert close_to(video, alone)
+
+
+def refused_then_made(group: Any, device: str, decoders: int) -> Any:
+    """Wrong input of several kinds, on every rank; then a video."""
+    parallel = SequenceParallel(group, device=device, decoders=decoders)
+    pipe = CausalVideoPipeline.from_pretrained("toybox", parallel=parallel)
+    said = []
+
+    def broken() -> Iterator[np.ndarray]:
+        yield from np.zeros((11, 64, 64, 3), np.uint8)
+        yield np.zeros((64, 64), np.uint8)
+
+    for prompt, given in (
+        ("a dog", {}),
+        (None, {"embeds": torch.zeros(1, 2, 3)}),
+        (PROMPT, {"video": broken(), "strength": 0.5}),
+    ):
+        try:
+            said.append(len(list(pipe.stream(prompt, frames=FRAMES, seed=3, **given))))
+        except CausalRopeError as error:
+            said.append(str(error))
+    return said, pipe(PROMPT, frames=FRAMES, seed=3)
+
+
+@pytest.mark.parametrize(("ranks", "decoders"), [(2, 1), (3, 1)])
+def test_after_wrong_input_the_ranks_make_the_next_video(
+    pool: RankPool, expected: np.ndarray, ranks: int, decoders: int
+) -> None:
+    said, video = pool.run(refused_then_made, ranks, decoders)
+    assert "dog" in said[0]
+    assert "text embeddings have shape (1, 2, 3)" in said[1]
+    assert "a frame must be uint8 of shape (height, width, 3)" in said[2]
+    assert close_to(video, expected)
 
 
 def test_a_decode_rank_loads_no_transformer(pool: RankPool) -> None:

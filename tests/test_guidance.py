@@ -36,7 +36,7 @@ from causalrope_sp.recipe import Recipe
 from causalrope_sp.reference import block_causal_velocity
 from causalrope_sp.sampler import Source
 from causalrope_sp.schedule import add_noise, guided_steps, overruled, sigmas, timesteps, told_timesteps
-from causalrope_sp.solvers import UniPC, start_solver
+from causalrope_sp.solvers import start_solver
 from causalrope_sp.stream import CausalStream
 from causalrope_sp.toybox import WEIGHTS
 
@@ -466,9 +466,3 @@ def test_generate_and_plan_take_guidance(tmp_path: Path) -> None:
     assert status == 0, output
     assert "3 steps, 3 of them guided" in output.replace("\n", " ").replace("  ", " ")
     assert "2×single" in output
-
-
-def test_unipc_begins_anew_with_every_chunk() -> None:
-    config = replace(GUIDED, guidance_scale=1.0)
-    assert isinstance(start_solver(config).__self__, UniPC)  # type: ignore[attr-defined]
-    assert start_solver(config).__self__ is not start_solver(config).__self__  # type: ignore[attr-defined]

@@ -25,7 +25,7 @@ from causalrope_sp.offload import Offload
 from causalrope_sp.parallel.cost import plan
 from causalrope_sp.parallel.machines import machine
 from causalrope_sp.parallel.workload import Workload
-from causalrope_sp.preflight import Run, _available, check_fits, remedies
+from causalrope_sp.preflight import Run, _available, _left_in_group, check_fits, remedies
 from causalrope_sp.recipe import Recipe
 from causalrope_sp.text import TextSource
 from causalrope_sp.text.footprint import text_bytes, umt5_parameters, umt5_xxl_bytes
@@ -243,11 +243,31 @@ def test_a_recipe_may_say_its_weights(tmp_path: Path) -> None:
 
 def test_what_is_free_is_shared_by_the_ranks_of_a_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:   4096 kB\n")
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     assert _available(tmp_path / "meminfo") == 4096 * 1024
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert _available(tmp_path / "meminfo") == 2048 * 1024
     assert _available(tmp_path / "nothing") is None
+    assert _left_in_group(tmp_path) is None
+    for name, text in (("max", "max"), ("current", "3000"), ("stat", "anon 5\ninactive_file 200\n")):
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert _left_in_group(tmp_path) is None  # no limit
+    (tmp_path / "memory.max").write_text("4000\n")
+    assert _left_in_group(tmp_path) == 1200
+    monkeypatch.setattr(preflight, "_available", lambda _: 4001)
+    monkeypatch.setattr(preflight, "_left_in_group", lambda _: 4002)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert preflight.free_bytes(torch.device("cpu")) == 4001
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert preflight.free_bytes(torch.device("cpu")) == 2000
+
+
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize(("model", "ranks"), [("wan2.1-14b", 4), ("wan2.1-14b", 8), ("wan2.1-1.3b", 4)])
+def test_a_run_takes_the_strategy_that_it_was_planned_with(model: str, ranks: int, guided: bool) -> None:
+    """At 720p what stands beside the model decides which strategy fits."""
+    work = replace(WORK, config=PRESETS[model], grid=LatentGrid.from_pixels(720, 1280, 8), guided=WORK.steps * guided)
+    run = replace(PRESET, work=work, ranks=ranks // 2 if guided else ranks, lanes=2 if guided else 1, strategy="auto")
+    named = [replace(run, strategy=cost.strategy).plan() for cost in run.plans(run.ranks)]
+    assert [cost.strategy for cost in named] == [cost.strategy for cost in run.plans(run.ranks)]
+    assert run.plan() == next(cost for cost in run.plans(run.ranks) if cost.chosen)
 
 
 def test_a_recipe_whose_parts_are_missing_is_said_first() -> None:

@@ -567,9 +567,9 @@ def test_unknown_strategies_are_refused() -> None:
 class Neighbours:
     """Ranks that talk through a store, and what the watchdog of rank 0 says of them."""
 
-    def __init__(self, begun: int, ranks: int = 2) -> None:
+    def __init__(self, begun: int, ranks: int = 2, peers: int = 4) -> None:
         self.store, self.said = dist.HashStore(), queue.Queue[str]()
-        self.dog = Watchdog(self.store, 0, ranks, lambda: begun, self.said.put, silence_s=1.5, stall_s=3)
+        self.dog = Watchdog(self.store, 0, ranks, lambda: begun, range(peers), self.said.put, silence_s=1.5, stall_s=3)
 
     def say(self, rank: int, beat: int, begun: int) -> None:
         self.store.set(f"causalrope/alive/{rank}", f"{beat} {begun}")
@@ -603,9 +603,9 @@ def test_after_a_failure_the_rank_that_fell_silent_is_named() -> None:
     ranks.dog.stop()
 
 
-@pytest.mark.parametrize("begun", [7, 8], ids=["waiting too", "ahead"])
-def test_a_rank_that_nobody_waits_for_is_left_alone(begun: int) -> None:
-    ranks, started, beat = Neighbours(begun=7), time.monotonic(), 0
+@pytest.mark.parametrize(("begun", "peers"), [(7, 2), (8, 2), (3, 1)], ids=["waiting too", "ahead", "decodes"])
+def test_a_rank_that_nobody_waits_for_is_left_alone(begun: int, peers: int) -> None:
+    ranks, started, beat = Neighbours(begun=7, peers=peers), time.monotonic(), 0
     while time.monotonic() - started < 5:
         beat += 1
         ranks.say(1, beat, begun)

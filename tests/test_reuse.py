@@ -147,7 +147,11 @@ def test_what_is_kept_is_what_is_taken_over(policy: ReusePolicy) -> None:
                 assert found is fresh
                 last[layer, kind] = fresh
         most = max(most, store.bytes)
-    assert most == planned.stored * 5 * 4 * 4
+        for layer, kind in product(range(3), KINDS):
+            needed = step + 1 < 8 and policy.reuses(step + 1, TIMESTEPS, layer, kind)
+            assert ((layer, kind) in store._kept_BTD) == needed
+    assert most == store.most_bytes == planned.stored * 5 * 4 * 4
+    assert store.bytes == 0
     with pytest.raises(ConfigError, match="more passes than the 8"):
         store.next_pass(Chunk(0, 0, 2), 5)
     store.next_pass(Chunk(1, 2, 2), 5)
@@ -234,7 +238,9 @@ def test_a_hit_takes_the_current_gate() -> None:
 
 def test_reference_cases_do_not_see_a_policy_that_reuses_nothing(goldens: Path) -> None:
     case, expected = load_case(goldens / "dmd-window-sink.safetensors", torch.float64)
-    assert (case.run(SequenceParallel.single(device="cpu")) - expected).norm() / expected.norm() < 1e-6
+    ones = ReusePolicy(tuple(Broadcast(kind, 1) for kind in KINDS))
+    made = replace(case, reuse=ones).run(SequenceParallel.single(device="cpu"))
+    assert (made - expected).norm() / expected.norm() < 1e-6
 
 
 def work_of(reuse: ReusePolicy | None) -> Workload:
@@ -255,18 +261,15 @@ def test_flops_of_a_chunk_are_those_that_torch_counts() -> None:
     for n in range(3):
         stream.commit(Part(Chunk(n, 2 * n, 2), x, 0.0))
     stream.denoise(Chunk(3, 6, 2), x, 1000.0)
-    most = 0
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         for step, t in enumerate(TIMESTEPS):
             stream.denoise(Chunk(4, 8, 2), x, t, Part(Chunk(3, 6, 2), x, 0.0) if step == 0 else None)
-            assert stream.outputs is not None
-            most = max(most, stream.outputs.bytes)
     frames = 2 * (len(TIMESTEPS) + 1)
     a_frame = 2 * CONFIG.dim * (CONFIG.freq_dim + CONFIG.dim + 6 * CONFIG.dim)
     alone = parse_strategy("ulysses", 1)
     assert counter.get_total_flops() == chunk_flops(alone, work_of(MIXED), 0) + frames * a_frame
     assert chunk_flops(alone, work_of(MIXED), 0) < chunk_flops(alone, work_of(None), 0)
-    assert most == stored_bytes(alone, work_of(MIXED), 0) > 0
+    assert stream.stored_bytes == stored_bytes(alone, work_of(MIXED), 0) > 0
 
 
 def ledgers(group: dist.ProcessGroup, device: str) -> list[dict[str, Any]]:
@@ -287,9 +290,10 @@ def ledgers(group: dist.ProcessGroup, device: str) -> list[dict[str, Any]]:
             parallel=parallel,
             reuse=SHARED,
         ):
-            moved.append({kind: (e.calls, e.elements) for kind, e in parallel.ledger.take().by_kind().items()})
+            taken = parallel.ledger.take()
+            moved.append({kind: (e.calls, e.elements) for kind, e in taken.by_kind().items()})
             latents.append(chunk.latents)
-        mine[strategy] = {"moved": moved[-1], "latents": torch.cat(latents, 1)}
+        mine[strategy] = {"moved": moved[-1], "latents": torch.cat(latents, 1), "stored": taken.stored_bytes}
     try:
         differ = ReusePolicy((Broadcast("self", 2 + parallel.rank),))
         next(
@@ -317,6 +321,7 @@ def test_a_hit_makes_no_collective(pool: RankPool, ranks: int) -> None:
             assert (seen[strategy]["latents"] - alone).norm() / alone.norm() < 1e-12
             moved = dict(seen[strategy]["moved"])
             assert moved.pop("latents") == (1, received_latents(work, ranks))
+            assert seen[strategy]["stored"] == stored_bytes(layout, work, rank)
             a_layer = received(layout, work, rank, STREAM.chunk_frames)
             assert moved == {
                 kind: (sum(attended), elements * (sum(attended) + CONFIG.num_layers))

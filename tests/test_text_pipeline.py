@@ -101,7 +101,7 @@ def test_a_recipe_names_folders_files_and_tokenizers(home: Path, tmp_path: Path,
 
 
 def test_two_prompts_are_one_reading_of_the_encoder(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pipe = CausalVideoPipeline.from_pretrained(home / "model", device="cpu", keep_text="free", guidance=2.0, steps=1)
+    pipe = CausalVideoPipeline.from_pretrained(home / "model", device="cpu", offload="text", guidance=2.0, steps=1)
     read, calls = T5Checkpoint.read, []
     monkeypatch.setattr(T5Checkpoint, "read", lambda self, *a: calls.append(a) or read(self, *a))
     made = video(pipe, PROMPT)

@@ -194,6 +194,7 @@ def _write_video(items: Iterator[Any], out: str, frames: int, silent: bool) -> d
         "out": out,
         "chunks": chunk_ms,
         "communication": moved.as_json(),
+        "stored_bytes": moved.stored_bytes,
     }
 
 

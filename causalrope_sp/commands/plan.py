@@ -57,9 +57,9 @@ def plan(
 ) -> None:
     """Predicts, for every strategy, memory, bytes and time of a stream on RANKS ranks; nothing is run."""
     from causalrope_sp import planning
-    from causalrope_sp.guidance import possible_lanes
     from causalrope_sp.offload import Offload
     from causalrope_sp.parallel import cost
+    from causalrope_sp.parallel.mesh import possible_lanes
     from causalrope_sp.reuse import find_policy
 
     policy = None if reuse is None else find_policy(reuse)

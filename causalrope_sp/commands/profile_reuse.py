@@ -49,6 +49,7 @@ def profile_reuse(
     pipe = CausalVideoPipeline.from_pretrained(model, parallel=parallel, steps=parse_steps(steps))
     with recording(pipe.model, max_range - 1) as recorder:
         for number, prompt in enumerate(prompts):
+            recorder.forget_streams()
             pipe(prompt, frames=frames, seed=seed + number)
     profile = recorder.profile(pipe.model.config.num_layers, parallel)
     policy = propose(profile, bound)

@@ -13,6 +13,7 @@ from typing import Any
 from causalrope_sp.grid import LatentGrid
 from causalrope_sp.parallel.cost import Plan, plan
 from causalrope_sp.parallel.machines import Machine
+from causalrope_sp.parallel.mesh import possible_lanes
 from causalrope_sp.parallel.workload import Workload
 
 # Of the rate of large matrix products: what Self-Forcing's published frame rates with and without decoding amount to,
@@ -98,7 +99,7 @@ def plan_decoding(vae: VaeSize, work: Workload, ranks: int, on: Machine) -> Deco
 
 
 def _with_decoders(decoders: int, vae: VaeSize, work: Workload, ranks: int, on: Machine) -> DecodePlan:
-    lanes = (1, 2) if work.guided and (ranks - decoders) % 2 == 0 else (1,)
+    lanes = possible_lanes(work.guided > 0, ranks - decoders)
     denoise = next(cost for cost in plan(work, ranks - decoders, on, lanes=lanes) if cost.chosen)
     decode_ms = vae.decode_ms(work.grid, work.chunk_frames, on, decoders or ranks)
     chunk_ms = max(denoise.chunk_ms, decode_ms) if decoders else denoise.chunk_ms + decode_ms

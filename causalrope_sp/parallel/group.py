@@ -154,14 +154,24 @@ class SequenceParallel:
             is_master=False,
             timeout=timedelta(seconds=silence_s),
         )
+        peers = parallel.mesh.decoding if parallel.decodes else parallel.mesh.denoising
         parallel._watchdog = Watchdog(
-            store, parallel.rank, parallel.size, lambda: parallel.ledger.begun, on_loss, silence_s, timeout_s
+            store, parallel.rank, parallel.size, lambda: parallel.ledger.begun, peers, on_loss, silence_s, timeout_s
         )
         return parallel
 
+    @property
+    def named(self) -> str:
+        """The strategy as it was asked for, "auto" included."""
+        return "auto" if self._layout is None else self._layout.name
+
+    def settle(self, config: DiTConfig, strategy: str) -> None:
+        """What "auto" takes for the streams of a model, where more is known of the run than a stream's sizes."""
+        self._chosen[config] = parse_strategy(strategy, self.mesh.sequence)
+
     def layout(self, work: Workload) -> Layout:
-        """The strategy in use for a stream; "auto" takes what the cost model predicts to be the fastest for the first
-        stream of a model, and keeps to it.
+        """The strategy in use for a stream; "auto" takes what was settled, or what the cost model predicts to be the
+        fastest for the first stream of a model, and keeps to it.
 
         Raises:
             ConfigError: more ranks than tokens in a frame, or fewer heads than ranks that trade tokens for heads.

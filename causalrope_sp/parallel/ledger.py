@@ -40,12 +40,14 @@ class Ledger:
 
     Kinds are "qkv", "output", "kv", "q" and "partial" of attention, "guidance", "weights", "text" and "latents", and of
     decoding "halo" and "mid" (the decoder's own attention), "pixels", and "to decode", what decode ranks are sent.
+
+    `stored_bytes` are the outputs that denoise passes kept for one another (`reuse`), the most at once.
     """
 
     def __init__(self) -> None:
         self._entries: dict[tuple[str, int], Entry] = defaultdict(Entry)
         self._waits: list[tuple[str, int, torch.cuda.Event, torch.cuda.Event]] = []
-        self._begun = 0
+        self._begun = self.stored_bytes = 0
         self._lock = threading.Lock()
         self._starting: deque[tuple[str, torch.cuda.Event]] = deque()
 
@@ -77,11 +79,17 @@ class Ledger:
 
     def add_wait(self, kind: str, layer: int, began: torch.cuda.Event, ended: torch.cuda.Event) -> None:
         """A wait of a CUDA stream, between two events; read when it is over, so that the host never waits."""
-        self._waits.append((kind, layer, began, ended))
+        with self._lock:
+            self._waits.append((kind, layer, began, ended))
         if len(self._waits) > KEPT_EVENTS:  # nobody takes this ledger: keep no more than those that may not be over yet
             self._read_waits()
 
+    def keep(self, stored_bytes: int) -> None:
+        """Notes that so much was stored at once."""
+        self.stored_bytes = max(self.stored_bytes, stored_bytes)
+
     def include(self, other: Ledger) -> None:
+        self.keep(other.stored_bytes)
         for (kind, layer), entry in other._entries.items():
             self.add(kind, layer, entry)
 
@@ -106,15 +114,18 @@ class Ledger:
         taken = Ledger()
         with self._lock:
             taken._entries, self._entries = self._entries, taken._entries
+            taken.stored_bytes, self.stored_bytes = self.stored_bytes, 0
         return taken
 
     def _read_waits(self) -> None:
-        waits, self._waits = self._waits, []
+        with self._lock:
+            waits, self._waits = self._waits, []
         for kind, layer, began, ended in waits:
             if ended.query():
                 self.add(kind, layer, Entry(waited_s=began.elapsed_time(ended) / 1000))
             else:
-                self._waits.append((kind, layer, began, ended))
+                with self._lock:
+                    self._waits.append((kind, layer, began, ended))
 
     def as_json(self) -> dict[str, dict[str, Any]]:
         """By kind, as JSON holds it."""

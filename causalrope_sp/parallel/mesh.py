@@ -56,3 +56,8 @@ class Mesh:
     def across(self, place: int) -> range:
         """The ranks at the same place of every lane: they own the same tokens."""
         return range(place, self.lanes * self.sequence, self.sequence)
+
+
+def possible_lanes(guided: bool, ranks: int) -> list[int]:
+    """In how many lanes so many ranks can run a stream: of two halves each can have a branch of guidance."""
+    return [1, 2] if guided and ranks % 2 == 0 else [1]

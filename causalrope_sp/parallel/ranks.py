@@ -32,7 +32,8 @@ class Ranks:
         return self._make_exchange(self._numbers)
 
     def together(self, work: Callable[[], T]) -> T:
-        """What `work` returns on this rank. Every rank must call, and `work` must not exchange anything.
+        """What `work` returns on this rank. Every rank must call, and what `work` exchanges must be among ranks that
+        all raise, or none of them.
 
         Raises:
             CausalRopeError: on every rank, so that none goes on to wait for the others, what `work` raised as wrong
@@ -69,6 +70,10 @@ class Ranks:
             if len(ranks_by_value) > 1:
                 sides = "; ".join(f"{value} on {', '.join(ranks)}" for value, ranks in ranks_by_value.items())
                 raise ConfigError(f"ranks differ in {name}: {sides}")
+
+    def first_says(self, mine: str) -> str:
+        """What the first has to say, on every rank."""
+        return mine if self.size == 1 else self._exchange.everyone({"said": mine})[0]["said"]
 
     def broadcast(self, kind: str, room: Tensor, source: int) -> Tensor:
         """Fills `room` on every rank with what it holds on the rank `source` of them."""

@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from torch.distributed import Store  # type: ignore[attr-defined]
 
@@ -34,6 +34,7 @@ class Watchdog:
     Args:
         store: the rendezvous store that all ranks share.
         begun: how many collectives this rank has come to.
+        peers: the ranks that come to as many: those that denoise, or those that decode.
         on_loss: called once, from the thread, with a line that names the rank.
         silence_s: how long a rank may say nothing (it is gone, or stopped) before it counts as lost.
         stall_s: how long a rank may hold up this one, which has come to more collectives, before it counts as stuck.
@@ -45,12 +46,13 @@ class Watchdog:
         rank: int,
         ranks: int,
         begun: Callable[[], int],
+        peers: Collection[int],
         on_loss: Callable[[str], None],
         silence_s: float,
         stall_s: float,
     ) -> None:
         self._store, self._rank, self._ranks = store, rank, ranks
-        self._begun, self._on_loss = begun, on_loss
+        self._begun, self._peers, self._on_loss = begun, peers, on_loss
         self._silence_s, self._stall_s = silence_s, stall_s
         self._stopping = threading.Event()
         self._beat = 0
@@ -111,7 +113,7 @@ class Watchdog:
             if said != heard[rank][0]:
                 heard[rank] = (said, now)
             count = int(said.split()[1]) if said else -1
-            if count != counts[rank][0] or count >= mine:
+            if count != counts[rank][0] or count >= mine or rank not in self._peers:
                 counts[rank] = (count, now)
             if now - heard[rank][1] > self._silence_s:
                 return f"rank {rank} has not been heard of for {self._silence_s:g} s: it is gone, or stopped"

@@ -11,13 +11,14 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from typing import Literal, Self, get_args
 
 from causalrope_sp.errors import ConfigError
 
 # "self" is attention within a frame, or over all of a window; a block of attention across frames has an MLP of its own
-Kind = Literal["self", "temporal", "cross", "mlp", "temporal-mlp"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
+Kind = Literal["self", "cross", "mlp", "temporal", "temporal-mlp"]
+KINDS: tuple[Kind, ...] = get_args(Kind)  # in the order in which a layer makes them
 CAUSAL_KINDS: tuple[Kind, ...] = ("self", "cross", "mlp")  # those of `CausalDiT`; a factorised DiT has all of them
 Layers = tuple[int, ...] | None  # None: every layer
 
@@ -141,18 +142,16 @@ class ReusePlan:
 
     @property
     def stored(self) -> int:
-        """How many outputs are kept at the most at once; each is as large as the chunk's residual."""
-        return max(
-            (
-                sum(
-                    self.keeps(step, layer, kind) or self.reuses(step, layer, kind)
-                    for layer in range(self.layers)
-                    for kind in self.kinds
-                )
-                for step in range(len(self.timesteps))
-            ),
-            default=0,
-        )
+        """How many outputs are kept at the most at once; each is as large as the chunk's residual, and let go with the
+        last pass that takes it over."""
+        kept = most = 0
+        for step, layer, kind in product(range(len(self.timesteps)), range(self.layers), self.kinds):
+            if self.reuses(step, layer, kind):
+                kept -= not self.reuses(step + 1, layer, kind)
+            else:
+                kept += self.keeps(step, layer, kind)
+            most = max(most, kept)
+        return most
 
     @cached_property
     def _reused(self) -> Collection[tuple[int, int, Kind]]:

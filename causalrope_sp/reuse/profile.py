@@ -70,6 +70,11 @@ class Recorder:
         self._last_BTD: dict[tuple[int, Kind, int], deque[Tensor]] = defaultdict(partial(deque, maxlen=reach))
         self._now: tuple[int, int, float] | None = None  # stream, step, share of the tokens that are denoised
 
+    def forget_streams(self) -> None:
+        """Another video begins: lets go of the outputs of those before."""
+        self._steps.clear()
+        self._last_BTD.clear()
+
     def begin(self, step: ForwardPass) -> None:
         stream, timestep = id(step.text), float(step.timesteps_F.flatten()[-1])
         if timestep == 0:  # a context pass by itself

@@ -34,10 +34,7 @@ class OutputStore:
         self._chunk: Chunk | None = None
         self._passes = 0
         self._kept_BTD: dict[tuple[int, Kind], Tensor] = {}
-
-    @property
-    def bytes(self) -> int:
-        return sum(kept.nbytes for kept in self._kept_BTD.values())
+        self.bytes = self.most_bytes = 0  # now, and at once in any chunk so far
 
     def next_pass(self, chunk: Chunk, tokens: int) -> OutputOf:
         """What the next denoise pass of `chunk` asks for its outputs. Its last `tokens` are the chunk's; tokens before
@@ -58,14 +55,19 @@ class OutputStore:
     def clear(self) -> None:
         """Forgets the chunk and all that is kept."""
         self._kept_BTD.clear()
-        self._chunk, self._passes = None, 0
+        self._chunk, self._passes, self.bytes = None, 0, 0
 
     def _output(self, step: int, tokens: int, layer: int, kind: Kind, compute: Compute) -> Tensor:
         if self._plan.reuses(step, layer, kind):
-            return self._kept_BTD[layer, kind]
-        self._kept_BTD.pop((layer, kind), None)  # before the new one takes its memory
+            kept = self._kept_BTD[layer, kind]
+            if not self._plan.reuses(step + 1, layer, kind):
+                del self._kept_BTD[layer, kind]
+                self.bytes -= kept.nbytes
+            return kept
         output = compute()
         if self._plan.keeps(step, layer, kind):
             whole = output.shape[1] == tokens
-            self._kept_BTD[layer, kind] = output if whole else output[:, -tokens:].clone()
+            kept = self._kept_BTD[layer, kind] = output if whole else output[:, -tokens:].clone()
+            self.bytes += kept.nbytes
+            self.most_bytes = max(self.most_bytes, self.bytes)
         return output
