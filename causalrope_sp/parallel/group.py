@@ -234,6 +234,10 @@ class SequenceParallel:
         room = torch.empty(*shape, dtype=dtype, device=self.device)
         return self._exchange(range(self.size)).from_rank_0(kind, make, room)
 
+    def among(self, ranks: Sequence[int]) -> Exchange | None:
+        """The exchange among some ranks, this one included, or None where it is alone. All of them must ask."""
+        return self._exchange(ranks) if len(ranks) > 1 else None
+
     @property
     def _lane(self) -> range:
         return self.mesh.lane(self.lane)

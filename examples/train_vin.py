@@ -1,0 +1,108 @@
+"""Trains toybox-vin: a Video Interface Network and the DiT beside it, end to end, on rendered scenes.
+
+    python examples/train_vin.py --out runs/vin
+
+The DiT begins as toybox-flow, the VIN from nothing. Its text is the words of the prompt alone, so that where objects
+are, and in a part of the videos everything, has to agree between chunks that do not see each other. Writes checkpoint and
+log to the folder, goes on where it was stopped, and leaves the weights in it at the end. Hours on a CPU.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+import torch
+from torch import nn
+from toybox_training.latents import Latents, encode_scenes
+from toybox_training.training import Training
+from vin_training.forward import Batch, Pair, TogetherForcing
+
+from causalrope_sp.codec import load_codec
+from causalrope_sp.grid import LatentGrid
+from causalrope_sp.toybox import WEIGHTS
+from causalrope_sp.toybox.text import words_alone
+from causalrope_sp.vin import TogetherConfig, VideoInterfaceNetwork, VINConfig, save_vin
+from causalrope_sp.weights import load_model, save_model
+
+SEED, SCENE_SEED = 70_000_000, 66_000_000
+CONFIG = VINConfig(global_tokens=32, dim=192, heads=6, layers=4)
+CHUNKS = TogetherConfig(chunk_frames=9, overlap=1, keyframe_every=4)
+LENGTHS = {17: 0.4, 33: 0.35, 65: 0.25}  # latent frames of 64, 128 and 256 pixel frames, and how often each is drawn
+CHUNKS_A_STEP = 16  # so that a step costs the same at every length
+PIXEL_FRAMES = 81  # of an encoded scene: 21 latent frames, of which the last 16 are a whole period
+PERIOD = 16
+NO_TEXT, NO_GLOBALS = 0.15, 0.1  # the share of videos without text, of steps without global tokens
+SHIFT = 3.0  # half of the noise levels are shifted towards noise, where a video is decided
+
+
+def new_pair(dit: Path) -> Pair:
+    """The global tokens change nothing but attention's weights at first: their values begin at zero."""
+    torch.manual_seed(0)
+    pair = Pair(load_model(dit, dtype=torch.float32), VideoInterfaceNetwork(CONFIG, load_model(dit).config))
+    for linear in pair.vin.hand_over:
+        nn.init.zeros_(linear.weight[pair.dit.config.dim :])
+        nn.init.zeros_(linear.bias)
+    return pair.train().requires_grad_(True)
+
+
+def draw(scenes: Latents, generator: torch.Generator) -> Batch:
+    """Videos of one length, the scene going on by its period, at a noise level each."""
+    lengths = list(LENGTHS)
+    frames = lengths[int(torch.multinomial(torch.tensor(list(LENGTHS.values())), 1, generator=generator))]
+    count = CHUNKS_A_STEP // ((frames - 1) // (CHUNKS.chunk_frames - CHUNKS.overlap))
+    pick, have = scenes.draw(count, generator), scenes.latents.shape[1]
+    at = [f if f < have else have - PERIOD + (f - have) % PERIOD for f in range(frames)]
+    embeds, objects = words_alone(scenes.embeds[pick]), scenes.objects[pick][:, at].clone()
+    dropped = torch.rand(count, generator=generator) < NO_TEXT
+    embeds[dropped] = 0
+    times = torch.rand(count, generator=generator)
+    shifted = torch.rand(count, generator=generator) < 0.5
+    times = torch.where(shifted, SHIFT * times / (1 + (SHIFT - 1) * times), times)
+    return Batch(scenes.latents[pick][:, at].float(), objects, embeds, times)
+
+
+def train(out: Path, pair: Pair, scenes: Latents, forcing: TogetherForcing, steps: int, lr: float) -> Pair:
+    def matrix(name: str, parameter: nn.Parameter) -> bool:
+        return parameter.ndim == 2 and (".blocks." in name or "hand_over" in name) and "modulation" not in name
+
+    training = Training(pair, out / "vin.pt", lr, matrix, average=0.997)
+    while training.step < steps:
+        generator = torch.Generator().manual_seed(SEED + training.step)
+        batch = draw(scenes, generator)
+        use_z = bool(torch.rand((), generator=generator) >= NO_GLOBALS)
+        errors, on_objects = forcing.errors(training.model, batch, generator, use_z=use_z)
+        name = f"{batch.clean.shape[1]}_frames" if use_z else "without_globals"
+        report = {f"{name}_loss": errors.mean().item(), f"{name}_objects": on_objects.mean().item()}
+        progress = training.step / steps
+        rate = min(1, (training.step + 1) / 100) * (1 if progress < 0.4 else max(0.02, (1 - progress) / 0.6))
+        loss = (errors.mean() + on_objects.mean()) / 2
+        if not use_z:  # the optimiser wants a gradient of every parameter
+            loss = loss + 0 * sum(parameter.sum() for parameter in training.model.vin.parameters())
+        training.update(loss, rate, report)
+    training.save()
+    return training.ema
+
+
+@click.command()
+@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/vin"), show_default=True)
+@click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
+@click.option("--scenes", "count", default=3072, show_default=True, help="Scenes that are rendered and encoded.")
+@click.option("--steps", default=4000, show_default=True)
+@click.option("--rate", default=1.5e-3, show_default=True, help="The learning rate at its highest.")
+def main(out: Path, device: str, count: int, steps: int, rate: float) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    place, size = torch.device(device), 64
+    codec = load_codec(WEIGHTS / "codec", "wan", place).vae.float()
+    scenes = encode_scenes(codec, out / "scenes", count, PIXEL_FRAMES, size, SCENE_SEED)
+    pair = new_pair(WEIGHTS / "toybox-flow.safetensors").to(place)
+    forcing = TogetherForcing(
+        LatentGrid.from_pixels(size, size, codec.config.scale_factor_spatial), CHUNKS, pair, place
+    )
+    trained = train(out, pair, scenes, forcing, steps, rate).to(torch.bfloat16)
+    save_model(trained.dit, out / "toybox-vin-dit.safetensors")
+    save_vin(trained.vin, CHUNKS, out / "toybox-vin.safetensors")
+
+
+if __name__ == "__main__":
+    main()
