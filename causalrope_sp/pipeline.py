@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -32,6 +33,7 @@ from causalrope_sp.text.shared import SharedUMT5, share_embeds
 from causalrope_sp.text.umt5 import Keep
 from causalrope_sp.toybox.text import ToyboxText
 from causalrope_sp.version import __version__
+from causalrope_sp.vin.video import Together, Watch, check_start
 from causalrope_sp.weights import load_model
 from causalrope_sp.weights.digest import digest
 
@@ -59,7 +61,9 @@ class CausalVideoPipeline:
         codec: Codec,
         parallel: SequenceParallel,
         keep_text: Keep = "cpu",
+        together: Together | None = None,
     ) -> None:
+        self.together = together
         self.recipe, self.model, self.codec, self.parallel = recipe, model, codec, parallel
         self.height, self.width, self.fps = recipe.height, recipe.width, recipe.fps
         self.text: ToyboxText | SharedUMT5
@@ -83,6 +87,7 @@ class CausalVideoPipeline:
                     "dtype": model.dtype,
                     "text encoder": type(self.text).__name__,
                     "weights": digest(model),
+                    "parallel chunks": together and (together.chunks, digest(together.vin)),
                 }
             )
 
@@ -101,6 +106,7 @@ class CausalVideoPipeline:
         keep_text: Keep = "cpu",
         codec: str | None = None,
         codec_weights: str | Path | None = None,
+        parallel_chunks: Literal["vin"] | None = None,
     ) -> CausalVideoPipeline:
         """Loads a model.
 
@@ -116,6 +122,7 @@ class CausalVideoPipeline:
                 read again for the next. It is on rank 0 alone.
             codec: which kind of codec it must be; None takes what the file holds.
             codec_weights: its file or folder, in place of the recipe's.
+            parallel_chunks: "vin" makes all chunks of a video at once, by the model's Video Interface Network.
 
         Raises:
             CheckpointError: nothing readable at `model`, or weights that do not fit.
@@ -134,8 +141,9 @@ class CausalVideoPipeline:
         if dtype is None:
             dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
         dit = load_model(recipe.transformer, dtype=dtype, device=place)
+        together = Together.of_recipe(parallel_chunks, recipe.vin, dit.config, dtype, place)
         weights = recipe.codec if codec_weights is None else codec_weights
-        pipe = cls(recipe, dit, load_codec(weights, codec, place), parallel, keep_text)
+        pipe = cls(recipe, dit, load_codec(weights, codec, place), parallel, keep_text, together)
         if place.type == "cuda":
             pipe.warm_up()
         return pipe
@@ -147,6 +155,10 @@ class CausalVideoPipeline:
         `from_pretrained` does it on CUDA; every rank must.
         """
         config, stream = self.model.config, self.recipe.stream
+        if self.together is not None:  # no pass of its depends on those before: a video of one chunk is all
+            one = self._pixel_frames(self.together.chunks.chunk_frames)
+            deque(self._run(torch.zeros(1, config.text_len, config.text_dim), one, seed=0), 0)
+            return
         shape = (config.in_channels, self.grid.latent_height, self.grid.latent_width)
         chunks = sample_chunks(
             self.model,
@@ -175,6 +187,7 @@ class CausalVideoPipeline:
         image: Picture | None = None,
         video: Video | None = None,
         strength: float | None = None,
+        watch: Watch | None = None,
     ) -> Iterator[VideoChunk]:
         """Makes a video of `frames` pixel frames and yields every chunk as soon as it is decoded.
 
@@ -189,6 +202,7 @@ class CausalVideoPipeline:
             strength: the share of the denoising steps, rounded up, that redraw `video`, chunk by chunk as it is read:
                 above 0, which changes least, to 1, which leaves nothing of it if the first step is at pure noise.
                 The result has as many frames as `video`, up to `frames`.
+            watch: called after each step where chunks are made in parallel, and nothing is ready before the last one.
 
         Pictures and videos are scaled to cover the model's size and cropped around the centre; see `reading`.
 
@@ -199,6 +213,7 @@ class CausalVideoPipeline:
                 one thing to start from.
             CheckpointError: no text encoder, or a file that cannot be read.
         """
+        check_start(self.together is not None, image is not None or video is not None, watch is not None)
         check_given(image is not None, video is not None, video is not None and strength is None, strength)
         if frames < 1:
             raise ConfigError(f"frames must be at least 1, not {frames}")
@@ -208,9 +223,9 @@ class CausalVideoPipeline:
         said = {"frames": frames, "seed": seed, "prompt": prompt, "given embeddings": embeds is not None}
         self.parallel.agree({**said, "what is given": start.digest})
         if prompt is not None:
-            return self._run(self.text.encode(prompt, seed), frames, seed, start)
+            return self._run(self.text.encode(prompt, seed), frames, seed, start, watch)
         shared = share_embeds(lambda: _given(embeds), self.parallel, self.model.config, self.model.dtype)
-        return self._run(shared, frames, seed, start)
+        return self._run(shared, frames, seed, start, watch)
 
     def __call__(self, prompt: str | None = None, frames: int = 81, seed: int = 0, **given: Any) -> np.ndarray | None:
         """The whole video, uint8 (T, H, W, 3), on rank 0; None on the others. Takes and raises what `stream` does."""
@@ -230,23 +245,25 @@ class CausalVideoPipeline:
     def _opening(self) -> Tensor | None:
         return self.text.opening(self.model.config.in_channels, self.grid.latent_height, self.grid.latent_width)
 
-    def _run(self, embeds: Tensor, frames: int, seed: int, given: Given = NOTHING) -> Iterator[VideoChunk]:
+    def _run(
+        self, embeds: Tensor, frames: int, seed: int, given: Given = NOTHING, watch: Watch | None = None
+    ) -> Iterator[VideoChunk]:
         shape = (1, self.model.config.in_channels, self.grid.latent_height, self.grid.latent_width)
         opening, past, source = self._opening(), given.latents, given.source
         first = [part.cpu() for part in (opening, past) if part is not None]
         decoder = self.codec.decoder()
-        chunks = sample_chunks(
-            self.model,
-            embeds,
-            seeded_noise(seed, shape),
-            self.grid,
-            self._latent_frames(frames + given.hidden, _frames_of(opening), _frames_of(past)),
-            stream=self.recipe.stream,
-            sampler=self.recipe.sampler,
-            parallel=self.parallel,
-            initial_latents=torch.cat(first, 1) if first else None,
-            source=None if source is None else Source(lambda chunk: source.take(chunk.frames), given.first_step),
-        )
+        latent_frames = self._latent_frames(frames + given.hidden, _frames_of(opening), _frames_of(past))
+        args = self.model, embeds, seeded_noise(seed, shape), self.grid, latent_frames
+        options: dict[str, Any] = {
+            "sampler": self.recipe.sampler,
+            "parallel": self.parallel,
+            "initial_latents": torch.cat(first, 1) if first else None,
+        }
+        if self.together is None:
+            redrawn = None if source is None else Source(lambda chunk: source.take(chunk.frames), given.first_step)
+            chunks = sample_chunks(*args, stream=self.recipe.stream, source=redrawn, **options)
+        else:
+            chunks = self.together.sample(*args, codec=self.codec, watch=watch, **options)
         done, clock = 0, time.perf_counter()
         for index, part in enumerate(chunks):
             made = self._pixel_frames(part.chunk.stop - _frames_of(opening)) - given.hidden
@@ -272,6 +289,8 @@ class CausalVideoPipeline:
         """The latent frames, beside those that are given, of as many whole chunks as `frames` pixel frames need."""
         stream, stride = self.recipe.stream, self.codec.temporal_stride
         needed = max(1, 1 - (1 - frames) // stride - past)
+        if self.together is not None:  # its last chunk may be short
+            return needed
         lone = 1 if stream.independent_first_frame and opening + past == 0 else 0
         return lone - (lone - needed) // stream.chunk_frames * stream.chunk_frames
 

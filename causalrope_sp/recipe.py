@@ -13,9 +13,9 @@ from causalrope_sp.config import SamplerConfig, StreamConfig
 from causalrope_sp.errors import CheckpointError, ConfigError
 from causalrope_sp.text import TextSource
 from causalrope_sp.toybox import EMBEDDED, WEIGHTS
-from causalrope_sp.toybox.text import ToyboxText
+from causalrope_sp.toybox.text import ToyboxText, ToyboxWords
 
-TEXT_ENCODERS = {"toybox": ToyboxText}
+TEXT_ENCODERS = {"toybox": ToyboxText, "toybox-words": ToyboxWords}
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Recipe:
     """What a model is made of and how it runs, in pixels, pixel frames a second and latent frames.
 
     `text` is one of `TEXT_ENCODERS` or where UMT5 lies; in the file a path, told from a name by its / or its dot, or
-    {"path": ..., "tokenizer": ...}.
+    {"path": ..., "tokenizer": ...}. `vin` is the Video Interface Network of a model that makes its chunks in parallel.
 
     Raises:
         ConfigError: a text encoder that is not known, or a size that is no number.
@@ -37,6 +37,7 @@ class Recipe:
     fps: float
     stream: StreamConfig
     sampler: SamplerConfig
+    vin: Path | None = None
 
     def __post_init__(self) -> None:
         whole = all(isinstance(size, int) and not isinstance(size, bool) for size in (self.height, self.width))
@@ -61,6 +62,8 @@ class Recipe:
             fields: dict[str, Any] = json.loads(path.read_text())
             fields["transformer"] = path.parent / fields["transformer"]
             fields["codec"] = path.parent / fields["codec"]
+            if "vin" in fields:
+                fields["vin"] = path.parent / fields["vin"]
             fields["text"] = TextSource.in_recipe(fields["text"], path.parent)
             fields["stream"] = StreamConfig(**fields["stream"])
             sampler = fields["sampler"]

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from causalrope_sp.commands.together import Watching, check_together
 from causalrope_sp.commands.words import parse_steps
 from causalrope_sp.config import check_given
 from causalrope_sp.errors import CausalRopeError, ConfigError, RankLostError
-from causalrope_sp.process import Background, rank, say_choices, shares_rank_0_disk
+from causalrope_sp.process import Background, rank, ranks, say_choices, shares_rank_0_disk
 from causalrope_sp.video import VideoWriter, check_output
 
 if TYPE_CHECKING:
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
 EXISTING = click.Path(exists=True, path_type=Path)
 EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 # which options go where: to the ranks, to the model, to the stream
-RANKS = ("strategy", "overlap", "head_groups", "attention")
-MODEL = ("window", "sink", "rope", "codec", "codec_weights")
+RANKS = ("strategy", "overlap", "head_groups", "attention", "lanes")
+MODEL = ("window", "sink", "rope", "codec", "codec_weights", "parallel_chunks")
 STREAM = ("frames", "seed", "image", "video", "strength")
 
 
@@ -45,6 +46,11 @@ STREAM = ("frames", "seed", "image", "video", "strength")
 @click.option(
     "--strategy", default="auto", show_default=True, help="auto, ulysses, gather-kv, shard-kv, ulysses2xgather-kv4, ..."
 )
+@click.option(
+    "--parallel-chunks", type=click.Choice(["vin"]), help="Make all chunks at once, by the model's interface network."
+)
+@click.option("--lanes", type=int, help="With it, into how many lanes ranks are cut to share chunks (default: all).")
+@click.option("--preview-every", type=int, help="With it, write what the video looks to become every so many steps.")
 @click.option("--image", type=EXISTING_FILE, help="A picture that is the first frame.")
 @click.option("--video", type=EXISTING_FILE, help="A video, to continue or to redraw.")
 @click.option("--continue", "keep_on", is_flag=True, help="Make what comes after --video.")
@@ -70,6 +76,9 @@ def generate(
         raise ConfigError(f"frames must be at least 1, not {frames}")
     check_given(picture is not None, video is not None, options["keep_on"], options["strength"])
     steps = parse_steps(options["steps"])
+    together = options["parallel_chunks"] is not None
+    check_together(together, options["lanes"], options["preview_every"])
+    options["lanes"] = (options["lanes"] or ranks()) if together else 1
     _check_text(model, prompt, text_embeds)
     if shares_rank_0_disk():
         check_output(out)
@@ -79,6 +88,7 @@ def generate(
     def generated() -> Iterator[Any]:
         from causalrope_sp.parallel import SequenceParallel
         from causalrope_sp.pipeline import CausalVideoPipeline
+        from causalrope_sp.vin.video import Watch
 
         parallel = SequenceParallel.from_env(
             timeout_s=timeout,
@@ -90,7 +100,8 @@ def generate(
             model, parallel=parallel, steps=steps, keep_text="free", **{name: options[name] for name in MODEL}
         )
         yield pipe
-        yield from pipe.stream(prompt, embeds=text_embeds, **{name: options[name] for name in STREAM})
+        watch = Watch(Watching(out, pipe.fps, as_json), options["preview_every"]) if together else None
+        yield from pipe.stream(prompt, embeds=text_embeds, watch=watch, **{name: options[name] for name in STREAM})
         parallel.close()
 
     made = Background(generated)

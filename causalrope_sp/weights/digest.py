@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import torch
-
-from causalrope_sp.model import CausalDiT
+from torch import nn
 
 _WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def digest(model: CausalDiT) -> str:
+def digest(model: nn.Module) -> str:
     """Tells weights apart by two sums over their bits, one weighted by place: quick, and done where they lie."""
     total = 0
     for parameter in model.parameters():
