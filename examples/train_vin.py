@@ -1,21 +1,24 @@
 """Trains toybox-vin: a Video Interface Network and the DiT beside it, end to end, on rendered scenes.
 
     python examples/train_vin.py --out runs/vin
+    torchrun --standalone --nproc-per-node 2 examples/train_vin.py --out runs/vin
 
 The DiT begins as toybox-flow, the VIN from nothing. Its text is the words of the prompt alone, so that where objects
-are, and in a part of the videos everything, has to agree between chunks that do not see each other. Writes checkpoint and
-log to the folder, goes on where it was stopped, and leaves the weights in it at the end. Hours on a CPU.
+are, and in a part of the videos everything, has to agree between chunks that do not see each other. Writes checkpoint
+and log to the folder, goes on where it was stopped, and leaves the weights in it at the end. Hours on a CPU.
 """
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
 import torch
+import torch.distributed as dist
 from torch import nn
 from toybox_training.latents import Latents, encode_scenes
-from toybox_training.training import Training
+from toybox_training.training import Training, processes, rank
 from vin_training.forward import Batch, Pair, TogetherForcing
 
 from causalrope_sp.codec import load_codec
@@ -68,7 +71,7 @@ def train(out: Path, pair: Pair, scenes: Latents, forcing: TogetherForcing, step
 
     training = Training(pair, out / "vin.pt", lr, matrix, average=0.997)
     while training.step < steps:
-        generator = torch.Generator().manual_seed(SEED + training.step)
+        generator = torch.Generator().manual_seed(SEED + processes() * training.step + rank())
         batch = draw(scenes, generator)
         use_z = bool(torch.rand((), generator=generator) >= NO_GLOBALS)
         errors, on_objects = forcing.errors(training.model, batch, generator, use_z=use_z)
@@ -91,8 +94,12 @@ def train(out: Path, pair: Pair, scenes: Latents, forcing: TogetherForcing, step
 @click.option("--steps", default=4000, show_default=True)
 @click.option("--rate", default=1.5e-3, show_default=True, help="The learning rate at its highest.")
 def main(out: Path, device: str, count: int, steps: int, rate: float) -> None:
-    out.mkdir(parents=True, exist_ok=True)
     place, size = torch.device(device), 64
+    if "WORLD_SIZE" in os.environ:
+        if place.type == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+    out.mkdir(parents=True, exist_ok=True)
     codec = load_codec(WEIGHTS / "codec", "wan", place).vae.float()
     scenes = encode_scenes(codec, out / "scenes", count, PIXEL_FRAMES, size, SCENE_SEED)
     pair = new_pair(WEIGHTS / "toybox-flow.safetensors").to(place)
@@ -100,6 +107,8 @@ def main(out: Path, device: str, count: int, steps: int, rate: float) -> None:
         LatentGrid.from_pixels(size, size, codec.config.scale_factor_spatial), CHUNKS, pair, place
     )
     trained = train(out, pair, scenes, forcing, steps, rate).to(torch.bfloat16)
+    if rank():
+        return
     save_model(trained.dit, out / "toybox-vin-dit.safetensors")
     save_vin(trained.vin, CHUNKS, out / "toybox-vin.safetensors")
 
