@@ -40,7 +40,7 @@ def measure(frames_THW3: Array, spec: SceneSpec, seams: list[int]) -> dict[str, 
         found["cut"].append(change[seam - 1] > CUT * usual + LEAST)
         for center_T2, cover_THW in zip(centers_OT2, cover_OTHW, strict=True):
             before, after = center_T2[seam - AROUND : seam], center_T2[seam : seam + AROUND]
-            speed, speed_after = (np.nanmean(_way(np.diff(x, axis=0)), 0) for x in (before, after))
+            speed, speed_after = (_way(np.diff(x, axis=0)).mean(0) for x in (before, after))
             found["position"].append(100 * float(np.hypot(*_way(after[0] - before[-1] - speed))))
             found["velocity"].append(100 * float(np.hypot(*(speed_after - speed))))
             colors = [_color(video[part], cover_THW[part]) for part in _sides(seam)]

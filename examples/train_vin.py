@@ -11,6 +11,7 @@ and log to the folder, goes on where it was stopped, and leaves the weights in i
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import click
@@ -36,6 +37,7 @@ CHUNKS_A_STEP = 16  # so that a step costs the same at every length
 PIXEL_FRAMES = 81  # of an encoded scene: 21 latent frames, of which the last 16 are a whole period
 PERIOD = 16
 NO_TEXT, NO_GLOBALS = 0.15, 0.1  # the share of videos without text, of steps without global tokens
+SAVED_EVERY = 50  # steps
 SHIFT = 3.0  # half of the noise levels are shifted towards noise, where a video is decided
 
 
@@ -65,35 +67,48 @@ def draw(scenes: Latents, generator: torch.Generator) -> Batch:
     return Batch(scenes.latents[pick][:, at].float(), objects, embeds, times)
 
 
-def train(out: Path, pair: Pair, scenes: Latents, forcing: TogetherForcing, steps: int, lr: float) -> Pair:
+def train(out: Path, pair: Pair, scenes: Latents, forcing: TogetherForcing, minutes: float, lr: float) -> Pair:
+    """For so many minutes, counted anew where a run goes on; the rate is full for a third of them, then falls."""
+
     def matrix(name: str, parameter: nn.Parameter) -> bool:
         return parameter.ndim == 2 and (".blocks." in name or "hand_over" in name) and "modulation" not in name
 
     training = Training(pair, out / "vin.pt", lr, matrix, average=0.997)
-    while training.step < steps:
+    begun = time.monotonic()
+    while (gone := _agreed((time.monotonic() - begun) / (60 * minutes), forcing.device)) < 1:
         generator = torch.Generator().manual_seed(SEED + processes() * training.step + rank())
         batch = draw(scenes, generator)
         use_z = bool(torch.rand((), generator=generator) >= NO_GLOBALS)
         errors, on_objects = forcing.errors(training.model, batch, generator, use_z=use_z)
         name = f"{batch.clean.shape[1]}_frames" if use_z else "without_globals"
         report = {f"{name}_loss": errors.mean().item(), f"{name}_objects": on_objects.mean().item()}
-        progress = training.step / steps
-        rate = min(1, (training.step + 1) / 100) * (1 if progress < 0.4 else max(0.02, (1 - progress) / 0.6))
+        rate = min(1, (training.step + 1) / 100) * min(1, max(0.02, 1.5 * (1 - gone)))
         loss = (errors.mean() + on_objects.mean()) / 2
         if not use_z:  # the optimiser wants a gradient of every parameter
             loss = loss + 0 * sum(parameter.sum() for parameter in training.model.vin.parameters())
         training.update(loss, rate, report)
+        if training.step % SAVED_EVERY == 0:
+            training.save()
     training.save()
     return training.ema
+
+
+def _agreed(value: float, device: torch.device) -> float:
+    """Rank 0's, on every process: their clocks differ, their rates must not."""
+    if processes() == 1:
+        return value
+    said = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.broadcast(said, 0)
+    return said.item()
 
 
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/vin"), show_default=True)
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
 @click.option("--scenes", "count", default=3072, show_default=True, help="Scenes that are rendered and encoded.")
-@click.option("--steps", default=4000, show_default=True)
+@click.option("--minutes", default=240.0, show_default=True, help="For how long.")
 @click.option("--rate", default=1.5e-3, show_default=True, help="The learning rate at its highest.")
-def main(out: Path, device: str, count: int, steps: int, rate: float) -> None:
+def main(out: Path, device: str, count: int, minutes: float, rate: float) -> None:
     place, size = torch.device(device), 64
     if "WORLD_SIZE" in os.environ:
         if place.type == "cuda":
@@ -106,7 +121,7 @@ def main(out: Path, device: str, count: int, steps: int, rate: float) -> None:
     forcing = TogetherForcing(
         LatentGrid.from_pixels(size, size, codec.config.scale_factor_spatial), CHUNKS, pair, place
     )
-    trained = train(out, pair, scenes, forcing, steps, rate).to(torch.bfloat16)
+    trained = train(out, pair, scenes, forcing, minutes, rate).to(torch.bfloat16)
     if rank():
         return
     save_model(trained.dit, out / "toybox-vin-dit.safetensors")

@@ -25,7 +25,7 @@ from causalrope_sp.toybox.text import ToyboxText, ToyboxWords, words_alone
 from causalrope_sp.vin.video import Glimpse, Watch
 
 PROMPT = "a large red circle slides right"
-OPTIONS: dict[str, Any] = {"parallel_chunks": "vin", "steps": 3}
+OPTIONS: dict[str, Any] = {"parallel_chunks": "vin", "steps": 3}  # enough for what is tested here
 
 
 @pytest.fixture(scope="module")
@@ -40,14 +40,14 @@ def shell(*words: object) -> Result:
 def test_chunks_are_handed_out_after_the_last_step(pipe: CausalVideoPipeline) -> None:
     """Lengths that fill no chunk are trimmed; previews are the whole video; the frames are those of one call."""
     seen: list[Glimpse] = []
-    chunks = list(pipe.stream(PROMPT, frames=64, watch=Watch(seen.append, preview_every=2)))
+    chunks = list(pipe.stream(PROMPT, frames=40, watch=Watch(seen.append, preview_every=2)))
     assert [chunk.start_frame for chunk in chunks] == [0, 33]
-    assert [len(chunk.frames) for chunk in chunks] == [33, 31]
+    assert [len(chunk.frames) for chunk in chunks] == [33, 7]
     assert [(g.step, g.steps) for g in seen] == [(1, 3), (2, 3), (3, 3)]
-    assert [None if g.frames is None else g.frames.shape for g in seen] == [None, (65, 64, 64, 3), None]
-    again = pipe(PROMPT, frames=64)
+    assert [None if g.frames is None else g.frames.shape for g in seen] == [None, (41, 64, 64, 3), None]
+    again = pipe(PROMPT, frames=40)
     assert np.array_equal(np.concatenate([chunk.frames for chunk in chunks]), again)
-    assert not np.array_equal(pipe(PROMPT, frames=64, seed=1), again)
+    assert not np.array_equal(pipe(PROMPT, frames=40, seed=1), again)
 
 
 def on_ranks(group: Any, device: str, frames: int) -> np.ndarray | None:
@@ -56,8 +56,8 @@ def on_ranks(group: Any, device: str, frames: int) -> np.ndarray | None:
 
 
 def test_ranks_share_the_chunks(pool: RankPool, pipe: CausalVideoPipeline) -> None:
-    made = pool.run(on_ranks, 2, 64)
-    assert abs(made.astype(int) - pipe(PROMPT, frames=64)).max() <= 1  # latents agree to 1e-5, pixels are rounded
+    made = pool.run(on_ranks, 2, 40)
+    assert abs(made.astype(int) - pipe(PROMPT, frames=40)).max() <= 1  # latents agree to 1e-5, pixels are rounded
 
 
 def test_the_text_says_nothing_of_places() -> None:
