@@ -13,9 +13,9 @@ from causalrope_sp.config import SamplerConfig, StreamConfig
 from causalrope_sp.errors import CheckpointError, ConfigError
 from causalrope_sp.text import TextSource
 from causalrope_sp.toybox import EMBEDDED, WEIGHTS
-from causalrope_sp.toybox.text import ToyboxText, ToyboxWords
+from causalrope_sp.toybox.text import ToyboxText
 
-TEXT_ENCODERS = {"toybox": ToyboxText, "toybox-words": ToyboxWords}
+TEXT_ENCODERS = {"toybox": ToyboxText}
 
 
 @dataclass(frozen=True)

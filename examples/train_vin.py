@@ -3,9 +3,10 @@
     python examples/train_vin.py --out runs/vin
     torchrun --standalone --nproc-per-node 2 examples/train_vin.py --out runs/vin
 
-The DiT begins as toybox-flow, the VIN from nothing. Its text is the words of the prompt alone, so that where objects
-are, and in a part of the videos everything, has to agree between chunks that do not see each other. Writes checkpoint
-and log to the folder, goes on where it was stopped, and leaves the weights in it at the end. Hours on a CPU.
+The DiT begins as toybox-flow, the VIN from nothing. In half of the videos the text is the words of the prompt alone, so
+that where objects are, and in some everything, has to agree between chunks that do not see each other; in the others it
+says where they start, as toybox's does. Writes checkpoint and log to the folder, goes on where it was stopped, and
+leaves the weights in it at the end. Hours on a CPU.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ LENGTHS = {17: 0.4, 33: 0.35, 65: 0.25}  # latent frames of 64, 128 and 256 pixe
 CHUNKS_A_STEP = 16  # so that a step costs the same at every length
 PIXEL_FRAMES = 81  # of an encoded scene: 21 latent frames, of which the last 16 are a whole period
 PERIOD = 16
-NO_TEXT, NO_GLOBALS = 0.15, 0.1  # the share of videos without text, of steps without global tokens
+WORDS_ALONE, NO_TEXT = 0.5, 0.1  # the share of videos whose text says no places, and of those the ones without text
+NO_GLOBALS = 0.1  # the share of steps without global tokens
 SAVED_EVERY = 50  # steps
 SHIFT = 3.0  # half of the noise levels are shifted towards noise, where a video is decided
 
@@ -58,9 +60,11 @@ def draw(scenes: Latents, generator: torch.Generator) -> Batch:
     count = CHUNKS_A_STEP // ((frames - 1) // (CHUNKS.chunk_frames - CHUNKS.overlap))
     pick, have = scenes.draw(count, generator), scenes.latents.shape[1]
     at = [f if f < have else have - PERIOD + (f - have) % PERIOD for f in range(frames)]
-    embeds, objects = words_alone(scenes.embeds[pick]), scenes.objects[pick][:, at].clone()
-    dropped = torch.rand(count, generator=generator) < NO_TEXT
-    embeds[dropped] = 0
+    embeds, objects = scenes.embeds[pick].clone(), scenes.objects[pick][:, at]
+    said = torch.rand(count, generator=generator)
+    untold = said < WORDS_ALONE
+    embeds[untold] = words_alone(embeds[untold])
+    embeds[said < NO_TEXT] = 0
     times = torch.rand(count, generator=generator)
     shifted = torch.rand(count, generator=generator) < 0.5
     times = torch.where(shifted, SHIFT * times / (1 + (SHIFT - 1) * times), times)

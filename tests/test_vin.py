@@ -244,6 +244,17 @@ def test_global_tokens_carry_across_a_video_in_one_step() -> None:
     assert torch.equal(step_once(False, far), step_once(False, held))
 
 
+def test_global_tokens_are_learned() -> None:
+    """A few seconds of training, and far chunks agree by them; without, by chance, though chunks overlap and fuse."""
+    sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "examples")]
+    from vin_agreement import agreement, train
+
+    pair = train(120, batch=32)
+    found, alone = agreement(pair, True), agreement(pair, False)
+    assert found["far"] > 0.7
+    assert abs(alone["far"] - 0.5) < 0.1
+
+
 def on_ranks(group: Any, device: str, job: Job, lanes: int, strategy: str) -> Tensor:
     """The video, after every rank has held what it received against the formulas."""
     parallel = SequenceParallel(group, strategy, device, lanes=lanes)

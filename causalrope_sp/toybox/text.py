@@ -43,18 +43,9 @@ class ToyboxText:
         return chart(1, channels, height, width)
 
 
-class ToyboxWords(ToyboxText):
-    """The words of a prompt alone: where objects start is left to the noise, as it is where a text says no such thing.
-
-    What is far apart in a video then agrees only if it was made to.
-    """
-
-    def encode(self, prompt: str, seed: int) -> Tensor:
-        return words_alone(super().encode(prompt, seed))
-
-
 def words_alone(embeds: Tensor) -> Tensor:
-    """Embeddings (..., E) without the numbers that say where objects start, and at which phase."""
+    """Embeddings (..., E) without the numbers that say where objects start, and at which phase: that is left to the
+    noise, as where a text says no such thing. What is far apart in a video then agrees only if it was made to."""
     return torch.cat([embeds[..., : len(_WORDS)], torch.zeros_like(embeds[..., len(_WORDS) :])], -1)
 
 
