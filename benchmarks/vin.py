@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,10 +44,16 @@ TIMED_STEPS, TIMED_CHUNKS = 3, 8
 SHOWN, TILE, LABEL = 17, 64, 250
 
 
+@cache
+def _loaded() -> Ways:
+    """Once a process."""
+    return Ways()
+
+
 def timed(group: dist.ProcessGroup | None, device: str, way: str, frames: int) -> tuple[float, torch.Tensor]:
     """Seconds of a whole video by this way on these ranks, from the best of some steps or chunks, and some latents."""
     torch.set_num_threads(1)
-    ways = Ways()
+    ways = _loaded()
     pipe, ranks = ways.vin, 1 if group is None else group.size()
     config, grid, count = pipe.model.config, pipe.grid, latent_frames(frames)
     noise = seeded_noise(0, (1, config.in_channels, grid.latent_height, grid.latent_width))
@@ -139,7 +146,7 @@ def sheet(rows: list[tuple[str, np.ndarray]], seams: list[int]) -> Image.Image:
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--lengths", default="64,128,256", show_default=True, help="pixel frames")
-@click.option("--prompts", default=8, show_default=True, type=click.IntRange(1))
+@click.option("--prompts", default=8, show_default=True, type=click.IntRange(0), help="0 for times alone")
 @click.option("--ranks", default="1,2,4", show_default=True, help="of the times; empty for none")
 @click.option("--sheet", "picture", type=click.Path(path_type=Path), help="draws the longest videos of two prompts")
 def main(lengths: str, prompts: int, ranks: str, picture: Path | None) -> None:
@@ -147,7 +154,7 @@ def main(lengths: str, prompts: int, ranks: str, picture: Path | None) -> None:
         frames, counts = ([int(n) for n in text.split(",") if n] for text in (lengths, ranks))
     except ValueError:
         stop("--lengths and --ranks are whole numbers with commas between them")
-    ways, kept = Ways(), dict[tuple[bool, int, str], np.ndarray]()
+    ways, kept = _loaded(), dict[tuple[bool, int, str], np.ndarray]()
 
     def keep(way: str, length: int, seed: int, told: bool, video: np.ndarray) -> None:
         if length == max(frames) and seed < 2:
@@ -155,6 +162,11 @@ def main(lengths: str, prompts: int, ranks: str, picture: Path | None) -> None:
 
     scenes = draw_scenes(prompts)
     print("saved by formula, Wan 2.1 1.3B at 480×832 with the paper's sizes:", large_flops(), "\n")
+    timings = times(frames, counts) if counts else []
+    if timings:
+        print_table(("frames", "way", *(f"P={n}" for n in counts)), [tuple(row.values()) for row in timings])
+    if not prompts:
+        return finish("vin", seconds=timings, saved_by_formula=large_flops())
     rows = quality(ways, (*WAYS, TRUTH), frames, scenes, keep, told=True)
     rows += quality(ways, [way for way in WAYS if way.startswith("VIN")], [max(frames)], scenes, keep, told=False)
     base = {row["frames"]: row["flops"] for row in rows if row["way"] == "full attention"}
@@ -180,9 +192,6 @@ def main(lengths: str, prompts: int, ranks: str, picture: Path | None) -> None:
             if way != TRUTH
         ]
         sheet(named, ways.seams(max(frames))).save(picture)
-    timings = times(frames, counts) if counts else []
-    if timings:
-        print_table(("frames", "way", *(f"P={n}" for n in counts)), [tuple(row.values()) for row in timings])
     finish("vin", prompts=prompts, rows=rows, seconds=timings, held_out=errors, saved_by_formula=large_flops())
 
 

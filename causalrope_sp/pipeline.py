@@ -141,7 +141,7 @@ class CausalVideoPipeline:
         if dtype is None:
             dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
         dit = load_model(recipe.transformer, dtype=dtype, device=place)
-        together = Together.of_recipe(parallel_chunks, recipe.vin, dit.config, dtype, place)
+        together = Together.of_recipe(parallel_chunks, recipe.vin, changes, dit.config, dtype, place)
         weights = recipe.codec if codec_weights is None else codec_weights
         pipe = cls(recipe, dit, load_codec(weights, codec, place), parallel, keep_text, together)
         if place.type == "cuda":

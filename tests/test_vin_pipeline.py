@@ -91,6 +91,7 @@ def test_generate_makes_a_video_and_previews(tmp_path: Path) -> None:
         (("--preview-every", 2), "--preview-every is for chunks made in parallel"),
         (("--model", "toybox-vin", "--parallel-chunks", "vin", "--preview-every", 0), "must be at least 1, not 0"),
         (("--model", "toybox-vin", "--parallel-chunks", "vin", "--lanes", 2), "cannot be cut into 2 lanes"),
+        (("--model", "toybox-vin", "--parallel-chunks", "vin", "--rope", "relative"), "they have no rope to set"),
     ],
 )
 def test_what_cannot_be_is_one_line(tmp_path: Path, words: tuple[object, ...], message: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,12 +58,21 @@ class Together:
 
     @classmethod
     def of_recipe(
-        cls, asked: str | None, weights: Path | None, dit: DiTConfig, dtype: torch.dtype, device: torch.device
+        cls,
+        asked: str | None,
+        weights: Path | None,
+        changes: Collection[str],
+        dit: DiTConfig,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> Together | None:
         """What a model needs to make its chunks together, if that is `asked` for; None to make them one by one.
 
+        `changes` names what was said of a stream: its window, its sink, its places.
+
         Raises:
-            ConfigError: asked for where the recipe names no VIN, not asked for where it does, or an unknown way.
+            ConfigError: asked for where the recipe names no VIN, not asked for where it does, an unknown way, or
+                something was said of a stream.
             CheckpointError: its weights cannot be read, or are for another DiT.
         """
         if asked not in (None, "vin"):
@@ -76,6 +85,8 @@ class Together:
             raise ConfigError(
                 'this model makes its chunks in parallel alone: say --parallel-chunks vin (parallel_chunks="vin")'
             )
+        if changes:
+            raise ConfigError(f"chunks made in parallel are no stream: they have no {', '.join(changes)} to set")
         return cls(*load_vin(weights, dit, dtype=dtype, device=device))
 
     def sample(
