@@ -33,7 +33,7 @@ from causalrope_sp.text.shared import SharedUMT5, share_embeds
 from causalrope_sp.text.umt5 import Keep
 from causalrope_sp.toybox.text import ToyboxText
 from causalrope_sp.version import __version__
-from causalrope_sp.vin.video import Together, Watch, check_start
+from causalrope_sp.vin.video import Together, Watch, check_asked, check_start
 from causalrope_sp.weights import load_model
 from causalrope_sp.weights.digest import digest
 
@@ -131,6 +131,7 @@ class CausalVideoPipeline:
         recipe = Recipe.load(find_recipe(model))
         given = {"window": window, "sink": sink, "rope": rope}
         changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        check_asked(parallel_chunks, recipe.vin, changes)
         stream = replace(recipe.stream, **changes)
         sampler = recipe.sampler if steps is None else replace(recipe.sampler, steps=timesteps(steps))
         recipe = replace(recipe, stream=stream, sampler=sampler)
@@ -141,7 +142,7 @@ class CausalVideoPipeline:
         if dtype is None:
             dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
         dit = load_model(recipe.transformer, dtype=dtype, device=place)
-        together = Together.of_recipe(parallel_chunks, recipe.vin, changes, dit.config, dtype, place)
+        together = None if recipe.vin is None else Together.load(recipe.vin, dit.config, dtype, place)
         weights = recipe.codec if codec_weights is None else codec_weights
         pipe = cls(recipe, dit, load_codec(weights, codec, place), parallel, keep_text, together)
         if place.type == "cuda":

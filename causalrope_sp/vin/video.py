@@ -57,36 +57,8 @@ class Together:
     chunks: TogetherConfig
 
     @classmethod
-    def of_recipe(
-        cls,
-        asked: str | None,
-        weights: Path | None,
-        changes: Collection[str],
-        dit: DiTConfig,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> Together | None:
-        """What a model needs to make its chunks together, if that is `asked` for; None to make them one by one.
-
-        `changes` names what was said of a stream: its window, its sink, its places.
-
-        Raises:
-            ConfigError: asked for where the recipe names no VIN, not asked for where it does, an unknown way, or
-                something was said of a stream.
-            CheckpointError: its weights cannot be read, or are for another DiT.
-        """
-        if asked not in (None, "vin"):
-            raise ConfigError(f"parallel_chunks must be vin, not {asked!r}")
-        if asked and weights is None:
-            raise ConfigError("this model has no VIN weights to make its chunks in parallel with; toybox-vin has")
-        if weights is None:
-            return None
-        if not asked:
-            raise ConfigError(
-                'this model makes its chunks in parallel alone: say --parallel-chunks vin (parallel_chunks="vin")'
-            )
-        if changes:
-            raise ConfigError(f"chunks made in parallel are no stream: they have no {', '.join(changes)} to set")
+    def load(cls, weights: Path, dit: DiTConfig, dtype: torch.dtype, device: torch.device) -> Together:
+        """Raises CheckpointError: not readable, or for another DiT."""
         return cls(*load_vin(weights, dit, dtype=dtype, device=device))
 
     def sample(
@@ -113,6 +85,21 @@ def _glimpse(moment: Moment, codec: Codec, rank: int) -> Glimpse:
         return Glimpse(moment.step, moment.steps, None)
     frames = to_uint8(codec.decoder().decode(moment.latents.to(codec.dtype)))[0]
     return Glimpse(moment.step, moment.steps, frames)
+
+
+def check_asked(asked: str | None, weights: Path | None, changes: Collection[str]) -> None:
+    """Raises ConfigError for an unknown way to make chunks in parallel, one asked for where the recipe names no VIN or
+    not asked for where it does, or if something else was said of a stream: its window, its sink, its places."""
+    if asked not in (None, "vin"):
+        raise ConfigError(f"parallel_chunks must be vin, not {asked!r}")
+    if asked and weights is None:
+        raise ConfigError("this model has no VIN weights to make its chunks in parallel with; toybox-vin has")
+    if weights is not None and not asked:
+        raise ConfigError(
+            'this model makes its chunks in parallel alone: say --parallel-chunks vin (parallel_chunks="vin")'
+        )
+    if asked and changes:
+        raise ConfigError(f"chunks made in parallel are no stream: they have no {', '.join(changes)} to set")
 
 
 def check_start(together: bool, given: bool, watched: bool) -> None:
