@@ -47,10 +47,12 @@ class Cut:
     opening: int
     given: Given
 
-    def latent_frames(self, stream: StreamConfig) -> int:
-        """How many latent frames, beside those that are given, are made: whole chunks."""
+    def latent_frames(self, stream: StreamConfig | None) -> int:
+        """How many latent frames, beside those that are given, are made: in whole chunks of a stream."""
         past = self.given.latent_frames
         needed = max(1, 1 - (1 - self.frames - self.given.hidden) // self.stride - past)
+        if stream is None:
+            return needed
         lone = 1 if stream.independent_first_frame and self.opening + past == 0 else 0
         return lone - (lone - needed) // stream.chunk_frames * stream.chunk_frames
 

@@ -36,6 +36,7 @@ from causalrope_sp.text import TextSource, load_embeds
 from causalrope_sp.text.shared import SharedUMT5, share_embeds
 from causalrope_sp.toybox.text import ToyboxText
 from causalrope_sp.version import __version__
+from causalrope_sp.vin.video import Together, Watch, check_asked, check_start
 from causalrope_sp.weights import load_model, outline_model
 from causalrope_sp.weights.digest import digest
 from causalrope_sp.weights.load import Weights
@@ -54,9 +55,10 @@ class CausalVideoPipeline:
         parallel: SequenceParallel,
         offload: Offload = Offload(),
         decode: Decode = "inline",
+        together: Together | None = None,
     ) -> None:
         check_decode(decode, parallel.mesh.decoders)
-        self._decode = decode
+        self._decode, self.together = decode, together
         self.recipe, self.model, self.codec, self.parallel = recipe, model, codec, parallel
         self.height, self.width, self.fps = recipe.height, recipe.width, recipe.fps
         self.text: ToyboxText | SharedUMT5
@@ -78,10 +80,12 @@ class CausalVideoPipeline:
                 "configuration": (model.config, recipe.height, recipe.width, recipe.stream, recipe.sampler),
                 "text encoder": type(self.text).__name__,
                 "decode": decode,
+                "parallel chunks": together and together.chunks,
             }
         )
         if not parallel.decodes and parallel.denoisers.size > 1:
-            parallel.denoisers.agree({"dtype": model.dtype, "weights": digest(model)})
+            networks = digest(model), together and digest(together.vin)
+            parallel.denoisers.agree({"dtype": model.dtype, "weights": networks})
 
     @classmethod
     def from_pretrained(
@@ -105,6 +109,7 @@ class CausalVideoPipeline:
         codec_weights: str | Path | None = None,
         decode: Decode = "inline",
         preflight: bool = True,
+        parallel_chunks: Literal["vin"] | None = None,
     ) -> CausalVideoPipeline:
         """Loads a model.
 
@@ -126,6 +131,7 @@ class CausalVideoPipeline:
             codec_weights: its file or folder, in place of the recipe's.
             decode: who decodes, and when (see `decoding`); decode ranks are `parallel`'s.
             preflight: refuse, before anything is loaded, what is predicted not to fit (see `preflight`).
+            parallel_chunks: "vin" makes all chunks of a video at once, by the model's Video Interface Network.
 
         Raises:
             CheckpointError: nothing readable at `model`, or weights that do not fit.
@@ -149,15 +155,20 @@ class CausalVideoPipeline:
         if parallel is not None and device is not None:
             raise ConfigError("give either `parallel`, which has a device, or `device`")
         parallel = parallel or SequenceParallel.single(device=device)
-        check_guidance(sampler, parallel.mesh.lanes)
+        if parallel.mesh.decoders:
+            changes["decode ranks"] = parallel.mesh.decoders
+        if sampler.guidance_scale != 1:
+            changes["guidance"] = sampler.guidance_scale
+        check_asked(parallel_chunks, recipe.vin, changes)
+        check_guidance(sampler, 1 if recipe.vin is not None else parallel.mesh.lanes)
         place = parallel.device
         if dtype is None:
             dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
         offload = Offload() if offload is None else offload
         waiting = offload if isinstance(offload, Offload) else Offload.of(offload)
-        ranks = parallel.everyone
+        ranks, together = parallel.everyone, None
         run = ranks.together(lambda: describe_run(recipe, parallel, waiting, decode, dtype.itemsize, codec))
-        if preflight:
+        if preflight and recipe.vin is None:  # no cache of a stream is kept where chunks are made in parallel
             ranks.together(lambda: check_memory(run, parallel))
         strategy = ranks.first_says(run.plan().strategy)  # by all that stands beside the model, as `plan` does
         if parallel.named == "auto":
@@ -167,8 +178,11 @@ class CausalVideoPipeline:
         else:
             readers = parallel.denoisers
             dit = load_model(recipe.transformer, dtype=dtype, device=place, weights=recipe.weights, readers=readers)
+        if recipe.vin is not None:
+            vin = recipe.vin
+            together = ranks.together(lambda: Together.load(vin, dit.config, dtype, place))
         decoder = ranks.together(lambda: load_codec(recipe.codec, codec, place, offload=waiting.codec))
-        pipe = cls(recipe, dit, decoder, parallel, waiting, decode)
+        pipe = cls(recipe, dit, decoder, parallel, waiting, decode, together)
         if place.type == "cuda":
             pipe.warm_up()
         return pipe
@@ -184,6 +198,10 @@ class CausalVideoPipeline:
             self.parallel.ledger.take()
             return
         config, stream = self.model.config, self.recipe.stream
+        if self.together is not None:  # no pass of its depends on those before: a video of one chunk is all
+            one = 1 + self.codec.temporal_stride * (self.together.chunks.chunk_frames - 1)
+            deque(self._run(torch.zeros(1, config.text_len, config.text_dim), None, one, seed=0), 0)
+            return
         shape = (config.in_channels, self.grid.latent_height, self.grid.latent_width)
         text = torch.zeros(1, config.text_len, config.text_dim)
         chunks = sample_chunks(
@@ -218,6 +236,7 @@ class CausalVideoPipeline:
         video: Video | None = None,
         strength: float | None = None,
         reuse: ReusePolicy | str | PathLike[str] | None = None,
+        watch: Watch | None = None,
     ) -> Iterator[VideoChunk]:
         """Makes a video of `frames` pixel frames and yields every chunk as soon as it is decoded.
 
@@ -236,6 +255,7 @@ class CausalVideoPipeline:
                 The result has as many frames as `video`, up to `frames`.
             reuse: which attention outputs later steps take over from earlier ones (see `find_policy`): a policy, a
                 preset's name such as "pab:latte", or a JSON file.
+            watch: called after each step where chunks are made in parallel, and nothing is ready before the last one.
 
         Pictures and videos are scaled to cover the model's size and cropped around the centre; see `reading`.
 
@@ -246,6 +266,7 @@ class CausalVideoPipeline:
                 thing to start from, both or without guidance any of negative prompt and embeds.
             CheckpointError: no text encoder, or a file that cannot be read.
         """
+        check_start(self.together is not None, image is not None or video is not None, watch is not None)
         check_given(image is not None, video is not None, video is not None and strength is None, strength)
         if frames < 1:
             raise ConfigError(f"frames must be at least 1, not {frames}")
@@ -264,7 +285,7 @@ class CausalVideoPipeline:
         )
         if self.parallel.decodes:
             return serve_out(self.codec, self.parallel, self.grid)
-        return self._run(texts[0], texts[1] if guided else None, frames, seed, start, policy)
+        return self._run(texts[0], texts[1] if guided else None, frames, seed, start, policy, watch)
 
     def _encode(self, wanted: Sequence[tuple[str | None, Embeds | None]], seed: int) -> list[Tensor]:
         """The embeddings of prompts, or those that are given in their place, (1, L, E) each, on every rank."""
@@ -300,25 +321,25 @@ class CausalVideoPipeline:
         seed: int,
         given: Given = NOTHING,
         reuse: ReusePolicy | None = None,
+        watch: Watch | None = None,
     ) -> Iterator[VideoChunk]:
         shape = (1, self.model.config.in_channels, self.grid.latent_height, self.grid.latent_width)
-        opening, source = self._opening(), given.source
+        opening, source, stream = self._opening(), given.source, self.recipe.stream
         first = [part.cpu() for part in (opening, given.latents) if part is not None]
         cut = Cut(frames, self.codec.temporal_stride, 0 if opening is None else opening.shape[1], given)
-        chunks = sample_chunks(
-            self.model,
-            embeds,
-            seeded_noise(seed, shape),
-            self.grid,
-            cut.latent_frames(self.recipe.stream),
-            stream=self.recipe.stream,
-            sampler=self.recipe.sampler,
-            parallel=self.parallel,
-            initial_latents=torch.cat(first, 1) if first else None,
-            source=None if source is None else Source(lambda chunk: source.take(chunk.frames), given.first_step),
-            negative_embeds=negative,
-            reuse=reuse,
-        )
+        frames_made = cut.latent_frames(None if self.together else stream)
+        args = self.model, embeds, seeded_noise(seed, shape), self.grid, frames_made
+        options: dict[str, Any] = {
+            "sampler": self.recipe.sampler,
+            "parallel": self.parallel,
+            "initial_latents": torch.cat(first, 1) if first else None,
+        }
+        if self.together is not None:
+            chunks = self.together.sample(*args, codec=self.codec, watch=watch, **options)
+        else:
+            redrawn = None if source is None else Source(lambda chunk: source.take(chunk.frames), given.first_step)
+            options |= {"stream": stream, "source": redrawn, "negative_embeds": negative, "reuse": reuse}
+            chunks = sample_chunks(*args, **options)
         return hand_out(chunks, self.codec, self.parallel, self.grid, self._decode, cut)
 
 

@@ -168,5 +168,10 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0")) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else 0
 
 
+def ranks() -> int:
+    """How many there are, by torchrun's environment."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def shares_rank_0_disk() -> bool:
     return int(os.environ.get("GROUP_RANK", "0")) == 0  # torchrun's number of the machine

@@ -24,7 +24,8 @@ class Recipe:
     """What a model is made of and how it runs, in pixels, pixel frames a second and latent frames.
 
     `text` is one of `TEXT_ENCODERS` or where UMT5 lies; in the file a path, told from a name by its / or its dot, or
-    {"path": ..., "tokenizer": ...}. `weights` is what `load_model` takes.
+    {"path": ..., "tokenizer": ...}. `weights` is what `load_model` takes. `vin` is the Video Interface Network of a
+    model that makes its chunks in parallel.
 
     Raises:
         ConfigError: a text encoder or weights that are not known, or a size that is no number.
@@ -39,6 +40,7 @@ class Recipe:
     stream: StreamConfig
     sampler: SamplerConfig
     weights: Weights = "full"
+    vin: Path | None = None
 
     def __post_init__(self) -> None:
         whole = all(isinstance(size, int) and not isinstance(size, bool) for size in (self.height, self.width))
@@ -65,6 +67,8 @@ class Recipe:
             fields: dict[str, Any] = json.loads(path.read_text())
             fields["transformer"] = path.parent / fields["transformer"]
             fields["codec"] = path.parent / fields["codec"]
+            if "vin" in fields:
+                fields["vin"] = path.parent / fields["vin"]
             fields["text"] = TextSource.in_recipe(fields["text"], path.parent)
             fields["stream"] = StreamConfig(**fields["stream"])
             sampler = fields["sampler"]

@@ -90,7 +90,7 @@ def sample_chunks(
             `negative_embeds` or at no step, lanes without guidance.
     """
     parallel = parallel or SequenceParallel.single()
-    _check(model, embeds, grid, frames, stream, initial_latents)
+    check_inputs(model, embeds, grid, frames, stream, initial_latents)
     given = 0 if initial_latents is None else initial_latents.shape[1]
     window, shard = _window(stream, frames, given), parallel.shard(grid)
     work = Workload.of(model.config, grid, stream, sampler, window.frames, len(embeds), model.dtype.itemsize, reuse)
@@ -161,7 +161,7 @@ def _window(stream: StreamConfig, frames: int | None, given: int) -> SlidingWind
     return SlidingWindow(stream.window, stream.sink)
 
 
-def _check(
+def check_inputs(
     model: CausalDiT,
     embeds: Tensor,
     grid: LatentGrid,
@@ -169,6 +169,7 @@ def _check(
     stream: StreamConfig,
     initial_latents: Tensor | None,
 ) -> None:
+    """Raises ConfigError unless the model, its text, the grid, the length and what is given fit together."""
     config = model.config
     if frames is None and stream.window is None:
         raise ConfigError("an endless video needs a window")

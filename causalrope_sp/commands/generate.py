@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
+from causalrope_sp.commands.together import Watching, check_together
 from causalrope_sp.commands.words import parse_steps
 from causalrope_sp.config import Solver, check_given, check_negative
 from causalrope_sp.errors import CausalRopeError, ConfigError, RankLostError
 from causalrope_sp.offload import Offload
-from causalrope_sp.process import Background, rank, say_choices, shares_rank_0_disk
+from causalrope_sp.process import Background, rank, ranks, say_choices, shares_rank_0_disk
 from causalrope_sp.reuse import find_policy
 from causalrope_sp.video import VideoWriter, check_output
 
@@ -25,10 +26,10 @@ if TYPE_CHECKING:
 EXISTING = click.Path(exists=True, path_type=Path)
 EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 # which options go where: to the ranks, to the model, to the stream
-RANKS = ("strategy", "decoders", "overlap", "head_groups", "attention")
+RANKS = ("strategy", "lanes", "decoders", "overlap", "head_groups", "attention")
 MODEL = (
     *("window", "sink", "rope", "solver", "shift", "guidance", "guidance_interval"),
-    *("weights", "offload", "codec", "codec_weights", "decode", "preflight"),
+    *("weights", "offload", "codec", "codec_weights", "decode", "preflight", "parallel_chunks"),
 )
 STREAM = ("frames", "seed", "negative_prompt", "negative_embeds", "image", "video", "strength", "reuse")
 
@@ -57,6 +58,11 @@ STREAM = ("frames", "seed", "negative_prompt", "negative_embeds", "image", "vide
 @click.option(
     "--strategy", default="auto", show_default=True, help="auto, ulysses, gather-kv, shard-kv, ulysses2xgather-kv4, ..."
 )
+@click.option(
+    "--parallel-chunks", type=click.Choice(["vin"]), help="Make all chunks at once, by the model's interface network."
+)
+@click.option("--lanes", type=int, help="With it, into how many lanes ranks are cut to share chunks (default: all).")
+@click.option("--preview-every", type=int, help="With it, write what the video looks to become every so many steps.")
 @click.option("--image", type=EXISTING_FILE, help="A picture that is the first frame.")
 @click.option("--video", type=EXISTING_FILE, help="A video, to continue or to redraw.")
 @click.option("--continue", "keep_on", is_flag=True, help="Make what comes after --video.")
@@ -108,6 +114,10 @@ def generate(
         raise ConfigError(f"frames must be at least 1, not {frames}")
     check_given(picture is not None, video is not None, options["keep_on"], options["strength"])
     steps = parse_steps(options["steps"])
+    together = options["parallel_chunks"] is not None
+    check_together(together, options["lanes"], options["preview_every"])
+    alike = ranks() if together else 2 if options["guidance_parallel"] else 1
+    options["lanes"] = options["lanes"] or alike
     if options["reuse"] is not None:
         options["reuse"] = find_policy(options["reuse"])
     Offload.of(options["offload"])  # wrong words are said before anything is imported
@@ -122,19 +132,20 @@ def generate(
     def generated() -> Iterator[Any]:
         from causalrope_sp.parallel import SequenceParallel
         from causalrope_sp.pipeline import CausalVideoPipeline
+        from causalrope_sp.vin.video import Watch
 
         parallel = SequenceParallel.from_env(
             timeout_s=timeout,
             silence_s=min(20.0, timeout),
             on_loss=lambda said: made.fail(RankLostError(said)),
-            lanes=2 if options["guidance_parallel"] else 1,
             **{name: options[name] for name in RANKS},
         )
         pipe = CausalVideoPipeline.from_pretrained(
             model, parallel=parallel, steps=steps, **{name: options[name] for name in MODEL}
         )
         yield pipe
-        yield from pipe.stream(prompt, embeds=text_embeds, **{name: options[name] for name in STREAM})
+        watch = Watch(Watching(out, pipe.fps, as_json), options["preview_every"]) if together else None
+        yield from pipe.stream(prompt, embeds=text_embeds, watch=watch, **{name: options[name] for name in STREAM})
         parallel.close()
 
     made = Background(generated)

@@ -276,6 +276,10 @@ class SequenceParallel:
         """Which library attends."""
         return self._attention
 
+    def among(self, ranks: Sequence[int]) -> Exchange | None:
+        """The exchange among some ranks, this one included, or None where it is alone. All of them must ask."""
+        return self._exchange(ranks) if len(ranks) > 1 else None
+
     @property
     def _lane(self) -> range:
         return self.mesh.lane(self.lane)

@@ -35,6 +35,9 @@ class ShardKV(Strategy):
         super().__init__(tokens[exchange.rank], heads, backend)
         self._exchange, self._tokens, self._overlap = exchange, tokens, overlap
 
+    def stored(self, x_BLHD: Tensor) -> Tensor:
+        return x_BLHD.tensor_split(self._exchange.size, 1)[self._exchange.rank]
+
     def attend(self, source: Source, cache: LayerCache, chunks: Sequence[Chunk]) -> Tensor:
         batch, frames, _, _, width = source.shape
         shapes, me = self._shapes(batch, frames, width), self._exchange.rank

@@ -41,6 +41,10 @@ class Strategy:
         """and how many heads of them."""
         return self.heads
 
+    def stored(self, x_BLHD: Tensor) -> Tensor:
+        """Of keys or values that every rank has whole, those that this one stores; each is stored once for a query."""
+        return x_BLHD
+
     def attend(self, source: Source, cache: LayerCache, chunks: Sequence[Chunk]) -> Tensor:
         """What this rank's queries attend, (B, F, s, h, d). `chunks` follow one another in the frames."""
         return joined(attend_cached(source, cache, chunks, self.backend))

@@ -46,6 +46,9 @@ class Ulysses(Strategy):
     def stored_heads(self) -> int:
         return self._inner.stored_heads
 
+    def stored(self, x_BLHD: Tensor) -> Tensor:
+        return self._inner.stored(x_BLHD[:, :, _ranges(self._heads)[self._exchange.rank]])
+
     def attend(self, source: Source, cache: LayerCache, chunks: Sequence[Chunk]) -> Tensor:
         batch, frames, mine, _, width = source.shape
         sent = self._exchange.buffer("qkv out", [(3, batch, frames, mine, h, width) for h in self._heads], source.like)

@@ -3,4 +3,4 @@
 from pathlib import Path
 
 WEIGHTS = Path(__file__).parent / "weights"
-EMBEDDED = ("toybox", "toybox-flow")  # the models by name; each has a recipe NAME.json in WEIGHTS
+EMBEDDED = ("toybox", "toybox-flow", "toybox-vin")  # the models by name; each has a recipe NAME.json in WEIGHTS

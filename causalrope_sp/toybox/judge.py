@@ -129,6 +129,15 @@ def judge(frames_THW3: Array, spec: SceneSpec) -> list[Verdict]:
     return verdicts
 
 
+def follow(frames_THW3: Array, spec: SceneSpec) -> tuple[Array, Array]:
+    """Where each object of the prompt is: its centre (O, T, 2), x and y in fractions of the picture, NaN where it is
+    not seen; and the soft coverage of its pixels, (O, T, H, W)."""
+    _, cover_OTHW, _, _ = _segment(frames_THW3, [o.color for o in spec.objects])
+    tracks = _tracks(cover_OTHW)
+    centers = [np.where(t.present[:, None], np.stack([t.x, t.y], 1), math.nan) for t in tracks]
+    return np.stack(centers), cover_OTHW
+
+
 def summarize(verdicts: Iterable[Verdict]) -> dict[str, float]:
     """The number of objects, and the share of them with each thing right ("all": colour, shape and motion)."""
     rows = [(v.color, v.shape, v.motion, v.color and v.shape and v.motion, v.background) for v in verdicts]

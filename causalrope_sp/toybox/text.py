@@ -49,6 +49,12 @@ class ToyboxText:
         return chart(1, channels, height, width)
 
 
+def words_alone(embeds: Tensor) -> Tensor:
+    """Embeddings (..., E) without the numbers that say where objects start, and at which phase: that is left to the
+    noise, as where a text says no such thing. What is far apart in a video then agrees only if it was made to."""
+    return torch.cat([embeds[..., : len(_WORDS)], torch.zeros_like(embeds[..., len(_WORDS) :])], -1)
+
+
 def encode_scene(spec: SceneSpec, places_6: Tensor) -> Tensor:
     """The embeddings of a scene, (L, E), zeros where there is no second object.
 

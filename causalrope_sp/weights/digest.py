@@ -6,15 +6,15 @@ import hashlib
 from collections.abc import Iterable
 
 import torch
+from torch import nn
 
-from causalrope_sp.model import CausalDiT
 from causalrope_sp.weights.files import WeightFiles
 
 _SAMPLES = 4  # numbers of a tensor that tell its file from another
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def digest(model: CausalDiT) -> str:
+def digest(model: nn.Module) -> str:
     """Tells weights apart by two sums over their bits, one weighted by place: quick, and done where they lie."""
     total = 0
     for parameter in model.parameters():

@@ -1,0 +1,199 @@
+"""Chunks in parallel (toybox-vin) against full attention, the autoregressive sampler, and itself without its parts.
+
+    python benchmarks/vin.py --sheet docs/vin.png
+
+Every way makes the same prompts (seed 7, as in toybox_quality.py) at each length and is measured from decoded frames at
+the seams of toybox-vin's chunks; rendered scenes through the codec, which have no seams, say what those measures cannot
+go below. toybox's text says where objects start, which lets chunks agree without knowing of one another; so VIN and its
+ablations make the longest videos again from the words alone. Held-out videos, noised, say by how much global tokens
+lower the error of the velocity. FLOPs are counted by formula (held against torch's counter in tests/test_vin.py). Times
+are of the sampler alone, at P ranks of one thread, after the gate: the latents are those of one rank to 1e-5. Tables,
+then JSON.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from printed import finish, print_table, stop
+from toybox_quality import draw_scenes
+from vin_measures import measure
+from vin_ways import TRUTH, WAYS, Ways, flops_of, held_out, large_flops, latent_frames, settings
+
+from causalrope_sp import SamplerConfig, SequenceParallel, sample_chunks
+from causalrope_sp.noise import seeded_noise
+from causalrope_sp.parallel.launch import RankPool
+from causalrope_sp.toybox.judge import judge, summarize
+from causalrope_sp.toybox.prompts import SceneSpec
+from causalrope_sp.vin import sample_together
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
+Keep = Callable[[str, int, int, bool, np.ndarray], None]
+MEASURES = ("cut", "position", "velocity", "color", "period", "lost")
+TIMED_STEPS, TIMED_CHUNKS = 3, 8
+SHOWN, TILE, LABEL = 17, 64, 250
+
+
+@cache
+def _loaded() -> Ways:
+    """Once a process."""
+    return Ways()
+
+
+def timed(group: dist.ProcessGroup | None, device: str, way: str, frames: int) -> tuple[float, torch.Tensor]:
+    """Seconds of a whole video by this way on these ranks, from the best of some steps or chunks, and some latents."""
+    torch.set_num_threads(1)
+    ways = _loaded()
+    pipe, ranks = ways.vin, 1 if group is None else group.size()
+    config, grid, count = pipe.model.config, pipe.grid, latent_frames(frames)
+    noise = seeded_noise(0, (1, config.in_channels, grid.latent_height, grid.latent_width))
+    embeds = torch.zeros(1, config.text_len, config.text_dim)
+    opening = pipe.text.opening(config.in_channels, grid.latent_height, grid.latent_width)
+    steps, took, latents = pipe.recipe.sampler.steps, [], None
+    if way == "autoregressive":
+        recipe = ways.flow.recipe
+        parts = sample_chunks(
+            ways.flow.model, embeds, noise, grid, 3 * min(TIMED_CHUNKS, -(-count // 3)), stream=recipe.stream,
+            sampler=recipe.sampler, parallel=SequenceParallel(group, device=device), initial_latents=opening,
+        )  # fmt: skip
+        clock = time.perf_counter()
+        for part in parts:
+            latents = part.latents.clone()
+            took.append(time.perf_counter() - clock)
+            clock = time.perf_counter()
+        return sorted(took)[len(took) // 2] * -(-count // 3), latents
+    vin, chunks = settings(way, ways.together, count)
+    lanes = 1 if way == "full attention" else ranks
+    few = SamplerConfig(steps[:TIMED_STEPS], pipe.recipe.sampler.shift, "euler")
+    parallel = SequenceParallel(group, device=device, lanes=lanes)
+    moments = sample_together(
+        pipe.model, vin, embeds, noise, grid, count, chunks=chunks, sampler=few, parallel=parallel,
+        initial_latents=opening,
+    )  # fmt: skip
+    clock = time.perf_counter()
+    for moment in moments:
+        took.append(time.perf_counter() - clock)
+        clock, latents = time.perf_counter(), moment.latents
+    assert latents is not None, "the last step has the video"
+    return min(took[1:]) * len(steps), latents.clone()
+
+
+def times(lengths: list[int], ranks: list[int]) -> list[dict[str, Any]]:
+    rows = []
+    with RankPool() as pool:
+        for frames in lengths:
+            for way in WAYS[:3]:
+                row: dict[str, Any] = {"frames": frames, "way": way}
+                expected = None
+                for count in ranks:
+                    seconds, latents = pool.run(timed, count, way, frames)
+                    expected = latents if expected is None else expected
+                    error = float((latents - expected).norm() / expected.norm())
+                    assert error < 1e-5, f"{way} at {count} ranks differs from {ranks[0]} by {error:.1e}"
+                    row[f"P={count}"] = round(seconds, 2)
+                rows.append(row)
+    return rows
+
+
+def quality(
+    ways: Ways, names: Sequence[str], lengths: list[int], scenes: list[SceneSpec], keep: Keep, told: bool
+) -> list[dict[str, Any]]:
+    rows = []
+    for frames in lengths:
+        for way in names:
+            verdicts, found = [], []
+            for seed, scene in enumerate(scenes):
+                video = ways.video(way, scene, frames, seed, told)
+                keep(way, frames, seed, told, video)
+                verdicts += judge(video, scene)
+                found.append(measure(video, scene, ways.seams(frames)))
+            shares = {name: round(value, 3) for name, value in summarize(verdicts).items()}
+            values = {name: np.array([each[name] for each in found], float) for name in MEASURES}
+            means = {n: round(float(np.nanmean(v)), 3) if np.isfinite(v).any() else None for n, v in values.items()}
+            flops = None if way == TRUTH else flops_of(way, ways, frames)
+            rows.append(
+                {"frames": frames, "way": way, "told": told, "flops": flops, "judged": shares, "measured": means}
+            )
+            click.echo(f"{frames} frames, {way}, places told {told}: {shares} {means}", err=True)
+    return rows
+
+
+def sheet(rows: list[tuple[str, np.ndarray]], seams: list[int]) -> Image.Image:
+    """Frames evenly spaced over each video; a white tick stands over a frame that begins a chunk's own."""
+    page = Image.new("RGB", (LABEL + SHOWN * (TILE + 3), len(rows) * (TILE + 5)), (60, 60, 66))
+    pen = ImageDraw.Draw(page)
+    for row, (name, video) in enumerate(rows):
+        top = row * (TILE + 5) + 3
+        pen.text((6, top + TILE // 2 - 7), name, fill="white", font_size=12)
+        shown = np.linspace(0, len(video) - 1, SHOWN).round().astype(int)
+        for column, frame in enumerate(shown):
+            left = LABEL + column * (TILE + 3)
+            page.paste(Image.fromarray(video[frame]), (left, top))
+            if any(abs(frame - seam) < (len(video) - 1) / SHOWN / 2 for seam in seams):
+                pen.line((left, top - 2, left + TILE - 1, top - 2), "white", 2)
+    return page
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--lengths", default="64,128,256", show_default=True, help="pixel frames")
+@click.option("--prompts", default=8, show_default=True, type=click.IntRange(0), help="0 for times alone")
+@click.option("--ranks", default="1,2,4", show_default=True, help="of the times; empty for none")
+@click.option("--sheet", "picture", type=click.Path(path_type=Path), help="draws the longest videos of two prompts")
+def main(lengths: str, prompts: int, ranks: str, picture: Path | None) -> None:
+    try:
+        frames, counts = ([int(n) for n in text.split(",") if n] for text in (lengths, ranks))
+    except ValueError:
+        stop("--lengths and --ranks are whole numbers with commas between them")
+    ways, kept = _loaded(), dict[tuple[bool, int, str], np.ndarray]()
+
+    def keep(way: str, length: int, seed: int, told: bool, video: np.ndarray) -> None:
+        if length == max(frames) and seed < 2:
+            kept[told, seed, way] = video
+
+    scenes = draw_scenes(prompts)
+    print("saved by formula, Wan 2.1 1.3B at 480×832 with the paper's sizes:", large_flops(), "\n")
+    timings = times(frames, counts) if counts else []
+    if timings:
+        print_table(("frames", "way", *(f"P={n}" for n in counts)), [tuple(row.values()) for row in timings])
+    if not prompts:
+        return finish("vin", seconds=timings, saved_by_formula=large_flops())
+    rows = quality(ways, (*WAYS, TRUTH), frames, scenes, keep, told=True)
+    rows += quality(ways, [way for way in WAYS if way.startswith("VIN")], [max(frames)], scenes, keep, told=False)
+    base = {row["frames"]: row["flops"] for row in rows if row["way"] == "full attention"}
+    columns = ("frames", "way", "places", "GFLOP", "of full", "colour", "shape", "motion", *MEASURES)
+    lines = []
+    for row in rows:
+        cost = (None, None) if row["flops"] is None else (
+            f"{row['flops'] / 1e9:.0f}", f"{row['flops'] / base[row['frames']]:.0%}"
+        )  # fmt: skip
+        judged = [f"{row['judged'][name]:.0%}" for name in ("color", "shape", "motion")]
+        told = "told" if row["told"] else "not told"
+        lines.append((row["frames"], row["way"], told, *cost, *judged, *(row["measured"][name] for name in MEASURES)))
+    print_table(columns, lines)
+    errors = held_out(ways, scenes, max(frames))
+    print_table(
+        ("places", "noise level", "error with global tokens", "without"),
+        [("told" if e["told"] else "not told", e["level"], e["with"], e["without"]) for e in errors],
+    )
+    if picture is not None:
+        named = [
+            (way if told else f"{way}, words alone", video)
+            for (told, _, way), video in sorted(kept.items(), key=lambda item: (not item[0][0], item[0][1]))
+            if way != TRUTH
+        ]
+        sheet(named, ways.seams(max(frames))).save(picture)
+    finish("vin", prompts=prompts, rows=rows, seconds=timings, held_out=errors, saved_by_formula=large_flops())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""The ways to a video that `vin.py` compares: what each makes, and what it costs by formula."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from causalrope_sp import CausalVideoPipeline, LatentGrid, SequenceParallel
+from causalrope_sp.codec.pixels import to_uint8
+from causalrope_sp.config import PRESETS, DiTConfig, StreamConfig
+from causalrope_sp.grid import split_into_chunks
+from causalrope_sp.noise import keyed_generator, seeded_noise
+from causalrope_sp.parallel.cost import cross_flops
+from causalrope_sp.parallel.workload import Workload
+from causalrope_sp.toybox.prompts import SceneSpec
+from causalrope_sp.toybox.scenes import PLACE_VARIABLES, render
+from causalrope_sp.toybox.text import words_alone
+from causalrope_sp.vin import PAPER_CHUNKS, PAPER_VIN, TogetherConfig, sample_together
+from causalrope_sp.vin.chunks import LaneChunks, cut
+from causalrope_sp.vin.cost import full_flops, together_flops
+from causalrope_sp.vin.forward import TogetherForward
+from causalrope_sp.vin.fusion import join
+
+if TYPE_CHECKING:
+    from causalrope_sp.vin.video import Together
+
+WAYS = ("VIN", "full attention", "autoregressive", "VIN without global tokens", "VIN without fusion")
+TRUTH = "rendered, through the codec"
+LEVELS = (0.97, 0.9, 0.8, 0.6, 0.3)
+
+
+class Ways:
+    """The models, loaded once, and a video of each way."""
+
+    def __init__(self) -> None:
+        self.vin = CausalVideoPipeline.from_pretrained("toybox-vin", parallel_chunks="vin")
+        self.flow = CausalVideoPipeline.from_pretrained("toybox-flow")
+        assert self.vin.together is not None, "asked for"
+        self.together: Together = self.vin.together
+
+    def video(self, way: str, scene: SceneSpec, frames: int, seed: int, told: bool = True) -> np.ndarray:
+        """uint8 (T, H, W, 3); `told` is whether the text says where objects start."""
+        if way == TRUTH:
+            return self._rendered(scene, frames, seed)
+        if way == "autoregressive":
+            made = self.flow(scene.prompt(), frames=frames, seed=seed)
+            assert made is not None, "one rank"
+            return made
+        pipe, count = self.vin, latent_frames(frames)
+        channels = pipe.model.config.in_channels
+        opening = pipe.text.opening(channels, pipe.grid.latent_height, pipe.grid.latent_width)
+        vin, chunks = settings(way, self.together, count)
+        embeds = pipe.text.encode(scene.prompt(), seed)
+        noise = seeded_noise(seed, (1, channels, pipe.grid.latent_height, pipe.grid.latent_width))
+        for moment in sample_together(
+            pipe.model,
+            vin,
+            embeds if told else words_alone(embeds),
+            noise,
+            pipe.grid,
+            count,
+            chunks=chunks,
+            sampler=pipe.recipe.sampler,
+            initial_latents=opening,
+        ):
+            latents = moment.latents
+        assert latents is not None, "the last step has the video"
+        return to_uint8(pipe.codec.decoder().decode(latents))[0][:frames]
+
+    @torch.inference_mode()
+    def _rendered(self, scene: SceneSpec, frames: int, seed: int) -> np.ndarray:
+        return to_uint8(self.vin.codec.decoder().decode(self.latents(scene, frames, seed)))[0][:frames]
+
+    @torch.inference_mode()
+    def latents(self, scene: SceneSpec, frames: int, seed: int) -> torch.Tensor:
+        """Of the rendered scene, with the places that its seed gives the text."""
+        places = torch.rand(1, PLACE_VARIABLES, generator=keyed_generator(seed))
+        whole = 4 * (latent_frames(frames) - 1) + 1
+        pixels = render([scene], places, torch.arange(whole), self.vin.height).transpose(1, 2) * 2 - 1
+        return self.vin.codec.encoder().encode(pixels)
+
+    def seams(self, frames: int) -> list[int]:
+        """The first pixel frame of every chunk's own latent frames, but the first chunk's."""
+        chunks = cut(latent_frames(frames), self.together.chunks)
+        own = [LaneChunks(chunks, self.together.chunks, n, len(chunks)).owned.start for n in range(1, len(chunks))]
+        return [1 + 4 * (frame - 1) for frame in own]
+
+
+def latent_frames(frames: int) -> int:
+    return 1 - (1 - frames) // 4
+
+
+def settings(way: str, together: Together, frames: int) -> tuple[Any, TogetherConfig]:
+    """The network, or None, and the chunks of a way that makes a video at once."""
+    if way == "full attention":
+        return None, replace(together.chunks, chunk_frames=frames)
+    if way == "VIN without global tokens":
+        return None, together.chunks
+    if way == "VIN without fusion":
+        return together.vin, replace(together.chunks, fuse_above=1.0)
+    return together.vin, together.chunks
+
+
+def autoregressive_flops(config: DiTConfig, grid: LatentGrid, stream: StreamConfig, frames: int, steps: int) -> int:
+    """Every chunk's denoise passes and its context pass, of which the last chunk has none."""
+    work = Workload(config, grid, stream.window or frames, stream.chunk_frames, steps)
+    total, chunks = 0, list(split_into_chunks(frames, stream.chunk_frames, start=1))
+    for chunk in chunks:
+        tokens, keys = chunk.frames * grid.tokens, min(chunk.stop, work.window) * grid.tokens
+        attention = 4 * config.num_layers * tokens * keys * config.dim
+        time_ = 2 * chunk.frames * config.dim * (config.freq_dim + 7 * config.dim)
+        passes = steps if chunk == chunks[-1] else steps + 1
+        total += passes * (work.linear_flops * tokens + cross_flops(work, tokens) + attention + time_)
+    return total
+
+
+def flops_of(way: str, ways: Ways, frames: int) -> int:
+    """FLOPs of a whole video."""
+    config, grid, count = ways.vin.model.config, ways.vin.grid, latent_frames(frames)
+    steps = len(ways.vin.recipe.sampler.steps)
+    if way == "autoregressive":
+        recipe = ways.flow.recipe
+        return autoregressive_flops(config, grid, recipe.stream, count, len(recipe.sampler.steps))
+    if way == "full attention":
+        return steps * full_flops(config, grid, count, given=1)
+    vin, chunks = settings(way, ways.together, count)
+    return steps * together_flops(config, vin and vin.config, grid, count, chunks, given=1)
+
+
+@torch.inference_mode()
+def held_out(ways: Ways, scenes: list[SceneSpec], frames: int) -> list[dict[str, Any]]:
+    """The velocity's mean square error on rendered scenes at a few noise levels, with global tokens and without."""
+    pipe, rows, count = ways.vin, [], latent_frames(frames)
+    parallel, lane = (
+        SequenceParallel.single(device="cpu"),
+        LaneChunks(cut(count, ways.together.chunks, 1), ways.together.chunks),
+    )
+    work = Workload(pipe.model.config, pipe.grid, ways.together.chunks.chunk_frames + 1, 1, 1)
+    for told in (True, False):
+        for level in LEVELS:
+            errors: dict[bool, list[float]] = {True: [], False: []}
+            for seed, scene in enumerate(scenes):
+                clean, embeds = ways.latents(scene, frames, seed), pipe.text.encode(scene.prompt(), seed)
+                noise = torch.randn(clean.shape, generator=keyed_generator(seed, 1))
+                x = pipe.grid.patchify((1 - level) * clean + level * noise)
+                for use in (True, False):
+                    vin, said = ways.together.vin if use else None, embeds if told else words_alone(embeds)
+                    strategy = parallel.strategy(work)
+                    state = TogetherForward(pipe.model, vin, said, pipe.grid, lane, 1, strategy, parallel)
+                    state.commit(pipe.grid.patchify(pipe.text.opening(*clean.shape[2:])))
+                    found = join(state.velocities(x, 1000 * level), ways.together.chunks.overlap, fused=False)
+                    errors[use].append(float((found - pipe.grid.patchify(noise - clean)).square().mean()))
+            means = {use: round(float(np.mean(each)), 4) for use, each in errors.items()}
+            rows.append({"told": told, "level": level, "with": means[True], "without": means[False]})
+    return rows
+
+
+def large_flops() -> dict[str, float]:
+    """Saved against full attention by the paper's sizes beside Wan 2.1 1.3B at 480×832, by formula alone."""
+    config, grid = PRESETS["wan2.1-1.3b"], LatentGrid.from_pixels(480, 832, 8)
+    saved = {}
+    for frames in (20, 40, 80):
+        of_full = together_flops(config, PAPER_VIN, grid, frames, PAPER_CHUNKS) / full_flops(config, grid, frames)
+        saved[str(frames)] = round(1 - of_full, 3)
+    return saved

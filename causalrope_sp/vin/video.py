@@ -1,0 +1,110 @@
+"""A pipeline's part in chunks made together: the network of its recipe, and the way from steps to chunks to decode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Generator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from causalrope_sp.codec import Codec
+from causalrope_sp.codec.pixels import to_uint8
+from causalrope_sp.config import DiTConfig
+from causalrope_sp.errors import ConfigError
+from causalrope_sp.grid import Chunk
+from causalrope_sp.model import CausalDiT
+from causalrope_sp.sampler import LatentChunk
+from causalrope_sp.vin.chunks import LaneChunks, cut
+from causalrope_sp.vin.config import TogetherConfig
+from causalrope_sp.vin.network import VideoInterfaceNetwork
+from causalrope_sp.vin.sampler import Moment, sample_together
+from causalrope_sp.vin.weights import load_vin
+
+
+@dataclass(frozen=True)
+class Glimpse:
+    """Step `step` of `steps` is done. `frames`, uint8 (T, H, W, 3) on rank 0, are a preview where one was asked for."""
+
+    step: int
+    steps: int
+    frames: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Who is called after every step, and every how many steps with a preview; None for no previews.
+
+    Raises:
+        ConfigError: `preview_every` below 1.
+    """
+
+    call: Callable[[Glimpse], None]
+    preview_every: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.preview_every is not None and self.preview_every < 1:
+            raise ConfigError(f"preview_every must be at least 1, not {self.preview_every}")
+
+
+@dataclass(frozen=True)
+class Together:
+    """A network and how the videos that it was trained on are cut."""
+
+    vin: VideoInterfaceNetwork
+    chunks: TogetherConfig
+
+    @classmethod
+    def load(cls, weights: Path, dit: DiTConfig, dtype: torch.dtype, device: torch.device) -> Together:
+        """Raises CheckpointError: not readable, or for another DiT."""
+        return cls(*load_vin(weights, dit, dtype=dtype, device=device))
+
+    def sample(
+        self, model: CausalDiT, *args: Any, codec: Codec, watch: Watch | None, **options: Any
+    ) -> Generator[LatentChunk]:
+        """`sample_together`, with its arguments, and after its last step the chunks' own frames, chunk by chunk."""
+        every = None if watch is None else watch.preview_every
+        for moment in sample_together(model, self.vin, *args, chunks=self.chunks, preview_every=every, **options):
+            if watch is not None:
+                watch.call(_glimpse(moment, codec, options["parallel"].rank))
+            if moment.last:
+                assert moment.latents is not None, "the last step has the video"
+                given, latents = options["initial_latents"], moment.latents
+                first = 0 if given is None else given.shape[1]
+                cuts = cut(latents.shape[1], self.chunks, first)
+                for n in range(len(cuts)):
+                    own = LaneChunks(cuts, self.chunks, n, len(cuts)).owned
+                    yield LatentChunk(Chunk(n, own.start, len(own)), latents[:, own.start - first : own.stop - first])
+
+
+def _glimpse(moment: Moment, codec: Codec, rank: int) -> Glimpse:
+    """Previews alone are decoded: the video itself is decoded as it is handed out."""
+    if moment.latents is None or moment.last or rank:
+        return Glimpse(moment.step, moment.steps, None)
+    pixels = to_uint8(codec.decoder().decode(moment.latents.to(codec.dtype)))[0]
+    return Glimpse(moment.step, moment.steps, pixels.movedim(1, -1).cpu().numpy())
+
+
+def check_asked(asked: str | None, weights: Path | None, changes: Collection[str]) -> None:
+    """Raises ConfigError for an unknown way to make chunks in parallel, one asked for where the recipe names no VIN or
+    not asked for where it does, or if something else was said of a stream: its window, its sink, its places."""
+    if asked not in (None, "vin"):
+        raise ConfigError(f"parallel_chunks must be vin, not {asked!r}")
+    if asked and weights is None:
+        raise ConfigError("this model has no VIN weights to make its chunks in parallel with; toybox-vin has")
+    if weights is not None and not asked:
+        raise ConfigError(
+            'this model makes its chunks in parallel alone: say --parallel-chunks vin (parallel_chunks="vin")'
+        )
+    if asked and changes:
+        raise ConfigError(f"chunks made in parallel are no stream: they have no {', '.join(changes)} to set")
+
+
+def check_start(together: bool, given: bool, watched: bool) -> None:
+    """Raises ConfigError if chunks made together shall start from a picture or a video, or others be watched."""
+    if watched and not together:
+        raise ConfigError("steps are watched, and previewed, only where chunks are made in parallel")
+    if given and together:
+        raise ConfigError("chunks made in parallel start from noise alone, not from an image or a video")

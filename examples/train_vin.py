@@ -1,0 +1,136 @@
+"""Trains toybox-vin: a Video Interface Network and the DiT beside it, end to end, on rendered scenes.
+
+    python examples/train_vin.py --out runs/vin
+    torchrun --standalone --nproc-per-node 2 examples/train_vin.py --out runs/vin
+
+The DiT begins as toybox-flow, the VIN from nothing. In half of the videos the text is the words of the prompt alone, so
+that where objects are, and in some everything, has to agree between chunks that do not see each other; in the others it
+says where they start, as toybox's does. Writes checkpoint and log to the folder, goes on where it was stopped, and
+leaves the weights in it at the end. Hours on a CPU.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import click
+import torch
+import torch.distributed as dist
+from torch import nn
+from toybox_training.latents import Latents, encode_scenes
+from toybox_training.training import Training, processes, rank
+from vin_training.forward import Batch, Pair, TogetherForcing
+
+from causalrope_sp.codec import load_codec
+from causalrope_sp.grid import LatentGrid
+from causalrope_sp.toybox import WEIGHTS
+from causalrope_sp.toybox.text import words_alone
+from causalrope_sp.vin import TogetherConfig, VideoInterfaceNetwork, VINConfig, save_vin
+from causalrope_sp.weights import load_model, save_model
+
+SEED, SCENE_SEED = 70_000_000, 66_000_000
+CONFIG = VINConfig(global_tokens=32, dim=192, heads=6, layers=4)
+CHUNKS = TogetherConfig(chunk_frames=9, overlap=1, keyframe_every=4)
+LENGTHS = {17: 0.4, 33: 0.35, 65: 0.25}  # latent frames of 64, 128 and 256 pixel frames, and how often each is drawn
+CHUNKS_A_STEP = 16  # so that a step costs the same at every length
+PIXEL_FRAMES = 81  # of an encoded scene: 21 latent frames, of which the last 16 are a whole period
+PERIOD = 16
+WORDS_ALONE, NO_TEXT = 0.5, 0.1  # the share of videos whose text says no places, and of those the ones without text
+NO_GLOBALS = 0.1  # the share of steps without global tokens
+SAVED_EVERY = 50  # steps
+SHIFT = 3.0  # half of the noise levels are shifted towards noise, where a video is decided
+
+
+def new_pair(dit: Path) -> Pair:
+    """The global tokens change nothing but attention's weights at first: their values begin at zero."""
+    torch.manual_seed(0)
+    pair = Pair(load_model(dit, dtype=torch.float32), VideoInterfaceNetwork(CONFIG, load_model(dit).config))
+    for linear in pair.vin.hand_over:
+        nn.init.zeros_(linear.weight[pair.dit.config.dim :])
+        nn.init.zeros_(linear.bias)
+    return pair.train().requires_grad_(True)
+
+
+def draw(scenes: Latents, generator: torch.Generator) -> Batch:
+    """Videos of one length, the scene going on by its period, at a noise level each."""
+    lengths = list(LENGTHS)
+    frames = lengths[int(torch.multinomial(torch.tensor(list(LENGTHS.values())), 1, generator=generator))]
+    count = CHUNKS_A_STEP // ((frames - 1) // (CHUNKS.chunk_frames - CHUNKS.overlap))
+    pick, have = scenes.draw(count, generator), scenes.latents.shape[1]
+    at = [f if f < have else have - PERIOD + (f - have) % PERIOD for f in range(frames)]
+    embeds, objects = scenes.embeds[pick].clone(), scenes.objects[pick][:, at]
+    said = torch.rand(count, generator=generator)
+    untold = said < WORDS_ALONE
+    embeds[untold] = words_alone(embeds[untold])
+    embeds[said < NO_TEXT] = 0
+    times = torch.rand(count, generator=generator)
+    shifted = torch.rand(count, generator=generator) < 0.5
+    times = torch.where(shifted, SHIFT * times / (1 + (SHIFT - 1) * times), times)
+    return Batch(scenes.latents[pick][:, at].float(), objects, embeds, times)
+
+
+def train(out: Path, pair: Pair, scenes: Latents, forcing: TogetherForcing, minutes: float, lr: float) -> Pair:
+    """For so many minutes, counted anew where a run goes on; the rate is full for a third of them, then falls."""
+
+    def matrix(name: str, parameter: nn.Parameter) -> bool:
+        return parameter.ndim == 2 and (".blocks." in name or "hand_over" in name) and "modulation" not in name
+
+    training = Training(pair, out / "vin.pt", lr, matrix, average=0.997)
+    begun = time.monotonic()
+    while (gone := _agreed((time.monotonic() - begun) / (60 * minutes), forcing.device)) < 1:
+        generator = torch.Generator().manual_seed(SEED + processes() * training.step + rank())
+        batch = draw(scenes, generator)
+        use_z = bool(torch.rand((), generator=generator) >= NO_GLOBALS)
+        errors, on_objects = forcing.errors(training.model, batch, generator, use_z=use_z)
+        name = f"{batch.clean.shape[1]}_frames" if use_z else "without_globals"
+        report = {f"{name}_loss": errors.mean().item(), f"{name}_objects": on_objects.mean().item()}
+        rate = min(1, (training.step + 1) / 100) * min(1, max(0.02, 1.5 * (1 - gone)))
+        loss = (errors.mean() + on_objects.mean()) / 2
+        if not use_z:  # the optimiser wants a gradient of every parameter
+            loss = loss + 0 * sum(parameter.sum() for parameter in training.model.vin.parameters())
+        training.update(loss, rate, report)
+        if training.step % SAVED_EVERY == 0:
+            training.save()
+    training.save()
+    return training.ema
+
+
+def _agreed(value: float, device: torch.device) -> float:
+    """Rank 0's, on every process: their clocks differ, their rates must not."""
+    if processes() == 1:
+        return value
+    said = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.broadcast(said, 0)
+    return said.item()
+
+
+@click.command()
+@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/vin"), show_default=True)
+@click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
+@click.option("--scenes", "count", default=3072, show_default=True, help="Scenes that are rendered and encoded.")
+@click.option("--minutes", default=240.0, show_default=True, help="For how long.")
+@click.option("--rate", default=1.5e-3, show_default=True, help="The learning rate at its highest.")
+def main(out: Path, device: str, count: int, minutes: float, rate: float) -> None:
+    place, size = torch.device(device), 64
+    if "WORLD_SIZE" in os.environ:
+        if place.type == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+    out.mkdir(parents=True, exist_ok=True)
+    codec = load_codec(WEIGHTS / "codec", "wan", place).vae.float()
+    scenes = encode_scenes(codec, out / "scenes", count, PIXEL_FRAMES, size, SCENE_SEED)
+    pair = new_pair(WEIGHTS / "toybox-flow.safetensors").to(place)
+    forcing = TogetherForcing(
+        LatentGrid.from_pixels(size, size, codec.config.scale_factor_spatial), CHUNKS, pair, place
+    )
+    trained = train(out, pair, scenes, forcing, minutes, rate).to(torch.bfloat16)
+    if rank():
+        return
+    save_model(trained.dit, out / "toybox-vin-dit.safetensors")
+    save_vin(trained.vin, CHUNKS, out / "toybox-vin.safetensors")
+
+
+if __name__ == "__main__":
+    main()
