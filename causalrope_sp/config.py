@@ -106,6 +106,7 @@ class StreamConfig:
 
 
 Solver = Literal["renoise", "euler", "unipc"]
+LARGEST = 1000.0  # a shift or a guidance scale; a hundred times what is ever used
 
 
 @dataclass(frozen=True)
@@ -119,8 +120,8 @@ class SamplerConfig:
     scale 1, v = v⁺.
 
     Raises:
-        ConfigError: no steps, steps outside (0, 1000] or not falling, a shift that is not positive, a scale below 0 or
-            not finite, an interval that is none within [0, 1000].
+        ConfigError: no steps, steps outside (0, 1000] or not falling, a shift or a scale beyond what any model is run
+            with (`LARGEST`), an interval that is none within [0, 1000].
     """
 
     steps: tuple[float, ...] = (1000, 750, 500, 250)
@@ -134,14 +135,14 @@ class SamplerConfig:
             raise ConfigError(f"steps must be timesteps above 0 and up to 1000, not {self.steps}")
         if any(later >= earlier for earlier, later in zip(self.steps, self.steps[1:])):
             raise ConfigError(f"steps must fall from noise to data, not {self.steps}")
-        if not self.shift > 0:
-            raise ConfigError(f"shift must be positive, not {self.shift}")
+        if not 1 / LARGEST <= self.shift <= LARGEST:
+            raise ConfigError(f"shift must be from {1 / LARGEST:g} to {LARGEST:g}, not {self.shift}")
         if self.solver not in get_args(Solver):
             raise ConfigError(f"solver must be one of {', '.join(get_args(Solver))}, not {self.solver!r}")
         if self.solver == "unipc" and self.steps[0] == 1000:
             raise ConfigError("solver unipc cannot start at 1000, where its logarithms are infinite; Wan starts at 999")
-        if not 0 <= self.guidance_scale < math.inf:
-            raise ConfigError(f"the guidance scale must be finite and at least 0, not {self.guidance_scale}")
+        if not 0 <= self.guidance_scale <= LARGEST:
+            raise ConfigError(f"the guidance scale must be from 0 to {LARGEST:g}, not {self.guidance_scale}")
         if len(self.guidance_interval) != 2 or not 0 <= self.guidance_interval[0] <= self.guidance_interval[1] <= 1000:
             raise ConfigError(f"guidance is within an interval of timesteps 0 to 1000, not {self.guidance_interval}")
 

@@ -13,7 +13,7 @@ import torch
 from causalrope_sp.codec import Codec
 from causalrope_sp.config import StreamConfig
 from causalrope_sp.decoding import Decode, Frames, Made, SideStream, as_they_come, frames_of, serve
-from causalrope_sp.errors import CausalRopeError
+from causalrope_sp.errors import CausalRopeError, ConfigError
 from causalrope_sp.given import Given
 from causalrope_sp.grid import LatentGrid
 from causalrope_sp.parallel import SequenceParallel
@@ -32,6 +32,33 @@ class VideoChunk:
     frames: np.ndarray | None
     seconds: float
     ledger: Ledger
+
+
+class OneAtATime:
+    """Where a stream works ahead, in a thread, its collectives would meet those of another: only one may be open."""
+
+    def __init__(self, needed: bool) -> None:
+        self._needed, self._open = needed, False
+
+    def check(self) -> None:
+        """Before anything is exchanged.
+
+        Raises:
+            ConfigError: a stream has been begun, and neither finished nor closed.
+        """
+        if self._open:
+            raise ConfigError(
+                "another stream of this pipeline is open, and works ahead: finish it, or call its close(), first"
+            )
+
+    def guard(self, chunks: Iterator[VideoChunk]) -> Iterator[VideoChunk]:
+        """The chunks of a stream, which is open from the first one on. Raises as `check` does."""
+        self.check()
+        self._open = self._needed
+        try:
+            yield from chunks
+        finally:
+            self._open = False
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from causalrope_sp.errors import ConfigError
 from causalrope_sp.given import NOTHING, Given, given_past, given_picture, given_source
 from causalrope_sp.grid import LatentGrid
 from causalrope_sp.guidance import check_guidance
-from causalrope_sp.handout import Cut, VideoChunk, hand_out, serve_out
+from causalrope_sp.handout import Cut, OneAtATime, VideoChunk, hand_out, serve_out
 from causalrope_sp.model import CausalDiT
 from causalrope_sp.noise import seeded_noise
 from causalrope_sp.offload import Offload
@@ -59,6 +59,7 @@ class CausalVideoPipeline:
     ) -> None:
         check_decode(decode, parallel.mesh.decoders)
         self._decode, self.together = decode, together
+        self._streams = OneAtATime(parallel.mesh.decoders > 0 or (decode == "overlap" and parallel.size > 1))
         self.recipe, self.model, self.codec, self.parallel = recipe, model, codec, parallel
         self.height, self.width, self.fps = recipe.height, recipe.width, recipe.fps
         self.text: ToyboxText | SharedUMT5
@@ -263,9 +264,11 @@ class CausalVideoPipeline:
             PromptError: the prompt is outside what the text encoder knows.
             InputError: a picture or video that cannot be read.
             ConfigError: fewer than 1 frame, neither or both of prompt and embeds, embeds of another size, more than one
-                thing to start from, both or without guidance any of negative prompt and embeds.
+                thing to start from, both or without guidance any of negative prompt and embeds; another stream that is
+                open and works ahead (see `handout.OneAtATime`).
             CheckpointError: no text encoder, or a file that cannot be read.
         """
+        self._streams.check()
         check_start(self.together is not None, image is not None or video is not None, watch is not None)
         check_given(image is not None, video is not None, video is not None and strength is None, strength)
         if frames < 1:
@@ -284,8 +287,9 @@ class CausalVideoPipeline:
             lambda: [] if self.parallel.decodes else self._encode(wanted, seed)  # decode ranks hear of wrong input too
         )
         if self.parallel.decodes:
-            return serve_out(self.codec, self.parallel, self.grid)
-        return self._run(texts[0], texts[1] if guided else None, frames, seed, start, policy, watch)
+            return self._streams.guard(serve_out(self.codec, self.parallel, self.grid))
+        made = self._run(texts[0], texts[1] if guided else None, frames, seed, start, policy, watch)
+        return self._streams.guard(made)
 
     def _encode(self, wanted: Sequence[tuple[str | None, Embeds | None]], seed: int) -> list[Tensor]:
         """The embeddings of prompts, or those that are given in their place, (1, L, E) each, on every rank."""

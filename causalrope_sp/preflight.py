@@ -7,6 +7,7 @@ that says by how much, and which options would make it fit, each of them tried o
 from __future__ import annotations
 
 import os
+from bisect import bisect_left
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -241,10 +242,11 @@ def _strategies(run: Run, free: int) -> list[str]:
 
 def _windows(run: Run, free: int) -> list[str]:
     """The longest shorter window that fits."""
-    for window in range(run.work.window - 1, run.least_window - 1, -1):
-        if _fits(replace(run, work=replace(run.work, window=window)), free):
-            return [f"--window {window}"]
-    return []
+    shorter = range(run.work.window - 1, run.least_window - 1, -1)
+    fitting = bisect_left(
+        shorter, True, key=lambda window: _fits(replace(run, work=replace(run.work, window=window)), free)
+    )
+    return [f"--window {shorter[fitting]}"] if fitting < len(shorter) else []
 
 
 def _ranks(run: Run, free: int) -> list[str]:

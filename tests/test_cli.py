@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[1]
 StartEndless = Callable[..., subprocess.Popen[str]]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 KEYS = ["frames", "height", "width", "fps_generated", "first_frame_s", "seconds", "ranks", "strategy", "out", "chunks"]
-KEYS += ["communication"]
+KEYS += ["communication", "stored_bytes"]
 
 
 def shell(*words: object) -> Result:

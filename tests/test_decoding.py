@@ -76,6 +76,28 @@ def test_a_continued_video_is_decoded_elsewhere_too(pool: RankPool, expected: np
     assert close_to(video, alone)
 
 
+def left_open(group: Any, device: str, decoders: int, decode: Any) -> list[str]:
+    parallel = SequenceParallel(group, device=device, decoders=decoders)
+    pipe = CausalVideoPipeline.from_pretrained("toybox", parallel=parallel, decode=decode)
+    open_one, late = (pipe.stream("a blue square pulses", frames=FRAMES, seed=5) for _ in range(2))
+    next(open_one)
+    said = []
+    for begin in (lambda: pipe.stream(PROMPT, frames=FRAMES, seed=3), lambda: next(late)):
+        try:
+            begin()
+        except ConfigError as error:
+            said.append(str(error))
+    rest = len(list(open_one))
+    return [*said, f"{rest} more", f"{len(list(pipe.stream(PROMPT, frames=FRAMES, seed=3)))} chunks"]
+
+
+@pytest.mark.parametrize(("decoders", "decode"), [(1, "inline"), (0, "overlap")])
+def test_a_second_stream_beside_one_that_works_ahead_is_refused(pool: RankPool, decoders: int, decode: str) -> None:
+    said = pool.run(left_open, 2, decoders, decode)
+    assert all("another stream of this pipeline is open, and works ahead" in refusal for refusal in said[:2])
+    assert said[2:] == ["2 more", "3 chunks"]
+
+
 def refused_then_made(group: Any, device: str, decoders: int) -> Any:
     """Wrong input of several kinds, on every rank; then a video."""
     parallel = SequenceParallel(group, device=device, decoders=decoders)

@@ -265,8 +265,10 @@ def test_another_solver_takes_as_many_steps() -> None:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"guidance_scale": -1.0}, "guidance scale must be finite and at least 0, not -1"),
-        ({"guidance_scale": math.nan}, "guidance scale must be finite"),
+        ({"guidance_scale": -1.0}, "guidance scale must be from 0 to 1000, not -1"),
+        ({"guidance_scale": math.nan}, "guidance scale must be from 0 to 1000"),
+        ({"shift": math.inf}, "shift must be from 0.001 to 1000, not inf"),
+        ({"shift": 1e-320}, "shift must be from 0.001 to 1000"),
         ({"guidance_interval": (500, 400)}, "guidance is within an interval of timesteps 0 to 1000, not"),
         ({"guidance_interval": (0, 1001)}, "guidance is within an interval"),
         ({"guidance_interval": (1.0,)}, "guidance is within an interval"),
@@ -442,7 +444,7 @@ def shell(*words: str) -> tuple[int, str]:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--guidance", "-1"], "the guidance scale must be finite and at least 0"),
+        (["--guidance", "-1"], "the guidance scale must be from 0 to 1000"),
         (["--guidance", "3", "--guidance-interval", "0", "1"], "no step is within the guidance interval 0 to 1"),
         (["--negative-prompt", TOYBOX], "a negative prompt needs guidance"),
         (["--negative-prompt", "nothing"], "unknown word 'nothing' in the prompt"),

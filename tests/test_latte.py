@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from diffusers import LatteTransformer3DModel, PyramidAttentionBroadcastConfig, apply_pyramid_attention_broadcast
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -237,9 +238,9 @@ def test_chunks_with_a_cache_are_one_forward_under_a_mask(pool: RankPool, folder
     [
         ({"norm_type": "layer_norm"}, "not Latte: its config has norm_type 'layer_norm'"),
         ({"cross_attention_dim": 23}, "not Latte: its cross-attention reads a width of 23, not 24"),
-        ({"num_layers": 3}, "missing: "),
-        ({"num_layers": 1}, "unexpected: "),
-        ({"caption_channels": 11}, "1 of a wrong shape: text_embedding.0.weight"),
+        ({"num_layers": 10**9}, "declares 1000000000 layers, its weights have 2"),
+        ({"num_layers": 1}, "declares 1 layers, its weights have 2"),
+        ({"caption_channels": 11}, "1 of a wrong shape: caption_projection.linear_1.weight is "),
         ({"patch_size": None}, "the model's config has no patch_size"),
     ],
 )
@@ -251,6 +252,33 @@ def test_other_checkpoints_are_one_line(folder: Path, tmp_path: Path, change: di
     with pytest.raises(CheckpointError, match=said) as raised:
         load_latte(tmp_path)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "said"),
+    [
+        ({"attn1.to_q.weight": (28, 24), "attn1.to_k.weight": (20, 24)}, "2 of a wrong shape: "),
+        ({"attn1.to_out.0.bias": (24, 1)}, "1 of a wrong shape: "),
+        ({"scale_shift_table": (6, 4, 6)}, "1 of a wrong shape: "),
+    ],
+)
+def test_every_tensor_has_its_own_shape(folder: Path, tmp_path: Path, shapes: dict[str, Any], said: str) -> None:
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    (file,) = folder.glob("*.safetensors")
+    state = load_file(file)
+    for name, shape in shapes.items():
+        state[f"transformer_blocks.0.{name}"] = torch.zeros(shape)
+    save_file(state, tmp_path / file.name)
+    with pytest.raises(CheckpointError, match=said):
+        load_latte(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change", [{"norm_eps": float("inf")}, {"norm_eps": "x"}, {"norm_eps": True}, {"attention_bias": "no"}]
+)
+def test_wrong_numbers_of_a_latte_are_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(change))):
+        LatteConfig(**change)
 
 
 def test_streams_refuse_what_cannot_run(folder: Path) -> None:

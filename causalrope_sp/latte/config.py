@@ -44,8 +44,10 @@ class LatteConfig:
                 raise ConfigError(f"LatteConfig.{field.name} must be a whole number of at least 1, not {value!r}")
         if self.dim % 4:
             raise ConfigError(f"width {self.dim} must be divisible by 4 to carry the sinusoids of two axes")
-        if not self.norm_eps > 0:
-            raise ConfigError(f"norm_eps must be positive, not {self.norm_eps}")
+        if isinstance(self.norm_eps, bool) or not isinstance(self.norm_eps, int | float) or not 0 < self.norm_eps < 1:
+            raise ConfigError(f"norm_eps must be a number above 0 and below 1, not {self.norm_eps!r}")
+        if not isinstance(self.attention_bias, bool):
+            raise ConfigError(f"attention_bias must be true or false, not {self.attention_bias!r}")
 
     @classmethod
     def of_diffusers(cls, declared: Mapping[str, Any]) -> Self:

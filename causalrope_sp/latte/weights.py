@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from causalrope_sp.errors import CheckpointError
+from causalrope_sp.errors import CheckpointError, ConfigError
 from causalrope_sp.latte.config import LatteConfig
 from causalrope_sp.latte.model import LatteDiT
 from causalrope_sp.weights.files import WeightFiles
 from causalrope_sp.weights.finite import all_finite, refuse_broken
 from causalrope_sp.weights.layout import Names, linear
-from causalrope_sp.weights.messages import problem
+from causalrope_sp.weights.messages import one_line, problem
 
 
 def load_latte(
@@ -31,18 +31,34 @@ def load_latte(
     """
     files = WeightFiles(Path(path))
     config = LatteConfig.of_diffusers(files.declared_config())
-    with torch.device("meta"):
-        model = LatteDiT(config)
+    layers = sum(
+        name.startswith("transformer_blocks.") and name.endswith(".scale_shift_table") for name in files.tensors
+    )
+    if config.num_layers != layers:
+        raise CheckpointError(f"{path} (Latte): declares {config.num_layers} layers, its weights have {layers}")
+    try:
+        with torch.device("meta"):
+            model = LatteDiT(config)
+    except (RuntimeError, TypeError, OverflowError) as error:
+        raise CheckpointError(f"{path} (Latte): declares a model that cannot be: {one_line(error)}") from error
     names = _names(config)
     shapes = {n: p.shape for n, p in model.named_parameters()}
     wanted = {stored for made_of in names.values() for stored in made_of}
     present = set(files.tensors)
-    whole = {parameter: made_of for parameter, made_of in names.items() if present.issuperset(made_of)}
-    misshapen = [n for n, made_of in whole.items() if not _fits(files, made_of, shapes[n])]
+    misshapen = []
+    for parameter, made_of in names.items():
+        expected = _stored_shape(parameter, shapes[parameter], len(made_of), config)
+        there = {stored: files.tensors[stored].shape for stored in made_of if stored in present}
+        misshapen += [
+            f"{stored} is {shape}, expected {expected}" for stored, shape in there.items() if shape != expected
+        ]
     wrong = problem(sorted(wanted - present), sorted(present - wanted), misshapen)
     if wrong:
         raise CheckpointError(f"{path} (Latte, diffusers layout): {wrong}")
-    dtype = dtype or files.numbers(wanted).most_common(1)[0][0]
+    usual = files.numbers(wanted).most_common(1)[0][0]
+    dtype = dtype or usual
+    if not dtype.is_floating_point:
+        raise ConfigError(f"a model computes in a floating-point dtype, not in {dtype}")
     state: dict[str, Tensor] = {}
     for parameter, made_of in names.items():
         joined = torch.cat([_as_linear(parameter, files.take(stored)) for stored in made_of])
@@ -82,12 +98,11 @@ def _names(config: LatteConfig) -> Names:
     return names
 
 
-def _fits(files: WeightFiles, made_of: tuple[str, ...], shape: torch.Size) -> bool:
-    """Whether stored tensors, one below the other, are a parameter of this shape."""
-    stored = [files.tensors[name].shape for name in made_of]
-    rows = sum(s[0] for s in stored if s)
-    numbers = sum(torch.Size(s).numel() for s in stored)
-    return rows == shape[0] and numbers == shape.numel()
+def _stored_shape(parameter: str, shape: torch.Size, pieces: int, config: LatteConfig) -> tuple[int, ...]:
+    """Of each of the stored tensors that make up a parameter."""
+    if parameter == "patch_embedding.weight":
+        return (config.dim, config.in_channels, config.patch_size, config.patch_size)
+    return (shape[0] // pieces, *shape[1:])
 
 
 def _as_linear(parameter: str, stored: Tensor) -> Tensor:

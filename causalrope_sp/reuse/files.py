@@ -16,6 +16,7 @@ from causalrope_sp.reuse.policy import After, Broadcast, ReusePolicy, Rule
 from causalrope_sp.reuse.presets import PRESETS
 
 PREFIX = "pab:"
+LONGEST_REASON = 200  # characters; a file may hold words of any length
 LONGEST = 1 << 20  # bytes; a policy that names every layer of a large model is a thousandth of it
 
 
@@ -40,7 +41,7 @@ def find_policy(policy: ReusePolicy | str | PathLike[str]) -> ReusePolicy:
             raise ValueError('it must be an object with a list of "rules"')
         return ReusePolicy(tuple(_rule(rule) for rule in fields["rules"]))
     except (OSError, ValueError, TypeError, RecursionError) as reason:
-        raise ConfigError(f"{name} holds no policy of reuse: {reason}") from reason
+        raise ConfigError(f"{name} holds no policy of reuse: {str(reason)[:LONGEST_REASON]}") from reason
 
 
 def write_policy(policy: ReusePolicy, path: Path, **notes: Any) -> None:
@@ -59,6 +60,10 @@ def _rule(fields: Any) -> Rule:
     if not isinstance(fields, dict) or "kind" not in fields or ("every" in fields) == ("after" in fields):
         raise ValueError(f"a rule has a kind and either every or after, not {str(fields)[:80]}")
     given: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
+    unknown = given.keys() - {"kind", "every", "after", "timesteps", "steps", "layers"}
+    lists = {name for name in ("after", "timesteps", "layers") if not isinstance(given.get(name, ()), tuple)}
+    if unknown or lists:
+        raise ValueError(f"a rule has no {', '.join(unknown)}" if unknown else f"{', '.join(lists)} must be a list")
     if "after" in given:
         return After(timesteps=given.pop("after"), **given)
     return Broadcast(**given)

@@ -6,9 +6,8 @@ decides alike and all of it is known before a chunk begins. The first pass of a 
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -21,6 +20,7 @@ Kind = Literal["self", "cross", "mlp", "temporal", "temporal-mlp"]
 KINDS: tuple[Kind, ...] = get_args(Kind)  # in the order in which a layer makes them
 CAUSAL_KINDS: tuple[Kind, ...] = ("self", "cross", "mlp")  # those of `CausalDiT`; a factorised DiT has all of them
 Layers = tuple[int, ...] | None  # None: every layer
+LARGEST = 1e6  # a timestep; models have them up to 1000
 
 
 @dataclass(frozen=True)
@@ -109,10 +109,15 @@ class ReusePolicy:
     def reuses(self, step: int, timesteps: Sequence[float], layer: int, kind: Kind) -> bool:
         """Whether pass `step` of a chunk whose passes are at `timesteps` takes this output from the last that computed
         it; if not, it computes it."""
+        layers = self.layers_that_reuse(step, timesteps, kind)
+        return layers is None or layer in layers
+
+    def layers_that_reuse(self, step: int, timesteps: Sequence[float], kind: Kind) -> Collection[int] | None:
+        """The layers in which it does; None: in all."""
         rule = next((rule for rule in self.rules if rule.kind == kind), None)
-        if rule is None or step == 0 or (rule.layers is not None and layer not in rule.layers):
-            return False
-        return rule.reuses(step, timesteps)
+        if rule is None or step == 0 or not rule.reuses(step, timesteps):
+            return ()
+        return None if rule.layers is None else frozenset(rule.layers)
 
 
 @dataclass(frozen=True)
@@ -138,7 +143,7 @@ class ReusePlan:
 
     def computed(self, step: int, kind: Kind) -> int:
         """In how many layers a pass computes it."""
-        return sum(not self.reuses(step, layer, kind) for layer in range(self.layers))
+        return self.layers - self._counts[step, kind]
 
     @property
     def stored(self) -> int:
@@ -154,14 +159,17 @@ class ReusePlan:
         return most
 
     @cached_property
+    def _counts(self) -> Mapping[tuple[int, Kind], int]:
+        """In how many layers a pass reuses it."""
+        return Counter((step, kind) for step, _, kind in self._reused)
+
+    @cached_property
     def _reused(self) -> Collection[tuple[int, int, Kind]]:
-        return frozenset(
-            (step, layer, kind)
-            for step in range(len(self.timesteps))
-            for layer in range(self.layers)
-            for kind in self.kinds
-            if self.policy.reuses(step, self.timesteps, layer, kind)
-        )
+        found = set()
+        for step, kind in product(range(len(self.timesteps)), self.kinds):
+            layers = self.policy.layers_that_reuse(step, self.timesteps, kind)
+            found |= {(step, layer, kind) for layer in range(self.layers) if layers is None or layer in layers}
+        return frozenset(found)
 
 
 def _check_kind_and_layers(kind: object, layers: Layers) -> None:
@@ -176,4 +184,4 @@ def _whole(value: object, least: int) -> bool:
 
 
 def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and -LARGEST <= value <= LARGEST

@@ -161,9 +161,9 @@ def errors(profile: Profile, rule: Broadcast) -> list[float]:
 
 
 def check_bound(bound: float) -> None:
-    """Raises ConfigError unless it is above 0."""
-    if not bound > 0:
-        raise ConfigError(f"the bound must be above 0, not {bound:g}")
+    """Raises ConfigError unless it is above 0 and finite."""
+    if not 0 < bound < math.inf:
+        raise ConfigError(f"the bound must be above 0 and finite, not {bound:g}")
 
 
 def propose(profile: Profile, bound: float, kinds: tuple[Kind, ...] = CAUSAL_KINDS) -> ReusePolicy:

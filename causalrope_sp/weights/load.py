@@ -149,6 +149,8 @@ def _fill(checkpoint: Examined, rooms: Mapping[str, Sequence[Tensor]], merges: S
             else:
                 for piece, made in zip(pieces, to_fp8(stored.to(room[0].device)), strict=True):
                     piece.copy_(made)
+                largest = pieces[0].float().abs().amax(1) * pieces[1]  # of each row as it is unfolded
+                stored = stored if all_finite(largest) else largest
             if not all_finite(stored):
                 broken.append(name)
     refuse_broken(checkpoint.report.path, broken, dtype)
