@@ -3,10 +3,10 @@
     python examples/train_vin.py --out runs/vin
     torchrun --standalone --nproc-per-node 2 examples/train_vin.py --out runs/vin
 
-The DiT begins as toybox-flow, the VIN from nothing. In half of the videos the text is the words of the prompt alone, so
-that where objects are, and in some everything, has to agree between chunks that do not see each other; in the others it
-says where they start, as toybox's does. Writes checkpoint and log to the folder, goes on where it was stopped, and
-leaves the weights in it at the end. Hours on a CPU.
+The DiT begins as toybox-flow, the VIN from nothing. In some videos the text says no colours, in some not where objects
+start, so that these have to agree between chunks that do not see each other. A step learns from one chunk each of many
+videos. Writes checkpoint and log to the folder, goes on where it was stopped, and leaves the weights in it at the end.
+Hours on a CPU.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from vin_training.forward import Batch, Pair, TogetherForcing
 from causalrope_sp.codec import load_codec
 from causalrope_sp.grid import LatentGrid
 from causalrope_sp.toybox import WEIGHTS
-from causalrope_sp.toybox.text import words_alone
+from causalrope_sp.toybox.text import leave_open
 from causalrope_sp.vin import TogetherConfig, VideoInterfaceNetwork, VINConfig, save_vin
 from causalrope_sp.weights import load_model, save_model
 
 SEED, SCENE_SEED = 70_000_000, 66_000_000
 CONFIG = VINConfig(global_tokens=32, dim=192, heads=6, layers=4)
-CHUNKS = TogetherConfig(chunk_frames=9, overlap=1, keyframe_every=4)
-LENGTHS = {17: 0.4, 33: 0.35, 65: 0.25}  # latent frames of 64, 128 and 256 pixel frames, and how often each is drawn
-CHUNKS_A_STEP = 16  # so that a step costs the same at every length
+CHUNKS = TogetherConfig(chunk_frames=9, overlap=1, keyframe_every=2)
+LENGTHS = {17: 0.3, 33: 0.35, 65: 0.35}  # latent frames of 64, 128 and 256 pixel frames, and how often each is drawn
+VIDEOS = 32  # a step, one chunk of each
 PIXEL_FRAMES = 81  # of an encoded scene: 21 latent frames, of which the last 16 are a whole period
 PERIOD = 16
-WORDS_ALONE, NO_TEXT = 0.5, 0.1  # the share of videos whose text says no places, and of those the ones without text
+COLORS_OPEN, PLACES_OPEN = 0.4, 0.3  # the shares of videos whose text does not say colours, or where objects start
 NO_GLOBALS = 0.1  # the share of steps without global tokens
 SAVED_EVERY = 50  # steps
-SHIFT = 3.0  # half of the noise levels are shifted towards noise, where a video is decided
+SHIFT = 8.0  # half of the noise levels are shifted towards noise, where chunks agree or do not
 
 
 def new_pair(dit: Path) -> Pair:
@@ -57,16 +57,14 @@ def draw(scenes: Latents, generator: torch.Generator) -> Batch:
     """Videos of one length, the scene going on by its period, at a noise level each."""
     lengths = list(LENGTHS)
     frames = lengths[int(torch.multinomial(torch.tensor(list(LENGTHS.values())), 1, generator=generator))]
-    count = CHUNKS_A_STEP // ((frames - 1) // (CHUNKS.chunk_frames - CHUNKS.overlap))
-    pick, have = scenes.draw(count, generator), scenes.latents.shape[1]
+    pick, have = scenes.draw(VIDEOS, generator), scenes.latents.shape[1]
     at = [f if f < have else have - PERIOD + (f - have) % PERIOD for f in range(frames)]
     embeds, objects = scenes.embeds[pick].clone(), scenes.objects[pick][:, at]
-    said = torch.rand(count, generator=generator)
-    untold = said < WORDS_ALONE
-    embeds[untold] = words_alone(embeds[untold])
-    embeds[said < NO_TEXT] = 0
-    times = torch.rand(count, generator=generator)
-    shifted = torch.rand(count, generator=generator) < 0.5
+    for share, what in ((COLORS_OPEN, {"colors": True}), (PLACES_OPEN, {"places": True})):
+        untold = torch.rand(VIDEOS, generator=generator) < share
+        embeds[untold] = leave_open(embeds[untold], **what)
+    times = torch.rand(VIDEOS, generator=generator)
+    shifted = torch.rand(VIDEOS, generator=generator) < 0.5
     times = torch.where(shifted, SHIFT * times / (1 + (SHIFT - 1) * times), times)
     return Batch(scenes.latents[pick][:, at].float(), objects, embeds, times)
 
@@ -82,8 +80,9 @@ def train(out: Path, pair: Pair, scenes: Latents, forcing: TogetherForcing, minu
     while (gone := _agreed((time.monotonic() - begun) / (60 * minutes), forcing.device)) < 1:
         generator = torch.Generator().manual_seed(SEED + processes() * training.step + rank())
         batch = draw(scenes, generator)
+        chunk = forcing.chunk(batch.clean.shape[1], generator)
         use_z = bool(torch.rand((), generator=generator) >= NO_GLOBALS)
-        errors, on_objects = forcing.errors(training.model, batch, generator, use_z=use_z)
+        errors, on_objects = forcing.errors(training.model, batch, chunk, generator, use_z=use_z)
         name = f"{batch.clean.shape[1]}_frames" if use_z else "without_globals"
         report = {f"{name}_loss": errors.mean().item(), f"{name}_objects": on_objects.mean().item()}
         rate = min(1, (training.step + 1) / 100) * min(1, max(0.02, 1.5 * (1 - gone)))
@@ -111,7 +110,7 @@ def _agreed(value: float, device: torch.device) -> float:
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
 @click.option("--scenes", "count", default=3072, show_default=True, help="Scenes that are rendered and encoded.")
 @click.option("--minutes", default=240.0, show_default=True, help="For how long.")
-@click.option("--rate", default=1.5e-3, show_default=True, help="The learning rate at its highest.")
+@click.option("--rate", default=1e-3, show_default=True, help="The learning rate at its highest.")
 def main(out: Path, device: str, count: int, minutes: float, rate: float) -> None:
     place, size = torch.device(device), 64
     if "WORLD_SIZE" in os.environ:

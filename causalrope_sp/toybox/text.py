@@ -49,10 +49,16 @@ class ToyboxText:
         return chart(1, channels, height, width)
 
 
-def words_alone(embeds: Tensor) -> Tensor:
-    """Embeddings (..., E) without the numbers that say where objects start, and at which phase: that is left to the
-    noise, as where a text says no such thing. What is far apart in a video then agrees only if it was made to."""
-    return torch.cat([embeds[..., : len(_WORDS)], torch.zeros_like(embeds[..., len(_WORDS) :])], -1)
+def leave_open(embeds: Tensor, *, places: bool = False, colors: bool = False) -> Tensor:
+    """Embeddings (..., E) that do not say where objects start and at which phase, or which colours they and the
+    background have: that is left to the noise, as where a text says no such thing. What is far apart in a video then
+    agrees only if it was made to."""
+    said = torch.ones(TEXT_DIM)
+    if places:
+        said[len(_WORDS) :] = 0
+    if colors:
+        said[[_PLACE[word] for word in (*COLORS, *BACKGROUNDS)]] = 0
+    return embeds * said.to(embeds)
 
 
 def encode_scene(spec: SceneSpec, places_6: Tensor) -> Tensor:

@@ -28,13 +28,15 @@ from causalrope_sp.vin.config import VINConfig
 
 
 class Attention(nn.Module):
-    """Queries of one sequence on keys of another, both normed by head-spanning RMSNorms as the DiT's are."""
+    """Queries of one sequence on keys of another, both normed by head-spanning RMSNorms as the DiT's are. What values
+    are made from may be something else than what keys are."""
 
     def __init__(self, config: VINConfig, eps: float) -> None:
         super().__init__()
         self.heads, self.eps = config.heads, eps
         self.q = nn.Linear(config.dim, config.dim)
-        self.kv = nn.Linear(config.dim, 2 * config.dim)
+        self.k = nn.Linear(config.dim, config.dim)
+        self.v = nn.Linear(config.dim, config.dim, bias=False)
         self.norm_q = nn.RMSNorm(config.dim, eps)
         self.norm_k = nn.RMSNorm(config.dim, eps)
         self.out = nn.Linear(config.dim, config.dim)
@@ -42,10 +44,9 @@ class Attention(nn.Module):
     def queries(self, x_BTD: Tensor) -> Tensor:
         return rms_norm(self.q(x_BTD), self.norm_q.weight, self.eps).unflatten(-1, (self.heads, -1))
 
-    def keys(self, x_BTD: Tensor) -> Keys:
-        k, v = self.kv(x_BTD).chunk(2, -1)
-        k = rms_norm(k, self.norm_k.weight, self.eps)
-        return Keys(k.unflatten(-1, (self.heads, -1)), v.unflatten(-1, (self.heads, -1)))
+    def keys(self, sought_BTD: Tensor, given_BTD: Tensor) -> Keys:
+        k = rms_norm(self.k(sought_BTD), self.norm_k.weight, self.eps)
+        return Keys(k.unflatten(-1, (self.heads, -1)), self.v(given_BTD).unflatten(-1, (self.heads, -1)))
 
 
 class Block(nn.Module):
@@ -61,7 +62,7 @@ class Block(nn.Module):
 
     def forward(self, x_BTD: Tensor, backend: str) -> Tensor:
         normed = self.norm_1(x_BTD)
-        found = attention(self.attention.queries(normed), self.attention.keys(normed), backend)
+        found = attention(self.attention.queries(normed), self.attention.keys(normed, normed), backend)
         x_BTD = x_BTD + self.attention.out(found.flatten(2))
         return x_BTD + self.down(linear_gelu(self.norm_2(x_BTD), self.up.weight, self.up.bias))
 
@@ -74,13 +75,14 @@ class VideoInterfaceNetwork(nn.Module):
         self.config, self.dit = config, dit
         dim, eps = config.dim, dit.eps
         self.z_init = nn.Parameter(torch.randn(config.global_tokens, dim) / dim**0.5)
-        self.embed_token = nn.Linear(dit.token_dim, dim)
+        self.embed_token = nn.Linear(dit.token_dim, dim, bias=False)
         self.embed_place = nn.Linear(3 * dit.freq_dim, dim)
         self.embed_text = nn.Linear(dit.text_dim, dim)
         self.embed_time = nn.Sequential(nn.Linear(dit.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.norm_tokens = nn.LayerNorm(dim, eps)
         self.norm_z = nn.LayerNorm(dim, eps)
         self.read = Attention(config, eps)
+        self.norm_read = nn.RMSNorm(dim, eps)
         self.blocks = nn.ModuleList(Block(config, eps) for _ in range(config.layers))
         self.norm_out = nn.LayerNorm(dim, eps)
         self.hand_over = nn.ModuleList(nn.Linear(dim, 2 * dit.dim) for _ in range(dit.num_layers))
@@ -96,10 +98,13 @@ class VideoInterfaceNetwork(nn.Module):
 
     def keyframes(self, tokens_BKSE: Tensor, places_KS3: Tensor, time_B1D: Tensor) -> Keys:
         """Keys and values of keyframes' noisy tokens, (B, K·s, H, d). `places_KS3` holds each token's global time
-        index, row and column."""
-        where = sinusoid(places_KS3, self.dit.freq_dim).flatten(2).to(self.dtype)
-        tokens = self.embed_token(tokens_BKSE.to(self.dtype)) + self.embed_place(where)
-        return self.read.keys(self.norm_tokens(tokens.flatten(1, 2) + time_B1D))
+        index, row and column.
+
+        Places and time make keys alone: in the mean of many values they would drown the little that noise leaves.
+        """
+        seen = self.embed_token(tokens_BKSE.to(self.dtype)).flatten(1, 2)
+        where = self.embed_place(sinusoid(places_KS3, self.dit.freq_dim).flatten(2).to(self.dtype)).flatten(0, 1)
+        return self.read.keys(self.norm_tokens(seen + where + time_B1D), seen)
 
     def queries(self, time_B1D: Tensor) -> Tensor:
         """The queries of the read, (B, G, H, d)."""
@@ -107,8 +112,9 @@ class VideoInterfaceNetwork(nn.Module):
 
     def globals(self, read_BGHd: Tensor, embeds_BLW: Tensor, time_B1D: Tensor, backend: str = "auto") -> list[Keys]:
         """From what the queries read to the keys and values that chunks attend, (B, G, H', d') in the DiT's own heads,
-        layer by layer."""
-        z = self.z_init + time_B1D + self.read.out(read_BGHd.flatten(2))
+        layer by layer. The mean of noise shrinks with its number: what was read is brought to one size first."""
+        read_BGD = rms_norm(read_BGHd.flatten(2), self.norm_read.weight, self.dit.eps)
+        z = self.z_init + time_B1D + self.read.out(read_BGD)
         x = torch.cat([z, self.embed_text(embeds_BLW.to(self.z_init))], 1)
         for block in self.blocks:
             x = block(x, backend)

@@ -1,8 +1,9 @@
-"""The forward of training: all chunks of some videos in one pass of the DiT, each attending the chart, its own frames,
-with those of its context held fixed, and the global tokens. `causalrope_sp.vin.sampler` computes the same from a cache.
+"""The forward of training: one chunk of some videos in a pass of the DiT, each attending the chart, its own frames, with
+those of its context held fixed, and the global tokens of its video. `causalrope_sp.vin.sampler` computes the same for
+all chunks, from a cache.
 
-Shapes: B videos, F latent frames of a video, N chunks, c frames of a chunk, S tokens a frame, E numbers in a token,
-C channels, X latent width = height, L text tokens, W text width, G global tokens, H heads, d head width, T = N·c·S.
+Shapes: B videos, F latent frames of a video, c frames of a chunk, S tokens a frame, C channels, X latent width = height,
+L text tokens, W text width, H heads, d head width.
 """
 
 from __future__ import annotations
@@ -43,8 +44,10 @@ class Batch:
 
 
 class TogetherForcing:
-    """Σ_i ‖v([X_i, Z], t) - v_i‖² over the frames that each chunk owns, v the velocity (ε - x0) that the DiT predicts.
+    """‖v([X_i, Z], t) - v_i‖² over the frames that a chunk i owns, v the velocity (ε - x0) that the DiT predicts.
 
+    The published loss is the sum over all chunks of a video. With i drawn evenly this has the same gradient on average,
+    and a step learns from as many videos as it has chunks, which is what the global tokens are short of.
     The chunk before's frames at its start are seen at the same noise level, take no loss, and pass no gradient on.
     """
 
@@ -57,41 +60,49 @@ class TogetherForcing:
         self._rope = RotaryTables(dit.head_dim, dit.theta, self._shard, device, torch.float32)
 
     def errors(
-        self, pair: Pair, batch: Batch, generator: torch.Generator, *, use_z: bool = True
+        self, pair: Pair, batch: Batch, chunk: int, generator: torch.Generator, *, use_z: bool = True
     ) -> tuple[Tensor, Tensor]:
-        """The squared error of the velocity, (B,), over the picture and over its objects, whatever their size."""
+        """The squared error of the velocity, (B,), over chunk `chunk`'s picture and over its objects, whatever their
+        size."""
         noise = torch.randn(batch.clean.shape, generator=generator)
         level = batch.times_B.view(-1, 1, 1, 1, 1)
         noisy = (1 - level) * batch.clean + level * noise
-        own = self._own(batch.clean.shape[1])
-        velocity = self.velocity(pair, noisy, batch.embeds, batch.times_B, use_z)
-        error = (velocity - self._spread((noise - batch.clean).to(self.device))).square().mean(2)[:, own]
-        seen = self._spread(batch.objects.to(self.device))[:, own]
+        own = LaneChunks(cut(noisy.shape[1], self.config), self.config, chunk, self._count(noisy)).owned
+        velocity = self.velocity(pair, noisy, batch.embeds, batch.times_B, chunk, use_z)[:, -len(own) :]
+        error = (velocity - (noise - batch.clean)[:, own].to(self.device)).square().mean(2)
+        seen = batch.objects[:, own].to(self.device)
         on_objects = (error * seen).flatten(1).sum(1) / seen.flatten(1).sum(1).clamp(min=1)
         return error.flatten(1).mean(1), on_objects
 
-    def velocity(self, pair: Pair, noisy: Tensor, embeds: Tensor, times_B: Tensor, use_z: bool = True) -> Tensor:
-        """Of the frames of all chunks, chunk after chunk, (B, N·c, C, X, X)."""
-        batch, frames = noisy.shape[:2]
-        chunks = cut(frames, self.config, start=1)
-        assert all(chunk.frames == self.config.chunk_frames for chunk in chunks), "lengths that chunks fill"
+    def velocity(
+        self, pair: Pair, noisy: Tensor, embeds: Tensor, times_B: Tensor, chunk: int, use_z: bool = True
+    ) -> Tensor:
+        """Of the frames of one chunk, its context first, (B, c, C, X, X)."""
         noisy, embeds, times_B = noisy.to(self.device), embeds.to(self.device), 1000 * times_B.to(self.device)
-        spread = self._spread(noisy)
-        still = chart(batch, *noisy.shape[2:]).to(noisy)
-        tokens = self.grid.patchify(torch.cat([still, spread], 1))
-        timesteps = torch.cat([times_B.new_zeros(batch, 1), times_B.unsqueeze(1).expand(-1, spread.shape[1])], 1)
-        times = [frame for chunk in chunks for frame in range(chunk.start, chunk.stop)]
+        mine = cut(noisy.shape[1], self.config)[chunk]
+        still = chart(len(noisy), *noisy.shape[2:]).to(noisy)
+        tokens = self.grid.patchify(torch.cat([still, noisy[:, mine.start : mine.stop]], 1))
+        timesteps = torch.cat([times_B.new_zeros(len(noisy), 1), times_B.unsqueeze(1).expand(-1, mine.frames)], 1)
+        times = [0, *range(mine.start + 1, mine.stop + 1)]  # the chart stands before the video
+        context = self.config.overlap * self.grid.tokens if chunk else 0
         with torch.autocast(self.device.type, torch.bfloat16, self._autocast), sdpa_kernel(SDPBackend.MATH):
             found = self._globals(pair.vin, noisy, embeds, times_B) if use_z else None
 
             def attend(layer: int, projection: Projection) -> Tensor:
-                return self._attend(*project(projection), len(chunks), None if found is None else found[layer])
+                return self._attend(*project(projection), context, None if found is None else found[layer])
 
             step = ForwardPass(
-                timesteps, spread.shape[1], self._rope.rotation([0, *times]), pair.dit.encode_text(embeds), attend
+                timesteps, mine.frames, self._rope.rotation(times), pair.dit.encode_text(embeds), attend
             )
             velocity = pair.dit(tokens.flatten(1, 2), step)
-        return self.grid.unpatchify(velocity.float().unflatten(1, (spread.shape[1], -1)))
+        return self.grid.unpatchify(velocity.float().unflatten(1, (mine.frames, -1)))
+
+    def chunk(self, frames: int, generator: torch.Generator) -> int:
+        """The number of one of the chunks of a video of so many frames."""
+        return int(torch.randint(len(cut(frames, self.config)), (), generator=generator))
+
+    def _count(self, video: Tensor) -> int:
+        return len(cut(video.shape[1], self.config))
 
     def _globals(self, vin: VideoInterfaceNetwork, noisy: Tensor, embeds: Tensor, timesteps_B: Tensor) -> list[Keys]:
         video = LaneChunks(cut(noisy.shape[1], self.config, start=1), self.config)
@@ -102,32 +113,15 @@ class TogetherForcing:
         read = attention(vin.queries(time), vin.keyframes(tokens, where, time), "torch")
         return vin.globals(read, embeds, time, "torch")
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, chunks: int, found: Keys | None) -> Tensor:
-        tokens = self.grid.tokens
-        (chart_q, own_q), (chart_k, own_k), (chart_v, own_v) = (
-            (x[:, :tokens], x[:, tokens:].unflatten(1, (chunks, -1))) for x in (q, k, v)
-        )
-        context = torch.zeros(own_k.shape[1:3], dtype=torch.bool, device=own_k.device)
-        context[1:, : self.config.overlap * tokens] = True
-        context = context[..., None, None]
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: int, found: Keys | None) -> Tensor:
+        still = self.grid.tokens
+        chart_q, own_q = q[:, :still], q[:, still:]
+        chart_k, chart_v = k[:, :still], v[:, :still]
 
-        def keys(still: Tensor, own: Tensor, global_: Tensor | None) -> Tensor:
-            own = torch.where(context, own.detach(), own)
-            shared = [x.unsqueeze(1).expand(-1, chunks, -1, -1, -1) for x in (still, global_) if x is not None]
-            return torch.cat([*(x.to(own.dtype) for x in shared), own], 2).flatten(0, 1)
+        def keys(x: Tensor, global_: Tensor | None) -> Tensor:
+            parts = [x[:, :still], x[:, still : still + context].detach(), x[:, still + context :]]
+            return torch.cat([*parts, *([] if global_ is None else [global_.to(x.dtype)])], 1)
 
-        whole_k = keys(chart_k, own_k, None if found is None else found.k)
-        whole_v = keys(chart_v, own_v, None if found is None else found.v)
-        output = attend_whole(own_q.flatten(0, 1), whole_k, whole_v).unflatten(0, (-1, chunks)).flatten(1, 2)
-        return torch.cat([attend_whole(chart_q, chart_k, chart_v), output], 1)
-
-    def _spread(self, video: Tensor) -> Tensor:
-        """The frames of all chunks, chunk after chunk: what two chunks share is there twice."""
-        chunks = cut(video.shape[1], self.config)
-        return torch.cat([video[:, chunk.start : chunk.stop] for chunk in chunks], 1)
-
-    def _own(self, frames: int) -> Tensor:
-        """Which of those frames a chunk owns."""
-        chunks = cut(frames, self.config)
-        flags = [n == 0 or f >= self.config.overlap for n, chunk in enumerate(chunks) for f in range(chunk.frames)]
-        return torch.tensor(flags, device=self.device)
+        whole_k = keys(k, None if found is None else found.k)
+        whole_v = keys(v, None if found is None else found.v)
+        return torch.cat([attend_whole(chart_q, chart_k, chart_v), attend_whole(own_q, whole_k, whole_v)], 1)
