@@ -4,11 +4,11 @@
 
 Every way makes the same prompts (seed 7, as in toybox_quality.py) at each length and is measured from decoded frames at
 the seams of toybox-vin's chunks; rendered scenes through the codec, which have no seams, say what those measures cannot
-go below. toybox's text says where objects start, which lets chunks agree without knowing of one another; so VIN and its
-ablations make the longest videos again from the words alone. Held-out videos, noised, say by how much global tokens
-lower the error of the velocity. FLOPs are counted by formula (held against torch's counter in tests/test_vin.py). Times
-are of the sampler alone, at P ranks of one thread, after the gate: the latents are those of one rank to 1e-5. Tables,
-then JSON.
+go below. toybox's text says which colours there are and where objects start, which lets chunks agree without knowing of
+one another; so VIN and its ablations make the longest videos again, of twice as many prompts, from texts that leave the
+one or the other open. Held-out videos, noised, say by how much global tokens lower the error of the velocity. FLOPs are
+counted by formula (held against torch's counter in tests/test_vin.py). Times are of the sampler alone, at P ranks of
+one thread, after the gate: the latents are those of one rank to 1e-5. Tables, then JSON.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ import torch
 from PIL import Image, ImageDraw
 from printed import finish, print_table, stop
 from toybox_quality import draw_scenes
-from vin_measures import measure
-from vin_ways import TRUTH, WAYS, Ways, flops_of, held_out, large_flops, latent_frames, settings
+from vin_measures import agreement, measure
+from vin_ways import OPEN, TRUTH, WAYS, Ways, flops_of, held_out, large_flops, latent_frames, settings
 
 from causalrope_sp import SamplerConfig, SequenceParallel, sample_chunks
 from causalrope_sp.noise import seeded_noise
@@ -38,8 +38,8 @@ from causalrope_sp.vin import sample_together
 if TYPE_CHECKING:
     import torch.distributed as dist
 
-Keep = Callable[[str, int, int, bool, np.ndarray], None]
-MEASURES = ("cut", "position", "velocity", "color", "period", "lost")
+Keep = Callable[[str, int, int, str, np.ndarray], None]
+MEASURES = ("cut", "position", "velocity", "color", "period", "lost", "background", "palette")
 TIMED_STEPS, TIMED_CHUNKS = 3, 8
 SHOWN, TILE, LABEL = 17, 64, 250
 
@@ -106,25 +106,26 @@ def times(lengths: list[int], ranks: list[int]) -> list[dict[str, Any]]:
 
 
 def quality(
-    ways: Ways, names: Sequence[str], lengths: list[int], scenes: list[SceneSpec], keep: Keep, told: bool
+    ways: Ways, names: Sequence[str], lengths: list[int], scenes: list[SceneSpec], keep: Keep, left_open: str
 ) -> list[dict[str, Any]]:
     rows = []
     for frames in lengths:
         for way in names:
             verdicts, found = [], []
             for seed, scene in enumerate(scenes):
-                video = ways.video(way, scene, frames, seed, told)
-                keep(way, frames, seed, told, video)
+                video = ways.video(way, scene, frames, seed, left_open)
+                keep(way, frames, seed, left_open, video)
                 verdicts += judge(video, scene)
-                found.append(measure(video, scene, ways.seams(frames)))
+                seams = ways.seams(frames)
+                found.append(measure(video, scene, seams) | agreement(video, seams))
             shares = {name: round(value, 3) for name, value in summarize(verdicts).items()}
             values = {name: np.array([each[name] for each in found], float) for name in MEASURES}
             means = {n: round(float(np.nanmean(v)), 3) if np.isfinite(v).any() else None for n, v in values.items()}
             flops = None if way == TRUTH else flops_of(way, ways, frames)
             rows.append(
-                {"frames": frames, "way": way, "told": told, "flops": flops, "judged": shares, "measured": means}
+                {"frames": frames, "way": way, "open": left_open, "flops": flops, "judged": shares, "measured": means}
             )
-            click.echo(f"{frames} frames, {way}, places told {told}: {shares} {means}", err=True)
+            click.echo(f"{frames} frames, {way}, left open {left_open}: {shares} {means}", err=True)
     return rows
 
 
@@ -154,42 +155,45 @@ def main(lengths: str, prompts: int, ranks: str, picture: Path | None) -> None:
         frames, counts = ([int(n) for n in text.split(",") if n] for text in (lengths, ranks))
     except ValueError:
         stop("--lengths and --ranks are whole numbers with commas between them")
-    ways, kept = _loaded(), dict[tuple[bool, int, str], np.ndarray]()
+    ways, kept = _loaded(), dict[tuple[str, int, str], np.ndarray]()
 
-    def keep(way: str, length: int, seed: int, told: bool, video: np.ndarray) -> None:
+    def keep(way: str, length: int, seed: int, left_open: str, video: np.ndarray) -> None:
         if length == max(frames) and seed < 2:
-            kept[told, seed, way] = video
+            kept[left_open, seed, way] = video
 
-    scenes = draw_scenes(prompts)
+    scenes, many = draw_scenes(prompts), draw_scenes(2 * prompts)
     print("saved by formula, Wan 2.1 1.3B at 480×832 with the paper's sizes:", large_flops(), "\n")
     timings = times(frames, counts) if counts else []
     if timings:
         print_table(("frames", "way", *(f"P={n}" for n in counts)), [tuple(row.values()) for row in timings])
     if not prompts:
         return finish("vin", seconds=timings, saved_by_formula=large_flops())
-    rows = quality(ways, (*WAYS, TRUTH), frames, scenes, keep, told=True)
-    rows += quality(ways, [way for way in WAYS if way.startswith("VIN")], [max(frames)], scenes, keep, told=False)
+    rows = quality(ways, (*WAYS, TRUTH), frames, scenes, keep, "nothing")
+    for left_open in ("colours", "places"):
+        rows += quality(ways, [w for w in WAYS if w.startswith("VIN")], [max(frames)], many, keep, left_open)
     base = {row["frames"]: row["flops"] for row in rows if row["way"] == "full attention"}
-    columns = ("frames", "way", "places", "GFLOP", "of full", "colour", "shape", "motion", *MEASURES)
+    columns = ("frames", "way", "left open", "GFLOP", "of full", "colour", "shape", "motion", *MEASURES)
     lines = []
     for row in rows:
         cost = (None, None) if row["flops"] is None else (
             f"{row['flops'] / 1e9:.0f}", f"{row['flops'] / base[row['frames']]:.0%}"
         )  # fmt: skip
         judged = [f"{row['judged'][name]:.0%}" for name in ("color", "shape", "motion")]
-        told = "told" if row["told"] else "not told"
-        lines.append((row["frames"], row["way"], told, *cost, *judged, *(row["measured"][name] for name in MEASURES)))
+        measured = [row["measured"][name] for name in MEASURES]
+        lines.append((row["frames"], row["way"], row["open"], *cost, *judged, *measured))
     print_table(columns, lines)
     errors = held_out(ways, scenes, max(frames))
     print_table(
-        ("places", "noise level", "error with global tokens", "without"),
-        [("told" if e["told"] else "not told", e["level"], e["with"], e["without"]) for e in errors],
+        ("left open", "noise level", "error with global tokens", "without"),
+        [(e["open"], e["level"], e["with"], e["without"]) for e in errors],
     )
     if picture is not None:
         named = [
-            (way if told else f"{way}, words alone", video)
-            for (told, _, way), video in sorted(kept.items(), key=lambda item: (not item[0][0], item[0][1]))
-            if way != TRUTH
+            (way if left_open == "nothing" else f"{way}, {left_open} open", video)
+            for left_open in OPEN
+            for seed in range(2)
+            for way in WAYS
+            if (video := kept.get((left_open, seed, way))) is not None
         ]
         sheet(named, ways.seams(max(frames))).save(picture)
     finish("vin", prompts=prompts, rows=rows, seconds=timings, held_out=errors, saved_by_formula=large_flops())

@@ -40,7 +40,7 @@ def videos(count: int, generator: torch.Generator) -> Tensor:
     return (SIZE * signs).expand(-1, FRAMES, -1, -1, -1)
 
 
-def train(steps: int, batch: int = 48) -> Pair:
+def train(steps: int, batch: int = 128) -> Pair:
     torch.manual_seed(0)
     pair = Pair(CausalDiT(DIT), VideoInterfaceNetwork(VIN, DIT))
     forcing = TogetherForcing(GRID, CHUNKS, pair, torch.device("cpu"), autocast=False)
@@ -50,7 +50,8 @@ def train(steps: int, batch: int = 48) -> Pair:
         clean = videos(batch, generator)
         times = 0.3 + 0.7 * torch.rand(batch, generator=generator)
         data = Batch(clean, torch.ones(clean.shape[:2] + clean.shape[3:]), torch.zeros(batch, 1, DIT.text_dim), times)
-        errors, _ = forcing.errors(pair, data, generator, use_z=step % 4 != 3)
+        chunk = forcing.chunk(FRAMES, generator)
+        errors, _ = forcing.errors(pair, data, chunk, generator, use_z=step % 4 != 3)
         optimizer.zero_grad()
         errors.mean().backward()
         nn.utils.clip_grad_norm_(pair.parameters(), 1.0)

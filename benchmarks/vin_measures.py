@@ -1,4 +1,5 @@
-"""What holds a video together, measured from its decoded frames: at given frames (seams), and a period later.
+"""What holds a video together, measured from its decoded frames: at given frames (seams), a period later, and between
+its first and its last chunk.
 
 Shapes: T frames, H and W picture, O objects of the prompt.
 """
@@ -10,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from causalrope_sp.toybox.judge import follow
 from causalrope_sp.toybox.prompts import SceneSpec
+from causalrope_sp.toybox.seen import follow, palette
 
 Array = NDArray[Any]
 
@@ -51,6 +52,17 @@ def measure(frames_THW3: Array, spec: SceneSpec, seams: list[int]) -> dict[str, 
         "period": _mean(100 * np.hypot(later[..., 0], later[..., 1])),
         "lost": float(np.isnan(centers_OT2[..., 0]).mean()),
     }
+
+
+def agreement(frames_THW3: Array, seams: list[int]) -> dict[str, float]:
+    """What first and last chunk have in common, whatever the prompt says.
+
+    background  1 if both are of one word, dark or light
+    palette     the share of their objects' colours that is the same; a colour counts as the pixels that it covers
+    """
+    first, last = (palette(frames_THW3[part]) for part in (slice(0, seams[0]), slice(seams[-1], None)))
+    shares = [covered / covered.sum() if covered.sum() else covered for _, covered in (first, last)]
+    return {"background": float(first[0] == last[0]), "palette": float(np.minimum(*shares).sum())}
 
 
 def _sides(seam: int) -> tuple[slice, slice]:

@@ -17,7 +17,7 @@ from causalrope_sp.parallel.cost import cross_flops
 from causalrope_sp.parallel.workload import Workload
 from causalrope_sp.toybox.prompts import SceneSpec
 from causalrope_sp.toybox.scenes import PLACE_VARIABLES, render
-from causalrope_sp.toybox.text import words_alone
+from causalrope_sp.toybox.text import leave_open
 from causalrope_sp.vin import PAPER_CHUNKS, PAPER_VIN, TogetherConfig, sample_together
 from causalrope_sp.vin.chunks import LaneChunks, cut
 from causalrope_sp.vin.cost import full_flops, together_flops
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 WAYS = ("VIN", "full attention", "autoregressive", "VIN without global tokens", "VIN without fusion")
 TRUTH = "rendered, through the codec"
-LEVELS = (0.97, 0.9, 0.8, 0.6, 0.3)
+OPEN: dict[str, dict[str, bool]] = {"nothing": {}, "colours": {"colors": True}, "places": {"places": True}}
+LEVELS = (0.99, 0.98, 0.95, 0.9, 0.8, 0.5)
 
 
 class Ways:
@@ -41,8 +42,8 @@ class Ways:
         assert self.vin.together is not None, "asked for"
         self.together: Together = self.vin.together
 
-    def video(self, way: str, scene: SceneSpec, frames: int, seed: int, told: bool = True) -> np.ndarray:
-        """uint8 (T, H, W, 3); `told` is whether the text says where objects start."""
+    def video(self, way: str, scene: SceneSpec, frames: int, seed: int, left_open: str = "nothing") -> np.ndarray:
+        """uint8 (T, H, W, 3), from a text that leaves something open, see `OPEN`."""
         if way == TRUTH:
             return self._rendered(scene, frames, seed)
         if way == "autoregressive":
@@ -53,12 +54,12 @@ class Ways:
         channels = pipe.model.config.in_channels
         opening = pipe.text.opening(channels, pipe.grid.latent_height, pipe.grid.latent_width)
         vin, chunks = settings(way, self.together, count)
-        embeds = pipe.text.encode(scene.prompt(), seed)
+        embeds = leave_open(pipe.text.encode(scene.prompt(), seed), **OPEN[left_open])
         noise = seeded_noise(seed, (1, channels, pipe.grid.latent_height, pipe.grid.latent_width))
         for moment in sample_together(
             pipe.model,
             vin,
-            embeds if told else words_alone(embeds),
+            embeds,
             noise,
             pipe.grid,
             count,
@@ -139,7 +140,7 @@ def held_out(ways: Ways, scenes: list[SceneSpec], frames: int) -> list[dict[str,
         LaneChunks(cut(count, ways.together.chunks, 1), ways.together.chunks),
     )
     work = Workload(pipe.model.config, pipe.grid, ways.together.chunks.chunk_frames + 1, 1, 1)
-    for told in (True, False):
+    for left_open, what in OPEN.items():
         for level in LEVELS:
             errors: dict[bool, list[float]] = {True: [], False: []}
             for seed, scene in enumerate(scenes):
@@ -147,14 +148,14 @@ def held_out(ways: Ways, scenes: list[SceneSpec], frames: int) -> list[dict[str,
                 noise = torch.randn(clean.shape, generator=keyed_generator(seed, 1))
                 x = pipe.grid.patchify((1 - level) * clean + level * noise)
                 for use in (True, False):
-                    vin, said = ways.together.vin if use else None, embeds if told else words_alone(embeds)
+                    vin, said = ways.together.vin if use else None, leave_open(embeds, **what)
                     strategy = parallel.strategy(work)
                     state = TogetherForward(pipe.model, vin, said, pipe.grid, lane, 1, strategy, parallel)
                     state.commit(pipe.grid.patchify(pipe.text.opening(*clean.shape[2:])))
                     found = join(state.velocities(x, 1000 * level), ways.together.chunks.overlap, fused=False)
                     errors[use].append(float((found - pipe.grid.patchify(noise - clean)).square().mean()))
             means = {use: round(float(np.mean(each)), 4) for use, each in errors.items()}
-            rows.append({"told": told, "level": level, "with": means[True], "without": means[False]})
+            rows.append({"open": left_open, "level": level, "with": means[True], "without": means[False]})
     return rows
 
 

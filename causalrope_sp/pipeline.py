@@ -339,7 +339,7 @@ class CausalVideoPipeline:
             "initial_latents": torch.cat(first, 1) if first else None,
         }
         if self.together is not None:
-            chunks = self.together.sample(*args, codec=self.codec, watch=watch, **options)
+            chunks = self.together.sample(*args, codec=self.codec, watch=watch, shown=frames, **options)
         else:
             redrawn = None if source is None else Source(lambda chunk: source.take(chunk.frames), given.first_step)
             options |= {"stream": stream, "source": redrawn, "negative_embeds": negative, "reuse": reuse}

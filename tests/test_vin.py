@@ -249,7 +249,7 @@ def test_global_tokens_are_learned() -> None:
     sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "examples")]
     from vin_agreement import agreement, train
 
-    pair = train(120, batch=32)
+    pair = train(120, batch=64)
     found, alone = agreement(pair, True), agreement(pair, False)
     assert found["far"] > 0.7
     assert abs(alone["far"] - 0.5) < 0.1

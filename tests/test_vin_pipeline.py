@@ -21,7 +21,7 @@ from causalrope_sp.parallel.launch import RankPool
 from causalrope_sp.toybox import WEIGHTS
 from causalrope_sp.toybox.prompts import parse_prompt
 from causalrope_sp.toybox.scenes import PLACE_VARIABLES, render
-from causalrope_sp.toybox.text import ToyboxText, words_alone
+from causalrope_sp.toybox.text import ToyboxText, leave_open
 from causalrope_sp.vin.video import Glimpse, Watch
 
 PROMPT = "a large red circle slides right"
@@ -44,7 +44,7 @@ def test_chunks_are_handed_out_after_the_last_step(pipe: CausalVideoPipeline) ->
     assert [chunk.start_frame for chunk in chunks] == [0, 33]
     assert [len(chunk.frames) for chunk in chunks] == [33, 7]
     assert [(g.step, g.steps) for g in seen] == [(1, 3), (2, 3), (3, 3)]
-    assert [None if g.frames is None else g.frames.shape for g in seen] == [None, (41, 64, 64, 3), None]
+    assert [None if g.frames is None else g.frames.shape for g in seen] == [None, (40, 64, 64, 3), None]
     again = pipe(PROMPT, frames=40)
     assert np.array_equal(np.concatenate([chunk.frames for chunk in chunks]), again)
     assert not np.array_equal(pipe(PROMPT, frames=40, seed=1), again)
@@ -60,11 +60,16 @@ def test_ranks_share_the_chunks(pool: RankPool, pipe: CausalVideoPipeline) -> No
     assert abs(made.astype(int) - pipe(PROMPT, frames=40)).max() <= 1  # latents agree to 1e-5, pixels are rounded
 
 
-def test_words_alone_say_nothing_of_places() -> None:
+def test_what_a_text_leaves_open_is_not_in_it() -> None:
     first, second = (ToyboxText().encode(PROMPT, seed) for seed in (0, 1))
+    other = ToyboxText().encode("a large blue circle slides right on a light background", 0)
     assert not torch.equal(first, second)
-    assert torch.equal(words_alone(first), words_alone(second))
-    assert torch.equal(words_alone(first)[first == 1], first[first == 1])
+    assert torch.equal(leave_open(first, places=True), leave_open(second, places=True))
+    assert not torch.equal(first, other)
+    assert torch.equal(leave_open(first, colors=True), leave_open(other, colors=True))
+    assert torch.equal(leave_open(first), first)
+    left = leave_open(first, colors=True, places=True)
+    assert (left == 1).sum() == (first == 1).sum() - 2  # a colour and a background
 
 
 def test_the_shipped_weights_are_small_and_in_bfloat16() -> None:
@@ -115,7 +120,7 @@ def test_a_video_to_start_from_is_refused(pipe: CausalVideoPipeline) -> None:
 def test_what_holds_a_video_together_is_measured() -> None:
     """On rendered scenes nothing is cut or lost; a scene that jumps, recolours and vanishes at the seam shows it."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
-    from vin_measures import measure
+    from vin_measures import agreement, measure
 
     spec = parse_prompt(PROMPT)
     places = torch.rand(1, PLACE_VARIABLES, generator=torch.Generator().manual_seed(0))
@@ -137,3 +142,6 @@ def test_what_holds_a_video_together_is_measured() -> None:
     gone = measure(np.concatenate([video(0), np.full_like(video(0), 20)]), spec, [64])
     assert gone["lost"] == pytest.approx(0.5)
     assert math.isnan(gone["color"])
+    assert agreement(np.concatenate([video(0), video(64)]), [64]) == {"background": 1, "palette": 1}
+    recolored = np.concatenate([video(0), video(64, "a small blue square bounces on a light background")])
+    assert agreement(recolored, [64]) == {"background": 0, "palette": 0}

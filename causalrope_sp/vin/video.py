@@ -62,13 +62,14 @@ class Together:
         return cls(*load_vin(weights, dit, dtype=dtype, device=device))
 
     def sample(
-        self, model: CausalDiT, *args: Any, codec: Codec, watch: Watch | None, **options: Any
+        self, model: CausalDiT, *args: Any, codec: Codec, watch: Watch | None, shown: int, **options: Any
     ) -> Generator[LatentChunk]:
-        """`sample_together`, with its arguments, and after its last step the chunks' own frames, chunk by chunk."""
+        """`sample_together`, with its arguments, and after its last step the chunks' own frames, chunk by chunk.
+        Previews show so many pixel frames."""
         every = None if watch is None else watch.preview_every
         for moment in sample_together(model, self.vin, *args, chunks=self.chunks, preview_every=every, **options):
             if watch is not None:
-                watch.call(_glimpse(moment, codec, options["parallel"].rank))
+                watch.call(_glimpse(moment, codec, shown, options["parallel"].rank))
             if moment.last:
                 assert moment.latents is not None, "the last step has the video"
                 given, latents = options["initial_latents"], moment.latents
@@ -79,12 +80,12 @@ class Together:
                     yield LatentChunk(Chunk(n, own.start, len(own)), latents[:, own.start - first : own.stop - first])
 
 
-def _glimpse(moment: Moment, codec: Codec, rank: int) -> Glimpse:
+def _glimpse(moment: Moment, codec: Codec, shown: int, rank: int) -> Glimpse:
     """Previews alone are decoded: the video itself is decoded as it is handed out."""
     if moment.latents is None or moment.last or rank:
         return Glimpse(moment.step, moment.steps, None)
     pixels = to_uint8(codec.decoder().decode(moment.latents.to(codec.dtype)))[0]
-    return Glimpse(moment.step, moment.steps, pixels.movedim(1, -1).cpu().numpy())
+    return Glimpse(moment.step, moment.steps, pixels[:shown].movedim(1, -1).cpu().numpy())
 
 
 def check_asked(asked: str | None, weights: Path | None, changes: Collection[str]) -> None:

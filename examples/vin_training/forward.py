@@ -1,9 +1,9 @@
-"""The forward of training: one chunk of some videos in a pass of the DiT, each attending the chart, its own frames, with
-those of its context held fixed, and the global tokens of its video. `causalrope_sp.vin.sampler` computes the same for
-all chunks, from a cache.
+"""The forward of training: one chunk of some videos in a pass of the DiT, each attending the chart, its own frames,
+with those of its context held fixed, and the global tokens of its video. `causalrope_sp.vin.sampler` computes the same
+for all chunks, from a cache.
 
-Shapes: B videos, F latent frames of a video, c frames of a chunk, S tokens a frame, C channels, X latent width = height,
-L text tokens, W text width, H heads, d head width.
+Shapes: B videos, F latent frames of a video, c frames of a chunk, S tokens a frame, C channels, X latent width and
+height, L text tokens, W text width, H heads, d head width.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ class TogetherForcing:
         noise = torch.randn(batch.clean.shape, generator=generator)
         level = batch.times_B.view(-1, 1, 1, 1, 1)
         noisy = (1 - level) * batch.clean + level * noise
-        own = LaneChunks(cut(noisy.shape[1], self.config), self.config, chunk, self._count(noisy)).owned
+        cuts = cut(noisy.shape[1], self.config)
+        own = LaneChunks(cuts, self.config, chunk, len(cuts)).owned
         velocity = self.velocity(pair, noisy, batch.embeds, batch.times_B, chunk, use_z)[:, -len(own) :]
         error = (velocity - (noise - batch.clean)[:, own].to(self.device)).square().mean(2)
         seen = batch.objects[:, own].to(self.device)
@@ -91,18 +92,13 @@ class TogetherForcing:
             def attend(layer: int, projection: Projection) -> Tensor:
                 return self._attend(*project(projection), context, None if found is None else found[layer])
 
-            step = ForwardPass(
-                timesteps, mine.frames, self._rope.rotation(times), pair.dit.encode_text(embeds), attend
-            )
+            step = ForwardPass(timesteps, mine.frames, self._rope.rotation(times), pair.dit.encode_text(embeds), attend)
             velocity = pair.dit(tokens.flatten(1, 2), step)
         return self.grid.unpatchify(velocity.float().unflatten(1, (mine.frames, -1)))
 
     def chunk(self, frames: int, generator: torch.Generator) -> int:
         """The number of one of the chunks of a video of so many frames."""
         return int(torch.randint(len(cut(frames, self.config)), (), generator=generator))
-
-    def _count(self, video: Tensor) -> int:
-        return len(cut(video.shape[1], self.config))
 
     def _globals(self, vin: VideoInterfaceNetwork, noisy: Tensor, embeds: Tensor, timesteps_B: Tensor) -> list[Keys]:
         video = LaneChunks(cut(noisy.shape[1], self.config, start=1), self.config)
