@@ -21,9 +21,9 @@ from causalrope_sp.cli import cli
 from causalrope_sp.noise import seeded_noise
 from causalrope_sp.parallel import SequenceParallel
 from causalrope_sp.parallel.launch import RankPool
+from causalrope_sp.profiling.outputs import Profile, errors, propose, recording
 from causalrope_sp.reuse import Broadcast, ReusePolicy, find_policy
 from causalrope_sp.reuse.policy import CAUSAL_KINDS
-from causalrope_sp.reuse.profile import Profile, errors, propose, recording
 
 STEPS = len(SAMPLER.steps)
 

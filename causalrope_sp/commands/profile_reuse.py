@@ -40,8 +40,9 @@ def profile_reuse(
     """
     from causalrope_sp.parallel import SequenceParallel
     from causalrope_sp.pipeline import CausalVideoPipeline
-    from causalrope_sp.reuse import report, write_policy
-    from causalrope_sp.reuse.profile import check_bound, propose, recording
+    from causalrope_sp.profiling import report
+    from causalrope_sp.profiling.outputs import check_bound, propose, recording
+    from causalrope_sp.reuse import write_policy
 
     check_bound(bound)
     report.check_files(out, plot)

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from causalrope_sp.errors import ConfigError, OutputError
+from causalrope_sp.profiling.outputs import Profile, errors
 from causalrope_sp.reuse.policy import CAUSAL_KINDS, Broadcast, Kind, ReusePlan, ReusePolicy
-from causalrope_sp.reuse.profile import Profile, errors
 
 NAMES: dict[Kind, str] = {"self": "self-attention", "cross": "cross-attention", "mlp": "feed-forward"}
 BAR = 24  # characters of the longest bar
