@@ -45,7 +45,7 @@ def overruled(
     were, evenly spaced.
 
     Raises:
-        ConfigError: what `SamplerConfig` and `timesteps` refuse.
+        ConfigError: what `SamplerConfig` and `timesteps` refuse; an interval to guide in where nothing is guided.
     """
     way = solver or config.solver
     if steps is None and way != config.solver:
@@ -58,7 +58,10 @@ def overruled(
         "guidance_interval": guidance_interval,
     }
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    return replace(config, **changes)
+    changed = replace(config, **changes)
+    if guidance_interval is not None and changed.guidance_scale == 1:
+        raise ConfigError("a guidance interval says nothing without a guidance scale other than 1")
+    return changed
 
 
 def sigmas(config: SamplerConfig) -> list[float]:

@@ -446,6 +446,7 @@ def shell(*words: str) -> tuple[int, str]:
     [
         (["--guidance", "-1"], "the guidance scale must be from 0 to 1000"),
         (["--guidance", "3", "--guidance-interval", "0", "1"], "no step is within the guidance interval 0 to 1"),
+        (["--guidance-interval", "0", "500"], "a guidance interval says nothing without a guidance scale other than 1"),
         (["--negative-prompt", TOYBOX], "a negative prompt needs guidance"),
         (["--negative-prompt", "nothing"], "unknown word 'nothing' in the prompt"),
         (["--guidance", "3", "--guidance-parallel"], "1 ranks that denoise cannot be cut into 2 lanes"),
