@@ -19,7 +19,8 @@ Array = NDArray[Any]
 PERIOD = 64  # pixel frames after which every scene repeats itself
 AROUND = 4  # frames on either side of a seam that speeds and colours are taken from
 CUT = 3.0  # a scene cut: the picture changes by this many times its usual change,
-LEAST = 2.0  # and by this many more of 255 levels
+LEAST = 2.0  # and by this many more of 255 levels,
+SMEAR = 4  # within as many frames, over which the codec spreads what one latent frame changes
 
 
 def measure(frames_THW3: Array, spec: SceneSpec, seams: list[int]) -> dict[str, float]:
@@ -38,7 +39,7 @@ def measure(frames_THW3: Array, spec: SceneSpec, seams: list[int]) -> dict[str, 
     centers_OT2, cover_OTHW = follow(frames_THW3, spec)
     found: dict[str, list[float]] = {name: [] for name in ("cut", "position", "velocity", "color")}
     for seam in seams:
-        found["cut"].append(change[seam - 1] > CUT * usual + LEAST)
+        found["cut"].append(change[seam - 1 : seam - 1 + SMEAR].max() > CUT * usual + LEAST)
         for center_T2, cover_THW in zip(centers_OT2, cover_OTHW, strict=True):
             before, after = center_T2[seam - AROUND : seam], center_T2[seam : seam + AROUND]
             speed, speed_after = (_way(np.diff(x, axis=0)).mean(0) for x in (before, after))

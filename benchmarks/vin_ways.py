@@ -69,11 +69,16 @@ class Ways:
         ):
             latents = moment.latents
         assert latents is not None, "the last step has the video"
-        return to_uint8(pipe.codec.decoder().decode(latents))[0][:frames]
+        return self._decoded(latents, frames)
 
     @torch.inference_mode()
     def _rendered(self, scene: SceneSpec, frames: int, seed: int) -> np.ndarray:
-        return to_uint8(self.vin.codec.decoder().decode(self.latents(scene, frames, seed)))[0][:frames]
+        return self._decoded(self.latents(scene, frames, seed), frames)
+
+    @torch.inference_mode()
+    def _decoded(self, latents: torch.Tensor, frames: int) -> np.ndarray:
+        pixels = to_uint8(self.vin.codec.decoder().decode(latents))[0, :frames]
+        return pixels.movedim(1, -1).numpy()
 
     @torch.inference_mode()
     def latents(self, scene: SceneSpec, frames: int, seed: int) -> torch.Tensor:
