@@ -37,7 +37,7 @@ def vin_flops(config: DiTConfig, vin: VINConfig, grid: LatentGrid, keyframes: in
     dim, found, text, frequencies = vin.dim, vin.global_tokens, config.text_len, config.freq_dim
     seen = keyframes * grid.tokens
     time = frequencies * dim + dim * dim
-    read = seen * (config.token_dim + 3 * frequencies + 2 * dim) * dim  # embedded, placed, to keys and values
+    read = seen * (2 * config.token_dim + 3 * frequencies + dim) * dim  # embedded and placed, to keys; to values
     read += 2 * found * dim * dim + 2 * found * seen * dim  # queries and output; scores and sums
     block = (found + text) * 12 * dim * dim + 2 * (found + text) ** 2 * dim
     handed = config.num_layers * found * dim * 2 * config.dim

@@ -1,7 +1,8 @@
 """The Video Interface Network: keyframes of the whole noisy video into a few global tokens, and those into keys and
 values that every chunk attends beside its own, layer by layer of the DiT.
 
-    read       one cross-attention of the learned tokens over the keyframes' tokens: linear in the video's length
+    read       one cross-attention of the learned tokens over the keyframes' tokens: linear in the video's length;
+               values are of the tokens alone, keys of their place and the noise level too; what was read is normed
     process    self-attention blocks over global tokens and text
     hand over  a key and a value a global token for each of the DiT's layers, unrotated: a chunk finds what concerns its
                own time and place by its queries, which are rotated
@@ -28,15 +29,15 @@ from causalrope_sp.vin.config import VINConfig
 
 
 class Attention(nn.Module):
-    """Queries of one sequence on keys of another, both normed by head-spanning RMSNorms as the DiT's are. What values
-    are made from may be something else than what keys are."""
+    """Queries of one sequence on keys of another, both normed by head-spanning RMSNorms as the DiT's are. Values may
+    come from something else than keys, of another width."""
 
-    def __init__(self, config: VINConfig, eps: float) -> None:
+    def __init__(self, config: VINConfig, eps: float, value_dim: int | None = None) -> None:
         super().__init__()
         self.heads, self.eps = config.heads, eps
         self.q = nn.Linear(config.dim, config.dim)
         self.k = nn.Linear(config.dim, config.dim)
-        self.v = nn.Linear(config.dim, config.dim, bias=False)
+        self.v = nn.Linear(value_dim or config.dim, config.dim, bias=False)
         self.norm_q = nn.RMSNorm(config.dim, eps)
         self.norm_k = nn.RMSNorm(config.dim, eps)
         self.out = nn.Linear(config.dim, config.dim)
@@ -44,9 +45,9 @@ class Attention(nn.Module):
     def queries(self, x_BTD: Tensor) -> Tensor:
         return rms_norm(self.q(x_BTD), self.norm_q.weight, self.eps).unflatten(-1, (self.heads, -1))
 
-    def keys(self, sought_BTD: Tensor, given_BTD: Tensor) -> Keys:
-        k = rms_norm(self.k(sought_BTD), self.norm_k.weight, self.eps)
-        return Keys(k.unflatten(-1, (self.heads, -1)), self.v(given_BTD).unflatten(-1, (self.heads, -1)))
+    def keys(self, keys_from_BTD: Tensor, values_from_BTV: Tensor) -> Keys:
+        k = rms_norm(self.k(keys_from_BTD), self.norm_k.weight, self.eps)
+        return Keys(k.unflatten(-1, (self.heads, -1)), self.v(values_from_BTV).unflatten(-1, (self.heads, -1)))
 
 
 class Block(nn.Module):
@@ -81,7 +82,7 @@ class VideoInterfaceNetwork(nn.Module):
         self.embed_time = nn.Sequential(nn.Linear(dit.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.norm_tokens = nn.LayerNorm(dim, eps)
         self.norm_z = nn.LayerNorm(dim, eps)
-        self.read = Attention(config, eps)
+        self.read = Attention(config, eps, dit.token_dim)
         self.norm_read = nn.RMSNorm(dim, eps)
         self.blocks = nn.ModuleList(Block(config, eps) for _ in range(config.layers))
         self.norm_out = nn.LayerNorm(dim, eps)
@@ -100,11 +101,11 @@ class VideoInterfaceNetwork(nn.Module):
         """Keys and values of keyframes' noisy tokens, (B, K·s, H, d). `places_KS3` holds each token's global time
         index, row and column.
 
-        Places and time make keys alone: in the mean of many values they would drown the little that noise leaves.
+        Only keys contain place and time: averaged over many tokens they would outweigh the faint signal in the values.
         """
-        seen = self.embed_token(tokens_BKSE.to(self.dtype)).flatten(1, 2)
+        tokens = tokens_BKSE.flatten(1, 2).to(self.dtype)
         where = self.embed_place(sinusoid(places_KS3, self.dit.freq_dim).flatten(2).to(self.dtype)).flatten(0, 1)
-        return self.read.keys(self.norm_tokens(seen + where + time_B1D), seen)
+        return self.read.keys(self.norm_tokens(self.embed_token(tokens) + where + time_B1D), tokens)
 
     def queries(self, time_B1D: Tensor) -> Tensor:
         """The queries of the read, (B, G, H, d)."""
@@ -112,7 +113,7 @@ class VideoInterfaceNetwork(nn.Module):
 
     def globals(self, read_BGHd: Tensor, embeds_BLW: Tensor, time_B1D: Tensor, backend: str = "auto") -> list[Keys]:
         """From what the queries read to the keys and values that chunks attend, (B, G, H', d') in the DiT's own heads,
-        layer by layer. The mean of noise shrinks with its number: what was read is brought to one size first."""
+        layer by layer. What was read is normed: a mean of noise is the smaller, the more tokens there are."""
         read_BGD = rms_norm(read_BGHd.flatten(2), self.norm_read.weight, self.dit.eps)
         z = self.z_init + time_B1D + self.read.out(read_BGD)
         x = torch.cat([z, self.embed_text(embeds_BLW.to(self.z_init))], 1)

@@ -1,6 +1,6 @@
-"""The forward of training: one chunk of some videos in a pass of the DiT, each attending the chart, its own frames,
-with those of its context held fixed, and the global tokens of its video. `causalrope_sp.vin.sampler` computes the same
-for all chunks, from a cache.
+"""The forward of training: one chunk of some videos in a pass of the DiT, each attending the chart, its own frames (no
+gradient passes through its context's keys and values), and the global tokens of its video.
+`causalrope_sp.vin.sampler` computes the same for all chunks, from a cache.
 
 Shapes: B videos, F latent frames of a video, c frames of a chunk, S tokens a frame, C channels, X latent width and
 height, L text tokens, W text width, H heads, d head width.
@@ -44,11 +44,12 @@ class Batch:
 
 
 class TogetherForcing:
-    """‖v([X_i, Z], t) - v_i‖² over the frames that a chunk i owns, v the velocity (ε - x0) that the DiT predicts.
+    """‖v([X_i, Z], t) - v_i‖² over the frames of a chunk i, v the velocity (ε - x0) that the DiT predicts.
 
-    The published loss is the sum over all chunks of a video. With i drawn evenly this has the same gradient on average,
-    and a step learns from as many videos as it has chunks, which is what the global tokens are short of.
-    The chunk before's frames at its start are seen at the same noise level, take no loss, and pass no gradient on.
+    The published loss is the sum over all chunks of a video. Here it is that of one of them, drawn anew every step, so
+    that a step learns from as many videos as it has chunks: global tokens are learned once a video. (A long video so
+    weighs no more than a short one.) The frames that the chunk before owns pass no gradient on through their keys and
+    values.
     """
 
     def __init__(
@@ -62,16 +63,16 @@ class TogetherForcing:
     def errors(
         self, pair: Pair, batch: Batch, chunk: int, generator: torch.Generator, *, use_z: bool = True
     ) -> tuple[Tensor, Tensor]:
-        """The squared error of the velocity, (B,), over chunk `chunk`'s picture and over its objects, whatever their
-        size."""
+        """The squared error of the velocity, (B,), over the pictures of chunk number `chunk`, and over their objects,
+        whatever their size; 0 where there are none."""
         noise = torch.randn(batch.clean.shape, generator=generator)
         level = batch.times_B.view(-1, 1, 1, 1, 1)
         noisy = (1 - level) * batch.clean + level * noise
-        cuts = cut(noisy.shape[1], self.config)
-        own = LaneChunks(cuts, self.config, chunk, len(cuts)).owned
-        velocity = self.velocity(pair, noisy, batch.embeds, batch.times_B, chunk, use_z)[:, -len(own) :]
-        error = (velocity - (noise - batch.clean)[:, own].to(self.device)).square().mean(2)
-        seen = batch.objects[:, own].to(self.device)
+        mine = cut(noisy.shape[1], self.config)[chunk]
+        frames = slice(mine.start, mine.stop)
+        velocity = self.velocity(pair, noisy, batch.embeds, batch.times_B, chunk, use_z)
+        error = (velocity - (noise - batch.clean)[:, frames].to(self.device)).square().mean(2)
+        seen = batch.objects[:, frames].to(self.device)
         on_objects = (error * seen).flatten(1).sum(1) / seen.flatten(1).sum(1).clamp(min=1)
         return error.flatten(1).mean(1), on_objects
 
