@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -39,8 +40,9 @@ if TYPE_CHECKING:
     import torch.distributed as dist
 
 Keep = Callable[[str, int, int, str, np.ndarray], None]
+OF_ANY_COLOR = ("cut", "background", "palette")  # what can be measured where the text names no colours
 MEASURES = ("cut", "position", "velocity", "color", "period", "lost", "background", "palette")
-TIMED_STEPS, TIMED_CHUNKS = 3, 8
+TIMED_STEPS, TIMED_CHUNKS = 6, 8
 SHOWN, TILE, LABEL = 17, 64, 250
 
 
@@ -51,7 +53,7 @@ def _loaded() -> Ways:
 
 
 def timed(group: dist.ProcessGroup | None, device: str, way: str, frames: int) -> tuple[float, torch.Tensor]:
-    """Seconds of a whole video by this way on these ranks, from the best of some steps or chunks, and some latents."""
+    """Seconds of a whole video by this way on these ranks, by the median of a few steps or chunks, and some latents."""
     torch.set_num_threads(1)
     ways = _loaded()
     pipe, ranks = ways.vin, 1 if group is None else group.size()
@@ -71,7 +73,7 @@ def timed(group: dist.ProcessGroup | None, device: str, way: str, frames: int) -
             latents = part.latents.clone()
             took.append(time.perf_counter() - clock)
             clock = time.perf_counter()
-        return sorted(took)[len(took) // 2] * -(-count // 3), latents
+        return median(took) * -(-count // 3), latents
     vin, chunks = settings(way, ways.together, count)
     lanes = 1 if way == "full attention" else ranks
     few = SamplerConfig(steps[:TIMED_STEPS], pipe.recipe.sampler.shift, "euler")
@@ -85,7 +87,7 @@ def timed(group: dist.ProcessGroup | None, device: str, way: str, frames: int) -
         took.append(time.perf_counter() - clock)
         clock, latents = time.perf_counter(), moment.latents
     assert latents is not None, "the last step has the video"
-    return min(took[1:]) * len(steps), latents.clone()
+    return median(took[1:]) * len(steps), latents.clone()
 
 
 def times(lengths: list[int], ranks: list[int]) -> list[dict[str, Any]]:
@@ -155,6 +157,8 @@ def main(lengths: str, prompts: int, ranks: str, picture: Path | None) -> None:
         frames, counts = ([int(n) for n in text.split(",") if n] for text in (lengths, ranks))
     except ValueError:
         stop("--lengths and --ranks are whole numbers with commas between them")
+    if min(frames) < 64 or (counts and counts[0] != 1):
+        stop("--lengths have at least 64 frames, two chunks, and --ranks begin with 1, which the others are held to")
     ways, kept = _loaded(), dict[tuple[str, int, str], np.ndarray]()
 
     def keep(way: str, length: int, seed: int, left_open: str, video: np.ndarray) -> None:
@@ -178,8 +182,9 @@ def main(lengths: str, prompts: int, ranks: str, picture: Path | None) -> None:
         cost = (None, None) if row["flops"] is None else (
             f"{row['flops'] / 1e9:.0f}", f"{row['flops'] / base[row['frames']]:.0%}"
         )  # fmt: skip
-        judged = [f"{row['judged'][name]:.0%}" for name in ("color", "shape", "motion")]
-        measured = [row["measured"][name] for name in MEASURES]
+        named = row["open"] != "colours"
+        judged = [f"{row['judged'][name]:.0%}" if named else None for name in ("color", "shape", "motion")]
+        measured = [row["measured"][name] if named or name in OF_ANY_COLOR else None for name in MEASURES]
         lines.append((row["frames"], row["way"], row["open"], *cost, *judged, *measured))
     print_table(columns, lines)
     errors = held_out(ways, scenes, max(frames))

@@ -145,12 +145,15 @@ def held_out(ways: Ways, scenes: list[SceneSpec], frames: int) -> list[dict[str,
         LaneChunks(cut(count, ways.together.chunks, 1), ways.together.chunks),
     )
     work = Workload(pipe.model.config, pipe.grid, ways.together.chunks.chunk_frames + 1, 1, 1)
+    cases = []
+    for seed, scene in enumerate(scenes):
+        clean = ways.latents(scene, frames, seed)
+        noise = torch.randn(clean.shape, generator=keyed_generator(seed, 1))
+        cases.append((clean, noise, pipe.text.encode(scene.prompt(), seed)))
     for left_open, what in OPEN.items():
         for level in LEVELS:
             errors: dict[bool, list[float]] = {True: [], False: []}
-            for seed, scene in enumerate(scenes):
-                clean, embeds = ways.latents(scene, frames, seed), pipe.text.encode(scene.prompt(), seed)
-                noise = torch.randn(clean.shape, generator=keyed_generator(seed, 1))
+            for clean, noise, embeds in cases:
                 x = pipe.grid.patchify((1 - level) * clean + level * noise)
                 for use in (True, False):
                     vin, said = ways.together.vin if use else None, leave_open(embeds, **what)

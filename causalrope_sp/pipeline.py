@@ -115,7 +115,8 @@ class CausalVideoPipeline:
         """Loads a model.
 
         Args:
-            model: an embedded model ("toybox", "toybox-flow"), a recipe file, or a folder with a pipeline.json.
+            model: an embedded model ("toybox", "toybox-flow", "toybox-vin"), a recipe file, or a folder with a
+                pipeline.json.
             parallel: the ranks; one process if None.
             device: where to run on one process; if None, the GPU if there is one.
             dtype: of the DiT; if None, bfloat16 on CUDA and float32 on the CPU.
@@ -160,6 +161,7 @@ class CausalVideoPipeline:
             changes["decode ranks"] = parallel.mesh.decoders
         if sampler.guidance_scale != 1:
             changes["guidance"] = sampler.guidance_scale
+        parallel.everyone.agree({"parallel chunks": (parallel_chunks, recipe.vin is not None)})  # before they part
         check_asked(parallel_chunks, recipe.vin, changes)
         check_guidance(sampler, 1 if recipe.vin is not None else parallel.mesh.lanes)
         place = parallel.device
@@ -189,8 +191,9 @@ class CausalVideoPipeline:
         return pipe
 
     def warm_up(self) -> None:
-        """Runs a stream of one pass a chunk until its window has been full for a chunk, and throws it away: kernels are
-        compiled, the fastest attention is measured and the ranks are connected before anybody waits.
+        """Runs a stream of one pass a chunk until its window has been full for a chunk, or a short video whose chunks
+        are made in parallel, and throws it away: kernels are compiled, the fastest attention is measured and the ranks
+        are connected before anybody waits.
 
         `from_pretrained` does it on CUDA; every rank must.
         """
@@ -199,9 +202,10 @@ class CausalVideoPipeline:
             self.parallel.ledger.take()
             return
         config, stream = self.model.config, self.recipe.stream
-        if self.together is not None:  # no pass of its depends on those before: a video of one chunk is all
-            one = 1 + self.codec.temporal_stride * (self.together.chunks.chunk_frames - 1)
-            deque(self._run(torch.zeros(1, config.text_len, config.text_dim), None, one, seed=0), 0)
+        if self.together is not None:  # a chunk for every lane
+            latent_frames = self.together.chunks.filled_by(self.parallel.mesh.lanes)
+            whole = 1 + self.codec.temporal_stride * (latent_frames - 1)
+            deque(self._run(torch.zeros(1, config.text_len, config.text_dim), None, whole, seed=0), 0)
             return
         shape = (config.in_channels, self.grid.latent_height, self.grid.latent_width)
         text = torch.zeros(1, config.text_len, config.text_dim)
@@ -269,7 +273,8 @@ class CausalVideoPipeline:
             CheckpointError: no text encoder, or a file that cannot be read.
         """
         self._streams.check()
-        check_start(self.together is not None, image is not None or video is not None, watch is not None)
+        given = image is not None or video is not None
+        check_start(self.together is not None, given, reuse is not None, watch is not None)
         check_given(image is not None, video is not None, video is not None and strength is None, strength)
         if frames < 1:
             raise ConfigError(f"frames must be at least 1, not {frames}")
@@ -282,6 +287,11 @@ class CausalVideoPipeline:
         policy = None if reuse is None else find_policy(reuse)
         said |= {"negative prompt": negative_prompt, "given negative embeddings": negative_embeds is not None}
         self.parallel.everyone.agree({**said, "what is given": start.digest})
+        if (chunks := self.together) is not None:
+            latent_frames = 1 - (1 - frames) // self.codec.temporal_stride
+            self.parallel.everyone.together(
+                lambda: chunks.check_room(self.model, self.grid, latent_frames, self.parallel)
+            )
         wanted = [(prompt, embeds), (negative_prompt, negative_embeds)][: 1 + guided]
         texts = self.parallel.everyone.together(
             lambda: [] if self.parallel.decodes else self._encode(wanted, seed)  # decode ranks hear of wrong input too

@@ -288,6 +288,8 @@ def _known(model: str) -> tuple[DiTConfig, StreamConfig, SamplerConfig, tuple[in
         known = report.preset.stream.window is not None
         runs = (report.preset.stream, report.preset.sampler, wan[2]) if known else wan
         return report.config, *runs
+    if recipe.vin is not None:
+        raise ConfigError(f"{model} makes its chunks in parallel: there is no plan of a stream")
     return inspect_checkpoint(recipe.transformer).config, recipe.stream, recipe.sampler, (recipe.height, recipe.width)
 
 

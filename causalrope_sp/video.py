@@ -64,7 +64,7 @@ class VideoWriter:
         self._shape = (height, width, 3)
         self._part: Path | None = self._target.parent / f".causalrope-{secrets.token_hex(6)}.part"
         self._sink: _Sink | None = None
-        suffix = None if _is_folder(path) else self._target.suffix.lower()
+        suffix = None if is_folder(path) else self._target.suffix.lower()
         with self._failing_as_output_error():
             self._sink = _PngFolder(self._part) if suffix is None else _AvFile(self._part, suffix, height, width, fps)
 
@@ -132,7 +132,7 @@ def check_output(path: str | os.PathLike[str], height: int | None = None, width:
     name, target = _name(path), Path(os.path.abspath(path))
     suffix = target.suffix.lower()
     try:
-        if _is_folder(path):
+        if is_folder(path):
             if target.exists() and not target.is_dir():
                 raise OutputError(f"cannot write {name}: a file of that name is in the way")
             if target.is_dir() and any(target.iterdir()):
@@ -163,7 +163,8 @@ def _check_size(name: str, suffix: str, height: int | None, width: int | None) -
             raise OutputError(f"cannot write {name}: {side} {pixels} is odd; .mp4 needs even sides, .webp does not")
 
 
-def _is_folder(path: str | os.PathLike[str]) -> bool:
+def is_folder(path: str | os.PathLike[str]) -> bool:
+    """Whether a video of that path is a folder of pictures."""
     name = os.fspath(path)
     return name.endswith("/") or (os.path.isdir(name) and Path(name).suffix.lower() not in _FORMATS)
 

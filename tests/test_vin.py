@@ -13,6 +13,8 @@ import torch
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -34,7 +36,7 @@ from causalrope_sp.vin import (
     save_vin,
 )
 from causalrope_sp.vin.chunks import LaneChunks, cut
-from causalrope_sp.vin.cost import overlap_elements, read_elements, together_flops
+from causalrope_sp.vin.cost import full_flops, overlap_elements, read_elements, together_flops
 from causalrope_sp.vin.forward import TogetherForward
 from causalrope_sp.vin.fusion import fuse, join
 from causalrope_sp.vin.network import places
@@ -340,6 +342,7 @@ def test_flops_are_those_that_torch_counts() -> None:
         with FlopCounterMode(display=False, custom_mapping=mapping) as counter, sdpa_kernel(SDPBackend.MATH):
             state.velocities(torch.zeros(1, 11, GRID.tokens, CONFIG.token_dim), 500.0)
     assert counter.get_total_flops() == together_flops(CONFIG, VIN, GRID, 11, CHUNKS, given=1)
+    assert full_flops(CONFIG, GRID, 11, 1) == together_flops(CONFIG, None, GRID, 11, TogetherConfig(11, 1, 1), 1)
 
 
 def test_weights_come_back_and_others_are_refused(tmp_path: Path) -> None:
@@ -360,6 +363,62 @@ def test_weights_come_back_and_others_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"vin": "[1]"}, "its metadata lacks the sizes of a Video Interface Network"),
+        ({"dit": "null"}, "its metadata lacks the sizes"),
+        ({"chunks": "{"}, "cannot be read as a Video Interface Network"),
+        ({"chunks": '{"chunk_frames": 5, "overlap": 0, "keyframe_every": 1}'}, "cannot be read .*overlap must be"),
+        ({"vin": '{"global_tokens": 1000000000000, "dim": 24, "heads": 3, "layers": 2}'}, "z_init is"),
+        ({"vin": '{"global_tokens": 5, "dim": 24, "heads": 3, "layers": 99}'}, r"is missing; .*\.\.\. \(\d+ in all\)"),
+    ],
+)
+def test_a_file_that_says_nonsense_is_refused_by_name(tmp_path: Path, said: dict[str, str], message: str) -> None:
+    _, vin = make_pair(torch.float32)
+    path = tmp_path / "vin.safetensors"
+    save_vin(vin, CHUNKS, path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    save_file(vin.state_dict(), path, metadata | said)
+    with pytest.raises(CheckpointError, match=f"^{path}: .*{message}"):
+        load_vin(path, CONFIG)
+    save_file({name: x.to(torch.int8) for name, x in vin.state_dict().items()}, path, metadata)
+    with pytest.raises(CheckpointError, match=r"is torch\.int8, not float64"):
+        load_vin(path, CONFIG)
+
+
+def with_another_dit() -> None:
+    vin = VideoInterfaceNetwork(VIN, replace(CONFIG, num_layers=3))
+    noise, embeds = seeded_noise(0, (1, *frame_shape(GRID))), torch.zeros(1, CONFIG.text_len, CONFIG.text_dim)
+    list(sample_together(make_pair(torch.float32)[0], vin, embeds, noise, GRID, 5, chunks=CHUNKS, sampler=STEPS))
+
+
+def test_any_solver_leads_from_step_to_step() -> None:
+    """diffusers' UniPC over chunks made together, at the timesteps that it tells the model."""
+    job = Job(11, sampler=SamplerConfig((999, 700, 400), shift=1.0, solver="unipc"))
+    euler = replace(job, sampler=replace(job.sampler, solver="euler"))
+    assert single(job).isfinite().all()
+    assert not torch.equal(single(job), single(euler))
+    # one step to the end is the same by both
+    last = SamplerConfig((999,), shift=1.0, solver="unipc")
+    assert (
+        relative(single(replace(job, sampler=last)), single(replace(euler, sampler=replace(last, solver="euler"))))
+        < 1e-10
+    )
+
+
+def test_values_of_the_read_know_nothing_of_places_and_its_size_does_not_matter() -> None:
+    _, vin = make_pair()
+    tokens, where, time = random(1, 2, 7, CONFIG.token_dim), random(2, 7, 3, seed=2), vin.time(torch.tensor([800.0]))
+    one, other = vin.keyframes(tokens, where, time), vin.keyframes(tokens, where + 1, 2 * time)
+    assert torch.equal(one.v, other.v)
+    assert not torch.allclose(one.k, other.k)
+    read, embeds = random(1, VIN.global_tokens, VIN.heads, VIN.dim // VIN.heads), random(1, 3, CONFIG.text_dim)
+    for small, large in zip(vin.globals(read, embeds, time), vin.globals(100 * read, embeds, time), strict=True):
+        assert relative(small.v, large.v) < 1e-4
+
+
+@pytest.mark.parametrize(
     ("wrong", "message"),
     [
         (lambda: TogetherConfig(5, 3, 2), "more than half of a chunk"),
@@ -367,7 +426,16 @@ def test_weights_come_back_and_others_are_refused(tmp_path: Path) -> None:
         (lambda: TogetherConfig(5, 2, 2, 1.5), "fuse_above is a share"),
         (lambda: VINConfig(8, 10, 3, 1), "not divisible by its 3 heads"),
         (lambda: Job(0).moments(SequenceParallel.single()), "frames must be at least 1"),
-        (lambda: Job(5, preview_every=0).moments(SequenceParallel.single()), "preview_every must be at least 1"),
+        (
+            lambda: Job(5, preview_every=0).moments(SequenceParallel.single()),
+            "preview_every must be a whole number of at least 1",
+        ),
+        (lambda: Job(5, preview_every=1.5).moments(SequenceParallel.single()), "whole number of at least 1, not 1.5"),  # type: ignore[arg-type]
+        (
+            lambda: single(Job(5, sampler=replace(STEPS, guidance_scale=2.0))),
+            "chunks made together are not guided",
+        ),
+        (with_another_dit, "for another DiT than this one: num_layers 3, not 2"),
     ],
 )
 def test_nonsense_is_refused(wrong: Any, message: str) -> None:
@@ -386,18 +454,19 @@ def test_training_computes_what_the_sampler_does() -> None:
     model, vin = make_pair(torch.float32)
     pair = Pair(model, vin)
     forcing = TogetherForcing(grid, chunks, pair, torch.device("cpu"), autocast=False)
-    noisy = random(1, 13, *frame_shape(grid)).float()
-    embeds = random(1, CONFIG.text_len, CONFIG.text_dim).float()
-    level = torch.tensor([0.8])
+    noisy = random(2, 13, *frame_shape(grid)).float()
+    embeds = random(2, CONFIG.text_len, CONFIG.text_dim).float()
+    level = torch.tensor([0.8, 0.3])
     trained = torch.cat([forcing.velocity(pair, noisy, embeds, level, chunk) for chunk in range(3)], 1)
     parallel = SequenceParallel.single(device="cpu")
     lane = LaneChunks(cut(13, chunks, 1), chunks)
     work = replace(work_of(model), grid=grid)
     with torch.inference_mode():
-        state = TogetherForward(model, vin, embeds, grid, lane, 1, parallel.strategy(work), parallel)
-        state.commit(grid.patchify(chart(1, *noisy.shape[2:])))
-        sampled = torch.cat(state.velocities(grid.patchify(noisy), 800.0), 1)
-    assert relative(grid.patchify(trained), sampled) < 1e-5
+        for n, timestep in enumerate((800.0, 300.0)):  # a level each
+            state = TogetherForward(model, vin, embeds[n : n + 1], grid, lane, 1, parallel.strategy(work), parallel)
+            state.commit(grid.patchify(chart(1, *noisy.shape[2:])))
+            sampled = torch.cat(state.velocities(grid.patchify(noisy[n : n + 1]), timestep), 1)
+            assert relative(grid.patchify(trained[n : n + 1]), sampled) < 1e-5
     noisy.requires_grad_()
     first_of_second_chunk = forcing.velocity(pair, noisy, embeds, level, 1, use_z=False)[:, 1]
     (gradient,) = torch.autograd.grad(first_of_second_chunk.sum(), noisy)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from conftest import ROOT
+from safetensors import safe_open
 
 from causalrope_sp import CausalVideoPipeline, ConfigError
 from causalrope_sp.cli import cli
@@ -75,6 +76,9 @@ def test_what_a_text_leaves_open_is_not_in_it() -> None:
 def test_the_shipped_weights_are_small_and_in_bfloat16() -> None:
     files = [WEIGHTS / "toybox-vin.safetensors", WEIGHTS / "toybox-vin-dit.safetensors"]
     assert sum(file.stat().st_size for file in files) <= 16 * 2**20
+    for path in files:
+        with safe_open(path, "pt") as file:
+            assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"BF16"}
     assert json.loads((WEIGHTS / "toybox-vin.json").read_text())["vin"] == files[0].name
 
 
@@ -87,12 +91,28 @@ def test_generate_makes_a_video_and_previews(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clip.mp4", "clip.step1.mp4"]
 
 
+def test_a_preview_that_cannot_be_written_loses_nothing(tmp_path: Path) -> None:
+    """The first one is looked at before anything is loaded; a later one is a warning."""
+    options = "--model", "toybox-vin", "--parallel-chunks", "vin", "--steps", 3, "--frames", 5, "--preview-every", 1
+    (tmp_path / "clip.step2.mp4").mkdir()
+    result = shell("generate", PROMPT, *options, "--out", tmp_path / "clip.mp4")
+    assert result.exit_code == 0, result.output
+    assert "warning: no preview of step 2: cannot write" in result.stderr
+    assert (tmp_path / "clip.mp4").exists()
+    (tmp_path / "other.step1.mp4").mkdir()
+    result = shell("generate", PROMPT, *options, "--out", tmp_path / "other.mp4")
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert "other.step1.mp4: a folder of that name is in the way" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (("--parallel-chunks", "vin"), "this model has no VIN weights to make its chunks in parallel with"),
         (("--model", "toybox-vin"), "this model makes its chunks in parallel alone: say --parallel-chunks vin"),
         (("--lanes", 1), "--lanes is for chunks made in parallel"),
+        (("--model", "toybox-vin", "--parallel-chunks", "vin", "--reuse", "pab:latte"), "have no --reuse to set"),
+        (("--model", "toybox-vin", "--parallel-chunks", "vin", "--guidance-parallel"), "no --guidance-parallel to set"),
         (("--preview-every", 2), "--preview-every is for chunks made in parallel"),
         (("--model", "toybox-vin", "--parallel-chunks", "vin", "--preview-every", 0), "must be at least 1, not 0"),
         (("--model", "toybox-vin", "--parallel-chunks", "vin", "--lanes", 2), "cannot be cut into 2 lanes"),
@@ -106,6 +126,18 @@ def test_what_cannot_be_is_one_line(tmp_path: Path, words: tuple[object, ...], m
     assert len(result.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("plan",), "toybox-vin makes its chunks in parallel: there is no plan of a stream"),
+        (("profile-reuse", PROMPT), "toybox-vin makes its chunks in parallel, where nothing is reused"),
+    ],
+)
+def test_commands_of_streams_say_that_it_is_none(words: tuple[str, ...], message: str) -> None:
+    result = shell(*words, "--model", "toybox-vin")
+    assert (result.exit_code, result.stderr) == (2, f"error: {message}\n")
+
+
 def test_a_video_to_start_from_is_refused(pipe: CausalVideoPipeline) -> None:
     frame = np.zeros((64, 64, 3), np.uint8)
     with pytest.raises(ConfigError, match="start from noise alone"):
@@ -113,8 +145,14 @@ def test_a_video_to_start_from_is_refused(pipe: CausalVideoPipeline) -> None:
     toybox = CausalVideoPipeline.from_pretrained("toybox", device="cpu")
     with pytest.raises(ConfigError, match="only where chunks are made in parallel"):
         toybox.stream(PROMPT, watch=Watch(lambda _: None))
-    with pytest.raises(ConfigError, match="preview_every must be at least 1"):
+    with pytest.raises(ConfigError, match="preview_every must be a whole number of at least 1, not 0"):
         Watch(lambda _: None, preview_every=0)
+    with pytest.raises(ConfigError, match="what watches must be callable, unlike 5"):
+        Watch(5)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="compute every output: there is no reuse"):
+        pipe.stream(PROMPT, reuse="pab:latte")
+    with pytest.raises(ConfigError, match=r"250000000000001 latent frames made at once need at least .* GB on cpu"):
+        pipe.stream(PROMPT, frames=10**15)
 
 
 def test_what_holds_a_video_together_is_measured() -> None:

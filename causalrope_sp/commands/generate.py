@@ -115,9 +115,10 @@ def generate(
     check_given(picture is not None, video is not None, options["keep_on"], options["strength"])
     steps = parse_steps(options["steps"])
     together = options["parallel_chunks"] is not None
-    check_together(together, options["lanes"], options["preview_every"])
-    alike = ranks() if together else 2 if options["guidance_parallel"] else 1
-    options["lanes"] = options["lanes"] or alike
+    others = {name: options[name] for name in ("reuse", "image", "video", "guidance_parallel")}
+    others["decode_ranks"] = options["decoders"]
+    check_together(together, out, options["lanes"], options["preview_every"], **others)
+    options["lanes"] = options["lanes"] or (ranks() if together else 2 if options["guidance_parallel"] else 1)
     if options["reuse"] is not None:
         options["reuse"] = find_policy(options["reuse"])
     Offload.of(options["offload"])  # wrong words are said before anything is imported

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from causalrope_sp.commands.words import parse_steps
+from causalrope_sp.errors import ConfigError
 from causalrope_sp.process import rank
 
 
@@ -42,8 +43,11 @@ def profile_reuse(
     from causalrope_sp.pipeline import CausalVideoPipeline
     from causalrope_sp.profiling import report
     from causalrope_sp.profiling.outputs import check_bound, propose, recording
+    from causalrope_sp.recipe import Recipe, find_recipe
     from causalrope_sp.reuse import write_policy
 
+    if Recipe.load(find_recipe(model)).vin is not None:
+        raise ConfigError(f"{model} makes its chunks in parallel, where nothing is reused")
     check_bound(bound)
     report.check_files(out, plot)
     parallel = SequenceParallel.from_env()

@@ -16,6 +16,12 @@ def _at_least(owner: object, least: int, *names: str) -> None:
             )
 
 
+def check_preview(every: int | None) -> None:
+    """Raises ConfigError for an interval between previews that is no whole number of at least 1; None is none."""
+    if every is not None and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
+        raise ConfigError(f"preview_every must be a whole number of at least 1, not {every!r}")
+
+
 @dataclass(frozen=True)
 class VINConfig:
     """`global_tokens` tokens of width `dim`, processed by `layers` blocks of `heads` heads.
@@ -61,6 +67,10 @@ class TogetherConfig:
             )
         if not isinstance(self.fuse_above, int | float) or not 0 <= self.fuse_above <= 1:
             raise ConfigError(f"fuse_above is a share of the steps, from 0 to 1, not {self.fuse_above!r}")
+
+    def filled_by(self, chunks: int) -> int:
+        """The latent frames that so many whole chunks cover."""
+        return self.chunk_frames + (chunks - 1) * (self.chunk_frames - self.overlap)
 
     def fuses(self, step: int, steps: int) -> bool:
         """Whether step `step` of `steps`, counted from 0, is early enough: t > t_α with t = steps - step left."""

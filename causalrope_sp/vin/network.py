@@ -133,3 +133,17 @@ def places(times: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """(K, s, 3): global time index, row and column of the tokens at (rows, columns), (s,), of frames at `times`."""
     where = torch.stack([rows, columns], -1).expand(len(times), -1, -1)
     return torch.cat([times.view(-1, 1, 1).expand(-1, len(rows), 1), where], -1)
+
+
+SIZES = ("dim", "num_heads", "num_layers", "text_dim", "freq_dim", "in_channels", "patch_size")
+
+
+def sizes(dit: DiTConfig) -> dict[str, object]:
+    """Those of a DiT that a VIN depends on, as JSON gives them back."""
+    return {name: list(x) if isinstance(x := getattr(dit, name), tuple) else x for name in SIZES}
+
+
+def differing(one: DiTConfig, other: DiTConfig) -> list[str]:
+    """In which of these sizes two DiTs differ, in words."""
+    there = sizes(other)
+    return [f"{name} {x}, not {there[name]}" for name, x in sizes(one).items() if x != there[name]]

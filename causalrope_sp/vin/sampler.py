@@ -5,8 +5,9 @@ Shapes: B batch, F latent frames, C channels, H×W latent size, s tokens of a fr
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,12 +21,13 @@ from causalrope_sp.noise import Noise
 from causalrope_sp.parallel import SequenceParallel
 from causalrope_sp.parallel.workload import Workload
 from causalrope_sp.sampler import check_inputs
-from causalrope_sp.schedule import SOLVERS, predict_x0, sigmas
+from causalrope_sp.schedule import guided_steps, predict_x0, sigmas, told_timesteps
+from causalrope_sp.solvers import start_solver
 from causalrope_sp.vin.chunks import LaneChunks, cut
-from causalrope_sp.vin.config import TogetherConfig
+from causalrope_sp.vin.config import TogetherConfig, check_preview
 from causalrope_sp.vin.forward import TogetherForward
 from causalrope_sp.vin.fusion import join
-from causalrope_sp.vin.network import VideoInterfaceNetwork
+from causalrope_sp.vin.network import VideoInterfaceNetwork, differing
 
 
 @dataclass(frozen=True)
@@ -79,14 +81,17 @@ def sample_together(
         Moment: after every step.
 
     Raises:
-        ConfigError: `frames` or `preview_every` below 1, shapes that do not fit the model or the grid, ranks that only
-            decode, or ranks that the strategy cannot use.
+        ConfigError: `frames` or `preview_every` that is no whole number of at least 1, shapes that do not fit the model
+            or the grid, a VIN of another DiT, guidance, ranks that only decode, or ranks that the strategy cannot use.
     """
     parallel = parallel or SequenceParallel.single()
     stream = StreamConfig(chunk_frames=chunks.chunk_frames)
     check_inputs(model, embeds, grid, frames, stream, initial_latents)
-    if preview_every is not None and preview_every < 1:
-        raise ConfigError(f"preview_every must be at least 1, not {preview_every}")
+    check_preview(preview_every)
+    if vin is not None and (wrong := differing(vin.dit, model.config)):
+        raise ConfigError(f"the Video Interface Network is for another DiT than this one: {'; '.join(wrong)}")
+    if any(guided_steps(sampler)):
+        raise ConfigError("chunks made together are not guided: the guidance scale must be 1")
     if parallel.mesh.decoders:
         raise ConfigError("chunks made together end together: there is nothing for decode ranks to do meanwhile")
     given = 0 if initial_latents is None else initial_latents.shape[1]
@@ -94,18 +99,25 @@ def sample_together(
     work = Workload.of(
         model.config, grid, stream, sampler, chunks.chunk_frames + given, len(embeds), model.dtype.itemsize
     )
-    parallel.denoisers.agree({"strategy": parallel.describe(work), "chunks": (frames, given, chunks, preview_every)})
+    parallel.denoisers.agree(
+        {
+            "strategy": parallel.describe(work),
+            "sampler": sampler,
+            "chunks": (frames, given, chunks, preview_every),
+            "global tokens": vin and vin.config,
+        }
+    )
     strategy, shard = parallel.strategy(work), parallel.shard(grid)
     state = TogetherForward(model, vin, embeds, grid, lane, given, strategy, parallel)
-    solve, levels = SOLVERS[sampler.solver], sigmas(sampler)
+    solve, levels, timesteps = start_solver(sampler), sigmas(sampler), told_timesteps(sampler)
     precise = torch.float64 if model.dtype == torch.float64 else torch.float32
     frame_shape = (len(embeds), 1, model.config.in_channels, grid.latent_height, grid.latent_width)
 
     def mine(latents: Tensor) -> Tensor:
         return send(grid.patchify(latents)[:, :, shard.start : shard.stop].contiguous(), model.device, precise)
 
-    def draw(step: int, frames: Sequence[int] = lane.held) -> Tensor:
-        drawn = [noise(Chunk(frame, frame, 1), step) for frame in frames]
+    def draw(step: int) -> Tensor:
+        drawn = [noise(Chunk(frame, frame, 1), step) for frame in lane.held]
         wrong = next((tuple(x.shape) for x in drawn if x.shape != frame_shape), None)
         if wrong is not None:
             raise ConfigError(f"the noise of a frame has shape {wrong}, expected {frame_shape}")
@@ -116,12 +128,12 @@ def sample_together(
     x = draw(0)
     for step, sigma in enumerate(levels):
         fused = chunks.fuses(step, len(levels))
-        velocities = state.velocities(x, 1000 * sigma)
+        velocities = state.velocities(x, timesteps[step])
         before, after = state.across.swap(velocities, x, fused)
         velocity = join(velocities, chunks.overlap, fused=fused, before=before, after=after) if velocities else x
         to = levels[step + 1] if step + 1 < len(levels) else 0.0
         preview = preview_every is not None and (step + 1) % preview_every == 0
         points_to = predict_x0(x, velocity, sigma) if preview else x
-        x = solve(x, velocity, sigma, to, lambda step=step: draw(step + 1))  # type: ignore[misc]
+        x = solve(x, velocity, sigma, to, partial(draw, step + 1))
         done = x if step + 1 == len(levels) else points_to if preview else None
         yield Moment(step + 1, len(levels), None if done is None else grid.unpatchify(state.across.gather(done)))

@@ -14,11 +14,13 @@ from causalrope_sp.codec import Codec
 from causalrope_sp.codec.pixels import to_uint8
 from causalrope_sp.config import DiTConfig
 from causalrope_sp.errors import ConfigError
-from causalrope_sp.grid import Chunk
+from causalrope_sp.grid import Chunk, LatentGrid
 from causalrope_sp.model import CausalDiT
+from causalrope_sp.parallel import SequenceParallel
+from causalrope_sp.preflight import free_bytes
 from causalrope_sp.sampler import LatentChunk
 from causalrope_sp.vin.chunks import LaneChunks, cut
-from causalrope_sp.vin.config import TogetherConfig
+from causalrope_sp.vin.config import TogetherConfig, check_preview
 from causalrope_sp.vin.network import VideoInterfaceNetwork
 from causalrope_sp.vin.sampler import Moment, sample_together
 from causalrope_sp.vin.weights import load_vin
@@ -37,16 +39,19 @@ class Glimpse:
 class Watch:
     """Who is called after every step, and every how many steps with a preview; None for no previews.
 
+    Where `call` raises on some of the ranks only, the others wait for them at the next step.
+
     Raises:
-        ConfigError: `preview_every` below 1.
+        ConfigError: `preview_every` is no whole number of at least 1, or `call` none.
     """
 
     call: Callable[[Glimpse], None]
     preview_every: int | None = None
 
     def __post_init__(self) -> None:
-        if self.preview_every is not None and self.preview_every < 1:
-            raise ConfigError(f"preview_every must be at least 1, not {self.preview_every}")
+        check_preview(self.preview_every)
+        if not callable(self.call):
+            raise ConfigError(f"what watches must be callable, unlike {self.call!r}")
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,20 @@ class Together:
     def load(cls, weights: Path, dit: DiTConfig, dtype: torch.dtype, device: torch.device) -> Together:
         """Raises CheckpointError: not readable, or for another DiT."""
         return cls(*load_vin(weights, dit, dtype=dtype, device=device))
+
+    def check_room(self, model: CausalDiT, grid: LatentGrid, frames: int, parallel: SequenceParallel) -> None:
+        """Raises ConfigError for so many latent frames as this rank surely has no memory for: all chunks of a lane are
+        denoised at once. Counted are latents and what one feed-forward makes of them, from below."""
+        config, free = model.config, free_bytes(parallel.device)
+        held = -(-frames // parallel.mesh.lanes)
+        tokens = held * -(-grid.tokens // parallel.mesh.sequence)
+        latents = 2 * 4 * frames * config.in_channels * grid.latent_height * grid.latent_width
+        needs = latents + tokens * (config.ffn_dim + 4 * config.dim) * model.dtype.itemsize
+        if free is not None and needs > free:
+            raise ConfigError(
+                f"{frames} latent frames made at once need at least {needs / 1e9:.3g} GB on {parallel.device}, "
+                f"{free / 1e9:.3g} GB are free: make fewer frames, or share them out over more ranks"
+            )
 
     def sample(
         self, model: CausalDiT, *args: Any, codec: Codec, watch: Watch | None, shown: int, **options: Any
@@ -89,8 +108,12 @@ def _glimpse(moment: Moment, codec: Codec, shown: int, rank: int) -> Glimpse:
 
 
 def check_asked(asked: str | None, weights: Path | None, changes: Collection[str]) -> None:
-    """Raises ConfigError for an unknown way to make chunks in parallel, one asked for where the recipe names no VIN or
-    not asked for where it does, or if something else was said of a stream: its window, its sink, its places."""
+    """Refuses what chunks made in parallel cannot be.
+
+    Raises:
+        ConfigError: an unknown way to make them; one asked for where the recipe names no VIN, or not asked for where it
+            does; something said of a stream, such as its window.
+    """
     if asked not in (None, "vin"):
         raise ConfigError(f"parallel_chunks must be vin, not {asked!r}")
     if asked and weights is None:
@@ -103,9 +126,12 @@ def check_asked(asked: str | None, weights: Path | None, changes: Collection[str
         raise ConfigError(f"chunks made in parallel are no stream: they have no {', '.join(changes)} to set")
 
 
-def check_start(together: bool, given: bool, watched: bool) -> None:
-    """Raises ConfigError if chunks made together shall start from a picture or a video, or others be watched."""
+def check_start(together: bool, given: bool, reuse: bool, watched: bool) -> None:
+    """Raises ConfigError if chunks made together shall start from a picture or a video, or reuse outputs, or others be
+    watched."""
     if watched and not together:
         raise ConfigError("steps are watched, and previewed, only where chunks are made in parallel")
+    if reuse and together:
+        raise ConfigError("chunks made in parallel compute every output: there is no reuse")
     if given and together:
         raise ConfigError("chunks made in parallel start from noise alone, not from an image or a video")

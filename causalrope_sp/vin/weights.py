@@ -17,11 +17,12 @@ from safetensors.torch import save_file
 from causalrope_sp.config import DiTConfig
 from causalrope_sp.errors import CheckpointError
 from causalrope_sp.vin.config import TogetherConfig, VINConfig
-from causalrope_sp.vin.network import VideoInterfaceNetwork
+from causalrope_sp.vin.network import VideoInterfaceNetwork, sizes
 from causalrope_sp.weights.finite import all_finite
 
 LAYOUT = "causalrope_sp-vin-1"
-BESIDE = ("dim", "num_heads", "num_layers", "text_dim", "freq_dim", "in_channels", "patch_size")  # what must agree
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+LONGEST = 200  # characters of what does not fit
 
 
 def save_vin(vin: VideoInterfaceNetwork, chunks: TogetherConfig, path: str | PathLike[str]) -> None:
@@ -30,7 +31,7 @@ def save_vin(vin: VideoInterfaceNetwork, chunks: TogetherConfig, path: str | Pat
         "layout": LAYOUT,
         "vin": json.dumps(asdict(vin.config)),
         "chunks": json.dumps(asdict(chunks)),
-        "dit": json.dumps(_beside(vin.dit)),
+        "dit": json.dumps(sizes(vin.dit)),
     }
     save_file({name: x.contiguous() for name, x in vin.state_dict().items()}, path, metadata)
 
@@ -49,27 +50,40 @@ def load_vin(
             said = file.metadata() or {}
             if said.get("layout") != LAYOUT:
                 raise CheckpointError(f"{path}: not a Video Interface Network: its layout is not {LAYOUT}")
-            config, chunks = VINConfig(**json.loads(said["vin"])), TogetherConfig(**json.loads(said["chunks"]))
-            there, here = json.loads(said["dit"]), _beside(dit)
-            wrong = [
-                f"{name} {there.get(name)}, not {value}" for name, value in here.items() if there.get(name) != value
-            ]
-            if wrong:
+            network, cut, there = (json.loads(said.get(name, "null")) for name in ("vin", "chunks", "dit"))
+            if not all(isinstance(part, dict) for part in (network, cut, there)):
+                raise CheckpointError(f"{path}: its metadata lacks the sizes of a Video Interface Network")
+            config, chunks = VINConfig(**network), TogetherConfig(**cut)
+            if wrong := [
+                f"{name} {there.get(name)}, not {x}" for name, x in sizes(dit).items() if there.get(name) != x
+            ]:
                 raise CheckpointError(f"{path}: for another DiT than this one: {'; '.join(wrong)}")
-            state = {name: file.get_tensor(name).to(device, dtype) for name in file.keys()}
-    except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as reason:
+            with torch.device("meta"):
+                vin = VideoInterfaceNetwork(config, dit)
+            _check_shapes(path, vin, {name: file.get_slice(name).get_shape() for name in file.keys()})
+            state = {name: file.get_tensor(name) for name in file.keys()}
+    except CheckpointError:
+        raise
+    except (OSError, SafetensorError, TypeError, ValueError, RuntimeError, OverflowError) as reason:
         raise CheckpointError(f"{path}: cannot be read as a Video Interface Network: {reason}") from reason
+    for name, tensor in state.items():
+        if tensor.dtype not in DTYPES:
+            raise CheckpointError(f"{path}: {name} is {tensor.dtype}, not float64, 32, 16 or bfloat16")
+    state = {name: tensor.to(device, dtype) for name, tensor in state.items()}
     broken = [name for name, tensor in state.items() if not all_finite(tensor)]
     if broken:
         raise CheckpointError(f"{path}: NaN or infinite: {', '.join(broken)}")
-    vin = VideoInterfaceNetwork(config, dit).to(device, dtype)
-    try:
-        vin.load_state_dict(state, strict=True)
-    except RuntimeError as reason:
-        raise CheckpointError(f"{path}: {' '.join(str(reason).split())}") from reason
+    vin.load_state_dict(state, strict=True, assign=True)
     return vin.eval().requires_grad_(False), chunks
 
 
-def _beside(dit: DiTConfig) -> dict[str, object]:
-    """The sizes of a DiT that a VIN depends on, as JSON gives them back."""
-    return {name: list(x) if isinstance(x := getattr(dit, name), tuple) else x for name in BESIDE}
+def _check_shapes(path: str | PathLike[str], vin: VideoInterfaceNetwork, there: dict[str, list[int]]) -> None:
+    """Raises CheckpointError unless the file has just the network's parameters."""
+    here = {name: list(tensor.shape) for name, tensor in vin.state_dict().items()}
+    wrong = [f"{name} is missing" for name in here if name not in there]
+    wrong += [f"{name} is left over" for name in there if name not in here]
+    wrong += [f"{n} is {there[n]}, not {shape}" for n, shape in here.items() if n in there and there[n] != shape]
+    if wrong:
+        told = "; ".join(wrong)
+        shortened = told if len(told) <= LONGEST else f"{told[:LONGEST]}... ({len(wrong)} in all)"
+        raise CheckpointError(f"{path}: {shortened}")
