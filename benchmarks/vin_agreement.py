@@ -4,8 +4,8 @@
 
 Each video is one of 256 patterns of signs, noised; no text says which. Chunks are three frames and share one with the
 next, so that a chunk alone can decide by three noisy frames, and by global tokens for all. A tiny DiT and its VIN learn
-it from nothing, by the published loss, in half a minute; a quarter of the steps go without global tokens, so that the
-ablation is one that the DiT knows. Prints how often first and last chunk agree in a sign, and JSON.
+it from nothing, by the loss of train_vin.py, in half a minute; a quarter of the steps go without global tokens, so that
+the ablation is one that the DiT knows. Prints how often first and last chunk agree in a sign, and JSON.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@
     torchrun --standalone --nproc-per-node 2 examples/train_vin.py --out runs/vin
 
 The DiT begins as toybox-flow, the VIN from nothing. In some videos the text says no colours, in some not where objects
-start, so that these have to agree between chunks that do not see each other. A step learns from one chunk each of many
-videos. Writes checkpoint and log to the folder, goes on where it was stopped, and leaves the weights in it at the end.
-Hours on a CPU.
+start, so that these have to agree between chunks that do not see each other. A step learns from one chunk of each of
+many videos, the same in all. Writes checkpoint and log to the folder, goes on where it was stopped, and leaves the
+weights in it at the end. Hours on a CPU.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SEED, SCENE_SEED = 70_000_000, 66_000_000
 CONFIG = VINConfig(global_tokens=32, dim=192, heads=6, layers=4)
 CHUNKS = TogetherConfig(chunk_frames=9, overlap=1, keyframe_every=2)
 LENGTHS = {17: 0.3, 33: 0.35, 65: 0.35}  # latent frames of 64, 128 and 256 pixel frames, and how often each is drawn
-VIDEOS = 32  # a step, one chunk of each
+VIDEOS = 32  # a step, one chunk of each; its error counts half over the picture, half over the objects alone
 PIXEL_FRAMES = 81  # of an encoded scene: 21 latent frames, of which the last 16 are a whole period
 PERIOD = 16
 COLORS_OPEN, PLACES_OPEN = 0.4, 0.3  # the shares of videos whose text does not say colours, or where objects start
@@ -44,9 +44,10 @@ SHIFT = 8.0  # half of the noise levels are shifted towards noise, where chunks 
 
 
 def new_pair(dit: Path) -> Pair:
-    """The global tokens change nothing but attention's weights at first: their values begin at zero."""
+    """The global tokens' values begin at zero: at first they only dilute attention."""
     torch.manual_seed(0)
-    pair = Pair(load_model(dit, dtype=torch.float32), VideoInterfaceNetwork(CONFIG, load_model(dit).config))
+    model = load_model(dit, dtype=torch.float32)
+    pair = Pair(model, VideoInterfaceNetwork(CONFIG, model.config))
     for linear in pair.vin.hand_over:
         nn.init.zeros_(linear.weight[pair.dit.config.dim :])
         nn.init.zeros_(linear.bias)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -74,7 +75,9 @@ def write(model: CausalDiT, folder: Path, kind: str) -> Path:
 
 def measure(file: Path, dtype: str, small: Path, weights: str = "full") -> dict[str, int]:
     command = [sys.executable, "-c", MEASURE, str(file), dtype, str(small), weights]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    # glibc would keep what was freed, and how much of it depends on the order of threads
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)}
+    run = subprocess.run(command, capture_output=True, text=True, timeout=200, env=env)
     assert run.returncode == 0, run.stderr
     measured: dict[str, int] = json.loads(run.stdout.splitlines()[-1])
     return measured

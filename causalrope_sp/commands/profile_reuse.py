@@ -46,10 +46,10 @@ def profile_reuse(
     from causalrope_sp.recipe import Recipe, find_recipe
     from causalrope_sp.reuse import write_policy
 
-    if Recipe.load(find_recipe(model)).vin is not None:
-        raise ConfigError(f"{model} makes its chunks in parallel, where nothing is reused")
     check_bound(bound)
     report.check_files(out, plot)
+    if Recipe.load(find_recipe(model)).vin is not None:
+        raise ConfigError(f"{model} makes its chunks in parallel, where nothing is reused")
     parallel = SequenceParallel.from_env()
     pipe = CausalVideoPipeline.from_pretrained(model, parallel=parallel, steps=parse_steps(steps))
     with recording(pipe.model, max_range - 1) as recorder:

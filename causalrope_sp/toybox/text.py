@@ -51,8 +51,7 @@ class ToyboxText:
 
 def leave_open(embeds: Tensor, *, places: bool = False, colors: bool = False) -> Tensor:
     """Embeddings (..., E) that do not say where objects start and at which phase, or which colours they and the
-    background have: that is left to the noise, as where a text says no such thing. What is far apart in a video then
-    agrees only if it was made to."""
+    background have: that is left to the noise. Chunks far apart then agree only if something makes them."""
     said = torch.ones(TEXT_DIM)
     if places:
         said[len(_WORDS) :] = 0

@@ -27,7 +27,7 @@ GIVEN = 0  # the number of the given frames among the chunks of a pass; those of
 
 def in_pass(chunks: Sequence[Chunk]) -> list[Chunk]:
     """The chunks of the video as a pass has them: one after the other, what two of them share there twice."""
-    passed, start = [], 1
+    passed, start = [], 1  # 0 is where strategies find nothing from before to attend, as for the given frames
     for chunk in chunks:
         passed.append(Chunk(GIVEN + 1 + chunk.index, start, chunk.frames))
         start += chunk.frames

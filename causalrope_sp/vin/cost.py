@@ -1,5 +1,6 @@
-"""What chunks made together cost a step, from sizes alone: FLOPs, against attention over the whole video, and what a
-rank receives. Both are tested, against torch's own counter and against the ledger of a run.
+"""What chunks made together cost a step, from sizes alone: FLOPs of one video, against attention over the whole of it,
+and what a rank receives of the read and of overlaps. Both are tested, against torch's own counter and against the
+ledger of a run. (Not counted: the lane's own strategy, and the latents that are gathered once at the end.)
 
 Shapes: S tokens of a frame, G global tokens, K keyframes, L text tokens, D model width, d VIN width.
 """
@@ -23,8 +24,8 @@ def full_flops(config: DiTConfig, grid: LatentGrid, frames: int, given: int = 0)
 def together_flops(
     config: DiTConfig, vin: VINConfig | None, grid: LatentGrid, frames: int, chunks: TogetherConfig, given: int = 0
 ) -> int:
-    """FLOPs of a step, on all ranks together: the DiT over all chunks, what is in two of them counted twice, and the
-    VIN once. (On several ranks each processes the global tokens, which spares an exchange.)"""
+    """FLOPs of a step on one rank: the DiT over all chunks, what is in two of them counted twice, and the VIN once.
+    (Of several ranks each processes the global tokens, which spares an exchange.)"""
     cuts, tokens = cut(frames, chunks), grid.tokens
     found = 0 if vin is None else vin.global_tokens
     pairs = sum(c.frames * tokens * (found + (given + c.frames) * tokens) for c in cuts)
