@@ -288,7 +288,7 @@ class CausalVideoPipeline:
         said |= {"negative prompt": negative_prompt, "given negative embeddings": negative_embeds is not None}
         self.parallel.everyone.agree({**said, "what is given": start.digest})
         if (chunks := self.together) is not None:
-            latent_frames = 1 - (1 - frames) // self.codec.temporal_stride
+            latent_frames = Cut(frames, self.codec.temporal_stride, 0, start).latent_frames(None)
             self.parallel.everyone.together(
                 lambda: chunks.check_room(self.model, self.grid, latent_frames, self.parallel)
             )

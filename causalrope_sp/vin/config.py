@@ -7,10 +7,14 @@ from dataclasses import dataclass
 from causalrope_sp.errors import ConfigError
 
 
+def _is_whole(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
 def _at_least(owner: object, least: int, *names: str) -> None:
     for name in names:
         value = getattr(owner, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        if not _is_whole(value, least):
             raise ConfigError(
                 f"{type(owner).__name__}.{name} must be a whole number of at least {least}, not {value!r}"
             )
@@ -18,7 +22,7 @@ def _at_least(owner: object, least: int, *names: str) -> None:
 
 def check_preview(every: int | None) -> None:
     """Raises ConfigError for an interval between previews that is no whole number of at least 1; None is none."""
-    if every is not None and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
+    if every is not None and not _is_whole(every, 1):
         raise ConfigError(f"preview_every must be a whole number of at least 1, not {every!r}")
 
 

@@ -18,10 +18,10 @@ from causalrope_sp.config import DiTConfig
 from causalrope_sp.errors import CheckpointError
 from causalrope_sp.vin.config import TogetherConfig, VINConfig
 from causalrope_sp.vin.network import VideoInterfaceNetwork, sizes
+from causalrope_sp.weights.files import DTYPES
 from causalrope_sp.weights.finite import all_finite
 
 LAYOUT = "causalrope_sp-vin-1"
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 LONGEST = 200  # characters of what does not fit
 
 
@@ -67,7 +67,7 @@ def load_vin(
     except (OSError, SafetensorError, TypeError, ValueError, RuntimeError, OverflowError) as reason:
         raise CheckpointError(f"{path}: cannot be read as a Video Interface Network: {reason}") from reason
     for name, tensor in state.items():
-        if tensor.dtype not in DTYPES:
+        if tensor.dtype not in DTYPES.values():
             raise CheckpointError(f"{path}: {name} is {tensor.dtype}, not float64, 32, 16 or bfloat16")
     state = {name: tensor.to(device, dtype) for name, tensor in state.items()}
     broken = [name for name, tensor in state.items() if not all_finite(tensor)]
