@@ -21,7 +21,7 @@ import torch
 from printed import finish, print_table
 
 from causalrope_sp import CausalVideoPipeline, SequenceParallel
-from causalrope_sp.parallel.launch import RankPool
+from causalrope_sp.distributed.launch import RankPool
 from causalrope_sp.toybox import WEIGHTS
 
 if TYPE_CHECKING:

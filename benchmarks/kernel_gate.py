@@ -13,9 +13,9 @@ import torch
 from kernel_operations import Draw, Operation, Setting, operations
 from torch import Tensor
 
+from causalrope_sp.cache.window import SlidingWindow
 from causalrope_sp.config import DiTConfig
 from causalrope_sp.grid import LatentGrid, Shard
-from causalrope_sp.window import SlidingWindow
 
 
 @dataclass(frozen=True)

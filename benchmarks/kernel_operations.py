@@ -36,12 +36,12 @@ from causalrope_kernels import (
     rms_norm,
     split_tokens,
 )
+from causalrope_sp.attention.base import lse_elements
+from causalrope_sp.cache.window import SlidingWindow
 from causalrope_sp.config import PRESETS, DiTConfig
+from causalrope_sp.distributed.layout import parse_strategy
 from causalrope_sp.grid import Chunk, LatentGrid, Shard
-from causalrope_sp.parallel.layout import parse_strategy
-from causalrope_sp.parallel.strategy import lse_elements
-from causalrope_sp.rope import RotaryTables
-from causalrope_sp.window import SlidingWindow
+from causalrope_sp.models.rope import RotaryTables
 
 GRID, FRAMES, WINDOW = LatentGrid(30, 52), 3, SlidingWindow(21)
 FIRST = 30  # the chunk's first frame: the ring has gone round, and the chunk's slots lie inside it

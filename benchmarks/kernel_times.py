@@ -20,7 +20,7 @@ from torch import Tensor
 
 from causalrope_kernels.attention_choice import Shape, choose, measure
 from causalrope_kernels.attention_libraries import LIBRARIES
-from causalrope_sp.parallel.workload import Workload
+from causalrope_sp.planning.workload import Workload
 
 TARGETS = {"of_floor": 1.25, "of_eager": 4.0, "of_best": 0.95, "share": 0.06}
 ROUNDS, L2, CLOCK = 5, 60e6, 2e9  # timed rounds, bytes of cache, cycles a second at most

@@ -21,7 +21,7 @@ import torch
 from safetensors import safe_open
 
 from causalrope_sp.config import PRESETS
-from causalrope_sp.model import CausalDiT
+from causalrope_sp.models.causal_dit import CausalDiT
 from causalrope_sp.weights import load_model, save_model
 
 

@@ -40,18 +40,18 @@ from torch import Tensor
 from causalrope_kernels import Projection, attention
 from causalrope_kernels.attention_choice import Shape, measure
 from causalrope_sp import CausalDiT, DiTConfig, LatentGrid, SamplerConfig, SequenceParallel, StreamConfig, sample_chunks
+from causalrope_sp.attention.base import Strategy, write_chunk
+from causalrope_sp.cache.window import SlidingWindow
 from causalrope_sp.config import PRESETS
+from causalrope_sp.diffusion.noise import seeded_noise
+from causalrope_sp.distributed.layout import SINGLE, parse_strategy
 from causalrope_sp.grid import Chunk, Shard, split_into_chunks
-from causalrope_sp.model import ForwardPass
-from causalrope_sp.noise import seeded_noise
-from causalrope_sp.parallel.cost import attention_flops, cross_flops
-from causalrope_sp.parallel.layout import SINGLE, parse_strategy
-from causalrope_sp.parallel.strategy import Strategy, write_chunk
-from causalrope_sp.parallel.workload import Workload
-from causalrope_sp.reference import block_causal_velocity
-from causalrope_sp.rope import RotaryTables
-from causalrope_sp.stream import CausalStream, Part
-from causalrope_sp.window import SlidingWindow
+from causalrope_sp.models.causal_dit import ForwardPass
+from causalrope_sp.models.rope import RotaryTables
+from causalrope_sp.planning.cost import attention_flops, cross_flops
+from causalrope_sp.planning.workload import Workload
+from causalrope_sp.sampling.stream import CausalStream, Part
+from causalrope_sp.verification.reference import block_causal_velocity
 
 GRID, FRAMES, WINDOW = LatentGrid(30, 52), 3, 21
 SMALL = DiTConfig(dim=256, ffn_dim=384, num_heads=2, num_layers=2, text_dim=32, text_len=9, freq_dim=32)  # the gate's

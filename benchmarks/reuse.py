@@ -27,12 +27,12 @@ from printed import finish, print_table, stop
 
 from causalrope_sp import CausalVideoPipeline, LatentGrid, SamplerConfig, StreamConfig
 from causalrope_sp.config import PRESETS, VAE_STRIDE
-from causalrope_sp.parallel.cost import plan
-from causalrope_sp.parallel.machines import H100
-from causalrope_sp.parallel.workload import Workload
+from causalrope_sp.diffusion.schedule import timesteps
+from causalrope_sp.planning.cost import plan
+from causalrope_sp.planning.machines import H100
+from causalrope_sp.planning.workload import Workload
 from causalrope_sp.reuse import Broadcast, ReusePolicy, find_policy
-from causalrope_sp.reuse.presets import pyramid
-from causalrope_sp.schedule import timesteps
+from causalrope_sp.reuse.policy_presets import pyramid
 from causalrope_sp.toybox.judge import Verdict, judge, summarize
 from causalrope_sp.toybox.prompts import SceneSpec
 from causalrope_sp.toybox.scenes import random_scene

@@ -24,12 +24,12 @@ from rich.table import Table
 
 from causalrope_kernels import Keys, attention
 from causalrope_sp import CausalDiT, DiTConfig, LatentGrid, SamplerConfig, SequenceParallel, StreamConfig, sample_chunks
-from causalrope_sp.noise import seeded_noise
-from causalrope_sp.parallel import strategies
-from causalrope_sp.parallel.cost import plan
-from causalrope_sp.parallel.launch import RankPool
-from causalrope_sp.parallel.machines import Machine
-from causalrope_sp.parallel.workload import Workload
+from causalrope_sp.diffusion.noise import seeded_noise
+from causalrope_sp.distributed import strategies
+from causalrope_sp.distributed.launch import RankPool
+from causalrope_sp.planning.cost import plan
+from causalrope_sp.planning.machines import Machine
+from causalrope_sp.planning.workload import Workload
 
 if TYPE_CHECKING:
     import torch.distributed as dist

@@ -30,8 +30,8 @@ from vin_measures import agreement, measure
 from vin_ways import OPEN, TRUTH, WAYS, Ways, flops_of, held_out, large_flops, latent_frames, settings
 
 from causalrope_sp import SamplerConfig, SequenceParallel, sample_chunks
-from causalrope_sp.noise import seeded_noise
-from causalrope_sp.parallel.launch import RankPool
+from causalrope_sp.diffusion.noise import seeded_noise
+from causalrope_sp.distributed.launch import RankPool
 from causalrope_sp.toybox.judge import judge, summarize
 from causalrope_sp.toybox.prompts import SceneSpec
 from causalrope_sp.vin import sample_together

@@ -20,7 +20,7 @@ from printed import finish, print_table
 from torch import Tensor, nn
 
 from causalrope_sp import CausalDiT, DiTConfig, LatentGrid, SamplerConfig, SequenceParallel
-from causalrope_sp.noise import seeded_noise
+from causalrope_sp.diffusion.noise import seeded_noise
 from causalrope_sp.toybox.chart import chart
 from causalrope_sp.vin import TogetherConfig, VideoInterfaceNetwork, VINConfig, sample_together
 

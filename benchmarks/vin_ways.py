@@ -11,21 +11,21 @@ import torch
 from causalrope_sp import CausalVideoPipeline, LatentGrid, SequenceParallel
 from causalrope_sp.codec.pixels import to_uint8
 from causalrope_sp.config import PRESETS, DiTConfig, StreamConfig
+from causalrope_sp.diffusion.noise import keyed_generator, seeded_noise
 from causalrope_sp.grid import split_into_chunks
-from causalrope_sp.noise import keyed_generator, seeded_noise
-from causalrope_sp.parallel.cost import cross_flops
-from causalrope_sp.parallel.workload import Workload
+from causalrope_sp.planning.cost import cross_flops
+from causalrope_sp.planning.workload import Workload
 from causalrope_sp.toybox.prompts import SceneSpec
 from causalrope_sp.toybox.scenes import PLACE_VARIABLES, render
-from causalrope_sp.toybox.text import leave_open
+from causalrope_sp.toybox.toybox_text import leave_open
 from causalrope_sp.vin import PAPER_CHUNKS, PAPER_VIN, TogetherConfig, sample_together
 from causalrope_sp.vin.chunks import LaneChunks, cut
-from causalrope_sp.vin.cost import full_flops, together_flops
-from causalrope_sp.vin.forward import TogetherForward
 from causalrope_sp.vin.fusion import join
+from causalrope_sp.vin.parallel_forward import TogetherForward
+from causalrope_sp.vin.vin_cost import full_flops, together_flops
 
 if TYPE_CHECKING:
-    from causalrope_sp.vin.video import Together
+    from causalrope_sp.pipeline.parallel_chunks import Together
 
 WAYS = ("VIN", "full attention", "autoregressive", "VIN without global tokens", "VIN without fusion")
 TRUTH = "rendered, through the codec"

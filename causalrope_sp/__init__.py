@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Any
 from causalrope_sp.version import __version__
 
 if TYPE_CHECKING:
-    from causalrope_sp.cache import KVCache
+    from causalrope_sp.cache.kv_cache import KVCache
     from causalrope_sp.config import DiTConfig, SamplerConfig, StreamConfig
+    from causalrope_sp.distributed import SequenceParallel
     from causalrope_sp.errors import CausalRopeError, CheckpointError, ConfigError, InputError, OutputError, PromptError
     from causalrope_sp.grid import Chunk, LatentGrid
-    from causalrope_sp.model import CausalDiT
-    from causalrope_sp.parallel import SequenceParallel
-    from causalrope_sp.pipeline import CausalVideoPipeline
-    from causalrope_sp.sampler import sample_chunks
+    from causalrope_sp.models.causal_dit import CausalDiT
+    from causalrope_sp.pipeline.pipeline import CausalVideoPipeline
+    from causalrope_sp.sampling.sampler import sample_chunks
     from causalrope_sp.weights import load_model
 
 _HOME = {
-    "KVCache": "cache",
+    "KVCache": "cache.kv_cache",
     "DiTConfig": "config",
     "SamplerConfig": "config",
     "StreamConfig": "config",
@@ -31,10 +31,10 @@ _HOME = {
     "PromptError": "errors",
     "Chunk": "grid",
     "LatentGrid": "grid",
-    "CausalDiT": "model",
-    "SequenceParallel": "parallel",
-    "CausalVideoPipeline": "pipeline",
-    "sample_chunks": "sampler",
+    "CausalDiT": "models.causal_dit",
+    "SequenceParallel": "distributed",
+    "CausalVideoPipeline": "pipeline.pipeline",
+    "sample_chunks": "sampling.sampler",
     "load_model": "weights",
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from causalrope_sp import CausalVideoPipeline
-from causalrope_sp.video import VideoWriter
+from causalrope_sp.io.video_writer import VideoWriter
 
 
 def main(prompt: str = "a red circle slides right", out: str = "generated.mp4", frames: str = "81") -> None:

@@ -14,8 +14,8 @@ import torch
 from PIL import Image, ImageDraw
 
 from causalrope_sp import CausalVideoPipeline
-from causalrope_sp.noise import keyed_generator
-from causalrope_sp.reading import fit
+from causalrope_sp.diffusion.noise import keyed_generator
+from causalrope_sp.io.media_reader import fit
 from causalrope_sp.toybox.prompts import parse_prompt
 from causalrope_sp.toybox.scenes import PLACE_VARIABLES, render
 

@@ -9,7 +9,7 @@ import contextlib
 import sys
 
 from causalrope_sp import CausalVideoPipeline, SequenceParallel
-from causalrope_sp.video import VideoWriter
+from causalrope_sp.io.video_writer import VideoWriter
 
 
 def main(prompt: str = "a blue square bounces", out: str = "streamed.mp4", frames: str = "81") -> None:

@@ -26,7 +26,7 @@ from vin_training.forward import Batch, Pair, TogetherForcing
 from causalrope_sp.codec import load_codec
 from causalrope_sp.grid import LatentGrid
 from causalrope_sp.toybox import WEIGHTS
-from causalrope_sp.toybox.text import leave_open
+from causalrope_sp.toybox.toybox_text import leave_open
 from causalrope_sp.vin import TogetherConfig, VideoInterfaceNetwork, VINConfig, save_vin
 from causalrope_sp.weights import load_model, save_model
 

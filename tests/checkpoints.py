@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from causalrope_kernels.reference import attention, project
 from causalrope_sp.config import DiTConfig
 from causalrope_sp.grid import LatentGrid, Shard
-from causalrope_sp.model import CausalDiT, ForwardPass
-from causalrope_sp.rope import RotaryTables
+from causalrope_sp.models.causal_dit import CausalDiT, ForwardPass
+from causalrope_sp.models.rope import RotaryTables
 
 CONFIG = DiTConfig(dim=36, ffn_dim=40, num_heads=3, num_layers=2, text_dim=10, freq_dim=8, in_channels=5)
 

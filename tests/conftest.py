@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from causalrope_sp.parallel.launch import RankPool
+from causalrope_sp.distributed.launch import RankPool
 
 settings.register_profile("shared machine", deadline=None)  # how long an example takes is not what is tested
 settings.load_profile("shared machine")

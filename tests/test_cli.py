@@ -20,9 +20,9 @@ import text_files as files
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from causalrope_sp.cli import cli
-from causalrope_sp.parallel import strategies
-from causalrope_sp.process import AHEAD, Background
+from causalrope_sp.cli.main import cli
+from causalrope_sp.cli.runtime import AHEAD, Background
+from causalrope_sp.distributed import strategies
 from causalrope_sp.text import load_embeds
 
 MODEL = "toybox"
@@ -167,7 +167,7 @@ def test_wrong_input_is_found_before_anything_is_loaded(words: list[str], monkey
     def load(*_: Any, **__: Any) -> None:
         raise AssertionError("loaded")
 
-    monkeypatch.setattr("causalrope_sp.pipeline.CausalVideoPipeline.from_pretrained", load)
+    monkeypatch.setattr("causalrope_sp.pipeline.pipeline.CausalVideoPipeline.from_pretrained", load)
     assert shell("generate", *words).exit_code == 2
 
 
@@ -236,7 +236,7 @@ def test_a_signal_keeps_the_frames_so_far(number: signal.Signals, tmp_path: Path
 def test_a_fault_is_told_with_its_reason_and_keeps_the_frames_so_far(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from causalrope_sp.pipeline import CausalVideoPipeline
+    from causalrope_sp.pipeline.pipeline import CausalVideoPipeline
 
     whole = CausalVideoPipeline.stream
 
@@ -375,7 +375,7 @@ def test_inspect_tells_what_a_checkpoint_is(tmp_path: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from causalrope_sp.recipe import Recipe
+    from causalrope_sp.pipeline.model_config import Recipe
     from causalrope_sp.toybox import WEIGHTS
 
     weights = Recipe.load(WEIGHTS / "toybox.json").transformer
@@ -391,10 +391,10 @@ def test_inspect_tells_what_a_checkpoint_is(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("verdicts", "status"), [([True, None], 0), ([True, False], 1)])
 def test_verify_prints_its_checks(verdicts: list[bool | None], status: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from causalrope_sp.verify import Check
+    from causalrope_sp.verification.runner import Check
 
     checks = [Check(f"case{i}", i + 1, "ulysses", [1e-7, float("nan")][i], ok, "") for i, ok in enumerate(verdicts)]
-    monkeypatch.setattr("causalrope_sp.verify.run_verification", lambda *_: checks)
+    monkeypatch.setattr("causalrope_sp.verification.runner.run_verification", lambda *_: checks)
     result = shell("verify", "--json")
     assert result.exit_code == status
     assert json.loads(result.output) == [

@@ -13,7 +13,7 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
 from causalrope_sp import ConfigError
-from causalrope_sp.codec.wan import WanDecoderStream, WanEncoderStream
+from causalrope_sp.codec.wan_vae import WanDecoderStream, WanEncoderStream
 
 SIDE, CHANNELS, BATCH = 3, 4, 2
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}

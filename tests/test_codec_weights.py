@@ -14,10 +14,10 @@ from torch import Tensor
 
 from causalrope_sp import CheckpointError, ConfigError
 from causalrope_sp.codec import load_codec
-from causalrope_sp.codec.wan import WanCodec
-from causalrope_sp.codec.wan_weights import infer_config, wan_modules
+from causalrope_sp.codec.wan_vae import WanCodec
+from causalrope_sp.codec.wan_vae_weights import infer_config, wan_modules
 from causalrope_sp.toybox import WEIGHTS
-from causalrope_sp.weights.files import WeightFiles
+from causalrope_sp.weights.tensor_files import WeightFiles
 
 # Names as Wan's own file has them, written down by hand, beside diffusers' for the same tensor.
 KNOWN_NAMES = {

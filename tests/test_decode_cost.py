@@ -9,12 +9,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from causalrope_sp import LatentGrid
-from causalrope_sp.codec.wan import WanDecoderStream
+from causalrope_sp.codec.wan_vae import WanDecoderStream
 from causalrope_sp.config import PRESETS
-from causalrope_sp.parallel.cost import plan
-from causalrope_sp.parallel.decode_cost import VaeSize, plan_decoding
-from causalrope_sp.parallel.machines import H100
-from causalrope_sp.parallel.workload import Workload
+from causalrope_sp.planning.cost import plan
+from causalrope_sp.planning.decode_cost import VaeSize, plan_decoding
+from causalrope_sp.planning.machines import H100
+from causalrope_sp.planning.workload import Workload
 
 
 @pytest.mark.parametrize("size", [(3, 5), (4, 2)])

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from causalrope_sp import CausalRopeError, CausalVideoPipeline, ConfigError, SequenceParallel
-from causalrope_sp.ahead import one_ahead
-from causalrope_sp.parallel.launch import RankPool
+from causalrope_sp.distributed.launch import RankPool
+from causalrope_sp.pipeline.prefetch import one_ahead
 
 PROMPT = "a large red circle slides right"
 FRAMES = 30

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from causalrope_sp import CausalDiT, CausalVideoPipeline, CheckpointError, ConfigError, DiTConfig, LatentGrid
-from causalrope_sp.parallel.workload import Workload
+from causalrope_sp.planning.workload import Workload
 from causalrope_sp.toybox import WEIGHTS
 from causalrope_sp.weights import load_model, save_model
 from causalrope_sp.weights.digest import digest

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from causalrope_sp import CausalVideoPipeline, ConfigError, InputError, StreamConfig, sample_chunks
 from causalrope_sp.codec.pixels import to_uint8
-from causalrope_sp.given import Given, VideoLatents, whole_chunks
+from causalrope_sp.diffusion.noise import seeded_noise
 from causalrope_sp.grid import split_into_chunks
-from causalrope_sp.noise import seeded_noise
-from causalrope_sp.video import VideoWriter
+from causalrope_sp.io.video_writer import VideoWriter
+from causalrope_sp.pipeline.conditioning import Given, VideoLatents, whole_chunks
 
 PROMPT = "a red circle slides right"
 OTHER = "a large blue circle slides right"

@@ -24,21 +24,21 @@ from test_sampler import CONFIG, FRAME, GRID, MODEL, noise_of, relative, stream_
 from torch import Tensor
 
 from causalrope_sp import CausalVideoPipeline, ConfigError, SamplerConfig, SequenceParallel, StreamConfig, sample_chunks
-from causalrope_sp.cli import cli
+from causalrope_sp.cli.main import cli
+from causalrope_sp.diffusion.schedule import add_noise, guided_steps, overruled, sigmas, timesteps, told_timesteps
+from causalrope_sp.diffusion.solvers import start_solver
+from causalrope_sp.distributed import strategies
+from causalrope_sp.distributed.comm_stats import Ledger
+from causalrope_sp.distributed.launch import RankPool
 from causalrope_sp.grid import split_into_chunks
-from causalrope_sp.parallel import strategies
-from causalrope_sp.parallel.cost import plan
-from causalrope_sp.parallel.launch import RankPool
-from causalrope_sp.parallel.ledger import Ledger
-from causalrope_sp.parallel.machines import CPU
-from causalrope_sp.parallel.workload import Workload
-from causalrope_sp.recipe import Recipe
-from causalrope_sp.reference import block_causal_velocity
-from causalrope_sp.sampler import Source
-from causalrope_sp.schedule import add_noise, guided_steps, overruled, sigmas, timesteps, told_timesteps
-from causalrope_sp.solvers import start_solver
-from causalrope_sp.stream import CausalStream
+from causalrope_sp.pipeline.model_config import Recipe
+from causalrope_sp.planning.cost import plan
+from causalrope_sp.planning.machines import CPU
+from causalrope_sp.planning.workload import Workload
+from causalrope_sp.sampling.sampler import Source
+from causalrope_sp.sampling.stream import CausalStream
 from causalrope_sp.toybox import WEIGHTS
+from causalrope_sp.verification.reference import block_causal_velocity
 
 MANY = (999.0, 700.0, 400.0, 100.0)
 

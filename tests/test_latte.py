@@ -17,13 +17,13 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from causalrope_sp import CheckpointError, Chunk, ConfigError, LatentGrid
+from causalrope_sp.cache.window import SlidingWindow
+from causalrope_sp.distributed import SequenceParallel
+from causalrope_sp.distributed.axis_switch import received_by_switches, split_evenly
+from causalrope_sp.distributed.launch import RankPool
 from causalrope_sp.latte import LatteConfig, LatteDiT, LattePass, LatteStream, load_latte
 from causalrope_sp.latte.positions import places, times
-from causalrope_sp.parallel import SequenceParallel
-from causalrope_sp.parallel.axis_switch import received_by_switches, split_evenly
-from causalrope_sp.parallel.launch import RankPool
 from causalrope_sp.reuse import Broadcast, ReusePolicy
-from causalrope_sp.window import SlidingWindow
 
 SIZES: dict[str, Any] = {
     "num_attention_heads": 2,

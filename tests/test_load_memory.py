@@ -13,11 +13,11 @@ import torch
 
 from causalrope_sp.config import DiTConfig
 from causalrope_sp.grid import LatentGrid
-from causalrope_sp.model import CausalDiT
-from causalrope_sp.parallel.workload import Workload
+from causalrope_sp.models.causal_dit import CausalDiT
+from causalrope_sp.planning.workload import Workload
 from causalrope_sp.weights import save_model
-from causalrope_sp.weights.layout import stored_tensors
-from causalrope_sp.weights.wan import WAN
+from causalrope_sp.weights.key_layout import stored_tensors
+from causalrope_sp.weights.wan_keys import WAN
 
 CONFIG = DiTConfig(dim=1024, ffn_dim=4096, num_heads=8, num_layers=8, text_dim=512)
 SMALL = DiTConfig(dim=12, ffn_dim=8, num_heads=2, num_layers=1, text_dim=4, freq_dim=4, in_channels=2)

@@ -16,19 +16,19 @@ from click.testing import CliRunner
 from torch import Tensor
 
 from causalrope_sp import CausalVideoPipeline, CheckpointError, ConfigError, LatentGrid, pipeline, preflight
-from causalrope_sp.cli import cli
+from causalrope_sp.cli.main import cli
 from causalrope_sp.codec import load_codec
-from causalrope_sp.codec.footprint import CodecFootprint, wan_2_1_footprint
-from causalrope_sp.codec.offload import OffloadedCodec
+from causalrope_sp.codec.codec_footprint import CodecFootprint, wan_2_1_footprint
+from causalrope_sp.codec.offloaded_codec import OffloadedCodec
 from causalrope_sp.config import PRESETS
-from causalrope_sp.offload import Offload
-from causalrope_sp.parallel.cost import plan
-from causalrope_sp.parallel.machines import machine
-from causalrope_sp.parallel.workload import Workload
-from causalrope_sp.preflight import Run, _available, _left_in_group, check_fits, remedies
-from causalrope_sp.recipe import Recipe
+from causalrope_sp.pipeline.model_config import Recipe
+from causalrope_sp.pipeline.offload import Offload
+from causalrope_sp.pipeline.preflight import Run, _available, _left_in_group, check_fits, remedies
+from causalrope_sp.planning.cost import plan
+from causalrope_sp.planning.machines import machine
+from causalrope_sp.planning.workload import Workload
 from causalrope_sp.text import TextSource
-from causalrope_sp.text.footprint import text_bytes, umt5_parameters, umt5_xxl_bytes
+from causalrope_sp.text.text_footprint import text_bytes, umt5_parameters, umt5_xxl_bytes
 from causalrope_sp.toybox import WEIGHTS
 
 ROOT = Path(__file__).parent.parent

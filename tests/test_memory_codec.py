@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from causalrope_sp.codec import Codec, load_codec
-from causalrope_sp.codec.footprint import CodecFootprint, taehv_footprint, wan_2_1_footprint, wan_footprint
+from causalrope_sp.codec.codec_footprint import CodecFootprint, taehv_footprint, wan_2_1_footprint, wan_footprint
 from causalrope_sp.codec.taehv import Taehv, TaehvCodec, TaehvConfig
-from causalrope_sp.codec.wan import WanCodec
+from causalrope_sp.codec.wan_vae import WanCodec
 from causalrope_sp.toybox import WEIGHTS
 
 

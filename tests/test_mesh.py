@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from causalrope_sp import ConfigError
-from causalrope_sp.parallel.mesh import Mesh
+from causalrope_sp.distributed.mesh import Mesh
 
 
 @pytest.mark.parametrize(("ranks", "lanes", "decoders"), [(1, 1, 0), (8, 2, 0), (7, 2, 1), (9, 3, 3), (5, 1, 4)])

@@ -20,21 +20,21 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from causalrope_sp import Chunk, ConfigError, DiTConfig, LatentGrid, SamplerConfig, StreamConfig, sample_chunks
+from causalrope_sp.attention.base import Strategy
+from causalrope_sp.cache.window import SlidingWindow
+from causalrope_sp.diffusion.noise import seeded_noise
+from causalrope_sp.distributed import SequenceParallel, exchange, strategies, ulysses
+from causalrope_sp.distributed import strategy as strategy_module
+from causalrope_sp.distributed.launch import RankPool, run_ranks
+from causalrope_sp.distributed.layout import parse_strategy
+from causalrope_sp.distributed.watchdog import Watchdog
 from causalrope_sp.errors import RankLostError
 from causalrope_sp.grid import Shard
-from causalrope_sp.model import CausalDiT
-from causalrope_sp.noise import seeded_noise
-from causalrope_sp.parallel import SequenceParallel, exchange, strategies, ulysses
-from causalrope_sp.parallel import strategy as strategy_module
-from causalrope_sp.parallel.cost import cache_bytes, received, received_latents
-from causalrope_sp.parallel.launch import RankPool, run_ranks
-from causalrope_sp.parallel.layout import parse_strategy
-from causalrope_sp.parallel.strategy import Strategy
-from causalrope_sp.parallel.watchdog import Watchdog
-from causalrope_sp.parallel.workload import Workload
-from causalrope_sp.sampler import Source
-from causalrope_sp.stream import CausalStream, Part
-from causalrope_sp.window import SlidingWindow
+from causalrope_sp.models.causal_dit import CausalDiT
+from causalrope_sp.planning.cost import cache_bytes, received, received_latents
+from causalrope_sp.planning.workload import Workload
+from causalrope_sp.sampling.sampler import Source
+from causalrope_sp.sampling.stream import CausalStream, Part
 
 CONFIG = DiTConfig(dim=36, ffn_dim=48, num_heads=6, num_layers=2, text_dim=8, text_len=3, freq_dim=16, in_channels=2)
 WAYS_TO_TALK = (

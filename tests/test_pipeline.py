@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from causalrope_sp import CausalDiT, CausalVideoPipeline, CheckpointError, ConfigError, DiTConfig
-from causalrope_sp.cache import KVCache
+from causalrope_sp.cache.kv_cache import KVCache
 from causalrope_sp.toybox import WEIGHTS
 from causalrope_sp.weights.digest import digest
 

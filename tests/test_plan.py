@@ -14,16 +14,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from causalrope_sp import CausalDiT, DiTConfig, LatentGrid, SamplerConfig, StreamConfig
-from causalrope_sp.cli import cli
+from causalrope_sp.attention.base import Strategy
+from causalrope_sp.cache.window import SlidingWindow
+from causalrope_sp.cli.main import cli
 from causalrope_sp.config import PRESETS
+from causalrope_sp.distributed.layout import parse_strategy, strategies
 from causalrope_sp.grid import Chunk, Shard
-from causalrope_sp.parallel.cost import attention_flops, cross_flops, plan
-from causalrope_sp.parallel.layout import parse_strategy, strategies
-from causalrope_sp.parallel.machines import GPUS, LINKS, machine
-from causalrope_sp.parallel.strategy import Strategy
-from causalrope_sp.parallel.workload import Workload
-from causalrope_sp.stream import CausalStream, Part
-from causalrope_sp.window import SlidingWindow
+from causalrope_sp.planning.cost import attention_flops, cross_flops, plan
+from causalrope_sp.planning.machines import GPUS, LINKS, machine
+from causalrope_sp.planning.workload import Workload
+from causalrope_sp.sampling.stream import CausalStream, Part
 
 CONFIG = DiTConfig(dim=48, ffn_dim=80, num_heads=4, num_layers=3, text_dim=8, text_len=5, freq_dim=16, in_channels=2)
 WORK = Workload(CONFIG, LatentGrid(3, 4), window=6, chunk_frames=2, steps=4, itemsize=4)

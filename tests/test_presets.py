@@ -10,13 +10,13 @@ import torch
 from checkpoints import CONFIG, save_wan, wan_state
 from click.testing import CliRunner
 
-from causalrope_sp.cli import cli
+from causalrope_sp.cli.main import cli
 from causalrope_sp.config import SamplerConfig, StreamConfig
+from causalrope_sp.diffusion.noise import seeded_noise
+from causalrope_sp.diffusion.schedule import sigmas
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.grid import LatentGrid
-from causalrope_sp.noise import seeded_noise
-from causalrope_sp.sampler import sample_chunks
-from causalrope_sp.schedule import sigmas
+from causalrope_sp.sampling.sampler import sample_chunks
 from causalrope_sp.weights import FAMILY, find_preset, inspect_checkpoint, load_model
 
 # window, sink, chunk, and the timesteps that the model sees: what a preset comes to, whatever its fields are called.

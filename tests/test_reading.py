@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from causalrope_sp import InputError
-from causalrope_sp.reading import fit, read_picture, read_video
-from causalrope_sp.video import VideoWriter
+from causalrope_sp.io.media_reader import fit, read_picture, read_video
+from causalrope_sp.io.video_writer import VideoWriter
 
 
 def picture(height: int, width: int, seed: int = 0) -> np.ndarray:

@@ -27,23 +27,23 @@ from causalrope_sp import (
     StreamConfig,
     sample_chunks,
 )
-from causalrope_sp.cases import load_case
-from causalrope_sp.cli import cli
+from causalrope_sp.attention.base import Strategy
+from causalrope_sp.cache.window import SlidingWindow
+from causalrope_sp.cli.main import cli
+from causalrope_sp.diffusion.noise import seeded_noise
+from causalrope_sp.distributed import SequenceParallel, strategies
+from causalrope_sp.distributed.launch import RankPool
+from causalrope_sp.distributed.layout import parse_strategy
 from causalrope_sp.grid import Shard
-from causalrope_sp.noise import seeded_noise
-from causalrope_sp.parallel import SequenceParallel, strategies
-from causalrope_sp.parallel.cost import chunk_flops, plan, received, received_latents, stored_bytes
-from causalrope_sp.parallel.launch import RankPool
-from causalrope_sp.parallel.layout import parse_strategy
-from causalrope_sp.parallel.machines import H100
-from causalrope_sp.parallel.strategy import Strategy
-from causalrope_sp.parallel.workload import Workload
+from causalrope_sp.planning.cost import chunk_flops, plan, received, received_latents, stored_bytes
+from causalrope_sp.planning.machines import H100
+from causalrope_sp.planning.workload import Workload
 from causalrope_sp.reuse import PRESETS, After, Broadcast, ReusePlan, ReusePolicy, find_policy, write_policy
+from causalrope_sp.reuse.output_store import OutputStore
 from causalrope_sp.reuse.policy import CAUSAL_KINDS, KINDS
-from causalrope_sp.reuse.store import OutputStore
-from causalrope_sp.sampler import Source
-from causalrope_sp.stream import CausalStream, Part
-from causalrope_sp.window import SlidingWindow
+from causalrope_sp.sampling.sampler import Source
+from causalrope_sp.sampling.stream import CausalStream, Part
+from causalrope_sp.verification.cases import load_case
 
 CONFIG = DiTConfig(dim=36, ffn_dim=48, num_heads=6, num_layers=2, text_dim=8, text_len=3, freq_dim=16, in_channels=2)
 GRID = LatentGrid(1, 7)  # seven tokens are even nowhere
@@ -224,7 +224,7 @@ def test_a_hit_takes_the_current_gate() -> None:
     outputs.clear()
     velocity = stream.denoise(Chunk(0, 0, 2), y, 400.0)
     assert not outputs, "a module ran in spite of a hit"
-    from causalrope_sp.model import sinusoid
+    from causalrope_sp.models.causal_dit import sinusoid
 
     time = model.time_embedding(sinusoid(torch.tensor([400.0]), CONFIG.freq_dim))
     gates = (model.time_projection(time).view(6, -1) + block.modulation)[[2, 5]]

@@ -17,10 +17,10 @@ from test_reuse import CONFIG, GRID, SAMPLER, STREAM, make_model, random
 from torch import Tensor
 
 from causalrope_sp import CausalDiT, ConfigError, sample_chunks
-from causalrope_sp.cli import cli
-from causalrope_sp.noise import seeded_noise
-from causalrope_sp.parallel import SequenceParallel
-from causalrope_sp.parallel.launch import RankPool
+from causalrope_sp.cli.main import cli
+from causalrope_sp.diffusion.noise import seeded_noise
+from causalrope_sp.distributed import SequenceParallel
+from causalrope_sp.distributed.launch import RankPool
 from causalrope_sp.profiling.outputs import Profile, errors, propose, recording
 from causalrope_sp.reuse import Broadcast, ReusePolicy, find_policy
 from causalrope_sp.reuse.policy import CAUSAL_KINDS

@@ -13,7 +13,7 @@ from torch import Tensor
 from causalrope_kernels.reference import rotate
 from causalrope_sp import LatentGrid
 from causalrope_sp.grid import Shard
-from causalrope_sp.rope import RotaryTables
+from causalrope_sp.models.rope import RotaryTables
 
 THETA = 10000.0
 

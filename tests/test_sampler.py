@@ -15,16 +15,16 @@ from torch import Tensor
 
 from causalrope_kernels.reference import attention, project
 from causalrope_sp import Chunk, ConfigError, DiTConfig, LatentGrid, SamplerConfig, StreamConfig, sample_chunks
+from causalrope_sp.attention.base import Strategy
+from causalrope_sp.cache.window import SlidingWindow
+from causalrope_sp.diffusion.noise import Noise, seeded_noise
+from causalrope_sp.diffusion.schedule import add_noise, predict_x0, sigmas
 from causalrope_sp.grid import Shard, split_into_chunks
-from causalrope_sp.model import CausalDiT, ForwardPass
-from causalrope_sp.noise import Noise, seeded_noise
-from causalrope_sp.parallel.strategy import Strategy
-from causalrope_sp.reference import block_causal_velocity, visible_past
-from causalrope_sp.rope import RotaryTables
-from causalrope_sp.sampler import Source
-from causalrope_sp.schedule import add_noise, predict_x0, sigmas
-from causalrope_sp.stream import CausalStream, Part
-from causalrope_sp.window import SlidingWindow
+from causalrope_sp.models.causal_dit import CausalDiT, ForwardPass
+from causalrope_sp.models.rope import RotaryTables
+from causalrope_sp.sampling.sampler import Source
+from causalrope_sp.sampling.stream import CausalStream, Part
+from causalrope_sp.verification.reference import block_causal_velocity, visible_past
 
 CONFIG = DiTConfig(dim=24, ffn_dim=32, num_heads=2, num_layers=2, text_dim=8, text_len=3, freq_dim=16, in_channels=2)
 GRID = LatentGrid(2, 3)

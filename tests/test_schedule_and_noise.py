@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from causalrope_sp import Chunk, ConfigError, SamplerConfig
-from causalrope_sp.noise import seeded_noise
-from causalrope_sp.schedule import SOLVERS, add_noise, predict_x0, shift_sigma, sigmas
+from causalrope_sp.diffusion.noise import seeded_noise
+from causalrope_sp.diffusion.schedule import SOLVERS, add_noise, predict_x0, shift_sigma, sigmas
 
 SHAPE = (2, 3, 4, 5)
 levels = st.floats(0.01, 1)

@@ -13,11 +13,11 @@ from checkpoints import CONFIG
 from safetensors.torch import save_file
 
 from causalrope_sp import CausalDiT, CausalRopeError, SequenceParallel, load_model
-from causalrope_sp.parallel.launch import RankPool
+from causalrope_sp.distributed.launch import RankPool
 from causalrope_sp.weights import save_model
 from causalrope_sp.weights.digest import digest
-from causalrope_sp.weights.files import WeightFiles
 from causalrope_sp.weights.readers import owners
+from causalrope_sp.weights.tensor_files import WeightFiles
 
 RANKS = (1, 2, 3)
 

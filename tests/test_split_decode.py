@@ -12,9 +12,9 @@ from torch import Tensor
 from causalrope_sp import ConfigError, LatentGrid, SequenceParallel
 from causalrope_sp.codec import Codec
 from causalrope_sp.codec.taehv import Taehv, TaehvCodec, TaehvConfig
-from causalrope_sp.codec.wan import WanCodec
-from causalrope_sp.parallel.decode_cost import VaeSize
-from causalrope_sp.parallel.launch import RankPool
+from causalrope_sp.codec.wan_vae import WanCodec
+from causalrope_sp.distributed.launch import RankPool
+from causalrope_sp.planning.decode_cost import VaeSize
 
 CHANNELS = 4
 CUT = (1, 3, 2)  # latent frames a chunk

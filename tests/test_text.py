@@ -23,7 +23,7 @@ from torch import Tensor
 
 from causalrope_sp import CheckpointError, ConfigError, OutputError, PromptError
 from causalrope_sp.text import UMT5TextEncoder, clean_prompt, load_embeds, save_embeds
-from causalrope_sp.text.checkpoint import T5Checkpoint
+from causalrope_sp.text.umt5_checkpoint import T5Checkpoint
 
 PROMPT = " A red   circle slides & jumps\n over the hills"
 CLEANED = "A red circle slides & jumps over the hills"
@@ -252,7 +252,8 @@ def test_odd_prompts_are_embedded(home: Path, prompt: str) -> None:
 def test_nothing_is_imported_before_it_is_needed() -> None:
     import subprocess
 
-    code = "import sys, causalrope_sp.pipeline, causalrope_sp.text; print([m for m in sys.modules if m in sys.argv])"
+    imports = "import sys, causalrope_sp.pipeline.pipeline, causalrope_sp.text"
+    code = f"{imports}; print([m for m in sys.modules if m in sys.argv])"
     done = subprocess.run(
         [sys.executable, "-c", code, "transformers", "tokenizers", "ftfy", "diffusers"], capture_output=True, text=True
     )

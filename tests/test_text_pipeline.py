@@ -24,10 +24,10 @@ from causalrope_sp import (
     SequenceParallel,
     load_model,
 )
-from causalrope_sp.offload import Offload
-from causalrope_sp.parallel.launch import RankPool
+from causalrope_sp.distributed.launch import RankPool
+from causalrope_sp.pipeline.offload import Offload
 from causalrope_sp.text import UMT5TextEncoder, save_embeds
-from causalrope_sp.text.checkpoint import T5Checkpoint
+from causalrope_sp.text.umt5_checkpoint import T5Checkpoint
 from causalrope_sp.toybox import WEIGHTS
 
 PROMPT = "a red dog"

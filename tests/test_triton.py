@@ -42,12 +42,12 @@ from causalrope_kernels import (
     split_tokens,
 )
 from causalrope_sp import DiTConfig, LatentGrid, SamplerConfig, StreamConfig, sample_chunks
+from causalrope_sp.diffusion.noise import seeded_noise
+from causalrope_sp.distributed import SequenceParallel
+from causalrope_sp.distributed.launch import RankPool
 from causalrope_sp.grid import Shard
-from causalrope_sp.model import CausalDiT
-from causalrope_sp.noise import seeded_noise
-from causalrope_sp.parallel import SequenceParallel
-from causalrope_sp.parallel.launch import RankPool
-from causalrope_sp.rope import RotaryTables
+from causalrope_sp.models.causal_dit import CausalDiT
+from causalrope_sp.models.rope import RotaryTables
 
 DEVICE = torch.device(os.environ.get("CAUSALROPE_TEST_DEVICE", "cpu"))  # on "cuda" compiled, and not interpreted
 EPS = 1e-6

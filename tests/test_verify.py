@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from causalrope_sp import CheckpointError, ConfigError
-from causalrope_sp.cli import cli
-from causalrope_sp.parallel import STRATEGIES, strategies
-from causalrope_sp.verify import Check, run_verification
+from causalrope_sp.cli.main import cli
+from causalrope_sp.distributed import STRATEGIES, strategies
+from causalrope_sp.verification.runner import Check, run_verification
 
 SMALLEST = "dmd-batch2-framewise"
 WEIGHTS = "weights-a"

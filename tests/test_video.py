@@ -12,7 +12,7 @@ import pytest
 from PIL import Image, ImageSequence
 
 from causalrope_sp.errors import OutputError
-from causalrope_sp.video import VideoWriter, check_output
+from causalrope_sp.io.video_writer import VideoWriter, check_output
 
 HEIGHT, WIDTH, FPS = 64, 96, 16.0
 COLORS = [(220, 40, 40), (40, 180, 60), (50, 90, 220), (230, 210, 50), (150, 60, 200), (240, 140, 30)]
@@ -196,7 +196,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
 import resource
 import numpy as np
 from causalrope_sp.errors import OutputError
-from causalrope_sp.video import VideoWriter
+from causalrope_sp.io.video_writer import VideoWriter
 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
 for name in {NAMES}:
     try:

@@ -21,11 +21,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from causalrope_kernels import attention, attention_parts, merge
 from causalrope_sp import CausalDiT, CheckpointError, ConfigError, DiTConfig, LatentGrid, SamplerConfig, StreamConfig
+from causalrope_sp.diffusion.noise import seeded_noise
+from causalrope_sp.distributed import SequenceParallel
+from causalrope_sp.distributed.launch import RankPool
 from causalrope_sp.grid import Chunk, Shard
-from causalrope_sp.noise import seeded_noise
-from causalrope_sp.parallel import SequenceParallel
-from causalrope_sp.parallel.launch import RankPool
-from causalrope_sp.sampler import sample_chunks
+from causalrope_sp.sampling.sampler import sample_chunks
 from causalrope_sp.vin import (
     Moment,
     TogetherConfig,
@@ -36,10 +36,10 @@ from causalrope_sp.vin import (
     save_vin,
 )
 from causalrope_sp.vin.chunks import LaneChunks, cut
-from causalrope_sp.vin.cost import full_flops, overlap_elements, read_elements, together_flops
-from causalrope_sp.vin.forward import TogetherForward
 from causalrope_sp.vin.fusion import fuse, join
 from causalrope_sp.vin.network import places
+from causalrope_sp.vin.parallel_forward import TogetherForward
+from causalrope_sp.vin.vin_cost import full_flops, overlap_elements, read_elements, together_flops
 
 CONFIG = DiTConfig(dim=36, ffn_dim=48, num_heads=6, num_layers=2, text_dim=8, text_len=3, freq_dim=16, in_channels=2)
 VIN = VINConfig(global_tokens=5, dim=24, heads=3, layers=2)
@@ -231,7 +231,7 @@ def step_once(use_vin: bool, held: Tensor) -> Tensor:
 
 
 def work_of(model: CausalDiT) -> Any:
-    from causalrope_sp.parallel.workload import Workload
+    from causalrope_sp.planning.workload import Workload
 
     return Workload.of(model.config, GRID, StreamConfig(chunk_frames=5), STEPS, 6)
 

@@ -16,14 +16,14 @@ from conftest import ROOT
 from safetensors import safe_open
 
 from causalrope_sp import CausalVideoPipeline, ConfigError
-from causalrope_sp.cli import cli
-from causalrope_sp.parallel import SequenceParallel
-from causalrope_sp.parallel.launch import RankPool
+from causalrope_sp.cli.main import cli
+from causalrope_sp.distributed import SequenceParallel
+from causalrope_sp.distributed.launch import RankPool
+from causalrope_sp.pipeline.parallel_chunks import Glimpse, Watch
 from causalrope_sp.toybox import WEIGHTS
 from causalrope_sp.toybox.prompts import parse_prompt
 from causalrope_sp.toybox.scenes import PLACE_VARIABLES, render
-from causalrope_sp.toybox.text import ToyboxText, leave_open
-from causalrope_sp.vin.video import Glimpse, Watch
+from causalrope_sp.toybox.toybox_text import ToyboxText, leave_open
 
 PROMPT = "a large red circle slides right"
 OPTIONS: dict[str, Any] = {"parallel_chunks": "vin", "steps": 3}  # enough for what is tested here

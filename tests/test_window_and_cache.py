@@ -11,9 +11,9 @@ from torch import Tensor
 
 from causalrope_kernels.reference import put, stretches
 from causalrope_sp import Chunk, ConfigError, KVCache, StreamConfig
-from causalrope_sp.cache import LayerCache
-from causalrope_sp.reference import visible_past
-from causalrope_sp.window import SlidingWindow
+from causalrope_sp.cache.kv_cache import LayerCache
+from causalrope_sp.cache.window import SlidingWindow
+from causalrope_sp.verification.reference import visible_past
 
 LAYERS, BATCH, TOKENS, HEADS, WIDTH = 2, 2, 3, 2, 2
 

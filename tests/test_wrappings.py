@@ -14,9 +14,9 @@ from checkpoints import CONFIG, diffusers_model, run, save_wan, wan_state
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from causalrope_sp.cases import case_files, load_case
+from causalrope_sp.distributed import SequenceParallel
 from causalrope_sp.errors import CheckpointError
-from causalrope_sp.parallel import SequenceParallel
+from causalrope_sp.verification.cases import case_files, load_case
 from causalrope_sp.weights import inspect_checkpoint, load_model
 
 State = dict[str, Tensor]

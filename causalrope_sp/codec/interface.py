@@ -12,8 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from causalrope_sp.distributed.halo import Strips
 from causalrope_sp.errors import ConfigError
-from causalrope_sp.parallel.strips import Strips
 
 
 class DecoderStream(Protocol):

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
+from causalrope_sp.codec.codec_tensors import read_exactly, shape_of
 from causalrope_sp.codec.interface import stream_pieces
-from causalrope_sp.codec.split import sharing_weights, split_convolutions
-from causalrope_sp.codec.tensors import read_exactly, shape_of
+from causalrope_sp.codec.sharded_decoder import sharing_weights, split_convolutions
+from causalrope_sp.distributed.halo import Strips
 from causalrope_sp.errors import CheckpointError
-from causalrope_sp.parallel.strips import Strips
-from causalrope_sp.weights.files import WeightFiles
+from causalrope_sp.weights.tensor_files import WeightFiles
 
 MARKER = "decoder.3.conv.0.weight"  # the first memory block
 _STAGES = 3

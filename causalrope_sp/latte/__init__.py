@@ -1,8 +1,8 @@
 """A factorised video DiT, Latte's layout (arXiv 2401.03048): it attends within a frame, then across frames."""
 
-from causalrope_sp.latte.config import LatteConfig
-from causalrope_sp.latte.model import LatteDiT, LattePass
-from causalrope_sp.latte.stream import LatteStream
-from causalrope_sp.latte.weights import load_latte
+from causalrope_sp.latte.latte_config import LatteConfig
+from causalrope_sp.latte.latte_dit import LatteDiT, LattePass
+from causalrope_sp.latte.latte_stream import LatteStream
+from causalrope_sp.latte.latte_weights import load_latte
 
 __all__ = ["LatteConfig", "LatteDiT", "LattePass", "LatteStream", "load_latte"]

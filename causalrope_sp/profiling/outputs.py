@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from causalrope_sp.distributed import SequenceParallel
 from causalrope_sp.errors import ConfigError
-from causalrope_sp.model import Block, CausalDiT, ForwardPass
-from causalrope_sp.parallel import SequenceParallel
+from causalrope_sp.models.causal_dit import Block, CausalDiT, ForwardPass
 from causalrope_sp.reuse.policy import CAUSAL_KINDS, Broadcast, Kind, ReusePolicy
 
 Key = tuple[Kind, int, int, int]  # kind, layer, step, and how many steps before it; 0: the output itself

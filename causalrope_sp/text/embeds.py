@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from causalrope_sp.errors import CheckpointError, ConfigError, OutputError
-from causalrope_sp.weights.files import DTYPES, WeightFiles
+from causalrope_sp.weights.tensor_files import DTYPES, WeightFiles
 
 _NAME = "prompt_embeds"
 

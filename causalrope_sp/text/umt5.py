@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from causalrope_sp.errors import CheckpointError, ConfigError
-from causalrope_sp.offload import Keep
-from causalrope_sp.text.checkpoint import T5Checkpoint
+from causalrope_sp.pipeline.offload import Keep
 from causalrope_sp.text.clean import clean_prompt
 from causalrope_sp.text.source import TextSource
+from causalrope_sp.text.umt5_checkpoint import T5Checkpoint
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.grid import Chunk
-from causalrope_sp.vin.config import TogetherConfig
+from causalrope_sp.vin.vin_config import TogetherConfig
 
 
 def cut(frames: int, config: TogetherConfig, start: int = 0) -> tuple[Chunk, ...]:

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from causalrope_kernels import Keys, attention, linear_gelu, rms_norm
 from causalrope_sp.config import DiTConfig
-from causalrope_sp.model import sinusoid
-from causalrope_sp.vin.config import VINConfig
+from causalrope_sp.models.causal_dit import sinusoid
+from causalrope_sp.vin.vin_config import VINConfig
 
 
 class Attention(nn.Module):

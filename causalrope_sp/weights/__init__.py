@@ -1,9 +1,9 @@
 """Checkpoints: layouts, wrappings, LoRA, presets, each in a file of its own, and loading into the causal DiT."""
 
-from causalrope_sp.weights.load import inspect_checkpoint, load_model, outline_model
+from causalrope_sp.weights.checkpoint_report import CheckpointReport
+from causalrope_sp.weights.dit_loader import inspect_checkpoint, load_model, outline_model
 from causalrope_sp.weights.lora import Lora
-from causalrope_sp.weights.presets import FAMILY, Preset, find_preset
-from causalrope_sp.weights.report import CheckpointReport
+from causalrope_sp.weights.model_presets import FAMILY, Preset, find_preset
 from causalrope_sp.weights.save import save_model
 
 __all__ = [

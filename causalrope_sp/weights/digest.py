@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from causalrope_sp.weights.files import WeightFiles
+from causalrope_sp.weights.tensor_files import WeightFiles
 
 _SAMPLES = 4  # numbers of a tensor that tell its file from another
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from causalrope_sp.model import CausalDiT
+from causalrope_sp.models.causal_dit import CausalDiT
 
 STORED = torch.float8_e4m3fn
 PARTS = ("numbers", "scale")  # what an `Fp8Linear` has in place of a weight

@@ -10,9 +10,9 @@ from typing import Any
 
 from causalrope_sp.config import DiTConfig
 from causalrope_sp.errors import CheckpointError, ConfigError
-from causalrope_sp.weights.files import Stored
-from causalrope_sp.weights.layout import Layout
+from causalrope_sp.weights.key_layout import Layout
 from causalrope_sp.weights.messages import shown
+from causalrope_sp.weights.tensor_files import Stored
 
 WAN_HEAD_DIM = 128  # every published Wan; what is assumed where a checkpoint does not say
 LONGEST_TEXT = 1 << 16  # tokens; buffers of this length are made, so a declared one is not taken at its word

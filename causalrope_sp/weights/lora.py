@@ -23,13 +23,13 @@ import torch
 from torch import Tensor
 
 from causalrope_sp.errors import CheckpointError, ConfigError
-from causalrope_sp.model import CausalDiT
-from causalrope_sp.weights.diffusers import DIFFUSERS
-from causalrope_sp.weights.files import DTYPES, WeightFiles, json_object
+from causalrope_sp.models.causal_dit import CausalDiT
+from causalrope_sp.weights.diffusers_keys import DIFFUSERS
 from causalrope_sp.weights.finite import all_finite
-from causalrope_sp.weights.layout import Shape, arrange, stored_shape
+from causalrope_sp.weights.key_layout import Shape, arrange, stored_shape
 from causalrope_sp.weights.messages import shown, some
-from causalrope_sp.weights.wan import WAN
+from causalrope_sp.weights.tensor_files import DTYPES, WeightFiles, json_object
+from causalrope_sp.weights.wan_keys import WAN
 from causalrope_sp.weights.wrappings import LORA_PARTS, bare_names
 
 PREFIXES = ("base_model", "diffusion_model", "generator", "model", "net", "transformer")

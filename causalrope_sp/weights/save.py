@@ -11,11 +11,11 @@ from safetensors.torch import save_file
 
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.weights.fp8 import is_fp8
-from causalrope_sp.weights.layout import stored_tensors
-from causalrope_sp.weights.wan import WAN
+from causalrope_sp.weights.key_layout import stored_tensors
+from causalrope_sp.weights.wan_keys import WAN
 
 if TYPE_CHECKING:
-    from causalrope_sp.model import CausalDiT
+    from causalrope_sp.models.causal_dit import CausalDiT
 
 
 def save_model(model: CausalDiT, path: str | PathLike[str]) -> None:

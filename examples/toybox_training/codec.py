@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKLWan
 
-from causalrope_sp.codec.wan import WanDecoderStream, WanEncoderStream
+from causalrope_sp.codec.wan_vae import WanDecoderStream, WanEncoderStream
 from causalrope_sp.toybox.scenes import PLACE_VARIABLES, random_scene, render
 
 from .training import Training, processes, rank

@@ -16,10 +16,10 @@ from causalrope_kernels import Projection, project
 from causalrope_kernels.reference import attention
 from causalrope_sp.config import DiTConfig, SamplerConfig, StreamConfig
 from causalrope_sp.grid import LatentGrid, Shard
-from causalrope_sp.model import CausalDiT, ForwardPass
-from causalrope_sp.rope import RotaryTables
+from causalrope_sp.models.causal_dit import CausalDiT, ForwardPass
+from causalrope_sp.models.rope import RotaryTables
 from causalrope_sp.toybox.chart import chart
-from causalrope_sp.toybox.text import TEXT_DIM, TEXT_LEN
+from causalrope_sp.toybox.toybox_text import TEXT_DIM, TEXT_LEN
 
 CONFIG = DiTConfig(dim=192, ffn_dim=768, num_heads=6, num_layers=6, text_dim=TEXT_DIM, text_len=TEXT_LEN, freq_dim=64)
 CHUNK = 3

@@ -12,10 +12,10 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
-from causalrope_sp.codec.wan import WanEncoderStream
+from causalrope_sp.codec.wan_vae import WanEncoderStream
 from causalrope_sp.toybox.prompts import BACKGROUNDS, SceneSpec
 from causalrope_sp.toybox.scenes import PLACE_VARIABLES, random_scene, render
-from causalrope_sp.toybox.text import encode_scene
+from causalrope_sp.toybox.toybox_text import encode_scene
 
 from .training import processes, rank
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from causalrope_sp.grid import Chunk
-from causalrope_sp.model import CausalDiT
-from causalrope_sp.sampler import sample_chunks
+from causalrope_sp.models.causal_dit import CausalDiT
+from causalrope_sp.sampling.sampler import sample_chunks
 from causalrope_sp.toybox.chart import chart
 
 from .dit import CHUNK, RING, SAMPLER, STREAM, TIMES, Batch, TeacherForcing

@@ -1,6 +1,6 @@
 """The forward of training: one chunk of some videos in a pass of the DiT, each attending the chart, its own frames (no
 gradient passes through its context's keys and values), and the global tokens of its video.
-`causalrope_sp.vin.sampler` computes the same for all chunks, from a cache.
+`causalrope_sp.vin.parallel_sampler` computes the same for all chunks, from a cache.
 
 Shapes: B videos, F latent frames of a video, c frames of a chunk, S tokens a frame, C channels, X latent width and
 height, L text tokens, W text width, H heads, d head width.
@@ -17,12 +17,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from causalrope_kernels import Keys, Projection, attention, project
 from causalrope_kernels.reference import attention as attend_whole
 from causalrope_sp.grid import LatentGrid, Shard
-from causalrope_sp.model import CausalDiT, ForwardPass
-from causalrope_sp.rope import RotaryTables
+from causalrope_sp.models.causal_dit import CausalDiT, ForwardPass
+from causalrope_sp.models.rope import RotaryTables
 from causalrope_sp.toybox.chart import chart
 from causalrope_sp.vin.chunks import LaneChunks, cut
-from causalrope_sp.vin.config import TogetherConfig
 from causalrope_sp.vin.network import VideoInterfaceNetwork, places
+from causalrope_sp.vin.vin_config import TogetherConfig
 
 
 class Pair(nn.Module):

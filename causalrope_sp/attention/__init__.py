@@ -1,0 +1,1 @@
+"""How self-attention crosses ranks: one file a strategy."""

@@ -1,0 +1,39 @@
+"""The command line. Exit status: 0 done, 1 a check failed (or a fault of this program), 2 wrong input, 130 interrupted.
+
+Under torchrun every rank runs the same command; rank 0 alone speaks, shows progress and writes the video.
+"""
+
+from __future__ import annotations
+
+import click
+
+from causalrope_sp.cli.encode import encode
+from causalrope_sp.cli.generate import generate
+from causalrope_sp.cli.inspect import inspect
+from causalrope_sp.cli.plan import plan
+from causalrope_sp.cli.profile_reuse import profile_reuse
+from causalrope_sp.cli.runtime import CommandLine, run
+from causalrope_sp.cli.verify import verify
+from causalrope_sp.version import __version__
+
+
+@click.group(
+    cls=CommandLine,
+    no_args_is_help=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+)
+@click.version_option(__version__, prog_name="causalrope-sp")
+def cli() -> None:
+    """Causal video diffusion, streamed, on one process or many.
+
+    To use several: torchrun --standalone --nproc-per-node 2 -m causalrope_sp generate ...
+    """
+
+
+for command in (generate, encode, inspect, verify, plan, profile_reuse):
+    cli.add_command(command)
+
+
+def main() -> None:
+    """The entry point."""
+    run(cli)

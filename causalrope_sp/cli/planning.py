@@ -1,0 +1,302 @@
+"""`causalrope-sp plan`: what every strategy would cost for a model on some ranks, as a table, as JSON, as a plot."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from causalrope_sp.config import PRESETS, VAE_STRIDE, DiTConfig, SamplerConfig, StreamConfig
+from causalrope_sp.diffusion.schedule import overruled
+from causalrope_sp.distributed.mesh import possible_lanes
+from causalrope_sp.errors import CheckpointError, ConfigError, OutputError
+from causalrope_sp.grid import LatentGrid
+from causalrope_sp.pipeline.offload import Offload
+from causalrope_sp.planning.cost import Plan, plan
+from causalrope_sp.planning.decode_cost import DecodePlan, VaeSize, plan_decoding
+from causalrope_sp.planning.machines import GPUS, LINKS, Machine, machine
+from causalrope_sp.planning.memory import Beside
+from causalrope_sp.planning.workload import Workload
+from causalrope_sp.reuse.policy import ReusePolicy
+from causalrope_sp.sampling.guidance import check_guidance
+
+if TYPE_CHECKING:
+    from causalrope_sp.pipeline.model_config import Recipe
+
+PLOTTED = (1, 2, 4, 8, 16, 32, 64)
+
+
+def describe_workload(
+    model: str,
+    height: int | None,
+    width: int | None,
+    window: int | None,
+    sink: int | None,
+    chunk_frames: int | None,
+    steps: int | None,
+    guidance: float | None = None,
+    guidance_interval: tuple[float, float] | None = None,
+    reuse: ReusePolicy | None = None,
+) -> Workload:
+    """The stream to plan for: a preset, an embedded model or a checkpoint, with whatever is overruled.
+
+    Raises:
+        CheckpointError: nothing readable at `model`.
+        ConfigError: settings that cannot work together.
+    """
+    config, stream, sampler, size = _known(model)
+    stream = StreamConfig(
+        window=stream.window if window is None else window,
+        sink=stream.sink if sink is None else sink,
+        chunk_frames=stream.chunk_frames if chunk_frames is None else chunk_frames,
+    )
+    sampler = overruled(sampler, steps=steps, guidance=guidance, guidance_interval=guidance_interval)
+    check_guidance(sampler, lanes=1)
+    if stream.window is None:
+        raise ConfigError(f"{model} looks back over everything: give --window, the latent frames of the video")
+    grid = LatentGrid.from_pixels(
+        size[0] if height is None else height, size[1] if width is None else width, VAE_STRIDE[1], config.patch_size[1:]
+    )
+    return Workload.of(config, grid, stream, sampler, stream.window, reuse=reuse)
+
+
+def describe_beside(model: str, work: Workload, offload: Offload, on_cpu: bool) -> Beside:
+    """The text encoder and the codec that stand beside a model: those of its recipe, else Wan's own, UMT5-XXL in
+    bfloat16 and the Wan VAE.
+
+    Raises:
+        CheckpointError: the recipe's codec or text encoder cannot be read.
+    """
+    from causalrope_sp.codec.codec_footprint import codec_footprint, wan_2_1_footprint
+    from causalrope_sp.pipeline.preflight import beside
+    from causalrope_sp.text import TextSource
+    from causalrope_sp.text.text_footprint import text_bytes, umt5_xxl_bytes
+
+    recipe = None if model in PRESETS else _recipe(model)
+    size = VAE_STRIDE[1] * work.grid.latent_height, VAE_STRIDE[1] * work.grid.latent_width
+    if recipe is None:
+        return beside(umt5_xxl_bytes(), wan_2_1_footprint(*size, work.chunk_frames), offload, on_cpu)
+    text = text_bytes(recipe.text) if isinstance(recipe.text, TextSource) else 0
+    return beside(text, codec_footprint(recipe.codec, None, *size, work.chunk_frames), offload, on_cpu)
+
+
+def describe_decoding(model: str, work: Workload, ranks: int, on: Machine) -> DecodePlan | None:
+    """How denoising and decoding are best spread over the ranks, for the Wan VAE of a model's recipe, or Wan's own;
+    None for another codec.
+
+    Raises:
+        CheckpointError: the recipe's codec cannot be read.
+    """
+    from causalrope_sp.codec.codec_loader import open_codec
+    from causalrope_sp.codec.wan_vae_weights import vae_on_meta
+
+    recipe, vae = None if model in PRESETS else _recipe(model), VaeSize()
+    if recipe is not None:
+        files, kind = open_codec(recipe.codec)
+        if kind != "wan":
+            return None
+        vae = VaeSize.of(vae_on_meta(files).config)
+    return plan_decoding(vae, work, ranks, on)
+
+
+def describe_machine(gpu: str, link: str, measured: Path | None) -> Machine:
+    """Data sheets' rates, or those that were measured: a JSON object with any of a machine's fields, in SI units.
+
+    Raises:
+        ConfigError: a name that is not known, a file that cannot be read, or a field that a machine has not.
+    """
+    for kind, name, known in (("gpu", gpu, GPUS), ("link", link, LINKS)):
+        if name not in known:
+            raise ConfigError(f"unknown {kind} {name!r}; there are: {', '.join(known)}; or give --measured rates")
+    rates = machine(gpu, link)
+    if measured is None:
+        return rates
+    try:
+        found = json.loads(measured.read_text())
+        names = {field.name for field in dataclasses.fields(Machine)} - {"name"}
+        if not isinstance(found, dict) or set(found) - {"name"} - names:
+            raise ValueError(f"it must be an object with some of {', '.join(sorted(names))}")
+        if not all(type(v) in (int, float) and 1e-12 < v < 1e30 for k, v in found.items() if k != "name"):
+            raise ValueError("every rate must be a number above 0")
+        return dataclasses.replace(rates, **{**found, "name": f"measured ({measured.name})"})
+    except (OSError, ValueError, RecursionError) as reason:
+        raise ConfigError(f"cannot use the measured rates in {measured}: {reason}") from reason
+
+
+def decoding_fields(found: DecodePlan | None) -> dict[str, Any] | None:
+    """Decoding as JSON holds it; `strategy` is that of the ranks that denoise."""
+    if found is None:
+        return None
+    values = {name: getattr(found, name) for name in ("decode_ms", "rule", "decoders", "chunk_ms", "fps")}
+    return {name: round(value, 4) for name, value in values.items()} | {"strategy": found.denoise.name}
+
+
+def fields(cost: Plan) -> dict[str, Any]:
+    """A plan as JSON holds it; "auto" takes the one that is `chosen`."""
+    values = dataclasses.asdict(cost) | {"memory_bytes": cost.memory_bytes, "bytes_by_time": cost.bytes_by_time}
+    return {name: round(v, 4) if isinstance(v, float) else v for name, v in values.items()}
+
+
+def print_plan(work: Workload, costs: list[Plan], on: Machine) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    c, tokens = work.config, work.grid.tokens
+    title = (
+        f"{c.num_layers} layers of {c.dim}, {c.num_heads} heads; {work.grid.rows}×{work.grid.columns} = {tokens} tokens"
+        f" a frame; window {work.window}, chunk {work.chunk_frames} latent frames, {work.steps} steps"
+        f"{f', {work.guided} of them guided' if work.guided else ''}; {on.name}"
+    )
+    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for column in ("strategy", "GB", "calls", "MB", "comp.", "exp.", "chunk", "fps", "first", "eff."):
+        table.add_column(column, justify="left" if column == "strategy" else "right", no_wrap=True)
+    for p in costs:
+        row = [
+            f"{p.memory_bytes / 1e9:.1f}" + ("!" if not p.fits else ""),
+            f"{p.collectives_per_pass}",
+            f"{p.bytes_per_pass / 1e6:.0f}",
+            *(_short(value) for value in (p.compute_ms, p.exposed_ms, p.chunk_ms, p.fps)),
+            f"{p.first_frame_ms:.0f}",
+            f"{p.efficiency:.0%}",
+        ]
+        table.add_row(f"{p.name}{' ←' if p.chosen else ''}", *row, style="bold" if p.chosen else None)
+    console = Console()
+    console.print(table)
+    console.print(_memory_in_words(next(p for p in costs if p.chosen)), highlight=False)
+    console.print(
+        "Predicted, not measured. Of the rank that has most: GB of memory (! does not fit), calls and MB received in a "
+        "pass. Milliseconds a chunk: computing, communication that nothing hides, all; and the first frames, without "
+        "loading and decoding. eff.: one rank's time against all ranks' together. ← is what auto takes"
+        + (", 2× with --guidance-parallel: a half of the ranks for each branch." if work.guided else "."),
+        highlight=False,
+    )
+    if work.reuse:
+        console.print(_what_is_reused(work, costs), highlight=False)
+    uneven = [p for p in costs if p.imbalance > 1.02]
+    for p in uneven:
+        console.print(f"{p.name}: the busiest rank computes {p.imbalance - 1:.0%} more than the mean", highlight=False)
+
+
+def print_decoding(found: DecodePlan, ranks: int) -> None:
+    from rich.console import Console
+
+    way = f"{found.decoders} of {ranks} ranks decode alone" if found.decoders else "all ranks decode together, in turn"
+    if ranks == 1:
+        way = "one rank does both in turn"
+    Console().print(
+        f"Decoding: {found.decode_ms:.0f} ms a chunk on one rank; with it {found.chunk_ms:.0f} ms, {_short(found.fps)} "
+        f"fps if {way}, {found.denoise.name} for the others (DeDiVAE's rule: {found.rule:.2f} decode ranks).",
+        highlight=False,
+    )
+
+
+def _memory_in_words(cost: Plan) -> str:
+    beside, by_time = cost.beside, cost.bytes_by_time
+    parts = {
+        "weights": cost.weights_bytes,
+        "cache": cost.cache_bytes,
+        "activations": cost.activation_bytes,
+        "UMT5": beside.text,
+        "codec": beside.codec,
+        "its state": beside.codec_state,
+        "its activations": beside.codec_activations,
+        "workspace": beside.workspace,
+    }
+    said = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items() if size)
+    times = ", ".join(f"{size / 1e9:.1f} to {time}" for time, size in by_time.items())
+    return f"GB on rank 0 with {cost.strategy}: {times}; of {said}."
+
+
+def _what_is_reused(work: Workload, costs: list[Plan]) -> str:
+    every = work.config.num_layers * (work.steps + work.guided)
+    passes = [work.computed(step, branch) for branch, steps in enumerate(work.passes) for step in range(steps)]
+    shares = {kind: 1 - sum(computed[kind] for computed in passes) / every for kind in work.computed(0)}
+    most = max(cost.stored_bytes for cost in costs)
+    said = ", ".join(f"{kind} {share:.0%}" for kind, share in shares.items())
+    return f"Of a chunk's outputs are reused: {said}; kept for it, at most {most / 1e9:.2f} GB a rank."
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def plot_plan(work: Workload, on: Machine, path: Path) -> None:
+    """Frames a second and memory of the best strategy of each kind over 1 to 64 ranks.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+        OutputError: no .png, .svg or .pdf file can be written there.
+    """
+    if path.suffix not in (".png", ".svg", ".pdf") or path.is_dir():
+        raise OutputError(f"cannot draw {path}: it must be a .png, .svg or .pdf file")
+    try:
+        import matplotlib
+    except ImportError:
+        raise ConfigError("--plot needs matplotlib, which is not installed: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    kinds: dict[str, list[Plan]] = {}
+    for ranks in (r for r in PLOTTED if r <= work.grid.tokens):
+        best: dict[str, Plan] = {}
+        for cost in plan(work, ranks, on, lanes=possible_lanes(work.guided > 0, ranks)):
+            kind = _kind(cost.name)
+            if kind not in best or cost.chunk_ms < best[kind].chunk_ms:
+                best[kind] = cost
+        if ranks == 1:
+            best = {kind: next(iter(best.values())) for kind in ("ulysses", "gather-kv", "shard-kv")}
+        for kind, cost in best.items():
+            kinds.setdefault(kind, []).append(cost)
+    figure, (speed, memory) = pyplot.subplots(1, 2, figsize=(10, 3.6), constrained_layout=True)
+    for kind, costs in kinds.items():
+        ranks_of = [cost.ranks for cost in costs]
+        speed.plot(ranks_of, [cost.fps for cost in costs], marker="o", markersize=3, label=kind)
+        memory.plot(ranks_of, [cost.memory_bytes / 1e9 for cost in costs], marker="o", markersize=3, label=kind)
+    for axis, label in ((speed, "frames a second (predicted)"), (memory, "GB a rank (predicted)")):
+        axis.set(xlabel="ranks", ylabel=label, xscale="log", xticks=PLOTTED, xticklabels=PLOTTED)
+        axis.grid(alpha=0.3)
+    speed.set_yscale("log")
+    speed.legend(fontsize=7)
+    figure.suptitle(f"{work.config.num_layers} layers of {work.config.dim}, {on.name}", fontsize=9)
+    try:
+        figure.savefig(path, dpi=110)
+    except OSError as error:
+        raise OutputError(f"cannot draw {path}: {error.strerror or error}") from error
+
+
+def _kind(strategy: str) -> str:
+    return re.sub(r"ulysses\d+x(.*?)\d+", r"ulysses × \1", strategy)
+
+
+def _known(model: str) -> tuple[DiTConfig, StreamConfig, SamplerConfig, tuple[int, int]]:
+    from causalrope_sp.weights import inspect_checkpoint
+
+    wan = StreamConfig(window=21, chunk_frames=3), SamplerConfig(), (480, 832)
+    if model in PRESETS:
+        return PRESETS[model], *wan
+    recipe = _recipe(model)
+    if recipe is None:
+        if not Path(model).exists():
+            raise CheckpointError(
+                f"no model {model!r}: not one of {', '.join(PRESETS)}, toybox, not a file, not a folder"
+            ) from None
+        report = inspect_checkpoint(model)
+        known = report.preset.stream.window is not None
+        runs = (report.preset.stream, report.preset.sampler, wan[2]) if known else wan
+        return report.config, *runs
+    if recipe.vin is not None:
+        raise ConfigError(f"{model} makes its chunks in parallel: there is no plan of a stream")
+    return inspect_checkpoint(recipe.transformer).config, recipe.stream, recipe.sampler, (recipe.height, recipe.width)
+
+
+def _recipe(model: str) -> Recipe | None:
+    from causalrope_sp.pipeline.model_config import Recipe, find_recipe
+
+    try:
+        return Recipe.load(find_recipe(model))
+    except CheckpointError:
+        return None

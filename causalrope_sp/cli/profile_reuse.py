@@ -1,0 +1,71 @@
+"""`causalrope-sp profile-reuse`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from causalrope_sp.cli.options import parse_steps
+from causalrope_sp.cli.runtime import rank
+from causalrope_sp.errors import ConfigError
+
+
+@click.command("profile-reuse")
+@click.argument("prompts", nargs=-1, required=True)
+@click.option("--model", default="toybox-flow", show_default=True, help="A model's name, its folder or its file.")
+@click.option("--frames", type=click.IntRange(1), default=33, show_default=True, help="Pixel frames of each video.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the first prompt.")
+@click.option("--steps", help="How many evenly spaced denoising steps (16), or which (1000,750,500,250).")
+@click.option("--bound", type=float, default=0.1, show_default=True, help="Largest relative difference of an output.")
+@click.option("--max-range", type=click.IntRange(2, 64), default=6, show_default=True, help="Steps apart, at most.")
+@click.option("--out", type=click.Path(path_type=Path), help="Writes the ranges as a policy that --reuse takes.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draws the curve into this .png, .svg or .pdf.")
+@click.option("--json", "as_json", is_flag=True, help="One line of JSON.")
+def profile_reuse(
+    prompts: tuple[str, ...],
+    model: str,
+    frames: int,
+    seed: int,
+    steps: str | None,
+    bound: float,
+    max_range: int,
+    out: Path | None,
+    plot: Path | None,
+    as_json: bool,
+) -> None:
+    """Makes a video of each of PROMPTS and measures how little attention changes between denoising steps.
+
+    Proposes, for each kind of output, how often to compute it so that nothing reused differs by more than --bound.
+    """
+    from causalrope_sp.distributed import SequenceParallel
+    from causalrope_sp.pipeline.model_config import Recipe, find_recipe
+    from causalrope_sp.pipeline.pipeline import CausalVideoPipeline
+    from causalrope_sp.profiling import profile_report as report
+    from causalrope_sp.profiling.outputs import check_bound, propose, recording
+    from causalrope_sp.reuse import write_policy
+
+    check_bound(bound)
+    report.check_files(out, plot)
+    if Recipe.load(find_recipe(model)).vin is not None:
+        raise ConfigError(f"{model} makes its chunks in parallel, where nothing is reused")
+    parallel = SequenceParallel.from_env()
+    pipe = CausalVideoPipeline.from_pretrained(model, parallel=parallel, steps=parse_steps(steps))
+    with recording(pipe.model, max_range - 1) as recorder:
+        for number, prompt in enumerate(prompts):
+            recorder.forget_streams()
+            pipe(prompt, frames=frames, seed=seed + number)
+    profile = recorder.profile(pipe.model.config.num_layers, parallel)
+    policy = propose(profile, bound)
+    parallel.close()
+    if rank() != 0:
+        return
+    if out is not None:
+        write_policy(policy, out, model=model, bound=bound, timesteps=profile.timesteps)
+    if plot is not None:
+        report.plot(profile, plot)
+    if as_json:
+        click.echo(json.dumps(report.fields(profile, policy, bound)))
+    else:
+        click.echo(report.text(profile, policy, bound))

@@ -1,0 +1,74 @@
+"""A codec whose weights are on the device only while it decodes or encodes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from causalrope_sp.codec.interface import Codec, DecoderStream, EncoderStream
+from causalrope_sp.distributed.halo import Strips
+
+
+class OffloadedCodec:
+    """A `Codec` on the CPU, as one on `device`.
+
+    Its weights wait on the CPU, pinned where the device is a GPU. Every call of a stream copies them to the device and
+    lets them go afterwards, one call at a time. What a stream keeps between its chunks stays on the device.
+
+    Args:
+        codec: the codec, on the CPU.
+        module: the one that holds all of its weights.
+        device: where it computes.
+    """
+
+    def __init__(self, codec: Codec, module: nn.Module, device: torch.device | str) -> None:
+        self._codec = codec
+        self.name, self.channels, self.dtype = codec.name, codec.channels, codec.dtype
+        self.temporal_stride, self.spatial_stride = codec.temporal_stride, codec.spatial_stride
+        self.device = torch.device(device)
+        self._weights = [*module.parameters(), *module.buffers()]
+        if self.device.type == "cuda":
+            for weight in self._weights:
+                weight.data = weight.data.pin_memory()
+        self._waiting = [weight.data for weight in self._weights]
+        self._one_at_a_time = threading.Lock()
+
+    def decoder(self, strips: Strips | None = None) -> DecoderStream:
+        return _Decoder(self, self._codec.decoder(strips))
+
+    def encoder(self) -> EncoderStream:
+        return _Encoder(self, self._codec.encoder())
+
+    @contextmanager
+    def on_device(self) -> Iterator[None]:
+        """The weights are on the device within, copied in the stream's order, and waiting again afterwards."""
+        with self._one_at_a_time:
+            try:
+                for weight, waiting in zip(self._weights, self._waiting, strict=True):
+                    weight.data = waiting.to(self.device, non_blocking=True, copy=True)
+                yield
+            finally:
+                for weight, waiting in zip(self._weights, self._waiting, strict=True):
+                    weight.data = waiting
+
+
+class _Decoder:
+    def __init__(self, codec: OffloadedCodec, stream: DecoderStream) -> None:
+        self._codec, self._stream = codec, stream
+
+    def decode(self, latents_BFCHW: Tensor) -> Tensor:
+        with self._codec.on_device():
+            return self._stream.decode(latents_BFCHW)
+
+
+class _Encoder:
+    def __init__(self, codec: OffloadedCodec, stream: EncoderStream) -> None:
+        self._codec, self._stream = codec, stream
+
+    def encode(self, pixels_BT3HW: Tensor) -> Tensor:
+        with self._codec.on_device():
+            return self._stream.encode(pixels_BT3HW)

@@ -1,0 +1,147 @@
+"""The Wan VAE, streaming: its causal convolutions keep their state between chunks.
+
+diffusers' `AutoencoderKLWan` holds the layers; its own `decode` forgets the state after every call, so a video
+decoded chunk by chunk with it would flicker at each seam. The two streams below walk the same layers, one latent
+frame at a time as `decode` does, and keep the state. Nothing is computed over several latent frames at once, not even
+the two pointwise convolutions, so that how a video is cut into chunks changes no bit of it.
+
+Shapes: B batch, F latent frames, C latent channels, T pixel frames, H×W latent size; pixels are in [-1, 1].
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from causalrope_sp.codec.interface import stream_pieces
+from causalrope_sp.codec.sharded_decoder import sharing_weights, split_convolutions
+from causalrope_sp.distributed.halo import Strips
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKLWan
+    from diffusers.models.autoencoders.autoencoder_kl_wan import WanAttentionBlock
+
+
+class WanCodec:
+    """diffusers' `AutoencoderKLWan` as a codec."""
+
+    name = "wan"
+
+    def __init__(self, vae: AutoencoderKLWan) -> None:
+        self.vae = vae.eval().requires_grad_(False)
+        self.channels: int = vae.config.z_dim
+        self.temporal_stride: int = vae.config.scale_factor_temporal
+        self.spatial_stride: int = vae.config.scale_factor_spatial
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.vae.post_quant_conv.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.vae.post_quant_conv.weight.device
+
+    def decoder(self, strips: Strips | None = None) -> WanDecoderStream:
+        return WanDecoderStream(self.vae, strips)
+
+    def encoder(self) -> WanEncoderStream:
+        return WanEncoderStream(self.vae)
+
+
+class WanDecoderStream:
+    """A `DecoderStream` through the Wan VAE."""
+
+    def __init__(self, vae: AutoencoderKLWan, strips: Strips | None = None) -> None:
+        self._vae, self._strips = vae, strips
+        self._decoder = vae.decoder if strips is None else _split(vae.decoder, strips)
+        self._state: list[Any] = [None] * _causal_convolutions(self._decoder)
+        self._started = False
+
+    def decode(self, latents_BFCHW: Tensor) -> Tensor:
+        from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+
+        config = self._vae.config
+        mean, std = _statistics(self._vae, latents_BFCHW)
+        if self._strips is not None:
+            latents_BFCHW = self._strips.mine(latents_BFCHW)
+        pieces = []
+        for frame in (latents_BFCHW * std + mean).split(1, dim=1):
+            first, self._started = not self._started, True
+            latent = self._vae.post_quant_conv(frame.transpose(1, 2).contiguous())
+            pieces.append(self._decoder(latent, feat_cache=self._state, feat_idx=[0], first_chunk=first))
+        pixels = torch.cat(pieces, 2)
+        if config.patch_size is not None:
+            pixels = unpatchify(pixels, patch_size=config.patch_size)
+        return pixels.transpose(1, 2)
+
+
+class WanEncoderStream:
+    """An `EncoderStream` through the Wan VAE: every latent frame is there as soon as its own pixel frames are."""
+
+    def __init__(self, vae: AutoencoderKLWan) -> None:
+        self._vae = vae
+        self._state: list[Any] = [None] * _causal_convolutions(vae.encoder)
+        self._started = False
+
+    def encode(self, pixels_BT3HW: Tensor) -> Tensor:
+        from diffusers.models.autoencoders.autoencoder_kl_wan import patchify
+
+        config = self._vae.config
+        sizes = stream_pieces(pixels_BT3HW.shape[1], config.scale_factor_temporal, self._started)
+        self._started = True
+        moments = []
+        for piece in pixels_BT3HW.split(sizes, dim=1):
+            pixels = piece.transpose(1, 2).contiguous()
+            if config.patch_size is not None:
+                pixels = patchify(pixels, patch_size=config.patch_size)
+            hidden = self._vae.encoder(pixels, feat_cache=self._state, feat_idx=[0])
+            moments.append(self._vae.quant_conv(hidden)[:, : config.z_dim])
+        means = torch.cat(moments, 2).transpose(1, 2)
+        mean, std = _statistics(self._vae, means)
+        return (means - mean) / std
+
+
+class SplitAttention(nn.Module):
+    """diffusers' `WanAttentionBlock`, attention of a frame's places over that frame: this strip's places over all."""
+
+    def __init__(self, block: WanAttentionBlock, strips: Strips) -> None:
+        super().__init__()
+        self.norm, self.to_qkv, self.proj, self._strips = block.norm, block.to_qkv, block.proj, strips
+
+    def forward(self, x_BCTHW: Tensor) -> Tensor:
+        batch, channels = x_BCTHW.shape[:2]
+        normed = self.norm(x_BCTHW.transpose(1, 2).flatten(0, 1))
+        weight, bias = self.to_qkv.weight, self.to_qkv.bias
+        q = functional.conv2d(normed, weight[:channels], bias[:channels])
+        kv = functional.conv2d(self._strips.whole(normed), weight[channels:], bias[channels:])
+        q, k, v = (part.flatten(2).transpose(1, 2).unsqueeze(1).contiguous() for part in (q, *kv.chunk(2, 1)))
+        attended = functional.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2)
+        projected = self.proj(attended.reshape(normed.shape))
+        return x_BCTHW + projected.unflatten(0, (batch, -1)).transpose(1, 2)
+
+
+def _split(decoder: nn.Module, strips: Strips) -> Any:
+    split = sharing_weights(decoder)
+    split_convolutions(split, strips)
+    attentions = split.mid_block.attentions
+    for number, block in enumerate(attentions):
+        attentions[number] = SplitAttention(block, strips)
+    return split
+
+
+def _causal_convolutions(module: nn.Module) -> int:
+    from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
+
+    return sum(isinstance(m, WanCausalConv3d) for m in module.modules())
+
+
+def _statistics(vae: AutoencoderKLWan, like: Tensor) -> tuple[Tensor, Tensor]:
+    """The per-channel mean and deviation that the DiT's latents are normalised by, shaped (C, 1, 1)."""
+
+    def column(values: list[float]) -> Tensor:
+        return torch.tensor(values, dtype=like.dtype, device=like.device).view(-1, 1, 1)
+
+    return column(vae.config.latents_mean), column(vae.config.latents_std)

@@ -1,0 +1,163 @@
+"""The Wan VAE's two ways to name its tensors: diffusers' folder, and Wan's own `Wan2.1_VAE.pth`.
+
+Both hold the same tensors in the same shapes; only names differ. Wan numbers the layers of its encoder and decoder
+straight through, diffusers groups the decoder's by stage. Wan's file says nothing of its configuration, which is read
+off its tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from causalrope_sp.codec.codec_tensors import read_exactly, shape_of
+from causalrope_sp.errors import CheckpointError
+from causalrope_sp.weights.tensor_files import WeightFiles
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKLWan
+
+DIFFUSERS_MARKER = "decoder.mid_block.resnets.0.norm1.gamma"
+WAN_MARKER = "decoder.middle.0.residual.0.gamma"
+
+# diffusers' name of a module -> Wan's, within the VAE, within its encoder or decoder, within a residual block
+_OUTER = {"quant_conv": "conv1", "post_quant_conv": "conv2"}
+_SIDE = {
+    "conv_in": "conv1",
+    "mid_block.resnets.0": "middle.0",
+    "mid_block.attentions.0": "middle.1",
+    "mid_block.resnets.1": "middle.2",
+    "norm_out": "head.0",
+    "conv_out": "head.2",
+}
+_BLOCK = {
+    "norm1": "residual.0",
+    "conv1": "residual.2",
+    "norm2": "residual.3",
+    "conv2": "residual.6",
+    "conv_shortcut": "shortcut",
+}
+
+
+def load_vae(files: WeightFiles) -> AutoencoderKLWan:
+    """The VAE of an open file of either layout, in float32.
+
+    Raises:
+        CheckpointError: a tensor that is missing, left over or of a wrong shape, or a configuration that cannot be.
+    """
+    vae = vae_on_meta(files)
+    shapes = {name: tuple(tensor.shape) for name, tensor in vae.state_dict().items()}
+    modules = {}
+    if WAN_MARKER in files.tensors:
+        modules = wan_modules(len(vae.config.dim_mult), vae.config.num_res_blocks)
+    stored = {name: _stored_name(name, modules) for name in shapes}
+    tensors = read_exactly(files, {stored[name]: shape for name, shape in shapes.items()})
+    vae.load_state_dict({name: tensors[stored[name]] for name in shapes}, assign=True)
+    return vae
+
+
+def vae_on_meta(files: WeightFiles) -> AutoencoderKLWan:
+    """The VAE of an open file without its weights: under diffusers' names by the config.json beside it, under Wan's by
+    the shapes of its tensors."""
+    if WAN_MARKER in files.tensors:
+        return _on_meta(infer_config(files), files)
+    config = files.declared_config()
+    if not config:
+        raise CheckpointError(f"{files.path}: a VAE under diffusers' names needs the config.json beside it")
+    return _on_meta(config, files)
+
+
+def wan_modules(stages: int, blocks: int) -> dict[str, str]:
+    """diffusers' name of every module that Wan calls differently -> Wan's, for a VAE of so many stages with so many
+    residual blocks in each of the encoder's and one more in the decoder's."""
+    encoder = {f"down_blocks.{n}": f"downsamples.{n}" for n in range(stages * (blocks + 1) - 1)}
+    decoder = dict[str, str]()
+    for stage in range(stages):
+        start = stage * (blocks + 2)
+        decoder |= {f"up_blocks.{stage}.resnets.{n}": f"upsamples.{start + n}" for n in range(blocks + 1)}
+        decoder[f"up_blocks.{stage}.upsamplers.0"] = f"upsamples.{start + blocks + 1}"
+    modules = dict(_OUTER)
+    for side, own in (("encoder", encoder), ("decoder", decoder)):
+        for name, stored in {**_SIDE, **own}.items():
+            modules[f"{side}.{name}"] = f"{side}.{stored}"
+    blocks_of = [name for name in modules if "resnets" in name or "down_blocks" in name]
+    for block in blocks_of:
+        modules |= {f"{block}.{name}": f"{modules[block]}.{stored}" for name, stored in _BLOCK.items()}
+    return modules
+
+
+def infer_config(files: WeightFiles) -> dict[str, Any]:
+    """The configuration of a VAE under Wan's names: what its file declares, the rest from the shapes of its tensors.
+
+    Raises:
+        CheckpointError: a tensor that tells it is missing, or nothing tells the mean and deviation of the latents.
+    """
+    base, pixels = shape_of(files, "encoder.conv1.weight", 5)[:2]
+    channels = shape_of(files, "conv2.weight", 5)[0]
+    widths, temporal, blocks = _stages(files)
+    declared = files.declared_config()
+    patch = math.isqrt(pixels // 3)
+    inferred: dict[str, Any] = {
+        "base_dim": base,
+        "z_dim": channels,
+        "dim_mult": [width // base for width in widths],
+        "num_res_blocks": blocks,
+        "temperal_downsample": temporal,
+        "in_channels": pixels,
+        "out_channels": pixels,
+        "patch_size": patch if patch > 1 else None,
+        "scale_factor_temporal": 2 ** sum(temporal),
+        "scale_factor_spatial": max(patch, 1) * 2 ** len(temporal),
+    }
+    statistics = {key: declared[key] for key in ("latents_mean", "latents_std") if key in declared}
+    if len(statistics) < 2 and channels != 16:  # Wan 2.1's sixteen are what `AutoencoderKLWan` assumes
+        raise CheckpointError(
+            f"{files.path}: does not say latents_mean and latents_std of its {channels} channels; give a config.json "
+            "beside it"
+        )
+    return inferred | statistics
+
+
+def _stages(files: WeightFiles) -> tuple[list[int], list[bool], int]:
+    """The encoder's widths by stage, whether each but the last halves time too, and the residual blocks of a stage."""
+    widths, temporal, blocks, layer = [0], list[bool](), [0], 0
+    while True:
+        name = f"encoder.downsamples.{layer}"
+        if f"{name}.residual.6.weight" in files.tensors:
+            widths[-1] = shape_of(files, f"{name}.residual.6.weight", 5)[0]
+            blocks[-1] += 1
+        elif f"{name}.resample.1.weight" in files.tensors:
+            temporal.append(f"{name}.time_conv.weight" in files.tensors)
+            widths.append(widths[-1])
+            blocks.append(0)
+        else:
+            break
+        layer += 1
+    if 0 in blocks:
+        raise CheckpointError(
+            f"{files.path} (wan layout): 1 missing: encoder.downsamples.{layer}.residual.6.weight; Wan 2.2's VAE, "
+            "whose layers are named otherwise, is not supported"
+        )
+    return widths, temporal, blocks[0]
+
+
+def _on_meta(config: dict[str, Any], files: WeightFiles) -> AutoencoderKLWan:
+    from diffusers import AutoencoderKLWan
+
+    try:
+        with torch.device("meta"):
+            return AutoencoderKLWan.from_config(config)
+    except (ValueError, TypeError, RuntimeError, ZeroDivisionError, AttributeError) as reason:
+        raise CheckpointError(f"{files.path}: declares a VAE that cannot be: {str(reason).splitlines()[0]}") from reason
+
+
+def _stored_name(name: str, modules: dict[str, str]) -> str:
+    """A tensor's name with that of the longest module it lies in replaced."""
+    module = name
+    while "." in module:
+        module = module.rpartition(".")[0]
+        if module in modules:
+            return modules[module] + name[len(module) :]
+    return name

@@ -1,0 +1,1 @@
+"""Noise levels, solvers and noise: pure mathematics."""

@@ -1,0 +1,212 @@
+"""The causal DiT: Wan 2.1's text-to-video transformer over the tokens of one pass.
+
+It sees one object that describes the pass and never a rank: self-attention goes through `ForwardPass.attend`, which
+the caller binds to a cache and a way across ranks.
+
+Shapes: B batch, F frames of the pass, s tokens of a frame that this rank owns, T = F·s, E numbers in a token,
+D model width, H heads, d head width, L text tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from causalrope_kernels import (
+    Affine,
+    ByFrame,
+    Keys,
+    Modulation,
+    Projection,
+    Rotation,
+    add_norm,
+    attention,
+    linear_gelu,
+    rms_norm,
+)
+from causalrope_sp.config import DiTConfig
+from causalrope_sp.reuse.output_store import OutputOf, computed
+
+Attend = Callable[[int, Projection], Tensor]
+TextContext = list[Keys]  # of every layer's cross-attention
+
+
+@dataclass(frozen=True)
+class ForwardPass:
+    """One forward: at which timesteps its frames are, how they are rotated, and what they attend.
+
+    Only the velocity of the last `predicted_frames` is computed. Timesteps are in [0, 1000], one a frame, (F,), or in
+    training one a frame and batch entry, (B, F). `attend` takes the layer's number and the projection of its tokens to
+    q, k, v, and returns what they attend, (B, T, H, d). `attention` names the library that attends the text. `output`
+    is asked for each attention's and feed-forward's output, and may have it from an earlier pass.
+    """
+
+    timesteps_F: Tensor
+    predicted_frames: int
+    rotation: Rotation
+    text: TextContext
+    attend: Attend
+    attention: str = "auto"
+    output: OutputOf = computed
+
+
+@dataclass(frozen=True)
+class Residual:
+    """The stream of tokens between two blocks: `x` and what is yet to be added to it, `branch`·`gate`.
+
+    Left open, so that the sum is taken where the next norm reads it: once over memory for both.
+    """
+
+    x_BTD: Tensor
+    branch_BTD: Tensor | None = None
+    gate: ByFrame | None = None
+
+    def last(self, tokens: int, frames: int) -> Residual:
+        """That of the last frames."""
+        branch = None if self.branch_BTD is None else self.branch_BTD[:, -tokens:]
+        gate = None if self.gate is None else self.gate.frames(slice(-frames, None))
+        return Residual(self.x_BTD[:, -tokens:], branch, gate)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.heads, self.eps = config.num_heads, config.eps
+        self.qkv = nn.Linear(config.dim, 3 * config.dim)
+        self.norm_q = nn.RMSNorm(config.dim, config.eps)
+        self.norm_k = nn.RMSNorm(config.dim, config.eps)
+        self.out = nn.Linear(config.dim, config.dim)
+
+    def forward(self, x_BTD: Tensor, layer: int, step: ForwardPass) -> Tensor:
+        qkv_BFSN = self.qkv(x_BTD).unflatten(1, (step.timesteps_F.shape[-1], -1))
+        weights = self.norm_q.weight, self.norm_k.weight
+        projection = Projection(qkv_BFSN, *weights, step.rotation, self.heads, self.eps)
+        return self.out(step.attend(layer, projection).flatten(2))
+
+
+class CrossAttention(nn.Module):
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.heads, self.eps = config.num_heads, config.eps
+        self.q = nn.Linear(config.dim, config.dim)
+        self.kv = nn.Linear(config.dim, 2 * config.dim)
+        self.norm_q = nn.RMSNorm(config.dim, config.eps)
+        self.norm_k = nn.RMSNorm(config.dim, config.eps)
+        self.out = nn.Linear(config.dim, config.dim)
+
+    def keys(self, text_BLD: Tensor) -> Keys:
+        k, v = self.kv(text_BLD).chunk(2, -1)
+        k = rms_norm(k, self.norm_k.weight, self.eps)
+        return Keys(k.unflatten(-1, (self.heads, -1)), v.unflatten(-1, (self.heads, -1)))
+
+    def forward(self, x_BTD: Tensor, keys: Keys, backend: str) -> Tensor:
+        q = rms_norm(self.q(x_BTD), self.norm_q.weight, self.eps).unflatten(-1, (self.heads, -1))
+        return self.out(attention(q, keys, backend).flatten(2))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.up = nn.Linear(config.dim, config.ffn_dim)
+        self.down = nn.Linear(config.ffn_dim, config.dim)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.down(linear_gelu(x_BTD, self.up.weight, self.up.bias))
+
+
+class Block(nn.Module):
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.eps = config.eps
+        self.modulation = _table(6, config.dim)
+        self.self_attn = SelfAttention(config)
+        self.cross_norm = nn.LayerNorm(config.dim, config.eps)
+        self.cross_attn = CrossAttention(config)
+        self.ffn = FeedForward(config)
+
+    def forward(self, residual: Residual, time_F6D: Tensor, layer: int, step: ForwardPass) -> Residual:
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = ByFrame.unbind(time_F6D, self.modulation)
+        cross_norm = Affine(self.cross_norm.weight, self.cross_norm.bias, self.eps)
+        x, normed = add_norm(residual.x_BTD, residual.branch_BTD, residual.gate, Modulation(shift_1, scale_1, self.eps))
+        attended = step.output(layer, "self", partial(self.self_attn, normed, layer, step))
+        x, normed = add_norm(x, attended, gate_1, cross_norm)
+        attended = step.output(layer, "cross", partial(self.cross_attn, normed, step.text[layer], step.attention))
+        x, normed = add_norm(x, attended, None, Modulation(shift_2, scale_2, self.eps))
+        return Residual(x, step.output(layer, "mlp", partial(self.ffn, normed)), gate_2)
+
+
+class Head(nn.Module):
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.eps = config.eps
+        self.modulation = _table(2, config.dim)
+        self.linear = nn.Linear(config.dim, config.token_dim)
+
+    def forward(self, residual: Residual, time_FD: Tensor) -> Tensor:
+        shift, scale = (ByFrame(time_FD, learned) for learned in self.modulation)
+        norm = Modulation(shift, scale, self.eps)
+        return self.linear(add_norm(residual.x_BTD, residual.branch_BTD, residual.gate, norm)[1])
+
+
+class CausalDiT(nn.Module):
+    """Wan 2.1 text-to-video at any size. A token holds its patch as (patch height, patch width, channel)."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        dim = config.dim
+        self.patch_embedding = nn.Linear(config.token_dim, dim)
+        self.text_embedding = nn.Sequential(nn.Linear(config.text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
+        self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.head = Head(config)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.patch_embedding.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.patch_embedding.weight.device
+
+    def _cross_attentions(self) -> Iterator[CrossAttention]:
+        return (module for module in self.modules() if isinstance(module, CrossAttention))
+
+    def encode_text(self, embeds_BLE: Tensor) -> TextContext:
+        """Keys and values of every layer's cross-attention; done once a prompt.
+
+        `embeds_BLE` is (B, text_len, text_dim), zeros after the text's end.
+        """
+        text = self.text_embedding(embeds_BLE.to(self.device, self.dtype))
+        return [cross_attn.keys(text) for cross_attn in self._cross_attentions()]
+
+    def forward(self, tokens_BTE: Tensor, step: ForwardPass) -> Tensor:
+        """The velocity of the tokens of the last `step.predicted_frames` frames."""
+        time_FD = self.time_embedding(sinusoid(step.timesteps_F, self.config.freq_dim).to(self.dtype))
+        time_F6D = self.time_projection(time_FD).unflatten(-1, (6, -1))
+        residual = Residual(self.patch_embedding(tokens_BTE))
+        for layer, block in enumerate(self.blocks):
+            residual = block(residual, time_F6D, layer, step)
+        frames = step.predicted_frames
+        tokens = tokens_BTE.shape[1] // time_FD.shape[-2] * frames
+        return self.head(residual.last(tokens, frames), time_FD[..., -frames:, :])
+
+
+def _table(rows: int, dim: int) -> nn.Parameter:
+    """What is learned of shifts, scales and gates. Nothing is drawn on the meta device, where that would import sympy:
+    75 MB and more than a second before a checkpoint is even looked at."""
+    table = torch.empty(rows, dim)
+    return nn.Parameter(table if table.is_meta else torch.randn(rows, dim) / dim**0.5)
+
+
+def sinusoid(timesteps_F: Tensor, width: int) -> Tensor:
+    """Wan's sinusoidal embedding of timesteps in [0, 1000]: cosines, then sines, in float64, (F, width)."""
+    place = torch.arange(width // 2, dtype=torch.float64, device=timesteps_F.device)
+    angles = timesteps_F.double().unsqueeze(-1) * torch.exp(-math.log(10000) / (width // 2) * place)
+    return torch.cat([angles.cos(), angles.sin()], -1)

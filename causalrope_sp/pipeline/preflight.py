@@ -1,0 +1,264 @@
+"""Before weights are loaded: whether they, the cache and all that stands beside them will fit, from headers alone.
+
+Memory is that of the cost model; what is free is asked of the device. A run that will not fit is refused in one line
+that says by how much, and which options would make it fit, each of them tried on the model.
+"""
+
+from __future__ import annotations
+
+import os
+from bisect import bisect_left
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+
+import torch
+
+from causalrope_sp.codec.codec_footprint import CodecFootprint, codec_footprint
+from causalrope_sp.distributed import SequenceParallel
+from causalrope_sp.errors import ConfigError
+from causalrope_sp.grid import LatentGrid
+from causalrope_sp.pipeline.decoding import Decode
+from causalrope_sp.pipeline.model_config import Recipe
+from causalrope_sp.pipeline.offload import Keep, Offload
+from causalrope_sp.planning.cost import Plan, plan
+from causalrope_sp.planning.machines import Machine
+from causalrope_sp.planning.memory import Beside
+from causalrope_sp.planning.workload import Workload
+from causalrope_sp.text import TextSource
+from causalrope_sp.text.text_footprint import text_bytes
+from causalrope_sp.weights import inspect_checkpoint
+
+CUDA_WORKSPACE = 1 << 29  # a guess: what cuBLAS, NCCL, kernels and the gaps between blocks take
+MOST_RANKS = 64  # that are suggested
+PHASES = {
+    "text": "while a prompt is encoded",
+    "denoise": "while a chunk is denoised",
+    "decode": "while a chunk is decoded",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that the memory of a rank depends on. `strategy` may be "auto"; `text` is the bytes of UMT5's weights, 0 on
+    a rank without it; `least_window` the fewest latent frames that the stream could look back over."""
+
+    work: Workload
+    ranks: int
+    strategy: str
+    machine: Machine
+    offload: Offload
+    text: int
+    codec: CodecFootprint
+    least_window: int
+    on_cpu: bool
+    decodes_beside: bool = False
+    lanes: int = 1
+
+    @property
+    def beside(self) -> Beside:
+        return replace(beside(self.text, self.codec, self.offload, self.on_cpu), decodes_beside=self.decodes_beside)
+
+    def plans(self, ranks: int) -> list[Plan]:
+        """With every strategy of so many ranks a lane."""
+        return plan(self.work, self.lanes * ranks, self.machine, lanes=(self.lanes,), beside=self.beside)
+
+    def plan(self) -> Plan:
+        """With the strategy that is named, or the one that "auto" takes."""
+        costs = self.plans(self.ranks)
+        named = next((cost for cost in costs if cost.strategy == self.strategy), None)
+        return named or next(cost for cost in costs if cost.chosen)
+
+
+def beside(text: int, codec: CodecFootprint, offload: Offload, on_cpu: bool) -> Beside:
+    """A text encoder of so many bytes and a codec, beside a DiT. On a CPU nothing waits elsewhere: UMT5 is there or
+    given up, a codec that is offloaded is there twice while it is used."""
+    twice = codec.weights if on_cpu and offload.codec else 0
+    return Beside(
+        text=text,
+        codec=codec.weights,
+        codec_state=codec.state,
+        codec_activations=codec.activations + twice,
+        workspace=0 if on_cpu else CUDA_WORKSPACE,
+        text_stays=offload.text == "device" or (on_cpu and offload.text == "cpu"),
+        codec_stays=on_cpu or not offload.codec,
+    )
+
+
+def check_memory(run: Run, parallel: SequenceParallel) -> None:
+    """Refuses what this rank's device has no room for. A decode rank has a codec alone.
+
+    Raises:
+        ConfigError: it will not fit.
+    """
+    free = free_bytes(parallel.device)
+    if not parallel.decodes:
+        return check_fits(run, free, parallel.device)
+    needs = run.codec.weights + run.codec.state + run.codec.activations + run.beside.workspace
+    if free is not None and needs > free:
+        raise ConfigError(
+            f"decode rank {parallel.rank} needs {_gb(needs)} GB on {parallel.device}, {_gb(free)} GB are free: short "
+            f"by {_gb(needs - free)} GB (predicted); more decode ranks take less each"
+        )
+
+
+def describe_run(
+    recipe: Recipe,
+    parallel: SequenceParallel,
+    offload: Offload,
+    decode: Decode = "inline",
+    itemsize: int = 2,
+    codec: str | None = None,
+) -> Run:
+    """What a rank is about to load and run, from the headers of its files. A stream that looks back over everything is
+    counted with the least that it can, a chunk: its length is not known yet.
+
+    Raises:
+        CheckpointError, ConfigError: as loading the parts would.
+    """
+    config, stream = inspect_checkpoint(recipe.transformer).config, recipe.stream
+    size = recipe.height, recipe.width
+    found = codec_footprint(recipe.codec, codec, *size, stream.chunk_frames)
+    found = found.share(decode_share(parallel, decode))
+    grid = LatentGrid.from_pixels(*size, found.stride, config.patch_size[1:])
+    parallel.check(grid, config.num_heads)
+    least = stream.chunk_frames + stream.sink
+    work = Workload.of(config, grid, stream, recipe.sampler, stream.window or least, itemsize=itemsize)
+    return Run(
+        replace(work, fp8=recipe.weights == "fp8"),
+        parallel.mesh.sequence,
+        parallel.named,
+        parallel.machine,
+        offload,
+        text_bytes(recipe.text) if isinstance(recipe.text, TextSource) and parallel.rank == 0 else 0,
+        found,
+        least,
+        parallel.device.type == "cpu",
+        decode == "overlap" and parallel.rank == 0,
+        parallel.mesh.lanes,
+    )
+
+
+def decode_share(parallel: SequenceParallel, decode: Decode) -> Fraction:
+    """How much of a picture this rank decodes, halos left out."""
+    if parallel.mesh.decoders:
+        return Fraction(int(parallel.decodes), parallel.mesh.decoders)
+    if decode == "together":
+        return Fraction(1, parallel.size)
+    return Fraction(int(parallel.rank == 0))
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """What is free on a device, in bytes; None where nothing tells. On a CPU, this rank's share of what the system can
+    give without swapping."""
+    if device.type == "cuda":
+        own = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + own
+    said = [_available(Path("/proc/meminfo")), _left_in_group(Path("/sys/fs/cgroup"))]
+    free = min((each for each in said if each is not None), default=None)
+    # torchrun's ranks of this machine share it
+    return None if free is None else free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _available(meminfo: Path) -> int | None:
+    try:
+        lines = meminfo.read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError, IndexError):
+        return None
+
+
+def _left_in_group(cgroup: Path) -> int | None:
+    """What a container's limit leaves, page cache that can be given back included; None without a limit."""
+    try:
+        limit, used = (int((cgroup / f"memory.{name}").read_text()) for name in ("max", "current"))
+        fields = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+        return max(0, limit - used + int(fields.get("inactive_file", 0)))
+    except (OSError, ValueError):  # no such group, or no limit: "max"
+        return None
+
+
+def check_fits(run: Run, free: int | None, device: object) -> None:
+    """Raises ConfigError if a run needs more than `free` bytes; None is enough for anything."""
+    cost = run.plan()
+    if free is None or cost.memory_bytes <= free:
+        return
+    by_time = cost.bytes_by_time
+    when = max(by_time, key=lambda time: by_time[time])
+    parts = {
+        "weights": cost.weights_bytes,
+        "cache": cost.cache_bytes,
+        "activations": cost.activation_bytes,
+        "text encoder": run.text,
+        "codec": run.codec.weights,
+        "its state": run.codec.state,
+        "its activations": run.codec.activations,
+        "workspace": cost.beside.workspace,
+    }
+    said = ", ".join(f"{name} {_gb(size)}" for name, size in parts.items() if size)
+    helps = "; ".join(remedies(run, free))
+    raise ConfigError(
+        f"this run needs {_gb(cost.memory_bytes)} GB on {device} {PHASES[when]}, {_gb(free)} GB are free: short by "
+        f"{_gb(cost.memory_bytes - free)} GB ({said}; predicted); "
+        + (f"what would make it fit: {helps}" if helps else "no option would make it fit")
+    )
+
+
+def remedies(run: Run, free: int) -> list[str]:
+    """The options that make a run fit, as the command line says them, each tried: one alone where one is enough, else
+    on top of all that give memory up without a shorter window or more ranks."""
+    offloads = [(f"--offload {other}", replace(run, offload=other)) for other in _more_offload(run)]
+    folded = replace(run, work=replace(run.work, fp8=True))
+    folding = [] if run.work.fp8 else [("--weights fp8", folded)]
+    found = [words for words, other in offloads if _fits(other, free)][:1]
+    found += [words for words, other in folding if _fits(other, free)]
+    found += _strategies(run, free) + _windows(run, free) + _ranks(run, free)
+    if found:
+        return found
+    every = [*offloads[-1:], *folding]
+    words = " ".join(words for words, _ in every)
+    smallest = replace(folded, offload=offloads[-1][1].offload if offloads else run.offload)
+    if _fits(smallest, free):
+        return [words]
+    return [f"{words} {more}".strip() for more in (*_windows(smallest, free), *_ranks(smallest, free))]
+
+
+def _fits(run: Run, free: int) -> bool:
+    return run.plan().memory_bytes <= free
+
+
+def _more_offload(run: Run) -> list[Offload]:
+    """What could wait elsewhere beside what does already; on a CPU UMT5 has nowhere to wait but in its file."""
+    stays = run.beside.text_stays
+    texts: tuple[Keep, ...] = (run.offload.text, "free") if stays else (run.offload.text,)
+    codecs = (True,) if run.offload.codec else (False, True)
+    return [made for codec in codecs for text in texts if (made := Offload(text, codec)) != run.offload]
+
+
+def _strategies(run: Run, free: int) -> list[str]:
+    fitting = [cost for cost in run.plans(run.ranks) if cost.memory_bytes <= free]
+    return [f"--strategy {min(fitting, key=lambda cost: cost.chunk_ms).strategy}"] if fitting else []
+
+
+def _windows(run: Run, free: int) -> list[str]:
+    """The longest shorter window that fits."""
+    shorter = range(run.work.window - 1, run.least_window - 1, -1)
+    fitting = bisect_left(
+        shorter, True, key=lambda window: _fits(replace(run, work=replace(run.work, window=window)), free)
+    )
+    return [f"--window {shorter[fitting]}"] if fitting < len(shorter) else []
+
+
+def _ranks(run: Run, free: int) -> list[str]:
+    """The fewest ranks, doubled, that have a strategy which fits."""
+    ranks = 2 * run.ranks
+    while ranks <= min(MOST_RANKS, run.work.grid.tokens):
+        least = min(run.plans(ranks), key=lambda cost: cost.memory_bytes)
+        if least.memory_bytes <= free:
+            return [f"{run.lanes * ranks} ranks with --strategy {least.strategy}"]
+        ranks *= 2
+    return []
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.3g}"

@@ -1,0 +1,1 @@
+"""What a stream costs, predicted from sizes alone."""

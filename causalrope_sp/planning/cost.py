@@ -1,0 +1,277 @@
+"""The cost model: what a strategy moves, computes, keeps and takes, from sizes alone.
+
+Counts (elements, bytes, FLOPs, weights, cache) are exact and tested against the ledger and torch's own counter. Memory
+of activations is an estimate. Times are predictions: counts over rates, with an alpha-beta link. Rates are data sheets'
+or guesses unless they were measured.
+
+Shapes: B batch, F frames of a pass, s tokens of a frame on a rank, S of a whole frame, H heads, d head width, D = H·d.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+
+from causalrope_sp.attention.base import lse_elements
+from causalrope_sp.config import VAE_STRIDE
+from causalrope_sp.distributed.layout import Layout, parse_strategy, strategies
+from causalrope_sp.grid import LatentGrid, Shard
+from causalrope_sp.planning.machines import Machine
+from causalrope_sp.planning.memory import NOTHING, Beside
+from causalrope_sp.planning.workload import Workload
+from causalrope_sp.reuse.policy import Kind
+
+Seconds = tuple[float, float, float]  # computing, communicating, and of the latter what nothing hides
+ELEMENTWISE_PASSES = 30  # how often a block of the unfused model reads or writes its D numbers a token, about
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one strategy costs, for the rank that has most of each. Times are predictions, in milliseconds.
+
+    A chunk's passes are those of the steady state: one fused with the context pass of the chunk before, a full window.
+    `exposed_ms` is the part of `communication_ms` that nothing hides, `imbalance` the slowest rank's computing against
+    the mean, `efficiency` one rank's time against all ranks' together. The first frame's time leaves out loading, text
+    and decoding. With two `lanes` each half of the ranks runs one branch of guidance by the strategy, and counts are of
+    the prompt's. `stored_bytes` are the outputs that passes take over from one another.
+    """
+
+    strategy: str
+    ranks: int
+    lanes: int
+    collectives_per_pass: int
+    bytes_per_pass: int
+    collectives_per_chunk: int
+    bytes_per_chunk: int
+    flops_per_chunk: int
+    weights_bytes: int
+    cache_bytes: int
+    stored_bytes: int
+    activation_bytes: int
+    compute_ms: float
+    communication_ms: float
+    exposed_ms: float
+    chunk_ms: float
+    first_frame_ms: float
+    fps: float
+    efficiency: float
+    imbalance: float
+    fits: bool
+    chosen: bool = False
+    beside: Beside = NOTHING
+
+    @property
+    def bytes_by_time(self) -> dict[str, int]:
+        return self.beside.by_time(self.weights_bytes, self.cache_bytes + self.stored_bytes, self.activation_bytes)
+
+    @property
+    def name(self) -> str:
+        return self.strategy if self.lanes == 1 else f"{self.lanes}×{self.strategy}"
+
+    @property
+    def memory_bytes(self) -> int:
+        """The most at once."""
+        return max(self.bytes_by_time.values())
+
+
+def received(layout: Layout, work: Workload, rank: int, frames: int) -> dict[str, int]:
+    """Elements that a rank receives in one layer of a pass over `frames` frames, by the ledger's kinds (DESIGN §4)."""
+    if layout.ranks == 1:
+        return {}
+    row, column, tokens, rows = _place(layout, work, rank)
+    split = layout.heads(work.config.num_heads)
+    heads, width, times = split[column], work.config.head_dim, work.batch * frames
+    found = {}
+    if layout.ulysses > 1:
+        mine = tokens[rank]
+        found["qkv"] = 3 * times * (rows[row] - mine) * heads * width
+        found["output"] = times * mine * (sum(split) - heads) * width
+    widest, others = max(rows), layout.sharing - 1
+    if layout.inner == "gather-kv":
+        found["kv"] = 2 * times * others * widest * heads * width
+    if layout.inner == "shard-kv":
+        found["q"] = times * others * widest * heads * width
+        found["partial"] = times * others * rows[row] * heads * (width + lse_elements(work.itemsize))
+    return found
+
+
+def received_latents(work: Workload, ranks: int) -> int:
+    """Elements that a rank receives when a chunk's latents are gathered; they are float32, or float64."""
+    widest = max(_tokens(work.grid, ranks))
+    return (ranks - 1) * work.batch * work.chunk_frames * widest * work.config.token_dim
+
+
+def received_guidance(work: Workload, ranks: int) -> int:
+    """Elements that a rank receives from the other lane of as many ranks after a pass; of the type of the latents."""
+    return work.batch * work.chunk_frames * max(_tokens(work.grid, ranks)) * work.config.token_dim
+
+
+def cache_bytes(layout: Layout, work: Workload, rank: int) -> int:
+    """One branch's ring, and the frames that an open chunk puts aside."""
+    row, column, _, rows = _place(layout, work, rank)
+    heads = layout.heads(work.config.num_heads)[column]
+    tokens = sum(rows) if layout.inner == "gather-kv" else rows[row]
+    frames = work.window + work.chunk_frames
+    return 2 * work.config.num_layers * work.batch * frames * tokens * heads * work.config.head_dim * work.itemsize
+
+
+def stored_bytes(layout: Layout, work: Workload, rank: int, branch: int = 0) -> int:
+    """The outputs that a rank keeps for later passes of a branch's chunk: its own shard of each."""
+    outputs = work.reuse[branch].stored if work.reuse else 0
+    tokens = _tokens(work.grid, layout.ranks)[rank]
+    return outputs * work.batch * work.chunk_frames * tokens * work.config.dim * work.itemsize
+
+
+def attention_flops(layout: Layout, work: Workload, rank: int, frames: int, keys: int) -> int:
+    """FLOPs of a rank's self-attention in a pass: `frames` of queries, each on `keys` frames of keys, all layers."""
+    row, column, _, rows = _place(layout, work, rank)
+    heads = layout.heads(work.config.num_heads)[column]
+    queries = sum(rows) if layout.inner == "shard-kv" else rows[row]
+    stored = rows[row] if layout.inner == "shard-kv" else sum(rows)
+    every = work.config.num_layers * work.batch * heads * work.config.head_dim
+    return 4 * every * frames * queries * keys * stored
+
+
+def cross_flops(work: Workload, tokens: int) -> int:
+    return 4 * work.config.num_layers * tokens * work.config.text_len * work.config.dim
+
+
+def chunk_flops(layout: Layout, work: Workload, rank: int, branch: int = 0) -> int:
+    """FLOPs of a rank in a branch's steady chunk: its passes, the first with the context pass of the chunk before."""
+    layers = work.config.num_layers
+    mine = work.batch * work.chunk_frames * _tokens(work.grid, layout.ranks)[rank]
+    total = -work.patch_flops * mine  # a context pass has no head
+    for step in range(work.passes[branch]):
+        chunks, computed = 2 if step == 0 else 1, work.computed(step, branch)
+        attention = attention_flops(layout, work, rank, chunks * work.chunk_frames, work.window)
+        total += work.linear_flops_of(computed) * chunks * mine
+        total += computed["self"] * attention // layers
+        total += computed["cross"] * cross_flops(work, chunks * mine) // layers
+    return total
+
+
+def plan(
+    work: Workload, ranks: int, on: Machine, *, lanes: Sequence[int] = (1,), beside: Beside = NOTHING
+) -> list[Plan]:
+    """Every strategy at this many ranks, in each of these numbers of lanes, and which of them is the best, always the
+    same on every rank: the fastest chunk of those that fit, the least memory among equals."""
+    alone, costs = _cost(parse_strategy("ulysses", 1), 1, work, on, beside), []
+    for count in lanes:
+        names = strategies(ranks // count, work.config.num_heads)[: 1 if ranks == count else None]
+        costs += [_cost(parse_strategy(name, ranks // count), count, work, on, beside) for name in names]
+    costs = [replace(c, efficiency=alone.chunk_ms / (ranks * c.chunk_ms)) for c in costs]
+    best = min(range(len(costs)), key=lambda n: (not costs[n].fits, round(costs[n].chunk_ms, 3), costs[n].memory_bytes))
+    return [replace(c, chosen=n == best) for n, c in enumerate(costs)]
+
+
+def _cost(layout: Layout, lanes: int, work: Workload, on: Machine, beside: Beside) -> Plan:
+    passes = work.passes if lanes == 1 else work.passes[:1]  # of each branch that takes its turn on a rank
+    every, branches, layers = range(layout.ranks), len(passes), work.config.num_layers
+    chunk, window = work.chunk_frames, work.window
+    after_the_first = [work.computed(step, branch) for branch, steps in enumerate(passes) for step in range(1, steps)]
+    alike = Counter(tuple(computed.items()) for computed in after_the_first)
+    full = work.computed(0)
+
+    def slowest(frames: int, keys: int, computed: dict[Kind, int]) -> Seconds:
+        times = [_pass_times(layout, work, on, rank, frames, keys, computed) for rank in every]
+        return max(times, key=lambda each: each[0] + each[2])
+
+    def all_passes(first_frames: int, keys: int) -> list[float]:
+        first = [branches * seconds for seconds in slowest(first_frames, keys, full)]
+        later = [[count * seconds for seconds in slowest(chunk, keys, dict(c))] for c, count in alike.items()]
+        return [sum(each) for each in zip(first, *later, strict=True)]
+
+    # a chunk's latents once, and velocities across lanes after every pass
+    once, crossed = received_latents(work, layout.ranks), received_guidance(work, layout.ranks) if lanes > 1 else 0
+    trades = work.steps if lanes > 1 else 0
+    rest = (layout.ranks > 1) + trades
+    rest_bytes = 4 * (once + trades * crossed)
+    gather = rest * on.latency + rest_bytes / on.link
+    compute, communication, exposed = all_passes(2 * chunk, window)
+    seconds = compute + exposed + gather
+    opening = all_passes(chunk, chunk)
+    first = opening[0] + opening[2] + gather
+    steady = [_pass_times(layout, work, on, rank, chunk, window, full)[0] for rank in every]
+    bytes_layer = max(sum(received(layout, work, r, chunk).values()) for r in every) * work.itemsize
+    calls_layer = len(received(layout, work, 0, chunk))
+    attended = branches * layers + sum(computed["self"] for computed in after_the_first)  # layers, of all passes
+    cache = branches * max(cache_bytes(layout, work, r) for r in every)
+    stored = max(sum(stored_bytes(layout, work, r, branch) for branch in range(branches)) for r in every)
+    activations = max(_activation_bytes(layout, work, r) for r in every)
+    return Plan(
+        strategy=layout.name,
+        ranks=lanes * layout.ranks,
+        lanes=lanes,
+        collectives_per_pass=calls_layer * layers,
+        bytes_per_pass=bytes_layer * layers,
+        collectives_per_chunk=calls_layer * attended + rest,
+        bytes_per_chunk=bytes_layer * (attended + branches * layers) + rest_bytes,
+        flops_per_chunk=max(sum(chunk_flops(layout, work, r, branch) for branch in range(branches)) for r in every),
+        weights_bytes=work.weights_bytes,
+        cache_bytes=cache,
+        stored_bytes=stored,
+        activation_bytes=activations,
+        compute_ms=1e3 * compute,
+        communication_ms=1e3 * (communication + gather),
+        exposed_ms=1e3 * (exposed + gather),
+        chunk_ms=1e3 * seconds,
+        first_frame_ms=1e3 * first,
+        fps=VAE_STRIDE[0] * chunk / seconds,
+        efficiency=1.0,
+        imbalance=max(steady) * layout.ranks / sum(steady),
+        fits=max(beside.by_time(work.weights_bytes, cache + stored, activations).values()) <= on.memory,
+        beside=beside,
+    )
+
+
+def _pass_times(
+    layout: Layout, work: Workload, on: Machine, rank: int, frames: int, keys: int, computed: dict[Kind, int]
+) -> Seconds:
+    """Seconds of a pass on one rank that computes so much."""
+    tokens = _place(layout, work, rank)[2]
+    mine = work.batch * frames * tokens[rank]
+    share = {kind: count / work.config.num_layers for kind, count in computed.items()}
+    attention = share["self"] * attention_flops(layout, work, rank, frames, keys) / on.attention
+    moved = ELEMENTWISE_PASSES * work.config.dim * work.config.num_layers * mine * work.itemsize
+    flops = work.linear_flops_of(computed)
+    skipped = (work.linear_flops - flops) // 2  # weights: each is two FLOPs a token
+    weights = work.weights_bytes - skipped * (1 if work.fp8 else work.itemsize)
+    products = max(flops * mine / on.matmul, weights / on.bandwidth)
+    if work.fp8:  # unfolded in memory: the 8 bits read, the matrix written, scaled, and read by its product
+        products += (1 + 3 * work.itemsize) * (work.matrices - skipped) / on.bandwidth
+    compute = products + share["cross"] * cross_flops(work, mine) / on.attention + attention + moved / on.bandwidth
+    layers = computed["self"]
+    took = {
+        kind: layers * (on.latency + elements * work.itemsize / on.link)
+        for kind, elements in received(layout, work, rank, frames).items()
+    }
+    hidden = 0.0
+    if "kv" in took:  # behind attention to what is cached already
+        hidden = min(took["kv"], attention * max(0, keys - frames) / max(keys, 1))
+    if "q" in took:  # behind attention with this rank's own queries of the first chunk
+        hidden = min(took["q"], attention / layout.sharing * work.chunk_frames / frames)
+    communication = sum(took.values())
+    return compute, communication, communication - hidden
+
+
+def _activation_bytes(layout: Layout, work: Workload, rank: int) -> int:
+    """About the most that is alive at once in a fused pass: the residual with a feed-forward's hidden numbers, or with
+    q, k, v and what a strategy sends and receives."""
+    c, frames = work.config, 2 * work.chunk_frames
+    tokens = work.batch * frames * _tokens(work.grid, layout.ranks)[rank]
+    wire = sum(received(layout, work, rank, frames).values())
+    unfolded = c.dim * max(3 * c.dim, c.ffn_dim) * work.itemsize if work.fp8 else 0
+    return unfolded + work.itemsize * (2 * c.dim * tokens + max(2 * c.ffn_dim * tokens, 8 * c.dim * tokens + 2 * wire))
+
+
+def _place(layout: Layout, work: Workload, rank: int) -> tuple[int, int, list[int], list[int]]:
+    """A rank's row and column, every rank's tokens of a frame, and every row's."""
+    tokens = _tokens(work.grid, layout.ranks)
+    return *layout.place(rank), tokens, [sum(row) for row in layout.rows(tokens)]
+
+
+@cache
+def _tokens(grid: LatentGrid, ranks: int) -> list[int]:
+    return [shard.tokens for shard in Shard(grid, 0, ranks).all]

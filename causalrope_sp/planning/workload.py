@@ -1,0 +1,103 @@
+"""A stream as the cost model sees it: sizes, and what of a pass is computed.
+
+Shapes: S tokens of a frame, D model width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from causalrope_sp.config import DiTConfig, SamplerConfig, StreamConfig
+from causalrope_sp.diffusion.schedule import branch_timesteps, guided_steps
+from causalrope_sp.grid import LatentGrid
+from causalrope_sp.reuse.policy import CAUSAL_KINDS, Kind, ReusePlan, ReusePolicy
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A stream: its model, its picture in tokens, window and chunk in latent frames, denoise passes a chunk, and how
+    many of these are guided, so that a second branch, with a cache of its own, makes a pass too; `fp8` if the matrices
+    of the blocks are kept in 8 bits. `reuse` is what each branch's passes take over from one another, if anything."""
+
+    config: DiTConfig
+    grid: LatentGrid
+    window: int
+    chunk_frames: int
+    steps: int
+    batch: int = 1
+    itemsize: int = 2
+    fp8: bool = False
+    guided: int = 0
+    reuse: tuple[ReusePlan, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        config: DiTConfig,
+        grid: LatentGrid,
+        stream: StreamConfig,
+        sampler: SamplerConfig,
+        window: int,
+        batch: int = 1,
+        itemsize: int = 2,
+        reuse: ReusePolicy | None = None,
+    ) -> Workload:
+        """A stream as it is configured, `window` latent frames long at most."""
+        chunk, guided = min(stream.chunk_frames, window), sum(guided_steps(sampler))
+        plans: tuple[ReusePlan, ...] = ()
+        if reuse is not None:
+            told = [branch_timesteps(sampler, negative) for negative in ((False, True) if guided else (False,))]
+            plans = tuple(ReusePlan.of_causal(reuse, each, config.num_layers) for each in told)
+        return cls(config, grid, window, chunk, len(sampler.steps), batch, itemsize, guided=guided, reuse=plans)
+
+    @property
+    def passes(self) -> list[int]:
+        """How many each branch makes in a chunk."""
+        return [self.steps, self.guided] if self.guided else [self.steps]
+
+    def computed(self, step: int, branch: int = 0) -> dict[Kind, int]:
+        """In how many layers pass `step` of a branch's chunk computes what; the others reuse."""
+        every = self.config.num_layers
+        return {kind: self.reuse[branch].computed(step, kind) if self.reuse else every for kind in CAUSAL_KINDS}
+
+    @cached_property
+    def linear_flops(self) -> int:
+        """FLOPs a token of all matrix products but attention's. What a frame or a prompt needs once is left out."""
+        return self.linear_flops_of(self.computed(0))
+
+    def linear_flops_of(self, computed: dict[Kind, int]) -> int:
+        """Those of a pass that computes so much."""
+        c = self.config
+        weights = {"self": 4 * c.dim, "cross": 2 * c.dim, "mlp": 2 * c.ffn_dim}  # a layer's, by output of width `dim`
+        layers = sum(2 * c.dim * weights[kind] * count for kind, count in computed.items())
+        return layers + 2 * self.patch_flops  # the embedding, and the head
+
+    @property
+    def patch_flops(self) -> int:
+        """FLOPs a token of the patch embedding, or of the head."""
+        return 2 * self.config.dim * self.config.token_dim
+
+    @cached_property
+    def parameters(self) -> int:
+        c = self.config
+        d, layer = c.dim, 0
+        layer += 3 * d * d + 3 * d + d * d + d + 2 * d  # self-attention with its norms
+        layer += d * d + d + 2 * d * d + 2 * d + d * d + d + 2 * d  # cross-attention
+        layer += 2 * d + 2 * d * c.ffn_dim + c.ffn_dim + d + 6 * d  # its norm, the feed-forward, the modulation
+        outer = (c.token_dim + c.text_dim + c.freq_dim) * d + 3 * d  # embeddings of patch, text and time,
+        outer += 2 * (d * d + d) + 6 * d * d + 6 * d  # the second layers of two of them, the projection of time,
+        outer += c.token_dim * d + c.token_dim + 2 * d  # and the head
+        return c.num_layers * layer + outer
+
+    @property
+    def matrices(self) -> int:
+        """Numbers in all matrices of the blocks."""
+        c = self.config
+        return c.num_layers * c.dim * (8 * c.dim + 2 * c.ffn_dim)
+
+    @property
+    def weights_bytes(self) -> int:
+        c, full = self.config, self.parameters * self.itemsize
+        scales = 4 * c.num_layers * (9 * c.dim + c.ffn_dim)
+        return full - (self.itemsize - 1) * self.matrices + scales if self.fp8 else full

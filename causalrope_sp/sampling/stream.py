@@ -1,0 +1,151 @@
+"""One stream's state, and the two things that happen to a chunk: it is denoised, then committed.
+
+Shapes: B batch, F frames of a chunk, s tokens of a frame that this rank owns, E numbers in a token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from causalrope_kernels import Projection, Rotation
+from causalrope_sp.attention.base import Strategy
+from causalrope_sp.cache.kv_cache import KVCache
+from causalrope_sp.cache.window import SlidingWindow
+from causalrope_sp.devices import send
+from causalrope_sp.grid import Chunk, LatentGrid, Shard
+from causalrope_sp.models.causal_dit import CausalDiT, ForwardPass
+from causalrope_sp.models.rope import RotaryTables
+from causalrope_sp.reuse.output_store import OutputOf, OutputStore, computed
+from causalrope_sp.reuse.policy import ReusePlan
+
+
+@dataclass(frozen=True)
+class Part:
+    """One chunk's tokens in a forward, at one timestep; this rank's shard of them."""
+
+    chunk: Chunk
+    tokens_BFSE: Tensor
+    timestep: float
+
+
+class CausalStream:
+    """A model bound to a prompt, a cache and a way across ranks.
+
+    Args:
+        embeds_BLE: text embeddings, (B, text_len, text_dim), zeros after the text's end.
+        window: how far back attention looks.
+        shard: the tokens of a frame that this rank owns.
+        strategy: how they attend those of the others.
+        relative: place frames in time by their place within the window, and not by their global time index.
+        reuse: which outputs a chunk's denoise passes take over from earlier ones; None computes all of them.
+    """
+
+    def __init__(
+        self,
+        model: CausalDiT,
+        embeds_BLE: Tensor,
+        grid: LatentGrid,
+        window: SlidingWindow,
+        shard: Shard,
+        strategy: Strategy,
+        *,
+        relative: bool = False,
+        reuse: ReusePlan | None = None,
+    ) -> None:
+        config = model.config
+        self._model = model
+        self._strategy = strategy
+        self._text = model.encode_text(embeds_BLE)
+        compute = torch.float64 if model.dtype == torch.float64 else torch.float32
+        self._rope = RotaryTables(config.head_dim, config.theta, shard, model.device, compute)
+        self._relative = relative
+        self._rotation: tuple[tuple[Chunk, ...], Rotation] | None = None
+        self._broken = False
+        self.outputs = None if reuse is None else OutputStore(reuse)
+        self.cache = KVCache(
+            config.num_layers,
+            len(embeds_BLE),
+            window,
+            self._strategy.stored_tokens,
+            self._strategy.stored_heads,
+            config.head_dim,
+            dtype=model.dtype,
+            device=model.device,
+            turn=partial(self._rope.turn, tokens=strategy.stored_tokens) if relative else None,
+        )
+
+    def denoise(self, chunk: Chunk, x_BFSE: Tensor, timestep: float, context: Part | None = None) -> Tensor:
+        """The velocity of the open chunk's tokens at `timestep`, (B, F, s, E).
+
+        With `context`, the chunk before it is committed in the same forward: its clean tokens attend the window up
+        to itself, the noisy ones the window up to this chunk, of which those fresh keys and values are a part.
+        """
+        if context is not None:
+            self._open(context.chunk)
+            self.cache.commit()
+        self._open(chunk)
+        noisy = Part(chunk, x_BFSE, timestep)
+        output = computed if self.outputs is None else self.outputs.next_pass(chunk, x_BFSE.shape[1] * x_BFSE.shape[2])
+        return self._forward([noisy] if context is None else [context, noisy], output)
+
+    def commit(self, context: Part) -> None:
+        """The context pass alone: writes a chunk's clean keys and values."""
+        self._open(context.chunk)
+        self._forward([context], computed)
+        self.cache.commit()
+
+    def cancel(self) -> None:
+        """Forgets the open chunk; the stream is as it was after the last commit."""
+        self.cache.cancel()
+        if self.outputs is not None:
+            self.outputs.clear()
+
+    @property
+    def stored_bytes(self) -> int:
+        """The most that was kept at once of outputs that passes reuse."""
+        return 0 if self.outputs is None else self.outputs.most_bytes
+
+    def _open(self, chunk: Chunk) -> None:
+        if self.cache.open_chunk != chunk:
+            self.cache.open(chunk)
+
+    def _forward(self, parts: list[Part], output: OutputOf) -> Tensor:
+        if self._broken:
+            raise RuntimeError("a forward of this stream was cut short, its cache is half written: start a new stream")
+        model, chunks = self._model, tuple(part.chunk for part in parts)
+        timesteps = [part.timestep for part in parts for _ in range(part.chunk.frames)]
+
+        def attend(layer: int, projection: Projection) -> Tensor:
+            return self._strategy.attend(projection, self.cache.layer(layer), chunks).flatten(1, 2)
+
+        step = ForwardPass(
+            # in float32, as Self-Forcing's schedule holds them: at 833.33 the difference shows as 1e-6 in the latents
+            timesteps_F=send(torch.tensor(timesteps, dtype=torch.float32), model.device),
+            predicted_frames=chunks[-1].frames,
+            rotation=self._rotate(chunks),
+            text=self._text,
+            attend=attend,
+            attention=self._strategy.backend,
+            output=output,
+        )
+        tokens = torch.cat([part.tokens_BFSE for part in parts], 1)
+        self._broken = True
+        velocity = model(tokens.flatten(1, 2).to(model.dtype), step)
+        self._broken = False
+        last = parts[-1].tokens_BFSE
+        return velocity.view(last.shape).to(last.dtype)
+
+    def _rotate(self, chunks: tuple[Chunk, ...]) -> Rotation:
+        if self._rotation is None or self._rotation[0] != chunks:
+            if self._relative:  # keys are turned in time when they are read
+                window = self.cache.window
+                places = [window.places(chunk)[slot] for chunk in chunks for slot in window.slots(chunk)]
+                rotation = self._rope.rotation(places, [0] * len(places))
+            else:
+                rotation = self._rope.rotation([f for chunk in chunks for f in range(chunk.start, chunk.stop)])
+            self._rotation = chunks, rotation
+        return self._rotation[1]

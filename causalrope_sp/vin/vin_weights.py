@@ -1,0 +1,89 @@
+"""A VIN as a file: its parameters under their own names, and in the metadata what it is and how its videos are cut.
+
+There is no published layout: this is the first. Sizes of the DiT that it was trained with are kept too, so that a file
+beside another DiT is refused before it runs.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from os import PathLike
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from causalrope_sp.config import DiTConfig
+from causalrope_sp.errors import CheckpointError
+from causalrope_sp.vin.network import VideoInterfaceNetwork, sizes
+from causalrope_sp.vin.vin_config import TogetherConfig, VINConfig
+from causalrope_sp.weights.finite import all_finite
+from causalrope_sp.weights.tensor_files import DTYPES
+
+LAYOUT = "causalrope_sp-vin-1"
+LONGEST = 200  # characters of what does not fit
+
+
+def save_vin(vin: VideoInterfaceNetwork, chunks: TogetherConfig, path: str | PathLike[str]) -> None:
+    """Writes one safetensors file."""
+    metadata = {
+        "layout": LAYOUT,
+        "vin": json.dumps(asdict(vin.config)),
+        "chunks": json.dumps(asdict(chunks)),
+        "dit": json.dumps(sizes(vin.dit)),
+    }
+    save_file({name: x.contiguous() for name, x in vin.state_dict().items()}, path, metadata)
+
+
+def load_vin(
+    path: str | PathLike[str], dit: DiTConfig, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> tuple[VideoInterfaceNetwork, TogetherConfig]:
+    """The VIN of a file, in eval mode and without gradients, and how its videos are cut.
+
+    Raises:
+        CheckpointError: unreadable, no VIN, one for a DiT of other sizes than `dit`, or weights missing, left over, of
+            a wrong shape, NaN or infinite.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            said = file.metadata() or {}
+            if said.get("layout") != LAYOUT:
+                raise CheckpointError(f"{path}: not a Video Interface Network: its layout is not {LAYOUT}")
+            network, cut, there = (json.loads(said.get(name, "null")) for name in ("vin", "chunks", "dit"))
+            if not all(isinstance(part, dict) for part in (network, cut, there)):
+                raise CheckpointError(f"{path}: its metadata lacks the sizes of a Video Interface Network")
+            config, chunks = VINConfig(**network), TogetherConfig(**cut)
+            if wrong := [
+                f"{name} {there.get(name)}, not {x}" for name, x in sizes(dit).items() if there.get(name) != x
+            ]:
+                raise CheckpointError(f"{path}: for another DiT than this one: {'; '.join(wrong)}")
+            with torch.device("meta"):
+                vin = VideoInterfaceNetwork(config, dit)
+            _check_shapes(path, vin, {name: file.get_slice(name).get_shape() for name in file.keys()})
+            state = {name: file.get_tensor(name) for name in file.keys()}
+    except CheckpointError:
+        raise
+    except (OSError, SafetensorError, TypeError, ValueError, RuntimeError, OverflowError) as reason:
+        raise CheckpointError(f"{path}: cannot be read as a Video Interface Network: {reason}") from reason
+    for name, tensor in state.items():
+        if tensor.dtype not in DTYPES.values():
+            raise CheckpointError(f"{path}: {name} is {tensor.dtype}, not float64, 32, 16 or bfloat16")
+    state = {name: tensor.to(device, dtype) for name, tensor in state.items()}
+    broken = [name for name, tensor in state.items() if not all_finite(tensor)]
+    if broken:
+        raise CheckpointError(f"{path}: NaN or infinite: {', '.join(broken)}")
+    vin.load_state_dict(state, strict=True, assign=True)
+    return vin.eval().requires_grad_(False), chunks
+
+
+def _check_shapes(path: str | PathLike[str], vin: VideoInterfaceNetwork, there: dict[str, list[int]]) -> None:
+    """Raises CheckpointError unless the file has just the network's parameters."""
+    here = {name: list(tensor.shape) for name, tensor in vin.state_dict().items()}
+    wrong = [f"{name} is missing" for name in here if name not in there]
+    wrong += [f"{name} is left over" for name in there if name not in here]
+    wrong += [f"{n} is {there[n]}, not {shape}" for n, shape in here.items() if n in there and there[n] != shape]
+    if wrong:
+        told = "; ".join(wrong)
+        shortened = told if len(told) <= LONGEST else f"{told[:LONGEST]}... ({len(wrong)} in all)"
+        raise CheckpointError(f"{path}: {shortened}")

@@ -1,0 +1,213 @@
+"""How the published models of the family run: window, sink, chunk, steps, shift; by name, or guessed from a checkpoint.
+
+Figures are those of the authors' inference configurations. Where none was published, `source` says so. `steps` are
+unshifted timesteps as everywhere here: a list that its authors use as it is, without shift, has shift 1.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from causalrope_sp.config import PRESETS as SIZES
+from causalrope_sp.config import DiTConfig, SamplerConfig, StreamConfig
+from causalrope_sp.errors import CheckpointError, ConfigError
+from causalrope_sp.weights.tensor_files import read_json
+from causalrope_sp.weights.wrappings import Wrapping
+
+# Without `local_attn_size` the authors attend over everything, in a cache of 32760 tokens: 21 frames of 1560, the
+# length of their training clips. A window of 21 is the same up to there, and goes on where theirs ends.
+TRAINED_FRAMES = 21
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How a model runs. `size` names the DiT that it was published for; `evidence` says why it was chosen."""
+
+    name: str
+    stream: StreamConfig
+    sampler: SamplerConfig
+    size: str | None
+    source: str
+    evidence: tuple[str, ...] = ()
+
+    def override(self, **changes: Any) -> Preset:
+        """The preset with fields of `StreamConfig` and `SamplerConfig` changed.
+
+        Raises:
+            ConfigError: no such field, or values that cannot work together.
+        """
+        stream = {name: value for name, value in changes.items() if name in _names(self.stream)}
+        sampler = {name: value for name, value in changes.items() if name in _names(self.sampler)}
+        unknown = changes.keys() - stream.keys() - sampler.keys()
+        if unknown:
+            raise ConfigError(f"a preset has no {', '.join(sorted(unknown))}")
+        if not changes:
+            return self
+        said = ", ".join(f"{name} {value}" for name, value in changes.items())
+        return replace(
+            self,
+            stream=replace(self.stream, **stream),
+            sampler=replace(self.sampler, **sampler),
+            evidence=(*self.evidence, f"overridden: {said}"),
+        )
+
+
+def _names(config: StreamConfig | SamplerConfig) -> set[str]:
+    return {f.name for f in fields(config)}
+
+
+_FOUR = SamplerConfig((1000, 750, 500, 250), shift=5.0)
+_CHUNKS = StreamConfig(window=TRAINED_FRAMES, chunk_frames=3)
+_SINGLE = StreamConfig(window=TRAINED_FRAMES, chunk_frames=1)
+
+FAMILY = {
+    preset.name: preset
+    for preset in (
+        Preset("self-forcing", _CHUNKS, _FOUR, "wan2.1-1.3b", "guandeh17/Self-Forcing, configs/self_forcing_dmd.yaml"),
+        Preset(
+            "self-forcing-framewise",
+            _SINGLE,
+            _FOUR,
+            "wan2.1-1.3b",
+            "arXiv 2506.08009 has the variant; its configuration and weights are not published: steps and shift of the "
+            "chunk-wise one, which are also those of Causal-Forcing's frame-wise one",
+        ),
+        Preset(
+            "causvid",
+            _CHUNKS,
+            SamplerConfig((1000, 757, 522), shift=1.0),
+            "wan2.1-1.3b",
+            "tianweiy/CausVid, configs/wan_causal_dmd.yaml: the steps are used as they are, its shift of 8 was for "
+            "training",
+        ),
+        Preset(
+            "causvid-4step",
+            _CHUNKS,
+            SamplerConfig((1000, 750, 500, 250), shift=8.0),
+            "wan2.1-1.3b",
+            "tianweiy/CausVid, configs/wan_causal_dmd_warp_4step_cfg2.yaml",
+        ),
+        Preset(
+            "causal-forcing",
+            _CHUNKS,
+            _FOUR,
+            "wan2.1-1.3b",
+            "thu-ml/Causal-Forcing, configs/causal_forcing_dmd_chunkwise.yaml",
+        ),
+        Preset(
+            "causal-forcing-framewise",
+            _SINGLE,
+            _FOUR,
+            "wan2.1-1.3b",
+            "thu-ml/Causal-Forcing, configs/causal_forcing_dmd_framewise.yaml",
+        ),
+        Preset(
+            "longlive-1.3b",
+            StreamConfig(window=12, sink=3, chunk_frames=3),
+            _FOUR,
+            "wan2.1-1.3b",
+            "NVlabs/LongLive, configs/longlive_inference.yaml; the published model is longlive_base.pt with lora.pt "
+            "merged (rank 256, alpha 256)",
+        ),
+        Preset(
+            "krea-realtime-14b",
+            StreamConfig(window=6, chunk_frames=3),
+            _FOUR,
+            "wan2.1-14b",
+            "krea-ai/realtime-video, configs/self_forcing_server_14b.yaml, and its server's 3 frames of context beside "
+            "the chunk; it also computes the cache anew for every chunk, which is not done here",
+        ),
+        Preset(
+            "sfwan",
+            _CHUNKS,
+            _FOUR,
+            "wan2.1-1.3b",
+            "hao-ai-lab/FastVideo, SelfForcingWanT2V480PConfig: chunk and window are the defaults of its causal DiT",
+        ),
+    )
+}
+UNKNOWN = Preset("none", StreamConfig(), SamplerConfig(), None, "the defaults of StreamConfig and SamplerConfig")
+
+
+def find_preset(name: str) -> Preset:
+    """Raises ConfigError if there is none of that name."""
+    if name not in FAMILY:
+        raise ConfigError(f"unknown preset {name!r}; this version has: {', '.join(FAMILY)}")
+    return FAMILY[name]
+
+
+def guess_preset(path: Path, file: Path, wrapping: Wrapping, declared: Mapping[str, Any], config: DiTConfig) -> Preset:
+    """The preset that a checkpoint's files speak for, with what they say; UNKNOWN if they say nothing.
+
+    `file` is the first one of its weights, `declared` what its config.json says.
+    """
+    name, reason = next(_signs(path, file, wrapping, declared), ("none", "nothing in its names or files tells"))
+    preset, evidence = FAMILY.get(name, UNKNOWN), [reason]
+    said = {ours: declared[theirs] for theirs, ours in _DECLARED if _counts(declared.get(theirs))}
+    if said:
+        evidence.append(f"config.json says {', '.join(f'{ours} {value}' for ours, value in said.items())}")
+    if preset.size is not None and config != SIZES[preset.size]:
+        evidence.append(f"its DiT is not a {preset.size}, which the preset is for")
+    try:
+        return replace(preset, stream=replace(preset.stream, **said), evidence=tuple(evidence))
+    except ConfigError as error:
+        return replace(preset, evidence=(*evidence, f"not taken over: {error}"))
+
+
+_DECLARED = (
+    ("local_attn_size", "window"),
+    ("sink_size", "sink"),
+    ("num_frame_per_block", "chunk_frames"),
+    ("num_frames_per_block", "chunk_frames"),
+)
+_BY_NAME = (
+    (r"sf-?wan", "sfwan"),
+    (r"krea", "krea-realtime-14b"),
+    (r"long-?live", "longlive-1.3b"),
+    (r"causal-?forcing", "causal-forcing"),
+    (r"warp-4step-cfg2", "causvid-4step"),
+    (r"causvid|autoregressive-checkpoint|wan-causal-dmd", "causvid"),
+    (r"self-?forcing", "self-forcing"),
+)
+_FRAMEWISE = r"frame-?wise"
+
+
+def _counts(value: Any) -> bool:
+    """A number of frames; -1, in these configurations, is for all."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _signs(path: Path, file: Path, wrapping: Wrapping, declared: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What speaks for a preset, the strongest first."""
+    if declared.get("_class_name") == "CausalWanTransformer3DModel":
+        yield "sfwan", "config.json names the class CausalWanTransformer3DModel"
+    for name, wanted in (
+        ("model_index.json", "WanCausalDMDPipeline"),
+        ("scheduler/scheduler_config.json", "SelfForcingFlowMatchScheduler"),
+    ):
+        if _class_in(file.parent.parent / name) == wanted:
+            yield "sfwan", f"{name} names the class {wanted}"
+    names = (*path.absolute().parts[-3:], *file.absolute().parts[-3:])
+    words = [re.sub(r"[_ .]+", "-", name.lower()) for name in names]
+    framewise = next((name for name, word in zip(names, words) if re.search(_FRAMEWISE, word)), None)
+    for pattern, preset in _BY_NAME:
+        named = next((name for name, word in reversed(list(zip(names, words))) if re.search(pattern, word)), None)
+        if named is None:
+            continue
+        if framewise is not None and f"{preset}-framewise" in FAMILY:
+            yield f"{preset}-framewise", f"its path says {named} and {framewise}"
+        yield preset, f"its path says {named}"
+    keys = {"generator", "generator_ema"} & {*wrapping.parts, *wrapping.prefix.split(".")}
+    if keys:
+        yield "self-forcing", f"it has {' and '.join(keys)}, as Self-Forcing's training leaves it; nothing says more"
+
+
+def _class_in(file: Path) -> Any:
+    try:
+        return read_json(file).get("_class_name") if file.is_file() else None
+    except CheckpointError:  # a neighbour's file is none of the checkpoint's faults
+        return None

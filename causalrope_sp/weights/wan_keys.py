@@ -1,0 +1,36 @@
+"""The names of Wan's own code, which Self-Forcing keeps."""
+
+from __future__ import annotations
+
+from causalrope_sp.weights.key_layout import Layout, linear
+
+WAN = Layout(
+    name="wan",
+    marker="self_attn",
+    outer={
+        **linear("patch_embedding", "patch_embedding"),
+        **linear("text_embedding.0", "text_embedding.0"),
+        **linear("text_embedding.2", "text_embedding.2"),
+        **linear("time_embedding.0", "time_embedding.0"),
+        **linear("time_embedding.2", "time_embedding.2"),
+        **linear("time_projection.1", "time_projection.1"),
+        **linear("head.linear", "head.head"),
+        "head.modulation": ("head.modulation",),
+    },
+    block={
+        "modulation": ("modulation",),
+        **linear("self_attn.qkv", "self_attn.q", "self_attn.k", "self_attn.v"),
+        **linear("self_attn.out", "self_attn.o"),
+        "self_attn.norm_q.weight": ("self_attn.norm_q.weight",),
+        "self_attn.norm_k.weight": ("self_attn.norm_k.weight",),
+        **linear("cross_norm", "norm3"),
+        **linear("cross_attn.q", "cross_attn.q"),
+        **linear("cross_attn.kv", "cross_attn.k", "cross_attn.v"),
+        **linear("cross_attn.out", "cross_attn.o"),
+        "cross_attn.norm_q.weight": ("cross_attn.norm_q.weight",),
+        "cross_attn.norm_k.weight": ("cross_attn.norm_k.weight",),
+        **linear("ffn.up", "ffn.0"),
+        **linear("ffn.down", "ffn.2"),
+    },
+    config_names={"in_channels": "in_dim"},
+)
