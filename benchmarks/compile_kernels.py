@@ -43,15 +43,15 @@ from causalrope_kernels import (
     Modulation,
     Pieces,
     Projection,
-    Room,
+    RotateOnRead,
     Rotation,
-    Turn,
+    Slots,
     attention_kernel,
 )
 from causalrope_kernels.add_norm_kernel import add_norm
 from causalrope_kernels.attention_kernel import attend
 from causalrope_kernels.merge_kernel import merge
-from causalrope_kernels.place_kernel import place_pieces, place_projection, split_tokens
+from causalrope_kernels.norm_rope_store_kernel import split_tokens, store_pieces, store_projection
 from causalrope_kernels.rms_norm_kernel import rms_norm
 from causalrope_sp.config import PRESETS
 
@@ -134,56 +134,58 @@ def _placements(size: str, heads: int, width: int) -> Iterator[tuple[str, Callab
         )  # fmt: skip
         weight = empty(heads * width)
         projection = Projection(empty(1, FRAMES, tokens, 3 * heads * width), weight, weight, rotation, heads, 1e-6)
-        q = [Room(empty(1, FRAMES, tokens, heads, width))]
-        ring = [Room(empty(1, WINDOW, tokens, heads, width), times)]
+        q = [Slots(empty(1, FRAMES, tokens, heads, width))]
+        ring = [Slots(empty(1, WINDOW, tokens, heads, width), times)]
         if ranks == 1:
-            yield f"{size}, q and ring", partial(place_projection, projection, q, ring, ring)
-            yield f"{size}, q", partial(place_projection, projection, q, (), ())
-            yield f"{size}, ring", partial(place_projection, projection, (), ring, ring)
+            yield f"{size}, q and ring", partial(store_projection, projection, q, ring, ring)
+            yield f"{size}, q", partial(store_projection, projection, q, (), ())
+            yield f"{size}, ring", partial(store_projection, projection, (), ring, ring)
         else:
-            yield f"{size}, {ranks} ranks, send buffer", partial(place_projection, projection, q, q, q)
+            yield f"{size}, {ranks} ranks, send buffer", partial(store_projection, projection, q, q, q)
     split = empty(2, 3, 1, FRAMES, TOKENS // 2, heads // 2, width)
     half = Pieces(list(split))
     tokens = empty(1, FRAMES, TOKENS, heads // 2, width)
     yield f"{size}, 2 ranks", partial(split_tokens, tokens, list(tokens.view(2, 1, FRAMES, -1, heads // 2, width)))
-    q = [Room(empty(1, FRAMES, TOKENS, heads // 2, width))]
-    ring = [Room(empty(1, WINDOW, TOKENS, heads // 2, width), times)]
-    yield f"{size}, 2 ranks, q and ring", partial(place_pieces, half.pieces, q, ring, ring)
+    q = [Slots(empty(1, FRAMES, TOKENS, heads // 2, width))]
+    ring = [Slots(empty(1, WINDOW, TOKENS, heads // 2, width), times)]
+    yield f"{size}, 2 ranks, q and ring", partial(store_pieces, half.pieces, q, ring, ring)
 
 
 def _attentions() -> Iterator[tuple[str, Callable[[], Any]]]:
     for width in (64, 128):
         yield f"bf16, d {width}", partial(_attend, torch.bfloat16, width)
-        yield f"bf16, d {width}, 2 stretches", partial(_attend, torch.bfloat16, width, stretches=2)
-        yield f"bf16, d {width}, turned", partial(_attend, torch.bfloat16, width, turned=True)
+        yield f"bf16, d {width}, 2 stretches", partial(_attend, torch.bfloat16, width, ranges=2)
+        yield f"bf16, d {width}, turned", partial(_attend, torch.bfloat16, width, rotated=True)
         yield f"bf16, d {width}, 2 shares", partial(_attend, torch.bfloat16, width, shares=2)
     yield "bf16, d 20", partial(_attend, torch.bfloat16, 20)
     yield "bf16, d 256", partial(_attend, torch.bfloat16, 256)
     yield "bf16, d 128, 48 queries", partial(_attend, torch.bfloat16, 128, queries=48)
-    yield "bf16, d 128, turned, 48 queries", partial(_attend, torch.bfloat16, 128, turned=True, queries=48)
-    yield "bf16, d 256, turned", partial(_attend, torch.bfloat16, 256, turned=True)
+    yield "bf16, d 128, turned, 48 queries", partial(_attend, torch.bfloat16, 128, rotated=True, queries=48)
+    yield "bf16, d 256, turned", partial(_attend, torch.bfloat16, 256, rotated=True)
     yield "fp16, d 128", partial(_attend, torch.float16, 128)
     yield "fp32, d 128", partial(_attend, torch.float32, 128)
     yield "fp32, d 256", partial(_attend, torch.float32, 256)
-    yield "fp32, d 128, turned", partial(_attend, torch.float32, 128, turned=True)
+    yield "fp32, d 128, turned", partial(_attend, torch.float32, 128, rotated=True)
 
 
 def _attend(
     dtype: torch.dtype,
     width: int,
     *,
-    stretches: int = 1,
-    turned: bool = False,
+    ranges: int = 1,
+    rotated: bool = False,
     shares: int = 1,
     queries: int = FRAMES * TOKENS,
 ) -> None:
     heads = 12
     q = empty(1, queries, heads, width, dtype=dtype)
     k = empty(1, WINDOW * TOKENS, heads, width, dtype=dtype)
-    bounds = empty(stretches, 2, dtype=torch.int32)
-    turn = Turn(empty(WINDOW, 2, width // 2 - 2 * (width // 6), dtype=torch.float32), TOKENS) if turned else None
+    bounds = empty(ranges, 2, dtype=torch.int32)
+    rotate_on_read = (
+        RotateOnRead(empty(WINDOW, 2, width // 2 - 2 * (width // 6), dtype=torch.float32), TOKENS) if rotated else None
+    )
     with patch.object(attention_kernel, "shares", lambda *shape: shares):
-        attend(q, Keys(k, k, ((0, WINDOW * TOKENS),) * stretches, bounds, turn))
+        attend(q, Keys(k, k, ((0, WINDOW * TOKENS),) * ranges, bounds, rotate_on_read))
 
 
 def _merge(parts: int, dtype: torch.dtype) -> None:

@@ -32,11 +32,11 @@ SKIPPED = 2  # the first chunk has fewer frames, and all of them a window that i
 
 
 def run_stream(
-    group: dist.ProcessGroup | None, device: str, recipe: str, chunks: int, decode: Any, decoders: int
+    group: dist.ProcessGroup | None, device: str, model_config: str, chunks: int, decode: Any, decoders: int
 ) -> tuple[dict[str, float], np.ndarray | None]:
     """Milliseconds to the first frames and, the median, for a chunk; and on rank 0 the video."""
-    parallel = SequenceParallel(group, device=device, decoders=decoders)
-    pipe = CausalVideoPipeline.from_pretrained(recipe, parallel=parallel, decode=decode)
+    parallel = SequenceParallel(group, device=device, decode_ranks=decoders)
+    pipe = CausalVideoPipeline.from_pretrained(model_config, parallel=parallel, decode=decode)
     took, parts, started = list[float](), [], time.perf_counter()
     for chunk in pipe.stream(PROMPT, frames=9 + 12 * (chunks - 1)):
         took.append(1e3 * (time.perf_counter() - started))
@@ -46,9 +46,9 @@ def run_stream(
     return times, None if parallel.rank else np.concatenate(parts)
 
 
-def alone(recipe: str, chunks: int) -> tuple[float, float]:
+def alone(model_config: str, chunks: int) -> tuple[float, float]:
     """Milliseconds that one rank takes to denoise a chunk, and to decode it."""
-    pipe = CausalVideoPipeline.from_pretrained(recipe)
+    pipe = CausalVideoPipeline.from_pretrained(model_config)
     decoder, spent = pipe.codec.decoder(), list[float]()
     latents = torch.randn(1, 3, pipe.codec.channels, pipe.grid.latent_height, pipe.grid.latent_width)
     with torch.inference_mode():
@@ -57,15 +57,18 @@ def alone(recipe: str, chunks: int) -> tuple[float, float]:
             decoder.decode(latents)
             spent.append(1e3 * (time.perf_counter() - started))
     decode_ms = float(np.median(spent[SKIPPED:]))
-    return run_stream(None, "cpu", recipe, chunks, "inline", 0)[0]["chunk_ms"] - decode_ms, decode_ms
+    return run_stream(None, "cpu", model_config, chunks, "inline", 0)[0]["chunk_ms"] - decode_ms, decode_ms
 
 
 def resized(folder: Path, size: str) -> str:
     """toybox at another size: what it draws there is nothing, and takes as long as something would."""
     height, width = (int(side) for side in size.split("x"))
-    recipe = json.loads((WEIGHTS / "toybox.json").read_text()) | {"height": height, "width": width}
-    recipe |= {"transformer": str(WEIGHTS / recipe["transformer"]), "codec": str(WEIGHTS / recipe["codec"])}
-    (folder / "pipeline.json").write_text(json.dumps(recipe))
+    model_config = json.loads((WEIGHTS / "toybox.json").read_text()) | {"height": height, "width": width}
+    model_config |= {
+        "transformer": str(WEIGHTS / model_config["transformer"]),
+        "codec": str(WEIGHTS / model_config["codec"]),
+    }
+    (folder / "pipeline.json").write_text(json.dumps(model_config))
     return str(folder)
 
 
@@ -83,14 +86,14 @@ def main(ranks: str, size: str, chunks: int) -> None:
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder, RankPool() as pool:
-        recipe = resized(Path(folder), size)
-        _, expected = run_stream(None, "cpu", recipe, chunks, "inline", 0)
+        model_config = resized(Path(folder), size)
+        _, expected = run_stream(None, "cpu", model_config, chunks, "inline", 0)
         assert expected is not None
-        denoise_ms, decode_ms = alone(recipe, chunks)
+        denoise_ms, decode_ms = alone(model_config, chunks)
         for count in (int(word) for word in ranks.split(",")):
             rule = count * decode_ms / (decode_ms + denoise_ms)
             for decode, decoders in ways(count):
-                times, video = pool.run(run_stream, count, recipe, chunks, decode, decoders)
+                times, video = pool.run(run_stream, count, model_config, chunks, decode, decoders)
                 off = int(np.abs(video.astype(int) - expected).max())
                 assert off <= 1, f"{decode} with {decoders} decode ranks of {count}: frames differ by {off}"
                 way = f"{decoders} decode ranks" if decoders else decode

@@ -1,4 +1,4 @@
-"""The operations that benchmarks/kernels.py judges and times, each as a rank of a stream of Wan 2.1 has it.
+"""The operations that benchmarks/kernel_suite.py judges and times, each as a rank of a stream of Wan 2.1 has it.
 
 Shapes: T tokens of the chunk on a rank, Q queries, L keys, H heads, h heads on a rank, d head width, D = H·d, P ranks,
 N parts, M width of the feed-forward, e bytes of a number.
@@ -24,14 +24,14 @@ from causalrope_kernels import (
     Partial,
     Pieces,
     Projection,
-    Room,
+    Slots,
     Source,
     add_norm,
     attention,
     attention_parts,
     linear_gelu,
     merge,
-    place,
+    norm_rope_store,
     reference,
     rms_norm,
     split_tokens,
@@ -189,14 +189,14 @@ class Write:
     """q, k, v and the rooms that they go to."""
 
     source: Source
-    q: list[Room]
-    k: list[Room]
-    v: list[Room]
+    q: list[Slots]
+    k: list[Slots]
+    v: list[Slots]
 
 
 def _write(inputs: Write, backend: str) -> tuple[Tensor, ...]:
     q, k, v = inputs.q, inputs.k, inputs.v
-    place(inputs.source, q=q, k=k, v=v, backend=backend)
+    norm_rope_store(inputs.source, q=q, k=k, v=v, backend=backend)
     return tuple(room.x for room in (*q, *k, *v))
 
 
@@ -253,22 +253,22 @@ def _tables(s: Setting, draw: Draw) -> RotaryTables:
     return RotaryTables(s.config.head_dim, s.config.theta, s.shard, draw.device, torch.float32)
 
 
-def _q_and_ring(s: Setting, draw: Draw, tokens: int, heads: int) -> tuple[list[Room], list[Room], list[Room]]:
+def _q_and_ring(s: Setting, draw: Draw, tokens: int, heads: int) -> tuple[list[Slots], list[Slots], list[Slots]]:
     """A tensor for q, and the chunk's slots in the rings of k and v."""
     slots_F = torch.tensor(s.window.slots(s.chunk), device=draw.device)
     place = tokens, heads, s.config.head_dim
-    k, v = (Room(draw.unwritten(1, s.window.frames, *place), slots_F) for _ in range(2))
-    return [Room(draw.unwritten(1, s.frames, *place))], [k], [v]
+    k, v = (Slots(draw.unwritten(1, s.window.frames, *place), slots_F) for _ in range(2))
+    return [Slots(draw.unwritten(1, s.frames, *place))], [k], [v]
 
 
-def _send_buffer(s: Setting, draw: Draw) -> list[list[Room]]:
-    """As `Exchange.buffer` has it for an all-to-all: a piece a rank, side by side, each q, k, v of its heads."""
+def _send_buffer(s: Setting, draw: Draw) -> list[list[Slots]]:
+    """As `Communicator.buffer` has it for an all-to-all: a piece a rank, side by side, each q, k, v of its heads."""
     sizes = [3 * s.frames * s.shard.tokens * heads * s.config.head_dim for heads in s.split]
     flat = draw.unwritten(sum(sizes)).split(sizes)
     pieces = [
         part.view(3, 1, s.frames, s.shard.tokens, h, s.config.head_dim) for part, h in zip(flat, s.split, strict=True)
     ]
-    return [[Room(piece[kind]) for piece in pieces] for kind in range(3)]
+    return [[Slots(piece[kind]) for piece in pieces] for kind in range(3)]
 
 
 def _merges(s: Setting, itemsize: int) -> Iterator[Operation]:
@@ -321,19 +321,19 @@ def _attentions(s: Setting) -> Iterator[Operation]:
     c, layers = s.config, s.config.num_layers
     queries, heads, note = _attended(s)
     tokens, slots = s.shard.grid.tokens, s.window.frames
-    old, _ = s.window.stretches(s.chunk, s.chunk.start)
+    old, _ = s.window.ranges(s.chunk, s.chunk.start)
     make = partial(
         Operation, run=_attend, judged=_attend_with_lse, matrix=True, backend="auto", attends=True, note=note
     )
 
-    def stretches(given: Sequence[tuple[int, int]], turned: bool, draw: Draw) -> Attention:
+    def ranges(given: Sequence[tuple[int, int]], rotated: bool, draw: Draw) -> Attention:
         rows = tuple((first * tokens, stop * tokens) for first, stop in given)
         q = draw(1, queries, heads, c.head_dim)
         k, v = draw(2, 1, slots * tokens, heads, c.head_dim)
-        turn = _tables(s, draw).turn(s.window.places(s.chunk), tokens) if turned else None
-        if turn is not None:
-            turn = replace(turn, table=turn.table.to(draw.wide))
-        return q, Keys(k, v, rows, torch.tensor(rows, dtype=torch.int32, device=draw.device), turn)
+        rotate_on_read = _tables(s, draw).rotate_on_read(s.window.places(s.chunk), tokens) if rotated else None
+        if rotate_on_read is not None:
+            rotate_on_read = replace(rotate_on_read, table=rotate_on_read.table.to(draw.wide))
+        return q, Keys(k, v, rows, torch.tensor(rows, dtype=torch.int32, device=draw.device), rotate_on_read)
 
     def text(draw: Draw) -> Attention:
         k, v = draw(1, c.text_len, c.dim), draw(1, c.text_len, 2 * c.dim)[..., c.dim :]
@@ -342,10 +342,10 @@ def _attentions(s: Setting) -> Iterator[Operation]:
 
     flop, whole = 4 * queries * tokens * heads * c.head_dim, [(0, slots)]
     read = sum(stop - first for first, stop in old)
-    build = partial(stretches, whole, False)
+    build = partial(ranges, whole, False)
     yield make("attention, full ring", "4·Q·L·h·d", slots * flop, build, per_pass=layers)
-    yield make(f"attention, {len(old)} stretches", "4·Q·L·h·d", read * flop, partial(stretches, old, False))
-    yield make("attention, keys turned", "4·Q·L·h·d", slots * flop, partial(stretches, whole, True))
+    yield make(f"attention, {len(old)} stretches", "4·Q·L·h·d", read * flop, partial(ranges, old, False))
+    yield make("attention, keys turned", "4·Q·L·h·d", slots * flop, partial(ranges, whole, True))
     flop = 4 * s.tokens * c.text_len * c.dim
     yield make("cross-attention", "4·T·L·D", flop, text, per_pass=layers, note=f"{c.text_len} keys of text")
 

@@ -39,7 +39,7 @@ from torch import Tensor
 
 from causalrope_kernels import Projection, attention
 from causalrope_kernels.attention_choice import Shape, measure
-from causalrope_sp import CausalDiT, DiTConfig, LatentGrid, SamplerConfig, SequenceParallel, StreamConfig, sample_chunks
+from causalrope_sp import CausalDiT, DiTConfig, LatentGrid, SamplerConfig, SequenceParallel, StreamConfig
 from causalrope_sp.attention.base import Strategy, write_chunk
 from causalrope_sp.cache.window import SlidingWindow
 from causalrope_sp.config import PRESETS
@@ -50,6 +50,8 @@ from causalrope_sp.models.causal_dit import ForwardPass
 from causalrope_sp.models.rope import RotaryTables
 from causalrope_sp.planning.cost import attention_flops, cross_flops
 from causalrope_sp.planning.workload import Workload
+from causalrope_sp.sampling.chunk import LatentChunk
+from causalrope_sp.sampling.sampler import ChunkLoop
 from causalrope_sp.sampling.stream import CausalStream, Part
 from causalrope_sp.verification.reference import block_causal_velocity
 
@@ -134,12 +136,12 @@ def prepared(setup: Setup, stream: CausalStream, chunk: Chunk, fixed: bool) -> F
 def captured(setup: Setup, stream: CausalStream, chunk: Chunk, x_BFSE: Tensor, fixed: bool) -> Callable[[], Tensor]:
     """The pass of a chunk that was denoised before, in a graph. Called, it replays it and returns the velocity."""
     run = partial(setup.model, x_BFSE.flatten(1, 2).to(setup.model.dtype), prepared(setup, stream, chunk, fixed))
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
+    undo = torch.cuda.Stream()
+    undo.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(undo):
         for _ in range(2):
             run()
-    torch.cuda.current_stream().wait_stream(aside)
+    torch.cuda.current_stream().wait_stream(undo)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         velocity = run()
@@ -232,7 +234,7 @@ def cases(setup: Setup, matmul: float | None) -> list[Case]:
 def flops(setup: Setup, chunk: Chunk) -> int:
     """Of linear layers and attention, of one chunk's tokens in one forward."""
     work = Workload(setup.model.config, setup.grid, setup.window.frames, chunk.frames, steps=1)
-    tokens, keys = chunk.frames * setup.grid.tokens, setup.window.readable(chunk)
+    tokens, keys = chunk.frames * setup.grid.tokens, len(setup.window.held(chunk.stop))
     attended = attention_flops(parse_strategy(SINGLE, 1), work, 0, chunk.frames, keys)
     return work.linear_flops * tokens + cross_flops(work, tokens) + attended
 
@@ -277,16 +279,27 @@ def time_steps(setup: Setup, empty: Case, full: Case) -> Iterator[Row]:
 def step_seconds(setup: Setup, fused: bool, chunks: int) -> list[float]:
     """Of every chunk of a new stream, from handing out the one before to handing it out."""
     config, grid = setup.model.config, setup.grid
-    found = sample_chunks(
+    loop = ChunkLoop(
         setup.model,
         setup.embeds_BLE,
         seeded_noise(0, (1, config.in_channels, grid.latent_height, grid.latent_width)),
         grid,
         None,
         stream=StreamConfig(setup.window.frames, setup.window.sink, FRAMES),
+        sampler=SamplerConfig(),
         parallel=SequenceParallel.single(device=setup.device),
-        fuse_context_pass=fused,
     )
+
+    @torch.inference_mode()
+    def generate() -> Iterator[LatentChunk]:
+        for chunk in loop.chunks():
+            if not fused:
+                loop.commit()
+            tokens = loop.denoise(chunk)
+            yield loop.output(chunk, tokens)
+            loop.finish(chunk, tokens)
+
+    found = generate()
     return [seconds(partial(next, found), setup.device) for _ in range(chunks)]
 
 

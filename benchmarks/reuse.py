@@ -99,7 +99,7 @@ def draw_scenes(count: int) -> list[SceneSpec]:
 
 
 @dataclass
-class Made:
+class PrefetchedChunk:
     """The videos of one policy, the seconds that each took, and what the judge says of them."""
 
     videos: list[np.ndarray] = field(default_factory=list)
@@ -109,9 +109,9 @@ class Made:
 
 def make(
     pipe: CausalVideoPipeline, scenes: list[SceneSpec], frames: int, named: dict[str, ReusePolicy | None]
-) -> dict[str, Made]:
+) -> dict[str, PrefetchedChunk]:
     """Every scene by every policy in turn, so that whatever else the machine does slows all of them alike."""
-    made = {label: Made() for label in named}
+    made = {label: PrefetchedChunk() for label in named}
     for seed, scene in enumerate(scenes):
         for label, policy in named.items():
             started = time.perf_counter()
@@ -136,7 +136,7 @@ def gate(pipe: CausalVideoPipeline, prompt: str) -> None:
 def run_model(name: str, prompts: int, frames: int, named: dict[str, ReusePolicy]) -> list[dict[str, Any]]:
     pipe, scenes = CausalVideoPipeline.from_pretrained(name, device="cpu"), draw_scenes(prompts)
     gate(pipe, scenes[0].prompt())
-    stream, sampler = pipe.recipe.stream, pipe.recipe.sampler
+    stream, sampler = pipe.model_config.stream, pipe.model_config.sampler
     work = Workload.of(pipe.model.config, pipe.grid, stream, sampler, stream.window or 0, itemsize=4)
     made = make(pipe, scenes, frames, {"none": None, **named})
     plain, rows = made["none"], []

@@ -64,7 +64,7 @@ def run_stream(
         started = time.perf_counter()
         latents = next(chunks).latents
         took.append(time.perf_counter() - started)
-        waited.append(parallel.ledger.take().total().waited_s)
+        waited.append(parallel.comm_stats.take().total().waited_s)
     middle = (CHUNKS - SKIPPED) // 2
     times = {"chunk_ms": 1e3 * sorted(took[SKIPPED:])[middle], "exposed_ms": 1e3 * sorted(waited[SKIPPED:])[middle]}
     return times, latents.clone()

@@ -34,7 +34,7 @@ from causalrope_sp.diffusion.noise import seeded_noise
 from causalrope_sp.distributed.launch import RankPool
 from causalrope_sp.toybox.judge import judge, summarize
 from causalrope_sp.toybox.prompts import SceneSpec
-from causalrope_sp.vin import sample_together
+from causalrope_sp.vin import sample_parallel_chunks
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -61,12 +61,12 @@ def timed(group: dist.ProcessGroup | None, device: str, way: str, frames: int) -
     noise = seeded_noise(0, (1, config.in_channels, grid.latent_height, grid.latent_width))
     embeds = torch.zeros(1, config.text_len, config.text_dim)
     opening = pipe.text.opening(config.in_channels, grid.latent_height, grid.latent_width)
-    steps, took, latents = pipe.recipe.sampler.steps, [], None
+    steps, took, latents = pipe.model_config.sampler.steps, [], None
     if way == "autoregressive":
-        recipe = ways.flow.recipe
+        model_config = ways.flow.model_config
         parts = sample_chunks(
-            ways.flow.model, embeds, noise, grid, 3 * min(TIMED_CHUNKS, -(-count // 3)), stream=recipe.stream,
-            sampler=recipe.sampler, parallel=SequenceParallel(group, device=device), initial_latents=opening,
+            ways.flow.model, embeds, noise, grid, 3 * min(TIMED_CHUNKS, -(-count // 3)), stream=model_config.stream,
+            sampler=model_config.sampler, parallel=SequenceParallel(group, device=device), initial_latents=opening,
         )  # fmt: skip
         clock = time.perf_counter()
         for part in parts:
@@ -76,16 +76,16 @@ def timed(group: dist.ProcessGroup | None, device: str, way: str, frames: int) -
         return median(took) * -(-count // 3), latents
     vin, chunks = settings(way, ways.together, count)
     lanes = 1 if way == "full attention" else ranks
-    few = SamplerConfig(steps[:TIMED_STEPS], pipe.recipe.sampler.shift, "euler")
-    parallel = SequenceParallel(group, device=device, lanes=lanes)
-    moments = sample_together(
+    few = SamplerConfig(steps[:TIMED_STEPS], pipe.model_config.sampler.shift, "euler")
+    parallel = SequenceParallel(group, device=device, chunk=lanes)
+    outputs = sample_parallel_chunks(
         pipe.model, vin, embeds, noise, grid, count, chunks=chunks, sampler=few, parallel=parallel,
         initial_latents=opening,
     )  # fmt: skip
     clock = time.perf_counter()
-    for moment in moments:
+    for output in outputs:
         took.append(time.perf_counter() - clock)
-        clock, latents = time.perf_counter(), moment.latents
+        clock, latents = time.perf_counter(), output.latents
     assert latents is not None, "the last step has the video"
     return median(took[1:]) * len(steps), latents.clone()
 

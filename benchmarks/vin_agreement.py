@@ -22,14 +22,14 @@ from torch import Tensor, nn
 from causalrope_sp import CausalDiT, DiTConfig, LatentGrid, SamplerConfig, SequenceParallel
 from causalrope_sp.diffusion.noise import seeded_noise
 from causalrope_sp.toybox.chart import chart
-from causalrope_sp.vin import TogetherConfig, VideoInterfaceNetwork, VINConfig, sample_together
+from causalrope_sp.vin import ParallelChunksConfig, VideoInterfaceNetwork, VINConfig, sample_parallel_chunks
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from vin_training.forward import Batch, Pair, TogetherForcing
 
 DIT = DiTConfig(dim=48, ffn_dim=96, num_heads=4, num_layers=2, text_dim=4, text_len=1, freq_dim=16, in_channels=2)
 VIN = VINConfig(global_tokens=4, dim=48, heads=4, layers=2)
-CHUNKS = TogetherConfig(chunk_frames=3, overlap=1, keyframe_every=1)
+CHUNKS = ParallelChunksConfig(chunk_frames=3, overlap=1, keyframe_every=1)
 GRID = LatentGrid(1, 1)
 FRAMES, SIZE = 17, 0.6  # latent frames of a video, in eight chunks; how large its numbers are against the noise's
 SAMPLER = SamplerConfig(tuple(1000 - 40 * n for n in range(25)), shift=2.0, solver="euler")
@@ -61,10 +61,10 @@ def train(steps: int, batch: int = 128) -> Pair:
     return pair.eval().requires_grad_(False)
 
 
-def agreement(pair: Pair, use_vin: bool, chunks: TogetherConfig = CHUNKS, count: int = 64) -> dict[str, float]:
+def agreement(pair: Pair, use_vin: bool, chunks: ParallelChunksConfig = CHUNKS, count: int = 64) -> dict[str, float]:
     """The share of signs that first and last chunk agree in, and frames at either side of a seam; 0.5 is chance."""
     frame = (DIT.in_channels, GRID.latent_height, GRID.latent_width)
-    for moment in sample_together(
+    for output in sample_parallel_chunks(
         pair.dit,
         pair.vin if use_vin else None,
         torch.zeros(count, 1, DIT.text_dim),
@@ -76,7 +76,7 @@ def agreement(pair: Pair, use_vin: bool, chunks: TogetherConfig = CHUNKS, count:
         parallel=SequenceParallel.single(device="cpu"),
         initial_latents=chart(count, *frame),
     ):
-        latents = moment.latents
+        latents = output.latents
     assert latents is not None, "the last step has the video"
     signs = latents > 0
     seams = range(chunks.chunk_frames, FRAMES, chunks.chunk_frames - chunks.overlap)
@@ -93,7 +93,7 @@ def agreement(pair: Pair, use_vin: bool, chunks: TogetherConfig = CHUNKS, count:
 def main(steps: int) -> None:
     torch.set_num_threads(1)
     pair = train(steps)
-    unfused = TogetherConfig(CHUNKS.chunk_frames, CHUNKS.overlap, CHUNKS.keyframe_every, fuse_above=1.0)
+    unfused = ParallelChunksConfig(CHUNKS.chunk_frames, CHUNKS.overlap, CHUNKS.keyframe_every, fuse_above=1.0)
     ways: dict[str, Any] = {
         "VIN": agreement(pair, True),
         "VIN without global tokens": agreement(pair, False),

@@ -9,23 +9,26 @@ import numpy as np
 import torch
 
 from causalrope_sp import CausalVideoPipeline, LatentGrid, SequenceParallel
+from causalrope_sp.attention.build import build_strategy
 from causalrope_sp.codec.pixels import to_uint8
 from causalrope_sp.config import PRESETS, DiTConfig, StreamConfig
 from causalrope_sp.diffusion.noise import keyed_generator, seeded_noise
 from causalrope_sp.grid import split_into_chunks
 from causalrope_sp.planning.cost import cross_flops
+from causalrope_sp.planning.machines import default_machine
+from causalrope_sp.planning.strategy import choose_strategy
 from causalrope_sp.planning.workload import Workload
 from causalrope_sp.toybox.prompts import SceneSpec
 from causalrope_sp.toybox.scenes import PLACE_VARIABLES, render
 from causalrope_sp.toybox.toybox_text import leave_open
-from causalrope_sp.vin import PAPER_CHUNKS, PAPER_VIN, TogetherConfig, sample_together
-from causalrope_sp.vin.chunks import LaneChunks, cut
+from causalrope_sp.vin import PAPER_CHUNKS, PAPER_VIN, ParallelChunksConfig, sample_parallel_chunks
+from causalrope_sp.vin.chunks import AssignedChunks, cut
 from causalrope_sp.vin.fusion import join
-from causalrope_sp.vin.parallel_forward import TogetherForward
-from causalrope_sp.vin.vin_cost import full_flops, together_flops
+from causalrope_sp.vin.parallel_forward import ParallelChunksForward
+from causalrope_sp.vin.vin_cost import full_flops, parallel_chunks_flops
 
 if TYPE_CHECKING:
-    from causalrope_sp.pipeline.parallel_chunks import Together
+    from causalrope_sp.pipeline.parallel_chunks import ParallelChunks
 
 WAYS = ("VIN", "full attention", "autoregressive", "VIN without global tokens", "VIN without fusion")
 TRUTH = "rendered, through the codec"
@@ -40,7 +43,7 @@ class Ways:
         self.vin = CausalVideoPipeline.from_pretrained("toybox-vin", parallel_chunks="vin")
         self.flow = CausalVideoPipeline.from_pretrained("toybox-flow")
         assert self.vin.together is not None, "asked for"
-        self.together: Together = self.vin.together
+        self.together: ParallelChunks = self.vin.together
 
     def video(self, way: str, scene: SceneSpec, frames: int, seed: int, left_open: str = "nothing") -> np.ndarray:
         """uint8 (T, H, W, 3), from a text that leaves something open, see `OPEN`."""
@@ -56,7 +59,7 @@ class Ways:
         vin, chunks = settings(way, self.together, count)
         embeds = leave_open(pipe.text.encode(scene.prompt(), seed), **OPEN[left_open])
         noise = seeded_noise(seed, (1, channels, pipe.grid.latent_height, pipe.grid.latent_width))
-        for moment in sample_together(
+        for output in sample_parallel_chunks(
             pipe.model,
             vin,
             embeds,
@@ -64,10 +67,10 @@ class Ways:
             pipe.grid,
             count,
             chunks=chunks,
-            sampler=pipe.recipe.sampler,
+            sampler=pipe.model_config.sampler,
             initial_latents=opening,
         ):
-            latents = moment.latents
+            latents = output.latents
         assert latents is not None, "the last step has the video"
         return self._decoded(latents, frames)
 
@@ -91,7 +94,7 @@ class Ways:
     def seams(self, frames: int) -> list[int]:
         """The first pixel frame of every chunk's own latent frames, but the first chunk's."""
         chunks = cut(latent_frames(frames), self.together.chunks)
-        own = [LaneChunks(chunks, self.together.chunks, n, len(chunks)).owned.start for n in range(1, len(chunks))]
+        own = [AssignedChunks(chunks, self.together.chunks, n, len(chunks)).owned.start for n in range(1, len(chunks))]
         return [1 + 4 * (frame - 1) for frame in own]
 
 
@@ -99,7 +102,7 @@ def latent_frames(frames: int) -> int:
     return 1 - (1 - frames) // 4
 
 
-def settings(way: str, together: Together, frames: int) -> tuple[Any, TogetherConfig]:
+def settings(way: str, together: ParallelChunks, frames: int) -> tuple[Any, ParallelChunksConfig]:
     """The network, or None, and the chunks of a way that makes a video at once."""
     if way == "full attention":
         return None, replace(together.chunks, chunk_frames=frames)
@@ -126,14 +129,14 @@ def autoregressive_flops(config: DiTConfig, grid: LatentGrid, stream: StreamConf
 def flops_of(way: str, ways: Ways, frames: int) -> int:
     """FLOPs of a whole video."""
     config, grid, count = ways.vin.model.config, ways.vin.grid, latent_frames(frames)
-    steps = len(ways.vin.recipe.sampler.steps)
+    steps = len(ways.vin.model_config.sampler.steps)
     if way == "autoregressive":
-        recipe = ways.flow.recipe
-        return autoregressive_flops(config, grid, recipe.stream, count, len(recipe.sampler.steps))
+        model_config = ways.flow.model_config
+        return autoregressive_flops(config, grid, model_config.stream, count, len(model_config.sampler.steps))
     if way == "full attention":
         return steps * full_flops(config, grid, count, given=1)
     vin, chunks = settings(way, ways.together, count)
-    return steps * together_flops(config, vin and vin.config, grid, count, chunks, given=1)
+    return steps * parallel_chunks_flops(config, vin and vin.config, grid, count, chunks, given=1)
 
 
 @torch.inference_mode()
@@ -142,7 +145,7 @@ def held_out(ways: Ways, scenes: list[SceneSpec], frames: int) -> list[dict[str,
     pipe, rows, count = ways.vin, [], latent_frames(frames)
     parallel, lane = (
         SequenceParallel.single(device="cpu"),
-        LaneChunks(cut(count, ways.together.chunks, 1), ways.together.chunks),
+        AssignedChunks(cut(count, ways.together.chunks, 1), ways.together.chunks),
     )
     work = Workload(pipe.model.config, pipe.grid, ways.together.chunks.chunk_frames + 1, 1, 1)
     cases = []
@@ -157,8 +160,9 @@ def held_out(ways: Ways, scenes: list[SceneSpec], frames: int) -> list[dict[str,
                 x = pipe.grid.patchify((1 - level) * clean + level * noise)
                 for use in (True, False):
                     vin, said = ways.together.vin if use else None, leave_open(embeds, **what)
-                    strategy = parallel.strategy(work)
-                    state = TogetherForward(pipe.model, vin, said, pipe.grid, lane, 1, strategy, parallel)
+                    layout = choose_strategy(work, default_machine(parallel.device), parallel)
+                    strategy = build_strategy(parallel, layout, pipe.grid, pipe.model.config.num_heads)
+                    state = ParallelChunksForward(pipe.model, vin, said, pipe.grid, lane, 1, strategy, parallel)
                     state.commit(pipe.grid.patchify(pipe.text.opening(*clean.shape[2:])))
                     found = join(state.velocities(x, 1000 * level), ways.together.chunks.overlap, fused=False)
                     errors[use].append(float((found - pipe.grid.patchify(noise - clean)).square().mean()))
@@ -172,6 +176,8 @@ def large_flops() -> dict[str, float]:
     config, grid = PRESETS["wan2.1-1.3b"], LatentGrid.from_pixels(480, 832, 8)
     saved = {}
     for frames in (20, 40, 80):
-        of_full = together_flops(config, PAPER_VIN, grid, frames, PAPER_CHUNKS) / full_flops(config, grid, frames)
+        of_full = parallel_chunks_flops(config, PAPER_VIN, grid, frames, PAPER_CHUNKS) / full_flops(
+            config, grid, frames
+        )
         saved[str(frames)] = round(1 - of_full, 3)
     return saved

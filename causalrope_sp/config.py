@@ -147,7 +147,7 @@ class SamplerConfig:
             raise ConfigError(f"guidance is within an interval of timesteps 0 to 1000, not {self.guidance_interval}")
 
 
-def check_given(picture: bool, video: bool, keep_on: bool, strength: float | None) -> None:
+def check_conditioning(picture: bool, video: bool, keep_on: bool, strength: float | None) -> None:
     """Raises ConfigError unless at most one of the three is asked for: a picture, a video to continue, or to redraw."""
     if picture and video:
         raise ConfigError("give either an image or a video, not both")

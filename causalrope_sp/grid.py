@@ -160,8 +160,3 @@ class Shard:
         """(y, x) of this rank's tokens within any frame, each of shape (s,)."""
         place = torch.arange(self.start, self.stop)
         return place // self.grid.columns, place % self.grid.columns
-
-    def global_index(self, frame: int) -> range:
-        """g of this rank's tokens of the frame with global time index `frame`."""
-        base = frame * self.grid.tokens
-        return range(base + self.start, base + self.stop)

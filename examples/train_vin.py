@@ -27,12 +27,12 @@ from causalrope_sp.codec import load_codec
 from causalrope_sp.grid import LatentGrid
 from causalrope_sp.toybox import WEIGHTS
 from causalrope_sp.toybox.toybox_text import leave_open
-from causalrope_sp.vin import TogetherConfig, VideoInterfaceNetwork, VINConfig, save_vin
+from causalrope_sp.vin import ParallelChunksConfig, VideoInterfaceNetwork, VINConfig, save_vin
 from causalrope_sp.weights import load_model, save_model
 
 SEED, SCENE_SEED = 70_000_000, 66_000_000
 CONFIG = VINConfig(global_tokens=32, dim=192, heads=6, layers=4)
-CHUNKS = TogetherConfig(chunk_frames=9, overlap=1, keyframe_every=2)
+CHUNKS = ParallelChunksConfig(chunk_frames=9, overlap=1, keyframe_every=2)
 LENGTHS = {17: 0.3, 33: 0.35, 65: 0.35}  # latent frames of 64, 128 and 256 pixel frames, and how often each is drawn
 VIDEOS = 32  # a step, one chunk of each; its error counts half over the picture, half over the objects alone
 PIXEL_FRAMES = 81  # of an encoded scene: 21 latent frames, of which the last 16 are a whole period

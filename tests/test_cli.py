@@ -375,10 +375,10 @@ def test_inspect_tells_what_a_checkpoint_is(tmp_path: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from causalrope_sp.pipeline.model_config import Recipe
+    from causalrope_sp.pipeline.model_config import ModelConfig
     from causalrope_sp.toybox import WEIGHTS
 
-    weights = Recipe.load(WEIGHTS / "toybox.json").transformer
+    weights = ModelConfig.load(WEIGHTS / "toybox.json").transformer
     text, plain = shell("inspect", weights), shell("inspect", weights, "--json")
     assert (text.exit_code, plain.exit_code) == (0, 0), text.output
     report = json.loads(plain.output)

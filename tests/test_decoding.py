@@ -12,7 +12,7 @@ import torch
 
 from causalrope_sp import CausalRopeError, CausalVideoPipeline, ConfigError, SequenceParallel
 from causalrope_sp.distributed.launch import RankPool
-from causalrope_sp.pipeline.prefetch import one_ahead
+from causalrope_sp.pipeline.prefetch import prefetch_one
 
 PROMPT = "a large red circle slides right"
 FRAMES = 30
@@ -29,7 +29,7 @@ def expected() -> np.ndarray:
 def make(group: Any, device: str, decoders: int, decode: Any, given: dict[str, Any], stop: int) -> Any:
     """Two videos, one after the other; with `stop` the first is left after so many chunks."""
     torch.use_deterministic_algorithms(True)
-    parallel = SequenceParallel(group, device=device, decoders=decoders)
+    parallel = SequenceParallel(group, device=device, decode_ranks=decoders)
     pipe = CausalVideoPipeline.from_pretrained("toybox", parallel=parallel, decode=decode)
     left = pipe.stream("a blue square pulses", frames=FRAMES, seed=5)
     for _ in range(stop):
@@ -41,7 +41,7 @@ def make(group: Any, device: str, decoders: int, decode: Any, given: dict[str, A
     if parallel.rank:
         assert parts == [None] * 3
         return None
-    moved = {kind: entry["calls"] for chunk in chunks for kind, entry in chunk.ledger.as_json().items()}
+    moved = {kind: entry["calls"] for chunk in chunks for kind, entry in chunk.comm_stats.as_json().items()}
     return np.concatenate([part for part in parts if part is not None]), moved
 
 
@@ -77,7 +77,7 @@ def test_a_continued_video_is_decoded_elsewhere_too(pool: RankPool, expected: np
 
 
 def left_open(group: Any, device: str, decoders: int, decode: Any) -> list[str]:
-    parallel = SequenceParallel(group, device=device, decoders=decoders)
+    parallel = SequenceParallel(group, device=device, decode_ranks=decoders)
     pipe = CausalVideoPipeline.from_pretrained("toybox", parallel=parallel, decode=decode)
     open_one, late = (pipe.stream("a blue square pulses", frames=FRAMES, seed=5) for _ in range(2))
     next(open_one)
@@ -100,7 +100,7 @@ def test_a_second_stream_beside_one_that_works_ahead_is_refused(pool: RankPool, 
 
 def refused_then_made(group: Any, device: str, decoders: int) -> Any:
     """Wrong input of several kinds, on every rank; then a video."""
-    parallel = SequenceParallel(group, device=device, decoders=decoders)
+    parallel = SequenceParallel(group, device=device, decode_ranks=decoders)
     pipe = CausalVideoPipeline.from_pretrained("toybox", parallel=parallel)
     said = []
 
@@ -136,9 +136,9 @@ def test_a_decode_rank_loads_no_transformer(pool: RankPool) -> None:
 
 
 def devices_of_the_model(group: Any, device: str) -> list[str]:
-    parallel = SequenceParallel(group, device=device, decoders=1)
+    parallel = SequenceParallel(group, device=device, decode_ranks=1)
     pipe = CausalVideoPipeline.from_pretrained("toybox", parallel=parallel)
-    said = parallel.host_exchange.everyone({"device": pipe.model.device.type})
+    said = parallel.host_communicator.everyone({"device": pipe.model.device.type})
     return [rank["device"] for rank in said]
 
 
@@ -146,7 +146,7 @@ def test_wrong_ways_are_refused_by_name() -> None:
     with pytest.raises(ConfigError, match="decode must be one of inline, overlap, together, not 'sometimes'"):
         CausalVideoPipeline.from_pretrained("toybox", decode="sometimes")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="1 decode ranks leave none of 1 ranks to denoise"):
-        SequenceParallel.single(decoders=1)
+        SequenceParallel.single(decode_ranks=1)
 
 
 def counting(made: list[int]) -> Generator[int]:
@@ -158,7 +158,7 @@ def counting(made: list[int]) -> Generator[int]:
 @pytest.mark.parametrize("taken", [1, 2, 7])
 def test_one_ahead_is_always_one_ahead(taken: int) -> None:
     made: list[int] = []
-    items = one_ahead(counting(made), CPU)
+    items = prefetch_one(counting(made), CPU)
     assert [next(items)[0] for _ in range(taken)] == list(range(taken))
     items.close()
     assert made == list(range(taken + 1))
@@ -172,7 +172,7 @@ def test_one_ahead_works_while_its_caller_is_busy() -> None:
         reached.set()
         yield 1
 
-    ahead = one_ahead(items(), CPU)
+    ahead = prefetch_one(items(), CPU)
     assert next(ahead)[0] == 0
     assert reached.wait(10)
     assert [n for n, _ in ahead] == [1]
@@ -183,7 +183,7 @@ def test_what_an_item_raises_comes_in_its_turn() -> None:
         yield 0
         raise ValueError("boom")
 
-    ahead = one_ahead(items(), CPU)
+    ahead = prefetch_one(items(), CPU)
     assert next(ahead)[0] == 0
     with pytest.raises(ValueError, match="boom"):
         next(ahead)

@@ -16,12 +16,12 @@ from causalrope_sp.planning.workload import Workload
 from causalrope_sp.toybox import WEIGHTS
 from causalrope_sp.weights import load_model, save_model
 from causalrope_sp.weights.digest import digest
-from causalrope_sp.weights.fp8 import Fp8Linear, folded, to_fp8
+from causalrope_sp.weights.fp8 import Fp8Linear, quantized, to_fp8
 
 FILE = WEIGHTS / "toybox.safetensors"
 
 
-def unfolded(weight_NK: Tensor) -> Tensor:
+def dequantized(weight_NK: Tensor) -> Tensor:
     numbers, scale = to_fp8(weight_NK)
     return numbers.double() * scale.double().unsqueeze(1)
 
@@ -33,14 +33,14 @@ def test_a_weight_comes_back_within_half_a_step(seed: int, exponent: int) -> Non
     weight *= torch.logspace(-3, 3, 5, dtype=torch.float64).unsqueeze(1)
     _, scale = to_fp8(weight)
     allowed = torch.maximum(weight.abs(), scale.double().unsqueeze(1) * 2.0**-6) * 2.0**-4
-    assert bool(((unfolded(weight) - weight).abs() <= allowed).all())
+    assert bool(((dequantized(weight) - weight).abs() <= allowed).all())
     assert torch.equal(torch.frexp(scale).mantissa, torch.full_like(scale, 0.5))  # a power of two
 
 
 def test_nothing_and_next_to_nothing_stay_so() -> None:
-    assert not unfolded(torch.zeros(2, 3)).any()
-    assert unfolded(torch.full((1, 2), 1e-44)).abs().max() < 1e-43
-    assert unfolded(torch.full((1, 1), 3e38)).isfinite().all()
+    assert not dequantized(torch.zeros(2, 3)).any()
+    assert dequantized(torch.full((1, 2), 1e-44)).abs().max() < 1e-43
+    assert dequantized(torch.full((1, 1), 3e38)).isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
@@ -50,9 +50,9 @@ def test_what_is_computed_is_the_model_with_its_unfolded_weights(dtype: torch.dt
     layer = Fp8Linear(linear)
     numbers, scale = to_fp8(linear.weight)
     layer.load_state_dict({"numbers": numbers, "scale": scale, "bias": linear.bias}, assign=True)
-    assert torch.equal(layer.weight.double(), unfolded(linear.weight))  # the same numbers in every dtype
+    assert torch.equal(layer.weight.double(), dequantized(linear.weight))  # the same numbers in every dtype
     x = torch.randn(3, 24, dtype=dtype)
-    assert torch.equal(layer(x), nn.functional.linear(x, unfolded(linear.weight).to(dtype), linear.bias))
+    assert torch.equal(layer(x), nn.functional.linear(x, dequantized(linear.weight).to(dtype), linear.bias))
 
 
 def test_a_model_computes_with_its_unfolded_weights(tmp_path: Path) -> None:
@@ -60,9 +60,9 @@ def test_a_model_computes_with_its_unfolded_weights(tmp_path: Path) -> None:
     model = CausalDiT(CONFIG).double().requires_grad_(False)
     save_model(model, tmp_path / "m.safetensors")
     eight = load_model(tmp_path / "m.safetensors", weights="fp8")
-    for name in folded(model):
+    for name in quantized(model):
         parameter = model.get_parameter(name)
-        parameter.copy_(unfolded(parameter))
+        parameter.copy_(dequantized(parameter))
     inputs = torch.randn(1, 5, 2, 4, 4).double(), torch.tensor([500.0, 500.0]), torch.randn(1, 512, 10).double()
     assert torch.equal(run(eight.eval(), *inputs), run(model.eval(), *inputs))
 
@@ -82,7 +82,7 @@ def test_the_error_is_what_three_bits_cost() -> None:
     """Uniform numbers would lose 2.6 % each; a product of many loses as much, and toybox's video stays what it was."""
     full, eight = (load_model(FILE, dtype=torch.float64, weights=w) for w in ("full", "fp8"))  # type: ignore[arg-type]
     weights = dict(eight.named_modules())
-    for name in folded(full):
+    for name in quantized(full):
         true, folded_one = full.get_parameter(name), weights[name.removesuffix(".weight")].weight
         assert 0.02 < ((folded_one - true).norm() / true.norm()).item() < 0.03
     videos = [

@@ -17,7 +17,7 @@ from causalrope_sp.codec.pixels import to_uint8
 from causalrope_sp.diffusion.noise import seeded_noise
 from causalrope_sp.grid import split_into_chunks
 from causalrope_sp.io.video_writer import VideoWriter
-from causalrope_sp.pipeline.conditioning import Given, VideoLatents, whole_chunks
+from causalrope_sp.pipeline.conditioning import Conditioning, VideoLatents, whole_chunks
 
 PROMPT = "a red circle slides right"
 OTHER = "a large blue circle slides right"
@@ -107,8 +107,8 @@ def latents_of(pipe: CausalVideoPipeline, frames: int) -> Tensor:
         seeded_noise(SEED, shape),
         pipe.grid,
         frames,
-        stream=pipe.recipe.stream,
-        sampler=pipe.recipe.sampler,
+        stream=pipe.model_config.stream,
+        sampler=pipe.model_config.sampler,
         initial_latents=pipe._opening(),
     )
     return torch.cat([chunk.latents for chunk in chunks], 1)
@@ -121,7 +121,7 @@ def test_continuing_a_streams_own_latents_is_having_gone_on(
     """The chart is a chunk of its own, so the given ones are cut, and noise is drawn, as in the stream that made them.
     The decoder goes on too."""
     hidden = 1 + 4 * (latent_frames - 1)
-    past = Given(latents_of(pipe, 15)[:, :latent_frames], hidden)
+    past = Conditioning(latents_of(pipe, 15)[:, :latent_frames], hidden)
     chunks = pipe._run(pipe.text.encode(PROMPT, SEED), None, 49 - hidden, SEED, past)
     continued = np.concatenate([chunk.frames for chunk in chunks if chunk.frames is not None])
     assert furthest(continued, video[hidden:]) <= 1  # another window is another order of additions

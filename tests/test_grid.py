@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from streams import global_indices
 
 from causalrope_sp import Chunk, ConfigError, LatentGrid
 from causalrope_sp.grid import Shard, split_into_chunks
@@ -27,10 +28,10 @@ def sharded_grids(draw: st.DrawFn) -> tuple[LatentGrid, list[Shard]]:
 @settings(deadline=None)
 def test_shards_partition_every_frame(sharded: tuple[LatentGrid, list[Shard]], frame: int) -> None:
     grid, shards = sharded
-    owned = [g for shard in shards for g in shard.global_index(frame)]
+    owned = [g for shard in shards for g in global_indices(shard, frame)]
     assert owned == list(range(frame * grid.tokens, (frame + 1) * grid.tokens))
     sizes = [shard.tokens for shard in shards]
-    assert [len(shard.global_index(frame)) for shard in shards] == sizes
+    assert [len(global_indices(shard, frame)) for shard in shards] == sizes
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[0] - sizes[-1] <= 1 <= sizes[-1]
     assert shards[-1].all == tuple(shards)
@@ -44,7 +45,7 @@ def test_rows_and_columns_agree_with_the_global_index(sharded: tuple[LatentGrid,
     place_of = dict(zip(itertools.count(frame * grid.tokens), raster))
     for shard in shards:
         y, x = shard.rows_and_columns()
-        assert [place_of[g] for g in shard.global_index(frame)] == list(zip(y.tolist(), x.tolist()))
+        assert [place_of[g] for g in global_indices(shard, frame)] == list(zip(y.tolist(), x.tolist()))
 
 
 @pytest.mark.parametrize(("ranks", "sizes"), [(8, [195] * 8), (7, [223] * 6 + [222]), (1, [1560])])

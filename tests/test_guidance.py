@@ -20,18 +20,19 @@ from click.testing import CliRunner
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from streams import run_chunks
 from test_sampler import CONFIG, FRAME, GRID, MODEL, noise_of, relative, stream_configs, text
 from torch import Tensor
 
-from causalrope_sp import CausalVideoPipeline, ConfigError, SamplerConfig, SequenceParallel, StreamConfig, sample_chunks
+from causalrope_sp import CausalVideoPipeline, ConfigError, SamplerConfig, SequenceParallel, StreamConfig
 from causalrope_sp.cli.main import cli
-from causalrope_sp.diffusion.schedule import add_noise, guided_steps, overruled, sigmas, timesteps, told_timesteps
+from causalrope_sp.diffusion.schedule import add_noise, guided_steps, model_timesteps, sigmas, timesteps, with_overrides
 from causalrope_sp.diffusion.solvers import start_solver
 from causalrope_sp.distributed import strategies
-from causalrope_sp.distributed.comm_stats import Ledger
+from causalrope_sp.distributed.comm_stats import CommStats
 from causalrope_sp.distributed.launch import RankPool
 from causalrope_sp.grid import split_into_chunks
-from causalrope_sp.pipeline.model_config import Recipe
+from causalrope_sp.pipeline.model_config import ModelConfig
 from causalrope_sp.planning.cost import plan
 from causalrope_sp.planning.machines import CPU
 from causalrope_sp.planning.workload import Workload
@@ -49,7 +50,7 @@ def negative(batch: int = 1) -> Tensor:
 
 def sample(frames: int, batch: int = 1, **options: Any) -> Tensor:
     options = {"negative_embeds": negative(batch)} | options
-    chunks = sample_chunks(MODEL, text(batch), noise_of(batch), GRID, frames, **options)
+    chunks = run_chunks(MODEL, text(batch), noise_of(batch), GRID, frames, **options)
     return torch.cat([chunk.latents for chunk in chunks], 1)
 
 
@@ -140,8 +141,8 @@ def test_only_guided_steps_cost_a_second_pass(monkeypatch: pytest.MonkeyPatch) -
     sampler = replace(GUIDED, shift=1.0, guidance_interval=(400, 700))
     assert guided_steps(sampler) == [False, True, True, False]
     sample(5, stream=STREAM, sampler=sampler)
-    positive = passes[0][0]
-    first, second = ([p[1:] for p in passes if (p[0] == positive) == mine] for mine in (True, False))
+    conditional = passes[0][0]
+    first, second = ([p[1:] for p in passes if (p[0] == conditional) == mine] for mine in (True, False))
     assert first == [(chunk, t, bool(chunk and t == 999)) for chunk in range(3) for t in MANY]
     assert second == [(chunk, t, bool(chunk and t == 700)) for chunk in range(3) for t in MANY[1:3]]
 
@@ -165,7 +166,7 @@ def test_unipc_is_diffusers(steps: int, shift: float) -> None:
     config = SamplerConfig(timesteps(steps, "unipc"), shift, "unipc")
     theirs = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
     theirs.set_timesteps(sigmas=np.linspace(0.999, 0, steps + 1)[:-1])
-    assert theirs.timesteps.tolist() == told_timesteps(config)
+    assert theirs.timesteps.tolist() == model_timesteps(config)
     told = [*theirs.timesteps]
     expected = run(lambda x, v, n: theirs.step(v, told[n], x).prev_sample, torch.float64, steps)
     assert relative(ours(config, torch.float64), expected) < 1e-5
@@ -217,7 +218,7 @@ def test_the_model_is_told_what_diffusers_tells_it(shift: float) -> None:
     theirs = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
     for steps in range(1, 101):
         theirs.set_timesteps(sigmas=np.linspace(0.999, 0, steps + 1)[:-1])
-        assert theirs.timesteps.tolist() == told_timesteps(SamplerConfig(timesteps(steps, "unipc"), shift, "unipc"))
+        assert theirs.timesteps.tolist() == model_timesteps(SamplerConfig(timesteps(steps, "unipc"), shift, "unipc"))
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 8, 50])
@@ -255,11 +256,11 @@ def test_only_unipc_needs_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_another_solver_takes_as_many_steps() -> None:
-    config = overruled(SamplerConfig(), solver="unipc", guidance=3.0)
+    config = with_overrides(SamplerConfig(), solver="unipc", guidance=3.0)
     assert config.steps == (999, 749.25, 499.5, 249.75)
-    assert overruled(config, guidance_interval=(0, 500)).steps == config.steps
-    assert overruled(config, steps=2).steps == (999, 499.5)
-    assert overruled(SamplerConfig(), steps=(900, 20), solver="unipc").steps == (900, 20)
+    assert with_overrides(config, guidance_interval=(0, 500)).steps == config.steps
+    assert with_overrides(config, steps=2).steps == (999, 499.5)
+    assert with_overrides(SamplerConfig(), steps=(900, 20), solver="unipc").steps == (900, 20)
 
 
 @pytest.mark.parametrize(
@@ -306,19 +307,19 @@ def on_lanes(group: dist.ProcessGroup, device: str, lanes: int) -> list[dict[Any
     half, mine = group.size() // lanes, dict[Any, Any]()
     for strategy in strategies(half, CONFIG.num_heads) if half > 1 else ["ulysses"]:
         for name, sampler in {"all": GUIDED, "late": LATE, "short": SHORT}.items():
-            parallel = SequenceParallel(group, strategy, device, lanes=lanes)
+            parallel = SequenceParallel(group, strategy, device, cfg=lanes)
             options = {"stream": STREAM, "sampler": sampler, "negative_embeds": negative(), "parallel": parallel}
             parts = []
-            for chunk in sample_chunks(MODEL, text(1), noise_of(1), GRID, 8, **options):
+            for chunk in run_chunks(MODEL, text(1), noise_of(1), GRID, 8, **options):
                 parts.append(chunk.latents)
-                ledger = parallel.ledger.take()
-            total, kinds = ledger.total(), {kind: e.calls for kind, e in ledger.by_kind().items()}
+                comm_stats = parallel.comm_stats.take()
+            total, kinds = comm_stats.total(), {kind: e.calls for kind, e in comm_stats.by_kind().items()}
             mine[strategy, name] = torch.cat(parts, 1), total.calls, total.elements, kinds
     said = []
     for sampler in (replace(GUIDED, guidance_scale=1.0), GUIDED):
         count = 2 if sampler.guidance_scale == 1 else group.size()
         try:
-            parallel = SequenceParallel(group, "auto", device, lanes=count)
+            parallel = SequenceParallel(group, "auto", device, cfg=count)
             sample(3, sampler=sampler, parallel=parallel)
             said.append("nothing")
         except ConfigError as error:
@@ -345,15 +346,15 @@ def test_lanes_make_the_same_video_with_the_collectives_that_plan_counts(
         alone = sample(8, stream=STREAM, sampler=sampler)
         work = Workload.of(CONFIG, GRID, STREAM, sampler, STREAM.window or 0, itemsize=8)
         # a plan counts a chunk's latents as the float32 that they are for a float32 model
-        costs = {cost.strategy: cost for cost in plan(replace(work, itemsize=4), ranks, CPU, lanes=[lanes])}
+        costs = {cost.strategy: cost for cost in plan(replace(work, itemsize=4), ranks, CPU, cfg_sizes=[lanes])}
         for strategy in [key[0] for key in found[0] if key[1:] == (name,)]:
             cost = costs["single" if ranks == lanes else strategy]
             rows = [rank[strategy, name] for rank in found]
             assert all(torch.equal(row[0], rows[0][0]) for row in rows)
             assert relative(rows[0][0], alone) < 1e-10
-            positive = rows[: ranks // lanes]
-            assert all(row[1] == cost.collectives_per_chunk for row in positive)
-            assert max(row[2] for row in positive) == cost.bytes_per_chunk // 4
+            conditional = rows[: ranks // lanes]
+            assert all(row[1] == cost.collectives_per_chunk for row in conditional)
+            assert max(row[2] for row in conditional) == cost.bytes_per_chunk // 4
             assert max(row[2] for row in rows) == cost.bytes_per_chunk // 4
             assert all(row[3].get("guidance", 0) == (len(MANY) if lanes == 2 else 0) for row in rows)
             steps = sum(guided_steps(sampler))
@@ -373,7 +374,7 @@ def test_lanes_without_branches_are_refused_on_every_rank(found_on: Found) -> No
 
 def test_lanes_that_cross_are_even_for_the_watchdog() -> None:
     """Or a rank that waits in the lane with fewer collectives would be taken for the one that is stuck."""
-    busy, idle = Ledger(), Ledger()
+    busy, idle = CommStats(), CommStats()
     for _ in range(3):
         for _ in range(5):
             busy.begin("kv", 0, 1, torch.zeros(1))
@@ -385,12 +386,12 @@ def test_lanes_that_cross_are_even_for_the_watchdog() -> None:
 
 def test_one_lane_keeps_two_caches_and_two_lanes_one_each() -> None:
     work = Workload.of(CONFIG, GRID, STREAM, GUIDED, 5)
-    one, two = ({c.strategy: c for c in plan(work, 4, CPU, lanes=[lanes])} for lanes in (1, 2))
+    one, two = ({c.strategy: c for c in plan(work, 4, CPU, cfg_sizes=[lanes])} for lanes in (1, 2))
     plain = {c.strategy: c for c in plan(replace(work, guided=0), 4, CPU)}
     assert one["gather-kv"].cache_bytes == 2 * plain["gather-kv"].cache_bytes
     assert two["gather-kv"].cache_bytes == plain["gather-kv"].cache_bytes  # all tokens, one branch
     assert one["gather-kv"].compute_ms == pytest.approx(2 * plain["gather-kv"].compute_ms)
-    (chosen,) = [c for c in plan(work, 4, CPU, lanes=[1, 2]) if c.chosen]
+    (chosen,) = [c for c in plan(work, 4, CPU, cfg_sizes=[1, 2]) if c.chosen]
     assert chosen.chunk_ms == min(c.chunk_ms for c in [*one.values(), *two.values()])
 
 
@@ -408,11 +409,11 @@ def test_a_pipeline_is_guided_by_prompts_and_by_embeddings(tmp_path: Path) -> No
     with pytest.raises(ConfigError, match="either a negative prompt or its embeddings"):
         pipe.stream(TOYBOX, negative_prompt="a blue square bounces", negative_embeds=embeds)
     with pytest.raises(ConfigError, match="1 ranks that denoise cannot be cut into 2 lanes"):
-        SequenceParallel.single(lanes=2)
+        SequenceParallel.single(cfg=2)
 
 
 def pipeline_on_two_lanes(group: dist.ProcessGroup, device: str) -> list[Any]:
-    parallel = SequenceParallel(group, "auto", device, lanes=2)
+    parallel = SequenceParallel(group, "auto", device, cfg=2)
     pipe = CausalVideoPipeline.from_pretrained("toybox-flow", steps=2, guidance=2.0, parallel=parallel)
     made = pipe(TOYBOX, frames=21, negative_prompt="a blue square bounces")
     everyone: list[Any] = [None] * group.size()
@@ -429,11 +430,16 @@ def test_a_pipeline_on_two_lanes_hands_its_frames_out_on_rank_0(pool: RankPool) 
 
 
 def test_a_recipe_may_be_guided(tmp_path: Path) -> None:
-    recipe = json.loads((WEIGHTS / "toybox.json").read_text())
-    recipe |= {"transformer": str(WEIGHTS / recipe["transformer"]), "codec": str(WEIGHTS / recipe["codec"])}
+    model_config = json.loads((WEIGHTS / "toybox.json").read_text())
+    model_config |= {
+        "transformer": str(WEIGHTS / model_config["transformer"]),
+        "codec": str(WEIGHTS / model_config["codec"]),
+    }
     guided = {"solver": "unipc", "steps": [999, 500], "guidance_scale": 3, "guidance_interval": [400, 1000]}
-    (tmp_path / "pipeline.json").write_text(json.dumps(recipe | {"sampler": guided}))
-    assert Recipe.load(tmp_path / "pipeline.json").sampler == SamplerConfig((999, 500), 5.0, "unipc", 3, (400, 1000))
+    (tmp_path / "pipeline.json").write_text(json.dumps(model_config | {"sampler": guided}))
+    assert ModelConfig.load(tmp_path / "pipeline.json").sampler == SamplerConfig(
+        (999, 500), 5.0, "unipc", 3, (400, 1000)
+    )
 
 
 def shell(*words: str) -> tuple[int, str]:

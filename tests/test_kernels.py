@@ -23,16 +23,16 @@ from causalrope_kernels import (
     Modulation,
     Pieces,
     Projection,
-    Room,
+    RotateOnRead,
     Rotation,
-    Turn,
+    Slots,
     add_norm,
     attention,
     attention_parts,
     backend,
     linear_gelu,
     merge,
-    place,
+    norm_rope_store,
     project,
     reference,
     rms_norm,
@@ -57,13 +57,13 @@ def angles() -> tuple[Tensor, Tensor]:
 
 
 def plain_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    turned = torch.empty_like(x)
+    rotated = torch.empty_like(x)
     for token in range(x.shape[1]):
         for i in range(x.shape[-1] // 2):
             c, s = cos[token, i], sin[token, i]
             a, b = x[:, token, :, 2 * i], x[:, token, :, 2 * i + 1]
-            turned[:, token, :, 2 * i], turned[:, token, :, 2 * i + 1] = a * c - b * s, a * s + b * c
-    return turned
+            rotated[:, token, :, 2 * i], rotated[:, token, :, 2 * i + 1] = a * c - b * s, a * s + b * c
+    return rotated
 
 
 def plain_rms_norm(x: Tensor, weight: Tensor) -> Tensor:
@@ -174,15 +174,15 @@ def test_a_source_writes_frames_and_heads_where_they_are_wanted() -> None:
     for source in (projection, pieces):
         room = torch.full((2, H, F - 1, B, S, D), math.nan, dtype=torch.float64).permute(0, 3, 2, 4, 1, 5)
         ring = torch.full((B, 5, S, H, D), math.nan, dtype=torch.float64)
-        q, k = ([Room(x[..., :1, :]), Room(x[..., 1:, :])] for x in room)
-        place(source.part(slice(1, 3)), q=q, k=k, v=[Room(ring, slots)])
+        q, k = ([Slots(x[..., :1, :]), Slots(x[..., 1:, :])] for x in room)
+        norm_rope_store(source.part(slice(1, 3)), q=q, k=k, v=[Slots(ring, slots)])
         assert torch.equal(room[0], whole[0, :, 1:])
         assert torch.equal(room[1], whole[1, :, 1:])
         assert torch.equal(ring[:, slots], whole[2, :, 1:])
         assert ring[:, [0, 2, 3]].isnan().all()
     kv = Pieces([whole[1:, :, :, :3], whole[1:, :, :, 3:]])
     ring = torch.full((2, B, 5, S, H, D), math.nan, dtype=torch.float64)
-    place(kv, k=[Room(ring[0, :, :F])], v=[Room(ring[1, :, 2:])])
+    norm_rope_store(kv, k=[Slots(ring[0, :, :F])], v=[Slots(ring[1, :, 2:])])
     assert torch.equal(ring[0, :, :F], whole[1])
     assert torch.equal(ring[1, :, 2:], whole[2])
 
@@ -214,10 +214,10 @@ def test_keys_are_turned_slot_by_slot_in_their_first_pairs() -> None:
     k, table = random(B, 6, H, D), random(3, 2, 2, seed=1)
     by_row = table.repeat_interleave(2, 0)
     expected = plain_rotate(k[..., :4], by_row[:, 0], by_row[:, 1])
-    result = reference.turned(k, Turn(table, 2))
+    result = reference.rotated(k, RotateOnRead(table, 2))
     close(result[..., :4], expected)
     assert torch.equal(result[..., 4:], k[..., 4:])
-    later = reference.turned(k[:, 2:], Turn(table, 2), first=2)
+    later = reference.rotated(k[:, 2:], RotateOnRead(table, 2), first=2)
     assert torch.equal(later, result[:, 2:])
 
 
@@ -312,12 +312,12 @@ def test_half_precision_rotate_and_norms_round_once(dtype: torch.dtype) -> None:
     x, weight = random(B, T, WIDTH).to(dtype), random(WIDTH, seed=1).to(dtype)
     cos, sin = (table.float() for table in angles())
     heads = x.view(B, T, H, D)
-    turned = plain_rotate(heads.double(), cos.double(), sin.double())
+    rotated = plain_rotate(heads.double(), cos.double(), sin.double())
     result = rotate(heads, cos, sin)
     assert result.dtype == dtype
-    pairs = turned.unflatten(-1, (-1, 2)).norm(dim=-1, keepdim=True)  # a difference may cancel; its terms do not
-    error = (result.double() - turned).unflatten(-1, (-1, 2)).abs()
-    assert (error <= 1.01 * UNIT[dtype] * turned.unflatten(-1, (-1, 2)).abs() + 1e-6 * pairs).all()
+    pairs = rotated.unflatten(-1, (-1, 2)).norm(dim=-1, keepdim=True)  # a difference may cancel; its terms do not
+    error = (result.double() - rotated).unflatten(-1, (-1, 2)).abs()
+    assert (error <= 1.01 * UNIT[dtype] * rotated.unflatten(-1, (-1, 2)).abs() + 1e-6 * pairs).all()
     rounded_once(rms_norm(x, weight, EPS), plain_rms_norm(x.double(), weight.double()), dtype)
 
 
@@ -364,8 +364,8 @@ def projecting(qkv: Tensor | None = None, **changed: Any) -> Projection:
     return Projection(numbers, rotation=rotation, **given)
 
 
-def rooms(*shape: int, dtype: torch.dtype = torch.float64, slots: Tensor | None = None) -> list[Room]:
-    return [Room(torch.zeros(*shape, dtype=dtype), slots)]
+def kv_slots(*shape: int, dtype: torch.dtype = torch.float64, slots: Tensor | None = None) -> list[Slots]:
+    return [Slots(torch.zeros(*shape, dtype=dtype), slots)]
 
 
 def with_environment(values: dict[str, str], call: Callable[[], object]) -> object:
@@ -408,43 +408,46 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
         lambda: linear_gelu(X, torch.zeros(7, 25), torch.zeros(7)),
         r"weight: expected shape \(N, K\)",
     ),
-    "heads that do not divide": (lambda: place(projecting(heads=5)), "qkv: expected 3 × 5 heads"),
+    "heads that do not divide": (lambda: norm_rope_store(projecting(heads=5)), "qkv: expected 3 × 5 heads"),
     "too many angles": (
-        lambda: place(projecting(time=torch.zeros(60, 2, 9))),
+        lambda: norm_rope_store(projecting(time=torch.zeros(60, 2, 9))),
         r"rotation: expected 4 angles of a token, not 9 \+ 1 \+ 1",
     ),
     "times for fewer frames": (
-        lambda: place(projecting(key_times_F=torch.zeros(2, dtype=torch.int64))),
+        lambda: norm_rope_store(projecting(key_times_F=torch.zeros(2, dtype=torch.int64))),
         "rotation.key_times_F: expected 3 integers on cpu, not torch.int64 of shape",
     ),
     "times that are no integers": (
-        lambda: place(projecting(query_times_F=torch.zeros(3))),
+        lambda: norm_rope_store(projecting(query_times_F=torch.zeros(3))),
         "query_times_F: expected 3 integers",
     ),
     "tokens outside the grid": (
-        lambda: place(projecting(start=6)),
+        lambda: norm_rope_store(projecting(start=6)),
         "rotation: expected tokens within 3×3 places, not",
     ),
-    "tokens of another shard": (lambda: place(projecting(tokens=5)), "rotation.tokens: expected 4, as qkv has, not 5"),
+    "tokens of another shard": (
+        lambda: norm_rope_store(projecting(tokens=5)),
+        "rotation.tokens: expected 4, as qkv has, not 5",
+    ),
     "rooms for too few heads": (
-        lambda: place(projecting(), q=rooms(B, F, S, 2, D)),
+        lambda: norm_rope_store(projecting(), q=kv_slots(B, F, S, 2, D)),
         r"q: expected rooms for 3 heads in all, not \[2\]",
     ),
     "a room of another dtype": (
-        lambda: place(projecting(), k=rooms(B, F, S, H, D, dtype=torch.float32)),
+        lambda: norm_rope_store(projecting(), k=kv_slots(B, F, S, H, D, dtype=torch.float32)),
         r"k\[0\]: expected torch.float64, not torch.float32",
     ),
     "a room for fewer tokens": (
-        lambda: place(projecting(), v=rooms(B, F, 3, H, D)),
+        lambda: norm_rope_store(projecting(), v=kv_slots(B, F, 3, H, D)),
         r"v\[0\]: expected shape \(B, F, s, H, d\)",
     ),
     "slots for fewer frames": (
-        lambda: place(projecting(), k=rooms(B, 9, S, H, D, slots=torch.tensor([1, 2]))),
+        lambda: norm_rope_store(projecting(), k=kv_slots(B, 9, S, H, D, slots=torch.tensor([1, 2]))),
         r"k\[0\].slots_F: expected 3 integers",
     ),
-    "pieces of nothing": (lambda: place(Pieces([])), "pieces: expected at least one, not none"),
+    "pieces of nothing": (lambda: norm_rope_store(Pieces([])), "pieces: expected at least one, not none"),
     "pieces of other heads": (
-        lambda: place(Pieces([torch.zeros(2, B, F, S, H, D), torch.zeros(2, B, F, S, 1, D)])),
+        lambda: norm_rope_store(Pieces([torch.zeros(2, B, F, S, H, D), torch.zeros(2, B, F, S, 1, D)])),
         r"pieces\[1\]: expected shape",
     ),
     "tokens split into too few": (
@@ -469,11 +472,11 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
         r"bounds_N2: expected int32 of shape \(1, 2\)",
     ),
     "too few turns": (
-        lambda: attention(Q, Keys(Q, Q, turn=Turn(torch.zeros(2, 2, 4), 4))),
+        lambda: attention(Q, Keys(Q, Q, rotate_on_read=RotateOnRead(torch.zeros(2, 2, 4), 4))),
         "turn: expected angles for 12 rows",
     ),
     "half a slot": (
-        lambda: attention(Q, Keys(Q, Q, ((0, 6),), turn=Turn(torch.zeros(3, 2, 4), 4))),
+        lambda: attention(Q, Keys(Q, Q, ((0, 6),), rotate_on_read=RotateOnRead(torch.zeros(3, 2, 4), 4))),
         "stretches: expected whole slots of 4 rows",
     ),
     "no parts": (lambda: merge([]), "parts: expected at least one, not none"),
@@ -503,27 +506,30 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
         "backend: triton is interpreted in float32 and float16; in bfloat16",
     ),
     "a room that is no list": (
-        lambda: place(projecting(), q=rooms(B, F, S, H, D)[0]),
+        lambda: norm_rope_store(projecting(), q=kv_slots(B, F, S, H, D)[0]),
         "q: expected a list of rooms, not Room",
     ),
     "queries from pieces of k, v": (
-        lambda: place(Pieces([torch.zeros(2, B, F, S, H, D)]), q=rooms(B, F, S, H, D)),
+        lambda: norm_rope_store(Pieces([torch.zeros(2, B, F, S, H, D)]), q=kv_slots(B, F, S, H, D)),
         "q: expected no rooms for pieces of k, v alone",
     ),
     "slots with gaps between": (
-        lambda: place(projecting(), k=rooms(B, 9, S, H, D, slots=torch.arange(6)[::2])),
+        lambda: norm_rope_store(projecting(), k=kv_slots(B, 9, S, H, D, slots=torch.arange(6)[::2])),
         r"k\[0\].slots_F: expected stride 1",
     ),
     "a ring of none": (
-        lambda: place(projecting(), k=rooms(B, 0, S, H, D, slots=torch.arange(3))),
+        lambda: norm_rope_store(projecting(), k=kv_slots(B, 0, S, H, D, slots=torch.arange(3))),
         r"k\[0\]: expected a ring with slots",
     ),
     "bounds alone": (
         lambda: attention(Q, Keys(Q, Q, None, torch.zeros(0, 2, dtype=torch.int32))),
         "bounds_N2: expected stretches beside it",
     ),
-    "rows of no columns": (lambda: place(projecting(columns=0)), "rotation.columns: expected at least 1, not 0"),
-    "a source that is none": (lambda: place(X), "source: expected a Projection or Pieces, not Tensor"),
+    "rows of no columns": (
+        lambda: norm_rope_store(projecting(columns=0)),
+        "rotation.columns: expected at least 1, not 0",
+    ),
+    "a source that is none": (lambda: norm_rope_store(X), "source: expected a Projection or Pieces, not Tensor"),
     "a layer in another dtype": (
         lambda: linear_gelu(X, torch.zeros(7, WIDTH).double(), torch.zeros(7).double()),
         "weight: expected torch.float32, not torch.float64",

@@ -161,9 +161,13 @@ def on_ranks(group: dist.ProcessGroup | None, device: str, folder: Path) -> list
     for name, reuse in (("plain", None), ("pyramid", PYRAMID)):
         parallel = SequenceParallel(group, device=device)
         found = ours(folder, latents(), parallel, reuse)
-        ledger = parallel.ledger.take()
-        moved = {kind: (entry.calls, entry.elements) for kind, entry in ledger.by_kind().items()}
-        mine[name] = {"latents": found, "moved": moved, "layers": {n: e.calls for n, e in ledger.by_layer().items()}}
+        comm_stats = parallel.comm_stats.take()
+        moved = {kind: (entry.calls, entry.elements) for kind, entry in comm_stats.by_kind().items()}
+        mine[name] = {
+            "latents": found,
+            "moved": moved,
+            "layers": {n: e.calls for n, e in comm_stats.by_layer().items()},
+        }
     everyone: list[Any] = [mine]
     if group is not None:
         everyone = [None] * group.size()

@@ -15,13 +15,14 @@ import torch
 from click.testing import CliRunner
 from torch import Tensor
 
-from causalrope_sp import CausalVideoPipeline, CheckpointError, ConfigError, LatentGrid, pipeline, preflight
+from causalrope_sp import CausalVideoPipeline, CheckpointError, ConfigError, LatentGrid
 from causalrope_sp.cli.main import cli
 from causalrope_sp.codec import load_codec
 from causalrope_sp.codec.codec_footprint import CodecFootprint, wan_2_1_footprint
 from causalrope_sp.codec.offloaded_codec import OffloadedCodec
 from causalrope_sp.config import PRESETS
-from causalrope_sp.pipeline.model_config import Recipe
+from causalrope_sp.pipeline import pipeline, preflight
+from causalrope_sp.pipeline.model_config import ModelConfig
 from causalrope_sp.pipeline.offload import Offload
 from causalrope_sp.pipeline.preflight import Run, _available, _left_in_group, check_fits, remedies
 from causalrope_sp.planning.cost import plan
@@ -200,12 +201,12 @@ def test_1_3b_runs_in_24_gb() -> None:
     """UMT5-XXL read for the prompt and given up, the Wan VAE in float32, a window of 21: a fifth is left."""
     assert PRESET.plan().bytes_by_time["text"] > umt5_xxl_bytes() + WORK.weights_bytes
     assert PRESET.plan().memory_bytes < 0.8 * 24e9
-    recipe = Recipe.load(ROOT / "examples" / "wan2.1-1.3b" / "pipeline.json")
-    stream, size = recipe.stream, (recipe.height, recipe.width)
+    model_config = ModelConfig.load(ROOT / "examples" / "wan2.1-1.3b" / "pipeline.json")
+    stream, size = model_config.stream, (model_config.height, model_config.width)
     grid = LatentGrid.from_pixels(*size, 8)
-    work = Workload.of(PRESETS["wan2.1-1.3b"], grid, stream, recipe.sampler, stream.window or 0)
+    work = Workload.of(PRESETS["wan2.1-1.3b"], grid, stream, model_config.sampler, stream.window or 0)
     assert work == WORK
-    (cost,) = plan(work, 1, machine("rtx4090", "pcie"), beside=PRESET.beside)
+    (cost,) = plan(work, 1, machine("rtx4090", "pcie"), auxiliary=PRESET.auxiliary)
     assert cost.fits
     result = CliRunner().invoke(cli, ["plan", "--model", "wan2.1-1.3b", "--gpu", "rtx4090", "--ranks", "1", "--json"])
     (found,) = json.loads(result.output)["strategies"]
@@ -231,12 +232,15 @@ def test_a_run_is_refused_before_anything_is_loaded(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_recipe_may_say_its_weights(tmp_path: Path) -> None:
-    recipe = json.loads((WEIGHTS / "toybox.json").read_text())
-    recipe |= {"transformer": str(WEIGHTS / recipe["transformer"]), "codec": str(WEIGHTS / recipe["codec"])}
-    (tmp_path / "pipeline.json").write_text(json.dumps(recipe | {"weights": "fp8"}))
+    model_config = json.loads((WEIGHTS / "toybox.json").read_text())
+    model_config |= {
+        "transformer": str(WEIGHTS / model_config["transformer"]),
+        "codec": str(WEIGHTS / model_config["codec"]),
+    }
+    (tmp_path / "pipeline.json").write_text(json.dumps(model_config | {"weights": "fp8"}))
     pipe = CausalVideoPipeline.from_pretrained(tmp_path, device="cpu")
     assert torch.float8_e4m3fn in {parameter.dtype for parameter in pipe.model.parameters()}
-    (tmp_path / "pipeline.json").write_text(json.dumps(recipe | {"weights": "int4"}))
+    (tmp_path / "pipeline.json").write_text(json.dumps(model_config | {"weights": "int4"}))
     with pytest.raises(ConfigError, match="weights must be full or fp8, not 'int4'"):
         CausalVideoPipeline.from_pretrained(tmp_path, device="cpu")
 
@@ -264,7 +268,7 @@ def test_what_is_free_is_shared_by_the_ranks_of_a_machine(tmp_path: Path, monkey
 def test_a_run_takes_the_strategy_that_it_was_planned_with(model: str, ranks: int, guided: bool) -> None:
     """At 720p what stands beside the model decides which strategy fits."""
     work = replace(WORK, config=PRESETS[model], grid=LatentGrid.from_pixels(720, 1280, 8), guided=WORK.steps * guided)
-    run = replace(PRESET, work=work, ranks=ranks // 2 if guided else ranks, lanes=2 if guided else 1, strategy="auto")
+    run = replace(PRESET, work=work, ranks=ranks // 2 if guided else ranks, cfg=2 if guided else 1, strategy="auto")
     named = [replace(run, strategy=cost.strategy).plan() for cost in run.plans(run.ranks)]
     assert [cost.strategy for cost in named] == [cost.strategy for cost in run.plans(run.ranks)]
     assert run.plan() == next(cost for cost in run.plans(run.ranks) if cost.chosen)

@@ -17,13 +17,14 @@ import torch
 import torch.distributed as dist
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from streams import run_chunks, strategy_of
 from torch import Tensor
 
-from causalrope_sp import Chunk, ConfigError, DiTConfig, LatentGrid, SamplerConfig, StreamConfig, sample_chunks
+from causalrope_sp import Chunk, ConfigError, DiTConfig, LatentGrid, SamplerConfig, StreamConfig
 from causalrope_sp.attention.base import Strategy
 from causalrope_sp.cache.window import SlidingWindow
 from causalrope_sp.diffusion.noise import seeded_noise
-from causalrope_sp.distributed import SequenceParallel, exchange, strategies, ulysses
+from causalrope_sp.distributed import SequenceParallel, communicator, strategies, ulysses
 from causalrope_sp.distributed import strategy as strategy_module
 from causalrope_sp.distributed.launch import RankPool, run_ranks
 from causalrope_sp.distributed.layout import parse_strategy
@@ -103,7 +104,7 @@ class Job:
         return random(self.batch, self.known + self.frames, *self.frame)[:, chunk.start : chunk.stop]
 
     def run(self, parallel: SequenceParallel, **sizes: int) -> Tensor:
-        chunks = sample_chunks(
+        chunks = run_chunks(
             make_model(self.dtype, **sizes),
             random(self.batch, CONFIG.text_len, CONFIG.text_dim),
             seeded_noise(0, (self.batch, *self.frame)),
@@ -159,7 +160,7 @@ def watched_collectives() -> Iterator[list[tuple[str, int]]]:
         return noting
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exchange, "_all_gather_single", watched("all_gather_single", exchange._all_gather_single))
+        patch.setattr(communicator, "_all_gather_single", watched("all_gather_single", communicator._all_gather_single))
         for name in (*WAYS_TO_TALK, "all_to_all_single"):
             patch.setattr(dist, name, watched(name, getattr(dist, name)))
         yield noted
@@ -172,7 +173,7 @@ def count_collectives(group: dist.ProcessGroup, device: str, strategy: str) -> d
     shard = parallel.shard(grid)
     embeds = random(1, CONFIG.text_len, CONFIG.text_dim)
     x = random(1, 2, grid.tokens, CONFIG.token_dim)[:, :, shard.start : shard.stop]
-    stream = CausalStream(make_model(), embeds, grid, SlidingWindow(6), shard, parallel.strategy(WORK))
+    stream = CausalStream(make_model(), embeds, grid, SlidingWindow(6), shard, strategy_of(parallel, WORK))
     for n in range(3):  # a window three times the chunk, full
         stream.commit(Part(Chunk(n, 2 * n, 2), x, 0.0))
     first, second = Chunk(3, 6, 2), Chunk(4, 8, 2)
@@ -185,18 +186,18 @@ def count_collectives(group: dist.ProcessGroup, device: str, strategy: str) -> d
     with watched_collectives() as noted:
         for name, run in runs.items():
             noted.clear()
-            parallel.ledger.take()
+            parallel.comm_stats.take()
             run()
-            ledger = parallel.ledger.take()
-            by_kind = {kind: (e.calls, e.elements, e.bytes) for kind, e in ledger.by_kind().items()}
-            passes[name] = {"seen": list(noted), "ledger": by_kind, "layers": set(ledger.by_layer())}
+            comm_stats = parallel.comm_stats.take()
+            by_kind = {kind: (e.calls, e.elements, e.bytes) for kind, e in comm_stats.by_kind().items()}
+            passes[name] = {"seen": list(noted), "ledger": by_kind, "layers": set(comm_stats.by_layer())}
     passes["cache"] = {"bytes": stream.cache.bytes}
     stream.cancel()
     allocated = []
     for n in range(5, 8):  # each fused pass after the first finds every buffer there
         stream.denoise(Chunk(n, 2 * n, 2), x, 1000.0, Part(Chunk(n - 1, 2 * n - 2, 2), x, 0.0) if n > 5 else None)
         allocated.append(
-            {use: room.data_ptr() for e in parallel._exchanges.values() for use, room in e._buffers.items()}
+            {use: room.data_ptr() for e in parallel._communicators.values() for use, room in e._buffers.items()}
         )
     passes["buffers"] = {"allocated": allocated}
     return passes
@@ -230,14 +231,14 @@ def order_of_events(group: dist.ProcessGroup, device: str, strategy: str) -> lis
         WORK.grid,
         SlidingWindow(6),
         shard,
-        parallel.strategy(replace(WORK, config=model.config)),
+        strategy_of(parallel, replace(WORK, config=model.config)),
     )
     x = random(1, 2, WORK.grid.tokens, CONFIG.token_dim)[:, :, shard.start : shard.stop]
     stream.commit(Part(Chunk(0, 0, 2), x, 0.0))
     with pytest.MonkeyPatch.context() as patch:
         for name in ("all_to_all", "all_gather"):
-            patch.setattr(exchange.Exchange, name, noting("send", getattr(exchange.Exchange, name)))
-        patch.setattr(exchange.Arrival, "wait", noting("wait", exchange.Arrival.wait))
+            patch.setattr(communicator.Communicator, name, noting("send", getattr(communicator.Communicator, name)))
+        patch.setattr(communicator.AsyncHandle, "wait", noting("wait", communicator.AsyncHandle.wait))
         for module, name in (
             (strategy_module, "attention"),
             (strategy_module, "attention_parts"),
@@ -254,7 +255,7 @@ def cancelled_in_head_groups(group: dist.ProcessGroup, device: str) -> Tensor:
     shard = parallel.shard(WORK.grid)
     x = random(4, 1, 2, WORK.grid.tokens, CONFIG.token_dim)[..., shard.start : shard.stop, :]
     embeds = random(1, CONFIG.text_len, CONFIG.text_dim)
-    stream = CausalStream(make_model(), embeds, WORK.grid, SlidingWindow(3), shard, parallel.strategy(WORK))
+    stream = CausalStream(make_model(), embeds, WORK.grid, SlidingWindow(3), shard, strategy_of(parallel, WORK))
     first, second = (Part(Chunk(n, 2 * n, 2), x[n], 0.0) for n in range(2))
     stream.commit(first)
     stream.denoise(Chunk(1, 2, 2), x[1], 1000.0)
@@ -288,7 +289,7 @@ def refusals(group: dist.ProcessGroup, device: str) -> dict[str, str]:
         noise = seeded_noise(0, (1, CONFIG.in_channels, grid.latent_height, grid.latent_width))
         try:
             parallel = SequenceParallel(group, strategy, device)
-            next(sample_chunks(model, embeds, noise, grid, 3, parallel=parallel))
+            next(run_chunks(model, embeds, noise, grid, 3, parallel=parallel))
         except ConfigError as error:
             said[case] = str(error)
     return said

@@ -59,9 +59,9 @@ def test_warming_up_fills_a_cache_of_the_real_size_and_leaves_no_trace(
     monkeypatch.setattr(KVCache, "__init__", lambda self, *a, **k: windows.append(a[2].frames) or init(self, *a, **k))
     monkeypatch.setattr(KVCache, "open", lambda self, chunk: chunks.append(chunk) or opened(self, chunk))
     pipe.warm_up()
-    assert windows == [pipe.recipe.stream.window]
+    assert windows == [pipe.model_config.stream.window]
     assert chunks[-1].start >= windows[0]  # in a window that was full before
-    assert not pipe.parallel.ledger.total().calls
+    assert not pipe.parallel.comm_stats.total().calls
     assert np.array_equal(_made(pipe, 34), longest)
 
 
@@ -114,9 +114,12 @@ def test_no_frames_are_refused_before_anything_runs(pipe: CausalVideoPipeline, f
 def test_a_recipe_that_cannot_work_is_one_line(
     tmp_path: Path, change: dict[str, object], error: type[Exception], message: str
 ) -> None:
-    recipe = json.loads((WEIGHTS / "toybox.json").read_text())
-    recipe |= {"transformer": str(WEIGHTS / recipe["transformer"]), "codec": str(WEIGHTS / recipe["codec"])}
-    (tmp_path / "pipeline.json").write_text(json.dumps(recipe | change))
+    model_config = json.loads((WEIGHTS / "toybox.json").read_text())
+    model_config |= {
+        "transformer": str(WEIGHTS / model_config["transformer"]),
+        "codec": str(WEIGHTS / model_config["codec"]),
+    }
+    (tmp_path / "pipeline.json").write_text(json.dumps(model_config | change))
     with pytest.raises(error, match=message) as caught:
         CausalVideoPipeline.from_pretrained(tmp_path)
     assert "\n" not in str(caught.value)

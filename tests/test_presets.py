@@ -78,10 +78,10 @@ def test_a_path_speaks_for_a_preset(tmp_path: Path, file: str, preset: str) -> N
         ("scheduler/scheduler_config.json", "SelfForcingFlowMatchScheduler", "scheduler_config.json names the class"),
     ],
 )
-def test_a_folder_of_fastvideo_is_told_by_its_classes(tmp_path: Path, beside: str, content: str, said: str) -> None:
+def test_a_folder_of_fastvideo_is_told_by_its_classes(tmp_path: Path, auxiliary: str, content: str, said: str) -> None:
     checkpoint(tmp_path, "transformer/w.safetensors")
-    (tmp_path / beside).parent.mkdir(exist_ok=True)
-    (tmp_path / beside).write_text(json.dumps({"_class_name": content}))
+    (tmp_path / auxiliary).parent.mkdir(exist_ok=True)
+    (tmp_path / auxiliary).write_text(json.dumps({"_class_name": content}))
     preset = inspect_checkpoint(tmp_path).preset
     assert preset.name == "sfwan"
     assert said in preset.evidence[0]

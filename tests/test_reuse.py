@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from click.testing import CliRunner
+from streams import run_chunks
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -25,7 +26,6 @@ from causalrope_sp import (
     LatentGrid,
     SamplerConfig,
     StreamConfig,
-    sample_chunks,
 )
 from causalrope_sp.attention.base import Strategy
 from causalrope_sp.cache.window import SlidingWindow
@@ -80,7 +80,7 @@ def video(
     **given: Any,
 ) -> list[Tensor]:
     frame = CONFIG.in_channels, GRID.latent_height, GRID.latent_width
-    chunks = sample_chunks(
+    chunks = run_chunks(
         make_model(),
         random(1, CONFIG.text_len, CONFIG.text_dim),
         seeded_noise(0, (1, *frame)),
@@ -173,7 +173,7 @@ def test_chunks_do_not_share_and_the_context_pass_is_computed() -> None:
     assert not torch.allclose(torch.cat(whole), torch.cat(video(None)), rtol=1e-3)
     for n in (1, 2, 3):
         noise = seeded_noise(0, (1, CONFIG.in_channels, GRID.latent_height, GRID.latent_width))
-        (alone,) = sample_chunks(
+        (alone,) = run_chunks(
             make_model(),
             random(1, CONFIG.text_len, CONFIG.text_dim),
             noise,
@@ -279,7 +279,7 @@ def ledgers(group: dist.ProcessGroup, device: str) -> list[dict[str, Any]]:
         parallel = SequenceParallel(group, strategy, device)
         frame = CONFIG.in_channels, GRID.latent_height, GRID.latent_width
         embeds, moved, latents = random(1, CONFIG.text_len, CONFIG.text_dim), [], []
-        for chunk in sample_chunks(
+        for chunk in run_chunks(
             make_model(),
             embeds,
             seeded_noise(0, (1, *frame)),
@@ -290,15 +290,13 @@ def ledgers(group: dist.ProcessGroup, device: str) -> list[dict[str, Any]]:
             parallel=parallel,
             reuse=SHARED,
         ):
-            taken = parallel.ledger.take()
+            taken = parallel.comm_stats.take()
             moved.append({kind: (e.calls, e.elements) for kind, e in taken.by_kind().items()})
             latents.append(chunk.latents)
         mine[strategy] = {"moved": moved[-1], "latents": torch.cat(latents, 1), "stored": taken.stored_bytes}
     try:
         differ = ReusePolicy((Broadcast("self", 2 + parallel.rank),))
-        next(
-            sample_chunks(make_model(), embeds, seeded_noise(0, (1, *frame)), GRID, 2, parallel=parallel, reuse=differ)
-        )
+        next(run_chunks(make_model(), embeds, seeded_noise(0, (1, *frame)), GRID, 2, parallel=parallel, reuse=differ))
     except ConfigError as error:
         mine["disagreement"] = str(error)
     everyone: list[Any] = [None] * group.size()
@@ -340,9 +338,9 @@ GUIDED = replace(SAMPLER, guidance_scale=3.0, guidance_interval=(200, 800))
 
 def guided(group: dist.ProcessGroup | None, device: str, lanes: int, reuse: ReusePolicy | None) -> dict[str, Any]:
     """A video of two branches, and on this rank the calls of its last chunk, without those that end it."""
-    parallel = SequenceParallel(group, "gather-kv", device, lanes=lanes)
+    parallel = SequenceParallel(group, "gather-kv", device, cfg=lanes)
     frame, calls, latents = (CONFIG.in_channels, GRID.latent_height, GRID.latent_width), {}, []
-    for chunk in sample_chunks(
+    for chunk in run_chunks(
         make_model(),
         random(1, CONFIG.text_len, CONFIG.text_dim),
         seeded_noise(0, (1, *frame)),
@@ -354,7 +352,7 @@ def guided(group: dist.ProcessGroup | None, device: str, lanes: int, reuse: Reus
         reuse=reuse,
         negative_embeds=-random(1, CONFIG.text_len, CONFIG.text_dim),
     ):
-        calls = {kind: entry.calls for kind, entry in parallel.ledger.take().by_kind().items()}
+        calls = {kind: entry.calls for kind, entry in parallel.comm_stats.take().by_kind().items()}
         latents.append(chunk.latents)
     return {"latents": torch.cat(latents, 1), "calls": calls}
 
@@ -371,7 +369,7 @@ def test_each_branch_of_guidance_reuses_its_own(pool: RankPool) -> None:
     for ranks, lanes in ((2, 1), (2, 2), (3, 1)):
         found = pool.run(guided, ranks, lanes, SHARED)
         assert (found["latents"] - alone).norm() / alone.norm() < 1e-12
-        costs = {cost.strategy: cost for cost in plan(work, ranks, H100, lanes=[lanes])}
+        costs = {cost.strategy: cost for cost in plan(work, ranks, H100, cfg_sizes=[lanes])}
         cost = costs.get("gather-kv") or costs["single"]
         assert sum(found["calls"].values()) == cost.collectives_per_chunk
         if lanes == 1:

@@ -13,10 +13,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from click.testing import CliRunner
+from streams import run_chunks
 from test_reuse import CONFIG, GRID, SAMPLER, STREAM, make_model, random
 from torch import Tensor
 
-from causalrope_sp import CausalDiT, ConfigError, sample_chunks
+from causalrope_sp import CausalDiT, ConfigError
 from causalrope_sp.cli.main import cli
 from causalrope_sp.diffusion.noise import seeded_noise
 from causalrope_sp.distributed import SequenceParallel
@@ -31,7 +32,7 @@ STEPS = len(SAMPLER.steps)
 def run(model: CausalDiT, parallel: SequenceParallel, **given: Any) -> None:
     frame = CONFIG.in_channels, GRID.latent_height, GRID.latent_width
     embeds, noise = random(1, CONFIG.text_len, CONFIG.text_dim), seeded_noise(0, (1, *frame))
-    for _ in sample_chunks(model, embeds, noise, GRID, 6, stream=STREAM, sampler=SAMPLER, parallel=parallel, **given):
+    for _ in run_chunks(model, embeds, noise, GRID, 6, stream=STREAM, sampler=SAMPLER, parallel=parallel, **given):
         pass
 
 

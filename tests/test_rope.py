@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from streams import global_indices
 from torch import Tensor
 
 from causalrope_kernels.reference import rotate
@@ -22,7 +23,7 @@ def tables(head_dim: int, shard: Shard, dtype: torch.dtype = torch.float64, thet
     return RotaryTables(head_dim, theta, shard, torch.device("cpu"), dtype)
 
 
-def turn(x_BTHD: Tensor, rope: RotaryTables, frames: list[int]) -> Tensor:
+def rotate_on_read(x_BTHD: Tensor, rope: RotaryTables, frames: list[int]) -> Tensor:
     return rotate(x_BTHD, *rope.rotation(frames).of_queries)
 
 
@@ -54,10 +55,12 @@ def test_rotation_is_complex_multiplication_by_global_index(
     a_pass: tuple[Shard, list[int]], head_dim: int, theta: float
 ) -> None:
     shard, frames = a_pass
-    indices = [g for frame in frames for g in shard.global_index(frame)]
+    indices = [g for frame in frames for g in global_indices(shard, frame)]
     x = torch.randn(2, len(indices), 3, head_dim, dtype=torch.float64)
     expected = turn_by_hand(x, indices, shard.grid, theta)
-    torch.testing.assert_close(turn(x, tables(head_dim, shard, theta=theta), frames), expected, rtol=0, atol=1e-11)
+    torch.testing.assert_close(
+        rotate_on_read(x, tables(head_dim, shard, theta=theta), frames), expected, rtol=0, atol=1e-11
+    )
 
 
 def test_wan_splits_its_head_into_22_21_21_pairs() -> None:
@@ -77,8 +80,8 @@ def test_wan_splits_its_head_into_22_21_21_pairs() -> None:
 def test_a_shard_rotates_as_its_slice_of_the_whole(a_pass: tuple[Shard, list[int]]) -> None:
     shard, frames = a_pass
     x = torch.randn(1, len(frames), shard.grid.tokens, 2, 12, dtype=torch.float64)
-    whole = turn(x.flatten(1, 2), tables(12, Shard(shard.grid)), frames).view(x.shape)
-    mine = turn(x[:, :, shard.start : shard.stop].flatten(1, 2), tables(12, shard), frames)
+    whole = rotate_on_read(x.flatten(1, 2), tables(12, Shard(shard.grid)), frames).view(x.shape)
+    mine = rotate_on_read(x[:, :, shard.start : shard.stop].flatten(1, 2), tables(12, shard), frames)
     assert torch.equal(mine, whole[:, :, shard.start : shard.stop].flatten(1, 2))
 
 
@@ -98,7 +101,7 @@ def test_far_frames_keep_their_precision_in_float32(frame: int) -> None:
     """The angles themselves are made in float64; in float32 they would be off by 1e-3 here."""
     shard = Shard(LatentGrid(2, 2))
     cos, sin = tables(12, shard, torch.float32).rotation([frame]).of_queries
-    exact = torch.tensor([angles(g, shard.grid, 12, THETA) for g in shard.global_index(frame)], dtype=torch.float64)
+    exact = torch.tensor([angles(g, shard.grid, 12, THETA) for g in global_indices(shard, frame)], dtype=torch.float64)
     assert cos.dtype == sin.dtype == torch.float32
     torch.testing.assert_close(cos.double(), exact.cos(), rtol=0, atol=1e-7)
     torch.testing.assert_close(sin.double(), exact.sin(), rtol=0, atol=1e-7)
@@ -112,9 +115,11 @@ def test_scores_depend_on_differences_of_time_alone(query: int, key: int, later:
     q, k = torch.randn(2, 1, shard.tokens, 2, 12, dtype=torch.float64)
 
     def scores(shift: int) -> Tensor:
-        return torch.einsum("bqhd,bkhd->bhqk", turn(q, rope, [query + shift]), turn(k, rope, [key + shift]))
+        return torch.einsum(
+            "bqhd,bkhd->bhqk", rotate_on_read(q, rope, [query + shift]), rotate_on_read(k, rope, [key + shift])
+        )
 
     torch.testing.assert_close(scores(later), scores(0), rtol=0, atol=1e-10)
     if query != key:
-        moved = torch.einsum("bqhd,bkhd->bhqk", turn(q, rope, [query]), turn(k, rope, [query]))
+        moved = torch.einsum("bqhd,bkhd->bhqk", rotate_on_read(q, rope, [query]), rotate_on_read(k, rope, [query]))
         assert not torch.allclose(moved, scores(0), atol=1e-3)

@@ -11,10 +11,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from streams import run_chunks
 from torch import Tensor
 
 from causalrope_kernels.reference import attention, project
-from causalrope_sp import Chunk, ConfigError, DiTConfig, LatentGrid, SamplerConfig, StreamConfig, sample_chunks
+from causalrope_sp import Chunk, ConfigError, DiTConfig, LatentGrid, SamplerConfig, StreamConfig
 from causalrope_sp.attention.base import Strategy
 from causalrope_sp.cache.window import SlidingWindow
 from causalrope_sp.diffusion.noise import Noise, seeded_noise
@@ -54,7 +55,7 @@ def noise_of(batch: int, seed: int = 0) -> Noise:
 
 def sample(frames: int, batch: int = 1, **options: Any) -> Tensor:
     model = options.pop("model", MODEL)
-    chunks = sample_chunks(model, text(batch), noise_of(batch), GRID, frames, **options)
+    chunks = run_chunks(model, text(batch), noise_of(batch), GRID, frames, **options)
     return torch.cat([chunk.latents for chunk in chunks], 1)
 
 
@@ -179,7 +180,7 @@ def test_a_batch_is_its_entries_one_by_one() -> None:
     both = sample(6, 2, stream=stream)
     draw = noise_of(2)
     for entry in range(2):
-        chunks = sample_chunks(
+        chunks = run_chunks(
             MODEL,
             text(2)[entry : entry + 1],
             lambda chunk, step, entry=entry: draw(chunk, step)[entry : entry + 1],
@@ -209,7 +210,7 @@ def forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_chunks_come_before_their_context_pass_and_the_last_has_none(
     forwards: list[int], fuse: bool, after: list[int]
 ) -> None:
-    chunks = sample_chunks(MODEL, text(1), noise_of(1), GRID, 9, fuse_context_pass=fuse)
+    chunks = run_chunks(MODEL, text(1), noise_of(1), GRID, 9, fuse_context_pass=fuse)
     assert not forwards
     assert [len(forwards) for _ in chunks] == after
     assert len(forwards) == after[-1]
@@ -222,7 +223,7 @@ def test_chunks_come_before_their_context_pass_and_the_last_has_none(
 def test_given_frames_take_one_pass_a_chunk(forwards: list[int], fuse: bool, first: list[int], total: int) -> None:
     """Two chunks given, two generated in two steps; the second given chunk's pass rides too."""
     past = torch.zeros(1, 6, *FRAME)
-    chunks = sample_chunks(
+    chunks = run_chunks(
         MODEL, text(1), noise_of(1), GRID, 6, sampler=TWO_STEPS, initial_latents=past, fuse_context_pass=fuse
     )
     handed_out = next(chunks)
@@ -233,7 +234,7 @@ def test_given_frames_take_one_pass_a_chunk(forwards: list[int], fuse: bool, fir
 
 
 def test_an_abandoned_generator_stops_at_once(forwards: list[int]) -> None:
-    chunks = sample_chunks(MODEL, text(1), noise_of(1), GRID, 9)
+    chunks = run_chunks(MODEL, text(1), noise_of(1), GRID, 9)
     next(chunks)
     chunks.close()
     assert len(forwards) == 4
@@ -241,7 +242,7 @@ def test_an_abandoned_generator_stops_at_once(forwards: list[int]) -> None:
 
 def test_an_endless_stream_goes_past_any_length() -> None:
     stream = StreamConfig(4, 1, 2, independent_first_frame=True)
-    endless = sample_chunks(MODEL, text(1), noise_of(1), GRID, None, stream=stream, sampler=TWO_STEPS)
+    endless = run_chunks(MODEL, text(1), noise_of(1), GRID, None, stream=stream, sampler=TWO_STEPS)
     taken = list(itertools.islice(endless, 20))
     endless.close()
     sizes = [1] + [2] * 19
@@ -254,7 +255,7 @@ def test_an_endless_stream_goes_past_any_length() -> None:
 
 
 def test_what_is_handed_out_stays_as_it_was() -> None:
-    chunks = sample_chunks(MODEL, text(1), noise_of(1), GRID, 6, sampler=TWO_STEPS)
+    chunks = run_chunks(MODEL, text(1), noise_of(1), GRID, 6, sampler=TWO_STEPS)
     first = next(chunks).latents
     before = first.clone()
     list(chunks)
@@ -364,7 +365,7 @@ def test_one_chunk_at_a_time() -> None:
 
 def take(**changes: Any) -> None:
     call: dict[str, Any] = {"embeds": text(1), "grid": GRID, "frames": 3, "noise": noise_of(1)}
-    next(sample_chunks(MODEL, **(call | changes)))
+    next(run_chunks(MODEL, **(call | changes)))
 
 
 @pytest.mark.parametrize(

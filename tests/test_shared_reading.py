@@ -56,7 +56,7 @@ def load_together(group: dist.ProcessGroup | None, device: str, file: Path, opti
         model = load_model(file, readers=parallel.denoisers, **options)
     finally:
         WeightFiles.take = take  # type: ignore[method-assign]
-    entry = parallel.ledger.by_kind().get("weights")
+    entry = parallel.comm_stats.by_kind().get("weights")
     moved = (entry.calls, entry.bytes) if entry else (0, 0)
     found = digest(model), reads, moved, sum(p.nbytes for p in model.parameters()), len(list(model.parameters()))
     return [found] if group is None else everyone(found)

@@ -51,16 +51,16 @@ def decode_in_strips(
     group: Any, device: str, kind: str, height: int, width: int, dtype: torch.dtype
 ) -> tuple[list[Tensor], dict[str, Any]]:
     codec, parallel = small_codec(kind, dtype), SequenceParallel(group, device=device)
-    strips = parallel.strips(LatentGrid.from_latent(height, width, (1, 1)), parallel.mesh.denoising)
-    assert strips is not None
-    stream = codec.decoder(strips)
+    spatial_shards = parallel.spatial_shards(LatentGrid.from_latent(height, width, (1, 1)), parallel.mesh.denoising)
+    assert spatial_shards is not None
+    stream = codec.decoder(spatial_shards)
     made = []
     for part in latents_of(height, width, dtype).split(CUT, 1):
-        whole = strips.on_first(stream.decode(part))
+        whole = spatial_shards.gather_to_first(stream.decode(part))
         assert (whole is None) == (parallel.rank > 0)
         if whole is not None:
             made.append(whole)
-    return made, parallel.ledger.as_json()
+    return made, parallel.comm_stats.as_json()
 
 
 @torch.no_grad()
@@ -77,7 +77,7 @@ def test_strips_make_the_whole_picture(pool: RankPool, kind: str, ranks: int, he
     assert ("mid" in moved) == (kind != "taehv")
     calls = moved["halo"]["calls"] + moved.get("mid", {"calls": 0})["calls"]
     if kind == "wan":
-        assert calls == sum(CUT) * VaeSize.of(small_codec(kind, dtype).vae.config).exchanges  # type: ignore[attr-defined]
+        assert calls == sum(CUT) * VaeSize.of(small_codec(kind, dtype).vae.config).collectives  # type: ignore[attr-defined]
     else:
         assert calls > 0
 
@@ -94,7 +94,7 @@ def test_in_float32_strips_cost_no_more_than_rounding(pool: RankPool) -> None:
 def refuses_more_ranks_than_columns(group: Any, device: str) -> str:
     parallel = SequenceParallel(group, device=device)
     try:
-        parallel.strips(LatentGrid.from_latent(1, 2, (1, 1)), parallel.mesh.denoising)
+        parallel.spatial_shards(LatentGrid.from_latent(1, 2, (1, 1)), parallel.mesh.denoising)
     except ConfigError as error:
         return str(error)
     return ""

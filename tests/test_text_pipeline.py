@@ -37,9 +37,12 @@ SHAPE = (1, CONFIG.text_len, CONFIG.text_dim)
 
 def write_recipe(folder: Path, text: object) -> Path:
     folder.mkdir(exist_ok=True)
-    recipe = json.loads((WEIGHTS / "toybox.json").read_text())
-    recipe |= {"transformer": str(WEIGHTS / recipe["transformer"]), "codec": str(WEIGHTS / recipe["codec"])}
-    (folder / "pipeline.json").write_text(json.dumps(recipe | {"text": text}))
+    model_config = json.loads((WEIGHTS / "toybox.json").read_text())
+    model_config |= {
+        "transformer": str(WEIGHTS / model_config["transformer"]),
+        "codec": str(WEIGHTS / model_config["codec"]),
+    }
+    (folder / "pipeline.json").write_text(json.dumps(model_config | {"text": text}))
     return folder
 
 
@@ -173,7 +176,7 @@ def on_two_ranks(group: dist.ProcessGroup, device: str, home: Path, embeds_file:
     }.items():
         chunks = list(pipe.stream(frames=9, **options))
         found[name] = [chunk.frames for chunk in chunks]
-        entries = {(kind, layer): entry for kind, layer, entry in _entries(chunks[0].ledger)}
+        entries = {(kind, layer): entry for kind, layer, entry in _entries(chunks[0].comm_stats)}
         found[f"{name} moved"] = entries["text", -1]
     for name, options in {
         "ftfy": {"prompt": "“dog”"},
@@ -191,8 +194,8 @@ def on_two_ranks(group: dist.ProcessGroup, device: str, home: Path, embeds_file:
     return everyone
 
 
-def _entries(ledger: Any) -> list[tuple[str, int, tuple[int, int, int]]]:
-    return [(kind, layer, (e.calls, e.elements, e.bytes)) for (kind, layer), e in ledger._entries.items()]
+def _entries(comm_stats: Any) -> list[tuple[str, int, tuple[int, int, int]]]:
+    return [(kind, layer, (e.calls, e.elements, e.bytes)) for (kind, layer), e in comm_stats._entries.items()]
 
 
 def test_the_encoder_runs_on_rank_0_alone(

@@ -27,15 +27,15 @@ from causalrope_kernels import (
     Partial,
     Pieces,
     Projection,
-    Room,
-    Turn,
+    RotateOnRead,
+    Slots,
     add_norm,
     add_norm_kernel,
     attention_kernel,
     attention_parts,
     backend,
     merge,
-    place,
+    norm_rope_store,
     reference,
     rms_norm,
     rms_norm_kernel,
@@ -64,20 +64,20 @@ def _bfloat16_as_on_a_gpu() -> Iterator[None]:
     handle, builder = interpreter.TensorHandle, interpreter.InterpreterBuilder
     cast, dot = builder.cast_impl, builder.create_dot
 
-    def widened(x: Any) -> np.ndarray:
+    def with_halo(x: Any) -> np.ndarray:
         return torch.from_numpy(np.ascontiguousarray(x.data).view(np.int16)).view(torch.bfloat16).float().numpy()
 
     def cast_impl(self: Any, source: Any, dtype: Any) -> Any:
         kinds = source.dtype.scalar, dtype.scalar
         if kinds == (tl.bfloat16, tl.float32):
-            return handle(widened(source), tl.float32)
+            return handle(with_halo(source), tl.float32)
         if kinds == (tl.float32, tl.bfloat16):
             rounded = torch.from_numpy(np.ascontiguousarray(source.data)).bfloat16().view(torch.int16)
             return handle(rounded.numpy().view(np.uint16), tl.bfloat16)
         return cast(self, source, dtype)
 
     def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
-        a, b = (handle(widened(x), tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+        a, b = (handle(with_halo(x), tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
         return dot(self, a, b, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -113,7 +113,7 @@ def as_dtype(x: Any, dtype: torch.dtype) -> Any:
         return x.to(dtype) if x.is_floating_point() else x
     if isinstance(x, tuple | list):
         return type(x)(as_dtype(item, dtype) for item in x)
-    if isinstance(x, ByFrame | Modulation | Affine | Keys | Turn):
+    if isinstance(x, ByFrame | Modulation | Affine | Keys | RotateOnRead):
         return type(x)(**{name: as_dtype(value, dtype) for name, value in vars(x).items()})
     return x
 
@@ -208,12 +208,12 @@ def written(
     ring = like.new_full((batch, 7, tokens, heads, width), math.nan)
     wide = like.new_full((batch, count + 1, tokens + 2, heads, width), math.nan)
     pieces = [flat.view(batch, count, tokens, -1, width) for flat in buffer.split(sizes)]
-    rooms = {
-        "q": [Room(piece) for piece in pieces],
-        "k": [Room(ring, SLOTS[:count])],
-        "v": [Room(wide[:, 1:, 1:-1])],
+    kv_slots = {
+        "q": [Slots(piece) for piece in pieces],
+        "k": [Slots(ring, SLOTS[:count])],
+        "v": [Slots(wide[:, 1:, 1:-1])],
     }
-    place(source, **{kind: rooms[kind] for kind in kinds}, backend=name)
+    norm_rope_store(source, **{kind: kv_slots[kind] for kind in kinds}, backend=name)
     assert ring[:, [1, 2, 4, 6]].isnan().all()
     assert wide[:, 0].isnan().all()
     assert wide[:, :, [0, -1]].isnan().all()
@@ -331,10 +331,13 @@ def test_keys_are_turned_on_read(width: int, dtype: torch.dtype) -> None:
     slots, tokens = 6, 13
     q, (k, v) = random(2, 9, 2, width), random(2, 2, slots * tokens, 2, width, seed=1)
     tables = RotaryTables(width, 10_000, Shard(GRID), DEVICE, torch.float64)
-    turn = tables.turn([3, 0, 1, 2, 5, 4], tokens)
-    stretches = ((0, 2 * tokens), (3 * tokens, 5 * tokens))
+    rotate_on_read = tables.rotate_on_read([3, 0, 1, 2, 5, 4], tokens)
+    ranges = ((0, 2 * tokens), (3 * tokens, 5 * tokens))
     compare(
-        whole, q, Keys(k, v, stretches, torch.tensor(stretches, dtype=torch.int32, device=DEVICE), turn), dtype=dtype
+        whole,
+        q,
+        Keys(k, v, ranges, torch.tensor(ranges, dtype=torch.int32, device=DEVICE), rotate_on_read),
+        dtype=dtype,
     )
 
 
@@ -346,8 +349,8 @@ def test_shares_of_the_keys_add_up(count: int, monkeypatch: pytest.MonkeyPatch) 
     assert len(attention_parts(q.float(), as_dtype(Keys(k, v), torch.float32), "triton")) == count
     for dtype in (torch.float32, torch.bfloat16):
         compare(whole, q, Keys(k, v, ((0, 150), (160, 165))), dtype=dtype)
-    turn = RotaryTables(20, 10_000, Shard(GRID), DEVICE, torch.float64).turn(range(6), 50)
-    compare(whole, q, Keys(k, v, ((50, 250),), turn=turn), dtype=torch.bfloat16)
+    rotate_on_read = RotaryTables(20, 10_000, Shard(GRID), DEVICE, torch.float64).rotate_on_read(range(6), 50)
+    compare(whole, q, Keys(k, v, ((50, 250),), rotate_on_read=rotate_on_read), dtype=torch.bfloat16)
 
 
 def test_few_queries_get_shares_that_fill_a_gpu() -> None:

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
+from streams import strategy_of
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -27,23 +28,23 @@ from causalrope_sp.distributed.launch import RankPool
 from causalrope_sp.grid import Chunk, Shard
 from causalrope_sp.sampling.sampler import sample_chunks
 from causalrope_sp.vin import (
-    Moment,
-    TogetherConfig,
+    ParallelChunksConfig,
+    StepOutput,
     VideoInterfaceNetwork,
     VINConfig,
     load_vin,
-    sample_together,
+    sample_parallel_chunks,
     save_vin,
 )
-from causalrope_sp.vin.chunks import LaneChunks, cut
+from causalrope_sp.vin.chunks import AssignedChunks, cut
 from causalrope_sp.vin.fusion import fuse, join
 from causalrope_sp.vin.network import places
-from causalrope_sp.vin.parallel_forward import TogetherForward
-from causalrope_sp.vin.vin_cost import full_flops, overlap_elements, read_elements, together_flops
+from causalrope_sp.vin.parallel_forward import ParallelChunksForward
+from causalrope_sp.vin.vin_cost import full_flops, overlap_elements, parallel_chunks_flops, read_elements
 
 CONFIG = DiTConfig(dim=36, ffn_dim=48, num_heads=6, num_layers=2, text_dim=8, text_len=3, freq_dim=16, in_channels=2)
 VIN = VINConfig(global_tokens=5, dim=24, heads=3, layers=2)
-CHUNKS = TogetherConfig(chunk_frames=5, overlap=2, keyframe_every=2, fuse_above=0.5)
+CHUNKS = ParallelChunksConfig(chunk_frames=5, overlap=2, keyframe_every=2, fuse_above=0.5)
 GRID = LatentGrid(1, 7)
 STEPS = SamplerConfig((1000, 750, 500, 250), shift=1.0, solver="euler")
 
@@ -75,14 +76,14 @@ class Job:
     given: int = 1
     dtype: torch.dtype = torch.float64
     sampler: SamplerConfig = STEPS
-    chunks: TogetherConfig = CHUNKS
+    chunks: ParallelChunksConfig = CHUNKS
     use_vin: bool = True
     preview_every: int | None = None
 
-    def moments(self, parallel: SequenceParallel) -> list[Moment]:
+    def outputs(self, parallel: SequenceParallel) -> list[StepOutput]:
         model, vin = make_pair(self.dtype)
         frame = frame_shape(GRID)
-        steps = sample_together(
+        steps = sample_parallel_chunks(
             model,
             vin if self.use_vin else None,
             random(self.batch, CONFIG.text_len, CONFIG.text_dim).to(self.dtype),
@@ -98,7 +99,7 @@ class Job:
         return [replace(m, latents=None if m.latents is None else m.latents.clone()) for m in steps]
 
     def video(self, parallel: SequenceParallel) -> Tensor:
-        latents = self.moments(parallel)[-1].latents
+        latents = self.outputs(parallel)[-1].latents
         assert latents is not None
         return latents
 
@@ -122,13 +123,13 @@ def relative(result: Tensor, expected: Tensor) -> float:
 )
 def test_lanes_own_every_frame_once(frames: int, chunk: int, overlap: int, every: int, lanes: int, start: int) -> None:
     overlap = min(overlap, chunk // 2)
-    config = TogetherConfig(chunk, overlap, every)
+    config = ParallelChunksConfig(chunk, overlap, every)
     chunks = cut(frames, config, start)
     assert (chunks[0].start, chunks[-1].stop) == (start, start + frames)
     assert all(later.start == earlier.stop - overlap for earlier, later in pairwise(chunks))
     assert all(c.frames == chunk for c in chunks[:-1])
     assert len(chunks) == 1 or chunks[-1].frames > overlap
-    shares = [LaneChunks(chunks, config, lane, lanes) for lane in range(lanes)]
+    shares = [AssignedChunks(chunks, config, lane, lanes) for lane in range(lanes)]
     assert [c for share in shares for c in share.mine] == list(chunks)
     assert [f for share in shares for f in share.owned] == list(range(start, start + frames))
     assert [f for share in shares for f in share.keyframes] == list(range(start, start + frames, every))
@@ -151,7 +152,7 @@ def test_fusion_is_the_formula(frames: int) -> None:
 @pytest.mark.parametrize(("frames", "overlap"), [(5, 1), (12, 2), (9, 2), (6, 2), (1, 2), (30, 2)])
 def test_joined_chunks_cover_every_frame(frames: int, overlap: int, fused: bool) -> None:
     """Against a walk over frames; on any two lanes the same as on one."""
-    config = TogetherConfig(5, overlap, 1)
+    config = ParallelChunksConfig(5, overlap, 1)
     chunks = cut(frames, config)
     said = [random(1, c.frames, 2, 3, seed=c.index) for c in chunks]
     expected = torch.empty(1, frames, 2, 3, dtype=torch.float64)
@@ -164,7 +165,7 @@ def test_joined_chunks_cover_every_frame(frames: int, overlap: int, fused: bool)
         expected[:, frame] = value
         assert len(voices) <= 2 and first.index == min(c.index for c, _ in voices)  # noqa: PT018
     assert torch.allclose(join(said, overlap, fused=fused), expected, rtol=0, atol=1e-15)
-    for lane in (LaneChunks(chunks, config, n, 2) for n in range(2)):
+    for lane in (AssignedChunks(chunks, config, n, 2) for n in range(2)):
         if not lane.mine:
             continue
         before = said[lane.numbers.start - 1][:, -overlap:] if lane.has_before else None
@@ -196,7 +197,7 @@ def test_a_sharded_read_is_the_whole_read(shares: int) -> None:
 
 def test_one_chunk_without_a_network_is_attention_over_the_whole_video() -> None:
     """The same as a stream of one chunk, which sees the given frame and itself."""
-    job = Job(6, batch=2, chunks=TogetherConfig(6, 1, 2), use_vin=False)
+    job = Job(6, batch=2, chunks=ParallelChunksConfig(6, 1, 2), use_vin=False)
     model, _ = make_pair()
     frame, draw = frame_shape(GRID), seeded_noise(0, (2, *frame_shape(GRID)))
 
@@ -221,11 +222,11 @@ def step_once(use_vin: bool, held: Tensor) -> Tensor:
     """The first chunk's velocity."""
     model, vin = make_pair()
     parallel = SequenceParallel.single(device="cpu")
-    lane = LaneChunks(cut(held.shape[1], CHUNKS, 1), CHUNKS)
+    lane = AssignedChunks(cut(held.shape[1], CHUNKS, 1), CHUNKS)
     embeds = random(1, CONFIG.text_len, CONFIG.text_dim)
-    strategy = parallel.strategy(work_of(model))
+    strategy = strategy_of(parallel, work_of(model))
     with torch.inference_mode():
-        state = TogetherForward(model, vin if use_vin else None, embeds, GRID, lane, 1, strategy, parallel)
+        state = ParallelChunksForward(model, vin if use_vin else None, embeds, GRID, lane, 1, strategy, parallel)
         state.commit(random(1, 1, GRID.tokens, CONFIG.token_dim))
         return state.velocities(held, 800.0)[0].clone()
 
@@ -239,10 +240,10 @@ def work_of(model: CausalDiT) -> Any:
 def test_global_tokens_carry_across_a_video_in_one_step() -> None:
     """A keyframe of the last chunk changes what the first chunk does; without them nothing does, nor another frame."""
     held = random(1, 14, GRID.tokens, CONFIG.token_dim)
-    far, beside = held.clone(), held.clone()
-    far[:, 12], beside[:, 13] = random(GRID.tokens, CONFIG.token_dim, seed=3), 0.0
+    far, auxiliary = held.clone(), held.clone()
+    far[:, 12], auxiliary[:, 13] = random(GRID.tokens, CONFIG.token_dim, seed=3), 0.0
     assert relative(step_once(True, far), step_once(True, held)) > 1e-3
-    assert torch.equal(step_once(True, beside), step_once(True, held))
+    assert torch.equal(step_once(True, auxiliary), step_once(True, held))
     assert torch.equal(step_once(False, far), step_once(False, held))
 
 
@@ -259,10 +260,10 @@ def test_global_tokens_are_learned() -> None:
 
 def on_ranks(group: Any, device: str, job: Job, lanes: int, strategy: str) -> Tensor:
     """The video, after every rank has held what it received against the formulas."""
-    parallel = SequenceParallel(group, strategy, device, lanes=lanes)
+    parallel = SequenceParallel(group, strategy, device, chunk=lanes)
     video = job.video(parallel)
-    moved = parallel.ledger.by_kind()
-    lane = LaneChunks(cut(job.frames, job.chunks, job.given), job.chunks, parallel.lane, lanes)
+    moved = parallel.comm_stats.by_kind()
+    lane = AssignedChunks(cut(job.frames, job.chunks, job.given), job.chunks, parallel.chunk_rank, lanes)
     tokens, steps, itemsize = parallel.shard(GRID).tokens, len(job.sampler.steps), job.dtype.itemsize
     wide = max(4, itemsize)
     read = steps * read_elements(VIN, parallel.size, job.batch, itemsize)
@@ -314,15 +315,15 @@ def test_any_mesh_makes_the_same_video(pool: RankPool, ranks: int, lanes: int, s
 
 def test_every_step_is_reported_and_previews_where_asked() -> None:
     parallel = SequenceParallel.single(device="cpu")
-    moments = Job(12, preview_every=2).moments(parallel)
-    assert [(m.step, m.steps, m.latents is not None) for m in moments] == [
+    outputs = Job(12, preview_every=2).outputs(parallel)
+    assert [(m.step, m.steps, m.latents is not None) for m in outputs] == [
         (1, 4, False),
         (2, 4, True),
         (3, 4, False),
         (4, 4, True),
     ]
-    assert torch.equal(moments[-1].latents, single(Job(12)))
-    assert moments[1].latents.shape == moments[3].latents.shape
+    assert torch.equal(outputs[-1].latents, single(Job(12)))
+    assert outputs[1].latents.shape == outputs[3].latents.shape
 
 
 def test_flops_are_those_that_torch_counts() -> None:
@@ -330,19 +331,21 @@ def test_flops_are_those_that_torch_counts() -> None:
     chunks = cut(11, CHUNKS, 1)
     parallel = SequenceParallel.single(device="cpu")
     embeds = torch.zeros(1, CONFIG.text_len, CONFIG.text_dim)
-    strategy = parallel.strategy(work_of(model))
+    strategy = strategy_of(parallel, work_of(model))
 
     def partial(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], *_: Any, **__: Any) -> int:
         return 4 * q[0] * q[1] * q[2] * k[2] * q[3]
 
     with torch.inference_mode():
-        state = TogetherForward(model, vin, embeds, GRID, LaneChunks(chunks, CHUNKS), 1, strategy, parallel)
+        state = ParallelChunksForward(model, vin, embeds, GRID, AssignedChunks(chunks, CHUNKS), 1, strategy, parallel)
         state.commit(torch.zeros(1, 1, GRID.tokens, CONFIG.token_dim))
         mapping = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: partial}
         with FlopCounterMode(display=False, custom_mapping=mapping) as counter, sdpa_kernel(SDPBackend.MATH):
             state.velocities(torch.zeros(1, 11, GRID.tokens, CONFIG.token_dim), 500.0)
-    assert counter.get_total_flops() == together_flops(CONFIG, VIN, GRID, 11, CHUNKS, given=1)
-    assert full_flops(CONFIG, GRID, 11, 1) == together_flops(CONFIG, None, GRID, 11, TogetherConfig(11, 1, 1), 1)
+    assert counter.get_total_flops() == parallel_chunks_flops(CONFIG, VIN, GRID, 11, CHUNKS, given=1)
+    assert full_flops(CONFIG, GRID, 11, 1) == parallel_chunks_flops(
+        CONFIG, None, GRID, 11, ParallelChunksConfig(11, 1, 1), 1
+    )
 
 
 def test_weights_come_back_and_others_are_refused(tmp_path: Path) -> None:
@@ -390,7 +393,7 @@ def test_a_file_that_says_nonsense_is_refused_by_name(tmp_path: Path, said: dict
 def with_another_dit() -> None:
     vin = VideoInterfaceNetwork(VIN, replace(CONFIG, num_layers=3))
     noise, embeds = seeded_noise(0, (1, *frame_shape(GRID))), torch.zeros(1, CONFIG.text_len, CONFIG.text_dim)
-    list(sample_together(make_pair(torch.float32)[0], vin, embeds, noise, GRID, 5, chunks=CHUNKS, sampler=STEPS))
+    list(sample_parallel_chunks(make_pair(torch.float32)[0], vin, embeds, noise, GRID, 5, chunks=CHUNKS, sampler=STEPS))
 
 
 def test_any_solver_leads_from_step_to_step() -> None:
@@ -421,16 +424,16 @@ def test_values_of_the_read_know_nothing_of_places_and_its_size_does_not_matter(
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (lambda: TogetherConfig(5, 3, 2), "more than half of a chunk"),
-        (lambda: TogetherConfig(5, 0, 2), "overlap must be a whole number of at least 1"),
-        (lambda: TogetherConfig(5, 2, 2, 1.5), "fuse_above is a share"),
+        (lambda: ParallelChunksConfig(5, 3, 2), "more than half of a chunk"),
+        (lambda: ParallelChunksConfig(5, 0, 2), "overlap must be a whole number of at least 1"),
+        (lambda: ParallelChunksConfig(5, 2, 2, 1.5), "fuse_above is a share"),
         (lambda: VINConfig(8, 10, 3, 1), "not divisible by its 3 heads"),
-        (lambda: Job(0).moments(SequenceParallel.single()), "frames must be at least 1"),
+        (lambda: Job(0).outputs(SequenceParallel.single()), "frames must be at least 1"),
         (
-            lambda: Job(5, preview_every=0).moments(SequenceParallel.single()),
+            lambda: Job(5, preview_every=0).outputs(SequenceParallel.single()),
             "preview_every must be a whole number of at least 1",
         ),
-        (lambda: Job(5, preview_every=1.5).moments(SequenceParallel.single()), "whole number of at least 1, not 1.5"),  # type: ignore[arg-type]
+        (lambda: Job(5, preview_every=1.5).outputs(SequenceParallel.single()), "whole number of at least 1, not 1.5"),  # type: ignore[arg-type]
         (
             lambda: single(Job(5, sampler=replace(STEPS, guidance_scale=2.0))),
             "chunks made together are not guided",
@@ -450,7 +453,7 @@ def test_training_computes_what_the_sampler_does() -> None:
 
     from causalrope_sp.toybox.chart import chart
 
-    chunks, grid = TogetherConfig(5, 1, 4), LatentGrid(2, 3)
+    chunks, grid = ParallelChunksConfig(5, 1, 4), LatentGrid(2, 3)
     model, vin = make_pair(torch.float32)
     pair = Pair(model, vin)
     forcing = TogetherForcing(grid, chunks, pair, torch.device("cpu"), autocast=False)
@@ -459,11 +462,13 @@ def test_training_computes_what_the_sampler_does() -> None:
     level = torch.tensor([0.8, 0.3])
     trained = torch.cat([forcing.velocity(pair, noisy, embeds, level, chunk) for chunk in range(3)], 1)
     parallel = SequenceParallel.single(device="cpu")
-    lane = LaneChunks(cut(13, chunks, 1), chunks)
+    lane = AssignedChunks(cut(13, chunks, 1), chunks)
     work = replace(work_of(model), grid=grid)
     with torch.inference_mode():
         for n, timestep in enumerate((800.0, 300.0)):  # a level each
-            state = TogetherForward(model, vin, embeds[n : n + 1], grid, lane, 1, parallel.strategy(work), parallel)
+            state = ParallelChunksForward(
+                model, vin, embeds[n : n + 1], grid, lane, 1, strategy_of(parallel, work), parallel
+            )
             state.commit(grid.patchify(chart(1, *noisy.shape[2:])))
             sampled = torch.cat(state.velocities(grid.patchify(noisy[n : n + 1]), timestep), 1)
             assert relative(grid.patchify(trained[n : n + 1]), sampled) < 1e-5

@@ -19,7 +19,7 @@ from causalrope_sp import CausalVideoPipeline, ConfigError
 from causalrope_sp.cli.main import cli
 from causalrope_sp.distributed import SequenceParallel
 from causalrope_sp.distributed.launch import RankPool
-from causalrope_sp.pipeline.parallel_chunks import Glimpse, Watch
+from causalrope_sp.pipeline.parallel_chunks import PreviewFrame, Watch
 from causalrope_sp.toybox import WEIGHTS
 from causalrope_sp.toybox.prompts import parse_prompt
 from causalrope_sp.toybox.scenes import PLACE_VARIABLES, render
@@ -40,7 +40,7 @@ def shell(*words: object) -> Result:
 
 def test_chunks_are_handed_out_after_the_last_step(pipe: CausalVideoPipeline) -> None:
     """Lengths that fill no chunk are trimmed; previews are the whole video; the frames are those of one call."""
-    seen: list[Glimpse] = []
+    seen: list[PreviewFrame] = []
     chunks = list(pipe.stream(PROMPT, frames=40, watch=Watch(seen.append, preview_every=2)))
     assert [chunk.start_frame for chunk in chunks] == [0, 33]
     assert [len(chunk.frames) for chunk in chunks] == [33, 7]
@@ -52,7 +52,7 @@ def test_chunks_are_handed_out_after_the_last_step(pipe: CausalVideoPipeline) ->
 
 
 def on_ranks(group: Any, device: str, frames: int) -> np.ndarray | None:
-    parallel = SequenceParallel(group, device=device, lanes=1 if group is None else group.size())
+    parallel = SequenceParallel(group, device=device, chunk=1 if group is None else group.size())
     return CausalVideoPipeline.from_pretrained("toybox-vin", parallel=parallel, **OPTIONS)(PROMPT, frames=frames)
 
 

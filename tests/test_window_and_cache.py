@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor
 
-from causalrope_kernels.reference import put, stretches
+from causalrope_kernels.reference import put, ranges
 from causalrope_sp import Chunk, ConfigError, KVCache, StreamConfig
 from causalrope_sp.cache.kv_cache import LayerCache
 from causalrope_sp.cache.window import SlidingWindow
@@ -53,7 +53,7 @@ def test_a_chunk_attends_what_a_plain_list_keeps(stream: tuple[SlidingWindow, li
         expected = kept(chunk.stop, window.frames, window.sink)
         assert sorted(window.held(chunk.stop)) == expected
         assert visible_past(chunk, window.frames, window.sink) + list(range(chunk.start, chunk.stop)) == expected
-        assert window.readable(chunk) == len(expected)
+        assert len(window.held(chunk.stop)) == len(expected)
 
 
 @given(streams())
@@ -68,13 +68,13 @@ def test_a_chunk_takes_no_slot_that_it_still_reads(stream: tuple[SlidingWindow, 
         assert {in_slot[slot] for slot in slots if slot in in_slot} == set(window.evicted(chunk))
         assert not set(window.evicted(chunk)) & set(past)
         in_slot |= dict(zip(slots, range(chunk.start, chunk.stop)))
-        assert sorted(in_slot) == list(range(window.readable(chunk)))
+        assert sorted(in_slot) == list(range(len(window.held(chunk.stop))))
         assert window.held(chunk.stop) == [in_slot[slot] for slot in sorted(in_slot)]
         for since in range(chunk.stop + 1):
-            for number, (mine, old) in enumerate(zip(window.stretches(chunk, since), (True, False))):
+            for number, (mine, old) in enumerate(zip(window.ranges(chunk, since), (True, False))):
                 covered = [slot for first, stop in mine for slot in range(first, stop)]
                 assert covered == [slot for slot in sorted(in_slot) if (in_slot[slot] < since) == old], number
-        assert max(map(len, window.stretches(chunk, chunk.start))) <= 2
+        assert max(map(len, window.ranges(chunk, chunk.start))) <= 2
         places = window.places(chunk)
         assert places[len(in_slot) :] == [0] * (window.frames - len(in_slot))
         assert sorted(in_slot, key=in_slot.__getitem__) == sorted(in_slot, key=places.__getitem__)
@@ -214,12 +214,12 @@ TestCacheOfAStream.settings = settings(max_examples=60, stateful_step_count=25, 
 
 
 def write(cache: LayerCache, chunk: Chunk, k: Tensor, v: Tensor) -> None:
-    for room, x in zip(cache.rooms(chunk), (k, v), strict=True):
+    for room, x in zip(cache.kv_slots(chunk), (k, v), strict=True):
         put(room, x)
 
 
 def read(cache: LayerCache, chunk: Chunk) -> tuple[Tensor, Tensor]:
-    ((k, v),) = stretches(cache.keys(chunk))
+    ((k, v),) = ranges(cache.keys(chunk))
     return k, v
 
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from causalrope_kernels import Keys, Partial, Room, Source, attention, attention_parts, place
+from causalrope_kernels import Keys, Partial, Slots, Source, attention, attention_parts, norm_rope_store
 from causalrope_sp.cache.kv_cache import LayerCache
 from causalrope_sp.grid import Chunk
 
@@ -65,8 +65,8 @@ def attend_cached(source: Source, cache: LayerCache, chunks: Sequence[Chunk], ba
 def write_chunk(source: Source, cache: LayerCache, chunk: Chunk) -> Tensor:
     """A chunk's keys and values into the cache; its queries, (B, F, s, h, d)."""
     q = empty(source)
-    k_room, v_room = cache.rooms(chunk)
-    place(source, q=[Room(q)], k=[k_room], v=[v_room])
+    k_slots, v_slots = cache.kv_slots(chunk)
+    norm_rope_store(source, q=[Slots(q)], k=[k_slots], v=[v_slots])
     return q
 
 

@@ -11,10 +11,10 @@ from math import prod
 
 from torch import Tensor
 
-from causalrope_kernels import Partial, Pieces, Room, Source, merge, place
+from causalrope_kernels import Partial, Pieces, Slots, Source, merge, norm_rope_store
 from causalrope_sp.attention.base import Strategy, by_chunk, empty, joined, parts_of
 from causalrope_sp.cache.kv_cache import LayerCache
-from causalrope_sp.distributed.communicator import Exchange
+from causalrope_sp.distributed.communicator import Communicator
 from causalrope_sp.grid import Chunk
 
 
@@ -30,9 +30,11 @@ class GatherKV(Strategy):
 
     name = "gather-kv"
 
-    def __init__(self, exchange: Exchange, tokens: Sequence[int], heads: int, overlap: bool, backend: str) -> None:
-        super().__init__(tokens[exchange.rank], heads, backend)
-        self._exchange, self._tokens, self._overlap = exchange, tokens, overlap
+    def __init__(
+        self, communicator: Communicator, tokens: Sequence[int], heads: int, overlap: bool, backend: str
+    ) -> None:
+        super().__init__(tokens[communicator.rank], heads, backend)
+        self._communicator, self._tokens, self._overlap = communicator, tokens, overlap
 
     @property
     def stored_tokens(self) -> int:
@@ -41,23 +43,23 @@ class GatherKV(Strategy):
     def attend(self, source: Source, cache: LayerCache, chunks: Sequence[Chunk]) -> Tensor:
         batch, frames, _, _, width = source.shape
         shapes = [(2, batch, frames, tokens, self.heads, width) for tokens in self._tokens]
-        mine = [shapes[self._exchange.rank]]
-        (sent,) = self._exchange.buffer("kv out", mine, source.like, block=max(map(prod, shapes)))
-        place(source, k=[Room(sent[0])], v=[Room(sent[1])])
-        on_the_way = self._exchange.all_gather("kv", cache.index, shapes, sent)
+        mine = [shapes[self._communicator.rank]]
+        (sent,) = self._communicator.buffer("kv out", mine, source.like, block=max(map(prod, shapes)))
+        norm_rope_store(source, k=[Slots(sent[0])], v=[Slots(sent[1])])
+        handle = self._communicator.all_gather("kv", cache.index, shapes, sent)
         q = empty(source)
-        place(source, q=[Room(q)])
+        norm_rope_store(source, q=[Slots(q)])
         passes = by_chunk(chunks)
         before: list[list[Partial]] = [[] for _ in chunks]
         known = 0  # every frame before this one is attended while the others' keys and values are in flight
         if self._overlap and chunks[0].start:
             known = chunks[0].start
             before = [parts_of(q[:, part], cache.keys_before(chunk, known), self.backend) for chunk, part in passes]
-        arrived = Pieces(on_the_way.wait())
+        arrived = Pieces(handle.wait())
         outputs = []
         for (chunk, part), old in zip(passes, before, strict=True):
-            k_room, v_room = cache.rooms(chunk)
-            place(arrived.part(part), k=[k_room], v=[v_room])
+            k_slots, v_slots = cache.kv_slots(chunk)
+            norm_rope_store(arrived.part(part), k=[k_slots], v=[v_slots])
             new = parts_of(q[:, part], cache.keys_since(chunk, known), self.backend)
             outputs.append(merge([*old, *new])[0].view(q[:, part].shape))
         return joined(outputs)

@@ -12,10 +12,10 @@ from math import prod
 import torch
 from torch import Tensor
 
-from causalrope_kernels import Partial, Room, Source, merge, place
+from causalrope_kernels import Partial, Slots, Source, merge, norm_rope_store
 from causalrope_sp.attention.base import Strategy, by_chunk, lse_elements, parts_of
 from causalrope_sp.cache.kv_cache import LayerCache
-from causalrope_sp.distributed.communicator import Exchange
+from causalrope_sp.distributed.communicator import Communicator
 from causalrope_sp.grid import Chunk
 
 
@@ -31,27 +31,29 @@ class ShardKV(Strategy):
 
     name = "shard-kv"
 
-    def __init__(self, exchange: Exchange, tokens: Sequence[int], heads: int, overlap: bool, backend: str) -> None:
-        super().__init__(tokens[exchange.rank], heads, backend)
-        self._exchange, self._tokens, self._overlap = exchange, tokens, overlap
+    def __init__(
+        self, communicator: Communicator, tokens: Sequence[int], heads: int, overlap: bool, backend: str
+    ) -> None:
+        super().__init__(tokens[communicator.rank], heads, backend)
+        self._communicator, self._tokens, self._overlap = communicator, tokens, overlap
 
     def stored(self, x_BLHD: Tensor) -> Tensor:
-        return x_BLHD.tensor_split(self._exchange.size, 1)[self._exchange.rank]
+        return x_BLHD.tensor_split(self._communicator.size, 1)[self._communicator.rank]
 
     def attend(self, source: Source, cache: LayerCache, chunks: Sequence[Chunk]) -> Tensor:
         batch, frames, _, _, width = source.shape
-        shapes, me = self._shapes(batch, frames, width), self._exchange.rank
-        (q,) = self._exchange.buffer("q out", [shapes[me]], source.like, block=max(map(prod, shapes)))
-        place(source, q=[Room(q)])
-        on_the_way = self._exchange.all_gather("q", cache.index, shapes, q)
-        arrived = None if self._overlap else on_the_way.wait()
+        shapes, me = self._shapes(batch, frames, width), self._communicator.rank
+        (q,) = self._communicator.buffer("q out", [shapes[me]], source.like, block=max(map(prod, shapes)))
+        norm_rope_store(source, q=[Slots(q)])
+        handle = self._communicator.all_gather("q", cache.index, shapes, q)
+        arrived = None if self._overlap else handle.wait()
         partials: list[list[Partial]] = [[] for _ in self._tokens]
         for chunk, part in by_chunk(chunks):
-            k_room, v_room = cache.rooms(chunk)
-            place(source.part(part), k=[k_room], v=[v_room])
+            k_slots, v_slots = cache.kv_slots(chunk)
+            norm_rope_store(source.part(part), k=[k_slots], v=[v_slots])
             partials[me].append(merge(parts_of(q[:, part], cache.keys(chunk), self.backend)))
             if arrived is None:
-                arrived = on_the_way.wait()
+                arrived = handle.wait()
             for rank, queries in enumerate(arrived):
                 if rank != me:
                     partials[rank].append(merge(parts_of(queries[:, part], cache.keys(chunk), self.backend)))
@@ -72,12 +74,12 @@ class ShardKV(Strategy):
             shape = batch, frames * tokens, self.heads
             return output.view(*shape, width), lse.view(lse_dtype).view(shape)
 
-        sent = self._exchange.buffer("partial out", sizes, like)
+        sent = self._communicator.buffer("partial out", sizes, like)
         for piece, parts, tokens in zip(sent, partials, self._tokens, strict=True):
             for whole, found in zip(opened(piece, tokens), zip(*parts, strict=True), strict=True):
                 torch.cat(found, 1, out=whole)
-        mine = self._exchange.rank
-        back = self._exchange.all_to_all("partial", layer, [sizes[mine]] * self._exchange.size, sent).wait()
+        mine = self._communicator.rank
+        back = self._communicator.all_to_all("partial", layer, [sizes[mine]] * self._communicator.size, sent).wait()
         return merge([opened(piece, self._tokens[mine]) for piece in back])[0].view(like.shape)
 
     def _shapes(self, batch: int, frames: int, width: int) -> list[tuple[int, ...]]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from causalrope_kernels import Keys, Room, Turn
+from causalrope_kernels import Keys, RotateOnRead, Slots
 from causalrope_sp.cache.window import SlidingWindow
 from causalrope_sp.devices import send
 from causalrope_sp.errors import ConfigError
@@ -40,26 +40,26 @@ class KVCache:
         *,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
-        turn: Callable[[Sequence[int]], Turn] | None = None,
+        rotate_on_read: Callable[[Sequence[int]], RotateOnRead] | None = None,
     ) -> None:
         self.window = window
-        self._turn = turn
+        self._rotate_on_read = rotate_on_read
         self.committed = 0
         self.open_chunk: Chunk | None = None
         shape = (layers, 2, batch, window.frames, tokens, heads, head_dim)
         self.storage_L2BKSHD = torch.empty(shape, dtype=dtype, device=device)
-        self._aside_L2BFSHD = self.storage_L2BKSHD[:, :, :, :0]  # frames put aside; grows to the largest chunk
-        self._put_aside: set[int] = set()  # the layers that have
+        self._undo_L2BFSHD = self.storage_L2BKSHD[:, :, :, :0]  # frames put aside; grows to the largest chunk
+        self._undo_layers: set[int] = set()  # the layers that have
         self._written: dict[int, int] = {}  # slot -> frame, as the first layer writes them
         self._slots: dict[Chunk, torch.Tensor] = {}  # what all layers share, and the device need be told once a chunk
-        self._turns: dict[Chunk, Turn | None] = {}
-        self._stretches: dict[tuple[Chunk, int, bool], tuple[tuple[tuple[int, int], ...], torch.Tensor]] = {}
+        self._rotations_on_read: dict[Chunk, RotateOnRead | None] = {}
+        self._ranges_by_chunk: dict[tuple[Chunk, int, bool], tuple[tuple[tuple[int, int], ...], torch.Tensor]] = {}
 
     @property
     def bytes(self) -> int:
         """All that the cache holds on the device, what is put aside included."""
-        aside = self._aside_L2BFSHD
-        return self.storage_L2BKSHD.nbytes + aside.numel() * aside.element_size()
+        undo = self._undo_L2BFSHD
+        return self.storage_L2BKSHD.nbytes + undo.numel() * undo.element_size()
 
     def open(self, chunk: Chunk) -> None:
         """Makes `chunk` the one that denoise passes write.
@@ -73,11 +73,11 @@ class KVCache:
             raise ConfigError(f"the cache stands at latent frame {self.committed}, the chunk starts at {chunk.start}")
         self.window.slots(chunk)
         evicted = len(self.window.evicted(chunk))
-        if evicted > self._aside_L2BFSHD.shape[3]:
+        if evicted > self._undo_L2BFSHD.shape[3]:
             layers, _, batch, _, *rest = self.storage_L2BKSHD.shape
-            self._aside_L2BFSHD = self.storage_L2BKSHD.new_empty(layers, 2, batch, evicted, *rest)
+            self._undo_L2BFSHD = self.storage_L2BKSHD.new_empty(layers, 2, batch, evicted, *rest)
         self.open_chunk = chunk
-        for memory in (self._slots, self._turns, self._stretches):
+        for memory in (self._slots, self._rotations_on_read, self._ranges_by_chunk):
             memory.clear()
 
     def commit(self) -> None:
@@ -89,51 +89,53 @@ class KVCache:
         if self.open_chunk is None:
             raise ConfigError("no chunk is open to commit")
         self.committed, self.open_chunk = self.open_chunk.stop, None
-        self._put_aside.clear()
+        self._undo_layers.clear()
 
     def cancel(self) -> None:
         """Forgets the open chunk; frames that it overwrote are as they were after the last commit."""
         if self.open_chunk is not None:
             evicted = self.window.evicted(self.open_chunk)
-            for layer in self._put_aside:
+            for layer in self._undo_layers:
                 for n, frame in enumerate(evicted):
-                    self.storage_L2BKSHD[layer, :, :, self.window.slot(frame)] = self._aside_L2BFSHD[layer, :, :, n]
-            if self._put_aside:
+                    self.storage_L2BKSHD[layer, :, :, self.window.slot(frame)] = self._undo_L2BFSHD[layer, :, :, n]
+            if self._undo_layers:
                 self._written |= {self.window.slot(frame): frame for frame in evicted}
             self.open_chunk = None
-            self._put_aside.clear()
+            self._undo_layers.clear()
 
     def layer(self, index: int) -> LayerCache:
         return LayerCache(self, index)
 
-    def rooms(self, layer: int, chunk: Chunk) -> tuple[Room, Room]:
+    def kv_slots(self, layer: int, chunk: Chunk) -> tuple[Slots, Slots]:
         ring_2BKSHD = self.storage_L2BKSHD[layer]
-        if chunk == self.open_chunk and layer not in self._put_aside:
+        if chunk == self.open_chunk and layer not in self._undo_layers:
             for n, frame in enumerate(self.window.evicted(chunk)):
-                self._aside_L2BFSHD[layer, :, :, n] = ring_2BKSHD[:, :, self.window.slot(frame)]
-            self._put_aside.add(layer)
+                self._undo_L2BFSHD[layer, :, :, n] = ring_2BKSHD[:, :, self.window.slot(frame)]
+            self._undo_layers.add(layer)
         if layer == 0:
             self._written |= {self.window.slot(frame): frame for frame in range(chunk.start, chunk.stop)}
         if chunk not in self._slots:
             self._slots[chunk] = send(torch.tensor(self.window.slots(chunk)), ring_2BKSHD.device)
-        k, v = (Room(ring, self._slots[chunk]) for ring in ring_2BKSHD)
+        k, v = (Slots(ring, self._slots[chunk]) for ring in ring_2BKSHD)
         return k, v
 
     def keys(self, layer: int, chunk: Chunk, since: int, old: bool) -> Keys:
         ring_2BKSHD = self.storage_L2BKSHD[layer]
         tokens, device = ring_2BKSHD.shape[3], ring_2BKSHD.device
         key = chunk, since, old
-        if key not in self._stretches:
-            slots = self.window.stretches(chunk, since)[not old]
+        if key not in self._ranges_by_chunk:
+            slots = self.window.ranges(chunk, since)[not old]
             if since:  # always two, the second at times empty: so many does a captured graph have
                 assert len(slots) <= 2, "what goes round lies in one stretch or two"
                 slots += [(0, 0)] * (2 - len(slots))
             rows = tuple((first * tokens, stop * tokens) for first, stop in slots)
-            self._stretches[key] = rows, send(torch.tensor(rows, dtype=torch.int32).view(-1, 2), device)
-        if chunk not in self._turns:
-            self._turns[chunk] = None if self._turn is None else self._turn(self.window.places(chunk))
+            self._ranges_by_chunk[key] = rows, send(torch.tensor(rows, dtype=torch.int32).view(-1, 2), device)
+        if chunk not in self._rotations_on_read:
+            self._rotations_on_read[chunk] = (
+                None if self._rotate_on_read is None else self._rotate_on_read(self.window.places(chunk))
+            )
         k, v = ring_2BKSHD.flatten(2, 3)
-        return Keys(k, v, *self._stretches[key], self._turns[chunk])
+        return Keys(k, v, *self._ranges_by_chunk[key], self._rotations_on_read[chunk])
 
     def check_integrity(self) -> None:
         """Raises AssertionError unless cursor, slots and storage agree and every committed number is finite."""
@@ -145,7 +147,7 @@ class KVCache:
         for slot, frame in enumerate(held):
             assert self._written.get(slot) in (frame, *opened), f"slot {slot} does not hold frame {frame}"
         if self.open_chunk is None:
-            assert not self._put_aside, "frames put aside outlive their chunk"
+            assert not self._undo_layers, "frames put aside outlive their chunk"
             assert self.storage_L2BKSHD[:, :, :, : len(held)].isfinite().all(), "a committed slot was never written"
         else:
             assert self.open_chunk.start == self.committed, "the open chunk is not the next one"
@@ -157,9 +159,9 @@ class LayerCache:
     def __init__(self, cache: KVCache, index: int) -> None:
         self._cache, self.index, self.window = cache, index, cache.window
 
-    def rooms(self, chunk: Chunk) -> tuple[Room, Room]:
+    def kv_slots(self, chunk: Chunk) -> tuple[Slots, Slots]:
         """Where the keys and the values of the chunk go: the slots that it owns. Whoever asks, writes them."""
-        return self._cache.rooms(self.index, chunk)
+        return self._cache.kv_slots(self.index, chunk)
 
     def keys(self, chunk: Chunk) -> Keys:
         """All that the chunk's queries attend, itself included."""

@@ -45,11 +45,7 @@ class SlidingWindow:
             )
         return [self.slot(frame) for frame in range(chunk.start, chunk.stop)]
 
-    def readable(self, chunk: Chunk) -> int:
-        """How many slots, counted from the first, a chunk's queries read once its own keys are written."""
-        return min(chunk.stop, self.frames)
-
-    def stretches(self, chunk: Chunk, since: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    def ranges(self, chunk: Chunk, since: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
         """The slots that a chunk's queries read, as stretches [first, stop): those that hold frames before the global
         time index `since`, and the others."""
         sides: tuple[list[tuple[int, int]], list[tuple[int, int]]] = ([], [])

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from causalrope_sp.errors import ConfigError, OutputError
-from causalrope_sp.pipeline.model_config import TEXT_ENCODERS, Recipe, find_recipe
+from causalrope_sp.pipeline.model_config import TEXT_ENCODERS, ModelConfig, find_model_config
 from causalrope_sp.text import PromptEmbeds, TextSource, UMT5TextEncoder, save_embeds
 from causalrope_sp.text.umt5 import TEXT_LEN
 from causalrope_sp.weights import inspect_checkpoint
@@ -35,10 +35,10 @@ def encode_to_file(
     if text is not None:
         source: str | TextSource = TextSource.of(text, tokenizer)
     else:
-        recipe = Recipe.load(find_recipe(model or "toybox"))
-        source = recipe.text
+        model_config = ModelConfig.load(find_model_config(model or "toybox"))
+        source = model_config.text
         if isinstance(source, TextSource):
-            text_len = inspect_checkpoint(recipe.transformer).config.text_len
+            text_len = inspect_checkpoint(model_config.transformer).config.text_len
     if not isinstance(source, TextSource):
         return save_embeds(out, TEXT_ENCODERS[source]().encode(prompt, seed), prompt, source)
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 
 from causalrope_sp.cli.options import parse_steps
-from causalrope_sp.cli.preview import Watching, check_together
+from causalrope_sp.cli.preview import Watching, check_parallel_chunks
 from causalrope_sp.cli.runtime import Background, rank, ranks, say_choices, shares_rank_0_disk
-from causalrope_sp.config import Solver, check_given, check_negative
+from causalrope_sp.config import Solver, check_conditioning, check_negative
 from causalrope_sp.errors import CausalRopeError, ConfigError, RankLostError
 from causalrope_sp.io.video_writer import VideoWriter, check_output
 from causalrope_sp.pipeline.offload import Offload
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 EXISTING = click.Path(exists=True, path_type=Path)
 EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 # which options go where: to the ranks, to the model, to the stream
-RANKS = ("strategy", "lanes", "decoders", "overlap", "head_groups", "attention")
+RANKS = ("strategy", "cfg", "chunk", "decode_ranks", "overlap", "head_groups", "attention")
 MODEL = (
     *("window", "sink", "rope", "solver", "shift", "guidance", "guidance_interval"),
     *("weights", "offload", "codec", "codec_weights", "decode", "preflight", "parallel_chunks"),
@@ -61,7 +61,12 @@ STREAM = ("frames", "seed", "negative_prompt", "negative_embeds", "image", "vide
 @click.option(
     "--parallel-chunks", type=click.Choice(["vin"]), help="Make all chunks at once, by the model's interface network."
 )
-@click.option("--lanes", type=int, help="With it, into how many lanes ranks are cut to share chunks (default: all).")
+@click.option(
+    "--chunk-parallel",
+    "chunk",
+    type=int,
+    help="With it, how many groups of ranks share the chunks (default: all ranks).",
+)
 @click.option("--preview-every", type=int, help="With it, write what the video looks to become every so many steps.")
 @click.option("--image", type=EXISTING_FILE, help="A picture that is the first frame.")
 @click.option("--video", type=EXISTING_FILE, help="A video, to continue or to redraw.")
@@ -79,7 +84,7 @@ STREAM = ("frames", "seed", "negative_prompt", "negative_embeds", "image", "vide
 )
 @click.option(
     "--decode-ranks",
-    "decoders",
+    "decode_ranks",
     type=click.IntRange(0),
     default=0,
     show_default=True,
@@ -112,13 +117,14 @@ def generate(
     frames, picture, video = (options[name] for name in ("frames", "image", "video"))
     if frames < 1:
         raise ConfigError(f"frames must be at least 1, not {frames}")
-    check_given(picture is not None, video is not None, options["keep_on"], options["strength"])
+    check_conditioning(picture is not None, video is not None, options["keep_on"], options["strength"])
     steps = parse_steps(options["steps"])
     together = options["parallel_chunks"] is not None
     others = {name: options[name] for name in ("reuse", "image", "video", "guidance_parallel")}
-    others["decode_ranks"] = options["decoders"]
-    check_together(together, out, options["lanes"], options["preview_every"], **others)
-    options["lanes"] = options["lanes"] or (ranks() if together else 2 if options["guidance_parallel"] else 1)
+    others["decode_ranks"] = options["decode_ranks"]
+    check_parallel_chunks(together, out, options["chunk"], options["preview_every"], **others)
+    options["chunk"] = options["chunk"] or (ranks() if together else 1)
+    options["cfg"] = 2 if options["guidance_parallel"] else 1
     if options["reuse"] is not None:
         options["reuse"] = find_policy(options["reuse"])
     Offload.of(options["offload"])  # wrong words are said before anything is imported
@@ -163,12 +169,12 @@ def generate(
 
 def _write_video(items: Iterator[Any], out: str, frames: int, silent: bool) -> dict[str, Any]:
     """Takes the pipeline, then its chunks, as they come; writes them on rank 0; returns what --json prints."""
-    from causalrope_sp.distributed.comm_stats import Ledger
+    from causalrope_sp.distributed.comm_stats import CommStats
 
     pipe = next(items)
     if shares_rank_0_disk():
         check_output(out, pipe.height, pipe.width)
-    started, first_frame_s, chunk_ms, moved = time.perf_counter(), 0.0, list[float](), Ledger()
+    started, first_frame_s, chunk_ms, moved = time.perf_counter(), 0.0, list[float](), CommStats()
     with contextlib.ExitStack() as stack:
         video, progress = None, None
         if rank() == 0:
@@ -181,7 +187,7 @@ def _write_video(items: Iterator[Any], out: str, frames: int, silent: bool) -> d
             for chunk in items:
                 first_frame_s = first_frame_s or time.perf_counter() - started
                 chunk_ms.append(round(1000 * chunk.seconds, 2))
-                moved.include(chunk.ledger)
+                moved.include(chunk.comm_stats)
                 if video is None or progress is None:
                     continue
                 video.write(chunk.frames)
@@ -202,7 +208,7 @@ def _write_video(items: Iterator[Any], out: str, frames: int, silent: bool) -> d
         "first_frame_s": round(first_frame_s, 4),
         "seconds": round(seconds, 4),
         "ranks": pipe.parallel.size,
-        "strategy": pipe.parallel.in_use(pipe.model.config),
+        "strategy": pipe.strategy,
         "out": out,
         "chunks": chunk_ms,
         "communication": moved.as_json(),

@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from causalrope_sp.pipeline.model_config import Recipe, find_recipe
+from causalrope_sp.pipeline.model_config import ModelConfig, find_model_config
 from causalrope_sp.toybox import EMBEDDED
 from causalrope_sp.weights import CheckpointReport, Preset, find_preset, inspect_checkpoint
 
@@ -21,10 +21,17 @@ def inspect(path: str, part: str | None, preset: str | None, changes: Mapping[st
         ConfigError: no such preset, or changes that cannot work together.
     """
     named = None if preset is None else replace(find_preset(preset), evidence=("named by --preset",))
-    recipe = _recipe(path)
-    report = inspect_checkpoint(path if recipe is None else recipe.transformer, part=part)
-    if recipe is not None:
-        made = Preset("recipe", recipe.stream, recipe.sampler, None, str(find_recipe(path)), ("it has a recipe",))
+    model_config = _recipe(path)
+    report = inspect_checkpoint(path if model_config is None else model_config.transformer, part=part)
+    if model_config is not None:
+        made = Preset(
+            "recipe",
+            model_config.stream,
+            model_config.sampler,
+            None,
+            str(find_model_config(path)),
+            ("it has a recipe",),
+        )
         named = named or made
     return replace(report, preset=(named or report.preset).override(**changes))
 
@@ -62,10 +69,10 @@ def text(report: CheckpointReport) -> str:
     return "\n".join(lines)
 
 
-def _recipe(path: str) -> Recipe | None:
-    recipe = path.endswith(".json") and not path.endswith(".index.json")
-    if path in EMBEDDED or recipe or (Path(path) / "pipeline.json").is_file():
-        return Recipe.load(find_recipe(path))
+def _recipe(path: str) -> ModelConfig | None:
+    model_config = path.endswith(".json") and not path.endswith(".index.json")
+    if path in EMBEDDED or model_config or (Path(path) / "pipeline.json").is_file():
+        return ModelConfig.load(find_model_config(path))
     return None
 
 

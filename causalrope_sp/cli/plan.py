@@ -57,7 +57,7 @@ def plan(
 ) -> None:
     """Predicts, for every strategy, memory, bytes and time of a stream on RANKS ranks; nothing is run."""
     from causalrope_sp.cli import planning
-    from causalrope_sp.distributed.mesh import possible_lanes
+    from causalrope_sp.distributed.mesh import possible_cfg_sizes
     from causalrope_sp.pipeline.offload import Offload
     from causalrope_sp.planning import cost
     from causalrope_sp.reuse import find_policy
@@ -68,8 +68,8 @@ def plan(
     )
     work = replace(work, fp8=weights == "fp8")
     on = planning.describe_machine(gpu, link, measured)
-    beside = planning.describe_beside(model, work, Offload.of(offload), gpu == "cpu")
-    costs = cost.plan(work, ranks, on, lanes=possible_lanes(work.guided > 0, ranks), beside=beside)
+    auxiliary = planning.describe_auxiliary(model, work, Offload.of(offload), gpu == "cpu")
+    costs = cost.plan(work, ranks, on, cfg_sizes=possible_cfg_sizes(work.guided > 0, ranks), auxiliary=auxiliary)
     decoding = planning.describe_decoding(model, work, ranks, on)
     if plot is not None:
         planning.plot_plan(work, on, plot)

@@ -9,21 +9,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from causalrope_sp.config import PRESETS, VAE_STRIDE, DiTConfig, SamplerConfig, StreamConfig
-from causalrope_sp.diffusion.schedule import overruled
-from causalrope_sp.distributed.mesh import possible_lanes
+from causalrope_sp.diffusion.schedule import with_overrides
+from causalrope_sp.distributed.mesh import possible_cfg_sizes
 from causalrope_sp.errors import CheckpointError, ConfigError, OutputError
 from causalrope_sp.grid import LatentGrid
 from causalrope_sp.pipeline.offload import Offload
 from causalrope_sp.planning.cost import Plan, plan
 from causalrope_sp.planning.decode_cost import DecodePlan, VaeSize, plan_decoding
 from causalrope_sp.planning.machines import GPUS, LINKS, Machine, machine
-from causalrope_sp.planning.memory import Beside
+from causalrope_sp.planning.memory import AuxiliaryMemory
 from causalrope_sp.planning.workload import Workload
 from causalrope_sp.reuse.policy import ReusePolicy
 from causalrope_sp.sampling.guidance import check_guidance
 
 if TYPE_CHECKING:
-    from causalrope_sp.pipeline.model_config import Recipe
+    from causalrope_sp.pipeline.model_config import ModelConfig
 
 PLOTTED = (1, 2, 4, 8, 16, 32, 64)
 
@@ -40,7 +40,7 @@ def describe_workload(
     guidance_interval: tuple[float, float] | None = None,
     reuse: ReusePolicy | None = None,
 ) -> Workload:
-    """The stream to plan for: a preset, an embedded model or a checkpoint, with whatever is overruled.
+    """The stream to plan for: a preset, an embedded model or a checkpoint, with whatever is with_overrides.
 
     Raises:
         CheckpointError: nothing readable at `model`.
@@ -52,8 +52,8 @@ def describe_workload(
         sink=stream.sink if sink is None else sink,
         chunk_frames=stream.chunk_frames if chunk_frames is None else chunk_frames,
     )
-    sampler = overruled(sampler, steps=steps, guidance=guidance, guidance_interval=guidance_interval)
-    check_guidance(sampler, lanes=1)
+    sampler = with_overrides(sampler, steps=steps, guidance=guidance, guidance_interval=guidance_interval)
+    check_guidance(sampler, cfg=1)
     if stream.window is None:
         raise ConfigError(f"{model} looks back over everything: give --window, the latent frames of the video")
     grid = LatentGrid.from_pixels(
@@ -62,7 +62,7 @@ def describe_workload(
     return Workload.of(config, grid, stream, sampler, stream.window, reuse=reuse)
 
 
-def describe_beside(model: str, work: Workload, offload: Offload, on_cpu: bool) -> Beside:
+def describe_auxiliary(model: str, work: Workload, offload: Offload, on_cpu: bool) -> AuxiliaryMemory:
     """The text encoder and the codec that stand beside a model: those of its recipe, else Wan's own, UMT5-XXL in
     bfloat16 and the Wan VAE.
 
@@ -70,16 +70,16 @@ def describe_beside(model: str, work: Workload, offload: Offload, on_cpu: bool) 
         CheckpointError: the recipe's codec or text encoder cannot be read.
     """
     from causalrope_sp.codec.codec_footprint import codec_footprint, wan_2_1_footprint
-    from causalrope_sp.pipeline.preflight import beside
+    from causalrope_sp.pipeline.preflight import auxiliary
     from causalrope_sp.text import TextSource
     from causalrope_sp.text.text_footprint import text_bytes, umt5_xxl_bytes
 
-    recipe = None if model in PRESETS else _recipe(model)
+    model_config = None if model in PRESETS else _recipe(model)
     size = VAE_STRIDE[1] * work.grid.latent_height, VAE_STRIDE[1] * work.grid.latent_width
-    if recipe is None:
-        return beside(umt5_xxl_bytes(), wan_2_1_footprint(*size, work.chunk_frames), offload, on_cpu)
-    text = text_bytes(recipe.text) if isinstance(recipe.text, TextSource) else 0
-    return beside(text, codec_footprint(recipe.codec, None, *size, work.chunk_frames), offload, on_cpu)
+    if model_config is None:
+        return auxiliary(umt5_xxl_bytes(), wan_2_1_footprint(*size, work.chunk_frames), offload, on_cpu)
+    text = text_bytes(model_config.text) if isinstance(model_config.text, TextSource) else 0
+    return auxiliary(text, codec_footprint(model_config.codec, None, *size, work.chunk_frames), offload, on_cpu)
 
 
 def describe_decoding(model: str, work: Workload, ranks: int, on: Machine) -> DecodePlan | None:
@@ -92,9 +92,9 @@ def describe_decoding(model: str, work: Workload, ranks: int, on: Machine) -> De
     from causalrope_sp.codec.codec_loader import open_codec
     from causalrope_sp.codec.wan_vae_weights import vae_on_meta
 
-    recipe, vae = None if model in PRESETS else _recipe(model), VaeSize()
-    if recipe is not None:
-        files, kind = open_codec(recipe.codec)
+    model_config, vae = None if model in PRESETS else _recipe(model), VaeSize()
+    if model_config is not None:
+        files, kind = open_codec(model_config.codec)
         if kind != "wan":
             return None
         vae = VaeSize.of(vae_on_meta(files).config)
@@ -195,16 +195,16 @@ def print_decoding(found: DecodePlan, ranks: int) -> None:
 
 
 def _memory_in_words(cost: Plan) -> str:
-    beside, by_time = cost.beside, cost.bytes_by_time
+    auxiliary, by_time = cost.auxiliary, cost.bytes_by_time
     parts = {
         "weights": cost.weights_bytes,
         "cache": cost.cache_bytes,
         "activations": cost.activation_bytes,
-        "UMT5": beside.text,
-        "codec": beside.codec,
-        "its state": beside.codec_state,
-        "its activations": beside.codec_activations,
-        "workspace": beside.workspace,
+        "UMT5": auxiliary.text,
+        "codec": auxiliary.codec,
+        "its state": auxiliary.codec_state,
+        "its activations": auxiliary.codec_activations,
+        "workspace": auxiliary.workspace,
     }
     said = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items() if size)
     times = ", ".join(f"{size / 1e9:.1f} to {time}" for time, size in by_time.items())
@@ -243,7 +243,7 @@ def plot_plan(work: Workload, on: Machine, path: Path) -> None:
     kinds: dict[str, list[Plan]] = {}
     for ranks in (r for r in PLOTTED if r <= work.grid.tokens):
         best: dict[str, Plan] = {}
-        for cost in plan(work, ranks, on, lanes=possible_lanes(work.guided > 0, ranks)):
+        for cost in plan(work, ranks, on, cfg_sizes=possible_cfg_sizes(work.guided > 0, ranks)):
             kind = _kind(cost.name)
             if kind not in best or cost.chunk_ms < best[kind].chunk_ms:
                 best[kind] = cost
@@ -278,8 +278,8 @@ def _known(model: str) -> tuple[DiTConfig, StreamConfig, SamplerConfig, tuple[in
     wan = StreamConfig(window=21, chunk_frames=3), SamplerConfig(), (480, 832)
     if model in PRESETS:
         return PRESETS[model], *wan
-    recipe = _recipe(model)
-    if recipe is None:
+    model_config = _recipe(model)
+    if model_config is None:
         if not Path(model).exists():
             raise CheckpointError(
                 f"no model {model!r}: not one of {', '.join(PRESETS)}, toybox, not a file, not a folder"
@@ -288,15 +288,20 @@ def _known(model: str) -> tuple[DiTConfig, StreamConfig, SamplerConfig, tuple[in
         known = report.preset.stream.window is not None
         runs = (report.preset.stream, report.preset.sampler, wan[2]) if known else wan
         return report.config, *runs
-    if recipe.vin is not None:
+    if model_config.vin is not None:
         raise ConfigError(f"{model} makes its chunks in parallel: there is no plan of a stream")
-    return inspect_checkpoint(recipe.transformer).config, recipe.stream, recipe.sampler, (recipe.height, recipe.width)
+    return (
+        inspect_checkpoint(model_config.transformer).config,
+        model_config.stream,
+        model_config.sampler,
+        (model_config.height, model_config.width),
+    )
 
 
-def _recipe(model: str) -> Recipe | None:
-    from causalrope_sp.pipeline.model_config import Recipe, find_recipe
+def _recipe(model: str) -> ModelConfig | None:
+    from causalrope_sp.pipeline.model_config import ModelConfig, find_model_config
 
     try:
-        return Recipe.load(find_recipe(model))
+        return ModelConfig.load(find_model_config(model))
     except CheckpointError:
         return None

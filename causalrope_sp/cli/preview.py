@@ -13,29 +13,31 @@ from causalrope_sp.errors import ConfigError, OutputError
 from causalrope_sp.io.video_writer import VideoWriter, check_output, is_folder
 
 if TYPE_CHECKING:
-    from causalrope_sp.pipeline.parallel_chunks import Glimpse
+    from causalrope_sp.pipeline.parallel_chunks import PreviewFrame
 
 
-def check_together(together: bool, out: str, lanes: int | None, preview_every: int | None, **others: object) -> None:
+def check_parallel_chunks(
+    together: bool, out: str, chunk: int | None, preview_every: int | None, **others: object
+) -> None:
     """Refuses what does not go with chunks made in parallel, or goes with nothing else.
 
     Raises:
         ConfigError: an option that only chunks made in parallel have, or one of the `others`, which they have not; a
-            number below 1, or of lanes that does not divide the ranks.
+            number below 1, or of groups that does not divide the ranks.
         OutputError: a preview that cannot be written.
     """
     for name, value in others.items():
         if together and value:
             raise ConfigError(f"chunks made in parallel have no --{name.replace('_', '-')} to set")
-    for name, value in (("--lanes", lanes), ("--preview-every", preview_every)):
+    for name, value in (("--chunk-parallel", chunk), ("--preview-every", preview_every)):
         if value is not None and not together:
             raise ConfigError(f"{name} is for chunks made in parallel: say --parallel-chunks vin")
         if value is not None and value < 1:
             raise ConfigError(f"{name} must be at least 1, not {value}")
-    if lanes is not None and ranks() % lanes:
-        raise ConfigError(f"{ranks()} ranks cannot be cut into {lanes} lanes of equal size")
+    if chunk is not None and ranks() % chunk:
+        raise ConfigError(f"--chunk-parallel {chunk}: expected a divisor of the {ranks()} ranks")
     if preview_every is not None and shares_rank_0_disk():
-        check_output(beside(out, preview_every))
+        check_output(auxiliary(out, preview_every))
 
 
 class Watching:
@@ -47,19 +49,19 @@ class Watching:
     def __init__(self, out: str, fps: float, silent: bool) -> None:
         self._out, self._fps, self._silent = out, fps, silent
 
-    def __call__(self, glimpse: Glimpse) -> None:
+    def __call__(self, preview: PreviewFrame) -> None:
         if rank() == 0 and not self._silent:
-            click.echo(f"step {glimpse.step} of {glimpse.steps}", err=True)
-        if glimpse.frames is not None:
-            _, height, width, _ = glimpse.frames.shape
+            click.echo(f"step {preview.step} of {preview.steps}", err=True)
+        if preview.frames is not None:
+            _, height, width, _ = preview.frames.shape
             try:
-                with VideoWriter(beside(self._out, glimpse.step), height, width, self._fps) as video:
-                    video.write(glimpse.frames)
+                with VideoWriter(auxiliary(self._out, preview.step), height, width, self._fps) as video:
+                    video.write(preview.frames)
             except OutputError as reason:
-                click.echo(f"warning: no preview of step {glimpse.step}: {reason}", err=True)
+                click.echo(f"warning: no preview of step {preview.step}: {reason}", err=True)
 
 
-def beside(out: str, step: int) -> str:
+def auxiliary(out: str, step: int) -> str:
     """A preview's path: in a folder of its own where the video is a folder of pictures."""
     path = Path(os.path.abspath(out))
     return str(path.with_name(f"{path.stem}.step{step}{path.suffix}")) + ("/" if is_folder(out) else "")

@@ -40,7 +40,7 @@ def profile_reuse(
     Proposes, for each kind of output, how often to compute it so that nothing reused differs by more than --bound.
     """
     from causalrope_sp.distributed import SequenceParallel
-    from causalrope_sp.pipeline.model_config import Recipe, find_recipe
+    from causalrope_sp.pipeline.model_config import ModelConfig, find_model_config
     from causalrope_sp.pipeline.pipeline import CausalVideoPipeline
     from causalrope_sp.profiling import profile_report as report
     from causalrope_sp.profiling.outputs import check_bound, propose, recording
@@ -48,7 +48,7 @@ def profile_reuse(
 
     check_bound(bound)
     report.check_files(out, plot)
-    if Recipe.load(find_recipe(model)).vin is not None:
+    if ModelConfig.load(find_model_config(model)).vin is not None:
         raise ConfigError(f"{model} makes its chunks in parallel, where nothing is reused")
     parallel = SequenceParallel.from_env()
     pipe = CausalVideoPipeline.from_pretrained(model, parallel=parallel, steps=parse_steps(steps))

@@ -95,7 +95,7 @@ class Background(Generic[T]):
     def __init__(self, iterate: Callable[[], Iterator[T]]) -> None:
         self._iterate = iterate
         self._results: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue()
-        self._room, self._left = threading.Semaphore(AHEAD), threading.Event()
+        self._slots_of, self._left = threading.Semaphore(AHEAD), threading.Event()
 
     def fail(self, error: BaseException) -> None:
         """Raises `error` in the thread that iterates, as soon as it has taken what is ready; from any thread."""
@@ -110,16 +110,16 @@ class Background(Generic[T]):
                     raise error
                 if item is None:
                     return
-                self._room.release()
+                self._slots_of.release()
                 yield item
         finally:
             self._left.set()
-            self._room.release()
+            self._slots_of.release()
 
     def _work(self) -> None:
         try:
             for item in self._iterate():
-                self._room.acquire()
+                self._slots_of.acquire()
                 if self._left.is_set():
                     return
                 self._results.put((item, None))

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from causalrope_sp.distributed.halo import Strips
+from causalrope_sp.distributed.halo import SpatialShards
 from causalrope_sp.errors import ConfigError
 
 
@@ -61,7 +61,7 @@ class Codec(Protocol):
     @property
     def device(self) -> torch.device: ...
 
-    def decoder(self, strips: Strips | None = None) -> DecoderStream:
+    def decoder(self, spatial_shards: SpatialShards | None = None) -> DecoderStream:
         """With `strips` one that takes whole latents, as every rank does, and gives this rank's strip of the pixels."""
         ...
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from causalrope_sp.codec.interface import Codec, DecoderStream, EncoderStream
-from causalrope_sp.distributed.halo import Strips
+from causalrope_sp.distributed.halo import SpatialShards
 
 
 class OffloadedCodec:
@@ -37,8 +37,8 @@ class OffloadedCodec:
         self._waiting = [weight.data for weight in self._weights]
         self._one_at_a_time = threading.Lock()
 
-    def decoder(self, strips: Strips | None = None) -> DecoderStream:
-        return _Decoder(self, self._codec.decoder(strips))
+    def decoder(self, spatial_shards: SpatialShards | None = None) -> DecoderStream:
+        return _Decoder(self, self._codec.decoder(spatial_shards))
 
     def encoder(self) -> EncoderStream:
         return _Encoder(self, self._codec.encoder())

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from causalrope_sp.distributed.halo import Strips
+from causalrope_sp.distributed.halo import SpatialShards
 
 
 def sharing_weights(module: nn.Module) -> Any:
@@ -22,27 +22,27 @@ def sharing_weights(module: nn.Module) -> Any:
     return copy.deepcopy(module, {id(x): x for x in chain(module.parameters(), module.buffers())})
 
 
-def split_convolutions(module: nn.Module, strips: Strips) -> None:
+def split_convolutions(module: nn.Module, spatial_shards: SpatialShards) -> None:
     """Has every convolution within a module take its input's edges from the neighbours, in place."""
     for layer in module.modules():
-        if isinstance(layer, nn.Conv2d | nn.Conv3d) and layer.kernel_size[strips.axis] > 1:
-            reach = layer.kernel_size[strips.axis] // 2
-            assert layer.stride[strips.axis] == 1, "a decoder only ever grows a picture"
-            _drop_padding(layer, strips.axis)
-            layer.register_forward_pre_hook(_Widen(strips, reach))
+        if isinstance(layer, nn.Conv2d | nn.Conv3d) and layer.kernel_size[spatial_shards.axis] > 1:
+            reach = layer.kernel_size[spatial_shards.axis] // 2
+            assert layer.stride[spatial_shards.axis] == 1, "a decoder only ever grows a picture"
+            _drop_padding(layer, spatial_shards.axis)
+            layer.register_forward_pre_hook(_Widen(spatial_shards, reach))
 
 
 class _Widen:
     """Before a convolution: its input, and what it keeps of earlier frames, with the neighbours' edges."""
 
-    def __init__(self, strips: Strips, reach: int) -> None:
-        self._strips, self._reach = strips, reach
+    def __init__(self, spatial_shards: SpatialShards, reach: int) -> None:
+        self._spatial_shards, self._reach = spatial_shards, reach
 
     def __call__(self, layer: nn.Module, inputs: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
         given = [x for x in inputs if x is not None]
         if len(given) == 1:
-            return (self._strips.widened(given[0], self._reach),)
-        whole = self._strips.widened(torch.cat(given, 2), self._reach)  # one exchange for both
+            return (self._spatial_shards.with_halo(given[0], self._reach),)
+        whole = self._spatial_shards.with_halo(torch.cat(given, 2), self._reach)  # one exchange for both
         return whole.split([x.shape[2] for x in given], 2)
 
 

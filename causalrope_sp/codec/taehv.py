@@ -23,7 +23,7 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from causalrope_sp.codec.codec_tensors import read_exactly, shape_of
 from causalrope_sp.codec.interface import stream_pieces
 from causalrope_sp.codec.sharded_decoder import sharing_weights, split_convolutions
-from causalrope_sp.distributed.halo import Strips
+from causalrope_sp.distributed.halo import SpatialShards
 from causalrope_sp.errors import CheckpointError
 from causalrope_sp.weights.tensor_files import WeightFiles
 
@@ -126,8 +126,8 @@ class TaehvCodec:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def decoder(self, strips: Strips | None = None) -> TaehvDecoderStream:
-        return TaehvDecoderStream(self.model, strips)
+    def decoder(self, spatial_shards: SpatialShards | None = None) -> TaehvDecoderStream:
+        return TaehvDecoderStream(self.model, spatial_shards)
 
     def encoder(self) -> TaehvEncoderStream:
         return TaehvEncoderStream(self.model)
@@ -136,18 +136,18 @@ class TaehvCodec:
 class TaehvDecoderStream:
     """A `DecoderStream` through TAEHV."""
 
-    def __init__(self, model: Taehv, strips: Strips | None = None) -> None:
-        self._config, self._strips, self._decoder = model.config, strips, model.decoder
-        if strips is not None:
+    def __init__(self, model: Taehv, spatial_shards: SpatialShards | None = None) -> None:
+        self._config, self._spatial_shards, self._decoder = model.config, spatial_shards, model.decoder
+        if spatial_shards is not None:
             self._decoder = sharing_weights(model.decoder)
-            split_convolutions(self._decoder, strips)
+            split_convolutions(self._decoder, spatial_shards)
         self._memory: dict[int, Tensor] = {}
         self._started = False
 
     def decode(self, latents_BFCHW: Tensor) -> Tensor:
         before = prod(self._config.grows) - 1  # frames of the first latent frame that precede the video
-        if self._strips is not None:
-            latents_BFCHW = self._strips.mine(latents_BFCHW)
+        if self._spatial_shards is not None:
+            latents_BFCHW = self._spatial_shards.mine(latents_BFCHW)
         pieces = []
         for frame in latents_BFCHW.split(1, dim=1):
             made = _walk(self._decoder, frame, self._memory)

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from causalrope_sp.codec.interface import stream_pieces
 from causalrope_sp.codec.sharded_decoder import sharing_weights, split_convolutions
-from causalrope_sp.distributed.halo import Strips
+from causalrope_sp.distributed.halo import SpatialShards
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
@@ -44,8 +44,8 @@ class WanCodec:
     def device(self) -> torch.device:
         return self.vae.post_quant_conv.weight.device
 
-    def decoder(self, strips: Strips | None = None) -> WanDecoderStream:
-        return WanDecoderStream(self.vae, strips)
+    def decoder(self, spatial_shards: SpatialShards | None = None) -> WanDecoderStream:
+        return WanDecoderStream(self.vae, spatial_shards)
 
     def encoder(self) -> WanEncoderStream:
         return WanEncoderStream(self.vae)
@@ -54,9 +54,9 @@ class WanCodec:
 class WanDecoderStream:
     """A `DecoderStream` through the Wan VAE."""
 
-    def __init__(self, vae: AutoencoderKLWan, strips: Strips | None = None) -> None:
-        self._vae, self._strips = vae, strips
-        self._decoder = vae.decoder if strips is None else _split(vae.decoder, strips)
+    def __init__(self, vae: AutoencoderKLWan, spatial_shards: SpatialShards | None = None) -> None:
+        self._vae, self._spatial_shards = vae, spatial_shards
+        self._decoder = vae.decoder if spatial_shards is None else _split(vae.decoder, spatial_shards)
         self._state: list[Any] = [None] * _causal_convolutions(self._decoder)
         self._started = False
 
@@ -65,8 +65,8 @@ class WanDecoderStream:
 
         config = self._vae.config
         mean, std = _statistics(self._vae, latents_BFCHW)
-        if self._strips is not None:
-            latents_BFCHW = self._strips.mine(latents_BFCHW)
+        if self._spatial_shards is not None:
+            latents_BFCHW = self._spatial_shards.mine(latents_BFCHW)
         pieces = []
         for frame in (latents_BFCHW * std + mean).split(1, dim=1):
             first, self._started = not self._started, True
@@ -92,14 +92,14 @@ class WanEncoderStream:
         config = self._vae.config
         sizes = stream_pieces(pixels_BT3HW.shape[1], config.scale_factor_temporal, self._started)
         self._started = True
-        moments = []
+        outputs = []
         for piece in pixels_BT3HW.split(sizes, dim=1):
             pixels = piece.transpose(1, 2).contiguous()
             if config.patch_size is not None:
                 pixels = patchify(pixels, patch_size=config.patch_size)
             hidden = self._vae.encoder(pixels, feat_cache=self._state, feat_idx=[0])
-            moments.append(self._vae.quant_conv(hidden)[:, : config.z_dim])
-        means = torch.cat(moments, 2).transpose(1, 2)
+            outputs.append(self._vae.quant_conv(hidden)[:, : config.z_dim])
+        means = torch.cat(outputs, 2).transpose(1, 2)
         mean, std = _statistics(self._vae, means)
         return (means - mean) / std
 
@@ -107,28 +107,28 @@ class WanEncoderStream:
 class SplitAttention(nn.Module):
     """diffusers' `WanAttentionBlock`, attention of a frame's places over that frame: this strip's places over all."""
 
-    def __init__(self, block: WanAttentionBlock, strips: Strips) -> None:
+    def __init__(self, block: WanAttentionBlock, spatial_shards: SpatialShards) -> None:
         super().__init__()
-        self.norm, self.to_qkv, self.proj, self._strips = block.norm, block.to_qkv, block.proj, strips
+        self.norm, self.to_qkv, self.proj, self._spatial_shards = block.norm, block.to_qkv, block.proj, spatial_shards
 
     def forward(self, x_BCTHW: Tensor) -> Tensor:
         batch, channels = x_BCTHW.shape[:2]
         normed = self.norm(x_BCTHW.transpose(1, 2).flatten(0, 1))
         weight, bias = self.to_qkv.weight, self.to_qkv.bias
         q = functional.conv2d(normed, weight[:channels], bias[:channels])
-        kv = functional.conv2d(self._strips.whole(normed), weight[channels:], bias[channels:])
+        kv = functional.conv2d(self._spatial_shards.whole(normed), weight[channels:], bias[channels:])
         q, k, v = (part.flatten(2).transpose(1, 2).unsqueeze(1).contiguous() for part in (q, *kv.chunk(2, 1)))
         attended = functional.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2)
         projected = self.proj(attended.reshape(normed.shape))
         return x_BCTHW + projected.unflatten(0, (batch, -1)).transpose(1, 2)
 
 
-def _split(decoder: nn.Module, strips: Strips) -> Any:
+def _split(decoder: nn.Module, spatial_shards: SpatialShards) -> Any:
     split = sharing_weights(decoder)
-    split_convolutions(split, strips)
+    split_convolutions(split, spatial_shards)
     attentions = split.mid_block.attentions
     for number, block in enumerate(attentions):
-        attentions[number] = SplitAttention(block, strips)
+        attentions[number] = SplitAttention(block, spatial_shards)
     return split
 
 

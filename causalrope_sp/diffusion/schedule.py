@@ -32,7 +32,7 @@ def timesteps(steps: int | Sequence[float], solver: Solver = "renoise") -> tuple
     return tuple(start * (steps - i) / steps for i in range(steps))
 
 
-def overruled(
+def with_overrides(
     config: SamplerConfig,
     *,
     steps: int | Sequence[float] | None = None,
@@ -69,7 +69,7 @@ def sigmas(config: SamplerConfig) -> list[float]:
     return [shift_sigma(step / 1000, config.shift) for step in config.steps]
 
 
-def told_timesteps(config: SamplerConfig) -> list[float]:
+def model_timesteps(config: SamplerConfig) -> list[float]:
     """The timestep that the model is told at every step: 1000·σ, of which Wan's UniPC keeps the whole part.
 
     diffusers keeps the same part of its own rounding of 1000·σ: at shift 1, where that may be a whole number, it may
@@ -82,18 +82,18 @@ def told_timesteps(config: SamplerConfig) -> list[float]:
 def guided_steps(config: SamplerConfig) -> list[bool]:
     """Whether a step is guided, for every step."""
     low, high = config.guidance_interval
-    return [config.guidance_scale != 1 and low <= t <= high for t in told_timesteps(config)]
+    return [config.guidance_scale != 1 and low <= t <= high for t in model_timesteps(config)]
 
 
 def branch_timesteps(config: SamplerConfig, negative: bool = False, first_step: int = 0) -> tuple[float, ...]:
     """Those of a chunk's passes from a step on: all of them for the prompt, the guided ones for the negative prompt."""
-    steps = zip(told_timesteps(config), guided_steps(config), strict=True)
+    steps = zip(model_timesteps(config), guided_steps(config), strict=True)
     return tuple(t for t, guided in list(steps)[first_step:] if guided or not negative)
 
 
-def guide(positive: Tensor, negative: Tensor, scale: float) -> Tensor:
+def guide(conditional: Tensor, negative: Tensor, scale: float) -> Tensor:
     """Classifier-free guidance of a velocity (arXiv 2207.12598): away from the negative prompt's."""
-    return negative + scale * (positive - negative)
+    return negative + scale * (conditional - negative)
 
 
 def predict_x0(x: Tensor, velocity: Tensor, sigma: float) -> Tensor:

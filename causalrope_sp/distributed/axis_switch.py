@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from causalrope_sp.distributed.communicator import Exchange
+from causalrope_sp.distributed.communicator import Communicator
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.grid import shares
 
@@ -46,35 +46,35 @@ class AxisSwitch:
         tokens: of a frame, rank by rank.
     """
 
-    def __init__(self, exchange: Exchange | None, frames: Sequence[int], tokens: Sequence[int]) -> None:
-        self._exchange, self._frames, self._tokens = exchange, frames, tokens
+    def __init__(self, communicator: Communicator | None, frames: Sequence[int], tokens: Sequence[int]) -> None:
+        self._communicator, self._frames, self._tokens = communicator, frames, tokens
 
     def to_tokens(self, layer: int, x_BfSD: Tensor) -> Tensor:
         """All frames of this rank's tokens, (N, F, D)."""
-        if self._exchange is None:
+        if self._communicator is None:
             return x_BfSD.transpose(1, 2).flatten(0, 1)
         batch, _, _, width = x_BfSD.shape
-        here = self._tokens[self._exchange.rank]
+        here = self._tokens[self._communicator.rank]
         pieces = x_BfSD.transpose(1, 2).split(list(self._tokens), 1)
         arrived = self._trade(layer, pieces, [(batch, here, frames, width) for frames in self._frames])
         return torch.cat(arrived, 2).flatten(0, 1)
 
     def to_frames(self, layer: int, x_NFD: Tensor) -> Tensor:
         """All tokens of this rank's frames, (B, f, S, D)."""
-        here = self._tokens[0 if self._exchange is None else self._exchange.rank]
+        here = self._tokens[0 if self._communicator is None else self._communicator.rank]
         x_BFsD = x_NFD.unflatten(0, (-1, here)).transpose(1, 2)
-        if self._exchange is None:
+        if self._communicator is None:
             return x_BFsD
         batch, _, _, width = x_BFsD.shape
-        mine = self._frames[self._exchange.rank]
+        mine = self._frames[self._communicator.rank]
         pieces = x_BFsD.split(list(self._frames), 1)
         arrived = self._trade(layer, pieces, [(batch, mine, tokens, width) for tokens in self._tokens])
         return torch.cat(arrived, 2)
 
     def _trade(self, layer: int, pieces: Sequence[Tensor], arriving: Sequence[Sequence[int]]) -> list[Tensor]:
         """Piece r to rank r; the pieces that arrive are a buffer's, to be read before the next trade."""
-        assert self._exchange is not None, "one process trades nothing"
-        sent = self._exchange.buffer("switch out", [piece.shape for piece in pieces], pieces[0])
+        assert self._communicator is not None, "one process trades nothing"
+        sent = self._communicator.buffer("switch out", [piece.shape for piece in pieces], pieces[0])
         for room, piece in zip(sent, pieces, strict=True):
             room.copy_(piece)
-        return self._exchange.all_to_all(KIND, layer, arriving, sent).wait()
+        return self._communicator.all_to_all(KIND, layer, arriving, sent).wait()

@@ -35,7 +35,7 @@ class Entry:
         return self
 
 
-class Ledger:
+class CommStats:
     """Entries by kind and layer, noted from any thread.
 
     Kinds are "qkv", "output", "kv", "q" and "partial" of attention, "guidance", "weights", "text" and "latents", and of
@@ -88,7 +88,7 @@ class Ledger:
         """Notes that so much was stored at once."""
         self.stored_bytes = max(self.stored_bytes, stored_bytes)
 
-    def include(self, other: Ledger) -> None:
+    def include(self, other: CommStats) -> None:
         self.keep(other.stored_bytes)
         for (kind, layer), entry in other._entries.items():
             self.add(kind, layer, entry)
@@ -105,13 +105,13 @@ class Ledger:
             total += entry
         return total
 
-    def take(self) -> Ledger:
+    def take(self) -> CommStats:
         """What was noted since the last call, as a ledger of its own; this one begins anew.
 
         On CUDA a wait that is not over yet is left to the next taking.
         """
         self._read_waits()
-        taken = Ledger()
+        taken = CommStats()
         with self._lock:
             taken._entries, self._entries = self._entries, taken._entries
             taken.stored_bytes, self.stored_bytes = self.stored_bytes, 0

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from causalrope_sp.distributed.comm_stats import LAYERLESS, Entry, Ledger
+from causalrope_sp.distributed.comm_stats import LAYERLESS, CommStats, Entry
 from causalrope_sp.errors import RankLostError
 
 # torch 2.13 renamed all_gather_into_tensor and warns at every call of the old name
@@ -25,11 +25,13 @@ _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather
 Shape = Sequence[int]
 
 
-class Arrival:
+class AsyncHandle:
     """A collective in flight. The send buffer may be written, and the pieces read, after `wait`."""
 
-    def __init__(self, work: dist.Work, pieces: list[Tensor], exchange: Exchange, kind: str, layer: int) -> None:
-        self._work, self._pieces, self._exchange = work, pieces, exchange
+    def __init__(
+        self, work: dist.Work, pieces: list[Tensor], communicator: Communicator, kind: str, layer: int
+    ) -> None:
+        self._work, self._pieces, self._communicator = work, pieces, communicator
         self._kind, self._layer = kind, layer
 
     def wait(self) -> list[Tensor]:
@@ -38,39 +40,39 @@ class Arrival:
         Raises:
             RankLostError: a rank is gone.
         """
-        ledger, kind, layer = self._exchange.ledger, self._kind, self._layer
+        comm_stats, kind, layer = self._communicator.comm_stats, self._kind, self._layer
         if self._pieces[0].is_cuda:
             began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             began.record()
             self._finish()
             ended.record()
-            ledger.add_wait(kind, layer, began, ended)
+            comm_stats.add_wait(kind, layer, began, ended)
         else:
             started = time.perf_counter()
             self._finish()
-            ledger.add(kind, layer, Entry(waited_s=time.perf_counter() - started))
+            comm_stats.add(kind, layer, Entry(waited_s=time.perf_counter() - started))
         return self._pieces
 
     def _finish(self) -> None:
         try:
             self._work.wait()
         except RuntimeError as error:
-            gone = self._exchange.who_is_gone() or f"a collective ({self._kind}) failed: {str(error).splitlines()[0]}"
+            gone = self._communicator.lost_rank() or f"a collective ({self._kind}) failed: {str(error).splitlines()[0]}"
             raise RankLostError(gone) from error
 
 
-class Exchange:
+class Communicator:
     """Some ranks that talk, and what they keep for it.
 
     Args:
         group: the process group of these ranks.
         ledger: where every collective is noted.
-        who_is_gone: asked when a collective fails; a line that names the rank, or None.
+        lost_rank: asked when a collective fails; a line that names the rank, or None.
     """
 
-    def __init__(self, group: dist.ProcessGroup, ledger: Ledger, who_is_gone: Callable[[], str | None]) -> None:
+    def __init__(self, group: dist.ProcessGroup, comm_stats: CommStats, lost_rank: Callable[[], str | None]) -> None:
         self.rank, self.size = group.rank(), group.size()
-        self.ledger, self.who_is_gone = ledger, who_is_gone
+        self.comm_stats, self.lost_rank = comm_stats, lost_rank
         self._group = group
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
 
@@ -83,28 +85,28 @@ class Exchange:
 
     def all_to_all(
         self, kind: str, layer: int, shapes: Sequence[Shape], sent: Sequence[Tensor], use: str = ""
-    ) -> Arrival:
+    ) -> AsyncHandle:
         """Sends piece r of the buffer `sent` to rank r; `shapes` are the shapes of what the ranks send here."""
         sizes = [prod(shape) for shape in shapes]
         like = sent[0]
         received = self._flat(f"{kind}{use} in", sum(sizes), like)
-        outgoing = _stretch(sent)
-        self.ledger.begin(kind, layer, sum(sizes) - sizes[self.rank], like)
+        outgoing = _contiguous(sent)
+        self.comm_stats.begin(kind, layer, sum(sizes) - sizes[self.rank], like)
         work = dist.all_to_all_single(
             received, outgoing, sizes, [piece.numel() for piece in sent], self._group, async_op=True
         )
         pieces = [flat.view(*shape) for flat, shape in zip(received.split(sizes), shapes, strict=True)]
-        return Arrival(work, pieces, self, kind, layer)
+        return AsyncHandle(work, pieces, self, kind, layer)
 
-    def all_gather(self, kind: str, layer: int, shapes: Sequence[Shape], sent: Tensor) -> Arrival:
+    def all_gather(self, kind: str, layer: int, shapes: Sequence[Shape], sent: Tensor) -> AsyncHandle:
         """Sends `sent`, the only piece of a buffer whose block holds the largest of `shapes`, to every rank."""
         block = max(prod(shape) for shape in shapes)
         outgoing = sent.as_strided((block,), (1,))
         received = self._flat(f"{kind} in", block * self.size, sent)
-        self.ledger.begin(kind, layer, block * (self.size - 1), sent)
+        self.comm_stats.begin(kind, layer, block * (self.size - 1), sent)
         work = _all_gather_single(received, outgoing, self._group, async_op=True)
         pieces = [place[: prod(shape)].view(*shape) for place, shape in zip(received.split(block), shapes, strict=True)]
-        return Arrival(work, pieces, self, kind, layer)
+        return AsyncHandle(work, pieces, self, kind, layer)
 
     def gather_tokens(self, tokens_BFSE: Tensor, sizes: Sequence[int]) -> Tensor:
         """All tokens of some frames on every rank, from each rank's own; rank r has sizes[r] of a frame."""
@@ -117,25 +119,25 @@ class Exchange:
 
     def broadcast(self, kind: str, room: Tensor, source: int) -> Tensor:
         """Fills `room`, which is contiguous, on every rank with what it holds on the rank `source`."""
-        self.ledger.begin(kind, LAYERLESS, room.numel() if self.rank != source else 0, room)
+        self.comm_stats.begin(kind, LAYERLESS, room.numel() if self.rank != source else 0, room)
         sent = room.view(torch.uint8) if room.element_size() == 1 else room  # no backend knows 8-bit floats
         work = dist.broadcast(sent, group=self._group, group_src=source, async_op=True)
         assert work is not None, "asked for one in flight"
-        Arrival(work, [room], self, kind, LAYERLESS).wait()
+        AsyncHandle(work, [room], self, kind, LAYERLESS).wait()
         return room
 
     def send(self, kind: str, x: Tensor, to: int) -> None:
         """`x` to one rank, which receives it."""
         work = dist.isend(x, group=self._group, group_dst=to)
         assert work is not None, "asked for one in flight"
-        Arrival(work, [x], self, kind, LAYERLESS).wait()
+        AsyncHandle(work, [x], self, kind, LAYERLESS).wait()
 
     def receive(self, kind: str, room: Tensor, source: int) -> Tensor:
         """What one rank sends, in `room`. It is no collective that ranks could be behind in."""
-        self.ledger.add(kind, LAYERLESS, Entry(1, room.numel(), room.nbytes))
+        self.comm_stats.add(kind, LAYERLESS, Entry(1, room.numel(), room.nbytes))
         work = dist.irecv(room, group=self._group, group_src=source)
         assert work is not None, "asked for one in flight"
-        Arrival(work, [room], self, kind, LAYERLESS).wait()
+        AsyncHandle(work, [room], self, kind, LAYERLESS).wait()
         return room
 
     def gather_to_first(self, kind: str, shapes: Sequence[Shape], sent: Tensor) -> list[Tensor]:
@@ -160,6 +162,6 @@ class Exchange:
         return kept[:size]
 
 
-def _stretch(pieces: Sequence[Tensor]) -> Tensor:
+def _contiguous(pieces: Sequence[Tensor]) -> Tensor:
     """The one stretch of memory that the pieces of a buffer fill."""
     return pieces[0].as_strided((sum(piece.numel() for piece in pieces),), (1,))

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.grid import shares
 
+AUTO = "auto"  # the fastest by prediction
 SINGLE = "single"  # what every strategy is on one rank
 INNER = ("gather-kv", "shard-kv")
 STRATEGIES = ("ulysses", *INNER)
@@ -34,7 +35,7 @@ class Layout:
         """R, the ranks that share the tokens of one head group."""
         return self.ranks // self.ulysses
 
-    def place(self, rank: int) -> tuple[int, int]:
+    def coordinates(self, rank: int) -> tuple[int, int]:
         """(row, column): which ranks this one trades with, and which it shares tokens with."""
         return divmod(rank, self.ulysses)
 

@@ -1,7 +1,8 @@
-"""Which rank does what, as data, checked before any group exists.
+"""Which rank does what, as data that is checked before any process group exists.
 
-A *lane* is the ranks that share the tokens of one forward, neighbours. Most streams have one lane; guidance may give
-each of its two branches one, chunks made in parallel several. Behind the lanes come the ranks that only decode.
+Ranks that denoise form a mesh with three axes: `cfg` (the branches of guidance), `chunk` (chunks that a Video Interface
+Network denoises in parallel) and `sp` (the tokens of every frame). Neighbouring ranks differ in `sp` first. The ranks
+of the `decode` axis come last and only decode.
 """
 
 from __future__ import annotations
@@ -13,51 +14,80 @@ from causalrope_sp.errors import ConfigError
 
 @dataclass(frozen=True)
 class Mesh:
-    """`ranks` ranks, of which the last `decoders` decode and the others denoise in `lanes` lanes of equal size.
+    """The shape of the mesh. The size of the `sp` axis follows from the others.
+
+    Args:
+        ranks: how many processes there are.
+        cfg: the size of the `cfg` axis, 1 or 2.
+        chunk: the size of the `chunk` axis.
+        decode: how many of the last ranks only decode.
 
     Raises:
-        ConfigError: a number below its minimum, no rank left to denoise, or lanes of different sizes.
+        ConfigError: a size below its minimum, no rank left to denoise, or axes that do not divide the ranks.
     """
 
     ranks: int
-    lanes: int = 1
-    decoders: int = 0
+    cfg: int = 1
+    chunk: int = 1
+    decode: int = 0
 
     def __post_init__(self) -> None:
-        if min(self.ranks, self.lanes) < 1 or self.decoders < 0:
-            raise ConfigError(f"{self.ranks} ranks, {self.lanes} lanes and {self.decoders} decode ranks are no mesh")
-        denoising = self.ranks - self.decoders
+        if min(self.ranks, self.cfg, self.chunk) < 1 or self.decode < 0:
+            raise ConfigError(
+                f"mesh: expected ranks, cfg and chunk of at least 1 and decode of at least 0, got ranks {self.ranks}, "
+                f"cfg {self.cfg}, chunk {self.chunk}, decode {self.decode}"
+            )
+        denoising = self.ranks - self.decode
         if denoising < 1:
-            raise ConfigError(f"{self.decoders} decode ranks leave none of {self.ranks} ranks to denoise")
-        if denoising % self.lanes:
-            raise ConfigError(f"{denoising} ranks that denoise cannot be cut into {self.lanes} lanes of equal size")
+            raise ConfigError(f"decode: expected fewer than the {self.ranks} ranks, got {self.decode} decode ranks")
+        if denoising % (self.cfg * self.chunk):
+            axes = " and ".join(f"{name} {size}" for name, size in self._outer_axes.items())
+            raise ConfigError(f"{axes}: expected a divisor of the {denoising} ranks that denoise")
 
     @property
-    def sequence(self) -> int:
-        """P, the ranks of a lane."""
-        return (self.ranks - self.decoders) // self.lanes
+    def _outer_axes(self) -> dict[str, int]:
+        return {name: size for name, size in (("cfg", self.cfg), ("chunk", self.chunk)) if size > 1}
+
+    @property
+    def sp(self) -> int:
+        """P, the size of the sequence-parallel axis."""
+        return (self.ranks - self.decode) // (self.cfg * self.chunk)
 
     @property
     def denoising(self) -> range:
-        return range(self.ranks - self.decoders)
+        """The ranks that denoise."""
+        return range(self.ranks - self.decode)
 
     @property
     def decoding(self) -> range:
-        return range(self.ranks - self.decoders, self.ranks)
+        """The ranks that only decode."""
+        return range(self.ranks - self.decode, self.ranks)
 
-    def place(self, rank: int) -> tuple[int, int]:
-        """(lane, place in it) of a rank that denoises."""
-        return divmod(rank, self.sequence)
+    def coordinates(self, rank: int) -> tuple[int, int, int]:
+        """(cfg, chunk, sp) of a rank that denoises."""
+        outer, sp = divmod(rank, self.sp)
+        return *divmod(outer, self.chunk), sp
 
-    def lane(self, number: int) -> range:
-        """The ranks of a lane, in order."""
-        return range(number * self.sequence, (number + 1) * self.sequence)
+    def rank(self, cfg: int, chunk: int, sp: int) -> int:
+        """The rank at these coordinates."""
+        return (cfg * self.chunk + chunk) * self.sp + sp
 
-    def across(self, place: int) -> range:
-        """The ranks at the same place of every lane: they own the same tokens."""
-        return range(place, self.lanes * self.sequence, self.sequence)
+    def sp_group(self, rank: int) -> range:
+        """The ranks that share the tokens of `rank`'s frames, in order of `sp`."""
+        first = rank - rank % self.sp
+        return range(first, first + self.sp)
+
+    def cfg_group(self, rank: int) -> list[int]:
+        """The ranks that own the same tokens of the same chunks in every branch of guidance."""
+        _, chunk, sp = self.coordinates(rank)
+        return [self.rank(cfg, chunk, sp) for cfg in range(self.cfg)]
+
+    def chunk_group(self, rank: int) -> list[int]:
+        """The ranks that own the same tokens of other chunks of the same branch."""
+        cfg, _, sp = self.coordinates(rank)
+        return [self.rank(cfg, chunk, sp) for chunk in range(self.chunk)]
 
 
-def possible_lanes(guided: bool, ranks: int) -> list[int]:
-    """In how many lanes so many ranks can run a stream: of two halves each can have a branch of guidance."""
+def possible_cfg_sizes(guided: bool, ranks: int) -> list[int]:
+    """The sizes that the `cfg` axis can have for a stream on so many ranks."""
     return [1, 2] if guided and ranks % 2 == 0 else [1]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from causalrope_sp import errors
-from causalrope_sp.distributed.communicator import Exchange
+from causalrope_sp.distributed.communicator import Communicator
 from causalrope_sp.errors import CausalRopeError, ConfigError
 
 T = TypeVar("T")
@@ -23,13 +23,15 @@ class Ranks:
         exchange: among them; asked for if there is more than one.
     """
 
-    def __init__(self, numbers: Sequence[int], rank: int, exchange: Callable[[Sequence[int]], Exchange]) -> None:
-        self._numbers, self._make_exchange = numbers, exchange
+    def __init__(
+        self, numbers: Sequence[int], rank: int, communicator: Callable[[Sequence[int]], Communicator]
+    ) -> None:
+        self._numbers, self._make_communicator = numbers, communicator
         self.rank, self.size = rank, len(numbers)
 
     @property
-    def _exchange(self) -> Exchange:
-        return self._make_exchange(self._numbers)
+    def _communicator(self) -> Communicator:
+        return self._make_communicator(self._numbers)
 
     def together(self, work: Callable[[], T]) -> T:
         """What `work` returns on this rank. Every rank must call, and what `work` exchanges must be among ranks that
@@ -46,7 +48,7 @@ class Ranks:
             made = work()
         except CausalRopeError as wrong:
             error = wrong
-        said = self._exchange.everyone({} if error is None else {"kind": type(error).__name__, "said": str(error)})
+        said = self._communicator.everyone({} if error is None else {"kind": type(error).__name__, "said": str(error)})
         failed = next((one for one in said if one), None)
         if failed is None:
             return made
@@ -62,7 +64,7 @@ class Ranks:
         """
         if self.size == 1:
             return
-        said = self._exchange.everyone({name: str(value) for name, value in on.items()})
+        said = self._communicator.everyone({name: str(value) for name, value in on.items()})
         for name in on:
             ranks_by_value: dict[str | None, list[str]] = {}
             for rank, fields in zip(self._numbers, said, strict=True):
@@ -73,11 +75,11 @@ class Ranks:
 
     def first_says(self, mine: str) -> str:
         """What the first has to say, on every rank."""
-        return mine if self.size == 1 else self._exchange.everyone({"said": mine})[0]["said"]
+        return mine if self.size == 1 else self._communicator.everyone({"said": mine})[0]["said"]
 
     def broadcast(self, kind: str, room: Tensor, source: int) -> Tensor:
         """Fills `room` on every rank with what it holds on the rank `source` of them."""
-        return room if self.size == 1 else self._exchange.broadcast(kind, room, source)
+        return room if self.size == 1 else self._communicator.broadcast(kind, room, source)
 
     def from_first(
         self, kind: str, make: Callable[[], Tensor], shape: Sequence[int], dtype: torch.dtype, device: torch.device

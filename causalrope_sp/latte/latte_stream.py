@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from causalrope_kernels import Keys, Room, attention
+from causalrope_kernels import Keys, Slots, attention
 from causalrope_sp.cache.kv_cache import KVCache
 from causalrope_sp.cache.window import SlidingWindow
 from causalrope_sp.devices import send
@@ -56,8 +56,8 @@ class LatteStream:
         if reuse is not None and not timesteps:
             raise ConfigError("reuse is planned for the timesteps of a chunk's passes: give them")
         self._model, self._parallel = model, parallel or SequenceParallel.single(device=model.device)
-        self._ranks, self._place = self._parallel.mesh.sequence, self._parallel.place
-        self._exchange = self._parallel.exchange() if self._ranks > 1 else None
+        self._ranks, self._place = self._parallel.mesh.sp, self._parallel.sp_rank
+        self._communicator = self._parallel.sp_communicator() if self._ranks > 1 else None
         self._tokens = [shard.tokens for shard in self._parallel.shard(grid).all]
         self._text = model.encode_text(embeds_BLE)
         scale = max(config.sample_size // LEARNED_AT, 1)
@@ -80,9 +80,9 @@ class LatteStream:
 
     def gather(self, tokens_BfSE: Tensor, chunk: Chunk) -> Tensor:
         """All frames of the chunk, on every rank, from each rank's own."""
-        if self._exchange is None:
+        if self._communicator is None:
             return tokens_BfSE
-        return self._exchange.gather_tokens(tokens_BfSE.transpose(1, 2), self._frames(chunk.frames)).transpose(1, 2)
+        return self._communicator.gather_tokens(tokens_BfSE.transpose(1, 2), self._frames(chunk.frames)).transpose(1, 2)
 
     def denoise(self, chunk: Chunk, tokens_BfSE: Tensor, timestep: float) -> Tensor:
         """What the model predicts at `timestep` of this rank's frames of the chunk, (B, f, S, patch·out_channels).
@@ -115,13 +115,13 @@ class LatteStream:
         first = chunk.start + sum(frames[: self._place])
         numbers = range(first, first + frames[self._place])
         picture = cache is None and chunk.frames == 1  # to which the published model adds no time
-        switch = AxisSwitch(self._exchange, frames, self._tokens)
+        switch = AxisSwitch(self._communicator, frames, self._tokens)
 
         def attend(layer: int, q_NQHD: Tensor, k_NQHD: Tensor, v_NQHD: Tensor) -> Tensor:
             if cache is None:
                 return attention(q_NQHD, Keys(k_NQHD, v_NQHD), backend)
             view = cache.layer(layer)
-            for room, new in zip(view.rooms(chunk), (k_NQHD, v_NQHD), strict=True):
+            for room, new in zip(view.kv_slots(chunk), (k_NQHD, v_NQHD), strict=True):
                 _write(room, new)
             return attention(q_NQHD, view.keys(chunk), backend)
 
@@ -140,7 +140,7 @@ class LatteStream:
         return predicted.to(tokens_BfSE.dtype)
 
 
-def _write(room: Room, x_NQHD: Tensor) -> None:
+def _write(room: Slots, x_NQHD: Tensor) -> None:
     """A chunk's keys or values into the slots that it owns; a slot holds one token."""
     assert room.slots_F is not None, "a cache is a ring"
     room.x.index_copy_(1, room.slots_F, x_NQHD.unsqueeze(2))

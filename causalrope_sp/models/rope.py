@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from causalrope_kernels import Rotation, Turn
+from causalrope_kernels import RotateOnRead, Rotation
 from causalrope_sp.devices import send
 from causalrope_sp.grid import Shard
 
@@ -47,10 +47,10 @@ class RotaryTables:
             columns=self._shard.grid.columns,
         )
 
-    def turn(self, places: Sequence[int], tokens: int) -> Turn:
+    def rotate_on_read(self, places: Sequence[int], tokens: int) -> RotateOnRead:
         """How the keys of slots, of so many tokens each, are turned on read if they stand at these places in time."""
         self._grow(max(places) + 1)
-        return Turn(self._time[send(torch.tensor(places), self._device)], tokens)
+        return RotateOnRead(self._time[send(torch.tensor(places), self._device)], tokens)
 
     def _grow(self, times: int) -> None:
         have = len(self._time)

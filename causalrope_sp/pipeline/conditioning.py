@@ -72,7 +72,7 @@ class VideoLatents:
 
 
 @dataclass(frozen=True)
-class Given:
+class Conditioning:
     """What a stream starts from. `hidden` of the pixel frames of `latents` are not part of the video handed out."""
 
     latents: Tensor | None = None
@@ -86,18 +86,18 @@ class Given:
         return 0 if self.latents is None else self.latents.shape[1]
 
 
-NOTHING = Given()
+NOTHING = Conditioning()
 
 
-def given_picture(codec: Codec, image: Picture, height: int, width: int) -> Given:
+def condition_on_image(codec: Codec, image: Picture, height: int, width: int) -> Conditioning:
     """A picture that is the video's first frame. Raises InputError."""
     frame = read_picture(image, height, width)
-    return Given(VideoLatents(codec, iter([frame])).take(1), digest=_digest("image", [frame]))
+    return Conditioning(VideoLatents(codec, iter([frame])).take(1), digest=_digest("image", [frame]))
 
 
-def given_past(
+def condition_on_past(
     codec: Codec, video: Video, height: int, width: int, fps: float, stream: StreamConfig, opening: int
-) -> Given:
+) -> Conditioning:
     """The end of a video that is continued, behind `opening` latent frames of the model's own. Raises InputError."""
     stride, room = codec.temporal_stride, None
     if stream.window is not None:
@@ -109,14 +109,16 @@ def given_past(
     count = whole_chunks(1 + (len(frames) - 1) // stride, stream, opening)
     hidden = 1 + stride * (count - 1)
     last = frames[-hidden:]
-    return Given(VideoLatents(codec, iter(last)).take(count), hidden, digest=_digest("video", last))
+    return Conditioning(VideoLatents(codec, iter(last)).take(count), hidden, digest=_digest("video", last))
 
 
-def given_source(codec: Codec, video: Video, height: int, width: int, fps: float, steps: int, strength: float) -> Given:
+def condition_on_source(
+    codec: Codec, video: Video, height: int, width: int, fps: float, steps: int, strength: float
+) -> Conditioning:
     """A video to redraw by the last ⌈strength · steps⌉ steps. Raises InputError."""
     source = VideoLatents(codec, read_video(video, height, width, fps))
     first = steps - math.ceil(strength * steps - 1e-9)
-    return Given(source=source, first_step=first, digest=_digest(f"source {first}", [source.first]))
+    return Conditioning(source=source, first_step=first, digest=_digest(f"source {first}", [source.first]))
 
 
 def whole_chunks(most: int, stream: StreamConfig, opening: int) -> int:

@@ -23,14 +23,14 @@ from torch import Tensor
 from causalrope_sp.codec import Codec
 from causalrope_sp.codec.pixels import to_uint8
 from causalrope_sp.distributed import SequenceParallel
-from causalrope_sp.distributed.halo import Strips
+from causalrope_sp.distributed.halo import SpatialShards
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.grid import LatentGrid
-from causalrope_sp.pipeline.prefetch import one_ahead
-from causalrope_sp.sampling.sampler import LatentChunk
+from causalrope_sp.pipeline.prefetch import prefetch_one
+from causalrope_sp.sampling.chunk import LatentChunk
 
 Decode = Literal["inline", "overlap", "together"]
-Made = tuple[LatentChunk, torch.cuda.Event | None]
+PrefetchedChunk = tuple[LatentChunk, torch.cuda.Event | None]
 
 
 def check_decode(decode: str, decoders: int) -> None:
@@ -55,16 +55,18 @@ class Frames(Protocol):
 
 def frames_of(codec: Codec, parallel: SequenceParallel, grid: LatentGrid, decode: Decode) -> Frames:
     """How the ranks that denoise come by a video's frames."""
-    if parallel.mesh.decoders:
+    if parallel.mesh.decode:
         return RemoteFrames(parallel, grid)
-    together = parallel.strips(grid, parallel.mesh.denoising) if decode == "together" else None
+    together = parallel.spatial_shards(grid, parallel.mesh.denoising) if decode == "together" else None
     return LocalFrames(codec, together, parallel.rank == 0)
 
 
-def as_they_come(chunks: Generator[LatentChunk], parallel: SequenceParallel, decode: Decode) -> Generator[Made]:
+def prefetched(
+    chunks: Generator[LatentChunk], parallel: SequenceParallel, decode: Decode
+) -> Generator[PrefetchedChunk]:
     """The sampler's chunks, the next one in the making where decoding leaves it time."""
-    if decode == "overlap" or parallel.mesh.decoders:
-        return one_ahead(chunks, parallel.device)
+    if decode == "overlap" or parallel.mesh.decode:
+        return prefetch_one(chunks, parallel.device)
     return ((chunk, None) for chunk in chunks)
 
 
@@ -89,9 +91,9 @@ class SideStream:
 class LocalFrames:
     """Decoded here: a strip of them by every rank, or all by rank 0."""
 
-    def __init__(self, codec: Codec, strips: Strips | None, first: bool) -> None:
-        self._codec, self._strips = codec, strips
-        self._stream = codec.decoder(strips) if first or strips is not None else None
+    def __init__(self, codec: Codec, spatial_shards: SpatialShards | None, first: bool) -> None:
+        self._codec, self._spatial_shards = codec, spatial_shards
+        self._stream = codec.decoder(spatial_shards) if first or spatial_shards is not None else None
 
     @torch.inference_mode()
     def decode(self, latents_BFCHW: Tensor, skip: int, stop: int) -> np.ndarray | None:
@@ -99,7 +101,7 @@ class LocalFrames:
             return None
         pixels = self._stream.decode(latents_BFCHW.to(self._codec.device, self._codec.dtype))[:1, skip:stop]
         frames = to_uint8(pixels)
-        whole = frames if self._strips is None else self._strips.on_first(frames)
+        whole = frames if self._spatial_shards is None else self._spatial_shards.gather_to_first(frames)
         return None if whole is None else whole[0].movedim(1, -1).cpu().numpy()
 
     def close(self) -> None:
@@ -110,71 +112,71 @@ class RemoteFrames:
     """Decoded by the decode ranks: rank 0 sends them a head and the latents, and gets frames back."""
 
     def __init__(self, parallel: SequenceParallel, grid: LatentGrid) -> None:
-        self._post = Post(parallel, grid) if parallel.rank == 0 else None
+        self._channel = OutputChannel(parallel, grid) if parallel.rank == 0 else None
 
     def decode(self, latents_BFCHW: Tensor, skip: int, stop: int) -> np.ndarray | None:
-        if self._post is None:
+        if self._channel is None:
             return None
-        self._post.send(latents_BFCHW[:1], skip, stop)
-        return self._post.receive_frames()
+        self._channel.send(latents_BFCHW[:1], skip, stop)
+        return self._channel.receive_frames()
 
     def close(self) -> None:
-        if self._post is not None:
-            self._post.say_the_end()
+        if self._channel is not None:
+            self._channel.end()
 
 
-def serve(codec: Codec, parallel: SequenceParallel, grid: LatentGrid) -> Generator[int]:
+def run_decode_worker(codec: Codec, parallel: SequenceParallel, grid: LatentGrid) -> Generator[int]:
     """What a decode rank does for one video: decodes what rank 0 sends until that says the end. Yields how many frames
     each time."""
-    post = Post(parallel, grid)
+    channel = OutputChannel(parallel, grid)
     leader = parallel.rank == parallel.mesh.decoding[0]
-    frames = LocalFrames(codec, parallel.strips(grid, parallel.mesh.decoding), leader)
-    while (asked := post.receive(codec.channels)) is not None:
+    frames = LocalFrames(codec, parallel.spatial_shards(grid, parallel.mesh.decoding), leader)
+    while (asked := channel.receive(codec.channels)) is not None:
         latents, skip, stop = asked
         made = frames.decode(latents, skip, stop)
         if made is not None:
-            post.send_frames(made)
+            channel.send_frames(made)
         try:
             yield stop - skip
         except GeneratorExit:  # rank 0 has stopped as well, and says so
-            while post.receive(codec.channels) is not None:
+            while channel.receive(codec.channels) is not None:
                 pass
             return
 
 
-class Post:
+class OutputChannel:
     """What travels between rank 0 and the decode ranks, on the host, so that neither side's GPU waits for the other's.
 
     A head is three numbers: latent frames (0: the end), and the first and last of their pixel frames that are wanted.
     """
 
     def __init__(self, parallel: SequenceParallel, grid: LatentGrid) -> None:
-        self._exchange, self._decoding, self._grid = parallel.host_exchange, parallel.mesh.decoding, grid
+        self._communicator, self._decoding, self._grid = parallel.host_communicator, parallel.mesh.decoding, grid
 
     def send(self, latents_1FCHW: Tensor, skip: int, stop: int) -> None:
         self._to_all(torch.tensor([latents_1FCHW.shape[1], skip, stop]))
         self._to_all(latents_1FCHW.float().cpu().contiguous())
 
-    def say_the_end(self) -> None:
+    def end(self) -> None:
         self._to_all(torch.zeros(3, dtype=torch.int64))
 
     def receive(self, channels: int) -> tuple[Tensor, int, int] | None:
-        head = self._exchange.receive("to decode", torch.empty(3, dtype=torch.int64), 0)
+        head = self._communicator.receive("to decode", torch.empty(3, dtype=torch.int64), 0)
         frames, skip, stop = head.tolist()
         if not frames:
             return None
         latents = torch.empty(1, frames, channels, self._grid.latent_height, self._grid.latent_width)
-        return self._exchange.receive("to decode", latents, 0), skip, stop
+        return self._communicator.receive("to decode", latents, 0), skip, stop
 
     def _to_all(self, x: Tensor) -> None:
         for rank in self._decoding:
-            self._exchange.send("to decode", x, rank)
+            self._communicator.send("to decode", x, rank)
 
     def send_frames(self, frames_THW3: np.ndarray) -> None:
-        self._exchange.send("pixels", torch.tensor(frames_THW3.shape), 0)
-        self._exchange.send("pixels", torch.from_numpy(np.ascontiguousarray(frames_THW3)), 0)
+        self._communicator.send("pixels", torch.tensor(frames_THW3.shape), 0)
+        self._communicator.send("pixels", torch.from_numpy(np.ascontiguousarray(frames_THW3)), 0)
 
     def receive_frames(self) -> np.ndarray:
         leader = self._decoding[0]
-        shape = self._exchange.receive("pixels", torch.empty(4, dtype=torch.int64), leader).tolist()
-        return self._exchange.receive("pixels", torch.empty(shape, dtype=torch.uint8), leader).numpy()
+        shape = self._communicator.receive("pixels", torch.empty(4, dtype=torch.int64), leader).tolist()
+        return self._communicator.receive("pixels", torch.empty(shape, dtype=torch.uint8), leader).numpy()

@@ -20,7 +20,7 @@ TEXT_ENCODERS = {"toybox": ToyboxText}
 
 
 @dataclass(frozen=True)
-class Recipe:
+class ModelConfig:
     """What a model is made of and how it runs, in pixels, pixel frames a second and latent frames.
 
     `text` is one of `TEXT_ENCODERS` or where UMT5 lies; in the file a path, told from a name by its / or its dot, or
@@ -57,7 +57,7 @@ class Recipe:
             raise ConfigError(f"weights must be {' or '.join(get_args(Weights))}, not {self.weights!r}")
 
     @classmethod
-    def load(cls, path: Path) -> Recipe:
+    def load(cls, path: Path) -> ModelConfig:
         """Reads a recipe file; the paths in it are relative to its folder.
 
         Raises:
@@ -69,7 +69,7 @@ class Recipe:
             fields["codec"] = path.parent / fields["codec"]
             if "vin" in fields:
                 fields["vin"] = path.parent / fields["vin"]
-            fields["text"] = TextSource.in_recipe(fields["text"], path.parent)
+            fields["text"] = TextSource.from_json(fields["text"], path.parent)
             fields["stream"] = StreamConfig(**fields["stream"])
             sampler = fields["sampler"]
             lists = {name: tuple(value) for name, value in sampler.items() if isinstance(value, list)}
@@ -81,7 +81,7 @@ class Recipe:
             raise CheckpointError(f"{path} is not a model recipe: {type(reason).__name__}: {reason}") from reason
 
 
-def find_recipe(model: str | Path) -> Path:
+def find_model_config(model: str | Path) -> Path:
     """The recipe file of an embedded model's name, a folder, or itself. Raises CheckpointError if there is none."""
     if str(model) in EMBEDDED:
         return WEIGHTS / f"{model}.json"

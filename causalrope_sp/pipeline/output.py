@@ -13,12 +13,20 @@ import torch
 from causalrope_sp.codec import Codec
 from causalrope_sp.config import StreamConfig
 from causalrope_sp.distributed import SequenceParallel
-from causalrope_sp.distributed.comm_stats import Ledger
+from causalrope_sp.distributed.comm_stats import CommStats
 from causalrope_sp.errors import CausalRopeError, ConfigError
 from causalrope_sp.grid import LatentGrid
-from causalrope_sp.pipeline.conditioning import Given
-from causalrope_sp.pipeline.decoding import Decode, Frames, Made, SideStream, as_they_come, frames_of, serve
-from causalrope_sp.sampling.sampler import LatentChunk
+from causalrope_sp.pipeline.conditioning import Conditioning
+from causalrope_sp.pipeline.decoding import (
+    Decode,
+    Frames,
+    PrefetchedChunk,
+    SideStream,
+    frames_of,
+    prefetched,
+    run_decode_worker,
+)
+from causalrope_sp.sampling.chunk import LatentChunk
 
 
 @dataclass(frozen=True)
@@ -31,10 +39,10 @@ class VideoChunk:
     start_frame: int
     frames: np.ndarray | None
     seconds: float
-    ledger: Ledger
+    comm_stats: CommStats
 
 
-class OneAtATime:
+class StreamGuard:
     """Where a stream works ahead, in a thread, its collectives would meet those of another: only one may be open."""
 
     def __init__(self, needed: bool) -> None:
@@ -72,7 +80,7 @@ class Cut:
     frames: int
     stride: int
     opening: int
-    given: Given
+    given: Conditioning
 
     def latent_frames(self, stream: StreamConfig | None) -> int:
         """How many latent frames, beside those that are given, are made: in whole chunks of a stream."""
@@ -95,7 +103,7 @@ class Cut:
         return min(self.frames, self.length, made)
 
 
-def hand_out(
+def decoded_chunks(
     chunks: Generator[LatentChunk],
     codec: Codec,
     parallel: SequenceParallel,
@@ -107,7 +115,7 @@ def hand_out(
     for or wrong input that every rank met."""
     decoder = frames_of(codec, parallel, grid, decode)
     try:
-        with closing(as_they_come(chunks, parallel, decode)) as coming:
+        with closing(prefetched(chunks, parallel, decode)) as coming:
             yield from _decoded(coming, decoder, parallel, cut)
     except GeneratorExit:
         decoder.close()
@@ -118,7 +126,9 @@ def hand_out(
         decoder.close()
 
 
-def _decoded(coming: Iterator[Made], decoder: Frames, parallel: SequenceParallel, cut: Cut) -> Iterator[VideoChunk]:
+def _decoded(
+    coming: Iterator[PrefetchedChunk], decoder: Frames, parallel: SequenceParallel, cut: Cut
+) -> Iterator[VideoChunk]:
     side, past, done, clock = SideStream(parallel.device), cut.given.latents, 0, time.perf_counter()
     for index, (part, made) in enumerate(coming):
         stop = cut.stop(part.chunk.stop)
@@ -128,17 +138,17 @@ def _decoded(coming: Iterator[Made], decoder: Frames, parallel: SequenceParallel
                 latents, hidden = torch.cat([past.to(latents), latents], 1), cut.given.hidden
             pixels = decoder.decode(latents, hidden, hidden + stop - done)
         now = time.perf_counter()
-        yield VideoChunk(index, done, pixels, now - clock, parallel.ledger.take())
+        yield VideoChunk(index, done, pixels, now - clock, parallel.comm_stats.take())
         done, clock = stop, time.perf_counter()
         if done == cut.length:
             return
 
 
-def serve_out(codec: Codec, parallel: SequenceParallel, grid: LatentGrid) -> Iterator[VideoChunk]:
+def decode_worker(codec: Codec, parallel: SequenceParallel, grid: LatentGrid) -> Iterator[VideoChunk]:
     """A decode rank's share of a video: chunks without frames, which rank 0 has."""
     done, clock = 0, time.perf_counter()
-    with closing(serve(codec, parallel, grid)) as asked:
+    with closing(run_decode_worker(codec, parallel, grid)) as asked:
         for index, frames in enumerate(asked):
             now = time.perf_counter()
-            yield VideoChunk(index, done, None, now - clock, parallel.ledger.take())
+            yield VideoChunk(index, done, None, now - clock, parallel.comm_stats.take())
             done, clock = done + frames, time.perf_counter()

@@ -18,16 +18,16 @@ from causalrope_sp.errors import ConfigError
 from causalrope_sp.grid import Chunk, LatentGrid
 from causalrope_sp.models.causal_dit import CausalDiT
 from causalrope_sp.pipeline.preflight import free_bytes
-from causalrope_sp.sampling.sampler import LatentChunk
-from causalrope_sp.vin.chunks import LaneChunks, cut
+from causalrope_sp.sampling.chunk import LatentChunk
+from causalrope_sp.vin.chunks import AssignedChunks, cut
 from causalrope_sp.vin.network import VideoInterfaceNetwork
-from causalrope_sp.vin.parallel_sampler import Moment, sample_together
-from causalrope_sp.vin.vin_config import TogetherConfig, check_preview
+from causalrope_sp.vin.parallel_sampler import StepOutput, sample_parallel_chunks
+from causalrope_sp.vin.vin_config import ParallelChunksConfig, check_preview
 from causalrope_sp.vin.vin_weights import load_vin
 
 
 @dataclass(frozen=True)
-class Glimpse:
+class PreviewFrame:
     """Step `step` of `steps` is done. `frames`, uint8 (T, H, W, 3) on rank 0, are a preview where one was asked for."""
 
     step: int
@@ -45,7 +45,7 @@ class Watch:
         ConfigError: `preview_every` is no whole number of at least 1, or `call` none.
     """
 
-    call: Callable[[Glimpse], None]
+    call: Callable[[PreviewFrame], None]
     preview_every: int | None = None
 
     def __post_init__(self) -> None:
@@ -55,23 +55,23 @@ class Watch:
 
 
 @dataclass(frozen=True)
-class Together:
+class ParallelChunks:
     """A network and how the videos that it was trained on are cut."""
 
     vin: VideoInterfaceNetwork
-    chunks: TogetherConfig
+    chunks: ParallelChunksConfig
 
     @classmethod
-    def load(cls, weights: Path, dit: DiTConfig, dtype: torch.dtype, device: torch.device) -> Together:
+    def load(cls, weights: Path, dit: DiTConfig, dtype: torch.dtype, device: torch.device) -> ParallelChunks:
         """Raises CheckpointError: not readable, or for another DiT."""
         return cls(*load_vin(weights, dit, dtype=dtype, device=device))
 
-    def check_room(self, model: CausalDiT, grid: LatentGrid, frames: int, parallel: SequenceParallel) -> None:
+    def check_memory_for(self, model: CausalDiT, grid: LatentGrid, frames: int, parallel: SequenceParallel) -> None:
         """Raises ConfigError for so many latent frames as this rank surely has no memory for: all chunks of a lane are
         denoised at once. Counted are latents and what one feed-forward makes of them, from below."""
         config, free = model.config, free_bytes(parallel.device)
-        held = -(-frames // parallel.mesh.lanes)
-        tokens = held * -(-grid.tokens // parallel.mesh.sequence)
+        held = -(-frames // parallel.mesh.chunk)
+        tokens = held * -(-grid.tokens // parallel.mesh.sp)
         latents = 2 * 4 * frames * config.in_channels * grid.latent_height * grid.latent_width
         needs = latents + tokens * (config.ffn_dim + 4 * config.dim) * model.dtype.itemsize
         if free is not None and needs > free:
@@ -83,28 +83,30 @@ class Together:
     def sample(
         self, model: CausalDiT, *args: Any, codec: Codec, watch: Watch | None, shown: int, **options: Any
     ) -> Generator[LatentChunk]:
-        """`sample_together`, with its arguments, and after its last step the chunks' own frames, chunk by chunk.
+        """`sample_parallel_chunks`, with its arguments, and after its last step the chunks' own frames, chunk by chunk.
         Previews show so many pixel frames."""
         every = None if watch is None else watch.preview_every
-        for moment in sample_together(model, self.vin, *args, chunks=self.chunks, preview_every=every, **options):
+        for output in sample_parallel_chunks(
+            model, self.vin, *args, chunks=self.chunks, preview_every=every, **options
+        ):
             if watch is not None:
-                watch.call(_glimpse(moment, codec, shown, options["parallel"].rank))
-            if moment.last:
-                assert moment.latents is not None, "the last step has the video"
-                given, latents = options["initial_latents"], moment.latents
+                watch.call(_preview(output, codec, shown, options["parallel"].rank))
+            if output.last:
+                assert output.latents is not None, "the last step has the video"
+                given, latents = options["initial_latents"], output.latents
                 first = 0 if given is None else given.shape[1]
                 cuts = cut(latents.shape[1], self.chunks, first)
                 for n in range(len(cuts)):
-                    own = LaneChunks(cuts, self.chunks, n, len(cuts)).owned
+                    own = AssignedChunks(cuts, self.chunks, n, len(cuts)).owned
                     yield LatentChunk(Chunk(n, own.start, len(own)), latents[:, own.start - first : own.stop - first])
 
 
-def _glimpse(moment: Moment, codec: Codec, shown: int, rank: int) -> Glimpse:
+def _preview(output: StepOutput, codec: Codec, shown: int, rank: int) -> PreviewFrame:
     """Previews alone are decoded: the video itself is decoded as it is handed out."""
-    if moment.latents is None or moment.last or rank:
-        return Glimpse(moment.step, moment.steps, None)
-    pixels = to_uint8(codec.decoder().decode(moment.latents.to(codec.dtype)))[0]
-    return Glimpse(moment.step, moment.steps, pixels[:shown].movedim(1, -1).cpu().numpy())
+    if output.latents is None or output.last or rank:
+        return PreviewFrame(output.step, output.steps, None)
+    pixels = to_uint8(codec.decoder().decode(output.latents.to(codec.dtype)))[0]
+    return PreviewFrame(output.step, output.steps, pixels[:shown].movedim(1, -1).cpu().numpy())
 
 
 def check_asked(asked: str | None, weights: Path | None, changes: Collection[str]) -> None:

@@ -15,21 +15,29 @@ import torch
 from torch import Tensor
 
 from causalrope_sp.codec import Codec, load_codec
-from causalrope_sp.config import SamplerConfig, Solver, check_given, check_negative
+from causalrope_sp.config import SamplerConfig, Solver, check_conditioning, check_negative
 from causalrope_sp.diffusion.noise import seeded_noise
-from causalrope_sp.diffusion.schedule import guided_steps, overruled
+from causalrope_sp.diffusion.schedule import guided_steps, with_overrides
 from causalrope_sp.distributed import SequenceParallel
+from causalrope_sp.distributed.layout import Layout, parse_strategy
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.grid import LatentGrid
 from causalrope_sp.io.media_reader import Picture, Video
 from causalrope_sp.models.causal_dit import CausalDiT
-from causalrope_sp.pipeline.conditioning import NOTHING, Given, given_past, given_picture, given_source
-from causalrope_sp.pipeline.decoding import Decode, check_decode, frames_of, serve
-from causalrope_sp.pipeline.model_config import TEXT_ENCODERS, Recipe, find_recipe
+from causalrope_sp.pipeline.conditioning import (
+    NOTHING,
+    Conditioning,
+    condition_on_image,
+    condition_on_past,
+    condition_on_source,
+)
+from causalrope_sp.pipeline.decoding import Decode, check_decode, frames_of, run_decode_worker
+from causalrope_sp.pipeline.model_config import TEXT_ENCODERS, ModelConfig, find_model_config
 from causalrope_sp.pipeline.offload import Offload
-from causalrope_sp.pipeline.output import Cut, OneAtATime, VideoChunk, hand_out, serve_out
-from causalrope_sp.pipeline.parallel_chunks import Together, Watch, check_asked, check_start
+from causalrope_sp.pipeline.output import Cut, StreamGuard, VideoChunk, decode_worker, decoded_chunks
+from causalrope_sp.pipeline.parallel_chunks import ParallelChunks, Watch, check_asked, check_start
 from causalrope_sp.pipeline.preflight import check_memory, describe_run
+from causalrope_sp.planning.strategy import choose_strategy
 from causalrope_sp.reuse import ReusePolicy, find_policy
 from causalrope_sp.sampling.guidance import check_guidance
 from causalrope_sp.sampling.sampler import Source, sample_chunks
@@ -49,24 +57,25 @@ class CausalVideoPipeline:
 
     def __init__(
         self,
-        recipe: Recipe,
+        model_config: ModelConfig,
         model: CausalDiT,
         codec: Codec,
         parallel: SequenceParallel,
         offload: Offload = Offload(),
         decode: Decode = "inline",
-        together: Together | None = None,
+        together: ParallelChunks | None = None,
+        layout: Layout | None = None,
     ) -> None:
-        check_decode(decode, parallel.mesh.decoders)
-        self._decode, self.together = decode, together
-        self._streams = OneAtATime(parallel.mesh.decoders > 0 or (decode == "overlap" and parallel.size > 1))
-        self.recipe, self.model, self.codec, self.parallel = recipe, model, codec, parallel
-        self.height, self.width, self.fps = recipe.height, recipe.width, recipe.fps
+        check_decode(decode, parallel.mesh.decode)
+        self._decode, self.together, self._layout = decode, together, layout
+        self._streams = StreamGuard(parallel.mesh.decode > 0 or (decode == "overlap" and parallel.size > 1))
+        self.model_config, self.model, self.codec, self.parallel = model_config, model, codec, parallel
+        self.height, self.width, self.fps = model_config.height, model_config.width, model_config.fps
         self.text: ToyboxText | SharedUMT5
-        if isinstance(recipe.text, TextSource):
-            self.text = SharedUMT5(recipe.text, parallel, model.config, model.dtype, offload.text)
+        if isinstance(model_config.text, TextSource):
+            self.text = SharedUMT5(model_config.text, parallel, model.config, model.dtype, offload.text)
         else:
-            self.text = TEXT_ENCODERS[recipe.text]()
+            self.text = TEXT_ENCODERS[model_config.text]()
         if codec.channels != model.config.in_channels:
             raise ConfigError(
                 f"the codec's latents have {codec.channels} channels, the model's {model.config.in_channels}"
@@ -78,7 +87,13 @@ class CausalVideoPipeline:
             {
                 "version": __version__,
                 "torch": torch.__version__,
-                "configuration": (model.config, recipe.height, recipe.width, recipe.stream, recipe.sampler),
+                "configuration": (
+                    model.config,
+                    model_config.height,
+                    model_config.width,
+                    model_config.stream,
+                    model_config.sampler,
+                ),
                 "text encoder": type(self.text).__name__,
                 "decode": decode,
                 "parallel chunks": together and together.chunks,
@@ -140,55 +155,63 @@ class CausalVideoPipeline:
             ConfigError: settings that cannot work together, ranks that cannot share this model, or a run that does not
                 fit into memory.
         """
-        recipe = Recipe.load(find_recipe(model))
+        model_config = ModelConfig.load(find_model_config(model))
         given = {"window": window, "sink": sink, "rope": rope}
         changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-        stream = replace(recipe.stream, **changes)
-        sampler = overruled(
-            recipe.sampler,
+        stream = replace(model_config.stream, **changes)
+        sampler = with_overrides(
+            model_config.sampler,
             steps=steps,
             solver=solver,
             shift=shift,
             guidance=guidance,
             guidance_interval=guidance_interval,
         )
-        recipe = replace(recipe, stream=stream, sampler=sampler, weights=weights or recipe.weights)
-        recipe = replace(recipe, codec=recipe.codec if codec_weights is None else Path(codec_weights))
+        model_config = replace(model_config, stream=stream, sampler=sampler, weights=weights or model_config.weights)
+        model_config = replace(model_config, codec=model_config.codec if codec_weights is None else Path(codec_weights))
         if parallel is not None and device is not None:
             raise ConfigError("give either `parallel`, which has a device, or `device`")
         parallel = parallel or SequenceParallel.single(device=device)
-        if parallel.mesh.decoders:
-            changes["decode ranks"] = parallel.mesh.decoders
+        if parallel.mesh.decode:
+            changes["decode ranks"] = parallel.mesh.decode
         if sampler.guidance_scale != 1:
             changes["guidance"] = sampler.guidance_scale
-        parallel.everyone.agree({"parallel chunks": (parallel_chunks, recipe.vin is not None)})  # before they part
-        check_asked(parallel_chunks, recipe.vin, changes)
-        check_guidance(sampler, 1 if recipe.vin is not None else parallel.mesh.lanes)
+        parallel.everyone.agree(
+            {"parallel chunks": (parallel_chunks, model_config.vin is not None)}
+        )  # before they part
+        check_asked(parallel_chunks, model_config.vin, changes)
+        check_guidance(sampler, parallel.mesh.cfg)
         place = parallel.device
         if dtype is None:
             dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
         offload = Offload() if offload is None else offload
         waiting = offload if isinstance(offload, Offload) else Offload.of(offload)
         ranks, together = parallel.everyone, None
-        run = ranks.together(lambda: describe_run(recipe, parallel, waiting, decode, dtype.itemsize, codec))
-        if preflight and recipe.vin is None:  # no cache of a stream is kept where chunks are made in parallel
+        run = ranks.together(lambda: describe_run(model_config, parallel, waiting, decode, dtype.itemsize, codec))
+        if preflight and model_config.vin is None:  # no cache of a stream is kept where chunks are made in parallel
             ranks.together(lambda: check_memory(run, parallel))
-        strategy = ranks.first_says(run.plan().strategy)  # by all that stands beside the model, as `plan` does
-        if parallel.named == "auto":
-            parallel.settle(run.work.config, strategy)
+        chosen = choose_strategy(run.work, run.machine, parallel, run.auxiliary)
+        layout = parse_strategy(ranks.first_says(chosen.name), parallel.mesh.sp)  # by what rank 0 has beside the DiT
         if parallel.decodes:
-            dit = outline_model(recipe.transformer)
+            dit = outline_model(model_config.transformer)
         else:
             readers = parallel.denoisers
-            dit = load_model(recipe.transformer, dtype=dtype, device=place, weights=recipe.weights, readers=readers)
-        if recipe.vin is not None:
-            vin = recipe.vin
-            together = ranks.together(lambda: Together.load(vin, dit.config, dtype, place))
-        decoder = ranks.together(lambda: load_codec(recipe.codec, codec, place, offload=waiting.codec))
-        pipe = cls(recipe, dit, decoder, parallel, waiting, decode, together)
+            dit = load_model(
+                model_config.transformer, dtype=dtype, device=place, weights=model_config.weights, readers=readers
+            )
+        if model_config.vin is not None:
+            vin = model_config.vin
+            together = ranks.together(lambda: ParallelChunks.load(vin, dit.config, dtype, place))
+        decoder = ranks.together(lambda: load_codec(model_config.codec, codec, place, offload=waiting.codec))
+        pipe = cls(model_config, dit, decoder, parallel, waiting, decode, together, layout)
         if place.type == "cuda":
             pipe.warm_up()
         return pipe
+
+    @property
+    def strategy(self) -> str:
+        """The name of the attention strategy in use; "auto" where each stream chooses its own."""
+        return self.parallel.strategy if self._layout is None else self.parallel.label(self._layout)
 
     def warm_up(self) -> None:
         """Runs a stream of one pass a chunk until its window has been full for a chunk, or a short video whose chunks
@@ -198,12 +221,12 @@ class CausalVideoPipeline:
         `from_pretrained` does it on CUDA; every rank must.
         """
         if self.parallel.decodes:
-            deque(serve(self.codec, self.parallel, self.grid), 0)
-            self.parallel.ledger.take()
+            deque(run_decode_worker(self.codec, self.parallel, self.grid), 0)
+            self.parallel.comm_stats.take()
             return
-        config, stream = self.model.config, self.recipe.stream
+        config, stream = self.model.config, self.model_config.stream
         if self.together is not None:  # a chunk for every lane
-            latent_frames = self.together.chunks.filled_by(self.parallel.mesh.lanes)
+            latent_frames = self.together.chunks.filled_by(self.parallel.mesh.chunk)
             whole = 1 + self.codec.temporal_stride * (latent_frames - 1)
             deque(self._run(torch.zeros(1, config.text_len, config.text_dim), None, whole, seed=0), 0)
             return
@@ -216,17 +239,18 @@ class CausalVideoPipeline:
             self.grid,
             (stream.window or 0) + 2 * stream.chunk_frames,
             stream=stream,
-            sampler=SamplerConfig(steps=(1000,), guidance_scale=self.recipe.sampler.guidance_scale),
+            sampler=SamplerConfig(steps=(1000,), guidance_scale=self.model_config.sampler.guidance_scale),
             parallel=self.parallel,
             initial_latents=self._opening(),
             negative_embeds=text,
+            layout=self._layout,
         )
         frames = frames_of(self.codec, self.parallel, self.grid, self._decode)
         for number, part in enumerate(chunks):
             if number < 2:  # the first chunk of a video has fewer pixels than the others
                 frames.decode(part.latents, 0, self.codec.temporal_stride * part.chunk.frames)
         frames.close()
-        self.parallel.ledger.take()
+        self.parallel.comm_stats.take()
 
     def stream(
         self,
@@ -269,18 +293,18 @@ class CausalVideoPipeline:
             InputError: a picture or video that cannot be read.
             ConfigError: fewer than 1 frame, neither or both of prompt and embeds, embeds of another size, more than one
                 thing to start from, both or without guidance any of negative prompt and embeds; another stream that is
-                open and works ahead (see `handout.OneAtATime`).
+                open and works ahead (see `handout.StreamGuard`).
             CheckpointError: no text encoder, or a file that cannot be read.
         """
         self._streams.check()
         given = image is not None or video is not None
         check_start(self.together is not None, given, reuse is not None, watch is not None)
-        check_given(image is not None, video is not None, video is not None and strength is None, strength)
+        check_conditioning(image is not None, video is not None, video is not None and strength is None, strength)
         if frames < 1:
             raise ConfigError(f"frames must be at least 1, not {frames}")
         if (prompt is None) == (embeds is None):
             raise ConfigError("give either a prompt or its embeddings")
-        guided = any(guided_steps(self.recipe.sampler))
+        guided = any(guided_steps(self.model_config.sampler))
         check_negative(negative_prompt is not None, negative_embeds is not None, guided)
         start = self._start(image, video, strength)
         said = {"frames": frames, "seed": seed, "prompt": prompt, "given embeddings": embeds is not None}
@@ -290,14 +314,14 @@ class CausalVideoPipeline:
         if (chunks := self.together) is not None:
             latent_frames = Cut(frames, self.codec.temporal_stride, 0, start).latent_frames(None)
             self.parallel.everyone.together(
-                lambda: chunks.check_room(self.model, self.grid, latent_frames, self.parallel)
+                lambda: chunks.check_memory_for(self.model, self.grid, latent_frames, self.parallel)
             )
         wanted = [(prompt, embeds), (negative_prompt, negative_embeds)][: 1 + guided]
         texts = self.parallel.everyone.together(
             lambda: [] if self.parallel.decodes else self._encode(wanted, seed)  # decode ranks hear of wrong input too
         )
         if self.parallel.decodes:
-            return self._streams.guard(serve_out(self.codec, self.parallel, self.grid))
+            return self._streams.guard(decode_worker(self.codec, self.parallel, self.grid))
         made = self._run(texts[0], texts[1] if guided else None, frames, seed, start, policy, watch)
         return self._streams.guard(made)
 
@@ -312,17 +336,19 @@ class CausalVideoPipeline:
         made = [chunk.frames for chunk in self.stream(prompt, frames, seed, **given)]
         return None if self.parallel.rank else np.concatenate([part for part in made if part is not None])
 
-    def _start(self, image: Picture | None, video: Video | None, strength: float | None) -> Given:
+    def _start(self, image: Picture | None, video: Video | None, strength: float | None) -> Conditioning:
         size = self.height, self.width
         if image is not None:
-            return given_picture(self.codec, image, *size)
+            return condition_on_image(self.codec, image, *size)
         if video is None:
             return NOTHING
         if strength is not None:
-            return given_source(self.codec, video, *size, self.fps, len(self.recipe.sampler.steps), strength)
+            return condition_on_source(
+                self.codec, video, *size, self.fps, len(self.model_config.sampler.steps), strength
+            )
         opening = self._opening()
         before = 0 if opening is None else opening.shape[1]
-        return given_past(self.codec, video, *size, self.fps, self.recipe.stream, before)
+        return condition_on_past(self.codec, video, *size, self.fps, self.model_config.stream, before)
 
     def _opening(self) -> Tensor | None:
         return self.text.opening(self.model.config.in_channels, self.grid.latent_height, self.grid.latent_width)
@@ -333,19 +359,20 @@ class CausalVideoPipeline:
         negative: Tensor | None,
         frames: int,
         seed: int,
-        given: Given = NOTHING,
+        given: Conditioning = NOTHING,
         reuse: ReusePolicy | None = None,
         watch: Watch | None = None,
     ) -> Iterator[VideoChunk]:
         shape = (1, self.model.config.in_channels, self.grid.latent_height, self.grid.latent_width)
-        opening, source, stream = self._opening(), given.source, self.recipe.stream
+        opening, source, stream = self._opening(), given.source, self.model_config.stream
         first = [part.cpu() for part in (opening, given.latents) if part is not None]
         cut = Cut(frames, self.codec.temporal_stride, 0 if opening is None else opening.shape[1], given)
         frames_made = cut.latent_frames(None if self.together else stream)
         args = self.model, embeds, seeded_noise(seed, shape), self.grid, frames_made
         options: dict[str, Any] = {
-            "sampler": self.recipe.sampler,
+            "sampler": self.model_config.sampler,
             "parallel": self.parallel,
+            "layout": self._layout,
             "initial_latents": torch.cat(first, 1) if first else None,
         }
         if self.together is not None:
@@ -354,7 +381,7 @@ class CausalVideoPipeline:
             redrawn = None if source is None else Source(lambda chunk: source.take(chunk.frames), given.first_step)
             options |= {"stream": stream, "source": redrawn, "negative_embeds": negative, "reuse": reuse}
             chunks = sample_chunks(*args, **options)
-        return hand_out(chunks, self.codec, self.parallel, self.grid, self._decode, cut)
+        return decoded_chunks(chunks, self.codec, self.parallel, self.grid, self._decode, cut)
 
 
 def _given(embeds: Embeds) -> Tensor:

@@ -13,7 +13,7 @@ T = TypeVar("T")
 Ready = tuple[T, torch.cuda.Event | None]
 
 
-def one_ahead(items: Generator[T], device: torch.device) -> Generator[Ready[T]]:
+def prefetch_one(items: Generator[T], device: torch.device) -> Generator[Ready[T]]:
     """The items, each with the event after which it is ready on CUDA. While the caller is busy with one, the next is
     being made.
 

@@ -19,11 +19,11 @@ from causalrope_sp.distributed import SequenceParallel
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.grid import LatentGrid
 from causalrope_sp.pipeline.decoding import Decode
-from causalrope_sp.pipeline.model_config import Recipe
+from causalrope_sp.pipeline.model_config import ModelConfig
 from causalrope_sp.pipeline.offload import Keep, Offload
 from causalrope_sp.planning.cost import Plan, plan
-from causalrope_sp.planning.machines import Machine
-from causalrope_sp.planning.memory import Beside
+from causalrope_sp.planning.machines import Machine, default_machine
+from causalrope_sp.planning.memory import AuxiliaryMemory
 from causalrope_sp.planning.workload import Workload
 from causalrope_sp.text import TextSource
 from causalrope_sp.text.text_footprint import text_bytes
@@ -52,16 +52,18 @@ class Run:
     codec: CodecFootprint
     least_window: int
     on_cpu: bool
-    decodes_beside: bool = False
-    lanes: int = 1
+    decodes_concurrently: bool = False
+    cfg: int = 1
 
     @property
-    def beside(self) -> Beside:
-        return replace(beside(self.text, self.codec, self.offload, self.on_cpu), decodes_beside=self.decodes_beside)
+    def auxiliary(self) -> AuxiliaryMemory:
+        return replace(
+            auxiliary(self.text, self.codec, self.offload, self.on_cpu), decodes_concurrently=self.decodes_concurrently
+        )
 
     def plans(self, ranks: int) -> list[Plan]:
-        """With every strategy of so many ranks a lane."""
-        return plan(self.work, self.lanes * ranks, self.machine, lanes=(self.lanes,), beside=self.beside)
+        """With every strategy of so many ranks on the `sp` axis."""
+        return plan(self.work, self.cfg * ranks, self.machine, cfg_sizes=(self.cfg,), auxiliary=self.auxiliary)
 
     def plan(self) -> Plan:
         """With the strategy that is named, or the one that "auto" takes."""
@@ -70,11 +72,11 @@ class Run:
         return named or next(cost for cost in costs if cost.chosen)
 
 
-def beside(text: int, codec: CodecFootprint, offload: Offload, on_cpu: bool) -> Beside:
+def auxiliary(text: int, codec: CodecFootprint, offload: Offload, on_cpu: bool) -> AuxiliaryMemory:
     """A text encoder of so many bytes and a codec, beside a DiT. On a CPU nothing waits elsewhere: UMT5 is there or
     given up, a codec that is offloaded is there twice while it is used."""
     twice = codec.weights if on_cpu and offload.codec else 0
-    return Beside(
+    return AuxiliaryMemory(
         text=text,
         codec=codec.weights,
         codec_state=codec.state,
@@ -94,7 +96,7 @@ def check_memory(run: Run, parallel: SequenceParallel) -> None:
     free = free_bytes(parallel.device)
     if not parallel.decodes:
         return check_fits(run, free, parallel.device)
-    needs = run.codec.weights + run.codec.state + run.codec.activations + run.beside.workspace
+    needs = run.codec.weights + run.codec.state + run.codec.activations + run.auxiliary.workspace
     if free is not None and needs > free:
         raise ConfigError(
             f"decode rank {parallel.rank} needs {_gb(needs)} GB on {parallel.device}, {_gb(free)} GB are free: short "
@@ -103,7 +105,7 @@ def check_memory(run: Run, parallel: SequenceParallel) -> None:
 
 
 def describe_run(
-    recipe: Recipe,
+    model_config: ModelConfig,
     parallel: SequenceParallel,
     offload: Offload,
     decode: Decode = "inline",
@@ -116,33 +118,33 @@ def describe_run(
     Raises:
         CheckpointError, ConfigError: as loading the parts would.
     """
-    config, stream = inspect_checkpoint(recipe.transformer).config, recipe.stream
-    size = recipe.height, recipe.width
-    found = codec_footprint(recipe.codec, codec, *size, stream.chunk_frames)
+    config, stream = inspect_checkpoint(model_config.transformer).config, model_config.stream
+    size = model_config.height, model_config.width
+    found = codec_footprint(model_config.codec, codec, *size, stream.chunk_frames)
     found = found.share(decode_share(parallel, decode))
     grid = LatentGrid.from_pixels(*size, found.stride, config.patch_size[1:])
     parallel.check(grid, config.num_heads)
     least = stream.chunk_frames + stream.sink
-    work = Workload.of(config, grid, stream, recipe.sampler, stream.window or least, itemsize=itemsize)
+    work = Workload.of(config, grid, stream, model_config.sampler, stream.window or least, itemsize=itemsize)
     return Run(
-        replace(work, fp8=recipe.weights == "fp8"),
-        parallel.mesh.sequence,
-        parallel.named,
-        parallel.machine,
+        replace(work, fp8=model_config.weights == "fp8"),
+        parallel.mesh.sp,
+        parallel.strategy,
+        default_machine(parallel.device),
         offload,
-        text_bytes(recipe.text) if isinstance(recipe.text, TextSource) and parallel.rank == 0 else 0,
+        text_bytes(model_config.text) if isinstance(model_config.text, TextSource) and parallel.rank == 0 else 0,
         found,
         least,
         parallel.device.type == "cpu",
         decode == "overlap" and parallel.rank == 0,
-        parallel.mesh.lanes,
+        parallel.mesh.cfg,
     )
 
 
 def decode_share(parallel: SequenceParallel, decode: Decode) -> Fraction:
     """How much of a picture this rank decodes, halos left out."""
-    if parallel.mesh.decoders:
-        return Fraction(int(parallel.decodes), parallel.mesh.decoders)
+    if parallel.mesh.decode:
+        return Fraction(int(parallel.decodes), parallel.mesh.decode)
     if decode == "together":
         return Fraction(1, parallel.size)
     return Fraction(int(parallel.rank == 0))
@@ -193,7 +195,7 @@ def check_fits(run: Run, free: int | None, device: object) -> None:
         "codec": run.codec.weights,
         "its state": run.codec.state,
         "its activations": run.codec.activations,
-        "workspace": cost.beside.workspace,
+        "workspace": cost.auxiliary.workspace,
     }
     said = ", ".join(f"{name} {_gb(size)}" for name, size in parts.items() if size)
     helps = "; ".join(remedies(run, free))
@@ -208,16 +210,16 @@ def remedies(run: Run, free: int) -> list[str]:
     """The options that make a run fit, as the command line says them, each tried: one alone where one is enough, else
     on top of all that give memory up without a shorter window or more ranks."""
     offloads = [(f"--offload {other}", replace(run, offload=other)) for other in _more_offload(run)]
-    folded = replace(run, work=replace(run.work, fp8=True))
-    folding = [] if run.work.fp8 else [("--weights fp8", folded)]
+    quantized = replace(run, work=replace(run.work, fp8=True))
+    quantizing = [] if run.work.fp8 else [("--weights fp8", quantized)]
     found = [words for words, other in offloads if _fits(other, free)][:1]
-    found += [words for words, other in folding if _fits(other, free)]
+    found += [words for words, other in quantizing if _fits(other, free)]
     found += _strategies(run, free) + _windows(run, free) + _ranks(run, free)
     if found:
         return found
-    every = [*offloads[-1:], *folding]
+    every = [*offloads[-1:], *quantizing]
     words = " ".join(words for words, _ in every)
-    smallest = replace(folded, offload=offloads[-1][1].offload if offloads else run.offload)
+    smallest = replace(quantized, offload=offloads[-1][1].offload if offloads else run.offload)
     if _fits(smallest, free):
         return [words]
     return [f"{words} {more}".strip() for more in (*_windows(smallest, free), *_ranks(smallest, free))]
@@ -229,7 +231,7 @@ def _fits(run: Run, free: int) -> bool:
 
 def _more_offload(run: Run) -> list[Offload]:
     """What could wait elsewhere beside what does already; on a CPU UMT5 has nowhere to wait but in its file."""
-    stays = run.beside.text_stays
+    stays = run.auxiliary.text_stays
     texts: tuple[Keep, ...] = (run.offload.text, "free") if stays else (run.offload.text,)
     codecs = (True,) if run.offload.codec else (False, True)
     return [made for codec in codecs for text in texts if (made := Offload(text, codec)) != run.offload]
@@ -255,7 +257,7 @@ def _ranks(run: Run, free: int) -> list[str]:
     while ranks <= min(MOST_RANKS, run.work.grid.tokens):
         least = min(run.plans(ranks), key=lambda cost: cost.memory_bytes)
         if least.memory_bytes <= free:
-            return [f"{run.lanes * ranks} ranks with --strategy {least.strategy}"]
+            return [f"{run.cfg * ranks} ranks with --strategy {least.strategy}"]
         ranks *= 2
     return []
 

@@ -19,7 +19,7 @@ from causalrope_sp.config import VAE_STRIDE
 from causalrope_sp.distributed.layout import Layout, parse_strategy, strategies
 from causalrope_sp.grid import LatentGrid, Shard
 from causalrope_sp.planning.machines import Machine
-from causalrope_sp.planning.memory import NOTHING, Beside
+from causalrope_sp.planning.memory import NO_AUXILIARY, AuxiliaryMemory
 from causalrope_sp.planning.workload import Workload
 from causalrope_sp.reuse.policy import Kind
 
@@ -34,13 +34,13 @@ class Plan:
     A chunk's passes are those of the steady state: one fused with the context pass of the chunk before, a full window.
     `exposed_ms` is the part of `communication_ms` that nothing hides, `imbalance` the slowest rank's computing against
     the mean, `efficiency` one rank's time against all ranks' together. The first frame's time leaves out loading, text
-    and decoding. With two `lanes` each half of the ranks runs one branch of guidance by the strategy, and counts are of
+    and decoding. With `cfg` 2 each half of the ranks runs one branch of guidance by the strategy, and counts are of
     the prompt's. `stored_bytes` are the outputs that passes take over from one another.
     """
 
     strategy: str
     ranks: int
-    lanes: int
+    cfg: int
     collectives_per_pass: int
     bytes_per_pass: int
     collectives_per_chunk: int
@@ -60,15 +60,15 @@ class Plan:
     imbalance: float
     fits: bool
     chosen: bool = False
-    beside: Beside = NOTHING
+    auxiliary: AuxiliaryMemory = NO_AUXILIARY
 
     @property
     def bytes_by_time(self) -> dict[str, int]:
-        return self.beside.by_time(self.weights_bytes, self.cache_bytes + self.stored_bytes, self.activation_bytes)
+        return self.auxiliary.by_time(self.weights_bytes, self.cache_bytes + self.stored_bytes, self.activation_bytes)
 
     @property
     def name(self) -> str:
-        return self.strategy if self.lanes == 1 else f"{self.lanes}×{self.strategy}"
+        return self.strategy if self.cfg == 1 else f"{self.cfg}×{self.strategy}"
 
     @property
     def memory_bytes(self) -> int:
@@ -104,7 +104,7 @@ def received_latents(work: Workload, ranks: int) -> int:
 
 
 def received_guidance(work: Workload, ranks: int) -> int:
-    """Elements that a rank receives from the other lane of as many ranks after a pass; of the type of the latents."""
+    """Elements that a rank receives from the other branch on as many ranks after a pass; of the type of the latents."""
     return work.batch * work.chunk_frames * max(_tokens(work.grid, ranks)) * work.config.token_dim
 
 
@@ -153,21 +153,26 @@ def chunk_flops(layout: Layout, work: Workload, rank: int, branch: int = 0) -> i
 
 
 def plan(
-    work: Workload, ranks: int, on: Machine, *, lanes: Sequence[int] = (1,), beside: Beside = NOTHING
+    work: Workload,
+    ranks: int,
+    on: Machine,
+    *,
+    cfg_sizes: Sequence[int] = (1,),
+    auxiliary: AuxiliaryMemory = NO_AUXILIARY,
 ) -> list[Plan]:
-    """Every strategy at this many ranks, in each of these numbers of lanes, and which of them is the best, always the
-    same on every rank: the fastest chunk of those that fit, the least memory among equals."""
-    alone, costs = _cost(parse_strategy("ulysses", 1), 1, work, on, beside), []
-    for count in lanes:
+    """Every strategy at this many ranks and at each of these sizes of the `cfg` axis, and which of them is the best:
+    the fastest chunk of those that fit, the least memory among equals. The answer is the same on every rank."""
+    alone, costs = _cost(parse_strategy("ulysses", 1), 1, work, on, auxiliary), []
+    for count in cfg_sizes:
         names = strategies(ranks // count, work.config.num_heads)[: 1 if ranks == count else None]
-        costs += [_cost(parse_strategy(name, ranks // count), count, work, on, beside) for name in names]
+        costs += [_cost(parse_strategy(name, ranks // count), count, work, on, auxiliary) for name in names]
     costs = [replace(c, efficiency=alone.chunk_ms / (ranks * c.chunk_ms)) for c in costs]
     best = min(range(len(costs)), key=lambda n: (not costs[n].fits, round(costs[n].chunk_ms, 3), costs[n].memory_bytes))
     return [replace(c, chosen=n == best) for n, c in enumerate(costs)]
 
 
-def _cost(layout: Layout, lanes: int, work: Workload, on: Machine, beside: Beside) -> Plan:
-    passes = work.passes if lanes == 1 else work.passes[:1]  # of each branch that takes its turn on a rank
+def _cost(layout: Layout, cfg: int, work: Workload, on: Machine, auxiliary: AuxiliaryMemory) -> Plan:
+    passes = work.passes if cfg == 1 else work.passes[:1]  # of each branch that takes its turn on a rank
     every, branches, layers = range(layout.ranks), len(passes), work.config.num_layers
     chunk, window = work.chunk_frames, work.window
     after_the_first = [work.computed(step, branch) for branch, steps in enumerate(passes) for step in range(1, steps)]
@@ -183,9 +188,9 @@ def _cost(layout: Layout, lanes: int, work: Workload, on: Machine, beside: Besid
         later = [[count * seconds for seconds in slowest(chunk, keys, dict(c))] for c, count in alike.items()]
         return [sum(each) for each in zip(first, *later, strict=True)]
 
-    # a chunk's latents once, and velocities across lanes after every pass
-    once, crossed = received_latents(work, layout.ranks), received_guidance(work, layout.ranks) if lanes > 1 else 0
-    trades = work.steps if lanes > 1 else 0
+    # a chunk's latents once, and velocities across the `cfg` axis after every pass
+    once, crossed = received_latents(work, layout.ranks), received_guidance(work, layout.ranks) if cfg > 1 else 0
+    trades = work.steps if cfg > 1 else 0
     rest = (layout.ranks > 1) + trades
     rest_bytes = 4 * (once + trades * crossed)
     gather = rest * on.latency + rest_bytes / on.link
@@ -202,8 +207,8 @@ def _cost(layout: Layout, lanes: int, work: Workload, on: Machine, beside: Besid
     activations = max(_activation_bytes(layout, work, r) for r in every)
     return Plan(
         strategy=layout.name,
-        ranks=lanes * layout.ranks,
-        lanes=lanes,
+        ranks=cfg * layout.ranks,
+        cfg=cfg,
         collectives_per_pass=calls_layer * layers,
         bytes_per_pass=bytes_layer * layers,
         collectives_per_chunk=calls_layer * attended + rest,
@@ -221,8 +226,8 @@ def _cost(layout: Layout, lanes: int, work: Workload, on: Machine, beside: Besid
         fps=VAE_STRIDE[0] * chunk / seconds,
         efficiency=1.0,
         imbalance=max(steady) * layout.ranks / sum(steady),
-        fits=max(beside.by_time(work.weights_bytes, cache + stored, activations).values()) <= on.memory,
-        beside=beside,
+        fits=max(auxiliary.by_time(work.weights_bytes, cache + stored, activations).values()) <= on.memory,
+        auxiliary=auxiliary,
     )
 
 
@@ -262,14 +267,16 @@ def _activation_bytes(layout: Layout, work: Workload, rank: int) -> int:
     c, frames = work.config, 2 * work.chunk_frames
     tokens = work.batch * frames * _tokens(work.grid, layout.ranks)[rank]
     wire = sum(received(layout, work, rank, frames).values())
-    unfolded = c.dim * max(3 * c.dim, c.ffn_dim) * work.itemsize if work.fp8 else 0
-    return unfolded + work.itemsize * (2 * c.dim * tokens + max(2 * c.ffn_dim * tokens, 8 * c.dim * tokens + 2 * wire))
+    dequantized = c.dim * max(3 * c.dim, c.ffn_dim) * work.itemsize if work.fp8 else 0
+    return dequantized + work.itemsize * (
+        2 * c.dim * tokens + max(2 * c.ffn_dim * tokens, 8 * c.dim * tokens + 2 * wire)
+    )
 
 
 def _place(layout: Layout, work: Workload, rank: int) -> tuple[int, int, list[int], list[int]]:
     """A rank's row and column, every rank's tokens of a frame, and every row's."""
     tokens = _tokens(work.grid, layout.ranks)
-    return *layout.place(rank), tokens, [sum(row) for row in layout.rows(tokens)]
+    return *layout.coordinates(rank), tokens, [sum(row) for row in layout.rows(tokens)]
 
 
 @cache

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from causalrope_sp.distributed.mesh import possible_lanes
+from causalrope_sp.distributed.mesh import possible_cfg_sizes
 from causalrope_sp.grid import LatentGrid
 from causalrope_sp.planning.cost import Plan, plan
 from causalrope_sp.planning.machines import Machine
@@ -62,7 +62,7 @@ class VaeSize:
         return flops + places * _conv(self.widths[-1], 3 * self.patch**2, 27)
 
     @property
-    def exchanges(self) -> int:
+    def collectives(self) -> int:
         """Collectives a latent frame where ranks decode in strips: one a convolution of 3×3, and one in the middle."""
         stages = len(self.widths) - 1
         return 1 + 4 + 1 + 2 * self.blocks * stages + len(self.doubles_time) + 1
@@ -70,7 +70,7 @@ class VaeSize:
     def decode_ms(self, grid: LatentGrid, frames: int, on: Machine, ranks: int = 1) -> float:
         """Predicted milliseconds for so many latent frames on some ranks, a strip each."""
         flops = self.decode_flops(grid.latent_height, grid.latent_width) / ranks
-        waits = self.exchanges * on.latency if ranks > 1 else 0.0
+        waits = self.collectives * on.latency if ranks > 1 else 0.0
         return 1e3 * frames * (flops / (CONVOLUTIONS * on.matmul) + waits)
 
 
@@ -99,8 +99,8 @@ def plan_decoding(vae: VaeSize, work: Workload, ranks: int, on: Machine) -> Deco
 
 
 def _with_decoders(decoders: int, vae: VaeSize, work: Workload, ranks: int, on: Machine) -> DecodePlan:
-    lanes = possible_lanes(work.guided > 0, ranks - decoders)
-    denoise = next(cost for cost in plan(work, ranks - decoders, on, lanes=lanes) if cost.chosen)
+    cfg_sizes = possible_cfg_sizes(work.guided > 0, ranks - decoders)
+    denoise = next(cost for cost in plan(work, ranks - decoders, on, cfg_sizes=cfg_sizes) if cost.chosen)
     decode_ms = vae.decode_ms(work.grid, work.chunk_frames, on, decoders or ranks)
     chunk_ms = max(denoise.chunk_ms, decode_ms) if decoders else denoise.chunk_ms + decode_ms
     fps = denoise.fps * denoise.chunk_ms / chunk_ms

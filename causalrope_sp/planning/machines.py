@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -43,6 +45,11 @@ LINKS = {
 
 def machine(gpu: str, link: str) -> Machine:
     return Machine(f"{gpu}, {link}", *GPUS[gpu], *LINKS[link])
+
+
+def default_machine(device: torch.device) -> Machine:
+    """What predictions assume of a rank on this device: an H100 on NVLink, or a CPU."""
+    return H100 if device.type == "cuda" else CPU
 
 
 H100, CPU = machine("h100", "nvlink"), machine("cpu", "loopback")

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Beside:
+class AuxiliaryMemory:
     """Bytes beside the DiT, on the rank that has most of them. `codec_state` is what a decoder keeps between chunks,
     `codec_activations` what it needs while it decodes one; `workspace` is what libraries take for themselves.
 
     `text_stays` and `codec_stays` say whether the weights are there all the time, or only while they are used;
-    `decodes_beside` whether the next chunk is denoised while one is decoded.
+    `decodes_concurrently` whether the next chunk is denoised while one is decoded.
     """
 
     text: int = 0
@@ -25,7 +25,7 @@ class Beside:
     workspace: int = 0
     text_stays: bool = False
     codec_stays: bool = True
-    decodes_beside: bool = False
+    decodes_concurrently: bool = False
 
     def by_time(self, weights: int, cache: int, activations: int) -> dict[str, int]:
         """Bytes in all while a prompt is encoded, a chunk denoised, a chunk decoded, beside a DiT that needs so many.
@@ -37,8 +37,8 @@ class Beside:
         return {
             "text": waiting + (0 if self.text_stays else self.text),
             "denoise": streaming + activations,
-            "decode": streaming + decoding + (activations if self.decodes_beside else 0),
+            "decode": streaming + decoding + (activations if self.decodes_concurrently else 0),
         }
 
 
-NOTHING = Beside()
+NO_AUXILIARY = AuxiliaryMemory()

@@ -114,8 +114,8 @@ class Recorder:
             raise ConfigError("chunks of a single step have nothing to reuse")
         mine = {json.dumps(key): float(squares) for key, squares in self._squares.items()}
         everyone = [mine]
-        if parallel.mesh.sequence > 1:
-            said = parallel.exchange().everyone({"squares": json.dumps(mine)})
+        if parallel.mesh.sp > 1:
+            said = parallel.sp_communicator().everyone({"squares": json.dumps(mine)})
             everyone = [json.loads(fields["squares"]) for fields in said]
         total: dict[Key, float] = defaultdict(float)
         for sums in everyone:

@@ -13,16 +13,16 @@ from collections.abc import Callable
 from torch import Tensor
 
 from causalrope_sp.config import SamplerConfig
-from causalrope_sp.diffusion.schedule import guide, guided_steps, told_timesteps
+from causalrope_sp.diffusion.schedule import guide, guided_steps, model_timesteps
 from causalrope_sp.distributed import SequenceParallel
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.grid import Chunk
 from causalrope_sp.sampling.stream import CausalStream, Part
 
-POSITIVE, NEGATIVE = range(2)  # the lanes of guidance parallelism
+CONDITIONAL, UNCONDITIONAL = range(2)  # the lanes of guidance parallelism
 
 
-class Branch:
+class GuidanceBranch:
     """One prompt's stream, and the finished chunk whose clean keys and values are not in its cache yet."""
 
     def __init__(self, stream: CausalStream) -> None:
@@ -48,7 +48,7 @@ class Branch:
         return self._stream.stored_bytes
 
 
-class Branches:
+class GuidanceBranches:
     """What a chunk's velocity is made of.
 
     Args:
@@ -63,44 +63,48 @@ class Branches:
     def __init__(
         self,
         open_stream: Callable[[Tensor, int], CausalStream],
-        positive: Tensor,
+        conditional: Tensor,
         negative: Tensor | None,
         sampler: SamplerConfig,
         parallel: SequenceParallel,
     ) -> None:
         self._scale, self._guided = sampler.guidance_scale, guided_steps(sampler)
-        self._timesteps, self._parallel = told_timesteps(sampler), parallel
-        prompts = [positive]
+        self._timesteps, self._parallel = model_timesteps(sampler), parallel
+        prompts = [conditional]
         if any(self._guided):
             if negative is None:
                 raise ConfigError(f"a guidance scale of {self._scale:g} needs the embeddings of a negative prompt")
-            if negative.shape != positive.shape:
+            if negative.shape != conditional.shape:
                 raise ConfigError(
-                    f"negative embeddings have shape {tuple(negative.shape)}, the prompt's {tuple(positive.shape)}"
+                    f"negative embeddings have shape {tuple(negative.shape)}, the prompt's {tuple(conditional.shape)}"
                 )
             prompts.append(negative)
-        mine = range(len(prompts)) if parallel.mesh.lanes == 1 else [parallel.lane]
-        self._branches = [Branch(open_stream(prompts[branch], branch)) for branch in mine]
+        mine = range(len(prompts)) if parallel.mesh.cfg == 1 else [parallel.cfg_rank]
+        self._branches = [GuidanceBranch(open_stream(prompts[branch], branch)) for branch in mine]
 
     def velocity(self, chunk: Chunk, x_BFSE: Tensor, step: int) -> Tensor:
         """The velocity of the chunk's tokens at a step, guided if the step is, (B, F, s, E)."""
         guided, timestep = self._guided[step], self._timesteps[step]
-        if self._parallel.mesh.lanes > 1:
-            velocities = self._from_lanes(chunk, x_BFSE, timestep, guided)
+        if self._parallel.mesh.cfg > 1:
+            velocities = self._from_both_ranks(chunk, x_BFSE, timestep, guided)
         else:
             velocities = [branch.denoise(chunk, x_BFSE, timestep) for branch in self._branches[: 1 + guided]]
-        return guide(velocities[POSITIVE], velocities[NEGATIVE], self._scale) if guided else velocities[POSITIVE]
+        return (
+            guide(velocities[CONDITIONAL], velocities[UNCONDITIONAL], self._scale)
+            if guided
+            else velocities[CONDITIONAL]
+        )
 
-    def _from_lanes(self, chunk: Chunk, x_BFSE: Tensor, timestep: float, guided: bool) -> list[Tensor]:
+    def _from_both_ranks(self, chunk: Chunk, x_BFSE: Tensor, timestep: float, guided: bool) -> list[Tensor]:
         """Both lanes' velocities. The negative lane has none at a step that is not guided: it makes up for its context
         pass meanwhile, and what it sends is not used."""
         (branch,) = self._branches
-        if guided or self._parallel.lane == POSITIVE:
+        if guided or self._parallel.cfg_rank == CONDITIONAL:
             mine = branch.denoise(chunk, x_BFSE, timestep)
         else:
             branch.commit()
             mine = x_BFSE
-        return self._parallel.across_lanes("guidance", mine)
+        return self._parallel.all_gather_cfg("guidance", mine)
 
     @property
     def stored_bytes(self) -> int:
@@ -118,7 +122,7 @@ class Branches:
             branch.finish(part)
 
 
-def check_guidance(sampler: SamplerConfig, lanes: int) -> None:
+def check_guidance(sampler: SamplerConfig, cfg: int) -> None:
     """
     Raises:
         ConfigError: guidance at no step, or lanes for which there are no branches.
@@ -126,8 +130,8 @@ def check_guidance(sampler: SamplerConfig, lanes: int) -> None:
     guided = any(guided_steps(sampler))
     if sampler.guidance_scale != 1 and not guided:
         low, high = sampler.guidance_interval
-        steps = ", ".join(f"{t:g}" for t in told_timesteps(sampler))
+        steps = ", ".join(f"{t:g}" for t in model_timesteps(sampler))
         raise ConfigError(f"no step is within the guidance interval {low:g} to {high:g}; they are at {steps}")
-    if lanes > 2 or (lanes == 2 and not guided):
+    if cfg > 2 or (cfg == 2 and not guided):
         what = "guidance has two" if guided else "without guidance, a scale other than 1, there is one"
-        raise ConfigError(f"{lanes} lanes of ranks need as many branches: {what}")
+        raise ConfigError(f"cfg {cfg} of the mesh needs as many branches: {what}")

@@ -1,4 +1,4 @@
-"""The loop: denoise, hand out, commit. A generator of chunks of latents.
+"""The loop of a stream: denoise, output, commit. A generator of chunks of latents.
 
 Shapes: B batch, F latent frames of a chunk, C channels, H×W latent size, s tokens of a frame on this rank,
 E numbers in a token.
@@ -13,28 +13,24 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from causalrope_sp.attention.build import build_strategy, describe_strategy
 from causalrope_sp.cache.window import SlidingWindow
 from causalrope_sp.config import SamplerConfig, StreamConfig
-from causalrope_sp.devices import send
 from causalrope_sp.diffusion.noise import Noise
 from causalrope_sp.diffusion.schedule import add_noise, branch_timesteps, sigmas
 from causalrope_sp.diffusion.solvers import start_solver
 from causalrope_sp.distributed import SequenceParallel
+from causalrope_sp.distributed.layout import Layout
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.grid import Chunk, LatentGrid, split_into_chunks
 from causalrope_sp.models.causal_dit import CausalDiT
+from causalrope_sp.planning.machines import default_machine
+from causalrope_sp.planning.strategy import choose_strategy
 from causalrope_sp.planning.workload import Workload
 from causalrope_sp.reuse.policy import ReusePlan, ReusePolicy
-from causalrope_sp.sampling.guidance import NEGATIVE, Branches, check_guidance
+from causalrope_sp.sampling.chunk import LatentChunk, ShardContext, check_text
+from causalrope_sp.sampling.guidance import UNCONDITIONAL, GuidanceBranches, check_guidance
 from causalrope_sp.sampling.stream import CausalStream, Part
-
-
-@dataclass(frozen=True)
-class LatentChunk:
-    """A finished chunk: whole frames, (B, F, C, H, W), on every rank."""
-
-    chunk: Chunk
-    latents: Tensor
 
 
 @dataclass(frozen=True)
@@ -61,7 +57,7 @@ def sample_chunks(
     source: Source | None = None,
     negative_embeds: Tensor | None = None,
     reuse: ReusePolicy | None = None,
-    fuse_context_pass: bool = True,
+    layout: Layout | None = None,
 ) -> Generator[LatentChunk]:
     """Generates a video chunk by chunk (Self-Forcing, arXiv 2506.08009), on one rank or many.
 
@@ -71,121 +67,175 @@ def sample_chunks(
         noise: starting and fresh noise by (chunk, step); see `seeded_noise`.
         grid: the latent frame in tokens.
         frames: latent frames to generate; None goes on for ever and needs a window.
-        stream: chunk length, window, sink, places in time.
+        stream: chunk length, window, sink and positions in time.
         sampler: steps, solver and guidance.
-        parallel: the ranks; one process if None. On two lanes of them the two branches of guidance run at once.
-        initial_latents: given frames to continue, (B, F0, C, H, W); they are not handed out again.
+        parallel: the ranks; one process if None. With `cfg` 2 of the mesh the branches of guidance run at once.
+        initial_latents: latent frames to continue, (B, F0, C, H, W); they are not yielded again.
         source: a video to start each chunk from, instead of from noise alone.
-        negative_embeds: what guidance leads away from, like `embeds`; not looked at where the scale is 1.
+        negative_embeds: the embeddings of the unconditional branch, like `embeds`; not read where the scale is 1.
         reuse: which attention outputs later steps take over from earlier ones of their chunk (PAB); it changes the
             result, the same way on any number of ranks. None computes all of them.
-        fuse_context_pass: let a chunk's context pass ride with the next chunk's first denoise pass. Exact either way.
+        layout: how the ranks share attention; None takes what `choose_strategy` says.
 
     Yields:
-        LatentChunk: handed out before the chunk's context pass; the last chunk has none.
+        LatentChunk: before the chunk's context pass; the last chunk has none.
 
     Raises:
         ConfigError: `frames` below 1, no window for an endless video, shapes that do not fit the model or the grid,
             ranks that the strategy cannot use, a `source` that starts at no step of the sampler's, guidance without
-            `negative_embeds` or at no step, lanes without guidance.
+            `negative_embeds` or at no step, a mesh axis without a use.
     """
-    parallel = parallel or SequenceParallel.single()
-    check_inputs(model, embeds, grid, frames, stream, initial_latents)
-    given = 0 if initial_latents is None else initial_latents.shape[1]
-    window, shard = _window(stream, frames, given), parallel.shard(grid)
-    work = Workload.of(model.config, grid, stream, sampler, window.frames, len(embeds), model.dtype.itemsize, reuse)
-    check_guidance(sampler, parallel.mesh.lanes)
-    parallel.denoisers.agree({"strategy": parallel.describe(work), "sampler": sampler, "reuse": reuse})
-    strategy, levels = parallel.strategy(work), sigmas(sampler)
-    begin = 0 if source is None else source.first_step
-    if not 0 <= begin < len(levels):
-        raise ConfigError(f"a source starts at one of the steps 0 to {len(levels) - 1}, not at {begin}")
-
-    def open_stream(prompt: Tensor, branch: int) -> CausalStream:
-        passes, relative = branch_timesteps(sampler, branch == NEGATIVE, begin), stream.rope == "relative"
-        plan = None if reuse is None else ReusePlan.of_causal(reuse, passes, model.config.num_layers)
-        return CausalStream(model, prompt, grid, window, shard, strategy, relative=relative, reuse=plan)
-
-    branches = Branches(open_stream, embeds, negative_embeds, sampler, parallel)
-    precise = torch.float64 if model.dtype == torch.float64 else torch.float32
-
-    def mine(latents: Tensor) -> Tensor:
-        return send(grid.patchify(latents)[:, :, shard.start : shard.stop].contiguous(), model.device, precise)
-
-    def checked(name: str, chunk: Chunk, latents: Tensor) -> Tensor:
-        expected = (len(embeds), chunk.frames, model.config.in_channels, grid.latent_height, grid.latent_width)
-        if latents.shape != expected:
-            raise ConfigError(
-                f"the {name} of chunk {chunk.index} has shape {tuple(latents.shape)}, expected {expected}"
-            )
-        return mine(latents)
-
-    def draw(chunk: Chunk, step: int) -> Tensor:
-        return checked("noise", chunk, noise(chunk, step))
-
-    first = 0
-    if initial_latents is not None:
-        for chunk in _chunks(given, stream):
-            branches.commit()
-            branches.finish(Part(chunk, mine(initial_latents[:, chunk.start : chunk.stop]), 0.0))
-            first = chunk.index + 1
-
-    for chunk in _chunks(frames, stream, index=first, start=given):
-        if not fuse_context_pass:
-            branches.commit()
-        x = draw(chunk, begin)
-        if source is not None:
-            x = add_noise(checked("source", chunk, source.latents(chunk)), x, levels[begin])
-        solve = start_solver(sampler, begin)
-        for step, sigma in enumerate(levels[begin:], begin):
-            velocity = branches.velocity(chunk, x, step)
-            to = levels[step + 1] if step + 1 < len(levels) else 0.0
-            x = solve(x, velocity, sigma, to, partial(draw, chunk, step + 1))
-        parallel.ledger.keep(branches.stored_bytes)
-        yield LatentChunk(chunk, grid.unpatchify(parallel.gather_tokens(x, grid)))
-        branches.finish(Part(chunk, x, 0.0))
-
-
-def _chunks(frames: int | None, stream: StreamConfig, index: int = 0, start: int = 0) -> Iterator[Chunk]:
-    return split_into_chunks(
-        frames, stream.chunk_frames, independent_first_frame=stream.independent_first_frame, index=index, start=start
+    loop = ChunkLoop(
+        model,
+        embeds,
+        noise,
+        grid,
+        frames,
+        stream=stream,
+        sampler=sampler,
+        parallel=parallel,
+        initial_latents=initial_latents,
+        source=source,
+        negative_embeds=negative_embeds,
+        reuse=reuse,
+        layout=layout,
     )
+    for chunk in loop.chunks():
+        tokens = loop.denoise(chunk)
+        yield loop.output(chunk, tokens)
+        loop.finish(chunk, tokens)
 
 
-def _window(stream: StreamConfig, frames: int | None, given: int) -> SlidingWindow:
+class ChunkLoop:
+    """The state of `sample_chunks`, whose arguments it takes, and the steps of its loop as methods."""
+
+    def __init__(
+        self,
+        model: CausalDiT,
+        embeds: Tensor,
+        noise: Noise,
+        grid: LatentGrid,
+        frames: int | None,
+        *,
+        stream: StreamConfig,
+        sampler: SamplerConfig,
+        parallel: SequenceParallel | None = None,
+        initial_latents: Tensor | None = None,
+        source: Source | None = None,
+        negative_embeds: Tensor | None = None,
+        reuse: ReusePolicy | None = None,
+        layout: Layout | None = None,
+    ) -> None:
+        _check_length(frames, stream)
+        check_text(model, embeds, grid)
+        self._parallel = parallel or SequenceParallel.single()
+        self._context = ShardContext.of(model, grid, self._parallel.shard(grid), len(embeds))
+        self._context.check_initial(initial_latents)
+        self._noise, self._source, self._stream, self._sampler = noise, source, stream, sampler
+        self._initial = 0 if initial_latents is None else initial_latents.shape[1]
+        self._frames = frames
+        self._levels = sigmas(sampler)
+        self._first_step = 0 if source is None else source.first_step
+        if not 0 <= self._first_step < len(self._levels):
+            raise ConfigError(
+                f"a source starts at one of the steps 0 to {len(self._levels) - 1}, not at {self._first_step}"
+            )
+        check_guidance(sampler, self._parallel.mesh.cfg)
+        if self._parallel.mesh.chunk > 1:
+            raise ConfigError(f"chunk {self._parallel.mesh.chunk} of the mesh is for chunks made in parallel alone")
+        self._open(model, embeds, negative_embeds, reuse, layout)
+        self._next_index = 0
+        if initial_latents is not None:
+            self._commit_initial(initial_latents)
+
+    def _open(
+        self,
+        model: CausalDiT,
+        embeds: Tensor,
+        negative_embeds: Tensor | None,
+        reuse: ReusePolicy | None,
+        layout: Layout | None,
+    ) -> None:
+        """Chooses the strategy, makes sure that all ranks chose alike, and opens a stream for each branch."""
+        parallel, grid, sampler, config = self._parallel, self._context.grid, self._sampler, model.config
+        window = _window(self._stream, self._frames, self._initial)
+        batch, itemsize = len(embeds), model.dtype.itemsize
+        work = Workload.of(config, grid, self._stream, sampler, window.frames, batch, itemsize, reuse)
+        layout = layout or choose_strategy(work, default_machine(parallel.device), parallel)
+        described = describe_strategy(parallel, layout, config.num_heads)
+        parallel.denoisers.agree({"strategy": described, "sampler": sampler, "reuse": reuse})
+        strategy = build_strategy(parallel, layout, grid, config.num_heads)
+        relative = self._stream.rope == "relative"
+
+        def open_stream(prompt: Tensor, branch: int) -> CausalStream:
+            passes = branch_timesteps(sampler, branch == UNCONDITIONAL, self._first_step)
+            plan = None if reuse is None else ReusePlan.of_causal(reuse, passes, config.num_layers)
+            shard = self._context.shard
+            return CausalStream(model, prompt, grid, window, shard, strategy, relative=relative, reuse=plan)
+
+        self._branches = GuidanceBranches(open_stream, embeds, negative_embeds, sampler, parallel)
+
+    def chunks(self) -> Iterator[Chunk]:
+        """The chunks to generate, in order of time."""
+        return self._cut(self._frames, self._next_index, self._initial)
+
+    def denoise(self, chunk: Chunk) -> Tensor:
+        """The clean tokens of a chunk on this rank, (B, F, s, E)."""
+        levels = self._levels
+        x = self._draw(chunk, self._first_step)
+        if self._source is not None:
+            clean = self._source.latents(chunk)
+            clean = self._context.checked_tokens(f"the source of chunk {chunk.index}", chunk.frames, clean)
+            x = add_noise(clean, x, levels[self._first_step])
+        solve = start_solver(self._sampler, self._first_step)
+        for step, sigma in enumerate(levels[self._first_step :], self._first_step):
+            velocity = self._branches.velocity(chunk, x, step)
+            to = levels[step + 1] if step + 1 < len(levels) else 0.0
+            x = solve(x, velocity, sigma, to, partial(self._draw, chunk, step + 1))
+        return x
+
+    def output(self, chunk: Chunk, tokens_BFSE: Tensor) -> LatentChunk:
+        """The whole latents of a chunk, on every rank."""
+        self._parallel.comm_stats.keep(self._branches.stored_bytes)
+        grid = self._context.grid
+        return LatentChunk(chunk, grid.unpatchify(self._parallel.gather_tokens(tokens_BFSE, grid)))
+
+    def finish(self, chunk: Chunk, tokens_BFSE: Tensor) -> None:
+        """Hands a chunk's clean tokens to its context pass, which runs with the next chunk's first denoise pass."""
+        self._branches.finish(Part(chunk, tokens_BFSE, 0.0))
+
+    def commit(self) -> None:
+        """Runs the context pass that is due by itself, before the next denoise pass. The result is the same."""
+        self._branches.commit()
+
+    def _commit_initial(self, latents_BFCHW: Tensor) -> None:
+        for chunk in self._cut(self._initial, 0, 0):
+            self.commit()
+            self.finish(chunk, self._context.tokens(latents_BFCHW[:, chunk.start : chunk.stop]))
+            self._next_index = chunk.index + 1
+
+    def _draw(self, chunk: Chunk, step: int) -> Tensor:
+        noise = self._noise(chunk, step)
+        return self._context.checked_tokens(f"the noise of chunk {chunk.index}", chunk.frames, noise)
+
+    def _cut(self, frames: int | None, index: int, start: int) -> Iterator[Chunk]:
+        lone = self._stream.independent_first_frame
+        return split_into_chunks(
+            frames, self._stream.chunk_frames, independent_first_frame=lone, index=index, start=start
+        )
+
+
+def _window(stream: StreamConfig, frames: int | None, initial: int) -> SlidingWindow:
     """The stream's window, or one that holds the whole video where that is shorter and nothing is ever evicted."""
-    total = None if frames is None else given + frames
+    total = None if frames is None else initial + frames
     if total is not None and (stream.window is None or stream.window >= total):
         return SlidingWindow(total)
     assert stream.window is not None, "checked: an endless video has a window"
     return SlidingWindow(stream.window, stream.sink)
 
 
-def check_inputs(
-    model: CausalDiT,
-    embeds: Tensor,
-    grid: LatentGrid,
-    frames: int | None,
-    stream: StreamConfig,
-    initial_latents: Tensor | None,
-) -> None:
-    """Raises ConfigError unless the model, its text, the grid, the length and what is given fit together."""
-    config = model.config
+def _check_length(frames: int | None, stream: StreamConfig) -> None:
     if frames is None and stream.window is None:
         raise ConfigError("an endless video needs a window")
     if frames is not None and frames < 1:
         raise ConfigError(f"frames must be at least 1, not {frames}")
-    if embeds.ndim != 3 or embeds.shape[1:] != (config.text_len, config.text_dim):
-        raise ConfigError(
-            f"text embeddings have shape {tuple(embeds.shape)}, expected (batch, {config.text_len}, {config.text_dim})"
-        )
-    if grid.patch != config.patch_size[1:]:
-        raise ConfigError(f"the grid's patch is {grid.patch}, the model's {config.patch_size[1:]}")
-    frame = (config.in_channels, grid.latent_height, grid.latent_width)
-    if initial_latents is not None and (
-        initial_latents.ndim != 5 or len(initial_latents) != len(embeds) or initial_latents.shape[2:] != frame
-    ):
-        raise ConfigError(
-            f"initial latents have shape {tuple(initial_latents.shape)}, expected ({len(embeds)}, frames, {frame[0]}, "
-            f"{frame[1]}, {frame[2]})"
-        )

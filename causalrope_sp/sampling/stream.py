@@ -75,7 +75,7 @@ class CausalStream:
             config.head_dim,
             dtype=model.dtype,
             device=model.device,
-            turn=partial(self._rope.turn, tokens=strategy.stored_tokens) if relative else None,
+            rotate_on_read=partial(self._rope.rotate_on_read, tokens=strategy.stored_tokens) if relative else None,
         )
 
     def denoise(self, chunk: Chunk, x_BFSE: Tensor, timestep: float, context: Part | None = None) -> Tensor:

@@ -27,7 +27,7 @@ class TextSource:
         return cls(Path(path), None if tokenizer is None else Path(tokenizer))
 
     @classmethod
-    def in_recipe(cls, text: Any, folder: Path) -> Any:
+    def from_json(cls, text: Any, folder: Path) -> Any:
         """What a recipe in `folder` means by its `text`. A path has a / or a dot in it; a name is left as it is."""
         if isinstance(text, dict):
             named = cls.of(**text)

@@ -14,7 +14,7 @@ from causalrope_sp.diffusion.schedule import guided_steps
 from causalrope_sp.distributed import SequenceParallel, strategies
 from causalrope_sp.distributed.launch import RankPool
 from causalrope_sp.distributed.layout import SINGLE, check_name
-from causalrope_sp.distributed.mesh import possible_lanes
+from causalrope_sp.distributed.mesh import possible_cfg_sizes
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.grid import split_into_chunks
 from causalrope_sp.verification.cases import KNOWN_KINDS, Case, case_files, load_case, self_check_cases
@@ -120,11 +120,11 @@ def _check_strategies(
     strategy: str,
 ) -> list[Check]:
     checks, ranks, heads = [], 1 if group is None else group.size(), case.model.config.num_heads
-    lanes = possible_lanes(any(guided_steps(case.sampler)), ranks)
-    for count, name in [(n, name) for n in lanes for name in _names(strategy, ranks // n, heads, n)]:
+    sizes = possible_cfg_sizes(any(guided_steps(case.sampler)), ranks)
+    for count, name in [(n, name) for n in sizes for name in _names(strategy, ranks // n, heads, n)]:
         label = name if count == 1 else f"{count}×{name}"
         try:
-            parallel = SequenceParallel(group, name, device, lanes=count)
+            parallel = SequenceParallel(group, name, device, cfg=count)
             result = case.run(parallel)
         except ConfigError as reason:
             checks.append(Check(case.name, ranks, label, None, None, str(reason)))
@@ -134,11 +134,11 @@ def _check_strategies(
     return checks
 
 
-def _names(strategy: str, ranks: int, heads: int, lanes: int = 1) -> list[str]:
-    """What to run on the ranks of a lane. Two lanes of one rank each are the same by every name."""
+def _names(strategy: str, ranks: int, heads: int, cfg: int = 1) -> list[str]:
+    """The strategies to run on the ranks of the `sp` axis; all of them are the same where it has one rank."""
     if strategy != ALL:
         return [strategy]
-    return [SINGLE] if (ranks, lanes) == (1, 2) else strategies(ranks, heads)
+    return [SINGLE] if (ranks, cfg) == (1, 2) else strategies(ranks, heads)
 
 
 def _half_bound(case: Case, expected: Tensor, device: str) -> float:

@@ -1,18 +1,18 @@
 """Video Interface Networks (arXiv 2503.17539): all chunks of a video at once, held together by a few global tokens."""
 
 from causalrope_sp.vin.network import VideoInterfaceNetwork
-from causalrope_sp.vin.parallel_sampler import Moment, sample_together
-from causalrope_sp.vin.vin_config import PAPER_CHUNKS, PAPER_VIN, TogetherConfig, VINConfig
+from causalrope_sp.vin.parallel_sampler import StepOutput, sample_parallel_chunks
+from causalrope_sp.vin.vin_config import PAPER_CHUNKS, PAPER_VIN, ParallelChunksConfig, VINConfig
 from causalrope_sp.vin.vin_weights import load_vin, save_vin
 
 __all__ = [
     "PAPER_CHUNKS",
     "PAPER_VIN",
-    "Moment",
-    "TogetherConfig",
+    "ParallelChunksConfig",
+    "StepOutput",
     "VINConfig",
     "VideoInterfaceNetwork",
     "load_vin",
-    "sample_together",
+    "sample_parallel_chunks",
     "save_vin",
 ]

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import torch
 
-from causalrope_kernels import Keys, Room
+from causalrope_kernels import Keys, Slots
 from causalrope_sp.attention.base import Strategy
 from causalrope_sp.cache.kv_cache import KVCache
 from causalrope_sp.cache.window import SlidingWindow
@@ -70,24 +70,24 @@ class ChunkCache(KVCache):
             for ring, value in zip(ring_2BKSHD, (keys.k, keys.v), strict=True):
                 ring.flatten(1, 2)[:, stop - self._globals : stop] = self._strategy.stored(value)
 
-    def rooms(self, layer: int, chunk: Chunk) -> tuple[Room, Room]:
+    def kv_slots(self, layer: int, chunk: Chunk) -> tuple[Slots, Slots]:
         ring_2BKSHD = self.storage_L2BKSHD[layer]
         if chunk not in self._slots:
             first = self._before + (0 if chunk.index == GIVEN else self._given)
             self._slots[chunk] = send(torch.arange(first, first + chunk.frames), ring_2BKSHD.device)
-        k, v = (Room(ring, self._slots[chunk]) for ring in ring_2BKSHD)
+        k, v = (Slots(ring, self._slots[chunk]) for ring in ring_2BKSHD)
         return k, v
 
     def keys(self, layer: int, chunk: Chunk, since: int, old: bool) -> Keys:
         """Old is what no chunk of the pass writes: global tokens and given frames."""
         ring_2BKSHD = self.storage_L2BKSHD[layer]
         key = chunk, since, old
-        if key not in self._stretches:
+        if key not in self._ranges_by_chunk:
             tokens = ring_2BKSHD.shape[3]
             begin, own = self._before * tokens - self._globals, (self._before + self._given) * tokens
             row = (own if since and not old else begin), own if old else own + chunk.frames * tokens
             if chunk.index == GIVEN:  # written before there are global tokens
                 row = self._before * tokens, own
-            self._stretches[key] = (row,), send(torch.tensor([row], dtype=torch.int32), ring_2BKSHD.device)
+            self._ranges_by_chunk[key] = (row,), send(torch.tensor([row], dtype=torch.int32), ring_2BKSHD.device)
         k, v = ring_2BKSHD.flatten(2, 3)
-        return Keys(k, v, *self._stretches[key])
+        return Keys(k, v, *self._ranges_by_chunk[key])

@@ -17,17 +17,17 @@ from causalrope_sp.attention.base import lse_elements
 from causalrope_sp.distributed import SequenceParallel
 from causalrope_sp.distributed.comm_stats import LAYERLESS
 from causalrope_sp.grid import LatentGrid
-from causalrope_sp.vin.chunks import LaneChunks
+from causalrope_sp.vin.chunks import AssignedChunks
 
 
-class Lanes:
+class ChunkExchange:
     """One rank's way to the others of a video. Every rank must build one, since groups are made here."""
 
-    def __init__(self, parallel: SequenceParallel, lane: LaneChunks, grid: LatentGrid) -> None:
-        self._lane, self._sequence = lane, parallel.mesh.sequence
+    def __init__(self, parallel: SequenceParallel, assigned: AssignedChunks, grid: LatentGrid) -> None:
+        self._assigned, self._sequence = assigned, parallel.mesh.sp
         self._tokens = [shard.tokens for shard in parallel.shard(grid).all]
-        self._everyone = parallel.among(parallel.mesh.denoising)
-        self._neighbours = parallel.among(parallel.mesh.across(parallel.place))
+        self._everyone = parallel.communicator_among(parallel.mesh.denoising)
+        self._neighbours = parallel.communicator_among(parallel.mesh.chunk_group(parallel.rank))
 
     def merge_read(self, parts: Sequence[Partial]) -> Tensor:
         """The read over the keyframes of all ranks, (B, G, H, d), from the parts over this rank's own.
@@ -51,45 +51,47 @@ class Lanes:
         return merge([opened(piece) for piece in arrived])[0]
 
     def swap(self, velocities: Sequence[Tensor], held_BFSE: Tensor, fused: bool) -> tuple[Tensor | None, Tensor | None]:
-        """What the chunks before and after this lane's say of the frames shared with them, each (B, overlap, s, E).
+        """What the chunks before and after this assigned's say of the frames shared with them, each (B, overlap, s, E).
 
         The chunk before always has its say, the one after only while they are fused: nothing but the overlap travels,
         and between neighbours alone.
         """
-        lane, exchange, overlap = self._lane, self._neighbours, self._lane.config.overlap
-        if exchange is None:
+        assigned, communicator, overlap = self._assigned, self._neighbours, self._assigned.config.overlap
+        if communicator is None:
             return None, None
         batch, _, tokens, width = held_BFSE.shape
         shared = batch, overlap, tokens, width
-        before, after = lane.lane - 1, lane.lane + 1
+        before, after = assigned.rank - 1, assigned.rank + 1
         leaving: dict[int, Tensor] = {}
         arriving: list[int] = []
-        if lane.has_before:
+        if assigned.has_before:
             arriving.append(before)
             if fused:
                 leaving[before] = velocities[0][:, :overlap]
-        if lane.has_after:
+        if assigned.has_after:
             leaving[after] = velocities[-1][:, -overlap:]
             if fused:
                 arriving.append(after)
-        sent = exchange.buffer("overlap out", [shared if n in leaving else (0,) for n in range(lane.lanes)], held_BFSE)
+        sent = communicator.buffer(
+            "overlap out", [shared if n in leaving else (0,) for n in range(assigned.ranks)], held_BFSE
+        )
         for number, piece in leaving.items():
             sent[number].copy_(piece)
-        shapes = [shared if n in arriving else (0,) for n in range(lane.lanes)]
-        pieces = exchange.all_to_all("overlap", LAYERLESS, shapes, sent).wait()
+        shapes = [shared if n in arriving else (0,) for n in range(assigned.ranks)]
+        pieces = communicator.all_to_all("overlap", LAYERLESS, shapes, sent).wait()
         return pieces[before] if before in arriving else None, pieces[after] if after in arriving else None
 
     def gather(self, held_BFSE: Tensor) -> Tensor:
         """The whole video's tokens on every rank, (B, F, S, E), from what each rank holds."""
-        lane = self._lane
-        owned = held_BFSE[:, lane.places(lane.owned)]
+        assigned = self._assigned
+        owned = held_BFSE[:, assigned.places(assigned.owned)]
         if self._everyone is None:
             return owned
         batch, _, _, width = held_BFSE.shape
-        frames = [len(lane.of(n).owned) for n in range(lane.lanes)]
+        frames = [len(assigned.of(n).owned) for n in range(assigned.ranks)]
         shapes = [(batch, count, tokens, width) for count in frames for tokens in self._tokens]
         (sent,) = self._everyone.buffer("video out", [owned.shape], owned, block=max(map(prod, shapes)))
         sent.copy_(owned)
         arrived = self._everyone.all_gather("latents", LAYERLESS, shapes, sent).wait()
         each = self._sequence
-        return torch.cat([torch.cat(arrived[n * each : (n + 1) * each], 2) for n in range(lane.lanes)], 1)
+        return torch.cat([torch.cat(arrived[n * each : (n + 1) * each], 2) for n in range(assigned.ranks)], 1)

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.grid import Chunk
-from causalrope_sp.vin.vin_config import TogetherConfig
+from causalrope_sp.vin.vin_config import ParallelChunksConfig
 
 
-def cut(frames: int, config: TogetherConfig, start: int = 0) -> tuple[Chunk, ...]:
+def cut(frames: int, config: ParallelChunksConfig, start: int = 0) -> tuple[Chunk, ...]:
     """The chunks of a video of `frames` latent frames from global time index `start` on; the last may be shorter, but
     has frames of its own.
 
@@ -30,20 +30,20 @@ def cut(frames: int, config: TogetherConfig, start: int = 0) -> tuple[Chunk, ...
 
 
 @dataclass(frozen=True)
-class LaneChunks:
+class AssignedChunks:
     """What one lane denoises of a video: some chunks, neighbours; none if there are more lanes than chunks."""
 
     every: tuple[Chunk, ...]
-    config: TogetherConfig
-    lane: int = 0
-    lanes: int = 1
+    config: ParallelChunksConfig
+    rank: int = 0
+    ranks: int = 1
 
     @property
     def numbers(self) -> range:
         """Those of this lane's chunks; counts of two lanes differ by at most one."""
-        whole, rest = divmod(len(self.every), self.lanes)
-        first = self.lane * whole + min(self.lane, rest)
-        return range(first, first + whole + (self.lane < rest))
+        whole, rest = divmod(len(self.every), self.ranks)
+        first = self.rank * whole + min(self.rank, rest)
+        return range(first, first + whole + (self.rank < rest))
 
     @property
     def mine(self) -> tuple[Chunk, ...]:
@@ -78,9 +78,9 @@ class LaneChunks:
         begin = first + -(-(self.owned.start - first) // every) * every
         return range(begin, self.owned.stop, every)
 
-    def of(self, lane: int) -> LaneChunks:
+    def of(self, rank: int) -> AssignedChunks:
         """What another lane denoises."""
-        return LaneChunks(self.every, self.config, lane, self.lanes)
+        return AssignedChunks(self.every, self.config, rank, self.ranks)
 
     def places(self, frames: Sequence[int]) -> list[int]:
         """Where frames stand among those held."""

@@ -1,4 +1,4 @@
-"""One step's forward: the read into global tokens, then all chunks of a lane in one forward of the DiT.
+"""One step's forward: the read into global tokens, then all chunks of a assigned in one forward of the DiT.
 
 Shapes: B batch, F latent frames, s tokens of a frame on this rank, E numbers in a token, L text tokens, W text width.
 """
@@ -18,19 +18,19 @@ from causalrope_sp.grid import Chunk, LatentGrid
 from causalrope_sp.models.causal_dit import CausalDiT, ForwardPass
 from causalrope_sp.models.rope import RotaryTables
 from causalrope_sp.vin.chunk_cache import GIVEN, ChunkCache, in_pass
-from causalrope_sp.vin.chunk_exchange import Lanes
-from causalrope_sp.vin.chunks import LaneChunks
+from causalrope_sp.vin.chunk_exchange import ChunkExchange
+from causalrope_sp.vin.chunks import AssignedChunks
 from causalrope_sp.vin.network import VideoInterfaceNetwork, places
 
 
-class TogetherForward:
-    """A DiT and its VIN bound to a prompt, a lane's chunks and the ways across ranks.
+class ParallelChunksForward:
+    """A DiT and its VIN bound to a prompt, a assigned's chunks and the ways across ranks.
 
     Args:
         vin: None denoises every chunk without global tokens.
         embeds_BLW: text embeddings, zeros after the text's end.
         given: how many frames stand before the video, in sight of every chunk.
-        strategy: how the ranks of a lane share the tokens of a frame.
+        strategy: how the ranks of a assigned share the tokens of a frame.
     """
 
     def __init__(
@@ -39,21 +39,21 @@ class TogetherForward:
         vin: VideoInterfaceNetwork | None,
         embeds_BLW: Tensor,
         grid: LatentGrid,
-        lane: LaneChunks,
+        assigned: AssignedChunks,
         given: int,
         strategy: Strategy,
         parallel: SequenceParallel,
     ) -> None:
         config = model.config
-        self._model, self._vin, self._lane, self._given, self._strategy = model, vin, lane, given, strategy
+        self._model, self._vin, self._assigned, self._given, self._strategy = model, vin, assigned, given, strategy
         self._embeds = send(embeds_BLW, model.device)
         self._text = model.encode_text(embeds_BLW)
         compute = torch.float64 if model.dtype == torch.float64 else torch.float32
         shard = parallel.shard(grid)
         self._rope = RotaryTables(config.head_dim, config.theta, shard, model.device, compute)
-        self._across = Lanes(parallel, lane, grid)
-        self._keyframes = lane.places(lane.keyframes)
-        where = places(torch.tensor(list(lane.keyframes), dtype=torch.long), *shard.rows_and_columns())
+        self._across = ChunkExchange(parallel, assigned, grid)
+        self._keyframes = assigned.places(assigned.keyframes)
+        where = places(torch.tensor(list(assigned.keyframes), dtype=torch.long), *shard.rows_and_columns())
         self._where = send(where, model.device)
         self._cache = ChunkCache(
             config.num_layers,
@@ -61,7 +61,7 @@ class TogetherForward:
             strategy,
             0 if vin is None else vin.config.global_tokens,
             given,
-            max((chunk.frames for chunk in lane.mine), default=1),
+            max((chunk.frames for chunk in assigned.mine), default=1),
             config.head_dim,
             dtype=model.dtype,
             device=model.device,
@@ -72,18 +72,18 @@ class TogetherForward:
         self._pass([Chunk(GIVEN, 0, self._given)], given_BFSE, range(self._given), 0.0)
 
     def velocities(self, held_BFSE: Tensor, timestep: float) -> list[Tensor]:
-        """The velocity of every chunk's frames, chunk by chunk, (B, F, s, E), from the frames that the lane holds."""
+        """The velocity of every chunk's frames, chunk by chunk, (B, F, s, E), from the frames that this rank holds."""
         if self._vin is not None:
             self._read(held_BFSE, timestep)
-        if not self._lane.mine:
+        if not self._assigned.mine:
             return []
-        times = [frame for chunk in self._lane.mine for frame in range(chunk.start, chunk.stop)]
-        tokens = held_BFSE[:, self._lane.places(times)]
-        velocity = self._pass(in_pass(self._lane.mine), tokens, times, timestep).to(held_BFSE.dtype)
-        return list(velocity.split([chunk.frames for chunk in self._lane.mine], 1))
+        times = [frame for chunk in self._assigned.mine for frame in range(chunk.start, chunk.stop)]
+        tokens = held_BFSE[:, self._assigned.places(times)]
+        velocity = self._pass(in_pass(self._assigned.mine), tokens, times, timestep).to(held_BFSE.dtype)
+        return list(velocity.split([chunk.frames for chunk in self._assigned.mine], 1))
 
     @property
-    def across(self) -> Lanes:
+    def across(self) -> ChunkExchange:
         return self._across
 
     def _read(self, held_BFSE: Tensor, timestep: float) -> None:

@@ -12,26 +12,30 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from causalrope_sp.attention.base import Strategy
+from causalrope_sp.attention.build import build_strategy, describe_strategy
 from causalrope_sp.config import SamplerConfig, StreamConfig
-from causalrope_sp.devices import send
 from causalrope_sp.diffusion.noise import Noise
-from causalrope_sp.diffusion.schedule import guided_steps, predict_x0, sigmas, told_timesteps
+from causalrope_sp.diffusion.schedule import guided_steps, model_timesteps, predict_x0, sigmas
 from causalrope_sp.diffusion.solvers import start_solver
 from causalrope_sp.distributed import SequenceParallel
+from causalrope_sp.distributed.layout import Layout
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.grid import Chunk, LatentGrid
 from causalrope_sp.models.causal_dit import CausalDiT
+from causalrope_sp.planning.machines import default_machine
+from causalrope_sp.planning.strategy import choose_strategy
 from causalrope_sp.planning.workload import Workload
-from causalrope_sp.sampling.sampler import check_inputs
-from causalrope_sp.vin.chunks import LaneChunks, cut
+from causalrope_sp.sampling.chunk import ShardContext, check_text
+from causalrope_sp.vin.chunks import AssignedChunks, cut
 from causalrope_sp.vin.fusion import join
 from causalrope_sp.vin.network import VideoInterfaceNetwork, differing
-from causalrope_sp.vin.parallel_forward import TogetherForward
-from causalrope_sp.vin.vin_config import TogetherConfig, check_preview
+from causalrope_sp.vin.parallel_forward import ParallelChunksForward
+from causalrope_sp.vin.vin_config import ParallelChunksConfig, check_preview
 
 
 @dataclass(frozen=True)
-class Moment:
+class StepOutput:
     """Step `step` of `steps` is done. `latents`, (B, F, C, H, W) on every rank, are the video after the last step, what
     it looks to become where a preview was asked for, and None otherwise."""
 
@@ -45,7 +49,7 @@ class Moment:
 
 
 @torch.inference_mode()
-def sample_together(
+def sample_parallel_chunks(
     model: CausalDiT,
     vin: VideoInterfaceNetwork | None,
     embeds: Tensor,
@@ -53,16 +57,17 @@ def sample_together(
     grid: LatentGrid,
     frames: int,
     *,
-    chunks: TogetherConfig,
+    chunks: ParallelChunksConfig,
     sampler: SamplerConfig = SamplerConfig(),
     parallel: SequenceParallel | None = None,
     initial_latents: Tensor | None = None,
     preview_every: int | None = None,
-) -> Iterator[Moment]:
+    layout: Layout | None = None,
+) -> Iterator[StepOutput]:
     """Generates a whole video at once (Video Interface Networks, arXiv 2503.17539), on one rank or many.
 
-    Lanes of ranks (`parallel.mesh`) share out the chunks, the ranks of a lane the tokens of its chunks. The same video
-    at any number of either.
+    Ranks along the `chunk` axis of the mesh share out the chunks, ranks along the `sp` axis the tokens of their frames.
+    The video is the same at any size of either.
 
     Args:
         model: the DiT; its dtype is the dtype of the forward. The sampler's own state is float32 or wider.
@@ -74,57 +79,47 @@ def sample_together(
         chunks: how they are cut, read and fused.
         sampler: steps and solver.
         parallel: the ranks; one process if None.
-        initial_latents: given frames (B, F0, C, H, W) that every chunk sees; they are not handed out again.
-        preview_every: hand out, every so many steps, the clean video that the step points to.
+        initial_latents: given frames (B, F0, C, H, W) that every chunk sees; they are not yielded again.
+        layout: how the ranks of the `sp` axis share attention; None takes what `choose_strategy` says.
+        preview_every: yield, every so many steps, the clean video that the step points to.
 
     Yields:
-        Moment: after every step.
+        StepOutput: after every step.
 
     Raises:
         ConfigError: `frames` or `preview_every` that is no whole number of at least 1, shapes that do not fit the model
             or the grid, a VIN of another DiT, guidance, ranks that only decode, or ranks that the strategy cannot use.
     """
     parallel = parallel or SequenceParallel.single()
-    stream = StreamConfig(chunk_frames=chunks.chunk_frames)
-    check_inputs(model, embeds, grid, frames, stream, initial_latents)
-    check_preview(preview_every)
-    if vin is not None and (wrong := differing(vin.dit, model.config)):
-        raise ConfigError(f"the Video Interface Network is for another DiT than this one: {'; '.join(wrong)}")
-    if any(guided_steps(sampler)):
-        raise ConfigError("chunks made together are not guided: the guidance scale must be 1")
-    if parallel.mesh.decoders:
-        raise ConfigError("chunks made together end together: there is nothing for decode ranks to do meanwhile")
+    _check(model, vin, embeds, grid, frames, sampler, parallel, preview_every)
+    context = ShardContext.of(model, grid, parallel.shard(grid), len(embeds))
+    context.check_initial(initial_latents)
     given = 0 if initial_latents is None else initial_latents.shape[1]
-    lane = LaneChunks(cut(frames, chunks, given), chunks, parallel.lane, parallel.mesh.lanes)
-    work = Workload.of(
-        model.config, grid, stream, sampler, chunks.chunk_frames + given, len(embeds), model.dtype.itemsize
+    assigned = AssignedChunks(cut(frames, chunks, given), chunks, parallel.chunk_rank, parallel.mesh.chunk)
+    strategy = _agreed_strategy(
+        model,
+        grid,
+        sampler,
+        parallel,
+        len(embeds),
+        chunks.chunk_frames + given,
+        chunks,
+        layout,
+        {"chunks": (frames, given, chunks, preview_every), "global tokens": vin and vin.config},
     )
-    parallel.denoisers.agree(
-        {
-            "strategy": parallel.describe(work),
-            "sampler": sampler,
-            "chunks": (frames, given, chunks, preview_every),
-            "global tokens": vin and vin.config,
-        }
-    )
-    strategy, shard = parallel.strategy(work), parallel.shard(grid)
-    state = TogetherForward(model, vin, embeds, grid, lane, given, strategy, parallel)
-    solve, levels, timesteps = start_solver(sampler), sigmas(sampler), told_timesteps(sampler)
-    precise = torch.float64 if model.dtype == torch.float64 else torch.float32
-    frame_shape = (len(embeds), 1, model.config.in_channels, grid.latent_height, grid.latent_width)
-
-    def mine(latents: Tensor) -> Tensor:
-        return send(grid.patchify(latents)[:, :, shard.start : shard.stop].contiguous(), model.device, precise)
+    state = ParallelChunksForward(model, vin, embeds, grid, assigned, given, strategy, parallel)
+    solve, levels, timesteps = start_solver(sampler), sigmas(sampler), model_timesteps(sampler)
 
     def draw(step: int) -> Tensor:
-        drawn = [noise(Chunk(frame, frame, 1), step) for frame in lane.held]
-        wrong = next((tuple(x.shape) for x in drawn if x.shape != frame_shape), None)
-        if wrong is not None:
-            raise ConfigError(f"the noise of a frame has shape {wrong}, expected {frame_shape}")
-        return mine(torch.cat(drawn, 1) if drawn else torch.empty(frame_shape)[:, :0])
+        """The noise of the frames that this rank holds, asked for frame by frame."""
+        drawn = [
+            context.checked_tokens("the noise of a frame", 1, noise(Chunk(frame, frame, 1), step))
+            for frame in assigned.held
+        ]
+        return torch.cat(drawn, 1) if drawn else context.tokens(torch.empty(context.shape(0)))
 
     if initial_latents is not None:
-        state.commit(mine(initial_latents))
+        state.commit(context.tokens(initial_latents))
     x = draw(0)
     for step, sigma in enumerate(levels):
         fused = chunks.fuses(step, len(levels))
@@ -136,4 +131,46 @@ def sample_together(
         points_to = predict_x0(x, velocity, sigma) if preview else x
         x = solve(x, velocity, sigma, to, partial(draw, step + 1))
         done = x if step + 1 == len(levels) else points_to if preview else None
-        yield Moment(step + 1, len(levels), None if done is None else grid.unpatchify(state.across.gather(done)))
+        yield StepOutput(step + 1, len(levels), None if done is None else grid.unpatchify(state.across.gather(done)))
+
+
+def _check(
+    model: CausalDiT,
+    vin: VideoInterfaceNetwork | None,
+    embeds: Tensor,
+    grid: LatentGrid,
+    frames: int,
+    sampler: SamplerConfig,
+    parallel: SequenceParallel,
+    preview_every: int | None,
+) -> None:
+    if frames < 1:
+        raise ConfigError(f"frames must be at least 1, not {frames}")
+    check_text(model, embeds, grid)
+    check_preview(preview_every)
+    if vin is not None and (wrong := differing(vin.dit, model.config)):
+        raise ConfigError(f"the Video Interface Network is for another DiT than this one: {'; '.join(wrong)}")
+    if any(guided_steps(sampler)) or parallel.mesh.cfg > 1:
+        raise ConfigError("parallel chunks are not guided: the guidance scale must be 1, and cfg of the mesh 1")
+    if parallel.mesh.decode:
+        raise ConfigError("parallel chunks end together: there is nothing for decode ranks to do meanwhile")
+
+
+def _agreed_strategy(
+    model: CausalDiT,
+    grid: LatentGrid,
+    sampler: SamplerConfig,
+    parallel: SequenceParallel,
+    batch: int,
+    window: int,
+    chunks: ParallelChunksConfig,
+    layout: Layout | None,
+    agreed: dict[str, object],
+) -> Strategy:
+    """This rank's strategy, once all ranks have agreed on it and on what else decides their collectives."""
+    config, stream = model.config, StreamConfig(chunk_frames=chunks.chunk_frames)
+    work = Workload.of(config, grid, stream, sampler, window, batch, model.dtype.itemsize)
+    layout = layout or choose_strategy(work, default_machine(parallel.device), parallel)
+    described = describe_strategy(parallel, layout, config.num_heads)
+    parallel.denoisers.agree({"strategy": described, "sampler": sampler, **agreed})
+    return build_strategy(parallel, layout, grid, config.num_heads)

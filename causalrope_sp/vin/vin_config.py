@@ -46,7 +46,7 @@ class VINConfig:
 
 
 @dataclass(frozen=True)
-class TogetherConfig:
+class ParallelChunksConfig:
     """How a video is cut, in latent frames: chunks of `chunk_frames`, of which neighbours share `overlap`.
 
     The shared frames are both things that the paper gives a chunk: the end of the chunk before, which it sees as
@@ -84,4 +84,4 @@ class TogetherConfig:
 # The paper's: 20 latents a chunk at 5 latents for 16 frames, so its overlap of 12 frames is 3.75 of them and its
 # keyframe a second, at 16 frames a second, is one in 5; t_α = 20 of 50 steps.
 PAPER_VIN = VINConfig(global_tokens=512, dim=4096, heads=32, layers=4)
-PAPER_CHUNKS = TogetherConfig(chunk_frames=20, overlap=4, keyframe_every=5, fuse_above=0.4)
+PAPER_CHUNKS = ParallelChunksConfig(chunk_frames=20, overlap=4, keyframe_every=5, fuse_above=0.4)

@@ -1,6 +1,6 @@
 """What chunks made together cost a step, from sizes alone: FLOPs of one video, against attention over the whole of it,
 and what a rank receives of the read and of overlaps. Both are tested, against torch's own counter and against the
-ledger of a run. (Not counted: the lane's own strategy, and the latents that are gathered once at the end.)
+ledger of a run. (Not counted: the assigned's own strategy, and the latents that are gathered once at the end.)
 
 Shapes: S tokens of a frame, G global tokens, K keyframes, L text tokens, D model width, d VIN width.
 """
@@ -12,8 +12,8 @@ from causalrope_sp.config import DiTConfig
 from causalrope_sp.grid import LatentGrid
 from causalrope_sp.planning.cost import cross_flops
 from causalrope_sp.planning.workload import Workload
-from causalrope_sp.vin.chunks import LaneChunks, cut
-from causalrope_sp.vin.vin_config import TogetherConfig, VINConfig
+from causalrope_sp.vin.chunks import AssignedChunks, cut
+from causalrope_sp.vin.vin_config import ParallelChunksConfig, VINConfig
 
 
 def full_flops(config: DiTConfig, grid: LatentGrid, frames: int, given: int = 0) -> int:
@@ -21,8 +21,13 @@ def full_flops(config: DiTConfig, grid: LatentGrid, frames: int, given: int = 0)
     return _dit_flops(config, grid, frames, frames * (given + frames) * grid.tokens**2)
 
 
-def together_flops(
-    config: DiTConfig, vin: VINConfig | None, grid: LatentGrid, frames: int, chunks: TogetherConfig, given: int = 0
+def parallel_chunks_flops(
+    config: DiTConfig,
+    vin: VINConfig | None,
+    grid: LatentGrid,
+    frames: int,
+    chunks: ParallelChunksConfig,
+    given: int = 0,
 ) -> int:
     """FLOPs of a step on one rank: the DiT over all chunks, what is in two of them counted twice, and the VIN once.
     (Of several ranks each processes the global tokens, which spares an exchange.)"""
@@ -30,7 +35,7 @@ def together_flops(
     found = 0 if vin is None else vin.global_tokens
     pairs = sum(c.frames * tokens * (found + (given + c.frames) * tokens) for c in cuts)
     flops = _dit_flops(config, grid, sum(c.frames for c in cuts), pairs)
-    return flops if vin is None else flops + vin_flops(config, vin, grid, len(LaneChunks(cuts, chunks).keyframes))
+    return flops if vin is None else flops + vin_flops(config, vin, grid, len(AssignedChunks(cuts, chunks).keyframes))
 
 
 def vin_flops(config: DiTConfig, vin: VINConfig, grid: LatentGrid, keyframes: int) -> int:
@@ -50,10 +55,10 @@ def read_elements(vin: VINConfig, ranks: int, batch: int, itemsize: int) -> int:
     return (ranks - 1) * batch * vin.global_tokens * (vin.dim + vin.heads * lse_elements(itemsize))
 
 
-def overlap_elements(config: DiTConfig, lane: LaneChunks, tokens: int, batch: int, fused: bool) -> int:
+def overlap_elements(config: DiTConfig, assigned: AssignedChunks, tokens: int, batch: int, fused: bool) -> int:
     """Elements that a rank with `tokens` of a frame receives of frames shared with the lanes beside its own."""
-    sides = lane.has_before + (lane.has_after and fused)
-    return sides * batch * lane.config.overlap * tokens * config.token_dim
+    sides = assigned.has_before + (assigned.has_after and fused)
+    return sides * batch * assigned.config.overlap * tokens * config.token_dim
 
 
 def _dit_flops(config: DiTConfig, grid: LatentGrid, frames: int, pairs: int) -> int:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from causalrope_sp.config import DiTConfig
 from causalrope_sp.errors import CheckpointError
 from causalrope_sp.vin.network import VideoInterfaceNetwork, sizes
-from causalrope_sp.vin.vin_config import TogetherConfig, VINConfig
+from causalrope_sp.vin.vin_config import ParallelChunksConfig, VINConfig
 from causalrope_sp.weights.finite import all_finite
 from causalrope_sp.weights.tensor_files import DTYPES
 
@@ -25,7 +25,7 @@ LAYOUT = "causalrope_sp-vin-1"
 LONGEST = 200  # characters of what does not fit
 
 
-def save_vin(vin: VideoInterfaceNetwork, chunks: TogetherConfig, path: str | PathLike[str]) -> None:
+def save_vin(vin: VideoInterfaceNetwork, chunks: ParallelChunksConfig, path: str | PathLike[str]) -> None:
     """Writes one safetensors file."""
     metadata = {
         "layout": LAYOUT,
@@ -38,7 +38,7 @@ def save_vin(vin: VideoInterfaceNetwork, chunks: TogetherConfig, path: str | Pat
 
 def load_vin(
     path: str | PathLike[str], dit: DiTConfig, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-) -> tuple[VideoInterfaceNetwork, TogetherConfig]:
+) -> tuple[VideoInterfaceNetwork, ParallelChunksConfig]:
     """The VIN of a file, in eval mode and without gradients, and how its videos are cut.
 
     Raises:
@@ -53,7 +53,7 @@ def load_vin(
             network, cut, there = (json.loads(said.get(name, "null")) for name in ("vin", "chunks", "dit"))
             if not all(isinstance(part, dict) for part in (network, cut, there)):
                 raise CheckpointError(f"{path}: its metadata lacks the sizes of a Video Interface Network")
-            config, chunks = VINConfig(**network), TogetherConfig(**cut)
+            config, chunks = VINConfig(**network), ParallelChunksConfig(**cut)
             if wrong := [
                 f"{name} {there.get(name)}, not {x}" for name, x in sizes(dit).items() if there.get(name) != x
             ]:

@@ -19,7 +19,7 @@ from causalrope_sp.weights.checkpoint_report import CheckpointReport
 from causalrope_sp.weights.digest import fingerprint
 from causalrope_sp.weights.examine import Examined, examine
 from causalrope_sp.weights.finite import all_finite, refuse_broken
-from causalrope_sp.weights.fp8 import PARTS, STORED, fold_blocks, folded, to_fp8
+from causalrope_sp.weights.fp8 import PARTS, STORED, quantize_blocks, quantized, to_fp8
 from causalrope_sp.weights.key_layout import arrange
 from causalrope_sp.weights.lora import Lora, LoraMerge
 from causalrope_sp.weights.readers import Alone, Readers, owners
@@ -84,20 +84,20 @@ def load_model(
     if readers.size > 1:
         _agree(checkpoint, merges, readers)
     model, place = checkpoint.model, torch.device(device)
-    quantised = frozenset(folded(model)) if weights == "fp8" else frozenset[str]()
-    rooms = {
-        name: _room(shaped.shape, dtype or checkpoint.report.dtype, place, name in quantised)
+    quantised = frozenset(quantized(model)) if weights == "fp8" else frozenset[str]()
+    kv_slots = {
+        name: _slots_of(shaped.shape, dtype or checkpoint.report.dtype, place, name in quantised)
         for name, shaped in model.named_parameters()
     }
-    owner = owners([sum(room.nbytes for room in several) for several in rooms.values()], readers.size)
-    mine = [name for name, rank in zip(rooms, owner, strict=True) if rank == readers.rank]
-    readers.together(lambda: _fill(checkpoint, {name: rooms[name] for name in mine}, merges))
-    for several, rank in zip(rooms.values(), owner, strict=True):
+    owner = owners([sum(room.nbytes for room in several) for several in kv_slots.values()], readers.size)
+    mine = [name for name, rank in zip(kv_slots, owner, strict=True) if rank == readers.rank]
+    readers.together(lambda: _fill(checkpoint, {name: kv_slots[name] for name in mine}, merges))
+    for several, rank in zip(kv_slots.values(), owner, strict=True):
         for room in several:
             readers.broadcast("weights", room, rank)
     if quantised:
-        fold_blocks(model)
-    model.load_state_dict(_state(rooms, quantised), strict=True, assign=True)
+        quantize_blocks(model)
+    model.load_state_dict(_state(kv_slots, quantised), strict=True, assign=True)
     return model.eval().requires_grad_(False)
 
 
@@ -121,7 +121,7 @@ def _agree(checkpoint: Examined, merges: Sequence[LoraMerge], readers: Readers) 
     readers.agree(said)
 
 
-def _room(shape: torch.Size, dtype: torch.dtype, device: torch.device, quantised: bool) -> list[Tensor]:
+def _slots_of(shape: torch.Size, dtype: torch.dtype, device: torch.device, quantised: bool) -> list[Tensor]:
     """Memory for a parameter: one tensor, or the numbers and scales of an `Fp8Linear`."""
     if not quantised:
         return [torch.empty(shape, dtype=dtype, device=device)]
@@ -129,14 +129,14 @@ def _room(shape: torch.Size, dtype: torch.dtype, device: torch.device, quantised
     return [numbers, torch.empty(shape[:1], dtype=torch.float32, device=device)]
 
 
-def _fill(checkpoint: Examined, rooms: Mapping[str, Sequence[Tensor]], merges: Sequence[LoraMerge]) -> None:
+def _fill(checkpoint: Examined, kv_slots: Mapping[str, Sequence[Tensor]], merges: Sequence[LoraMerge]) -> None:
     """Reads some parameters into their rooms, one stored tensor after the other.
 
     They are copied into memory of their own: what a file gives is a view of it, and it may change later.
     """
     broken: list[str] = []
     dtype = checkpoint.report.dtype
-    for parameter, room in rooms.items():
+    for parameter, room in kv_slots.items():
         names = checkpoint.names[parameter]
         parts = zip(*(tensor.chunk(len(names)) for tensor in room), strict=True)
         for number, (pieces, name) in enumerate(zip(parts, names, strict=True)):
@@ -156,9 +156,9 @@ def _fill(checkpoint: Examined, rooms: Mapping[str, Sequence[Tensor]], merges: S
     refuse_broken(checkpoint.report.path, broken, dtype)
 
 
-def _state(rooms: Mapping[str, Sequence[Tensor]], quantised: Collection[str]) -> dict[str, Tensor]:
+def _state(kv_slots: Mapping[str, Sequence[Tensor]], quantised: Collection[str]) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
-    for name, room in rooms.items():
+    for name, room in kv_slots.items():
         keys = [f"{name.removesuffix('weight')}{part}" for part in PARTS] if name in quantised else [name]
         state |= dict(zip(keys, room, strict=True))
     return state

@@ -87,15 +87,17 @@ def _detect(files: WeightFiles, part: str | None) -> _Found:
             continue
         prefix = choose_prefix(prefixes, part, files.path)
         if part is not None and part not in (*files.parts, *prefix.split(".")):
-            there = (*files.parts, *files.beside, *(p for p in prefixes if p))
+            there = (*files.parts, *files.auxiliary, *(p for p in prefixes if p))
             raise CheckpointError(
                 f"{files.path}: has no part {shown(part)}; it has: {some(there) or 'one model alone'}"
             )
         stored, rest = without(prefix, names, prefixes)
-        beside = (*files.beside, *(other for other in prefixes if other != prefix))
+        auxiliary = (*files.auxiliary, *(other for other in prefixes if other != prefix))
         example = next(name for name in stored.values() if f".{layout.marker}." in name)
         why = f"its blocks have {layout.marker}: {shown(example)}"
-        return _Found(layout, Wrapping(files.parts, prefix, wrapping_modules(files.tensors), beside), why, stored, rest)
+        return _Found(
+            layout, Wrapping(files.parts, prefix, wrapping_modules(files.tensors), auxiliary), why, stored, rest
+        )
     known = " or ".join(f"{layout.name} (blocks.0.{layout.marker}...)" for layout in LAYOUTS)
     found = some(list(files.tensors)) or "none"
     raise CheckpointError(f"{files.path}: not a Wan transformer: none of its keys ({found}) is of the layout {known}")

@@ -50,16 +50,16 @@ def to_fp8(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
     return (wide / scale.unsqueeze(1)).to(STORED), scale.float()
 
 
-def folded(model: CausalDiT) -> list[str]:
-    """The parameters of a model that `fold_blocks` would fold."""
+def quantized(model: CausalDiT) -> list[str]:
+    """The parameters of a model that `quantize_blocks` would fold."""
     modules = [f"blocks.{name}" for name, module in model.blocks.named_modules() if isinstance(module, nn.Linear)]
     return [f"{name}.weight" for name in modules]
 
 
-def fold_blocks(model: CausalDiT) -> None:
+def quantize_blocks(model: CausalDiT) -> None:
     """Puts an `Fp8Linear`, not filled yet, in place of every Linear of the blocks. Embeddings, norms, modulation and
     head stay as they are."""
-    for parameter in folded(model):
+    for parameter in quantized(model):
         parent, _, leaf = parameter.removesuffix(".weight").rpartition(".")
         module = model.get_submodule(parent)
         setattr(module, leaf, Fp8Linear(getattr(module, leaf)))

@@ -51,7 +51,7 @@ class WeightFiles:
         self.tensors: dict[str, Stored] = {}
         self.metadata: Mapping[str, str] = {}
         self.parts: tuple[str, ...] = ()
-        self.beside: tuple[str, ...] = ()
+        self.auxiliary: tuple[str, ...] = ()
         try:
             if not path.exists():
                 raise CheckpointError(f"{path}: no such file or folder")
@@ -100,8 +100,8 @@ class WeightFiles:
         Raises:
             CheckpointError: either is not a JSON object.
         """
-        beside = self.files[0].parent / name
-        declared = read_json(beside) if beside.is_file() else {}
+        auxiliary = self.files[0].parent / name
+        declared = read_json(auxiliary) if auxiliary.is_file() else {}
         if "config" in self.metadata:
             declared |= json_object(self.metadata["config"], f"{self.path}: metadata `config`")
         return declared
@@ -119,7 +119,7 @@ class WeightFiles:
 
     def _open_torch(self, file: Path, part: str | None, parts: tuple[str, ...]) -> None:
         nested = open_tensors(file, part, parts)
-        self.parts, self.beside = nested.parts, nested.beside
+        self.parts, self.auxiliary = nested.parts, nested.auxiliary
         for name, tensor in nested.content.items():
             self._add(file, name, Stored(tuple(tensor.shape), tensor.dtype, nested.content))
 

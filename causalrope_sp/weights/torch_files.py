@@ -32,7 +32,7 @@ def open_tensors(file: Path, part: str | None, parts: tuple[str, ...]) -> Nested
         _check_tensor(file, name, value)
     if sum(tensor.numel() * tensor.element_size() for tensor in state.values()) > file.stat().st_size:
         raise CheckpointError(f"{file}: declares more numbers than the file has room for")
-    return Nested(state, nested.parts, nested.beside)
+    return Nested(state, nested.parts, nested.auxiliary)
 
 
 def _is_sound_archive(file: Path) -> bool:

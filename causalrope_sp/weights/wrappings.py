@@ -31,13 +31,13 @@ class Wrapping:
     parts: tuple[str, ...] = ()
     prefix: str = ""
     modules: tuple[str, ...] = ()
-    beside: tuple[str, ...] = ()
+    auxiliary: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         said = [f"under {' > '.join(map(shown, self.parts))}"] if self.parts else []
         said += [f"prefix {shown(self.prefix)}"] if self.prefix else []
         said += [f"within names {', '.join(self.modules)}"] if self.modules else []
-        said += [f"passed by {some(self.beside)}"] if self.beside else []
+        said += [f"passed by {some(self.auxiliary)}"] if self.auxiliary else []
         return "; ".join(said) or "none"
 
 
@@ -47,22 +47,22 @@ class Nested:
 
     content: Any
     parts: tuple[str, ...]
-    beside: tuple[str, ...]
+    auxiliary: tuple[str, ...]
 
 
 def innermost(content: Any, wanted: str | None, parts: Sequence[str]) -> Nested:
     """Goes into the dictionaries on top of a file: into `wanted` where there is one, else the first of `parts`."""
     taken: list[str] = []
-    beside: list[str] = []
+    auxiliary: list[str] = []
     while isinstance(content, dict) and len(taken) < DEEPEST:
         inner = [key for key, value in content.items() if isinstance(key, str) and isinstance(value, dict) and value]
         key = wanted if wanted in inner else next((part for part in parts if part in inner), None)
         if key is None:
             break
         taken.append(key)
-        beside += [other for other in inner if other != key]
+        auxiliary += [other for other in inner if other != key]
         content = content[key]
-    return Nested(content, tuple(taken), tuple(beside))
+    return Nested(content, tuple(taken), tuple(auxiliary))
 
 
 def bare_names(names: Iterable[str], where: object) -> dict[str, str]:
@@ -112,7 +112,7 @@ def without(prefix: str, names: Mapping[str, str], others: Iterable[str]) -> tup
     model of the file."""
     others = [other for other in others if other and other != prefix]
     words = {*BESIDE, *(other.split(".")[0] for other in others)}
-    aside = (*others, *(f"{word}." for word in words if not prefix.startswith(f"{word}.")))
-    names = {short: name for short, name in names.items() if not short.startswith(aside)}
+    undo = (*others, *(f"{word}." for word in words if not prefix.startswith(f"{word}.")))
+    names = {short: name for short, name in names.items() if not short.startswith(undo)}
     mine = {short.removeprefix(prefix): name for short, name in names.items() if short.startswith(prefix)}
     return mine, [name for short, name in names.items() if not short.startswith(prefix)]

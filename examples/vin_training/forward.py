@@ -20,9 +20,9 @@ from causalrope_sp.grid import LatentGrid, Shard
 from causalrope_sp.models.causal_dit import CausalDiT, ForwardPass
 from causalrope_sp.models.rope import RotaryTables
 from causalrope_sp.toybox.chart import chart
-from causalrope_sp.vin.chunks import LaneChunks, cut
+from causalrope_sp.vin.chunks import AssignedChunks, cut
 from causalrope_sp.vin.network import VideoInterfaceNetwork, places
-from causalrope_sp.vin.vin_config import TogetherConfig
+from causalrope_sp.vin.vin_config import ParallelChunksConfig
 
 
 class Pair(nn.Module):
@@ -53,7 +53,7 @@ class TogetherForcing:
     """
 
     def __init__(
-        self, grid: LatentGrid, config: TogetherConfig, pair: Pair, device: torch.device, autocast: bool = True
+        self, grid: LatentGrid, config: ParallelChunksConfig, pair: Pair, device: torch.device, autocast: bool = True
     ) -> None:
         self.grid, self.config, self.device, self._autocast = grid, config, device, autocast
         dit = pair.dit.config
@@ -102,7 +102,7 @@ class TogetherForcing:
         return int(torch.randint(len(cut(frames, self.config)), (), generator=generator))
 
     def _globals(self, vin: VideoInterfaceNetwork, noisy: Tensor, embeds: Tensor, timesteps_B: Tensor) -> list[Keys]:
-        video = LaneChunks(cut(noisy.shape[1], self.config, start=1), self.config)
+        video = AssignedChunks(cut(noisy.shape[1], self.config, start=1), self.config)
         tokens = self.grid.patchify(noisy[:, video.places(video.keyframes)])
         times = torch.tensor(list(video.keyframes), device=self.device)
         where = places(times, *(x.to(self.device) for x in self._shard.rows_and_columns()))

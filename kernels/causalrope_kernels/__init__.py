@@ -8,13 +8,13 @@ from causalrope_kernels.arguments import (
     Norm,
     Pieces,
     Projection,
-    Room,
+    RotateOnRead,
     Rotation,
+    Slots,
     Source,
-    Turn,
 )
 from causalrope_kernels.attention import ATTENTION_BACKENDS, attention, attention_obstacle, attention_parts, merge
-from causalrope_kernels.operations import add_norm, linear_gelu, place, rms_norm, split_tokens
+from causalrope_kernels.operations import add_norm, linear_gelu, norm_rope_store, rms_norm, split_tokens
 from causalrope_kernels.reference import Partial, project
 
 __all__ = [
@@ -27,17 +27,17 @@ __all__ = [
     "Partial",
     "Pieces",
     "Projection",
-    "Room",
+    "RotateOnRead",
     "Rotation",
+    "Slots",
     "Source",
-    "Turn",
     "add_norm",
     "attention",
     "attention_obstacle",
     "attention_parts",
     "linear_gelu",
     "merge",
-    "place",
+    "norm_rope_store",
     "project",
     "rms_norm",
     "split_tokens",

@@ -21,9 +21,9 @@ PROGRAMS = 512  # that keep a GPU busy, about
 
 
 @triton.jit
-def _once(place, mask):
+def _once(pointer, mask):
     """What nobody reads again, so that it pushes nothing out of the caches that somebody will."""
-    return tl.load(place, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    return tl.load(pointer, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
 
 
 @triton.jit

@@ -66,7 +66,7 @@ class Rotation:
 
 
 @dataclass(frozen=True)
-class Room:
+class Slots:
     """Where q, k or v of some heads go: `x`, (B, F, s, h, d), a view of a send buffer, say.
 
     With `slots_F`, integers on the device, `x` is a ring (B, K, s, h, d) and frame f goes to slot `slots_F[f]`. They
@@ -78,7 +78,7 @@ class Room:
 
 
 @dataclass(frozen=True)
-class Turn:
+class RotateOnRead:
     """How keys are turned on read, the `relative` policy: slot by slot, by the cosines and sines of its place in time.
 
     `table` is (K, 2, E) and turns the first E channel pairs, those of time; `tokens` rows of the keys are one slot.
@@ -98,9 +98,9 @@ class Keys:
 
     k: Tensor
     v: Tensor
-    stretches: tuple[tuple[int, int], ...] | None = None
+    ranges: tuple[tuple[int, int], ...] | None = None
     bounds_N2: Tensor | None = None
-    turn: Turn | None = None
+    rotate_on_read: RotateOnRead | None = None
 
     def heads(self, part: slice) -> Keys:
         return replace(self, k=self.k[:, :, part], v=self.v[:, :, part])
@@ -199,4 +199,4 @@ class Pieces:
 
 
 Source = Projection | Pieces
-Rooms = Sequence[Room]
+SlotsByHeads = Sequence[Slots]

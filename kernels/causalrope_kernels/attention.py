@@ -35,9 +35,9 @@ def attention(q_BTHD: Tensor, keys: Keys, backend: str = "auto") -> Tensor:
     check.attention(q_BTHD, keys)
     chosen = _choose(backend, q_BTHD, keys)
     if chosen == "torch" and keys.k.shape[1]:
-        stretches = reference.stretches(keys)
-        if len(stretches) == 1:
-            return reference.attention(q_BTHD, *stretches[0])
+        ranges = reference.ranges(keys)
+        if len(ranges) == 1:
+            return reference.attention(q_BTHD, *ranges[0])
     return merge(_parts(chosen, q_BTHD, keys))[0]
 
 
@@ -61,7 +61,7 @@ def _parts(chosen: str, q_BTHD: Tensor, keys: Keys) -> list[Partial]:
     run = _torch if chosen == "torch" else LIBRARIES[chosen].run
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q_BTHD, keys.k, keys.v)):
         run = reference.attention_lse  # the log-sum-exp of torch's kernels has no gradient
-    parts = [run(q_BTHD, k, v) for k, v in reference.stretches(keys)] if q_BTHD.numel() else []
+    parts = [run(q_BTHD, k, v) for k, v in reference.ranges(keys)] if q_BTHD.numel() else []
     nothing = keys.k[:, :0]
     return parts or [reference.attention_lse(q_BTHD, nothing, nothing)]
 

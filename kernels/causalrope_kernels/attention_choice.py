@@ -56,7 +56,7 @@ class Measured:
 def choose(q_BTHD: Tensor, keys: Keys) -> str:
     """The backend for these queries and keys: "torch", "triton" or one of `LIBRARIES`."""
     triton = use_triton("auto", q_BTHD, keys.k, keys.v)
-    if not triton or not q_BTHD.is_cuda or keys.turn is not None or not q_BTHD.numel():
+    if not triton or not q_BTHD.is_cuda or keys.rotate_on_read is not None or not q_BTHD.numel():
         return "triton" if triton else "torch"
     batch, queries, heads, width = q_BTHD.shape
     shape = Shape(q_BTHD.device, q_BTHD.dtype, batch, queries, keys.k.shape[1], heads, width).rounded()

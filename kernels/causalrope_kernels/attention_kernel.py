@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from causalrope_kernels.arguments import Keys
-from causalrope_kernels.reference import Partial, turned
+from causalrope_kernels.reference import Partial, rotated
 from causalrope_kernels.tables import launching_on, on_device
 
 LOG2_E = 1.4426950408889634
@@ -41,22 +41,22 @@ class Tile:
 
 
 @triton.jit
-def _load(x, places, there, FIRST: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr):
-    """Channels [FIRST, FIRST + COUNT) of the rows that begin at `places`; zeros beyond WIDTH and, if MASKED, where no
+def _load(x, offsets, there, FIRST: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr):
+    """Channels [FIRST, FIRST + COUNT) of the rows that begin at `offsets`; zeros beyond WIDTH and, if MASKED, where no
     row is."""
     channel = FIRST + tl.arange(0, COUNT)
-    place = places[:, None] + channel[None, :]
+    offset = offsets[:, None] + channel[None, :]
     if MASKED:
-        return tl.load(x + place, mask=there[:, None] & (channel < WIDTH)[None, :], other=0.0)
+        return tl.load(x + offset, mask=there[:, None] & (channel < WIDTH)[None, :], other=0.0)
     elif FIRST + COUNT > WIDTH:
-        return tl.load(x + place, mask=(channel < WIDTH)[None, :], other=0.0)
+        return tl.load(x + offset, mask=(channel < WIDTH)[None, :], other=0.0)
     else:
-        return tl.load(x + place)
+        return tl.load(x + offset)
 
 
 @triton.jit
 def _block(
-    total, weights, largest, query, rest, q, q_places, asked, k, v, begin, stop, k_row, v_row, scale,
+    total, weights, largest, query, rest, q, q_offsets, asked, k, v, begin, stop, k_row, v_row, scale,
     KEYS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, SLICE: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """One block of keys and values; only the last of a stretch, the TAIL, may hold fewer than KEYS."""
@@ -74,7 +74,7 @@ def _block(
     else:
         scores = tl.zeros([asked.shape[0], KEYS], tl.float32)
         for first in tl.static_range(0, BLOCK, SLICE):
-            part = _load(q, q_places, asked, first, SLICE, WIDTH, True)
+            part = _load(q, q_offsets, asked, first, SLICE, WIDTH, True)
             key = _load(k_block, row * k_row, there, first, SLICE, WIDTH, TAIL)
             scores = tl.dot(part, tl.trans(key), scores, input_precision="ieee")
     scores *= scale
@@ -91,19 +91,19 @@ def _block(
 
 
 @triton.jit
-def _stretch(
-    total, weights, largest, query, rest, q, q_places, asked, k, v, first, stop, k_row, v_row, scale,
+def _contiguous(
+    total, weights, largest, query, rest, q, q_offsets, asked, k, v, first, stop, k_row, v_row, scale,
     KEYS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
     whole = first + (stop - first) // KEYS * KEYS
     for begin in tl.range(first, whole, KEYS):
         total, weights, largest = _block(
-            total, weights, largest, query, rest, q, q_places, asked, k, v, begin, stop, k_row, v_row, scale,
+            total, weights, largest, query, rest, q, q_offsets, asked, k, v, begin, stop, k_row, v_row, scale,
             KEYS, WIDTH, BLOCK, SLICE, TAIL=False,
         )  # fmt: skip
     if whole < stop:
         total, weights, largest = _block(
-            total, weights, largest, query, rest, q, q_places, asked, k, v, whole, stop, k_row, v_row, scale,
+            total, weights, largest, query, rest, q, q_offsets, asked, k, v, whole, stop, k_row, v_row, scale,
             KEYS, WIDTH, BLOCK, SLICE, TAIL=True,
         )  # fmt: skip
     return total, weights, largest
@@ -111,10 +111,10 @@ def _stretch(
 
 @triton.jit(do_not_specialize=["queries", "heads", "slot_tokens"])
 def attention_kernel(
-    q, k, v, out, lse, bounds, turn,
+    q, k, v, out, lse, bounds, rotate_on_read,
     queries, heads, slot_tokens, scale,
     q_batch, q_token, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
-    STRETCHES: tl.constexpr, SHARES: tl.constexpr, TURN_PAIRS: tl.constexpr,
+    RANGES: tl.constexpr, SHARES: tl.constexpr, ON_READ_PAIRS: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, SLICE: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """Program (i, b·H + h, n): the i-th block of queries of head h, on the n-th share of every stretch.
@@ -127,7 +127,7 @@ def attention_kernel(
     q += batch * q_batch + head * q_head
     k += batch * k_batch + head * k_head
     v += batch * v_batch + head * v_head
-    q_places = token.to(tl.int64) * q_token
+    q_offsets = token.to(tl.int64) * q_token
     channel = tl.arange(0, BLOCK)
     mask = asked[:, None] & (channel < WIDTH)[None, :]
     HALF: tl.constexpr = BLOCK // 2
@@ -135,32 +135,32 @@ def attention_kernel(
     total = tl.zeros([QUERIES, BLOCK], tl.float32)
     weights = tl.zeros([QUERIES], tl.float32)
     largest = tl.full([QUERIES], float("-inf"), tl.float32)
-    for number in tl.static_range(STRETCHES):
+    for number in tl.static_range(RANGES):
         first, stop = tl.load(bounds + 2 * number), tl.load(bounds + 2 * number + 1)
-        unit = slot_tokens if TURN_PAIRS else KEYS
+        unit = slot_tokens if ON_READ_PAIRS else KEYS
         units = tl.cdiv(stop - first, unit)
         share = tl.program_id(2)
         stop = tl.minimum(stop, first + units * (share + 1) // SHARES * unit)
         first += units * share // SHARES * unit
-        if TURN_PAIRS:
+        if ON_READ_PAIRS:
             # time turns channels of the first half alone; the other half is the same for all slots
             pair = tl.arange(0, HALF // 2)
-            rest = _load(q, q_places, asked, HALF, HALF, WIDTH, True)
+            rest = _load(q, q_offsets, asked, HALF, HALF, WIDTH, True)
             for slot in tl.range(first // slot_tokens, stop // slot_tokens, num_stages=1):
-                plain = _load(q, q_places, asked, 0, HALF, WIDTH, True).to(tl.float32)
+                plain = _load(q, q_offsets, asked, 0, HALF, WIDTH, True).to(tl.float32)
                 even, odd = tl.split(tl.reshape(plain, [QUERIES, HALF // 2, 2]))
-                angle = turn + slot * 2 * TURN_PAIRS + pair
-                cos = tl.load(angle, mask=pair < TURN_PAIRS, other=1.0).to(tl.float32)[None, :]
-                sin = tl.load(angle + TURN_PAIRS, mask=pair < TURN_PAIRS, other=0.0).to(tl.float32)[None, :]
+                angle = rotate_on_read + slot * 2 * ON_READ_PAIRS + pair
+                cos = tl.load(angle, mask=pair < ON_READ_PAIRS, other=1.0).to(tl.float32)[None, :]
+                sin = tl.load(angle + ON_READ_PAIRS, mask=pair < ON_READ_PAIRS, other=0.0).to(tl.float32)[None, :]
                 back = tl.reshape(tl.join(even * cos + odd * sin, odd * cos - even * sin), [QUERIES, HALF])
-                total, weights, largest = _stretch(
-                    total, weights, largest, back.to(q.dtype.element_ty), rest, q, q_places, asked, k, v,
+                total, weights, largest = _contiguous(
+                    total, weights, largest, back.to(q.dtype.element_ty), rest, q, q_offsets, asked, k, v,
                     slot * slot_tokens, (slot + 1) * slot_tokens, k_row, v_row, scale, KEYS, WIDTH, BLOCK, SLICE,
                 )  # fmt: skip
         else:
-            query = _load(q, q_places, asked, 0, BLOCK, WIDTH, True)
-            total, weights, largest = _stretch(
-                total, weights, largest, query, query, q, q_places, asked, k, v, first, stop, k_row, v_row, scale,
+            query = _load(q, q_offsets, asked, 0, BLOCK, WIDTH, True)
+            total, weights, largest = _contiguous(
+                total, weights, largest, query, query, q, q_offsets, asked, k, v, first, stop, k_row, v_row, scale,
                 KEYS, WIDTH, BLOCK, SLICE,
             )  # fmt: skip
 
@@ -172,7 +172,7 @@ def attention_kernel(
     tl.store(lse + row, tl.where(empty, float("-inf"), (largest + tl.log2(divisor)) * LN_2), mask=asked)
 
 
-def tile(queries: int, width: int, dtype: torch.dtype, turned: bool, architecture: int) -> Tile:
+def tile(queries: int, width: int, dtype: torch.dtype, rotated: bool, architecture: int) -> Tile:
     """A larger block of queries reads the keys less often; the registers, which hold the sum over d, bound it.
 
     These are the largest that compile without a spill (benchmarks/compiled_kernels.md).
@@ -181,11 +181,11 @@ def tile(queries: int, width: int, dtype: torch.dtype, turned: bool, architectur
         return Tile(32, 16, 4, 1, 16) if width <= 128 else Tile(32, 16, 8, 1, 16)
     if width > 128:
         return Tile(32, 32, 8, 2)
-    if turned and width > 64 and architecture < 90:
+    if rotated and width > 64 and architecture < 90:
         return Tile(64, 32, 8, 3)
-    if queries <= 64 or (turned and width > 64 and architecture >= 100):
+    if queries <= 64 or (rotated and width > 64 and architecture >= 100):
         return Tile(64, 64, 8, 2)
-    return Tile(128, 64, 8, 3) if width > 64 or turned else Tile(128, 128, 8, 3)
+    return Tile(128, 64, 8, 3) if width > 64 or rotated else Tile(128, 128, 8, 3)
 
 
 @cache
@@ -219,24 +219,28 @@ def attend(q_BTHD: Tensor, keys: Keys) -> list[Partial]:
     batch, queries, heads, width = q_BTHD.shape
     if q_BTHD.numel() == 0:
         return [(torch.empty_like(q_BTHD), q_BTHD.new_empty(batch, queries, heads, dtype=torch.float32))]
-    k, turn, bounds = keys.k, keys.turn, keys.bounds_N2
+    k, rotate_on_read, bounds = keys.k, keys.rotate_on_read, keys.bounds_N2
     if bounds is None:
-        stretches = keys.stretches if keys.stretches is not None else ((0, k.shape[1]),)
-        bounds = on_device(tuple(map(tuple, stretches)), q_BTHD.device, torch.int32)
-    block = max(16 if turn is None else 32, triton.next_power_of_2(width))
-    if turn is not None and (q_BTHD.dtype == torch.float32 or 4 * turn.table.shape[2] > block):
-        k, turn = turned(k, turn), None  # no registers are left to turn queries in, or more than half of a head turns
-    size = tile(queries, width, q_BTHD.dtype, turn is not None, architecture(q_BTHD.device))
+        ranges = keys.ranges if keys.ranges is not None else ((0, k.shape[1]),)
+        bounds = on_device(tuple(map(tuple, ranges)), q_BTHD.device, torch.int32)
+    block = max(16 if rotate_on_read is None else 32, triton.next_power_of_2(width))
+    if rotate_on_read is not None and (q_BTHD.dtype == torch.float32 or 4 * rotate_on_read.table.shape[2] > block):
+        k, rotate_on_read = (
+            rotated(k, rotate_on_read),
+            None,
+        )  # no registers are left to turn queries in, or more than half of a head turns
+    size = tile(queries, width, q_BTHD.dtype, rotate_on_read is not None, architecture(q_BTHD.device))
     programs = triton.cdiv(queries, size.queries) * batch * heads
     count = shares(programs, k.shape[1], q_BTHD.device)
     out = torch.empty(count, batch, queries, heads, width, dtype=q_BTHD.dtype, device=q_BTHD.device)
     lse = torch.empty(count, batch, queries, heads, dtype=torch.float32, device=q_BTHD.device)
     with launching_on(q_BTHD):
         attention_kernel[triton.cdiv(queries, size.queries), batch * heads, count](
-            q_BTHD, k, keys.v, out, lse, bounds, None if turn is None else turn.table,
-            queries, heads, 1 if turn is None else turn.tokens, width**-0.5 * LOG2_E,
+            q_BTHD, k, keys.v, out, lse, bounds, None if rotate_on_read is None else rotate_on_read.table,
+            queries, heads, 1 if rotate_on_read is None else rotate_on_read.tokens, width**-0.5 * LOG2_E,
             *q_BTHD.stride()[:3], *k.stride()[:3], *keys.v.stride()[:3],
-            STRETCHES=len(bounds), SHARES=count, TURN_PAIRS=0 if turn is None else turn.table.shape[2],
+            RANGES=len(bounds), SHARES=count,
+            ON_READ_PAIRS=0 if rotate_on_read is None else rotate_on_read.table.shape[2],
             WIDTH=width, BLOCK=block, SLICE=min(size.channels or block, block), QUERIES=size.queries, KEYS=size.keys,
             num_warps=size.warps, num_stages=size.stages,
         )  # fmt: skip

@@ -7,7 +7,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from causalrope_kernels.arguments import Affine, ByFrame, Keys, Norm, Pieces, Projection, Room, Rooms, Rotation, Source
+from causalrope_kernels.arguments import (
+    Affine,
+    ByFrame,
+    Keys,
+    Norm,
+    Pieces,
+    Projection,
+    Rotation,
+    Slots,
+    SlotsByHeads,
+    Source,
+)
 
 
 def shape(name: str, x: Tensor, expected: Sequence[int | None], meaning: str) -> None:
@@ -168,12 +179,12 @@ def split(x_BFSHD: Tensor, given: Sequence[Tensor]) -> None:
         raise ValueError(f"pieces: expected {tokens} tokens in all, not {[piece.shape[2] for piece in given]}")
 
 
-def rooms(given: Source, **by_name: Rooms) -> None:
+def kv_slots(given: Source, **by_name: SlotsByHeads) -> None:
     batch, frames, tokens, heads, width = given.shape
     if isinstance(given, Pieces) and len(given.pieces[0]) == 2 and by_name["q"]:
         raise ValueError("q: expected no rooms for pieces of k, v alone, not some")
     for name, found in by_name.items():
-        if not isinstance(found, Sequence) or not all(isinstance(room, Room) for room in found):
+        if not isinstance(found, Sequence) or not all(isinstance(room, Slots) for room in found):
             raise ValueError(f"{name}: expected a list of rooms, not {type(found).__name__}")
         for number, room in enumerate(found):
             label = f"{name}[{number}]"
@@ -207,21 +218,21 @@ def attention(q_BTHD: Tensor, keys: Keys) -> None:
         dense(name, x)
     dense("q", q_BTHD)
     rows = keys.k.shape[1]
-    for first, stop in keys.stretches or ():
+    for first, stop in keys.ranges or ():
         if not 0 <= first <= stop <= rows:
             raise ValueError(f"stretches: expected [first, stop) within {rows} rows, not [{first}, {stop})")
     if keys.bounds_N2 is not None:
-        if keys.stretches is None:
+        if keys.ranges is None:
             raise ValueError("bounds_N2: expected stretches beside it, not none")
         dense("bounds_N2", keys.bounds_N2, 2)
-        bounds, count = keys.bounds_N2, len(keys.stretches or ())
+        bounds, count = keys.bounds_N2, len(keys.ranges or ())
         if bounds.shape != (count, 2) or bounds.dtype != torch.int32 or bounds.device != q_BTHD.device:
             raise ValueError(
                 f"bounds_N2: expected int32 of shape ({count}, 2) on {q_BTHD.device}, not {bounds.dtype} of shape "
                 f"{tuple(bounds.shape)} on {bounds.device}"
             )
-    if keys.turn is not None:
-        table, tokens = keys.turn.table, keys.turn.tokens
+    if keys.rotate_on_read is not None:
+        table, tokens = keys.rotate_on_read.table, keys.rotate_on_read.tokens
         shape("turn.table", table, (None, 2, None), "(K, 2, E)")
         same("turn.table", table, q_BTHD, dtype=False)
         dense("turn.table", table, 3)
@@ -230,10 +241,8 @@ def attention(q_BTHD: Tensor, keys: Keys) -> None:
                 f"turn: expected angles for {rows} rows of {width // 2} channel pairs, not {len(table)} slots of "
                 f"{tokens} tokens and {table.shape[2]} pairs"
             )
-        if any(first % tokens or stop % tokens for first, stop in keys.stretches or ((0, rows),)):
-            raise ValueError(
-                f"stretches: expected whole slots of {tokens} rows, as keys are turned, not {keys.stretches}"
-            )
+        if any(first % tokens or stop % tokens for first, stop in keys.ranges or ((0, rows),)):
+            raise ValueError(f"stretches: expected whole slots of {tokens} rows, as keys are turned, not {keys.ranges}")
 
 
 def parts(given: Sequence[tuple[Tensor, Tensor]]) -> None:

@@ -41,8 +41,8 @@ def merge_kernel(
         by_batch, by_token, by_head = lse_strides[part]
         lse = tl.load(lses[part] + batch * by_batch + token * by_token + head * by_head, mask=real, other=float("-inf"))
         by_batch, by_token, by_head = output_strides[part]
-        place = batch * by_batch + token * by_token + head * by_head
-        output = tl.load(outputs[part] + place[:, None] + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+        offset = batch * by_batch + token * by_token + head * by_head
+        output = tl.load(outputs[part] + offset[:, None] + channel[None, :], mask=mask, other=0.0).to(tl.float32)
         # parts one by one, as flash attention takes its blocks: what was summed so far shrinks with every new maximum
         new = tl.maximum(largest, lse)
         safe = tl.where(new == float("-inf"), 0.0, new)

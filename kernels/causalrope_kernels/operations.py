@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from causalrope_kernels import check, reference
-from causalrope_kernels.arguments import Affine, ByFrame, Norm, Pieces, Rooms, Source
+from causalrope_kernels.arguments import Affine, ByFrame, Norm, Pieces, SlotsByHeads, Source
 from causalrope_kernels.backend import DTYPES, Backend, use_triton
 
 
@@ -55,7 +55,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, backend: Backend = "auto") -
     return reference.rms_norm(x, weight, eps)
 
 
-def place(source: Source, *, q: Rooms = (), k: Rooms = (), v: Rooms = (), backend: Backend = "auto") -> None:
+def norm_rope_store(
+    source: Source, *, q: SlotsByHeads = (), k: SlotsByHeads = (), v: SlotsByHeads = (), backend: Backend = "auto"
+) -> None:
     """Writes q, k, v, or those of them that have rooms, straight there; the heads go to the rooms in order.
 
     From a projection q and k are normed over all of D and rotated on the way; pieces are copied as they are.
@@ -64,16 +66,16 @@ def place(source: Source, *, q: Rooms = (), k: Rooms = (), v: Rooms = (), backen
         ValueError: rooms that do not hold just all of the heads, or a shape, stride, dtype or device that does not fit.
     """
     check.source(source)
-    check.rooms(source, q=q, k=k, v=v)
+    check.kv_slots(source, q=q, k=k, v=v)
     weights = () if isinstance(source, Pieces) else (source.q_weight, source.k_weight)
     if not use_triton(backend, source.like, *weights):
-        return reference.place(source, q, k, v)
-    from causalrope_kernels import place_kernel as kernel
+        return reference.norm_rope_store(source, q, k, v)
+    from causalrope_kernels import norm_rope_store_kernel as kernel
 
     if isinstance(source, Pieces):
-        kernel.place_pieces(source.pieces, q, k, v)
+        kernel.store_pieces(source.pieces, q, k, v)
     else:
-        kernel.place_projection(source, q, k, v)
+        kernel.store_projection(source, q, k, v)
 
 
 def split_tokens(x_BFSHD: Tensor, pieces: Sequence[Tensor], backend: Backend = "auto") -> None:
@@ -85,7 +87,7 @@ def split_tokens(x_BFSHD: Tensor, pieces: Sequence[Tensor], backend: Backend = "
     check.split(x_BFSHD, pieces)
     if not use_triton(backend, x_BFSHD):
         return reference.split_tokens(x_BFSHD, pieces)
-    from causalrope_kernels import place_kernel as kernel
+    from causalrope_kernels import norm_rope_store_kernel as kernel
 
     kernel.split_tokens(x_BFSHD, pieces)
 

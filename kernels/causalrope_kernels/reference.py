@@ -13,7 +13,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from causalrope_kernels.arguments import Affine, ByFrame, Keys, Norm, Pieces, Projection, Room, Rooms, Source, Turn
+from causalrope_kernels.arguments import (
+    Affine,
+    ByFrame,
+    Keys,
+    Norm,
+    Pieces,
+    Projection,
+    RotateOnRead,
+    Slots,
+    SlotsByHeads,
+    Source,
+)
 
 Partial = tuple[Tensor, Tensor]  # attention over some of the keys, (B, T, H, d), and its log-sum-exp, (B, T, H)
 
@@ -76,20 +87,20 @@ def _third(projection: Projection, number: int) -> Tensor:
     return rotate(normed, *(rotation.of_queries, rotation.of_keys)[number]).to(x.dtype)
 
 
-def place(source: Source, q: Rooms, k: Rooms, v: Rooms) -> None:
+def norm_rope_store(source: Source, q: SlotsByHeads, k: SlotsByHeads, v: SlotsByHeads) -> None:
     """q, k, v, or those of them that have rooms, into those; the heads go to the rooms in order."""
-    for number, rooms in enumerate((q, k, v)):
-        if not rooms:
+    for number, kv_slots in enumerate((q, k, v)):
+        if not kv_slots:
             continue
         if isinstance(source, Pieces):
             value = torch.cat([piece[number - 3] for piece in source.pieces], 2)
         else:
             value = _third(source, number).unflatten(1, source.shape[1:3])
-        for room, part in zip(rooms, value.split([room.x.shape[3] for room in rooms], 3), strict=True):
+        for room, part in zip(kv_slots, value.split([room.x.shape[3] for room in kv_slots], 3), strict=True):
             put(room, part)
 
 
-def put(room: Room, value_BFSHD: Tensor) -> None:
+def put(room: Slots, value_BFSHD: Tensor) -> None:
     if room.slots_F is None:
         room.x.copy_(value_BFSHD)
     else:
@@ -123,21 +134,21 @@ def attention_lse(q_BTHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor) -> Partial:
     return torch.einsum("bthl,blhd->bthd", scores.softmax(-1), v).to(q_BTHD.dtype), scores.logsumexp(-1)
 
 
-def turned(k_BLHD: Tensor, turn: Turn, first: int = 0) -> Tensor:
+def rotated(k_BLHD: Tensor, rotate_on_read: RotateOnRead, first: int = 0) -> Tensor:
     """Keys turned by the place in time of their slot; row 0 of `k_BLHD` is row `first` of the ring."""
-    slots = torch.arange(first, first + k_BLHD.shape[1], device=k_BLHD.device) // turn.tokens
-    cos, sin = turn.table[slots].unbind(1)
+    slots = torch.arange(first, first + k_BLHD.shape[1], device=k_BLHD.device) // rotate_on_read.tokens
+    cos, sin = rotate_on_read.table[slots].unbind(1)
     width = 2 * cos.shape[-1]
     return torch.cat([rotate(k_BLHD[..., :width], cos, sin), k_BLHD[..., width:]], -1)
 
 
-def stretches(keys: Keys) -> list[tuple[Tensor, Tensor]]:
+def ranges(keys: Keys) -> list[tuple[Tensor, Tensor]]:
     """The keys, turned, and values of every stretch that holds any."""
     parts = []
-    for first, stop in keys.stretches if keys.stretches is not None else ((0, keys.k.shape[1]),):
+    for first, stop in keys.ranges if keys.ranges is not None else ((0, keys.k.shape[1]),):
         if stop > first:
             k, v = keys.k[:, first:stop], keys.v[:, first:stop]
-            parts.append((k if keys.turn is None else turned(k, keys.turn, first), v))
+            parts.append((k if keys.rotate_on_read is None else rotated(k, keys.rotate_on_read, first), v))
     return parts
 
 

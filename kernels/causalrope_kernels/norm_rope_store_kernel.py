@@ -1,7 +1,7 @@
 """q, k, v straight to where they go next: from the packed projection, normed and rotated, or as they arrived; and
 tokens of all ranks to the pieces that go back.
 
-All read every number once and write it once, 6·T·D numbers for q, k, v together. A room's strides are counted in rows
+All read every number once and write it once, 6·T·D numbers for q, k, v together. A out's strides are counted in rows
 of d numbers, head by head, so that any split of the heads over the pieces of a send buffer is the same kernel.
 Shapes: B batch, F frames, s tokens of a frame, H heads, d head width, D = H·d, E angles of an axis.
 """
@@ -17,10 +17,10 @@ import triton.language as tl
 from torch import Tensor
 
 from causalrope_kernels.add_norm_kernel import warps
-from causalrope_kernels.arguments import Projection, Room, Rooms
+from causalrope_kernels.arguments import Projection, Slots, SlotsByHeads
 from causalrope_kernels.tables import Lines, launching_on, on_device
 
-FIELDS = tl.constexpr(4)  # of a head in a room: where it begins, and the steps of batch, frame and token
+FIELDS = tl.constexpr(4)  # of a head in a out: where it begins, and the steps of batch, frame and token
 
 
 @triton.jit
@@ -35,30 +35,30 @@ def _rows(table, slots, batch, frame, token, head, there, SLOTS: tl.constexpr):
 
 
 @triton.jit
-def _axis(table, place, pair, first, PAIRS: tl.constexpr):
+def _axis(table, offset, pair, first, PAIRS: tl.constexpr):
     """Cosines and sines of one axis at its pairs, and zeros at those of the others."""
     mine = (pair >= first) & (pair < first + PAIRS)
-    angle = table + place * 2 * PAIRS + (pair - first)
+    angle = table + offset * 2 * PAIRS + (pair - first)
     cos = tl.load(angle, mask=mine, other=0.0).to(tl.float32)
     return cos, tl.load(angle + PAIRS, mask=mine, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _turn(
-    x, weight, room, rows, time, row_cos, row_sin, times, frame, mask, eps,
+def _norm_rotate(
+    x, weight, out, rows, time, row_cos, row_sin, times, frame, mask, eps,
     TIMES: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Norm over all heads, rotate, write."""
     head, channel = tl.arange(0, HEADS), tl.arange(0, BLOCK)
-    place = head[:, None] * WIDTH + channel[None, :]
-    value = tl.load(x + place, mask=mask, other=0.0).to(tl.float32)
+    offset = head[:, None] * WIDTH + channel[None, :]
+    value = tl.load(x + offset, mask=mask, other=0.0).to(tl.float32)
     spread = tl.rsqrt(tl.sum(value * value) / DIM + eps)
-    value = value * spread * tl.load(weight + place, mask=mask, other=0.0).to(tl.float32)
+    value = value * spread * tl.load(weight + offset, mask=mask, other=0.0).to(tl.float32)
     when_cos, when_sin = _axis(time, tl.load(times + frame).to(tl.int64), tl.arange(0, BLOCK // 2), 0, TIMES)
     cos, sin = (row_cos + when_cos)[None, :], (row_sin + when_sin)[None, :]
     even, odd = tl.split(tl.reshape(value, [HEADS, BLOCK // 2, 2]))
-    turned = tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), [HEADS, BLOCK])
-    tl.store(room + rows[:, None] * WIDTH + channel[None, :], turned.to(room.dtype.element_ty), mask=mask)
+    rotated = tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), [HEADS, BLOCK])
+    tl.store(out + rows[:, None] * WIDTH + channel[None, :], rotated.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(
@@ -66,7 +66,7 @@ def _turn(
     do_not_specialize_on_alignment=["q_times", "k_times", "q_slots", "k_slots", "v_slots"],
 )
 def projection_kernel(
-    qkv, q_weight, k_weight, q_room, k_room, v_room, q_table, k_table, v_table, q_slots, k_slots, v_slots,
+    qkv, q_weight, k_weight, q_out, k_out, v_out, q_table, k_table, v_table, q_slots, k_slots, v_slots,
     time, row, column, q_times, k_times, start, tokens, frames, columns, eps, by_batch, by_frame, by_token,
     Q: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     Q_SLOTS: tl.constexpr, K_SLOTS: tl.constexpr, V_SLOTS: tl.constexpr,
@@ -86,16 +86,16 @@ def projection_kernel(
     row_cos, row_sin = y_cos + x_cos, y_sin + x_sin
     if Q:
         rows = _rows(q_table, q_slots, batch, frame, token, head, there, Q_SLOTS)
-        _turn(x, q_weight, q_room, rows, time, row_cos, row_sin, q_times, frame, mask, eps,
+        _norm_rotate(x, q_weight, q_out, rows, time, row_cos, row_sin, q_times, frame, mask, eps,
               TIMES, COUNT * WIDTH, WIDTH, HEADS, BLOCK)  # fmt: skip
     if K:
         rows = _rows(k_table, k_slots, batch, frame, token, head, there, K_SLOTS)
-        _turn(x + COUNT * WIDTH, k_weight, k_room, rows, time, row_cos, row_sin, k_times, frame, mask, eps,
+        _norm_rotate(x + COUNT * WIDTH, k_weight, k_out, rows, time, row_cos, row_sin, k_times, frame, mask, eps,
               TIMES, COUNT * WIDTH, WIDTH, HEADS, BLOCK)  # fmt: skip
     if V:
         rows = _rows(v_table, v_slots, batch, frame, token, head, there, V_SLOTS)
         value = tl.load(x + 2 * COUNT * WIDTH + head[:, None] * WIDTH + channel[None, :], mask=mask, other=0.0)
-        tl.store(v_room + rows[:, None] * WIDTH + channel[None, :], value, mask=mask)
+        tl.store(v_out + rows[:, None] * WIDTH + channel[None, :], value, mask=mask)
 
 
 @triton.jit(
@@ -103,42 +103,42 @@ def projection_kernel(
     do_not_specialize_on_alignment=["q_slots", "k_slots", "v_slots"],
 )
 def pieces_kernel(
-    pieces, places, q_room, k_room, v_room, q_table, k_table, v_table, q_slots, k_slots, v_slots,
+    pieces, offsets, q_out, k_out, v_out, q_table, k_table, v_table, q_slots, k_slots, v_slots,
     batches, frames, all_frames,
     Q: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     Q_SLOTS: tl.constexpr, K_SLOTS: tl.constexpr, V_SLOTS: tl.constexpr,
     KINDS: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program (j, b·F + f): token j of frame f, of all ranks' tokens. `places` holds, in rows of d numbers, where the
+    """Program (j, b·F + f): token j of frame f, of all ranks' tokens. `offsets` holds, in rows of d numbers, where the
     token begins in its piece and how far it is from a frame to the next."""
     token = tl.program_id(0)
     batch, frame = tl.program_id(1) // frames, tl.program_id(1) % frames
     head, channel = tl.arange(0, HEADS), tl.arange(0, BLOCK)
     there = head < COUNT
     mask = there[:, None] & (channel < WIDTH)[None, :]
-    begin, by_frame = tl.load(places + 2 * token).to(tl.int64), tl.load(places + 2 * token + 1).to(tl.int64)
+    begin, by_frame = tl.load(offsets + 2 * token).to(tl.int64), tl.load(offsets + 2 * token + 1).to(tl.int64)
     first = begin + (batch * all_frames + frame) * by_frame
     by_kind = batches * all_frames * by_frame
-    place = head[:, None] * WIDTH + channel[None, :]
+    offset = head[:, None] * WIDTH + channel[None, :]
     if Q:
         rows = _rows(q_table, q_slots, batch, frame, token, head, there, Q_SLOTS)
-        value = tl.load(pieces + (first + (KINDS - 3) * by_kind) * WIDTH + place, mask=mask, other=0.0)
-        tl.store(q_room + rows[:, None] * WIDTH + channel[None, :], value, mask=mask)
+        value = tl.load(pieces + (first + (KINDS - 3) * by_kind) * WIDTH + offset, mask=mask, other=0.0)
+        tl.store(q_out + rows[:, None] * WIDTH + channel[None, :], value, mask=mask)
     if K:
         rows = _rows(k_table, k_slots, batch, frame, token, head, there, K_SLOTS)
-        value = tl.load(pieces + (first + (KINDS - 2) * by_kind) * WIDTH + place, mask=mask, other=0.0)
-        tl.store(k_room + rows[:, None] * WIDTH + channel[None, :], value, mask=mask)
+        value = tl.load(pieces + (first + (KINDS - 2) * by_kind) * WIDTH + offset, mask=mask, other=0.0)
+        tl.store(k_out + rows[:, None] * WIDTH + channel[None, :], value, mask=mask)
     if V:
         rows = _rows(v_table, v_slots, batch, frame, token, head, there, V_SLOTS)
-        value = tl.load(pieces + (first + (KINDS - 1) * by_kind) * WIDTH + place, mask=mask, other=0.0)
-        tl.store(v_room + rows[:, None] * WIDTH + channel[None, :], value, mask=mask)
+        value = tl.load(pieces + (first + (KINDS - 1) * by_kind) * WIDTH + offset, mask=mask, other=0.0)
+        tl.store(v_out + rows[:, None] * WIDTH + channel[None, :], value, mask=mask)
 
 
 @triton.jit(do_not_specialize=["frames"])
 def split_kernel(
     x,
     pieces,
-    places,
+    offsets,
     frames,
     by_batch,
     by_frame,
@@ -147,28 +147,28 @@ def split_kernel(
     NUMBERS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Program (j, b·F + f): all NUMBERS of token j of frame f, to its piece; `places` as above."""
+    """Program (j, b·F + f): all NUMBERS of token j of frame f, to its piece; `offsets` as above."""
     token = tl.program_id(0)
     batch, frame = (tl.program_id(1) // frames).to(tl.int64), (tl.program_id(1) % frames).to(tl.int64)
     number = tl.arange(0, BLOCK)
     value = tl.load(
         x + batch * by_batch + frame * by_frame + token.to(tl.int64) * by_token + number, mask=number < NUMBERS
     )
-    begin, piece_frame = tl.load(places + 2 * token).to(tl.int64), tl.load(places + 2 * token + 1).to(tl.int64)
+    begin, piece_frame = tl.load(offsets + 2 * token).to(tl.int64), tl.load(offsets + 2 * token + 1).to(tl.int64)
     row = begin + (batch * frames + frame) * piece_frame
     tl.store(pieces + row * WIDTH + number, value, mask=number < NUMBERS)
 
 
-def place_projection(projection: Projection, q: Rooms, k: Rooms, v: Rooms) -> None:
+def store_projection(projection: Projection, q: SlotsByHeads, k: SlotsByHeads, v: SlotsByHeads) -> None:
     qkv, rotation = projection.qkv_BFSN, projection.rotation
     batch, frames, tokens, heads, width = projection.shape
-    rooms, constants = _arguments(q, k, v, qkv, width)
+    outputs, constants = _arguments(q, k, v, qkv, width)
     if qkv.numel() == 0 or not (q or k or v):
         return
     block, tile = triton.next_power_of_2(width), triton.next_power_of_2(heads)
     with launching_on(qkv):
         projection_kernel[tokens, batch * frames](
-            qkv, projection.q_weight, projection.k_weight, *rooms,
+            qkv, projection.q_weight, projection.k_weight, *outputs,
             rotation.time, rotation.row, rotation.column, rotation.query_times_F, rotation.key_times_F,
             rotation.start, tokens, frames, rotation.columns, projection.eps, *qkv.stride()[:3], **constants,
             TIMES=rotation.time.shape[2], ROWS=rotation.row.shape[2], COLUMNS=rotation.column.shape[2],
@@ -176,19 +176,20 @@ def place_projection(projection: Projection, q: Rooms, k: Rooms, v: Rooms) -> No
         )  # fmt: skip
 
 
-def place_pieces(pieces: Sequence[Tensor], q: Rooms, k: Rooms, v: Rooms) -> None:
-    pieces = [piece for piece in pieces if piece.numel()]  # an empty one has no place in memory
+def store_pieces(pieces: Sequence[Tensor], q: SlotsByHeads, k: SlotsByHeads, v: SlotsByHeads) -> None:
+    pieces = [piece for piece in pieces if piece.numel()]  # an empty one has no address in memory
     if not pieces:
         return
     kinds, batch, frames, _, heads, width = pieces[0].shape
-    rooms, constants = _arguments(q, k, v, pieces[0], width)
+    outputs, constants = _arguments(q, k, v, pieces[0], width)
     tokens = sum(piece.shape[3] for piece in pieces)
     if not (q or k or v):
         return
     block, tile = triton.next_power_of_2(width), triton.next_power_of_2(heads)
     with launching_on(pieces[0]):
         pieces_kernel[tokens, batch * frames](
-            pieces[0], _places(pieces), *rooms, batch, frames, pieces[0].stride(1) // pieces[0].stride(2), **constants,
+            pieces[0], _offsets(pieces), *outputs, batch, frames,
+            pieces[0].stride(1) // pieces[0].stride(2), **constants,
             KINDS=kinds, COUNT=heads, WIDTH=width, HEADS=tile, BLOCK=block, num_warps=warps(2 * tile * block),
         )  # fmt: skip
 
@@ -200,41 +201,43 @@ def split_tokens(x_BFSHD: Tensor, pieces: Sequence[Tensor]) -> None:
         block = triton.next_power_of_2(heads * width)
         with launching_on(x_BFSHD):
             split_kernel[tokens, batch * frames](
-                x_BFSHD, pieces[0], _places([piece.unsqueeze(0) for piece in pieces]), frames, *x_BFSHD.stride()[:3],
+                x_BFSHD, pieces[0], _offsets([piece.unsqueeze(0) for piece in pieces]), frames, *x_BFSHD.stride()[:3],
                 WIDTH=width, NUMBERS=heads * width, BLOCK=block, num_warps=warps(block),
             )  # fmt: skip
 
 
-def _arguments(q: Rooms, k: Rooms, v: Rooms, unused: Tensor, width: int) -> tuple[tuple[Tensor, ...], dict[str, bool]]:
-    """The kernel's arguments of the rooms: where each begins, its table and its slots, and which there are."""
+def _arguments(
+    q: SlotsByHeads, k: SlotsByHeads, v: SlotsByHeads, unused: Tensor, width: int
+) -> tuple[tuple[Tensor, ...], dict[str, bool]]:
+    """The kernel's arguments of the outputs: where each begins, its table and its slots, and which there are."""
     given = {"Q": q, "K": k, "V": v}
-    first = [rooms[0].x if rooms else unused for rooms in given.values()]
-    tables = [_table(rooms, width) if rooms else unused for rooms in given.values()]
-    slots = [rooms[0].slots_F if rooms and rooms[0].slots_F is not None else unused for rooms in given.values()]
-    constants = {name: bool(rooms) for name, rooms in given.items()}
-    constants |= {f"{name}_SLOTS": bool(rooms) and rooms[0].slots_F is not None for name, rooms in given.items()}
+    first = [outputs[0].x if outputs else unused for outputs in given.values()]
+    tables = [_table(outputs, width) if outputs else unused for outputs in given.values()]
+    slots = [outputs[0].slots_F if outputs and outputs[0].slots_F is not None else unused for outputs in given.values()]
+    constants = {name: bool(outputs) for name, outputs in given.items()}
+    constants |= {f"{name}_SLOTS": bool(outputs) and outputs[0].slots_F is not None for name, outputs in given.items()}
     return (*first, *tables, *slots), constants
 
 
-def _table(rooms: Sequence[Room], width: int) -> Tensor:
-    """Of every head: its first row, counted from the first room, and the rows from batch to batch, frame to frame,
+def _table(outputs: Sequence[Slots], width: int) -> Tensor:
+    """Of every head: its first row, counted from the first out, and the rows from batch to batch, frame to frame,
     token to token."""
-    first = rooms[0].x
+    first = outputs[0].x
     lines = []
-    for number, room in enumerate(rooms):
-        apart = room.x.data_ptr() - first.data_ptr()
-        steps = [apart // first.element_size(), *room.x.stride()[:4]]
+    for number, out in enumerate(outputs):
+        apart = out.x.data_ptr() - first.data_ptr()
+        steps = [apart // first.element_size(), *out.x.stride()[:4]]
         if apart % first.element_size() or any(step % width for step in steps):
             raise ValueError(
-                f"rooms[{number}]: expected strides, and a distance from the first room, that the head width {width} "
+                f"outputs[{number}]: expected strides, and a distance from the first out, that the head width {width} "
                 f"divides, as in one buffer, not {steps}"
             )
         begin, by_batch, by_frame, by_token, by_head = (step // width for step in steps)
-        lines += [(begin + head * by_head, by_batch, by_frame, by_token) for head in range(room.x.shape[3])]
+        lines += [(begin + head * by_head, by_batch, by_frame, by_token) for head in range(out.x.shape[3])]
     return on_device(tuple(lines), first.device, torch.int32)
 
 
-def _places(pieces: Sequence[Tensor]) -> Tensor:
+def _offsets(pieces: Sequence[Tensor]) -> Tensor:
     """Of every token of a frame: its first row, counted from the first piece, and the rows from frame to frame."""
     first, width = pieces[0], pieces[0].shape[5]
     lines = []

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from causalrope_kernels import Keys, Projection, Room, Rotation, attention, place
+from causalrope_kernels import Keys, Projection, Rotation, Slots, attention, norm_rope_store
 
 ROWS, COLUMNS, HEADS, WIDTH, SLOTS, FRAMES = 4, 6, 2, 16, 6, (6, 7)
 TOKENS, DIM = ROWS * COLUMNS, HEADS * WIDTH
@@ -29,7 +29,7 @@ projection = Projection(qkv, torch.ones(DIM), torch.ones(DIM), rotation, HEADS, 
 q = torch.empty(1, len(FRAMES), TOKENS, HEADS, WIDTH)
 ring_k, ring_v = torch.randn(2, 1, SLOTS, TOKENS, HEADS, WIDTH)
 slots = times % SLOTS
-place(projection, q=[Room(q)], k=[Room(ring_k, slots)], v=[Room(ring_v, slots)])
+norm_rope_store(projection, q=[Slots(q)], k=[Slots(ring_k, slots)], v=[Slots(ring_v, slots)])
 
-keys = Keys(ring_k.flatten(1, 2), ring_v.flatten(1, 2), stretches=((0, SLOTS * TOKENS),))  # in rows, not in slots
+keys = Keys(ring_k.flatten(1, 2), ring_v.flatten(1, 2), ranges=((0, SLOTS * TOKENS),))  # in rows, not in slots
 print(attention(q.flatten(1, 2), keys).shape)

@@ -1,0 +1,52 @@
+"""From a layout to this rank's strategy of self-attention."""
+
+from __future__ import annotations
+
+from causalrope_sp.attention.base import Strategy
+from causalrope_sp.attention.gather_kv import GatherKV
+from causalrope_sp.attention.shard_kv import ShardKV
+from causalrope_sp.attention.ulysses import Ulysses
+from causalrope_sp.distributed import SequenceParallel
+from causalrope_sp.distributed.layout import Layout
+from causalrope_sp.grid import LatentGrid
+
+
+def build_strategy(parallel: SequenceParallel, layout: Layout, grid: LatentGrid, heads: int) -> Strategy:
+    """This rank's strategy. Every rank must call it, since process groups are made here.
+
+    Args:
+        parallel: the ranks, with the options of attention.
+        layout: how the ranks of the `sp` axis share the work (see `planning.strategy.choose_strategy`).
+        grid: the latent frame in tokens.
+        heads: the attention heads of the model.
+
+    Raises:
+        ConfigError: more ranks than tokens in a frame.
+    """
+    if parallel.mesh.sp == 1:
+        return Strategy(grid.tokens, heads, parallel.attention)
+    group = parallel.mesh.sp_group(parallel.rank)
+    tokens = [shard.tokens for shard in parallel.shard(grid).all]
+    row, column = layout.coordinates(parallel.sp_rank)
+    rows, split = layout.rows(tokens), layout.heads(heads)
+    inner = Strategy(sum(rows[row]), split[column], parallel.attention)
+    if layout.inner is not None:
+        share = {GatherKV.name: GatherKV, ShardKV.name: ShardKV}[layout.inner]
+        communicator = parallel.communicator_among(group[column :: layout.ulysses])
+        assert communicator is not None, "an inner strategy is for several ranks"
+        inner = share(communicator, [sum(t) for t in rows], split[column], parallel.overlap, parallel.attention)
+    if layout.ulysses == 1:
+        return inner
+    trading = parallel.communicator_among(group[row * layout.ulysses : (row + 1) * layout.ulysses])
+    assert trading is not None, "ulysses is for several ranks"
+    return Ulysses(trading, rows[row], split, inner, head_groups(parallel, layout, heads))
+
+
+def describe_strategy(parallel: SequenceParallel, layout: Layout, heads: int) -> str:
+    """All that decides which collectives a stream makes, in words; it must be the same on every rank."""
+    return f"{parallel.label(layout)}, {head_groups(parallel, layout, heads)} head groups"
+
+
+def head_groups(parallel: SequenceParallel, layout: Layout, heads: int) -> int:
+    """In how many groups a rank sends its output: no more than it has heads, and only `ulysses` alone sends groups."""
+    return 1 if layout.inner else min(parallel.head_groups, min(layout.heads(heads)))

@@ -1,0 +1,93 @@
+"""What a rank does with the latents of a chunk before and after it is denoised; shared by both samplers.
+
+Shapes: B batch, F latent frames, C channels, H×W latent size, s tokens of a frame on this rank, S tokens of a whole
+frame, E numbers in a token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from causalrope_sp.devices import send
+from causalrope_sp.errors import ConfigError
+from causalrope_sp.grid import Chunk, LatentGrid, Shard
+from causalrope_sp.models.causal_dit import CausalDiT
+
+
+@dataclass(frozen=True)
+class LatentChunk:
+    """A finished chunk: whole frames, (B, F, C, H, W), on every rank."""
+
+    chunk: Chunk
+    latents: Tensor
+
+
+@dataclass(frozen=True)
+class ShardContext:
+    """How whole latents become this rank's tokens: in the sampler's own dtype, on the model's device.
+
+    Args:
+        grid: the latent frame in tokens.
+        shard: the tokens of a frame that this rank owns.
+        batch: B.
+        channels: C.
+        device: where the model computes.
+        dtype: of the sampler's state: float32, or float64 for a model in float64.
+    """
+
+    grid: LatentGrid
+    shard: Shard
+    batch: int
+    channels: int
+    device: torch.device
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, model: CausalDiT, grid: LatentGrid, shard: Shard, batch: int) -> ShardContext:
+        """The context of a model's streams."""
+        return cls(grid, shard, batch, model.config.in_channels, model.device, compute_dtype(model.dtype))
+
+    def shape(self, frames: int) -> tuple[int, int, int, int, int]:
+        """(B, F, C, H, W) of so many whole latent frames."""
+        return self.batch, frames, self.channels, self.grid.latent_height, self.grid.latent_width
+
+    def tokens(self, latents_BFCHW: Tensor) -> Tensor:
+        """This rank's tokens of whole latents, (B, F, s, E)."""
+        own = self.grid.patchify(latents_BFCHW)[:, :, self.shard.start : self.shard.stop]
+        return send(own.contiguous(), self.device, self.dtype)
+
+    def checked_tokens(self, what: str, frames: int, latents_BFCHW: Tensor) -> Tensor:
+        """`tokens`, of latents that a caller gave.
+
+        Raises:
+            ConfigError: latents of another shape than so many frames have.
+        """
+        if latents_BFCHW.shape != self.shape(frames):
+            raise ConfigError(f"{what} has shape {tuple(latents_BFCHW.shape)}, expected {self.shape(frames)}")
+        return self.tokens(latents_BFCHW)
+
+    def check_initial(self, latents: Tensor | None) -> None:
+        """Raises ConfigError unless the initial latents are whole frames of this batch and grid."""
+        if latents is not None and (latents.ndim != 5 or latents.shape != self.shape(latents.shape[1])):
+            batch, _, *frame = self.shape(0)
+            expected = ", ".join(map(str, (batch, "frames", *frame)))
+            raise ConfigError(f"initial latents have shape {tuple(latents.shape)}, expected ({expected})")
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In what a sampler holds its state and a model its angles: float32, or float64 for a model in float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_text(model: CausalDiT, embeds: Tensor, grid: LatentGrid) -> None:
+    """Raises ConfigError unless the text embeddings and the grid fit the model."""
+    config = model.config
+    if embeds.ndim != 3 or embeds.shape[1:] != (config.text_len, config.text_dim):
+        raise ConfigError(
+            f"text embeddings have shape {tuple(embeds.shape)}, expected (batch, {config.text_len}, {config.text_dim})"
+        )
+    if grid.patch != config.patch_size[1:]:
+        raise ConfigError(f"the grid's patch is {grid.patch}, the model's {config.patch_size[1:]}")
