@@ -417,7 +417,7 @@ def pipeline_on_two_lanes(group: dist.ProcessGroup, device: str) -> list[Any]:
     pipe = CausalVideoPipeline.from_pretrained("toybox-flow", steps=2, guidance=2.0, parallel=parallel)
     made = pipe(TOYBOX, frames=21, negative_prompt="a blue square bounces")
     everyone: list[Any] = [None] * group.size()
-    dist.all_gather_object(everyone, (made, parallel.in_use(pipe.model.config)))
+    dist.all_gather_object(everyone, (made, pipe.strategy))
     return everyone
 
 

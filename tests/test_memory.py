@@ -212,7 +212,7 @@ def test_1_3b_runs_in_24_gb() -> None:
     (found,) = json.loads(result.output)["strategies"]
     assert (found["memory_bytes"], found["fits"]) == (cost.memory_bytes, True)
     assert found["bytes_by_time"] == cost.bytes_by_time
-    assert found["beside"]["text"] == umt5_xxl_bytes()
+    assert found["auxiliary"]["text"] == umt5_xxl_bytes()
 
 
 def test_a_run_is_refused_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:

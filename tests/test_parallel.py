@@ -21,11 +21,11 @@ from streams import run_chunks, strategy_of
 from torch import Tensor
 
 from causalrope_sp import Chunk, ConfigError, DiTConfig, LatentGrid, SamplerConfig, StreamConfig
+from causalrope_sp.attention import base, ulysses
 from causalrope_sp.attention.base import Strategy
 from causalrope_sp.cache.window import SlidingWindow
 from causalrope_sp.diffusion.noise import seeded_noise
-from causalrope_sp.distributed import SequenceParallel, communicator, strategies, ulysses
-from causalrope_sp.distributed import strategy as strategy_module
+from causalrope_sp.distributed import SequenceParallel, communicator, strategies
 from causalrope_sp.distributed.launch import RankPool, run_ranks
 from causalrope_sp.distributed.layout import parse_strategy
 from causalrope_sp.distributed.watchdog import Watchdog
@@ -33,6 +33,8 @@ from causalrope_sp.errors import RankLostError
 from causalrope_sp.grid import Shard
 from causalrope_sp.models.causal_dit import CausalDiT
 from causalrope_sp.planning.cost import cache_bytes, received, received_latents
+from causalrope_sp.planning.machines import default_machine
+from causalrope_sp.planning.strategy import choose_strategy
 from causalrope_sp.planning.workload import Workload
 from causalrope_sp.sampling.sampler import Source
 from causalrope_sp.sampling.stream import CausalStream, Part
@@ -240,8 +242,8 @@ def order_of_events(group: dist.ProcessGroup, device: str, strategy: str) -> lis
             patch.setattr(communicator.Communicator, name, noting("send", getattr(communicator.Communicator, name)))
         patch.setattr(communicator.AsyncHandle, "wait", noting("wait", communicator.AsyncHandle.wait))
         for module, name in (
-            (strategy_module, "attention"),
-            (strategy_module, "attention_parts"),
+            (base, "attention"),
+            (base, "attention_parts"),
             (ulysses, "attention"),
         ):
             patch.setattr(module, name, noting("attend", getattr(module, name)))
@@ -555,7 +557,7 @@ def test_every_strategy_that_is_named_is_one(ranks: int, heads: int) -> None:
 def test_one_process_is_a_group_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     for parallel in (SequenceParallel.single(device="cpu"), SequenceParallel.from_env("ulysses", device="cpu")):
-        assert (parallel.rank, parallel.size, parallel.layout(WORK).name) == (0, 1, "single")
+        assert (parallel.rank, parallel.size, choose_strategy(WORK, default_machine(parallel.device), parallel).name) == (0, 1, "single")
         assert parallel.shard(LatentGrid(2, 3)).tokens == 6
         parallel.close()
 

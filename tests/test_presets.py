@@ -71,7 +71,7 @@ def test_a_path_speaks_for_a_preset(tmp_path: Path, file: str, preset: str) -> N
 
 
 @pytest.mark.parametrize(
-    ("beside", "content", "said"),
+    ("auxiliary", "content", "said"),
     [
         ("transformer/config.json", "CausalWanTransformer3DModel", "config.json names the class"),
         ("model_index.json", "WanCausalDMDPipeline", "model_index.json names the class"),

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from causalrope_sp.config import DiTConfig
 from causalrope_sp.errors import CheckpointError
 from causalrope_sp.models.causal_dit import CausalDiT
-from causalrope_sp.weights import files, inspect_checkpoint, load_model, save_model
+from causalrope_sp.weights import inspect_checkpoint, load_model, save_model, tensor_files
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def test_inspection_neither_builds_a_model_nor_reads_a_tensor(tmp_path: Path, mo
     file = save_wan(tmp_path / "w.safetensors", state)
 
     monkeypatch.setitem(sys.modules, "causalrope_sp.models.causal_dit", None)
-    monkeypatch.setattr(files.WeightFiles, "read", None)
+    monkeypatch.setattr(tensor_files.WeightFiles, "read", None)
     report = inspect_checkpoint(file)
     assert (report.path, report.layout, report.config, report.dtype) == (file, "wan", CONFIG, torch.bfloat16)
     assert report.missing == ["blocks.1.self_attn.k.bias"]
