@@ -15,11 +15,10 @@ import torch
 from hypothesis import settings
 
 from causalrope_sp.distributed.launch import RankPool
+from tests.support.paths import ROOT
 
 settings.register_profile("shared machine", deadline=None)  # how long an example takes is not what is tested
 settings.load_profile("shared machine")
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(autouse=True, scope="session")
