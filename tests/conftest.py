@@ -17,6 +17,7 @@ from hypothesis import settings
 from causalrope_sp.distributed.launch import RankPool
 from tests.support.paths import ROOT
 
+pytest.register_assert_rewrite("tests.support")  # an assertion there says as much as one in a test
 settings.register_profile("shared machine", deadline=None)  # how long an example takes is not what is tested
 settings.load_profile("shared machine")
 

@@ -23,8 +23,8 @@ from causalrope_sp.distributed.launch import RankPool
 from causalrope_sp.profiling.outputs import Profile, errors, propose, recording
 from causalrope_sp.reuse import Broadcast, ReusePolicy, find_policy
 from causalrope_sp.reuse.policy import CAUSAL_KINDS
-from tests.reuse.test_reuse import CONFIG, GRID, SAMPLER, STREAM, make_model, random
 from tests.support.paths import ROOT
+from tests.support.reuse_cases import CONFIG, GRID, SAMPLER, STREAM, make_model, random
 from tests.support.streams import run_chunks
 
 STEPS = len(SAMPLER.steps)

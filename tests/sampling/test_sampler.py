@@ -14,10 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from causalrope_kernels.reference import attention, project
-from causalrope_sp import Chunk, ConfigError, DiTConfig, LatentGrid, SamplerConfig, StreamConfig
+from causalrope_sp import Chunk, ConfigError, LatentGrid, SamplerConfig, StreamConfig
 from causalrope_sp.attention.base import Strategy
 from causalrope_sp.cache.window import SlidingWindow
-from causalrope_sp.diffusion.noise import Noise, seeded_noise
 from causalrope_sp.diffusion.schedule import add_noise, predict_x0, sigmas
 from causalrope_sp.grid import Shard, split_into_chunks
 from causalrope_sp.models.causal_dit import CausalDiT, ForwardPass
@@ -25,32 +24,10 @@ from causalrope_sp.models.rope import RotaryTables
 from causalrope_sp.sampling.sampler import Source
 from causalrope_sp.sampling.stream import CausalStream, Part
 from causalrope_sp.verification.reference import block_causal_velocity, visible_past
+from tests.support.sampler_cases import CONFIG, FRAME, GRID, MODEL, make_model, noise_of, relative, stream_configs, text
 from tests.support.streams import run_chunks
 
-CONFIG = DiTConfig(dim=24, ffn_dim=32, num_heads=2, num_layers=2, text_dim=8, text_len=3, freq_dim=16, in_channels=2)
-GRID = LatentGrid(2, 3)
-FRAME = (CONFIG.in_channels, GRID.latent_height, GRID.latent_width)
 TWO_STEPS = SamplerConfig((1000, 500))
-
-
-def make_model(dtype: torch.dtype = torch.float64) -> CausalDiT:
-    """Small, random, and with weights large enough that who attends whom shows in the result."""
-    torch.manual_seed(0)
-    model = CausalDiT(CONFIG).double().eval().requires_grad_(False)
-    for parameter in model.parameters():
-        parameter.mul_(1.5)
-    return model.to(dtype)
-
-
-MODEL = make_model()
-
-
-def text(batch: int) -> Tensor:
-    return torch.randn(batch, CONFIG.text_len, CONFIG.text_dim, generator=torch.Generator().manual_seed(1)).double()
-
-
-def noise_of(batch: int, seed: int = 0) -> Noise:
-    return seeded_noise(seed, (batch, *FRAME))
 
 
 def sample(frames: int, batch: int = 1, **options: Any) -> Tensor:
@@ -83,17 +60,6 @@ def from_one_forward(
         else:
             x = add_noise(x0, noise(step + 1), to) if to else x0
     return x
-
-
-def relative(result: Tensor, expected: Tensor) -> float:
-    return ((result - expected).norm() / expected.norm()).item()
-
-
-@st.composite
-def stream_configs(draw: st.DrawFn) -> StreamConfig:
-    chunk, sink = draw(st.integers(1, 3)), draw(st.integers(0, 2))
-    window = draw(st.none() | st.integers(chunk + sink, chunk + sink + 3))
-    return StreamConfig(window, sink, chunk, draw(st.booleans()))
 
 
 samplers = st.builds(
