@@ -144,7 +144,7 @@ def test_a_stream_of_any_length_keeps_as_much(codec: AutoencoderKLWan) -> None:
     for count in (3, 1, 3, 2, 3, 3, 3, 3):
         decoder.decode(torch.zeros(1, count, CHANNELS, SIDE, SIDE))
         encoder.encode(torch.zeros(1, 4 * count, 3, 8 * SIDE, 8 * SIDE))
-        kept.append((bytes_of(decoder._state), bytes_of(encoder._state)))
+        kept.append((bytes_of(decoder.state), bytes_of(encoder.state)))
     assert min(kept[0]) > 0
     assert len(set(kept)) == 1
 

@@ -139,7 +139,7 @@ def test_a_stream_of_any_length_keeps_as_much() -> None:
     for count in (3, 1, 2, 3):
         decoder.decode(torch.zeros(1, count, 5, 2, 2, dtype=torch.float64))
         encoder.encode(torch.zeros(1, 4 * count, 3, 16, 16, dtype=torch.float64))
-        states = [*decoder._memory.values(), *encoder._memory.values(), encoder._rest]
+        states = [*decoder.memory.values(), *encoder.memory.values(), encoder.rest]
         kept.add(sum(state.untyped_storage().nbytes() for state in states if state is not None))
     assert len(kept) == 1
     assert len(states) == 9 + 9 + 1

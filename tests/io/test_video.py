@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import av
 import numpy as np
@@ -126,13 +128,13 @@ def test_without_frames_there_is_no_file(tmp_path: Path, name: str) -> None:
 
 def test_a_signal_waits_for_the_frame_that_is_being_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writer = VideoWriter(tmp_path / "a.mp4", HEIGHT, WIDTH, FPS)
-    add = writer._sink.add  # type: ignore[union-attr]
+    from_ndarray = av.VideoFrame.from_ndarray
 
-    def add_and_signal(frame: np.ndarray) -> None:
+    def signal_and_take(*args: Any, **options: Any) -> av.VideoFrame:
         os.kill(os.getpid(), signal.SIGINT)
-        add(frame)
+        return from_ndarray(*args, **options)
 
-    monkeypatch.setattr(writer._sink, "add", add_and_signal)
+    monkeypatch.setattr(av, "VideoFrame", SimpleNamespace(from_ndarray=signal_and_take))
     with pytest.raises(KeyboardInterrupt), writer:
         writer.write(scene())
     assert writer.frames == 1

@@ -55,8 +55,8 @@ def libraries(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Library]]:
     """Stand-ins by name, as the test fills them in; how long each takes goes by its function."""
     found: dict[str, Library] = {}
     monkeypatch.setattr(attention_choice, "LIBRARIES", found)
-    times = {"right": 2.0, "also_right": 1.0, "_by_triton": 9.0}
-    monkeypatch.setattr(attention_choice, "_milliseconds", lambda run: times.get(run.func.__name__, 5.0))
+    times = {"right": 2.0, "also_right": 1.0, "by_triton": 9.0}
+    monkeypatch.setattr(attention_choice, "median_milliseconds", lambda run: times.get(run.func.__name__, 5.0))
     measure.cache_clear()
     yield found
     measure.cache_clear()
@@ -166,4 +166,4 @@ def test_what_a_library_cannot_do_is_said(monkeypatch: pytest.MonkeyPatch) -> No
     assert "not installed" in LIBRARIES["flash-attn-4"].obstacle(OnCuda(64))  # type: ignore
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert "compute capability 8" in LIBRARIES["flash"].obstacle(OnCuda(64))  # type: ignore
-    assert attention_libraries._installed("torch.nn")
+    assert attention_libraries.is_installed("torch.nn")

@@ -187,7 +187,7 @@ def on_two_ranks(group: dist.ProcessGroup, device: str, home: Path, embeds_file:
             pipe.stream(**options)
         found[name] = type(caught.value), str(caught.value)
     found["text"] = pipe.text.encode(PROMPT, 0)
-    found["encoder"] = pipe.text._encoder is not None  # type: ignore[union-attr]
+    found["encoder"] = pipe.text.encoder is not None  # type: ignore[union-attr]
     del sys.modules["ftfy"]
     everyone: list[Any] = [None] * group.size()
     dist.all_gather_object(everyone, found)
@@ -195,7 +195,7 @@ def on_two_ranks(group: dist.ProcessGroup, device: str, home: Path, embeds_file:
 
 
 def _entries(comm_stats: Any) -> list[tuple[str, int, tuple[int, int, int]]]:
-    return [(kind, layer, (e.calls, e.elements, e.bytes)) for (kind, layer), e in comm_stats._entries.items()]
+    return [(kind, layer, (e.calls, e.elements, e.bytes)) for (kind, layer), e in comm_stats.entries.items()]
 
 
 def test_the_encoder_runs_on_rank_0_alone(

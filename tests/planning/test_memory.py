@@ -23,7 +23,7 @@ from causalrope_sp.config import PRESETS
 from causalrope_sp.pipeline import pipeline, preflight
 from causalrope_sp.pipeline.model_config import ModelConfig
 from causalrope_sp.pipeline.offload import Offload
-from causalrope_sp.pipeline.preflight import Run, _available, _left_in_group, check_fits, remedies
+from causalrope_sp.pipeline.preflight import Run, available_memory, check_fits, left_in_cgroup, remedies
 from causalrope_sp.planning.cost import plan
 from causalrope_sp.planning.machines import machine
 from causalrope_sp.planning.workload import Workload
@@ -97,7 +97,7 @@ def test_the_frames_are_the_same_wherever_things_wait() -> None:
 def test_a_codec_is_on_the_device_only_while_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     codec = load_codec(WEIGHTS / "codec", offload=True)
     assert isinstance(codec, OffloadedCodec)
-    vae = codec._codec.vae  # type: ignore[attr-defined]
+    vae = codec.codec.vae  # type: ignore[attr-defined]
     waiting = {name: weight.data_ptr() for name, weight in vae.state_dict().items()}
     seen: list[set[int]] = []
     forward = type(vae.decoder).forward
@@ -247,16 +247,16 @@ def test_a_recipe_may_say_its_weights(tmp_path: Path) -> None:
 
 def test_what_is_free_is_shared_by_the_ranks_of_a_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:   4096 kB\n")
-    assert _available(tmp_path / "meminfo") == 4096 * 1024
-    assert _available(tmp_path / "nothing") is None
-    assert _left_in_group(tmp_path) is None
+    assert available_memory(tmp_path / "meminfo") == 4096 * 1024
+    assert available_memory(tmp_path / "nothing") is None
+    assert left_in_cgroup(tmp_path) is None
     for name, text in (("max", "max"), ("current", "3000"), ("stat", "anon 5\ninactive_file 200\n")):
         (tmp_path / f"memory.{name}").write_text(text)
-    assert _left_in_group(tmp_path) is None  # no limit
+    assert left_in_cgroup(tmp_path) is None  # no limit
     (tmp_path / "memory.max").write_text("4000\n")
-    assert _left_in_group(tmp_path) == 1200
-    monkeypatch.setattr(preflight, "_available", lambda _: 4001)
-    monkeypatch.setattr(preflight, "_left_in_group", lambda _: 4002)
+    assert left_in_cgroup(tmp_path) == 1200
+    monkeypatch.setattr(preflight, "available_memory", lambda _: 4001)
+    monkeypatch.setattr(preflight, "left_in_cgroup", lambda _: 4002)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     assert preflight.free_bytes(torch.device("cpu")) == 4001
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")

@@ -72,7 +72,7 @@ def test_what_is_kept_is_what_is_taken_over(policy: ReusePolicy) -> None:
         most = max(most, store.bytes)
         for layer, kind in product(range(3), KINDS):
             needed = step + 1 < 8 and policy.reuses(step + 1, TIMESTEPS, layer, kind)
-            assert ((layer, kind) in store._kept_BTD) == needed
+            assert ((layer, kind) in store.kept_BTD) == needed
     assert most == store.most_bytes == planned.stored * 5 * 4 * 4
     assert store.bytes == 0
     with pytest.raises(ConfigError, match="more passes than the 8"):

@@ -143,7 +143,7 @@ def watched_collectives() -> Iterator[list[tuple[str, int]]]:
         return noting
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(communicator, "_all_gather_single", watched("all_gather_single", communicator._all_gather_single))
+        patch.setattr(communicator, "all_gather_single", watched("all_gather_single", communicator.all_gather_single))
         for name in (*WAYS_TO_TALK, "all_to_all_single"):
             patch.setattr(dist, name, watched(name, getattr(dist, name)))
         yield noted
@@ -180,7 +180,7 @@ def count_collectives(group: dist.ProcessGroup, device: str, strategy: str) -> d
     for n in range(5, 8):  # each fused pass after the first finds every buffer there
         stream.denoise(Chunk(n, 2 * n, 2), x, 1000.0, Part(Chunk(n - 1, 2 * n - 2, 2), x, 0.0) if n > 5 else None)
         allocated.append(
-            {use: room.data_ptr() for e in parallel._communicators.values() for use, room in e._buffers.items()}
+            {use: room.data_ptr() for e in parallel.communicators.values() for use, room in e.buffers.items()}
         )
     passes["buffers"] = {"allocated": allocated}
     return passes

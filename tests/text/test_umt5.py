@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -142,15 +144,23 @@ def test_a_long_prompt_is_cut_as_the_tokenizer_cuts_and_said_once(home: Path, ca
 
 @pytest.mark.parametrize("keep", ["device", "cpu", "free"])
 def test_where_the_weights_wait(home: Path, monkeypatch: pytest.MonkeyPatch, keep: Any) -> None:
-    reads = []
+    reads: list[tuple[T5Checkpoint, list[weakref.ref[Tensor]]]] = []
     read = T5Checkpoint.read
-    monkeypatch.setattr(T5Checkpoint, "read", lambda self, *args: reads.append(args) or read(self, *args))
+
+    def counted(self: T5Checkpoint, *args: Any) -> Any:
+        state = read(self, *args)
+        reads.append((self, [weakref.ref(tensor) for tensor in state.values()]))
+        return state
+
+    monkeypatch.setattr(T5Checkpoint, "read", counted)
     encoder = UMT5TextEncoder.from_pretrained(home / "wan", keep=keep)
     assert not reads
     assert torch.equal(encoder.encode(PROMPT), encoder.encode(PROMPT))
     assert len(reads) == (2 if keep == "free" else 1)
-    assert (encoder._kept is None) == (keep == "free")
-    assert all(parameter.is_meta for parameter in encoder._checkpoint.model.parameters())
+    checkpoint, weights = reads[-1]
+    gc.collect()
+    assert {weight() is None for weight in weights} == {keep == "free"}
+    assert all(parameter.is_meta for parameter in checkpoint.model.parameters())
 
 
 @pytest.mark.parametrize("prompt", ["salt &amp;amp; pepper", "“très” naïve caf\u00c3\u00a9", "\ud800 x", "红色"])
