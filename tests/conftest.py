@@ -15,7 +15,6 @@ import torch
 from hypothesis import settings
 
 from causalrope_sp.distributed.launch import RankPool
-from tests.support.paths import ROOT
 
 pytest.register_assert_rewrite("tests.support")  # an assertion there says as much as one in a test
 settings.register_profile("shared machine", deadline=None)  # how long an example takes is not what is tested
@@ -39,8 +38,5 @@ def pool() -> Iterator[RankPool]:
 
 @pytest.fixture(scope="session")
 def goldens() -> Path:
-    """The folder of reference cases: CAUSALROPE_GOLDENS, else ../shared/goldens beside the checkout."""
-    folder = Path(os.environ.get("CAUSALROPE_GOLDENS", ROOT.parent / "shared" / "goldens"))
-    if not folder.is_dir():
-        pytest.skip(f"no reference cases: {folder} is not there; set CAUSALROPE_GOLDENS")
-    return folder
+    """The folder of reference cases."""
+    return Path(__file__).parent / "reference_cases"
