@@ -22,11 +22,11 @@ settings.load_profile("shared machine")
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _poisoned_memory():
+def _poisoned_memory() -> None:
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a run in the background begins with Ctrl-C ignored
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
 
 
 @pytest.fixture(scope="session")

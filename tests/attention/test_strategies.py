@@ -6,7 +6,7 @@ import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -173,7 +173,8 @@ def streams(draw: st.DrawFn) -> Drawn:
     chunk, sink = draw(st.integers(1, 3)), draw(st.integers(0, 2))
     window = draw(st.one_of(st.none(), st.integers(chunk + sink, chunk + sink + 5)))
     first = draw(st.booleans()) if window is None or window > 1 else False
-    rope = draw(st.sampled_from(["absolute", "relative"]))
+    ropes: list[Literal["absolute", "relative"]] = ["absolute", "relative"]
+    rope = draw(st.sampled_from(ropes))
     stream = StreamConfig(window, sink, chunk, independent_first_frame=first, rope=rope)
     known = 0 if first else draw(st.integers(0, 4))
     job = Job(rows, columns, draw(st.integers(1, 8)), stream, draw(st.integers(1, 2)), known, fuse=draw(st.booleans()))
@@ -182,8 +183,8 @@ def streams(draw: st.DrawFn) -> Drawn:
 
 
 def run_drawn(group: dist.ProcessGroup, device: str, drawn: Drawn) -> Tensor:
-    way = {"overlap": drawn.overlap, "head_groups": drawn.head_groups}
-    return drawn.run(SequenceParallel(group, drawn.strategy, device, **way))
+    overlap, head_groups = drawn.overlap, drawn.head_groups
+    return drawn.run(SequenceParallel(group, drawn.strategy, device, overlap=overlap, head_groups=head_groups))
 
 
 @given(drawn=streams())

@@ -341,7 +341,8 @@ def test_windows_that_hold_nothing_are_refused(frames: int, sink: int) -> None:
 def test_a_stream_that_is_configured_fits_its_window(window: int, sink: int, chunk: int) -> None:
     if sink >= 0 and chunk >= 1 and window >= chunk + sink:
         config = StreamConfig(window, sink, chunk)
-        plan = SlidingWindow(config.window, config.sink)
+        assert config.window == window
+        plan = SlidingWindow(window, config.sink)
         assert all(plan.slots(Chunk(i, i * chunk, chunk)) for i in range(20))
     else:
         with pytest.raises(ConfigError):

@@ -15,7 +15,7 @@ def test_background_work_keeps_order_and_passes_errors_on() -> None:
         yield from range(9)
         raise KeyError("end")
 
-    seen = []
+    seen: list[int] = []
     with pytest.raises(KeyError, match="end"):
         seen.extend(Background(numbers))
     items = iter(Background(numbers))

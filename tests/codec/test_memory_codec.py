@@ -55,11 +55,11 @@ def tiny() -> TaehvCodec:
     return TaehvCodec(Taehv(TaehvConfig(16, 16, (64, 32, 16, 16), (1, 2, 2), (1, 2, 2))))
 
 
-def footprint(codec: Codec, height: int, width: int, frames: int) -> CodecFootprint:
+def footprint(codec: Codec, size: tuple[int, int], frames: int) -> CodecFootprint:
     if isinstance(codec, WanCodec):
-        return wan_footprint(codec.vae, height, width, frames)
+        return wan_footprint(codec.vae, *size, frames)
     assert isinstance(codec, TaehvCodec)
-    return taehv_footprint(codec.model, height, width, frames)
+    return taehv_footprint(codec.model, *size, frames)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def footprint(codec: Codec, height: int, width: int, frames: int) -> CodecFootpr
 def test_a_decoder_takes_what_is_predicted(codec: Any, size: tuple[int, int]) -> None:
     loaded = codec()
     stream, chunk = loaded.decoder(), torch.randn(1, 3, 16, *size)
-    predicted = footprint(loaded, *(8 * side for side in size), 3)
+    predicted = footprint(loaded, (8 * size[0], 8 * size[1]), 3)
     with Alive() as alive:
         stream.decode(chunk)
         alive.most = 0

@@ -58,8 +58,8 @@ def make(config: TaehvConfig, dtype: torch.dtype = torch.float64) -> Taehv:
 def convolved(x_BTCHW: Tensor, tensors: dict[str, Tensor], name: str, stride: int = 1) -> Tensor:
     """Frame by frame."""
     weight = tensors[f"{name}.weight"]
-    options = {"bias": tensors.get(f"{name}.bias"), "stride": stride, "padding": weight.shape[-1] // 2}
-    return torch.stack([F.conv2d(frame, weight, **options) for frame in x_BTCHW.unbind(1)], 1)
+    bias, padding = tensors.get(f"{name}.bias"), weight.shape[-1] // 2
+    return torch.stack([F.conv2d(frame, weight, bias, stride, padding) for frame in x_BTCHW.unbind(1)], 1)
 
 
 def remembered(x_BTCHW: Tensor, tensors: dict[str, Tensor], name: str) -> Tensor:

@@ -6,7 +6,7 @@ import queue
 import time
 
 import pytest
-import torch.distributed as dist
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from causalrope_sp.distributed.watchdog import Watchdog
 
@@ -15,7 +15,7 @@ class Neighbours:
     """Ranks that talk through a store, and what the watchdog of rank 0 says of them."""
 
     def __init__(self, begun: int, ranks: int = 2, peers: int = 4) -> None:
-        self.store, self.said = dist.HashStore(), queue.Queue[str]()
+        self.store, self.said = HashStore(), queue.Queue[str]()
         self.dog = Watchdog(self.store, 0, ranks, lambda: begun, range(peers), self.said.put, silence_s=1.5, stall_s=3)
 
     def say(self, rank: int, beat: int, begun: int) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -77,7 +78,7 @@ def test_videos_are_read_at_another_rate(tmp_path: Path, name: str, fps: int, wa
 def test_a_video_is_read_as_it_is_asked_for() -> None:
     taken: list[int] = []
 
-    def frames() -> object:
+    def frames() -> Iterator[np.ndarray]:
         for n, frame in enumerate(counting(5)):
             taken.append(n)
             yield frame
@@ -86,6 +87,9 @@ def test_a_video_is_read_as_it_is_asked_for() -> None:
     next(video)
     next(video)
     assert taken == [0, 1]
+
+
+NOT_FRAMES: Any = [[1, 2]]
 
 
 @pytest.mark.parametrize(
@@ -100,7 +104,7 @@ def test_a_video_is_read_as_it_is_asked_for() -> None:
         (lambda folder: list(read_video(folder / "text.png", 8, 8, 16)), r"cannot read .*text.png"),
         (lambda folder: list(read_video(folder, 8, 8, 16)), "cannot read"),
         (lambda folder: list(read_video(folder / "text.webp", 8, 8, 16)), r"cannot read .*text.webp"),
-        (lambda folder: list(read_video([[1, 2]], 8, 8, 16)), "a frame must be uint8 .* not list"),
+        (lambda folder: list(read_video(NOT_FRAMES, 8, 8, 16)), "a frame must be uint8 .* not list"),
     ],
 )
 def test_what_cannot_be_read_is_one_line(tmp_path: Path, read: Callable[[Path], object], says: str) -> None:

@@ -44,7 +44,12 @@ LSE = torch.zeros(B, T, H)
 def projecting(qkv: Tensor | None = None, **changed: Any) -> Projection:
     rotation = replace(a_rotation(), **{name: changed.pop(name) for name in [*changed] if name in vars(a_rotation())})
     numbers = torch.zeros(B, F, S, 3 * WIDTH, dtype=torch.float64) if qkv is None else qkv
-    given = {"q_weight": torch.zeros(WIDTH), "k_weight": torch.zeros(WIDTH), "heads": H, "eps": EPS} | changed
+    given: dict[str, Any] = {
+        "q_weight": torch.zeros(WIDTH),
+        "k_weight": torch.zeros(WIDTH),
+        "heads": H,
+        "eps": EPS,
+    } | changed
     return Projection(numbers, rotation=rotation, **given)
 
 
@@ -166,7 +171,7 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
     "no parts": (lambda: merge([]), "parts: expected at least one, not none"),
     "parts that differ": (lambda: merge([(Q, LSE), (Q[:, 1:], LSE[:, 1:])]), r"parts\[1\] output: expected shape"),
     "an unknown backend": (
-        lambda: rms_norm(X, VECTOR, EPS, "cuda"),
+        lambda: rms_norm(X, VECTOR, EPS, "cuda"),  # type: ignore[arg-type]
         "backend: expected auto, triton or torch, not 'cuda'",
     ),
     "an unknown attention": (
@@ -190,7 +195,7 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
         "backend: triton is interpreted in float32 and float16; in bfloat16",
     ),
     "a room that is no list": (
-        lambda: norm_rope_store(projecting(), q=kv_slots(B, F, S, H, D)[0]),
+        lambda: norm_rope_store(projecting(), q=kv_slots(B, F, S, H, D)[0]),  # type: ignore[arg-type]
         "q: expected a list of rooms, not Slots",
     ),
     "queries from pieces of k, v": (
@@ -213,7 +218,10 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
         lambda: norm_rope_store(projecting(columns=0)),
         "rotation.columns: expected at least 1, not 0",
     ),
-    "a source that is none": (lambda: norm_rope_store(X), "source: expected a Projection or Pieces, not Tensor"),
+    "a source that is none": (
+        lambda: norm_rope_store(X),  # type: ignore[arg-type]
+        "source: expected a Projection or Pieces, not Tensor",
+    ),
     "a layer in another dtype": (
         lambda: linear_gelu(X, torch.zeros(7, WIDTH).double(), torch.zeros(7).double()),
         "weight: expected torch.float32, not torch.float64",

@@ -146,7 +146,8 @@ def test_the_projection_norms_over_all_heads_then_rotates() -> None:
 
 def test_a_source_writes_frames_and_heads_where_they_are_wanted() -> None:
     """From a projection and from pieces, into views by heads and into the slots of a ring."""
-    projection = Projection(random(B, F, S, 3 * WIDTH), *random(2, WIDTH, seed=1), a_rotation(), H, EPS)
+    q_weight, k_weight = random(2, WIDTH, seed=1)
+    projection = Projection(random(B, F, S, 3 * WIDTH), q_weight, k_weight, a_rotation(), H, EPS)
     whole = torch.stack(project(projection)).unflatten(2, (F, S))
     pieces = Pieces([whole[:, :, :, :1], whole[:, :, :, 1:]])
     assert pieces.shape == projection.shape == (B, F, S, H, D)
@@ -335,7 +336,7 @@ def test_attention_over_stretches_has_its_gradient() -> None:
     q, (k, v) = random(1, 3, 2, D), random(2, 1, 9, 2, D, seed=1)
     for x in (q, k, v):
         x.requires_grad_()
-    assert torch.autograd.gradcheck(lambda *given: attention(given[0], Keys(*given[1:], ((0, 4), (5, 9)))), (q, k, v))
+    assert torch.autograd.gradcheck(lambda q, k, v: attention(q, Keys(k, v, ((0, 4), (5, 9)))), (q, k, v))
 
 
 def test_parts_of_a_rotation_are_those_frames() -> None:

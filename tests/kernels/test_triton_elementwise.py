@@ -28,6 +28,7 @@ from causalrope_kernels import (
     rms_norm_kernel,
     split_tokens,
 )
+from causalrope_kernels.backend import Backend
 from causalrope_sp.grid import Shard
 from causalrope_sp.models.rope import RotaryTables
 from tests.support.triton_cases import DEVICE, DTYPES, GRID, as_dtype, compare, no_worse, random
@@ -44,6 +45,11 @@ def by_frame(*carrier: int, seed: int) -> ByFrame:
     return ByFrame.unbind(random(*frames, 6, width, seed=seed), random(6, width, seed=seed + 1))[2]
 
 
+def an_affine(width: int, seed: int) -> Affine:
+    weight, bias = random(2, width, seed=seed)
+    return Affine(weight, bias, EPS)
+
+
 @DTYPES
 @pytest.mark.parametrize(
     ("batch", "frames", "tokens", "width"), [(2, 3, 7, 60), (1, 1, 1, 128), (1, 2, 17, 384), (2, 2, 3, 1536)]
@@ -56,7 +62,7 @@ def test_add_norm(
     x, y = random(2, batch, frames * tokens, width)
     carrier = (batch, frames, width) if batch > 1 else (frames, width)
     gate, shift, scale = (by_frame(*carrier, seed=seed) for seed in (1, 3, 5))
-    modulation, affine = Modulation(shift, scale, EPS), Affine(*random(2, width, seed=7), EPS)
+    modulation, affine = Modulation(shift, scale, EPS), an_affine(width, seed=7)
     cases: list[tuple[Tensor | None, ByFrame | None, Norm]] = [
         (None, None, modulation),
         (y, gate, modulation),
@@ -74,9 +80,7 @@ def test_add_norm_of_the_last_frames_of_a_batch() -> None:
     gate, shift, scale = (by_frame(2, 3, 60, seed=seed).frames(slice(1, None)) for seed in (1, 3, 5))
     for dtype in (torch.float32, torch.bfloat16):
         compare(add_norm, x[:, 5:], y[:, 5:], gate, Modulation(shift, scale, EPS), dtype=dtype)
-    total, normed = add_norm(
-        x.float()[:, 5:], None, None, as_dtype(Affine(*random(2, 60), EPS), torch.float32), "triton"
-    )
+    total, normed = add_norm(x.float()[:, 5:], None, None, as_dtype(an_affine(60, seed=0), torch.float32), "triton")
     assert torch.equal(total, x.float()[:, 5:])
     assert normed.is_contiguous()
 
@@ -101,11 +105,12 @@ def a_projection(heads: int, width: int, rank: int, dtype: torch.dtype, *, relat
     tables = RotaryTables(width, 10_000, shard, DEVICE, compute)
     rotation = tables.rotation([1030, 1031, 1032], [0, 0, 0] if relative else None)
     qkv = random(2, 3, shard.tokens, 3 * heads * width, seed=rank).to(dtype)
-    return Projection(qkv, *(random(heads * width, seed=seed).to(dtype) for seed in (8, 9)), rotation, heads, EPS)
+    q_weight, k_weight = (random(heads * width, seed=seed).to(dtype) for seed in (8, 9))
+    return Projection(qkv, q_weight, k_weight, rotation, heads, EPS)
 
 
 def written(
-    source: Projection | Pieces, split: Sequence[int], name: str, frames: slice, kinds: str = "qkv"
+    source: Projection | Pieces, split: Sequence[int], name: Backend, frames: slice, kinds: str = "qkv"
 ) -> dict[str, Tensor]:
     """q goes to a send buffer of pieces by heads, k to a ring by slots, v to a part of a wider buffer; all that was NaN
     before and must still be is checked here."""

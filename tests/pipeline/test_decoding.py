@@ -31,7 +31,7 @@ def make(group: Any, device: str, decoders: int, decode: Any, given: dict[str, A
     torch.use_deterministic_algorithms(True)
     parallel = SequenceParallel(group, device=device, decode_ranks=decoders)
     pipe = CausalVideoPipeline.from_pretrained("toybox", parallel=parallel, decode=decode)
-    left = pipe.stream("a blue square pulses", frames=FRAMES, seed=5)
+    left: Any = pipe.stream("a blue square pulses", frames=FRAMES, seed=5)
     for _ in range(stop):
         next(left)
     left.close()
@@ -102,7 +102,7 @@ def refused_then_made(group: Any, device: str, decoders: int) -> Any:
     """Wrong input of several kinds, on every rank; then a video."""
     parallel = SequenceParallel(group, device=device, decode_ranks=decoders)
     pipe = CausalVideoPipeline.from_pretrained("toybox", parallel=parallel)
-    said = []
+    said: list[int | str] = []
 
     def broken() -> Iterator[np.ndarray]:
         yield from np.zeros((11, 64, 64, 3), np.uint8)

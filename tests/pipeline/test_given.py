@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,7 +36,7 @@ def video(pipe: CausalVideoPipeline) -> np.ndarray:
     return made(pipe, PROMPT, 49)
 
 
-def made(pipe: CausalVideoPipeline, prompt: str, frames: int = 81, **given: object) -> np.ndarray:
+def made(pipe: CausalVideoPipeline, prompt: str, frames: int = 81, **given: Any) -> np.ndarray:
     result = pipe(prompt, frames=frames, seed=SEED, **given)
     assert result is not None
     return result
@@ -152,9 +153,8 @@ def test_continuing_a_streams_own_latents_is_having_gone_on(
     The decoder goes on too."""
     hidden = 1 + 4 * (latent_frames - 1)
     past = Conditioning(latents_of(pipe, 15)[:, :latent_frames], hidden)
-    assert (
-        furthest(continued(pipe, past, 49 - hidden), video[hidden:]) <= 1
-    )  # another window is another order of additions
+    after = continued(pipe, past, 49 - hidden)
+    assert furthest(after, video[hidden:]) <= 1  # another window is another order of additions
 
 
 @pytest.mark.parametrize(("length", "used"), [(49, 33), (34, 33), (32, 21), (20, 9), (8, 5), (1, 1)])
@@ -214,7 +214,7 @@ def test_a_redrawn_video_is_as_long_as_its_source(pipe: CausalVideoPipeline, vid
 
 
 def test_a_source_is_read_chunk_by_chunk(pipe: CausalVideoPipeline, video: np.ndarray) -> None:
-    taken = []
+    taken: list[int] = []
 
     def live() -> Iterator[np.ndarray]:
         while True:
@@ -251,7 +251,7 @@ def test_files_are_read(pipe: CausalVideoPipeline, video: np.ndarray, tmp_path: 
     ],
 )
 def test_wrong_input_is_one_line_before_anything_runs(
-    pipe: CausalVideoPipeline, wrong: dict[str, object], kind: type[Exception], says: str
+    pipe: CausalVideoPipeline, wrong: dict[str, Any], kind: type[Exception], says: str
 ) -> None:
     with pytest.raises(kind, match=says) as caught:
         pipe.stream(PROMPT, **wrong)

@@ -21,14 +21,20 @@ from causalrope_sp.toybox import WEIGHTS
 TOYBOX = "a red circle slides right"
 
 
+def video(pipe: CausalVideoPipeline, **options: Any) -> np.ndarray:
+    made = pipe(TOYBOX, frames=9, **options)
+    assert made is not None
+    return made
+
+
 def test_a_pipeline_is_guided_by_prompts_and_by_embeddings(tmp_path: Path) -> None:
     pipe = CausalVideoPipeline.from_pretrained("toybox-flow", steps=2, guidance=2.0, device="cpu")
-    made = pipe(TOYBOX, frames=9, negative_prompt="a blue square bounces")
+    made = video(pipe, negative_prompt="a blue square bounces")
     (embeds,) = pipe.text.encode_all(["a blue square bounces"], 0)
-    assert np.array_equal(pipe(TOYBOX, frames=9, negative_embeds=embeds), made)
+    assert np.array_equal(video(pipe, negative_embeds=embeds), made)
     zeros = torch.zeros_like(embeds)
-    assert np.array_equal(pipe(TOYBOX, frames=9), pipe(TOYBOX, frames=9, negative_embeds=zeros))
-    assert not np.array_equal(pipe(TOYBOX, frames=9), made)
+    assert np.array_equal(video(pipe), video(pipe, negative_embeds=zeros))
+    assert not np.array_equal(video(pipe), made)
     with pytest.raises(ConfigError, match="either a negative prompt or its embeddings"):
         pipe.stream(TOYBOX, negative_prompt="a blue square bounces", negative_embeds=embeds)
     with pytest.raises(ConfigError, match="1 ranks that denoise cannot be cut into 2 lanes"):

@@ -11,8 +11,10 @@ import torch
 
 from causalrope_sp import CausalDiT, CausalVideoPipeline, CheckpointError, ConfigError, DiTConfig
 from causalrope_sp.cache.kv_cache import KVCache
+from causalrope_sp.grid import Chunk
 from causalrope_sp.toybox import WEIGHTS
 from causalrope_sp.weights.digest import digest
+from tests.support.watching import noted
 
 PROMPT = "a large red circle slides right"
 
@@ -54,10 +56,11 @@ def test_chunks_follow_one_another(pipe: CausalVideoPipeline, longest: np.ndarra
 def test_warming_up_fills_a_cache_of_the_real_size_and_leaves_no_trace(
     pipe: CausalVideoPipeline, longest: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    windows, chunks = [], []
-    init, opened = KVCache.__init__, KVCache.open
-    monkeypatch.setattr(KVCache, "__init__", lambda self, *a, **k: windows.append(a[2].frames) or init(self, *a, **k))
-    monkeypatch.setattr(KVCache, "open", lambda self, chunk: chunks.append(chunk) or opened(self, chunk))
+    windows: list[int] = []
+    chunks: list[Chunk] = []
+    made = noted(KVCache.__init__, lambda self, *args, **_: windows.append(args[2].frames))
+    monkeypatch.setattr(KVCache, "__init__", made)
+    monkeypatch.setattr(KVCache, "open", noted(KVCache.open, lambda self, chunk: chunks.append(chunk)))
     pipe.warm_up()
     assert windows == [pipe.model_config.stream.window]
     assert chunks[-1].start >= windows[0]  # in a window that was full before
@@ -132,7 +135,7 @@ def test_the_digest_tells_weights_apart(dtype: torch.dtype) -> None:
     model = CausalDiT(config).to(dtype).requires_grad_(False)
     before = digest(model)
     assert digest(model) == before
-    weight = model.blocks[0].ffn.up.weight
+    weight = model.get_parameter("blocks.0.ffn.up.weight")
     weight[3, 4] = weight[3, 4] * (1 + 2 * torch.finfo(dtype).eps)
     changed = digest(model)
     weight[[0, 1]] = weight[[1, 0]]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from causalrope_sp.text import UMT5TextEncoder, save_embeds
 from causalrope_sp.text.umt5_checkpoint import T5Checkpoint
 from causalrope_sp.toybox import WEIGHTS
 from tests.support import text_files as files
+from tests.support.watching import noted
 
 PROMPT = "a red dog"
 CONFIG = load_model(WEIGHTS / "toybox.safetensors").config  # its text is 3 tokens long
@@ -67,12 +67,12 @@ def embeds_file(home: Path, embeds: Tensor) -> Path:
 
 
 @pytest.fixture(scope="module")
-def bare(home: Path) -> Iterator[CausalVideoPipeline]:
+def bare(home: Path) -> CausalVideoPipeline:
     return CausalVideoPipeline.from_pretrained(home / "bare", device="cpu")
 
 
-def video(pipe: CausalVideoPipeline, *args: Any, **options: Any) -> np.ndarray:
-    made = pipe(*args, frames=9, **options)
+def video(pipe: CausalVideoPipeline, prompt: str | None = None, **options: Any) -> np.ndarray:
+    made = pipe(prompt, frames=9, **options)
     assert made is not None
     return made
 
@@ -105,8 +105,8 @@ def test_a_recipe_names_folders_files_and_tokenizers(home: Path, tmp_path: Path,
 
 def test_two_prompts_are_one_reading_of_the_encoder(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = CausalVideoPipeline.from_pretrained(home / "model", device="cpu", offload="text", guidance=2.0, steps=1)
-    read, calls = T5Checkpoint.read, []
-    monkeypatch.setattr(T5Checkpoint, "read", lambda self, *a: calls.append(a) or read(self, *a))
+    calls: list[Any] = []
+    monkeypatch.setattr(T5Checkpoint, "read", noted(T5Checkpoint.read, lambda self, *args: calls.append(args)))
     made = video(pipe, PROMPT)
     assert len(calls) == 1
     assert np.array_equal(video(pipe, PROMPT, negative_prompt=""), made)
@@ -170,19 +170,21 @@ def on_two_ranks(group: dist.ProcessGroup, device: str, home: Path, embeds_file:
     pipe = CausalVideoPipeline.from_pretrained(home / ("model" if first else "bare"), parallel=parallel)
     sys.modules["ftfy"] = None  # type: ignore[assignment]
     found: dict[str, Any] = {}
-    for name, options in {
+    taken: dict[str, dict[str, Any]] = {
         "prompt": {"prompt": PROMPT},
         "embeds": {"embeds": embeds_file if first else "nowhere.safetensors"},
-    }.items():
+    }
+    for name, options in taken.items():
         chunks = list(pipe.stream(frames=9, **options))
         found[name] = [chunk.frames for chunk in chunks]
         entries = {(kind, layer): entry for kind, layer, entry in _entries(chunks[0].comm_stats)}
         found[f"{name} moved"] = entries["text", -1]
-    for name, options in {
+    refused: dict[str, dict[str, Any]] = {
         "ftfy": {"prompt": "“dog”"},
         "shape": {"embeds": torch.zeros(2, 2, 2)},
         "none": {},
-    }.items():
+    }
+    for name, options in refused.items():
         with pytest.raises(CausalRopeError) as caught:
             pipe.stream(**options)
         found[name] = type(caught.value), str(caught.value)

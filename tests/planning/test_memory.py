@@ -30,8 +30,10 @@ from causalrope_sp.planning.workload import Workload
 from causalrope_sp.text import TextSource
 from causalrope_sp.text.text_footprint import text_bytes, umt5_parameters, umt5_xxl_bytes
 from causalrope_sp.toybox import WEIGHTS
+from causalrope_sp.weights import load_model
 from tests.support import text_files as files
 from tests.support.paths import ROOT
+from tests.support.watching import noted
 
 PROMPT = "a red circle slides right"
 GB = 10**9
@@ -104,7 +106,7 @@ def test_a_codec_is_on_the_device_only_while_it_is_used(monkeypatch: pytest.Monk
 
     def look(self: Any, *args: Any, **options: Any) -> Tensor:
         seen.append({weight.data_ptr() for weight in vae.state_dict().values()})
-        return forward(self, *args, **options)  # type: ignore[no-any-return]
+        return forward(self, *args, **options)
 
     monkeypatch.setattr(type(vae.decoder), "forward", look)
     stream = codec.decoder()
@@ -217,8 +219,7 @@ def test_1_3b_runs_in_24_gb() -> None:
 
 def test_a_run_is_refused_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[Any] = []
-    load = pipeline.load_model
-    monkeypatch.setattr(pipeline, "load_model", lambda *a, **k: loaded.append(a) or load(*a, **k))
+    monkeypatch.setattr(pipeline, "load_model", noted(load_model, lambda *args, **_: loaded.append(args)))
     monkeypatch.setattr(preflight, "free_bytes", lambda device: 25 * 10**6)
     result = CliRunner().invoke(cli, ["generate", PROMPT, "--frames", "1"])
     assert result.exit_code == 2, result.output

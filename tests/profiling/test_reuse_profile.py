@@ -22,7 +22,7 @@ from causalrope_sp.distributed import SequenceParallel
 from causalrope_sp.distributed.launch import RankPool
 from causalrope_sp.profiling.outputs import Profile, errors, propose, recording
 from causalrope_sp.reuse import Broadcast, ReusePolicy, find_policy
-from causalrope_sp.reuse.policy import CAUSAL_KINDS
+from causalrope_sp.reuse.policy import CAUSAL_KINDS, Kind
 from tests.support.paths import ROOT
 from tests.support.reuse_cases import CONFIG, GRID, SAMPLER, STREAM, make_model, random
 from tests.support.streams import run_chunks
@@ -51,7 +51,8 @@ def noise_frame() -> tuple[int, int, int]:
 def test_differences_are_those_of_all_outputs(pool: RankPool) -> None:
     """Against a list of every output: chunks of two frames, the first pass of each also of the chunk before. Context
     passes by themselves count for nothing, and ranks add up."""
-    model, seen = make_model(), {}
+    model = make_model()
+    seen: dict[tuple[str, int], list[Tensor]] = {}
 
     def keep(name: tuple[str, int], _: Any, __: Any, output: Tensor) -> None:
         seen.setdefault(name, []).append(output)
@@ -82,7 +83,7 @@ def test_differences_are_those_of_all_outputs(pool: RankPool) -> None:
 
 
 def made_up(difference: Callable[[int, int], float], steps: int = 8, reach: int = 3) -> Profile:
-    squares = {("self", 0, step, 0): 1.0 for step in range(steps)}
+    squares: dict[tuple[Kind, int, int, int], float] = {("self", 0, step, 0): 1.0 for step in range(steps)}
     squares |= {
         ("self", 0, step, before): difference(step, before) ** 2
         for step in range(steps)

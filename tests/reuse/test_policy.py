@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from torch import Tensor
 
 from causalrope_sp import CausalVideoPipeline, Chunk, ConfigError
 from causalrope_sp.cli.main import cli
@@ -57,7 +58,8 @@ def test_after_is_the_published_rule_for_the_feed_forward() -> None:
 def test_what_is_kept_is_what_is_taken_over(policy: ReusePolicy) -> None:
     """A store against a list of everything: a hit is the last output computed, and no output is kept for nothing."""
     planned = ReusePlan(policy, TIMESTEPS, 3, KINDS)
-    store, last = OutputStore(planned), {}
+    store = OutputStore(planned)
+    last: dict[tuple[int, str], Tensor] = {}
     most = 0
     for step in range(8):
         ask = store.next_pass(Chunk(0, 0, 2), 5)

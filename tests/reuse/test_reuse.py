@@ -172,7 +172,7 @@ def test_flops_of_a_chunk_are_those_that_torch_counts() -> None:
 
 def ledgers(group: dist.ProcessGroup, device: str) -> list[dict[str, Any]]:
     """On every rank and for every strategy: the video with reuse, and what a steady chunk's collectives moved."""
-    mine = {}
+    mine: dict[str, Any] = {}
     for strategy in strategies(group.size(), CONFIG.num_heads):
         parallel = SequenceParallel(group, strategy, device)
         frame = CONFIG.in_channels, GRID.latent_height, GRID.latent_width

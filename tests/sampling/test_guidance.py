@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from causalrope_sp.sampling.stream import CausalStream
 from causalrope_sp.verification.reference import block_causal_velocity
 from tests.support.guided_runs import GUIDED, MANY, STREAM, negative, sample
 from tests.support.sampler_cases import FRAME, GRID, MODEL, noise_of, relative, stream_configs, text
+from tests.support.watching import noted
 
 
 def from_one_forward(
@@ -49,7 +51,7 @@ def from_one_forward(
         if sampler.guidance_scale != 1 and low <= t <= high:
             away = velocity(negative(batch), x, t)
             v = away + sampler.guidance_scale * (v - away)
-        x = solve(x, v, sigma, [*levels, 0.0][step + 1], lambda step=step: noise(step + 1))
+        x = solve(x, v, sigma, [*levels, 0.0][step + 1], partial(noise, step + 1))
     return x
 
 
@@ -81,8 +83,8 @@ def test_both_branches_hold_the_whole_past(
 def test_scale_1_is_no_guidance_and_no_second_branch(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = sample(5, stream=STREAM, sampler=replace(GUIDED, guidance_scale=1.0), negative_embeds=None)
     opened: list[CausalStream] = []
-    init = CausalStream.__init__
-    monkeypatch.setattr(CausalStream, "__init__", lambda self, *a, **k: opened.append(self) or init(self, *a, **k))
+    init = noted(CausalStream.__init__, lambda self, *_, **__: opened.append(self))
+    monkeypatch.setattr(CausalStream, "__init__", init)
     assert torch.equal(sample(5, stream=STREAM, sampler=replace(GUIDED, guidance_scale=1.0)), plain)
     assert len(opened) == 1
     assert relative(sample(5, stream=STREAM, sampler=GUIDED), plain) > 1e-2

@@ -34,9 +34,18 @@ def on_lanes(group: dist.ProcessGroup, device: str, lanes: int) -> list[dict[Any
     for strategy in strategies(half, CONFIG.num_heads) if half > 1 else ["ulysses"]:
         for name, sampler in {"all": GUIDED, "late": LATE, "short": SHORT}.items():
             parallel = SequenceParallel(group, strategy, device, cfg=lanes)
-            options = {"stream": STREAM, "sampler": sampler, "negative_embeds": negative(), "parallel": parallel}
             parts = []
-            for chunk in run_chunks(MODEL, text(1), noise_of(1), GRID, 8, **options):
+            for chunk in run_chunks(
+                MODEL,
+                text(1),
+                noise_of(1),
+                GRID,
+                8,
+                stream=STREAM,
+                sampler=sampler,
+                negative_embeds=negative(),
+                parallel=parallel,
+            ):
                 parts.append(chunk.latents)
                 comm_stats = parallel.comm_stats.take()
             total, kinds = comm_stats.total(), {kind: e.calls for kind, e in comm_stats.by_kind().items()}

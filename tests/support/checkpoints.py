@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save_file
@@ -14,6 +15,9 @@ from causalrope_sp.config import DiTConfig
 from causalrope_sp.grid import LatentGrid, Shard
 from causalrope_sp.models.causal_dit import CausalDiT, ForwardPass
 from causalrope_sp.models.rope import RotaryTables
+
+if TYPE_CHECKING:
+    from diffusers import WanTransformer3DModel
 
 CONFIG = DiTConfig(dim=36, ffn_dim=40, num_heads=3, num_layers=2, text_dim=10, freq_dim=8, in_channels=5)
 
@@ -44,7 +48,7 @@ def wan_name(name: str) -> str:
     return "head.modulation" if name == "modulation" else name
 
 
-def diffusers_model(dtype: torch.dtype = torch.float32) -> nn.Module:
+def diffusers_model(dtype: torch.dtype = torch.float32) -> WanTransformer3DModel:
     from diffusers import WanTransformer3DModel
 
     torch.manual_seed(0)

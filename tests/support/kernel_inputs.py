@@ -18,5 +18,8 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 def a_rotation(width: int = D) -> Rotation:
     """Tokens [1, 1 + S) of a grid of 3×3, in frames far apart, keys elsewhere than queries."""
     spatial = width // 6
-    tables = [random(n, 2, pairs, seed=n) for n, pairs in ((60, width // 2 - 2 * spatial), (3, spatial), (3, spatial))]
-    return Rotation(*tables, torch.tensor([50, 3, 4]), torch.tensor([0, 7, 0]), start=1, tokens=S, columns=3)
+    time, row, column = (
+        random(n, 2, pairs, seed=n) for n, pairs in ((60, width // 2 - 2 * spatial), (3, spatial), (3, spatial))
+    )
+    query_times, key_times = torch.tensor([50, 3, 4]), torch.tensor([0, 7, 0])
+    return Rotation(time, row, column, query_times, key_times, start=1, tokens=S, columns=3)

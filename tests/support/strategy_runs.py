@@ -51,7 +51,8 @@ WORK = Workload(CONFIG, LatentGrid(1, 7), window=6, chunk_frames=2, steps=2, ite
 
 def make_model(dtype: torch.dtype = torch.float64, **sizes: int) -> CausalDiT:
     torch.manual_seed(0)
-    model = CausalDiT(replace(CONFIG, **sizes)).double().eval().requires_grad_(False)
+    changed: dict[str, Any] = {**sizes}
+    model = CausalDiT(replace(CONFIG, **changed)).double().eval().requires_grad_(False)
     for parameter in model.parameters():
         parameter.mul_(1.5)  # large enough that a token attended too much or too little shows
     return model.to(dtype)
@@ -151,7 +152,8 @@ def watched_collectives() -> Iterator[list[tuple[str, int]]]:
 
 def count_collectives(group: dist.ProcessGroup, device: str, strategy: str) -> dict[str, dict[str, Any]]:
     """The collectives of each kind of pass, seen from outside and as the ledger has them: (calls, elements, bytes)."""
-    grid, passes = WORK.grid, {}
+    grid = WORK.grid
+    passes: dict[str, dict[str, Any]] = {}
     parallel = SequenceParallel(group, strategy, device)
     shard = parallel.shard(grid)
     embeds = random(1, CONFIG.text_len, CONFIG.text_dim)
@@ -281,7 +283,7 @@ def refusals(group: dist.ProcessGroup, device: str) -> dict[str, str]:
 def exercise(group: dist.ProcessGroup, device: str) -> list[dict[Any, Any]]:
     """Everything that needs this many ranks, from every rank: starting processes is what costs."""
     torch.set_deterministic_debug_mode("error")  # with the next line: what is never written reads as NaN
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     mine: dict[Any, Any] = {"refusals": refusals(group, device), "disagreement": disagreement(group, device)}
     for strategy in strategies(group.size(), CONFIG.num_heads):
         for name, job in JOBS.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import torch
@@ -18,13 +18,13 @@ from causalrope_sp.sampling.chunk import LatentChunk
 from causalrope_sp.sampling.sampler import ChunkLoop
 
 
-def run_chunks(*args: Any, fuse_context_pass: bool = True, **options: Any) -> Iterator[LatentChunk]:
+def run_chunks(*args: Any, fuse_context_pass: bool = True, **options: Any) -> Generator[LatentChunk]:
     """`sample_chunks`; with `fuse_context_pass` False every context pass is a forward of its own."""
     return sample_chunks(*args, **options) if fuse_context_pass else _unfused(*args, **options)
 
 
 @torch.inference_mode()
-def _unfused(*args: Any, **options: Any) -> Iterator[LatentChunk]:
+def _unfused(*args: Any, **options: Any) -> Generator[LatentChunk]:
     loop = ChunkLoop(*args, **{"stream": StreamConfig(), "sampler": SamplerConfig(), **options})
     for chunk in loop.chunks():
         loop.commit()

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import fields, replace
 from functools import cache
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -43,7 +44,7 @@ def _one(prompt: str, size: int = 64, speed: float = 1.0) -> Frames:
 
 def _worn(frames: Frames, rng: np.random.Generator, noise: float = 6, shift: float = 12, fade: float = 0.92) -> Frames:
     """The frames with a mild blur, noise, and a colour shift and loss of contrast of the whole video."""
-    worn = frames.astype(np.float32)
+    worn: NDArray[Any] = frames.astype(np.float32)
     for axis in (1, 2):
         before, after = np.roll(worn, 1, axis), np.roll(worn, -1, axis)
         worn = (before + 2 * worn + after) / 4

@@ -79,6 +79,7 @@ def test_every_reference_case_is_met(goldens: Path, ranks: int) -> None:
 def test_reference_cases_hold_in_float32(folder: Path) -> None:
     (check,) = one_rank(folder, torch.float32)
     assert check.ok
+    assert check.error is not None
     assert 1e-9 < check.error < 1e-4
 
 

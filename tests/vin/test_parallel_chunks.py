@@ -237,8 +237,11 @@ def test_every_step_is_reported_and_previews_where_asked() -> None:
         (3, 4, False),
         (4, 4, True),
     ]
-    assert torch.equal(outputs[-1].latents, single(Job(12)))
-    assert outputs[1].latents.shape == outputs[3].latents.shape
+    preview, last = outputs[1].latents, outputs[3].latents
+    assert preview is not None
+    assert last is not None
+    assert torch.equal(last, single(Job(12)))
+    assert preview.shape == last.shape
 
 
 def test_flops_are_those_that_torch_counts() -> None:

@@ -80,7 +80,7 @@ def test_the_cost_model_knows_the_bytes(dtype: torch.dtype) -> None:
 
 def test_the_error_is_what_three_bits_cost() -> None:
     """Uniform numbers would lose 2.6 % each; a product of many loses as much, and toybox's video stays what it was."""
-    full, eight = (load_model(FILE, dtype=torch.float64, weights=w) for w in ("full", "fp8"))  # type: ignore[arg-type]
+    full, eight = (load_model(FILE, dtype=torch.float64, weights=w) for w in ("full", "fp8"))
     weights = dict(eight.named_modules())
     for name in quantized(full):
         true, folded_one = full.get_parameter(name), weights[name.removesuffix(".weight")].weight
@@ -100,7 +100,7 @@ def test_wrong_weights_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="a model with fp8 weights cannot be saved"):
         save_model(load_model(FILE, weights="fp8"), tmp_path / "m")
     model = CausalDiT(DiTConfig(dim=12, ffn_dim=12, num_heads=1, num_layers=1, text_dim=4)).requires_grad_(False)
-    model.blocks[0].ffn.up.weight[3, 4] = torch.inf  # which 8 bits have no number for
+    model.get_parameter("blocks.0.ffn.up.weight")[3, 4] = torch.inf  # which 8 bits have no number for
     save_model(model, tmp_path / "m")
     with pytest.raises(CheckpointError, match=r"1 NaN or infinite.*: blocks\.0\.ffn\.0\.weight"):
         load_model(tmp_path / "m", weights="fp8")

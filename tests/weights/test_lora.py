@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -75,7 +76,7 @@ SPELLINGS = {
 
 
 def spell(spelling: str, changes: dict[str, tuple[Tensor, Tensor]], alpha: float | None = None) -> dict[str, Tensor]:
-    spelled = {}
+    spelled: dict[str, Tensor] = {}
     for module, (down, up) in changes.items():
         names = SPELLINGS[spelling](module)
         spelled |= dict(zip(names, (down, up)))
@@ -122,7 +123,7 @@ def test_longlive_keeps_it_under_a_part(tmp_path: Path) -> None:
 def test_several_are_merged(tmp_path: Path) -> None:
     for seed in (0, 1):
         save_file(spell("comfy", pairs(seed)), tmp_path / f"{seed}.safetensors")
-    loras = [tmp_path / "0.safetensors", Lora(tmp_path / "1.safetensors", weight=-2.0, alpha=3.0)]
+    loras: list[Path | Lora] = [tmp_path / "0.safetensors", Lora(tmp_path / "1.safetensors", weight=-2.0, alpha=3.0)]
     state = adapted(pairs(1), -2.0 * 3.0 / RANK, adapted(pairs(0), 1.0, wan_state(torch.float64)))
     check(load_model(base(tmp_path), loras=loras), state, tmp_path)
 
@@ -138,7 +139,7 @@ def test_sums_are_rounded_once(tmp_path: Path) -> None:
             {f"{module}.lora_A.weight": torch.ones(1, CONFIG.dim), f"{module}.lora_B.weight": step}, tmp_path / f"{n}"
         )
     model = load_model(tmp_path / "base.safetensors", loras=[tmp_path / f"{n}" for n in range(count)])
-    changed = model.blocks[0].self_attn.qkv.weight[: CONFIG.dim]
+    changed = model.get_parameter("blocks.0.self_attn.qkv.weight")[: CONFIG.dim]
     assert model.dtype == torch.bfloat16
     assert torch.equal(changed.float(), torch.full_like(changed.float(), 1 + count * 2.0**-9))
 
@@ -274,7 +275,7 @@ def nothing(lora: dict[str, Tensor]) -> None:
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_what_does_not_fit_is_named(tmp_path: Path, break_it: object, told: str) -> None:
+def test_what_does_not_fit_is_named(tmp_path: Path, break_it: Callable[[dict[str, Tensor]], None], told: str) -> None:
     lora = spell("peft", pairs())
     break_it(lora)
     save_file(lora, tmp_path / "lora.safetensors")

@@ -130,7 +130,7 @@ def test_torch_files_of_tensors_alone(tmp_path: Path, zipped: bool, nested: str 
     content = {nested: state, "generator": {}, "step": 3} if nested else state
     torch.save(content, file, _use_new_zipfile_serialization=zipped)
     model = load_model(tmp_path, config=CONFIG)
-    assert torch.equal(model.blocks[0].ffn.up.weight, state["blocks.0.ffn.0.weight"])
+    assert torch.equal(model.get_parameter("blocks.0.ffn.up.weight"), state["blocks.0.ffn.0.weight"])
 
 
 def test_heads_of_128_are_assumed_only_where_the_width_allows(tmp_path: Path) -> None:
@@ -337,7 +337,7 @@ def test_the_file_holds_what_was_saved(tmp_path: Path) -> None:
     assert {name for name in names if not name.startswith("blocks.1.")} == spelled
 
 
-def test_a_saved_model_loads_back_bit_for_bit(tmp_path):
+def test_a_saved_model_loads_back_bit_for_bit(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = DiTConfig(dim=24, ffn_dim=40, num_heads=2, num_layers=2, text_dim=8, text_len=3, freq_dim=16)
     model = CausalDiT(config)

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -72,14 +73,14 @@ NAMES: dict[str, Callable[[State], State]] = {
 PARTS = [(), ("generator",), ("generator_ema",), ("model",), ("state_dict",), ("state_dict", "model", "generator_ema")]
 
 
-def nested(parts: tuple[str, ...], state: State) -> dict:
-    content: dict = state
+def nested(parts: tuple[str, ...], state: State) -> dict[str, Any]:
+    content: dict[str, Any] = {**state}
     for part in reversed(parts):
         content = {part: content, "step": 3, "critic": {"weight": torch.zeros(2)}}
     return content
 
 
-def outputs(path: Path, **options: object) -> Tensor:
+def outputs(path: Path, **options: Any) -> Tensor:
     model = load_model(path, config=CONFIG, **options)
     torch.manual_seed(1)
     latents, text = torch.randn(1, CONFIG.in_channels, 2, 4, 6), torch.randn(1, 7, CONFIG.text_dim)
