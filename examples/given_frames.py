@@ -44,9 +44,8 @@ def main(out: str = "docs/given_frames.png") -> None:
 
 
 def made(pipe: CausalVideoPipeline, prompt: str, frames: int, seed: int, **given: object) -> np.ndarray:
-    video = pipe(prompt, frames=frames, seed=seed, **given)
-    assert video is not None  # it is on rank 0 alone
-    return video
+    chunks = pipe.stream(prompt, num_frames=frames, seed=seed, **given)
+    return np.concatenate([chunk.frames for chunk in chunks if chunk.frames is not None])
 
 
 def scene(size: int) -> np.ndarray:

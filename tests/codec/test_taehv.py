@@ -13,6 +13,7 @@ from causalrope_sp import CausalVideoPipeline, CheckpointError, ConfigError
 from causalrope_sp.codec import load_codec
 from causalrope_sp.codec.taehv import Taehv, TaehvCodec, TaehvConfig
 from causalrope_sp.toybox import WEIGHTS
+from tests.support.videos import video_of
 
 # taew2_1's own sizes, and narrow ones that differ wherever they can
 TAEW2_1 = TaehvConfig(16, 64, (256, 128, 64, 64), (2, 2, 1), (1, 2, 2))
@@ -188,11 +189,11 @@ def test_a_pipeline_takes_it_in_place_of_its_own(tmp_path: Path) -> None:
     file = tmp_path / "tiny.pth"
     torch.save(make(TaehvConfig(16, 4, (8, 6, 4, 2), (2, 2, 1), (1, 2, 2))).state_dict(), file)
     pipe = CausalVideoPipeline.from_pretrained("toybox", codec="taehv", codec_weights=file)
-    video = pipe("a red circle slides right", frames=14)
+    video = video_of(pipe, "a red circle slides right", num_frames=14)
     assert video is not None
     assert video.shape == (14, 64, 64, 3)
     for given, frames in (({"image": video[0]}, 15), ({"video": video}, 15), ({"video": video, "strength": 0.5}, 14)):
-        chunks = [chunk.frames for chunk in pipe.stream("a red circle slides right", frames=15, **given)]
+        chunks = [chunk.frames for chunk in pipe.stream("a red circle slides right", num_frames=15, **given)]
         assert sum(len(chunk) for chunk in chunks if chunk is not None) == frames
     torch.save(make(NARROW).state_dict(), file)
     with pytest.raises(ConfigError, match="the codec's latents have 5 channels, the model's 16"):

@@ -130,7 +130,7 @@ def test_only_unipc_needs_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_another_solver_takes_as_many_steps() -> None:
-    config = with_overrides(SamplerConfig(), solver="unipc", guidance=3.0)
+    config = with_overrides(SamplerConfig(), solver="unipc", guidance_scale=3.0)
     assert config.steps == (999, 749.25, 499.5, 249.75)
     assert with_overrides(config, guidance_interval=(0, 500)).steps == config.steps
     assert with_overrides(config, steps=2).steps == (999, 499.5)

@@ -20,6 +20,7 @@ from causalrope_sp.grid import split_into_chunks
 from causalrope_sp.io.video_writer import VideoWriter
 from causalrope_sp.pipeline.conditioning import Conditioning, VideoLatents, whole_chunks
 from causalrope_sp.pipeline.output import Cut, decoded_chunks
+from tests.support.videos import video_of
 
 PROMPT = "a red circle slides right"
 OTHER = "a large blue circle slides right"
@@ -37,7 +38,7 @@ def video(pipe: CausalVideoPipeline) -> np.ndarray:
 
 
 def made(pipe: CausalVideoPipeline, prompt: str, frames: int = 81, **given: Any) -> np.ndarray:
-    result = pipe(prompt, frames=frames, seed=SEED, **given)
+    result = video_of(pipe, prompt, num_frames=frames, seed=SEED, **given)
     assert result is not None
     return result
 
@@ -80,7 +81,7 @@ def test_given_frames_fill_whole_chunks(most: int, chunk: int, lone: bool, openi
 
 
 def test_a_picture_is_the_first_frame(pipe: CausalVideoPipeline, video: np.ndarray) -> None:
-    chunks = list(pipe.stream(PROMPT, frames=30, seed=SEED, image=video[20]))
+    chunks = list(pipe.stream(PROMPT, num_frames=30, seed=SEED, image=video[20]))
     frames = [chunk.frames for chunk in chunks if chunk.frames is not None]
     assert [len(part) for part in frames] == [13, 12, 5]
     assert [chunk.start_frame for chunk in chunks] == [0, 13, 25]
@@ -101,7 +102,7 @@ def test_the_picture_matters(pipe: CausalVideoPipeline, video: np.ndarray) -> No
 
 
 def frame_shape(pipe: CausalVideoPipeline) -> tuple[int, int, int, int]:
-    return 1, pipe.model.config.in_channels, pipe.grid.latent_height, pipe.grid.latent_width
+    return 1, pipe.model.config.in_channels, pipe.settings().grid.latent_height, pipe.settings().grid.latent_width
 
 
 def opening_of(pipe: CausalVideoPipeline) -> Tensor:
@@ -117,10 +118,10 @@ def latents_of(pipe: CausalVideoPipeline, frames: int) -> Tensor:
         pipe.model,
         pipe.text.encode(PROMPT, SEED),
         seeded_noise(SEED, frame_shape(pipe)),
-        pipe.grid,
+        pipe.settings().grid,
         frames,
-        stream=pipe.model_config.stream,
-        sampler=pipe.model_config.sampler,
+        stream=pipe.config.stream,
+        sampler=pipe.config.sampler,
         initial_latents=opening_of(pipe),
     )
     return torch.cat([chunk.latents for chunk in chunks], 1)
@@ -129,19 +130,19 @@ def latents_of(pipe: CausalVideoPipeline, frames: int) -> Tensor:
 def continued(pipe: CausalVideoPipeline, past: Conditioning, frames: int) -> np.ndarray:
     """So many pixel frames after given latent frames, decoded as the pipeline decodes them."""
     assert past.latents is not None
-    opening, stream = opening_of(pipe), pipe.model_config.stream
+    opening, stream = opening_of(pipe), pipe.config.stream
     cut = Cut(frames, pipe.codec.temporal_stride, opening.shape[1], past)
     chunks = sample_chunks(
         pipe.model,
         pipe.text.encode(PROMPT, SEED),
         seeded_noise(SEED, frame_shape(pipe)),
-        pipe.grid,
+        pipe.settings().grid,
         cut.latent_frames(stream),
         stream=stream,
-        sampler=pipe.model_config.sampler,
+        sampler=pipe.config.sampler,
         initial_latents=torch.cat([opening, past.latents], 1),
     )
-    decoded = decoded_chunks(chunks, pipe.codec, pipe.parallel, pipe.grid, "inline", cut)
+    decoded = decoded_chunks(chunks, pipe.codec, pipe.parallel, pipe.settings().grid, "inline", cut)
     return np.concatenate([chunk.frames for chunk in decoded if chunk.frames is not None])
 
 
@@ -171,10 +172,10 @@ def test_a_video_is_continued_from_its_last_frames(
 
 def test_a_continuation_joins_without_a_seam(pipe: CausalVideoPipeline, video: np.ndarray) -> None:
     """Another seed says that the circle starts elsewhere; a continuation goes on from where it is."""
-    after = pipe(PROMPT, frames=4, seed=SEED + 1, video=video[:33])
+    after = video_of(pipe, PROMPT, num_frames=4, seed=SEED + 1, video=video[:33])
     assert after is not None
     assert psnr(after, video[33:37]) > 35
-    anew = pipe(PROMPT, frames=4, seed=SEED + 1)
+    anew = video_of(pipe, PROMPT, num_frames=4, seed=SEED + 1)
     assert anew is not None
     assert psnr(anew, video[33:37]) < 20
 
@@ -207,7 +208,7 @@ def test_the_middle_strength_keeps_the_motion_and_takes_the_colour(
 
 @pytest.mark.parametrize("length", [1, 8, 9, 10, 21, 22, 30])
 def test_a_redrawn_video_is_as_long_as_its_source(pipe: CausalVideoPipeline, video: np.ndarray, length: int) -> None:
-    chunks = list(pipe.stream(PROMPT, frames=10**9, seed=SEED, video=video[:length], strength=0.5))
+    chunks = list(pipe.stream(PROMPT, num_frames=10**9, seed=SEED, video=video[:length], strength=0.5))
     assert sum(len(chunk.frames) for chunk in chunks if chunk.frames is not None) == length
     assert all(chunk.frames is not None and len(chunk.frames) for chunk in chunks)
     assert len(made(pipe, PROMPT, 5, video=video[:length], strength=0.5)) == min(5, length)
@@ -221,7 +222,7 @@ def test_a_source_is_read_chunk_by_chunk(pipe: CausalVideoPipeline, video: np.nd
             taken.append(len(taken))
             yield video[len(taken) % len(video)]
 
-    chunks = pipe.stream(PROMPT, frames=10**9, seed=SEED, video=live(), strength=0.5)
+    chunks = pipe.stream(PROMPT, num_frames=10**9, seed=SEED, video=live(), strength=0.5)
     counts = []
     for chunk, _ in zip(chunks, range(4)):
         assert chunk.frames is not None

@@ -17,18 +17,19 @@ from causalrope_sp.cli.main import cli
 from causalrope_sp.distributed.launch import RankPool
 from causalrope_sp.pipeline.model_config import ModelConfig
 from causalrope_sp.toybox import WEIGHTS
+from tests.support.videos import video_of
 
 TOYBOX = "a red circle slides right"
 
 
 def video(pipe: CausalVideoPipeline, **options: Any) -> np.ndarray:
-    made = pipe(TOYBOX, frames=9, **options)
+    made = video_of(pipe, TOYBOX, num_frames=9, **options)
     assert made is not None
     return made
 
 
 def test_a_pipeline_is_guided_by_prompts_and_by_embeddings(tmp_path: Path) -> None:
-    pipe = CausalVideoPipeline.from_pretrained("toybox-flow", steps=2, guidance=2.0, device="cpu")
+    pipe = CausalVideoPipeline.from_pretrained("toybox-flow", num_inference_steps=2, guidance_scale=2.0, device="cpu")
     made = video(pipe, negative_prompt="a blue square bounces")
     (embeds,) = pipe.text.encode_all(["a blue square bounces"], 0)
     assert np.array_equal(video(pipe, negative_embeds=embeds), made)
@@ -36,15 +37,17 @@ def test_a_pipeline_is_guided_by_prompts_and_by_embeddings(tmp_path: Path) -> No
     assert np.array_equal(video(pipe), video(pipe, negative_embeds=zeros))
     assert not np.array_equal(video(pipe), made)
     with pytest.raises(ConfigError, match="either a negative prompt or its embeddings"):
-        pipe.stream(TOYBOX, negative_prompt="a blue square bounces", negative_embeds=embeds)
+        pipe.stream(TOYBOX, negative_prompt="a blue square bounces", negative_prompt_embeds=embeds)
     with pytest.raises(ConfigError, match="1 ranks that denoise cannot be cut into 2 lanes"):
         SequenceParallel.single(cfg=2)
 
 
 def pipeline_on_two_lanes(group: dist.ProcessGroup, device: str) -> list[Any]:
     parallel = SequenceParallel(group, "auto", device, cfg=2)
-    pipe = CausalVideoPipeline.from_pretrained("toybox-flow", steps=2, guidance=2.0, parallel=parallel)
-    made = pipe(TOYBOX, frames=21, negative_prompt="a blue square bounces")
+    pipe = CausalVideoPipeline.from_pretrained(
+        "toybox-flow", num_inference_steps=2, guidance_scale=2.0, parallel=parallel
+    )
+    made = video_of(pipe, TOYBOX, num_frames=21, negative_prompt="a blue square bounces")
     everyone: list[Any] = [None] * group.size()
     dist.all_gather_object(everyone, (made, pipe.strategy))
     return everyone
@@ -52,8 +55,8 @@ def pipeline_on_two_lanes(group: dist.ProcessGroup, device: str) -> list[Any]:
 
 def test_a_pipeline_on_two_lanes_hands_its_frames_out_on_rank_0(pool: RankPool) -> None:
     (made, label), (nothing, _) = pool.run(pipeline_on_two_lanes, 2)
-    pipe = CausalVideoPipeline.from_pretrained("toybox-flow", steps=2, guidance=2.0, device="cpu")
-    alone = pipe(TOYBOX, frames=21, negative_prompt="a blue square bounces")
+    pipe = CausalVideoPipeline.from_pretrained("toybox-flow", num_inference_steps=2, guidance_scale=2.0, device="cpu")
+    alone = video_of(pipe, TOYBOX, num_frames=21, negative_prompt="a blue square bounces")
     assert np.abs(made.astype(int) - alone).max() <= 1
     assert (label, nothing) == ("2×single", None)
 

@@ -14,6 +14,7 @@ from causalrope_sp.cache.kv_cache import KVCache
 from causalrope_sp.grid import Chunk
 from causalrope_sp.toybox import WEIGHTS
 from causalrope_sp.weights.digest import digest
+from tests.support.videos import video_of
 from tests.support.watching import noted
 
 PROMPT = "a large red circle slides right"
@@ -30,7 +31,7 @@ def longest(pipe: CausalVideoPipeline) -> np.ndarray:
 
 
 def _made(pipe: CausalVideoPipeline, frames: int) -> np.ndarray:
-    video = pipe(PROMPT, frames=frames, seed=3)
+    video = video_of(pipe, PROMPT, num_frames=frames, seed=3)
     assert video is not None
     return video
 
@@ -45,7 +46,7 @@ def test_a_shorter_video_is_the_start_of_a_longer_one(
 
 
 def test_chunks_follow_one_another(pipe: CausalVideoPipeline, longest: np.ndarray) -> None:
-    chunks = list(pipe.stream(PROMPT, frames=34, seed=3))
+    chunks = list(pipe.stream(PROMPT, num_frames=34, seed=3))
     parts = [chunk.frames for chunk in chunks]
     assert [chunk.index for chunk in chunks] == [0, 1, 2, 3]
     assert [chunk.start_frame for chunk in chunks] == [0, 9, 21, 33]
@@ -62,20 +63,20 @@ def test_warming_up_fills_a_cache_of_the_real_size_and_leaves_no_trace(
     monkeypatch.setattr(KVCache, "__init__", made)
     monkeypatch.setattr(KVCache, "open", noted(KVCache.open, lambda self, chunk: chunks.append(chunk)))
     pipe.warm_up()
-    assert windows == [pipe.model_config.stream.window]
+    assert windows == [pipe.config.stream.window]
     assert chunks[-1].start >= windows[0]  # in a window that was full before
     assert not pipe.parallel.comm_stats.total().calls
     assert np.array_equal(_made(pipe, 34), longest)
 
 
 def test_seed_and_prompt_decide_the_video(pipe: CausalVideoPipeline, longest: np.ndarray) -> None:
-    other = pipe(PROMPT, frames=9, seed=4)
+    other = video_of(pipe, PROMPT, num_frames=9, seed=4)
     assert other is not None
     assert np.abs(other.astype(int) - longest[:9]).max() > 50
 
 
 def test_two_streams_of_one_pipeline_do_not_meet(pipe: CausalVideoPipeline, longest: np.ndarray) -> None:
-    one, other = pipe.stream(PROMPT, frames=21, seed=3), pipe.stream("a blue square pulses", frames=21, seed=9)
+    one, other = pipe.stream(PROMPT, num_frames=21, seed=3), pipe.stream("a blue square pulses", num_frames=21, seed=9)
     mine = []
     for chunk, _ in zip(one, other, strict=True):
         assert chunk.frames is not None
@@ -84,20 +85,20 @@ def test_two_streams_of_one_pipeline_do_not_meet(pipe: CausalVideoPipeline, long
 
 
 def test_a_video_of_hours_begins_at_once(pipe: CausalVideoPipeline) -> None:
-    first = next(pipe.stream(PROMPT, frames=10**15, seed=3))
+    first = next(pipe.stream(PROMPT, num_frames=10**15, seed=3))
     assert first.frames is not None
     assert len(first.frames) == 9
 
 
 def test_steps_are_bounded() -> None:
     with pytest.raises(ConfigError, match="steps must be at least 1 and at most 1000, not 1001"):
-        CausalVideoPipeline.from_pretrained("toybox", steps=1001)
+        CausalVideoPipeline.from_pretrained("toybox", num_inference_steps=1001)
 
 
 @pytest.mark.parametrize("frames", [0, -1])
 def test_no_frames_are_refused_before_anything_runs(pipe: CausalVideoPipeline, frames: int) -> None:
     with pytest.raises(ConfigError, match="frames must be at least 1"):
-        pipe.stream(PROMPT, frames=frames)
+        pipe.stream(PROMPT, num_frames=frames)
 
 
 @pytest.mark.parametrize(

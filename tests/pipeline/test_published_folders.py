@@ -148,7 +148,7 @@ def test_toybox_is_saved_and_opened_again(tmp_path: Path) -> None:
     pipe.save_pretrained(tmp_path / "toybox")
     again = CausalVideoPipeline.from_pretrained(tmp_path / "toybox", device="cpu")
     first, second = (
-        np.concatenate([chunk.frames for chunk in p.stream("a red circle bounces", num_frames=21)])  # type: ignore[misc]
+        np.concatenate([chunk.frames for chunk in p.stream("a red circle bounces", num_frames=21)])
         for p in (pipe, again)
     )
     assert (first == second).all()

@@ -28,6 +28,7 @@ from causalrope_sp.text import UMT5TextEncoder, save_embeds
 from causalrope_sp.text.umt5_checkpoint import T5Checkpoint
 from causalrope_sp.toybox import WEIGHTS
 from tests.support import text_files as files
+from tests.support.videos import video_of
 from tests.support.watching import noted
 
 PROMPT = "a red dog"
@@ -72,7 +73,7 @@ def bare(home: Path) -> CausalVideoPipeline:
 
 
 def video(pipe: CausalVideoPipeline, prompt: str | None = None, **options: Any) -> np.ndarray:
-    made = pipe(prompt, frames=9, **options)
+    made = video_of(pipe, prompt, num_frames=9, **options)
     assert made is not None
     return made
 
@@ -104,7 +105,9 @@ def test_a_recipe_names_folders_files_and_tokenizers(home: Path, tmp_path: Path,
 
 
 def test_two_prompts_are_one_reading_of_the_encoder(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pipe = CausalVideoPipeline.from_pretrained(home / "model", device="cpu", offload="text", guidance=2.0, steps=1)
+    pipe = CausalVideoPipeline.from_pretrained(
+        home / "model", device="cpu", offload="text", guidance_scale=2.0, num_inference_steps=1
+    )
     calls: list[Any] = []
     monkeypatch.setattr(T5Checkpoint, "read", noted(T5Checkpoint.read, lambda self, *args: calls.append(args)))
     made = video(pipe, PROMPT)
@@ -175,7 +178,7 @@ def on_two_ranks(group: dist.ProcessGroup, device: str, home: Path, embeds_file:
         "embeds": {"embeds": embeds_file if first else "nowhere.safetensors"},
     }
     for name, options in taken.items():
-        chunks = list(pipe.stream(frames=9, **options))
+        chunks = list(pipe.stream(num_frames=9, **options))
         found[name] = [chunk.frames for chunk in chunks]
         entries = {(kind, layer): entry for kind, layer, entry in _entries(chunks[0].comm_stats)}
         found[f"{name} moved"] = entries["text", -1]

@@ -20,7 +20,7 @@ from causalrope_sp.codec import load_codec
 from causalrope_sp.codec.codec_footprint import CodecFootprint, wan_2_1_footprint
 from causalrope_sp.codec.offloaded_codec import OffloadedCodec
 from causalrope_sp.config import PRESETS
-from causalrope_sp.pipeline import pipeline, preflight
+from causalrope_sp.pipeline import loading, preflight
 from causalrope_sp.pipeline.model_config import ModelConfig
 from causalrope_sp.pipeline.offload import Offload
 from causalrope_sp.pipeline.preflight import Run, available_memory, check_fits, left_in_cgroup, remedies
@@ -33,6 +33,7 @@ from causalrope_sp.toybox import WEIGHTS
 from causalrope_sp.weights import load_model
 from tests.support import text_files as files
 from tests.support.paths import ROOT
+from tests.support.videos import video_of
 from tests.support.watching import noted
 
 PROMPT = "a red circle slides right"
@@ -88,12 +89,11 @@ def test_offload_that_is_nothing_is_one_line(said: Any, told: str) -> None:
 def test_the_frames_are_the_same_wherever_things_wait() -> None:
     """A picture in, so that the codec encodes as well as decodes."""
     plain = CausalVideoPipeline.from_pretrained("toybox", device="cpu", offload="none")
-    expected = plain(PROMPT, frames=21)
-    assert expected is not None
+    expected = video_of(plain, PROMPT, num_frames=21)
     offloaded = CausalVideoPipeline.from_pretrained("toybox", device="cpu", offload=["text", "codec"])
     assert isinstance(offloaded.codec, OffloadedCodec)
     for given in ({}, {"image": expected[0]}):
-        assert np.array_equal(offloaded(PROMPT, frames=21, **given), plain(PROMPT, frames=21, **given))  # type: ignore[arg-type]
+        assert np.array_equal(*(video_of(pipe, PROMPT, num_frames=21, **given) for pipe in (offloaded, plain)))
 
 
 def test_a_codec_is_on_the_device_only_while_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,7 +219,7 @@ def test_1_3b_runs_in_24_gb() -> None:
 
 def test_a_run_is_refused_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[Any] = []
-    monkeypatch.setattr(pipeline, "load_model", noted(load_model, lambda *args, **_: loaded.append(args)))
+    monkeypatch.setattr(loading, "load_model", noted(load_model, lambda *args, **_: loaded.append(args)))
     monkeypatch.setattr(preflight, "free_bytes", lambda device: 25 * 10**6)
     result = CliRunner().invoke(cli, ["generate", PROMPT, "--frames", "1"])
     assert result.exit_code == 2, result.output

@@ -17,6 +17,7 @@ from causalrope_sp.reuse import PRESETS, After, Broadcast, ReusePlan, ReusePolic
 from causalrope_sp.reuse.output_store import OutputStore
 from causalrope_sp.reuse.policy import KINDS
 from tests.support.reuse_cases import MIXED, SHARED, TIMESTEPS
+from tests.support.videos import video_of
 
 
 def counted(rule: Broadcast, timesteps: tuple[float, ...]) -> list[bool]:
@@ -84,9 +85,9 @@ def test_what_is_kept_is_what_is_taken_over(policy: ReusePolicy) -> None:
 
 
 def test_a_pipeline_takes_a_policy_by_name() -> None:
-    pipe = CausalVideoPipeline.from_pretrained("toybox-flow", device="cpu", steps=4)
+    pipe = CausalVideoPipeline.from_pretrained("toybox-flow", device="cpu", num_inference_steps=4)
     prompt = "a red circle slides right"
-    plain, reused = (pipe(prompt, frames=9, reuse=reuse) for reuse in (None, "pab:latte"))
+    plain, reused = (video_of(pipe, prompt, num_frames=9, reuse=reuse) for reuse in (None, "pab:latte"))
     assert plain is not None
     assert reused is not None
     assert plain.shape == reused.shape

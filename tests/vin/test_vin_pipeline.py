@@ -18,15 +18,15 @@ from causalrope_sp import CausalVideoPipeline, ConfigError
 from causalrope_sp.cli.main import cli
 from causalrope_sp.distributed import SequenceParallel
 from causalrope_sp.distributed.launch import RankPool
-from causalrope_sp.pipeline.parallel_chunks import PreviewFrame, Watch
 from causalrope_sp.toybox import WEIGHTS
 from causalrope_sp.toybox.prompts import parse_prompt
 from causalrope_sp.toybox.scenes import PLACE_VARIABLES, render
 from causalrope_sp.toybox.toybox_text import ToyboxText, leave_open
 from tests.support.paths import ROOT
+from tests.support.videos import video_of
 
 PROMPT = "a large red circle slides right"
-OPTIONS: dict[str, Any] = {"parallel_chunks": "vin", "steps": 3}  # enough for what is tested here
+OPTIONS: dict[str, Any] = {"parallel_chunks": "vin", "num_inference_steps": 3}  # enough for what is tested here
 
 
 @pytest.fixture(scope="module")
@@ -40,29 +40,38 @@ def shell(*words: object) -> Result:
 
 def test_chunks_are_handed_out_after_the_last_step(pipe: CausalVideoPipeline) -> None:
     """Lengths that fill no chunk are trimmed; previews are the whole video; the frames are those of one call."""
-    seen: list[PreviewFrame] = []
-    chunks = list(pipe.stream(PROMPT, frames=40, watch=Watch(seen.append, preview_every=2)))
+    seen: list[Any] = []
+
+    def note(*told: Any) -> None:
+        seen.append(told)
+
+    chunks = list(pipe.stream(PROMPT, num_frames=40, callback_on_step_end=note, preview_every=2))
     assert [chunk.start_frame for chunk in chunks] == [0, 33]
     parts = [chunk.frames for chunk in chunks if chunk.frames is not None]
     assert [len(part) for part in parts] == [33, 7]
-    assert [(g.step, g.steps) for g in seen] == [(1, 3), (2, 3), (3, 3)]
-    assert [None if g.frames is None else g.frames.shape for g in seen] == [None, (40, 64, 64, 3), None]
-    again = pipe(PROMPT, frames=40)
+    assert all(told[0] is pipe for told in seen)
+    assert [(step, kwargs["num_steps"]) for _, step, _, kwargs in seen] == [(0, 3), (1, 3), (2, 3)]
+    previews = [kwargs["preview"] for *_, kwargs in seen]
+    assert [None if p is None else (p.step, p.frames.shape) for p in previews] == [None, (2, (40, 64, 64, 3)), None]
+    again = video_of(pipe, PROMPT, num_frames=40)
     assert again is not None
     assert np.array_equal(np.concatenate(parts), again)
-    other = pipe(PROMPT, frames=40, seed=1)
+    other = video_of(pipe, PROMPT, num_frames=40, seed=1)
     assert other is not None
     assert not np.array_equal(other, again)
 
 
 def on_ranks(group: Any, device: str, frames: int) -> np.ndarray | None:
     parallel = SequenceParallel(group, device=device, chunk=1 if group is None else group.size())
-    return CausalVideoPipeline.from_pretrained("toybox-vin", parallel=parallel, **OPTIONS)(PROMPT, frames=frames)
+    pipe = CausalVideoPipeline.from_pretrained("toybox-vin", parallel=parallel, **OPTIONS)
+    made: np.ndarray | None = video_of(pipe, PROMPT, num_frames=frames)
+    return made
 
 
 def test_ranks_share_the_chunks(pool: RankPool, pipe: CausalVideoPipeline) -> None:
     made = pool.run(on_ranks, 2, 40)
-    assert abs(made.astype(int) - pipe(PROMPT, frames=40)).max() <= 1  # latents agree to 1e-5, pixels are rounded
+    alone = video_of(pipe, PROMPT, num_frames=40)
+    assert abs(made.astype(int) - alone).max() <= 1  # latents agree to 1e-5, pixels are rounded
 
 
 def test_what_a_text_leaves_open_is_not_in_it() -> None:
@@ -114,12 +123,15 @@ def test_a_preview_that_cannot_be_written_loses_nothing(tmp_path: Path) -> None:
     [
         (("--parallel-chunks", "vin"), "this model has no VIN weights to make its chunks in parallel with"),
         (("--model", "toybox-vin"), "this model makes its chunks in parallel alone: say --parallel-chunks vin"),
-        (("--lanes", 1), "--lanes is for chunks made in parallel"),
+        (("--chunk-parallel", 1), "--chunk-parallel is for chunks made in parallel"),
         (("--model", "toybox-vin", "--parallel-chunks", "vin", "--reuse", "pab:latte"), "have no --reuse to set"),
         (("--model", "toybox-vin", "--parallel-chunks", "vin", "--guidance-parallel"), "no --guidance-parallel to set"),
         (("--preview-every", 2), "--preview-every is for chunks made in parallel"),
         (("--model", "toybox-vin", "--parallel-chunks", "vin", "--preview-every", 0), "must be at least 1, not 0"),
-        (("--model", "toybox-vin", "--parallel-chunks", "vin", "--lanes", 2), "cannot be cut into 2 lanes"),
+        (
+            ("--model", "toybox-vin", "--parallel-chunks", "vin", "--chunk-parallel", 2),
+            "--chunk-parallel must be a divisor of the 1 ranks, not 2",
+        ),
         (("--model", "toybox-vin", "--parallel-chunks", "vin", "--rope", "relative"), "they have no rope to set"),
     ],
 )
@@ -148,15 +160,15 @@ def test_a_video_to_start_from_is_refused(pipe: CausalVideoPipeline) -> None:
         pipe.stream(PROMPT, image=frame)
     toybox = CausalVideoPipeline.from_pretrained("toybox", device="cpu")
     with pytest.raises(ConfigError, match="only where chunks are made in parallel"):
-        toybox.stream(PROMPT, watch=Watch(lambda _: None))
+        toybox.stream(PROMPT, preview_every=1)
     with pytest.raises(ConfigError, match="preview_every must be a whole number of at least 1, not 0"):
-        Watch(lambda _: None, preview_every=0)
-    with pytest.raises(ConfigError, match="what watches must be callable, unlike 5"):
-        Watch(5)  # type: ignore[arg-type]
+        pipe.stream(PROMPT, preview_every=0)
+    with pytest.raises(ConfigError, match="callback_on_step_end must be callable, not 5"):
+        pipe.stream(PROMPT, callback_on_step_end=5)
     with pytest.raises(ConfigError, match="compute every output: there is no reuse"):
         pipe.stream(PROMPT, reuse="pab:latte")
     with pytest.raises(ConfigError, match=r"250000000000001 latent frames made at once need at least .* GB on cpu"):
-        pipe.stream(PROMPT, frames=10**15)
+        pipe.stream(PROMPT, num_frames=10**15)
 
 
 def test_what_holds_a_video_together_is_measured() -> None:

@@ -17,6 +17,7 @@ from causalrope_sp.weights import load_model, save_model
 from causalrope_sp.weights.digest import digest
 from causalrope_sp.weights.fp8 import Fp8Linear, quantized, to_fp8
 from tests.support.checkpoints import CONFIG, run
+from tests.support.videos import video_of
 
 FILE = WEIGHTS / "toybox.safetensors"
 
@@ -86,7 +87,11 @@ def test_the_error_is_what_three_bits_cost() -> None:
         true, folded_one = full.get_parameter(name), weights[name.removesuffix(".weight")].weight
         assert 0.02 < ((folded_one - true).norm() / true.norm()).item() < 0.03
     videos = [
-        CausalVideoPipeline.from_pretrained("toybox", device="cpu", weights=w)("a red circle slides right", frames=21)
+        video_of(
+            CausalVideoPipeline.from_pretrained("toybox", device="cpu", weights=w),
+            "a red circle slides right",
+            num_frames=21,
+        )
         for w in ("full", "fp8")
     ]
     first, second = (torch.from_numpy(video).double() for video in videos)
