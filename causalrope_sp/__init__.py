@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from causalrope_sp.errors import CausalRopeError, CheckpointError, ConfigError, InputError, OutputError, PromptError
     from causalrope_sp.grid import Chunk, LatentGrid
     from causalrope_sp.models.causal_dit import CausalDiT
+    from causalrope_sp.pipeline.generation_options import GenerationOptions
+    from causalrope_sp.pipeline.load_options import LoadOptions
     from causalrope_sp.pipeline.offload import Offload
-    from causalrope_sp.pipeline.options import GenerationOptions, LoadOptions
     from causalrope_sp.pipeline.output import VideoChunk
     from causalrope_sp.pipeline.pipeline import CausalVideoPipeline
     from causalrope_sp.pipeline.results import CausalVideoPipelineOutput
@@ -39,8 +40,8 @@ _HOME = {
     "SequenceParallel": "distributed",
     "CausalVideoPipeline": "pipeline.pipeline",
     "CausalVideoPipelineOutput": "pipeline.results",
-    "GenerationOptions": "pipeline.options",
-    "LoadOptions": "pipeline.options",
+    "GenerationOptions": "pipeline.generation_options",
+    "LoadOptions": "pipeline.load_options",
     "Offload": "pipeline.offload",
     "VideoChunk": "pipeline.output",
     "sample_chunks": "sampling.sampler",

@@ -36,7 +36,7 @@ def pipe() -> CausalVideoPipeline:
         ({"prompt": "a", "num_frames": 0}, "num_frames must be a whole number .*, not 0"),
         (
             {"prompt": "a", "seed": -1},
-            "seed must be a whole number of at least 0 and at most 9223372036854775807, not -1",
+            "seed must be a whole number of at least 0 and at most .*, not -1",
         ),
         ({"prompt": "a", "height": -64}, "height must be a whole number of at least 1, not -64"),
         ({"prompt": "a", "num_inference_steps": 0}, "num_inference_steps must be a whole number .*, not 0"),
@@ -44,7 +44,7 @@ def pipe() -> CausalVideoPipeline:
         ({"prompt": "a", "guidance_scale": float("nan")}, "guidance_scale must be a finite number, not nan"),
         (
             {"prompt": "a", "guidance_interval": 5},
-            "guidance_interval must be two timesteps, the lower one first, not 5",
+            "guidance_interval must be two timesteps, .*, not 5",
         ),
         ({"prompt": "a", "output_type": "gif"}, "output_type must be one of np, pil, pt, latent, not 'gif'"),
         ({"prompt": "a", "generator": 3}, r"generator must be a torch\.Generator, not 3"),
