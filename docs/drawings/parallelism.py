@@ -94,8 +94,8 @@ def draw_shards() -> pyplot.Figure:
         write(axis, 2.8, top + 0.32, f"tokens [{first}, {first + OWNED[rank]}) of each frame: global indices {spans}",
               ha="left")  # fmt: skip
     note = (
-        "A number in a cell is the global index g = t·S + y·columns + x, here with S = 20 tokens a frame. It gives t, y "
-        "and x, the three angles of RoPE."
+        "A number in a cell is the global index g = t·S + y·columns + x, here with S = 20 tokens a frame. It gives t, "
+        "y and x, the three angles of RoPE."
     )
     write(axis, 0.4, 9.0, note, **NOTE)
     return figure
