@@ -74,7 +74,7 @@ def resized(folder: Path, size: str) -> str:
 
 def ways(ranks: int) -> list[tuple[str, int]]:
     """(decode, decode ranks) of all that so many ranks can do."""
-    many = [("together", 0)] if ranks > 1 else []
+    many = [("spatial", 0)] if ranks > 1 else []
     return [("inline", 0), ("overlap", 0), *many, *(("inline", decoders) for decoders in range(1, ranks))]
 
 

@@ -1,8 +1,9 @@
 """Every operation against its floor: the time that its bytes, or its FLOP, take at the rates that this GPU reaches.
 
-    python benchmarks/kernel_suite.py                                              # gate, floors, times, targets; on CUDA
-    python benchmarks/kernel_suite.py --gate-only                                  # the gate alone; interpreted without CUDA
-    python benchmarks/kernel_suite.py --floors --bandwidth 4.3e12 --matmul 790e12  # floors at given rates; no GPU needed
+    python benchmarks/kernel_suite.py  # gate, floors, times, targets; on CUDA
+    python benchmarks/kernel_suite.py --gate-only  # the gate alone; interpreted without CUDA
+    python benchmarks/kernel_suite.py --floors --bandwidth 4.3e12 --matmul 790e12  # floors at given rates; no GPU
+    needed
 
 One chunk of three frames of Wan 2.1 at 480×832, window 21, bfloat16, as the first of P ranks has it. Gate: against
 float64 no operation errs more than twice what its torch reference errs in the same dtype (DESIGN §6); if one does,

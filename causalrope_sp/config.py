@@ -6,14 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from causalrope_sp.checks import check_fields
 from causalrope_sp.errors import ConfigError
-
-
-def _positive(owner: object, *names: str) -> None:
-    for name in names:
-        value = getattr(owner, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConfigError(f"{type(owner).__name__}.{name} must be a whole number of at least 1, not {value!r}")
 
 
 @dataclass(frozen=True)
@@ -38,7 +32,8 @@ class DiTConfig:
     theta: float = 10000.0
 
     def __post_init__(self) -> None:
-        _positive(self, "dim", "ffn_dim", "num_heads", "num_layers", "text_dim", "text_len", "freq_dim", "in_channels")
+        sizes = ("dim", "ffn_dim", "num_heads", "num_layers", "text_dim", "text_len", "freq_dim", "in_channels")
+        check_fields(self, sizes)
         if self.dim % self.num_heads:
             raise ConfigError(f"dim {self.dim} is not divisible by num_heads {self.num_heads}")
         if self.head_dim % 2 or self.head_dim < 6:
@@ -91,20 +86,20 @@ class StreamConfig:
     rope: Literal["absolute", "relative"] = "absolute"
 
     def __post_init__(self) -> None:
-        _positive(self, "chunk_frames")
+        check_fields(self, ["chunk_frames"])
         if self.rope not in ("absolute", "relative"):
             raise ConfigError(f"rope must be absolute or relative, not {self.rope!r}")
-        if not isinstance(self.sink, int) or self.sink < 0:
-            raise ConfigError(f"sink must be a whole number of latent frames, 0 or more, not {self.sink!r}")
+        check_fields(self, ["sink"], least=0)
         if self.window is None:
             return
-        _positive(self, "window")
+        check_fields(self, ["window"])
         if self.window < self.chunk_frames + self.sink:
             raise ConfigError(
                 f"window {self.window} is smaller than chunk + sink = {self.chunk_frames} + {self.sink} latent frames"
             )
 
 
+Keep = Literal["device", "cpu", "free"]  # where weights wait between two uses
 Solver = Literal["renoise", "euler", "unipc"]
 LARGEST = 1000.0  # a shift or a guidance scale; a hundred times what is ever used
 
@@ -145,23 +140,3 @@ class SamplerConfig:
             raise ConfigError(f"the guidance scale must be from 0 to {LARGEST:g}, not {self.guidance_scale}")
         if len(self.guidance_interval) != 2 or not 0 <= self.guidance_interval[0] <= self.guidance_interval[1] <= 1000:
             raise ConfigError(f"guidance is within an interval of timesteps 0 to 1000, not {self.guidance_interval}")
-
-
-def check_conditioning(picture: bool, video: bool, keep_on: bool, strength: float | None) -> None:
-    """Raises ConfigError unless at most one of the three is asked for: a picture, a video to continue, or to redraw."""
-    if picture and video:
-        raise ConfigError("give either an image or a video, not both")
-    if not video and (keep_on or strength is not None):
-        raise ConfigError(f"{'continuing' if keep_on else 'a strength'} needs a video")
-    if video and keep_on == (strength is not None):
-        raise ConfigError("a video is either continued or, with a strength, redrawn: say which one")
-    if strength is not None and not 0 < strength <= 1:
-        raise ConfigError(f"strength must be above 0 and at most 1, not {strength}")
-
-
-def check_negative(prompt: bool, embeds: bool, guided: bool) -> None:
-    """Raises ConfigError unless at most one of a negative prompt and its embeddings is given, and guidance uses it."""
-    if prompt and embeds:
-        raise ConfigError("give either a negative prompt or its embeddings")
-    if (prompt or embeds) and not guided:
-        raise ConfigError("a negative prompt needs guidance: a scale other than 1")

@@ -75,7 +75,7 @@ def test_a_pass_and_a_step_run() -> None:
 
 def test_every_way_to_decode_passes_its_gate() -> None:
     found = last_line(run("decode.py", "--ranks", "2", "--chunks", "3"))
-    assert [row["way"] for row in found["rows"]] == ["inline", "overlap", "together", "1 decode ranks"]
+    assert [row["way"] for row in found["rows"]] == ["inline", "overlap", "spatial", "1 decode ranks"]
 
 
 def test_what_reuse_saves_needs_no_run() -> None:

@@ -125,7 +125,7 @@ def test_help_names_the_commands() -> None:
         (["generate", PROMPT, "--steps", "100000000000"], "steps must be at least 1 and at most 1000"),
         (["generate", PROMPT, "--strategy", "magic"], "unknown strategy 'magic'"),
         (["generate", PROMPT, "--model", "nowhere"], "no model 'nowhere'"),
-        (["generate", PROMPT, "--out", "x.avi"], "must end in .mp4, .gif, .webp, or in /"),
+        (["generate", PROMPT, "--out", "x.avi"], "must end in .mp4, .mov, .webm, .gif, .webp, or in /"),
         (["generate", PROMPT, "--out", "none/x.mp4"], "there is no folder none"),
         (["generate", PROMPT, "--image", "none.png"], "File 'none.png' does not exist"),
         (["generate", PROMPT, "--image", __file__], "not a picture of a known kind"),

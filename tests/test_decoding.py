@@ -57,7 +57,7 @@ def test_overlap_on_one_rank_changes_no_bit(expected: np.ndarray) -> None:
 
 @pytest.mark.parametrize(
     ("ranks", "decoders", "decode"),
-    [(2, 0, "together"), (3, 0, "together"), (2, 0, "overlap"), (2, 1, "inline"), (3, 2, "inline"), (3, 1, "inline")],
+    [(2, 0, "spatial"), (3, 0, "spatial"), (2, 0, "overlap"), (2, 1, "inline"), (3, 2, "inline"), (3, 1, "inline")],
 )
 @pytest.mark.parametrize("stop", [0, 2])
 def test_every_way_makes_the_same_frames(
@@ -65,8 +65,8 @@ def test_every_way_makes_the_same_frames(
 ) -> None:
     video, moved = pool.run(make, ranks, decoders, decode, {}, stop)
     assert close_to(video, expected)
-    assert ("halo" in moved) == (decode == "together")  # rank 0's own; decode ranks have theirs among themselves
-    assert ("pixels" in moved) == (decode == "together" or decoders > 0)
+    assert ("halo" in moved) == (decode == "spatial")  # rank 0's own; decode ranks have theirs among themselves
+    assert ("pixels" in moved) == (decode == "spatial" or decoders > 0)
 
 
 def test_a_continued_video_is_decoded_elsewhere_too(pool: RankPool, expected: np.ndarray) -> None:
@@ -143,7 +143,7 @@ def devices_of_the_model(group: Any, device: str) -> list[str]:
 
 
 def test_wrong_ways_are_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match="decode must be one of inline, overlap, together, not 'sometimes'"):
+    with pytest.raises(ConfigError, match="decode must be one of inline, overlap, spatial, not 'sometimes'"):
         CausalVideoPipeline.from_pretrained("toybox", decode="sometimes")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="1 decode ranks leave none of 1 ranks to denoise"):
         SequenceParallel.single(decode_ranks=1)

@@ -16,7 +16,7 @@ from causalrope_sp.io.video_writer import VideoWriter, check_output
 
 HEIGHT, WIDTH, FPS = 64, 96, 16.0
 COLORS = [(220, 40, 40), (40, 180, 60), (50, 90, 220), (230, 210, 50), (150, 60, 200), (240, 140, 30)]
-NAMES = ["a.mp4", "a.gif", "a.webp", "a/"]
+NAMES = ["a.mp4", "a.mov", "a.webm", "a.gif", "a.webp", "a/"]
 
 
 def scene(frames: int = 8) -> np.ndarray:
@@ -30,7 +30,7 @@ def scene(frames: int = 8) -> np.ndarray:
 
 
 def decoded(path: Path) -> np.ndarray:
-    if path.suffix == ".mp4":
+    if path.suffix in (".mp4", ".mov", ".webm"):
         with av.open(str(path)) as container:
             return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
     if path.is_dir():
@@ -71,7 +71,7 @@ def test_frames_and_colours_come_back(tmp_path: Path, name: str) -> None:
         for x in range(0, WIDTH, 32):
             inside[y + 6 : y + 26, x + 6 : x + 26] = True
     worst = np.abs(back.astype(int) - video)[:, inside].max()
-    assert worst <= {".mp4": 8, ".gif": 0, ".webp": 8, "": 0}[path.suffix]
+    assert worst <= {".mp4": 8, ".mov": 8, ".webm": 8, ".gif": 0, ".webp": 8, "": 0}[path.suffix]
     assert sorted(os.listdir(tmp_path)) == [path.name]
 
 
@@ -158,7 +158,7 @@ def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "height", "width", "reason"),
     [
-        ("a.avi", 64, 64, r"must end in \.mp4, \.gif, \.webp, or in /"),
+        ("a.avi", 64, 64, r"must end in \.mp4, \.mov, \.webm, \.gif, \.webp, or in /"),
         ("a", 64, 64, "must end in"),
         ("", 64, 64, "full/: the folder is there and not empty"),
         ("full/a.mp4/", 64, 64, "a file of that name is in the way"),
@@ -238,3 +238,27 @@ def test_a_closed_writer_takes_nothing_more(tmp_path: Path) -> None:
 def test_a_rate_must_be_positive(tmp_path: Path, fps: float) -> None:
     with pytest.raises(OutputError, match="frames a second"):
         VideoWriter(tmp_path / "a.mp4", HEIGHT, WIDTH, fps)
+
+
+def test_a_pipe_takes_fragments_as_they_come(tmp_path: Path) -> None:
+    code = (
+        "import sys, numpy as np; from causalrope_sp.io.video_writer import VideoWriter\n"
+        "writer = VideoWriter('-', 64, 96, 16.0); video = np.load(sys.argv[1])\n"
+        "writer.write(video[:5]); sys.stdout.buffer.flush(); assert sys.stdin.read(1) == 'g'\n"
+        "writer.write(video[5:]); writer.close()"
+    )
+    np.save(tmp_path / "video.npy", scene())
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "video.npy")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None and process.stdin is not None
+        first = b""
+        while first.count(b"moof") < 3:  # fragments, before the writer is told to go on
+            first += os.read(process.stdout.fileno(), 1 << 20)
+        (tmp_path / "first.mp4").write_bytes(first)
+        process.stdin.write(b"g")
+        process.stdin.close()
+        (tmp_path / "all.mp4").write_bytes(first + process.stdout.read())
+    assert process.returncode == 0
+    assert len(decoded(tmp_path / "first.mp4")) >= 2  # playable before the video's end
+    assert decoded(tmp_path / "all.mp4").shape == scene().shape

@@ -1,29 +1,43 @@
-"""`causalrope-sp encode`."""
+"""`causalrope-sp encode`: a prompt to a file of its embeddings, for machines without the text encoder."""
 
 from __future__ import annotations
 
 import json
+import os
 import time
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
+from causalrope_sp.cli.options import SEED, complete_model
 from causalrope_sp.cli.runtime import rank
+from causalrope_sp.errors import ConfigError, OutputError
+
+if TYPE_CHECKING:
+    from causalrope_sp.text import PromptEmbeds
 
 
 @click.command()
 @click.argument("prompt")
-@click.option("--model", help="Whose text encoder: a model's name, its folder or its file (default: toybox).")
-@click.option("--text", metavar="PATH", help="UMT5 itself: a diffusers folder, Wan's folder or its .pth.")
-@click.option("--tokenizer", metavar="DIR", help="The tokenizer's folder, if it is not beside the weights.")
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="toybox: its places.")
-@click.option("--out", default="prompt.safetensors", show_default=True, help="The file to write.")
-@click.option("--json", "as_json", is_flag=True, help="One line of JSON.")
+@click.option(
+    "--model",
+    shell_complete=complete_model,
+    help="Take the text encoder of this model: a name, a folder, a file or org/name on the Hub. The default is toybox.",
+)
+@click.option("--text", metavar="PATH", help="Take UMT5 from here: a diffusers folder, Wan's folder or its .pth.")
+@click.option(
+    "--tokenizer", metavar="DIR", help="Take the tokenizer from this folder. The default is beside the weights."
+)
+@click.option(
+    "--seed", type=SEED, default=0, show_default=True, help="Draw from this seed what a toybox prompt leaves open."
+)
+@click.option("--out", default="prompt.safetensors", show_default=True, help="Write this file.")
+@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.")
 def encode(
     prompt: str, model: str | None, text: str | None, tokenizer: str | None, seed: int, out: str, as_json: bool
 ) -> None:
     """Writes the text embeddings of PROMPT, for generate's --text-embeds or --negative-embeds."""
-    from causalrope_sp.cli.encoding import encode_to_file
-
     if rank() != 0:
         return
     started = time.perf_counter()
@@ -35,3 +49,56 @@ def encode(
         click.echo(json.dumps({**fields, "dtype": dtype, "seconds": round(took, 4), "out": out}))
     else:
         click.echo(f"{out}: {saved.length} tokens of {saved.embeds.shape[-1]} numbers in {took:.1f} s")
+
+
+def encode_to_file(
+    prompt: str, model: str | None, text: str | None, tokenizer: str | None, seed: int, out: str
+) -> PromptEmbeds:
+    """Encodes a prompt and writes the file.
+
+    Args:
+        prompt: the text.
+        model: whose text encoder it is; toybox if neither it nor `text` is given.
+        text: where UMT5 lies, in place of a model.
+        tokenizer: the folder of its tokenizer.
+        seed: what a toybox prompt leaves open is drawn from it.
+        out: the file to write.
+
+    Raises:
+        CausalRopeError: names that do not go together, an encoder or a file that does not work.
+    """
+    if model is not None and text is not None:
+        raise ConfigError("give either --model or --text, not both")
+    if tokenizer is not None and text is None:
+        raise ConfigError("--tokenizer goes with --text")
+    _check_file(out)
+    import torch
+
+    from causalrope_sp.pipeline.model_config import TEXT_ENCODERS
+    from causalrope_sp.pipeline.model_source import find_model
+    from causalrope_sp.pipeline.options import LoadOptions
+    from causalrope_sp.text import TextSource, UMT5TextEncoder, save_embeds
+    from causalrope_sp.text.umt5 import TEXT_LEN
+    from causalrope_sp.weights import inspect_checkpoint
+
+    text_len = TEXT_LEN
+    if text is not None:
+        source: str | TextSource = TextSource.of(text, tokenizer)
+    else:
+        config = find_model(model or "toybox", LoadOptions())
+        source = config.text
+        if isinstance(source, TextSource):
+            text_len = inspect_checkpoint(config.transformer).config.text_len
+    if not isinstance(source, TextSource):
+        return save_embeds(out, TEXT_ENCODERS[source]().encode(prompt, seed), prompt, source)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    encoder = UMT5TextEncoder.from_pretrained(source, device=device, text_len=text_len, keep="free")
+    return save_embeds(out, encoder.encode(prompt), prompt, encoder.name)
+
+
+def _check_file(out: str) -> None:
+    folder = Path(out).absolute().parent
+    if Path(out).is_dir():
+        raise OutputError(f"cannot write {out}: it is a folder")
+    if not os.access(folder, os.W_OK):
+        raise OutputError(f"cannot write {out}: {folder} is not there, or not to be written into")

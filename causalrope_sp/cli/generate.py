@@ -11,10 +11,17 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from causalrope_sp.cli.options import parse_steps
-from causalrope_sp.cli.preview import Watching, check_parallel_chunks
-from causalrope_sp.cli.runtime import Background, rank, ranks, say_choices, shares_rank_0_disk
-from causalrope_sp.config import Solver, check_conditioning, check_negative
+from causalrope_sp.cli.options import (
+    DTYPES,
+    SEED,
+    complete_model,
+    complete_preset,
+    complete_strategy,
+    parse_steps,
+)
+from causalrope_sp.cli.preview import StepReporter, check_parallel_chunks
+from causalrope_sp.cli.runtime import Background, rank, ranks, set_up_logging, shares_rank_0_disk
+from causalrope_sp.config import Solver
 from causalrope_sp.errors import CausalRopeError, ConfigError, RankLostError
 from causalrope_sp.io.video_writer import VideoWriter, check_output
 from causalrope_sp.pipeline.offload import Offload
@@ -25,146 +32,247 @@ if TYPE_CHECKING:
 
 EXISTING = click.Path(exists=True, path_type=Path)
 EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
-# which options go where: to the ranks, to the model, to the stream
+# which options go where: to the ranks, to loading, to the call; by their Python names
 RANKS = ("strategy", "cfg", "chunk", "decode_ranks", "overlap", "head_groups", "attention")
-MODEL = (
-    *("window", "sink", "rope", "solver", "shift", "guidance", "guidance_interval"),
+LOADING = (
+    *("base", "preset", "revision", "dtype", "height", "width", "window", "sink", "chunk_frames", "rope"),
+    *("num_inference_steps", "solver", "shift", "guidance_scale", "guidance_interval"),
     *("weights", "offload", "codec", "codec_weights", "decode", "preflight", "parallel_chunks"),
 )
-STREAM = ("frames", "seed", "negative_prompt", "negative_embeds", "image", "video", "strength", "reuse")
+CALL = (
+    *("num_frames", "seed", "negative_prompt", "negative_prompt_embeds", "image", "video", "strength", "reuse"),
+    "preview_every",
+)
 
 
 @click.command()
 @click.argument("prompt", required=False)
-@click.option("--model", default="toybox", show_default=True, help="A model's name, its folder or its file.")
-@click.option("--text-embeds", metavar="FILE", help="In place of PROMPT: its embeddings, written by encode.")
-@click.option("--frames", type=int, default=81, show_default=True, help="Pixel frames.")
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
-@click.option("--window", type=int, help="Latent frames that attention looks back over, the current chunk included.")
-@click.option("--sink", type=int, help="Latent frames of the very start that never leave the window.")
+@click.option(
+    "--model",
+    default="toybox",
+    show_default=True,
+    shell_complete=complete_model,
+    help="Run this model: a name, a diffusers folder, a checkpoint file, or org/name on the Hub.",
+)
+@click.option(
+    "--base", help="Take text encoder and VAE from this folder or org/name, for a model that is a file alone."
+)
+@click.option(
+    "--preset",
+    shell_complete=complete_preset,
+    help="Run the model as this published one: self-forcing, causvid, ... The default is inferred from its files.",
+)
+@click.option("--revision", help="Take this branch, tag or commit from the Hub. The default is the main branch.")
+@click.option("--text-embeds", metavar="FILE", help="Take embeddings that encode wrote in place of PROMPT.")
+@click.option("--frames", "num_frames", type=int, default=81, show_default=True, help="Make so many pixel frames.")
+@click.option("--height", type=int, help="Make frames of so many pixels in height. The default is the model's.")
+@click.option("--width", type=int, help="Make frames of so many pixels in width. The default is the model's.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Draw all noise from this seed.")
+@click.option(
+    "--window", type=int, help="Let attention look back over so many latent frames, the current chunk counted."
+)
+@click.option("--sink", type=int, help="Keep so many latent frames of the very start in the window for ever.")
+@click.option("--chunk-frames", type=int, help="Denoise so many latent frames together.")
 @click.option(
     "--rope",
     type=click.Choice(["absolute", "relative"]),
-    help="Where a frame stands in time: at its number since the stream began, or at its place in the window.",
+    help="Rotate a frame by its number since the stream began, or by its place in the window.",
 )
-@click.option("--steps", help="How many evenly spaced denoising steps (4), or which (1000,750,500,250).")
-@click.option("--solver", type=click.Choice(get_args(Solver)), help="What leads from step to step.")
-@click.option("--shift", type=float, help="Of the timesteps towards noise.")
-@click.option("--guidance", type=float, help="The scale that leads away from a negative prompt; 1 is none.")
-@click.option("--guidance-interval", type=(float, float), help="Guide at timesteps within these two (0 1000) alone.")
-@click.option("--negative-prompt", help="What guidance leads away from (default: no text).")
-@click.option("--negative-embeds", metavar="FILE", help="In its place: its embeddings, written by encode.")
-@click.option("--guidance-parallel", is_flag=True, help="One half of the ranks for each of guidance's two branches.")
+@click.option("--steps", help="Take so many evenly spaced denoising steps (4), or these (1000,750,500,250).")
+@click.option("--solver", type=click.Choice(get_args(Solver)), help="Go from step to step by this solver.")
+@click.option("--shift", type=float, help="Shift the timesteps towards noise.")
 @click.option(
-    "--strategy", default="auto", show_default=True, help="auto, ulysses, gather-kv, shard-kv, ulysses2xgather-kv4, ..."
+    "--guidance", "guidance_scale", type=float, help="Guide by this scale away from a negative prompt; 1 is none."
 )
 @click.option(
-    "--parallel-chunks", type=click.Choice(["vin"]), help="Make all chunks at once, by the model's interface network."
+    "--guidance-interval", type=(float, float), help="Guide only the steps at timesteps between these two, 0 to 1000."
+)
+@click.option("--negative-prompt", help="Guide away from this text. The default is no text.")
+@click.option(
+    "--negative-embeds",
+    "negative_prompt_embeds",
+    metavar="FILE",
+    help="Take embeddings that encode wrote in its place.",
+)
+@click.option("--guidance-parallel", is_flag=True, help="Give each of guidance's two branches one half of the ranks.")
+@click.option(
+    "--strategy",
+    default="auto",
+    show_default=True,
+    shell_complete=complete_strategy,
+    help="Share attention between ranks by this strategy: auto, ulysses, gather-kv, shard-kv, ulysses2xgather-kv4, ...",
+)
+@click.option(
+    "--parallel-chunks",
+    type=click.Choice(["vin"]),
+    help="Denoise all chunks at once, by the model's interface network.",
 )
 @click.option(
     "--chunk-parallel",
     "chunk",
     type=int,
-    help="With it, how many groups of ranks share the chunks (default: all ranks).",
+    help="With it, share the chunks among so many groups of ranks. The default is all.",
 )
 @click.option("--preview-every", type=int, help="With it, write what the video looks to become every so many steps.")
-@click.option("--image", type=EXISTING_FILE, help="A picture that is the first frame.")
-@click.option("--video", type=EXISTING_FILE, help="A video, to continue or to redraw.")
+@click.option("--image", type=EXISTING_FILE, help="Take this picture as the first frame.")
+@click.option("--video", type=EXISTING_FILE, help="Take this video, to continue it or to redraw it.")
 @click.option("--continue", "keep_on", is_flag=True, help="Make what comes after --video.")
-@click.option("--strength", type=float, help="Redraw --video by this share of the steps: small changes little, 1 all.")
-@click.option("--reuse", help="Attention reused between steps: pab:PRESET, such as pab:latte, or a FILE.")
-@click.option("--codec", type=click.Choice(["wan", "taehv"]), help="Which kind of codec (default: the model's).")
-@click.option("--codec-weights", type=EXISTING, help="Its file or folder, in place of the model's.")
+@click.option(
+    "--strength", type=float, help="Redraw --video by this share of the steps: above 0, which changes least, to 1."
+)
+@click.option("--reuse", help="Reuse attention outputs between steps by this policy: pab:latte, ..., or a JSON file.")
+@click.option(
+    "--codec",
+    type=click.Choice(["wan", "taehv"]),
+    help="Insist on this kind of codec. The default is what the file holds.",
+)
+@click.option(
+    "--codec-weights", type=EXISTING, help="Take the codec from this file or folder, in place of the model's."
+)
 @click.option(
     "--decode",
-    type=click.Choice(["inline", "overlap", "together"]),
+    type=click.Choice(["inline", "overlap", "spatial"]),
     default="inline",
     show_default=True,
-    help="Rank 0 before the next chunk is made, or while it is; or all ranks together.",
+    help="Decode on rank 0 before the next chunk is made, on rank 0 while it is made, or on all ranks, a part each.",
 )
 @click.option(
     "--decode-ranks",
-    "decode_ranks",
     type=click.IntRange(0),
     default=0,
     show_default=True,
-    help="Of the ranks, how many only decode, while the others make the next chunk.",
+    help="Let so many of the ranks only decode, while the others make the next chunk.",
 )
-@click.option("--weights", type=click.Choice(["full", "fp8"]), help="fp8: the blocks' matrices in 8 bits.")
+@click.option("--weights", type=click.Choice(["full", "fp8"]), help="Keep the blocks' matrices in full, or in 8 bits.")
+@click.option("--dtype", type=click.Choice(DTYPES), help="Run the transformer in this dtype. The default is by device.")
+@click.option("--device", help="Run on this device, such as cpu or cuda:1. The default is a GPU if there is one.")
 @click.option(
     "--offload",
     multiple=True,
     default=["text"],
     show_default=True,
     metavar="text|codec|none",
-    help="What is on the device only while it is used.",
+    help="Keep this on the device only while it is used.",
 )
-@click.option("--preflight/--no-preflight", default=True, help="Refuse at once what is predicted not to fit.")
-@click.option("--out", default="video.mp4", show_default=True, help="FILE.mp4, .gif, .webp, or FOLDER/ for PNGs.")
-@click.option("--overlap/--no-overlap", default=True, help="Compute while other ranks' numbers are on their way.")
-@click.option("--head-groups", default=1, show_default=True, help="ulysses: send one group's output during the next's.")
-@click.option("--attention", default="auto", show_default=True, help="auto measures; or one library's name.")
-@click.option("--timeout", default=600.0, show_default=True, help="Seconds for a stuck rank (a silent one has 20).")
-@click.option("--json", "as_json", is_flag=True, help="No progress bar, and one line of JSON at the end.")
+@click.option(
+    "--preflight/--no-preflight", default=True, help="Refuse at once what is predicted not to fit into memory."
+)
+@click.option(
+    "--out",
+    default="video.mp4",
+    show_default=True,
+    help="Write FILE.mp4, .mov, .webm, .gif or .webp, FOLDER/ for PNGs, or - for MP4 on the standard output.",
+)
+@click.option("--overlap/--no-overlap", default=True, help="Compute while other ranks' numbers are in flight.")
+@click.option(
+    "--head-groups",
+    default=1,
+    show_default=True,
+    help="With ulysses, send one group of heads while the next is computed.",
+)
+@click.option("--attention", default="auto", show_default=True, help="Attend with this library; auto measures them.")
+@click.option(
+    "--timeout",
+    default=600.0,
+    show_default=True,
+    help="End a run after a rank was stuck for so many seconds (silent: 20).",
+)
+@click.option("--json", "as_json", is_flag=True, help="Show no progress bar, and print one line of JSON at the end.")
+@click.option("-v", "--verbose", is_flag=True, help="Say on the standard error what is chosen and how long it takes.")
+@click.option("--log-file", metavar="FILE", help="Append what -v says, of all ranks, to this file.")
 def generate(
-    prompt: str | None, text_embeds: str | None, model: str, out: str, timeout: float, as_json: bool, **options: Any
+    prompt: str | None,
+    text_embeds: str | None,
+    model: str,
+    out: str,
+    timeout: float,
+    as_json: bool,
+    verbose: bool,
+    log_file: str | None,
+    **options: Any,
 ) -> None:
     """Makes a video from PROMPT, written while it is generated.
 
-    --image and --video are scaled to cover the model's size and cropped around the centre; a video is taken at the
-    model's frame rate. With --strength the result is no longer than --video.
+    --image and --video are scaled to cover the frame and cropped around the centre; a video is taken at the model's
+    frame rate. With --strength the result is no longer than --video.
     """
-    frames, picture, video = (options[name] for name in ("frames", "image", "video"))
-    if frames < 1:
-        raise ConfigError(f"frames must be at least 1, not {frames}")
-    check_conditioning(picture is not None, video is not None, options["keep_on"], options["strength"])
-    steps = parse_steps(options["steps"])
-    together = options["parallel_chunks"] is not None
-    others = {name: options[name] for name in ("reuse", "image", "video", "guidance_parallel")}
-    others["decode_ranks"] = options["decode_ranks"]
-    check_parallel_chunks(together, out, options["chunk"], options["preview_every"], **others)
-    options["chunk"] = options["chunk"] or (ranks() if together else 1)
-    options["cfg"] = 2 if options["guidance_parallel"] else 1
-    if options["reuse"] is not None:
-        options["reuse"] = find_policy(options["reuse"])
-    Offload.of(options["offload"])  # wrong words are said before anything is imported
-    negative = options["negative_prompt"]
-    _check_text(model, prompt, text_embeds, negative)
-    check_negative(negative is not None, options["negative_embeds"] is not None, guided=True)  # known with the recipe
+    options["num_inference_steps"] = parse_steps(options.pop("steps"))
+    _check(model, prompt, text_embeds, out, options)
     if shares_rank_0_disk():
         check_output(out)
-    if not as_json:
-        say_choices()
+    set_up_logging(verbose, log_file, silent=as_json)
+    parallel_chunks = options["parallel_chunks"] is not None
 
     def generated() -> Iterator[Any]:
         from causalrope_sp.distributed import SequenceParallel
-        from causalrope_sp.pipeline.parallel_chunks import Watch
+        from causalrope_sp.pipeline.options import LoadOptions, check_device
         from causalrope_sp.pipeline.pipeline import CausalVideoPipeline
 
+        loading = LoadOptions(**{name: options[name] for name in LOADING})
         parallel = SequenceParallel.from_env(
+            device=None if options["device"] is None else check_device(options["device"]),
             timeout_s=timeout,
             silence_s=min(20.0, timeout),
             on_loss=lambda said: made.fail(RankLostError(said)),
             **{name: options[name] for name in RANKS},
         )
-        pipe = CausalVideoPipeline.from_pretrained(
-            model, parallel=parallel, steps=steps, **{name: options[name] for name in MODEL}
-        )
+        pipe = CausalVideoPipeline.from_pretrained(model, loading, parallel=parallel)
         yield pipe
-        watch = Watch(Watching(out, pipe.fps, as_json), options["preview_every"]) if together else None
-        yield from pipe.stream(prompt, embeds=text_embeds, watch=watch, **{name: options[name] for name in STREAM})
+        report = StepReporter(out, pipe.fps, as_json) if parallel_chunks else None
+        asked = {name: options[name] for name in CALL}
+        yield from pipe.stream(prompt, prompt_embeds=text_embeds, callback_on_step_end=report, **asked)
         parallel.close()
 
     made = Background(generated)
-    summary = _write_video(iter(made), out, frames, silent=as_json)
-    if rank() != 0:
-        return
-    if as_json:
-        click.echo(json.dumps(summary))
-    else:
-        size, took = f"{summary['width']}×{summary['height']}", f"{summary['seconds']:.1f} s"
-        rate, first = f"{summary['fps_generated']:.1f} a second", f"the first after {summary['first_frame_s']:.2f} s"
-        click.echo(f"{out}: {summary['frames']} frames of {size} in {took} ({rate}, {first})")
+    summary = _write_video(iter(made), out, options["num_frames"], silent=as_json)
+    if rank() == 0:
+        _say_summary(summary, out, as_json)
+
+
+def _check(model: str, prompt: str | None, text_embeds: str | None, out: str, options: dict[str, Any]) -> None:
+    """Refuses what is wrong by the words alone, before anything slow is imported, and completes options."""
+    from causalrope_sp.checks import check_whole
+
+    check_whole("--frames", options["num_frames"])
+    _check_conditioning(options)
+    parallel_chunks = options["parallel_chunks"] is not None
+    others = {name: options[name] for name in ("reuse", "image", "video", "guidance_parallel", "decode_ranks")}
+    check_parallel_chunks(parallel_chunks, out, options["chunk"], options["preview_every"], **others)
+    options["chunk"] = options["chunk"] or (ranks() if parallel_chunks else 1)
+    options["cfg"] = 2 if options["guidance_parallel"] else 1
+    if options["reuse"] is not None:
+        options["reuse"] = find_policy(options["reuse"])
+    Offload.of(options["offload"])
+    _check_text(model, prompt, text_embeds, options["negative_prompt"])
+    if options["negative_prompt"] is not None and options["negative_prompt_embeds"] is not None:
+        raise ConfigError("give either --negative-prompt or --negative-embeds, not both")
+
+
+def _check_conditioning(options: dict[str, Any]) -> None:
+    image, video = options["image"] is not None, options["video"] is not None
+    keep_on, strength = options["keep_on"], options["strength"]
+    if image and video:
+        raise ConfigError("give either --image or --video, not both")
+    if not video and (keep_on or strength is not None):
+        raise ConfigError(f"{'--continue' if keep_on else '--strength'} needs a --video")
+    if video and keep_on == (strength is not None):
+        raise ConfigError("a video is either continued (--continue) or redrawn (--strength): say which one")
+    if strength is not None and not 0 < strength <= 1:
+        raise ConfigError(f"--strength must be above 0 and at most 1, not {strength}")
+
+
+def _check_text(model: str, prompt: str | None, embeds: str | None, negative: str | None) -> None:
+    """The toybox models know a closed list of words, which can be checked before anything is loaded."""
+    from causalrope_sp.toybox import EMBEDDED
+    from causalrope_sp.toybox.prompts import parse_prompt
+
+    if prompt is None and embeds is None:
+        raise click.UsageError("Missing argument 'PROMPT', or --text-embeds.", click.get_current_context())
+    if prompt is not None and embeds is not None:
+        raise ConfigError("give either a prompt or --text-embeds, not both")
+    for text in (prompt, negative):
+        if text is not None and model in EMBEDDED:
+            parse_prompt(text)
 
 
 def _write_video(items: Iterator[Any], out: str, frames: int, silent: bool) -> dict[str, Any]:
@@ -172,13 +280,14 @@ def _write_video(items: Iterator[Any], out: str, frames: int, silent: bool) -> d
     from causalrope_sp.distributed.comm_stats import CommStats
 
     pipe = next(items)
+    size = pipe.height, pipe.width
     if shares_rank_0_disk():
-        check_output(out, pipe.height, pipe.width)
+        check_output(out, *size)
     started, first_frame_s, chunk_ms, moved = time.perf_counter(), 0.0, list[float](), CommStats()
     with contextlib.ExitStack() as stack:
         video, progress = None, None
         if rank() == 0:
-            video = VideoWriter(out, pipe.height, pipe.width, pipe.fps)
+            video = VideoWriter(out, *size, pipe.fps)
             stack.enter_context(_saying_what_was_kept(video, frames))
             stack.enter_context(video)
             progress = stack.enter_context(_progress(silent))
@@ -202,8 +311,8 @@ def _write_video(items: Iterator[Any], out: str, frames: int, silent: bool) -> d
     done = video.frames if video is not None else 0
     return {
         "frames": done,
-        "height": pipe.height,
-        "width": pipe.width,
+        "height": size[0],
+        "width": size[1],
         "fps_generated": round(done / seconds, 3),
         "first_frame_s": round(first_frame_s, 4),
         "seconds": round(seconds, 4),
@@ -216,6 +325,17 @@ def _write_video(items: Iterator[Any], out: str, frames: int, silent: bool) -> d
     }
 
 
+def _say_summary(summary: dict[str, Any], out: str, as_json: bool) -> None:
+    """Says what was made; on the standard error where the video itself goes to the standard output."""
+    to_stderr = out == "-"
+    if as_json:
+        click.echo(json.dumps(summary), err=to_stderr)
+        return
+    size, took = f"{summary['width']}×{summary['height']}", f"{summary['seconds']:.1f} s"
+    rate, first = f"{summary['fps_generated']:.1f} a second", f"the first after {summary['first_frame_s']:.2f} s"
+    click.echo(f"{out}: {summary['frames']} frames of {size} in {took} ({rate}, {first})", err=to_stderr)
+
+
 @contextlib.contextmanager
 def _saying_what_was_kept(video: VideoWriter, frames: int) -> Iterator[None]:
     try:
@@ -226,20 +346,6 @@ def _saying_what_was_kept(video: VideoWriter, frames: int) -> Iterator[None]:
         kept = f"{video.frames} of {frames} frames are in {video.path}" if video.frames else "no frame was made yet"
         click.echo(f"stopped: {kept}", err=True)
         raise
-
-
-def _check_text(model: str, prompt: str | None, embeds: str | None, negative: str | None) -> None:
-    """The toybox models know a closed list of words, which can be checked before anything is loaded."""
-    from causalrope_sp.toybox import EMBEDDED
-    from causalrope_sp.toybox.prompts import parse_prompt
-
-    if prompt is None and embeds is None:
-        raise click.UsageError("Missing argument 'PROMPT', or --text-embeds.", click.get_current_context())
-    if prompt is not None and embeds is not None:
-        raise ConfigError("give either a prompt or --text-embeds, not both")
-    for text in (prompt, negative):
-        if text is not None and model in EMBEDDED:
-            parse_prompt(text)
 
 
 def _progress(silent: bool) -> Progress:

@@ -1,38 +1,135 @@
-"""`causalrope-sp inspect`."""
+"""`causalrope-sp inspect`: what a checkpoint is, and the preset that it would run with."""
 
 from __future__ import annotations
 
 import json
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from causalrope_sp.cli.options import parse_steps
+from causalrope_sp.cli.options import complete_model, complete_preset, parse_steps
 from causalrope_sp.cli.runtime import rank
+
+if TYPE_CHECKING:
+    from causalrope_sp.weights import CheckpointReport
 
 
 @click.command()
-@click.argument("path")
-@click.option("--part", help="Which model in the file: generator, generator_ema, ... (default: the averaged one).")
-@click.option("--preset", help="How it runs: self-forcing, causvid, longlive-1.3b, ... (default: guessed).")
-@click.option("--window", type=int, help="Latent frames that attention looks back over, in place of the preset's.")
-@click.option("--sink", type=int, help="Latent frames of the very start that never leave the window.")
-@click.option("--chunk-frames", type=int, help="Latent frames denoised together.")
-@click.option("--steps", help="How many evenly spaced denoising steps (4), or which (1000,750,500,250).")
-@click.option("--shift", type=float, help="Of the timesteps towards noise.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+@click.argument("path", shell_complete=complete_model)
+@click.option(
+    "--part", help="Look at this model in the file: generator, generator_ema, ... The default is the averaged one."
+)
+@click.option(
+    "--preset",
+    shell_complete=complete_preset,
+    help="Take how it runs from this preset: self-forcing, causvid, longlive-1.3b, ... The default is inferred.",
+)
+@click.option(
+    "--window", type=int, help="Let attention look back over so many latent frames. The default is the preset's."
+)
+@click.option("--sink", type=int, help="Keep so many latent frames of the very start. The default is the preset's.")
+@click.option("--chunk-frames", type=int, help="Denoise so many latent frames together. The default is the preset's.")
+@click.option("--steps", help="Take so many evenly spaced denoising steps (4), or these (1000,750,500,250).")
+@click.option("--shift", type=float, help="Shift the timesteps towards noise. The default is the preset's.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def inspect(path: str, part: str | None, preset: str | None, steps: str | None, as_json: bool, **run: Any) -> int:
-    """Says what the checkpoint at PATH is, why, what it lacks, and how it would run.
+    """Says
+    what the checkpoint at PATH is, why, what it lacks, and how it would run.
 
-    Exit status 1 if it could not be loaded as it is.
+    The exit status is 1 if it could not be loaded as it is.
     """
-    from causalrope_sp.cli import inspection
     from causalrope_sp.diffusion.schedule import timesteps
 
     parsed = parse_steps(steps)
     changes = {name: value for name, value in run.items() if value is not None}
     changes |= {} if parsed is None else {"steps": timesteps(parsed)}
-    report = inspection.inspect(path, part, preset, changes)
+    report = examine(path, part, preset, changes)
     if rank() == 0:
-        click.echo(json.dumps(inspection.fields(report)) if as_json else inspection.text(report))
+        click.echo(json.dumps(report_fields(report)) if as_json else report_text(report))
     return 1 if report.problem else 0
+
+
+def examine(path: str, part: str | None, preset: str | None, changes: Mapping[str, Any]) -> CheckpointReport:
+    """The report on a checkpoint, an embedded model or the transformer of a pipeline.json or a diffusers folder.
+
+    Args:
+        path: where it is, or its name.
+        part: which of several models in the file.
+        preset: the preset by name; None takes the model's own settings, or else infers it.
+        changes: fields of the preset's stream and sampler that are replaced.
+
+    Raises:
+        CheckpointError: nothing there that can be read.
+        ConfigError: no such preset, or changes that cannot work together.
+    """
+    from causalrope_sp.weights import Preset, find_preset, inspect_checkpoint
+
+    named = None if preset is None else replace(find_preset(preset), evidence=("named by --preset",))
+    file = _pipeline_file(path)
+    if file is None:
+        transformer = Path(path) / "transformer" if (Path(path) / "model_index.json").is_file() else Path(path)
+        report = inspect_checkpoint(transformer, part=part)
+    else:
+        from causalrope_sp.pipeline.model_config import ModelConfig
+
+        config = ModelConfig.load(file)
+        report = inspect_checkpoint(config.transformer, part=part)
+        own = Preset("own", config.stream, config.sampler, None, str(file), ("it has a pipeline.json",))
+        named = named or own
+    return replace(report, preset=(named or report.preset).override(**changes))
+
+
+def report_fields(report: CheckpointReport) -> dict[str, Any]:
+    """The report as JSON can hold it."""
+    preset = report.preset
+    return {
+        "path": str(report.path),
+        "layout": report.layout,
+        "why": report.why,
+        "wrapping": asdict(report.wrapping),
+        "config": asdict(report.config),
+        "dtype": str(report.dtype).removeprefix("torch."),
+        "parameters": report.parameters,
+        "preset": preset.name,
+        "evidence": list(preset.evidence),
+        "source": preset.source,
+        "stream": asdict(preset.stream),
+        "sampler": asdict(preset.sampler),
+        "missing": report.missing,
+        "unexpected": report.unexpected,
+        "misshapen": report.misshapen,
+    }
+
+
+def report_text(report: CheckpointReport) -> str:
+    """The report in lines of a name and what it is."""
+    said = report_fields(report) | {"wrapping": str(report.wrapping)}
+    lines = []
+    for name, value in said.items():
+        for line in _readable(value):
+            lines.append(f"{name:>12}  {line}")
+            name = ""
+    return "\n".join(lines)
+
+
+def _pipeline_file(path: str) -> Path | None:
+    """The pipeline.json that a name or a path stands for, if any."""
+    from causalrope_sp.toybox import EMBEDDED, WEIGHTS
+
+    if path in EMBEDDED:
+        return WEIGHTS / f"{path}.json"
+    if path.endswith(".json") and not path.endswith(".index.json"):
+        return Path(path)
+    inside = Path(path) / "pipeline.json"
+    return inside if inside.is_file() else None
+
+
+def _readable(value: Any) -> list[str]:
+    if isinstance(value, list):
+        return [str(item) for item in value] or ["nothing"]
+    if isinstance(value, dict):
+        return [f"{key} = {item}" for key, item in value.items()]
+    return [f"{value:,}" if isinstance(value, int) else str(value)]

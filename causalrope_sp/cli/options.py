@@ -1,14 +1,55 @@
-"""What several commands read from their words."""
+"""What several commands share: types of options, what is read from their words, and what a shell completes."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
+import click
+from click.shell_completion import CompletionItem
+
 from causalrope_sp.errors import ConfigError
+
+SEED = click.IntRange(0, 2**63 - 1)
+DTYPES = ("float64", "float32", "float16", "bfloat16")
+
+Completer = Callable[[click.Context, click.Parameter, str], list[CompletionItem]]
 
 
 def parse_steps(text: str | None) -> int | tuple[float, ...] | None:
+    """A count of denoising steps, or their timesteps with commas between; None for no text.
+
+    Raises:
+        ConfigError: neither.
+    """
     if text is None:
         return None
     try:
         return tuple(float(word) for word in text.split(",")) if "," in text else int(text)
     except ValueError:
         raise ConfigError(f"--steps takes a count or a list like 1000,750,500,250, not {text!r}") from None
+
+
+def complete_model(_: click.Context, __: click.Parameter, begun: str) -> list[CompletionItem]:
+    """Names of embedded models, and the shell's own files."""
+    from causalrope_sp.toybox import EMBEDDED
+
+    return [*_items(EMBEDDED, begun), CompletionItem(begun, type="file")]
+
+
+def complete_preset(_: click.Context, __: click.Parameter, begun: str) -> list[CompletionItem]:
+    """Names of published presets."""
+    from causalrope_sp.weights import FAMILY
+
+    return _items(FAMILY, begun)
+
+
+def complete_strategy(_: click.Context, __: click.Parameter, begun: str) -> list[CompletionItem]:
+    """Names of attention strategies; products are completed for two to eight ranks."""
+    from causalrope_sp.distributed.layout import AUTO, strategies
+
+    names = [name for ranks in range(2, 9) for name in strategies(ranks, 64)]
+    return _items([AUTO, *dict.fromkeys(names)], begun)
+
+
+def _items(names: Iterable[str], begun: str) -> list[CompletionItem]:
+    return [CompletionItem(name) for name in names if name.startswith(begun)]

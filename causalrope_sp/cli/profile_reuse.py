@@ -40,7 +40,8 @@ def profile_reuse(
     Proposes, for each kind of output, how often to compute it so that nothing reused differs by more than --bound.
     """
     from causalrope_sp.distributed import SequenceParallel
-    from causalrope_sp.pipeline.model_config import ModelConfig, find_model_config
+    from causalrope_sp.pipeline.model_source import find_model
+    from causalrope_sp.pipeline.options import LoadOptions
     from causalrope_sp.pipeline.pipeline import CausalVideoPipeline
     from causalrope_sp.profiling import profile_report as report
     from causalrope_sp.profiling.outputs import check_bound, propose, recording
@@ -48,14 +49,15 @@ def profile_reuse(
 
     check_bound(bound)
     report.check_files(out, plot)
-    if ModelConfig.load(find_model_config(model)).vin is not None:
+    if find_model(model, LoadOptions()).vin is not None:
         raise ConfigError(f"{model} makes its chunks in parallel, where nothing is reused")
     parallel = SequenceParallel.from_env()
-    pipe = CausalVideoPipeline.from_pretrained(model, parallel=parallel, steps=parse_steps(steps))
+    pipe = CausalVideoPipeline.from_pretrained(model, parallel=parallel, num_inference_steps=parse_steps(steps))
     with recording(pipe.model, max_range - 1) as recorder:
         for number, prompt in enumerate(prompts):
             recorder.forget_streams()
-            pipe(prompt, frames=frames, seed=seed + number)
+            for _ in pipe.stream(prompt, num_frames=frames, seed=seed + number):
+                pass
     profile = recorder.profile(pipe.model.config.num_layers, parallel)
     policy = propose(profile, bound)
     parallel.close()

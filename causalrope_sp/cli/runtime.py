@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar
 
 import click
 
-from causalrope_sp.errors import CausalRopeError, RankLostError
+from causalrope_sp.errors import CausalRopeError, OutputError, RankLostError
 
 T = TypeVar("T")
 _RANK_0_SPEAKS_WITHIN_S = 10.0
@@ -75,14 +75,33 @@ def run(cli: click.Group) -> None:
             os._exit(done.code if isinstance(done.code, int) else 1)
 
 
-def say_choices() -> None:
-    """Rank 0 says on stderr what the kernels measure, choose and leave out."""
+def set_up_logging(verbose: bool = False, log_file: str | None = None, silent: bool = False) -> None:
+    """Sends what the packages log to the standard error and to a file.
+
+    Rank 0 says what was inferred, measured and chosen, and with `verbose` all else; with `silent` warnings alone. The
+    file takes everything, of every rank.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    names = ("causalrope_sp", "causalrope_kernels")
+    level = logging.DEBUG if verbose else logging.WARNING if silent else logging.INFO
+    handlers: list[logging.Handler] = []
     if rank() == 0:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        logger = logging.getLogger("causalrope_kernels")
-        logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
+        handlers.append(logging.StreamHandler())
+        handlers[0].setFormatter(logging.Formatter("%(message)s"))
+        handlers[0].setLevel(level)
+    if log_file is not None:
+        try:
+            handlers.append(logging.FileHandler(log_file))
+        except OSError as reason:
+            raise OutputError(f"cannot write {log_file}: {reason.strerror or reason}") from reason
+        handlers[-1].setFormatter(logging.Formatter(f"%(asctime)s rank {rank()} %(name)s %(levelname)s: %(message)s"))
+    for name in names:
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.DEBUG if log_file is not None else level)
+        for handler in handlers:
+            logger.addHandler(handler)
 
 
 class Background(Generic[T]):

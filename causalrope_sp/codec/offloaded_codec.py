@@ -26,7 +26,7 @@ class OffloadedCodec:
     """
 
     def __init__(self, codec: Codec, module: nn.Module, device: torch.device | str) -> None:
-        self._codec = codec
+        self.codec = codec
         self.name, self.channels, self.dtype = codec.name, codec.channels, codec.dtype
         self.temporal_stride, self.spatial_stride = codec.temporal_stride, codec.spatial_stride
         self.device = torch.device(device)
@@ -38,10 +38,10 @@ class OffloadedCodec:
         self._one_at_a_time = threading.Lock()
 
     def decoder(self, spatial_shards: SpatialShards | None = None) -> DecoderStream:
-        return _Decoder(self, self._codec.decoder(spatial_shards))
+        return _Decoder(self, self.codec.decoder(spatial_shards))
 
     def encoder(self) -> EncoderStream:
-        return _Encoder(self, self._codec.encoder())
+        return _Encoder(self, self.codec.encoder())
 
     @contextmanager
     def on_device(self) -> Iterator[None]:

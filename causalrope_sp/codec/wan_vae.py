@@ -51,6 +51,13 @@ class WanCodec:
         return WanEncoderStream(self.vae)
 
 
+def wan_vae_of(codec: object) -> AutoencoderKLWan | None:
+    """diffusers' module of a codec that is a Wan VAE, its weights on the CPU if they are offloaded; None for
+    another."""
+    inner = getattr(codec, "codec", codec)
+    return inner.vae if isinstance(inner, WanCodec) else None
+
+
 class WanDecoderStream:
     """A `DecoderStream` through the Wan VAE."""
 

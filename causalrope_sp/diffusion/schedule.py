@@ -38,7 +38,7 @@ def with_overrides(
     steps: int | Sequence[float] | None = None,
     solver: Solver | None = None,
     shift: float | None = None,
-    guidance: float | None = None,
+    guidance_scale: float | None = None,
     guidance_interval: tuple[float, float] | None = None,
 ) -> SamplerConfig:
     """The sampler with whatever is not None in place of its own. Another solver without steps takes as many as there
@@ -54,7 +54,7 @@ def with_overrides(
         "steps": None if steps is None else timesteps(steps, way),
         "solver": solver,
         "shift": shift,
-        "guidance_scale": guidance,
+        "guidance_scale": guidance_scale,
         "guidance_interval": guidance_interval,
     }
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}

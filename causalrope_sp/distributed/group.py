@@ -153,6 +153,12 @@ class SequenceParallel:
         )
         return parallel
 
+    def moved_to(self, device: torch.device) -> SequenceParallel:
+        """The group of one process, with the same options, on another device."""
+        assert self.size == 1, "the devices of several ranks are their group's"
+        options: dict[str, Any] = {name: getattr(self, name) for name in ("overlap", "head_groups", "attention")}
+        return SequenceParallel(self._group, self.strategy, device, **options)
+
     def check(self, grid: LatentGrid, heads: int) -> None:
         """Refuses, before any stream, what no stream could run.
 

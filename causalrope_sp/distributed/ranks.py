@@ -33,7 +33,7 @@ class Ranks:
     def _communicator(self) -> Communicator:
         return self._make_communicator(self._numbers)
 
-    def together(self, work: Callable[[], T]) -> T:
+    def run_collectively(self, work: Callable[[], T]) -> T:
         """What `work` returns on this rank. Every rank must call, and what `work` exchanges must be among ranks that
         all raise, or none of them.
 
@@ -92,5 +92,5 @@ class Ranks:
         if self.size == 1:
             return make().to(device, dtype)
         room = torch.empty(*shape, dtype=dtype, device=device)
-        self.together(lambda: room.copy_(make()) if self.rank == 0 else None)
+        self.run_collectively(lambda: room.copy_(make()) if self.rank == 0 else None)
         return self.broadcast(kind, room, 0)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
+from causalrope_sp.checks import check_fields
 from causalrope_sp.errors import CheckpointError, ConfigError
 
 # what diffusers' class can be told and Latte never is: another value is another model
@@ -38,10 +39,7 @@ class LatteConfig:
     norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type == "int" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise ConfigError(f"LatteConfig.{field.name} must be a whole number of at least 1, not {value!r}")
+        check_fields(self, [field.name for field in fields(self) if field.type == "int"])
         if self.dim % 4:
             raise ConfigError(f"width {self.dim} must be divisible by 4 to carry the sinusoids of two axes")
         if isinstance(self.norm_eps, bool) or not isinstance(self.norm_eps, int | float) or not 0 < self.norm_eps < 1:

@@ -2,7 +2,7 @@
 
     inline     rank 0, before the next chunk is denoised
     overlap    rank 0, while the next chunk is denoised (on CUDA in a stream of its own)
-    together   all ranks that denoise, a strip of the picture each, before the next chunk is denoised
+    spatial    all ranks that denoise, a spatial shard of the frames each, before the next chunk is denoised
 
 or, where some of the ranks are *decode ranks*, those, a strip each, while the others denoise the next chunk (DeDiVAE of
 PipeDiT, arXiv 2511.12056). They hold no transformer. Latents go to them, and frames come back, by way of the host.
@@ -29,7 +29,7 @@ from causalrope_sp.grid import LatentGrid
 from causalrope_sp.pipeline.prefetch import prefetch_one
 from causalrope_sp.sampling.chunk import LatentChunk
 
-Decode = Literal["inline", "overlap", "together"]
+Decode = Literal["inline", "overlap", "spatial"]
 PrefetchedChunk = tuple[LatentChunk, torch.cuda.Event | None]
 
 
@@ -57,8 +57,8 @@ def frames_of(codec: Codec, parallel: SequenceParallel, grid: LatentGrid, decode
     """How the ranks that denoise come by a video's frames."""
     if parallel.mesh.decode:
         return RemoteFrames(parallel, grid)
-    together = parallel.spatial_shards(grid, parallel.mesh.denoising) if decode == "together" else None
-    return LocalFrames(codec, together, parallel.rank == 0)
+    shards = parallel.spatial_shards(grid, parallel.mesh.denoising) if decode == "spatial" else None
+    return LocalFrames(codec, shards, parallel.rank == 0)
 
 
 def prefetched(

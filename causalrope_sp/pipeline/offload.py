@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
+from causalrope_sp.config import Keep
 from causalrope_sp.errors import ConfigError
 
 WORDS = ("text", "codec", "none")
-Keep = Literal["device", "cpu", "free"]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A pipeline's part in chunks made together: the network of its recipe, and the way from steps to chunks to decode."""
+"""Chunks made in parallel by a Video Interface Network: from the steps of their sampler to chunks to decode."""
 
 from __future__ import annotations
 
@@ -22,36 +22,19 @@ from causalrope_sp.sampling.chunk import LatentChunk
 from causalrope_sp.vin.chunks import AssignedChunks, cut
 from causalrope_sp.vin.network import VideoInterfaceNetwork
 from causalrope_sp.vin.parallel_sampler import StepOutput, sample_parallel_chunks
-from causalrope_sp.vin.vin_config import ParallelChunksConfig, check_preview
+from causalrope_sp.vin.vin_config import ParallelChunksConfig
 from causalrope_sp.vin.vin_weights import load_vin
+
+OnStep = Callable[[StepOutput, "PreviewFrame | None"], object]
 
 
 @dataclass(frozen=True)
 class PreviewFrame:
-    """Step `step` of `steps` is done. `frames`, uint8 (T, H, W, 3) on rank 0, are a preview where one was asked for."""
+    """What the video looks to become after step `step` of `steps`: uint8 (T, H, W, 3) on rank 0, None on the others."""
 
     step: int
     steps: int
     frames: np.ndarray | None
-
-
-@dataclass(frozen=True)
-class Watch:
-    """Who is called after every step, and every how many steps with a preview; None for no previews.
-
-    Where `call` raises on some of the ranks only, the others wait for them at the next step.
-
-    Raises:
-        ConfigError: `preview_every` is no whole number of at least 1, or `call` none.
-    """
-
-    call: Callable[[PreviewFrame], None]
-    preview_every: int | None = None
-
-    def __post_init__(self) -> None:
-        check_preview(self.preview_every)
-        if not callable(self.call):
-            raise ConfigError(f"what watches must be callable, unlike {self.call!r}")
 
 
 @dataclass(frozen=True)
@@ -67,8 +50,12 @@ class ParallelChunks:
         return cls(*load_vin(weights, dit, dtype=dtype, device=device))
 
     def check_memory_for(self, model: CausalDiT, grid: LatentGrid, frames: int, parallel: SequenceParallel) -> None:
-        """Raises ConfigError for so many latent frames as this rank surely has no memory for: all chunks of a lane are
-        denoised at once. Counted are latents and what one feed-forward makes of them, from below."""
+        """Refuses so many latent frames as this rank surely has no memory for: all chunks of a rank are denoised at
+        once. Latents and what one feed-forward makes of them are counted, a lower bound.
+
+        Raises:
+            ConfigError: it will not fit.
+        """
         config, free = model.config, free_bytes(parallel.device)
         held = -(-frames // parallel.mesh.chunk)
         tokens = held * -(-grid.tokens // parallel.mesh.sp)
@@ -81,59 +68,78 @@ class ParallelChunks:
             )
 
     def sample(
-        self, model: CausalDiT, *args: Any, codec: Codec, watch: Watch | None, shown: int, **options: Any
+        self,
+        model: CausalDiT,
+        *args: Any,
+        codec: Codec,
+        on_step: OnStep | None,
+        preview_every: int | None,
+        shown: int,
+        **options: Any,
     ) -> Generator[LatentChunk]:
         """`sample_parallel_chunks`, with its arguments, and after its last step the chunks' own frames, chunk by chunk.
-        Previews show so many pixel frames."""
-        every = None if watch is None else watch.preview_every
-        for output in sample_parallel_chunks(
-            model, self.vin, *args, chunks=self.chunks, preview_every=every, **options
-        ):
-            if watch is not None:
-                watch.call(_preview(output, codec, shown, options["parallel"].rank))
+
+        Args:
+            on_step: called after each step.
+            preview_every: how many steps there are between two previews, None for no preview.
+            shown: pixel frames of a preview.
+        """
+        rank, initial = options["parallel"].rank, options["initial_latents"]
+        made = sample_parallel_chunks(
+            model, self.vin, *args, chunks=self.chunks, preview_every=preview_every, **options
+        )
+        for output in made:
+            if on_step is not None:
+                on_step(output, _preview(output, codec, shown, rank))
             if output.last:
                 assert output.latents is not None, "the last step has the video"
-                given, latents = options["initial_latents"], output.latents
-                first = 0 if given is None else given.shape[1]
-                cuts = cut(latents.shape[1], self.chunks, first)
-                for n in range(len(cuts)):
-                    own = AssignedChunks(cuts, self.chunks, n, len(cuts)).owned
-                    yield LatentChunk(Chunk(n, own.start, len(own)), latents[:, own.start - first : own.stop - first])
+                yield from self._own_frames(output.latents, 0 if initial is None else initial.shape[1])
+
+    def _own_frames(self, latents: torch.Tensor, first: int) -> Generator[LatentChunk]:
+        cuts = cut(latents.shape[1], self.chunks, first)
+        for n in range(len(cuts)):
+            own = AssignedChunks(cuts, self.chunks, n, len(cuts)).owned
+            yield LatentChunk(Chunk(n, own.start, len(own)), latents[:, own.start - first : own.stop - first])
 
 
-def _preview(output: StepOutput, codec: Codec, shown: int, rank: int) -> PreviewFrame:
-    """Previews alone are decoded: the video itself is decoded as it is handed out."""
-    if output.latents is None or output.last or rank:
+def _preview(output: StepOutput, codec: Codec, shown: int, rank: int) -> PreviewFrame | None:
+    """Previews alone are decoded here: the video itself is decoded chunk by chunk afterwards."""
+    if output.latents is None or output.last:
+        return None
+    if rank:
         return PreviewFrame(output.step, output.steps, None)
     pixels = to_uint8(codec.decoder().decode(output.latents.to(codec.dtype)))[0]
     return PreviewFrame(output.step, output.steps, pixels[:shown].movedim(1, -1).cpu().numpy())
 
 
-def check_asked(asked: str | None, weights: Path | None, changes: Collection[str]) -> None:
+def check_requested(requested: str | None, weights: Path | None, changes: Collection[str]) -> None:
     """Refuses what chunks made in parallel cannot be.
 
+    Args:
+        requested: "vin" or None.
+        weights: the network of the model, if it has one.
+        changes: what was said of a stream, such as its window.
+
     Raises:
-        ConfigError: an unknown way to make them; one asked for where the recipe names no VIN, or not asked for where it
-            does; something said of a stream, such as its window.
+        ConfigError: parallel chunks of a model without a network, or none of a model that has nothing else; something
+            said of a stream.
     """
-    if asked not in (None, "vin"):
-        raise ConfigError(f"parallel_chunks must be vin, not {asked!r}")
-    if asked and weights is None:
+    if requested and weights is None:
         raise ConfigError("this model has no VIN weights to make its chunks in parallel with; toybox-vin has")
-    if weights is not None and not asked:
+    if weights is not None and not requested:
         raise ConfigError(
             'this model makes its chunks in parallel alone: say --parallel-chunks vin (parallel_chunks="vin")'
         )
-    if asked and changes:
+    if requested and changes:
         raise ConfigError(f"chunks made in parallel are no stream: they have no {', '.join(changes)} to set")
 
 
-def check_start(together: bool, given: bool, reuse: bool, watched: bool) -> None:
-    """Raises ConfigError if chunks made together shall start from a picture or a video, or reuse outputs, or others be
-    watched."""
-    if watched and not together:
-        raise ConfigError("steps are watched, and previewed, only where chunks are made in parallel")
-    if reuse and together:
+def check_call(parallel_chunks: bool, conditioned: bool, reuse: bool, previews: bool) -> None:
+    """Raises ConfigError if chunks made in parallel shall start from a picture or a video, or reuse outputs, or if a
+    stream shall have previews."""
+    if previews and not parallel_chunks:
+        raise ConfigError("steps are previewed (preview_every) only where chunks are made in parallel")
+    if reuse and parallel_chunks:
         raise ConfigError("chunks made in parallel compute every output: there is no reuse")
-    if given and together:
+    if conditioned and parallel_chunks:
         raise ConfigError("chunks made in parallel start from noise alone, not from an image or a video")

@@ -15,12 +15,13 @@ from pathlib import Path
 import torch
 
 from causalrope_sp.codec.codec_footprint import CodecFootprint, codec_footprint
+from causalrope_sp.config import Keep
 from causalrope_sp.distributed import SequenceParallel
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.grid import LatentGrid
 from causalrope_sp.pipeline.decoding import Decode
 from causalrope_sp.pipeline.model_config import ModelConfig
-from causalrope_sp.pipeline.offload import Keep, Offload
+from causalrope_sp.pipeline.offload import Offload
 from causalrope_sp.planning.cost import Plan, plan
 from causalrope_sp.planning.machines import Machine, default_machine
 from causalrope_sp.planning.memory import AuxiliaryMemory
@@ -61,6 +62,13 @@ class Run:
             auxiliary(self.text, self.codec, self.offload, self.on_cpu), decodes_concurrently=self.decodes_concurrently
         )
 
+    @property
+    def loaded_bytes(self) -> int:
+        """What stays in memory between two streams."""
+        beside = self.auxiliary
+        text, codec = beside.text_stays * beside.text, beside.codec_stays * beside.codec
+        return self.work.weights_bytes + text + codec
+
     def plans(self, ranks: int) -> list[Plan]:
         """With every strategy of so many ranks on the `sp` axis."""
         return plan(self.work, self.cfg * ranks, self.machine, cfg_sizes=(self.cfg,), auxiliary=self.auxiliary)
@@ -87,13 +95,20 @@ def auxiliary(text: int, codec: CodecFootprint, offload: Offload, on_cpu: bool) 
     )
 
 
-def check_memory(run: Run, parallel: SequenceParallel) -> None:
+def check_memory(run: Run, parallel: SequenceParallel, loaded: bool = False) -> None:
     """Refuses what this rank's device has no room for. A decode rank has a codec alone.
+
+    Args:
+        run: what is about to run.
+        parallel: the ranks.
+        loaded: whether the weights are in memory already, so that what is free is free beside them.
 
     Raises:
         ConfigError: it will not fit.
     """
     free = free_bytes(parallel.device)
+    if free is not None and loaded:
+        free += run.codec.weights if parallel.decodes else run.loaded_bytes
     if not parallel.decodes:
         return check_fits(run, free, parallel.device)
     needs = run.codec.weights + run.codec.state + run.codec.activations + run.auxiliary.workspace
@@ -145,7 +160,7 @@ def decode_share(parallel: SequenceParallel, decode: Decode) -> Fraction:
     """How much of a picture this rank decodes, halos left out."""
     if parallel.mesh.decode:
         return Fraction(int(parallel.decodes), parallel.mesh.decode)
-    if decode == "together":
+    if decode == "spatial":
         return Fraction(1, parallel.size)
     return Fraction(int(parallel.rank == 0))
 

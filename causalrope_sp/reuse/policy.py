@@ -13,6 +13,7 @@ from functools import cached_property
 from itertools import product
 from typing import Literal, Self, get_args
 
+from causalrope_sp.checks import check_whole
 from causalrope_sp.errors import ConfigError
 
 # "self" is attention within a frame, or over all of a window; a block of attention across frames has an MLP of its own
@@ -42,8 +43,7 @@ class Broadcast:
 
     def __post_init__(self) -> None:
         _check_kind_and_layers(self.kind, self.layers)
-        if not _whole(self.every, 1):
-            raise ConfigError(f"every must be a whole number of at least 1, not {self.every!r}")
+        check_whole("every", self.every)
         for name, bounds, right in (
             ("timesteps", self.timesteps, _number),
             ("steps", self.steps, lambda value: _whole(value, 0)),
@@ -76,8 +76,7 @@ class After:
         _check_kind_and_layers(self.kind, self.layers)
         if not self.timesteps or not all(map(_number, self.timesteps)):
             raise ConfigError(f"after must be one or more timesteps, not {self.timesteps!r}")
-        if not _whole(self.steps, 1):
-            raise ConfigError(f"steps after a timestep must be a whole number of at least 1, not {self.steps!r}")
+        check_whole("steps after a timestep", self.steps)
 
     def reuses(self, step: int, timesteps: Sequence[float]) -> bool:
         computed = {

@@ -17,7 +17,7 @@ from causalrope_sp.attention.build import build_strategy, describe_strategy
 from causalrope_sp.cache.window import SlidingWindow
 from causalrope_sp.config import SamplerConfig, StreamConfig
 from causalrope_sp.diffusion.noise import Noise
-from causalrope_sp.diffusion.schedule import add_noise, branch_timesteps, sigmas
+from causalrope_sp.diffusion.schedule import add_noise, branch_timesteps, model_timesteps, sigmas
 from causalrope_sp.diffusion.solvers import start_solver
 from causalrope_sp.distributed import SequenceParallel
 from causalrope_sp.distributed.layout import Layout
@@ -31,6 +31,8 @@ from causalrope_sp.reuse.policy import ReusePlan, ReusePolicy
 from causalrope_sp.sampling.chunk import LatentChunk, ShardContext, check_text
 from causalrope_sp.sampling.guidance import UNCONDITIONAL, GuidanceBranches, check_guidance
 from causalrope_sp.sampling.stream import CausalStream, Part
+
+OnStep = Callable[[Chunk, int, float], object]
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ def sample_chunks(
     negative_embeds: Tensor | None = None,
     reuse: ReusePolicy | None = None,
     layout: Layout | None = None,
+    on_step: OnStep | None = None,
 ) -> Generator[LatentChunk]:
     """Generates a video chunk by chunk (Self-Forcing, arXiv 2506.08009), on one rank or many.
 
@@ -76,6 +79,8 @@ def sample_chunks(
         reuse: which attention outputs later steps take over from earlier ones of their chunk (PAB); it changes the
             result, the same way on any number of ranks. None computes all of them.
         layout: how the ranks share attention; None takes what `choose_strategy` says.
+        on_step: called on every rank after each denoising step with the chunk, the step's number within it and the
+            timestep that the model was told. It must not raise on some of the ranks only.
 
     Yields:
         LatentChunk: before the chunk's context pass; the last chunk has none.
@@ -99,6 +104,7 @@ def sample_chunks(
         negative_embeds=negative_embeds,
         reuse=reuse,
         layout=layout,
+        on_step=on_step,
     )
     for chunk in loop.chunks():
         tokens = loop.denoise(chunk)
@@ -125,6 +131,7 @@ class ChunkLoop:
         negative_embeds: Tensor | None = None,
         reuse: ReusePolicy | None = None,
         layout: Layout | None = None,
+        on_step: OnStep | None = None,
     ) -> None:
         _check_length(frames, stream)
         check_text(model, embeds, grid)
@@ -133,8 +140,8 @@ class ChunkLoop:
         self._context.check_initial(initial_latents)
         self._noise, self._source, self._stream, self._sampler = noise, source, stream, sampler
         self._initial = 0 if initial_latents is None else initial_latents.shape[1]
-        self._frames = frames
-        self._levels = sigmas(sampler)
+        self._frames, self._on_step = frames, on_step
+        self._levels, self._timesteps = sigmas(sampler), model_timesteps(sampler)
         self._first_step = 0 if source is None else source.first_step
         if not 0 <= self._first_step < len(self._levels):
             raise ConfigError(
@@ -192,6 +199,8 @@ class ChunkLoop:
             velocity = self._branches.velocity(chunk, x, step)
             to = levels[step + 1] if step + 1 < len(levels) else 0.0
             x = solve(x, velocity, sigma, to, partial(self._draw, chunk, step + 1))
+            if self._on_step is not None:
+                self._on_step(chunk, step, self._timesteps[step])
         return x
 
     def output(self, chunk: Chunk, tokens_BFSE: Tensor) -> LatentChunk:

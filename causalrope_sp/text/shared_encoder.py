@@ -8,10 +8,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from causalrope_sp.config import DiTConfig
+from causalrope_sp.config import DiTConfig, Keep
 from causalrope_sp.distributed import SequenceParallel
 from causalrope_sp.errors import ConfigError
-from causalrope_sp.pipeline.offload import Keep
 from causalrope_sp.text.source import TextSource
 from causalrope_sp.text.umt5 import UMT5TextEncoder
 

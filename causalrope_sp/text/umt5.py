@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, get_args
 import torch
 from torch import Tensor
 
+from causalrope_sp.config import Keep
 from causalrope_sp.errors import CheckpointError, ConfigError
-from causalrope_sp.pipeline.offload import Keep
 from causalrope_sp.text.clean import clean_prompt
 from causalrope_sp.text.source import TextSource
 from causalrope_sp.text.umt5_checkpoint import T5Checkpoint

@@ -38,10 +38,10 @@ GRAMMAR = (
     f"COLOR: {', '.join(COLORS)}; SHAPE: {', '.join(SHAPES)}; MOTION: {', '.join(MOTIONS)}"
 )
 
-_OBJECT = r"an? (?:(small|large) )?([a-z]+) ([a-z]+) ([a-z]+(?: [a-z]+)??)"
-_PROMPT = re.compile(rf"{_OBJECT}(?: and {_OBJECT})?(?: on a ([a-z]+) background)?")
+_OBJECT = r"(?:(?:an?|the) )?(?:(small|large) )?([a-z]+) ([a-z]+) ([a-z]+(?: [a-z]+)??)"
+_PROMPT = re.compile(rf"{_OBJECT}(?: and {_OBJECT})?(?: on (?:an? |the )?([a-z]+) background)?")
 _WORDS = frozenset(
-    ["a", "an", "and", "on", "background", "small", "large", *COLORS, *SHAPES, *BACKGROUNDS]
+    ["a", "an", "the", "and", "on", "background", "small", "large", *COLORS, *SHAPES, *BACKGROUNDS]
     + [word for motion in MOTIONS for word in motion.split()]
 )
 
@@ -72,7 +72,7 @@ class SceneSpec:
 
 
 def parse_prompt(prompt: str) -> SceneSpec:
-    """Reads one sentence of the grammar. Case, commas, full stops and runs of spaces do not matter.
+    """Reads one sentence of the grammar. Case, commas, full stops, runs of spaces and articles do not matter.
 
     Raises:
         PromptError: a word outside the grammar (the message lists the words) or words in an order that it lacks.

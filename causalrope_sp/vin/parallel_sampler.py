@@ -41,6 +41,7 @@ class StepOutput:
 
     step: int
     steps: int
+    timestep: float
     latents: Tensor | None
 
     @property
@@ -131,7 +132,9 @@ def sample_parallel_chunks(
         points_to = predict_x0(x, velocity, sigma) if preview else x
         x = solve(x, velocity, sigma, to, partial(draw, step + 1))
         done = x if step + 1 == len(levels) else points_to if preview else None
-        yield StepOutput(step + 1, len(levels), None if done is None else grid.unpatchify(state.across.gather(done)))
+        yield StepOutput(
+            step + 1, len(levels), timesteps[step], None if done is None else grid.unpatchify(state.across.gather(done))
+        )
 
 
 def _check(

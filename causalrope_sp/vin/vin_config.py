@@ -4,26 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from causalrope_sp.checks import check_fields, check_whole
 from causalrope_sp.errors import ConfigError
-
-
-def _is_whole(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _at_least(owner: object, least: int, *names: str) -> None:
-    for name in names:
-        value = getattr(owner, name)
-        if not _is_whole(value, least):
-            raise ConfigError(
-                f"{type(owner).__name__}.{name} must be a whole number of at least {least}, not {value!r}"
-            )
 
 
 def check_preview(every: int | None) -> None:
     """Raises ConfigError for an interval between previews that is no whole number of at least 1; None is none."""
-    if every is not None and not _is_whole(every, 1):
-        raise ConfigError(f"preview_every must be a whole number of at least 1, not {every!r}")
+    if every is not None:
+        check_whole("preview_every", every)
 
 
 @dataclass(frozen=True)
@@ -40,7 +28,7 @@ class VINConfig:
     layers: int
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "global_tokens", "dim", "heads", "layers")
+        check_fields(self, ["global_tokens", "dim", "heads", "layers"])
         if self.dim % self.heads:
             raise ConfigError(f"VINConfig.dim {self.dim} is not divisible by its {self.heads} heads")
 
@@ -64,7 +52,7 @@ class ParallelChunksConfig:
     fuse_above: float = 0.4
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "chunk_frames", "overlap", "keyframe_every")
+        check_fields(self, ["chunk_frames", "overlap", "keyframe_every"])
         if 2 * self.overlap > self.chunk_frames:
             raise ConfigError(
                 f"an overlap of {self.overlap} is more than half of a chunk of {self.chunk_frames} frames"

@@ -4,7 +4,7 @@ from causalrope_sp.weights.checkpoint_report import CheckpointReport
 from causalrope_sp.weights.dit_loader import inspect_checkpoint, load_model, outline_model
 from causalrope_sp.weights.lora import Lora
 from causalrope_sp.weights.model_presets import FAMILY, Preset, find_preset
-from causalrope_sp.weights.save import save_model
+from causalrope_sp.weights.save import save_diffusers, save_model
 
 __all__ = [
     "FAMILY",
@@ -15,5 +15,6 @@ __all__ = [
     "inspect_checkpoint",
     "load_model",
     "outline_model",
+    "save_diffusers",
     "save_model",
 ]

@@ -80,7 +80,7 @@ def load_model(
     """
     if weights not in get_args(Weights):
         raise ConfigError(f"weights must be {' or '.join(get_args(Weights))}, not {weights!r}")
-    checkpoint, merges = readers.together(lambda: _open(Path(path), config, part, loras))
+    checkpoint, merges = readers.run_collectively(lambda: _open(Path(path), config, part, loras))
     if readers.size > 1:
         _agree(checkpoint, merges, readers)
     model, place = checkpoint.model, torch.device(device)
@@ -91,7 +91,7 @@ def load_model(
     }
     owner = owners([sum(room.nbytes for room in several) for several in kv_slots.values()], readers.size)
     mine = [name for name, rank in zip(kv_slots, owner, strict=True) if rank == readers.rank]
-    readers.together(lambda: _fill(checkpoint, {name: kv_slots[name] for name in mine}, merges))
+    readers.run_collectively(lambda: _fill(checkpoint, {name: kv_slots[name] for name in mine}, merges))
     for several, rank in zip(kv_slots.values(), owner, strict=True):
         for room in several:
             readers.broadcast("weights", room, rank)

@@ -19,7 +19,7 @@ class Readers(Protocol):
     @property
     def size(self) -> int: ...
 
-    def together(self, work: Callable[[], T]) -> T:
+    def run_collectively(self, work: Callable[[], T]) -> T:
         """What `work` returns on this rank. Wrong input that it meets on any rank is raised on every one."""
         ...
 
@@ -37,7 +37,7 @@ class Alone:
 
     rank, size = 0, 1
 
-    def together(self, work: Callable[[], T]) -> T:
+    def run_collectively(self, work: Callable[[], T]) -> T:
         return work()
 
     def agree(self, on: Mapping[str, object]) -> None:

@@ -1,128 +1,21 @@
-"""`causalrope-sp plan`: what every strategy would cost for a model on some ranks, as a table, as JSON, as a plot."""
+"""What `causalrope-sp plan` says: the costs of every strategy as a table, as JSON and as a plot."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from causalrope_sp.config import PRESETS, VAE_STRIDE, DiTConfig, SamplerConfig, StreamConfig
-from causalrope_sp.diffusion.schedule import with_overrides
 from causalrope_sp.distributed.mesh import possible_cfg_sizes
-from causalrope_sp.errors import CheckpointError, ConfigError, OutputError
-from causalrope_sp.grid import LatentGrid
-from causalrope_sp.pipeline.offload import Offload
+from causalrope_sp.errors import ConfigError, OutputError
 from causalrope_sp.planning.cost import Plan, plan
-from causalrope_sp.planning.decode_cost import DecodePlan, VaeSize, plan_decoding
-from causalrope_sp.planning.machines import GPUS, LINKS, Machine, machine
-from causalrope_sp.planning.memory import AuxiliaryMemory
+from causalrope_sp.planning.decode_cost import DecodePlan
+from causalrope_sp.planning.machines import Machine
+from causalrope_sp.planning.memory import NO_AUXILIARY, AuxiliaryMemory
 from causalrope_sp.planning.workload import Workload
-from causalrope_sp.reuse.policy import ReusePolicy
-from causalrope_sp.sampling.guidance import check_guidance
-
-if TYPE_CHECKING:
-    from causalrope_sp.pipeline.model_config import ModelConfig
 
 PLOTTED = (1, 2, 4, 8, 16, 32, 64)
-
-
-def describe_workload(
-    model: str,
-    height: int | None,
-    width: int | None,
-    window: int | None,
-    sink: int | None,
-    chunk_frames: int | None,
-    steps: int | None,
-    guidance: float | None = None,
-    guidance_interval: tuple[float, float] | None = None,
-    reuse: ReusePolicy | None = None,
-) -> Workload:
-    """The stream to plan for: a preset, an embedded model or a checkpoint, with whatever is with_overrides.
-
-    Raises:
-        CheckpointError: nothing readable at `model`.
-        ConfigError: settings that cannot work together.
-    """
-    config, stream, sampler, size = _known(model)
-    stream = StreamConfig(
-        window=stream.window if window is None else window,
-        sink=stream.sink if sink is None else sink,
-        chunk_frames=stream.chunk_frames if chunk_frames is None else chunk_frames,
-    )
-    sampler = with_overrides(sampler, steps=steps, guidance=guidance, guidance_interval=guidance_interval)
-    check_guidance(sampler, cfg=1)
-    if stream.window is None:
-        raise ConfigError(f"{model} looks back over everything: give --window, the latent frames of the video")
-    grid = LatentGrid.from_pixels(
-        size[0] if height is None else height, size[1] if width is None else width, VAE_STRIDE[1], config.patch_size[1:]
-    )
-    return Workload.of(config, grid, stream, sampler, stream.window, reuse=reuse)
-
-
-def describe_auxiliary(model: str, work: Workload, offload: Offload, on_cpu: bool) -> AuxiliaryMemory:
-    """The text encoder and the codec that stand beside a model: those of its recipe, else Wan's own, UMT5-XXL in
-    bfloat16 and the Wan VAE.
-
-    Raises:
-        CheckpointError: the recipe's codec or text encoder cannot be read.
-    """
-    from causalrope_sp.codec.codec_footprint import codec_footprint, wan_2_1_footprint
-    from causalrope_sp.pipeline.preflight import auxiliary
-    from causalrope_sp.text import TextSource
-    from causalrope_sp.text.text_footprint import text_bytes, umt5_xxl_bytes
-
-    model_config = None if model in PRESETS else _recipe(model)
-    size = VAE_STRIDE[1] * work.grid.latent_height, VAE_STRIDE[1] * work.grid.latent_width
-    if model_config is None:
-        return auxiliary(umt5_xxl_bytes(), wan_2_1_footprint(*size, work.chunk_frames), offload, on_cpu)
-    text = text_bytes(model_config.text) if isinstance(model_config.text, TextSource) else 0
-    return auxiliary(text, codec_footprint(model_config.codec, None, *size, work.chunk_frames), offload, on_cpu)
-
-
-def describe_decoding(model: str, work: Workload, ranks: int, on: Machine) -> DecodePlan | None:
-    """How denoising and decoding are best spread over the ranks, for the Wan VAE of a model's recipe, or Wan's own;
-    None for another codec.
-
-    Raises:
-        CheckpointError: the recipe's codec cannot be read.
-    """
-    from causalrope_sp.codec.codec_loader import open_codec
-    from causalrope_sp.codec.wan_vae_weights import vae_on_meta
-
-    model_config, vae = None if model in PRESETS else _recipe(model), VaeSize()
-    if model_config is not None:
-        files, kind = open_codec(model_config.codec)
-        if kind != "wan":
-            return None
-        vae = VaeSize.of(vae_on_meta(files).config)
-    return plan_decoding(vae, work, ranks, on)
-
-
-def describe_machine(gpu: str, link: str, measured: Path | None) -> Machine:
-    """Data sheets' rates, or those that were measured: a JSON object with any of a machine's fields, in SI units.
-
-    Raises:
-        ConfigError: a name that is not known, a file that cannot be read, or a field that a machine has not.
-    """
-    for kind, name, known in (("gpu", gpu, GPUS), ("link", link, LINKS)):
-        if name not in known:
-            raise ConfigError(f"unknown {kind} {name!r}; there are: {', '.join(known)}; or give --measured rates")
-    rates = machine(gpu, link)
-    if measured is None:
-        return rates
-    try:
-        found = json.loads(measured.read_text())
-        names = {field.name for field in dataclasses.fields(Machine)} - {"name"}
-        if not isinstance(found, dict) or set(found) - {"name"} - names:
-            raise ValueError(f"it must be an object with some of {', '.join(sorted(names))}")
-        if not all(type(v) in (int, float) and 1e-12 < v < 1e30 for k, v in found.items() if k != "name"):
-            raise ValueError("every rate must be a number above 0")
-        return dataclasses.replace(rates, **{**found, "name": f"measured ({measured.name})"})
-    except (OSError, ValueError, RecursionError) as reason:
-        raise ConfigError(f"cannot use the measured rates in {measured}: {reason}") from reason
 
 
 def decoding_fields(found: DecodePlan | None) -> dict[str, Any] | None:
@@ -224,7 +117,7 @@ def _short(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
 
 
-def plot_plan(work: Workload, on: Machine, path: Path) -> None:
+def plot_plan(work: Workload, on: Machine, path: Path, auxiliary: AuxiliaryMemory = NO_AUXILIARY) -> None:
     """Frames a second and memory of the best strategy of each kind over 1 to 64 ranks.
 
     Raises:
@@ -243,7 +136,8 @@ def plot_plan(work: Workload, on: Machine, path: Path) -> None:
     kinds: dict[str, list[Plan]] = {}
     for ranks in (r for r in PLOTTED if r <= work.grid.tokens):
         best: dict[str, Plan] = {}
-        for cost in plan(work, ranks, on, cfg_sizes=possible_cfg_sizes(work.guided > 0, ranks)):
+        sizes = possible_cfg_sizes(work.guided > 0, ranks)
+        for cost in plan(work, ranks, on, cfg_sizes=sizes, auxiliary=auxiliary):
             kind = _kind(cost.name)
             if kind not in best or cost.chunk_ms < best[kind].chunk_ms:
                 best[kind] = cost
@@ -270,38 +164,3 @@ def plot_plan(work: Workload, on: Machine, path: Path) -> None:
 
 def _kind(strategy: str) -> str:
     return re.sub(r"ulysses\d+x(.*?)\d+", r"ulysses × \1", strategy)
-
-
-def _known(model: str) -> tuple[DiTConfig, StreamConfig, SamplerConfig, tuple[int, int]]:
-    from causalrope_sp.weights import inspect_checkpoint
-
-    wan = StreamConfig(window=21, chunk_frames=3), SamplerConfig(), (480, 832)
-    if model in PRESETS:
-        return PRESETS[model], *wan
-    model_config = _recipe(model)
-    if model_config is None:
-        if not Path(model).exists():
-            raise CheckpointError(
-                f"no model {model!r}: not one of {', '.join(PRESETS)}, toybox, not a file, not a folder"
-            ) from None
-        report = inspect_checkpoint(model)
-        known = report.preset.stream.window is not None
-        runs = (report.preset.stream, report.preset.sampler, wan[2]) if known else wan
-        return report.config, *runs
-    if model_config.vin is not None:
-        raise ConfigError(f"{model} makes its chunks in parallel: there is no plan of a stream")
-    return (
-        inspect_checkpoint(model_config.transformer).config,
-        model_config.stream,
-        model_config.sampler,
-        (model_config.height, model_config.width),
-    )
-
-
-def _recipe(model: str) -> ModelConfig | None:
-    from causalrope_sp.pipeline.model_config import ModelConfig, find_model_config
-
-    try:
-        return ModelConfig.load(find_model_config(model))
-    except CheckpointError:
-        return None

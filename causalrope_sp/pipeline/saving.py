@@ -1,0 +1,96 @@
+"""From a pipeline to a folder: diffusers' layout, so that its own loaders read the parts, with a pipeline.json
+beside."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from causalrope_sp.codec.wan_vae import wan_vae_of
+from causalrope_sp.errors import ConfigError, OutputError
+from causalrope_sp.pipeline.model_config import PIPELINE_FILE
+from causalrope_sp.text import TextSource
+from causalrope_sp.weights import save_diffusers
+from causalrope_sp.weights.fp8 import is_fp8
+
+if TYPE_CHECKING:
+    from causalrope_sp.pipeline.loading import Parts
+
+
+def save_parts(parts: Parts, folder: str | os.PathLike[str]) -> None:
+    """Writes transformer, VAE, text encoder, tokenizer, scheduler and pipeline.json into a folder, which is made.
+
+    Raises:
+        ConfigError: weights in 8 bits, which no layout has, or a path of a file.
+        OutputError: the folder cannot be written.
+    """
+    if is_fp8(parts.model):
+        raise ConfigError("a model with fp8 weights cannot be saved: load it with weights full")
+    home = Path(folder)
+    if home.exists() and not home.is_dir():
+        raise OutputError(f"cannot write {home}: a file of that name is in the way")
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        save_diffusers(parts.model, home / "transformer")
+        index: dict[str, Any] = {"transformer": ["diffusers", "WanTransformer3DModel"]}
+        index |= _save_scheduler(parts, home) | _save_codec(parts, home) | _save_text(parts, home)
+        _write(home / "model_index.json", {"_class_name": "WanPipeline", **index})
+        _write(home / PIPELINE_FILE, _settings(parts, home))
+    except OSError as reason:
+        raise OutputError(f"cannot write {home}: {reason.strerror or reason}") from reason
+
+
+def _save_scheduler(parts: Parts, home: Path) -> dict[str, Any]:
+    """Wan's own scheduler with the shift of the sampler; how this library runs the model stands in the
+    pipeline.json."""
+    (home / "scheduler").mkdir(exist_ok=True)
+    scheduler = {
+        "_class_name": "UniPCMultistepScheduler",
+        "prediction_type": "flow_prediction",
+        "use_flow_sigmas": True,
+        "flow_shift": parts.config.sampler.shift,
+    }
+    _write(home / "scheduler" / "scheduler_config.json", scheduler)
+    return {"scheduler": ["diffusers", "UniPCMultistepScheduler"]}
+
+
+def _save_codec(parts: Parts, home: Path) -> dict[str, Any]:
+    """The Wan VAE as diffusers has it; another codec as the file that it came from."""
+    vae = wan_vae_of(parts.codec)
+    if vae is not None:
+        vae.save_pretrained(home / "vae")
+        return {"vae": ["diffusers", "AutoencoderKLWan"]}
+    shutil.copy2(parts.config.codec, home / Path(parts.config.codec).name)
+    return {}
+
+
+def _save_text(parts: Parts, home: Path) -> dict[str, Any]:
+    """The files of UMT5 and its tokenizer, copied as they are; nothing for a text encoder without weights."""
+    if not isinstance(parts.config.text, TextSource) or not parts.config.text.is_here():
+        return {}
+    weights, tokenizer = parts.config.text.find()
+    if weights.is_dir():
+        shutil.copytree(weights, home / "text_encoder", dirs_exist_ok=True)
+        shutil.copytree(tokenizer.parent, home / "tokenizer", dirs_exist_ok=True)
+        return {"text_encoder": ["transformers", "UMT5EncoderModel"], "tokenizer": ["transformers", "T5TokenizerFast"]}
+    shutil.copy2(weights, home / weights.name)
+    shutil.copytree(tokenizer.parent, home / "google" / "umt5-xxl", dirs_exist_ok=True)
+    return {}
+
+
+def _settings(parts: Parts, home: Path) -> dict[str, Any]:
+    config = parts.config
+    codec = "vae" if (home / "vae").is_dir() else Path(config.codec).name
+    text = config.text if isinstance(config.text, str) else "./"
+    settings = {"transformer": "transformer", "codec": codec, "text": text, **config.as_json()}
+    if config.vin is not None:
+        shutil.copy2(config.vin, home / Path(config.vin).name)
+        settings["vin"] = Path(config.vin).name
+    return settings
+
+
+def _write(file: Path, fields: dict[str, Any]) -> None:
+    file.write_text(json.dumps(fields, indent=2) + "\n")

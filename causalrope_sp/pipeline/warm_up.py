@@ -1,0 +1,60 @@
+"""A short stream that is thrown away, before anybody waits for one."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING
+
+import torch
+
+from causalrope_sp.config import SamplerConfig
+from causalrope_sp.diffusion.noise import seeded_noise
+from causalrope_sp.pipeline.decoding import frames_of, run_decode_worker
+from causalrope_sp.pipeline.options import GenerationOptions
+from causalrope_sp.sampling.sampler import sample_chunks
+
+if TYPE_CHECKING:
+    from causalrope_sp.pipeline.pipeline import CausalVideoPipeline
+
+
+def warm_up(pipe: CausalVideoPipeline) -> None:
+    """Runs a stream of one pass a chunk until its window has been full for a chunk, or a short video whose chunks are
+    made in parallel: kernels are compiled, the fastest attention is measured and the ranks are connected. Every rank
+    must call it."""
+    parallel, grid, text = pipe.parallel, pipe.settings().grid, _no_text(pipe)
+    if parallel.decodes:
+        deque(run_decode_worker(pipe.codec, parallel, grid), 0)
+    elif (chunks := pipe.parts.parallel_chunks) is not None:  # a chunk for every rank of the axis
+        latent_frames = chunks.chunks.filled_by(parallel.mesh.chunk)
+        frames = 1 + pipe.codec.temporal_stride * (latent_frames - 1)
+        deque(pipe.stream(options=GenerationOptions(prompt_embeds=text, num_frames=frames)), 0)
+    else:
+        _warm_up_stream(pipe, text)
+    parallel.comm_stats.take()
+
+
+def _warm_up_stream(pipe: CausalVideoPipeline, text: torch.Tensor) -> None:
+    config, stream, grid = pipe.model.config, pipe.config.stream, pipe.settings().grid
+    latent_height, latent_width = grid.latent_height, grid.latent_width
+    chunks = sample_chunks(
+        pipe.model,
+        text,
+        seeded_noise(0, (1, config.in_channels, latent_height, latent_width)),
+        grid,
+        (stream.window or 0) + 2 * stream.chunk_frames,
+        stream=stream,
+        sampler=SamplerConfig(steps=(1000,), guidance_scale=pipe.config.sampler.guidance_scale),
+        parallel=pipe.parallel,
+        initial_latents=pipe.text.opening(config.in_channels, latent_height, latent_width),
+        negative_embeds=text,
+        layout=pipe.parts.layout,
+    )
+    frames = frames_of(pipe.codec, pipe.parallel, grid, pipe.parts.options.decode)
+    for number, part in enumerate(chunks):
+        if number < 2:  # the first chunk of a video has fewer pixels than the others
+            frames.decode(part.latents, 0, pipe.codec.temporal_stride * part.chunk.frames)
+    frames.close()
+
+
+def _no_text(pipe: CausalVideoPipeline) -> torch.Tensor:
+    return torch.zeros(1, pipe.model.config.text_len, pipe.model.config.text_dim)
