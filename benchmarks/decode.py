@@ -38,7 +38,7 @@ def run_stream(
     parallel = SequenceParallel(group, device=device, decode_ranks=decoders)
     pipe = CausalVideoPipeline.from_pretrained(model_config, parallel=parallel, decode=decode)
     took, parts, started = list[float](), [], time.perf_counter()
-    for chunk in pipe.stream(PROMPT, frames=9 + 12 * (chunks - 1)):
+    for chunk in pipe.stream(PROMPT, num_frames=9 + 12 * (chunks - 1)):
         took.append(1e3 * (time.perf_counter() - started))
         parts.append(chunk.frames)
         started = time.perf_counter()
@@ -50,7 +50,9 @@ def alone(model_config: str, chunks: int) -> tuple[float, float]:
     """Milliseconds that one rank takes to denoise a chunk, and to decode it."""
     pipe = CausalVideoPipeline.from_pretrained(model_config)
     decoder, spent = pipe.codec.decoder(), list[float]()
-    latents = torch.randn(1, 3, pipe.codec.channels, pipe.grid.latent_height, pipe.grid.latent_width)
+    latents = torch.randn(
+        1, 3, pipe.codec.channels, pipe.settings().grid.latent_height, pipe.settings().grid.latent_width
+    )
     with torch.inference_mode():
         for _ in range(chunks):
             started = time.perf_counter()

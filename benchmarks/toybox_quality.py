@@ -21,6 +21,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from videos import video_of
 
 from causalrope_sp import CausalVideoPipeline
 from causalrope_sp.toybox.judge import Verdict, judge, summarize
@@ -45,8 +46,7 @@ def judge_pipeline(pipe: CausalVideoPipeline, scenes: list[SceneSpec], frames: i
     """Makes a video of every scene (its number is its seed) and judges it, or its last frames."""
     verdicts: list[Verdict] = []
     for seed, scene in enumerate(track(scenes, f"{frames} frames each", console=Console(stderr=True), transient=True)):
-        video = pipe(scene.prompt(), frames=frames, seed=seed)
-        assert video is not None, "this benchmark runs on one rank"
+        video = video_of(pipe, scene.prompt(), num_frames=frames, seed=seed)
         verdicts += judge(video[-last:] if last else video, scene)
     return verdicts
 
@@ -125,7 +125,7 @@ def main(
     only_json: bool,
 ) -> None:
     """Measures the quality of a toybox model."""
-    pipe = CausalVideoPipeline.from_pretrained(model, window=window, solver=solver, guidance=guidance)
+    pipe = CausalVideoPipeline.from_pretrained(model, window=window, solver=solver, guidance_scale=guidance)
     scenes = draw_scenes(prompts)
     psnr = codec_psnr(pipe, scenes[: min(prompts, 16)], frames)
     verdicts = judge_pipeline(pipe, scenes, frames, None)
@@ -138,9 +138,9 @@ def main(
         "frames": frames,
         "height": pipe.height,
         "width": pipe.width,
-        "window": pipe.model_config.stream.window,
-        "solver": pipe.model_config.sampler.solver,
-        "guidance": pipe.model_config.sampler.guidance_scale,
+        "window": pipe.config.stream.window,
+        "solver": pipe.config.sampler.solver,
+        "guidance": pipe.config.sampler.guidance_scale,
         **summarize(verdicts),
         "codec_psnr_db": psnr,
         "long_prompts": long_prompts,

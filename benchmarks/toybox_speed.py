@@ -19,6 +19,7 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
+from videos import video_of
 
 from causalrope_sp import CausalVideoPipeline
 
@@ -32,14 +33,14 @@ GOALS = {"fps": 24.0, "first_frame_s": 0.7, "cold_process_s": 15.0}
 @click.option("--runs", default=3, show_default=True)
 def main(model: str, frames: int, runs: int) -> None:
     pipe = CausalVideoPipeline.from_pretrained(model)
-    short, again, longer = (np.asarray(pipe(PROMPT, frames=count)) for count in (20, 20, 41))
+    short, again, longer = (np.asarray(video_of(pipe, PROMPT, num_frames=count)) for count in (20, 20, 41))
     assert np.array_equal(short, again), "the same seed gave another video"
     assert np.array_equal(short, longer[:20]), "a longer video begins otherwise"
 
     first, rate = [], []
     for _ in range(runs):
         started = time.perf_counter()
-        for chunk in pipe.stream(PROMPT, frames=frames):
+        for chunk in pipe.stream(PROMPT, num_frames=frames):
             if chunk.index == 0:
                 first.append(time.perf_counter() - started)
         rate.append(frames / (time.perf_counter() - started))

@@ -53,11 +53,11 @@ def timed(group: dist.ProcessGroup | None, device: str, way: str, frames: int) -
     torch.set_num_threads(1)
     ways = _loaded()
     pipe, ranks = ways.vin, 1 if group is None else group.size()
-    config, grid, count = pipe.model.config, pipe.grid, latent_frames(frames)
+    config, grid, count = pipe.model.config, pipe.settings().grid, latent_frames(frames)
     noise = seeded_noise(0, (1, config.in_channels, grid.latent_height, grid.latent_width))
     embeds = torch.zeros(1, config.text_len, config.text_dim)
     opening = pipe.text.opening(config.in_channels, grid.latent_height, grid.latent_width)
-    steps, took, latents = pipe.model_config.sampler.steps, [], None
+    steps, took, latents = pipe.config.sampler.steps, [], None
     if way == "autoregressive":
         model_config = ways.flow.model_config
         parts = sample_chunks(
@@ -70,9 +70,9 @@ def timed(group: dist.ProcessGroup | None, device: str, way: str, frames: int) -
             took.append(time.perf_counter() - clock)
             clock = time.perf_counter()
         return median(took) * -(-count // 3), latents
-    vin, chunks = settings(way, ways.together, count)
+    vin, chunks = settings(way, ways.parts.parallel_chunks, count)
     lanes = 1 if way == "full attention" else ranks
-    few = SamplerConfig(steps[:TIMED_STEPS], pipe.model_config.sampler.shift, "euler")
+    few = SamplerConfig(steps[:TIMED_STEPS], pipe.config.sampler.shift, "euler")
     parallel = SequenceParallel(group, device=device, chunk=lanes)
     outputs = sample_parallel_chunks(
         pipe.model, vin, embeds, noise, grid, count, chunks=chunks, sampler=few, parallel=parallel,

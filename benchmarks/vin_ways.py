@@ -42,8 +42,8 @@ class Ways:
     def __init__(self) -> None:
         self.vin = CausalVideoPipeline.from_pretrained("toybox-vin", parallel_chunks="vin")
         self.flow = CausalVideoPipeline.from_pretrained("toybox-flow")
-        assert self.vin.together is not None, "asked for"
-        self.together: ParallelChunks = self.vin.together
+        assert self.vin.parts.parallel_chunks is not None, "asked for"
+        self.together: ParallelChunks = self.vin.parts.parallel_chunks
 
     def video(self, way: str, scene: SceneSpec, frames: int, seed: int, left_open: str = "nothing") -> np.ndarray:
         """uint8 (T, H, W, 3), from a text that leaves something open, see `OPEN`."""
@@ -55,16 +55,16 @@ class Ways:
             return made
         pipe, count = self.vin, latent_frames(frames)
         channels = pipe.model.config.in_channels
-        opening = pipe.text.opening(channels, pipe.grid.latent_height, pipe.grid.latent_width)
+        opening = pipe.text.opening(channels, pipe.settings().grid.latent_height, pipe.settings().grid.latent_width)
         vin, chunks = settings(way, self.together, count)
         embeds = leave_open(pipe.text.encode(scene.prompt(), seed), **OPEN[left_open])
-        noise = seeded_noise(seed, (1, channels, pipe.grid.latent_height, pipe.grid.latent_width))
+        noise = seeded_noise(seed, (1, channels, pipe.settings().grid.latent_height, pipe.settings().grid.latent_width))
         for output in sample_parallel_chunks(
             pipe.model,
             vin,
             embeds,
             noise,
-            pipe.grid,
+            pipe.settings().grid,
             count,
             chunks=chunks,
             sampler=pipe.model_config.sampler,
@@ -147,7 +147,7 @@ def held_out(ways: Ways, scenes: list[SceneSpec], frames: int) -> list[dict[str,
         SequenceParallel.single(device="cpu"),
         AssignedChunks(cut(count, ways.together.chunks, 1), ways.together.chunks),
     )
-    work = Workload(pipe.model.config, pipe.grid, ways.together.chunks.chunk_frames + 1, 1, 1)
+    work = Workload(pipe.model.config, pipe.settings().grid, ways.together.chunks.chunk_frames + 1, 1, 1)
     cases = []
     for seed, scene in enumerate(scenes):
         clean = ways.latents(scene, frames, seed)
@@ -157,15 +157,17 @@ def held_out(ways: Ways, scenes: list[SceneSpec], frames: int) -> list[dict[str,
         for level in LEVELS:
             errors: dict[bool, list[float]] = {True: [], False: []}
             for clean, noise, embeds in cases:
-                x = pipe.grid.patchify((1 - level) * clean + level * noise)
+                x = pipe.settings().grid.patchify((1 - level) * clean + level * noise)
                 for use in (True, False):
                     vin, said = ways.together.vin if use else None, leave_open(embeds, **what)
                     layout = choose_strategy(work, default_machine(parallel.device), parallel)
-                    strategy = build_strategy(parallel, layout, pipe.grid, pipe.model.config.num_heads)
-                    state = ParallelChunksForward(pipe.model, vin, said, pipe.grid, lane, 1, strategy, parallel)
-                    state.commit(pipe.grid.patchify(pipe.text.opening(*clean.shape[2:])))
+                    strategy = build_strategy(parallel, layout, pipe.settings().grid, pipe.model.config.num_heads)
+                    state = ParallelChunksForward(
+                        pipe.model, vin, said, pipe.settings().grid, lane, 1, strategy, parallel
+                    )
+                    state.commit(pipe.settings().grid.patchify(pipe.text.opening(*clean.shape[2:])))
                     found = join(state.velocities(x, 1000 * level), ways.together.chunks.overlap, fused=False)
-                    errors[use].append(float((found - pipe.grid.patchify(noise - clean)).square().mean()))
+                    errors[use].append(float((found - pipe.settings().grid.patchify(noise - clean)).square().mean()))
             means = {use: round(float(np.mean(each)), 4) for use, each in errors.items()}
             rows.append({"open": left_open, "level": level, "with": means[True], "without": means[False]})
     return rows

@@ -17,7 +17,7 @@ def main(prompt: str = "a blue square bounces", out: str = "streamed.mp4", frame
     pipe = CausalVideoPipeline.from_pretrained("toybox", parallel=parallel)
     speaks = parallel.rank == 0
     with VideoWriter(out, pipe.height, pipe.width, pipe.fps) if speaks else contextlib.nullcontext() as video:
-        for chunk in pipe.stream(prompt, frames=int(frames), seed=0):  # every rank takes part in every chunk
+        for chunk in pipe.stream(prompt, num_frames=int(frames), seed=0):  # every rank takes part in every chunk
             if video is None or chunk.frames is None:
                 continue
             video.write(chunk.frames)

@@ -16,18 +16,17 @@ from hypothesis import settings
 
 from causalrope_sp.distributed.launch import RankPool
 
+pytest.register_assert_rewrite("tests.support")  # an assertion there says as much as one in a test
 settings.register_profile("shared machine", deadline=None)  # how long an example takes is not what is tested
 settings.load_profile("shared machine")
 
-ROOT = Path(__file__).parent.parent
-
 
 @pytest.fixture(autouse=True, scope="session")
-def _poisoned_memory():
+def _poisoned_memory() -> None:
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a run in the background begins with Ctrl-C ignored
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
 
 
 @pytest.fixture(scope="session")
@@ -39,8 +38,5 @@ def pool() -> Iterator[RankPool]:
 
 @pytest.fixture(scope="session")
 def goldens() -> Path:
-    """The folder of reference cases: CAUSALROPE_GOLDENS, else ../shared/goldens beside the checkout."""
-    folder = Path(os.environ.get("CAUSALROPE_GOLDENS", ROOT.parent / "shared" / "goldens"))
-    if not folder.is_dir():
-        pytest.skip(f"no reference cases: {folder} is not there; set CAUSALROPE_GOLDENS")
-    return folder
+    """The folder of reference cases."""
+    return Path(__file__).parent / "reference_cases"

@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from streams import global_indices
 
 from causalrope_sp import Chunk, ConfigError, LatentGrid
 from causalrope_sp.grid import Shard, split_into_chunks
+from tests.support.streams import global_indices
 
 grids = st.builds(LatentGrid, rows=st.integers(1, 12), columns=st.integers(1, 12))
 

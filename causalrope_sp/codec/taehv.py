@@ -134,14 +134,14 @@ class TaehvCodec:
 
 
 class TaehvDecoderStream:
-    """A `DecoderStream` through TAEHV."""
+    """A `DecoderStream` through TAEHV. `memory` is what it keeps between two calls."""
 
     def __init__(self, model: Taehv, spatial_shards: SpatialShards | None = None) -> None:
         self._config, self._spatial_shards, self._decoder = model.config, spatial_shards, model.decoder
         if spatial_shards is not None:
             self._decoder = sharing_weights(model.decoder)
             split_convolutions(self._decoder, spatial_shards)
-        self._memory: dict[int, Tensor] = {}
+        self.memory: dict[int, Tensor] = {}
         self._started = False
 
     def decode(self, latents_BFCHW: Tensor) -> Tensor:
@@ -150,31 +150,31 @@ class TaehvDecoderStream:
             latents_BFCHW = self._spatial_shards.mine(latents_BFCHW)
         pieces = []
         for frame in latents_BFCHW.split(1, dim=1):
-            made = _walk(self._decoder, frame, self._memory)
+            made = _walk(self._decoder, frame, self.memory)
             pieces.append(made if self._started else made[:, before:])
             self._started = True
         return pixel_shuffle(torch.cat(pieces, 1), self._config.patch) * 2 - 1
 
 
 class TaehvEncoderStream:
-    """An `EncoderStream` through TAEHV."""
+    """An `EncoderStream` through TAEHV. `memory`, and `rest` of the pixels, are what it keeps between two calls."""
 
     def __init__(self, model: Taehv) -> None:
         self._model = model
-        self._memory: dict[int, Tensor] = {}
-        self._rest: Tensor | None = None
+        self.memory: dict[int, Tensor] = {}
+        self.rest: Tensor | None = None
 
     def encode(self, pixels_BT3HW: Tensor) -> Tensor:
         config = self._model.config
         stride = prod(config.pools)
-        stream_pieces(pixels_BT3HW.shape[1], stride, self._rest is not None)
+        stream_pieces(pixels_BT3HW.shape[1], stride, self.rest is not None)
         pixels = pixel_unshuffle((pixels_BT3HW + 1) / 2, config.patch)
-        if self._rest is not None:
-            pixels = torch.cat([self._rest, pixels], 1)
+        if self.rest is not None:
+            pixels = torch.cat([self.rest, pixels], 1)
         whole = pixels.shape[1] // stride * stride
-        self._rest = pixels[:, whole:].clone()  # a view would keep all of them
+        self.rest = pixels[:, whole:].clone()  # a view would keep all of them
         groups = pixels[:, :whole].split(stride, dim=1) if whole else ()
-        made = [_walk(self._model.encoder, group, self._memory) for group in groups]
+        made = [_walk(self._model.encoder, group, self.memory) for group in groups]
         batch, _, _, height, width = pixels.shape
         empty = pixels.new_empty(batch, 0, config.channels, height // 2**_STAGES, width // 2**_STAGES)
         return torch.cat([empty, *made], 1)

@@ -59,12 +59,12 @@ def wan_vae_of(codec: object) -> AutoencoderKLWan | None:
 
 
 class WanDecoderStream:
-    """A `DecoderStream` through the Wan VAE."""
+    """A `DecoderStream` through the Wan VAE. `state` is what it keeps between two calls."""
 
     def __init__(self, vae: AutoencoderKLWan, spatial_shards: SpatialShards | None = None) -> None:
         self._vae, self._spatial_shards = vae, spatial_shards
         self._decoder = vae.decoder if spatial_shards is None else _split(vae.decoder, spatial_shards)
-        self._state: list[Any] = [None] * _causal_convolutions(self._decoder)
+        self.state: list[Any] = [None] * _causal_convolutions(self._decoder)
         self._started = False
 
     def decode(self, latents_BFCHW: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ class WanDecoderStream:
         for frame in (latents_BFCHW * std + mean).split(1, dim=1):
             first, self._started = not self._started, True
             latent = self._vae.post_quant_conv(frame.transpose(1, 2).contiguous())
-            pieces.append(self._decoder(latent, feat_cache=self._state, feat_idx=[0], first_chunk=first))
+            pieces.append(self._decoder(latent, feat_cache=self.state, feat_idx=[0], first_chunk=first))
         pixels = torch.cat(pieces, 2)
         if config.patch_size is not None:
             pixels = unpatchify(pixels, patch_size=config.patch_size)
@@ -86,11 +86,14 @@ class WanDecoderStream:
 
 
 class WanEncoderStream:
-    """An `EncoderStream` through the Wan VAE: every latent frame is there as soon as its own pixel frames are."""
+    """An `EncoderStream` through the Wan VAE: every latent frame is there as soon as its own pixel frames are.
+
+    `state` is what it keeps between two calls.
+    """
 
     def __init__(self, vae: AutoencoderKLWan) -> None:
         self._vae = vae
-        self._state: list[Any] = [None] * _causal_convolutions(vae.encoder)
+        self.state: list[Any] = [None] * _causal_convolutions(vae.encoder)
         self._started = False
 
     def encode(self, pixels_BT3HW: Tensor) -> Tensor:
@@ -104,7 +107,7 @@ class WanEncoderStream:
             pixels = piece.transpose(1, 2).contiguous()
             if config.patch_size is not None:
                 pixels = patchify(pixels, patch_size=config.patch_size)
-            hidden = self._vae.encoder(pixels, feat_cache=self._state, feat_idx=[0])
+            hidden = self._vae.encoder(pixels, feat_cache=self.state, feat_idx=[0])
             outputs.append(self._vae.quant_conv(hidden)[:, : config.z_dim])
         means = torch.cat(outputs, 2).transpose(1, 2)
         mean, std = _statistics(self._vae, means)

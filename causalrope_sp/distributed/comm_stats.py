@@ -41,11 +41,12 @@ class CommStats:
     Kinds are "qkv", "output", "kv", "q" and "partial" of attention, "guidance", "weights", "text" and "latents", and of
     decoding "halo" and "mid" (the decoder's own attention), "pixels", and "to decode", what decode ranks are sent.
 
-    `stored_bytes` are the outputs that denoise passes kept for one another (`reuse`), the most at once.
+    `entries` are by (kind, layer). `stored_bytes` are the outputs that denoise passes kept for one another (`reuse`),
+    the most at once.
     """
 
     def __init__(self) -> None:
-        self._entries: dict[tuple[str, int], Entry] = defaultdict(Entry)
+        self.entries: dict[tuple[str, int], Entry] = defaultdict(Entry)
         self._waits: list[tuple[str, int, torch.cuda.Event, torch.cuda.Event]] = []
         self._begun = self.stored_bytes = 0
         self._lock = threading.Lock()
@@ -75,7 +76,7 @@ class CommStats:
 
     def add(self, kind: str, layer: int, entry: Entry) -> None:
         with self._lock:
-            self._entries[kind, layer] += entry
+            self.entries[kind, layer] += entry
 
     def add_wait(self, kind: str, layer: int, began: torch.cuda.Event, ended: torch.cuda.Event) -> None:
         """A wait of a CUDA stream, between two events; read when it is over, so that the host never waits."""
@@ -90,7 +91,7 @@ class CommStats:
 
     def include(self, other: CommStats) -> None:
         self.keep(other.stored_bytes)
-        for (kind, layer), entry in other._entries.items():
+        for (kind, layer), entry in other.entries.items():
             self.add(kind, layer, entry)
 
     def by_kind(self) -> dict[str, Entry]:
@@ -101,7 +102,7 @@ class CommStats:
 
     def total(self) -> Entry:
         total = Entry()
-        for entry in self._entries.values():
+        for entry in self.entries.values():
             total += entry
         return total
 
@@ -113,7 +114,7 @@ class CommStats:
         self._read_waits()
         taken = CommStats()
         with self._lock:
-            taken._entries, self._entries = self._entries, taken._entries
+            taken.entries, self.entries = self.entries, taken.entries
             taken.stored_bytes, self.stored_bytes = self.stored_bytes, 0
         return taken
 
@@ -133,6 +134,6 @@ class CommStats:
 
     def _sum(self, axis: int) -> dict[Any, Entry]:
         sums: dict[Any, Entry] = defaultdict(Entry)
-        for key, entry in self._entries.items():
+        for key, entry in self.entries.items():
             sums[key[axis]] += entry
         return dict(sums)

@@ -20,7 +20,7 @@ from causalrope_sp.distributed.comm_stats import LAYERLESS, CommStats, Entry
 from causalrope_sp.errors import RankLostError
 
 # torch 2.13 renamed all_gather_into_tensor and warns at every call of the old name
-_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 Shape = Sequence[int]
 
@@ -68,13 +68,15 @@ class Communicator:
         group: the process group of these ranks.
         ledger: where every collective is noted.
         lost_rank: asked when a collective fails; a line that names the rank, or None.
+
+    `buffers` are those that were allocated so far, by use and dtype.
     """
 
     def __init__(self, group: dist.ProcessGroup, comm_stats: CommStats, lost_rank: Callable[[], str | None]) -> None:
         self.rank, self.size = group.rank(), group.size()
         self.comm_stats, self.lost_rank = comm_stats, lost_rank
         self._group = group
-        self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+        self.buffers: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def buffer(self, use: str, shapes: Sequence[Shape], like: Tensor, *, block: int | None = None) -> list[Tensor]:
         """Room for a piece of each shape, side by side in one stretch of memory, or each at the front of `block`."""
@@ -104,7 +106,7 @@ class Communicator:
         outgoing = sent.as_strided((block,), (1,))
         received = self._flat(f"{kind} in", block * self.size, sent)
         self.comm_stats.begin(kind, layer, block * (self.size - 1), sent)
-        work = _all_gather_single(received, outgoing, self._group, async_op=True)
+        work = all_gather_single(received, outgoing, self._group, async_op=True)
         pieces = [place[: prod(shape)].view(*shape) for place, shape in zip(received.split(block), shapes, strict=True)]
         return AsyncHandle(work, pieces, self, kind, layer)
 
@@ -154,11 +156,11 @@ class Communicator:
         return said
 
     def _flat(self, use: str, size: int, like: Tensor) -> Tensor:
-        kept = self._buffers.get((use, like.dtype))
+        kept = self.buffers.get((use, like.dtype))
         if kept is None or len(kept) < size:
             with torch.inference_mode(False):  # or the next stream could not write it outside inference mode
                 kept = torch.empty(size, dtype=like.dtype, device=like.device)
-            self._buffers[use, like.dtype] = kept
+            self.buffers[use, like.dtype] = kept
         return kept[:size]
 
 

@@ -82,7 +82,7 @@ class SequenceParallel:
             raise ConfigError(f"attention {attention} {obstacle}")
         self.strategy, self.overlap, self.head_groups, self.attention = strategy, overlap, head_groups, attention
         self.comm_stats = CommStats()
-        self._communicators: dict[tuple[str | None, tuple[int, ...]], Communicator] = {}
+        self.communicators: dict[tuple[str | None, tuple[int, ...]], Communicator] = {}
         self._watchdog: Watchdog | None = None
         self._silence_s, self._timeout = 0.0, timeout
         self._owns_group = False
@@ -222,7 +222,7 @@ class SequenceParallel:
         """
         assert self._group is not None, "one process exchanges nothing"
         key = backend, tuple(ranks)
-        if key not in self._communicators:
+        if key not in self.communicators:
             group = self._group
             if len(ranks) < self.size or backend is not None:
                 every = dist.get_process_group_ranks(self._group)
@@ -234,8 +234,8 @@ class SequenceParallel:
                 )
                 assert isinstance(made, dist.ProcessGroup)
                 group = made
-            self._communicators[key] = Communicator(group, self.comm_stats, self._who_is_gone)
-        return self._communicators[key]
+            self.communicators[key] = Communicator(group, self.comm_stats, self._who_is_gone)
+        return self.communicators[key]
 
     def _who_is_gone(self) -> str | None:
         return None if self._watchdog is None else self._watchdog.who_is_silent(self._silence_s)

@@ -171,13 +171,13 @@ def free_bytes(device: torch.device) -> int | None:
     if device.type == "cuda":
         own = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + own
-    said = [_available(Path("/proc/meminfo")), _left_in_group(Path("/sys/fs/cgroup"))]
+    said = [available_memory(Path("/proc/meminfo")), left_in_cgroup(Path("/sys/fs/cgroup"))]
     free = min((each for each in said if each is not None), default=None)
     # torchrun's ranks of this machine share it
     return None if free is None else free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def _available(meminfo: Path) -> int | None:
+def available_memory(meminfo: Path) -> int | None:
     try:
         lines = meminfo.read_text().splitlines()
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
@@ -185,7 +185,7 @@ def _available(meminfo: Path) -> int | None:
         return None
 
 
-def _left_in_group(cgroup: Path) -> int | None:
+def left_in_cgroup(cgroup: Path) -> int | None:
     """What a container's limit leaves, page cache that can be given back included; None without a limit."""
     try:
         limit, used = (int((cgroup / f"memory.{name}").read_text()) for name in ("max", "current"))

@@ -27,13 +27,13 @@ def computed(layer: int, kind: Kind, compute: Compute) -> Tensor:
 
 
 class OutputStore:
-    """The outputs of one stream. A new chunk begins with none."""
+    """The outputs of one stream, `kept_BTD` by layer and kind. A new chunk begins with none."""
 
     def __init__(self, plan: ReusePlan) -> None:
         self._plan = plan
         self._chunk: Chunk | None = None
         self._passes = 0
-        self._kept_BTD: dict[tuple[int, Kind], Tensor] = {}
+        self.kept_BTD: dict[tuple[int, Kind], Tensor] = {}
         self.bytes = self.most_bytes = 0  # now, and at once in any chunk so far
 
     def next_pass(self, chunk: Chunk, tokens: int) -> OutputOf:
@@ -54,20 +54,20 @@ class OutputStore:
 
     def clear(self) -> None:
         """Forgets the chunk and all that is kept."""
-        self._kept_BTD.clear()
+        self.kept_BTD.clear()
         self._chunk, self._passes, self.bytes = None, 0, 0
 
     def _output(self, step: int, tokens: int, layer: int, kind: Kind, compute: Compute) -> Tensor:
         if self._plan.reuses(step, layer, kind):
-            kept = self._kept_BTD[layer, kind]
+            kept = self.kept_BTD[layer, kind]
             if not self._plan.reuses(step + 1, layer, kind):
-                del self._kept_BTD[layer, kind]
+                del self.kept_BTD[layer, kind]
                 self.bytes -= kept.nbytes
             return kept
         output = compute()
         if self._plan.keeps(step, layer, kind):
             whole = output.shape[1] == tokens
-            kept = self._kept_BTD[layer, kind] = output if whole else output[:, -tokens:].clone()
+            kept = self.kept_BTD[layer, kind] = output if whole else output[:, -tokens:].clone()
             self.bytes += kept.nbytes
             self.most_bytes = max(self.most_bytes, self.bytes)
         return output

@@ -17,16 +17,18 @@ from causalrope_sp.text.umt5 import UMT5TextEncoder
 
 class SharedUMT5:
     """The embeddings of a prompt on every rank. The encoder is opened for the first prompt, so that a machine without
-    its files can run from given embeddings; one whose files are there and wrong says so when it is made."""
+    its files can run from given embeddings; one whose files are there and wrong says so when it is made.
+
+    `encoder` is None until it was opened, and for good on every rank but the first."""
 
     def __init__(
         self, source: TextSource, parallel: SequenceParallel, config: DiTConfig, dtype: torch.dtype, keep: Keep
     ) -> None:
         self._source, self._parallel, self._config, self._dtype = source, parallel, config, dtype
         self._keep = keep
-        self._encoder: UMT5TextEncoder | None = None
+        self.encoder: UMT5TextEncoder | None = None
         if parallel.rank == 0 and source.is_here():
-            self._encoder = self._open()
+            self.encoder = self._open()
 
     def encode(self, prompt: str, seed: int) -> Tensor:
         """(1, L, E), the same for every seed. Every rank must ask for it.
@@ -54,8 +56,8 @@ class SharedUMT5:
         """Nothing is given: a stream of Wan begins with noise."""
 
     def _on_rank_0(self, prompts: Sequence[str]) -> Tensor:
-        self._encoder = self._encoder or self._open()
-        return self._encoder.encode(prompts)
+        self.encoder = self.encoder or self._open()
+        return self.encoder.encode(prompts)
 
     def _open(self) -> UMT5TextEncoder:
         return UMT5TextEncoder.from_pretrained(

@@ -75,7 +75,7 @@ def measure(shape: Shape) -> Measured:
     q, k, v = _random(shape)
     rows = min(shape.queries, 64)
     expected = reference.attention_lse(q[:, :rows], k, v)
-    candidates = {"triton": partial(_by_triton, q, k, v)}
+    candidates = {"triton": partial(by_triton, q, k, v)}
     for name, library in LIBRARIES.items():
         if library.exact and library.obstacle(q) is None:
             candidates[name] = partial(library.run, q, k, v)
@@ -85,7 +85,7 @@ def measure(shape: Shape) -> Measured:
         try:
             fault = _fault(run(), expected, rows)
             if fault is None:
-                times[name] = _milliseconds(run)
+                times[name] = median_milliseconds(run)
             else:
                 refused[name] = fault
         except Exception as error:  # whatever a library or a compiler trips over
@@ -99,7 +99,7 @@ def measure(shape: Shape) -> Measured:
     return Measured(chosen, times, refused)
 
 
-def _by_triton(q: Tensor, k: Tensor, v: Tensor) -> Partial:
+def by_triton(q: Tensor, k: Tensor, v: Tensor) -> Partial:
     from causalrope_kernels.attention_kernel import attend
     from causalrope_kernels.merge_kernel import merge
 
@@ -131,7 +131,7 @@ def _fault(result: Partial, expected: Partial, rows: int) -> str | None:
     return None
 
 
-def _milliseconds(run: Callable[[], object]) -> float:
+def median_milliseconds(run: Callable[[], object]) -> float:
     """The median of a few runs, on the current device."""
     run()
     pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(RUNS)]

@@ -41,7 +41,7 @@ class Library:
 
     def obstacle(self, q_BTHD: Tensor) -> str | None:
         """Why it cannot attend with these queries, or None."""
-        if self.module is not None and not _installed(self.module):
+        if self.module is not None and not is_installed(self.module):
             return f"is not installed: expected a module {self.module}, not none"
         if not q_BTHD.is_cuda:
             return f"runs on cuda, not on {q_BTHD.device}"
@@ -56,7 +56,7 @@ class Library:
 
 
 @cache
-def _installed(module: str) -> bool:
+def is_installed(module: str) -> bool:
     """Whether it can be imported: one that is broken, as after another torch was installed, counts as absent."""
     try:
         return find_spec(module) is not None

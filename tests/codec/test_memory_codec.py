@@ -1,0 +1,84 @@
+"""What codecs take of a device, counted: what they keep between chunks to the byte, what they need at once nearly."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from causalrope_sp.codec import Codec, load_codec
+from causalrope_sp.codec.codec_footprint import CodecFootprint, taehv_footprint, wan_2_1_footprint, wan_footprint
+from causalrope_sp.codec.taehv import Taehv, TaehvCodec, TaehvConfig
+from causalrope_sp.codec.wan_vae import WanCodec
+from causalrope_sp.toybox import WEIGHTS
+
+
+class Alive(TorchDispatchMode):
+    """Counts the bytes of the tensors that operations made and that are still alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._sizes: dict[int, int] = {}
+        self.most = 0
+
+    @property
+    def now(self) -> int:
+        return sum(self._sizes.values())
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        given = {tensor.untyped_storage()._cdata for tensor in tree_leaves(args) if isinstance(tensor, Tensor)}
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in given | self._sizes.keys():
+                storage = tensor.untyped_storage()
+                self._sizes[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self._sizes.pop, storage._cdata, None)
+        self.most = max(self.most, self.now)
+        return made
+
+
+def small_wan() -> WanCodec:
+    from diffusers import AutoencoderKLWan
+
+    torch.manual_seed(0)
+    return WanCodec(AutoencoderKLWan(base_dim=8))
+
+
+def tiny() -> TaehvCodec:
+    torch.manual_seed(0)
+    return TaehvCodec(Taehv(TaehvConfig(16, 16, (64, 32, 16, 16), (1, 2, 2), (1, 2, 2))))
+
+
+def footprint(codec: Codec, size: tuple[int, int], frames: int) -> CodecFootprint:
+    if isinstance(codec, WanCodec):
+        return wan_footprint(codec.vae, *size, frames)
+    assert isinstance(codec, TaehvCodec)
+    return taehv_footprint(codec.model, *size, frames)
+
+
+@pytest.mark.parametrize(
+    ("codec", "size"), [(small_wan, (6, 4)), (tiny, (8, 12)), (lambda: load_codec(WEIGHTS / "codec"), (8, 8))]
+)
+@torch.inference_mode()
+def test_a_decoder_takes_what_is_predicted(codec: Any, size: tuple[int, int]) -> None:
+    loaded = codec()
+    stream, chunk = loaded.decoder(), torch.randn(1, 3, 16, *size)
+    predicted = footprint(loaded, (8 * size[0], 8 * size[1]), 3)
+    with Alive() as alive:
+        stream.decode(chunk)
+        alive.most = 0
+        stream.decode(chunk)
+    assert alive.now == predicted.state
+    assert 0.9 < (alive.most - predicted.state) / predicted.activations < 1.1
+
+
+def test_the_public_vae_is_known_without_its_file() -> None:
+    found = wan_2_1_footprint(480, 832, 3)
+    assert found.weights == 4 * 126_892_531
+    assert 7.8e9 < found.state + found.activations < 7.9e9

@@ -1,0 +1,46 @@
+"""The names of strategies, the layouts that they stand for, and the group of one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from causalrope_sp import ConfigError, LatentGrid
+from causalrope_sp.distributed import SequenceParallel, strategies
+from causalrope_sp.distributed.layout import parse_strategy
+from causalrope_sp.planning.cost import cache_bytes
+from causalrope_sp.planning.machines import default_machine
+from causalrope_sp.planning.strategy import choose_strategy
+from causalrope_sp.planning.workload import Workload
+from tests.support.strategy_runs import CONFIG, WORK
+
+
+@pytest.mark.parametrize("ranks", range(1, 13))
+@pytest.mark.parametrize("heads", [1, 5, 12])
+def test_every_strategy_that_is_named_is_one(ranks: int, heads: int) -> None:
+    grid = LatentGrid(5, 5)
+    for name in strategies(ranks, heads):
+        layout = parse_strategy(name, ranks)
+        layout.check(heads)
+        assert layout.ulysses * layout.sharing == layout.ranks == ranks
+        assert sum(layout.heads(heads)) == heads
+        assert max(layout.heads(heads)) - min(layout.heads(heads)) <= 1
+        work = Workload(replace(CONFIG, dim=12 * heads, num_heads=heads), grid, 4, 2, 2)
+        held = sum(cache_bytes(layout, work, rank) for rank in range(ranks))
+        copies = layout.sharing if layout.inner == "gather-kv" else 1
+        assert held == copies * cache_bytes(parse_strategy("ulysses", 1), work, 0)
+
+
+def test_one_process_is_a_group_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for parallel in (SequenceParallel.single(device="cpu"), SequenceParallel.from_env("ulysses", device="cpu")):
+        layout = choose_strategy(WORK, default_machine(parallel.device), parallel)
+        assert (parallel.rank, parallel.size, layout.name) == (0, 1, "single")
+        assert parallel.shard(LatentGrid(2, 3)).tokens == 6
+        parallel.close()
+
+
+def test_unknown_strategies_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"unknown strategy 'ring'; there are: auto, ulysses, gather-kv, shard-kv"):
+        SequenceParallel.single("ring")

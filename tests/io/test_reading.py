@@ -1,0 +1,117 @@
+"""Pictures and videos in: the rule by which they get the model's size and rate, and what cannot be read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from causalrope_sp import InputError
+from causalrope_sp.io.media_reader import fit, read_picture, read_video
+from causalrope_sp.io.video_writer import VideoWriter
+
+
+def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def counting(frames: int) -> np.ndarray:
+    """Frame n is grey of level 10n."""
+    return np.repeat(np.arange(frames, dtype=np.uint8) * 10, 32 * 48 * 3).reshape(frames, 32, 48, 3)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (128, 64), (64, 200), (97, 201), (31, 77), (20, 20), (640, 480), (63, 64)])
+def test_scaled_to_cover_and_cropped_around_the_centre(size: tuple[int, int]) -> None:
+    """Against Pillow's own antialiased bicubic filter, away from black and white, where it clips in between."""
+    height, width = 64, 48
+    frame = picture(*size) // 2 + 64
+    scale = max(height / size[0], width / size[1])
+    scaled = max(width, round(size[1] * scale)), max(height, round(size[0] * scale))
+    assert min(scaled[0] - width, scaled[1] - height) == 0
+    whole = np.asarray(Image.fromarray(frame).resize(scaled, Image.Resampling.BICUBIC)).astype(int)
+    top, left = (scaled[1] - height) // 2, (scaled[0] - width) // 2
+    expected = whole[top : top + height, left : left + width]
+    assert np.abs(fit(frame, height, width).astype(int) - expected).max() <= 1
+
+
+def test_what_fits_is_taken_as_it_is(tmp_path: Path) -> None:
+    frame = picture(64, 48)
+    assert np.array_equal(fit(frame, 64, 48), frame)
+    Image.fromarray(frame).save(tmp_path / "a.png")
+    assert np.array_equal(read_picture(tmp_path / "a.png", 64, 48), frame)
+    assert np.array_equal(read_picture(frame, 64, 48), frame)
+
+
+def test_a_fine_pattern_becomes_grey() -> None:
+    """Without a filter it would alias to black and white."""
+    stripes = np.zeros((256, 256, 3), np.uint8)
+    stripes[:, ::2] = 255
+    assert np.abs(fit(stripes, 64, 64).astype(int) - 127.5).max() < 20
+
+
+def test_pictures_are_turned_as_the_camera_was_held_and_lie_on_black(tmp_path: Path) -> None:
+    frame = picture(16, 24)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise
+    Image.fromarray(frame).save(tmp_path / "turned.png", exif=exif)
+    assert np.array_equal(read_picture(tmp_path / "turned.png", 24, 16), np.rot90(frame, -1))
+    Image.new("RGBA", (16, 16), (200, 100, 50, 0)).save(tmp_path / "clear.png")
+    assert not read_picture(tmp_path / "clear.png", 16, 16).any()
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.gif", "a.webp"])
+@pytest.mark.parametrize(("fps", "wanted"), [(16, range(10)), (8, range(0, 10, 2)), (32, [n // 2 for n in range(20)])])
+def test_videos_are_read_at_another_rate(tmp_path: Path, name: str, fps: int, wanted: range | list[int]) -> None:
+    """What was written at 16 frames a second, in a .gif by hundredths of a second."""
+    frames = counting(10)
+    with VideoWriter(tmp_path / name, 32, 48, 16) as video:
+        video.write(frames)
+    read = list(read_video(tmp_path / name, 32, 48, fps))
+    assert [round(frame.mean() / 10) for frame in read] == list(wanted)
+    assert all(frame.dtype == np.uint8 and frame.shape == (32, 48, 3) for frame in read)
+
+
+def test_a_video_is_read_as_it_is_asked_for() -> None:
+    taken: list[int] = []
+
+    def frames() -> Iterator[np.ndarray]:
+        for n, frame in enumerate(counting(5)):
+            taken.append(n)
+            yield frame
+
+    video = read_video(frames(), 16, 16, 16)
+    next(video)
+    next(video)
+    assert taken == [0, 1]
+
+
+NOT_FRAMES: Any = [[1, 2]]
+
+
+@pytest.mark.parametrize(
+    ("read", "says"),
+    [
+        (lambda folder: read_picture(folder / "text.png", 8, 8), "text.png: not a picture of a known kind"),
+        (lambda folder: read_picture(folder / "none.png", 8, 8), "none.png: No such file"),
+        (lambda folder: read_picture(folder / "cut.png", 8, 8), r"cannot read .*cut.png"),
+        (lambda folder: read_picture(np.zeros((8, 8)), 8, 8), r"a frame must be uint8 .* not float64 \(8, 8\)"),
+        (lambda folder: read_picture(np.zeros((0, 8, 3), np.uint8), 8, 8), "a frame of 0×8 pixels is empty"),
+        (lambda folder: list(read_video(folder / "none.mp4", 8, 8, 16)), "none.mp4: No such file"),
+        (lambda folder: list(read_video(folder / "text.png", 8, 8, 16)), r"cannot read .*text.png"),
+        (lambda folder: list(read_video(folder, 8, 8, 16)), "cannot read"),
+        (lambda folder: list(read_video(folder / "text.webp", 8, 8, 16)), r"cannot read .*text.webp"),
+        (lambda folder: list(read_video(NOT_FRAMES, 8, 8, 16)), "a frame must be uint8 .* not list"),
+    ],
+)
+def test_what_cannot_be_read_is_one_line(tmp_path: Path, read: Callable[[Path], object], says: str) -> None:
+    for name in ("text.png", "text.webp"):
+        (tmp_path / name).write_text("no picture at all")
+    Image.fromarray(picture(64, 64)).save(tmp_path / "cut.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:2000])
+    with pytest.raises(InputError, match=says) as caught:
+        read(tmp_path)
+    assert "\n" not in str(caught.value)

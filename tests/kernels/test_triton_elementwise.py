@@ -1,0 +1,209 @@
+"""Triton's norms, projections and copies under its interpreter: as right as torch, nothing left unwritten.
+
+The rule (DESIGN §6): against float64, a kernel errs at most twice what its torch reference errs in that dtype.
+Sizes are odd on purpose: uneven shards that begin and end inside a row, frames past 1024, heads of 20, 64 and 128.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from causalrope_kernels import (
+    Affine,
+    ByFrame,
+    Modulation,
+    Norm,
+    Pieces,
+    Projection,
+    Slots,
+    add_norm,
+    add_norm_kernel,
+    norm_rope_store,
+    rms_norm,
+    rms_norm_kernel,
+    split_tokens,
+)
+from causalrope_kernels.backend import Backend
+from causalrope_sp.grid import Shard
+from causalrope_sp.models.rope import RotaryTables
+from tests.support.triton_cases import DEVICE, DTYPES, GRID, as_dtype, compare, no_worse, random
+
+pytestmark = pytest.mark.usefixtures("bfloat16_as_on_a_gpu")
+
+EPS = 1e-6
+ROWS = pytest.mark.parametrize("rows", [1, 4], ids=["row by row", "4 rows a program"])
+
+
+def by_frame(*carrier: int, seed: int) -> ByFrame:
+    """As a block has it: one of six vectors, side by side."""
+    *frames, width = carrier
+    return ByFrame.unbind(random(*frames, 6, width, seed=seed), random(6, width, seed=seed + 1))[2]
+
+
+def an_affine(width: int, seed: int) -> Affine:
+    weight, bias = random(2, width, seed=seed)
+    return Affine(weight, bias, EPS)
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    ("batch", "frames", "tokens", "width"), [(2, 3, 7, 60), (1, 1, 1, 128), (1, 2, 17, 384), (2, 2, 3, 1536)]
+)
+@ROWS
+def test_add_norm(
+    batch: int, frames: int, tokens: int, width: int, dtype: torch.dtype, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(add_norm_kernel, "rows_of", lambda count, block: rows)
+    x, y = random(2, batch, frames * tokens, width)
+    carrier = (batch, frames, width) if batch > 1 else (frames, width)
+    gate, shift, scale = (by_frame(*carrier, seed=seed) for seed in (1, 3, 5))
+    modulation, affine = Modulation(shift, scale, EPS), an_affine(width, seed=7)
+    cases: list[tuple[Tensor | None, ByFrame | None, Norm]] = [
+        (None, None, modulation),
+        (y, gate, modulation),
+        (y, None, modulation),
+        (y, gate, affine),
+        (y, None, affine),
+    ]
+    for branch, by, norm in cases:
+        compare(add_norm, x, branch, by, norm, dtype=dtype)
+
+
+def test_add_norm_of_the_last_frames_of_a_batch() -> None:
+    """As the head has it: views whose batch entries lie apart, and numbers far from zero, where a mean matters."""
+    x, y = 30 + random(2, 2, 3 * 5, 60)
+    gate, shift, scale = (by_frame(2, 3, 60, seed=seed).frames(slice(1, None)) for seed in (1, 3, 5))
+    for dtype in (torch.float32, torch.bfloat16):
+        compare(add_norm, x[:, 5:], y[:, 5:], gate, Modulation(shift, scale, EPS), dtype=dtype)
+    total, normed = add_norm(x.float()[:, 5:], None, None, as_dtype(an_affine(60, seed=0), torch.float32), "triton")
+    assert torch.equal(total, x.float()[:, 5:])
+    assert normed.is_contiguous()
+
+
+@DTYPES
+@pytest.mark.parametrize(("tokens", "width"), [(1, 60), (13, 128), (5, 1536)])
+@ROWS
+def test_rms_norm(tokens: int, width: int, dtype: torch.dtype, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rms_norm_kernel, "rows_of", lambda count, block: rows)
+    packed, weight = random(2, tokens, 2 * width), random(width, seed=1)
+    compare(lambda x, w, backend: rms_norm(x[..., :width], w, EPS, backend), packed, weight, dtype=dtype)
+    compare(lambda x, w, backend: rms_norm(x[..., width:], w, EPS, backend), 1e-4 * packed, weight, dtype=dtype)
+
+
+SLOTS = torch.tensor([5, 0, 3], device=DEVICE)
+
+
+def a_projection(heads: int, width: int, rank: int, dtype: torch.dtype, *, relative: bool = False) -> Projection:
+    """Of three frames from 1030 on, of the uneven shards of 20 tokens on three ranks, which cut rows."""
+    shard = Shard(GRID, rank, 3)
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    tables = RotaryTables(width, 10_000, shard, DEVICE, compute)
+    rotation = tables.rotation([1030, 1031, 1032], [0, 0, 0] if relative else None)
+    qkv = random(2, 3, shard.tokens, 3 * heads * width, seed=rank).to(dtype)
+    q_weight, k_weight = (random(heads * width, seed=seed).to(dtype) for seed in (8, 9))
+    return Projection(qkv, q_weight, k_weight, rotation, heads, EPS)
+
+
+def written(
+    source: Projection | Pieces, split: Sequence[int], name: Backend, frames: slice, kinds: str = "qkv"
+) -> dict[str, Tensor]:
+    """q goes to a send buffer of pieces by heads, k to a ring by slots, v to a part of a wider buffer; all that was NaN
+    before and must still be is checked here."""
+    source = source.part(frames)
+    batch, count, tokens, heads, width = source.shape
+    like = source.like
+    sizes = [batch * count * tokens * some * width for some in split]
+    buffer = like.new_full((sum(sizes),), math.nan)
+    ring = like.new_full((batch, 7, tokens, heads, width), math.nan)
+    wide = like.new_full((batch, count + 1, tokens + 2, heads, width), math.nan)
+    pieces = [flat.view(batch, count, tokens, -1, width) for flat in buffer.split(sizes)]
+    kv_slots = {
+        "q": [Slots(piece) for piece in pieces],
+        "k": [Slots(ring, SLOTS[:count])],
+        "v": [Slots(wide[:, 1:, 1:-1])],
+    }
+    norm_rope_store(source, **{kind: kv_slots[kind] for kind in kinds}, backend=name)
+    assert ring[:, [1, 2, 4, 6]].isnan().all()
+    assert wide[:, 0].isnan().all()
+    assert wide[:, :, [0, -1]].isnan().all()
+    found = {"q": torch.cat(pieces, 3), "k": ring[:, SLOTS[:count]], "v": wide[:, 1:, 1:-1]}
+    for kind, x in found.items():
+        assert x.isnan().any().item() == (kind not in kinds)
+    return {kind: found[kind] for kind in kinds}
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    ("heads", "width", "split"), [(3, 20, (2, 1)), (5, 64, (2, 2, 1)), (2, 128, (2,)), (3, 6, (1, 1, 1))]
+)
+def test_projection(heads: int, width: int, split: Sequence[int], dtype: torch.dtype) -> None:
+    for rank in range(3):
+        exact, given = (a_projection(heads, width, rank, kind) for kind in (torch.float64, dtype))
+        rounded = Projection(
+            given.qkv_BFSN.double(), given.q_weight.double(), given.k_weight.double(), exact.rotation, heads, EPS
+        )
+        frames, kinds = ((slice(0, 3), "qkv"), (slice(1, 3), "kv"), (slice(0, 1), "q"))[rank]
+        truth = written(rounded, split, "torch", frames, kinds)
+        ours, rough = (written(given, split, name, frames, kinds) for name in ("triton", "torch"))
+        for kind in kinds:
+            no_worse(ours[kind], rough[kind], truth[kind])
+
+
+def test_the_relative_policy_leaves_keys_unturned_in_time() -> None:
+    ours, rough = (
+        written(a_projection(3, 20, 1, torch.float32, relative=True), (3,), name, slice(0, 3))
+        for name in ("triton", "torch")
+    )
+    torch.testing.assert_close(ours["k"], rough["k"])
+    projection = a_projection(3, 20, 1, torch.float32)
+    at_zero = RotaryTables(20, 10_000, Shard(GRID, 1, 3), DEVICE, torch.float32).rotation([0, 0, 0])
+    still = Projection(projection.qkv_BFSN, projection.q_weight, projection.k_weight, at_zero, 3, EPS)
+    torch.testing.assert_close(ours["k"], written(still, (3,), "torch", slice(0, 3))["k"])
+    torch.testing.assert_close(ours["q"], written(projection, (3,), "torch", slice(0, 3))["q"])
+
+
+@pytest.mark.parametrize("kinds", [2, 3])
+@pytest.mark.parametrize("padded", [False, True], ids=["all-to-all", "all-gather"])
+def test_pieces(kinds: int, padded: bool) -> None:
+    """As they arrive: of uneven tokens, side by side or each at the front of a block of the largest size."""
+    heads, width, tokens = 3, 20, (7, 7, 6)
+    sizes = [kinds * 2 * 3 * count * heads * width for count in tokens]
+    places = [max(sizes)] * 3 if padded else sizes
+    flat = random(sum(places)).bfloat16()
+    arrived = [
+        place[:size].view(kinds, 2, 3, count, heads, width)
+        for place, size, count in zip(flat.split(places), sizes, tokens)
+    ]
+    for frames in (slice(0, 3), slice(1, 3)):
+        names = "qkv"[3 - kinds :]
+        ours, plain = (written(Pieces(arrived), (3,), name, frames, names) for name in ("triton", "torch"))
+        for kind in names:
+            assert torch.equal(ours[kind], plain[kind])
+
+
+def test_a_rank_may_bring_no_tokens() -> None:
+    whole = random(3, 1, 2, 5, 3, 20).half()
+    arrived = [whole[:, :, :, :0], whole[:, :, :, :3].contiguous(), whole[:, :, :, :0], whole[:, :, :, 3:].contiguous()]
+    flat = torch.cat([piece.flatten() for piece in arrived])
+    sizes = [piece.numel() for piece in arrived]
+    pieces = Pieces([part.view(piece.shape) for part, piece in zip(flat.split(sizes), arrived, strict=True)])
+    found = written(pieces, (3,), "triton", slice(0, 2))
+    for kind, x in zip("qkv", whole, strict=True):
+        assert torch.equal(found[kind], x)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_tokens_are_split_into_pieces(batch: int) -> None:
+    x = random(batch, 3, 20, 4, 20)[:, :, :, 1:].bfloat16()
+    for name in ("triton", "torch"):
+        counts = (7, 7, 6)
+        sizes = [batch * 3 * count * 3 * 20 for count in counts]
+        buffer = x.new_full((sum(sizes),), math.nan)
+        pieces = [flat.view(batch, 3, -1, 3, 20) for flat in buffer.split(sizes)]
+        split_tokens(x, pieces, name)
+        assert torch.equal(torch.cat(pieces, 2), x)

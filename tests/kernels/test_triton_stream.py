@@ -1,0 +1,68 @@
+"""A whole stream by Triton's kernels, on two ranks."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import pytest
+import torch
+from torch import Tensor
+
+from causalrope_kernels import backend, reference
+from causalrope_sp import DiTConfig, LatentGrid, SamplerConfig, StreamConfig, sample_chunks
+from causalrope_sp.diffusion.noise import seeded_noise
+from causalrope_sp.distributed import SequenceParallel
+from causalrope_sp.distributed.launch import RankPool
+from causalrope_sp.models.causal_dit import CausalDiT
+from tests.support.triton_cases import DEVICE, random
+
+pytestmark = pytest.mark.usefixtures("bfloat16_as_on_a_gpu")
+
+
+def make_model(dtype: torch.dtype = torch.float32) -> CausalDiT:
+    config = DiTConfig(
+        dim=60, ffn_dim=40, num_heads=3, num_layers=2, text_dim=8, text_len=5, freq_dim=16, in_channels=2
+    )
+    torch.manual_seed(0)
+    return CausalDiT(config).to(dtype)
+
+
+def a_video(parallel: SequenceParallel, dtype: torch.dtype, stream: StreamConfig) -> Tensor:
+    """Four chunks of two frames; the last ones evict."""
+    grid, model = LatentGrid(2, 3), make_model(dtype)
+    chunks = sample_chunks(
+        model,
+        random(1, 5, 8).to(dtype),
+        seeded_noise(0, (1, 2, 4, 6)),
+        grid,
+        8,
+        stream=stream,
+        sampler=SamplerConfig(steps=(1000, 500)),
+        parallel=parallel,
+    )
+    return torch.cat([chunk.latents for chunk in chunks], 1)
+
+
+def by_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "runs_triton", lambda device: True)
+
+
+def video_by_triton(group: Any, device: str, strategy: str, stream: StreamConfig) -> Tensor:
+    with pytest.MonkeyPatch.context() as patch:
+        by_triton(patch)
+        for name in ("add_norm", "rms_norm", "attention", "attention_lse", "merge"):
+            patch.setattr(reference, name, None)  # a call of it would raise
+        return a_video(SequenceParallel(group, strategy, device), torch.float32, stream)
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="its ranks are processes of this one machine's CPU")
+@pytest.mark.parametrize(
+    ("strategy", "rope"), [("ulysses", "absolute"), ("gather-kv", "relative"), ("shard-kv", "absolute")]
+)
+def test_a_stream_by_triton_on_two_ranks_is_that_by_torch_on_one(
+    pool: RankPool, strategy: str, rope: Literal["absolute", "relative"]
+) -> None:
+    stream = StreamConfig(window=5, sink=1, chunk_frames=2, rope=rope)
+    expected = a_video(SequenceParallel.single(device="cpu"), torch.float64, stream)
+    found = pool.run(video_by_triton, 2, strategy, stream)
+    assert (found.double() - expected).norm() <= 1e-5 * expected.norm()

@@ -1,0 +1,45 @@
+"""Streams as tests run them: with the context pass fused into the next denoise pass, or by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Any
+
+import torch
+
+from causalrope_sp import SamplerConfig, SequenceParallel, StreamConfig, sample_chunks
+from causalrope_sp.attention.base import Strategy
+from causalrope_sp.attention.build import build_strategy
+from causalrope_sp.grid import Shard
+from causalrope_sp.planning.machines import default_machine
+from causalrope_sp.planning.strategy import choose_strategy
+from causalrope_sp.planning.workload import Workload
+from causalrope_sp.sampling.chunk import LatentChunk
+from causalrope_sp.sampling.sampler import ChunkLoop
+
+
+def run_chunks(*args: Any, fuse_context_pass: bool = True, **options: Any) -> Generator[LatentChunk]:
+    """`sample_chunks`; with `fuse_context_pass` False every context pass is a forward of its own."""
+    return sample_chunks(*args, **options) if fuse_context_pass else _unfused(*args, **options)
+
+
+@torch.inference_mode()
+def _unfused(*args: Any, **options: Any) -> Generator[LatentChunk]:
+    loop = ChunkLoop(*args, **{"stream": StreamConfig(), "sampler": SamplerConfig(), **options})
+    for chunk in loop.chunks():
+        loop.commit()
+        tokens = loop.denoise(chunk)
+        yield loop.output(chunk, tokens)
+        loop.finish(chunk, tokens)
+
+
+def strategy_of(parallel: SequenceParallel, work: Workload) -> Strategy:
+    """This rank's strategy for a stream of that size."""
+    layout = choose_strategy(work, default_machine(parallel.device), parallel)
+    return build_strategy(parallel, layout, work.grid, work.config.num_heads)
+
+
+def global_indices(shard: Shard, frame: int) -> range:
+    """g = t·S + a + j of a shard's tokens of the frame with global time index t."""
+    base = frame * shard.grid.tokens
+    return range(base + shard.start, base + shard.stop)

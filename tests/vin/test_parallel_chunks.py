@@ -1,0 +1,291 @@
+"""Chunks made in parallel: cut, fused, read and sharded, against direct formulas and at any number of ranks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from causalrope_kernels import attention, attention_parts, merge
+from causalrope_sp import LatentGrid, SamplerConfig, StreamConfig
+from causalrope_sp.diffusion.noise import seeded_noise
+from causalrope_sp.distributed import SequenceParallel
+from causalrope_sp.distributed.launch import RankPool
+from causalrope_sp.grid import Chunk, Shard
+from causalrope_sp.sampling.sampler import sample_chunks
+from causalrope_sp.vin import ParallelChunksConfig
+from causalrope_sp.vin.chunks import AssignedChunks, cut
+from causalrope_sp.vin.fusion import fuse, join
+from causalrope_sp.vin.network import places
+from causalrope_sp.vin.parallel_forward import ParallelChunksForward
+from causalrope_sp.vin.vin_cost import full_flops, overlap_elements, parallel_chunks_flops, read_elements
+from tests.support.streams import strategy_of
+from tests.support.vin_runs import (
+    CHUNKS,
+    CONFIG,
+    GRID,
+    STEPS,
+    VIN,
+    Job,
+    frame_shape,
+    make_pair,
+    random,
+    relative,
+    single,
+    work_of,
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    frames=st.integers(1, 40),
+    chunk=st.integers(2, 9),
+    overlap=st.integers(1, 4),
+    every=st.integers(1, 6),
+    lanes=st.integers(1, 6),
+    start=st.integers(0, 3),
+)
+def test_lanes_own_every_frame_once(frames: int, chunk: int, overlap: int, every: int, lanes: int, start: int) -> None:
+    overlap = min(overlap, chunk // 2)
+    config = ParallelChunksConfig(chunk, overlap, every)
+    chunks = cut(frames, config, start)
+    assert (chunks[0].start, chunks[-1].stop) == (start, start + frames)
+    assert all(later.start == earlier.stop - overlap for earlier, later in pairwise(chunks))
+    assert all(c.frames == chunk for c in chunks[:-1])
+    assert len(chunks) == 1 or chunks[-1].frames > overlap
+    shares = [AssignedChunks(chunks, config, lane, lanes) for lane in range(lanes)]
+    assert [c for share in shares for c in share.mine] == list(chunks)
+    assert [f for share in shares for f in share.owned] == list(range(start, start + frames))
+    assert [f for share in shares for f in share.keyframes] == list(range(start, start + frames, every))
+    assert max(len(s.mine) for s in shares) - min(len(s.mine) for s in shares) <= 1
+
+
+@pytest.mark.parametrize("frames", [1, 2, 5])
+def test_fusion_is_the_formula(frames: int) -> None:
+    """((F - W(k))·ε_i[k] + W(k)·ε_{i+1}[k]) / F, number by number."""
+    earlier, later = random(2, frames, 3, 4), random(2, frames, 3, 4, seed=2)
+    expected = torch.empty_like(earlier)
+    for k in range(frames):
+        w = k + 0.5
+        expected[:, k] = ((frames - w) * earlier[:, k] + w * later[:, k]) / frames
+    assert torch.allclose(fuse(earlier, later), expected, rtol=0, atol=1e-15)
+    assert torch.allclose(fuse(earlier, later), fuse(later.flip(1), earlier.flip(1)).flip(1), rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize(("frames", "overlap"), [(5, 1), (12, 2), (9, 2), (6, 2), (1, 2), (30, 2)])
+def test_joined_chunks_cover_every_frame(frames: int, overlap: int, fused: bool) -> None:
+    """Against a walk over frames; on any two lanes the same as on one."""
+    config = ParallelChunksConfig(5, overlap, 1)
+    chunks = cut(frames, config)
+    said = [random(1, c.frames, 2, 3, seed=c.index) for c in chunks]
+    expected = torch.empty(1, frames, 2, 3, dtype=torch.float64)
+    for frame in range(frames):
+        voices = [(c, said[c.index][:, frame - c.start]) for c in chunks if c.start <= frame < c.stop]
+        first, value = voices[0]
+        if len(voices) == 2 and fused:
+            place = frame - voices[1][0].start + 0.5
+            value = ((overlap - place) * value + place * voices[1][1]) / overlap
+        expected[:, frame] = value
+        assert len(voices) <= 2 and first.index == min(c.index for c, _ in voices)  # noqa: PT018
+    assert torch.allclose(join(said, overlap, fused=fused), expected, rtol=0, atol=1e-15)
+    for lane in (AssignedChunks(chunks, config, n, 2) for n in range(2)):
+        if not lane.mine:
+            continue
+        before = said[lane.numbers.start - 1][:, -overlap:] if lane.has_before else None
+        after = said[lane.numbers.stop][:, :overlap] if lane.has_after and fused else None
+        mine = join([said[n] for n in lane.numbers], overlap, fused=fused, before=before, after=after)
+        assert torch.allclose(mine, expected[:, list(lane.held)], rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("shares", [1, 2, 3, 7])
+def test_a_sharded_read_is_the_whole_read(shares: int) -> None:
+    """Keyframes and tokens of a frame shared out, a share without any among them."""
+    _, vin = make_pair()
+    time, grid = vin.time(torch.tensor([700.0, 300.0])), LatentGrid(2, 3)
+    tokens, times = random(2, 4, grid.tokens, CONFIG.token_dim), torch.tensor([1, 3, 5, 7])
+
+    def keys(frames: slice, shard: Shard) -> Any:
+        where = places(times[frames], *shard.rows_and_columns())
+        return vin.keyframes(tokens[:, frames, shard.start : shard.stop], where, time)
+
+    whole = attention(vin.queries(time), keys(slice(None), Shard(grid)))
+    bounds = [round(4 * n / shares) for n in range(shares + 1)]
+    parts = [
+        merge(attention_parts(vin.queries(time), keys(slice(first, stop), Shard(grid, place, 2))))
+        for first, stop in pairwise(bounds)
+        for place in range(2)
+    ]
+    assert relative(merge(parts)[0], whole) < 1e-12
+
+
+def test_one_chunk_without_a_network_is_attention_over_the_whole_video() -> None:
+    """The same as a stream of one chunk, which sees the given frame and itself."""
+    job = Job(6, batch=2, chunks=ParallelChunksConfig(6, 1, 2), use_vin=False)
+    model, _ = make_pair()
+    frame, draw = frame_shape(GRID), seeded_noise(0, (2, *frame_shape(GRID)))
+
+    def noise(chunk: Chunk, step: int) -> Tensor:
+        return torch.cat([draw(Chunk(f, f, 1), step) for f in range(chunk.start, chunk.stop)], 1)
+
+    (expected,) = sample_chunks(
+        model,
+        random(2, CONFIG.text_len, CONFIG.text_dim),
+        noise,
+        GRID,
+        6,
+        stream=StreamConfig(chunk_frames=6),
+        sampler=STEPS,
+        initial_latents=random(2, 1, *frame),
+        parallel=SequenceParallel.single(device="cpu"),
+    )
+    assert relative(single(job), expected.latents) < 1e-12
+
+
+def step_once(use_vin: bool, held: Tensor) -> Tensor:
+    """The first chunk's velocity."""
+    model, vin = make_pair()
+    parallel = SequenceParallel.single(device="cpu")
+    lane = AssignedChunks(cut(held.shape[1], CHUNKS, 1), CHUNKS)
+    embeds = random(1, CONFIG.text_len, CONFIG.text_dim)
+    strategy = strategy_of(parallel, work_of(model))
+    with torch.inference_mode():
+        state = ParallelChunksForward(model, vin if use_vin else None, embeds, GRID, lane, 1, strategy, parallel)
+        state.commit(random(1, 1, GRID.tokens, CONFIG.token_dim))
+        return state.velocities(held, 800.0)[0].clone()
+
+
+def test_global_tokens_carry_across_a_video_in_one_step() -> None:
+    """A keyframe of the last chunk changes what the first chunk does; without them nothing does, nor another frame."""
+    held = random(1, 14, GRID.tokens, CONFIG.token_dim)
+    far, auxiliary = held.clone(), held.clone()
+    far[:, 12], auxiliary[:, 13] = random(GRID.tokens, CONFIG.token_dim, seed=3), 0.0
+    assert relative(step_once(True, far), step_once(True, held)) > 1e-3
+    assert torch.equal(step_once(True, auxiliary), step_once(True, held))
+    assert torch.equal(step_once(False, far), step_once(False, held))
+
+
+def on_ranks(group: Any, device: str, job: Job, lanes: int, strategy: str) -> Tensor:
+    """The video, after every rank has held what it received against the formulas."""
+    parallel = SequenceParallel(group, strategy, device, chunk=lanes)
+    video = job.video(parallel)
+    moved = parallel.comm_stats.by_kind()
+    lane = AssignedChunks(cut(job.frames, job.chunks, job.given), job.chunks, parallel.chunk_rank, lanes)
+    tokens, steps, itemsize = parallel.shard(GRID).tokens, len(job.sampler.steps), job.dtype.itemsize
+    wide = max(4, itemsize)
+    read = steps * read_elements(VIN, parallel.size, job.batch, itemsize)
+    assert (moved["read"].elements, moved["read"].bytes) == (read, read * itemsize)
+    fused = [job.chunks.fuses(step, steps) for step in range(steps)]
+    assert set(fused) == {True, False}, "both kinds of step"
+    overlap = sum(overlap_elements(CONFIG, lane, tokens, job.batch, is_fused) for is_fused in fused)
+    if lanes > 1:
+        assert (moved["overlap"].elements, moved["overlap"].bytes) == (overlap, overlap * wide)
+    else:
+        assert "overlap" not in moved
+    everyone: list[Any] = [None] * parallel.size
+    torch.distributed.all_gather_object(everyone, video)
+    assert all(torch.equal(video, other) for other in everyone)
+    return video
+
+
+JOBS = {
+    "five chunks": Job(17),
+    "fresh noise, batch 2": Job(12, batch=2, sampler=replace(STEPS, solver="renoise"), given=2),
+    "no given frame, a short last chunk": Job(9, given=0),
+    "float32": Job(14, dtype=torch.float32),
+    "bfloat16": Job(11, dtype=torch.bfloat16),
+}
+BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 0.05}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "lanes", "strategy"),
+    [
+        (2, 2, "auto"),
+        (2, 1, "gather-kv"),
+        (3, 3, "auto"),
+        (4, 2, "ulysses"),
+        (4, 2, "gather-kv"),
+        (4, 2, "shard-kv"),
+        (4, 4, "auto"),
+        (6, 1, "ulysses2xshard-kv3"),
+        (6, 2, "shard-kv"),
+        (6, 6, "auto"),  # more lanes than chunks
+    ],
+)
+def test_any_mesh_makes_the_same_video(pool: RankPool, ranks: int, lanes: int, strategy: str) -> None:
+    for name, job in JOBS.items():
+        if ranks < 5 or job.dtype == torch.float64:
+            result = pool.run(on_ranks, ranks, job, lanes, strategy)
+            assert relative(result, single(job)) < BOUNDS[job.dtype], name
+
+
+def test_every_step_is_reported_and_previews_where_asked() -> None:
+    parallel = SequenceParallel.single(device="cpu")
+    outputs = Job(12, preview_every=2).outputs(parallel)
+    assert [(m.step, m.steps, m.latents is not None) for m in outputs] == [
+        (1, 4, False),
+        (2, 4, True),
+        (3, 4, False),
+        (4, 4, True),
+    ]
+    preview, last = outputs[1].latents, outputs[3].latents
+    assert preview is not None
+    assert last is not None
+    assert torch.equal(last, single(Job(12)))
+    assert preview.shape == last.shape
+
+
+def test_flops_are_those_that_torch_counts() -> None:
+    model, vin = make_pair(torch.float32)
+    chunks = cut(11, CHUNKS, 1)
+    parallel = SequenceParallel.single(device="cpu")
+    embeds = torch.zeros(1, CONFIG.text_len, CONFIG.text_dim)
+    strategy = strategy_of(parallel, work_of(model))
+
+    def partial(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], *_: Any, **__: Any) -> int:
+        return 4 * q[0] * q[1] * q[2] * k[2] * q[3]
+
+    with torch.inference_mode():
+        state = ParallelChunksForward(model, vin, embeds, GRID, AssignedChunks(chunks, CHUNKS), 1, strategy, parallel)
+        state.commit(torch.zeros(1, 1, GRID.tokens, CONFIG.token_dim))
+        mapping = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: partial}
+        with FlopCounterMode(display=False, custom_mapping=mapping) as counter, sdpa_kernel(SDPBackend.MATH):
+            state.velocities(torch.zeros(1, 11, GRID.tokens, CONFIG.token_dim), 500.0)
+    assert counter.get_total_flops() == parallel_chunks_flops(CONFIG, VIN, GRID, 11, CHUNKS, given=1)
+    assert full_flops(CONFIG, GRID, 11, 1) == parallel_chunks_flops(
+        CONFIG, None, GRID, 11, ParallelChunksConfig(11, 1, 1), 1
+    )
+
+
+def test_any_solver_leads_from_step_to_step() -> None:
+    """diffusers' UniPC over chunks made together, at the timesteps that it tells the model."""
+    job = Job(11, sampler=SamplerConfig((999, 700, 400), shift=1.0, solver="unipc"))
+    euler = replace(job, sampler=replace(job.sampler, solver="euler"))
+    assert single(job).isfinite().all()
+    assert not torch.equal(single(job), single(euler))
+    # one step to the end is the same by both
+    last = SamplerConfig((999,), shift=1.0, solver="unipc")
+    assert (
+        relative(single(replace(job, sampler=last)), single(replace(euler, sampler=replace(last, solver="euler"))))
+        < 1e-10
+    )
+
+
+def test_values_of_the_read_know_nothing_of_places_and_its_size_does_not_matter() -> None:
+    _, vin = make_pair()
+    tokens, where, time = random(1, 2, 7, CONFIG.token_dim), random(2, 7, 3, seed=2), vin.time(torch.tensor([800.0]))
+    one, other = vin.keyframes(tokens, where, time), vin.keyframes(tokens, where + 1, 2 * time)
+    assert torch.equal(one.v, other.v)
+    assert not torch.allclose(one.k, other.k)
+    read, embeds = random(1, VIN.global_tokens, VIN.heads, VIN.dim // VIN.heads), random(1, 3, CONFIG.text_dim)
+    for small, large in zip(vin.globals(read, embeds, time), vin.globals(100 * read, embeds, time), strict=True):
+        assert relative(small.v, large.v) < 1e-4
