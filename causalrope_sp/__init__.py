@@ -14,7 +14,12 @@ if TYPE_CHECKING:
     from causalrope_sp.errors import CausalRopeError, CheckpointError, ConfigError, InputError, OutputError, PromptError
     from causalrope_sp.grid import Chunk, LatentGrid
     from causalrope_sp.models.causal_dit import CausalDiT
+    from causalrope_sp.pipeline.generation_options import GenerationOptions
+    from causalrope_sp.pipeline.load_options import LoadOptions
+    from causalrope_sp.pipeline.offload import Offload
+    from causalrope_sp.pipeline.output import VideoChunk
     from causalrope_sp.pipeline.pipeline import CausalVideoPipeline
+    from causalrope_sp.pipeline.results import CausalVideoPipelineOutput
     from causalrope_sp.sampling.sampler import sample_chunks
     from causalrope_sp.weights import load_model
 
@@ -34,6 +39,11 @@ _HOME = {
     "CausalDiT": "models.causal_dit",
     "SequenceParallel": "distributed",
     "CausalVideoPipeline": "pipeline.pipeline",
+    "CausalVideoPipelineOutput": "pipeline.results",
+    "GenerationOptions": "pipeline.generation_options",
+    "LoadOptions": "pipeline.load_options",
+    "Offload": "pipeline.offload",
+    "VideoChunk": "pipeline.output",
     "sample_chunks": "sampling.sampler",
     "load_model": "weights",
 }
@@ -42,18 +52,23 @@ __all__ = [
     "CausalDiT",
     "CausalRopeError",
     "CausalVideoPipeline",
+    "CausalVideoPipelineOutput",
     "CheckpointError",
     "Chunk",
     "ConfigError",
     "DiTConfig",
+    "GenerationOptions",
     "InputError",
     "KVCache",
     "LatentGrid",
+    "LoadOptions",
+    "Offload",
     "OutputError",
     "PromptError",
     "SamplerConfig",
     "SequenceParallel",
     "StreamConfig",
+    "VideoChunk",
     "__version__",
     "load_model",
     "sample_chunks",

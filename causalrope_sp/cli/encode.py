@@ -74,9 +74,9 @@ def encode_to_file(
     _check_file(out)
     import torch
 
+    from causalrope_sp.pipeline.load_options import LoadOptions
     from causalrope_sp.pipeline.model_config import TEXT_ENCODERS
     from causalrope_sp.pipeline.model_source import find_model
-    from causalrope_sp.pipeline.options import LoadOptions
     from causalrope_sp.text import TextSource, UMT5TextEncoder, save_embeds
     from causalrope_sp.text.umt5 import TEXT_LEN
     from causalrope_sp.weights import inspect_checkpoint

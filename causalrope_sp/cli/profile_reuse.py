@@ -40,8 +40,8 @@ def profile_reuse(
     Proposes, for each kind of output, how often to compute it so that nothing reused differs by more than --bound.
     """
     from causalrope_sp.distributed import SequenceParallel
+    from causalrope_sp.pipeline.load_options import LoadOptions
     from causalrope_sp.pipeline.model_source import find_model
-    from causalrope_sp.pipeline.options import LoadOptions
     from causalrope_sp.pipeline.pipeline import CausalVideoPipeline
     from causalrope_sp.profiling import profile_report as report
     from causalrope_sp.profiling.outputs import check_bound, propose, recording

@@ -25,8 +25,8 @@ from causalrope_sp.pipeline.conditioning import (
     condition_on_source,
 )
 from causalrope_sp.pipeline.decoding import frames_of
+from causalrope_sp.pipeline.generation_options import Embeds, GenerationOptions
 from causalrope_sp.pipeline.loading import plan_run
-from causalrope_sp.pipeline.options import Embeds, GenerationOptions
 from causalrope_sp.pipeline.output import Cut, StreamGuard, VideoChunk, decode_worker, decoded_chunks
 from causalrope_sp.pipeline.parallel_chunks import PreviewFrame, check_call
 from causalrope_sp.reuse import find_policy

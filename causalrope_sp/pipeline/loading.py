@@ -16,10 +16,11 @@ from causalrope_sp.distributed.layout import Layout, parse_strategy
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.models.causal_dit import CausalDiT
 from causalrope_sp.pipeline.decoding import check_decode
+from causalrope_sp.pipeline.load_options import LoadOptions
 from causalrope_sp.pipeline.model_config import ModelConfig
 from causalrope_sp.pipeline.model_source import describe_inferred, find_model, is_on_hub
 from causalrope_sp.pipeline.offload import Offload
-from causalrope_sp.pipeline.options import LoadOptions, check_dtype
+from causalrope_sp.pipeline.option_checks import check_dtype
 from causalrope_sp.pipeline.parallel_chunks import ParallelChunks, check_requested
 from causalrope_sp.pipeline.preflight import check_memory, describe_run
 from causalrope_sp.planning.strategy import choose_strategy

@@ -12,7 +12,8 @@ from causalrope_sp.checks import check_number, check_whole
 from causalrope_sp.config import SamplerConfig, StreamConfig
 from causalrope_sp.diffusion.schedule import with_overrides
 from causalrope_sp.errors import CheckpointError, ConfigError
-from causalrope_sp.pipeline.options import GenerationOptions, LoadOptions
+from causalrope_sp.pipeline.generation_options import GenerationOptions
+from causalrope_sp.pipeline.load_options import LoadOptions
 from causalrope_sp.text import TextSource
 from causalrope_sp.toybox import WEIGHTS
 from causalrope_sp.toybox.toybox_text import ToyboxText

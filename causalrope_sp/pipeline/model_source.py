@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from causalrope_sp.errors import CheckpointError, ConfigError
+from causalrope_sp.pipeline.load_options import LoadOptions
 from causalrope_sp.pipeline.model_config import PATHS, PIPELINE_FILE, ModelConfig, embedded_config, read_fields
-from causalrope_sp.pipeline.options import LoadOptions, local_path
 from causalrope_sp.text import TextSource
 from causalrope_sp.toybox import EMBEDDED
 from causalrope_sp.weights import find_preset, inspect_checkpoint
@@ -184,6 +184,11 @@ def _with_preset(fields: dict[str, Any], own: dict[str, Any], options: LoadOptio
     window = "all frames" if preset.stream.window is None else f"window {preset.stream.window}"
     reason = f"preset {preset.name} ({why}): {window}, steps {steps}, shift {preset.sampler.shift:g}"
     return {**fields, "stream": preset.stream, "sampler": preset.sampler, **kept}, reason
+
+
+def local_path(path: str | os.PathLike[str]) -> Path:
+    """A path with ~ for the home folder."""
+    return Path(path).expanduser()
 
 
 def describe_inferred(name: str | os.PathLike[str], config: ModelConfig) -> str | None:

@@ -15,9 +15,11 @@ from causalrope_sp.distributed import SequenceParallel
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.grid import LatentGrid
 from causalrope_sp.pipeline.generation import Generation, StreamSettings
+from causalrope_sp.pipeline.generation_options import GenerationOptions
+from causalrope_sp.pipeline.load_options import LoadOptions
 from causalrope_sp.pipeline.loading import Parts, load_parts
 from causalrope_sp.pipeline.model_config import TEXT_ENCODERS
-from causalrope_sp.pipeline.options import GenerationOptions, LoadOptions, check_device, check_dtype
+from causalrope_sp.pipeline.option_checks import check_device, check_dtype
 from causalrope_sp.pipeline.output import StreamGuard, VideoChunk
 from causalrope_sp.pipeline.results import CausalVideoPipelineOutput, as_output
 from causalrope_sp.pipeline.saving import save_parts

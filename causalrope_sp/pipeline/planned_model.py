@@ -13,10 +13,10 @@ from causalrope_sp.config import PRESETS, VAE_STRIDE, DiTConfig, SamplerConfig, 
 from causalrope_sp.diffusion.schedule import with_overrides
 from causalrope_sp.errors import CheckpointError, ConfigError
 from causalrope_sp.grid import LatentGrid
+from causalrope_sp.pipeline.load_options import LoadOptions
 from causalrope_sp.pipeline.model_config import ModelConfig
 from causalrope_sp.pipeline.model_source import find_model
 from causalrope_sp.pipeline.offload import Offload
-from causalrope_sp.pipeline.options import LoadOptions
 from causalrope_sp.pipeline.preflight import auxiliary
 from causalrope_sp.planning.decode_cost import DecodePlan, VaeSize, plan_decoding
 from causalrope_sp.planning.machines import Machine

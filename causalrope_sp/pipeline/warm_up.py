@@ -10,7 +10,7 @@ import torch
 from causalrope_sp.config import SamplerConfig
 from causalrope_sp.diffusion.noise import seeded_noise
 from causalrope_sp.pipeline.decoding import frames_of, run_decode_worker
-from causalrope_sp.pipeline.options import GenerationOptions
+from causalrope_sp.pipeline.generation_options import GenerationOptions
 from causalrope_sp.sampling.sampler import sample_chunks
 
 if TYPE_CHECKING:

@@ -253,7 +253,8 @@ def test_a_pipe_takes_fragments_as_they_come(tmp_path: Path) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path / "video.npy")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as process:
-        assert process.stdout is not None and process.stdin is not None
+        assert process.stdout is not None
+        assert process.stdin is not None
         first = b""
         while first.count(b"moof") < 3:  # fragments, before the writer is told to go on
             first += os.read(process.stdout.fileno(), 1 << 20)

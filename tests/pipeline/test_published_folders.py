@@ -102,11 +102,11 @@ def test_a_preset_and_a_pipeline_file_come_before_what_is_inferred(folder: Path,
 
 
 def test_a_checkpoint_without_a_base_says_what_it_needs(folder: Path, checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="a transformer alone: name a folder or repository .* as base"):
+    with pytest.raises(CheckpointError, match=r"a transformer alone: name a folder or repository .* as base"):
         CausalVideoPipeline.from_pretrained(checkpoint, device="cpu")
     with pytest.raises(CheckpointError, match="has no VAE and no text encoder in it"):
         CausalVideoPipeline.from_pretrained(checkpoint, base=tmp_path, device="cpu")
-    with pytest.raises(CheckpointError, match="base .* is not a folder"):
+    with pytest.raises(CheckpointError, match=r"base .* is not a folder"):
         CausalVideoPipeline.from_pretrained(checkpoint, base=tmp_path / "none", device="cpu")
     with pytest.raises(ConfigError, match="unknown preset"):
         CausalVideoPipeline.from_pretrained(checkpoint, base=folder, preset="nobody", device="cpu")

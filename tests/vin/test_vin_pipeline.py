@@ -130,7 +130,7 @@ def test_a_preview_that_cannot_be_written_loses_nothing(tmp_path: Path) -> None:
         (("--model", "toybox-vin", "--parallel-chunks", "vin", "--preview-every", 0), "must be at least 1, not 0"),
         (
             ("--model", "toybox-vin", "--parallel-chunks", "vin", "--chunk-parallel", 2),
-            "--chunk-parallel must be a divisor of the 1 ranks, not 2",
+            "must be a divisor of the 1 ranks, not 2",
         ),
         (("--model", "toybox-vin", "--parallel-chunks", "vin", "--rope", "relative"), "they have no rope to set"),
     ],

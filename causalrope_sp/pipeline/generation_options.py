@@ -1,0 +1,160 @@
+"""What a call asks for, as one frozen object that is checked when it is made."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self, get_args
+
+import torch
+from torch import Tensor
+
+from causalrope_sp.checks import check_choice, check_number, check_text, check_whole, shown
+from causalrope_sp.config import Solver
+from causalrope_sp.errors import ConfigError
+from causalrope_sp.io.media_reader import Picture, Video
+from causalrope_sp.pipeline.option_checks import Steps, check_names, check_sampling, replace_checked
+from causalrope_sp.reuse import ReusePolicy
+
+Embeds = Tensor | str | os.PathLike[str]
+OutputType = Literal["np", "pil", "pt", "latent"]
+StepCallback = Callable[[Any, int, float, dict[str, Any]], object]
+LARGEST_SEED = 2**63 - 1
+MOST_FRAMES = 10**9
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """What a call asks for, under diffusers' names. None keeps what the pipeline was loaded with.
+
+    Args:
+        prompt: the text, or for a call a list of texts, made one after the other.
+        negative_prompt: the text that guidance leads away from; None is no text: UMT5's empty prompt, toybox' zeros.
+        prompt_embeds, negative_prompt_embeds: in place of a text its embeddings, (1, text_len, text_dim), or a file
+            that `save_embeds` wrote; those of rank 0 count.
+        num_frames: pixel frames. Whole chunks are made, and the last one is trimmed.
+        height, width: pixels of a frame.
+        num_inference_steps, solver, shift, guidance_scale, guidance_interval: of the sampler (see `LoadOptions`).
+        seed: of all noise, from 0 on. Video n of a list of prompts has seed + n.
+        generator: draws the seed, in its place.
+        output_type: "np", "pil", "pt" or "latent" (see `CausalVideoPipelineOutput`).
+        image: a picture that is the video's first frame, a file or uint8 (H, W, 3); it counts as one of `num_frames`.
+        video: a video to continue, a file or uint8 (H, W, 3) frames: its last frames are what the stream looks back on,
+            and the result is what comes after them. With `strength` it is a video to redraw.
+        strength: the share of the denoising steps, rounded up, that redraw `video`: above 0, which changes least, to 1.
+            The result has as many frames as `video`, up to `num_frames`.
+        reuse: which attention outputs later steps take over from earlier ones: a policy, a preset such as "pab:latte",
+            or a JSON file (see `find_policy`).
+        callback_on_step_end: called on every rank after each denoising step as (pipe, step, timestep, kwargs). kwargs
+            has "chunk", "num_steps" and, where chunks are made in parallel, "preview", a `PreviewFrame`. What it
+            returns is not used. It must not raise on some of the ranks only.
+        preview_every: with chunks made in parallel, how many steps there are between two decoded previews.
+
+    Pictures and videos are scaled to cover the frame and cropped around the centre (see `io.media_reader`).
+
+    Raises:
+        ConfigError: a value of another type or outside its range; neither or both of a prompt and its embeddings; more
+            than one thing to start from.
+    """
+
+    prompt: str | Sequence[str] | None = None
+    negative_prompt: str | None = None
+    prompt_embeds: Embeds | None = None
+    negative_prompt_embeds: Embeds | None = None
+    num_frames: int = 81
+    height: int | None = None
+    width: int | None = None
+    num_inference_steps: Steps | None = None
+    solver: Solver | None = None
+    shift: float | None = None
+    guidance_scale: float | None = None
+    guidance_interval: tuple[float, float] | None = None
+    seed: int = 0
+    generator: torch.Generator | None = None
+    output_type: OutputType = "np"
+    image: Picture | None = None
+    video: Video | None = None
+    strength: float | None = None
+    reuse: ReusePolicy | str | os.PathLike[str] | None = None
+    callback_on_step_end: StepCallback | None = None
+    preview_every: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in zip(("num_frames", "seed"), (1, 0), strict=True):
+            most = MOST_FRAMES if name == "num_frames" else LARGEST_SEED
+            object.__setattr__(self, name, check_whole(name, getattr(self, name), value, most))
+        for name in ("height", "width", "preview_every"):
+            replace_checked(self, name, check_whole)
+        if isinstance(self.prompt, str):
+            check_text("prompt", self.prompt)
+        elif self.prompt is not None:
+            object.__setattr__(self, "prompt", _check_prompts(self.prompt))
+        if self.negative_prompt is not None and not isinstance(self.negative_prompt, str):
+            raise ConfigError(f"negative_prompt must be a text, not {shown(self.negative_prompt)}")
+        check_choice("output_type", self.output_type, get_args(OutputType))
+        if self.generator is not None and not isinstance(self.generator, torch.Generator):
+            raise ConfigError(f"generator must be a torch.Generator, not {shown(self.generator)}")
+        if self.callback_on_step_end is not None and not callable(self.callback_on_step_end):
+            raise ConfigError(f"callback_on_step_end must be callable, not {shown(self.callback_on_step_end)}")
+        check_sampling(self)
+        self._check_texts()
+        self._check_conditioning()
+
+    def _check_texts(self) -> None:
+        for name in ("prompt_embeds", "negative_prompt_embeds"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, Tensor | str | os.PathLike):
+                raise ConfigError(f"{name} must be a tensor or a file, not {shown(value)}")
+        if (self.prompt is None) == (self.prompt_embeds is None):
+            raise ConfigError("give either a prompt or its embeddings (prompt_embeds)")
+        if self.negative_prompt is not None and self.negative_prompt_embeds is not None:
+            raise ConfigError("give either a negative prompt or its embeddings (negative_prompt_embeds)")
+
+    def _check_conditioning(self) -> None:
+        if self.image is not None and self.video is not None:
+            raise ConfigError("give either an image or a video, not both")
+        if self.strength is None:
+            return
+        if self.video is None:
+            raise ConfigError("a strength needs a video")
+        strength = check_number("strength", self.strength)
+        if not 0 < strength <= 1:
+            raise ConfigError(f"strength must be above 0 and at most 1, not {shown(self.strength)}")
+
+    @classmethod
+    def of(cls, **given: Any) -> Self:
+        """From fields by name.
+
+        Raises:
+            ConfigError: no such option, or a value that it refuses.
+        """
+        check_names(cls, given)
+        return cls(**given)
+
+    def override(self, **changes: Any) -> Self:
+        """These options with some of them changed.
+
+        Raises:
+            ConfigError: no such option, or a value that it refuses.
+        """
+        check_names(type(self), changes)
+        return replace(self, **changes)
+
+    def first_seed(self) -> int:
+        """The seed, drawn from the generator if there is one, which is then advanced."""
+        if self.generator is None:
+            return self.seed
+        device = self.generator.device
+        return int(torch.randint(LARGEST_SEED, (), generator=self.generator, device=device))
+
+    @property
+    def prompts(self) -> list[str | None]:
+        """One entry for every video to make; None where embeddings stand in place of a text."""
+        return [self.prompt] if self.prompt is None or isinstance(self.prompt, str) else list(self.prompt)
+
+
+def _check_prompts(prompts: object) -> tuple[str, ...]:
+    if not isinstance(prompts, Sequence) or not prompts:
+        raise ConfigError(f"prompt must be a text or a list of texts, not {shown(prompts)}")
+    return tuple(check_text(f"prompt[{number}]", prompt) for number, prompt in enumerate(prompts))

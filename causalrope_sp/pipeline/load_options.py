@@ -1,0 +1,116 @@
+"""How a model is loaded, as one frozen object that is checked when it is made."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self, get_args
+
+import torch
+
+from causalrope_sp.checks import check_choice, check_text, check_whole, shown
+from causalrope_sp.config import Solver
+from causalrope_sp.errors import ConfigError
+from causalrope_sp.pipeline.decoding import Decode
+from causalrope_sp.pipeline.offload import Offload
+from causalrope_sp.pipeline.option_checks import (
+    Steps,
+    check_names,
+    check_path,
+    check_sampling,
+    device_field,
+    dtype_field,
+    offload_field,
+    replace_checked,
+)
+from causalrope_sp.weights.dit_loader import Weights
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How a model is loaded, and what it does where a call says nothing else. None keeps what the model's own files
+    say.
+
+    Args:
+        base: a folder or Hub repository with the text encoder and the VAE of a checkpoint that is a transformer alone.
+        preset: how the model runs, by the name of a published one (see `weights.model_presets`); None infers it.
+        revision: the branch, tag or commit of a Hub repository.
+        cache_dir: the folder of downloaded repositories, in place of huggingface_hub's own.
+        local_files_only: use what has been downloaded and ask no server.
+        device: where one process computes; None takes the GPU if there is one.
+        dtype: of the transformer; None takes bfloat16 on CUDA and float32 on the CPU.
+        height, width: pixels of a frame.
+        window: latent frames that attention looks back over, the current chunk counted.
+        sink: latent frames of the very start that never leave the window.
+        chunk_frames: latent frames that are denoised together.
+        rope: "absolute" or "relative" (see `StreamConfig`).
+        num_inference_steps: how many denoising steps, evenly spaced, or their unshifted timesteps in (0, 1000].
+        solver, shift, guidance_scale, guidance_interval: of the sampler (see `SamplerConfig`).
+        weights: "full", or "fp8" for the blocks' matrices in 8 bits (see `load_model`).
+        offload: what is on the device only while it is used: "text" (UMT5, read again for every prompt), "codec", both,
+            or "none"; an `Offload` says more. None lets UMT5 wait on the CPU between two prompts.
+        codec: which kind of codec it must be, "wan" or "taehv"; None takes what the file holds.
+        codec_weights: the file or folder of the codec.
+        decode: "inline", "overlap" or "spatial" (see `pipeline.decoding`).
+        preflight: refuse, before weights are read, what is predicted not to fit into memory.
+        parallel_chunks: "vin" denoises all chunks of a video at once, by the model's Video Interface Network.
+
+    Raises:
+        ConfigError: a value of another type, or outside its range.
+    """
+
+    base: str | os.PathLike[str] | None = None
+    preset: str | None = None
+    revision: str | None = None
+    cache_dir: str | os.PathLike[str] | None = None
+    local_files_only: bool = False
+    device: torch.device | str | None = None
+    dtype: torch.dtype | str | None = None
+    height: int | None = None
+    width: int | None = None
+    window: int | None = None
+    sink: int | None = None
+    chunk_frames: int | None = None
+    rope: Literal["absolute", "relative"] | None = None
+    num_inference_steps: Steps | None = None
+    solver: Solver | None = None
+    shift: float | None = None
+    guidance_scale: float | None = None
+    guidance_interval: tuple[float, float] | None = None
+    weights: Weights | None = None
+    offload: Offload | str | Sequence[str] | None = None
+    codec: str | None = None
+    codec_weights: str | os.PathLike[str] | None = None
+    decode: Decode = "inline"
+    preflight: bool = True
+    parallel_chunks: Literal["vin"] | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("height", 1), ("width", 1), ("window", 1), ("sink", 0), ("chunk_frames", 1)):
+            replace_checked(self, name, check_whole, least)
+        replace_checked(self, "rope", check_choice, ("absolute", "relative"))
+        replace_checked(self, "parallel_chunks", check_choice, ("vin",))
+        replace_checked(self, "weights", check_choice, get_args(Weights))
+        for name in ("preset", "revision", "codec"):
+            replace_checked(self, name, check_text)
+        for name in ("base", "cache_dir", "codec_weights"):
+            replace_checked(self, name, check_path)
+        replace_checked(self, "device", device_field)
+        replace_checked(self, "dtype", dtype_field)
+        replace_checked(self, "offload", offload_field)
+        check_sampling(self)
+        for name in ("local_files_only", "preflight"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False, not {shown(getattr(self, name))}")
+
+    def override(self, **changes: Any) -> Self:
+        """These options with some of them changed; `torch_dtype` is diffusers' other name of `dtype`.
+
+        Raises:
+            ConfigError: no such option, or a value that it refuses.
+        """
+        if "torch_dtype" in changes:
+            changes["dtype"] = changes.pop("torch_dtype")
+        check_names(type(self), changes)
+        return replace(self, **changes)

@@ -1,0 +1,98 @@
+"""Checks that the options of loading and of a call share. Each returns the value that is kept."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import fields
+from typing import Any, get_args
+
+import torch
+
+from causalrope_sp.checks import check_choice, check_number, check_whole, shown
+from causalrope_sp.config import Solver
+from causalrope_sp.errors import ConfigError
+from causalrope_sp.pipeline.offload import Offload
+
+Steps = int | Sequence[float]  # how many, or their unshifted timesteps
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def check_path(name: str, value: object) -> str:
+    """Raises ConfigError unless `value` is a path that is not empty."""
+    if not isinstance(value, str | os.PathLike) or not os.fspath(value):
+        raise ConfigError(f"{name} must be a path, not {shown(value)}")
+    return str(os.fspath(value))
+
+
+def check_device(value: object) -> torch.device:
+    """Raises ConfigError unless `value` names a device of this machine."""
+    try:
+        device = torch.device(value)  # type: ignore[call-overload]  # the error is what is asked for
+    except (RuntimeError, TypeError, ValueError) as reason:
+        raise ConfigError(f"device must be one that torch knows, such as cpu or cuda:0, not {shown(value)}") from reason
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device must be one of this machine, which has {torch.cuda.device_count()} GPUs, not {value}"
+        )
+    return device
+
+
+def check_dtype(value: object) -> torch.dtype:
+    """Raises ConfigError unless `value` is a floating type of torch's, or its name."""
+    dtype = DTYPES.get(value.removeprefix("torch.")) if isinstance(value, str) else value
+    if dtype not in DTYPES.values():
+        raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, not {shown(value)}")
+    assert isinstance(dtype, torch.dtype), "checked"
+    return dtype
+
+
+def check_sampling(owner: object) -> None:
+    """Checks the fields of the sampler that both kinds of options have; their ranges are `SamplerConfig`'s to check."""
+    replace_checked(owner, "solver", check_choice, get_args(Solver))
+    for name in ("shift", "guidance_scale"):
+        replace_checked(owner, name, check_number)
+    replace_checked(owner, "num_inference_steps", _check_steps)
+    replace_checked(owner, "guidance_interval", _check_interval)
+
+
+def _check_steps(name: str, value: object) -> Steps:
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        return check_whole(name, value, 1, 1000)
+    return tuple(check_number(name, step) for step in value)
+
+
+def _check_interval(name: str, value: object) -> tuple[float, ...]:
+    if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != 2:
+        raise ConfigError(f"{name} must be two timesteps, the lower one first, not {shown(value)}")
+    return tuple(check_number(name, bound) for bound in value)
+
+
+def device_field(_: str, value: object) -> torch.device:
+    """`check_device` as `replace_checked` calls it."""
+    return check_device(value)
+
+
+def dtype_field(_: str, value: object) -> torch.dtype:
+    """`check_dtype` as `replace_checked` calls it."""
+    return check_dtype(value)
+
+
+def offload_field(_: str, value: Any) -> Offload:
+    """An `Offload`, made of words if it is none."""
+    return value if isinstance(value, Offload) else Offload.of(value)
+
+
+def replace_checked(owner: object, name: str, check: Callable[..., object], *limits: object) -> None:
+    """Replaces a field that is not None by what its check makes of its name, its value and the limits."""
+    value = getattr(owner, name)
+    if value is not None:
+        object.__setattr__(owner, name, check(name, value, *limits))
+
+
+def check_names(options: Any, given: Collection[str]) -> None:
+    """Raises ConfigError for a name that is no field of the dataclass `options`."""
+    known = [field.name for field in fields(options)]
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        raise ConfigError(f"there is no option {', '.join(unknown)}; there are: {', '.join(known)}")

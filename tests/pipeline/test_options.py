@@ -1,0 +1,189 @@
+"""What loading and calls take, under diffusers' names: every value is checked once, in one sentence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL.Image import Image
+
+from causalrope_sp import CausalVideoPipeline, ConfigError, GenerationOptions, LoadOptions
+from tests.support.videos import video_of
+
+PROMPT = "a red circle slides right"
+
+
+@pytest.fixture(scope="module")
+def pipe() -> CausalVideoPipeline:
+    made = CausalVideoPipeline.from_pretrained("toybox", device="cpu")
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompt": 5}, "prompt must be a text or a list of texts, not 5"),
+        ({"prompt": ""}, "prompt must be a text that is not empty, not ''"),
+        ({"prompt": []}, r"prompt must be a text or a list of texts, not \[\]"),
+        ({"prompt": ["a", 3]}, r"prompt\[1\] must be a text that is not empty, not 3"),
+        ({}, "give either a prompt or its embeddings"),
+        ({"prompt": "a", "num_frames": 2.5}, "num_frames must be a whole number of at least 1 and at most .*, not 2.5"),
+        ({"prompt": "a", "num_frames": True}, "num_frames must be a whole number .*, not True"),
+        ({"prompt": "a", "num_frames": "9"}, "num_frames must be a whole number .*, not '9'"),
+        ({"prompt": "a", "num_frames": 0}, "num_frames must be a whole number .*, not 0"),
+        (
+            {"prompt": "a", "seed": -1},
+            "seed must be a whole number of at least 0 and at most .*, not -1",
+        ),
+        ({"prompt": "a", "height": -64}, "height must be a whole number of at least 1, not -64"),
+        ({"prompt": "a", "num_inference_steps": 0}, "num_inference_steps must be a whole number .*, not 0"),
+        ({"prompt": "a", "num_inference_steps": [1, "x"]}, "num_inference_steps must be a finite number, not 'x'"),
+        ({"prompt": "a", "guidance_scale": float("nan")}, "guidance_scale must be a finite number, not nan"),
+        (
+            {"prompt": "a", "guidance_interval": 5},
+            "guidance_interval must be two timesteps, .*, not 5",
+        ),
+        ({"prompt": "a", "output_type": "gif"}, "output_type must be one of np, pil, pt, latent, not 'gif'"),
+        ({"prompt": "a", "generator": 3}, r"generator must be a torch\.Generator, not 3"),
+        ({"prompt": "a", "negative_prompt": 3}, "negative_prompt must be a text, not 3"),
+        ({"prompt": "a", "prompt_embeds": 3}, "prompt_embeds must be a tensor or a file, not 3"),
+        ({"prompt": "a", "strength": 0.5}, "a strength needs a video"),
+        ({"prompt": "a", "video": [], "strength": 2}, "strength must be above 0 and at most 1, not 2"),
+        ({"prompt": "a", "callback_on_step_end": "x"}, "callback_on_step_end must be callable, not 'x'"),
+        ({"prompt": "a", "frames": 9}, "there is no option frames; there are: prompt, negative_prompt, .*num_frames"),
+    ],
+)
+def test_a_wrong_value_of_a_call_is_one_sentence(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        GenerationOptions.of(**options)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"window": 2.0}, "window must be a whole number of at least 1, not 2.0"),
+        ({"device": "gpu7"}, "device must be one that torch knows, such as cpu or cuda:0, not 'gpu7'"),
+        ({"device": "cuda:64"}, "device must be one of this machine, which has 0 GPUs, not cuda:64"),
+        ({"dtype": torch.int8}, "dtype must be one of float64, float32, float16, bfloat16, not torch.int8"),
+        ({"torch_dtype": "half"}, "dtype must be one of float64, float32, float16, bfloat16, not 'half'"),
+        ({"base": 3}, "base must be a path, not 3"),
+        ({"codec_weights": ""}, "codec_weights must be a path, not ''"),
+        ({"rope": "sideways"}, "rope must be one of absolute, relative, not 'sideways'"),
+        ({"weights": "int4"}, "weights must be one of full, fp8, not 'int4'"),
+        ({"preflight": 1}, "preflight must be True or False, not 1"),
+        ({"steps": 4}, "there is no option steps; there are: base, preset, .*num_inference_steps"),
+    ],
+)
+def test_a_wrong_option_of_loading_is_one_sentence(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        CausalVideoPipeline.from_pretrained("toybox", **options)
+
+
+def test_options_are_taken_as_an_object_and_by_name() -> None:
+    options = LoadOptions(dtype="float32", num_inference_steps=[1000, 500])
+    pipe = CausalVideoPipeline.from_pretrained("toybox", options, device="cpu", torch_dtype=torch.float64)
+    assert pipe.model.dtype == torch.float64
+    assert pipe.config.sampler.steps == (1000, 500)
+    with pytest.raises(AttributeError):
+        options.window = 5  # type: ignore[misc]
+
+
+def test_numpy_numbers_are_numbers(pipe: CausalVideoPipeline) -> None:
+    plain = video_of(pipe, PROMPT, num_frames=9, seed=3)
+    assert (video_of(pipe, PROMPT, num_frames=np.int64(9), seed=np.uint8(3)) == plain).all()
+
+
+def test_every_type_of_output_holds_the_same_frames(pipe: CausalVideoPipeline) -> None:
+    """float32 in [0, 1], in the axes that diffusers' pipelines return them."""
+    frames = video_of(pipe, PROMPT, num_frames=9, seed=3)
+    as_np, as_pt, as_pil = (pipe(PROMPT, num_frames=9, seed=3, output_type=kind).frames for kind in ("np", "pt", "pil"))
+    assert (as_np.shape, as_np.dtype) == ((1, 9, 64, 64, 3), np.float32)
+    assert ((as_np[0] * 255).round() == frames).all()
+    assert torch.equal(as_pt.movedim(2, -1), torch.from_numpy(as_np))
+    assert isinstance(as_pil[0][0], Image)
+    assert (np.stack([np.asarray(picture) for picture in as_pil[0]]) == frames).all()
+
+
+def test_latents_are_those_that_the_codec_decodes(pipe: CausalVideoPipeline) -> None:
+    latents = pipe(PROMPT, num_frames=9, seed=3, output_type="latent").frames
+    assert latents.shape == (1, 16, 3, 8, 8)
+    pixels = pipe.codec.decoder().decode(latents.transpose(1, 2))[0].movedim(1, -1)
+    frames = (pixels * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8).numpy()
+    assert (frames == video_of(pipe, PROMPT, num_frames=9, seed=3)).all()
+
+
+def test_a_list_of_prompts_is_one_video_after_the_other(pipe: CausalVideoPipeline) -> None:
+    prompts = [PROMPT, "a blue square pulses"]
+    both = pipe(prompts, num_frames=9, seed=5).frames
+    assert both.shape == (2, 9, 64, 64, 3)
+    for number, prompt in enumerate(prompts):
+        assert (both[number] == pipe(prompt, num_frames=9, seed=5 + number).frames[0]).all()
+    with pytest.raises(ConfigError, match="a stream has one prompt"):
+        pipe.stream(options=GenerationOptions(prompt=prompts))
+
+
+def test_a_generator_draws_the_seed_and_goes_on(pipe: CausalVideoPipeline) -> None:
+    def videos() -> list[np.ndarray]:
+        generator = torch.Generator().manual_seed(7)
+        return [video_of(pipe, PROMPT, num_frames=5, generator=generator) for _ in range(2)]
+
+    first, again = videos(), videos()
+    assert all((one == other).all() for one, other in zip(first, again, strict=True))
+    assert (first[0] != first[1]).any()
+
+
+def test_a_call_may_have_its_own_size_and_sampler(pipe: CausalVideoPipeline) -> None:
+    wide = video_of(pipe, PROMPT, num_frames=5, height=48, width=80)
+    assert wide.shape == (5, 48, 80, 3)
+    fewer = video_of(pipe, PROMPT, num_frames=5, num_inference_steps=[1000, 500])
+    loaded = CausalVideoPipeline.from_pretrained("toybox", device="cpu", num_inference_steps=[1000, 500])
+    assert (fewer == video_of(loaded, PROMPT, num_frames=5)).all()
+    assert (fewer != video_of(pipe, PROMPT, num_frames=5)).any()
+    guided = video_of(pipe, PROMPT, num_frames=5, guidance_scale=1.5, negative_prompt="a blue square pulses")
+    assert (guided != video_of(pipe, PROMPT, num_frames=5)).any()
+    with pytest.raises(ConfigError, match="height 50 is not divisible by 16; the nearest that work: 48 or 64"):
+        pipe.stream(PROMPT, height=50)
+
+
+def test_a_callback_hears_of_every_step(pipe: CausalVideoPipeline) -> None:
+    heard: list[tuple[int, float, int]] = []
+
+    def callback(asked: CausalVideoPipeline, step: int, timestep: float, told: dict[str, Any]) -> None:
+        assert asked is pipe
+        assert told["num_steps"] == 4
+        heard.append((step, timestep, told["chunk"]))
+
+    video_of(pipe, PROMPT, num_frames=17, callback_on_step_end=callback)
+    timesteps = [1000, 750, 500, 250]
+    chunks = sorted({chunk for *_, chunk in heard})
+    assert heard == [(step, timesteps[step], chunk) for chunk in chunks for step in range(4)]
+    assert len(chunks) == 2
+
+
+def test_a_pipeline_moves_and_names_its_parts(pipe: CausalVideoPipeline) -> None:
+    own = CausalVideoPipeline.from_pretrained("toybox", device="cpu")
+    own.set_progress_bar_config(disable=True)
+    assert own.to("cpu", torch.float64) is own
+    assert own.model.dtype == torch.float64
+    assert own.components.keys() == {"transformer", "vae", "text_encoder", "tokenizer", "scheduler"}
+    difference = own(PROMPT, num_frames=5).frames - pipe(PROMPT, num_frames=5).frames
+    assert abs(difference).max() < 0.1
+    with pytest.raises(ConfigError, match="device must be one that torch knows"):
+        own.to("gpu")
+
+
+def test_the_progress_bar_counts_frames(
+    pipe: CausalVideoPipeline, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe.set_progress_bar_config(desc="video", ascii=True)
+    pipe(PROMPT, num_frames=9)
+    pipe.set_progress_bar_config(disable=True)
+    said = capsys.readouterr().err
+    assert "video: 100%" in said
+    assert "9/9" in said
+    pipe(PROMPT, num_frames=9)
+    assert capsys.readouterr().err == ""
