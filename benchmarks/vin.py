@@ -59,10 +59,10 @@ def timed(group: dist.ProcessGroup | None, device: str, way: str, frames: int) -
     opening = pipe.text.opening(config.in_channels, grid.latent_height, grid.latent_width)
     steps, took, latents = pipe.config.sampler.steps, [], None
     if way == "autoregressive":
-        model_config = ways.flow.model_config
+        flow = ways.flow.config
         parts = sample_chunks(
-            ways.flow.model, embeds, noise, grid, 3 * min(TIMED_CHUNKS, -(-count // 3)), stream=model_config.stream,
-            sampler=model_config.sampler, parallel=SequenceParallel(group, device=device), initial_latents=opening,
+            ways.flow.model, embeds, noise, grid, 3 * min(TIMED_CHUNKS, -(-count // 3)), stream=flow.stream,
+            sampler=flow.sampler, parallel=SequenceParallel(group, device=device), initial_latents=opening,
         )  # fmt: skip
         clock = time.perf_counter()
         for part in parts:
