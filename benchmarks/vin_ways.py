@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from videos import video_of
 
 from causalrope_sp import CausalVideoPipeline, LatentGrid, SequenceParallel
 from causalrope_sp.attention.build import build_strategy
@@ -50,9 +51,7 @@ class Ways:
         if way == TRUTH:
             return self._rendered(scene, frames, seed)
         if way == "autoregressive":
-            made = self.flow(scene.prompt(), frames=frames, seed=seed)
-            assert made is not None, "one rank"
-            return made
+            return video_of(self.flow, scene.prompt(), num_frames=frames, seed=seed)
         pipe, count = self.vin, latent_frames(frames)
         channels = pipe.model.config.in_channels
         opening = pipe.text.opening(channels, pipe.settings().grid.latent_height, pipe.settings().grid.latent_width)
