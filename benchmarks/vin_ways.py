@@ -134,9 +134,9 @@ def flops_of(way: str, ways: Ways, frames: int) -> int:
         model_config = ways.flow.model_config
         return autoregressive_flops(config, grid, model_config.stream, count, len(model_config.sampler.steps))
     if way == "full attention":
-        return steps * full_flops(config, grid, count, given=1)
+        return steps * full_flops(config, grid, count, initial_frames=1)
     vin, chunks = settings(way, ways.together, count)
-    return steps * parallel_chunks_flops(config, vin and vin.config, grid, count, chunks, given=1)
+    return steps * parallel_chunks_flops(config, vin and vin.config, grid, count, chunks, initial_frames=1)
 
 
 @torch.inference_mode()

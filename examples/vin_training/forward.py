@@ -21,7 +21,7 @@ from causalrope_sp.models.causal_dit import CausalDiT, ForwardPass
 from causalrope_sp.models.rope import RotaryTables
 from causalrope_sp.toybox.chart import chart
 from causalrope_sp.vin.chunks import AssignedChunks, cut
-from causalrope_sp.vin.network import VideoInterfaceNetwork, places
+from causalrope_sp.vin.network import VideoInterfaceNetwork, positions
 from causalrope_sp.vin.vin_config import ParallelChunksConfig
 
 
@@ -103,9 +103,9 @@ class TogetherForcing:
 
     def _globals(self, vin: VideoInterfaceNetwork, noisy: Tensor, embeds: Tensor, timesteps_B: Tensor) -> list[Keys]:
         video = AssignedChunks(cut(noisy.shape[1], self.config, start=1), self.config)
-        tokens = self.grid.patchify(noisy[:, video.places(video.keyframes)])
+        tokens = self.grid.patchify(noisy[:, video.offsets(video.keyframes)])
         times = torch.tensor(list(video.keyframes), device=self.device)
-        where = places(times, *(x.to(self.device) for x in self._shard.rows_and_columns()))
+        where = positions(times, *(x.to(self.device) for x in self._shard.rows_and_columns()))
         time = vin.time(timesteps_B)
         read = attention(vin.queries(time), vin.keyframes(tokens, where, time), "torch")
         return vin.globals(read, embeds, time, "torch")
