@@ -133,9 +133,9 @@ def flops_of(way: str, ways: Ways, frames: int) -> int:
         flow = ways.flow.config
         return autoregressive_flops(config, grid, flow.stream, count, len(flow.sampler.steps))
     if way == "full attention":
-        return steps * full_flops(config, grid, count, given=1)
+        return steps * full_flops(config, grid, count, initial_frames=1)
     vin, chunks = settings(way, ways.together, count)
-    return steps * parallel_chunks_flops(config, vin and vin.config, grid, count, chunks, given=1)
+    return steps * parallel_chunks_flops(config, vin and vin.config, grid, count, chunks, initial_frames=1)
 
 
 @torch.inference_mode()

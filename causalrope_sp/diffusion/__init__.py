@@ -1,1 +1,1 @@
-"""Noise levels, solvers and noise: pure mathematics."""
+"""Noise levels, solvers and noise: pure functions of numbers and tensors."""

@@ -1,4 +1,4 @@
-"""Noise that depends on nothing but (seed, stream, chunk, step): the same on every rank and every device."""
+"""Noise that depends on seed, stream, chunk and step alone, so that it is the same on every rank and every device."""
 
 from __future__ import annotations
 
@@ -11,11 +11,17 @@ from torch import Tensor
 from causalrope_sp.grid import Chunk
 
 Noise = Callable[[Chunk, int], Tensor]
-"""(chunk, step) -> (B, F, C, H, W): the starting noise at step 0, fresh noise before each later step."""
+"""Returns the noise of a chunk, (B, F, C, H, W): starting noise for step 0, fresh noise for each later step."""
 
 
 def seeded_noise(seed: int, shape_BCHW: tuple[int, int, int, int], stream: int = 0) -> Noise:
-    """A noise source whose every draw has a generator of its own, on the CPU, in float32."""
+    """Makes a noise source; each draw has a generator of its own, on the CPU, and is float32.
+
+    Args:
+        seed: of the video.
+        shape_BCHW: the shape of one latent frame with its batch.
+        stream: the number of the stream, if several share a seed.
+    """
     batch, *frame = shape_BCHW
 
     def draw(chunk: Chunk, step: int) -> Tensor:
@@ -25,6 +31,6 @@ def seeded_noise(seed: int, shape_BCHW: tuple[int, int, int, int], stream: int =
 
 
 def keyed_generator(*key: int) -> torch.Generator:
-    """A CPU generator of its own for every tuple of whole numbers."""
+    """Returns a CPU generator seeded with a hash of the whole numbers `key`."""
     digest = hashlib.blake2b(" ".join(map(str, key)).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)

@@ -1,4 +1,7 @@
-"""Flow-matching arithmetic: x_σ = (1-σ)·x0 + σ·ε, velocity v = ε - x0, timestep = 1000·σ. Pure functions."""
+"""Flow-matching arithmetic: x_σ = (1-σ)·x0 + σ·ε, velocity v = ε - x0, timestep = 1000·σ. Pure functions.
+
+Noise levels σ are in [0, 1], timesteps in [0, 1000]. Latents and velocities have any shape.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +16,22 @@ from causalrope_sp.errors import ConfigError
 
 
 def shift_sigma(sigma: float, shift: float) -> float:
-    """σ(s) = shift·s / (1 + (shift - 1)·s): spends more of the steps at high noise."""
+    """Shifts a noise level, σ(s) = shift·s / (1 + (shift - 1)·s), so that more of the steps are at high noise."""
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
 def timesteps(steps: int | Sequence[float], solver: Solver = "renoise") -> tuple[float, ...]:
-    """The unshifted timesteps of so many steps, evenly spaced from noise to data; a list of them as it is. Those of
-    "unipc" start at 999, as Wan's do.
+    """Spaces the timesteps of a number of steps evenly from noise to data.
+
+    Args:
+        steps: their number, or the timesteps themselves, which are returned unchanged.
+        solver: "unipc" starts at 999, as Wan does, the others at 1000.
+
+    Returns:
+        Unshifted timesteps, falling.
 
     Raises:
-        ConfigError: fewer than 1 step or more than 1000.
+        ConfigError: the number is below 1 or above 1000.
     """
     if not isinstance(steps, int):
         return tuple(steps)
@@ -41,23 +50,31 @@ def with_overrides(
     guidance_scale: float | None = None,
     guidance_interval: tuple[float, float] | None = None,
 ) -> SamplerConfig:
-    """The sampler with whatever is not None in place of its own. Another solver without steps takes as many as there
-    were, evenly spaced.
+    """Replaces the values of a sampler by those that are not None.
+
+    Args:
+        config: the sampler.
+        steps: their number, or unshifted timesteps. If only `solver` changes, it takes as many steps as before, evenly
+            spaced.
+        solver: see `SamplerConfig`.
+        shift: see `SamplerConfig`.
+        guidance_scale: see `SamplerConfig`.
+        guidance_interval: see `SamplerConfig`.
 
     Raises:
-        ConfigError: what `SamplerConfig` and `timesteps` refuse; an interval to guide in where nothing is guided.
+        ConfigError: `SamplerConfig` or `timesteps` refuses a value, or there is a guidance interval without guidance.
     """
-    way = solver or config.solver
-    if steps is None and way != config.solver:
+    new_solver = solver or config.solver
+    if steps is None and new_solver != config.solver:
         steps = len(config.steps)
-    given = {
-        "steps": None if steps is None else timesteps(steps, way),
+    overrides = {
+        "steps": None if steps is None else timesteps(steps, new_solver),
         "solver": solver,
         "shift": shift,
         "guidance_scale": guidance_scale,
         "guidance_interval": guidance_interval,
     }
-    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    changes: dict[str, Any] = {name: value for name, value in overrides.items() if value is not None}
     changed = replace(config, **changes)
     if guidance_interval is not None and changed.guidance_scale == 1:
         raise ConfigError("a guidance interval says nothing without a guidance scale other than 1")
@@ -65,55 +82,62 @@ def with_overrides(
 
 
 def sigmas(config: SamplerConfig) -> list[float]:
-    """The noise level of every step, shifted, falling, without the final 0."""
+    """Returns the shifted noise level of every step, falling, without the final 0."""
     return [shift_sigma(step / 1000, config.shift) for step in config.steps]
 
 
 def model_timesteps(config: SamplerConfig) -> list[float]:
-    """The timestep that the model is told at every step: 1000·σ, of which Wan's UniPC keeps the whole part.
+    """Returns the timestep that the model is called with at every step: 1000·σ, truncated to a whole number for
+    "unipc", as Wan does.
 
-    diffusers keeps the same part of its own rounding of 1000·σ: at shift 1, where that may be a whole number, it may
-    be one less.
+    diffusers truncates too, but from its own rounding of 1000·σ: at shift 1, where 1000·σ may be a whole number, its
+    timestep may be one less.
     """
-    told = [1000 * sigma for sigma in sigmas(config)]
-    return [float(int(t)) for t in told] if config.solver == "unipc" else told
+    exact = [1000 * sigma for sigma in sigmas(config)]
+    return [float(int(t)) for t in exact] if config.solver == "unipc" else exact
 
 
 def guided_steps(config: SamplerConfig) -> list[bool]:
-    """Whether a step is guided, for every step."""
+    """Returns for every step whether it is guided."""
     low, high = config.guidance_interval
     return [config.guidance_scale != 1 and low <= t <= high for t in model_timesteps(config)]
 
 
-def branch_timesteps(config: SamplerConfig, negative: bool = False, first_step: int = 0) -> tuple[float, ...]:
-    """Those of a chunk's passes from a step on: all of them for the prompt, the guided ones for the negative prompt."""
+def branch_timesteps(config: SamplerConfig, unconditional: bool = False, first_step: int = 0) -> tuple[float, ...]:
+    """Returns the timesteps of a chunk's conditional or unconditional passes.
+
+    Args:
+        config: the sampler.
+        unconditional: return those of the unconditional passes, which run at guided steps only.
+        first_step: the number of the first step to run, counted from 0.
+    """
     steps = zip(model_timesteps(config), guided_steps(config), strict=True)
-    return tuple(t for t, guided in list(steps)[first_step:] if guided or not negative)
+    return tuple(t for t, guided in list(steps)[first_step:] if guided or not unconditional)
 
 
-def guide(conditional: Tensor, negative: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance of a velocity (arXiv 2207.12598): away from the negative prompt's."""
-    return negative + scale * (conditional - negative)
+def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+    """Applies classifier-free guidance (arXiv 2207.12598) to the velocities of the two forwards."""
+    return unconditional + scale * (conditional - unconditional)
 
 
 def predict_x0(x: Tensor, velocity: Tensor, sigma: float) -> Tensor:
-    """The clean latent that a velocity at noise level sigma points to."""
+    """Predicts the clean latent from a latent and its velocity at noise level `sigma`."""
     return x - sigma * velocity
 
 
 def add_noise(x0: Tensor, noise: Tensor, sigma: float) -> Tensor:
-    """The latent at noise level sigma between a clean one and noise."""
+    """Mixes a clean latent with noise to noise level `sigma`."""
     return (1 - sigma) * x0 + sigma * noise
 
 
 def renoise_step(x: Tensor, velocity: Tensor, sigma: float, to: float, fresh: Callable[[], Tensor]) -> Tensor:
-    """Self-Forcing's few-step update: jump to x0, then back up to level `to` with fresh noise."""
+    """Steps as Self-Forcing does (arXiv 2506.08009): predicts x0, then adds fresh noise up to noise level `to`."""
     x0 = predict_x0(x, velocity, sigma)
     return add_noise(x0, fresh(), to) if to else x0
 
 
 def euler_step(x: Tensor, velocity: Tensor, sigma: float, to: float, fresh: Callable[[], Tensor]) -> Tensor:
-    """One step along the flow ODE; draws no noise."""
+    """Steps along the flow ODE from noise level `sigma` to `to`, to first order; draws no noise."""
     return x + (to - sigma) * velocity
 
 

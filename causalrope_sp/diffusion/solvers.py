@@ -1,7 +1,6 @@
-"""The update of a chunk's latents from one noise level to the next, by the name of its solver.
+"""Solvers: the update of a chunk's latents from one noise level to the next.
 
-An update is elementwise, so that it runs on a rank's shard. That of "unipc" has a history, and begins anew with each
-chunk.
+An update is elementwise, so that it runs on a rank's shard. "unipc" keeps a history, which begins anew with each chunk.
 """
 
 from __future__ import annotations
@@ -16,23 +15,34 @@ from causalrope_sp.diffusion.schedule import SOLVERS, sigmas
 from causalrope_sp.errors import ConfigError
 
 Solve = Callable[[Tensor, Tensor, float, float, Callable[[], Tensor]], Tensor]
-"""(x, velocity, σ of x, σ to reach, fresh noise) to x at that level."""
+"""Takes (x, velocity, σ of x, σ to reach, a function that draws fresh noise) and returns x at the σ to reach."""
 
 
 def start_solver(config: SamplerConfig, begin: int = 0) -> Solve:
-    """The update for one chunk, from step `begin` on.
+    """Returns the update for one chunk.
+
+    Args:
+        config: the sampler.
+        begin: the number of the first step to run, counted from 0.
 
     Raises:
-        ConfigError: diffusers, which has UniPC, is not installed.
+        ConfigError: the solver is "unipc" and diffusers, which implements it, is not installed.
     """
     return UniPC(sigmas(config), begin).step if config.solver == "unipc" else SOLVERS[config.solver]
 
 
 class UniPC:
-    """diffusers' UniPC of order 2 for flow matching, through all of `levels` and then 0, in the latents' own dtype.
+    """diffusers' UniPC of order 2 (arXiv 2302.04867) for flow matching, in the latents' own dtype.
 
-    diffusers keeps noise levels in float32, and with them the coefficients, of which some are differences of nearly
-    equal numbers. They are put there in float64 instead.
+    diffusers keeps noise levels in float32 and computes its coefficients from them, some of which are differences of
+    nearly equal numbers. This class sets the noise levels in float64 instead.
+
+    Args:
+        levels: noise levels of all steps, falling; a final 0 is appended.
+        begin: the number of the first step to run, counted from 0.
+
+    Raises:
+        ConfigError: diffusers is not installed.
     """
 
     def __init__(self, levels: Sequence[float], begin: int) -> None:
@@ -46,6 +56,6 @@ class UniPC:
         self._scheduler.set_begin_index(begin)
 
     def step(self, x: Tensor, velocity: Tensor, sigma: float, to: float, fresh: Callable[[], Tensor]) -> Tensor:
-        """The steps must come in order; draws no noise."""
-        made: Tensor = self._scheduler.step(velocity, 1000 * sigma, x, return_dict=False)[0]
-        return made
+        """Updates the latents, see `Solve`. Steps must be taken in order; draws no noise."""
+        updated: Tensor = self._scheduler.step(velocity, 1000 * sigma, x, return_dict=False)[0]
+        return updated

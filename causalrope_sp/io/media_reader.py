@@ -1,9 +1,10 @@
-"""Pictures and videos in: files, or arrays, as uint8 frames of the model's size and rate.
+"""Reads images and videos, from files or arrays, as uint8 RGB frames of the model's size and frame rate.
 
-Size: scaled to cover the model's picture (the larger of the two ratios, bicubic, antialiased), then cropped around the
-centre; what has the size already is taken bit for bit. Rate: the frame that a player would show a quarter into every
-frame's time, so that equal, halved and doubled rates stay clear of the moment when frames change. A picture is turned
-as its EXIF data say, a video as its display matrix says; a transparent picture lies on black.
+Size: a frame is scaled to cover the model's frame (by the larger of the two ratios, bicubic, antialiased), then cropped
+around the centre; a frame that has the size already is not changed. Rate: each output frame is the source frame that a
+player would show after a quarter of the output frame's duration, so that at equal, halved and doubled rates it is not
+taken at the time when frames change. An image is rotated by its EXIF orientation, a video by its display matrix; a
+transparent image is composited on black.
 """
 
 from __future__ import annotations
@@ -24,14 +25,22 @@ if TYPE_CHECKING:
 
 Picture = str | os.PathLike[str] | np.ndarray
 Video = str | os.PathLike[str] | Iterable[np.ndarray]
-TimedFrame = tuple[Fraction, Fraction, np.ndarray]  # shown from, until, in seconds; uint8 (H, W, 3)
+TimedFrame = tuple[Fraction, Fraction, np.ndarray]  # start and end of its display, in seconds; uint8 (H, W, 3)
 
 
 def read_picture(source: Picture, height: int, width: int) -> np.ndarray:
-    """A picture file, or uint8 (H, W, 3), as uint8 (height, width, 3).
+    """Reads an image and fits it to a size, see `fit`.
+
+    Args:
+        source: an image file, or an array, uint8 (H, W, 3).
+        height: of the result, in pixels.
+        width: of the result, in pixels.
+
+    Returns:
+        The image, uint8 (height, width, 3).
 
     Raises:
-        InputError: it cannot be read, or is no such array.
+        InputError: the file cannot be read, or the array has another dtype or shape.
     """
     if isinstance(source, np.ndarray):
         return fit(source, height, width)
@@ -49,25 +58,41 @@ def read_picture(source: Picture, height: int, width: int) -> np.ndarray:
 
 
 def read_video(source: Video, height: int, width: int, fps: float) -> Iterator[np.ndarray]:
-    """The frames of a video file, or of uint8 (H, W, 3) arrays that are at `fps` already, one by one as they are asked
-    for, uint8 (height, width, 3).
+    """Reads the frames of a video lazily and fits each to a size, see `fit`.
+
+    Args:
+        source: a video file, or frames, uint8 (H, W, 3), that are at `fps` already.
+        height: of the result, in pixels.
+        width: of the result, in pixels.
+        fps: frames a second of the result.
+
+    Returns:
+        An iterator over the frames, uint8 (height, width, 3). It raises the errors as frames are taken from it.
 
     Raises:
-        InputError: it cannot be read, or a frame is no such array.
+        InputError: the file cannot be read, or a frame has another dtype or shape.
     """
     frames = _at_rate(_file_frames(source), fps) if isinstance(source, str | os.PathLike) else iter(source)
     return (fit(frame, height, width) for frame in frames)
 
 
 def fit(frame: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Scaled to cover height×width, cropped around the centre.
+    """Scales a frame to cover height×width pixels, then crops it around the centre.
+
+    Args:
+        frame: uint8 (H, W, 3).
+        height: of the result, in pixels.
+        width: of the result, in pixels.
+
+    Returns:
+        The frame, uint8 (height, width, 3); `frame` itself if it has the size.
 
     Raises:
-        InputError: not a uint8 array of shape (H, W, 3).
+        InputError: `frame` is not a uint8 array of shape (H, W, 3), or is empty.
     """
     if not isinstance(frame, np.ndarray) or frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
-        given = f"{frame.dtype} {frame.shape}" if isinstance(frame, np.ndarray) else type(frame).__name__
-        raise InputError(f"a frame must be uint8 of shape (height, width, 3), not {given}")
+        got = f"{frame.dtype} {frame.shape}" if isinstance(frame, np.ndarray) else type(frame).__name__
+        raise InputError(f"a frame must be uint8 of shape (height, width, 3), not {got}")
     if 0 in frame.shape:
         raise InputError(f"a frame of {frame.shape[0]}×{frame.shape[1]} pixels is empty")
     if frame.shape[:2] == (height, width):
@@ -82,21 +107,23 @@ def fit(frame: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def _at_rate(timed: Iterator[TimedFrame], fps: float) -> Iterator[np.ndarray]:
-    """Frames at another rate: for each one wanted, the one shown a quarter into its time."""
-    rate, wanted = Fraction(fps).limit_denominator(1001), 0
+    """Yields frames at another rate: for each output frame the source frame at a quarter of the output frame's
+    duration."""
+    rate, number = Fraction(fps).limit_denominator(1001), 0
     shown: np.ndarray | None = None
-    until = Fraction(0)
+    shown_until = Fraction(0)
     for start, end, frame in timed:
-        while shown is not None and (4 * wanted + 1) / (4 * rate) < start:
+        while shown is not None and (4 * number + 1) / (4 * rate) < start:
             yield shown
-            wanted += 1
-        shown, until = frame, end
-    while shown is not None and (4 * wanted + 1) / (4 * rate) < until:
+            number += 1
+        shown, shown_until = frame, end
+    while shown is not None and (4 * number + 1) / (4 * rate) < shown_until:
         yield shown
-        wanted += 1
+        number += 1
 
 
 def _file_frames(path: str | os.PathLike[str]) -> Iterator[TimedFrame]:
+    """Decodes the frames of a video file; times are relative to the first frame."""
     import av
 
     name = os.fspath(path)
@@ -108,11 +135,11 @@ def _file_frames(path: str | os.PathLike[str]) -> Iterator[TimedFrame]:
             if not container.streams.video:
                 raise InputError(f"cannot read {name}: it holds no video")
             stream, first = container.streams.video[0], None
-            usual, tick = 1 / (stream.average_rate or Fraction(25)), stream.time_base or Fraction(1)
+            mean_duration, tick = 1 / (stream.average_rate or Fraction(25)), stream.time_base or Fraction(1)
             for n, frame in enumerate(container.decode(stream)):
-                time = n * usual if frame.pts is None else frame.pts * tick
+                time = n * mean_duration if frame.pts is None else frame.pts * tick
                 first = time if first is None else first
-                yield time - first, time - first + (frame.duration * tick or usual), _upright(frame)
+                yield time - first, time - first + (frame.duration * tick or mean_duration), _upright(frame)
     except InputError:
         raise
     except (OSError, ValueError, EOFError, av.FFmpegError) as error:
@@ -120,7 +147,7 @@ def _file_frames(path: str | os.PathLike[str]) -> Iterator[TimedFrame]:
 
 
 def _animated_picture(name: str) -> Iterator[TimedFrame]:
-    """An animated WebP, which FFmpeg does not read."""
+    """Decodes the frames of an animated WebP, which FFmpeg does not read."""
     from PIL import Image, ImageSequence
 
     start = Fraction(0)
@@ -133,8 +160,10 @@ def _animated_picture(name: str) -> Iterator[TimedFrame]:
 
 
 def _upright(frame: av.VideoFrame) -> np.ndarray:
+    """Returns a frame as RGB, rotated by the video's display matrix."""
     return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90))
 
 
 def _reason(error: BaseException) -> str:
+    """Returns the first line of an error."""
     return getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,1 +1,1 @@
-"""What a run tells of a model: how much its blocks' outputs change from pass to pass, and the policy that follows."""
+"""Measures how much the outputs of a model's blocks change from pass to pass, and derives a policy of reuse."""

@@ -1,7 +1,7 @@
-"""How much the outputs of a chunk's passes differ, measured on a model as it runs, and the ranges that this allows.
+"""Measures how much the outputs of a chunk's passes differ while a model runs, and proposes ranges of reuse from that.
 
-The differences are those of a run that reuses nothing, before the gate and by themselves: what they become in the
-picture, and how they add up where several kinds are reused, is for a run with reuse to show.
+The differences are those of a run without reuse, before the gate, each taken alone. Their effect on the picture, and
+their sum when several kinds of outputs are reused, must be measured on a run with reuse.
 
 Shapes: B batch, T tokens of a pass on this rank, D model width.
 """
@@ -25,13 +25,19 @@ from causalrope_sp.errors import ConfigError
 from causalrope_sp.models.causal_dit import Block, CausalDiT, ForwardPass
 from causalrope_sp.reuse.policy import CAUSAL_KINDS, Broadcast, Kind, ReusePolicy
 
-Key = tuple[Kind, int, int, int]  # kind, layer, step, and how many steps before it; 0: the output itself
+Key = tuple[Kind, int, int, int]  # kind, layer, step, steps back to the other output; 0: the output itself
 
 
 @dataclass(frozen=True)
 class Profile:
-    """Of a model of so many layers whose chunks had passes at `timesteps`: sums of squares of outputs and of their
-    differences, up to `reach` steps apart."""
+    """The measured differences of a model's outputs.
+
+    Args:
+        timesteps: of the passes of a chunk, in order.
+        layers: of the model.
+        reach: the largest distance of two compared passes, in steps.
+        squares: sums of squares of outputs and of their differences.
+    """
 
     timesteps: tuple[float, ...]
     layers: int
@@ -39,11 +45,12 @@ class Profile:
     squares: Mapping[Key, float]
 
     def difference(self, kind: Kind, step: int, before: int = 1) -> float:
-        """Of the outputs of pass `step` and of the one so many steps before: relative, the mean over layers."""
+        """Returns the relative difference of the outputs of pass `step` and of the pass so many steps before it, as the
+        mean over layers."""
         return self._differences[kind, step, before]
 
     def curve(self, kind: Kind) -> list[float]:
-        """The differences of neighbouring passes, from the second pass on."""
+        """Returns the relative differences of neighbouring passes, from the second pass on."""
         return [self.difference(kind, step) for step in range(1, len(self.timesteps))]
 
     @cached_property
@@ -57,7 +64,15 @@ class Profile:
 
 
 class Recorder:
-    """What `recording` notes. Of every chunk it keeps the last outputs, `reach` of each attention and feed-forward."""
+    """Accumulates the differences of a model's outputs. It keeps the last `reach` outputs of each attention and
+    feed-forward of the current chunk.
+
+    Args:
+        reach: the largest distance of two compared passes, in steps.
+
+    Raises:
+        ConfigError: `reach` is below 1.
+    """
 
     def __init__(self, reach: int) -> None:
         if reach < 1:
@@ -65,32 +80,34 @@ class Recorder:
         self.reach = reach
         self._timesteps: list[float] = []
         self._squares: dict[Key, Tensor] = {}
-        # by the text that is attended: with guidance, two streams take turns
+        # keyed by the text that is attended, since with guidance the passes of two streams alternate
         self._steps: dict[int, tuple[int, float]] = {}
         self._last_BTD: dict[tuple[int, Kind, int], deque[Tensor]] = defaultdict(partial(deque, maxlen=reach))
-        self._now: tuple[int, int, float] | None = None  # stream, step, share of the tokens that are denoised
+        self._current: tuple[int, int, float] | None = None  # stream, step, share of the tokens that are denoised
 
     def forget_streams(self) -> None:
-        """Another video begins: lets go of the outputs of those before."""
+        """Drops the outputs of earlier videos, before another video begins."""
         self._steps.clear()
         self._last_BTD.clear()
 
     def begin(self, step: ForwardPass) -> None:
+        """Registers the pass that the model begins."""
         stream, timestep = id(step.text), float(step.timesteps_F.flatten()[-1])
-        if timestep == 0:  # a context pass by itself
-            self._now = None
+        if timestep == 0:  # a context pass in a forward of its own
+            self._current = None
             return
         number, before = self._steps.get(stream, (-1, -math.inf))
         number = number + 1 if timestep < before else 0
         self._steps[stream] = number, timestep
         if number == len(self._timesteps):
             self._timesteps.append(timestep)
-        self._now = stream, number, step.predicted_frames / step.timesteps_F.shape[-1]
+        self._current = stream, number, step.predicted_frames / step.timesteps_F.shape[-1]
 
     def note(self, kind: Kind, layer: int, output_BTD: Tensor) -> None:
-        if self._now is None:
+        """Compares an output of the current pass with those of earlier passes."""
+        if self._current is None:
             return
-        stream, step, share = self._now
+        stream, step, share = self._current
         output = output_BTD[:, -round(output_BTD.shape[1] * share) :]
         last = self._last_BTD[stream, kind, layer]
         if step == 0:
@@ -105,20 +122,24 @@ class Recorder:
         self._squares[key] = self._squares[key] + squares if key in self._squares else squares
 
     def profile(self, layers: int, parallel: SequenceParallel) -> Profile:
-        """Of all ranks; every one must ask.
+        """Sums the measurements of all ranks; it must be called on every rank.
+
+        Args:
+            layers: of the model.
+            parallel: the ranks and their mesh.
 
         Raises:
-            ConfigError: a model with fewer than two steps a chunk has nothing to compare.
+            ConfigError: chunks have fewer than two steps, so that there is nothing to compare.
         """
         if len(self._timesteps) < 2:
             raise ConfigError("chunks of a single step have nothing to reuse")
-        mine = {json.dumps(key): float(squares) for key, squares in self._squares.items()}
-        everyone = [mine]
+        local = {json.dumps(key): float(squares) for key, squares in self._squares.items()}
+        by_rank = [local]
         if parallel.mesh.sp > 1:
-            said = parallel.sp_communicator().everyone({"squares": json.dumps(mine)})
-            everyone = [json.loads(fields["squares"]) for fields in said]
+            gathered = parallel.sp_communicator().everyone({"squares": json.dumps(local)})
+            by_rank = [json.loads(fields["squares"]) for fields in gathered]
         total: dict[Key, float] = defaultdict(float)
-        for sums in everyone:
+        for sums in by_rank:
             for key, squares in sums.items():
                 kind, layer, step, before = json.loads(key)
                 total[kind, layer, step, before] += squares
@@ -127,13 +148,21 @@ class Recorder:
 
 @contextlib.contextmanager
 def recording(model: CausalDiT, reach: int) -> Iterator[Recorder]:
-    """Notes the outputs of every pass that the model makes inside this context."""
+    """Records the outputs of every pass of the model inside this context.
+
+    Args:
+        model: the DiT, whose modules get hooks until the context ends.
+        reach: the largest distance of two compared passes, in steps.
+
+    Yields:
+        The recorder.
+    """
     recorder = Recorder(reach)
 
-    def begin(_: nn.Module, given: tuple[Any, ...]) -> None:
-        recorder.begin(given[1])
+    def begin(_: nn.Module, args: tuple[Any, ...]) -> None:
+        recorder.begin(args[1])
 
-    def note(kind: Kind, layer: int, _: nn.Module, given: tuple[Any, ...], output: Tensor) -> None:
+    def note(kind: Kind, layer: int, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         recorder.note(kind, layer, output)
 
     with contextlib.ExitStack() as hooks:
@@ -147,8 +176,8 @@ def recording(model: CausalDiT, reach: int) -> Iterator[Recorder]:
 
 
 def errors(profile: Profile, rule: Broadcast) -> list[float]:
-    """The differences of what a rule for all layers reuses from what would have been computed; `inf` where none was
-    measured."""
+    """Returns the relative difference of each output that a rule for all layers reuses from the output that would have
+    been computed; `inf` if that difference was not measured."""
     policy, found, computed = ReusePolicy((rule,)), [], 0
     for step in range(len(profile.timesteps)):
         if not policy.reuses(step, profile.timesteps, 0, rule.kind):
@@ -161,17 +190,22 @@ def errors(profile: Profile, rule: Broadcast) -> list[float]:
 
 
 def check_bound(bound: float) -> None:
-    """Raises ConfigError unless it is above 0 and finite."""
+    """Raises ConfigError unless the bound is above 0 and finite."""
     if not 0 < bound < math.inf:
         raise ConfigError(f"the bound must be above 0 and finite, not {bound:g}")
 
 
 def propose(profile: Profile, bound: float, kinds: tuple[Kind, ...] = CAUSAL_KINDS) -> ReusePolicy:
-    """For each kind the range, and the steps it holds in, that reuse most often with no difference above `bound`; of
-    several the one whose differences sum to least. A kind that allows none has no rule.
+    """Proposes for each kind of output the rule that reuses most outputs with no difference above a bound; of several
+    the one with the smallest sum of differences. A kind that allows no reuse gets no rule.
+
+    Args:
+        profile: the measured differences.
+        bound: the largest relative difference that is allowed.
+        kinds: the kinds of outputs to propose rules for.
 
     Raises:
-        ConfigError: a bound that is not above 0.
+        ConfigError: `bound` is not above 0 and finite.
     """
     check_bound(bound)
     steps, rules = len(profile.timesteps), []

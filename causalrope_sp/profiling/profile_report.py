@@ -1,4 +1,5 @@
-"""What `causalrope-sp profile-reuse` says: the curve by kind, as a table, as JSON, as a plot, and the ranges."""
+"""The report of `causalrope-sp profile-reuse`: the differences by kind of output and the ranges of reuse that they
+allow, as a table, as JSON and as a plot."""
 
 from __future__ import annotations
 
@@ -14,7 +15,13 @@ BAR = 24  # characters of the longest bar
 
 
 def fields(profile: Profile, policy: ReusePolicy, bound: float) -> dict[str, Any]:
-    """As JSON holds it."""
+    """Returns the report as the fields of a JSON object.
+
+    Args:
+        profile: the measured differences.
+        policy: what was proposed from them.
+        bound: the largest relative difference that was allowed.
+    """
     return {
         "timesteps": [round(t, 4) for t in profile.timesteps],
         "difference": {kind: [round(d, 6) for d in profile.curve(kind)] for kind in CAUSAL_KINDS},
@@ -25,6 +32,7 @@ def fields(profile: Profile, policy: ReusePolicy, bound: float) -> dict[str, Any
 
 
 def describe(profile: Profile, rule: Broadcast) -> dict[str, Any]:
+    """Returns a rule as the fields of a JSON object, with the largest relative difference that it causes."""
     return {
         "kind": rule.kind,
         "every": rule.every,
@@ -34,14 +42,14 @@ def describe(profile: Profile, rule: Broadcast) -> dict[str, Any]:
 
 
 def shares(profile: Profile, policy: ReusePolicy) -> dict[Kind, float]:
-    """Of all outputs of a kind in a chunk, how many are reused."""
+    """Returns the share of a chunk's outputs that is reused, by kind."""
     plan, steps = ReusePlan(policy, profile.timesteps, profile.layers, CAUSAL_KINDS), len(profile.timesteps)
     computed = {kind: sum(plan.computed(step, kind) for step in range(steps)) for kind in CAUSAL_KINDS}
     return {kind: 1 - count / (profile.layers * steps) for kind, count in computed.items()}
 
 
 def text(profile: Profile, policy: ReusePolicy, bound: float) -> str:
-    """The curve as a table with bars of self-attention's, and the ranges."""
+    """Formats the report: a table of the differences with bars for self-attention, then the ranges; see `fields`."""
     curves = {kind: profile.curve(kind) for kind in CAUSAL_KINDS}
     longest = max(max(curves["self"]), 1e-30)
     lines = ["step  timestep  " + "  ".join(f"{NAMES[kind]:>15}" for kind in curves)]
@@ -53,17 +61,25 @@ def text(profile: Profile, policy: ReusePolicy, bound: float) -> str:
     lines.append(f"Ranges that keep every single difference under {bound:g}:")
     found = [describe(profile, rule) for rule in policy.rules if isinstance(rule, Broadcast)]
     for rule in found:
-        where = "steps {} to {}".format(rule["steps"][0], rule["steps"][1] - 1)
+        steps = "steps {} to {}".format(rule["steps"][0], rule["steps"][1] - 1)
         share = shares(profile, policy)[rule["kind"]]
         lines.append(
-            f"  {NAMES[rule['kind']]}: compute once in {rule['every']}, {where}: {share:.0%} reused, largest "
+            f"  {NAMES[rule['kind']]}: compute once in {rule['every']}, {steps}: {share:.0%} reused, largest "
             f"difference {rule['largest_difference']:.4f}"
         )
     return "\n".join(lines if found else [*lines, "  none"])
 
 
 def check_files(out: Path | None, drawing: Path | None) -> None:
-    """Raises OutputError if the policy or the plot cannot go there; before a model is even loaded."""
+    """Checks the output files before a model is loaded.
+
+    Args:
+        out: the file of the policy; None for none.
+        drawing: the file of the plot; None for none.
+
+    Raises:
+        OutputError: a file is a folder, its folder does not exist, or the plot has an unknown suffix.
+    """
     for path, verb in ((out, "write"), (drawing, "draw")):
         if path is not None and (path.is_dir() or not path.parent.is_dir()):
             raise OutputError(f"cannot {verb} {path}: {'it is a folder' if path.is_dir() else 'no such folder'}")
@@ -72,7 +88,11 @@ def check_files(out: Path | None, drawing: Path | None) -> None:
 
 
 def plot(profile: Profile, path: Path) -> None:
-    """The curve over the steps.
+    """Plots the relative differences over the denoising steps, one line for each kind of output.
+
+    Args:
+        profile: the measured differences.
+        path: the .png, .svg or .pdf file to write.
 
     Raises:
         ConfigError: matplotlib is not installed.

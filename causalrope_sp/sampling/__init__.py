@@ -1,1 +1,1 @@
-"""The chunked sampler."""
+"""Sampling of an autoregressive stream, chunk by chunk."""

@@ -1,4 +1,4 @@
-"""What a rank does with the latents of a chunk before and after it is denoised; shared by both samplers.
+"""A chunk of latents and its conversion to a rank's tokens, shared by the autoregressive and the parallel sampler.
 
 Shapes: B batch, F latent frames, C channels, H×W latent size, s tokens of a frame on this rank, S tokens of a whole
 frame, E numbers in a token.
@@ -19,7 +19,12 @@ from causalrope_sp.models.causal_dit import CausalDiT
 
 @dataclass(frozen=True)
 class LatentChunk:
-    """A finished chunk: whole frames, (B, F, C, H, W), on every rank."""
+    """A finished chunk.
+
+    Args:
+        chunk: its number, start and length.
+        latents: whole latent frames, (B, F, C, H, W), on every rank.
+    """
 
     chunk: Chunk
     latents: Tensor
@@ -27,7 +32,7 @@ class LatentChunk:
 
 @dataclass(frozen=True)
 class ShardContext:
-    """How whole latents become this rank's tokens: in the sampler's own dtype, on the model's device.
+    """Converts whole latents to this rank's tokens, in the sampler's own dtype and on the model's device.
 
     Args:
         grid: the latent frame in tokens.
@@ -47,23 +52,28 @@ class ShardContext:
 
     @classmethod
     def of(cls, model: CausalDiT, grid: LatentGrid, shard: Shard, batch: int) -> ShardContext:
-        """The context of a model's streams."""
+        """Makes the context of the streams of a model, with B = `batch`."""
         return cls(grid, shard, batch, model.config.in_channels, model.device, compute_dtype(model.dtype))
 
     def shape(self, frames: int) -> tuple[int, int, int, int, int]:
-        """(B, F, C, H, W) of so many whole latent frames."""
+        """Returns the shape (B, F, C, H, W) of so many whole latent frames."""
         return self.batch, frames, self.channels, self.grid.latent_height, self.grid.latent_width
 
     def tokens(self, latents_BFCHW: Tensor) -> Tensor:
-        """This rank's tokens of whole latents, (B, F, s, E)."""
+        """Returns this rank's tokens of whole latents, (B, F, s, E)."""
         own = self.grid.patchify(latents_BFCHW)[:, :, self.shard.start : self.shard.stop]
         return send(own.contiguous(), self.device, self.dtype)
 
     def checked_tokens(self, what: str, frames: int, latents_BFCHW: Tensor) -> Tensor:
-        """`tokens`, of latents that a caller gave.
+        """Checks the shape of latents that come from a caller and returns this rank's tokens of them, (B, F, s, E).
+
+        Args:
+            what: names the latents in the message.
+            frames: F, the latent frames that are expected.
+            latents_BFCHW: whole latents.
 
         Raises:
-            ConfigError: latents of another shape than so many frames have.
+            ConfigError: the latents have another shape than so many frames.
         """
         if latents_BFCHW.shape != self.shape(frames):
             raise ConfigError(f"{what} has shape {tuple(latents_BFCHW.shape)}, expected {self.shape(frames)}")
@@ -78,7 +88,7 @@ class ShardContext:
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """In what a sampler holds its state and a model its angles: float32, or float64 for a model in float64."""
+    """Returns the dtype of the sampler's state and of rotary angles: float32, or float64 for a model in float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 

@@ -1,7 +1,8 @@
-"""The branches of a stream: one prompt, or under guidance two, each with a cache of its own.
+"""Classifier-free guidance of a stream: the conditional and, at guided steps, the unconditional forward, each with a
+cache of its own.
 
-The two run one after the other on the same ranks, or at once on two lanes of ranks that trade velocities after every
-pass. A chunk's context pass rides with each branch's own next pass, whenever that is.
+Both run one after the other on the same ranks, or at once on the two halves of the mesh's `cfg` axis, which all-gather
+their velocities after every pass. A chunk's context pass shares a forward with the next pass of the same stream.
 
 Shapes: B batch, F frames of a chunk, s tokens of a frame that this rank owns, E numbers in a token.
 """
@@ -19,45 +20,51 @@ from causalrope_sp.errors import ConfigError
 from causalrope_sp.grid import Chunk
 from causalrope_sp.sampling.stream import CausalStream, Part
 
-CONDITIONAL, UNCONDITIONAL = range(2)  # the lanes of guidance parallelism
+CONDITIONAL, UNCONDITIONAL = range(2)  # also the ranks on the mesh's `cfg` axis
 
 
 class GuidanceBranch:
-    """One prompt's stream, and the finished chunk whose clean keys and values are not in its cache yet."""
+    """The stream of one prompt, and the finished chunk whose context pass has not run yet."""
 
     def __init__(self, stream: CausalStream) -> None:
         self._stream = stream
         self._finished: Part | None = None
 
     def denoise(self, chunk: Chunk, x_BFSE: Tensor, timestep: float) -> Tensor:
+        """Returns the velocity of a chunk's tokens, (B, F, s, E); runs the pending context pass in the same forward."""
         velocity = self._stream.denoise(chunk, x_BFSE, timestep, self._finished)
         self._finished = None
         return velocity
 
     def commit(self) -> None:
-        """The context pass that is due, alone."""
+        """Runs the pending context pass, if there is one, in a forward of its own."""
         if self._finished is not None:
             self._stream.commit(self._finished)
             self._finished = None
 
     def finish(self, part: Part) -> None:
+        """Takes a chunk's clean tokens for its context pass."""
         self._finished = part
 
     @property
     def stored_bytes(self) -> int:
+        """The largest number of bytes that reused outputs occupied at once."""
         return self._stream.stored_bytes
 
 
 class GuidanceBranches:
-    """What a chunk's velocity is made of.
+    """Computes a chunk's velocity from the conditional and, at guided steps, the unconditional stream.
 
     Args:
-        open_stream: makes the stream of a prompt's embeddings, and is told which branch it is; it is asked only for
-            branches that run on this rank.
-        negative: embeddings of the negative prompt; they are of no use where no step is guided.
+        open_stream: makes a stream from a prompt's embeddings and `CONDITIONAL` or `UNCONDITIONAL`; it is called only
+            for the streams that run on this rank.
+        conditional: embeddings of the prompt, (B, text_len, text_dim).
+        negative: embeddings of the negative prompt, of the same shape; ignored if no step is guided.
+        sampler: steps and guidance.
+        parallel: the ranks and their mesh.
 
     Raises:
-        ConfigError: guided steps without a negative prompt, or with one of another shape.
+        ConfigError: a step is guided, but `negative` is missing or of another shape.
     """
 
     def __init__(
@@ -79,11 +86,17 @@ class GuidanceBranches:
                     f"negative embeddings have shape {tuple(negative.shape)}, the prompt's {tuple(conditional.shape)}"
                 )
             prompts.append(negative)
-        mine = range(len(prompts)) if parallel.mesh.cfg == 1 else [parallel.cfg_rank]
-        self._branches = [GuidanceBranch(open_stream(prompts[branch], branch)) for branch in mine]
+        local = range(len(prompts)) if parallel.mesh.cfg == 1 else [parallel.cfg_rank]
+        self._branches = [GuidanceBranch(open_stream(prompts[branch], branch)) for branch in local]
 
     def velocity(self, chunk: Chunk, x_BFSE: Tensor, step: int) -> Tensor:
-        """The velocity of the chunk's tokens at a step, guided if the step is, (B, F, s, E)."""
+        """Returns the velocity of the chunk's tokens at a step, (B, F, s, E); it is guided if the step is.
+
+        Args:
+            chunk: the open chunk.
+            x_BFSE: its noisy tokens on this rank.
+            step: the step's number, counted from 0.
+        """
         guided, timestep = self._guided[step], self._timesteps[step]
         if self._parallel.mesh.cfg > 1:
             velocities = self._from_both_ranks(chunk, x_BFSE, timestep, guided)
@@ -96,36 +109,42 @@ class GuidanceBranches:
         )
 
     def _from_both_ranks(self, chunk: Chunk, x_BFSE: Tensor, timestep: float, guided: bool) -> list[Tensor]:
-        """Both lanes' velocities. The negative lane has none at a step that is not guided: it makes up for its context
-        pass meanwhile, and what it sends is not used."""
+        """Gathers the velocities of both halves of the `cfg` axis. At a step that is not guided the unconditional half
+        runs its pending context pass instead, and what it sends is not used."""
         (branch,) = self._branches
         if guided or self._parallel.cfg_rank == CONDITIONAL:
-            mine = branch.denoise(chunk, x_BFSE, timestep)
+            velocity = branch.denoise(chunk, x_BFSE, timestep)
         else:
             branch.commit()
-            mine = x_BFSE
-        return self._parallel.all_gather_cfg("guidance", mine)
+            velocity = x_BFSE
+        return self._parallel.all_gather_cfg("guidance", velocity)
 
     @property
     def stored_bytes(self) -> int:
-        """The most that this rank's branches kept at once, each, of outputs that passes reuse."""
+        """The largest numbers of bytes that reused outputs occupied at once, summed over this rank's streams."""
         return sum(branch.stored_bytes for branch in self._branches)
 
     def commit(self) -> None:
-        """The context passes that are due, alone."""
+        """Runs the pending context pass of each stream in a forward of its own."""
         for branch in self._branches:
             branch.commit()
 
     def finish(self, part: Part) -> None:
-        """Takes a chunk's clean tokens; its context pass rides with each branch's next pass."""
+        """Takes a chunk's clean tokens; their context pass runs with the next pass of each stream."""
         for branch in self._branches:
             branch.finish(part)
 
 
 def check_guidance(sampler: SamplerConfig, cfg: int) -> None:
-    """
+    """Checks that the guidance of a sampler and the size of the mesh's `cfg` axis fit.
+
+    Args:
+        sampler: steps and guidance.
+        cfg: ranks on the `cfg` axis.
+
     Raises:
-        ConfigError: guidance at no step, or lanes for which there are no branches.
+        ConfigError: the guidance scale is not 1 but no step is guided, or the `cfg` axis has more ranks than there are
+            forwards.
     """
     guided = any(guided_steps(sampler))
     if sampler.guidance_scale != 1 and not guided:
@@ -133,5 +152,5 @@ def check_guidance(sampler: SamplerConfig, cfg: int) -> None:
         steps = ", ".join(f"{t:g}" for t in model_timesteps(sampler))
         raise ConfigError(f"no step is within the guidance interval {low:g} to {high:g}; they are at {steps}")
     if cfg > 2 or (cfg == 2 and not guided):
-        what = "guidance has two" if guided else "without guidance, a scale other than 1, there is one"
-        raise ConfigError(f"cfg {cfg} of the mesh needs as many branches: {what}")
+        expected = "1 or 2" if guided else "1 without guidance (a guidance scale of 1)"
+        raise ConfigError(f"cfg of the mesh must be {expected}, not {cfg}")

@@ -1,4 +1,4 @@
-"""The loop of a stream: denoise, output, commit. A generator of chunks of latents.
+"""The autoregressive sampling loop: denoise, output, commit. A generator of chunks of latents.
 
 Shapes: B batch, F latent frames of a chunk, C channels, H×W latent size, s tokens of a frame on this rank,
 E numbers in a token.
@@ -37,8 +37,12 @@ OnStep = Callable[[Chunk, int, float], object]
 
 @dataclass(frozen=True)
 class Source:
-    """A video to redraw: a chunk's denoising starts from its clean latents, (B, F, C, H, W), noised to the level of
-    `first_step`. They are asked for once a chunk, in order."""
+    """A video to redraw: denoising starts from its latents, noised to the level of `first_step`.
+
+    Args:
+        latents: returns the clean latents of a chunk, (B, F, C, H, W); it is called once a chunk, in order.
+        first_step: the number of the first step to run, counted from 0.
+    """
 
     latents: Callable[[Chunk], Tensor]
     first_step: int
@@ -69,26 +73,27 @@ def sample_chunks(
         embeds: text embeddings, (B, text_len, text_dim), zeros after the text's end.
         noise: starting and fresh noise by (chunk, step); see `seeded_noise`.
         grid: the latent frame in tokens.
-        frames: latent frames to generate; None goes on for ever and needs a window.
+        frames: latent frames to generate; None generates without end and needs a window.
         stream: chunk length, window, sink and positions in time.
         sampler: steps, solver and guidance.
-        parallel: the ranks; one process if None. With `cfg` 2 of the mesh the branches of guidance run at once.
+        parallel: the ranks; one process if None. With 2 ranks on the mesh's `cfg` axis the conditional and the
+            unconditional forward run at once.
         initial_latents: latent frames to continue, (B, F0, C, H, W); they are not yielded again.
         source: a video to start each chunk from, instead of from noise alone.
-        negative_embeds: the embeddings of the unconditional branch, like `embeds`; not read where the scale is 1.
-        reuse: which attention outputs later steps take over from earlier ones of their chunk (PAB); it changes the
-            result, the same way on any number of ranks. None computes all of them.
-        layout: how the ranks share attention; None takes what `choose_strategy` says.
+        negative_embeds: embeddings of the negative prompt, like `embeds`; ignored if the guidance scale is 1.
+        reuse: which attention outputs later steps of a chunk take over from earlier ones (Pyramid Attention Broadcast,
+            arXiv 2408.12588). It changes the result, equally on any number of ranks. None computes all outputs.
+        layout: how the ranks share attention; None takes what `choose_strategy` returns.
         on_step: called on every rank after each denoising step with the chunk, the step's number within it and the
-            timestep that the model was told. It must not raise on some of the ranks only.
+            timestep that the model was called with. If it raises, it must raise on all ranks.
 
     Yields:
-        LatentChunk: before the chunk's context pass; the last chunk has none.
+        LatentChunk: before the chunk's context pass; the last chunk has no context pass.
 
     Raises:
-        ConfigError: `frames` below 1, no window for an endless video, shapes that do not fit the model or the grid,
-            ranks that the strategy cannot use, a `source` that starts at no step of the sampler's, guidance without
-            `negative_embeds` or at no step, a mesh axis without a use.
+        ConfigError: `frames` is below 1, an endless video has no window, a shape does not fit the model or the grid,
+            the strategy cannot use the ranks, `source` starts at a step that the sampler does not have, guidance lacks
+            `negative_embeds` or applies to no step, or a mesh axis has no use.
     """
     loop = ChunkLoop(
         model,
@@ -163,7 +168,8 @@ class ChunkLoop:
         reuse: ReusePolicy | None,
         layout: Layout | None,
     ) -> None:
-        """Chooses the strategy, makes sure that all ranks chose alike, and opens a stream for each branch."""
+        """Chooses the strategy, checks that all ranks chose the same, and opens the conditional and, with guidance, the
+        unconditional stream."""
         parallel, grid, sampler, config = self._parallel, self._context.grid, self._sampler, model.config
         window = _window(self._stream, self._frames, self._initial)
         batch, itemsize = len(embeds), model.dtype.itemsize
@@ -183,11 +189,11 @@ class ChunkLoop:
         self._branches = GuidanceBranches(open_stream, embeds, negative_embeds, sampler, parallel)
 
     def chunks(self) -> Iterator[Chunk]:
-        """The chunks to generate, in order of time."""
+        """Yields the chunks to generate, in order of time."""
         return self._cut(self._frames, self._next_index, self._initial)
 
     def denoise(self, chunk: Chunk) -> Tensor:
-        """The clean tokens of a chunk on this rank, (B, F, s, E)."""
+        """Denoises a chunk and returns its clean tokens on this rank, (B, F, s, E)."""
         levels = self._levels
         x = self._draw(chunk, self._first_step)
         if self._source is not None:
@@ -204,20 +210,21 @@ class ChunkLoop:
         return x
 
     def output(self, chunk: Chunk, tokens_BFSE: Tensor) -> LatentChunk:
-        """The whole latents of a chunk, on every rank."""
+        """Gathers the whole latents of a chunk on every rank."""
         self._parallel.comm_stats.keep(self._branches.stored_bytes)
         grid = self._context.grid
         return LatentChunk(chunk, grid.unpatchify(self._parallel.gather_tokens(tokens_BFSE, grid)))
 
     def finish(self, chunk: Chunk, tokens_BFSE: Tensor) -> None:
-        """Hands a chunk's clean tokens to its context pass, which runs with the next chunk's first denoise pass."""
+        """Keeps a chunk's clean tokens for its context pass, which runs with the next chunk's first denoise pass."""
         self._branches.finish(Part(chunk, tokens_BFSE, 0.0))
 
     def commit(self) -> None:
-        """Runs the context pass that is due by itself, before the next denoise pass. The result is the same."""
+        """Runs the pending context pass now, in a forward of its own. The result is the same."""
         self._branches.commit()
 
     def _commit_initial(self, latents_BFCHW: Tensor) -> None:
+        """Runs the context passes of the initial latents; that of the last chunk stays pending."""
         for chunk in self._cut(self._initial, 0, 0):
             self.commit()
             self.finish(chunk, self._context.tokens(latents_BFCHW[:, chunk.start : chunk.stop]))
@@ -235,11 +242,11 @@ class ChunkLoop:
 
 
 def _window(stream: StreamConfig, frames: int | None, initial: int) -> SlidingWindow:
-    """The stream's window, or one that holds the whole video where that is shorter and nothing is ever evicted."""
+    """Returns the stream's window, or one that holds the whole video if that is shorter, so that nothing is evicted."""
     total = None if frames is None else initial + frames
     if total is not None and (stream.window is None or stream.window >= total):
         return SlidingWindow(total)
-    assert stream.window is not None, "checked: an endless video has a window"
+    assert stream.window is not None, "`_check_length` has checked that an endless video has a window"
     return SlidingWindow(stream.window, stream.sink)
 
 

@@ -1,4 +1,4 @@
-"""One stream's state, and the two things that happen to a chunk: it is denoised, then committed.
+"""The state of one stream, and the two operations on a chunk: denoise and commit.
 
 Shapes: B batch, F frames of a chunk, s tokens of a frame that this rank owns, E numbers in a token.
 """
@@ -25,7 +25,13 @@ from causalrope_sp.reuse.policy import ReusePlan
 
 @dataclass(frozen=True)
 class Part:
-    """One chunk's tokens in a forward, at one timestep; this rank's shard of them."""
+    """One chunk in a forward.
+
+    Args:
+        chunk: its number, start and length.
+        tokens_BFSE: its tokens on this rank.
+        timestep: their noise level, in [0, 1000]; 0 for a context pass.
+    """
 
     chunk: Chunk
     tokens_BFSE: Tensor
@@ -33,14 +39,16 @@ class Part:
 
 
 class CausalStream:
-    """A model bound to a prompt, a cache and a way across ranks.
+    """A model bound to a prompt, a KV cache and a strategy.
 
     Args:
+        model: the DiT.
         embeds_BLE: text embeddings, (B, text_len, text_dim), zeros after the text's end.
-        window: how far back attention looks.
+        grid: the latent frame in tokens.
+        window: how far back attention looks, in latent frames.
         shard: the tokens of a frame that this rank owns.
-        strategy: how they attend those of the others.
-        relative: place frames in time by their place within the window, and not by their global time index.
+        strategy: how attention crosses ranks.
+        relative: rotate by a frame's position within the window instead of its global time index.
         reuse: which outputs a chunk's denoise passes take over from earlier ones; None computes all of them.
     """
 
@@ -79,10 +87,23 @@ class CausalStream:
         )
 
     def denoise(self, chunk: Chunk, x_BFSE: Tensor, timestep: float, context: Part | None = None) -> Tensor:
-        """The velocity of the open chunk's tokens at `timestep`, (B, F, s, E).
+        """Predicts the velocity of the open chunk's tokens.
 
-        With `context`, the chunk before it is committed in the same forward: its clean tokens attend the window up
-        to itself, the noisy ones the window up to this chunk, of which those fresh keys and values are a part.
+        With `context` the chunk before it is committed in the same forward: its clean tokens attend the window up to
+        their own chunk, the noisy tokens attend the window up to theirs, which includes the clean keys and values
+        written in this forward.
+
+        Args:
+            chunk: the chunk to denoise; it is opened if it is not open yet.
+            x_BFSE: its noisy tokens on this rank.
+            timestep: their noise level, in [0, 1000].
+            context: the clean tokens of the chunk before, if its context pass is pending.
+
+        Returns:
+            The velocity, (B, F, s, E), in the dtype of `x_BFSE`.
+
+        Raises:
+            RuntimeError: an earlier forward of this stream did not finish.
         """
         if context is not None:
             self._open(context.chunk)
@@ -93,20 +114,20 @@ class CausalStream:
         return self._forward([noisy] if context is None else [context, noisy], output)
 
     def commit(self, context: Part) -> None:
-        """The context pass alone: writes a chunk's clean keys and values."""
+        """Runs a context pass in a forward of its own: writes a chunk's clean keys and values and commits them."""
         self._open(context.chunk)
         self._forward([context], computed)
         self.cache.commit()
 
     def cancel(self) -> None:
-        """Forgets the open chunk; the stream is as it was after the last commit."""
+        """Discards the open chunk; the stream is as it was after the last commit."""
         self.cache.cancel()
         if self.outputs is not None:
             self.outputs.clear()
 
     @property
     def stored_bytes(self) -> int:
-        """The most that was kept at once of outputs that passes reuse."""
+        """The largest number of bytes that reused outputs occupied at once."""
         return 0 if self.outputs is None else self.outputs.most_bytes
 
     def _open(self, chunk: Chunk) -> None:
@@ -140,11 +161,12 @@ class CausalStream:
         return velocity.view(last.shape).to(last.dtype)
 
     def _rotate(self, chunks: tuple[Chunk, ...]) -> Rotation:
+        """Returns the rotation of the tokens of a pass, remembered until the chunks change."""
         if self._rotation is None or self._rotation[0] != chunks:
-            if self._relative:  # keys are turned in time when they are read
+            if self._relative:  # keys are rotated in time on read
                 window = self.cache.window
-                places = [window.places(chunk)[slot] for chunk in chunks for slot in window.slots(chunk)]
-                rotation = self._rope.rotation(places, [0] * len(places))
+                positions = [window.places(chunk)[slot] for chunk in chunks for slot in window.slots(chunk)]
+                rotation = self._rope.rotation(positions, [0] * len(positions))
             else:
                 rotation = self._rope.rotation([f for chunk in chunks for f in range(chunk.start, chunk.stop)])
             self._rotation = chunks, rotation

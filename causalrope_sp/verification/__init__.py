@@ -1,1 +1,1 @@
-"""Whether the numbers are right on this machine."""
+"""Checks of the computed numbers on this machine."""

@@ -1,4 +1,4 @@
-"""What `verify` runs: reference cases read from files, and small random cases of its own."""
+"""The cases that `verify` runs: reference cases from files, and small random cases for the self-check."""
 
 from __future__ import annotations
 
@@ -29,7 +29,21 @@ KNOWN_KINDS = ("dmd", "diffusion")
 
 @dataclass(frozen=True)
 class Case:
-    """Everything one run of the sampler needs."""
+    """The arguments of one run of the sampler.
+
+    Args:
+        name: of the case, for the report.
+        model: the DiT.
+        grid: the latent frame in tokens.
+        embeds: text embeddings, (B, text_len, text_dim).
+        noise: makes a noise source that starts anew.
+        frames: latent frames to generate.
+        stream: chunk length, window and sink.
+        sampler: steps, solver and guidance.
+        initial: initial latents, (B, F0, C, H, W).
+        negative: embeddings of the negative prompt, like `embeds`.
+        reuse: a policy of reuse.
+    """
 
     name: str
     model: CausalDiT
@@ -44,7 +58,7 @@ class Case:
     reuse: ReusePolicy | None = None
 
     def run(self, parallel: SequenceParallel) -> Tensor:
-        """The generated latents, (B, F, C, H, W)."""
+        """Runs the sampler and returns the generated latents, (B, F, C, H, W)."""
         chunks = sample_chunks(
             self.model,
             self.embeds,
@@ -62,10 +76,10 @@ class Case:
 
 
 def case_files(folder: Path) -> list[tuple[Path, str]]:
-    """The case files of a folder with their kinds, in order of name.
+    """Lists the case files of a folder with their kinds, in order of name.
 
     Raises:
-        CheckpointError: no folder, an unreadable file in it, or no case.
+        CheckpointError: `folder` is not a folder, a file in it cannot be read, or it holds no case.
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder of reference cases")
@@ -79,10 +93,18 @@ def case_files(folder: Path) -> list[tuple[Path, str]]:
 
 
 def load_case(path: Path, dtype: torch.dtype, device: str = "cpu") -> tuple[Case, Tensor]:
-    """One reference case of a known kind with the weights that it names by equal sizes, and the latents to match.
+    """Loads one reference case of a known kind with its weights, which are the file in its folder of the same sizes.
+
+    Args:
+        path: the file of the case.
+        dtype: of the model.
+        device: of the model.
+
+    Returns:
+        The case, and the latents that its run must match, (B, F, C, H, W).
 
     Raises:
-        CheckpointError: the file, a field or tensor of it, or its weights are missing, unreadable or do not fit.
+        CheckpointError: the file, one of its fields or tensors, or its weights are missing, unreadable or do not fit.
     """
     try:
         return _load_case(path, dtype, device)
@@ -96,15 +118,15 @@ def _load_case(path: Path, dtype: torch.dtype, device: str) -> tuple[Case, Tenso
     spec = _spec(path)
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys() if not name.startswith("call.")}
-    window, given, frames = spec["local_attn_size"], spec["initial_frames"], spec["num_frames"]
-    starting, latents = tensors["noise"], tensors["latents"][:, given:]
+    window, initial_frames, frames = spec["local_attn_size"], spec["initial_frames"], spec["num_frames"]
+    starting, latents = tensors["noise"], tensors["latents"][:, initial_frames:]
     renoise = [tensors[name] for name in sorted(tensors) if name.startswith("renoise.")]
     stream = StreamConfig(
         None if window == -1 else window, spec["sink_size"], spec["chunk_frames"], spec["independent_first_frame"]
     )
     sampler = _sampler(spec)
     chunks = split_into_chunks(
-        frames, stream.chunk_frames, independent_first_frame=stream.independent_first_frame, start=given
+        frames, stream.chunk_frames, independent_first_frame=stream.independent_first_frame, start=initial_frames
     )
     draws = len(list(chunks)) * (len(sampler.steps) - 1) if sampler.solver == "renoise" else 0
     if len(renoise) != draws:
@@ -115,7 +137,7 @@ def _load_case(path: Path, dtype: torch.dtype, device: str) -> tuple[Case, Tenso
 
         def draw(chunk: Chunk, step: int) -> Tensor:
             if step == 0:
-                return starting[:, chunk.start - given : chunk.stop - given]
+                return starting[:, chunk.start - initial_frames : chunk.stop - initial_frames]
             return next(fresh).unflatten(0, (spec["batch"], chunk.frames))
 
         return draw
@@ -136,7 +158,8 @@ def _load_case(path: Path, dtype: torch.dtype, device: str) -> tuple[Case, Tenso
 
 
 def _sampler(spec: dict[str, Any]) -> SamplerConfig:
-    """Few steps that are re-noised between ("dmd"), or many of UniPC under guidance ("diffusion")."""
+    """Returns the sampler of a case: few steps with fresh noise ("dmd"), or many steps of UniPC with guidance
+    ("diffusion")."""
     if spec["kind"] == "dmd":
         return SamplerConfig(tuple(spec["denoising_step_list"]), spec["timestep_shift"])
     steps = timesteps(spec["num_inference_steps"], "unipc")
@@ -144,8 +167,13 @@ def _sampler(spec: dict[str, Any]) -> SamplerConfig:
 
 
 def self_check_cases(dtype: torch.dtype, device: str = "cpu") -> Iterator[Case]:
-    """A small random model over every way to cut a stream: odd grid, window, sink, lone first frame, given frames; and
-    under guidance, where a chunk begins within the interval and where it does not."""
+    """Yields cases of a small random model that cover the options of a stream: an odd grid, a window, a sink, an
+    independent first frame, initial latents; and guidance, with the first step inside the interval and outside it.
+
+    Args:
+        dtype: of the model.
+        device: of the model.
+    """
     torch.manual_seed(0)
     config = DiTConfig(dim=72, ffn_dim=96, num_heads=6, num_layers=2, text_dim=16, text_len=5, freq_dim=32)
     model = CausalDiT(config).to(device, dtype).eval().requires_grad_(False)
@@ -167,7 +195,7 @@ def self_check_cases(dtype: torch.dtype, device: str = "cpu") -> Iterator[Case]:
     for seed, (name, (frames, stream)) in enumerate(plans.items()):
         shape = (2 if name == "random-sink" else 1, config.in_channels, grid.latent_height, grid.latent_width)
         draw = torch.Generator().manual_seed(seed)
-        given, guided = name in ("random-extend", "random-guidance-late"), "guidance" in name
+        has_initial, guided = name in ("random-extend", "random-guidance-late"), "guidance" in name
         text = partial(torch.randn, shape[0], config.text_len, config.text_dim, generator=draw)
         yield Case(
             name=name,
@@ -178,7 +206,7 @@ def self_check_cases(dtype: torch.dtype, device: str = "cpu") -> Iterator[Case]:
             frames=frames,
             stream=stream,
             sampler=samplers.get(name, SamplerConfig((1000,))),
-            initial=torch.randn(1, 5, *shape[1:], generator=draw) if given else None,
+            initial=torch.randn(1, 5, *shape[1:], generator=draw) if has_initial else None,
             negative=text() if guided else None,
         )
 

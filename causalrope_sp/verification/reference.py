@@ -1,6 +1,6 @@
-"""The judge: one forward over all frames of a video with a block-causal mask, no cache, no ranks, no ring.
+"""The reference for streaming: one forward over all frames of a video with a block-causal mask, without cache or ranks.
 
-Who sees whom is worked out from lists of frames, on purpose in another way than `window.py` does it.
+The mask is computed from lists of frames, deliberately by another method than that of `cache/window.py`.
 
 Shapes: B batch, F latent frames, C channels, H×W latent size; T tokens.
 """
@@ -20,19 +20,35 @@ from causalrope_sp.models.rope import RotaryTables
 
 
 def visible_past(chunk: Chunk, window: int | None, sink: int) -> list[int]:
-    """The frames before a chunk that it attends: the sink, then the newest, as many as the window has room for."""
+    """Returns the frames before a chunk that it attends: the sink, then the newest ones that fit the window.
+
+    Args:
+        chunk: the chunk that attends.
+        window: latent frames that attention looks back over, the chunk's own included; None for all.
+        sink: latent frames of the stream's start that never leave the window.
+    """
     past = list(range(chunk.start))
     if window is None:
         return past
-    room = window - chunk.frames
-    pinned = past[:sink][:room]
+    past_frames = window - chunk.frames
+    pinned = past[:sink][:past_frames]
     newest = past[sink:]
-    return pinned + newest[len(newest) - min(len(newest), room - len(pinned)) :]
+    return pinned + newest[len(newest) - min(len(newest), past_frames - len(pinned)) :]
 
 
 def block_causal_mask(chunks: Sequence[Chunk], tokens: int, window: int | None, sink: int) -> Tensor:
-    """Who attends whom among [clean frames | noisy frames], a boolean (T, T): clean chunks attend clean ones, a noisy
-    chunk attends the clean ones before it and itself."""
+    """Builds the attention mask of [clean frames | noisy frames]: clean chunks attend clean ones up to themselves, a
+    noisy chunk attends the clean ones before it and itself.
+
+    Args:
+        chunks: all chunks of the video.
+        tokens: tokens of a frame.
+        window: see `visible_past`.
+        sink: see `visible_past`.
+
+    Returns:
+        A boolean mask (T, T), True where a query attends a key.
+    """
     frames = sum(chunk.frames for chunk in chunks)
     allowed = torch.zeros(2 * frames, 2 * frames, dtype=torch.bool)
     for chunk in chunks:
@@ -56,7 +72,22 @@ def block_causal_velocity(
     window: int | None = None,
     sink: int = 0,
 ) -> Tensor:
-    """The velocity of every noisy chunk at `timestep` given the clean chunks before it, (B, F, C, H, W)."""
+    """Computes the velocity of every noisy chunk from the clean chunks before it, in one forward.
+
+    Args:
+        model: the DiT.
+        embeds: text embeddings, (B, text_len, text_dim).
+        grid: the latent frame in tokens.
+        chunks: all chunks of the video.
+        clean_BFCHW: its clean latents.
+        noisy_BFCHW: its noisy latents.
+        timestep: the noise level of the noisy latents, in [0, 1000].
+        window: see `visible_past`.
+        sink: see `visible_past`.
+
+    Returns:
+        The velocity, (B, F, C, H, W).
+    """
     frames = clean_BFCHW.shape[1]
     mask = block_causal_mask(chunks, grid.tokens, window, sink).to(model.device)
 

@@ -1,4 +1,4 @@
-"""Are the numbers right on this machine? Reference cases, or a self-check, at any rank count and strategy."""
+"""Runs reference cases, or a self-check, at several rank counts and strategies, and compares the latents."""
 
 from __future__ import annotations
 
@@ -24,14 +24,24 @@ if TYPE_CHECKING:
     import torch.distributed as dist
 
 ALL = "all"
-REFERENCE_BOUND = {torch.float64: 1e-6, torch.float32: 1e-4}  # against latents computed elsewhere
+# Bounds of the relative error of latents.
+REFERENCE_BOUND = {torch.float64: 1e-6, torch.float32: 1e-4}  # against the latents of a reference case
 SELF_BOUND = {torch.float64: 1e-10, torch.float32: 1e-5}  # against this library on one process
-HALF_BOUND = 0.03  # half precision: at most twice what it costs one process, and never more than this
+HALF_BOUND = 0.03  # in half precision: at most twice the error of one process, and never more than this
 
 
 @dataclass(frozen=True)
 class Check:
-    """One row of the table. `ok` None means skipped, and `note` says why."""
+    """One comparison, a row of the table.
+
+    Args:
+        case: the case's name.
+        ranks: the rank count.
+        strategy: the strategy's name.
+        error: relative error of the latents; None if the case was skipped.
+        ok: whether the error is within its bound; None if the case was skipped.
+        note: why it was skipped.
+    """
 
     case: str
     ranks: int
@@ -48,16 +58,22 @@ def run_verification(
     dtype: torch.dtype,
     device: str = "cpu",
 ) -> list[Check]:
-    """Runs every reference case of `folder`, or the self-check without one, and starts the processes itself.
+    """Runs every reference case of a folder, or the self-check, and starts the processes itself.
 
     Args:
-        ranks: the rank counts to try.
-        strategy: a strategy's name, or "all" that the ranks and the model's heads allow.
+        folder: the folder of reference cases; None runs the self-check.
+        ranks: the rank counts to run at.
+        strategy: a strategy's name, or "all" for every one that the ranks and the model's heads allow.
         dtype: float64, float32 or bfloat16.
+        device: "cpu" or "cuda".
+
+    Returns:
+        One check for each case, rank count and strategy.
 
     Raises:
-        CheckpointError: the folder or a file in it cannot be read, or holds no case.
-        ConfigError: an unknown strategy, a rank count below 1, more ranks than GPUs, or nothing that could be checked.
+        CheckpointError: the folder or a file in it cannot be read, or the folder holds no case.
+        ConfigError: the strategy is unknown, a rank count is below 1, there are more ranks than GPUs, or nothing could
+            be checked.
     """
     if strategy != ALL:
         check_name(strategy)
@@ -68,7 +84,7 @@ def run_verification(
     if folder is not None:
         for path, kind in case_files(folder):
             if kind in KNOWN_KINDS:
-                load_case(path, dtype)  # what cannot be read is said before any process is started
+                load_case(path, dtype)  # a file that cannot be read is reported before any process is started
     work = _check_self if folder is None else _check_folder
     checks: list[Check] = []
     with RankPool(device) as pool:
@@ -135,13 +151,14 @@ def _check_strategies(
 
 
 def _names(strategy: str, ranks: int, heads: int, cfg: int = 1) -> list[str]:
-    """The strategies to run on the ranks of the `sp` axis; all of them are the same where it has one rank."""
+    """Returns the strategies to run on the ranks of the `sp` axis; with one rank all are the same, so one is run."""
     if strategy != ALL:
         return [strategy]
     return [SINGLE] if (ranks, cfg) == (1, 2) else strategies(ranks, heads)
 
 
 def _half_bound(case: Case, expected: Tensor, device: str) -> float:
+    """Returns the bound in half precision: twice the error of one process, at most `HALF_BOUND`."""
     cost = _relative_error(case.run(SequenceParallel.single(device=device)), expected)
     return min(2 * cost, HALF_BOUND)
 
@@ -153,7 +170,14 @@ def _relative_error(result: Tensor, expected: Tensor) -> float:
 
 
 def block_causal_pair(case: Case) -> tuple[Tensor, Tensor]:
-    """(streamed, whole): a one-step video chunk by chunk with the cache, and from one forward over all its frames."""
+    """Computes a one-step video twice: chunk by chunk with the cache, and by one forward over all its frames.
+
+    Args:
+        case: a case of one denoising step, without initial latents and guidance.
+
+    Returns:
+        The streamed latents and those of the one forward, each (B, F, C, H, W).
+    """
     streamed = case.run(SequenceParallel.single(device=str(case.model.device)))
     stream = case.stream
     chunks = list(

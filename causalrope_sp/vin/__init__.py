@@ -1,4 +1,4 @@
-"""Video Interface Networks (arXiv 2503.17539): all chunks of a video at once, held together by a few global tokens."""
+"""Video Interface Networks (arXiv 2503.17539): chunks denoised in parallel and coordinated by global tokens."""
 
 from causalrope_sp.vin.network import VideoInterfaceNetwork
 from causalrope_sp.vin.parallel_sampler import StepOutput, sample_parallel_chunks

@@ -1,10 +1,10 @@
-"""What a chunk attends, layer by layer: the global tokens, the given frames, and its own frames.
+"""The KV cache of parallel chunks: global tokens, initial frames and a chunk's own frames, layer by layer.
 
-The rows of a layer, in slots of a frame's tokens as in any `KVCache`, so that every strategy writes and reads it:
+The rows of a layer lie in slots of one frame's tokens, as in any `KVCache`, so that every strategy writes and reads it:
 
-    [ padding to whole slots | global tokens | given frames | the frames of the chunk at hand ]
+    [ padding to whole slots | global tokens | initial frames | the frames of the current chunk ]
 
-Chunks are attended one after the other and take turns in the last part; all that one attends is a single stretch.
+Chunks are attended one after the other and reuse the last part; the rows that one chunk attends are one range.
 
 Shapes: B batch, G global tokens, H heads, d head width, as the strategy stores them on this rank.
 """
@@ -22,25 +22,31 @@ from causalrope_sp.cache.window import SlidingWindow
 from causalrope_sp.devices import send
 from causalrope_sp.grid import Chunk
 
-GIVEN = 0  # the number of the given frames among the chunks of a pass; those of the video follow
+INITIAL = 0  # the chunk number of the initial frames in a pass; the chunks of the video follow
 
 
 def in_pass(chunks: Sequence[Chunk]) -> list[Chunk]:
-    """The chunks of the video as a pass has them: one after the other, what two of them share there twice."""
-    passed, start = [], 1  # 0 is where strategies find nothing from before to attend, as for the given frames
+    """Renumbers the chunks of a video for a pass: they lie one after the other, and each holds its overlap itself."""
+    passed, start = [], 1  # start 0 would tell the strategies that there are no earlier keys, as for the initial frames
     for chunk in chunks:
-        passed.append(Chunk(GIVEN + 1 + chunk.index, start, chunk.frames))
+        passed.append(Chunk(INITIAL + 1 + chunk.index, start, chunk.frames))
         start += chunk.frames
     return passed
 
 
 class ChunkCache(KVCache):
-    """
+    """A `KVCache` whose slots hold global tokens, the initial frames and one chunk.
+
     Args:
-        strategy: how the lane attends, which says what of all this a rank stores.
+        layers: layers of the DiT.
+        batch: B.
+        strategy: how the ranks of the `sp` axis attend, which decides what a rank stores.
         global_tokens: G, 0 for none.
-        given: frames that every chunk sees.
-        longest: frames of the longest chunk.
+        initial_frames: latent frames before the video that every chunk attends.
+        longest: latent frames of the longest chunk.
+        head_dim: d.
+        dtype: of the stored keys and values.
+        device: where they are stored.
     """
 
     def __init__(
@@ -49,7 +55,7 @@ class ChunkCache(KVCache):
         batch: int,
         strategy: Strategy,
         global_tokens: int,
-        given: int,
+        initial_frames: int,
         longest: int,
         head_dim: int,
         *,
@@ -57,36 +63,42 @@ class ChunkCache(KVCache):
         device: torch.device,
     ) -> None:
         tokens, heads = strategy.stored_tokens, strategy.stored_heads
-        self._strategy, self._given = strategy, given
+        self._strategy, self._initial_frames = strategy, initial_frames
         self._globals = strategy.stored(torch.empty(1, global_tokens, strategy.heads, 1)).shape[1]
         self._before = -(-self._globals // tokens)
-        window = SlidingWindow(self._before + given + longest)
+        window = SlidingWindow(self._before + initial_frames + longest)
         super().__init__(layers, batch, window, tokens, heads, head_dim, dtype=dtype, device=device)
 
     def write_globals(self, found: Sequence[Keys]) -> None:
-        """The global tokens' keys and values, (B, G, H, d) with all heads, layer by layer."""
+        """Writes the global tokens' keys and values.
+
+        Args:
+            found: (B, G, H, d) with all heads, layer by layer.
+        """
         stop = self._before * self.storage_L2BKSHD.shape[4]
         for ring_2BKSHD, keys in zip(self.storage_L2BKSHD, found, strict=True):
             for ring, value in zip(ring_2BKSHD, (keys.k, keys.v), strict=True):
                 ring.flatten(1, 2)[:, stop - self._globals : stop] = self._strategy.stored(value)
 
     def kv_slots(self, layer: int, chunk: Chunk) -> tuple[Slots, Slots]:
+        """Returns the slots that the keys and the values of a chunk are written to."""
         ring_2BKSHD = self.storage_L2BKSHD[layer]
         if chunk not in self._slots:
-            first = self._before + (0 if chunk.index == GIVEN else self._given)
+            first = self._before + (0 if chunk.index == INITIAL else self._initial_frames)
             self._slots[chunk] = send(torch.arange(first, first + chunk.frames), ring_2BKSHD.device)
         k, v = (Slots(ring, self._slots[chunk]) for ring in ring_2BKSHD)
         return k, v
 
     def keys(self, layer: int, chunk: Chunk, since: int, old: bool) -> Keys:
-        """Old is what no chunk of the pass writes: global tokens and given frames."""
+        """Returns the keys that a chunk attends; `old` ones are those that no chunk of the pass writes: the global
+        tokens and the initial frames."""
         ring_2BKSHD = self.storage_L2BKSHD[layer]
         key = chunk, since, old
         if key not in self._ranges_by_chunk:
             tokens = ring_2BKSHD.shape[3]
-            begin, own = self._before * tokens - self._globals, (self._before + self._given) * tokens
+            begin, own = self._before * tokens - self._globals, (self._before + self._initial_frames) * tokens
             row = (own if since and not old else begin), own if old else own + chunk.frames * tokens
-            if chunk.index == GIVEN:  # written before there are global tokens
+            if chunk.index == INITIAL:  # written before there are global tokens
                 row = self._before * tokens, own
             self._ranges_by_chunk[key] = (row,), send(torch.tensor([row], dtype=torch.int32), ring_2BKSHD.device)
         k, v = ring_2BKSHD.flatten(2, 3)

@@ -1,4 +1,4 @@
-"""What neighbouring chunks say of the frames that they share, made one. Pure functions.
+"""Fusion of the velocities that neighbouring chunks predict for the frames they share. Pure functions.
 
 Shapes: B batch, F frames, F_o of the overlap, s tokens of a frame, E numbers in a token.
 """
@@ -12,15 +12,23 @@ from torch import Tensor
 
 
 def fuse(earlier_BFSE: Tensor, later_BFSE: Tensor) -> Tensor:
-    """((F_o - W(k))·ε_i[k] + W(k)·ε_{i+1}[k]) / F_o over the frames k of an overlap, from chunk i to chunk i + 1.
+    """Fuses the velocities of an overlap linearly in time (Video Interface Networks, arXiv 2503.17539).
 
-    W(k) = k + 1/2, the place of the frame's middle, so that both chunks are treated alike: read backwards in time the
-    weights are the same, and an overlap of one frame is the mean of the two. (The paper says no more than "the frame's
-    place"; counted from 0 or from 1, one chunk would weigh more.)
+    ((F_o - W(k))·ε_i[k] + W(k)·ε_{i+1}[k]) / F_o over the frames k of the overlap of chunk i and chunk i + 1, where
+    W(k) = k + 1/2 is the time of the frame's middle. The weights are then symmetric in time, and an overlap of one
+    frame gives the mean of the two chunks. (The paper does not say where W(k) counts from; from 0 or from 1, one chunk
+    would weigh more than the other.)
+
+    Args:
+        earlier_BFSE: the velocity by chunk i, (B, F_o, s, E).
+        later_BFSE: the velocity by chunk i + 1, of the same shape.
+
+    Returns:
+        The fused velocity, (B, F_o, s, E).
     """
     frames = earlier_BFSE.shape[1]
-    place = (torch.arange(frames, dtype=earlier_BFSE.dtype, device=earlier_BFSE.device) + 0.5).view(-1, 1, 1)
-    return ((frames - place) * earlier_BFSE + place * later_BFSE) / frames
+    weight = (torch.arange(frames, dtype=earlier_BFSE.dtype, device=earlier_BFSE.device) + 0.5).view(-1, 1, 1)
+    return ((frames - weight) * earlier_BFSE + weight * later_BFSE) / frames
 
 
 def join(
@@ -31,14 +39,18 @@ def join(
     before: Tensor | None = None,
     after: Tensor | None = None,
 ) -> Tensor:
-    """The velocity of all frames that some neighbouring chunks cover, (B, F, s, E), each frame once.
+    """Joins the velocities of neighbouring chunks, so that each frame occurs once.
 
     Args:
-        velocities: chunk by chunk, (B, F, s, E).
-        overlap: how many frames neighbours share.
-        fused: fuse what is shared; otherwise the earlier chunk, which owns it, has it alone.
-        before: what the chunk before the first says of the frames that they share; None if there is none.
-        after: the same of the chunk after the last; None if there is none, or nothing is fused.
+        velocities: chunk by chunk, each (B, F, s, E).
+        overlap: latent frames that neighbouring chunks share.
+        fused: whether shared frames are fused; otherwise they take the velocity of the earlier chunk, which owns them.
+        before: the velocity of the frames shared with the chunk before the first one; None if there is no such chunk.
+        after: the velocity of the frames shared with the chunk after the last one; None if there is no such chunk, or
+            if nothing is fused.
+
+    Returns:
+        The velocity of all frames that the chunks cover, (B, F, s, E).
     """
 
     def seam(earlier: Tensor, later: Tensor | None) -> Tensor:
@@ -55,6 +67,6 @@ def join(
         parts.append(velocity[:, first:stop])
         tail = velocity[:, stop:]
     if after is not None:
-        assert tail is not None, "a chunk after others"
+        assert tail is not None, "a chunk after the last one has a chunk before it"
         parts.append(seam(tail, after))
     return torch.cat(parts, 1)

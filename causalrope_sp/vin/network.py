@@ -1,17 +1,18 @@
-"""The Video Interface Network: keyframes of the whole noisy video into a few global tokens, and those into keys and
-values that every chunk attends beside its own, layer by layer of the DiT.
+"""The Video Interface Network (arXiv 2503.17539): it condenses keyframes of the whole noisy video into a few global
+tokens, and these into keys and values that every chunk attends in addition to its own, in each layer of the DiT.
 
-    read       one cross-attention of the learned tokens over the keyframes' tokens: linear in the video's length;
-               values are of the tokens alone, keys of their place and the noise level too; what was read is normed
-    process    self-attention blocks over global tokens and text
-    hand over  a key and a value a global token for each of the DiT's layers, unrotated: a chunk finds what concerns its
-               own time and place by its queries, which are rotated
+    read     One cross-attention of the learned tokens over the keyframes' tokens; its cost is linear in the length of
+             the video. Values depend on the tokens alone, keys on their position and the noise level too. The output is
+             normalized.
+    process  Self-attention blocks over global tokens and text.
+    output   A linear layer for each layer of the DiT makes one key and one value of each global token. Keys are not
+             rotated; a chunk selects what concerns its own time and position by its queries, which are rotated.
 
-The paper leaves open how the DiT takes the global tokens ("[X_i, Z]") and where they stand. Passing through the DiT
-beside every chunk they would cost each chunk a share of all its layers; keys and values are computed once a step.
+The paper does not say how the DiT takes the global tokens ("[X_i, Z]"), nor at which position. If they passed through
+the DiT with every chunk, each chunk would pay for them in all layers; their keys and values are computed once a step.
 
-The read goes over tokens of any rank: `keyframes` and `queries` give what a rank attends, partial results are merged by
-whoever calls, and `globals` goes on from the merged one.
+The read can be distributed: `keyframes` and `queries` return what a rank attends, the caller merges the partial
+outputs, and `globals` takes the merged one.
 
 Shapes: B batch, K keyframes, s tokens of a frame on this rank, E numbers in a token, G global tokens, D VIN width,
 H VIN heads, d head width, L text tokens, W text width.
@@ -29,8 +30,8 @@ from causalrope_sp.vin.vin_config import VINConfig
 
 
 class Attention(nn.Module):
-    """Queries of one sequence on keys of another, both normed by head-spanning RMSNorms as the DiT's are. Values may
-    come from something else than keys, of another width."""
+    """The projections of an attention. Queries and keys are normalized by RMSNorms over all heads, as in the DiT;
+    values may come from another input than keys, of the width `value_dim`."""
 
     def __init__(self, config: VINConfig, eps: float, value_dim: int | None = None) -> None:
         super().__init__()
@@ -43,9 +44,11 @@ class Attention(nn.Module):
         self.out = nn.Linear(config.dim, config.dim)
 
     def queries(self, x_BTD: Tensor) -> Tensor:
+        """Returns the queries, (B, T, H, d)."""
         return rms_norm(self.q(x_BTD), self.norm_q.weight, self.eps).unflatten(-1, (self.heads, -1))
 
     def keys(self, keys_from_BTD: Tensor, values_from_BTV: Tensor) -> Keys:
+        """Returns the keys and the values, each (B, T, H, d)."""
         k = rms_norm(self.k(keys_from_BTD), self.norm_k.weight, self.eps)
         return Keys(k.unflatten(-1, (self.heads, -1)), self.v(values_from_BTV).unflatten(-1, (self.heads, -1)))
 
@@ -69,7 +72,12 @@ class Block(nn.Module):
 
 
 class VideoInterfaceNetwork(nn.Module):
-    """A VIN of any size beside a DiT of any size."""
+    """A VIN of any size for a DiT of any size.
+
+    Args:
+        config: sizes of the VIN.
+        dit: sizes of the DiT that attends the global tokens.
+    """
 
     def __init__(self, config: VINConfig, dit: DiTConfig) -> None:
         super().__init__()
@@ -91,29 +99,49 @@ class VideoInterfaceNetwork(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
+        """The dtype of the parameters and of the forward."""
         return self.z_init.dtype
 
     def time(self, timesteps_B: Tensor) -> Tensor:
-        """The embedding of the noise level of a video, timesteps in [0, 1000]: (B, 1, D)."""
+        """Embeds the noise level of a video, a timestep in [0, 1000]; returns (B, 1, D)."""
         return self.embed_time(sinusoid(timesteps_B, self.dit.freq_dim).to(self.dtype)).unsqueeze(1)
 
-    def keyframes(self, tokens_BKSE: Tensor, places_KS3: Tensor, time_B1D: Tensor) -> Keys:
-        """Keys and values of keyframes' noisy tokens, (B, K·s, H, d). `places_KS3` holds each token's global time
-        index, row and column.
+    def keyframes(self, tokens_BKSE: Tensor, positions_KS3: Tensor, time_B1D: Tensor) -> Keys:
+        """Projects the noisy tokens of keyframes to the keys and values of the read.
 
-        Only keys contain place and time: averaged over many tokens they would outweigh the faint signal in the values.
+        Only keys contain position and noise level: averaged over many tokens these would outweigh the faint signal in
+        the values.
+
+        Args:
+            tokens_BKSE: the noisy tokens.
+            positions_KS3: global time index, row and column of each token.
+            time_B1D: what `time` returns.
+
+        Returns:
+            Keys and values, (B, K·s, H, d).
         """
         tokens = tokens_BKSE.flatten(1, 2).to(self.dtype)
-        where = self.embed_place(sinusoid(places_KS3, self.dit.freq_dim).flatten(2).to(self.dtype)).flatten(0, 1)
-        return self.read.keys(self.norm_tokens(self.embed_token(tokens) + where + time_B1D), tokens)
+        position = self.embed_place(sinusoid(positions_KS3, self.dit.freq_dim).flatten(2).to(self.dtype)).flatten(0, 1)
+        return self.read.keys(self.norm_tokens(self.embed_token(tokens) + position + time_B1D), tokens)
 
     def queries(self, time_B1D: Tensor) -> Tensor:
-        """The queries of the read, (B, G, H, d)."""
+        """Returns the queries of the read, (B, G, H, d)."""
         return self.read.queries(self.norm_z(self.z_init + time_B1D))
 
     def globals(self, read_BGHd: Tensor, embeds_BLW: Tensor, time_B1D: Tensor, backend: str = "auto") -> list[Keys]:
-        """From what the queries read to the keys and values that chunks attend, (B, G, H', d') in the DiT's own heads,
-        layer by layer. What was read is normed: a mean of noise is the smaller, the more tokens there are."""
+        """Computes the keys and values that chunks attend.
+
+        The output of the read is normalized, since a mean of noise becomes smaller with the number of tokens.
+
+        Args:
+            read_BGHd: the merged output of the read.
+            embeds_BLW: text embeddings.
+            time_B1D: what `time` returns.
+            backend: of the attention in the blocks.
+
+        Returns:
+            Keys and values layer by layer, (B, G, heads of the DiT, head width of the DiT).
+        """
         read_BGD = rms_norm(read_BGHd.flatten(2), self.norm_read.weight, self.dit.eps)
         z = self.z_init + time_B1D + self.read.out(read_BGD)
         x = torch.cat([z, self.embed_text(embeds_BLW.to(self.z_init))], 1)
@@ -129,21 +157,30 @@ class VideoInterfaceNetwork(nn.Module):
         return found
 
 
-def places(times: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """(K, s, 3): global time index, row and column of the tokens at (rows, columns), (s,), of frames at `times`."""
-    where = torch.stack([rows, columns], -1).expand(len(times), -1, -1)
-    return torch.cat([times.view(-1, 1, 1).expand(-1, len(rows), 1), where], -1)
+def positions(times: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Returns the position of every token of some frames.
+
+    Args:
+        times: global time indices of the frames, (K,).
+        rows: of the tokens of a frame, (s,).
+        columns: of the tokens of a frame, (s,).
+
+    Returns:
+        (K, s, 3): global time index, row and column.
+    """
+    spatial = torch.stack([rows, columns], -1).expand(len(times), -1, -1)
+    return torch.cat([times.view(-1, 1, 1).expand(-1, len(rows), 1), spatial], -1)
 
 
 SIZES = ("dim", "num_heads", "num_layers", "text_dim", "freq_dim", "in_channels", "patch_size")
 
 
 def sizes(dit: DiTConfig) -> dict[str, object]:
-    """Those of a DiT that a VIN depends on, as JSON gives them back."""
+    """Returns the sizes of a DiT that a VIN depends on, as JSON returns them: lists in place of tuples."""
     return {name: list(x) if isinstance(x := getattr(dit, name), tuple) else x for name in SIZES}
 
 
 def differing(one: DiTConfig, other: DiTConfig) -> list[str]:
-    """In which of these sizes two DiTs differ, in words."""
-    there = sizes(other)
-    return [f"{name} {x}, not {there[name]}" for name, x in sizes(one).items() if x != there[name]]
+    """Returns one phrase for each of these sizes in which two DiTs differ; `one` is named first."""
+    others = sizes(other)
+    return [f"{name} {x}, not {others[name]}" for name, x in sizes(one).items() if x != others[name]]

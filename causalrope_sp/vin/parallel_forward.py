@@ -1,4 +1,5 @@
-"""One step's forward: the read into global tokens, then all chunks of a assigned in one forward of the DiT.
+"""The forward of a step of parallel chunks: the read into global tokens, then one forward of the DiT over all chunks of
+this rank.
 
 Shapes: B batch, F latent frames, s tokens of a frame on this rank, E numbers in a token, L text tokens, W text width.
 """
@@ -17,20 +18,24 @@ from causalrope_sp.distributed import SequenceParallel
 from causalrope_sp.grid import Chunk, LatentGrid
 from causalrope_sp.models.causal_dit import CausalDiT, ForwardPass
 from causalrope_sp.models.rope import RotaryTables
-from causalrope_sp.vin.chunk_cache import GIVEN, ChunkCache, in_pass
+from causalrope_sp.vin.chunk_cache import INITIAL, ChunkCache, in_pass
 from causalrope_sp.vin.chunk_exchange import ChunkExchange
 from causalrope_sp.vin.chunks import AssignedChunks
-from causalrope_sp.vin.network import VideoInterfaceNetwork, places
+from causalrope_sp.vin.network import VideoInterfaceNetwork, positions
 
 
 class ParallelChunksForward:
-    """A DiT and its VIN bound to a prompt, a assigned's chunks and the ways across ranks.
+    """A DiT and its VIN, bound to a prompt, to the chunks of this rank and to the communication with other ranks.
 
     Args:
-        vin: None denoises every chunk without global tokens.
+        model: the DiT.
+        vin: its Video Interface Network; None denoises every chunk without global tokens.
         embeds_BLW: text embeddings, zeros after the text's end.
-        given: how many frames stand before the video, in sight of every chunk.
-        strategy: how the ranks of a assigned share the tokens of a frame.
+        grid: the latent frame in tokens.
+        assigned: the chunks that this rank denoises.
+        initial_frames: latent frames before the video, which every chunk attends.
+        strategy: how the ranks of the `sp` axis share the tokens of a frame.
+        parallel: the ranks and their mesh.
     """
 
     def __init__(
@@ -40,57 +45,68 @@ class ParallelChunksForward:
         embeds_BLW: Tensor,
         grid: LatentGrid,
         assigned: AssignedChunks,
-        given: int,
+        initial_frames: int,
         strategy: Strategy,
         parallel: SequenceParallel,
     ) -> None:
         config = model.config
-        self._model, self._vin, self._assigned, self._given, self._strategy = model, vin, assigned, given, strategy
+        self._model, self._vin, self._assigned, self._strategy = model, vin, assigned, strategy
+        self._initial_frames = initial_frames
         self._embeds = send(embeds_BLW, model.device)
         self._text = model.encode_text(embeds_BLW)
         compute = torch.float64 if model.dtype == torch.float64 else torch.float32
         shard = parallel.shard(grid)
         self._rope = RotaryTables(config.head_dim, config.theta, shard, model.device, compute)
         self._across = ChunkExchange(parallel, assigned, grid)
-        self._keyframes = assigned.places(assigned.keyframes)
-        where = places(torch.tensor(list(assigned.keyframes), dtype=torch.long), *shard.rows_and_columns())
-        self._where = send(where, model.device)
+        self._keyframes = assigned.offsets(assigned.keyframes)
+        positions_KS3 = positions(torch.tensor(list(assigned.keyframes), dtype=torch.long), *shard.rows_and_columns())
+        self._positions = send(positions_KS3, model.device)
         self._cache = ChunkCache(
             config.num_layers,
             len(embeds_BLW),
             strategy,
             0 if vin is None else vin.config.global_tokens,
-            given,
-            max((chunk.frames for chunk in assigned.mine), default=1),
+            initial_frames,
+            max((chunk.frames for chunk in assigned.chunks), default=1),
             config.head_dim,
             dtype=model.dtype,
             device=model.device,
         )
 
-    def commit(self, given_BFSE: Tensor) -> None:
-        """Writes the given frames' keys and values, once a video: they see one another and nothing else."""
-        self._pass([Chunk(GIVEN, 0, self._given)], given_BFSE, range(self._given), 0.0)
+    def commit(self, initial_BFSE: Tensor) -> None:
+        """Writes the keys and values of the initial frames, once a video; they attend one another and nothing else."""
+        self._pass([Chunk(INITIAL, 0, self._initial_frames)], initial_BFSE, range(self._initial_frames), 0.0)
 
     def velocities(self, held_BFSE: Tensor, timestep: float) -> list[Tensor]:
-        """The velocity of every chunk's frames, chunk by chunk, (B, F, s, E), from the frames that this rank holds."""
+        """Predicts the velocity of the frames of every chunk of this rank.
+
+        Args:
+            held_BFSE: the noisy tokens of the frames that this rank holds.
+            timestep: the noise level, in [0, 1000].
+
+        Returns:
+            The velocities, chunk by chunk, each (B, F, s, E); none for a rank without chunks.
+        """
         if self._vin is not None:
             self._read(held_BFSE, timestep)
-        if not self._assigned.mine:
+        chunks = self._assigned.chunks
+        if not chunks:
             return []
-        times = [frame for chunk in self._assigned.mine for frame in range(chunk.start, chunk.stop)]
-        tokens = held_BFSE[:, self._assigned.places(times)]
-        velocity = self._pass(in_pass(self._assigned.mine), tokens, times, timestep).to(held_BFSE.dtype)
-        return list(velocity.split([chunk.frames for chunk in self._assigned.mine], 1))
+        times = [frame for chunk in chunks for frame in range(chunk.start, chunk.stop)]
+        tokens = held_BFSE[:, self._assigned.offsets(times)]
+        velocity = self._pass(in_pass(chunks), tokens, times, timestep).to(held_BFSE.dtype)
+        return list(velocity.split([chunk.frames for chunk in chunks], 1))
 
     @property
     def across(self) -> ChunkExchange:
+        """The collectives with the other ranks of the video."""
         return self._across
 
     def _read(self, held_BFSE: Tensor, timestep: float) -> None:
-        assert self._vin is not None, "asked for"
+        assert self._vin is not None, "only a forward with a VIN reads"
         vin, backend = self._vin, self._strategy.backend
         time = vin.time(torch.full((len(held_BFSE),), timestep, dtype=torch.float32, device=held_BFSE.device))
-        keys = vin.keyframes(held_BFSE[:, self._keyframes], self._where, time)
+        keys = vin.keyframes(held_BFSE[:, self._keyframes], self._positions, time)
         read = self._across.merge_read(attention_parts(vin.queries(time), keys, backend))
         self._cache.write_globals(vin.globals(read, self._embeds, time, backend))
 

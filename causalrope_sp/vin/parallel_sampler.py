@@ -1,4 +1,4 @@
-"""The loop of chunks that are denoised together: read, denoise, fuse. A generator of steps.
+"""The sampling loop of parallel chunks (Video Interface Networks): read, denoise, fuse. A generator of steps.
 
 Shapes: B batch, F latent frames, C channels, H×W latent size, s tokens of a frame on this rank, E numbers in a token.
 """
@@ -36,8 +36,15 @@ from causalrope_sp.vin.vin_config import ParallelChunksConfig, check_preview
 
 @dataclass(frozen=True)
 class StepOutput:
-    """Step `step` of `steps` is done. `latents`, (B, F, C, H, W) on every rank, are the video after the last step, what
-    it looks to become where a preview was asked for, and None otherwise."""
+    """What a finished step of sampling reports.
+
+    Args:
+        step: the step's number, counted from 1.
+        steps: how many steps there are.
+        timestep: the timestep that the model was called with, in [0, 1000].
+        latents: (B, F, C, H, W) on every rank: the video after the last step, the predicted clean video after a step
+            with a preview, None otherwise.
+    """
 
     step: int
     steps: int
@@ -46,6 +53,7 @@ class StepOutput:
 
     @property
     def last(self) -> bool:
+        """Whether this is the last step, so that `latents` is the video."""
         return self.step == self.steps
 
 
@@ -67,52 +75,55 @@ def sample_parallel_chunks(
 ) -> Iterator[StepOutput]:
     """Generates a whole video at once (Video Interface Networks, arXiv 2503.17539), on one rank or many.
 
-    Ranks along the `chunk` axis of the mesh share out the chunks, ranks along the `sp` axis the tokens of their frames.
-    The video is the same at any size of either.
+    The chunks are divided among the ranks of the mesh's `chunk` axis, the tokens of their frames among the ranks of its
+    `sp` axis. The video does not depend on the size of either.
 
     Args:
         model: the DiT; its dtype is the dtype of the forward. The sampler's own state is float32 or wider.
-        vin: its Video Interface Network; None denoises chunks that know of one another by their overlaps alone.
+        vin: its Video Interface Network; without one (None) chunks influence one another through their overlaps alone.
         embeds: text embeddings, (B, text_len, text_dim), zeros after the text's end.
-        noise: starting and fresh noise; asked for frame by frame, as if each were a chunk, see `seeded_noise`.
+        noise: starting and fresh noise, see `seeded_noise`; it is called frame by frame, as if each were a chunk.
         grid: the latent frame in tokens.
         frames: latent frames to generate.
-        chunks: how they are cut, read and fused.
+        chunks: how the video is cut into chunks, read and fused.
         sampler: steps and solver.
         parallel: the ranks; one process if None.
-        initial_latents: given frames (B, F0, C, H, W) that every chunk sees; they are not yielded again.
-        layout: how the ranks of the `sp` axis share attention; None takes what `choose_strategy` says.
-        preview_every: yield, every so many steps, the clean video that the step points to.
+        initial_latents: latent frames before the video, (B, F0, C, H, W), which every chunk attends; they are not
+            yielded again.
+        preview_every: yield the predicted clean video after every so many steps; None yields the last one alone.
+        layout: how the ranks of the `sp` axis share attention; None takes what `choose_strategy` returns.
 
     Yields:
         StepOutput: after every step.
 
     Raises:
-        ConfigError: `frames` or `preview_every` that is no whole number of at least 1, shapes that do not fit the model
-            or the grid, a VIN of another DiT, guidance, ranks that only decode, or ranks that the strategy cannot use.
+        ConfigError: `frames` or `preview_every` is below 1, a shape does not fit the model or the grid, the VIN belongs
+            to another DiT, a step is guided, the mesh has ranks for guidance or decoding, or the strategy cannot use
+            the ranks.
     """
     parallel = parallel or SequenceParallel.single()
     _check(model, vin, embeds, grid, frames, sampler, parallel, preview_every)
     context = ShardContext.of(model, grid, parallel.shard(grid), len(embeds))
     context.check_initial(initial_latents)
-    given = 0 if initial_latents is None else initial_latents.shape[1]
-    assigned = AssignedChunks(cut(frames, chunks, given), chunks, parallel.chunk_rank, parallel.mesh.chunk)
+    initial_frames = 0 if initial_latents is None else initial_latents.shape[1]
+    cuts = cut(frames, chunks, initial_frames)
+    assigned = AssignedChunks(cuts, chunks, parallel.chunk_rank, parallel.mesh.chunk)
     strategy = _agreed_strategy(
         model,
         grid,
         sampler,
         parallel,
         len(embeds),
-        chunks.chunk_frames + given,
+        chunks.chunk_frames + initial_frames,
         chunks,
         layout,
-        {"chunks": (frames, given, chunks, preview_every), "global tokens": vin and vin.config},
+        {"chunks": (frames, initial_frames, chunks, preview_every), "global tokens": vin and vin.config},
     )
-    state = ParallelChunksForward(model, vin, embeds, grid, assigned, given, strategy, parallel)
+    state = ParallelChunksForward(model, vin, embeds, grid, assigned, initial_frames, strategy, parallel)
     solve, levels, timesteps = start_solver(sampler), sigmas(sampler), model_timesteps(sampler)
 
     def draw(step: int) -> Tensor:
-        """The noise of the frames that this rank holds, asked for frame by frame."""
+        """Draws the noise of the frames that this rank holds, frame by frame."""
         drawn = [
             context.checked_tokens("the noise of a frame", 1, noise(Chunk(frame, frame, 1), step))
             for frame in assigned.held
@@ -129,12 +140,11 @@ def sample_parallel_chunks(
         velocity = join(velocities, chunks.overlap, fused=fused, before=before, after=after) if velocities else x
         to = levels[step + 1] if step + 1 < len(levels) else 0.0
         preview = preview_every is not None and (step + 1) % preview_every == 0
-        points_to = predict_x0(x, velocity, sigma) if preview else x
+        predicted = predict_x0(x, velocity, sigma) if preview else x
         x = solve(x, velocity, sigma, to, partial(draw, step + 1))
-        done = x if step + 1 == len(levels) else points_to if preview else None
-        yield StepOutput(
-            step + 1, len(levels), timesteps[step], None if done is None else grid.unpatchify(state.across.gather(done))
-        )
+        shown = x if step + 1 == len(levels) else predicted if preview else None
+        latents = None if shown is None else grid.unpatchify(state.across.gather(shown))
+        yield StepOutput(step + 1, len(levels), timesteps[step], latents)
 
 
 def _check(
@@ -147,16 +157,20 @@ def _check(
     parallel: SequenceParallel,
     preview_every: int | None,
 ) -> None:
+    """Raises ConfigError for arguments that do not fit one another."""
     if frames < 1:
         raise ConfigError(f"frames must be at least 1, not {frames}")
     check_text(model, embeds, grid)
     check_preview(preview_every)
     if vin is not None and (wrong := differing(vin.dit, model.config)):
-        raise ConfigError(f"the Video Interface Network is for another DiT than this one: {'; '.join(wrong)}")
+        raise ConfigError(f"vin is for another DiT than this one: {'; '.join(wrong)}")
     if any(guided_steps(sampler)) or parallel.mesh.cfg > 1:
         raise ConfigError("parallel chunks are not guided: the guidance scale must be 1, and cfg of the mesh 1")
     if parallel.mesh.decode:
-        raise ConfigError("parallel chunks end together: there is nothing for decode ranks to do meanwhile")
+        raise ConfigError(
+            f"parallel chunks are all finished by the last step, so decode ranks would have nothing to do: expected "
+            f"none, got {parallel.mesh.decode}"
+        )
 
 
 def _agreed_strategy(
@@ -170,7 +184,7 @@ def _agreed_strategy(
     layout: Layout | None,
     agreed: dict[str, object],
 ) -> Strategy:
-    """This rank's strategy, once all ranks have agreed on it and on what else decides their collectives."""
+    """Returns this rank's strategy, after all ranks agreed on it and on all else that their collectives depend on."""
     config, stream = model.config, StreamConfig(chunk_frames=chunks.chunk_frames)
     work = Workload.of(config, grid, stream, sampler, window, batch, model.dtype.itemsize)
     layout = layout or choose_strategy(work, default_machine(parallel.device), parallel)

@@ -1,4 +1,4 @@
-"""Sizes of a Video Interface Network, and how a video is cut into chunks that are denoised together."""
+"""Configuration of a Video Interface Network and of the parallel chunks of a video (arXiv 2503.17539)."""
 
 from __future__ import annotations
 
@@ -9,17 +9,27 @@ from causalrope_sp.errors import ConfigError
 
 
 def check_preview(every: int | None) -> None:
-    """Raises ConfigError for an interval between previews that is no whole number of at least 1; None is none."""
+    """Checks an interval between previews, in steps; None stands for no previews.
+
+    Raises:
+        ConfigError: the interval is not a whole number of at least 1.
+    """
     if every is not None:
         check_whole("preview_every", every)
 
 
 @dataclass(frozen=True)
 class VINConfig:
-    """`global_tokens` tokens of width `dim`, processed by `layers` blocks of `heads` heads.
+    """Sizes of a Video Interface Network.
+
+    Args:
+        global_tokens: G, the global tokens of a video.
+        dim: width of a global token.
+        heads: attention heads of a block.
+        layers: self-attention blocks.
 
     Raises:
-        ConfigError: a size below 1, or a width that the heads do not divide.
+        ConfigError: a size is below 1, or `heads` does not divide `dim`.
     """
 
     global_tokens: int
@@ -35,15 +45,20 @@ class VINConfig:
 
 @dataclass(frozen=True)
 class ParallelChunksConfig:
-    """How a video is cut, in latent frames: chunks of `chunk_frames`, of which neighbours share `overlap`.
+    """How a video is cut into parallel chunks. Lengths are in latent frames.
 
-    The shared frames are both things that the paper gives a chunk: the end of the chunk before, which it sees as
-    context, and the frames whose velocities are fused. One keyframe every `keyframe_every` latent frames is read into
-    the global tokens. Fusion goes on while more than the share `fuse_above` of the steps is left.
+    The shared frames serve two purposes of the paper: they are the end of the chunk before, which a chunk attends as
+    context, and the frames whose velocities are fused.
+
+    Args:
+        chunk_frames: length of a chunk.
+        overlap: frames that neighbouring chunks share.
+        keyframe_every: one keyframe in so many frames is read into the global tokens.
+        fuse_above: overlaps are fused while more than this share of the steps is left.
 
     Raises:
-        ConfigError: a length below 1, an overlap of more than half a chunk (a frame would be in three), a share outside
-            [0, 1].
+        ConfigError: a length is below 1, the overlap is more than half a chunk (a frame would be in three chunks), or
+            the share is outside [0, 1].
     """
 
     chunk_frames: int
@@ -61,15 +76,19 @@ class ParallelChunksConfig:
             raise ConfigError(f"fuse_above is a share of the steps, from 0 to 1, not {self.fuse_above!r}")
 
     def filled_by(self, chunks: int) -> int:
-        """The latent frames that so many whole chunks cover."""
+        """Returns the latent frames that so many whole chunks cover."""
         return self.chunk_frames + (chunks - 1) * (self.chunk_frames - self.overlap)
 
     def fuses(self, step: int, steps: int) -> bool:
-        """Whether step `step` of `steps`, counted from 0, is early enough: t > t_α with t = steps - step left."""
+        """Whether overlaps are fused at step `step` of `steps`, counted from 0.
+
+        The paper's condition is t > t_α, where t = steps - step is the number of steps left.
+        """
         return steps - step > self.fuse_above * steps
 
 
-# The paper's: 20 latents a chunk at 5 latents for 16 frames, so its overlap of 12 frames is 3.75 of them and its
-# keyframe a second, at 16 frames a second, is one in 5; t_α = 20 of 50 steps.
+# The paper's sizes. Its chunk has 20 latent frames, at 5 latent frames for 16 pixel frames. Its overlap of 12 pixel
+# frames is therefore 3.75 latent frames, and its keyframe a second, at 16 pixel frames a second, one in 5; t_α = 20 of
+# 50 steps.
 PAPER_VIN = VINConfig(global_tokens=512, dim=4096, heads=32, layers=4)
 PAPER_CHUNKS = ParallelChunksConfig(chunk_frames=20, overlap=4, keyframe_every=5, fuse_above=0.4)

@@ -1,6 +1,6 @@
-"""What chunks made together cost a step, from sizes alone: FLOPs of one video, against attention over the whole of it,
-and what a rank receives of the read and of overlaps. Both are tested, against torch's own counter and against the
-ledger of a run. (Not counted: the assigned's own strategy, and the latents that are gathered once at the end.)
+"""The cost of a step of parallel chunks, from sizes alone: FLOPs of one video, those of full attention for comparison,
+and the elements that a rank receives for the read and for overlaps. Tests hold both to torch's FLOP counter and to the
+CommStats of a run. (Not counted: the collectives of the `sp` axis' strategy, and the gather of the finished latents.)
 
 Shapes: S tokens of a frame, G global tokens, K keyframes, L text tokens, D model width, d VIN width.
 """
@@ -16,9 +16,16 @@ from causalrope_sp.vin.chunks import AssignedChunks, cut
 from causalrope_sp.vin.vin_config import ParallelChunksConfig, VINConfig
 
 
-def full_flops(config: DiTConfig, grid: LatentGrid, frames: int, given: int = 0) -> int:
-    """FLOPs of a step with every frame attending every frame, and `given` frames whose keys are cached."""
-    return _dit_flops(config, grid, frames, frames * (given + frames) * grid.tokens**2)
+def full_flops(config: DiTConfig, grid: LatentGrid, frames: int, initial_frames: int = 0) -> int:
+    """Counts the FLOPs of a step in which every frame attends every frame.
+
+    Args:
+        config: sizes of the DiT.
+        grid: the latent frame in tokens.
+        frames: latent frames of the video.
+        initial_frames: latent frames before the video whose keys are cached.
+    """
+    return _dit_flops(config, grid, frames, frames * (initial_frames + frames) * grid.tokens**2)
 
 
 def parallel_chunks_flops(
@@ -27,42 +34,56 @@ def parallel_chunks_flops(
     grid: LatentGrid,
     frames: int,
     chunks: ParallelChunksConfig,
-    given: int = 0,
+    initial_frames: int = 0,
 ) -> int:
-    """FLOPs of a step on one rank: the DiT over all chunks, what is in two of them counted twice, and the VIN once.
-    (Of several ranks each processes the global tokens, which spares an exchange.)"""
+    """Counts the FLOPs of a step on one rank: the DiT over all chunks, a shared frame twice, and the VIN once.
+
+    Of several ranks each processes the global tokens, which saves a collective.
+
+    Args:
+        config: sizes of the DiT.
+        vin: sizes of the VIN; None for a step without global tokens.
+        grid: the latent frame in tokens.
+        frames: latent frames of the video.
+        chunks: how the video is cut.
+        initial_frames: latent frames before the video whose keys are cached.
+    """
     cuts, tokens = cut(frames, chunks), grid.tokens
-    found = 0 if vin is None else vin.global_tokens
-    pairs = sum(c.frames * tokens * (found + (given + c.frames) * tokens) for c in cuts)
+    global_tokens = 0 if vin is None else vin.global_tokens
+    pairs = sum(c.frames * tokens * (global_tokens + (initial_frames + c.frames) * tokens) for c in cuts)
     flops = _dit_flops(config, grid, sum(c.frames for c in cuts), pairs)
     return flops if vin is None else flops + vin_flops(config, vin, grid, len(AssignedChunks(cuts, chunks).keyframes))
 
 
 def vin_flops(config: DiTConfig, vin: VINConfig, grid: LatentGrid, keyframes: int) -> int:
-    """FLOPs of the read over so many keyframes, the blocks, and the keys and values for the DiT's layers."""
-    dim, found, text, frequencies = vin.dim, vin.global_tokens, config.text_len, config.freq_dim
-    seen = keyframes * grid.tokens
+    """Counts the FLOPs of the VIN in a step: the read over so many keyframes, the blocks, and the keys and values for
+    the DiT's layers."""
+    dim, queries, text, frequencies = vin.dim, vin.global_tokens, config.text_len, config.freq_dim
+    keys = keyframes * grid.tokens
     time = frequencies * dim + dim * dim
-    read = seen * (2 * config.token_dim + 3 * frequencies + dim) * dim  # embedded and placed, to keys; to values
-    read += 2 * found * dim * dim + 2 * found * seen * dim  # queries and output; scores and sums
-    block = (found + text) * 12 * dim * dim + 2 * (found + text) ** 2 * dim
-    handed = config.num_layers * found * dim * 2 * config.dim
-    return 2 * (time + read + text * config.text_dim * dim + vin.layers * block + handed)
+    read = keys * (2 * config.token_dim + 3 * frequencies + dim) * dim  # embedding and position, to keys; to values
+    read += 2 * queries * dim * dim + 2 * queries * keys * dim  # queries and output; scores and sums
+    block = (queries + text) * 12 * dim * dim + 2 * (queries + text) ** 2 * dim
+    output = config.num_layers * queries * dim * 2 * config.dim
+    return 2 * (time + read + text * config.text_dim * dim + vin.layers * block + output)
 
 
 def read_elements(vin: VINConfig, ranks: int, batch: int, itemsize: int) -> int:
-    """Elements that a rank receives in a step's read: partial results of all other ranks, however long the video is."""
+    """Counts the elements that a rank receives in a step's read: the partial outputs of all other ranks. The length of
+    the video does not matter; `itemsize` is in bytes."""
     return (ranks - 1) * batch * vin.global_tokens * (vin.dim + vin.heads * lse_elements(itemsize))
 
 
 def overlap_elements(config: DiTConfig, assigned: AssignedChunks, tokens: int, batch: int, fused: bool) -> int:
-    """Elements that a rank with `tokens` of a frame receives of frames shared with the lanes beside its own."""
+    """Counts the elements that a rank receives in a step for the frames shared with its neighbours on the `chunk` axis;
+    `tokens` is the number of tokens of a frame on this rank."""
     sides = assigned.has_before + (assigned.has_after and fused)
     return sides * batch * assigned.config.overlap * tokens * config.token_dim
 
 
 def _dit_flops(config: DiTConfig, grid: LatentGrid, frames: int, pairs: int) -> int:
-    """A pass over frames whose queries and keys make so many pairs; its text's keys are there already."""
+    """Counts the FLOPs of a pass over frames whose queries and keys make so many pairs; the keys of the text are
+    cached."""
     work = Workload(config, grid, window=frames, chunk_frames=frames, steps=1)
     tokens = frames * grid.tokens
     time = 2 * frames * config.dim * (config.freq_dim + config.dim + 6 * config.dim)

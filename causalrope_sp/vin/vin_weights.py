@@ -1,7 +1,7 @@
-"""A VIN as a file: its parameters under their own names, and in the metadata what it is and how its videos are cut.
+"""Saving and loading a VIN as a safetensors file: parameters under their own names; sizes and chunking in the metadata.
 
-There is no published layout: this is the first. Sizes of the DiT that it was trained with are kept too, so that a file
-beside another DiT is refused before it runs.
+There is no published layout. The metadata also holds the sizes of the DiT that the VIN was trained with, so that a file
+for another DiT is refused before it runs.
 """
 
 from __future__ import annotations
@@ -22,11 +22,17 @@ from causalrope_sp.weights.finite import all_finite
 from causalrope_sp.weights.tensor_files import DTYPES
 
 LAYOUT = "causalrope_sp-vin-1"
-LONGEST = 200  # characters of what does not fit
+LONGEST = 200  # characters of the list of parameters that do not fit
 
 
 def save_vin(vin: VideoInterfaceNetwork, chunks: ParallelChunksConfig, path: str | PathLike[str]) -> None:
-    """Writes one safetensors file."""
+    """Writes a VIN and the chunking of its videos to one safetensors file.
+
+    Args:
+        vin: the network.
+        chunks: how the videos that it was trained on are cut.
+        path: the file to write.
+    """
     metadata = {
         "layout": LAYOUT,
         "vin": json.dumps(asdict(vin.config)),
@@ -39,23 +45,32 @@ def save_vin(vin: VideoInterfaceNetwork, chunks: ParallelChunksConfig, path: str
 def load_vin(
     path: str | PathLike[str], dit: DiTConfig, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> tuple[VideoInterfaceNetwork, ParallelChunksConfig]:
-    """The VIN of a file, in eval mode and without gradients, and how its videos are cut.
+    """Loads a VIN and the chunking of its videos from a file.
+
+    Args:
+        path: a file that `save_vin` wrote.
+        dit: sizes of the DiT that will attend the global tokens.
+        dtype: the dtype of the loaded parameters.
+        device: where they are loaded to.
+
+    Returns:
+        The network, in eval mode and without gradients, and how its videos are cut.
 
     Raises:
-        CheckpointError: unreadable, no VIN, one for a DiT of other sizes than `dit`, or weights missing, left over, of
-            a wrong shape, NaN or infinite.
+        CheckpointError: the file cannot be read or holds no VIN, the VIN is for a DiT of other sizes than `dit`, or
+            weights are missing, unexpected, of a wrong shape, NaN or infinite.
     """
     try:
         with safe_open(path, "pt") as file:
-            said = file.metadata() or {}
-            if said.get("layout") != LAYOUT:
+            metadata = file.metadata() or {}
+            if metadata.get("layout") != LAYOUT:
                 raise CheckpointError(f"{path}: not a Video Interface Network: its layout is not {LAYOUT}")
-            network, cut, there = (json.loads(said.get(name, "null")) for name in ("vin", "chunks", "dit"))
-            if not all(isinstance(part, dict) for part in (network, cut, there)):
+            network, cut, stored = (json.loads(metadata.get(name, "null")) for name in ("vin", "chunks", "dit"))
+            if not all(isinstance(part, dict) for part in (network, cut, stored)):
                 raise CheckpointError(f"{path}: its metadata lacks the sizes of a Video Interface Network")
             config, chunks = VINConfig(**network), ParallelChunksConfig(**cut)
             if wrong := [
-                f"{name} {there.get(name)}, not {x}" for name, x in sizes(dit).items() if there.get(name) != x
+                f"{name} {stored.get(name)}, not {x}" for name, x in sizes(dit).items() if stored.get(name) != x
             ]:
                 raise CheckpointError(f"{path}: for another DiT than this one: {'; '.join(wrong)}")
             with torch.device("meta"):
@@ -77,13 +92,13 @@ def load_vin(
     return vin.eval().requires_grad_(False), chunks
 
 
-def _check_shapes(path: str | PathLike[str], vin: VideoInterfaceNetwork, there: dict[str, list[int]]) -> None:
-    """Raises CheckpointError unless the file has just the network's parameters."""
-    here = {name: list(tensor.shape) for name, tensor in vin.state_dict().items()}
-    wrong = [f"{name} is missing" for name in here if name not in there]
-    wrong += [f"{name} is left over" for name in there if name not in here]
-    wrong += [f"{n} is {there[n]}, not {shape}" for n, shape in here.items() if n in there and there[n] != shape]
+def _check_shapes(path: str | PathLike[str], vin: VideoInterfaceNetwork, stored: dict[str, list[int]]) -> None:
+    """Raises CheckpointError unless the file holds exactly the network's parameters, in their shapes."""
+    expected = {name: list(tensor.shape) for name, tensor in vin.state_dict().items()}
+    wrong = [f"{name} is missing" for name in expected if name not in stored]
+    wrong += [f"{name} is left over" for name in stored if name not in expected]
+    wrong += [f"{n} is {stored[n]}, not {shape}" for n, shape in expected.items() if stored.get(n, shape) != shape]
     if wrong:
-        told = "; ".join(wrong)
-        shortened = told if len(told) <= LONGEST else f"{told[:LONGEST]}... ({len(wrong)} in all)"
+        text = "; ".join(wrong)
+        shortened = text if len(text) <= LONGEST else f"{text[:LONGEST]}... ({len(wrong)} in all)"
         raise CheckpointError(f"{path}: {shortened}")

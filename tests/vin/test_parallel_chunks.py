@@ -62,10 +62,10 @@ def test_lanes_own_every_frame_once(frames: int, chunk: int, overlap: int, every
     assert all(c.frames == chunk for c in chunks[:-1])
     assert len(chunks) == 1 or chunks[-1].frames > overlap
     shares = [AssignedChunks(chunks, config, lane, lanes) for lane in range(lanes)]
-    assert [c for share in shares for c in share.mine] == list(chunks)
+    assert [c for share in shares for c in share.chunks] == list(chunks)
     assert [f for share in shares for f in share.owned] == list(range(start, start + frames))
     assert [f for share in shares for f in share.keyframes] == list(range(start, start + frames, every))
-    assert max(len(s.mine) for s in shares) - min(len(s.mine) for s in shares) <= 1
+    assert max(len(s.chunks) for s in shares) - min(len(s.chunks) for s in shares) <= 1
 
 
 @pytest.mark.parametrize("frames", [1, 2, 5])
@@ -98,7 +98,7 @@ def test_joined_chunks_cover_every_frame(frames: int, overlap: int, fused: bool)
         assert len(voices) <= 2 and first.index == min(c.index for c, _ in voices)  # noqa: PT018
     assert torch.allclose(join(said, overlap, fused=fused), expected, rtol=0, atol=1e-15)
     for lane in (AssignedChunks(chunks, config, n, 2) for n in range(2)):
-        if not lane.mine:
+        if not lane.chunks:
             continue
         before = said[lane.numbers.start - 1][:, -overlap:] if lane.has_before else None
         after = said[lane.numbers.stop][:, :overlap] if lane.has_after and fused else None
@@ -260,7 +260,7 @@ def test_flops_are_those_that_torch_counts() -> None:
         mapping = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: partial}
         with FlopCounterMode(display=False, custom_mapping=mapping) as counter, sdpa_kernel(SDPBackend.MATH):
             state.velocities(torch.zeros(1, 11, GRID.tokens, CONFIG.token_dim), 500.0)
-    assert counter.get_total_flops() == parallel_chunks_flops(CONFIG, VIN, GRID, 11, CHUNKS, given=1)
+    assert counter.get_total_flops() == parallel_chunks_flops(CONFIG, VIN, GRID, 11, CHUNKS, initial_frames=1)
     assert full_flops(CONFIG, GRID, 11, 1) == parallel_chunks_flops(
         CONFIG, None, GRID, 11, ParallelChunksConfig(11, 1, 1), 1
     )
