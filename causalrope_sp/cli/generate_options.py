@@ -142,7 +142,7 @@ OPTIONS = (
         default="auto",
         show_default=True,
         shell_complete=complete_strategy,
-        help="Share attention between ranks by this strategy: auto, ulysses, gather-kv, shard-kv, ulysses2xgather-kv4, ...",
+        help="Share attention by this strategy: auto, ulysses, gather-kv, shard-kv, ulysses2xgather-kv4, ...",
     ),
     click.option(
         "--parallel-chunks",
@@ -200,7 +200,7 @@ OPTIONS = (
         type=click.Choice(["inline", "overlap", "spatial"]),
         default="inline",
         show_default=True,
-        help="Decode on rank 0 before the next chunk is made, on rank 0 while it is made, or on all ranks, a part each.",
+        help="Decode on rank 0 before the next chunk is made, on rank 0 meanwhile, or on all ranks, a part each.",
     ),
     click.option(
         "--decode-ranks",

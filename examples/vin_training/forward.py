@@ -35,8 +35,8 @@ class Pair(nn.Module):
 
 @dataclass(frozen=True)
 class Batch:
-    """Videos, (B, F, C, X, X), masks of their objects, (B, F, X, X), text embeddings, (B, L, W), and noise levels from 0
-    to 1, (B,)."""
+    """Videos, (B, F, C, X, X), masks of their objects, (B, F, X, X), text embeddings, (B, L, W), and noise levels from
+    0 to 1, (B,)."""
 
     clean: Tensor
     objects: Tensor

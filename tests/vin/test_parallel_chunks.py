@@ -24,7 +24,7 @@ from causalrope_sp.sampling.sampler import sample_chunks
 from causalrope_sp.vin import ParallelChunksConfig
 from causalrope_sp.vin.chunks import AssignedChunks, cut
 from causalrope_sp.vin.fusion import fuse, join
-from causalrope_sp.vin.network import places
+from causalrope_sp.vin.network import positions
 from causalrope_sp.vin.parallel_forward import ParallelChunksForward
 from causalrope_sp.vin.vin_cost import full_flops, overlap_elements, parallel_chunks_flops, read_elements
 from tests.support.streams import strategy_of
@@ -114,7 +114,7 @@ def test_a_sharded_read_is_the_whole_read(shares: int) -> None:
     tokens, times = random(2, 4, grid.tokens, CONFIG.token_dim), torch.tensor([1, 3, 5, 7])
 
     def keys(frames: slice, shard: Shard) -> Any:
-        where = places(times[frames], *shard.rows_and_columns())
+        where = positions(times[frames], *shard.rows_and_columns())
         return vin.keyframes(tokens[:, frames, shard.start : shard.stop], where, time)
 
     whole = attention(vin.queries(time), keys(slice(None), Shard(grid)))
