@@ -1,1 +1,1 @@
-"""How self-attention crosses ranks: one file a strategy."""
+"""The strategies by which self-attention crosses ranks, one file each."""

@@ -1,10 +1,10 @@
-"""How self-attention crosses ranks. The base class is the group of one, where nothing crosses.
+"""The base class of attention strategies, which is the strategy of one rank, and helpers that the others share.
 
-A strategy has q, k and v written straight to where it wants them, normed and rotated by their global index: into what
-it sends, or into the slots of the cache. What it caches, and in which split, is its own business.
+A strategy writes q, k and v, normed and rotated by their global index, directly into a send buffer or into the slots of
+the cache. Each strategy decides which tokens and heads its rank caches.
 
 Shapes: B batch, F frames of the pass, s tokens of a frame on this rank, S tokens of a whole frame, H heads, h heads on
-this rank, d head width, L keys.
+this rank, d head width, L keys, Q queries of a frame.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from causalrope_sp.grid import Chunk
 
 
 class Strategy:
-    """Attention within one process.
+    """Attends within one rank, without any collective.
 
     Args:
-        tokens: s, how many tokens of a frame this rank brings.
-        heads: h, of how many heads.
-        backend: of attention, one of `causalrope_kernels.ATTENTION_BACKENDS`.
+        tokens: s, the tokens of a frame that this rank owns.
+        heads: h, the heads that this rank attends.
+        backend: the attention backend, one of `causalrope_kernels.ATTENTION_BACKENDS`.
     """
 
     def __init__(self, tokens: int, heads: int, backend: str = "auto") -> None:
@@ -33,27 +33,54 @@ class Strategy:
 
     @property
     def stored_tokens(self) -> int:
-        """How many tokens of a frame this rank caches,"""
+        """The number of tokens of a frame that this rank caches."""
         return self.tokens
 
     @property
     def stored_heads(self) -> int:
-        """and how many heads of them."""
+        """The number of heads that this rank caches."""
         return self.heads
 
     def stored(self, x_BLHD: Tensor) -> Tensor:
-        """Of keys or values that every rank has whole, those that this one stores; each is stored once for a query."""
+        """Selects what this rank caches from keys or values that every rank holds whole.
+
+        Over the ranks that a query is attended on, every key is cached exactly once.
+
+        Args:
+            x_BLHD: all keys or all values.
+
+        Returns:
+            The part that this rank caches.
+        """
         return x_BLHD
 
     def attend(self, source: Source, cache: LayerCache, chunks: Sequence[Chunk]) -> Tensor:
-        """What this rank's queries attend, (B, F, s, h, d). `chunks` follow one another in the frames."""
+        """Writes the keys and values of a pass to the cache and attends with its queries.
+
+        Args:
+            source: q, k and v of this rank's tokens.
+            cache: the cache of the layer.
+            chunks: the chunks of the pass, in order of time.
+
+        Returns:
+            What this rank's queries attend, (B, F, s, h, d).
+        """
         return joined(attend_cached(source, cache, chunks, self.backend))
 
 
 def attend_cached(source: Source, cache: LayerCache, chunks: Sequence[Chunk], backend: str) -> list[Tensor]:
-    """Chunk after chunk: its keys and values go into the cache, then its queries attend all that they may see.
+    """Writes each chunk's keys and values to the cache, then attends with its queries.
 
-    The order matters: a later chunk may take over slots that an earlier one still reads.
+    Chunks are processed in order of time, since a later chunk may overwrite slots that an earlier one still reads.
+
+    Args:
+        source: q, k and v of the pass.
+        cache: the cache of the layer.
+        chunks: the chunks of the pass, in order of time.
+        backend: the attention backend.
+
+    Returns:
+        What the queries of every chunk attend, (B, F, s, h, d) each.
     """
     outputs = []
     for chunk, frames in by_chunk(chunks):
@@ -63,7 +90,7 @@ def attend_cached(source: Source, cache: LayerCache, chunks: Sequence[Chunk], ba
 
 
 def write_chunk(source: Source, cache: LayerCache, chunk: Chunk) -> Tensor:
-    """A chunk's keys and values into the cache; its queries, (B, F, s, h, d)."""
+    """Writes a chunk's keys and values to the cache and returns its queries, (B, F, s, h, d)."""
     q = empty(source)
     k_slots, v_slots = cache.kv_slots(chunk)
     norm_rope_store(source, q=[Slots(q)], k=[k_slots], v=[v_slots])
@@ -71,26 +98,26 @@ def write_chunk(source: Source, cache: LayerCache, chunk: Chunk) -> Tensor:
 
 
 def empty(source: Source) -> Tensor:
-    """Room for one of q, k, v."""
+    """Allocates a tensor for one of q, k, v, (B, F, s, h, d)."""
     return source.like.new_empty(source.shape)
 
 
 def joined(outputs: Sequence[Tensor]) -> Tensor:
-    """One after the other in time."""
+    """Concatenates the outputs of chunks along the axis of frames."""
     return outputs[0] if len(outputs) == 1 else torch.cat(tuple(outputs), 1)
 
 
 def by_chunk(chunks: Sequence[Chunk]) -> list[tuple[Chunk, slice]]:
-    """Every chunk with its frames' place in the pass."""
+    """Returns every chunk with the slice of the pass' frames that are its own."""
     first = chunks[0].start
     return [(chunk, slice(chunk.start - first, chunk.stop - first)) for chunk in chunks]
 
 
 def parts_of(q_BFQHD: Tensor, keys: Keys, backend: str) -> list[Partial]:
-    """Partial attention of queries frame by frame, over parts of the keys, (B, F·Q, h, d)."""
+    """Attends over parts of the keys; returns outputs, (B, F·Q, h, d), with log-sum-exps, (B, F·Q, h)."""
     return attention_parts(q_BFQHD.flatten(1, 2), keys, backend)
 
 
 def lse_elements(itemsize: int) -> int:
-    """How many numbers of `itemsize` bytes a log-sum-exp takes on the wire: it travels in float32 at least."""
+    """Returns how many numbers of `itemsize` bytes a log-sum-exp takes in a collective: it is float32 or wider."""
     return max(1, 4 // itemsize)

@@ -1,4 +1,4 @@
-"""From a layout to this rank's strategy of self-attention."""
+"""Builds a rank's attention strategy from the layout that was chosen."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from causalrope_sp.grid import LatentGrid
 
 
 def build_strategy(parallel: SequenceParallel, layout: Layout, grid: LatentGrid, heads: int) -> Strategy:
-    """This rank's strategy. Every rank must call it, since process groups are made here.
+    """Builds this rank's strategy. Every rank must call it, since it makes process groups.
 
     Args:
         parallel: the ranks, with the options of attention.
@@ -20,8 +20,11 @@ def build_strategy(parallel: SequenceParallel, layout: Layout, grid: LatentGrid,
         grid: the latent frame in tokens.
         heads: the attention heads of the model.
 
+    Returns:
+        The strategy, which holds the communicators that it needs.
+
     Raises:
-        ConfigError: more ranks than tokens in a frame.
+        ConfigError: the `sp` axis has more ranks than a frame has tokens.
     """
     if parallel.mesh.sp == 1:
         return Strategy(grid.tokens, heads, parallel.attention)
@@ -31,22 +34,28 @@ def build_strategy(parallel: SequenceParallel, layout: Layout, grid: LatentGrid,
     rows, split = layout.rows(tokens), layout.heads(heads)
     inner = Strategy(sum(rows[row]), split[column], parallel.attention)
     if layout.inner is not None:
-        share = {GatherKV.name: GatherKV, ShardKV.name: ShardKV}[layout.inner]
+        strategy = {GatherKV.name: GatherKV, ShardKV.name: ShardKV}[layout.inner]
         communicator = parallel.communicator_among(group[column :: layout.ulysses])
-        assert communicator is not None, "an inner strategy is for several ranks"
-        inner = share(communicator, [sum(t) for t in rows], split[column], parallel.overlap, parallel.attention)
+        assert communicator is not None, "an inner strategy needs several ranks"
+        inner = strategy(communicator, [sum(t) for t in rows], split[column], parallel.overlap, parallel.attention)
     if layout.ulysses == 1:
         return inner
-    trading = parallel.communicator_among(group[row * layout.ulysses : (row + 1) * layout.ulysses])
-    assert trading is not None, "ulysses is for several ranks"
-    return Ulysses(trading, rows[row], split, inner, head_groups(parallel, layout, heads))
+    communicator = parallel.communicator_among(group[row * layout.ulysses : (row + 1) * layout.ulysses])
+    assert communicator is not None, "ulysses needs several ranks"
+    return Ulysses(communicator, rows[row], split, inner, head_groups(parallel, layout, heads))
 
 
 def describe_strategy(parallel: SequenceParallel, layout: Layout, heads: int) -> str:
-    """All that decides which collectives a stream makes, in words; it must be the same on every rank."""
+    """Describes in words what decides the collectives of a stream; the text must be the same on every rank."""
     return f"{parallel.label(layout)}, {head_groups(parallel, layout, heads)} head groups"
 
 
 def head_groups(parallel: SequenceParallel, layout: Layout, heads: int) -> int:
-    """In how many groups a rank sends its output: no more than it has heads, and only `ulysses` alone sends groups."""
+    """Returns in how many groups of heads a rank sends its output: at most one per head, and 1 in a product.
+
+    Args:
+        parallel: the ranks, with the number of groups that was asked for.
+        layout: the layout of the strategy.
+        heads: the attention heads of the model.
+    """
     return 1 if layout.inner else min(parallel.head_groups, min(layout.heads(heads)))

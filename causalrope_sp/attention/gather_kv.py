@@ -1,7 +1,7 @@
-"""gather-kv: every rank keeps its own queries and gathers the keys and values of the new chunk alone.
+"""The strategy gather-kv: every rank keeps its queries and gathers the keys and values of the new chunk.
 
-One collective a layer: k and v packed. What is cached never travels again; each rank holds all tokens. While the
-new keys and values are in flight, the queries attend what is cached already.
+A layer makes one collective, an all-gather of k and v packed. Every rank caches all tokens, so cached keys and values
+are never sent again. While the new ones are in flight, the queries attend the cached ones.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from causalrope_sp.grid import Chunk
 
 
 class GatherKV(Strategy):
-    """
+    """Attends this rank's queries on all keys, which it gathers.
+
     Args:
-        exchange: the ranks that share the tokens.
-        tokens: of a frame, rank by rank.
-        heads: of how many heads.
+        communicator: the ranks that share the tokens.
+        tokens: the tokens of a frame that each rank owns, in order of rank.
+        heads: the heads that this rank attends.
         overlap: attend the cached window while the new keys and values are in flight.
-        backend: of attention.
+        backend: the attention backend.
     """
 
     name = "gather-kv"
@@ -43,23 +44,23 @@ class GatherKV(Strategy):
     def attend(self, source: Source, cache: LayerCache, chunks: Sequence[Chunk]) -> Tensor:
         batch, frames, _, _, width = source.shape
         shapes = [(2, batch, frames, tokens, self.heads, width) for tokens in self._tokens]
-        mine = [shapes[self._communicator.rank]]
-        (sent,) = self._communicator.buffer("kv out", mine, source.like, block=max(map(prod, shapes)))
+        own_shape = shapes[self._communicator.rank]
+        (sent,) = self._communicator.buffer("kv out", [own_shape], source.like, block=max(map(prod, shapes)))
         norm_rope_store(source, k=[Slots(sent[0])], v=[Slots(sent[1])])
         handle = self._communicator.all_gather("kv", cache.index, shapes, sent)
         q = empty(source)
         norm_rope_store(source, q=[Slots(q)])
-        passes = by_chunk(chunks)
+        parts = by_chunk(chunks)
         before: list[list[Partial]] = [[] for _ in chunks]
-        known = 0  # every frame before this one is attended while the others' keys and values are in flight
+        since = 0  # frames before this global time index are attended while the new keys and values are in flight
         if self._overlap and chunks[0].start:
-            known = chunks[0].start
-            before = [parts_of(q[:, part], cache.keys_before(chunk, known), self.backend) for chunk, part in passes]
-        arrived = Pieces(handle.wait())
+            since = chunks[0].start
+            before = [parts_of(q[:, part], cache.keys_before(chunk, since), self.backend) for chunk, part in parts]
+        received = Pieces(handle.wait())
         outputs = []
-        for (chunk, part), old in zip(passes, before, strict=True):
+        for (chunk, part), old in zip(parts, before, strict=True):
             k_slots, v_slots = cache.kv_slots(chunk)
-            norm_rope_store(arrived.part(part), k=[k_slots], v=[v_slots])
-            new = parts_of(q[:, part], cache.keys_since(chunk, known), self.backend)
+            norm_rope_store(received.part(part), k=[k_slots], v=[v_slots])
+            new = parts_of(q[:, part], cache.keys_since(chunk, since), self.backend)
             outputs.append(merge([*old, *new])[0].view(q[:, part].shape))
         return joined(outputs)

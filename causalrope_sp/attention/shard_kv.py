@@ -1,7 +1,7 @@
-"""shard-kv: keys and values stay where they were made; queries go to them, and partial results come back.
+"""The strategy shard-kv: keys and values stay on the rank that computed them, and queries travel to all ranks.
 
-Two collectives a layer: the queries to all, and the partial outputs with their log-sum-exp back. The cache holds 1/P of
-the tokens. While the others' queries are in flight, a rank attends with its own.
+A layer makes two collectives: an all-gather of the queries, and an all-to-all that returns partial outputs with their
+log-sum-exp. A rank caches 1/P of the tokens. While the others' queries are in flight, it attends with its own.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from causalrope_sp.grid import Chunk
 
 
 class ShardKV(Strategy):
-    """
+    """Attends the queries of all ranks on this rank's keys, and merges the partial outputs of its own queries.
+
     Args:
-        exchange: the ranks that share the tokens.
-        tokens: of a frame, rank by rank.
-        heads: of how many heads.
+        communicator: the ranks that share the tokens.
+        tokens: the tokens of a frame that each rank owns, in order of rank.
+        heads: the heads that this rank attends.
         overlap: attend with this rank's own queries while the others' are in flight.
-        backend: of attention.
+        backend: the attention backend.
     """
 
     name = "shard-kv"
@@ -42,45 +43,47 @@ class ShardKV(Strategy):
 
     def attend(self, source: Source, cache: LayerCache, chunks: Sequence[Chunk]) -> Tensor:
         batch, frames, _, _, width = source.shape
-        shapes, me = self._shapes(batch, frames, width), self._communicator.rank
-        (q,) = self._communicator.buffer("q out", [shapes[me]], source.like, block=max(map(prod, shapes)))
+        shapes, own_rank = self._shapes(batch, frames, width), self._communicator.rank
+        (q,) = self._communicator.buffer("q out", [shapes[own_rank]], source.like, block=max(map(prod, shapes)))
         norm_rope_store(source, q=[Slots(q)])
         handle = self._communicator.all_gather("q", cache.index, shapes, q)
-        arrived = None if self._overlap else handle.wait()
+        received = None if self._overlap else handle.wait()
         partials: list[list[Partial]] = [[] for _ in self._tokens]
         for chunk, part in by_chunk(chunks):
             k_slots, v_slots = cache.kv_slots(chunk)
             norm_rope_store(source.part(part), k=[k_slots], v=[v_slots])
-            partials[me].append(merge(parts_of(q[:, part], cache.keys(chunk), self.backend)))
-            if arrived is None:
-                arrived = handle.wait()
-            for rank, queries in enumerate(arrived):
-                if rank != me:
+            partials[own_rank].append(merge(parts_of(q[:, part], cache.keys(chunk), self.backend)))
+            if received is None:
+                received = handle.wait()
+            for rank, queries in enumerate(received):
+                if rank != own_rank:
                     partials[rank].append(merge(parts_of(queries[:, part], cache.keys(chunk), self.backend)))
-        return self._bring_home(partials, q, cache.index)
+        return self._return_partials(partials, q, cache.index)
 
-    def _bring_home(self, partials: Sequence[Sequence[Partial]], like: Tensor, layer: int) -> Tensor:
-        """Every rank's partial results to that rank, and this rank's from all of them, merged.
+    def _return_partials(self, partials: Sequence[Sequence[Partial]], like: Tensor, layer: int) -> Tensor:
+        """Sends every rank the partial outputs of its queries and merges those of this rank's queries.
 
-        The log-sum-exps ride behind a rank's outputs, in their own, wider type: they are what the merge weighs by.
+        The log-sum-exps follow a rank's outputs in the buffer, in their own, wider dtype, since the merge weighs by
+        them.
         """
         batch, frames, _, _, width = like.shape
         wide, lse_dtype = lse_elements(like.element_size()), partials[0][0][1].dtype
         rows = [batch * frames * tokens for tokens in self._tokens]
         sizes = [(count * self.heads * (width + wide),) for count in rows]
 
-        def opened(piece: Tensor, tokens: int) -> Partial:
+        def unpack(piece: Tensor, tokens: int) -> Partial:
             output, lse = piece.split([piece.numel() // (width + wide) * each for each in (width, wide)])
             shape = batch, frames * tokens, self.heads
             return output.view(*shape, width), lse.view(lse_dtype).view(shape)
 
         sent = self._communicator.buffer("partial out", sizes, like)
         for piece, parts, tokens in zip(sent, partials, self._tokens, strict=True):
-            for whole, found in zip(opened(piece, tokens), zip(*parts, strict=True), strict=True):
-                torch.cat(found, 1, out=whole)
-        mine = self._communicator.rank
-        back = self._communicator.all_to_all("partial", layer, [sizes[mine]] * self._communicator.size, sent).wait()
-        return merge([opened(piece, self._tokens[mine]) for piece in back])[0].view(like.shape)
+            for whole, by_chunks in zip(unpack(piece, tokens), zip(*parts, strict=True), strict=True):
+                torch.cat(by_chunks, 1, out=whole)
+        rank, size = self._communicator.rank, self._communicator.size
+        received = self._communicator.all_to_all("partial", layer, [sizes[rank]] * size, sent).wait()
+        return merge([unpack(piece, self._tokens[rank]) for piece in received])[0].view(like.shape)
 
     def _shapes(self, batch: int, frames: int, width: int) -> list[tuple[int, ...]]:
+        """The shape of every rank's queries."""
         return [(batch, frames, tokens, self.heads, width) for tokens in self._tokens]

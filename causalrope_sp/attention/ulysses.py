@@ -1,7 +1,8 @@
-"""Ulysses (arXiv 2309.14509): trade tokens for heads, attend, trade back.
+"""The strategy ulysses (arXiv 2309.14509): an all-to-all exchanges a share of the tokens for a share of the heads.
 
-Two collectives a layer: q, k, v packed on the way in, the output on the way back. Heads need not divide evenly. Inside
-a head group another strategy may go on sharing tokens; then this is the outer half of a product.
+A layer makes two collectives: an all-to-all of q, k and v packed before attention, and one of the output after it. The
+number of heads need not be divisible by the number of ranks. Within a share of the heads an inner strategy may share
+the tokens among further ranks; this class is then the outer strategy of a product.
 """
 
 from __future__ import annotations
@@ -19,13 +20,15 @@ from causalrope_sp.grid import Chunk, shares
 
 
 class Ulysses(Strategy):
-    """
+    """Attends all tokens of a row of ranks with this rank's share of the heads.
+
     Args:
-        exchange: the ranks that trade.
-        tokens: of a frame, rank by rank.
-        heads: of the model, rank by rank.
-        inner: how the tokens of all these ranks are attended, for this rank's heads.
-        head_groups: send a group's output while the next is computed (PipeSP, arXiv 2511.12056); 1 sends all at once.
+        communicator: the ranks that exchange tokens for heads.
+        tokens: the tokens of a frame that each of these ranks owns, in order of rank.
+        heads: the heads that each of these ranks attends, in order of rank.
+        inner: the strategy that attends the tokens of all these ranks with this rank's heads.
+        head_groups: the groups of heads whose outputs are sent one by one, each while the next is computed (PipeSP,
+            arXiv 2511.12056); 1 sends the whole output at once.
     """
 
     def __init__(
@@ -38,9 +41,8 @@ class Ulysses(Strategy):
     ) -> None:
         super().__init__(tokens[communicator.rank], sum(heads), inner.backend)
         self._communicator, self._tokens, self._heads, self._inner = communicator, tokens, heads, inner
-        mine = heads[communicator.rank]
-        self._groups = _split([mine], head_groups)[0]
-        self._arriving = list(zip(*_split(heads, head_groups), strict=True))  # group by group, rank by rank
+        self._groups = _split([heads[communicator.rank]], head_groups)[0]  # this rank's heads in each group
+        self._heads_by_group = list(zip(*_split(heads, head_groups), strict=True))  # every rank's heads in each group
         self._pipelined = head_groups > 1
 
     @property
@@ -55,41 +57,45 @@ class Ulysses(Strategy):
         return self._inner.stored(x_BLHD[:, :, _ranges(self._heads)[self._communicator.rank]])
 
     def attend(self, source: Source, cache: LayerCache, chunks: Sequence[Chunk]) -> Tensor:
-        batch, frames, mine, _, width = source.shape
+        batch, frames, own_tokens, _, width = source.shape
         sent = self._communicator.buffer(
-            "qkv out", [(3, batch, frames, mine, h, width) for h in self._heads], source.like
+            "qkv out", [(3, batch, frames, own_tokens, h, width) for h in self._heads], source.like
         )
         q, k, v = ([Slots(piece[kind]) for piece in sent] for kind in range(3))
         norm_rope_store(source, q=q, k=k, v=v)
         heads = self._heads[self._communicator.rank]
         shapes = [(3, batch, frames, tokens, heads, width) for tokens in self._tokens]
-        arrived = Pieces(self._communicator.all_to_all("qkv", cache.index, shapes, sent).wait())
+        received = Pieces(self._communicator.all_to_all("qkv", cache.index, shapes, sent).wait())
         if self._pipelined:
-            return self._attend_by_groups(arrived, cache, chunks)
-        output = self._inner.attend(arrived, cache, chunks)
+            return self._attend_by_groups(received, cache, chunks)
+        output = self._inner.attend(received, cache, chunks)
         return torch.cat(self._send_back(output, self._heads, cache.index, "").wait(), 3)
 
     def _attend_by_groups(self, source: Source, cache: LayerCache, chunks: Sequence[Chunk]) -> Tensor:
-        """Only the last chunk's attention is sent group by group: the others' keys may be gone once it is written."""
+        """Attends group by group of heads and sends each group's output while the next is computed.
+
+        Sending starts with the last chunk. The earlier chunks are attended before it is written, since it may overwrite
+        keys that they read.
+        """
         outputs: list[list[Tensor]] = [[] for _ in self._groups]
-        handle: list[AsyncHandle] = []
+        handles: list[AsyncHandle] = []
         for chunk, frames in by_chunk(chunks):
             q = write_chunk(source.part(frames), cache, chunk)
             for number, heads in enumerate(_ranges(self._groups)):
-                mine = q[..., heads, :]
-                found = attention(mine.flatten(1, 2), cache.keys(chunk).heads(heads), self.backend)
-                outputs[number].append(found.view(mine.shape))
+                group_q = q[..., heads, :]
+                attended = attention(group_q.flatten(1, 2), cache.keys(chunk).heads(heads), self.backend)
+                outputs[number].append(attended.view(group_q.shape))
                 if chunk == chunks[-1]:
                     whole = joined(outputs[number])
-                    handle.append(self._send_back(whole, self._arriving[number], cache.index, f" {number}"))
-        by_group = [handle.wait() for handle in handle]
+                    handles.append(self._send_back(whole, self._heads_by_group[number], cache.index, f" {number}"))
+        by_group = [handle.wait() for handle in handles]
         return torch.cat([group[rank] for rank in range(self._communicator.size) for group in by_group], 3)
 
     def _send_back(self, output_BFSHD: Tensor, heads: Sequence[int], layer: int, use: str) -> AsyncHandle:
-        """Every rank's tokens to that rank; `heads` of this rank's tokens come back from the ranks."""
-        batch, frames, _, mine, width = output_BFSHD.shape
+        """Sends every rank the output of its tokens and receives `heads` of this rank's tokens from each rank."""
+        batch, frames, _, own_heads, width = output_BFSHD.shape
         sent = self._communicator.buffer(
-            f"output out{use}", [(batch, frames, tokens, mine, width) for tokens in self._tokens], output_BFSHD
+            f"output out{use}", [(batch, frames, tokens, own_heads, width) for tokens in self._tokens], output_BFSHD
         )
         split_tokens(output_BFSHD, sent)
         shapes = [(batch, frames, self.tokens, h, width) for h in heads]
@@ -97,11 +103,12 @@ class Ulysses(Strategy):
 
 
 def _split(heads: Sequence[int], groups: int) -> list[list[int]]:
-    """Each rank's heads in `groups` parts that differ by at most one."""
+    """Each rank's number of heads split into `groups` parts that differ by at most one."""
     return [shares(h, groups) for h in heads]
 
 
 def _ranges(sizes: Sequence[int]) -> list[slice]:
+    """Consecutive slices of these sizes."""
     ranges, start = [], 0
     for size in sizes:
         ranges.append(slice(start, start + size))

@@ -1,1 +1,1 @@
-"""The KV cache and the integer arithmetic of its window."""
+"""The KV cache and the integer arithmetic of its sliding window."""

@@ -1,11 +1,12 @@
 """The KV cache: one preallocated ring of frame slots per layer, shared by all passes of a stream.
 
-The cache owns storage and cursor, a layer of the model sees a `LayerCache`. A denoise pass writes the open chunk's
-keys and values into the slots that the chunk will own, again and again; the context pass writes the clean ones and
-the chunk is committed. The first write of an open chunk puts aside the frames that it takes over, once a chunk and not
-once a pass, so that `cancel` leaves the stream as it was after the last commit.
+The cache owns storage and cursor; a layer of the model sees a `LayerCache`. Every denoise pass writes the open chunk's
+keys and values into the slots that the chunk will own; the context pass writes the clean ones, and the chunk is
+committed. The first write of an open chunk copies the frames that it overwrites to an undo buffer, once per chunk and
+not once per pass, so that `cancel` restores the stream as it was after the last commit.
 
-Shapes: B batch, F frames, S tokens a frame, H heads, d head width, K = slots; S and H are what this rank stores.
+Shapes: L layers, B batch, F evicted frames, S tokens of a frame, H heads, D head width, K slots; S and H are what this
+rank stores.
 """
 
 from __future__ import annotations
@@ -22,11 +23,24 @@ from causalrope_sp.grid import Chunk
 
 
 class KVCache:
-    """Storage for `layers` rings of `window.frames` slots of `tokens`×`heads`×`head_dim` keys and values.
+    """One ring of frame slots per layer, with keys and values of `tokens`×`heads`×`head_dim` numbers in a slot.
 
-    `committed` is the number of latent frames whose clean keys and values are in: the global time index at which
-    the next chunk starts. With `turn` keys are stored unturned in time, and turned on read by the places that it is
-    given, slot by slot: those of the frames within the window (`relative` policy).
+    Args:
+        layers: the layers of the model.
+        batch: B.
+        window: the sliding window; it has one slot per frame.
+        tokens: the tokens of a frame that this rank stores.
+        heads: the heads that this rank stores.
+        head_dim: the head width.
+        dtype: the dtype of keys and values.
+        device: where they live.
+        rotate_on_read: makes the rotation of the keys on read from the position of every slot's frame within the window
+            (the `relative` policy); None if keys are stored rotated.
+
+    Attributes:
+        committed: the number of latent frames whose clean keys and values are stored, which is the global time index at
+            which the next chunk starts.
+        open_chunk: the chunk that denoise passes write, or None.
     """
 
     def __init__(
@@ -48,24 +62,27 @@ class KVCache:
         self.open_chunk: Chunk | None = None
         shape = (layers, 2, batch, window.frames, tokens, heads, head_dim)
         self.storage_L2BKSHD = torch.empty(shape, dtype=dtype, device=device)
-        self._undo_L2BFSHD = self.storage_L2BKSHD[:, :, :, :0]  # frames put aside; grows to the largest chunk
-        self._undo_layers: set[int] = set()  # the layers that have
+        self._undo_L2BFSHD = self.storage_L2BKSHD[:, :, :, :0]  # evicted frames; grows to the largest chunk
+        self._undo_layers: set[int] = set()  # the layers whose evicted frames are in the undo buffer
         self._written: dict[int, int] = {}  # slot -> frame, as the first layer writes them
-        self._slots: dict[Chunk, torch.Tensor] = {}  # what all layers share, and the device need be told once a chunk
+        self._slots: dict[Chunk, torch.Tensor] = {}  # on the device; all layers share what is made once per chunk
         self._rotations_on_read: dict[Chunk, RotateOnRead | None] = {}
         self._ranges_by_chunk: dict[tuple[Chunk, int, bool], tuple[tuple[tuple[int, int], ...], torch.Tensor]] = {}
 
     @property
     def bytes(self) -> int:
-        """All that the cache holds on the device, what is put aside included."""
+        """The bytes that the cache holds on the device, undo buffer included."""
         undo = self._undo_L2BFSHD
         return self.storage_L2BKSHD.nbytes + undo.numel() * undo.element_size()
 
     def open(self, chunk: Chunk) -> None:
-        """Makes `chunk` the one that denoise passes write.
+        """Opens a chunk, so that denoise passes write it.
+
+        Args:
+            chunk: the chunk after the last committed one.
 
         Raises:
-            ConfigError: another chunk is open, the chunk does not start where the stream stands, or it does not fit.
+            ConfigError: another chunk is open, the chunk does not start at `committed`, or the window cannot hold it.
         """
         if self.open_chunk is not None:
             raise ConfigError(f"chunk {self.open_chunk.index} is still open; commit or cancel it first")
@@ -77,11 +94,13 @@ class KVCache:
             layers, _, batch, _, *rest = self.storage_L2BKSHD.shape
             self._undo_L2BFSHD = self.storage_L2BKSHD.new_empty(layers, 2, batch, evicted, *rest)
         self.open_chunk = chunk
-        for memory in (self._slots, self._rotations_on_read, self._ranges_by_chunk):
-            memory.clear()
+        for by_chunk in (self._slots, self._rotations_on_read, self._ranges_by_chunk):
+            by_chunk.clear()
 
     def commit(self) -> None:
-        """The open chunk's clean keys and values are written, or will be by the forward that opens the next chunk.
+        """Commits the open chunk.
+
+        Its clean keys and values are written already, or will be by the first forward of the next chunk.
 
         Raises:
             ConfigError: no chunk is open.
@@ -92,7 +111,7 @@ class KVCache:
         self._undo_layers.clear()
 
     def cancel(self) -> None:
-        """Forgets the open chunk; frames that it overwrote are as they were after the last commit."""
+        """Cancels the open chunk, if there is one, and restores the frames that it overwrote."""
         if self.open_chunk is not None:
             evicted = self.window.evicted(self.open_chunk)
             for layer in self._undo_layers:
@@ -104,9 +123,11 @@ class KVCache:
             self._undo_layers.clear()
 
     def layer(self, index: int) -> LayerCache:
+        """Returns the view of one layer."""
         return LayerCache(self, index)
 
     def kv_slots(self, layer: int, chunk: Chunk) -> tuple[Slots, Slots]:
+        """Returns the slots of a layer that a chunk's keys and values are written to; see `LayerCache.kv_slots`."""
         ring_2BKSHD = self.storage_L2BKSHD[layer]
         if chunk == self.open_chunk and layer not in self._undo_layers:
             for n, frame in enumerate(self.window.evicted(chunk)):
@@ -120,13 +141,21 @@ class KVCache:
         return k, v
 
     def keys(self, layer: int, chunk: Chunk, since: int, old: bool) -> Keys:
+        """Returns the keys and values of a layer that a chunk's queries attend.
+
+        Args:
+            layer: the layer.
+            chunk: the chunk of the queries; its keys and values are written.
+            since: a global time index that splits the frames in two.
+            old: whether to return the frames before `since`, or the others.
+        """
         ring_2BKSHD = self.storage_L2BKSHD[layer]
         tokens, device = ring_2BKSHD.shape[3], ring_2BKSHD.device
         key = chunk, since, old
         if key not in self._ranges_by_chunk:
             slots = self.window.ranges(chunk, since)[not old]
-            if since:  # always two, the second at times empty: so many does a captured graph have
-                assert len(slots) <= 2, "what goes round lies in one stretch or two"
+            if since:  # always two ranges, of which the second may be empty, since a captured graph has a fixed number
+                assert len(slots) <= 2, "the frames before or since a time index lie in at most two ranges of slots"
                 slots += [(0, 0)] * (2 - len(slots))
             rows = tuple((first * tokens, stop * tokens) for first, stop in slots)
             self._ranges_by_chunk[key] = rows, send(torch.tensor(rows, dtype=torch.int32).view(-1, 2), device)
@@ -138,7 +167,11 @@ class KVCache:
         return Keys(k, v, *self._ranges_by_chunk[key], self._rotations_on_read[chunk])
 
     def check_integrity(self) -> None:
-        """Raises AssertionError unless cursor, slots and storage agree and every committed number is finite."""
+        """Checks that cursor, slots and storage agree, and that every committed number is finite.
+
+        Raises:
+            AssertionError: they do not.
+        """
         held = self.window.held(self.committed)
         pinned = range(min(self.window.sink, self.committed))
         ring = range(max(len(pinned), self.committed - self.window.frames + self.window.sink), self.committed)
@@ -147,30 +180,38 @@ class KVCache:
         for slot, frame in enumerate(held):
             assert self._written.get(slot) in (frame, *opened), f"slot {slot} does not hold frame {frame}"
         if self.open_chunk is None:
-            assert not self._undo_layers, "frames put aside outlive their chunk"
+            assert not self._undo_layers, "the undo buffer outlives its chunk"
             assert self.storage_L2BKSHD[:, :, :, : len(held)].isfinite().all(), "a committed slot was never written"
         else:
             assert self.open_chunk.start == self.committed, "the open chunk is not the next one"
 
 
 class LayerCache:
-    """The view of layer `index`: where a chunk's keys and values go, and what its queries attend."""
+    """The view of one layer: the slots that a chunk writes, and the keys and values that its queries attend.
+
+    Args:
+        cache: the cache of all layers.
+        index: the number of the layer.
+    """
 
     def __init__(self, cache: KVCache, index: int) -> None:
         self._cache, self.index, self.window = cache, index, cache.window
 
     def kv_slots(self, chunk: Chunk) -> tuple[Slots, Slots]:
-        """Where the keys and the values of the chunk go: the slots that it owns. Whoever asks, writes them."""
+        """Returns the slots of the chunk's keys and of its values. The caller must write them.
+
+        For the open chunk, the first call copies the frames that the chunk overwrites to the undo buffer.
+        """
         return self._cache.kv_slots(self.index, chunk)
 
     def keys(self, chunk: Chunk) -> Keys:
-        """All that the chunk's queries attend, itself included."""
+        """Returns all keys and values that the chunk's queries attend, its own included."""
         return self._cache.keys(self.index, chunk, since=0, old=False)
 
     def keys_before(self, chunk: Chunk, since: int) -> Keys:
-        """Of all that, what belongs to frames before the global time index `since`,"""
+        """Returns those of `keys` that belong to frames before the global time index `since`."""
         return self._cache.keys(self.index, chunk, since, old=True)
 
     def keys_since(self, chunk: Chunk, since: int) -> Keys:
-        """and what does not."""
+        """Returns those of `keys` that belong to frames from the global time index `since` on."""
         return self._cache.keys(self.index, chunk, since, old=False)

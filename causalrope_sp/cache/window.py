@@ -1,8 +1,8 @@
-"""Which cache slots are written and read: pure integer arithmetic, no storage, no state.
+"""Computes which cache slots a chunk writes and reads: pure integer arithmetic without storage or state.
 
-A frame's slot is a function of its global time index alone: the first `sink` frames keep their slots for ever, the
-others go round the ring of the remaining slots, oldest first. What attention reads is then always a prefix of the
-slots, because slots fill in order and, once full, all of them hold frames of the window.
+A frame's slot is a function of its global time index alone. The first `sink` frames keep their slots for ever; the
+others share the ring of the remaining slots, where the newest frame overwrites the oldest. Slots fill in order, so the
+slots that attention reads are always the first ones.
 """
 
 from __future__ import annotations
@@ -15,10 +15,14 @@ from causalrope_sp.grid import Chunk
 
 @dataclass(frozen=True)
 class SlidingWindow:
-    """A window of `frames` latent frames, the current chunk counted, of which the stream's first `sink` are pinned.
+    """The latent frames that attention looks back over.
+
+    Args:
+        frames: the size of the window in latent frames, current chunk included.
+        sink: how many of the stream's first latent frames stay in the window for ever.
 
     Raises:
-        ConfigError: fewer than one frame, a negative sink, or no room beside the sink.
+        ConfigError: `frames` is below 1, `sink` is negative, or `sink` is not below `frames`.
     """
 
     frames: int
@@ -29,14 +33,14 @@ class SlidingWindow:
             raise ConfigError(f"a window of {self.frames} latent frames cannot hold a sink of {self.sink}")
 
     def slot(self, frame: int) -> int:
-        """Where the frame with this global time index lives."""
+        """Returns the slot of the frame with this global time index."""
         return frame if frame < self.sink else self.sink + (frame - self.sink) % (self.frames - self.sink)
 
     def slots(self, chunk: Chunk) -> list[int]:
-        """The slots that a chunk's frames own, in order of time.
+        """Returns the slots that a chunk's frames own, in order of time.
 
         Raises:
-            ConfigError: a chunk larger than the ring, which would overwrite itself.
+            ConfigError: the chunk is larger than the ring and would overwrite itself.
         """
         ring = self.frames - self.sink
         if chunk.stop - max(chunk.start, self.sink) > ring:
@@ -46,8 +50,15 @@ class SlidingWindow:
         return [self.slot(frame) for frame in range(chunk.start, chunk.stop)]
 
     def ranges(self, chunk: Chunk, since: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-        """The slots that a chunk's queries read, as stretches [first, stop): those that hold frames before the global
-        time index `since`, and the others."""
+        """Returns the slots that a chunk's queries read, as ranges [first, stop).
+
+        Args:
+            chunk: the chunk of the queries.
+            since: a global time index.
+
+        Returns:
+            The ranges of slots that hold frames before `since`, and the ranges of the others.
+        """
         sides: tuple[list[tuple[int, int]], list[tuple[int, int]]] = ([], [])
         for slot, frame in enumerate(self.held(chunk.stop)):
             side = sides[frame >= since]
@@ -58,19 +69,22 @@ class SlidingWindow:
         return sides
 
     def places(self, chunk: Chunk) -> list[int]:
-        """Where the frame in each slot stands among those that a chunk's queries read, oldest first: its place in time
-        for a stream that never leaves the window's range. 0 for a slot that holds none yet."""
+        """Returns the position within the window of the frame in each slot: its number in order of time, from 0.
+
+        The `relative` policy rotates keys by these positions, which are below `frames` however long the stream is. A
+        slot that holds no frame yet has position 0.
+        """
         held = self.held(chunk.stop)
-        order = {frame: place for place, frame in enumerate(sorted(held))}
-        return [order[frame] for frame in held] + [0] * (self.frames - len(held))
+        position = {frame: number for number, frame in enumerate(sorted(held))}
+        return [position[frame] for frame in held] + [0] * (self.frames - len(held))
 
     def evicted(self, chunk: Chunk) -> list[int]:
-        """The global time indices of the frames whose slots a chunk takes over."""
+        """Returns the global time indices of the frames whose slots a chunk overwrites."""
         ring = self.frames - self.sink
         return [f - ring for f in range(max(chunk.start, self.sink + ring), chunk.stop)]
 
     def held(self, stop: int) -> list[int]:
-        """The global time index in each slot once all frames before `stop` are written, slot by slot."""
+        """Returns the global time index of the frame in each slot once all frames before `stop` are written."""
         holders = {self.slot(frame): frame for frame in range(min(stop, self.sink))}
         ring = self.frames - self.sink
         holders |= {self.slot(frame): frame for frame in range(max(self.sink, stop - ring), stop)}

@@ -1,4 +1,4 @@
-"""Sequence parallelism: one stream on many ranks."""
+"""Sequence parallelism: the ranks of one stream, their groups and their collectives."""
 
 from causalrope_sp.distributed.group import SequenceParallel
 from causalrope_sp.distributed.layout import STRATEGIES, strategies

@@ -1,7 +1,7 @@
-"""Dynamic sequence parallelism (arXiv 2403.10266): shard the axis that is not attended, and switch by an all-to-all.
+"""Dynamic sequence parallelism (arXiv 2403.10266): the axis that is not attended is sharded, an all-to-all switches it.
 
-Where attention is within a frame a rank holds whole frames, where it is across frames all frames of some tokens. Frames
-and tokens of two ranks differ by at most one.
+For attention within frames a rank holds whole frames; for attention across frames it holds all frames of some tokens.
+The numbers of frames, and of tokens, of two ranks differ by at most one.
 
 Shapes: B batch, F frames and S tokens of a frame, f and s those of this rank, D numbers in a token, N = B·s.
 """
@@ -17,14 +17,22 @@ from causalrope_sp.distributed.communicator import Communicator
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.grid import shares
 
-KIND = "switch"  # in the ledger
+KIND = "switch"  # the kind in `CommStats`
 
 
 def split_evenly(count: int, ranks: int, what: str) -> list[int]:
-    """`count` things on so many ranks.
+    """Splits `count` things over the ranks, in parts that differ by at most one.
+
+    Args:
+        count: how many things there are.
+        ranks: how many ranks there are.
+        what: the plural name of the things, for the message.
+
+    Returns:
+        How many things each rank gets, in order of rank.
 
     Raises:
-        ConfigError: more ranks than things.
+        ConfigError: there are more ranks than things.
     """
     if ranks > count:
         raise ConfigError(f"{ranks} ranks are more than {count} {what}")
@@ -32,49 +40,73 @@ def split_evenly(count: int, ranks: int, what: str) -> list[int]:
 
 
 def received_by_switches(frames: Sequence[int], tokens: Sequence[int], rank: int, numbers: int) -> tuple[int, int]:
-    """Elements that a rank receives on the way to all frames, and on the way back; `numbers` are B·D."""
+    """Computes the elements that a rank receives by `AxisSwitch.to_tokens` and by `AxisSwitch.to_frames`.
+
+    Args:
+        frames: the frames of each rank, in order of rank.
+        tokens: the tokens of a frame of each rank, in order of rank.
+        rank: the rank.
+        numbers: B·D.
+    """
     to_tokens = (sum(frames) - frames[rank]) * tokens[rank] * numbers
     to_frames = frames[rank] * (sum(tokens) - tokens[rank]) * numbers
     return to_tokens, to_frames
 
 
 class AxisSwitch:
-    """
+    """Switches a tensor between sharded frames and sharded tokens.
+
     Args:
-        exchange: the ranks that share a pass, or None for one process.
-        frames: of the pass, rank by rank.
-        tokens: of a frame, rank by rank.
+        communicator: the ranks that share a pass, or None for one process.
+        frames: the frames of the pass that each rank owns, in order of rank.
+        tokens: the tokens of a frame that each rank owns, in order of rank.
     """
 
     def __init__(self, communicator: Communicator | None, frames: Sequence[int], tokens: Sequence[int]) -> None:
         self._communicator, self._frames, self._tokens = communicator, frames, tokens
 
     def to_tokens(self, layer: int, x_BfSD: Tensor) -> Tensor:
-        """All frames of this rank's tokens, (N, F, D)."""
+        """Sends this rank's frames to the owners of their tokens.
+
+        Args:
+            layer: the layer, for `CommStats`.
+            x_BfSD: all tokens of this rank's frames.
+
+        Returns:
+            All frames of this rank's tokens, (N, F, D).
+        """
         if self._communicator is None:
             return x_BfSD.transpose(1, 2).flatten(0, 1)
         batch, _, _, width = x_BfSD.shape
-        here = self._tokens[self._communicator.rank]
+        own_tokens = self._tokens[self._communicator.rank]
         pieces = x_BfSD.transpose(1, 2).split(list(self._tokens), 1)
-        arrived = self._trade(layer, pieces, [(batch, here, frames, width) for frames in self._frames])
-        return torch.cat(arrived, 2).flatten(0, 1)
+        received = self._all_to_all(layer, pieces, [(batch, own_tokens, frames, width) for frames in self._frames])
+        return torch.cat(received, 2).flatten(0, 1)
 
     def to_frames(self, layer: int, x_NFD: Tensor) -> Tensor:
-        """All tokens of this rank's frames, (B, f, S, D)."""
-        here = self._tokens[0 if self._communicator is None else self._communicator.rank]
-        x_BFsD = x_NFD.unflatten(0, (-1, here)).transpose(1, 2)
+        """Sends this rank's tokens to the owners of their frames.
+
+        Args:
+            layer: the layer, for `CommStats`.
+            x_NFD: all frames of this rank's tokens.
+
+        Returns:
+            All tokens of this rank's frames, (B, f, S, D).
+        """
+        own_tokens = self._tokens[0 if self._communicator is None else self._communicator.rank]
+        x_BFsD = x_NFD.unflatten(0, (-1, own_tokens)).transpose(1, 2)
         if self._communicator is None:
             return x_BFsD
         batch, _, _, width = x_BFsD.shape
-        mine = self._frames[self._communicator.rank]
+        own_frames = self._frames[self._communicator.rank]
         pieces = x_BFsD.split(list(self._frames), 1)
-        arrived = self._trade(layer, pieces, [(batch, mine, tokens, width) for tokens in self._tokens])
-        return torch.cat(arrived, 2)
+        received = self._all_to_all(layer, pieces, [(batch, own_frames, tokens, width) for tokens in self._tokens])
+        return torch.cat(received, 2)
 
-    def _trade(self, layer: int, pieces: Sequence[Tensor], arriving: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Piece r to rank r; the pieces that arrive are a buffer's, to be read before the next trade."""
-        assert self._communicator is not None, "one process trades nothing"
+    def _all_to_all(self, layer: int, pieces: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Sends piece r to rank r. The received pieces, of `shapes`, lie in a buffer, valid until the next call."""
+        assert self._communicator is not None, "one process has no collectives"
         sent = self._communicator.buffer("switch out", [piece.shape for piece in pieces], pieces[0])
-        for room, piece in zip(sent, pieces, strict=True):
-            room.copy_(piece)
-        return self._communicator.all_to_all(KIND, layer, arriving, sent).wait()
+        for target, piece in zip(sent, pieces, strict=True):
+            target.copy_(piece)
+        return self._communicator.all_to_all(KIND, layer, shapes, sent).wait()

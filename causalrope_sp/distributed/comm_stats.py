@@ -1,6 +1,6 @@
-"""The ledger: what every collective moved, and how long this rank stood waiting for it.
+"""Communication statistics: what every collective moved, and how long this rank waited for it.
 
-Elements and bytes are those that one rank *receives* from the others, padding for the wire included.
+Elements and bytes are those that one rank *receives* from the others, padding included.
 """
 
 from __future__ import annotations
@@ -13,14 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-KEPT_EVENTS = 4096
-CROSSING = 1 << 20  # more collectives than a pass makes
-LAYERLESS = -1  # the layer of what belongs to none, such as a chunk's latents or the text
+KEPT_EVENTS = 4096  # pairs of CUDA events that are kept before those that are over are read
+CROSSING = 1 << 20  # the step of `begun` at a collective across the `cfg` axis: more collectives than a pass makes
+LAYERLESS = -1  # the layer of collectives outside the layers, such as those of a chunk's latents or the text
 
 
 @dataclass
 class Entry:
-    """The sum over some collectives. `waited_s` is the exposed time: spent waiting, with nothing to compute."""
+    """The sum over some collectives.
+
+    Args:
+        calls: how many collectives there were.
+        elements: how many numbers this rank received.
+        bytes: how many bytes this rank received.
+        waited_s: the exposed time in seconds, in which this rank waited and computed nothing.
+    """
 
     calls: int = 0
     elements: int = 0
@@ -36,13 +43,14 @@ class Entry:
 
 
 class CommStats:
-    """Entries by kind and layer, noted from any thread.
+    """Counts collectives by kind and layer. Any thread may add to it.
 
-    Kinds are "qkv", "output", "kv", "q" and "partial" of attention, "guidance", "weights", "text" and "latents", and of
-    decoding "halo" and "mid" (the decoder's own attention), "pixels", and "to decode", what decode ranks are sent.
+    Attention has the kinds "qkv", "output", "kv", "q" and "partial". Decoding has "halo", "mid" (the decoder's own
+    attention), "pixels" and "to decode" (latents that are sent to decode ranks). The others are "guidance", "weights",
+    "text", "latents" and "switch".
 
-    `entries` are by (kind, layer). `stored_bytes` are the outputs that denoise passes kept for one another (`reuse`),
-    the most at once.
+    Attributes:
+        stored_bytes: the most bytes of module outputs that denoise passes stored for reuse at once.
     """
 
     def __init__(self) -> None:
@@ -53,7 +61,14 @@ class CommStats:
         self._starting: deque[tuple[str, torch.cuda.Event]] = deque()
 
     def begin(self, kind: str, layer: int, elements: int, like: Tensor) -> None:
-        """Notes a collective that is about to begin and will bring `elements` numbers like those of `like`."""
+        """Counts a collective that is about to start.
+
+        Args:
+            kind: the kind of the collective.
+            layer: the layer that it belongs to, or `LAYERLESS`.
+            elements: how many numbers this rank will receive.
+            like: a tensor of the same dtype and device.
+        """
         self.add(kind, layer, Entry(1, elements, elements * like.element_size()))
         if like.is_cuda:
             event = torch.cuda.Event()
@@ -64,52 +79,61 @@ class CommStats:
 
     @property
     def begun(self) -> int:
-        """How far this rank has come, ever, in collectives; on CUDA, how far the device has come. Two lanes, which make
-        different numbers of them in a step, are even again where they cross."""
+        """The progress of this rank, in collectives that it has reached since its start; on CUDA, that of its device.
+
+        The ranks along the `cfg` axis may make different numbers of collectives in a step. A collective across that
+        axis advances the count to the next multiple of `CROSSING`, so that these ranks are equal again.
+        """
         while self._starting and self._starting[0][1].query():
             self._count(self._starting.popleft()[0])
         return self._begun
 
     def _count(self, kind: str) -> None:
+        """Advances `begun` by one, or to the next multiple of `CROSSING` for a collective across the `cfg` axis."""
         with self._lock:
             self._begun = (self._begun // CROSSING + 1) * CROSSING if kind == "guidance" else self._begun + 1
 
     def add(self, kind: str, layer: int, entry: Entry) -> None:
+        """Adds an entry to the sum of its kind and layer."""
         with self._lock:
             self.entries[kind, layer] += entry
 
     def add_wait(self, kind: str, layer: int, began: torch.cuda.Event, ended: torch.cuda.Event) -> None:
-        """A wait of a CUDA stream, between two events; read when it is over, so that the host never waits."""
+        """Adds the time that a CUDA stream waits between two events. It is read later, so that the host never waits."""
         with self._lock:
             self._waits.append((kind, layer, began, ended))
-        if len(self._waits) > KEPT_EVENTS:  # nobody takes this ledger: keep no more than those that may not be over yet
+        if len(self._waits) > KEPT_EVENTS:  # `take` is not called: keep only the waits that are not over yet
             self._read_waits()
 
     def keep(self, stored_bytes: int) -> None:
-        """Notes that so much was stored at once."""
+        """Raises `stored_bytes` to at least this many bytes."""
         self.stored_bytes = max(self.stored_bytes, stored_bytes)
 
     def include(self, other: CommStats) -> None:
+        """Adds the entries of other statistics, and keeps the larger `stored_bytes`."""
         self.keep(other.stored_bytes)
         for (kind, layer), entry in other.entries.items():
             self.add(kind, layer, entry)
 
     def by_kind(self) -> dict[str, Entry]:
+        """Returns the sums over all layers, by kind."""
         return self._sum(0)
 
     def by_layer(self) -> dict[int, Entry]:
+        """Returns the sums over all kinds, by layer."""
         return self._sum(1)
 
     def total(self) -> Entry:
+        """Returns the sum over all collectives."""
         total = Entry()
         for entry in self.entries.values():
             total += entry
         return total
 
     def take(self) -> CommStats:
-        """What was noted since the last call, as a ledger of its own; this one begins anew.
+        """Returns what was counted since the last call, and starts again from zero.
 
-        On CUDA a wait that is not over yet is left to the next taking.
+        On CUDA, a wait that is not over yet is counted by the next call.
         """
         self._read_waits()
         taken = CommStats()
@@ -119,6 +143,7 @@ class CommStats:
         return taken
 
     def _read_waits(self) -> None:
+        """Adds the waits that are over and keeps the others."""
         with self._lock:
             waits, self._waits = self._waits, []
         for kind, layer, began, ended in waits:
@@ -129,10 +154,11 @@ class CommStats:
                     self._waits.append((kind, layer, began, ended))
 
     def as_json(self) -> dict[str, dict[str, Any]]:
-        """By kind, as JSON holds it."""
+        """Returns the sums by kind in the form of JSON."""
         return {kind: asdict(entry) for kind, entry in sorted(self.by_kind().items())}
 
     def _sum(self, axis: int) -> dict[Any, Entry]:
+        """The sums by kind (axis 0) or layer (axis 1)."""
         sums: dict[Any, Entry] = defaultdict(Entry)
         for key, entry in self.entries.items():
             sums[key[axis]] += entry

@@ -1,8 +1,10 @@
-"""The exchange primitives: every collective on a stream's way is called here and nowhere else, and noted in the ledger.
+"""The collectives of a group of ranks. Every collective of a stream is started here and counted in `CommStats`.
 
-Pieces from different ranks differ in size, because shards of a frame differ by at most one token: an all-to-all takes
-split sizes, an all-gather takes blocks of the largest size, of which the smaller pieces fill the front.
-Buffers are named by their use, allocated once and reused by every layer and pass.
+Pieces of different ranks differ in size, since shards of a frame differ by at most one token. An all-to-all takes split
+sizes; an all-gather takes blocks of the largest size, and a smaller piece fills the front of its block. Buffers are
+named by their use, allocated once and reused by every layer and pass.
+
+Shapes: B batch, F frames, S tokens of a frame on this rank, E numbers in a token.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ Shape = Sequence[int]
 
 
 class AsyncHandle:
-    """A collective in flight. The send buffer may be written, and the pieces read, after `wait`."""
+    """A collective that was started. After `wait` the send buffer may be written and the pieces may be read."""
 
     def __init__(
         self, work: dist.Work, pieces: list[Tensor], communicator: Communicator, kind: str, layer: int
@@ -35,10 +37,13 @@ class AsyncHandle:
         self._kind, self._layer = kind, layer
 
     def wait(self) -> list[Tensor]:
-        """What the ranks sent here, in order of rank. On CUDA the stream waits and the host does not.
+        """Waits for the collective. On CUDA the stream waits and the host does not.
+
+        Returns:
+            The pieces that this rank received, in order of rank.
 
         Raises:
-            RankLostError: a rank is gone.
+            RankLostError: the collective failed; the message names the lost rank if the watchdog knows it.
         """
         comm_stats, kind, layer = self._communicator.comm_stats, self._kind, self._layer
         if self._pieces[0].is_cuda:
@@ -54,22 +59,21 @@ class AsyncHandle:
         return self._pieces
 
     def _finish(self) -> None:
+        """Waits, and raises RankLostError for a collective that failed."""
         try:
             self._work.wait()
         except RuntimeError as error:
-            gone = self._communicator.lost_rank() or f"a collective ({self._kind}) failed: {str(error).splitlines()[0]}"
-            raise RankLostError(gone) from error
+            lost = self._communicator.lost_rank() or f"a collective ({self._kind}) failed: {str(error).splitlines()[0]}"
+            raise RankLostError(lost) from error
 
 
 class Communicator:
-    """Some ranks that talk, and what they keep for it.
+    """The collectives of some ranks, and their buffers.
 
     Args:
         group: the process group of these ranks.
-        ledger: where every collective is noted.
-        lost_rank: asked when a collective fails; a line that names the rank, or None.
-
-    `buffers` are those that were allocated so far, by use and dtype.
+        comm_stats: counts every collective.
+        lost_rank: called when a collective fails; returns a line that names the lost rank, or None.
     """
 
     def __init__(self, group: dist.ProcessGroup, comm_stats: CommStats, lost_rank: Callable[[], str | None]) -> None:
@@ -79,16 +83,31 @@ class Communicator:
         self.buffers: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def buffer(self, use: str, shapes: Sequence[Shape], like: Tensor, *, block: int | None = None) -> list[Tensor]:
-        """Room for a piece of each shape, side by side in one stretch of memory, or each at the front of `block`."""
+        """Returns the pieces of a send buffer. The buffer is reused by the next call with the same use and dtype.
+
+        Args:
+            use: the name of the buffer.
+            shapes: the shapes of the pieces.
+            like: a tensor of the same dtype and device.
+            block: how many numbers lie between the starts of two pieces; None if pieces follow each other without gaps.
+        """
         sizes = [prod(shape) for shape in shapes]
         flat = self._flat(use, block * len(sizes) if block else sum(sizes), like)
-        places = flat.split(block or sizes)
-        return [place[:size].view(*shape) for place, size, shape in zip(places, sizes, shapes, strict=True)]
+        blocks = flat.split(block or sizes)
+        return [memory[:size].view(*shape) for memory, size, shape in zip(blocks, sizes, shapes, strict=True)]
 
     def all_to_all(
         self, kind: str, layer: int, shapes: Sequence[Shape], sent: Sequence[Tensor], use: str = ""
     ) -> AsyncHandle:
-        """Sends piece r of the buffer `sent` to rank r; `shapes` are the shapes of what the ranks send here."""
+        """Starts to send one piece to each rank.
+
+        Args:
+            kind: the kind of the collective, for `CommStats`.
+            layer: the layer that it belongs to, or `LAYERLESS`.
+            shapes: the shapes of the pieces that this rank receives, in order of rank.
+            sent: the pieces of one `buffer` without gaps, in order of rank.
+            use: a suffix of the receive buffer's name, to keep results of the same kind at once.
+        """
         sizes = [prod(shape) for shape in shapes]
         like = sent[0]
         received = self._flat(f"{kind}{use} in", sum(sizes), like)
@@ -101,17 +120,35 @@ class Communicator:
         return AsyncHandle(work, pieces, self, kind, layer)
 
     def all_gather(self, kind: str, layer: int, shapes: Sequence[Shape], sent: Tensor) -> AsyncHandle:
-        """Sends `sent`, the only piece of a buffer whose block holds the largest of `shapes`, to every rank."""
+        """Starts to send one piece to every rank.
+
+        Args:
+            kind: the kind of the collective, for `CommStats`.
+            layer: the layer that it belongs to, or `LAYERLESS`.
+            shapes: the shapes of the pieces that the ranks send, in order of rank.
+            sent: this rank's piece, the only one of a `buffer` whose block holds the largest of `shapes`.
+        """
         block = max(prod(shape) for shape in shapes)
         outgoing = sent.as_strided((block,), (1,))
         received = self._flat(f"{kind} in", block * self.size, sent)
         self.comm_stats.begin(kind, layer, block * (self.size - 1), sent)
         work = all_gather_single(received, outgoing, self._group, async_op=True)
-        pieces = [place[: prod(shape)].view(*shape) for place, shape in zip(received.split(block), shapes, strict=True)]
+        pieces = [flat[: prod(shape)].view(*shape) for flat, shape in zip(received.split(block), shapes, strict=True)]
         return AsyncHandle(work, pieces, self, kind, layer)
 
     def gather_tokens(self, tokens_BFSE: Tensor, sizes: Sequence[int]) -> Tensor:
-        """All tokens of some frames on every rank, from each rank's own; rank r has sizes[r] of a frame."""
+        """Gathers all tokens of some frames on every rank.
+
+        Args:
+            tokens_BFSE: this rank's tokens.
+            sizes: the tokens of a frame that each rank owns, in order of rank.
+
+        Returns:
+            The tokens of all ranks, (B, F, sum of `sizes`, E).
+
+        Raises:
+            RankLostError: the collective failed.
+        """
         batch, frames, _, width = tokens_BFSE.shape
         shapes = [(batch, frames, size, width) for size in sizes]
         block = max(prod(shape) for shape in shapes)
@@ -119,51 +156,86 @@ class Communicator:
         sent.copy_(tokens_BFSE)
         return torch.cat(self.all_gather("latents", LAYERLESS, shapes, sent).wait(), 2)
 
-    def broadcast(self, kind: str, room: Tensor, source: int) -> Tensor:
-        """Fills `room`, which is contiguous, on every rank with what it holds on the rank `source`."""
-        self.comm_stats.begin(kind, LAYERLESS, room.numel() if self.rank != source else 0, room)
-        sent = room.view(torch.uint8) if room.element_size() == 1 else room  # no backend knows 8-bit floats
+    def broadcast(self, kind: str, tensor: Tensor, source: int) -> Tensor:
+        """Broadcasts a tensor and waits for it.
+
+        Args:
+            kind: the kind of the collective, for `CommStats`.
+            tensor: a contiguous tensor, read on the rank `source` and written on the others.
+            source: the number of the rank among these ranks.
+
+        Returns:
+            `tensor`.
+
+        Raises:
+            RankLostError: the collective failed.
+        """
+        self.comm_stats.begin(kind, LAYERLESS, tensor.numel() if self.rank != source else 0, tensor)
+        sent = tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor  # no backend knows 8-bit floats
         work = dist.broadcast(sent, group=self._group, group_src=source, async_op=True)
-        assert work is not None, "asked for one in flight"
-        AsyncHandle(work, [room], self, kind, LAYERLESS).wait()
-        return room
+        assert work is not None, "an asynchronous call returns a handle"
+        AsyncHandle(work, [tensor], self, kind, LAYERLESS).wait()
+        return tensor
 
     def send(self, kind: str, x: Tensor, to: int) -> None:
-        """`x` to one rank, which receives it."""
+        """Sends `x` to the rank `to`, which calls `receive`, and waits until it is sent.
+
+        Raises:
+            RankLostError: the transfer failed.
+        """
         work = dist.isend(x, group=self._group, group_dst=to)
-        assert work is not None, "asked for one in flight"
+        assert work is not None, "an asynchronous call returns a handle"
         AsyncHandle(work, [x], self, kind, LAYERLESS).wait()
 
-    def receive(self, kind: str, room: Tensor, source: int) -> Tensor:
-        """What one rank sends, in `room`. It is no collective that ranks could be behind in."""
-        self.comm_stats.add(kind, LAYERLESS, Entry(1, room.numel(), room.nbytes))
-        work = dist.irecv(room, group=self._group, group_src=source)
-        assert work is not None, "asked for one in flight"
-        AsyncHandle(work, [room], self, kind, LAYERLESS).wait()
-        return room
+    def receive(self, kind: str, out: Tensor, source: int) -> Tensor:
+        """Receives what the rank `source` sends into `out`, and returns `out`.
+
+        It does not advance `CommStats.begun`, by which the watchdog compares ranks, since it is no collective.
+
+        Raises:
+            RankLostError: the transfer failed.
+        """
+        self.comm_stats.add(kind, LAYERLESS, Entry(1, out.numel(), out.nbytes))
+        work = dist.irecv(out, group=self._group, group_src=source)
+        assert work is not None, "an asynchronous call returns a handle"
+        AsyncHandle(work, [out], self, kind, LAYERLESS).wait()
+        return out
 
     def gather_to_first(self, kind: str, shapes: Sequence[Shape], sent: Tensor) -> list[Tensor]:
-        """Rank 0 gets `sent` of every rank, in order of rank and of these shapes; the others get nothing."""
+        """Gathers one piece of every rank on rank 0.
+
+        Args:
+            kind: the kind of the collective, for `CommStats`.
+            shapes: the shapes of the pieces, in order of rank.
+            sent: this rank's piece.
+
+        Returns:
+            On rank 0 the pieces, in order of rank; on the others empty tensors.
+
+        Raises:
+            RankLostError: the collective failed.
+        """
         none: Shape = (0,)
         out = self.buffer(f"{kind} out", [sent.shape] + [none] * (self.size - 1), sent)
         out[0].copy_(sent)
         return self.all_to_all(kind, LAYERLESS, shapes if self.rank == 0 else [none] * self.size, out).wait()
 
-    def everyone(self, mine: dict[str, str]) -> list[dict[str, str]]:
-        """What every rank has to say, in order of rank. Before a stream begins: the ledger does not hear of it."""
-        said: list[Any] = [None] * self.size
-        dist.all_gather_object(said, mine, self._group)
-        return said
+    def everyone(self, fields: dict[str, str]) -> list[dict[str, str]]:
+        """Gathers `fields` of every rank, in order of rank. `CommStats` does not count it, as no stream runs yet."""
+        gathered: list[Any] = [None] * self.size
+        dist.all_gather_object(gathered, fields, self._group)
+        return gathered
 
     def _flat(self, use: str, size: int, like: Tensor) -> Tensor:
-        kept = self.buffers.get((use, like.dtype))
-        if kept is None or len(kept) < size:
+        """The first `size` numbers of a buffer, which grows if it is smaller."""
+        buffer = self.buffers.get((use, like.dtype))
+        if buffer is None or len(buffer) < size:
             with torch.inference_mode(False):  # or the next stream could not write it outside inference mode
-                kept = torch.empty(size, dtype=like.dtype, device=like.device)
-            self.buffers[use, like.dtype] = kept
-        return kept[:size]
+                buffer = torch.empty(size, dtype=like.dtype, device=like.device)
+            self.buffers[use, like.dtype] = buffer
+        return buffer[:size]
 
 
 def _contiguous(pieces: Sequence[Tensor]) -> Tensor:
-    """The one stretch of memory that the pieces of a buffer fill."""
+    """The contiguous memory that the pieces of a buffer fill."""
     return pieces[0].as_strided((sum(piece.numel() for piece in pieces),), (1,))

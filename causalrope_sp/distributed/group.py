@@ -1,4 +1,7 @@
-"""The group of ranks that share one stream."""
+"""The group of ranks that share one stream: this rank's coordinates on the mesh, and its communicators.
+
+Shapes: B batch, F frames, S tokens of a frame on this rank, E numbers in a token.
+"""
 
 from __future__ import annotations
 
@@ -23,30 +26,39 @@ from causalrope_sp.distributed.watchdog import Watchdog, leave
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.grid import LatentGrid, Shard
 
-LONGEST_S = 1e6  # a timeout
+LONGEST_S = 1e6  # the longest timeout, in seconds
 
 
 class SequenceParallel:
-    """Which rank this is, of how many, and how it reaches the others.
+    """The ranks of a stream, as one rank sees them.
 
-    It is built by `single()`, by `from_env()` or, around a process group that exists already, by the constructor. It
-    knows which attention strategy was asked for and nothing of what a strategy costs: see `planning.strategy`.
+    `single()` and `from_env()` build it; the constructor builds it around an existing process group. It holds the name
+    of the attention strategy and knows nothing of the costs of strategies: see `planning.strategy`.
 
     Args:
         group: the process group of the ranks, or None for one process.
         strategy: one of `STRATEGIES`, a product such as ulysses4xgather-kv2, or "auto" (see `layout`).
         device: where this rank computes.
-        cfg: the size of the mesh axis `cfg`: 2 runs the two branches of guidance at once.
+        cfg: the size of the mesh axis `cfg`: 2 runs the conditional and the unconditional branch of guidance at once.
         chunk: the size of the mesh axis `chunk`, for chunks that are denoised in parallel.
         decode_ranks: how many of the last ranks only decode.
         overlap: compute while keys, values and queries are in flight. The result is the same either way.
         head_groups: send the output of one group of heads while the next is computed (`ulysses` alone).
-        attention: the attention library, one of `causalrope_kernels.ATTENTION_BACKENDS`; "auto" measures them.
+        attention: the attention backend, one of `causalrope_kernels.ATTENTION_BACKENDS`; "auto" measures them.
         timeout: the timeout of the process groups that are made within `group`.
 
+    Attributes:
+        rank: this rank's number in the group.
+        size: how many ranks the group has.
+        mesh: the axes of the group.
+        sp_rank: this rank's number along the `sp` axis; `cfg_rank` and `chunk_rank` likewise.
+        decodes: whether this rank only decodes.
+        comm_stats: counts the collectives of this rank.
+        everyone: all ranks of the group; `denoisers` are those that denoise.
+
     Raises:
-        ConfigError: an unknown strategy or attention library, a product for another number of ranks, or axes that do
-            not divide the ranks.
+        ConfigError: the strategy or attention backend is unknown or cannot run here, the strategy is a product for
+            another number of ranks, or the axes do not divide the ranks.
     """
 
     def __init__(
@@ -93,7 +105,10 @@ class SequenceParallel:
 
     @classmethod
     def single(cls, strategy: str = AUTO, device: torch.device | str | None = None, **options: Any) -> SequenceParallel:
-        """One process, through the same code; `options` are the constructor's."""
+        """Makes the group of one process. `device` None is CUDA if there is any, else the CPU.
+
+        `strategy` and `options` are arguments of the constructor, which also says what it raises.
+        """
         return cls(None, strategy, device or default_device(), **options)
 
     @classmethod
@@ -107,17 +122,21 @@ class SequenceParallel:
         on_loss: Callable[[str], None] = leave,
         **options: Any,
     ) -> SequenceParallel:
-        """The group that torchrun's environment describes (NCCL on CUDA, gloo on the CPU), or one process without it.
+        """Makes the group that torchrun's environment describes, or that of one process without torchrun.
+
+        The backend is NCCL on CUDA and gloo on the CPU. A watchdog thread reports a lost rank.
 
         Args:
-            timeout_s: how long a rank may hold up the others before it counts as stuck.
-            silence_s: how long a rank may give no sign of life before it counts as lost.
-            on_loss: what to do then, called from another thread with a line that names the rank; ends the process if
-                not given.
-            options: the constructor's.
+            strategy: as in the constructor.
+            device: where this rank computes; None for CUDA if there is any, else the CPU.
+            timeout_s: how many seconds a rank may hold up the others before it counts as stuck.
+            silence_s: how many seconds a rank may give no sign of life before it counts as lost.
+            on_loss: called from the watchdog's thread with a line that names the lost rank; by default it prints the
+                line and ends the process.
+            options: further arguments of the constructor.
 
         Raises:
-            ConfigError: an unknown strategy, a time that is not above 0, or fewer GPUs on this machine than ranks.
+            ConfigError: as in the constructor, or a time is not above 0, or this machine has fewer GPUs than ranks.
         """
         for seconds in (timeout_s, silence_s):
             if not 0 < seconds <= LONGEST_S:
@@ -134,13 +153,13 @@ class SequenceParallel:
         world = int(os.environ["WORLD_SIZE"])
         mesh = Mesh(world, options.get("cfg", 1), options.get("chunk", 1), options.get("decode_ranks", 0))
         if strategy != AUTO:
-            parse_strategy(strategy, mesh.sp)  # wrong input is said before any rank waits for another
-        limit = timedelta(seconds=timeout_s + 2 * silence_s)  # the watchdog speaks first, and names the rank
+            parse_strategy(strategy, mesh.sp)  # wrong input raises before any rank waits for another
+        limit = timedelta(seconds=timeout_s + 2 * silence_s)  # so long that the watchdog is first and names the rank
         dist.init_process_group("nccl" if own.type == "cuda" else "gloo", timeout=limit)
         assert dist.group.WORLD is not None
         parallel = cls(dist.group.WORLD, strategy, own, timeout=limit, **options)
         parallel._owns_group, parallel._silence_s = True, silence_s
-        # a client of its own, since a blocking call on one connection holds up every other
+        # a connection of its own, since a blocking call on a connection blocks every other call on it
         store = dist.TCPStore(  # type: ignore[attr-defined]
             os.environ["MASTER_ADDR"],
             int(os.environ["MASTER_PORT"]),
@@ -154,73 +173,93 @@ class SequenceParallel:
         return parallel
 
     def moved_to(self, device: torch.device) -> SequenceParallel:
-        """The group of one process, with the same options, on another device."""
-        assert self.size == 1, "the devices of several ranks are their group's"
+        """Returns the group of one process, with the same options, on another device."""
+        assert self.size == 1, "only the group of one process can move to another device"
         options: dict[str, Any] = {name: getattr(self, name) for name in ("overlap", "head_groups", "attention")}
         return SequenceParallel(self._group, self.strategy, device, **options)
 
     def check(self, grid: LatentGrid, heads: int) -> None:
-        """Refuses, before any stream, what no stream could run.
+        """Checks before any stream that the group can run a model.
+
+        Args:
+            grid: the latent frame in tokens.
+            heads: the attention heads of the model.
 
         Raises:
-            ConfigError: more ranks than tokens in a frame, or fewer heads than ranks that trade tokens for heads.
+            ConfigError: there are more ranks than tokens in a frame, or fewer heads than `ulysses` ranks.
         """
         Shard(grid, 0, self.mesh.sp)
         if self.strategy != AUTO:
             parse_strategy(self.strategy, self.mesh.sp).check(heads)
 
     def label(self, layout: Layout) -> str:
-        """The name of a layout on this mesh, such as 2×ulysses where two branches of guidance run at once."""
+        """Returns the name of a layout on this mesh, such as 2×ulysses if both branches of guidance run at once."""
         outer = self.mesh.cfg * self.mesh.chunk
         return layout.name if outer == 1 else f"{outer}×{layout.name}"
 
     def shard(self, grid: LatentGrid) -> Shard:
-        """The tokens of every frame that this rank owns.
+        """Returns the tokens of every frame that this rank owns.
 
         Raises:
-            ConfigError: more ranks than tokens in a frame, or this is a decode rank, which owns none.
+            ConfigError: there are more ranks than tokens in a frame, or this rank only decodes.
         """
         if self.decodes:
-            raise ConfigError(f"rank {self.rank} only decodes: it runs a pipeline's streams, and none of its own")
+            raise ConfigError(f"rank {self.rank} only decodes: it owns no tokens and can only run a pipeline's streams")
         return Shard(grid, self.sp_rank, self.mesh.sp)
 
     def gather_tokens(self, tokens_BFSE: Tensor, grid: LatentGrid) -> Tensor:
-        """All tokens of the frames, on every rank of the `sp` axis, from each rank's own."""
+        """Gathers all tokens of some frames, (B, F, tokens of `grid`, E), on every rank of the `sp` axis.
+
+        Raises:
+            RankLostError: the collective failed.
+        """
         if self.mesh.sp == 1:
             return tokens_BFSE
         sizes = [shard.tokens for shard in self.shard(grid).all]
         return self.sp_communicator().gather_tokens(tokens_BFSE, sizes)
 
-    def all_gather_cfg(self, kind: str, mine: Tensor) -> list[Tensor]:
-        """What the ranks along the `cfg` axis hold, tensors of one shape, in order; valid until the next call."""
+    def all_gather_cfg(self, kind: str, tensor: Tensor) -> list[Tensor]:
+        """Gathers a tensor of the same shape from every rank along the `cfg` axis.
+
+        Args:
+            kind: the kind of the collective, for `CommStats`.
+            tensor: this rank's tensor.
+
+        Returns:
+            The tensors in order of `cfg_rank`, valid until the next call.
+        """
         communicator = self._communicator(self.mesh.cfg_group(self.rank))
-        return communicator.all_gather(kind, LAYERLESS, [mine.shape] * self.mesh.cfg, mine.contiguous()).wait()
+        return communicator.all_gather(kind, LAYERLESS, [tensor.shape] * self.mesh.cfg, tensor.contiguous()).wait()
 
     def spatial_shards(self, grid: LatentGrid, ranks: Sequence[int]) -> SpatialShards | None:
-        """The strips of a picture that some ranks decode together, this one among them; None where it is alone.
+        """Returns the spatial shards of a picture that some ranks decode, or None for a single rank.
+
+        Args:
+            grid: the latent frame in tokens.
+            ranks: the ranks that decode, this one included. All of them must call this.
 
         Raises:
-            ConfigError: more ranks than the picture's longer side has latent pixels.
+            ConfigError: there are more ranks than the picture's longer side has latent pixels.
         """
         return (
             None if len(ranks) == 1 else SpatialShards(self._communicator(ranks), grid.latent_height, grid.latent_width)
         )
 
     def sp_communicator(self) -> Communicator:
-        """The communicator of the `sp` axis; every rank of it must ask, and there must be several."""
+        """Returns the communicator of the `sp` axis, which has several ranks. All of them must call this."""
         return self._communicator(self.mesh.sp_group(self.rank))
 
     def communicator_among(self, ranks: Sequence[int]) -> Communicator | None:
-        """The communicator of some ranks, this one included, or None where it is alone. All of them must ask."""
+        """Returns the communicator of some ranks, this one included, or None for one rank. All of them must call it."""
         return self._communicator(ranks) if len(ranks) > 1 else None
 
     def _communicator(self, ranks: Sequence[int], backend: str | None = None) -> Communicator:
-        """The exchange among some ranks of the group, made once; with the group's own backend if none is named.
+        """The communicator of some ranks, made once, with the backend of the whole group if `backend` is None.
 
-        torch tells a new group by its ranks and by how many groups each of them has: all of them must have made as
-        many before.
+        torch identifies a new group by its ranks and by how many groups each of them has made, so all of these ranks
+        must have made equally many groups before.
         """
-        assert self._group is not None, "one process exchanges nothing"
+        assert self._group is not None, "one process has no collectives"
         key = backend, tuple(ranks)
         if key not in self.communicators:
             group = self._group
@@ -234,14 +273,15 @@ class SequenceParallel:
                 )
                 assert isinstance(made, dist.ProcessGroup)
                 group = made
-            self.communicators[key] = Communicator(group, self.comm_stats, self._who_is_gone)
+            self.communicators[key] = Communicator(group, self.comm_stats, self._find_lost_rank)
         return self.communicators[key]
 
-    def _who_is_gone(self) -> str | None:
+    def _find_lost_rank(self) -> str | None:
+        """A line that names a lost rank, or None."""
         return None if self._watchdog is None else self._watchdog.who_is_silent(self._silence_s)
 
     def close(self) -> None:
-        """Ends what `from_env` started: the watchdog and the process group."""
+        """Stops the watchdog and destroys the process group, if `from_env` started them."""
         if self._watchdog is not None:
             self._watchdog.stop()
         if self._owns_group and dist.is_initialized():
@@ -249,5 +289,5 @@ class SequenceParallel:
 
 
 def default_device() -> str:
-    """ "cuda" if this machine has a CUDA device, else "cpu"."""
+    """Returns "cuda" if this machine has a CUDA device, else "cpu"."""
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,6 +1,7 @@
-"""A picture cut into strips, one a rank, along its longer axis: what convolutions and attention need of the others.
+"""Spatial shards for parallel VAE decoding: every rank decodes a part of a picture, cut along its longer axis.
 
-Strips differ by at most one latent row or column, and scale with the picture from layer to layer.
+Shards differ by at most one latent row or column, and scale with the picture from layer to layer. Convolutions exchange
+halos with the neighbouring ranks; the decoder's attention gathers all shards.
 """
 
 from __future__ import annotations
@@ -17,10 +18,19 @@ from causalrope_sp.grid import shares
 
 
 class SpatialShards:
-    """The strips of a latent of height×width. `axis` is the one that is cut, -1 width or -2 height.
+    """The shards of a latent of height×width, one per rank.
+
+    Args:
+        communicator: the ranks that decode.
+        height: in latent pixels.
+        width: in latent pixels.
+
+    Attributes:
+        axis: the axis that is cut, -1 for the width or -2 for the height.
+        sizes: the latent rows or columns of every rank's shard.
 
     Raises:
-        ConfigError: more ranks than the longer side has latent pixels.
+        ConfigError: there are more ranks than the longer side has latent pixels.
     """
 
     def __init__(self, communicator: Communicator, height: int, width: int) -> None:
@@ -34,29 +44,44 @@ class SpatialShards:
             )
 
     def mine(self, x: Tensor) -> Tensor:
-        """This rank's strip of a whole latent."""
+        """Returns this rank's shard of a whole latent."""
         rank = self._communicator.rank
         return x.narrow(self.axis, sum(self.sizes[:rank]), self.sizes[rank])
 
     def with_halo(self, shard: Tensor, reach: int) -> Tensor:
-        """The strip with `reach` rows or columns of its neighbours on either side; zeros beyond the picture's edges."""
+        """Exchanges halos with the neighbouring ranks.
+
+        Args:
+            shard: this rank's shard.
+            reach: the width of a halo in rows or columns.
+
+        Returns:
+            The shard with `reach` rows or columns of its neighbours on either side, zeros beyond the picture's edges.
+
+        Raises:
+            RankLostError: the collective failed.
+        """
         rank, last = self._communicator.rank, self._communicator.size - 1
-        edge = list(shard.shape)
-        edge[self.axis] = reach
-        beyond = {other: edge for other in (rank - 1, rank + 1) if 0 <= other <= last}
-        shapes: list[Sequence[int]] = [beyond.get(other, (0,)) for other in range(last + 1)]
+        halo = list(shard.shape)
+        halo[self.axis] = reach
+        neighbours = {other: halo for other in (rank - 1, rank + 1) if 0 <= other <= last}
+        shapes: list[Sequence[int]] = [neighbours.get(other, (0,)) for other in range(last + 1)]
         sent = self._communicator.buffer("halo out", shapes, shard)
         if rank > 0:
             sent[rank - 1].copy_(shard.narrow(self.axis, 0, reach))
         if rank < last:
             sent[rank + 1].copy_(shard.narrow(self.axis, shard.shape[self.axis] - reach, reach))
-        arrived = self._communicator.all_to_all("halo", LAYERLESS, shapes, sent).wait()
-        nothing = shard.new_zeros(edge)
-        before, after = (arrived[r] if r in beyond else nothing for r in (rank - 1, rank + 1))
+        received = self._communicator.all_to_all("halo", LAYERLESS, shapes, sent).wait()
+        zeros = shard.new_zeros(halo)
+        before, after = (received[r] if r in neighbours else zeros for r in (rank - 1, rank + 1))
         return torch.cat([before, shard, after], self.axis)
 
     def whole(self, shard: Tensor) -> Tensor:
-        """All strips side by side, on every rank."""
+        """Gathers all shards and returns the whole picture on every rank.
+
+        Raises:
+            RankLostError: the collective failed.
+        """
         shapes = self._shapes(shard)
         block = max(torch.Size(shape).numel() for shape in shapes)
         (sent,) = self._communicator.buffer("mid out", [shard.shape], shard, block=block)
@@ -64,12 +89,16 @@ class SpatialShards:
         return torch.cat(self._communicator.all_gather("mid", LAYERLESS, shapes, sent).wait(), self.axis)
 
     def gather_to_first(self, shard: Tensor) -> Tensor | None:
-        """All strips side by side on the first rank; None on the others."""
-        arrived = self._communicator.gather_to_first("pixels", self._shapes(shard), shard)
-        return torch.cat(arrived, self.axis) if self._communicator.rank == 0 else None
+        """Gathers all shards and returns the whole picture on the first rank, None on the others.
+
+        Raises:
+            RankLostError: the collective failed.
+        """
+        received = self._communicator.gather_to_first("pixels", self._shapes(shard), shard)
+        return torch.cat(received, self.axis) if self._communicator.rank == 0 else None
 
     def _shapes(self, shard: Tensor) -> list[list[int]]:
-        """The shape of every rank's strip at the scale of this rank's."""
+        """The shape of every rank's shard at the scale of this rank's."""
         scale = shard.shape[self.axis] // self.sizes[self._communicator.rank]
         shapes = []
         for size in self.sizes:

@@ -1,4 +1,4 @@
-"""Starts ranks as processes of this machine, for `verify`, tests and benchmarks. Users start torchrun."""
+"""Starts ranks as processes of this machine, for `verify`, tests and benchmarks. Users run torchrun."""
 
 from __future__ import annotations
 
@@ -18,9 +18,13 @@ from causalrope_sp.errors import RankLostError
 
 
 class RankPool:
-    """Processes that wait for work, so that they are started once: a start costs seconds, a new group hardly anything.
+    """A pool of processes that run as ranks.
 
-    Use it in a `with` block, or `close` it. More processes are started as more ranks are asked for.
+    The processes are started once, since a start takes seconds and a new process group hardly any time. More processes
+    are started when more ranks are needed. Use the pool in a `with` block, or call `close`.
+
+    Args:
+        device: the kind of device that the ranks compute on, "cpu" or "cuda".
     """
 
     def __init__(self, device: str = "cpu") -> None:
@@ -30,12 +34,18 @@ class RankPool:
         self._runs = 0
 
     def run(self, work: Callable[..., Any], ranks: int, *args: Any) -> Any:
-        """Calls work(group, device, *args) on every rank of a new group and returns what rank 0 returned.
+        """Calls a function on every rank of a new process group.
 
-        `work` must be importable by name. One rank runs in this process, with group None.
+        Args:
+            work: called as work(group, device, *args); it must be importable by name.
+            ranks: how many ranks run it. A single rank runs in this process, with group None.
+            args: further arguments of `work`.
+
+        Returns:
+            What `work` returned on rank 0.
 
         Raises:
-            RankLostError: a rank raised, or ended; its traceback is in the message, and all processes are ended.
+            RankLostError: a rank raised or ended; the message holds its traceback. All processes are ended.
         """
         if ranks == 1:
             return work(None, self._device, *args)
@@ -45,11 +55,11 @@ class RankPool:
         for rank, (_, pipe) in enumerate(self._workers[:ranks]):
             pipe.send((rank, ranks, self._device, store, work, args))
         results: dict[int, Any] = {}
-        waiting = {pipe: rank for rank, (_, pipe) in enumerate(self._workers[:ranks])}
-        while waiting:
-            for ready in wait(list(waiting)):
+        pending = {pipe: rank for rank, (_, pipe) in enumerate(self._workers[:ranks])}
+        while pending:
+            for ready in wait(list(pending)):
                 assert isinstance(ready, Connection)
-                rank = waiting.pop(ready)
+                rank = pending.pop(ready)
                 try:
                     failed, results[rank] = ready.recv()
                 except EOFError:
@@ -61,6 +71,7 @@ class RankPool:
         return results[0]
 
     def close(self) -> None:
+        """Ends all processes."""
         self._end()
         self._folder.cleanup()
 
@@ -71,16 +82,17 @@ class RankPool:
         self.close()
 
     def _start(self, count: int) -> None:
+        """Starts processes until there are `count`."""
         context = multiprocessing.get_context("spawn")
         for _ in range(count - len(self._workers)):
-            mine, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            own_end, worker_end = context.Pipe()
+            process = context.Process(target=_serve, args=(worker_end,), daemon=True)
             process.start()
-            theirs.close()
-            self._workers.append((process, mine))
+            worker_end.close()
+            self._workers.append((process, own_end))
 
     def _first_to_end(self, ranks: int) -> tuple[int, str] | None:
-        """A process that is gone is the cause; what the others then raise is not."""
+        """The first rank whose process has ended, with the reason: it is the cause of what the others raise."""
         ended = wait([process.sentinel for process, _ in self._workers[:ranks]], timeout=1)
         for rank, (process, _) in enumerate(self._workers[:ranks]):
             if process.sentinel in ended:
@@ -89,6 +101,7 @@ class RankPool:
         return None
 
     def _end(self) -> None:
+        """Kills all processes and waits for their end."""
         for process, pipe in self._workers:
             pipe.close()
             process.kill()
@@ -98,12 +111,26 @@ class RankPool:
 
 
 def run_ranks(work: Callable[..., Any], ranks: int, *args: Any, device: str = "cpu") -> Any:
-    """`RankPool.run` in a pool of its own."""
+    """Calls a function on every rank of a new process group, in a pool of its own; see `RankPool.run`.
+
+    Args:
+        work: called as work(group, device, *args); it must be importable by name.
+        ranks: how many ranks run it.
+        args: further arguments of `work`.
+        device: the kind of device that the ranks compute on, "cpu" or "cuda".
+
+    Returns:
+        What `work` returned on rank 0.
+
+    Raises:
+        RankLostError: a rank raised or ended.
+    """
     with RankPool(device) as pool:
         return pool.run(work, ranks, *args)
 
 
 def _serve(pipe: Connection) -> None:
+    """Runs the work that a process receives until its pipe is closed."""
     torch.set_num_threads(1)
     while True:
         try:
@@ -111,13 +138,14 @@ def _serve(pipe: Connection) -> None:
         except EOFError:
             return
         try:
-            answer = False, _as_rank(rank, ranks, device, store, work, args)
+            result = False, _as_rank(rank, ranks, device, store, work, args)
         except Exception:
-            answer = True, traceback.format_exc()
-        pipe.send(answer)
+            result = True, traceback.format_exc()
+        pipe.send(result)
 
 
 def _as_rank(rank: int, ranks: int, device: str, store: str, work: Callable[..., Any], args: Any) -> Any:
+    """Calls `work` within a new process group; returns its result on rank 0 and None on the others."""
     if device == "cuda":
         torch.cuda.set_device(rank)
     backend = "nccl" if device == "cuda" else "gloo"

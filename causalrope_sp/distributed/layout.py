@@ -1,7 +1,8 @@
-"""Strategies by name: how many ranks trade tokens for heads, and how the rest share the tokens.
+"""Attention strategies by name, and how each of them arranges the ranks of the `sp` axis.
 
-Rank p of a product `ulysses{U}x{inner}{R}` is the u-th of the r-th U neighbours, p = r·U + u: neighbours trade tokens
-for heads, and the R ranks with the same heads share tokens by the inner strategy.
+A product `ulysses{U}x{inner}{R}` arranges P = U·R ranks in R rows of U columns; rank p has row p // U and column p % U.
+The ranks of a row exchange tokens for heads (`ulysses`). The ranks of a column have the same heads and share the tokens
+by the inner strategy.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from dataclasses import dataclass
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.grid import shares
 
-AUTO = "auto"  # the fastest by prediction
-SINGLE = "single"  # what every strategy is on one rank
+AUTO = "auto"  # the strategy that is predicted to be the fastest
+SINGLE = "single"  # the name of every strategy on one rank
 INNER = ("gather-kv", "shard-kv")
 STRATEGIES = ("ulysses", *INNER)
 _PRODUCT = re.compile(rf"ulysses(\d+)x({'|'.join(INNER)})(\d+)")
@@ -23,7 +24,14 @@ KNOWN = f"{', '.join(STRATEGIES)}, and products such as ulysses4xgather-kv2"
 
 @dataclass(frozen=True)
 class Layout:
-    """A strategy at a number of ranks: `ulysses` ranks trade, `ranks // ulysses` share tokens by `inner`."""
+    """A strategy for a number of ranks.
+
+    Args:
+        name: the name of the strategy.
+        ranks: P, the ranks of the `sp` axis.
+        ulysses: U, the ranks of a row, which exchange tokens for heads.
+        inner: the strategy by which the ranks of a column share the tokens, or None.
+    """
 
     name: str
     ranks: int
@@ -36,35 +44,51 @@ class Layout:
         return self.ranks // self.ulysses
 
     def coordinates(self, rank: int) -> tuple[int, int]:
-        """(row, column): which ranks this one trades with, and which it shares tokens with."""
+        """Returns the row and the column of a rank."""
         return divmod(rank, self.ulysses)
 
     def rows(self, tokens: Sequence[int]) -> list[list[int]]:
-        """Every rank's tokens of a frame, row by row."""
+        """Arranges the tokens of a frame that each rank owns, in order of rank, by row."""
         return [list(tokens[r * self.ulysses : (r + 1) * self.ulysses]) for r in range(self.sharing)]
 
     def check(self, heads: int) -> None:
-        """Raises ConfigError if a rank would be left without a head."""
+        """Checks that every rank has a head.
+
+        Args:
+            heads: the attention heads of the model.
+
+        Raises:
+            ConfigError: there are fewer heads than `ulysses` ranks.
+        """
         if self.ulysses > heads:
             raise ConfigError(
                 f"{self.name} needs at least one head a rank: {heads} heads, {self.ulysses} ranks; use gather-kv"
             )
 
     def heads(self, heads: int) -> list[int]:
-        """How many heads each of the trading ranks attends; they differ by at most one."""
+        """Returns how many of the model's heads each column attends; the numbers differ by at most one."""
         return shares(heads, self.ulysses)
 
 
 def check_name(name: str) -> None:
-    """Raises ConfigError if no number of ranks has a strategy of this name."""
+    """Checks that a strategy of this name exists for some number of ranks.
+
+    Raises:
+        ConfigError: there is none.
+    """
     if name not in STRATEGIES and not _PRODUCT.fullmatch(name):
         raise ConfigError(f"unknown strategy {name!r}; there are: auto, {KNOWN}")
 
 
 def parse_strategy(name: str, ranks: int) -> Layout:
-    """
+    """Returns the layout of a strategy.
+
+    Args:
+        name: one of `STRATEGIES`, or a product such as ulysses4xgather-kv2.
+        ranks: P, the ranks of the `sp` axis.
+
     Raises:
-        ConfigError: an unknown name, or a product of another number of ranks.
+        ConfigError: the name is unknown, or it is a product for another number of ranks.
     """
     if ranks == 1 and name in (SINGLE, *STRATEGIES):
         return Layout(SINGLE, 1, 1, None)
@@ -82,7 +106,7 @@ def parse_strategy(name: str, ranks: int) -> Layout:
 
 
 def strategies(ranks: int, heads: int) -> list[str]:
-    """The names of all strategies that this many ranks can use for a model of this many heads."""
+    """Returns the names of all strategies that this many ranks can use for a model of this many heads."""
     names = [name for name in STRATEGIES if name != "ulysses" or ranks <= heads]
     products = [u for u in range(2, min(ranks, heads + 1)) if ranks % u == 0]
     return names if ranks == 1 else names + [f"ulysses{u}x{inner}{ranks // u}" for u in products for inner in INNER]

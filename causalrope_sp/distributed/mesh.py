@@ -1,8 +1,8 @@
-"""Which rank does what, as data that is checked before any process group exists.
+"""The mesh of ranks: the work of every rank as data that is checked before any process group exists.
 
-Ranks that denoise form a mesh with three axes: `cfg` (the branches of guidance), `chunk` (chunks that a Video Interface
-Network denoises in parallel) and `sp` (the tokens of every frame). Neighbouring ranks differ in `sp` first. The ranks
-of the `decode` axis come last and only decode.
+The ranks that denoise form a mesh with three axes: `cfg` (the conditional and unconditional branch of guidance),
+`chunk` (chunks that a Video Interface Network denoises in parallel) and `sp` (the tokens of every frame). Neighbouring
+ranks differ in `sp` first. The ranks of the `decode` axis come last and only decode.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Mesh:
         decode: how many of the last ranks only decode.
 
     Raises:
-        ConfigError: a size below its minimum, no rank left to denoise, or axes that do not divide the ranks.
+        ConfigError: a size is below its minimum, no rank is left to denoise, or the axes do not divide the ranks.
     """
 
     ranks: int
@@ -46,6 +46,7 @@ class Mesh:
 
     @property
     def _outer_axes(self) -> dict[str, int]:
+        """The axes other than `sp` that have more than one rank."""
         return {name: size for name, size in (("cfg", self.cfg), ("chunk", self.chunk)) if size > 1}
 
     @property
@@ -64,30 +65,35 @@ class Mesh:
         return range(self.ranks - self.decode, self.ranks)
 
     def coordinates(self, rank: int) -> tuple[int, int, int]:
-        """(cfg, chunk, sp) of a rank that denoises."""
+        """Returns the coordinates (cfg, chunk, sp) of a rank that denoises."""
         outer, sp = divmod(rank, self.sp)
         return *divmod(outer, self.chunk), sp
 
     def rank(self, cfg: int, chunk: int, sp: int) -> int:
-        """The rank at these coordinates."""
+        """Returns the rank at these coordinates."""
         return (cfg * self.chunk + chunk) * self.sp + sp
 
     def sp_group(self, rank: int) -> range:
-        """The ranks that share the tokens of `rank`'s frames, in order of `sp`."""
+        """Returns the ranks that share the tokens of `rank`'s frames, in order of `sp`."""
         first = rank - rank % self.sp
         return range(first, first + self.sp)
 
     def cfg_group(self, rank: int) -> list[int]:
-        """The ranks that own the same tokens of the same chunks in every branch of guidance."""
+        """Returns the ranks that own the same tokens of the same chunks as `rank`, in order of `cfg`."""
         _, chunk, sp = self.coordinates(rank)
         return [self.rank(cfg, chunk, sp) for cfg in range(self.cfg)]
 
     def chunk_group(self, rank: int) -> list[int]:
-        """The ranks that own the same tokens of other chunks of the same branch."""
+        """Returns the ranks that own the same tokens as `rank` in the same branch of guidance, in order of `chunk`."""
         cfg, _, sp = self.coordinates(rank)
         return [self.rank(cfg, chunk, sp) for chunk in range(self.chunk)]
 
 
 def possible_cfg_sizes(guided: bool, ranks: int) -> list[int]:
-    """The sizes that the `cfg` axis can have for a stream on so many ranks."""
+    """Returns the sizes that the `cfg` axis can have.
+
+    Args:
+        guided: whether the stream uses guidance.
+        ranks: how many ranks denoise.
+    """
     return [1, 2] if guided and ranks % 2 == 0 else [1]

@@ -1,4 +1,4 @@
-"""Some ranks that settle things together before a stream: all of a group, or those that denoise."""
+"""What ranks do collectively before a stream: raise the same error, compare options, share tensors."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ T = TypeVar("T")
 
 
 class Ranks:
-    """
+    """Some ranks of a group, such as all of them or those that denoise.
+
     Args:
-        numbers: of the ranks within the group, in order.
-        rank: which of them this one is.
-        exchange: among them; asked for if there is more than one.
+        numbers: the numbers of these ranks in the group, in order.
+        rank: which of them this rank is.
+        communicator: returns the communicator of ranks by their numbers; it is called if there are several.
     """
 
     def __init__(
@@ -34,63 +35,83 @@ class Ranks:
         return self._make_communicator(self._numbers)
 
     def run_collectively(self, work: Callable[[], T]) -> T:
-        """What `work` returns on this rank. Every rank must call, and what `work` exchanges must be among ranks that
-        all raise, or none of them.
+        """Calls a function on every rank and raises the error of one rank on all of them.
+
+        Every rank must call this. `work` may use collectives among ranks that either all raise or all return.
+
+        Args:
+            work: what this rank does.
+
+        Returns:
+            What `work` returned on this rank.
 
         Raises:
-            CausalRopeError: on every rank, so that none goes on to wait for the others, what `work` raised as wrong
-                input on the first rank that met any.
+            CausalRopeError: `work` raised it on some rank. Every rank raises the error of the first such rank, so that
+                none waits for another.
         """
         if self.size == 1:
             return work()
         error: CausalRopeError | None = None
         try:
-            made = work()
-        except CausalRopeError as wrong:
-            error = wrong
-        said = self._communicator.everyone({} if error is None else {"kind": type(error).__name__, "said": str(error)})
-        failed = next((one for one in said if one), None)
-        if failed is None:
-            return made
-        if error is not None and failed["said"] == str(error):
+            result = work()
+        except CausalRopeError as raised:
+            error = raised
+        own = {} if error is None else {"kind": type(error).__name__, "message": str(error)}
+        first = next((fields for fields in self._communicator.everyone(own) if fields), None)
+        if first is None:
+            return result
+        if error is not None and first["message"] == str(error):
             raise error
-        raise getattr(errors, failed["kind"], CausalRopeError)(failed["said"])
+        raise getattr(errors, first["kind"], CausalRopeError)(first["message"])
 
     def agree(self, on: Mapping[str, object]) -> None:
-        """Makes sure that all are about to do the same; what each field says is compared as text.
+        """Checks that all ranks have the same options.
+
+        Args:
+            on: the options by name; their values are compared as text.
 
         Raises:
-            ConfigError: a field that differs; the message names it and the ranks.
+            ConfigError: an option differs; the message names it, its values and the ranks.
         """
         if self.size == 1:
             return
-        said = self._communicator.everyone({name: str(value) for name, value in on.items()})
+        by_rank = self._communicator.everyone({name: str(value) for name, value in on.items()})
         for name in on:
             ranks_by_value: dict[str | None, list[str]] = {}
-            for rank, fields in zip(self._numbers, said, strict=True):
+            for rank, fields in zip(self._numbers, by_rank, strict=True):
                 ranks_by_value.setdefault(fields.get(name), []).append(str(rank))
             if len(ranks_by_value) > 1:
                 sides = "; ".join(f"{value} on {', '.join(ranks)}" for value, ranks in ranks_by_value.items())
                 raise ConfigError(f"ranks differ in {name}: {sides}")
 
-    def first_says(self, mine: str) -> str:
-        """What the first has to say, on every rank."""
-        return mine if self.size == 1 else self._communicator.everyone({"said": mine})[0]["said"]
+    def first_says(self, text: str) -> str:
+        """Returns the `text` of the first rank on every rank."""
+        return text if self.size == 1 else self._communicator.everyone({"text": text})[0]["text"]
 
-    def broadcast(self, kind: str, room: Tensor, source: int) -> Tensor:
-        """Fills `room` on every rank with what it holds on the rank `source` of them."""
-        return room if self.size == 1 else self._communicator.broadcast(kind, room, source)
+    def broadcast(self, kind: str, tensor: Tensor, source: int) -> Tensor:
+        """Broadcasts a tensor from the rank `source` of these ranks; see `Communicator.broadcast`."""
+        return tensor if self.size == 1 else self._communicator.broadcast(kind, tensor, source)
 
     def from_first(
         self, kind: str, make: Callable[[], Tensor], shape: Sequence[int], dtype: torch.dtype, device: torch.device
     ) -> Tensor:
-        """What the first makes, of a shape that all know, on every rank; the others do not call `make`.
+        """Makes a tensor on the first rank and broadcasts it.
+
+        Args:
+            kind: the kind of the collective, for `CommStats`.
+            make: makes the tensor; only the first rank calls it.
+            shape: the shape of the tensor.
+            dtype: the dtype of the result.
+            device: where the result lives.
+
+        Returns:
+            The tensor of the first rank, on every rank.
 
         Raises:
-            CausalRopeError: on every rank, what `make` raised on the first.
+            CausalRopeError: `make` raised it on the first rank; every rank raises it.
         """
         if self.size == 1:
             return make().to(device, dtype)
-        room = torch.empty(*shape, dtype=dtype, device=device)
-        self.run_collectively(lambda: room.copy_(make()) if self.rank == 0 else None)
-        return self.broadcast(kind, room, 0)
+        tensor = torch.empty(*shape, dtype=dtype, device=device)
+        self.run_collectively(lambda: tensor.copy_(make()) if self.rank == 0 else None)
+        return self.broadcast(kind, tensor, 0)

@@ -1,8 +1,8 @@
-"""Notices a rank that is gone, stopped or stuck, and says which.
+"""A watchdog that detects a lost rank, which has ended, is stopped or is stuck, and names it.
 
-A collective that misses one rank blocks all the others until its time is up, and then cannot tell whom it missed. So
-every rank says twice a second, from a thread of its own and through the rendezvous store, that it is alive and how many
-collectives it has begun.
+A collective that one rank does not join blocks all the others until its timeout, and cannot name the missing rank. So a
+thread of every rank writes to the rendezvous store twice a second that the rank is alive, and how many collectives it
+has reached.
 """
 
 from __future__ import annotations
@@ -16,28 +16,31 @@ from collections.abc import Callable, Collection
 
 from torch.distributed import Store  # type: ignore[attr-defined]
 
-EVERY_S = 0.5
-LAST_S = 3.0  # how long rank 0 waits for the others at the end
+EVERY_S = 0.5  # seconds between two signs of life
+LAST_S = 3.0  # how many seconds rank 0 waits for the others at the end
 _DONE = "done"
 
 
 def leave(message: str) -> None:
-    """Says it and ends this process at once: it may be inside a collective that never returns."""
+    """Prints an error and ends this process at once, since it may be inside a collective that never returns."""
     sys.stderr.write(f"error: {message}\n")
     sys.stderr.flush()
     os._exit(1)
 
 
 class Watchdog:
-    """Watches the other ranks from a thread until `stop`.
+    """Monitors the other ranks from a thread until `stop` is called.
 
     Args:
         store: the rendezvous store that all ranks share.
-        begun: how many collectives this rank has come to.
-        peers: the ranks that come to as many: those that denoise, or those that decode.
-        on_loss: called once, from the thread, with a line that names the rank.
-        silence_s: how long a rank may say nothing (it is gone, or stopped) before it counts as lost.
-        stall_s: how long a rank may hold up this one, which has come to more collectives, before it counts as stuck.
+        rank: this rank.
+        ranks: how many ranks there are.
+        begun: returns how many collectives this rank has reached.
+        peers: the ranks that make the same collectives as this one: those that denoise, or those that decode.
+        on_loss: called once, from the thread, with a line that names the lost rank.
+        silence_s: how many seconds a rank may give no sign of life before it counts as lost.
+        stall_s: how many seconds a rank may have reached fewer collectives than this one, without progress, before it
+            counts as stuck.
     """
 
     def __init__(
@@ -56,13 +59,16 @@ class Watchdog:
         self._silence_s, self._stall_s = silence_s, stall_s
         self._stopping = threading.Event()
         self._beat = 0
-        self._say()
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._signal()
+        self._thread = threading.Thread(target=self._monitor, name="watchdog", daemon=True)
         self._thread.start()
         atexit.register(self.stop)
 
     def stop(self) -> None:
-        """This rank is done, and missed by nobody. Rank 0, which may hold the store, waits a little for the others."""
+        """Stops monitoring and tells the other ranks that this one is done.
+
+        Rank 0, whose process may hold the store, waits up to `LAST_S` seconds until the others are done.
+        """
         if self._stopping.is_set():
             return
         self._stopping.set()
@@ -70,52 +76,63 @@ class Watchdog:
         self._store.set(self._key(self._rank), _DONE)
         others, deadline = list(range(1, self._ranks)), time.monotonic() + LAST_S
         while self._rank == 0 and others and time.monotonic() < deadline:
-            others = [rank for rank in others if self._hear(rank) != _DONE]
+            others = [rank for rank in others if self._read(rank) != _DONE]
             time.sleep(0.01)
 
     def who_is_silent(self, within_s: float) -> str | None:
-        """After a collective has failed: the rank that says nothing more, or None if all go on for `within_s`."""
-        before = {rank: self._hear(rank) for rank in range(self._ranks) if rank != self._rank}
+        """Finds the rank that gives no more signs of life, after a collective has failed.
+
+        Args:
+            within_s: how many seconds to look for it.
+
+        Returns:
+            A line that names the rank, or None if all ranks give signs of life.
+        """
+        before = {rank: self._read(rank) for rank in range(self._ranks) if rank != self._rank}
         deadline = time.monotonic() + within_s
         while time.monotonic() < deadline:
             time.sleep(4 * EVERY_S)
-            for rank, said in before.items():
-                if said != _DONE and self._hear(rank) == said:
+            for rank, sign in before.items():
+                if sign != _DONE and self._read(rank) == sign:
                     return f"rank {rank} is gone: it has stopped giving signs of life"
         return None
 
-    def _watch(self) -> None:
-        heard = [("", time.monotonic()) for _ in range(self._ranks)]
+    def _monitor(self) -> None:
+        """Signals and checks the other ranks until `stop`, or until a rank is lost."""
+        signs = [("", time.monotonic()) for _ in range(self._ranks)]
         counts = [(-1, time.monotonic()) for _ in range(self._ranks)]
         last = time.monotonic()
         while not self._stopping.wait(EVERY_S):
             now = time.monotonic()
             if now - last > self._silence_s / 2:  # this process was paused itself, and perhaps all of them
-                heard, counts = [("", now)] * self._ranks, [(-1, now)] * self._ranks
+                signs, counts = [("", now)] * self._ranks, [(-1, now)] * self._ranks
             last = now
             try:
-                self._say()
-                lost = self._listen(heard, counts)
+                self._signal()
+                lost = self._find_lost_rank(signs, counts)
             except Exception as error:
                 lost = f"the rendezvous store does not answer, so the machine that holds it is gone ({error})"
             if lost is not None and not self._stopping.is_set():
                 self._on_loss(lost)
                 return
 
-    def _listen(self, heard: list[tuple[str, float]], counts: list[tuple[int, float]]) -> str | None:
-        """A rank that is silent, or of those that hold up this one the one that is furthest behind: the others wait
-        for it as well."""
-        now, mine, stuck = time.monotonic(), self._begun(), dict[int, int]()
+    def _find_lost_rank(self, signs: list[tuple[str, float]], counts: list[tuple[int, float]]) -> str | None:
+        """A line that names a silent rank, or the furthest behind of the ranks that hold up this one, or None.
+
+        The ranks that hold up this one may wait for the one that is furthest behind. `signs` and `counts` hold every
+        rank's last sign of life and count of collectives, each with the time at which it changed.
+        """
+        now, own_count, stuck = time.monotonic(), self._begun(), dict[int, int]()
         for rank in range(self._ranks):
-            said = self._hear(rank)
-            if rank == self._rank or said == _DONE:
+            sign = self._read(rank)
+            if rank == self._rank or sign == _DONE:
                 continue
-            if said != heard[rank][0]:
-                heard[rank] = (said, now)
-            count = int(said.split()[1]) if said else -1
-            if count != counts[rank][0] or count >= mine or rank not in self._peers:
+            if sign != signs[rank][0]:
+                signs[rank] = (sign, now)
+            count = int(sign.split()[1]) if sign else -1
+            if count != counts[rank][0] or count >= own_count or rank not in self._peers:
                 counts[rank] = (count, now)
-            if now - heard[rank][1] > self._silence_s:
+            if now - signs[rank][1] > self._silence_s:
                 return f"rank {rank} has not been heard of for {self._silence_s:g} s: it is gone, or stopped"
             if now - counts[rank][1] > self._stall_s:
                 stuck[rank] = count
@@ -124,15 +141,17 @@ class Watchdog:
         rank = min(stuck, key=lambda r: stuck[r])
         return f"rank {rank} has held up rank {self._rank} for {self._stall_s:g} s: it is stuck"
 
-    def _hear(self, rank: int) -> str:
-        """What a rank said last; nothing if it has said nothing yet."""
+    def _read(self, rank: int) -> str:
+        """The last sign of life of a rank; empty if it has given none yet."""
         key = self._key(rank)
         return self._store.get(key).decode() if self._store.check([key]) else ""
 
-    def _say(self) -> None:
+    def _signal(self) -> None:
+        """Writes a sign of life of this rank, with its count of collectives."""
         self._beat += 1
         self._store.set(self._key(self._rank), f"{self._beat} {self._begun()}")
 
     @staticmethod
     def _key(rank: int) -> str:
+        """The key of a rank's signs of life in the store."""
         return f"causalrope/alive/{rank}"

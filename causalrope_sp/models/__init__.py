@@ -1,1 +1,1 @@
-"""The transformer and its rotary positions."""
+"""The causal DiT and its rotary tables."""

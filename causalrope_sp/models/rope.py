@@ -1,7 +1,9 @@
-"""Rotary tables of the three axes. A position comes in as an argument; a rank is never seen here.
+"""Rotary tables of the three axes. Positions are arguments; this module knows nothing of ranks.
 
-Wan splits the d/2 channel pairs of a head into time, height and width (DESIGN: d//2 - 2·(d//6), d//6, d//6) and
-gives each axis its own frequencies theta^(-2i/n), n the axis' width in channels.
+Wan gives the d/2 channel pairs of a head to time, height and width, d//2 - 2·(d//6), d//6 and d//6 of them, and uses
+the frequencies theta^(-2i/n) on each axis, where n is the number of its channels.
+
+Shapes: E angles of one axis.
 """
 
 from __future__ import annotations
@@ -15,11 +17,19 @@ from causalrope_kernels import RotateOnRead, Rotation
 from causalrope_sp.devices import send
 from causalrope_sp.grid import Shard
 
-FIRST_TIMES = 1024  # rows of the time axis' table to begin with
+FIRST_TIMES = 1024  # the initial rows of the time axis' table
 
 
 class RotaryTables:
-    """Angles by axis, built in float64. The time axis is unbounded: its table doubles when a stream outgrows it."""
+    """The rotary angles of each axis, built in float64. The time axis is unbounded: its table grows with the stream.
+
+    Args:
+        head_dim: d.
+        theta: the base of the frequencies; Wan uses 10000.
+        shard: the tokens of a frame that this rank owns, with the grid.
+        device: where the tables live.
+        dtype: the dtype of the tables.
+    """
 
     def __init__(self, head_dim: int, theta: float, shard: Shard, device: torch.device, dtype: torch.dtype) -> None:
         spatial = head_dim // 6
@@ -30,38 +40,47 @@ class RotaryTables:
         self._time = self._table(FIRST_TIMES, self._time_frequencies)
 
     def rotation(self, query_times: Sequence[int], key_times: Sequence[int] | None = None) -> Rotation:
-        """The rotation of this shard's tokens in frames whose queries and keys stand at these places in time.
+        """Makes the rotation of this shard's tokens of some frames.
 
-        Keys stand where queries do if nothing else is said.
+        Args:
+            query_times: the time position of every frame's queries.
+            key_times: the time position of every frame's keys; None for those of the queries.
         """
         self._grow(max(query_times) + 1)
-        at = send(torch.tensor(query_times), self._device)
+        query_times_F = send(torch.tensor(query_times), self._device)
         return Rotation(
             self._time,
             self._row,
             self._column,
-            query_times_F=at,
-            key_times_F=at if key_times is None else send(torch.tensor(key_times), self._device),
+            query_times_F=query_times_F,
+            key_times_F=query_times_F if key_times is None else send(torch.tensor(key_times), self._device),
             start=self._shard.start,
             tokens=self._shard.tokens,
             columns=self._shard.grid.columns,
         )
 
-    def rotate_on_read(self, places: Sequence[int], tokens: int) -> RotateOnRead:
-        """How the keys of slots, of so many tokens each, are turned on read if they stand at these places in time."""
-        self._grow(max(places) + 1)
-        return RotateOnRead(self._time[send(torch.tensor(places), self._device)], tokens)
+    def rotate_on_read(self, positions: Sequence[int], tokens: int) -> RotateOnRead:
+        """Makes the rotation in time of cached keys when they are read.
+
+        Args:
+            positions: the time position of the frame in every slot.
+            tokens: the tokens of a slot.
+        """
+        self._grow(max(positions) + 1)
+        return RotateOnRead(self._time[send(torch.tensor(positions), self._device)], tokens)
 
     def _grow(self, times: int) -> None:
-        have = len(self._time)
-        if times > have:
-            self._time = self._table(max(times, 2 * have), self._time_frequencies)
+        """Enlarges the time axis' table to `times` positions, or to twice its size if that is more."""
+        size = len(self._time)
+        if times > size:
+            self._time = self._table(max(times, 2 * size), self._time_frequencies)
 
-    def _table(self, places: int, frequencies: Tensor) -> Tensor:
-        """Cosines and sines of every place on an axis, (places, 2, E)."""
-        angles = torch.outer(torch.arange(places, dtype=torch.float64), frequencies)
+    def _table(self, positions: int, frequencies: Tensor) -> Tensor:
+        """Cosines and sines of every position on an axis, (positions, 2, E)."""
+        angles = torch.outer(torch.arange(positions, dtype=torch.float64), frequencies)
         return torch.stack([angles.cos(), angles.sin()], 1).to(self._device, self._dtype)
 
 
 def _frequencies(pairs: int, theta: float) -> Tensor:
+    """The angle per position of every channel pair of an axis."""
     return theta ** (-torch.arange(pairs, dtype=torch.float64) / pairs)

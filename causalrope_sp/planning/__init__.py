@@ -1,1 +1,1 @@
-"""What a stream costs, predicted from sizes alone."""
+"""Predicts the cost of a stream from sizes alone, and chooses its attention strategy."""

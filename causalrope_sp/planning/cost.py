@@ -1,9 +1,11 @@
-"""The cost model: what a strategy moves, computes, keeps and takes, from sizes alone.
+"""The cost model: communication, FLOPs, memory and time of every strategy, from sizes alone.
 
-Counts (elements, bytes, FLOPs, weights, cache) are exact and tested against the ledger and torch's own counter. Memory
-of activations is an estimate. Times are predictions: counts over rates, with an alpha-beta link. Rates are data sheets'
-or guesses unless they were measured.
+Counts (elements, bytes, FLOPs, weights, cache) are exact and tested against `CommStats` and torch's FLOP counter. The
+memory of activations is an estimate. Times are predictions: counts divided by rates, with an alpha-beta model of the
+link. Rates come from data sheets or are guesses unless they were measured.
 
+In every function `layout` is the strategy on the ranks of the `sp` axis, `work` the stream, `rank` a rank of that axis,
+and `branch` 0 for the conditional and 1 for the unconditional branch of guidance.
 Shapes: B batch, F frames of a pass, s tokens of a frame on a rank, S of a whole frame, H heads, d head width, D = H·d.
 """
 
@@ -23,19 +25,20 @@ from causalrope_sp.planning.memory import NO_AUXILIARY, AuxiliaryMemory
 from causalrope_sp.planning.workload import Workload
 from causalrope_sp.reuse.policy import Kind
 
-Seconds = tuple[float, float, float]  # computing, communicating, and of the latter what nothing hides
-ELEMENTWISE_PASSES = 30  # how often a block of the unfused model reads or writes its D numbers a token, about
+Seconds = tuple[float, float, float]  # computing, communicating, and the part of the latter that is exposed
+ELEMENTWISE_PASSES = 30  # about how often a block of the unfused model reads or writes its D numbers a token
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What one strategy costs, for the rank that has most of each. Times are predictions, in milliseconds.
+    """The cost of one strategy. Every number is that of the rank with the most of it; times are predictions.
 
-    A chunk's passes are those of the steady state: one fused with the context pass of the chunk before, a full window.
-    `exposed_ms` is the part of `communication_ms` that nothing hides, `imbalance` the slowest rank's computing against
-    the mean, `efficiency` one rank's time against all ranks' together. The first frame's time leaves out loading, text
-    and decoding. With `cfg` 2 each half of the ranks runs one branch of guidance by the strategy, and counts are of
-    the prompt's. `stored_bytes` are the outputs that passes take over from one another.
+    A chunk is one of the steady state: its window is full, and its first pass is fused with the context pass of the
+    chunk before. With `cfg` 2, each half of the ranks runs one branch of guidance, and counts are of the conditional
+    branch. `stored_bytes` are the outputs that passes reuse, `exposed_ms` is the part of `communication_ms` during
+    which nothing is computed, `first_frame_ms` excludes loading, text and decoding. `efficiency` is one rank's time for
+    a chunk divided by `ranks` times that of all ranks, `imbalance` the slowest rank's computing divided by the mean.
+    `fits` says whether the memory suffices, `chosen` whether "auto" uses this strategy.
     """
 
     strategy: str
@@ -64,53 +67,54 @@ class Plan:
 
     @property
     def bytes_by_time(self) -> dict[str, int]:
+        """The bytes of a rank's memory while it encodes text, denoises and decodes."""
         return self.auxiliary.by_time(self.weights_bytes, self.cache_bytes + self.stored_bytes, self.activation_bytes)
 
     @property
     def name(self) -> str:
+        """The strategy with the size of the `cfg` axis, such as 2×ulysses."""
         return self.strategy if self.cfg == 1 else f"{self.cfg}×{self.strategy}"
 
     @property
     def memory_bytes(self) -> int:
-        """The most at once."""
+        """The peak of a rank's memory, in bytes."""
         return max(self.bytes_by_time.values())
 
 
 def received(layout: Layout, work: Workload, rank: int, frames: int) -> dict[str, int]:
-    """Elements that a rank receives in one layer of a pass over `frames` frames, by the ledger's kinds (DESIGN §4)."""
+    """Returns the elements that a rank receives in one layer of a pass over `frames` frames, by `CommStats` kind."""
     if layout.ranks == 1:
         return {}
-    row, column, tokens, rows = _place(layout, work, rank)
+    row, column, tokens, rows = _coordinates(layout, work, rank)
     split = layout.heads(work.config.num_heads)
     heads, width, times = split[column], work.config.head_dim, work.batch * frames
-    found = {}
+    elements = {}
     if layout.ulysses > 1:
-        mine = tokens[rank]
-        found["qkv"] = 3 * times * (rows[row] - mine) * heads * width
-        found["output"] = times * mine * (sum(split) - heads) * width
+        elements["qkv"] = 3 * times * (rows[row] - tokens[rank]) * heads * width
+        elements["output"] = times * tokens[rank] * (sum(split) - heads) * width
     widest, others = max(rows), layout.sharing - 1
     if layout.inner == "gather-kv":
-        found["kv"] = 2 * times * others * widest * heads * width
+        elements["kv"] = 2 * times * others * widest * heads * width
     if layout.inner == "shard-kv":
-        found["q"] = times * others * widest * heads * width
-        found["partial"] = times * others * rows[row] * heads * (width + lse_elements(work.itemsize))
-    return found
+        elements["q"] = times * others * widest * heads * width
+        elements["partial"] = times * others * rows[row] * heads * (width + lse_elements(work.itemsize))
+    return elements
 
 
 def received_latents(work: Workload, ranks: int) -> int:
-    """Elements that a rank receives when a chunk's latents are gathered; they are float32, or float64."""
+    """Returns the elements that a rank receives when a chunk's latents are gathered; they are float32 or float64."""
     widest = max(_tokens(work.grid, ranks))
     return (ranks - 1) * work.batch * work.chunk_frames * widest * work.config.token_dim
 
 
 def received_guidance(work: Workload, ranks: int) -> int:
-    """Elements that a rank receives from the other branch on as many ranks after a pass; of the type of the latents."""
+    """Returns the elements that a rank receives from the other branch after a pass, in the dtype of the latents."""
     return work.batch * work.chunk_frames * max(_tokens(work.grid, ranks)) * work.config.token_dim
 
 
 def cache_bytes(layout: Layout, work: Workload, rank: int) -> int:
-    """One branch's ring, and the frames that an open chunk puts aside."""
-    row, column, _, rows = _place(layout, work, rank)
+    """Returns the bytes of one branch's KV cache: its ring, and the undo buffer of an open chunk."""
+    row, column, _, rows = _coordinates(layout, work, rank)
     heads = layout.heads(work.config.num_heads)[column]
     tokens = sum(rows) if layout.inner == "gather-kv" else rows[row]
     frames = work.window + work.chunk_frames
@@ -118,15 +122,15 @@ def cache_bytes(layout: Layout, work: Workload, rank: int) -> int:
 
 
 def stored_bytes(layout: Layout, work: Workload, rank: int, branch: int = 0) -> int:
-    """The outputs that a rank keeps for later passes of a branch's chunk: its own shard of each."""
+    """Returns the bytes of the outputs that a rank stores for later passes of a chunk: its own shard of each."""
     outputs = work.reuse[branch].stored if work.reuse else 0
     tokens = _tokens(work.grid, layout.ranks)[rank]
     return outputs * work.batch * work.chunk_frames * tokens * work.config.dim * work.itemsize
 
 
 def attention_flops(layout: Layout, work: Workload, rank: int, frames: int, keys: int) -> int:
-    """FLOPs of a rank's self-attention in a pass: `frames` of queries, each on `keys` frames of keys, all layers."""
-    row, column, _, rows = _place(layout, work, rank)
+    """Returns the FLOPs of self-attention in all layers of a pass: `frames` of queries on `keys` frames of keys."""
+    row, column, _, rows = _coordinates(layout, work, rank)
     heads = layout.heads(work.config.num_heads)[column]
     queries = sum(rows) if layout.inner == "shard-kv" else rows[row]
     stored = rows[row] if layout.inner == "shard-kv" else sum(rows)
@@ -135,20 +139,21 @@ def attention_flops(layout: Layout, work: Workload, rank: int, frames: int, keys
 
 
 def cross_flops(work: Workload, tokens: int) -> int:
+    """Returns the FLOPs of cross-attention in all layers for so many tokens."""
     return 4 * work.config.num_layers * tokens * work.config.text_len * work.config.dim
 
 
 def chunk_flops(layout: Layout, work: Workload, rank: int, branch: int = 0) -> int:
-    """FLOPs of a rank in a branch's steady chunk: its passes, the first with the context pass of the chunk before."""
+    """Returns the FLOPs of a rank in a steady chunk, whose first pass is fused with the chunk before's context pass."""
     layers = work.config.num_layers
-    mine = work.batch * work.chunk_frames * _tokens(work.grid, layout.ranks)[rank]
-    total = -work.patch_flops * mine  # a context pass has no head
+    tokens = work.batch * work.chunk_frames * _tokens(work.grid, layout.ranks)[rank]
+    total = -work.patch_flops * tokens  # a context pass has no head
     for step in range(work.passes[branch]):
         chunks, computed = 2 if step == 0 else 1, work.computed(step, branch)
         attention = attention_flops(layout, work, rank, chunks * work.chunk_frames, work.window)
-        total += work.linear_flops_of(computed) * chunks * mine
+        total += work.linear_flops_of(computed) * chunks * tokens
         total += computed["self"] * attention // layers
-        total += computed["cross"] * cross_flops(work, chunks * mine) // layers
+        total += computed["cross"] * cross_flops(work, chunks * tokens) // layers
     return total
 
 
@@ -160,23 +165,27 @@ def plan(
     cfg_sizes: Sequence[int] = (1,),
     auxiliary: AuxiliaryMemory = NO_AUXILIARY,
 ) -> list[Plan]:
-    """Every strategy at this many ranks and at each of these sizes of the `cfg` axis, and which of them is the best:
-    the fastest chunk of those that fit, the least memory among equals. The answer is the same on every rank."""
-    alone, costs = _cost(parse_strategy("ulysses", 1), 1, work, on, auxiliary), []
-    for count in cfg_sizes:
-        names = strategies(ranks // count, work.config.num_heads)[: 1 if ranks == count else None]
-        costs += [_cost(parse_strategy(name, ranks // count), count, work, on, auxiliary) for name in names]
-    costs = [replace(c, efficiency=alone.chunk_ms / (ranks * c.chunk_ms)) for c in costs]
+    """Predicts the cost of every strategy on `ranks` ranks of the machine `on`, for each size of the `cfg` axis.
+
+    `auxiliary` is memory besides the DiT's. The plan that is `chosen` has the fastest chunk of those that fit, and the
+    least memory of equally fast ones. The result is the same on every rank.
+    """
+    one_rank, costs = _cost(parse_strategy("ulysses", 1), 1, work, on, auxiliary), []
+    for cfg in cfg_sizes:
+        names = strategies(ranks // cfg, work.config.num_heads)[: 1 if ranks == cfg else None]
+        costs += [_cost(parse_strategy(name, ranks // cfg), cfg, work, on, auxiliary) for name in names]
+    costs = [replace(c, efficiency=one_rank.chunk_ms / (ranks * c.chunk_ms)) for c in costs]
     best = min(range(len(costs)), key=lambda n: (not costs[n].fits, round(costs[n].chunk_ms, 3), costs[n].memory_bytes))
     return [replace(c, chosen=n == best) for n, c in enumerate(costs)]
 
 
 def _cost(layout: Layout, cfg: int, work: Workload, on: Machine, auxiliary: AuxiliaryMemory) -> Plan:
-    passes = work.passes if cfg == 1 else work.passes[:1]  # of each branch that takes its turn on a rank
+    """The plan of one strategy with a `cfg` axis of this size; its `efficiency` is not known yet."""
+    passes = work.passes if cfg == 1 else work.passes[:1]  # of each branch that runs on a rank
     every, branches, layers = range(layout.ranks), len(passes), work.config.num_layers
     chunk, window = work.chunk_frames, work.window
-    after_the_first = [work.computed(step, branch) for branch, steps in enumerate(passes) for step in range(1, steps)]
-    alike = Counter(tuple(computed.items()) for computed in after_the_first)
+    later_passes = [work.computed(step, branch) for branch, steps in enumerate(passes) for step in range(1, steps)]
+    alike = Counter(tuple(computed.items()) for computed in later_passes)
     full = work.computed(0)
 
     def slowest(frames: int, keys: int, computed: dict[Kind, int]) -> Seconds:
@@ -188,11 +197,11 @@ def _cost(layout: Layout, cfg: int, work: Workload, on: Machine, auxiliary: Auxi
         later = [[count * seconds for seconds in slowest(chunk, keys, dict(c))] for c, count in alike.items()]
         return [sum(each) for each in zip(first, *later, strict=True)]
 
-    # a chunk's latents once, and velocities across the `cfg` axis after every pass
-    once, crossed = received_latents(work, layout.ranks), received_guidance(work, layout.ranks) if cfg > 1 else 0
-    trades = work.steps if cfg > 1 else 0
-    rest = (layout.ranks > 1) + trades
-    rest_bytes = 4 * (once + trades * crossed)
+    # collectives outside the layers: a chunk's latents once, and velocities across the `cfg` axis after every pass
+    latents, velocities = received_latents(work, layout.ranks), received_guidance(work, layout.ranks) if cfg > 1 else 0
+    crossings = work.steps if cfg > 1 else 0
+    rest = (layout.ranks > 1) + crossings
+    rest_bytes = 4 * (latents + crossings * velocities)
     gather = rest * on.latency + rest_bytes / on.link
     compute, communication, exposed = all_passes(2 * chunk, window)
     seconds = compute + exposed + gather
@@ -201,7 +210,7 @@ def _cost(layout: Layout, cfg: int, work: Workload, on: Machine, auxiliary: Auxi
     steady = [_pass_times(layout, work, on, rank, chunk, window, full)[0] for rank in every]
     bytes_layer = max(sum(received(layout, work, r, chunk).values()) for r in every) * work.itemsize
     calls_layer = len(received(layout, work, 0, chunk))
-    attended = branches * layers + sum(computed["self"] for computed in after_the_first)  # layers, of all passes
+    attended = branches * layers + sum(computed["self"] for computed in later_passes)  # layers, of all passes
     cache = branches * max(cache_bytes(layout, work, r) for r in every)
     stored = max(sum(stored_bytes(layout, work, r, branch) for branch in range(branches)) for r in every)
     activations = max(_activation_bytes(layout, work, r) for r in every)
@@ -234,36 +243,35 @@ def _cost(layout: Layout, cfg: int, work: Workload, on: Machine, auxiliary: Auxi
 def _pass_times(
     layout: Layout, work: Workload, on: Machine, rank: int, frames: int, keys: int, computed: dict[Kind, int]
 ) -> Seconds:
-    """Seconds of a pass on one rank that computes so much."""
-    tokens = _place(layout, work, rank)[2]
-    mine = work.batch * frames * tokens[rank]
+    """The seconds of a pass on one rank; `computed` says in how many layers each kind of module runs."""
+    tokens = work.batch * frames * _coordinates(layout, work, rank)[2][rank]
     share = {kind: count / work.config.num_layers for kind, count in computed.items()}
     attention = share["self"] * attention_flops(layout, work, rank, frames, keys) / on.attention
-    moved = ELEMENTWISE_PASSES * work.config.dim * work.config.num_layers * mine * work.itemsize
+    moved = ELEMENTWISE_PASSES * work.config.dim * work.config.num_layers * tokens * work.itemsize
     flops = work.linear_flops_of(computed)
     skipped = (work.linear_flops - flops) // 2  # weights: each is two FLOPs a token
     weights = work.weights_bytes - skipped * (1 if work.fp8 else work.itemsize)
-    products = max(flops * mine / on.matmul, weights / on.bandwidth)
-    if work.fp8:  # unfolded in memory: the 8 bits read, the matrix written, scaled, and read by its product
+    products = max(flops * tokens / on.matmul, weights / on.bandwidth)
+    if work.fp8:  # dequantized in memory: the 8 bits are read, the matrix is written, scaled, and read by its product
         products += (1 + 3 * work.itemsize) * (work.matrices - skipped) / on.bandwidth
-    compute = products + share["cross"] * cross_flops(work, mine) / on.attention + attention + moved / on.bandwidth
+    compute = products + share["cross"] * cross_flops(work, tokens) / on.attention + attention + moved / on.bandwidth
     layers = computed["self"]
-    took = {
+    by_kind = {
         kind: layers * (on.latency + elements * work.itemsize / on.link)
         for kind, elements in received(layout, work, rank, frames).items()
     }
     hidden = 0.0
-    if "kv" in took:  # behind attention to what is cached already
-        hidden = min(took["kv"], attention * max(0, keys - frames) / max(keys, 1))
-    if "q" in took:  # behind attention with this rank's own queries of the first chunk
-        hidden = min(took["q"], attention / layout.sharing * work.chunk_frames / frames)
-    communication = sum(took.values())
+    if "kv" in by_kind:  # hidden behind attention to cached keys
+        hidden = min(by_kind["kv"], attention * max(0, keys - frames) / max(keys, 1))
+    if "q" in by_kind:  # hidden behind attention with this rank's own queries of the first chunk
+        hidden = min(by_kind["q"], attention / layout.sharing * work.chunk_frames / frames)
+    communication = sum(by_kind.values())
     return compute, communication, communication - hidden
 
 
 def _activation_bytes(layout: Layout, work: Workload, rank: int) -> int:
-    """About the most that is alive at once in a fused pass: the residual with a feed-forward's hidden numbers, or with
-    q, k, v and what a strategy sends and receives."""
+    """An estimate of the peak bytes of a fused pass' activations: the residual with either a feed-forward's hidden
+    numbers, or with q, k, v and what a strategy sends and receives."""
     c, frames = work.config, 2 * work.chunk_frames
     tokens = work.batch * frames * _tokens(work.grid, layout.ranks)[rank]
     wire = sum(received(layout, work, rank, frames).values())
@@ -273,7 +281,7 @@ def _activation_bytes(layout: Layout, work: Workload, rank: int) -> int:
     )
 
 
-def _place(layout: Layout, work: Workload, rank: int) -> tuple[int, int, list[int], list[int]]:
+def _coordinates(layout: Layout, work: Workload, rank: int) -> tuple[int, int, list[int], list[int]]:
     """A rank's row and column, every rank's tokens of a frame, and every row's."""
     tokens = _tokens(work.grid, layout.ranks)
     return *layout.coordinates(rank), tokens, [sum(row) for row in layout.rows(tokens)]
@@ -281,4 +289,5 @@ def _place(layout: Layout, work: Workload, rank: int) -> tuple[int, int, list[in
 
 @cache
 def _tokens(grid: LatentGrid, ranks: int) -> list[int]:
+    """The tokens of a frame that each rank owns."""
     return [shard.tokens for shard in Shard(grid, 0, ranks).all]

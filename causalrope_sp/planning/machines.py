@@ -1,4 +1,4 @@
-"""Machines to predict for: their rates are data sheets' or guesses, unless they were measured."""
+"""The machines that costs are predicted for. Rates come from data sheets or are guesses unless they were measured."""
 
 from __future__ import annotations
 
@@ -9,8 +9,17 @@ import torch
 
 @dataclass(frozen=True)
 class Machine:
-    """Rates of one rank: FLOP/s of large matrix products and of attention, bytes/s of its memory and of its link, and
-    the seconds that a collective takes before its first byte. `memory` is in bytes."""
+    """The rates of one rank.
+
+    Args:
+        name: how reports name the machine.
+        matmul: FLOP/s of large matrix products.
+        attention: FLOP/s of attention.
+        bandwidth: bytes/s of the device's memory.
+        memory: bytes of the device's memory.
+        link: bytes/s that the rank receives in a collective.
+        latency: seconds that a collective takes before its first byte.
+    """
 
     name: str
     matmul: float
@@ -44,11 +53,20 @@ LINKS = {
 
 
 def machine(gpu: str, link: str) -> Machine:
+    """Returns the machine of a GPU and a link.
+
+    Args:
+        gpu: one of `GPUS`.
+        link: one of `LINKS`.
+
+    Raises:
+        KeyError: a name is unknown.
+    """
     return Machine(f"{gpu}, {link}", *GPUS[gpu], *LINKS[link])
 
 
 def default_machine(device: torch.device) -> Machine:
-    """What predictions assume of a rank on this device: an H100 on NVLink, or a CPU."""
+    """Returns the machine that predictions assume for this device: an H100 on NVLink, or a CPU."""
     return H100 if device.type == "cuda" else CPU
 
 

@@ -1,7 +1,7 @@
-"""What a rank's device holds at once: the model and its cache, and what stands beside them.
+"""The memory of a rank's device: that of the DiT and its cache, and the auxiliary memory of text encoder and codec.
 
-The most is taken at one of three times: while a prompt is encoded, while a chunk is denoised, while it is decoded.
-Weights, cache and what a codec keeps between chunks are exact; activations are estimates, the workspace is a guess.
+The peak is reached at one of three times: while a prompt is encoded, a chunk is denoised, or a chunk is decoded. The
+bytes of weights, cache and codec state are exact, those of activations estimates, that of the workspace a guess.
 """
 
 from __future__ import annotations
@@ -11,11 +11,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class AuxiliaryMemory:
-    """Bytes beside the DiT, on the rank that has most of them. `codec_state` is what a decoder keeps between chunks,
-    `codec_activations` what it needs while it decodes one; `workspace` is what libraries take for themselves.
+    """The bytes in addition to the DiT and its cache, on the rank that has most of them.
 
-    `text_stays` and `codec_stays` say whether the weights are there all the time, or only while they are used;
-    `decodes_concurrently` whether the next chunk is denoised while one is decoded.
+    Args:
+        text: the weights of the text encoder.
+        codec: the weights of the codec.
+        codec_state: what the decoder stores between chunks.
+        codec_activations: what the decoder needs while it decodes a chunk.
+        workspace: what libraries allocate for themselves.
+        text_stays: whether the text encoder stays on the device, or is there only while it is used.
+        codec_stays: whether the codec stays on the device, or is there only while it is used.
+        decodes_concurrently: whether the next chunk is denoised while one is decoded.
     """
 
     text: int = 0
@@ -28,14 +34,19 @@ class AuxiliaryMemory:
     decodes_concurrently: bool = False
 
     def by_time(self, weights: int, cache: int, activations: int) -> dict[str, int]:
-        """Bytes in all while a prompt is encoded, a chunk denoised, a chunk decoded, beside a DiT that needs so many.
-        The cache is that of a stream, which begins after its prompt."""
-        waiting = weights + self.workspace + (self.text if self.text_stays else 0)
-        waiting += self.codec if self.codec_stays else 0
-        streaming = waiting + cache + self.codec_state
+        """Returns the bytes in all at the times "text" (a prompt is encoded), "denoise" and "decode".
+
+        Args:
+            weights: the bytes of the DiT's weights.
+            cache: the bytes of the KV cache, which exists only after the prompt is encoded.
+            activations: the bytes of a pass' activations.
+        """
+        resident = weights + self.workspace + (self.text if self.text_stays else 0)
+        resident += self.codec if self.codec_stays else 0
+        streaming = resident + cache + self.codec_state
         decoding = (0 if self.codec_stays else self.codec) + self.codec_activations
         return {
-            "text": waiting + (0 if self.text_stays else self.text),
+            "text": resident + (0 if self.text_stays else self.text),
             "denoise": streaming + activations,
             "decode": streaming + decoding + (activations if self.decodes_concurrently else 0),
         }

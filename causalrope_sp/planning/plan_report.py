@@ -1,4 +1,4 @@
-"""What `causalrope-sp plan` says: the costs of every strategy as a table, as JSON and as a plot."""
+"""The output of `causalrope-sp plan`: the costs of every strategy as a table, as JSON and as a plot."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from causalrope_sp.planning.machines import Machine
 from causalrope_sp.planning.memory import NO_AUXILIARY, AuxiliaryMemory
 from causalrope_sp.planning.workload import Workload
 
-PLOTTED = (1, 2, 4, 8, 16, 32, 64)
+PLOTTED = (1, 2, 4, 8, 16, 32, 64)  # numbers of ranks
 
 
 def decoding_fields(found: DecodePlan | None) -> dict[str, Any] | None:
-    """Decoding as JSON holds it; `strategy` is that of the ranks that denoise."""
+    """Returns a plan of decoding in the form of JSON, None for None. `strategy` is that of the ranks that denoise."""
     if found is None:
         return None
     values = {name: getattr(found, name) for name in ("decode_ms", "rule", "decoders", "chunk_ms", "fps")}
@@ -27,12 +27,19 @@ def decoding_fields(found: DecodePlan | None) -> dict[str, Any] | None:
 
 
 def fields(cost: Plan) -> dict[str, Any]:
-    """A plan as JSON holds it; "auto" takes the one that is `chosen`."""
+    """Returns a plan in the form of JSON; "auto" uses the plan that is `chosen`."""
     values = dataclasses.asdict(cost) | {"memory_bytes": cost.memory_bytes, "bytes_by_time": cost.bytes_by_time}
     return {name: round(v, 4) if isinstance(v, float) else v for name, v in values.items()}
 
 
 def print_plan(work: Workload, costs: list[Plan], on: Machine) -> None:
+    """Prints the costs of every strategy as a table.
+
+    Args:
+        work: the stream.
+        costs: the plans, one of which is `chosen`.
+        on: the machine.
+    """
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -61,33 +68,39 @@ def print_plan(work: Workload, costs: list[Plan], on: Machine) -> None:
     console.print(table)
     console.print(_memory_in_words(next(p for p in costs if p.chosen)), highlight=False)
     console.print(
-        "Predicted, not measured. Of the rank that has most: GB of memory (! does not fit), calls and MB received in a "
-        "pass. Milliseconds a chunk: computing, communication that nothing hides, all; and the first frames, without "
-        "loading and decoding. eff.: one rank's time against all ranks' together. ← is what auto takes"
-        + (", 2× with --guidance-parallel: a half of the ranks for each branch." if work.guided else "."),
+        "Predicted, not measured, for the rank with the most of each. GB: peak memory (! does not fit); calls, MB: "
+        "collectives and data received in a pass; comp., exp., chunk: ms of a chunk for computing, for exposed "
+        "communication and in all; first: ms to the first frames without loading and decoding; eff.: speedup per rank. "
+        "← is the choice of auto"
+        + ("; 2× is --guidance-parallel: half of the ranks for each branch." if work.guided else "."),
         highlight=False,
     )
     if work.reuse:
-        console.print(_what_is_reused(work, costs), highlight=False)
+        console.print(_reuse_in_words(work, costs), highlight=False)
     uneven = [p for p in costs if p.imbalance > 1.02]
     for p in uneven:
         console.print(f"{p.name}: the busiest rank computes {p.imbalance - 1:.0%} more than the mean", highlight=False)
 
 
 def print_decoding(found: DecodePlan, ranks: int) -> None:
+    """Prints a plan of decoding on so many ranks in one sentence."""
     from rich.console import Console
 
-    way = f"{found.decoders} of {ranks} ranks decode alone" if found.decoders else "all ranks decode together, in turn"
+    arrangement = (
+        f"{found.decoders} of {ranks} ranks decode alone" if found.decoders else "all ranks decode together, in turn"
+    )
     if ranks == 1:
-        way = "one rank does both in turn"
+        arrangement = "one rank does both in turn"
     Console().print(
-        f"Decoding: {found.decode_ms:.0f} ms a chunk on one rank; with it {found.chunk_ms:.0f} ms, {_short(found.fps)} "
-        f"fps if {way}, {found.denoise.name} for the others (DeDiVAE's rule: {found.rule:.2f} decode ranks).",
+        f"Decoding takes {found.decode_ms:.0f} ms a chunk on one rank. A chunk with decoding takes {found.chunk_ms:.0f}"
+        f" ms ({_short(found.fps)} fps) if {arrangement}, with {found.denoise.name} to denoise (DeDiVAE's rule: "
+        f"{found.rule:.2f} decode ranks).",
         highlight=False,
     )
 
 
 def _memory_in_words(cost: Plan) -> str:
+    """The memory of the rank with the most of it: the bytes at each time, and their parts."""
     auxiliary, by_time = cost.auxiliary, cost.bytes_by_time
     parts = {
         "weights": cost.weights_bytes,
@@ -95,22 +108,23 @@ def _memory_in_words(cost: Plan) -> str:
         "activations": cost.activation_bytes,
         "UMT5": auxiliary.text,
         "codec": auxiliary.codec,
-        "its state": auxiliary.codec_state,
-        "its activations": auxiliary.codec_activations,
+        "codec state": auxiliary.codec_state,
+        "codec activations": auxiliary.codec_activations,
         "workspace": auxiliary.workspace,
     }
-    said = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items() if size)
-    times = ", ".join(f"{size / 1e9:.1f} to {time}" for time, size in by_time.items())
-    return f"GB on rank 0 with {cost.strategy}: {times}; of {said}."
+    by_part = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items() if size)
+    times = ", ".join(f"{time} {size / 1e9:.1f}" for time, size in by_time.items())
+    return f"GB on rank 0 with {cost.strategy}: {times}; parts: {by_part}."
 
 
-def _what_is_reused(work: Workload, costs: list[Plan]) -> str:
+def _reuse_in_words(work: Workload, costs: list[Plan]) -> str:
+    """The share of module outputs that passes reuse, by kind, and the bytes that this costs."""
     every = work.config.num_layers * (work.steps + work.guided)
     passes = [work.computed(step, branch) for branch, steps in enumerate(work.passes) for step in range(steps)]
     shares = {kind: 1 - sum(computed[kind] for computed in passes) / every for kind in work.computed(0)}
     most = max(cost.stored_bytes for cost in costs)
-    said = ", ".join(f"{kind} {share:.0%}" for kind, share in shares.items())
-    return f"Of a chunk's outputs are reused: {said}; kept for it, at most {most / 1e9:.2f} GB a rank."
+    by_kind = ", ".join(f"{kind} {share:.0%}" for kind, share in shares.items())
+    return f"Of a chunk's outputs are reused: {by_kind}. A rank stores at most {most / 1e9:.2f} GB of outputs for it."
 
 
 def _short(value: float) -> str:
@@ -118,11 +132,17 @@ def _short(value: float) -> str:
 
 
 def plot_plan(work: Workload, on: Machine, path: Path, auxiliary: AuxiliaryMemory = NO_AUXILIARY) -> None:
-    """Frames a second and memory of the best strategy of each kind over 1 to 64 ranks.
+    """Plots frames a second and memory of the best strategy of each kind over 1 to 64 ranks.
+
+    Args:
+        work: the stream.
+        on: the machine.
+        path: the .png, .svg or .pdf file to write.
+        auxiliary: the memory of a rank in addition to the DiT and its cache.
 
     Raises:
         ConfigError: matplotlib is not installed.
-        OutputError: no .png, .svg or .pdf file can be written there.
+        OutputError: the file has another suffix or cannot be written.
     """
     if path.suffix not in (".png", ".svg", ".pdf") or path.is_dir():
         raise OutputError(f"cannot draw {path}: it must be a .png, .svg or .pdf file")
@@ -163,4 +183,5 @@ def plot_plan(work: Workload, on: Machine, path: Path, auxiliary: AuxiliaryMemor
 
 
 def _kind(strategy: str) -> str:
+    """The name of a strategy without its numbers of ranks."""
     return re.sub(r"ulysses\d+x(.*?)\d+", r"ulysses × \1", strategy)

@@ -1,4 +1,4 @@
-"""Which attention strategy a stream uses."""
+"""Chooses the attention strategy of a stream."""
 
 from __future__ import annotations
 
@@ -13,17 +13,20 @@ from causalrope_sp.planning.workload import Workload
 def choose_strategy(
     workload: Workload, machine: Machine, group: SequenceParallel, auxiliary: AuxiliaryMemory = NO_AUXILIARY
 ) -> Layout:
-    """The layout of the strategy that was asked for or, for "auto", of the one that is predicted to be the fastest of
-    those that fit into memory. The answer is the same on every rank that asks with the same sizes.
+    """Chooses the layout of a stream's attention.
 
     Args:
         workload: the stream.
-        machine: the rates that are predicted with, the same on every rank.
-        group: the ranks, and the strategy that was asked for.
-        auxiliary: what stands beside the DiT in a rank's memory.
+        machine: the rates of a rank, the same on every rank.
+        group: the ranks, and the name of the strategy or "auto".
+        auxiliary: the memory of a rank in addition to the DiT and its cache.
+
+    Returns:
+        The layout of the named strategy. For "auto" it is that of the strategy which is predicted to be the fastest of
+        those that fit into memory; ranks that pass the same arguments get the same layout.
 
     Raises:
-        ConfigError: more ranks than tokens in a frame, or fewer heads than ranks that trade tokens for heads.
+        ConfigError: there are more ranks than tokens in a frame, or fewer heads than `ulysses` ranks.
     """
     group.check(workload.grid, workload.config.num_heads)
     mesh, name = group.mesh, group.strategy

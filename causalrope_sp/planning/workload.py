@@ -1,7 +1,4 @@
-"""A stream as the cost model sees it: sizes, and what of a pass is computed.
-
-Shapes: S tokens of a frame, D model width.
-"""
+"""A stream as the cost model sees it: its sizes, and the modules that each pass computes."""
 
 from __future__ import annotations
 
@@ -16,9 +13,21 @@ from causalrope_sp.reuse.policy import CAUSAL_KINDS, Kind, ReusePlan, ReusePolic
 
 @dataclass(frozen=True)
 class Workload:
-    """A stream: its model, its picture in tokens, window and chunk in latent frames, denoise passes a chunk, and how
-    many of these are guided, so that a second branch, with a cache of its own, makes a pass too; `fp8` if the matrices
-    of the blocks are kept in 8 bits. `reuse` is what each branch's passes take over from one another, if anything."""
+    """The sizes of a stream.
+
+    Args:
+        config: the sizes of the model.
+        grid: the latent frame in tokens.
+        window: the window in latent frames.
+        chunk_frames: the latent frames of a chunk.
+        steps: the denoise passes of a chunk in the conditional branch.
+        batch: B.
+        itemsize: the bytes of a number in weights, cache and activations.
+        fp8: whether the matrices of the blocks are stored in 8 bits.
+        guided: how many of the passes are guided, so that the unconditional branch, with a cache of its own, makes a
+            pass too.
+        reuse: the reuse plan of each branch, or empty.
+    """
 
     config: DiTConfig
     grid: LatentGrid
@@ -43,31 +52,48 @@ class Workload:
         itemsize: int = 2,
         reuse: ReusePolicy | None = None,
     ) -> Workload:
-        """A stream as it is configured, `window` latent frames long at most."""
+        """Makes the workload of a stream from its configuration.
+
+        Args:
+            config: the sizes of the model.
+            grid: the latent frame in tokens.
+            stream: the options of the stream.
+            sampler: the options of the sampler.
+            window: the window in latent frames; a chunk is at most as long.
+            batch: B.
+            itemsize: the bytes of a number in weights, cache and activations.
+            reuse: the reuse policy, or None.
+        """
         chunk, guided = min(stream.chunk_frames, window), sum(guided_steps(sampler))
         plans: tuple[ReusePlan, ...] = ()
         if reuse is not None:
-            told = [branch_timesteps(sampler, negative) for negative in ((False, True) if guided else (False,))]
-            plans = tuple(ReusePlan.of_causal(reuse, each, config.num_layers) for each in told)
+            branches = (False, True) if guided else (False,)  # conditional, unconditional
+            timesteps = [branch_timesteps(sampler, unconditional) for unconditional in branches]
+            plans = tuple(ReusePlan.of_causal(reuse, each, config.num_layers) for each in timesteps)
         return cls(config, grid, window, chunk, len(sampler.steps), batch, itemsize, guided=guided, reuse=plans)
 
     @property
     def passes(self) -> list[int]:
-        """How many each branch makes in a chunk."""
+        """The denoise passes of a chunk in each branch of guidance."""
         return [self.steps, self.guided] if self.guided else [self.steps]
 
     def computed(self, step: int, branch: int = 0) -> dict[Kind, int]:
-        """In how many layers pass `step` of a branch's chunk computes what; the others reuse."""
+        """Returns in how many layers a pass computes each kind of module; the other layers reuse its output.
+
+        Args:
+            step: the number of the pass in its chunk.
+            branch: 0 for the conditional, 1 for the unconditional branch of guidance.
+        """
         every = self.config.num_layers
         return {kind: self.reuse[branch].computed(step, kind) if self.reuse else every for kind in CAUSAL_KINDS}
 
     @cached_property
     def linear_flops(self) -> int:
-        """FLOPs a token of all matrix products but attention's. What a frame or a prompt needs once is left out."""
+        """FLOPs a token of all linear layers. Layers that run once per frame or per prompt are left out."""
         return self.linear_flops_of(self.computed(0))
 
     def linear_flops_of(self, computed: dict[Kind, int]) -> int:
-        """Those of a pass that computes so much."""
+        """Returns the FLOPs a token of the linear layers of a pass that computes these modules (see `computed`)."""
         c = self.config
         weights = {"self": 4 * c.dim, "cross": 2 * c.dim, "mlp": 2 * c.ffn_dim}  # a layer's, by output of width `dim`
         layers = sum(2 * c.dim * weights[kind] * count for kind, count in computed.items())
@@ -80,6 +106,7 @@ class Workload:
 
     @cached_property
     def parameters(self) -> int:
+        """The parameters of the model."""
         c = self.config
         d, layer = c.dim, 0
         layer += 3 * d * d + 3 * d + d * d + d + 2 * d  # self-attention with its norms
@@ -92,12 +119,13 @@ class Workload:
 
     @property
     def matrices(self) -> int:
-        """Numbers in all matrices of the blocks."""
+        """The parameters in all matrices of the blocks."""
         c = self.config
         return c.num_layers * c.dim * (8 * c.dim + 2 * c.ffn_dim)
 
     @property
     def weights_bytes(self) -> int:
+        """The bytes of the model's weights on the device."""
         c, full = self.config, self.parameters * self.itemsize
         scales = 4 * c.num_layers * (9 * c.dim + c.ffn_dim)
         return full - (self.itemsize - 1) * self.matrices + scales if self.fp8 else full

@@ -1,4 +1,4 @@
-"""The operations between the matrix products of a causal video DiT. Imports nothing of causalrope_sp."""
+"""The operations between the matrix products of a causal video DiT. This package imports nothing of causalrope_sp."""
 
 from causalrope_kernels.arguments import (
     Affine,

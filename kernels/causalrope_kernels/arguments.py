@@ -1,4 +1,4 @@
-"""What the operations take, beside tensors: rotations, keys, and where results go.
+"""Argument types of the operations: rotations, keys, modulations, sources of q, k, v and slots for the results.
 
 Shapes: B batch, F frames of a pass, s tokens of a frame, T = F·s, L keys, H heads, d head width, D = H·d, K slots of a
 ring, E angles of one axis (over all three axes E = d/2).
@@ -16,13 +16,24 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Rotation:
-    """Rotary angles of the tokens of a pass, axis by axis: token j of a frame stands at g = start + j in its grid.
+    """Rotary angles of the tokens of a pass, axis by axis. Token j of a frame has index start + j in its grid.
 
-    A table holds the cosines, [:, 0], and sines, [:, 1], of every place on its axis, (places, 2, E). A head's channels
-    2i and 2i + 1 are a pair; its first pairs are turned by time, then come those of row and of column (Wan: d//6 each,
-    and time has the rest). Queries and keys of frame f stand at `query_times_F[f]` and `key_times_F[f]`, integers on
-    the device: where a stream stands is no part of a kernel. They are in [0, places): whoever makes them sees to that.
-    With the `absolute` policy both are the global time index, with `relative` a key's is 0 until it is read.
+    A table holds the cosines, [:, 0], and sines, [:, 1], of every position on its axis, (positions, 2, E). Channels 2i
+    and 2i + 1 of a head are a pair. The first pairs rotate by time, the next by row, the last by column (Wan: d//6 each
+    for row and column, the rest for time).
+
+    Args:
+        time: the table of the time axis.
+        row: the table of the rows of the grid.
+        column: the table of the columns of the grid.
+        query_times_F: the time positions of every frame's queries, integers on the device in [0, positions). They are
+            not checked, since a kernel cannot read them on the host. In the `absolute` policy a position is the frame's
+            global time index.
+        key_times_F: the time positions of every frame's keys. In the `relative` policy they are 0: keys are rotated in
+            time when they are read.
+        start: the first token of a frame on this rank.
+        tokens: s, the tokens of a frame on this rank.
+        columns: the columns of the grid, in tokens.
     """
 
     time: Tensor
@@ -35,7 +46,7 @@ class Rotation:
     columns: int
 
     def part(self, frames: slice) -> Rotation:
-        """That of some of the frames; made once, since every layer asks."""
+        """Returns the rotation of some of the frames. It is made once, since every layer needs it."""
         which = frames.indices(len(self.query_times_F))
         if which not in self._parts:
             frames = slice(*which)
@@ -50,27 +61,31 @@ class Rotation:
 
     @cached_property
     def of_queries(self) -> tuple[Tensor, Tensor]:
-        """Cosine and sine of every token's angles, each (T, d/2)."""
+        """Cosines and sines of the angles of every query, each (T, d/2)."""
         return self._of_tokens(self.query_times_F)
 
     @cached_property
     def of_keys(self) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the angles of every key, each (T, d/2)."""
         return self.of_queries if self.key_times_F is self.query_times_F else self._of_tokens(self.key_times_F)
 
     def _of_tokens(self, times_F: Tensor) -> tuple[Tensor, Tensor]:
-        place = torch.arange(self.start, self.start + self.tokens, device=self.time.device)
-        where = torch.cat([self.row[place // self.columns], self.column[place % self.columns]], -1)
-        when = self.time[times_F].unsqueeze(1).expand(-1, self.tokens, -1, -1)
-        angles = torch.cat([when, where.expand(len(times_F), -1, -1, -1)], -1).flatten(0, 1)
+        """Cosines and sines of every token's angles for frames at these time positions."""
+        index = torch.arange(self.start, self.start + self.tokens, device=self.time.device)
+        spatial = torch.cat([self.row[index // self.columns], self.column[index % self.columns]], -1)
+        temporal = self.time[times_F].unsqueeze(1).expand(-1, self.tokens, -1, -1)
+        angles = torch.cat([temporal, spatial.expand(len(times_F), -1, -1, -1)], -1).flatten(0, 1)
         return angles[:, 0], angles[:, 1]
 
 
 @dataclass(frozen=True)
 class Slots:
-    """Where q, k or v of some heads go: `x`, (B, F, s, h, d), a view of a send buffer, say.
+    """Memory that q, k or v of some heads are written to.
 
-    With `slots_F`, integers on the device, `x` is a ring (B, K, s, h, d) and frame f goes to slot `slots_F[f]`. They
-    are different and in [0, K): whoever makes them sees to that, for a kernel cannot ask.
+    Args:
+        x: a tensor (B, F, s, h, d), such as a view of a send buffer. With `slots_F` it is a ring (B, K, s, h, d).
+        slots_F: the slot of the ring that each frame is written to, int64 on the device, all different and in [0, K).
+            They are not checked, since a kernel cannot read them on the host.
     """
 
     x: Tensor
@@ -79,9 +94,11 @@ class Slots:
 
 @dataclass(frozen=True)
 class RotateOnRead:
-    """How keys are turned on read, the `relative` policy: slot by slot, by the cosines and sines of its place in time.
+    """The rotation in time of cached keys when they are read (the `relative` policy), slot by slot.
 
-    `table` is (K, 2, E) and turns the first E channel pairs, those of time; `tokens` rows of the keys are one slot.
+    Args:
+        table: cosines and sines of each slot's time position, (K, 2, E). They rotate the first E channel pairs.
+        tokens: the rows of the keys that make one slot.
     """
 
     table: Tensor
@@ -90,10 +107,15 @@ class RotateOnRead:
 
 @dataclass(frozen=True)
 class Keys:
-    """Keys and values, each (B, L, H, d), of which the rows in `stretches`, disjoint [first, stop), are attended.
+    """Keys and values, and the ranges of their rows that attention reads.
 
-    `bounds_N2` is the same on the device, in int32: a Triton kernel reads it there, so that what is attended may change
-    under a captured graph. Without stretches all rows are attended.
+    Args:
+        k: the keys, (B, L, H, d).
+        v: the values, (B, L, H, d).
+        ranges: the rows that are read, as disjoint [first, stop); None reads all rows.
+        bounds_N2: the same ranges on the device, in int32. The Triton kernel reads them there, so that the ranges may
+            change between replays of a captured graph.
+        rotate_on_read: the rotation of the keys, or None for keys that are rotated already.
     """
 
     k: Tensor
@@ -103,14 +125,17 @@ class Keys:
     rotate_on_read: RotateOnRead | None = None
 
     def heads(self, part: slice) -> Keys:
+        """Returns the keys and values of some of the heads."""
         return replace(self, k=self.k[:, :, part], v=self.v[:, :, part])
 
 
 @dataclass(frozen=True)
 class ByFrame:
-    """A vector that every token of a frame shares: what time makes of the frame plus what is learned.
+    """A vector that all tokens of a frame share: the sum of its two parts.
 
-    `time_FD` is (F, D), or (B, F, D) where the batch differs; `learned_D` is (D,).
+    Args:
+        time_FD: the part from the time embedding, (F, D), or (B, F, D) where batch entries differ.
+        learned_D: the learned part, (D,).
     """
 
     time_FD: Tensor
@@ -118,16 +143,17 @@ class ByFrame:
 
     @staticmethod
     def unbind(time_FND: Tensor, learned_ND: Tensor) -> list[ByFrame]:
-        """The N vectors of a block's modulation, (…, F, N, D) and (N, D)."""
+        """Returns the N vectors of a block's modulation, from their parts (…, F, N, D) and (N, D)."""
         return [ByFrame(t, w) for t, w in zip(time_FND.unbind(-2), learned_ND.unbind(0), strict=True)]
 
     def frames(self, part: slice) -> ByFrame:
+        """Returns the vectors of some of the frames."""
         return ByFrame(self.time_FD[..., part, :], self.learned_D)
 
 
 @dataclass(frozen=True)
 class Modulation:
-    """After a LayerNorm without weights: x·(1 + scale) + shift, with those of the token's frame."""
+    """A LayerNorm without weights, then x·(1 + scale) + shift with the vectors of the token's frame."""
 
     shift: ByFrame
     scale: ByFrame
@@ -136,7 +162,7 @@ class Modulation:
 
 @dataclass(frozen=True)
 class Affine:
-    """After a LayerNorm: x·weight + bias, each (D,)."""
+    """A LayerNorm, then x·weight + bias with vectors of (D,)."""
 
     weight: Tensor
     bias: Tensor
@@ -148,7 +174,16 @@ Norm = Modulation | Affine
 
 @dataclass(frozen=True)
 class Projection:
-    """The packed projection to q, k, v, (B, F, s, 3·D), from which q and k are normed over all of D, then rotated."""
+    """The packed projection to q, k, v, and how q and k are normed over all of D and then rotated.
+
+    Args:
+        qkv_BFSN: the projection, (B, F, s, 3·D).
+        q_weight: the weight of the RMSNorm of q, (D,).
+        k_weight: the weight of the RMSNorm of k, (D,).
+        rotation: the rotary angles of the tokens.
+        heads: H.
+        eps: the epsilon of both norms.
+    """
 
     qkv_BFSN: Tensor
     q_weight: Tensor
@@ -169,15 +204,16 @@ class Projection:
         return self.qkv_BFSN
 
     def part(self, frames: slice) -> Projection:
-        """That of some of the frames."""
+        """Returns the projection of some of the frames."""
         return replace(self, qkv_BFSN=self.qkv_BFSN[:, frames], rotation=self.rotation.part(frames))
 
 
 @dataclass(frozen=True)
 class Pieces:
-    """q, k, v as they arrived: a piece a rank, (N, B, F, s_r, H, d), the ranks' tokens of a frame in order.
+    """q, k, v as a collective delivered them: one piece per rank, in the order of the ranks' tokens of a frame.
 
-    N is 3 for q, k, v and 2 for k, v. All pieces are parts of one buffer.
+    Args:
+        pieces: tensors (N, B, F, s_r, H, d), parts of one buffer. N is 3 for q, k, v and 2 for k, v.
     """
 
     pieces: Sequence[Tensor]
@@ -194,7 +230,7 @@ class Pieces:
         return self.pieces[0]
 
     def part(self, frames: slice) -> Pieces:
-        """Those of some of the frames."""
+        """Returns the pieces of some of the frames."""
         return Pieces([piece[:, :, frames] for piece in self.pieces])
 
 

@@ -1,6 +1,8 @@
-"""Attention of the queries of a pass on the keys of a cache, by one name over several libraries.
+"""Attention of the queries of a pass on the keys of a cache: one interface over several libraries.
 
-`auto` takes, on CUDA, what was measured to be fastest for the shape (`attention_choice`); on the CPU torch's own.
+On CUDA, `auto` uses the backend that was measured to be the fastest for the shape (`attention_choice`). On the CPU it
+uses torch's attention.
+
 Shapes: B batch, T queries, L keys, H heads, d head width.
 """
 
@@ -21,16 +23,20 @@ ATTENTION_BACKENDS = ("auto", "torch", "triton", *LIBRARIES)
 
 
 def attention(q_BTHD: Tensor, keys: Keys, backend: str = "auto") -> Tensor:
-    """Every query attends every key: softmax(q·kᵀ/√d)·v, (B, T, H, d). The order of the keys does not matter.
+    """Computes softmax(q·kᵀ/√d)·v, where every query attends every key. The order of the keys does not matter.
 
     Args:
         q_BTHD: the queries.
-        keys: keys and values, and which of their rows are attended.
-        backend: one of `ATTENTION_BACKENDS`. "torch" is whatever torch has for the device, and alone has a gradient.
+        keys: keys and values, and the ranges of rows that are attended.
+        backend: one of `ATTENTION_BACKENDS`. "torch" is torch's attention for the device, and the only one with a
+            gradient.
+
+    Returns:
+        What the queries attend, (B, T, H, d).
 
     Raises:
-        ValueError: shapes, strides, dtypes or devices that do not fit, an unknown backend, one that is not installed
-            or cannot go here.
+        ValueError: a shape, stride, dtype or device does not fit, or the backend is unknown, not installed or cannot
+            run on these tensors.
     """
     check.attention(q_BTHD, keys)
     chosen = _choose(backend, q_BTHD, keys)
@@ -42,9 +48,17 @@ def attention(q_BTHD: Tensor, keys: Keys, backend: str = "auto") -> Tensor:
 
 
 def attention_parts(q_BTHD: Tensor, keys: Keys, backend: str = "auto") -> list[Partial]:
-    """Attention over disjoint parts of the keys with its log-sum-exp, (B, T, H, d) and (B, T, H), to be merged.
+    """Computes attention over disjoint parts of the keys, to be combined by `merge`.
 
-    A library makes a part of every stretch, the Triton kernel some shares of all. No keys at all give zeros and -inf.
+    A library makes one part of every range; the Triton kernel makes some shares of all ranges.
+
+    Args:
+        q_BTHD: the queries.
+        keys: keys and values, and the ranges of rows that are attended.
+        backend: one of `ATTENTION_BACKENDS`.
+
+    Returns:
+        For every part the output, (B, T, H, d), and its log-sum-exp, (B, T, H): zeros and -inf where there is no key.
 
     Raises:
         ValueError: as `attention`.
@@ -54,6 +68,7 @@ def attention_parts(q_BTHD: Tensor, keys: Keys, backend: str = "auto") -> list[P
 
 
 def _parts(chosen: str, q_BTHD: Tensor, keys: Keys) -> list[Partial]:
+    """Partial attention by the chosen backend; at least one part."""
     if chosen == "triton":
         from causalrope_kernels.attention_kernel import attend
 
@@ -67,12 +82,19 @@ def _parts(chosen: str, q_BTHD: Tensor, keys: Keys) -> list[Partial]:
 
 
 def merge(parts: Sequence[Partial], backend: str = "auto") -> Partial:
-    """Attention over the union of disjoint key sets, from the attention over each: n-way, by log-sum-exp.
+    """Merges attention over disjoint sets of keys into attention over their union, n-way, by log-sum-exp.
 
-    Parts without any key (lse -inf) weigh nothing; if no part has one, the result is zeros and -inf.
+    A part without keys (log-sum-exp -inf) has weight 0. If no part has keys, the result is zeros and -inf.
+
+    Args:
+        parts: the outputs, (B, T, H, d), with their log-sum-exps, (B, T, H).
+        backend: "auto", "torch" or "triton".
+
+    Returns:
+        The output over all keys, (B, T, H, d), and its log-sum-exp, (B, T, H).
 
     Raises:
-        ValueError: no parts, or parts that differ in shape, dtype or device.
+        ValueError: there are no parts, or they differ in shape, dtype or device.
     """
     check.parts(parts)
     if len(parts) == 1:
@@ -85,6 +107,7 @@ def merge(parts: Sequence[Partial], backend: str = "auto") -> Partial:
 
 
 def _choose(backend: str, q_BTHD: Tensor, keys: Keys) -> str:
+    """The backend that runs: "torch", "triton" or one of `LIBRARIES`."""
     if backend not in ATTENTION_BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(ATTENTION_BACKENDS)}, not {backend!r}")
     if backend in LIBRARIES:
@@ -98,7 +121,7 @@ def _choose(backend: str, q_BTHD: Tensor, keys: Keys) -> str:
 
 
 def _torch(q_BTHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor) -> Partial:
-    """With the log-sum-exp that torch's kernels compute and its public function drops."""
+    """Torch's attention with the log-sum-exp, which its kernels compute and its public function drops."""
     if q_BTHD.device.type == "cpu":
         q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BLHD, v_BLHD))
         output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
@@ -110,7 +133,15 @@ def _torch(q_BTHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor) -> Partial:
 
 
 def attention_obstacle(backend: str, device: torch.device) -> str | None:
-    """Why no attention of this backend can run on a device, or None; before there are any queries."""
+    """Says before a stream starts why a backend cannot run on a device.
+
+    Args:
+        backend: one of `ATTENTION_BACKENDS`.
+        device: where the queries will live.
+
+    Returns:
+        The reason, as a phrase that follows the backend's name, or None if the backend can run.
+    """
     example = torch.empty(1, 1, 1, 64, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32, device=device)
     if backend in LIBRARIES:
         return LIBRARIES[backend].obstacle(example)

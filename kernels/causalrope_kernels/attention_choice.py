@@ -1,7 +1,7 @@
-"""Which attention is fastest for a shape: measured once on the machine, remembered, and said in the log.
+"""Measures which attention backend is the fastest for a shape, once per process, and logs the result.
 
-What can be asked of a library is attention over plain rows; where keys are turned on read, or where a captured graph
-must find the bounds on the device, only the Triton kernel goes, and nothing is measured.
+A library attends plain rows only. Where keys are rotated on read, or where a captured graph reads the ranges on the
+device, the Triton kernel is the only candidate and nothing is measured.
 """
 
 from __future__ import annotations
@@ -21,15 +21,24 @@ from causalrope_kernels.backend import use_triton
 from causalrope_kernels.reference import Partial
 from causalrope_kernels.tables import launching_on
 
-RUNS = 5
-MOST_KEYS = 1 << 14  # more would change no choice
+RUNS = 5  # the median of so many is taken
+MOST_KEYS = 1 << 14  # more keys would not change the choice
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Shape:
-    """All that the choice depends on. Of the keys it is the order of magnitude alone: what is attended grows from chunk
-    to chunk, and nothing is to be measured anew while somebody waits."""
+    """The sizes that the choice depends on.
+
+    Args:
+        device: where the tensors live.
+        dtype: of queries, keys and values.
+        batch: B.
+        queries: T.
+        keys: L.
+        heads: H.
+        width: d.
+    """
 
     device: torch.device
     dtype: torch.dtype
@@ -40,13 +49,22 @@ class Shape:
     width: int
 
     def rounded(self) -> Shape:
-        """With the keys' order of magnitude for their number."""
+        """Returns the shape with the number of keys rounded up to a power of two, at most `MOST_KEYS`.
+
+        A window fills from chunk to chunk; without rounding, every new length would be measured during the stream.
+        """
         return replace(self, keys=min(MOST_KEYS, 1 << max(0, self.keys - 1).bit_length()))
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Milliseconds of every backend that could go, and of those that could but were wrong or failed, why."""
+    """The result of a measurement.
+
+    Args:
+        chosen: the fastest backend.
+        milliseconds: the time of every backend that ran and was right.
+        refused: the reason for every backend that failed or was wrong.
+    """
 
     chosen: str
     milliseconds: dict[str, float]
@@ -54,14 +72,18 @@ class Measured:
 
 
 def choose(q_BTHD: Tensor, keys: Keys) -> str:
-    """The backend for these queries and keys: "torch", "triton" or one of `LIBRARIES`."""
+    """Chooses the backend for these queries, (B, T, H, d), and keys.
+
+    Returns:
+        "torch", "triton" or one of `LIBRARIES`.
+    """
     triton = use_triton("auto", q_BTHD, keys.k, keys.v)
     if not triton or not q_BTHD.is_cuda or keys.rotate_on_read is not None or not q_BTHD.numel():
         return "triton" if triton else "torch"
     batch, queries, heads, width = q_BTHD.shape
     shape = Shape(q_BTHD.device, q_BTHD.dtype, batch, queries, keys.k.shape[1], heads, width).rounded()
     if torch.cuda.is_current_stream_capturing():
-        # a library takes its number of keys from the host, where a graph cannot change it
+        # a library takes its number of keys from the host, so a captured graph could not change it
         return "triton" if keys.bounds_N2 is not None else measure(shape).chosen
     with launching_on(q_BTHD):
         return measure(shape).chosen
@@ -69,8 +91,9 @@ def choose(q_BTHD: Tensor, keys: Keys) -> str:
 
 @cache
 def measure(shape: Shape) -> Measured:
-    """Times every exact backend on this shape, with keys strided as a cache has them, and takes the fastest that is
-    right: whose output is no further from the reference than a few roundings to the dtype.
+    """Times every exact backend on random numbers of this shape and chooses the fastest that is right.
+
+    A backend is right if its output differs from the reference by at most a few roundings to the dtype.
     """
     q, k, v = _random(shape)
     rows = min(shape.queries, 64)
@@ -88,12 +111,12 @@ def measure(shape: Shape) -> Measured:
                 times[name] = median_milliseconds(run)
             else:
                 refused[name] = fault
-        except Exception as error:  # whatever a library or a compiler trips over
+        except Exception as error:  # a library or a compiler may raise anything
             refused[name] = str(error).splitlines()[0] if str(error) else type(error).__name__
     chosen = min(times, key=times.__getitem__, default="triton")
-    said = ", ".join(f"{name} {ms:.3g} ms" for name, ms in sorted(times.items(), key=lambda item: item[1]))
+    timings = ", ".join(f"{name} {ms:.3g} ms" for name, ms in sorted(times.items(), key=lambda item: item[1]))
     _log.info("attention of %d on %d tokens, %d heads of %d, %s, by %s: %s", shape.queries, shape.keys, shape.heads,
-              shape.width, str(shape.dtype).removeprefix("torch."), chosen, said)  # fmt: skip
+              shape.width, str(shape.dtype).removeprefix("torch."), chosen, timings)  # fmt: skip
     for name, why in refused.items():
         _log.info("attention: %s is left out: %s", name, why)
     return Measured(chosen, times, refused)
@@ -108,6 +131,7 @@ def by_triton(q: Tensor, k: Tensor, v: Tensor) -> Partial:
 
 
 def _random(shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
+    """Random q, k and v; k and v are strided as a cache strides them."""
     generator = torch.Generator(shape.device).manual_seed(0)
 
     def draw(*sizes: int) -> Tensor:
@@ -119,11 +143,12 @@ def _random(shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _fault(result: Partial, expected: Partial, rows: int) -> str | None:
+    """Why the first `rows` queries of a result are wrong, or None."""
     (output, lse), (right, right_lse) = result, expected
     if output.shape[1] < rows or output[:, :rows].shape != right.shape or lse[:, :rows].shape != right_lse.shape:
         return f"its output has shape {tuple(output.shape)}, its log-sum-exp {tuple(lse.shape)}"
     error = (output[:, :rows].double() - right.double()).abs().max().item()
-    roundings = 4 if right.dtype.itemsize == 2 else 64  # in float32 those of the sums show, too
+    roundings = 4 if right.dtype.itemsize == 2 else 64  # in float32 the roundings of the sums count, too
     bound = roundings * torch.finfo(right.dtype).eps * right.double().abs().max().item()
     drift = (lse[:, :rows].double() - right_lse.double()).abs().max().item()
     if not error <= bound or not drift <= 1e-2:
@@ -132,7 +157,7 @@ def _fault(result: Partial, expected: Partial, rows: int) -> str | None:
 
 
 def median_milliseconds(run: Callable[[], object]) -> float:
-    """The median of a few runs, on the current device."""
+    """The median time of `RUNS` runs on the current device."""
     run()
     pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(RUNS)]
     for began, ended in pairs:

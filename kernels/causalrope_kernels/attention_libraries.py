@@ -1,7 +1,7 @@
-"""Attention kernels that other people keep, each behind the same call: (q, k, v) to the output and its log-sum-exp.
+"""Attention kernels of other libraries behind one call: (q, k, v) to the output and its log-sum-exp.
 
-A library is imported when it is first asked for. All but `sage` are exact to the rounding of the numbers' type; sage
-computes in 8 bits, so it runs only where it is named.
+A library is imported at its first use. All but `sage` are exact to the rounding of the dtype; sage computes in 8 bits,
+so it runs only if it is named.
 """
 
 from __future__ import annotations
@@ -22,14 +22,16 @@ _HALF = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Library:
-    """`run` takes q (B, T, H, d), k and v (B, L, H, d); L and T are at least 1.
+    """An attention library and its limits.
 
     Args:
-        module: what must be installed; None for torch's own.
-        dtypes: which it computes in.
-        widest: the largest head width; all need one that 8 divides.
-        capability: CUDA compute capabilities, major version, that it runs on: at least the first, at most the second.
-        exact: whether its error is that of the numbers' type.
+        run: takes q, (B, T, H, d), and k and v, (B, L, H, d), with T and L at least 1. It returns the output,
+            (B, T, H, d), and its log-sum-exp, (B, T, H).
+        module: the module that must be installed; None for a kernel of torch.
+        dtypes: the dtypes that it computes in.
+        widest: the largest head width. Every library needs a head width that 8 divides.
+        capability: the lowest and the highest major CUDA compute capability that it runs on.
+        exact: whether its error is no more than the rounding of the dtype.
     """
 
     run: Run
@@ -40,9 +42,9 @@ class Library:
     exact: bool = True
 
     def obstacle(self, q_BTHD: Tensor) -> str | None:
-        """Why it cannot attend with these queries, or None."""
+        """Returns why the library cannot attend with these queries, as a phrase that follows its name, or None."""
         if self.module is not None and not is_installed(self.module):
-            return f"is not installed: expected a module {self.module}, not none"
+            return f"is not installed: it needs the module {self.module}"
         if not q_BTHD.is_cuda:
             return f"runs on cuda, not on {q_BTHD.device}"
         if q_BTHD.dtype not in self.dtypes:
@@ -57,7 +59,7 @@ class Library:
 
 @cache
 def is_installed(module: str) -> bool:
-    """Whether it can be imported: one that is broken, as after another torch was installed, counts as absent."""
+    """Whether a module can be imported. One that fails, such as a build for another torch, counts as absent."""
     try:
         return find_spec(module) is not None
     except ImportError:
@@ -65,6 +67,7 @@ def is_installed(module: str) -> bool:
 
 
 def _heads_first(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v as (B, H, T, d), the layout of torch's kernels."""
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
@@ -96,7 +99,7 @@ def _flash_attn_3(q: Tensor, k: Tensor, v: Tensor) -> Partial:
 
     try:
         output, lse, *_ = flash_attn_func(q, k, v, return_attn_probs=True)
-    except TypeError:  # before it had that option it always returned both
+    except TypeError:  # older releases lack the option and always return both
         output, lse, *_ = flash_attn_func(q, k, v)
     return output, lse.transpose(1, 2)
 
@@ -106,7 +109,7 @@ def _flash_attn_4(q: Tensor, k: Tensor, v: Tensor) -> Partial:
 
     try:
         output, lse, *_ = flash_attn_func(q, k, v, return_lse=True)
-    except TypeError:  # as above
+    except TypeError:  # older releases lack the option and always return both
         output, lse, *_ = flash_attn_func(q, k, v)
     return output, lse.transpose(1, 2)
 

@@ -1,4 +1,4 @@
-"""Which backend an operation runs on, chosen per call."""
+"""The choice between Triton and torch, made per call."""
 
 from __future__ import annotations
 
@@ -14,22 +14,26 @@ Backend = Literal["auto", "triton", "torch"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TRITON = find_spec("triton") is not None
-INTERPRETER_HAS_BFLOAT16 = False  # Triton 3.9's rounds to it by cutting, and multiplies it as if it were of integers
+INTERPRETER_HAS_BFLOAT16 = False  # Triton 3.9's interpreter truncates to bfloat16 and multiplies it as integers
 
 
 def use_triton(backend: str, *tensors: Tensor | None) -> bool:
-    """Whether Triton's kernel runs. "auto" takes it on CUDA wherever it can go: not in float64, and not where a
-    gradient is wanted, since the kernels have no backward.
+    """Returns whether the Triton kernel of an operation runs.
+
+    Args:
+        backend: "auto", "triton" or "torch". "auto" uses Triton on CUDA, except in float64 and where a gradient is
+            required, since the kernels have no backward.
+        tensors: the arguments of the operation; None is skipped.
 
     Raises:
-        ValueError: an unknown name, or "triton" where its kernel cannot go.
+        ValueError: the name is unknown, or it is "triton" and the kernel cannot run on these tensors.
     """
-    given = [x for x in tensors if x is not None]
+    present = [x for x in tensors if x is not None]
     if backend == "auto":
-        return TRITON and runs_triton(given[0].device) and obstacle(given) is None
+        return TRITON and runs_triton(present[0].device) and obstacle(present) is None
     if backend not in ("triton", "torch"):
         raise ValueError(f"backend: expected auto, triton or torch, not {backend!r}")
-    why = obstacle(given) if TRITON else "is not installed"
+    why = obstacle(present) if TRITON else "is not installed"
     if backend == "triton" and why is not None:
         raise ValueError(f"backend: triton {why}")
     return backend == "triton"
@@ -37,17 +41,20 @@ def use_triton(backend: str, *tensors: Tensor | None) -> bool:
 
 @cache
 def runs_triton(device: torch.device) -> bool:
-    """Whether Triton's kernels are what runs on a device if nothing is said: on GPUs from Ampere on."""
+    """Returns whether "auto" uses Triton on a device: on GPUs of compute capability 8.0 (Ampere) and above."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
 
 
 def interpreted() -> bool:
-    """Whether kernels run on the CPU, by Triton's interpreter: as TRITON_INTERPRET stood when they were first used."""
+    """Returns whether TRITON_INTERPRET asks for Triton's interpreter, which runs kernels on the CPU.
+
+    Triton itself reads the variable when a kernel is defined; a later change has no effect on that kernel.
+    """
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def obstacle(tensors: list[Tensor]) -> str | None:
-    """Why Triton's kernels cannot go with these, or None."""
+    """Returns why Triton's kernels cannot run on these tensors, as a phrase that follows "triton", or None."""
     for x in tensors:
         if x.dtype not in DTYPES:
             return f"runs in {', '.join(str(d).removeprefix('torch.') for d in DTYPES)}, not in {x.dtype}"

@@ -1,4 +1,7 @@
-"""What an operation refuses before anything is launched: a ValueError names the argument, the expected, the given."""
+"""Checks of an operation's arguments before a launch. A ValueError names the argument, the expected and the actual.
+
+One function checks one operation and has its name; the other functions check one kind of argument each.
+"""
 
 from __future__ import annotations
 
@@ -22,14 +25,14 @@ from causalrope_kernels.arguments import (
 
 
 def shape(name: str, x: Tensor, expected: Sequence[int | None], meaning: str) -> None:
-    """`expected` holds None where any size will do."""
+    """Checks the shape of `x`; `expected` holds None where any size is right, `meaning` names the axes."""
     if x.ndim != len(expected) or any(e is not None and e != n for n, e in zip(x.shape, expected)):
         sizes = ", ".join("any" if e is None else str(e) for e in expected)
         raise ValueError(f"{name}: expected shape {meaning} = ({sizes}), not {tuple(x.shape)}")
 
 
 def same(name: str, x: Tensor, like: Tensor, *, dtype: bool = True) -> None:
-    """On the same device, and of the same dtype."""
+    """Checks that `x` is on the device of `like` and, with `dtype`, has its dtype."""
     if x.device != like.device:
         raise ValueError(f"{name}: expected to be on {like.device}, not {x.device}")
     if dtype and x.dtype != like.dtype:
@@ -39,7 +42,7 @@ def same(name: str, x: Tensor, like: Tensor, *, dtype: bool = True) -> None:
 
 
 def dense(name: str, x: Tensor, axes: int = 1) -> None:
-    """The last `axes` axes lie in memory without gaps."""
+    """Checks that the last `axes` axes lie in memory without gaps."""
     if not x.numel():
         return
     step = 1
@@ -50,6 +53,7 @@ def dense(name: str, x: Tensor, axes: int = 1) -> None:
 
 
 def whole_numbers(name: str, x: Tensor, count: int, like: Tensor) -> None:
+    """Checks that `x` holds `count` integers on the device of `like`."""
     if x.shape != (count,) or x.dtype not in (torch.int32, torch.int64) or x.device != like.device:
         raise ValueError(
             f"{name}: expected {count} integers on {like.device}, not {x.dtype} of shape {tuple(x.shape)} on {x.device}"
@@ -58,13 +62,14 @@ def whole_numbers(name: str, x: Tensor, count: int, like: Tensor) -> None:
 
 
 def vector(name: str, x: Tensor, width: int, like: Tensor) -> None:
+    """Checks that `x` is (width,), on the device of `like`."""
     shape(name, x, (width,), "(D,)")
     same(name, x, like, dtype=False)
     dense(name, x)
 
 
 def by_frame(name: str, vectors: ByFrame, x_BTD: Tensor) -> None:
-    """One vector a frame, of a number of frames that divides the tokens."""
+    """Checks that there is one vector per frame, and that the number of frames divides the tokens of `x_BTD`."""
     time, (batch, tokens, width) = vectors.time_FD, x_BTD.shape
     if time.ndim not in (2, 3):
         raise ValueError(f"{name}.time_FD: expected two or three axes, not {tuple(time.shape)}")
@@ -77,6 +82,7 @@ def by_frame(name: str, vectors: ByFrame, x_BTD: Tensor) -> None:
 
 
 def add_norm(x_BTD: Tensor, y_BTD: Tensor | None, gate: ByFrame | None, norm: Norm) -> None:
+    """Checks the arguments of `add_norm`."""
     shape("x", x_BTD, (None, None, None), "(B, T, D)")
     same("x", x_BTD, x_BTD)
     dense("x", x_BTD)
@@ -101,6 +107,7 @@ def add_norm(x_BTD: Tensor, y_BTD: Tensor | None, gate: ByFrame | None, norm: No
 
 
 def rms_norm(x: Tensor, weight: Tensor) -> None:
+    """Checks the arguments of `rms_norm`."""
     if x.ndim < 1:
         raise ValueError("x: expected at least one axis, not a number")
     same("x", x, x)
@@ -108,32 +115,34 @@ def rms_norm(x: Tensor, weight: Tensor) -> None:
     vector("weight", weight, x.shape[-1], x)
 
 
-def source(given: Source) -> None:
-    if isinstance(given, Pieces):
-        _pieces(given.pieces)
-    elif isinstance(given, Projection):
-        _projection(given)
+def source(value: Source) -> None:
+    """Checks where `norm_rope_store` reads q, k and v."""
+    if isinstance(value, Pieces):
+        _pieces(value.pieces)
+    elif isinstance(value, Projection):
+        _projection(value)
     else:
-        raise ValueError(f"source: expected a Projection or Pieces, not {type(given).__name__}")
+        raise ValueError(f"source: expected a Projection or Pieces, not {type(value).__name__}")
 
 
-def _projection(given: Projection) -> None:
-    qkv, rotation = given.qkv_BFSN, given.rotation
+def _projection(projection: Projection) -> None:
+    qkv, rotation = projection.qkv_BFSN, projection.rotation
     shape("qkv", qkv, (None, None, None, None), "(B, F, s, 3·D)")
     same("qkv", qkv, qkv)
     dense("qkv", qkv)
     frames, tokens, numbers = qkv.shape[1:]
-    if given.heads < 1 or numbers % (6 * given.heads):
-        raise ValueError(f"qkv: expected 3 × {given.heads} heads of an even width in the last axis, not {numbers}")
-    vector("q_weight", given.q_weight, numbers // 3, qkv)
-    vector("k_weight", given.k_weight, numbers // 3, qkv)
-    _rotation(rotation, frames, tokens, numbers // 6 // given.heads, qkv)
+    heads = projection.heads
+    if heads < 1 or numbers % (6 * heads):
+        raise ValueError(f"qkv: expected 3 × {heads} heads of an even width in the last axis, not {numbers}")
+    vector("q_weight", projection.q_weight, numbers // 3, qkv)
+    vector("k_weight", projection.k_weight, numbers // 3, qkv)
+    _rotation(rotation, frames, tokens, numbers // 6 // heads, qkv)
 
 
 def _rotation(rotation: Rotation, frames: int, tokens: int, pairs: int, like: Tensor) -> None:
     tables = {"time": rotation.time, "row": rotation.row, "column": rotation.column}
     for name, table in tables.items():
-        shape(f"rotation.{name}", table, (None, 2, None), "(places, 2, E)")
+        shape(f"rotation.{name}", table, (None, 2, None), "(positions, 2, E)")
         same(f"rotation.{name}", table, like, dtype=False)
         dense(f"rotation.{name}", table, 3)
     widths = [table.shape[2] for table in tables.values()]
@@ -145,68 +154,71 @@ def _rotation(rotation: Rotation, frames: int, tokens: int, pairs: int, like: Te
         raise ValueError(f"rotation.columns: expected at least 1, not {rotation.columns}")
     if rotation.tokens != tokens:
         raise ValueError(f"rotation.tokens: expected {tokens}, as qkv has, not {rotation.tokens}")
-    room = min(rotation.row.shape[0], -(-(rotation.start + tokens) // rotation.columns)), rotation.column.shape[0]
-    if rotation.start < 0 or rotation.columns > room[1] or rotation.start + tokens > room[0] * rotation.columns:
+    rows, columns, stop = rotation.row.shape[0], rotation.column.shape[0], rotation.start + tokens
+    if rotation.start < 0 or rotation.columns > columns or stop > rows * rotation.columns:
         raise ValueError(
-            f"rotation: expected tokens within {rotation.row.shape[0]}×{rotation.column.shape[0]} places, not "
-            f"[{rotation.start}, {rotation.start + tokens}) of rows of {rotation.columns}"
+            f"rotation: expected tokens within {rows}×{columns} positions, not [{rotation.start}, {stop}) of rows of "
+            f"{rotation.columns}"
         )
 
 
-def _pieces(given: Sequence[Tensor]) -> None:
-    if not given:
+def _pieces(pieces: Sequence[Tensor]) -> None:
+    if not pieces:
         raise ValueError("pieces: expected at least one, not none")
-    kinds, batch, frames, _, heads, width = given[0].shape if given[0].ndim == 6 else (0,) * 6
-    for number, piece in enumerate(given):
+    kinds, batch, frames, _, heads, width = pieces[0].shape if pieces[0].ndim == 6 else (0,) * 6
+    for number, piece in enumerate(pieces):
         name = f"pieces[{number}]"
         shape(name, piece, (kinds, batch, frames, None, heads, width), "(N, B, F, s, H, d)")
-        same(name, piece, given[0])
+        same(name, piece, pieces[0])
         dense(name, piece, 3)
     if kinds not in (2, 3):
         raise ValueError(f"pieces: expected k, v or q, k, v in the first axis, not {kinds}")
 
 
-def split(x_BFSHD: Tensor, given: Sequence[Tensor]) -> None:
+def split(x_BFSHD: Tensor, pieces: Sequence[Tensor]) -> None:
+    """Checks the arguments of `split_tokens`."""
     shape("x", x_BFSHD, (None,) * 5, "(B, F, S, H, d)")
     same("x", x_BFSHD, x_BFSHD)
     dense("x", x_BFSHD, 2)
     batch, frames, tokens, heads, width = x_BFSHD.shape
-    for number, piece in enumerate(given):
+    for number, piece in enumerate(pieces):
         shape(f"pieces[{number}]", piece, (batch, frames, None, heads, width), "(B, F, s, H, d)")
         same(f"pieces[{number}]", piece, x_BFSHD)
         dense(f"pieces[{number}]", piece, 5)
-    if sum(piece.shape[2] for piece in given) != tokens:
-        raise ValueError(f"pieces: expected {tokens} tokens in all, not {[piece.shape[2] for piece in given]}")
+    if sum(piece.shape[2] for piece in pieces) != tokens:
+        raise ValueError(f"pieces: expected {tokens} tokens in all, not {[piece.shape[2] for piece in pieces]}")
 
 
-def kv_slots(given: Source, **by_name: SlotsByHeads) -> None:
-    batch, frames, tokens, heads, width = given.shape
-    if isinstance(given, Pieces) and len(given.pieces[0]) == 2 and by_name["q"]:
-        raise ValueError("q: expected no rooms for pieces of k, v alone, not some")
+def kv_slots(source: Source, **by_name: SlotsByHeads) -> None:
+    """Checks where `norm_rope_store` writes q, k and v."""
+    batch, frames, tokens, heads, width = source.shape
+    if isinstance(source, Pieces) and len(source.pieces[0]) == 2 and by_name["q"]:
+        raise ValueError("q: expected no Slots for pieces of k, v alone, not some")
     for name, found in by_name.items():
-        if not isinstance(found, Sequence) or not all(isinstance(room, Slots) for room in found):
-            raise ValueError(f"{name}: expected a list of rooms, not {type(found).__name__}")
-        for number, room in enumerate(found):
+        if not isinstance(found, Sequence) or not all(isinstance(slots, Slots) for slots in found):
+            raise ValueError(f"{name}: expected a list of Slots, not {type(found).__name__}")
+        for number, slots in enumerate(found):
             label = f"{name}[{number}]"
-            places = frames if room.slots_F is None else None
-            shape(label, room.x, (batch, places, tokens, None, width), "(B, F, s, H, d)")
-            same(label, room.x, given.like)
-            dense(label, room.x)
-            if room.slots_F is not None and frames and not room.x.shape[1]:
+            count = frames if slots.slots_F is None else None
+            shape(label, slots.x, (batch, count, tokens, None, width), "(B, F, s, H, d)")
+            same(label, slots.x, source.like)
+            dense(label, slots.x)
+            if slots.slots_F is not None and frames and not slots.x.shape[1]:
                 raise ValueError(f"{label}: expected a ring with slots, not one of none")
-            if room.slots_F is not None:
-                whole_numbers(f"{label}.slots_F", room.slots_F, frames, given.like)
-                if room.slots_F.dtype != torch.int64:
-                    raise ValueError(f"{label}.slots_F: expected int64, not {room.slots_F.dtype}")
-        if found and sum(room.x.shape[3] for room in found) != heads:
+            if slots.slots_F is not None:
+                whole_numbers(f"{label}.slots_F", slots.slots_F, frames, source.like)
+                if slots.slots_F.dtype != torch.int64:
+                    raise ValueError(f"{label}.slots_F: expected int64, not {slots.slots_F.dtype}")
+        if found and sum(slots.x.shape[3] for slots in found) != heads:
             raise ValueError(
-                f"{name}: expected rooms for {heads} heads in all, not {[room.x.shape[3] for room in found]}"
+                f"{name}: expected Slots for {heads} heads in all, not {[slots.x.shape[3] for slots in found]}"
             )
-        if len({room.slots_F is None for room in found}) > 1 or len({id(room.slots_F) for room in found}) > 1:
-            raise ValueError(f"{name}: expected the same slots in all rooms, not several")
+        if len({slots.slots_F is None for slots in found}) > 1 or len({id(slots.slots_F) for slots in found}) > 1:
+            raise ValueError(f"{name}: expected the same slots_F in all Slots, not several")
 
 
 def attention(q_BTHD: Tensor, keys: Keys) -> None:
+    """Checks the arguments of `attention` and `attention_parts`."""
     shape("q", q_BTHD, (None, None, None, None), "(B, T, H, d)")
     same("q", q_BTHD, q_BTHD)
     batch, _, heads, width = q_BTHD.shape
@@ -220,10 +232,10 @@ def attention(q_BTHD: Tensor, keys: Keys) -> None:
     rows = keys.k.shape[1]
     for first, stop in keys.ranges or ():
         if not 0 <= first <= stop <= rows:
-            raise ValueError(f"stretches: expected [first, stop) within {rows} rows, not [{first}, {stop})")
+            raise ValueError(f"ranges: expected [first, stop) within {rows} rows, not [{first}, {stop})")
     if keys.bounds_N2 is not None:
         if keys.ranges is None:
-            raise ValueError("bounds_N2: expected stretches beside it, not none")
+            raise ValueError("bounds_N2: expected ranges with it, not None")
         dense("bounds_N2", keys.bounds_N2, 2)
         bounds, count = keys.bounds_N2, len(keys.ranges or ())
         if bounds.shape != (count, 2) or bounds.dtype != torch.int32 or bounds.device != q_BTHD.device:
@@ -233,24 +245,27 @@ def attention(q_BTHD: Tensor, keys: Keys) -> None:
             )
     if keys.rotate_on_read is not None:
         table, tokens = keys.rotate_on_read.table, keys.rotate_on_read.tokens
-        shape("turn.table", table, (None, 2, None), "(K, 2, E)")
-        same("turn.table", table, q_BTHD, dtype=False)
-        dense("turn.table", table, 3)
+        shape("rotate_on_read.table", table, (None, 2, None), "(K, 2, E)")
+        same("rotate_on_read.table", table, q_BTHD, dtype=False)
+        dense("rotate_on_read.table", table, 3)
         if tokens < 1 or rows > len(table) * tokens or 2 * table.shape[2] > width:
             raise ValueError(
-                f"turn: expected angles for {rows} rows of {width // 2} channel pairs, not {len(table)} slots of "
-                f"{tokens} tokens and {table.shape[2]} pairs"
+                f"rotate_on_read: expected angles for {rows} rows of {width // 2} channel pairs, not {len(table)} slots"
+                f" of {tokens} tokens and {table.shape[2]} pairs"
             )
         if any(first % tokens or stop % tokens for first, stop in keys.ranges or ((0, rows),)):
-            raise ValueError(f"stretches: expected whole slots of {tokens} rows, as keys are turned, not {keys.ranges}")
+            raise ValueError(
+                f"ranges: expected whole slots of {tokens} rows, as keys are rotated on read, not {keys.ranges}"
+            )
 
 
-def parts(given: Sequence[tuple[Tensor, Tensor]]) -> None:
-    if not given:
+def parts(partials: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Checks the arguments of `merge`."""
+    if not partials:
         raise ValueError("parts: expected at least one, not none")
-    first, first_lse = given[0]
+    first, first_lse = partials[0]
     shape("parts[0] output", first, (None, None, None, None), "(B, T, H, d)")
-    for number, (output, lse) in enumerate(given):
+    for number, (output, lse) in enumerate(partials):
         shape(f"parts[{number}] output", output, first.shape, "(B, T, H, d)")
         same(f"parts[{number}] output", output, first)
         dense(f"parts[{number}] output", output)
@@ -259,6 +274,7 @@ def parts(given: Sequence[tuple[Tensor, Tensor]]) -> None:
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> None:
+    """Checks the arguments of `linear_gelu`."""
     if x.ndim < 2:
         raise ValueError(f"x: expected at least two axes, not {tuple(x.shape)}")
     shape("weight", weight, (None, x.shape[-1]), "(N, K)")

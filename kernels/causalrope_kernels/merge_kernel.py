@@ -1,7 +1,8 @@
-"""The n-way merge of partial attention, straight from where the parts lie: pieces as they arrived from the ranks, each
-log-sum-exp behind the numbers of its output, or tensors of their own.
+"""The Triton kernel of the n-way merge of partial attention.
 
-Reads N·T·H·(d + 1) numbers, writes T·H·(d + 1).
+The kernel reads parts where they lie: in tensors of their own, or in a receive buffer where a log-sum-exp follows the
+numbers of its output. It reads N·T·H·(d + 1) numbers and writes T·H·(d + 1).
+
 Shapes: B batch, T queries, H heads, d head width, N parts.
 """
 
@@ -17,7 +18,7 @@ from causalrope_kernels.reference import Partial
 from causalrope_kernels.tables import launching_on
 
 ROWS = 32
-MOST = 32  # parts in one launch: each brings its pointers and strides
+MOST = 32  # parts in one launch, since every part adds pointers and strides to the arguments
 
 
 @triton.jit(do_not_specialize=["tokens", "heads"])
@@ -26,24 +27,25 @@ def merge_kernel(
     tokens, heads, output_strides, lse_strides,
     PARTS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A program takes some (token, head) pairs of one batch entry; strides are those of batch, token and head."""
+    """A program merges ROWS (token, head) pairs of one batch entry. Strides are those of batch, token and head."""
     pair = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     batch = tl.program_id(1).to(tl.int64)
     token, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
-    real = pair < tokens * heads
+    valid = pair < tokens * heads
     channel = tl.arange(0, BLOCK)
-    mask = real[:, None] & (channel < WIDTH)[None, :]
+    mask = valid[:, None] & (channel < WIDTH)[None, :]
 
     total = tl.zeros([ROWS, BLOCK], tl.float32)
     weights = tl.zeros([ROWS], tl.float32)
     largest = tl.full([ROWS], float("-inf"), tl.float32)
     for part in tl.static_range(PARTS):
         by_batch, by_token, by_head = lse_strides[part]
-        lse = tl.load(lses[part] + batch * by_batch + token * by_token + head * by_head, mask=real, other=float("-inf"))
+        lse_offset = batch * by_batch + token * by_token + head * by_head
+        lse = tl.load(lses[part] + lse_offset, mask=valid, other=float("-inf"))
         by_batch, by_token, by_head = output_strides[part]
         offset = batch * by_batch + token * by_token + head * by_head
         output = tl.load(outputs[part] + offset[:, None] + channel[None, :], mask=mask, other=0.0).to(tl.float32)
-        # parts one by one, as flash attention takes its blocks: what was summed so far shrinks with every new maximum
+        # parts are added one by one, as flash attention adds its blocks: a new maximum rescales the sum so far
         new = tl.maximum(largest, lse)
         safe = tl.where(new == float("-inf"), 0.0, new)
         before, weight = tl.exp(largest - safe), tl.exp(lse - safe)
@@ -58,10 +60,11 @@ def merge_kernel(
         (total / divisor[:, None]).to(merged.dtype.element_ty),
         mask=mask,
     )
-    tl.store(merged_lse + written, tl.where(empty, float("-inf"), largest + tl.log(divisor)), mask=real)
+    tl.store(merged_lse + written, tl.where(empty, float("-inf"), largest + tl.log(divisor)), mask=valid)
 
 
 def merge(parts: Sequence[Partial]) -> Partial:
+    """Launches the kernel, once per `MOST` parts; see `attention.merge`, which checks the arguments."""
     if len(parts) > MOST:
         return merge([merge(parts[:MOST]), *parts[MOST:]])
     outputs, lses = zip(*parts, strict=True)

@@ -1,4 +1,4 @@
-"""The operations by name: what they are given is checked, a backend is chosen, and that one runs.
+"""The public operations. Each checks its arguments, chooses a backend and runs it.
 
 Shapes: B batch, T tokens, F frames (T = F·s), L keys, H heads, d head width, D = H·d.
 """
@@ -18,11 +18,20 @@ from causalrope_kernels.backend import DTYPES, Backend, use_triton
 def add_norm(
     x_BTD: Tensor, y_BTD: Tensor | None, gate: ByFrame | None, norm: Norm, backend: Backend = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """The residual x + y·gate (y as it is without a gate, x alone without y) and its LayerNorm, modulated by the
-    token's frame or affine; both (B, T, D).
+    """Computes the residual x + y·gate and its LayerNorm, modulated by the token's frame or affine.
+
+    Args:
+        x_BTD: the residual.
+        y_BTD: what is added to it, or None for nothing.
+        gate: the factor of y by frame, or None for 1. It needs y.
+        norm: what follows the LayerNorm: `Modulation` or `Affine`.
+        backend: "auto", "triton" or "torch".
+
+    Returns:
+        The sum, which is `x_BTD` itself without y, and its norm, both (B, T, D).
 
     Raises:
-        ValueError: shapes, strides, dtypes or devices that do not fit, by the argument's name.
+        ValueError: a shape, stride, dtype or device does not fit; the message names the argument.
     """
     check.add_norm(x_BTD, y_BTD, gate, norm)
     if use_triton(backend, x_BTD, y_BTD, *_vectors(gate, norm)):
@@ -33,19 +42,29 @@ def add_norm(
 
 
 def _vectors(gate: ByFrame | None, norm: Norm) -> list[Tensor]:
-    given = [gate] if isinstance(norm, Affine) else [gate, norm.shift, norm.scale]
+    """All tensors of a gate and a norm."""
+    by_frame = [gate] if isinstance(norm, Affine) else [gate, norm.shift, norm.scale]
     tensors = [norm.weight, norm.bias] if isinstance(norm, Affine) else []
-    for each in given:
+    for each in by_frame:
         if each is not None:
             tensors += [each.time_FD, each.learned_D]
     return tensors
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, backend: Backend = "auto") -> Tensor:
-    """x / sqrt(mean(x²) + eps) · weight over the last axis.
+    """Computes x / sqrt(mean(x²) + eps) · weight over the last axis.
+
+    Args:
+        x: (…, D).
+        weight: (D,).
+        eps: what is added to the mean square.
+        backend: "auto", "triton" or "torch".
+
+    Returns:
+        The norm, of the shape and dtype of x.
 
     Raises:
-        ValueError: a weight of another width, strides or devices that do not fit.
+        ValueError: the weight has another width, or a stride or device does not fit.
     """
     check.rms_norm(x, weight)
     if use_triton(backend, x, weight):
@@ -58,12 +77,20 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, backend: Backend = "auto") -
 def norm_rope_store(
     source: Source, *, q: SlotsByHeads = (), k: SlotsByHeads = (), v: SlotsByHeads = (), backend: Backend = "auto"
 ) -> None:
-    """Writes q, k, v, or those of them that have rooms, straight there; the heads go to the rooms in order.
+    """Writes q, k and v to their slots. Heads fill the `Slots` of a list in order.
 
-    From a projection q and k are normed over all of D and rotated on the way; pieces are copied as they are.
+    From a `Projection`, q and k are normed over all of D and rotated as they are written. `Pieces` are copied.
+
+    Args:
+        source: where q, k and v come from.
+        q: where the queries go; empty to write none.
+        k: where the keys go; empty to write none.
+        v: where the values go; empty to write none.
+        backend: "auto", "triton" or "torch".
 
     Raises:
-        ValueError: rooms that do not hold just all of the heads, or a shape, stride, dtype or device that does not fit.
+        ValueError: the slots of q, k or v do not hold exactly H heads, or a shape, stride, dtype or device does not
+            fit.
     """
     check.source(source)
     check.kv_slots(source, q=q, k=k, v=v)
@@ -79,10 +106,15 @@ def norm_rope_store(
 
 
 def split_tokens(x_BFSHD: Tensor, pieces: Sequence[Tensor], backend: Backend = "auto") -> None:
-    """Tokens of all ranks, side by side in every frame, into a piece a rank, (B, F, s_r, H, d): the way back.
+    """Copies every rank's tokens of each frame into that rank's piece, to be sent back.
+
+    Args:
+        x_BFSHD: the tokens of all ranks, in order of rank in every frame.
+        pieces: one tensor (B, F, s_r, H, d) per rank, parts of one buffer.
+        backend: "auto", "triton" or "torch".
 
     Raises:
-        ValueError: pieces that do not hold just all of the tokens, or are of another shape, dtype or device.
+        ValueError: the pieces do not hold exactly S tokens, or differ from `x_BFSHD` in shape, dtype or device.
     """
     check.split(x_BFSHD, pieces)
     if not use_triton(backend, x_BFSHD):
@@ -93,11 +125,20 @@ def split_tokens(x_BFSHD: Tensor, pieces: Sequence[Tensor], backend: Backend = "
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, backend: str = "auto") -> Tensor:
-    """A linear layer and GELU in its tanh form. "auto" has cuBLASLt do both at once on CUDA, where the wide result then
-    crosses memory once; "torch" does one after the other.
+    """Computes GELU, in its tanh form, of a linear layer.
+
+    Args:
+        x: (…, K).
+        weight: (N, K).
+        bias: (N,).
+        backend: "auto" computes both in one cuBLASLt call on CUDA, which writes the wide result to memory once;
+            "torch" computes one after the other.
+
+    Returns:
+        (…, N).
 
     Raises:
-        ValueError: a weight or bias of another width, an unknown backend.
+        ValueError: the weight or bias has another width, or the backend is unknown.
     """
     check.linear_gelu(x, weight, bias)
     if backend not in ("auto", "torch"):

@@ -1,8 +1,9 @@
-"""The torch truth of every operation, written to be read.
+"""The torch reference of every operation, which defines its result. Arguments are as in `operations` and `attention`.
 
-Shapes: B batch, T tokens, F frames (T = F·s), L keys, H heads, d head width, D = H·d. What a frame carries, (F, D),
-may also differ by batch entry, (B, F, D).
 Half-precision input is computed in float32, anything else in its own dtype.
+
+Shapes: B batch, T tokens, F frames (T = F·s), L keys, H heads, d head width, D = H·d. A vector of a frame, (F, D), may
+also differ by batch entry, (B, F, D).
 """
 
 from __future__ import annotations
@@ -30,27 +31,27 @@ Partial = tuple[Tensor, Tensor]  # attention over some of the keys, (B, T, H, d)
 
 
 def wide(x: Tensor) -> Tensor:
-    """`x` in the dtype that it is computed in."""
+    """Returns `x` in the dtype that it is computed in."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def rotate(x_BTHD: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
-    """Turns the channel pairs (2i, 2i+1) of every head by the token's angles; E = d/2."""
+    """Rotates the channel pairs (2i, 2i+1) of every head by the token's angles; E = d/2."""
     even, odd = x_BTHD.to(cos_TE.dtype).unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = cos_TE.unsqueeze(-2), sin_TE.unsqueeze(-2)
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).to(x_BTHD.dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x²) + eps) · weight over the last axis."""
+    """Computes x / sqrt(mean(x²) + eps) · weight over the last axis."""
     wide_x = wide(x)
     return functional.rms_norm(wide_x, x.shape[-1:], weight.to(wide_x.dtype), eps).to(x.dtype)
 
 
 def add_norm(x_BTD: Tensor, y_BTD: Tensor | None, gate: ByFrame | None, norm: Norm) -> tuple[Tensor, Tensor]:
-    """The residual x + y·gate, rounded to x's dtype, and its LayerNorm, taken before that rounding.
+    """Computes the residual x + y·gate, rounded to x's dtype, and its LayerNorm, computed before that rounding.
 
-    Without a gate y is added as it is, without y nothing is.
+    The gate is 1 if it is None. Nothing is added if y is None.
     """
     x = wide(x_BTD)
     dtype = x.dtype
@@ -70,15 +71,21 @@ def add_norm(x_BTD: Tensor, y_BTD: Tensor | None, gate: ByFrame | None, norm: No
 
 
 def _by_frame(vector: ByFrame, dtype: torch.dtype) -> Tensor:
+    """A frame's vector with an axis for the tokens of the frame, (…, F, 1, D)."""
     return (vector.time_FD.to(dtype) + vector.learned_D.to(dtype)).unsqueeze(-2)
 
 
 def project(projection: Projection) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v as (B, T, H, d): q and k normed over all of D, then rotated; rounded once, at the end. Differentiable."""
+    """Computes q, k and v of a projection, differentiably.
+
+    Returns:
+        q, k and v, each (B, T, H, d). q and k are normed over all of D, rotated, and rounded once, at the end.
+    """
     return _third(projection, 0), _third(projection, 1), _third(projection, 2)
 
 
 def _third(projection: Projection, number: int) -> Tensor:
+    """q, k or v of a projection, for number 0, 1 or 2, (B, T, H, d)."""
     x, rotation = projection.qkv_BFSN.chunk(3, -1)[number].flatten(1, 2), projection.rotation
     if number == 2:
         return x.unflatten(-1, (projection.heads, -1))
@@ -88,46 +95,47 @@ def _third(projection: Projection, number: int) -> Tensor:
 
 
 def norm_rope_store(source: Source, q: SlotsByHeads, k: SlotsByHeads, v: SlotsByHeads) -> None:
-    """q, k, v, or those of them that have rooms, into those; the heads go to the rooms in order."""
-    for number, kv_slots in enumerate((q, k, v)):
-        if not kv_slots:
+    """Writes q, k and v to their slots, if there are any. Heads fill the `Slots` of a list in order."""
+    for number, outputs in enumerate((q, k, v)):
+        if not outputs:
             continue
         if isinstance(source, Pieces):
             value = torch.cat([piece[number - 3] for piece in source.pieces], 2)
         else:
             value = _third(source, number).unflatten(1, source.shape[1:3])
-        for room, part in zip(kv_slots, value.split([room.x.shape[3] for room in kv_slots], 3), strict=True):
-            put(room, part)
+        for slots, part in zip(outputs, value.split([slots.x.shape[3] for slots in outputs], 3), strict=True):
+            put(slots, part)
 
 
-def put(room: Slots, value_BFSHD: Tensor) -> None:
-    if room.slots_F is None:
-        room.x.copy_(value_BFSHD)
+def put(slots: Slots, value_BFSHD: Tensor) -> None:
+    """Writes q, k or v of some heads to their slots."""
+    if slots.slots_F is None:
+        slots.x.copy_(value_BFSHD)
     else:
-        room.x.index_copy_(1, room.slots_F, value_BFSHD)
+        slots.x.index_copy_(1, slots.slots_F, value_BFSHD)
 
 
 def split_tokens(x_BFSHD: Tensor, pieces: Sequence[Tensor]) -> None:
-    """Tokens of all ranks, side by side in every frame, into a piece a rank, (B, F, s_r, H, d)."""
+    """Copies every rank's tokens of each frame into that rank's piece, (B, F, s_r, H, d)."""
     for piece, part in zip(pieces, x_BFSHD.split([piece.shape[2] for piece in pieces], 2), strict=True):
         piece.copy_(part)
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """A linear layer and GELU in its tanh form."""
+    """Computes GELU, in its tanh form, of a linear layer."""
     return functional.gelu(functional.linear(x, weight, bias), approximate="tanh")
 
 
 def attention(q_BTHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor) -> Tensor:
-    """Every query attends every key: softmax(q·kᵀ/√d)·v, (B, T, H, d). The order of the keys does not matter."""
+    """Computes softmax(q·kᵀ/√d)·v, (B, T, H, d). The order of the keys does not matter."""
     q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BLHD, v_BLHD))
     return functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
 def attention_lse(q_BTHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor) -> Partial:
-    """Attention with the log-sum-exp of its scores, (B, T, H, d) and (B, T, H), so that parts can be merged.
+    """Computes attention, (B, T, H, d), with the log-sum-exp of its scores, (B, T, H), so that parts can be merged.
 
-    No keys at all give zeros and -inf.
+    Without keys the results are zeros and -inf.
     """
     q, k, v = (wide(x) for x in (q_BTHD, k_BLHD, v_BLHD))
     scores = torch.einsum("bthd,blhd->bthl", q, k) * q.shape[-1] ** -0.5
@@ -135,7 +143,7 @@ def attention_lse(q_BTHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor) -> Partial:
 
 
 def rotated(k_BLHD: Tensor, rotate_on_read: RotateOnRead, first: int = 0) -> Tensor:
-    """Keys turned by the place in time of their slot; row 0 of `k_BLHD` is row `first` of the ring."""
+    """Rotates keys by the time position of their slot. Row 0 of `k_BLHD` is row `first` of the ring."""
     slots = torch.arange(first, first + k_BLHD.shape[1], device=k_BLHD.device) // rotate_on_read.tokens
     cos, sin = rotate_on_read.table[slots].unbind(1)
     width = 2 * cos.shape[-1]
@@ -143,7 +151,7 @@ def rotated(k_BLHD: Tensor, rotate_on_read: RotateOnRead, first: int = 0) -> Ten
 
 
 def ranges(keys: Keys) -> list[tuple[Tensor, Tensor]]:
-    """The keys, turned, and values of every stretch that holds any."""
+    """Returns the keys, rotated, and the values of every range that is not empty."""
     parts = []
     for first, stop in keys.ranges if keys.ranges is not None else ((0, keys.k.shape[1]),):
         if stop > first:
@@ -153,9 +161,9 @@ def ranges(keys: Keys) -> list[tuple[Tensor, Tensor]]:
 
 
 def merge(parts: Sequence[Partial]) -> Partial:
-    """Attention over the union of disjoint key sets, from the attention over each: n-way, by log-sum-exp.
+    """Merges attention over disjoint sets of keys into attention over their union, n-way, by log-sum-exp.
 
-    Parts without any key (lse -inf) weigh nothing; if no part has one, the result is zeros and -inf.
+    A part without keys (log-sum-exp -inf) has weight 0. If no part has keys, the result is zeros and -inf.
     """
     outputs, lses = zip(*parts, strict=True)
     lse_NBTH = torch.stack(lses)

@@ -1,4 +1,7 @@
-"""RMSNorm over the last axis: read once, written once, 2·T·D numbers."""
+"""The Triton kernel of RMSNorm over the last axis. It reads and writes every number once: 2·T·D numbers.
+
+Shapes: T rows, D width.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +18,20 @@ from causalrope_kernels.tables import launching_on
 def rms_norm_kernel(
     x, weight, out, count, eps, x_row, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
+    """Program i norms the i-th block of ROWS rows."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, BLOCK)
-    real = channel < WIDTH
-    mask = (row < count)[:, None] & real[None, :]
+    valid = channel < WIDTH
+    mask = (row < count)[:, None] & valid[None, :]
     value = tl.load(x + row[:, None] * x_row + channel[None, :], mask=mask, other=0.0).to(tl.float32)
     spread = tl.rsqrt(tl.sum(value * value, 1) / WIDTH + eps)
-    factor = tl.load(weight + channel, mask=real, other=0.0).to(tl.float32)
+    factor = tl.load(weight + channel, mask=valid, other=0.0).to(tl.float32)
     result = value * spread[:, None] * factor[None, :]
     tl.store(out + row[:, None] * WIDTH + channel[None, :], result.to(out.dtype.element_ty), mask=mask)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Launches the kernel; see `operations.rms_norm`, which checks the arguments."""
     width = x.shape[-1]
     rows_of_x = x.reshape(-1, width)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
