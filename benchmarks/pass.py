@@ -53,6 +53,7 @@ from causalrope_sp.planning.workload import Workload
 from causalrope_sp.sampling.chunk import LatentChunk
 from causalrope_sp.sampling.sampler import ChunkLoop
 from causalrope_sp.sampling.stream import CausalStream, Part
+from causalrope_sp.sampling.stream_options import StreamOptions
 from causalrope_sp.verification.reference import block_causal_velocity
 
 GRID, FRAMES, WINDOW = LatentGrid(30, 52), 3, 21
@@ -285,9 +286,8 @@ def step_seconds(setup: Setup, fused: bool, chunks: int) -> list[float]:
         seeded_noise(0, (1, config.in_channels, grid.latent_height, grid.latent_width)),
         grid,
         None,
-        stream=StreamConfig(setup.window.frames, setup.window.sink, FRAMES),
-        sampler=SamplerConfig(),
-        parallel=SequenceParallel.single(device=setup.device),
+        SequenceParallel.single(device=setup.device),
+        StreamOptions(stream=StreamConfig(setup.window.frames, setup.window.sink, FRAMES)),
     )
 
     @torch.inference_mode()

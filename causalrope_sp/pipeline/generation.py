@@ -32,7 +32,8 @@ from causalrope_sp.pipeline.parallel_chunks import PreviewFrame, check_call
 from causalrope_sp.reuse import find_policy
 from causalrope_sp.sampling.chunk import LatentChunk
 from causalrope_sp.sampling.guidance import check_guidance
-from causalrope_sp.sampling.sampler import Source, sample_chunks
+from causalrope_sp.sampling.sampler import sample_chunks
+from causalrope_sp.sampling.stream_options import Source
 from causalrope_sp.text import load_embeds
 from causalrope_sp.text.shared_encoder import share_embeds
 from causalrope_sp.vin.parallel_sampler import StepOutput

@@ -98,6 +98,11 @@ class ParallelChunksForward:
         return list(velocity.split([chunk.frames for chunk in chunks], 1))
 
     @property
+    def assigned(self) -> AssignedChunks:
+        """The chunks that this rank denoises."""
+        return self._assigned
+
+    @property
     def across(self) -> ChunkExchange:
         """The collectives with the other ranks of the video."""
         return self._across

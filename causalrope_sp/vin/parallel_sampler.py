@@ -12,8 +12,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from causalrope_sp.attention.base import Strategy
-from causalrope_sp.attention.build import build_strategy, describe_strategy
 from causalrope_sp.config import SamplerConfig, StreamConfig
 from causalrope_sp.diffusion.noise import Noise
 from causalrope_sp.diffusion.schedule import guided_steps, model_timesteps, predict_x0, sigmas
@@ -23,9 +21,8 @@ from causalrope_sp.distributed.layout import Layout
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.grid import Chunk, LatentGrid
 from causalrope_sp.models.causal_dit import CausalDiT
-from causalrope_sp.planning.machines import default_machine
-from causalrope_sp.planning.strategy import choose_strategy
 from causalrope_sp.planning.workload import Workload
+from causalrope_sp.sampling.agreement import agree_on_strategy
 from causalrope_sp.sampling.chunk import ShardContext, check_text
 from causalrope_sp.vin.chunks import AssignedChunks, cut
 from causalrope_sp.vin.fusion import join
@@ -108,30 +105,35 @@ def sample_parallel_chunks(
     initial_frames = 0 if initial_latents is None else initial_latents.shape[1]
     cuts = cut(frames, chunks, initial_frames)
     assigned = AssignedChunks(cuts, chunks, parallel.chunk_rank, parallel.mesh.chunk)
-    strategy = _agreed_strategy(
-        model,
-        grid,
-        sampler,
-        parallel,
-        len(embeds),
-        chunks.chunk_frames + initial_frames,
-        chunks,
-        layout,
-        {"chunks": (frames, initial_frames, chunks, preview_every), "global tokens": vin and vin.config},
-    )
+    stream, longest = StreamConfig(chunk_frames=chunks.chunk_frames), chunks.chunk_frames + initial_frames
+    work = Workload.of(model.config, grid, stream, sampler, longest, len(embeds), model.dtype.itemsize)
+    agreed = {"sampler": sampler, "chunks": (frames, initial_frames, chunks, preview_every), "vin": vin and vin.config}
+    strategy = agree_on_strategy(parallel, work, layout, agreed)
     state = ParallelChunksForward(model, vin, embeds, grid, assigned, initial_frames, strategy, parallel)
+    if initial_latents is not None:
+        state.commit(context.tokens(initial_latents))
+    yield from _steps(state, context, noise, chunks, sampler, preview_every)
+
+
+def _steps(
+    state: ParallelChunksForward,
+    context: ShardContext,
+    noise: Noise,
+    chunks: ParallelChunksConfig,
+    sampler: SamplerConfig,
+    preview_every: int | None,
+) -> Iterator[StepOutput]:
+    """Denoises the chunks of this rank step by step."""
     solve, levels, timesteps = start_solver(sampler), sigmas(sampler), model_timesteps(sampler)
+    held = state.assigned.held
 
     def draw(step: int) -> Tensor:
         """Draws the noise of the frames that this rank holds, frame by frame."""
         drawn = [
-            context.checked_tokens("the noise of a frame", 1, noise(Chunk(frame, frame, 1), step))
-            for frame in assigned.held
+            context.checked_tokens("the noise of a frame", 1, noise(Chunk(frame, frame, 1), step)) for frame in held
         ]
         return torch.cat(drawn, 1) if drawn else context.tokens(torch.empty(context.shape(0)))
 
-    if initial_latents is not None:
-        state.commit(context.tokens(initial_latents))
     x = draw(0)
     for step, sigma in enumerate(levels):
         fused = chunks.fuses(step, len(levels))
@@ -143,7 +145,7 @@ def sample_parallel_chunks(
         predicted = predict_x0(x, velocity, sigma) if preview else x
         x = solve(x, velocity, sigma, to, partial(draw, step + 1))
         shown = x if step + 1 == len(levels) else predicted if preview else None
-        latents = None if shown is None else grid.unpatchify(state.across.gather(shown))
+        latents = None if shown is None else context.grid.unpatchify(state.across.gather(shown))
         yield StepOutput(step + 1, len(levels), timesteps[step], latents)
 
 
@@ -171,23 +173,3 @@ def _check(
             f"parallel chunks are all finished by the last step, so decode ranks would have nothing to do: expected "
             f"none, got {parallel.mesh.decode}"
         )
-
-
-def _agreed_strategy(
-    model: CausalDiT,
-    grid: LatentGrid,
-    sampler: SamplerConfig,
-    parallel: SequenceParallel,
-    batch: int,
-    window: int,
-    chunks: ParallelChunksConfig,
-    layout: Layout | None,
-    agreed: dict[str, object],
-) -> Strategy:
-    """Returns this rank's strategy, after all ranks agreed on it and on all else that their collectives depend on."""
-    config, stream = model.config, StreamConfig(chunk_frames=chunks.chunk_frames)
-    work = Workload.of(config, grid, stream, sampler, window, batch, model.dtype.itemsize)
-    layout = layout or choose_strategy(work, default_machine(parallel.device), parallel)
-    described = describe_strategy(parallel, layout, config.num_heads)
-    parallel.denoisers.agree({"strategy": described, "sampler": sampler, **agreed})
-    return build_strategy(parallel, layout, grid, config.num_heads)

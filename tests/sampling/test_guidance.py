@@ -17,8 +17,8 @@ from causalrope_sp import ConfigError, SamplerConfig, StreamConfig
 from causalrope_sp.diffusion.schedule import add_noise, guided_steps, sigmas
 from causalrope_sp.diffusion.solvers import start_solver
 from causalrope_sp.grid import split_into_chunks
-from causalrope_sp.sampling.sampler import Source
 from causalrope_sp.sampling.stream import CausalStream
+from causalrope_sp.sampling.stream_options import Source
 from causalrope_sp.verification.reference import block_causal_velocity
 from tests.support.guided_runs import GUIDED, MANY, STREAM, negative, sample
 from tests.support.sampler_cases import FRAME, GRID, MODEL, noise_of, relative, stream_configs, text

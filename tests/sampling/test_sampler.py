@@ -21,8 +21,8 @@ from causalrope_sp.diffusion.schedule import add_noise, predict_x0, sigmas
 from causalrope_sp.grid import Shard, split_into_chunks
 from causalrope_sp.models.causal_dit import CausalDiT, ForwardPass
 from causalrope_sp.models.rope import RotaryTables
-from causalrope_sp.sampling.sampler import Source
 from causalrope_sp.sampling.stream import CausalStream, Part
+from causalrope_sp.sampling.stream_options import Source
 from causalrope_sp.verification.reference import block_causal_velocity, visible_past
 from tests.support.sampler_cases import CONFIG, FRAME, GRID, MODEL, make_model, noise_of, relative, stream_configs, text
 from tests.support.streams import run_chunks

@@ -19,8 +19,8 @@ from causalrope_sp.diffusion.noise import seeded_noise
 from causalrope_sp.distributed import SequenceParallel, communicator, strategies
 from causalrope_sp.models.causal_dit import CausalDiT
 from causalrope_sp.planning.workload import Workload
-from causalrope_sp.sampling.sampler import Source
 from causalrope_sp.sampling.stream import CausalStream, Part
+from causalrope_sp.sampling.stream_options import Source
 from tests.support.streams import run_chunks, strategy_of
 
 CONFIG = DiTConfig(dim=36, ffn_dim=48, num_heads=6, num_layers=2, text_dim=8, text_len=3, freq_dim=16, in_channels=2)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from causalrope_sp import SamplerConfig, SequenceParallel, StreamConfig, sample_chunks
+from causalrope_sp import SequenceParallel, sample_chunks
 from causalrope_sp.attention.base import Strategy
 from causalrope_sp.attention.build import build_strategy
 from causalrope_sp.grid import Shard
@@ -16,6 +16,7 @@ from causalrope_sp.planning.strategy import choose_strategy
 from causalrope_sp.planning.workload import Workload
 from causalrope_sp.sampling.chunk import LatentChunk
 from causalrope_sp.sampling.sampler import ChunkLoop
+from causalrope_sp.sampling.stream_options import StreamOptions
 
 
 def run_chunks(*args: Any, fuse_context_pass: bool = True, **options: Any) -> Generator[LatentChunk]:
@@ -25,7 +26,9 @@ def run_chunks(*args: Any, fuse_context_pass: bool = True, **options: Any) -> Ge
 
 @torch.inference_mode()
 def _unfused(*args: Any, **options: Any) -> Generator[LatentChunk]:
-    loop = ChunkLoop(*args, **{"stream": StreamConfig(), "sampler": SamplerConfig(), **options})
+    parallel = options.pop("parallel", None) or SequenceParallel.single()
+    model, embeds, noise, grid, frames = args
+    loop = ChunkLoop(model, embeds, noise, grid, frames, parallel, StreamOptions(**options))
     for chunk in loop.chunks():
         loop.commit()
         tokens = loop.denoise(chunk)

@@ -1,0 +1,33 @@
+"""What all ranks settle before a stream: one strategy, and all else that their collectives depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from causalrope_sp.attention.base import Strategy
+from causalrope_sp.attention.build import build_strategy, describe_strategy
+from causalrope_sp.distributed import SequenceParallel
+from causalrope_sp.distributed.layout import Layout
+from causalrope_sp.planning.machines import default_machine
+from causalrope_sp.planning.strategy import choose_strategy
+from causalrope_sp.planning.workload import Workload
+
+
+def agree_on_strategy(
+    parallel: SequenceParallel, work: Workload, layout: Layout | None, agreed: Mapping[str, object]
+) -> Strategy:
+    """Returns this rank's strategy, after all ranks that denoise have agreed on it. Every one of them must call it.
+
+    Args:
+        parallel: the ranks.
+        work: the stream, in sizes.
+        layout: how the ranks share attention; None takes what `choose_strategy` returns.
+        agreed: what else must be the same on all ranks, by name.
+
+    Raises:
+        ConfigError: ranks that differ, or that the strategy cannot use.
+    """
+    layout = layout or choose_strategy(work, default_machine(parallel.device), parallel)
+    heads = work.config.num_heads
+    parallel.denoisers.agree({"strategy": describe_strategy(parallel, layout, heads), **agreed})
+    return build_strategy(parallel, layout, work.grid, heads)

@@ -1,0 +1,55 @@
+"""What a stream is told besides its model, text, noise, size and ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from causalrope_sp.config import SamplerConfig, StreamConfig
+from causalrope_sp.distributed.layout import Layout
+from causalrope_sp.grid import Chunk
+from causalrope_sp.reuse.policy import ReusePolicy
+
+OnStep = Callable[[Chunk, int, float], object]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A video to redraw: denoising starts from its latents, noised to the level of `first_step`.
+
+    Args:
+        latents: returns the clean latents of a chunk, (B, F, C, H, W); it is called once a chunk, in order.
+        first_step: the number of the first step to run, counted from 0.
+    """
+
+    latents: Callable[[Chunk], Tensor]
+    first_step: int
+
+
+@dataclass(frozen=True)
+class StreamOptions:
+    """Options of `sample_chunks`.
+
+    Args:
+        stream: chunk length, window, sink and positions in time.
+        sampler: steps, solver and guidance.
+        initial_latents: latent frames to continue, (B, F0, C, H, W); they are not yielded again.
+        source: a video to start each chunk from, instead of from noise alone.
+        negative_embeds: embeddings of the negative prompt, (B, text_len, text_dim); ignored if the guidance scale is 1.
+        reuse: which attention outputs later steps of a chunk take over from earlier ones (Pyramid Attention Broadcast,
+            arXiv 2408.12588). It changes the result, equally on any number of ranks. None computes all outputs.
+        layout: how the ranks share attention; None takes what `choose_strategy` returns.
+        on_step: called on every rank after each denoising step with the chunk, the step's number within it and the
+            timestep that the model was called with. If it raises, it must raise on all ranks.
+    """
+
+    stream: StreamConfig = field(default_factory=StreamConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    initial_latents: Tensor | None = None
+    source: Source | None = None
+    negative_embeds: Tensor | None = None
+    reuse: ReusePolicy | None = None
+    layout: Layout | None = None
+    on_step: OnStep | None = None
