@@ -1,4 +1,4 @@
-"""From a path to a codec: which one it is, by its content."""
+"""Loading of a codec from a path; the content of the file tells which kind it is."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from causalrope_sp.errors import CheckpointError, ConfigError
 from causalrope_sp.weights.messages import some
 from causalrope_sp.weights.tensor_files import WeightFiles
 
-# a tensor that no other layout has -> the kind of codec
+# tensor that no other key layout has -> kind of codec
 _LAYOUTS = {DIFFUSERS_MARKER: "wan", WAN_MARKER: "wan", taehv.MARKER: "taehv"}
 KINDS = tuple(dict.fromkeys(_LAYOUTS.values()))
 
@@ -29,17 +29,20 @@ def load_codec(
     *,
     offload: bool = False,
 ) -> Codec:
-    """The codec in a file or folder, in float32, ready to run.
+    """Loads the codec in a file or folder, in float32.
 
     Args:
         path: a Wan VAE as diffusers' folder or as Wan's own file (`Wan2.1_VAE.pth`), or a TAEHV file (`taew2_1.pth`).
-        kind: what it must be; None takes what it is.
-        device: where it computes.
-        offload: its weights are there only while they are used, and wait on the CPU (see `OffloadedCodec`).
+        kind: the kind that it must be, "wan" or "taehv"; None accepts either.
+        device: the device that computes.
+        offload: keep the weights on the CPU and copy them to the device for each call (see `OffloadedCodec`).
+
+    Returns:
+        The codec.
 
     Raises:
-        ConfigError: an unknown `kind`.
-        CheckpointError: nothing readable at `path`, or no such codec in it.
+        ConfigError: `kind` is unknown.
+        CheckpointError: nothing at `path` can be read, or it is no codec or one of another kind.
     """
     files, found = open_codec(path, kind)
     home = "cpu" if offload else device
@@ -54,7 +57,18 @@ def load_codec(
 
 
 def open_codec(path: str | PathLike[str], kind: str | None = None) -> tuple[WeightFiles, str]:
-    """A codec's open file, by its headers alone, and which kind it holds. Raises as `load_codec` does."""
+    """Opens a codec's file and tells its kind by the headers.
+
+    Args:
+        path: as for `load_codec`.
+        kind: as for `load_codec`.
+
+    Returns:
+        The open file, and "wan" or "taehv".
+
+    Raises:
+        CheckpointError, ConfigError: as `load_codec` raises them.
+    """
     if kind is not None and kind not in KINDS:
         raise ConfigError(f"unknown codec {kind!r}; this version has: {', '.join(KINDS)}")
     try:

@@ -1,4 +1,4 @@
-"""A codec's tensors out of a file: exactly those that it has, or one line that says what differs."""
+"""Reading of a codec's tensors from a file that must hold exactly these; the error names every difference."""
 
 from __future__ import annotations
 
@@ -14,10 +14,15 @@ from causalrope_sp.weights.tensor_files import WeightFiles
 
 
 def shape_of(files: WeightFiles, name: str, axes: int) -> tuple[int, ...]:
-    """The shape of a tensor from which a configuration is read.
+    """Returns the shape of a tensor that a configuration is inferred from.
+
+    Args:
+        files: the open file.
+        name: the tensor's stored name.
+        axes: how many axes it must have.
 
     Raises:
-        CheckpointError: it is not there, or has another number of axes.
+        CheckpointError: the tensor is missing, is empty, or has another number of axes.
     """
     if name not in files.tensors:
         raise CheckpointError(f"{files.path}: 1 missing: {name}")
@@ -28,10 +33,18 @@ def shape_of(files: WeightFiles, name: str, axes: int) -> tuple[int, ...]:
 
 
 def read_exactly(files: WeightFiles, expected: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """The tensors of these names and shapes in float32, in memory of their own.
+    """Reads the tensors of a file in float32, as copies.
+
+    Args:
+        files: the open file.
+        expected: the stored name and the shape of every tensor that the file must hold.
+
+    Returns:
+        The tensors by their stored names.
 
     Raises:
-        CheckpointError: one is missing, left over, of another shape, not of floating point, or NaN or infinite.
+        CheckpointError: a tensor is missing, unexpected, of another shape, not of floating point, or holds NaN or
+            infinity.
     """
     held = files.tensors
     misshapen = [

@@ -1,6 +1,6 @@
-"""What a codec is to the rest: two kinds of stream, and how many pixels and channels a latent number stands for.
+"""The interface of a codec: a stream that decodes, a stream that encodes, and the strides between latents and pixels.
 
-Latents are as the DiT has them: whatever a codec needs to be undone or scaled, its streams do.
+Latents are normalized as the DiT has them; a codec's streams undo and apply the normalization.
 
 Shapes: B batch, F latent frames, C latent channels, T pixel frames, H×W latent size; pixels are in [-1, 1].
 """
@@ -17,23 +17,36 @@ from causalrope_sp.errors import ConfigError
 
 
 class DecoderStream(Protocol):
-    """Decodes one video, chunk after chunk: bit for bit the frames of decoding it in one call, in constant memory."""
+    """Decodes one video chunk by chunk, in constant memory, to the same bits as in one call."""
 
     def decode(self, latents_BFCHW: Tensor) -> Tensor:
-        """The pixel frames of the next latent frames, (B, T, 3, H·stride, W·stride), not clamped.
+        """Decodes the next latent frames.
 
-        The stream's first latent frame gives one pixel frame, every other one `temporal_stride`.
+        Args:
+            latents_BFCHW: the latent frames that follow those of the call before.
+
+        Returns:
+            Their pixel frames, (B, T, 3, H·stride, W·stride), not clamped. The stream's first latent frame gives 1
+            pixel frame, every other one `temporal_stride` pixel frames.
         """
         ...
 
 
 class EncoderStream(Protocol):
-    """Encodes one video, piece after piece: bit for bit the latents of encoding it in one call, in constant memory."""
+    """Encodes one video piece by piece, in constant memory, to the same bits as in one call."""
 
     def encode(self, pixels_BT3HW: Tensor) -> Tensor:
-        """The latent frames that the next pixel frames complete, (B, F, C, H, W), F ≥ 0.
+        """Encodes the next pixel frames.
 
-        A stream takes 1 + n strides pixel frames at first, then n strides.
+        Args:
+            pixels_BT3HW: the pixel frames that follow those of the call before: T = 1 + n·stride in the first call,
+                n·stride in a later one.
+
+        Returns:
+            The latent frames that they complete, (B, F, C, H, W), F ≥ 0.
+
+        Raises:
+            ConfigError: T is another number.
         """
         ...
 
@@ -42,37 +55,62 @@ class Codec(Protocol):
     """A loaded codec. Its streams share nothing but the weights."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """The kind of codec, "wan" or "taehv"."""
+        ...
 
     @property
     def channels(self) -> int:
-        """C."""
+        """Latent channels C."""
         ...
 
     @property
-    def temporal_stride(self) -> int: ...
+    def temporal_stride(self) -> int:
+        """Pixel frames of every latent frame but the first."""
+        ...
 
     @property
-    def spatial_stride(self) -> int: ...
+    def spatial_stride(self) -> int:
+        """Pixels per side of a latent pixel."""
+        ...
 
     @property
-    def dtype(self) -> torch.dtype: ...
+    def dtype(self) -> torch.dtype:
+        """The dtype that it computes in."""
+        ...
 
     @property
-    def device(self) -> torch.device: ...
+    def device(self) -> torch.device:
+        """The device that computes."""
+        ...
 
     def decoder(self, spatial_shards: SpatialShards | None = None) -> DecoderStream:
-        """With `strips` one that takes whole latents, as every rank does, and gives this rank's strip of the pixels."""
+        """Starts a stream that decodes.
+
+        Args:
+            spatial_shards: how ranks share a picture. Every rank then passes whole latents to the stream and gets its
+                own shard of the pixels. None decodes the whole picture.
+        """
         ...
 
-    def encoder(self) -> EncoderStream: ...
+    def encoder(self) -> EncoderStream:
+        """Starts a stream that encodes."""
+        ...
 
 
 def stream_pieces(count: int, stride: int, started: bool) -> list[int]:
-    """Into which pieces an encoder stream cuts `count` pixel frames: the very first frame alone, then by strides.
+    """Cuts the pixel frames of a call into pieces: the stream's first frame alone, then one stride each.
+
+    Args:
+        count: pixel frames of the call.
+        stride: pixel frames of every latent frame but the first.
+        started: whether the stream has encoded frames before.
+
+    Returns:
+        Pixel frames of each piece.
 
     Raises:
-        ConfigError: the number is not 1 + n strides in the first call or n strides in a later one.
+        ConfigError: `count` is not 1 + n·stride in the first call or n·stride in a later one.
     """
     first = 0 if started else 1
     if count < 1 or (count - first) % stride:

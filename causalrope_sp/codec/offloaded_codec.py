@@ -14,15 +14,15 @@ from causalrope_sp.distributed.halo import SpatialShards
 
 
 class OffloadedCodec:
-    """A `Codec` on the CPU, as one on `device`.
+    """A `Codec` that computes on a device and keeps its weights on the CPU.
 
-    Its weights wait on the CPU, pinned where the device is a GPU. Every call of a stream copies them to the device and
-    lets them go afterwards, one call at a time. What a stream keeps between its chunks stays on the device.
+    The weights are pinned where the device is a GPU. Every call of a stream copies them to the device and frees the
+    copies afterwards, one call at a time. The state that a stream keeps between chunks stays on the device.
 
     Args:
         codec: the codec, on the CPU.
-        module: the one that holds all of its weights.
-        device: where it computes.
+        module: the module that holds all of its weights.
+        device: the device that computes.
     """
 
     def __init__(self, codec: Codec, module: nn.Module, device: torch.device | str) -> None:
@@ -34,29 +34,33 @@ class OffloadedCodec:
         if self.device.type == "cuda":
             for weight in self._weights:
                 weight.data = weight.data.pin_memory()
-        self._waiting = [weight.data for weight in self._weights]
+        self._on_cpu = [weight.data for weight in self._weights]
         self._one_at_a_time = threading.Lock()
 
     def decoder(self, spatial_shards: SpatialShards | None = None) -> DecoderStream:
+        """Starts a stream that decodes; see `Codec.decoder`."""
         return _Decoder(self, self.codec.decoder(spatial_shards))
 
     def encoder(self) -> EncoderStream:
+        """Starts a stream that encodes; see `Codec.encoder`."""
         return _Encoder(self, self.codec.encoder())
 
     @contextmanager
     def on_device(self) -> Iterator[None]:
-        """The weights are on the device within, copied in the stream's order, and waiting again afterwards."""
+        """Copies the weights to the device, in the order of its stream of work, and frees the copies on exit."""
         with self._one_at_a_time:
             try:
-                for weight, waiting in zip(self._weights, self._waiting, strict=True):
-                    weight.data = waiting.to(self.device, non_blocking=True, copy=True)
+                for weight, on_cpu in zip(self._weights, self._on_cpu, strict=True):
+                    weight.data = on_cpu.to(self.device, non_blocking=True, copy=True)
                 yield
             finally:
-                for weight, waiting in zip(self._weights, self._waiting, strict=True):
-                    weight.data = waiting
+                for weight, on_cpu in zip(self._weights, self._on_cpu, strict=True):
+                    weight.data = on_cpu
 
 
 class _Decoder:
+    """A `DecoderStream` that has the codec's weights on the device during each call."""
+
     def __init__(self, codec: OffloadedCodec, stream: DecoderStream) -> None:
         self._codec, self._stream = codec, stream
 
@@ -66,6 +70,8 @@ class _Decoder:
 
 
 class _Encoder:
+    """An `EncoderStream` that has the codec's weights on the device during each call."""
+
     def __init__(self, codec: OffloadedCodec, stream: EncoderStream) -> None:
         self._codec, self._stream = codec, stream
 

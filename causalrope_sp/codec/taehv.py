@@ -1,12 +1,13 @@
-"""TAEHV, the tiny autoencoder (madebyollin/taehv; `taew2_1` is the one of Wan 2.1's latents), streaming.
+"""TAEHV, the tiny autoencoder (madebyollin/taehv; `taew2_1` is for Wan 2.1's latents), chunk by chunk.
 
-Convolutions over pictures alone. Time enters in three ways: a memory block also sees its own input of the frame
-before, a pool makes one frame of several, a grow several of one. So a stream keeps one frame a memory block. It takes
-and gives the DiT's latents as they are, without a mean and deviation.
+All convolutions are two-dimensional. Frames meet in three layers: a memory block also reads its own input of the frame
+before, a pool makes one frame of several, a grow makes several frames of one. So a stream keeps one frame for each
+memory block. Its latents are those of the DiT, without a mean and deviation.
 
-Both ways count frames in whole strides. The decoder's first latent frame gives a stride of frames too, of which all
-but the last lie before the video and are dropped. The encoder's groups begin with the first frame, so that a latent
-frame is complete 3 frames later than with the Wan VAE: after 1 + n strides frames n latent frames are there.
+The decoder and the encoder work on whole strides of frames. The decoder's first latent frame gives a stride of pixel
+frames, of which all but the last precede the video and are dropped. The encoder's groups begin with the first frame, so
+that a latent frame is complete 3 pixel frames later than with the Wan VAE: 1 + n·stride pixel frames give n latent
+frames.
 
 Shapes: B batch, F latent frames, C channels, T frames, H×W size; pixels are in [-1, 1], in the network in [0, 1].
 """
@@ -34,8 +35,16 @@ MEMORIES = 3  # memory blocks in a stage
 
 @dataclass(frozen=True)
 class TaehvConfig:
-    """`pools` and `grows` are the strides in time of the stages; `widths` the decoder's channels, before and after each
-    stage; `patch` the side of the square of pixels that is one place at the outer end."""
+    """Sizes of a TAEHV.
+
+    Attributes:
+        channels: latent channels.
+        encoder_width: channels of the encoder.
+        widths: channels of the decoder, before the first stage and after each.
+        pools: strides in time of the encoder's stages.
+        grows: strides in time of the decoder's stages.
+        patch: side, in pixels, of the square that the outermost layers treat as one position.
+    """
 
     channels: int
     encoder_width: int
@@ -49,11 +58,12 @@ class Bound(nn.Module):
     """Keeps latents within ±3."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Returns a tensor of the same shape, within ±3."""
         return 3 * torch.tanh(x / 3)
 
 
 class MemoryBlock(nn.Module):
-    """A residual block that sees a frame and the one before it."""
+    """A residual block that reads a frame and the one before it."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -62,11 +72,12 @@ class MemoryBlock(nn.Module):
         )
 
     def forward(self, x_NCHW: Tensor, before_NCHW: Tensor) -> Tensor:
+        """Returns the block's output for each frame; `before_NCHW` holds the frame before each."""
         return torch.relu(x_NCHW + self.conv(torch.cat([x_NCHW, before_NCHW], 1)))
 
 
 class Pool(nn.Module):
-    """Makes one frame of `stride`, whose channels are laid one after another."""
+    """Makes one frame of `stride` frames by a pointwise convolution over all their channels."""
 
     def __init__(self, width: int, stride: int) -> None:
         super().__init__()
@@ -74,11 +85,12 @@ class Pool(nn.Module):
         self.conv = nn.Conv2d(stride * width, width, 1, bias=False)
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
+        """Maps (N, C, H, W) to (N/stride, C, H, W)."""
         return self.conv(x_NCHW.unflatten(0, (-1, self.stride)).flatten(1, 2))
 
 
 class Grow(nn.Module):
-    """Makes `stride` frames of one."""
+    """Makes `stride` frames of one by a pointwise convolution."""
 
     def __init__(self, width: int, stride: int) -> None:
         super().__init__()
@@ -86,11 +98,12 @@ class Grow(nn.Module):
         self.conv = nn.Conv2d(width, stride * width, 1, bias=False)
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
+        """Maps (N, C, H, W) to (N·stride, C, H, W)."""
         return self.conv(x_NCHW).unflatten(1, (self.stride, -1)).flatten(0, 1)
 
 
 class Taehv(nn.Module):
-    """The two networks. Their layers stand where they stand in the public files, whose names are their places."""
+    """TAEHV's encoder and decoder. Layers have the order of the published files, whose keys are positions."""
 
     def __init__(self, config: TaehvConfig) -> None:
         super().__init__()
@@ -108,7 +121,11 @@ class Taehv(nn.Module):
 
 
 class TaehvCodec:
-    """A `Taehv` as a codec."""
+    """A `Codec` that runs a `Taehv`.
+
+    Args:
+        model: the model, which is set to eval mode without gradients.
+    """
 
     name = "taehv"
 
@@ -120,16 +137,20 @@ class TaehvCodec:
 
     @property
     def dtype(self) -> torch.dtype:
+        """The dtype that it computes in."""
         return next(self.model.parameters()).dtype
 
     @property
     def device(self) -> torch.device:
+        """The device that computes."""
         return next(self.model.parameters()).device
 
     def decoder(self, spatial_shards: SpatialShards | None = None) -> TaehvDecoderStream:
+        """Starts a stream that decodes; see `Codec.decoder`."""
         return TaehvDecoderStream(self.model, spatial_shards)
 
     def encoder(self) -> TaehvEncoderStream:
+        """Starts a stream that encodes; see `Codec.encoder`."""
         return TaehvEncoderStream(self.model)
 
 
@@ -145,6 +166,7 @@ class TaehvDecoderStream:
         self._started = False
 
     def decode(self, latents_BFCHW: Tensor) -> Tensor:
+        """Decodes the next latent frames; see `DecoderStream.decode`."""
         before = prod(self._config.grows) - 1  # frames of the first latent frame that precede the video
         if self._spatial_shards is not None:
             latents_BFCHW = self._spatial_shards.mine(latents_BFCHW)
@@ -165,6 +187,7 @@ class TaehvEncoderStream:
         self.rest: Tensor | None = None
 
     def encode(self, pixels_BT3HW: Tensor) -> Tensor:
+        """Encodes the next pixel frames; see `EncoderStream.encode`."""
         config = self._model.config
         stride = prod(config.pools)
         stream_pieces(pixels_BT3HW.shape[1], stride, self.rest is not None)
@@ -181,14 +204,14 @@ class TaehvEncoderStream:
 
 
 def _walk(layers: nn.Sequential, x_BTCHW: Tensor, memory: dict[int, Tensor]) -> Tensor:
-    """The next frames through all layers. `memory` holds the last frame that each memory block saw, by its place."""
+    """Runs the next frames through all layers. `memory` holds each memory block's last input, by its layer's index."""
     batch = len(x_BTCHW)
     x_NCHW = x_BTCHW.flatten(0, 1)
-    for place, layer in enumerate(layers):
+    for index, layer in enumerate(layers):
         if isinstance(layer, MemoryBlock):
             frames = x_NCHW.unflatten(0, (batch, -1))
-            last = memory.get(place, torch.zeros_like(frames[:, :1]))
-            memory[place] = frames[:, -1:].clone()
+            last = memory.get(index, torch.zeros_like(frames[:, :1]))
+            memory[index] = frames[:, -1:].clone()
             x_NCHW = layer(x_NCHW, torch.cat([last, frames[:, :-1]], 1).flatten(0, 1))
         else:
             x_NCHW = layer(x_NCHW)
@@ -196,10 +219,17 @@ def _walk(layers: nn.Sequential, x_BTCHW: Tensor, memory: dict[int, Tensor]) -> 
 
 
 def load_taehv(files: WeightFiles) -> Taehv:
-    """The model of an open file, in the shape that its tensors have.
+    """Loads the model of an open file; its sizes are inferred from the shapes of its tensors.
+
+    Args:
+        files: the open file.
+
+    Returns:
+        The model in float32 on the CPU.
 
     Raises:
-        CheckpointError: a tensor that is missing, left over or of a wrong shape, or strides that do not agree.
+        CheckpointError: a tensor is missing, unexpected or of a wrong shape, or the encoder's stride in time is not the
+            decoder's.
     """
     model = taehv_on_meta(files)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -208,7 +238,7 @@ def load_taehv(files: WeightFiles) -> Taehv:
 
 
 def taehv_on_meta(files: WeightFiles) -> Taehv:
-    """The model of an open file without its weights. Raises as `load_taehv` does."""
+    """Builds the model of an open file on the meta device, without weights; raises as `load_taehv` does."""
     config = _infer(files)
     if prod(config.pools) != prod(config.grows):
         raise CheckpointError(
@@ -219,7 +249,8 @@ def taehv_on_meta(files: WeightFiles) -> Taehv:
 
 
 def _infer(files: WeightFiles) -> TaehvConfig:
-    stage = MEMORIES + 2  # layers of the encoder's: pool, convolution, memory blocks; the decoder's have one more
+    """Infers the sizes from the shapes of the tensors."""
+    stage = MEMORIES + 2  # layers of an encoder's stage: pool, convolution, memory blocks; a decoder's has one more
     pools = [shape_of(files, f"encoder.{2 + stage * n}.conv.weight", 4) for n in range(_STAGES)]
     grows = [shape_of(files, f"decoder.{7 + (stage + 1) * n}.conv.weight", 4) for n in range(_STAGES)]
     width, pixels = shape_of(files, "encoder.0.weight", 4)[:2]

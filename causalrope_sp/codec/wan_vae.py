@@ -1,9 +1,9 @@
-"""The Wan VAE, streaming: its causal convolutions keep their state between chunks.
+"""The Wan VAE, chunk by chunk: its causal convolutions keep their state between chunks.
 
-diffusers' `AutoencoderKLWan` holds the layers; its own `decode` forgets the state after every call, so a video
-decoded chunk by chunk with it would flicker at each seam. The two streams below walk the same layers, one latent
-frame at a time as `decode` does, and keep the state. Nothing is computed over several latent frames at once, not even
-the two pointwise convolutions, so that how a video is cut into chunks changes no bit of it.
+The layers are those of diffusers' `AutoencoderKLWan`. Its own `decode` forgets the state after every call, so a video
+that it decodes chunk by chunk flickers at each boundary. The two streams below run the same layers on one latent frame
+at a time, as `decode` does, and keep the state. Nothing is computed over several latent frames at once, not even the
+two pointwise convolutions, so that the result does not depend by a bit on how a video is cut into chunks.
 
 Shapes: B batch, F latent frames, C latent channels, T pixel frames, H×W latent size; pixels are in [-1, 1].
 """
@@ -26,7 +26,11 @@ if TYPE_CHECKING:
 
 
 class WanCodec:
-    """diffusers' `AutoencoderKLWan` as a codec."""
+    """A `Codec` that runs diffusers' `AutoencoderKLWan`.
+
+    Args:
+        vae: the VAE, which is set to eval mode without gradients.
+    """
 
     name = "wan"
 
@@ -38,22 +42,28 @@ class WanCodec:
 
     @property
     def dtype(self) -> torch.dtype:
+        """The dtype that it computes in."""
         return self.vae.post_quant_conv.weight.dtype
 
     @property
     def device(self) -> torch.device:
+        """The device that computes."""
         return self.vae.post_quant_conv.weight.device
 
     def decoder(self, spatial_shards: SpatialShards | None = None) -> WanDecoderStream:
+        """Starts a stream that decodes; see `Codec.decoder`."""
         return WanDecoderStream(self.vae, spatial_shards)
 
     def encoder(self) -> WanEncoderStream:
+        """Starts a stream that encodes; see `Codec.encoder`."""
         return WanEncoderStream(self.vae)
 
 
 def wan_vae_of(codec: object) -> AutoencoderKLWan | None:
-    """diffusers' module of a codec that is a Wan VAE, its weights on the CPU if they are offloaded; None for
-    another."""
+    """Returns diffusers' module of a codec that is a Wan VAE; None for another codec.
+
+    Its weights are on the CPU if the codec is offloaded.
+    """
     inner = getattr(codec, "codec", codec)
     return inner.vae if isinstance(inner, WanCodec) else None
 
@@ -68,6 +78,7 @@ class WanDecoderStream:
         self._started = False
 
     def decode(self, latents_BFCHW: Tensor) -> Tensor:
+        """Decodes the next latent frames; see `DecoderStream.decode`."""
         from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 
         config = self._vae.config
@@ -97,6 +108,7 @@ class WanEncoderStream:
         self._started = False
 
     def encode(self, pixels_BT3HW: Tensor) -> Tensor:
+        """Encodes the next pixel frames; see `EncoderStream.encode`."""
         from diffusers.models.autoencoders.autoencoder_kl_wan import patchify
 
         config = self._vae.config
@@ -115,13 +127,21 @@ class WanEncoderStream:
 
 
 class SplitAttention(nn.Module):
-    """diffusers' `WanAttentionBlock`, attention of a frame's places over that frame: this strip's places over all."""
+    """diffusers' `WanAttentionBlock`, attention within a frame, for the queries of one spatial shard.
+
+    Keys and values are those of the whole frame, which is gathered.
+
+    Args:
+        block: the block that it replaces and shares the weights of.
+        spatial_shards: how ranks share a picture.
+    """
 
     def __init__(self, block: WanAttentionBlock, spatial_shards: SpatialShards) -> None:
         super().__init__()
         self.norm, self.to_qkv, self.proj, self._spatial_shards = block.norm, block.to_qkv, block.proj, spatial_shards
 
     def forward(self, x_BCTHW: Tensor) -> Tensor:
+        """Returns the block's output for this rank's shard, of the shape of its input."""
         batch, channels = x_BCTHW.shape[:2]
         normed = self.norm(x_BCTHW.transpose(1, 2).flatten(0, 1))
         weight, bias = self.to_qkv.weight, self.to_qkv.bias
@@ -134,6 +154,7 @@ class SplitAttention(nn.Module):
 
 
 def _split(decoder: nn.Module, spatial_shards: SpatialShards) -> Any:
+    """Returns a copy of a decoder for one spatial shard, with the same weights."""
     split = sharing_weights(decoder)
     split_convolutions(split, spatial_shards)
     attentions = split.mid_block.attentions
@@ -143,13 +164,14 @@ def _split(decoder: nn.Module, spatial_shards: SpatialShards) -> Any:
 
 
 def _causal_convolutions(module: nn.Module) -> int:
+    """Counts the causal convolutions, each of which keeps a state."""
     from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 
     return sum(isinstance(m, WanCausalConv3d) for m in module.modules())
 
 
 def _statistics(vae: AutoencoderKLWan, like: Tensor) -> tuple[Tensor, Tensor]:
-    """The per-channel mean and deviation that the DiT's latents are normalised by, shaped (C, 1, 1)."""
+    """Returns the mean and standard deviation that each latent channel is normalized by, (C, 1, 1)."""
 
     def column(values: list[float]) -> Tensor:
         return torch.tensor(values, dtype=like.dtype, device=like.device).view(-1, 1, 1)

@@ -1,8 +1,8 @@
-"""The Wan VAE's two ways to name its tensors: diffusers' folder, and Wan's own `Wan2.1_VAE.pth`.
+"""The two key layouts of the Wan VAE: that of diffusers' folder, and that of Wan's own `Wan2.1_VAE.pth`.
 
-Both hold the same tensors in the same shapes; only names differ. Wan numbers the layers of its encoder and decoder
-straight through, diffusers groups the decoder's by stage. Wan's file says nothing of its configuration, which is read
-off its tensors.
+Both hold the same tensors in the same shapes under different names. Wan numbers the layers of its encoder and decoder
+in one sequence, diffusers groups the decoder's by stage. Wan's file declares no configuration, so it is inferred from
+the shapes of the tensors.
 """
 
 from __future__ import annotations
@@ -42,10 +42,17 @@ _BLOCK = {
 
 
 def load_vae(files: WeightFiles) -> AutoencoderKLWan:
-    """The VAE of an open file of either layout, in float32.
+    """Loads the VAE of an open file of either layout.
+
+    Args:
+        files: the open file.
+
+    Returns:
+        diffusers' VAE in float32 on the CPU.
 
     Raises:
-        CheckpointError: a tensor that is missing, left over or of a wrong shape, or a configuration that cannot be.
+        CheckpointError: a tensor is missing, unexpected or of a wrong shape, or the configuration is missing or
+            impossible.
     """
     vae = vae_on_meta(files)
     shapes = {name: tuple(tensor.shape) for name, tensor in vae.state_dict().items()}
@@ -59,8 +66,16 @@ def load_vae(files: WeightFiles) -> AutoencoderKLWan:
 
 
 def vae_on_meta(files: WeightFiles) -> AutoencoderKLWan:
-    """The VAE of an open file without its weights: under diffusers' names by the config.json beside it, under Wan's by
-    the shapes of its tensors."""
+    """Builds the VAE of an open file on the meta device, without weights.
+
+    Its configuration is that of the config.json next to it in diffusers' layout, and inferred in Wan's.
+
+    Args:
+        files: the open file.
+
+    Raises:
+        CheckpointError: the configuration is missing or impossible.
+    """
     if WAN_MARKER in files.tensors:
         return _on_meta(infer_config(files), files)
     config = files.declared_config()
@@ -70,8 +85,12 @@ def vae_on_meta(files: WeightFiles) -> AutoencoderKLWan:
 
 
 def wan_modules(stages: int, blocks: int) -> dict[str, str]:
-    """diffusers' name of every module that Wan calls differently -> Wan's, for a VAE of so many stages with so many
-    residual blocks in each of the encoder's and one more in the decoder's."""
+    """Maps diffusers' name of every module to Wan's, where the two differ.
+
+    Args:
+        stages: stages of the encoder, and of the decoder.
+        blocks: residual blocks in a stage of the encoder; a stage of the decoder has one more.
+    """
     encoder = {f"down_blocks.{n}": f"downsamples.{n}" for n in range(stages * (blocks + 1) - 1)}
     decoder = dict[str, str]()
     for stage in range(stages):
@@ -89,10 +108,17 @@ def wan_modules(stages: int, blocks: int) -> dict[str, str]:
 
 
 def infer_config(files: WeightFiles) -> dict[str, Any]:
-    """The configuration of a VAE under Wan's names: what its file declares, the rest from the shapes of its tensors.
+    """Infers the configuration of a VAE in Wan's layout.
+
+    Args:
+        files: the open file.
+
+    Returns:
+        The fields of diffusers' config: the latents' mean and deviation as the file declares them, the others from the
+        shapes of the tensors.
 
     Raises:
-        CheckpointError: a tensor that tells it is missing, or nothing tells the mean and deviation of the latents.
+        CheckpointError: a tensor is missing that shows a field, or nothing declares the latents' mean and deviation.
     """
     base, pixels = shape_of(files, "encoder.conv1.weight", 5)[:2]
     channels = shape_of(files, "conv2.weight", 5)[0]
@@ -112,7 +138,7 @@ def infer_config(files: WeightFiles) -> dict[str, Any]:
         "scale_factor_spatial": max(patch, 1) * 2 ** len(temporal),
     }
     statistics = {key: declared[key] for key in ("latents_mean", "latents_std") if key in declared}
-    if len(statistics) < 2 and channels != 16:  # Wan 2.1's sixteen are what `AutoencoderKLWan` assumes
+    if len(statistics) < 2 and channels != 16:  # the defaults of `AutoencoderKLWan` are Wan 2.1's 16
         raise CheckpointError(
             f"{files.path}: does not say latents_mean and latents_std of its {channels} channels; give a config.json "
             "beside it"
@@ -121,7 +147,7 @@ def infer_config(files: WeightFiles) -> dict[str, Any]:
 
 
 def _stages(files: WeightFiles) -> tuple[list[int], list[bool], int]:
-    """The encoder's widths by stage, whether each but the last halves time too, and the residual blocks of a stage."""
+    """Returns the encoder's widths by stage, whether each but the last halves time, and a stage's residual blocks."""
     widths, temporal, blocks, layer = [0], list[bool](), [0], 0
     while True:
         name = f"encoder.downsamples.{layer}"
@@ -144,17 +170,19 @@ def _stages(files: WeightFiles) -> tuple[list[int], list[bool], int]:
 
 
 def _on_meta(config: dict[str, Any], files: WeightFiles) -> AutoencoderKLWan:
+    """Builds the VAE on the meta device; a configuration that is refused raises CheckpointError."""
     from diffusers import AutoencoderKLWan
 
     try:
         with torch.device("meta"):
             return AutoencoderKLWan.from_config(config)
     except (ValueError, TypeError, RuntimeError, ZeroDivisionError, AttributeError) as reason:
-        raise CheckpointError(f"{files.path}: declares a VAE that cannot be: {str(reason).splitlines()[0]}") from reason
+        problem = str(reason).splitlines()[0]
+        raise CheckpointError(f"{files.path}: declares a VAE that cannot be built: {problem}") from reason
 
 
 def _stored_name(name: str, modules: dict[str, str]) -> str:
-    """A tensor's name with that of the longest module it lies in replaced."""
+    """Returns a tensor's stored name: that of the longest module around it is replaced."""
     module = name
     while "." in module:
         module = module.rpartition(".")[0]

@@ -1,4 +1,4 @@
-"""A factorised video DiT, Latte's layout (arXiv 2401.03048): it attends within a frame, then across frames."""
+"""Latte (arXiv 2401.03048), a factorized video DiT: its layers attend within a frame, then across frames."""
 
 from causalrope_sp.latte.latte_config import LatteConfig
 from causalrope_sp.latte.latte_dit import LatteDiT, LattePass

@@ -1,4 +1,4 @@
-"""Sizes of a Latte DiT, and how diffusers says them."""
+"""The configuration of a Latte DiT, read from diffusers' config.json."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Self
 from causalrope_sp.checks import check_fields
 from causalrope_sp.errors import CheckpointError, ConfigError
 
-# what diffusers' class can be told and Latte never is: another value is another model
+# fields of diffusers' class that have one value in every Latte; another value is another model
 _FIXED = {
     "norm_type": "ada_norm_single",
     "norm_elementwise_affine": False,
@@ -21,10 +21,21 @@ _FIXED = {
 class LatteConfig:
     """Sizes of a Latte DiT, under diffusers' names. The defaults are those of the published Latte-1.
 
-    `sample_size` is the height of the latents that positions were learned at; other sizes are interpolated to it.
+    Attributes:
+        num_attention_heads: heads H.
+        attention_head_dim: head width d.
+        num_layers: pairs of a spatial and a temporal block.
+        in_channels: latent channels.
+        out_channels: channels that the model predicts: latent channels, and with a learned variance twice as many.
+        caption_channels: width of the text embeddings.
+        sample_size: height, in latent pixels, that the model was trained at; positions of other sizes are interpolated
+            to it.
+        patch_size: side of a token, in latent pixels.
+        attention_bias: whether the projections to queries, keys and values have a bias.
+        norm_eps: epsilon of the blocks' norms.
 
     Raises:
-        ConfigError: a size below 1, or a width that two sinusoidal axes do not divide.
+        ConfigError: a size is below 1, the width is not divisible by 4, or a field has another type.
     """
 
     num_attention_heads: int = 16
@@ -49,10 +60,17 @@ class LatteConfig:
 
     @classmethod
     def of_diffusers(cls, declared: Mapping[str, Any]) -> Self:
-        """From the config.json of a `LatteTransformer3DModel`.
+        """Reads the config.json of diffusers' `LatteTransformer3DModel`.
+
+        Args:
+            declared: its content.
+
+        Returns:
+            The configuration.
 
         Raises:
-            CheckpointError: a field that is missing, or says that this is another kind of model.
+            CheckpointError: a field is missing, or has a value that no Latte has.
+            ConfigError: a size is impossible.
         """
         for name, expected in _FIXED.items():
             if declared.get(name) != expected:
@@ -61,13 +79,14 @@ class LatteConfig:
         missing = [name for name in names if declared.get(name) is None and name != "out_channels"]
         if missing:
             raise CheckpointError(f"the model's config has no {', '.join(missing)}")
-        given = {name: declared[name] for name in names if declared.get(name) is not None}
-        found = cls(**{"out_channels": declared["in_channels"], **given})
-        read = declared.get("cross_attention_dim")
-        if read != found.dim:
-            raise CheckpointError(f"not Latte: its cross-attention reads a width of {read}, not {found.dim}")
+        values = {name: declared[name] for name in names if declared.get(name) is not None}
+        found = cls(**{"out_channels": declared["in_channels"], **values})
+        text_width = declared.get("cross_attention_dim")
+        if text_width != found.dim:
+            raise CheckpointError(f"not Latte: its cross-attention reads a width of {text_width}, not {found.dim}")
         return found
 
     @property
     def dim(self) -> int:
+        """The model width D."""
         return self.num_attention_heads * self.attention_head_dim

@@ -1,4 +1,4 @@
-"""diffusers' `LatteTransformer3DModel`: from its folder to a model, by the names of its tensors."""
+"""Loading of a Latte DiT from a folder of diffusers' `LatteTransformer3DModel`."""
 
 from __future__ import annotations
 
@@ -20,14 +20,20 @@ from causalrope_sp.weights.tensor_files import WeightFiles
 def load_latte(
     path: str | PathLike[str], *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> LatteDiT:
-    """The model of a folder with config.json and its weights, in eval mode, without gradients.
+    """Loads the model of a folder that holds config.json and the weights.
 
-    `dtype` None keeps the checkpoint's, the one of most of its numbers.
+    Args:
+        path: the folder.
+        dtype: the model's dtype; None keeps the one of most of the checkpoint's numbers.
+        device: the model's device.
+
+    Returns:
+        The model in eval mode, without gradients.
 
     Raises:
-        CheckpointError: it cannot be read, is another kind of model, a tensor is missing, left over, of a wrong shape,
-            or holds NaN or infinity.
-        ConfigError: sizes that no Latte has.
+        CheckpointError: the folder cannot be read, holds another kind of model, or a tensor is missing, unexpected, of
+            a wrong shape, or holds NaN or infinity.
+        ConfigError: a size is impossible, or `dtype` is not a floating-point dtype.
     """
     files = WeightFiles(Path(path))
     config = LatteConfig.of_diffusers(files.declared_config())
@@ -40,7 +46,7 @@ def load_latte(
         with torch.device("meta"):
             model = LatteDiT(config)
     except (RuntimeError, TypeError, OverflowError) as error:
-        raise CheckpointError(f"{path} (Latte): declares a model that cannot be: {one_line(error)}") from error
+        raise CheckpointError(f"{path} (Latte): declares a model that cannot be built: {one_line(error)}") from error
     names = _names(config)
     shapes = {n: p.shape for n, p in model.named_parameters()}
     wanted = {stored for made_of in names.values() for stored in made_of}
@@ -48,9 +54,9 @@ def load_latte(
     misshapen = []
     for parameter, made_of in names.items():
         expected = _stored_shape(parameter, shapes[parameter], len(made_of), config)
-        there = {stored: files.tensors[stored].shape for stored in made_of if stored in present}
+        found = {stored: files.tensors[stored].shape for stored in made_of if stored in present}
         misshapen += [
-            f"{stored} is {shape}, expected {expected}" for stored, shape in there.items() if shape != expected
+            f"{stored} is {shape}, expected {expected}" for stored, shape in found.items() if shape != expected
         ]
     wrong = problem(sorted(wanted - present), sorted(present - wanted), misshapen)
     if wrong:
@@ -70,7 +76,7 @@ def load_latte(
 
 
 def _names(config: LatteConfig) -> Names:
-    """Every parameter of the model and what it is stored as."""
+    """Returns every parameter of the model with its stored names."""
     names = {
         **linear("patch_embedding", "pos_embed.proj"),
         **linear("text_embedding.0", "caption_projection.linear_1"),
@@ -99,12 +105,12 @@ def _names(config: LatteConfig) -> Names:
 
 
 def _stored_shape(parameter: str, shape: torch.Size, pieces: int, config: LatteConfig) -> tuple[int, ...]:
-    """Of each of the stored tensors that make up a parameter."""
+    """Returns the shape of each of the stored tensors that make up a parameter."""
     if parameter == "patch_embedding.weight":
         return (config.dim, config.in_channels, config.patch_size, config.patch_size)
     return (shape[0] // pieces, *shape[1:])
 
 
 def _as_linear(parameter: str, stored: Tensor) -> Tensor:
-    """The patch convolution, (D, C, p, q), as a Linear over (p, q, C); all else as it is."""
+    """Returns the patch convolution, (D, C, p, q), as a Linear over (p, q, C), and any other tensor as it is."""
     return stored.permute(0, 2, 3, 1).flatten(1) if parameter == "patch_embedding.weight" else stored

@@ -21,7 +21,6 @@ Embeds = Tensor | str | os.PathLike[str]
 OutputType = Literal["np", "pil", "pt", "latent"]
 StepCallback = Callable[[Any, int, float, dict[str, Any]], object]
 LARGEST_SEED = 2**63 - 1
-MOST_FRAMES = 10**9
 
 
 @dataclass(frozen=True)
@@ -81,10 +80,8 @@ class GenerationOptions:
     preview_every: int | None = None
 
     def __post_init__(self) -> None:
-        for name, value in zip(("num_frames", "seed"), (1, 0), strict=True):
-            most = MOST_FRAMES if name == "num_frames" else LARGEST_SEED
-            object.__setattr__(self, name, check_whole(name, getattr(self, name), value, most))
-        for name in ("height", "width", "preview_every"):
+        replace_checked(self, "seed", check_whole, 0, LARGEST_SEED)
+        for name in ("num_frames", "height", "width", "preview_every"):
             replace_checked(self, name, check_whole)
         if isinstance(self.prompt, str):
             check_text("prompt", self.prompt)

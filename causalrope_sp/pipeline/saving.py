@@ -28,7 +28,7 @@ def save_parts(parts: Parts, folder: str | os.PathLike[str]) -> None:
         OutputError: the folder cannot be written.
     """
     if is_fp8(parts.model):
-        raise ConfigError("a model with fp8 weights cannot be saved: load it with weights full")
+        raise ConfigError("a model with fp8 weights cannot be saved; load it with weights='full'")
     home = Path(folder)
     if home.exists() and not home.is_dir():
         raise OutputError(f"cannot write {home}: a file of that name is in the way")

@@ -1,4 +1,4 @@
-"""Attention outputs reused between denoise passes: Pyramid Attention Broadcast (PAB, arXiv 2408.12588)."""
+"""Reuse of layer outputs between denoise passes: Pyramid Attention Broadcast (PAB, arXiv 2408.12588)."""
 
 from causalrope_sp.reuse.policy import After, Broadcast, Kind, ReusePlan, ReusePolicy
 from causalrope_sp.reuse.policy_file import find_policy, write_policy

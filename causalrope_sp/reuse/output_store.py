@@ -1,7 +1,7 @@
-"""What a stream keeps of a chunk's earlier passes: outputs of attentions and feed-forwards, this rank's shard alone.
+"""Storage of the outputs of attentions and feed-forwards that later passes of a chunk reuse, for this rank's shard.
 
-An output is kept as its module leaves it, after the out-projection and before the gate, so that the gate of the pass
-that reuses it applies. Nothing is kept that no later pass takes over.
+An output is kept as its module returns it, after the output projection and before the gate, so that the gate of the
+pass that reuses it applies. An output that no later pass reuses is not kept.
 
 Shapes: B batch, T tokens of a pass on this rank, D model width.
 """
@@ -22,7 +22,13 @@ OutputOf = Callable[[int, Kind, Compute], Tensor]
 
 
 def computed(layer: int, kind: Kind, compute: Compute) -> Tensor:
-    """The output of a pass that takes nothing over."""
+    """Computes an output: the `OutputOf` of a pass that reuses nothing.
+
+    Args:
+        layer: the layer's number.
+        kind: the kind of output.
+        compute: computes the output.
+    """
     return compute()
 
 
@@ -34,14 +40,21 @@ class OutputStore:
         self._chunk: Chunk | None = None
         self._passes = 0
         self.kept_BTD: dict[tuple[int, Kind], Tensor] = {}
-        self.bytes = self.most_bytes = 0  # now, and at once in any chunk so far
+        self.bytes = self.most_bytes = 0  # held now, and the most held at any time
 
     def next_pass(self, chunk: Chunk, tokens: int) -> OutputOf:
-        """What the next denoise pass of `chunk` asks for its outputs. Its last `tokens` are the chunk's; tokens before
-        them are of a context pass in the same forward, of which nothing is kept.
+        """Begins the next denoise pass of a chunk; a new chunk forgets the outputs of the one before.
+
+        Args:
+            chunk: the chunk.
+            tokens: how many of the pass's tokens are the chunk's. They are the last ones; those before them belong to a
+                context pass in the same forward, whose outputs are not kept.
+
+        Returns:
+            A function that the pass calls for each output.
 
         Raises:
-            ConfigError: more passes than the plan has.
+            ConfigError: the chunk has more passes than the plan.
         """
         if chunk != self._chunk:
             self.clear()
@@ -53,11 +66,12 @@ class OutputStore:
         return partial(self._output, step, tokens)
 
     def clear(self) -> None:
-        """Forgets the chunk and all that is kept."""
+        """Forgets the chunk and frees all outputs."""
         self.kept_BTD.clear()
         self._chunk, self._passes, self.bytes = None, 0, 0
 
     def _output(self, step: int, tokens: int, layer: int, kind: Kind, compute: Compute) -> Tensor:
+        """Returns a kept output, and frees it after its last reuse; or computes it, and keeps it if it is reused."""
         if self._plan.reuses(step, layer, kind):
             kept = self.kept_BTD[layer, kind]
             if not self._plan.reuses(step + 1, layer, kind):

@@ -1,7 +1,7 @@
-"""Which outputs a denoise pass takes over from an earlier pass of its chunk. Pure arithmetic.
+"""Rules that decide which outputs a denoise pass reuses from an earlier pass of its chunk. Pure arithmetic.
 
-Nothing but the number of the pass, the timesteps of the chunk's passes, the layer and the kind decide, so every rank
-decides alike and all of it is known before a chunk begins. The first pass of a chunk is always computed.
+The decision depends on the number of the pass, the timesteps of the chunk's passes, the layer and the kind of output,
+so it is the same on every rank and known before a chunk begins. The first pass of a chunk computes every output.
 """
 
 from __future__ import annotations
@@ -16,23 +16,29 @@ from typing import Literal, Self, get_args
 from causalrope_sp.checks import check_whole
 from causalrope_sp.errors import ConfigError
 
-# "self" is attention within a frame, or over all of a window; a block of attention across frames has an MLP of its own
+# "self" is attention within a frame, or over the whole window; a temporal block has a feed-forward of its own
 Kind = Literal["self", "cross", "mlp", "temporal", "temporal-mlp"]
-KINDS: tuple[Kind, ...] = get_args(Kind)  # in the order in which a layer makes them
-CAUSAL_KINDS: tuple[Kind, ...] = ("self", "cross", "mlp")  # those of `CausalDiT`; a factorised DiT has all of them
+KINDS: tuple[Kind, ...] = get_args(Kind)  # in the order in which a layer computes them
+CAUSAL_KINDS: tuple[Kind, ...] = ("self", "cross", "mlp")  # those of `CausalDiT`; a factorized DiT has all kinds
 Layers = tuple[int, ...] | None  # None: every layer
-LARGEST = 1e6  # a timestep; models have them up to 1000
+LARGEST = 1e6  # bound of a timestep; those of models go up to 1000
 
 
 @dataclass(frozen=True)
 class Broadcast:
-    """Compute once, reuse `every` - 1 times: PAB's rule for attention.
+    """Computes an output once and reuses it `every` - 1 times: PAB's rule for attention.
 
-    Pass `step` of a chunk, counted from 0, reuses if step % every != 0, its timestep is strictly between the two
-    `timesteps`, and it is one of `steps`, [first, stop); None does not restrict.
+    Pass number `step` of a chunk, counted from 0, reuses if step % every != 0 and both bounds below allow it.
+
+    Attributes:
+        kind: the kind of output.
+        every: passes from one computation to the next.
+        timesteps: two bounds, low and high, between which the pass's timestep lies, both excluded; None: no bound.
+        steps: the first number of a pass that may reuse, and the first after it that may not; None: no bound.
+        layers: the layers that reuse; None: all layers.
 
     Raises:
-        ConfigError: an unknown kind, `every` below 1, bounds that hold nothing.
+        ConfigError: `kind` is unknown, `every` is below 1, or bounds have nothing between them.
     """
 
     kind: Kind
@@ -52,6 +58,7 @@ class Broadcast:
                 raise ConfigError(f"{name} must be two bounds, the lower one first, not {bounds!r}")
 
     def reuses(self, step: int, timesteps: Sequence[float]) -> bool:
+        """Returns whether pass number `step` reuses, in a chunk whose passes are at `timesteps`."""
         within = self.timesteps is None or self.timesteps[0] < timesteps[step] < self.timesteps[1]
         among = self.steps is None or self.steps[0] <= step < self.steps[1]
         return step % self.every != 0 and within and among
@@ -59,12 +66,18 @@ class Broadcast:
 
 @dataclass(frozen=True)
 class After:
-    """Compute at some timesteps, reuse in the `steps` passes that follow: PAB's rule for the feed-forward.
+    """Computes an output at some timesteps and reuses it in the passes that follow: PAB's rule for the feed-forward.
 
-    A timestep stands for the first pass at or below it, so that a rule fits schedules that do not hold it.
+    A timestep means the first pass at or below it, so that a rule also fits schedules without this timestep.
+
+    Attributes:
+        kind: the kind of output.
+        timesteps: the timesteps that compute.
+        steps: how many passes after each of them reuse.
+        layers: the layers that reuse; None: all layers.
 
     Raises:
-        ConfigError: an unknown kind, no timestep, `steps` below 1.
+        ConfigError: `kind` is unknown, there is no timestep, or `steps` is below 1.
     """
 
     kind: Kind
@@ -79,6 +92,7 @@ class After:
         check_whole("steps after a timestep", self.steps)
 
     def reuses(self, step: int, timesteps: Sequence[float]) -> bool:
+        """Returns whether pass number `step` reuses, in a chunk whose passes are at `timesteps`."""
         computed = {
             next((n for n, t in enumerate(timesteps) if t <= wanted), len(timesteps))
             for wanted in self.timesteps
@@ -92,10 +106,13 @@ Rule = Broadcast | After
 
 @dataclass(frozen=True)
 class ReusePolicy:
-    """At most one rule for a kind; a kind without one is always computed.
+    """A set of rules, at most one for a kind of output. A kind without a rule is always computed.
+
+    Attributes:
+        rules: the rules.
 
     Raises:
-        ConfigError: two rules for a kind.
+        ConfigError: a kind has two rules.
     """
 
     rules: tuple[Rule, ...] = ()
@@ -106,13 +123,19 @@ class ReusePolicy:
                 raise ConfigError(f"a policy has one rule for {kind}, not {count}")
 
     def reuses(self, step: int, timesteps: Sequence[float], layer: int, kind: Kind) -> bool:
-        """Whether pass `step` of a chunk whose passes are at `timesteps` takes this output from the last that computed
-        it; if not, it computes it."""
+        """Returns whether a pass reuses an output of the last pass that computed it.
+
+        Args:
+            step: the number of the pass in its chunk, counted from 0.
+            timesteps: the timesteps of the chunk's passes.
+            layer: the layer's number.
+            kind: the kind of output.
+        """
         layers = self.layers_that_reuse(step, timesteps, kind)
         return layers is None or layer in layers
 
     def layers_that_reuse(self, step: int, timesteps: Sequence[float], kind: Kind) -> Collection[int] | None:
-        """The layers in which it does; None: in all."""
+        """Returns the layers in which a pass reuses a kind of output; None: all layers. See `reuses`."""
         rule = next((rule for rule in self.rules if rule.kind == kind), None)
         if rule is None or step == 0 or not rule.reuses(step, timesteps):
             return ()
@@ -121,7 +144,14 @@ class ReusePolicy:
 
 @dataclass(frozen=True)
 class ReusePlan:
-    """A policy over the passes of one chunk, at `timesteps`, of a model of so many layers that has these `kinds`."""
+    """A policy applied to a model and to the passes of one chunk.
+
+    Attributes:
+        policy: the rules.
+        timesteps: the timesteps of the chunk's passes.
+        layers: how many layers the model has.
+        kinds: the kinds of output that a layer has.
+    """
 
     policy: ReusePolicy
     timesteps: tuple[float, ...]
@@ -130,24 +160,27 @@ class ReusePlan:
 
     @classmethod
     def of_causal(cls, policy: ReusePolicy, timesteps: tuple[float, ...], layers: int) -> Self:
-        """That of a `CausalDiT`."""
+        """Makes the plan of a `CausalDiT` with `layers` layers."""
         return cls(policy, timesteps, layers, CAUSAL_KINDS)
 
     def reuses(self, step: int, layer: int, kind: Kind) -> bool:
+        """Returns whether a pass reuses this output."""
         return (step, layer, kind) in self._reused
 
     def keeps(self, step: int, layer: int, kind: Kind) -> bool:
-        """Whether a later pass takes over what this one computes."""
+        """Returns whether a pass computes this output and a later pass reuses it."""
         return not self.reuses(step, layer, kind) and self.reuses(step + 1, layer, kind)
 
     def computed(self, step: int, kind: Kind) -> int:
-        """In how many layers a pass computes it."""
+        """Returns in how many layers a pass computes this kind of output."""
         return self.layers - self._counts[step, kind]
 
     @property
     def stored(self) -> int:
-        """How many outputs are kept at the most at once; each is as large as the chunk's residual, and let go with the
-        last pass that takes it over."""
+        """The largest number of outputs that are kept at once.
+
+        Each is as large as the chunk's residual stream, and is freed by the last pass that reuses it.
+        """
         kept = most = 0
         for step, layer, kind in product(range(len(self.timesteps)), range(self.layers), self.kinds):
             if self.reuses(step, layer, kind):
@@ -159,11 +192,12 @@ class ReusePlan:
 
     @cached_property
     def _counts(self) -> Mapping[tuple[int, Kind], int]:
-        """In how many layers a pass reuses it."""
+        """In how many layers each pass reuses each kind."""
         return Counter((step, kind) for step, _, kind in self._reused)
 
     @cached_property
     def _reused(self) -> Collection[tuple[int, int, Kind]]:
+        """Every pass, layer and kind whose output is reused."""
         found = set()
         for step, kind in product(range(len(self.timesteps)), self.kinds):
             layers = self.policy.layers_that_reuse(step, self.timesteps, kind)
@@ -172,10 +206,11 @@ class ReusePlan:
 
 
 def _check_kind_and_layers(kind: object, layers: Layers) -> None:
+    """Raises ConfigError for an unknown kind, or layers that are no layer numbers."""
     if kind not in KINDS:
         raise ConfigError(f"unknown kind {kind!r}; there are: {', '.join(KINDS)}")
     if layers is not None and not all(_whole(layer, 0) for layer in layers):
-        raise ConfigError(f"layers must be numbers of layers, not {layers!r}")
+        raise ConfigError(f"layers must be layer numbers of at least 0, not {layers!r}")
 
 
 def _whole(value: object, least: int) -> bool:

@@ -1,7 +1,7 @@
-"""Policies by name, and as JSON: {"rules": [{"kind": "self", "every": 2, "timesteps": [100, 800]}, …]}.
+"""Policies by name, and as JSON files: {"rules": [{"kind": "self", "every": 2, "timesteps": [100, 800]}, …]}.
 
-A rule has `kind`, and either `every` with any of `timesteps` [low, high] and `steps` [first, stop], or `after`
-[timestep, …] with `steps`; either may have `layers` [number, …]. See `Broadcast` and `After`.
+A rule has `kind`, and either `every`, with `timesteps` [low, high] and `steps` [first, stop] as options, or `after`
+[timestep, …] with `steps`. Both forms have `layers` [number, …] as an option. See `Broadcast` and `After`.
 """
 
 from __future__ import annotations
@@ -16,15 +16,21 @@ from causalrope_sp.reuse.policy import After, Broadcast, ReusePolicy, Rule
 from causalrope_sp.reuse.policy_presets import PRESETS
 
 PREFIX = "pab:"
-LONGEST_REASON = 200  # characters; a file may hold words of any length
-LONGEST = 1 << 20  # bytes; a policy that names every layer of a large model is a thousandth of it
+LONGEST_REASON = 200  # characters; an error may quote text of any length from a file
+LONGEST = 1 << 20  # bytes; a policy that names every layer of a large model has a thousandth of that
 
 
 def find_policy(policy: ReusePolicy | str | PathLike[str]) -> ReusePolicy:
-    """A policy as it is, one of the presets as pab:NAME, or one from a JSON file, as pab:FILE or FILE.
+    """Finds a policy by name.
+
+    Args:
+        policy: a policy, which is returned as it is; a preset as NAME or pab:NAME; or a JSON file as FILE or pab:FILE.
+
+    Returns:
+        The policy.
 
     Raises:
-        ConfigError: no preset and no file of this name, or a file that holds no policy.
+        ConfigError: there is no preset or file of this name, or the file holds no policy.
     """
     if isinstance(policy, ReusePolicy):
         return policy
@@ -35,7 +41,7 @@ def find_policy(policy: ReusePolicy | str | PathLike[str]) -> ReusePolicy:
         raise ConfigError(f"no policy of reuse {name!r}: not a file, not one of {', '.join(PRESETS)}")
     try:
         if Path(name).stat().st_size > LONGEST:
-            raise ValueError("it is too long")
+            raise ValueError(f"it is longer than {LONGEST >> 20} MiB")
         fields = json.loads(Path(name).read_text())
         if not isinstance(fields, dict) or not isinstance(fields.get("rules"), list):
             raise ValueError('it must be an object with a list of "rules"')
@@ -45,10 +51,15 @@ def find_policy(policy: ReusePolicy | str | PathLike[str]) -> ReusePolicy:
 
 
 def write_policy(policy: ReusePolicy, path: Path, **notes: Any) -> None:
-    """Into a JSON file that `find_policy` reads; `notes` are fields beside the rules, for people.
+    """Writes a policy to a JSON file that `find_policy` reads.
+
+    Args:
+        policy: the policy.
+        path: the file.
+        **notes: further fields for human readers, which `find_policy` ignores.
 
     Raises:
-        OutputError: it cannot be written.
+        OutputError: the file cannot be written.
     """
     try:
         path.write_text(json.dumps({**notes, "rules": [_fields(rule) for rule in policy.rules]}, indent=1) + "\n")
@@ -57,19 +68,21 @@ def write_policy(policy: ReusePolicy, path: Path, **notes: Any) -> None:
 
 
 def _rule(fields: Any) -> Rule:
+    """Makes a rule of its JSON object; raises ValueError, TypeError or ConfigError if it is none."""
     if not isinstance(fields, dict) or "kind" not in fields or ("every" in fields) == ("after" in fields):
         raise ValueError(f"a rule has a kind and either every or after, not {str(fields)[:80]}")
-    given: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
-    unknown = given.keys() - {"kind", "every", "after", "timesteps", "steps", "layers"}
-    lists = {name for name in ("after", "timesteps", "layers") if not isinstance(given.get(name, ()), tuple)}
+    values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
+    unknown = values.keys() - {"kind", "every", "after", "timesteps", "steps", "layers"}
+    lists = {name for name in ("after", "timesteps", "layers") if not isinstance(values.get(name, ()), tuple)}
     if unknown or lists:
         raise ValueError(f"a rule has no {', '.join(unknown)}" if unknown else f"{', '.join(lists)} must be a list")
-    if "after" in given:
-        return After(timesteps=given.pop("after"), **given)
-    return Broadcast(**given)
+    if "after" in values:
+        return After(timesteps=values.pop("after"), **values)
+    return Broadcast(**values)
 
 
 def _fields(rule: Rule) -> dict[str, Any]:
+    """Returns the JSON object of a rule."""
     if isinstance(rule, After):
         found = {"kind": rule.kind, "after": rule.timesteps, "steps": rule.steps, "layers": rule.layers}
     else:

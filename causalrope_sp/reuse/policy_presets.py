@@ -1,7 +1,8 @@
-"""The published defaults of PAB, model by model.
+"""The published defaults of PAB for each model.
 
-Source: the paper's public code (arXiv 2408.12588): timestep window, spatial / temporal / cross range, MLP.
-A model whose attention is over space and time at once, Wan's, takes the spatial range for it.
+Source: the public code of the paper (arXiv 2408.12588), with its timestep window, its spatial, temporal and cross
+ranges, and its rule for the MLP. A model whose attention is over space and time at once, such as Wan, has the spatial
+range for it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,18 @@ from causalrope_sp.reuse.policy import After, Broadcast, ReusePolicy, Rule
 def pyramid(
     spatial: int, temporal: int | None, cross: int | None, timesteps: tuple[float, float], mlp: After | None = None
 ) -> ReusePolicy:
-    """The ranges of a pyramid over one timestep window; None always computes."""
+    """Makes a policy of PAB's settings.
+
+    Args:
+        spatial: the range of spatial attention: it is computed once in so many passes.
+        temporal: the range of temporal attention; None computes it in every pass.
+        cross: the range of cross-attention; None computes it in every pass.
+        timesteps: the two bounds of the timesteps whose passes reuse attention.
+        mlp: the rule of the feed-forward, also of that in temporal blocks; None computes it in every pass.
+
+    Returns:
+        The policy.
+    """
     rules: list[Rule] = [Broadcast("self", spatial, timesteps)]
     rules += [Broadcast("temporal", temporal, timesteps)] if temporal else []
     rules += [Broadcast("cross", cross, timesteps)] if cross else []

@@ -1,4 +1,4 @@
-"""Prompts to embeddings: UMT5, and embeddings as a file."""
+"""Text conditioning: the UMT5 encoder, and files of prompt embeddings."""
 
 from causalrope_sp.text.clean import clean_prompt
 from causalrope_sp.text.embeds import PromptEmbeds, load_embeds, save_embeds

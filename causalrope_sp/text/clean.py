@@ -1,4 +1,4 @@
-"""Wan's cleaning of a prompt, before it is cut into tokens."""
+"""Wan's cleaning of a prompt before the tokenizer."""
 
 from __future__ import annotations
 
@@ -7,15 +7,21 @@ import re
 
 from causalrope_sp.errors import PromptError
 
-# Printable ASCII without entities: what ftfy leaves as it is, but for line ends, which are collapsed anyway.
+# Printable ASCII without entities. ftfy changes only its line ends, which are collapsed in any case.
 _PLAIN = re.compile(r"(?:[\t\n\r -%'-~]|&(?!#?[0-9A-Za-z]+;))*")
 
 
 def clean_prompt(prompt: str) -> str:
-    """The prompt with its text repaired, entities of HTML resolved twice and runs of white space made one.
+    """Cleans a prompt: ftfy repairs it, HTML entities are resolved twice, each run of white space becomes one space.
 
-    ftfy does the repair, as for Wan. It also straightens quotation marks and unfolds ligatures and full-width letters,
-    so that leaving it out would change the tokens of ordinary prompts: rather than that, they are refused.
+    Wan does the same. ftfy also straightens quotation marks and expands ligatures and full-width letters, so without it
+    ordinary prompts would give other tokens. Such a prompt is refused where ftfy is missing.
+
+    Args:
+        prompt: the prompt as the user wrote it.
+
+    Returns:
+        The cleaned prompt.
 
     Raises:
         PromptError: ftfy is not installed and might change this prompt.
@@ -25,6 +31,7 @@ def clean_prompt(prompt: str) -> str:
 
 
 def _repair(prompt: str) -> str:
+    """Returns the prompt with its text repaired by ftfy."""
     try:
         import ftfy
     except ImportError:

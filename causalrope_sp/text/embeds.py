@@ -1,7 +1,9 @@
-"""The embeddings of a prompt as a file, so that a machine without the encoder can run.
+"""Files of prompt embeddings, with which a machine without the text encoder can run.
 
-Shapes: L = text_len tokens, E numbers each; the file is safetensors and holds `prompt_embeds` (1, L, E), zeros after
-the prompt's length, and in its metadata the prompt, the encoder and the length.
+A file is safetensors. It holds `prompt_embeds`, (1, L, E), with zeros after the prompt's last token, and in its
+metadata the prompt, the encoder and the length in tokens.
+
+Shapes: L = text_len tokens, E the encoder's width.
 """
 
 from __future__ import annotations
@@ -23,7 +25,14 @@ _NAME = "prompt_embeds"
 
 @dataclass(frozen=True)
 class PromptEmbeds:
-    """The embeddings of one prompt, (1, L, E), zeros from `length` on, and what made them."""
+    """The embeddings of one prompt and their origin.
+
+    Attributes:
+        embeds: (1, L, E), zeros from token `length` on.
+        prompt: the prompt; "" if the file does not say.
+        encoder: a description of the encoder; "" if the file does not say.
+        length: tokens of the prompt.
+    """
 
     embeds: Tensor
     prompt: str
@@ -32,10 +41,19 @@ class PromptEmbeds:
 
 
 def save_embeds(path: str | PathLike[str], embeds_1LE: Tensor, prompt: str, encoder: str) -> PromptEmbeds:
-    """Writes the embeddings of a prompt and returns what `load_embeds` will.
+    """Writes the embeddings of a prompt to a file.
+
+    Args:
+        path: the file.
+        embeds_1LE: the embeddings, (1, L, E), in float64, float32, float16 or bfloat16.
+        prompt: the prompt.
+        encoder: a description of the encoder, such as `UMT5TextEncoder.name`.
+
+    Returns:
+        What `load_embeds` reads from the file.
 
     Raises:
-        ConfigError: not the embeddings of one prompt: another shape, dtype, or numbers that are not finite.
+        ConfigError: the embeddings have another shape or dtype, or hold numbers that are not finite.
         OutputError: the file cannot be written.
     """
     wrong = _wrong(embeds_1LE)
@@ -52,10 +70,16 @@ def save_embeds(path: str | PathLike[str], embeds_1LE: Tensor, prompt: str, enco
 
 
 def load_embeds(path: str | PathLike[str]) -> PromptEmbeds:
-    """The embeddings in a file of `save_embeds`.
+    """Reads a file of `save_embeds`.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The embeddings on the CPU, and their origin.
 
     Raises:
-        CheckpointError: not readable, not such a file, or embeddings that cannot be what it says.
+        CheckpointError: the file cannot be read, is no file of embeddings, or contradicts itself.
     """
     files = WeightFiles(Path(path))
     length = files.metadata.get("length", "")
@@ -74,12 +98,13 @@ def load_embeds(path: str | PathLike[str]) -> PromptEmbeds:
 
 
 def length_of(embeds_1LE: Tensor) -> int:
-    """Tokens up to the last that is not all zeros."""
+    """Counts tokens, (1, L, E), up to the last one that is not all zeros."""
     (filled,) = embeds_1LE[0].any(-1).nonzero(as_tuple=True)
     return int(filled[-1]) + 1 if len(filled) else 0
 
 
 def _wrong(embeds: Tensor) -> str | None:
+    """Returns what is wrong with embeddings, as the rest of a sentence; None if nothing is."""
     if embeds.ndim != 3 or len(embeds) != 1 or embeds.numel() == 0:
         return f"have shape {tuple(embeds.shape)}, expected (1, tokens, width)"
     if embeds.dtype not in DTYPES.values():

@@ -1,4 +1,4 @@
-"""UMT5 as a pipeline asks for it: run on rank 0 alone, and sent to the others, which need none of its files."""
+"""Text embeddings on every rank: rank 0 runs UMT5 and broadcasts, so the other ranks need none of its files."""
 
 from __future__ import annotations
 
@@ -16,10 +16,24 @@ from causalrope_sp.text.umt5 import UMT5TextEncoder
 
 
 class SharedUMT5:
-    """The embeddings of a prompt on every rank. The encoder is opened for the first prompt, so that a machine without
-    its files can run from given embeddings; one whose files are there and wrong says so when it is made.
+    """A UMT5 encoder that runs on rank 0 and serves every rank.
 
-    `encoder` is None until it was opened, and for good on every rank but the first."""
+    The encoder is opened at once where its files are found, and otherwise for the first prompt, so that a pipeline that
+    is called with embeddings needs none.
+
+    Args:
+        source: where the weights and the tokenizer are.
+        parallel: the ranks; rank 0 of them runs the encoder.
+        config: the DiT's configuration, which has the size of the embeddings.
+        dtype: the dtype of the embeddings.
+        keep: where the weights are kept between two prompts: "device", "cpu" or "free".
+
+    Attributes:
+        encoder: None until the encoder is opened, and always on ranks other than 0.
+
+    Raises:
+        CheckpointError: the encoder's files are found and faulty.
+    """
 
     def __init__(
         self, source: TextSource, parallel: SequenceParallel, config: DiTConfig, dtype: torch.dtype, keep: Keep
@@ -31,17 +45,34 @@ class SharedUMT5:
             self.encoder = self._open()
 
     def encode(self, prompt: str, seed: int) -> Tensor:
-        """(1, L, E), the same for every seed. Every rank must ask for it.
+        """Encodes a prompt on rank 0 and broadcasts its embeddings. Every rank must call.
+
+        Args:
+            prompt: the prompt; only rank 0's counts.
+            seed: has no effect; other encoders draw numbers from it.
+
+        Returns:
+            The embeddings on every rank, (1, L, E).
 
         Raises:
-            CheckpointError: the encoder is not there, or cannot be read.
+            CheckpointError: the encoder is missing, or cannot be read.
             PromptError: the prompt cannot be cleaned without ftfy.
         """
         return self.encode_all([prompt], seed)[0]
 
     def encode_all(self, prompts: Sequence[str | None], seed: int) -> list[Tensor]:
-        """Several at once, since an encoder that is given up between prompts is then read but once. None is the empty
-        prompt."""
+        """Encodes several prompts at once, so that an encoder that is freed between prompts is read only once.
+
+        Args:
+            prompts: the prompts; None is the empty prompt.
+            seed: has no effect.
+
+        Returns:
+            The embeddings of each prompt on every rank, (1, L, E).
+
+        Raises:
+            CheckpointError, PromptError: as `encode` raises them.
+        """
         made: list[Tensor] = []
 
         def of(number: int) -> Tensor:
@@ -53,7 +84,7 @@ class SharedUMT5:
         return [share_embeds(partial(of, n), self._parallel, self._config, self._dtype) for n in count]
 
     def opening(self, channels: int, height: int, width: int) -> None:
-        """Nothing is given: a stream of Wan begins with noise."""
+        """Returns None: a stream of Wan begins with noise, without initial latents."""
 
     def _on_rank_0(self, prompts: Sequence[str]) -> Tensor:
         self.encoder = self.encoder or self._open()
@@ -68,10 +99,19 @@ class SharedUMT5:
 def share_embeds(
     make: Callable[[], Tensor], parallel: SequenceParallel, config: DiTConfig, dtype: torch.dtype
 ) -> Tensor:
-    """The text embeddings that rank 0 makes, (1, L, E), on every rank.
+    """Broadcasts text embeddings from rank 0. Every rank must call.
+
+    Args:
+        make: computes the embeddings; only rank 0 calls it.
+        parallel: the ranks.
+        config: the DiT's configuration, which has the size of the embeddings.
+        dtype: the dtype of the embeddings.
+
+    Returns:
+        The embeddings on every rank, (1, L, E).
 
     Raises:
-        ConfigError: on every rank, if they are not of the model's size.
+        ConfigError: on every rank, if the embeddings have another shape than the model takes.
     """
     shape = (1, config.text_len, config.text_dim)
 

@@ -1,4 +1,4 @@
-"""Where the weights and the tokenizer of a UMT5 encoder lie."""
+"""The files of a UMT5 encoder: its weights and its tokenizer."""
 
 from __future__ import annotations
 
@@ -10,39 +10,58 @@ from typing import Any
 from causalrope_sp.errors import CheckpointError
 
 TOKENIZER = "tokenizer.json"
-# models_t5_umt5-xxl-enc-bf16.pth among the files of Wan's own folder, and what transformers writes into a folder
+# the file in Wan's own folder (models_t5_umt5-xxl-enc-bf16.pth), and the two kinds that transformers writes
 WEIGHTS = ("models_t5*", "model*.safetensors", "pytorch_model*.bin")
 
 
 @dataclass(frozen=True)
 class TextSource:
-    """A diffusers folder (`text_encoder/`, `tokenizer/`), Wan's own (a .pth, `google/umt5-xxl/`), or weights alone and
-    the folder of the tokenizer. Nothing is looked for before `find`: other ranks may have none of it."""
+    """Where a UMT5 encoder's files are.
+
+    The constructor looks for no file, because other ranks than the first need none.
+
+    Attributes:
+        path: a diffusers folder (`text_encoder/`, `tokenizer/`), Wan's own folder (a .pth, `google/umt5-xxl/`), or the
+            weights alone.
+        tokenizer: the folder or file of the tokenizer; None looks for it near the weights.
+    """
 
     path: Path
     tokenizer: Path | None = None
 
     @classmethod
     def of(cls, path: str | PathLike[str], tokenizer: str | PathLike[str] | None = None) -> TextSource:
+        """Makes a source from paths of any kind."""
         return cls(Path(path), None if tokenizer is None else Path(tokenizer))
 
     @classmethod
     def from_json(cls, text: Any, folder: Path) -> Any:
-        """What a recipe in `folder` means by its `text`. A path has a / or a dot in it; a name is left as it is."""
+        """Reads the field `text` of a model config.
+
+        Args:
+            text: an object with `path` and `tokenizer`, a path (it has a "/" or a "." in it), or another value.
+            folder: the folder of the model config, which relative paths start from.
+
+        Returns:
+            A `TextSource`; `text` itself if it is no path, such as an encoder's name.
+        """
         if isinstance(text, dict):
             named = cls.of(**text)
             return cls(folder / named.path, None if named.tokenizer is None else folder / named.tokenizer)
         return cls(folder / text) if isinstance(text, str) and ("/" in text or "." in text) else text
 
     def is_here(self) -> bool:
-        """Whether there are weights to be found, right or wrong."""
+        """Returns whether there are weights, faulty or not."""
         return bool(self._weights())
 
     def find(self) -> tuple[Path, Path]:
-        """The file or folder of the weights, and the tokenizer's file.
+        """Finds the weights and the tokenizer.
+
+        Returns:
+            The file or folder of the weights, and the tokenizer's file.
 
         Raises:
-            CheckpointError: either is not there.
+            CheckpointError: either is missing, or there are several files of weights.
         """
         choices = self._weights()
         if not choices:
@@ -54,15 +73,16 @@ class TextSource:
             names = ", ".join(file.name for file in choices)
             raise CheckpointError(f"{self.path}: several text encoders, name one of them: {names}")
         home = choices[0] if choices[0].is_dir() else choices[0].parent
-        places = [home / "tokenizer", home / "google" / "umt5-xxl", home.parent / "tokenizer", home]
+        folders = [home / "tokenizer", home / "google" / "umt5-xxl", home.parent / "tokenizer", home]
         if self.tokenizer is not None:
-            places = [self.tokenizer if self.tokenizer.is_dir() else self.tokenizer.parent]
-        found = next((place / TOKENIZER for place in places if (place / TOKENIZER).is_file()), None)
+            folders = [self.tokenizer if self.tokenizer.is_dir() else self.tokenizer.parent]
+        found = next((folder / TOKENIZER for folder in folders if (folder / TOKENIZER).is_file()), None)
         if found is None:
-            raise CheckpointError(f"{self.path}: no {TOKENIZER} in {', '.join(map(str, places))}")
+            raise CheckpointError(f"{self.path}: no {TOKENIZER} in {', '.join(map(str, folders))}")
         return choices[0], found
 
     def _weights(self) -> list[Path]:
+        """Returns every file or folder that may be the weights."""
         if self.path.is_file():
             return [self.path]
         if (self.path / "text_encoder").is_dir():

@@ -1,4 +1,4 @@
-"""UMT5, the text encoder of Wan: transformers' layers, Wan's cleaning of the prompt, either layout of the weights.
+"""UMT5, the text encoder of Wan: transformers' layers, Wan's cleaning of the prompt, weights of either key layout.
 
 Shapes: B prompts, L = text_len tokens, E the encoder's width.
 """
@@ -23,15 +23,26 @@ from causalrope_sp.text.umt5_checkpoint import T5Checkpoint
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-TEXT_LEN = 512  # Wan's
+TEXT_LEN = 512  # tokens, as in Wan
 
 _log = logging.getLogger(__name__)
 
 
 class UMT5TextEncoder:
-    """Prompts to embeddings. Made by `from_pretrained`.
+    """Encodes prompts to text embeddings. `from_pretrained` makes one.
 
-    Between two prompts the weights stay on the device, wait on the CPU, or are given up and read again (`keep`).
+    Between two prompts the weights stay on the device, stay on the CPU, or are freed and read again (`keep`).
+
+    Args:
+        checkpoint: the open weights.
+        tokenizer: the tokenizer; its padding and truncation are set here.
+        dtype: the dtype that it computes in; None takes that of the checkpoint.
+        device: the device that computes.
+        text_len: tokens that each prompt is cut or padded to.
+        keep: "device", "cpu" or "free".
+
+    Attributes:
+        dim: the encoder's width E.
     """
 
     def __init__(
@@ -48,7 +59,7 @@ class UMT5TextEncoder:
         self.device, self.text_len, self.keep = device, text_len, keep
         self.dim: int = checkpoint.model.config.d_model
         self._kept: Mapping[str, Tensor] | None = None
-        self._said: set[str] = set()
+        self._warned: set[str] = set()
         tokenizer.no_padding()
         tokenizer.enable_truncation(text_len)
 
@@ -66,16 +77,19 @@ class UMT5TextEncoder:
         """Opens and checks an encoder; its weights are read for the first prompt.
 
         Args:
-            path: a diffusers folder (or its `text_encoder/`), Wan's own folder or its .pth.
-            tokenizer: the folder with the tokenizer.json, where it is not beside the weights as either layout has it.
-            dtype: what it computes in; if None, as stored.
-            device: where it computes.
-            text_len: tokens that a prompt is cut to and filled up to.
-            keep: where the weights wait between two prompts.
+            path: a diffusers folder or its `text_encoder/`, Wan's own folder or its .pth.
+            tokenizer: the folder with tokenizer.json, if it is not where diffusers' or Wan's folder has it.
+            dtype: the dtype that it computes in; None takes that of the weights.
+            device: the device that computes.
+            text_len: tokens that each prompt is cut or padded to.
+            keep: where the weights are kept between two prompts: "device", "cpu", or "free" to read them again.
+
+        Returns:
+            The encoder.
 
         Raises:
-            CheckpointError: a file that is not there, cannot be read, or does not fit the others.
-            ConfigError: an unknown `keep`, or a `text_len` below 1.
+            CheckpointError: a file is missing, cannot be read, or does not fit the others.
+            ConfigError: `keep` is unknown, or `text_len` is below 1.
         """
         if keep not in get_args(Keep):
             raise ConfigError(f"keep must be one of {', '.join(get_args(Keep))}, not {keep!r}")
@@ -91,25 +105,32 @@ class UMT5TextEncoder:
 
     @property
     def name(self) -> str:
-        """What made its embeddings, in words."""
+        """A description of the encoder: its size, layout and dtype."""
         layers: int = self._checkpoint.model.config.num_layers
         layout, dtype = self._checkpoint.layout.name, str(self.dtype).removeprefix("torch.")
         return f"umt5, {layers} layers of {self.dim}, {layout} layout, {dtype}"
 
     @torch.no_grad()
     def encode(self, prompts: str | Sequence[str]) -> Tensor:
-        """(B, L, E) on the encoder's device, zeros after each prompt's end.
+        """Encodes prompts one after the other.
 
-        A prompt that has more than L tokens is cut, and a line of log says so, once.
+        A prompt of more than L tokens is cut, and logged as a warning the first time.
+
+        Args:
+            prompts: a prompt or several.
+
+        Returns:
+            The embeddings on the encoder's device, (B, L, E), zeros after each prompt's last token.
 
         Raises:
-            PromptError: the prompt cannot be cleaned without ftfy.
+            CheckpointError: the weights cannot be read, or hold NaN or infinity.
+            PromptError: a prompt cannot be cleaned without ftfy.
         """
         prompts = [prompts] if isinstance(prompts, str) else prompts
         tokens = [self._tokens(prompt) for prompt in prompts]
         weights = self._weights()
         embeds = torch.zeros(len(tokens), self.text_len, self.dim, dtype=self.dtype, device=self.device)
-        # One by one and without padding, which is masked anyway: then none depends on the others.
+        # One by one and without padding, which would be masked, so that no embedding depends on the other prompts.
         for row, ids in zip(embeds, tokens, strict=True):
             made = torch.func.functional_call(
                 self._checkpoint.model, weights, (torch.tensor([ids], device=self.device),), tie_weights=False
@@ -117,13 +138,14 @@ class UMT5TextEncoder:
             row[: len(ids)] = made.last_hidden_state[0]
         del weights
         if self.device.type == "cuda" and self.keep != "device":
-            torch.cuda.empty_cache()  # given up means that other allocators can have it
+            torch.cuda.empty_cache()  # so that other allocators can use the freed memory
         return embeds
 
     def _tokens(self, prompt: str) -> list[int]:
+        """Returns the numbers of a prompt's tokens, at most L."""
         encoding = self._tokenizer.encode(clean_prompt(prompt))
-        if encoding.overflowing and prompt not in self._said:
-            self._said.add(prompt)
+        if encoding.overflowing and prompt not in self._warned:
+            self._warned.add(prompt)
             parts = [encoding, *encoding.overflowing]
             count = sum(part.special_tokens_mask.count(0) for part in parts) + encoding.special_tokens_mask.count(1)
             _log.warning("the prompt has %d tokens and is cut to the first %d", count, self.text_len)
@@ -131,26 +153,29 @@ class UMT5TextEncoder:
         return ids
 
     def _weights(self) -> dict[str, Tensor]:
-        """The parameters on the device, by every name that the model has them under."""
+        """Returns the parameters on the device, under every name that the model has them by."""
         state = self._kept
         if state is None:
             home = torch.device("cpu") if self.keep == "cpu" else self.device
             state = self._checkpoint.read(self.dtype, home)
             self._kept = None if self.keep == "free" else state
         on_device = {name: tensor.to(self.device) for name, tensor in state.items()}
-        # The token table is in one module under two names, or in two, depending on transformers' release. Each module's
-        # own is named once, because functional_call would put a module back wrongly that it finds twice.
+        # Releases of transformers have the token table in one module under two names, or in two modules. Each module's
+        # own table is named once, because functional_call restores a module wrongly if it finds it twice.
         modules = self._checkpoint.model.named_modules()
         names = [name for at, module in modules for name, _ in module.named_parameters(at, recurse=False)]
         return {name: on_device.get(name, on_device["shared.weight"]) for name in names}
 
 
 def _open_tokenizer(file: Path) -> Tokenizer:
-    """The tokenizer as its file has it. transformers 5 would build another of it, with a fixed number for unknown
-    words and without the file's normaliser."""
+    """Opens the tokenizer as its file defines it.
+
+    transformers 5 would build another one from the file, with a fixed number for unknown words and without the file's
+    normalizer.
+    """
     from tokenizers import Tokenizer
 
     try:
         return Tokenizer.from_file(str(file))
-    except Exception as error:  # tokenizers raises nothing more special
+    except Exception as error:  # tokenizers raises no narrower class
         raise CheckpointError(f"{file}: not a tokenizer ({str(error).splitlines()[0]})") from error

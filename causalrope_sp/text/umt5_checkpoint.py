@@ -1,6 +1,6 @@
-"""A UMT5 checkpoint, of either layout, checked and read into the parameters of transformers' encoder.
+"""A UMT5 checkpoint of either key layout, checked and read into the parameters of transformers' encoder.
 
-transformers' own loader is not used: it knows one layout of the two, and some of its releases leave the token
+transformers' own loader is not used: it reads one of the two layouts, and some of its releases leave the token
 embeddings of published Wan folders at zero (huggingface/transformers pull request 43880).
 """
 
@@ -23,7 +23,7 @@ from causalrope_sp.weights.tensor_files import WeightFiles
 if TYPE_CHECKING:
     from transformers import UMT5EncoderModel
 
-# What config.json may say; all that the shapes of the tensors do not tell has its default, as Wan's own code has it.
+# The fields that config.json may declare. A size that no tensor's shape shows has the default of Wan's own code.
 _DECLARED = (
     "vocab_size",
     "d_model",
@@ -41,20 +41,35 @@ _MAX_DISTANCE, _EPS = 128, 1e-6
 
 @dataclass(frozen=True)
 class T5Checkpoint:
-    """An encoder that can be loaded. `model` is on the meta device: shapes, no memory."""
+    """An encoder whose weights fit its model.
+
+    Attributes:
+        files: the open files.
+        layout: the key layout.
+        model: transformers' encoder on the meta device, which has shapes and no memory.
+        names: parameter of the model -> stored name.
+        dtype: the dtype of most of the numbers.
+    """
 
     files: WeightFiles
     layout: T5Layout
     model: UMT5EncoderModel
-    names: Mapping[str, str]  # a parameter -> the name it is stored under
+    names: Mapping[str, str]
     dtype: torch.dtype
 
     @classmethod
     def open(cls, path: Path) -> T5Checkpoint:
-        """Reads headers, no tensors.
+        """Opens a checkpoint and checks its keys and shapes by its headers.
+
+        Args:
+            path: a file, the index of a sharded checkpoint, or a folder with one checkpoint in it.
+
+        Returns:
+            The open checkpoint.
 
         Raises:
-            CheckpointError: not readable, of no known layout, or a key is missing, left over or of a wrong shape.
+            CheckpointError: it cannot be read, has no known layout, lacks a key, or has one too many or of a wrong
+                shape.
         """
         files = WeightFiles(path)
         layout, prefix = _detect(files)
@@ -83,10 +98,19 @@ class T5Checkpoint:
         return cls(files, layout, model, names, files.numbers(names.values()).most_common(1)[0][0])
 
     def read(self, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-        """All parameters, in memory of their own: what a file gives is a view of it, and it may change later.
+        """Reads all parameters.
+
+        They are copied, because a stored tensor is a view of its file, which may change later.
+
+        Args:
+            dtype: the dtype that they are cast to.
+            device: the device that they are copied to.
+
+        Returns:
+            The parameters by their names in the model.
 
         Raises:
-            CheckpointError: one is NaN or infinite.
+            CheckpointError: a parameter cannot be read, or holds NaN or infinity.
         """
         state, broken = {}, []
         for parameter, name in self.names.items():
@@ -99,6 +123,7 @@ class T5Checkpoint:
 
 
 def _detect(files: WeightFiles) -> tuple[T5Layout, str]:
+    """Finds the key layout and the prefix before its names."""
     for layout in LAYOUTS:
         prefix = layout.prefix_in(files.tensors)
         if prefix is not None:
@@ -109,9 +134,9 @@ def _detect(files: WeightFiles) -> tuple[T5Layout, str]:
 
 
 def _sizes(files: WeightFiles, layout: T5Layout, prefix: str) -> dict[str, Any]:
-    """The sizes as config.json declares them, the rest from the shapes of the tensors.
+    """Returns the fields of `UMT5Config`: those that config.json declares, the others from the shapes of the tensors.
 
-    A config.json beside a .pth is that of Wan's transformer, so it counts in transformers' layout alone.
+    config.json counts only in transformers' layout: next to a .pth it is that of Wan's DiT.
     """
     every = layout.names(1)
 
@@ -148,6 +173,7 @@ def _sizes(files: WeightFiles, layout: T5Layout, prefix: str) -> dict[str, Any]:
 
 
 def _declared(files: WeightFiles) -> dict[str, Any]:
+    """Returns the fields of `UMT5Config` that config.json declares, each checked."""
     declared = files.declared_config()
     gate = declared.get("feed_forward_proj", _GATE)
     if gate != _GATE:
@@ -165,13 +191,15 @@ def _declared(files: WeightFiles) -> dict[str, Any]:
 
 
 def _build(sizes: Mapping[str, Any], path: Path) -> UMT5EncoderModel:
+    """Builds the encoder on the meta device; sizes that are refused raise CheckpointError."""
     from transformers import UMT5Config, UMT5EncoderModel
 
-    # "eager" adds and rounds where Wan's own code does, whatever release of transformers this is
+    # "eager" adds and rounds in the order of Wan's own code in every release of transformers
     config = UMT5Config(**sizes, feed_forward_proj=_GATE, dropout_rate=0.0, attn_implementation="eager")
     try:
         with torch.device("meta"):
             model = UMT5EncoderModel(config)
     except (RuntimeError, TypeError, OverflowError, ValueError) as error:
-        raise CheckpointError(f"{path}: declares an encoder that cannot be: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{path}: declares an encoder that cannot be built: {reason}") from error
     return model.eval().requires_grad_(False)

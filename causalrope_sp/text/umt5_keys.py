@@ -1,7 +1,7 @@
-"""The two ways to name the tensors of a UMT5 encoder: transformers', as in a diffusers folder, and Wan's own.
+"""The two key layouts of a UMT5 encoder: transformers', as in a diffusers folder, and Wan's own.
 
-The tensors themselves are the same: projections are stored output × input, the relative positions' bias bucket × head.
-Wan's `gate.0` is what goes through GELU (`wi_0`), `fc1` what it gates (`wi_1`).
+The tensors are the same in both: projections are stored output × input, the relative positions' bias bucket × head.
+The output of Wan's `gate.0` goes through GELU (`wi_0`) and multiplies that of `fc1` (`wi_1`).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-# A parameter of transformers' model -> the name it is stored under, or several of which any will do.
+# parameter of transformers' model -> its stored name, or several names of which one is enough
 Names = Mapping[str, tuple[str, ...]]
 
 BLOCK = "encoder.block"
@@ -25,8 +25,16 @@ _BLOCK_PARAMETERS = (
 
 @dataclass(frozen=True)
 class T5Layout:
-    """`blocks` is what its blocks are numbered under, `marker` a module that every block has in this layout and in no
-    other; names that begin with one of `unneeded` belong to the rest of a model that has more than an encoder."""
+    """The names that a kind of checkpoint uses for the tensors of a UMT5 encoder.
+
+    Attributes:
+        name: "wan" or "transformers".
+        blocks: what stands before the number of a block.
+        marker: a module that every block has in this layout and in no other.
+        outer: the parameters outside the blocks.
+        block: the parameters of a block.
+        unneeded: the first parts of names that belong to the rest of a model which has more than an encoder.
+    """
 
     name: str
     blocks: str
@@ -36,18 +44,23 @@ class T5Layout:
     unneeded: tuple[str, ...] = ()
 
     def prefix_in(self, names: Iterable[str]) -> str | None:
-        """What stands before every name of this layout ("" or ending in a dot), or None if `names` is not of it."""
+        """Returns the prefix before names of this layout, "" or ending in a dot; None if `names` has another layout.
+
+        Args:
+            names: the names of all tensors of a checkpoint.
+        """
         pattern = re.compile(rf"((?:.*\.)?){re.escape(self.blocks)}\.\d+\.{re.escape(self.marker)}\.")
         found = (match for name in names if (match := pattern.match(name)))
         first = next(found, None)
         return None if first is None else first[1]
 
     def count_blocks(self, names: Iterable[str], prefix: str) -> int:
-        """Blocks are numbered from 0; a gap counts, so that its keys are reported as missing."""
+        """Returns the highest block number plus 1; a gap counts, so that its keys are reported as missing."""
         pattern = re.compile(re.escape(f"{prefix}{self.blocks}.") + r"(\d{1,6})\.")
         return 1 + max(int(match[1]) for name in names if (match := pattern.match(name)))
 
     def names(self, num_layers: int) -> dict[str, tuple[str, ...]]:
+        """Returns every parameter of an encoder with `num_layers` blocks, with its stored names."""
         every = dict(self.outer)
         for n in range(num_layers):
             for parameter, stored in self.block.items():
@@ -60,7 +73,7 @@ TRANSFORMERS = T5Layout(
     blocks=BLOCK,
     marker=ATTENTION,
     outer={
-        # one table under two names, of which a file holds either or both
+        # one table under two names; a file holds one of them or both
         "shared.weight": ("shared.weight", "encoder.embed_tokens.weight"),
         "encoder.final_layer_norm.weight": ("encoder.final_layer_norm.weight",),
     },

@@ -1,4 +1,4 @@
-"""Checkpoints: layouts, wrappings, LoRA, presets, each in a file of its own, and loading into the causal DiT."""
+"""Checkpoints: key layouts, wrappings, LoRA files and presets, and the loading of a checkpoint into the causal DiT."""
 
 from causalrope_sp.weights.checkpoint_report import CheckpointReport
 from causalrope_sp.weights.dit_loader import inspect_checkpoint, load_model, outline_model

@@ -1,4 +1,4 @@
-"""What a checkpoint is, as it is told to the user."""
+"""The report on a checkpoint that the user sees."""
 
 from __future__ import annotations
 
@@ -16,7 +16,21 @@ from causalrope_sp.weights.wrappings import Wrapping
 
 @dataclass(frozen=True)
 class CheckpointReport:
-    """What a checkpoint is, why that is thought, how it is meant to run, and what keeps it from being loaded."""
+    """What a checkpoint is, how it is meant to run, and what keeps it from being loaded.
+
+    Attributes:
+        path: the checkpoint, as the caller named it.
+        layout: the name of its key layout, "wan" or "diffusers".
+        why: the key that shows which layout it is.
+        wrapping: what training code left around the model's tensors.
+        config: the configuration of the model.
+        dtype: the dtype of most of the model's numbers.
+        parameters: how many numbers the model has.
+        preset: the settings that the model is meant to run with.
+        missing: the keys that the model needs and the checkpoint lacks.
+        unexpected: the keys that belong to no parameter of the model.
+        misshapen: "KEY is SHAPE, expected SHAPE" for each key of a wrong shape.
+    """
 
     path: Path
     layout: str
@@ -28,14 +42,18 @@ class CheckpointReport:
     preset: Preset
     missing: list[str]
     unexpected: list[str]
-    misshapen: list[str] = field(default_factory=list)  # "key is (expected) there (given)"
+    misshapen: list[str] = field(default_factory=list)
 
     @property
     def problem(self) -> str | None:
-        """All that is wrong, in one line; None if the checkpoint can be loaded."""
+        """All problems in one line; None if the checkpoint can be loaded."""
         return problem(self.missing, self.unexpected, self.misshapen)
 
 
 def most_common_dtype(sizes: Counter[torch.dtype]) -> torch.dtype:
-    """The dtype of most of the numbers."""
+    """Returns the dtype that most numbers have.
+
+    Args:
+        sizes: how many numbers there are of each dtype; not empty.
+    """
     return sizes.most_common(1)[0][0]

@@ -1,4 +1,4 @@
-"""The names of diffusers' `WanTransformer3DModel`."""
+"""The key layout of diffusers' `WanTransformer3DModel`."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""From a path to a model: the parameters themselves, each read once, merged, cast or folded into 8 bits, and laid out
-on its device. Ranks that load together read a part each and send it to the others.
+"""Loading of a checkpoint into the causal DiT: each parameter is read once, merged with LoRAs, cast or quantized to
+fp8, and written to its device. Ranks that load the same model read a part of it each and broadcast that part.
 """
 
 from __future__ import annotations
@@ -30,19 +30,33 @@ Weights = Literal["full", "fp8"]
 def inspect_checkpoint(
     path: str | PathLike[str], *, config: DiTConfig | None = None, part: str | None = None
 ) -> CheckpointReport:
-    """What the checkpoint at `path` is, from its headers; a model is not built.
+    """Reports what a checkpoint is, from its headers; no weights are read.
+
+    Args:
+        path: a file, the index of a sharded checkpoint, or a folder with one checkpoint in it.
+        config: replaces the configuration that the checkpoint declares or implies.
+        part: the name of one of several models in the file, such as "generator".
+
+    Returns:
+        The report; its `problem` says whether the checkpoint can be loaded.
 
     Raises:
-        CheckpointError: it cannot be read, is of no known layout, or does not tell its configuration.
+        CheckpointError: the checkpoint cannot be read, has no known layout, or does not show its configuration.
     """
     return examine(Path(path), config, part).report
 
 
 def outline_model(path: str | PathLike[str]) -> CausalDiT:
-    """The model of a checkpoint without its weights, on the meta device, for ranks that do not run it.
+    """Builds the model of a checkpoint on the meta device, without weights, for ranks that do not run it.
+
+    Args:
+        path: as for `inspect_checkpoint`.
+
+    Returns:
+        The model, whose parameters have shapes and no memory.
 
     Raises:
-        CheckpointError: as `inspect_checkpoint`.
+        CheckpointError: as `inspect_checkpoint` raises it.
     """
     return examine(Path(path), None, None).model
 
@@ -58,52 +72,54 @@ def load_model(
     weights: Weights = "full",
     readers: Readers = Alone(),
 ) -> CausalDiT:
-    """The model of a checkpoint file or folder, ready to run: in eval mode, without gradients.
+    """Loads the model of a checkpoint file or folder.
 
     Args:
-        path: a file, a sharded checkpoint's index, or a folder with one checkpoint in it.
-        dtype: of the model; None keeps the checkpoint's, the one of most of its numbers.
-        device: where the model goes; each tensor is cast and sent there by itself, so that the host never holds more
-            than one besides the file's own pages.
-        config: overrules what the checkpoint says.
-        part: which of several models in the file ("generator"); None takes the averaged one where there is one.
-        loras: LoRA files that are merged, in this order; `Lora` gives one a weight.
-        weights: "full", all in `dtype`, or "fp8": the matrices of the blocks in 8 bits (see `fp8`), each folded as it
-            is read, so that the full model is nowhere.
-        readers: ranks that load the same model, such as a `SequenceParallel`'s `denoisers`: each parameter is read by
-            one of them and sent to the others. Every rank must call, and reads all headers.
+        path: a file, the index of a sharded checkpoint, or a folder with one checkpoint in it.
+        dtype: the model's dtype; None keeps the one of most of the checkpoint's numbers.
+        device: the model's device. Tensors are cast and copied one by one, so the host holds one besides the file.
+        config: replaces the configuration that the checkpoint declares or implies.
+        part: the name of one of several models in the file, such as "generator"; None prefers the averaged weights.
+        loras: LoRA files to merge, in this order; a `Lora` sets a weight.
+        weights: "full" keeps all in `dtype`; "fp8" quantizes each matrix of the blocks as it is read (see `fp8`).
+        readers: the ranks that load the same model, such as `SequenceParallel.denoisers`. One of them reads each
+            parameter and broadcasts it. Every rank must call, and reads all headers.
+
+    Returns:
+        The model in eval mode, without gradients.
 
     Raises:
-        CheckpointError: it cannot be read, is of no known layout, a key is missing, left over or of a wrong shape, a
-            LoRA does not fit, or a weight is NaN or infinite; on any rank, and then on every one.
-        ConfigError: an unknown `weights`, or ranks whose files differ.
+        CheckpointError: on every rank, if on any the checkpoint cannot be read, has no known layout, lacks a key, has
+            one too many or of a wrong shape, a LoRA does not fit, or a weight is NaN or infinite.
+        ConfigError: `weights` is unknown, or the files of the ranks differ.
     """
     if weights not in get_args(Weights):
         raise ConfigError(f"weights must be {' or '.join(get_args(Weights))}, not {weights!r}")
     checkpoint, merges = readers.run_collectively(lambda: _open(Path(path), config, part, loras))
     if readers.size > 1:
         _agree(checkpoint, merges, readers)
-    model, place = checkpoint.model, torch.device(device)
-    quantised = frozenset(quantized(model)) if weights == "fp8" else frozenset[str]()
-    kv_slots = {
-        name: _slots_of(shaped.shape, dtype or checkpoint.report.dtype, place, name in quantised)
+    model, target = checkpoint.model, torch.device(device)
+    to_quantize = frozenset(quantized(model)) if weights == "fp8" else frozenset[str]()
+    buffers = {
+        name: _allocate(shaped.shape, dtype or checkpoint.report.dtype, target, name in to_quantize)
         for name, shaped in model.named_parameters()
     }
-    owner = owners([sum(room.nbytes for room in several) for several in kv_slots.values()], readers.size)
-    mine = [name for name, rank in zip(kv_slots, owner, strict=True) if rank == readers.rank]
-    readers.run_collectively(lambda: _fill(checkpoint, {name: kv_slots[name] for name in mine}, merges))
-    for several, rank in zip(kv_slots.values(), owner, strict=True):
-        for room in several:
-            readers.broadcast("weights", room, rank)
-    if quantised:
+    owner = owners([sum(buffer.nbytes for buffer in several) for several in buffers.values()], readers.size)
+    own = [name for name, rank in zip(buffers, owner, strict=True) if rank == readers.rank]
+    readers.run_collectively(lambda: _fill(checkpoint, {name: buffers[name] for name in own}, merges))
+    for several, rank in zip(buffers.values(), owner, strict=True):
+        for buffer in several:
+            readers.broadcast("weights", buffer, rank)
+    if to_quantize:
         quantize_blocks(model)
-    model.load_state_dict(_state(kv_slots, quantised), strict=True, assign=True)
+    model.load_state_dict(_state(buffers, to_quantize), strict=True, assign=True)
     return model.eval().requires_grad_(False)
 
 
 def _open(
     path: Path, config: DiTConfig | None, part: str | None, loras: Sequence[str | PathLike[str] | Lora]
 ) -> tuple[Examined, list[LoraMerge]]:
+    """Opens the checkpoint and its LoRAs; raises CheckpointError if they do not make a model."""
     checkpoint = examine(path, config, part)
     report = checkpoint.report
     if report.problem:
@@ -112,53 +128,54 @@ def _open(
 
 
 def _agree(checkpoint: Examined, merges: Sequence[LoraMerge], readers: Readers) -> None:
-    """Parts of different files would make a model that nobody trained."""
+    """Raises ConfigError if ranks opened different files: parts of those would make a model that nobody trained."""
     report = checkpoint.report
-    said = {"checkpoint": (report.layout, report.config), "dtype of the checkpoint": report.dtype}
+    compared = {"checkpoint": (report.layout, report.config), "dtype of the checkpoint": report.dtype}
     stored = [name for several in checkpoint.names.values() for name in several]
-    said["weights"] = fingerprint(checkpoint.files, stored)
-    said["LoRAs"] = [(fingerprint(merge.files, merge.files.tensors), merge.lora.weight) for merge in merges]
-    readers.agree(said)
+    compared["weights"] = fingerprint(checkpoint.files, stored)
+    compared["LoRAs"] = [(fingerprint(merge.files, merge.files.tensors), merge.lora.weight) for merge in merges]
+    readers.agree(compared)
 
 
-def _slots_of(shape: torch.Size, dtype: torch.dtype, device: torch.device, quantised: bool) -> list[Tensor]:
-    """Memory for a parameter: one tensor, or the numbers and scales of an `Fp8Linear`."""
-    if not quantised:
+def _allocate(shape: torch.Size, dtype: torch.dtype, device: torch.device, fp8: bool) -> list[Tensor]:
+    """Allocates the memory of a parameter: one tensor, or the numbers and scales of an `Fp8Linear`."""
+    if not fp8:
         return [torch.empty(shape, dtype=dtype, device=device)]
     numbers = torch.empty(shape, dtype=torch.uint8, device=device).view(STORED)
     return [numbers, torch.empty(shape[:1], dtype=torch.float32, device=device)]
 
 
-def _fill(checkpoint: Examined, kv_slots: Mapping[str, Sequence[Tensor]], merges: Sequence[LoraMerge]) -> None:
-    """Reads some parameters into their rooms, one stored tensor after the other.
+def _fill(checkpoint: Examined, buffers: Mapping[str, Sequence[Tensor]], merges: Sequence[LoraMerge]) -> None:
+    """Reads some parameters into their buffers, one stored tensor after the other.
 
-    They are copied into memory of their own: what a file gives is a view of it, and it may change later.
+    The numbers are copied, because a stored tensor is a view of its file, which may change later.
     """
     broken: list[str] = []
     dtype = checkpoint.report.dtype
-    for parameter, room in kv_slots.items():
+    for parameter, several in buffers.items():
         names = checkpoint.names[parameter]
-        parts = zip(*(tensor.chunk(len(names)) for tensor in room), strict=True)
+        parts = zip(*(tensor.chunk(len(names)) for tensor in several), strict=True)
         for number, (pieces, name) in enumerate(zip(parts, names, strict=True)):
             stored = arrange(parameter, checkpoint.files.take(name))
             for merge in merges:
-                stored = merge.into(stored, parameter, number, room[0].device)
+                stored = merge.into(stored, parameter, number, several[0].device)
             if len(pieces) == 1:
                 pieces[0].copy_(stored)
                 stored, dtype = pieces[0], pieces[0].dtype
             else:
-                for piece, made in zip(pieces, to_fp8(stored.to(room[0].device)), strict=True):
+                for piece, made in zip(pieces, to_fp8(stored.to(several[0].device)), strict=True):
                     piece.copy_(made)
-                largest = pieces[0].float().abs().amax(1) * pieces[1]  # of each row as it is unfolded
+                largest = pieces[0].float().abs().amax(1) * pieces[1]  # of each row once it is dequantized
                 stored = stored if all_finite(largest) else largest
             if not all_finite(stored):
                 broken.append(name)
     refuse_broken(checkpoint.report.path, broken, dtype)
 
 
-def _state(kv_slots: Mapping[str, Sequence[Tensor]], quantised: Collection[str]) -> dict[str, Tensor]:
+def _state(buffers: Mapping[str, Sequence[Tensor]], fp8: Collection[str]) -> dict[str, Tensor]:
+    """Returns the model's state: each buffer under the name that the model has it by."""
     state: dict[str, Tensor] = {}
-    for name, room in kv_slots.items():
-        keys = [f"{name.removesuffix('weight')}{part}" for part in PARTS] if name in quantised else [name]
-        state |= dict(zip(keys, room, strict=True))
+    for name, several in buffers.items():
+        keys = [f"{name.removesuffix('weight')}{part}" for part in PARTS] if name in fp8 else [name]
+        state |= dict(zip(keys, several, strict=True))
     return state

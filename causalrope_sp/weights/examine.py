@@ -1,4 +1,4 @@
-"""A checkpoint from its headers alone: layout, wrapping, configuration, and what of it is missing or too much."""
+"""Examination of a checkpoint by its headers: layout, wrapping, configuration, missing and unexpected keys."""
 
 from __future__ import annotations
 
@@ -27,18 +27,26 @@ LAYOUTS = (WAN, DIFFUSERS)
 
 @dataclass(frozen=True)
 class Examined:
-    """A checkpoint that is open, with the model that it is for and the stored names of each parameter of it."""
+    """An open checkpoint.
+
+    Attributes:
+        files: its open files.
+        layout: its key layout.
+        names: each parameter of the model -> the stored names of the tensors that make it up, in order.
+        model: the model on the meta device, which has shapes and no memory.
+        report: what the user is shown.
+    """
 
     files: WeightFiles
     layout: Layout
     names: Names
-    model: CausalDiT  # on the meta device: shapes, no memory
+    model: CausalDiT
     report: CheckpointReport
 
 
 @dataclass(frozen=True)
 class _Found:
-    """The tensors of one model by the layout's own names, and how they are stored."""
+    """The tensors of one model: layout's name -> stored name, and in `rest` the stored names of no model."""
 
     layout: Layout
     wrapping: Wrapping
@@ -48,7 +56,19 @@ class _Found:
 
 
 def examine(path: Path, config: DiTConfig | None, part: str | None) -> Examined:
-    """Raises CheckpointError: unreadable, of no known layout, or without a configuration."""
+    """Opens a checkpoint and compares its headers with the model that it is for.
+
+    Args:
+        path: a file, the index of a sharded checkpoint, or a folder with one checkpoint in it.
+        config: replaces the configuration that the checkpoint declares or implies.
+        part: the name of one of several models in the file; None takes the one meant for use.
+
+    Returns:
+        The open checkpoint, also if keys are missing; its report says so.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read, has no known layout, or does not show its configuration.
+    """
     files = WeightFiles(path, part)
     found = _detect(files, part)
     tensors = {name: files.tensors[stored] for name, stored in found.stored.items()}
@@ -78,6 +98,7 @@ def examine(path: Path, config: DiTConfig | None, part: str | None) -> Examined:
 
 
 def _detect(files: WeightFiles, part: str | None) -> _Found:
+    """Finds the layout, and the prefix of the model that is asked for."""
     names = bare_names(files.tensors, files.path)
     if names and all(".lora" in name or name.startswith("lora_") or name.endswith(".alpha") for name in names):
         raise CheckpointError(f"{files.path}: a LoRA, to be given to load_model as one of `loras` beside its model")
@@ -87,9 +108,9 @@ def _detect(files: WeightFiles, part: str | None) -> _Found:
             continue
         prefix = choose_prefix(prefixes, part, files.path)
         if part is not None and part not in (*files.parts, *prefix.split(".")):
-            there = (*files.parts, *files.auxiliary, *(p for p in prefixes if p))
+            available = (*files.parts, *files.auxiliary, *(p for p in prefixes if p))
             raise CheckpointError(
-                f"{files.path}: has no part {shown(part)}; it has: {some(there) or 'one model alone'}"
+                f"{files.path}: has no part {shown(part)}; it has: {some(available) or 'one model alone'}"
             )
         stored, rest = without(prefix, names, prefixes)
         auxiliary = (*files.auxiliary, *(other for other in prefixes if other != prefix))
@@ -104,17 +125,18 @@ def _detect(files: WeightFiles, part: str | None) -> _Found:
 
 
 def _on_meta(config: DiTConfig, path: Path) -> CausalDiT:
+    """Builds the model without memory; sizes that torch refuses raise CheckpointError."""
     try:
         with torch.device("meta"):
             return CausalDiT(config)
     except (RuntimeError, TypeError, OverflowError) as error:
-        raise CheckpointError(f"{path}: declares a model that cannot be: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(f"{path}: declares a model that cannot be built: {str(error).splitlines()[0]}") from error
 
 
 def _compare(
     model: CausalDiT, names: Names, tensors: dict[str, Stored], path: Path
 ) -> tuple[list[str], list[str], Counter[torch.dtype]]:
-    """What the model needs and is missing, what is there in another shape, and how many numbers there are by dtype."""
+    """Returns the missing keys, a text for each key of a wrong shape, and the count of numbers of each dtype."""
     missing, misshapen, sizes = [], [], Counter[torch.dtype]()
     for parameter, shaped in model.named_parameters():
         expected = stored_shape(parameter, tuple(shaped.shape), len(names[parameter]), model.config)
@@ -122,10 +144,10 @@ def _compare(
             if name not in tensors:
                 missing.append(name)
                 continue
-            there, dtype = tensors[name].shape, tensors[name].dtype
-            if there != expected:
-                misshapen.append(f"{name} is {shown(there)}, expected {expected}")
+            shape, dtype = tensors[name].shape, tensors[name].dtype
+            if shape != expected:
+                misshapen.append(f"{name} is {shown(shape)}, expected {expected}")
             if not isinstance(dtype, torch.dtype) or dtype not in DTYPES.values():
                 raise CheckpointError(f"{path}: {name} is stored as {dtype}, not as float64, 32, 16 or bfloat16")
-            sizes[dtype] += prod(there)
+            sizes[dtype] += prod(shape)
     return missing, misshapen, sizes

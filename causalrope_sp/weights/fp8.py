@@ -1,7 +1,7 @@
-"""Weights in 8 bits: e4m3 numbers with a scale for every output channel, computed with in the model's own dtype.
+"""Weights quantized to fp8: e4m3 numbers with a scale for every output channel, computed with in the model's own dtype.
 
-A scale is a power of two, so that a weight times its scale is the same number in bfloat16 as in float64: all that is
-lost is lost when the weights are stored. Each matrix is unfolded when it is used and given up again.
+A scale is a power of two, so that a number times its scale is the same in bfloat16 as in float64: precision is lost
+only when the weights are quantized. Each matrix is dequantized when it is used, and freed afterwards.
 
 Shapes: N output channels, K input channels.
 """
@@ -16,31 +16,44 @@ from causalrope_sp.models.causal_dit import CausalDiT
 
 STORED = torch.float8_e4m3fn
 PARTS = ("numbers", "scale")  # what an `Fp8Linear` has in place of a weight
-_LARGEST_EXPONENT = 8  # below 448 lie numbers up to 1.75 · 2^8
+_LARGEST_EXPONENT = 8  # the largest e4m3 number is 448 = 1.75 · 2^8
 
 
 class Fp8Linear(nn.Module):
-    """A Linear whose weight is stored as e4m3 `numbers`, (N, K), and float32 `scale`, (N,). Its bias is in the dtype
-    that it computes in."""
+    """A Linear whose weight is stored as e4m3 `numbers`, (N, K), and float32 `scale`, (N,).
+
+    It computes in the dtype of its bias. Its numbers and scales are allocated and not filled.
+
+    Args:
+        of: the Linear that it replaces; its shape, device and bias are taken over.
+    """
 
     def __init__(self, of: nn.Linear) -> None:
         super().__init__()
-        place = of.weight.device
-        self.numbers = _fixed(torch.empty(of.weight.shape, dtype=torch.uint8, device=place).view(STORED))
-        self.scale = _fixed(torch.empty(of.weight.shape[0], dtype=torch.float32, device=place))
+        device = of.weight.device
+        self.numbers = _fixed(torch.empty(of.weight.shape, dtype=torch.uint8, device=device).view(STORED))
+        self.scale = _fixed(torch.empty(of.weight.shape[0], dtype=torch.float32, device=device))
         self.bias = of.bias
 
     @property
     def weight(self) -> Tensor:
-        """The weight, unfolded: (N, K) in the dtype of the bias."""
+        """The dequantized weight, (N, K), in the dtype of the bias."""
         return self.numbers.to(self.bias.dtype).mul_(self.scale.to(self.bias.dtype).unsqueeze(1))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Maps (..., K) to (..., N) with the dequantized weight."""
         return linear(x, self.weight, self.bias)
 
 
 def to_fp8(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
-    """The e4m3 numbers, (N, K), and float32 scales, (N,), that are nearest to a finite weight."""
+    """Quantizes a weight, with a power of two as scale that brings each row's largest number between 224 and 448.
+
+    Args:
+        weight_NK: a finite weight.
+
+    Returns:
+        The e4m3 numbers, (N, K), and the float32 scales, (N,).
+    """
     wide = weight_NK.to(torch.promote_types(weight_NK.dtype, torch.float32))
     low, high = wide.aminmax(dim=1)
     largest = torch.maximum(-low, high)
@@ -51,14 +64,16 @@ def to_fp8(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantized(model: CausalDiT) -> list[str]:
-    """The parameters of a model that `quantize_blocks` would fold."""
+    """Returns the names of the parameters that `quantize_blocks` replaces: the weights of all Linears of the blocks."""
     modules = [f"blocks.{name}" for name, module in model.blocks.named_modules() if isinstance(module, nn.Linear)]
     return [f"{name}.weight" for name in modules]
 
 
 def quantize_blocks(model: CausalDiT) -> None:
-    """Puts an `Fp8Linear`, not filled yet, in place of every Linear of the blocks. Embeddings, norms, modulation and
-    head stay as they are."""
+    """Replaces every Linear of the blocks, in place, by an `Fp8Linear` whose numbers are not filled yet.
+
+    Embeddings, norms, modulation and head stay as they are.
+    """
     for parameter in quantized(model):
         parent, _, leaf = parameter.removesuffix(".weight").rpartition(".")
         module = model.get_submodule(parent)
@@ -66,6 +81,7 @@ def quantize_blocks(model: CausalDiT) -> None:
 
 
 def is_fp8(model: CausalDiT) -> bool:
+    """Returns whether any weight of a model is stored in fp8."""
     return any(isinstance(module, Fp8Linear) for module in model.modules())
 
 

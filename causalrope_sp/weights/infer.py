@@ -1,4 +1,4 @@
-"""The configuration of a model from what its checkpoint declares and from the shapes of its tensors."""
+"""Inference of a model's configuration from what its checkpoint declares and from the shapes of its tensors."""
 
 from __future__ import annotations
 
@@ -14,15 +14,24 @@ from causalrope_sp.weights.key_layout import Layout
 from causalrope_sp.weights.messages import shown
 from causalrope_sp.weights.tensor_files import Stored
 
-WAN_HEAD_DIM = 128  # every published Wan; what is assumed where a checkpoint does not say
-LONGEST_TEXT = 1 << 16  # tokens; buffers of this length are made, so a declared one is not taken at its word
+WAN_HEAD_DIM = 128  # that of every published Wan; assumed where a checkpoint does not declare it
+LONGEST_TEXT = 1 << 16  # tokens; buffers of this length are allocated, so a declared length has a limit
 
 
 def infer_config(tensors: dict[str, Stored], declared: dict[str, Any], layout: Layout, where: Path) -> DiTConfig:
-    """The configuration as the checkpoint declares it, the rest from the shapes of its tensors.
+    """Infers the configuration: fields that the checkpoint declares, the others from the shapes of its tensors.
+
+    Args:
+        tensors: the tensors of the model by the layout's names.
+        declared: the content of its config.json or metadata; may be empty.
+        layout: the key layout.
+        where: the checkpoint, for messages.
+
+    Returns:
+        The configuration.
 
     Raises:
-        CheckpointError: it does not say enough, or says what cannot be.
+        CheckpointError: a tensor or field is missing that the configuration needs, or a declared value is impossible.
     """
     values = _shaped_fields(tensors, layout, where) | _declared_fields(declared, layout, where)
     if "num_heads" not in values:
@@ -36,7 +45,7 @@ def infer_config(tensors: dict[str, Stored], declared: dict[str, Any], layout: L
     try:
         inferred = DiTConfig(**values)
     except ConfigError as error:
-        raise CheckpointError(f"{where}: declares a model that cannot be: {error}") from error
+        raise CheckpointError(f"{where}: declares a model that cannot be built: {error}") from error
     if inferred.num_layers > len(tensors):
         raise CheckpointError(f"{where}: declares {inferred.num_layers} layers and holds {len(tensors)} tensors")
     if inferred.text_len > LONGEST_TEXT:
@@ -45,6 +54,7 @@ def infer_config(tensors: dict[str, Stored], declared: dict[str, Any], layout: L
 
 
 def _shaped_fields(tensors: dict[str, Stored], layout: Layout, where: Path) -> dict[str, Any]:
+    """Returns the fields of `DiTConfig` that the shapes of tensors show."""
     outer_and_first = layout.names(1)
 
     def shape(parameter: str, rank: int) -> tuple[int, ...]:
@@ -69,7 +79,7 @@ def _shaped_fields(tensors: dict[str, Stored], layout: Layout, where: Path) -> d
 
 
 def _declared_fields(declared: dict[str, Any], layout: Layout, where: Path) -> dict[str, Any]:
-    """The fields of `DiTConfig` that a checkpoint declares, from its own words into ours."""
+    """Returns the fields of `DiTConfig` that a checkpoint declares, translated from its layout's names."""
     values: dict[str, Any] = {}
     for name in (f.name for f in fields(DiTConfig)):
         word = next((w for w in (layout.config_names.get(name, name), name) if declared.get(w) is not None), None)
@@ -94,6 +104,6 @@ def _is_number(value: Any) -> bool:
 
 
 def _count_layers(tensors: dict[str, Stored]) -> int:
-    """Blocks are numbered from 0; a gap counts, so that its keys are reported as missing."""
+    """Returns the highest block number plus 1; a gap counts, so that its keys are reported as missing."""
     numbers = (match[1] for name in tensors if (match := re.match(r"blocks\.(\d{1,6})\.", name)))
     return 1 + max(int(number) for number in numbers)

@@ -1,8 +1,8 @@
-"""What a checkpoint layout is: which of its tensors make up each parameter of `CausalDiT`, and how.
+"""Key layouts of checkpoints: which stored tensors make up each parameter of `CausalDiT`, and how.
 
-Layouts differ in names alone. How stored tensors become a parameter is the same for all of them: projections that
-the model fuses are concatenated, the patch convolution becomes a Linear over (pt, ph, pw, C), tables lose their
-leading axis of one.
+Layouts differ in names alone. Stored tensors become a parameter in the same manner for all of them: projections that
+the model fuses are concatenated, the patch convolution becomes a Linear over (pt, ph, pw, C), and tables lose their
+leading axis of length 1.
 
 Shapes: D model width, C latent channels, pt, ph, pw the patch.
 """
@@ -22,16 +22,28 @@ Names = dict[str, tuple[str, ...]]  # a parameter of the model -> the stored nam
 
 
 def linear(name: str, *stored: str) -> Names:
-    """A Linear of the model and the one or several that it is stored as."""
+    """Names the weight and the bias of a Linear of the model, and those of the Linears that it is stored as.
+
+    Args:
+        name: the Linear's name in the model.
+        *stored: the stored Linears' names; several for a fused projection.
+
+    Returns:
+        The two parameters' names, each with its stored names.
+    """
     return {f"{name}.{part}": tuple(f"{s}.{part}" for s in stored) for part in ("weight", "bias")}
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One way to name the tensors of a Wan DiT.
+    """The names that a kind of checkpoint uses for the tensors of a Wan DiT.
 
-    `marker` is a module that every block has in this layout and in no other; `config_names` holds the fields of
-    `DiTConfig` that the layout's config.json calls differently.
+    Attributes:
+        name: "wan" or "diffusers".
+        marker: a module that every block has in this layout and in no other.
+        outer: the parameters outside the blocks.
+        block: the parameters of a block, without `blocks.N.` in front.
+        config_names: field of `DiTConfig` -> its name in the layout's config.json, where the two differ.
     """
 
     name: str
@@ -41,11 +53,19 @@ class Layout:
     config_names: Mapping[str, str] = field(default_factory=dict)
 
     def prefixes_in(self, names: Iterable[str]) -> list[str]:
-        """What stands before names of this layout, each "" or ending in a dot; none if `names` are not of it."""
+        """Returns the prefixes under which names of this layout occur, sorted, each "" or ending in a dot.
+
+        Args:
+            names: the names of all tensors of a checkpoint.
+
+        Returns:
+            One prefix for each model; none if the checkpoint has another layout.
+        """
         pattern = re.compile(rf"((?:.*\.)?)blocks\.\d+\.{re.escape(self.marker)}\.")
         return sorted({match[1] for name in names if (match := pattern.match(name))})
 
     def names(self, num_layers: int) -> Names:
+        """Returns every parameter of a model with `num_layers` blocks, with its stored names."""
         every = dict(self.outer)
         for n in range(num_layers):
             for parameter, stored in self.block.items():
@@ -54,7 +74,14 @@ class Layout:
 
 
 def stored_shape(parameter: str, shape: Shape, pieces: int, config: DiTConfig) -> Shape:
-    """The shape of each of the stored tensors that make up a parameter of the given shape."""
+    """Returns the shape of each of the stored tensors that make up a parameter.
+
+    Args:
+        parameter: the parameter's name in the model.
+        shape: its shape in the model.
+        pieces: how many stored tensors make it up.
+        config: the model's configuration.
+    """
     if parameter == "patch_embedding.weight":
         return (config.dim, config.in_channels, *config.patch_size)
     if parameter.endswith("modulation"):
@@ -63,7 +90,16 @@ def stored_shape(parameter: str, shape: Shape, pieces: int, config: DiTConfig) -
 
 
 def stored_tensors(layout: Layout, config: DiTConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A model's state under the names and shapes of a layout: the way back from `arrange`."""
+    """Converts a model's state to the names and shapes of a layout; the inverse of `arrange`.
+
+    Args:
+        layout: the layout to write.
+        config: the model's configuration.
+        state: the model's parameters by name.
+
+    Returns:
+        The tensors by their stored names, each contiguous.
+    """
     every: dict[str, Tensor] = {}
     for parameter, stored in layout.names(config.num_layers).items():
         tensor = state[parameter]
@@ -75,7 +111,15 @@ def stored_tensors(layout: Layout, config: DiTConfig, state: Mapping[str, Tensor
 
 
 def arrange(parameter: str, stored: Tensor) -> Tensor:
-    """A stored tensor as the model lays it out: the parameter, or its part of a fused one."""
+    """Converts a stored tensor to the model's shape: that of the parameter, or of its piece of a fused one.
+
+    Args:
+        parameter: the parameter's name in the model.
+        stored: the tensor as the checkpoint has it.
+
+    Returns:
+        A view of `stored`, or a copy where the patch convolution is flattened.
+    """
     if parameter == "patch_embedding.weight":
         return stored.permute(0, 2, 3, 4, 1).flatten(1)
     return stored.squeeze(0) if parameter.endswith("modulation") else stored

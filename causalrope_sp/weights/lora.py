@@ -1,11 +1,12 @@
-"""LoRA files, merged into the weights as these are loaded: W + weight · alpha / rank · up @ down.
+"""LoRA files (arXiv 2106.09685), merged into the weights as these are loaded: W + weight · alpha / r · up @ down.
 
-Names of PEFT (`base_model.model.blocks.0.self_attn.q.lora_A.default.weight`), of diffusers
+Three sets of names are read, each over either key layout: those of PEFT
+(`base_model.model.blocks.0.self_attn.q.lora_A.default.weight`), of diffusers
 (`transformer.blocks.0.attn1.to_q.lora_A.weight`) and of kohya's trainers
-(`lora_unet_blocks_0_self_attn_q.lora_down.weight`, `.alpha`), each over either layout. Projections that the model
-fuses may be adapted one by one or as one (`to_qkv`).
+(`lora_unet_blocks_0_self_attn_q.lora_down.weight`, `.alpha`). Projections that the model fuses may be adapted one by
+one or as one (`to_qkv`).
 
-Shapes: r the rank; `down` is (r, in, ...), `up` is (out, r, ...).
+Shapes: r the LoRA's rank; `down` is (r, in, ...), `up` is (out, r, ...).
 """
 
 from __future__ import annotations
@@ -46,11 +47,15 @@ _KEY = re.compile(
 
 @dataclass(frozen=True)
 class Lora:
-    """A LoRA file or folder and how much of it is merged. `alpha` overrules what the file says; a file that says
-    nothing is taken to have alpha = rank.
+    """A LoRA to merge, and how strongly.
+
+    Attributes:
+        path: its file or folder.
+        weight: the factor of its change; 1 merges it as trained.
+        alpha: replaces the alpha that the file declares; a file that declares none has alpha = r.
 
     Raises:
-        ConfigError: a weight or alpha that is no finite number.
+        ConfigError: `weight` or `alpha` is not a finite number.
     """
 
     path: str | PathLike[str]
@@ -65,7 +70,7 @@ class Lora:
 
 @dataclass(frozen=True)
 class _Target:
-    """A stored tensor that makes up the `number`-th piece of a parameter; None: all pieces, one after the other."""
+    """A stored tensor that makes up piece `number` of a parameter; all pieces, concatenated, if `number` is None."""
 
     parameter: str
     number: int | None
@@ -74,17 +79,21 @@ class _Target:
 
 @dataclass
 class _Change:
-    """What a file holds for one module: the names of its tensors by their role."""
+    """What a file holds for one module: role -> the name of the tensor that has it."""
 
     module: str
     keys: dict[str, str] = field(default_factory=dict)
 
 
 class LoraMerge:
-    """One open LoRA, matched to a model.
+    """An open LoRA, matched to the parameters of a model.
+
+    Args:
+        lora: the file, its weight and its alpha.
+        model: the model to match; it may be on the meta device.
 
     Raises:
-        CheckpointError: unreadable, of an unknown kind, or with keys that fit no parameter of the model.
+        CheckpointError: the file cannot be read, is of an unknown kind, or has keys that fit no parameter.
     """
 
     def __init__(self, lora: Lora, model: CausalDiT) -> None:
@@ -95,7 +104,7 @@ class LoraMerge:
         targets = dict(_targets(model))
         unknown: list[str] = []
         for change in self._read_keys(unknown).values():
-            unknown += self._place(change, targets)
+            unknown += self._assign(change, targets)
         if unknown:
             raise CheckpointError(
                 f"{self.path}: {len(unknown)} keys of the LoRA fit no parameter of the model: {some(sorted(unknown))}"
@@ -104,7 +113,20 @@ class LoraMerge:
             raise CheckpointError(f"{self.path}: holds no LoRA ({some(self.files.tensors) or 'no tensors at all'})")
 
     def into(self, stored: Tensor, parameter: str, number: int, device: torch.device) -> Tensor:
-        """The `number`-th piece of a parameter with this LoRA merged, in float32 or wider; itself if untouched."""
+        """Merges this LoRA into one piece of a parameter.
+
+        Args:
+            stored: the piece, in the model's shape.
+            parameter: the parameter's name in the model.
+            number: which of the parameter's pieces it is, counted from 0.
+            device: the device that computes.
+
+        Returns:
+            The sum on `device` in float32 or wider; `stored` itself if the LoRA does not change it.
+
+        Raises:
+            CheckpointError: the LoRA's change holds NaN or infinity, or cannot be read.
+        """
         for target, change in self.changes.get(parameter, ()):
             if target.number not in (None, number):
                 continue
@@ -118,7 +140,7 @@ class LoraMerge:
         return stored
 
     def _delta(self, target: _Target, change: _Change, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """What is added to the parameter, laid out as the model has it."""
+        """Returns what is added to the parameter, in the model's shape."""
 
         def read(role: str) -> Tensor:
             return self.files.read(change.keys[role]).to(device, dtype)
@@ -134,6 +156,7 @@ class LoraMerge:
         return arrange(target.parameter, delta.unflatten(1, target.shape[1:]))
 
     def _scale(self, change: _Change) -> float:
+        """Returns the factor of up @ down: weight · alpha / r, or with rsLoRA weight · alpha / √r."""
         rank = self.files.tensors[change.keys["down"]].shape[0]
         alpha = self.lora.alpha
         if alpha is None and "alpha" in change.keys:
@@ -147,13 +170,13 @@ class LoraMerge:
         return self.lora.weight * alpha / (math.sqrt(rank) if self.declared.get("use_rslora") else rank)
 
     def _declared(self) -> dict[str, Any]:
-        """PEFT's configuration of the adapter, from its folder or from the file's metadata."""
+        """Returns PEFT's configuration of the adapter, from its folder or from the file's metadata."""
         declared: dict[str, Any] = {}
         if self.path.is_dir() or self.path.name.startswith("adapter_model"):
             declared = self.files.declared_config("adapter_config.json")
         if "lora_adapter_metadata" in self.files.metadata:
-            said = json_object(self.files.metadata["lora_adapter_metadata"], f"{self.path}: metadata of the adapter")
-            declared = {key.removeprefix("transformer."): value for key, value in said.items()}
+            found = json_object(self.files.metadata["lora_adapter_metadata"], f"{self.path}: metadata of the adapter")
+            declared = {key.removeprefix("transformer."): value for key, value in found.items()}
         if declared.get("use_dora"):
             raise CheckpointError(f"{self.path}: a DoRA, which is not merged here; only LoRA is")
         if not isinstance(declared.get("alpha_pattern") or {}, dict):
@@ -161,6 +184,7 @@ class LoraMerge:
         return declared
 
     def _read_keys(self, unknown: list[str]) -> dict[str, _Change]:
+        """Groups the file's keys by module; adds those of no known form to `unknown`."""
         changes: dict[str, _Change] = {}
         for bare, name in bare_names(self.files.tensors, self.path).items():
             match = _KEY.fullmatch(bare)
@@ -174,8 +198,8 @@ class LoraMerge:
             change.keys[role] = name
         return changes
 
-    def _place(self, change: _Change, targets: Mapping[str, _Target]) -> list[str]:
-        """Notes a change where it belongs; returns its keys if it belongs nowhere."""
+    def _assign(self, change: _Change, targets: Mapping[str, _Target]) -> list[str]:
+        """Adds a change to the parameters that it changes; returns its keys if there are none."""
         module = _plain_name(change.module)
         weight, bias = targets.get(f"{module}.weight", targets.get(module)), targets.get(f"{module}.bias")
         roles = {"down", "up", "diff"} & change.keys.keys()
@@ -191,6 +215,7 @@ class LoraMerge:
         return []
 
     def _check_shapes(self, target: _Target, change: _Change) -> None:
+        """Raises CheckpointError if a tensor of a change has a shape or dtype that does not fit its target."""
         shapes = {role: self.files.tensors[key].shape for role, key in change.keys.items()}
         rank = shapes["down"][0] if shapes.get("down") else 0
         rows, columns = target.shape[0], prod(target.shape[1:])
@@ -214,7 +239,7 @@ class LoraMerge:
 
 
 def _targets(model: CausalDiT) -> Iterator[tuple[str, _Target]]:
-    """What a LoRA can name, in either layout's words, with dots and, as kohya has it, with underscores."""
+    """Yields every name that a LoRA may use, of either layout, with dots and in kohya's form with underscores."""
     for parameter, shaped in model.named_parameters():
         for layout in (WAN, DIFFUSERS):
             stored = layout.names(model.config.num_layers)[parameter]
@@ -230,6 +255,7 @@ def _targets(model: CausalDiT) -> Iterator[tuple[str, _Target]]:
 
 
 def _spelled(name: str, target: _Target) -> Iterator[tuple[str, _Target]]:
+    """Yields a stored name as it is and in kohya's form."""
     yield name, target
     module, dot, end = name.rpartition(".")
     if end in ("weight", "bias"):
@@ -237,7 +263,7 @@ def _spelled(name: str, target: _Target) -> Iterator[tuple[str, _Target]]:
 
 
 def _plain_name(module: str) -> str:
-    """A module's name without what trainers put before it."""
+    """Returns a module's name without the prefixes that trainers add."""
     words = module.split(".")
     while len(words) > 1 and words[0] in PREFIXES:
         words = words[1:]

@@ -1,33 +1,43 @@
-"""Words for what is wrong with a file. Names in it are whatever its writer chose, so none is printed as it stands."""
+"""Parts of messages on a faulty file. Names in a file may be hostile, so each is cut and escaped before printing."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from itertools import islice
 
-SHOWN = 4  # keys of a kind that a message names
-LONGEST = 160  # characters of one of them
+SHOWN = 4  # keys that a message names, at most
+LONGEST = 160  # characters of a name that a message shows
 
 
 def shown(name: object) -> str:
-    """A name from a file as a message can hold it: one line, without control characters, not endless."""
+    """Returns a name from a file as one printable line of at most `LONGEST` characters, longer if escaped."""
     text = str(name)
     text = text if len(text) <= LONGEST else text[:LONGEST] + "…"
     return text if text.isprintable() else ascii(text)
 
 
 def some(keys: Collection[object]) -> str:
+    """Returns the first `SHOWN` keys, separated by commas, and how many more there are."""
     rest = f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
     return ", ".join(shown(key) for key in islice(keys, SHOWN)) + rest
 
 
 def problem(missing: Collection[str], unexpected: Collection[str], misshapen: Collection[str]) -> str | None:
-    """What is wrong with a checkpoint's keys, in one line; None if nothing is."""
+    """Describes the problems of a checkpoint's keys.
+
+    Args:
+        missing: the keys that the model needs and the checkpoint lacks.
+        unexpected: the keys that belong to no parameter.
+        misshapen: a text for each key of a wrong shape.
+
+    Returns:
+        One line; None if all three are empty.
+    """
     kinds = (("missing", missing), ("unexpected", unexpected), ("of a wrong shape", misshapen))
     found = [f"{len(keys)} {kind}: {some(keys)}" for kind, keys in kinds if keys]
     return "; ".join(found) or None
 
 
 def one_line(error: Exception) -> str:
-    """The first sentence of an error of another library; torch's go on for a paragraph."""
+    """Returns the first sentence of another library's error; torch's messages are paragraphs."""
     return shown((str(error).splitlines() or [type(error).__name__])[0].split(". ")[0])

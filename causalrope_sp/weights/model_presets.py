@@ -1,7 +1,7 @@
-"""How the published models of the family run: window, sink, chunk, steps, shift; by name, or guessed from a checkpoint.
+"""Presets of the published models (window, sink, chunk, steps, shift), found by name or guessed from a checkpoint.
 
-Figures are those of the authors' inference configurations. Where none was published, `source` says so. `steps` are
-unshifted timesteps as everywhere here: a list that its authors use as it is, without shift, has shift 1.
+Values are those of the authors' inference configurations; `source` says where none was published. `steps` are
+timesteps before the shift, so a list that its authors use without a shift has shift 1.
 """
 
 from __future__ import annotations
@@ -18,14 +18,23 @@ from causalrope_sp.errors import CheckpointError, ConfigError
 from causalrope_sp.weights.tensor_files import read_json
 from causalrope_sp.weights.wrappings import Wrapping
 
-# Without `local_attn_size` the authors attend over everything, in a cache of 32760 tokens: 21 frames of 1560, the
-# length of their training clips. A window of 21 is the same up to there, and goes on where theirs ends.
+# Without `local_attn_size` the authors' code attends over all frames, in a cache of 32760 tokens: 21 latent frames of
+# 1560, the length of their training clips. A window of 21 computes the same up to frame 21, and can go on after it.
 TRAINED_FRAMES = 21
 
 
 @dataclass(frozen=True)
 class Preset:
-    """How a model runs. `size` names the DiT that it was published for; `evidence` says why it was chosen."""
+    """The settings that a model runs with.
+
+    Attributes:
+        name: the preset's name.
+        stream: window, sink and chunk, in latent frames.
+        sampler: steps and shift.
+        size: the name in `config.PRESETS` of the DiT that it was published for; None if of none.
+        source: where the values come from.
+        evidence: why it was chosen for a checkpoint, and what was overridden.
+    """
 
     name: str
     stream: StreamConfig
@@ -35,10 +44,13 @@ class Preset:
     evidence: tuple[str, ...] = ()
 
     def override(self, **changes: Any) -> Preset:
-        """The preset with fields of `StreamConfig` and `SamplerConfig` changed.
+        """Returns the preset with fields of `StreamConfig` and `SamplerConfig` changed.
+
+        Args:
+            **changes: the new values by field.
 
         Raises:
-            ConfigError: no such field, or values that cannot work together.
+            ConfigError: a field is unknown, or the values do not work together.
         """
         stream = {name: value for name, value in changes.items() if name in _names(self.stream)}
         sampler = {name: value for name, value in changes.items() if name in _names(self.sampler)}
@@ -47,12 +59,12 @@ class Preset:
             raise ConfigError(f"a preset has no {', '.join(sorted(unknown))}")
         if not changes:
             return self
-        said = ", ".join(f"{name} {value}" for name, value in changes.items())
+        values = ", ".join(f"{name} {value}" for name, value in changes.items())
         return replace(
             self,
             stream=replace(self.stream, **stream),
             sampler=replace(self.sampler, **sampler),
-            evidence=(*self.evidence, f"overridden: {said}"),
+            evidence=(*self.evidence, f"overridden: {values}"),
         )
 
 
@@ -118,8 +130,8 @@ FAMILY = {
             StreamConfig(window=6, chunk_frames=3),
             _FOUR,
             "wan2.1-14b",
-            "krea-ai/realtime-video, configs/self_forcing_server_14b.yaml, and its server's 3 frames of context beside "
-            "the chunk; it also computes the cache anew for every chunk, which is not done here",
+            "krea-ai/realtime-video, configs/self_forcing_server_14b.yaml, and its server's 3 frames of context "
+            "besides the chunk; it also computes the cache anew for every chunk, which is not done here",
         ),
         Preset(
             "sfwan",
@@ -134,26 +146,38 @@ UNKNOWN = Preset("none", StreamConfig(), SamplerConfig(), None, "the defaults of
 
 
 def find_preset(name: str) -> Preset:
-    """Raises ConfigError if there is none of that name."""
+    """Returns the preset of a name.
+
+    Raises:
+        ConfigError: there is no preset of this name.
+    """
     if name not in FAMILY:
         raise ConfigError(f"unknown preset {name!r}; this version has: {', '.join(FAMILY)}")
     return FAMILY[name]
 
 
 def guess_preset(path: Path, file: Path, wrapping: Wrapping, declared: Mapping[str, Any], config: DiTConfig) -> Preset:
-    """The preset that a checkpoint's files speak for, with what they say; UNKNOWN if they say nothing.
+    """Guesses the preset of a checkpoint from its path, its neighbouring files, its wrapping and its config.json.
 
-    `file` is the first one of its weights, `declared` what its config.json says.
+    Args:
+        path: the checkpoint, as the caller named it.
+        file: the first of its files of weights.
+        wrapping: what training code left around the model's tensors.
+        declared: the content of its config.json; its window, sink and chunk replace the preset's.
+        config: the model's configuration.
+
+    Returns:
+        The preset with the evidence for it; UNKNOWN, with evidence, if nothing names one.
     """
-    name, reason = next(_signs(path, file, wrapping, declared), ("none", "nothing in its names or files tells"))
+    name, reason = next(_signs(path, file, wrapping, declared), ("none", "nothing in its path or files names a preset"))
     preset, evidence = FAMILY.get(name, UNKNOWN), [reason]
-    said = {ours: declared[theirs] for theirs, ours in _DECLARED if _counts(declared.get(theirs))}
-    if said:
-        evidence.append(f"config.json says {', '.join(f'{ours} {value}' for ours, value in said.items())}")
+    values = {ours: declared[theirs] for theirs, ours in _DECLARED if _counts(declared.get(theirs))}
+    if values:
+        evidence.append(f"config.json says {', '.join(f'{ours} {value}' for ours, value in values.items())}")
     if preset.size is not None and config != SIZES[preset.size]:
         evidence.append(f"its DiT is not a {preset.size}, which the preset is for")
     try:
-        return replace(preset, stream=replace(preset.stream, **said), evidence=tuple(evidence))
+        return replace(preset, stream=replace(preset.stream, **values), evidence=tuple(evidence))
     except ConfigError as error:
         return replace(preset, evidence=(*evidence, f"not taken over: {error}"))
 
@@ -177,12 +201,12 @@ _FRAMEWISE = r"frame-?wise"
 
 
 def _counts(value: Any) -> bool:
-    """A number of frames; -1, in these configurations, is for all."""
+    """Returns whether a declared value is a number of latent frames; -1 means all frames in these configurations."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _signs(path: Path, file: Path, wrapping: Wrapping, declared: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """What speaks for a preset, the strongest first."""
+    """Yields the presets that something names, and what names each, the strongest evidence first."""
     if declared.get("_class_name") == "CausalWanTransformer3DModel":
         yield "sfwan", "config.json names the class CausalWanTransformer3DModel"
     for name, wanted in (
@@ -203,11 +227,12 @@ def _signs(path: Path, file: Path, wrapping: Wrapping, declared: Mapping[str, An
         yield preset, f"its path says {named}"
     keys = {"generator", "generator_ema"} & {*wrapping.parts, *wrapping.prefix.split(".")}
     if keys:
-        yield "self-forcing", f"it has {' and '.join(keys)}, as Self-Forcing's training leaves it; nothing says more"
+        yield "self-forcing", f"it has {' and '.join(keys)}, as Self-Forcing's training leaves it; no other evidence"
 
 
 def _class_in(file: Path) -> Any:
+    """Returns the `_class_name` of a JSON file; None if there is none."""
     try:
         return read_json(file).get("_class_name") if file.is_file() else None
-    except CheckpointError:  # a neighbour's file is none of the checkpoint's faults
+    except CheckpointError:  # a faulty neighbouring file is no fault of the checkpoint
         return None

@@ -1,4 +1,4 @@
-"""Ranks that read a checkpoint together, as loading sees them: each parameter is read by one and sent to the others."""
+"""The ranks that load a checkpoint, as the loader sees them: one reads each parameter and broadcasts it."""
 
 from __future__ import annotations
 
@@ -11,44 +11,78 @@ T = TypeVar("T")
 
 
 class Readers(Protocol):
-    """`parallel.ranks.Ranks` is one."""
+    """A group of ranks that load the same model. `distributed.ranks.Ranks` is one."""
 
     @property
-    def rank(self) -> int: ...
+    def rank(self) -> int:
+        """This rank's number within the group."""
+        ...
 
     @property
-    def size(self) -> int: ...
+    def size(self) -> int:
+        """How many ranks there are."""
+        ...
 
     def run_collectively(self, work: Callable[[], T]) -> T:
-        """What `work` returns on this rank. Wrong input that it meets on any rank is raised on every one."""
+        """Runs `work` on every rank; an error of wrong input on any rank is raised on all.
+
+        Returns:
+            What `work` returned on this rank.
+
+        Raises:
+            CausalRopeError: what `work` raised on this or on another rank.
+        """
         ...
 
     def agree(self, on: Mapping[str, object]) -> None:
-        """Raises ConfigError on every rank if a field is not the same on all of them."""
+        """Checks that the ranks agree on every field.
+
+        Raises:
+            ConfigError: on every rank, if a field differs between ranks.
+        """
         ...
 
-    def broadcast(self, kind: str, room: Tensor, source: int) -> Tensor:
-        """Fills `room` on every rank with what it holds on the rank `source`."""
+    def broadcast(self, kind: str, buffer: Tensor, source: int, /) -> Tensor:
+        """Fills a buffer on every rank with what it holds on the rank `source`.
+
+        Args:
+            kind: the name that the transfer is counted under.
+            buffer: of the same shape and dtype on every rank.
+            source: the rank whose content is sent.
+
+        Returns:
+            `buffer`.
+        """
         ...
 
 
 class Alone:
-    """One process, which reads everything and has nobody to tell."""
+    """A `Readers` of one process, which reads all parameters itself."""
 
     rank, size = 0, 1
 
     def run_collectively(self, work: Callable[[], T]) -> T:
+        """Returns what `work` returns."""
         return work()
 
     def agree(self, on: Mapping[str, object]) -> None:
-        pass
+        """Does nothing: one process agrees with itself."""
 
-    def broadcast(self, kind: str, room: Tensor, source: int) -> Tensor:
-        return room
+    def broadcast(self, kind: str, buffer: Tensor, source: int, /) -> Tensor:
+        """Returns the buffer as it is."""
+        return buffer
 
 
 def owners(sizes: Sequence[int], ranks: int) -> list[int]:
-    """Which rank reads each of some parameters, in order: whoever has the fewest bytes to read so far."""
+    """Assigns each parameter to a rank that reads it: the one with the fewest bytes so far, the lowest of equals.
+
+    Args:
+        sizes: bytes of each parameter.
+        ranks: how many ranks there are.
+
+    Returns:
+        The rank of each parameter, in order.
+    """
     reads = [0] * ranks
     chosen = []
     for size in sizes:

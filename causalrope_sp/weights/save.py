@@ -1,4 +1,4 @@
-"""From a model to a file that any Wan code can read."""
+"""Writing of a model to files that other Wan code reads."""
 
 from __future__ import annotations
 
@@ -22,15 +22,20 @@ if TYPE_CHECKING:
 
 
 def save_diffusers(model: CausalDiT, folder: str | PathLike[str]) -> None:
-    """Writes the model as the folder of diffusers' `WanTransformer3DModel`: config.json and one safetensors file.
+    """Writes a model as a folder of diffusers' `WanTransformer3DModel`: config.json and one safetensors file.
 
-    Its own loader reads it back; a `text_len` other than Wan's 512 is a field that it leaves out.
+    diffusers' loader reads the folder back. A `text_len` other than Wan's 512 is written as a field that diffusers'
+    class does not have.
+
+    Args:
+        model: a model with full weights.
+        folder: the folder, which is made if it does not exist.
 
     Raises:
-        ConfigError: its weights are in 8 bits, which no layout has.
+        ConfigError: the model's weights are in fp8, which no layout has.
     """
     if is_fp8(model):
-        raise ConfigError("a model with fp8 weights cannot be saved: load it with weights full")
+        raise ConfigError("a model with fp8 weights cannot be saved; load it with weights='full'")
     config, home = model.config, Path(folder)
     home.mkdir(parents=True, exist_ok=True)
     declared = {
@@ -56,12 +61,16 @@ def save_diffusers(model: CausalDiT, folder: str | PathLike[str]) -> None:
 
 
 def save_model(model: CausalDiT, path: str | PathLike[str]) -> None:
-    """Writes the model as one safetensors file under Wan's own names, its configuration in the metadata.
+    """Writes a model as one safetensors file under Wan's own names, with its configuration in the metadata.
+
+    Args:
+        model: a model with full weights.
+        path: the file.
 
     Raises:
-        ConfigError: its weights are in 8 bits, which no layout has.
+        ConfigError: the model's weights are in fp8, which no layout has.
     """
     if is_fp8(model):
-        raise ConfigError("a model with fp8 weights cannot be saved: save it with full weights, fold them at loading")
+        raise ConfigError("a model with fp8 weights cannot be saved; load it with weights='full'")
     metadata = {"layout": WAN.name, "config": json.dumps(asdict(model.config))}
     save_file(stored_tensors(WAN, model.config, model.state_dict()), path, metadata)

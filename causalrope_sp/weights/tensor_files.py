@@ -1,6 +1,6 @@
 """The tensors of a checkpoint by name, from one safetensors file, several with an index, or torch files.
 
-Names, shapes and dtypes come from the headers; a tensor's data is read when it is asked for.
+Names, shapes and dtypes come from the headers; a tensor's data is read on request.
 """
 
 from __future__ import annotations
@@ -26,24 +26,43 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 INDEX = ".index.json"
 SAFETENSORS = (".safetensors",)
 TORCH = (".pt", ".pth", ".bin", ".ckpt")
-LONGEST_JSON = 64 << 20  # bytes; the index of the largest published model is a thousandth of it
+LONGEST_JSON = 64 << 20  # bytes; the index of the largest published model has a thousandth of that
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor as its file describes it."""
+    """A tensor as its file describes it.
+
+    Attributes:
+        shape: its shape.
+        dtype: its dtype; safetensors' name of it where it is none of DTYPES.
+        home: the open file, or dictionary of tensors, that holds it.
+    """
 
     shape: tuple[int, ...]
-    dtype: torch.dtype | str  # a safetensors name where it is none of DTYPES
-    home: Any  # the open file that `read` takes it from
+    dtype: torch.dtype | str
+    home: Any
 
 
 class WeightFiles:
-    """An open checkpoint: `path` as given, `files` what it led to, `parts` the dictionaries on top of them that were
-    gone into and `beside` those that were not.
+    """An open checkpoint.
+
+    Args:
+        path: a file, the index of a sharded checkpoint, or a folder with one checkpoint in it.
+        part: the key of the dictionary to take from a torch file that holds several.
+        parts: the keys to try where there is no `part`, the preferred first.
+
+    Attributes:
+        path: as passed.
+        files: the files of weights, shards in order.
+        tensors: the tensors by their stored names.
+        metadata: that of the first safetensors file which has any.
+        parts: the keys of the nested dictionaries that were opened, outermost first.
+        auxiliary: the keys of dictionaries next to those, which were not opened.
 
     Raises:
-        CheckpointError: nothing there, not a checkpoint, truncated, or a pickle that holds more than tensors.
+        CheckpointError: there is nothing at `path`, it is no checkpoint, is truncated, or is a pickle that holds
+            more than tensors.
     """
 
     def __init__(self, path: Path, part: str | None = None, parts: tuple[str, ...] = PARTS) -> None:
@@ -65,7 +84,11 @@ class WeightFiles:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
 
     def read(self, name: str) -> Tensor:
-        """The tensor, a view of its file."""
+        """Returns a tensor as a view of its file.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
         home = self.tensors[name].home
         try:
             tensor: Tensor = home[name] if isinstance(home, dict) else home.get_tensor(name)
@@ -74,17 +97,27 @@ class WeightFiles:
         return tensor
 
     def take(self, name: str) -> Tensor:
-        """The tensor, once: where it was read with its whole file, its memory is free as soon as the caller's is."""
+        """Returns a tensor and forgets it, so that a file that was read whole gives its memory back piece by piece.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
         tensor, home = self.read(name), self.tensors[name].home
         if isinstance(home, dict):
             del home[name]
         return tensor
 
     def numbers(self, names: Iterable[str]) -> Counter[torch.dtype]:
-        """How many numbers of each dtype the named tensors hold.
+        """Counts the numbers of each dtype in some tensors.
+
+        Args:
+            names: the tensors' stored names.
+
+        Returns:
+            How many numbers there are of each dtype.
 
         Raises:
-            CheckpointError: one of them is of no dtype that a model computes in.
+            CheckpointError: a tensor has a dtype that no model computes in.
         """
         sizes: Counter[torch.dtype] = Counter()
         for name in sorted(names):
@@ -95,10 +128,16 @@ class WeightFiles:
         return sizes
 
     def declared_config(self, name: str = "config.json") -> dict[str, Any]:
-        """What the file's metadata says about the model, before what a JSON file beside it says.
+        """Reads the configuration in the JSON file next to the weights and in their metadata, which takes precedence.
+
+        Args:
+            name: the name of the JSON file.
+
+        Returns:
+            The declared fields; empty if there are none.
 
         Raises:
-            CheckpointError: either is not a JSON object.
+            CheckpointError: the file or the metadata is not a JSON object.
         """
         auxiliary = self.files[0].parent / name
         declared = read_json(auxiliary) if auxiliary.is_file() else {}
@@ -130,8 +169,10 @@ class WeightFiles:
 
 
 def _weight_files(path: Path) -> Sequence[Path]:
-    """The files that hold the weights at `path`: itself, or what the folder holds, shards in order. A pipeline of
-    diffusers keeps its DiT in a folder of its own."""
+    """Returns the files that hold the weights at `path`, shards in order.
+
+    A pipeline folder of diffusers keeps its DiT in the folder `transformer`.
+    """
     if path.is_file():
         return _shards(path) if path.name.endswith(INDEX) else [path]
     choices = _choices(path)
@@ -145,7 +186,7 @@ def _weight_files(path: Path) -> Sequence[Path]:
 
 
 def _choices(folder: Path) -> dict[str, Sequence[Path]]:
-    """The checkpoints that lie in a folder; torch files only where nothing is kept as safetensors."""
+    """Returns the checkpoints in a folder by name; torch files only if it holds no safetensors."""
     for suffixes in (SAFETENSORS, TORCH):
         indexes = sorted(file for suffix in suffixes for file in folder.glob(f"*{suffix}{INDEX}"))
         choices = {index.name: _shards(index) for index in indexes}
@@ -158,6 +199,7 @@ def _choices(folder: Path) -> dict[str, Sequence[Path]]:
 
 
 def _shards(index: Path) -> Sequence[Path]:
+    """Returns the files that an index names, sorted."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: has no weight_map")
@@ -169,8 +211,10 @@ def _shards(index: Path) -> Sequence[Path]:
 
 
 def _lies_in(folder: Path, name: str) -> bool:
-    """Whether `name` is a file of the folder itself: no way into another, be it by a path or by a link. Only the
-    links of a hub's cache are followed, from snapshots/REVISION into the blobs of the same repository."""
+    """Returns whether `name` is a file of the folder itself, reached through no path or link into another folder.
+
+    Links of the Hub's cache are allowed, from snapshots/REVISION into the blobs of the same repository.
+    """
     try:
         if Path(name).name != name or "\\" in name or not (folder / name).is_file():
             return False
@@ -182,7 +226,7 @@ def _lies_in(folder: Path, name: str) -> bool:
 
 
 def _is_safetensors(file: Path) -> bool:
-    """Judged by the first bytes: a JSON header behind its length, or what torch.save writes."""
+    """Tells by the first bytes: a length of 8 bytes and a JSON header, or what torch.save writes."""
     with file.open("rb") as stream:
         start = stream.read(9)
     if start[8:] == b"{":
@@ -195,7 +239,11 @@ def _is_safetensors(file: Path) -> bool:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Raises CheckpointError: not readable, too long to be what it should be, or not a JSON object."""
+    """Reads a JSON object from a file.
+
+    Raises:
+        CheckpointError: the file cannot be read, is longer than `LONGEST_JSON`, or is not a JSON object.
+    """
     try:
         if file.stat().st_size > LONGEST_JSON:
             raise CheckpointError(f"{file}: longer than {LONGEST_JSON >> 20} MiB")
@@ -205,6 +253,15 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def json_object(text: str | bytes, where: str) -> dict[str, Any]:
+    """Parses a JSON object.
+
+    Args:
+        text: the JSON text.
+        where: its origin, for messages.
+
+    Raises:
+        CheckpointError: it is not JSON, or not an object.
+    """
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""What torch.save wrote, read as tensors alone: no code of a file is run, and nothing is believed about its size."""
+"""Reading of torch.save's files as tensors alone: no code of a file is run, and its declared sizes are checked."""
 
 from __future__ import annotations
 
@@ -18,10 +18,18 @@ from causalrope_sp.weights.wrappings import Nested, innermost
 
 
 def open_tensors(file: Path, part: str | None, parts: tuple[str, ...]) -> Nested:
-    """The tensors by name of a torch file, mapped where its format allows.
+    """Opens a torch file, memory-mapped where its format allows.
+
+    Args:
+        file: the file.
+        part: the key of the dictionary to take where there are several.
+        parts: the keys to try where there is no `part`, the preferred first.
+
+    Returns:
+        The tensors by name, and the keys of the dictionaries that held them.
 
     Raises:
-        CheckpointError: truncated, compressed, larger inside than outside, or more than tensors in a dictionary.
+        CheckpointError: the file is truncated, compressed, declares more than it holds, or holds more than tensors.
     """
     mapped = _is_sound_archive(file)
     nested = innermost(_load_tensors_only(file, mapped), part, parts)
@@ -31,14 +39,14 @@ def open_tensors(file: Path, part: str | None, parts: tuple[str, ...]) -> Nested
     for name, value in state.items():
         _check_tensor(file, name, value)
     if sum(tensor.numel() * tensor.element_size() for tensor in state.values()) > file.stat().st_size:
-        raise CheckpointError(f"{file}: declares more numbers than the file has room for")
+        raise CheckpointError(f"{file}: declares more numbers than the file can hold")
     return Nested(state, nested.parts, nested.auxiliary)
 
 
 def _is_sound_archive(file: Path) -> bool:
-    """Whether it is a zip archive, as today's torch.save writes, and not the older format.
+    """Returns whether a file is a zip archive, which torch.save writes since torch 1.6, or of the older format.
 
-    torch.save stores its records as they are; a packed one could unfold into any size.
+    torch.save never compresses its records, and a compressed one could decompress to any size.
     """
     try:
         if not zipfile.is_zipfile(file):
@@ -46,7 +54,7 @@ def _is_sound_archive(file: Path) -> bool:
         with zipfile.ZipFile(file) as archive:
             packed = [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
             size = sum(entry.file_size for entry in archive.infolist())
-    except Exception as error:  # a broken archive trips over whatever it trips over
+    except Exception as error:  # zipfile raises errors of many kinds for a broken archive
         raise CheckpointError(f"{file}: truncated or not a torch file ({one_line(error)})") from error
     if packed:
         raise CheckpointError(f"{file}: its record {shown(packed[0])} is compressed, which torch.save never does")
@@ -56,8 +64,9 @@ def _is_sound_archive(file: Path) -> bool:
 
 
 def _load_tensors_only(file: Path, mapped: bool) -> Any:
+    """Loads a file with torch's unpickler that admits no code."""
     try:
-        with warnings.catch_warnings(action="ignore"):  # what torch warns of, the lines below say
+        with warnings.catch_warnings(action="ignore"):  # the errors below say what torch warns of
             return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL (\S+)", str(error))
@@ -67,11 +76,12 @@ def _load_tensors_only(file: Path, mapped: bool) -> Any:
                 "save the tensors alone"
             ) from error
         raise CheckpointError(f"{file}: not a torch file of tensors alone") from error
-    except Exception as error:  # torch.load raises whatever a broken archive trips over
+    except Exception as error:  # torch.load raises errors of many kinds for a broken archive
         raise CheckpointError(f"{file}: truncated or not a torch file ({one_line(error)})") from error
 
 
 def _check_tensor(file: Path, name: str, value: Any) -> None:
+    """Raises CheckpointError if a value is not a dense tensor on the CPU."""
     if not isinstance(value, Tensor):
         raise CheckpointError(f"{file}: {shown(name)} is a {type(value).__name__}, not a tensor")
     if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized or value.is_nested:

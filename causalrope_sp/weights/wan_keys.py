@@ -1,4 +1,4 @@
-"""The names of Wan's own code, which Self-Forcing keeps."""
+"""The key layout of Wan's own code, which Self-Forcing's checkpoints have too."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""What training code leaves around a model's tensors, and how it is taken off.
+"""Wrappings that training code leaves around a model's tensors, and their removal.
 
-Three kinds, in any nesting: dictionaries on top (`generator_ema`, `model`, ...), the names of modules that wrap others
-anywhere in a tensor's name (`blocks.0._fsdp_wrapped_module.self_attn...`), and what is left before a layout's own names
-(`model.`, `net.`, or whatever else a trainer called the thing that it trained).
+There are three kinds, in any nesting: dictionaries around the tensors (`generator_ema`, `model`), names of modules that
+wrap others inside a tensor's name (`blocks.0._fsdp_wrapped_module.self_attn`), and a prefix before the key layout's own
+names (`model.`, `net.`, or another name that a trainer chose).
 """
 
 from __future__ import annotations
@@ -14,19 +14,25 @@ from typing import Any
 from causalrope_sp.errors import CheckpointError
 from causalrope_sp.weights.messages import shown, some
 
-# Training scripts keep the averaged and the raw weights side by side; the averaged ones are meant for use.
+# Training scripts save the averaged and the raw weights; the averaged ones are meant for use.
 PARTS = ("generator_ema", "generator", "state_dict", "model", "module", "net", "transformer")
 LORA_PARTS = ("generator_lora", "lora", *PARTS)
-# Other networks of the same training run: never what is asked for.
-BESIDE = ("critic", "critic_lora", "discriminator", "fake_score", "real_score", "text_encoder", "vae")
+# Other networks of the same training run, which are never the model that is asked for.
+AUXILIARY_PARTS = ("critic", "critic_lora", "discriminator", "fake_score", "real_score", "text_encoder", "vae")
 WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod", "_forward_module", "module")
-DEEPEST = 8  # dictionaries in one another; a pickle can hold one that holds itself
+DEEPEST = 8  # nested dictionaries; a pickle can hold one that contains itself
 
 
 @dataclass(frozen=True)
 class Wrapping:
-    """What stood around a model. `parts` are the dictionaries gone into, outermost first; `prefix` is what stands
-    before every name; `modules` wrap others within names; `beside` are parts that were passed by."""
+    """What training code left around a model's tensors.
+
+    Attributes:
+        parts: the keys of the dictionaries that were opened, outermost first.
+        prefix: what stands before every name, "" or ending in a dot.
+        modules: the names of modules that wrap others.
+        auxiliary: other parts of the file, which were not used.
+    """
 
     parts: tuple[str, ...] = ()
     prefix: str = ""
@@ -34,16 +40,22 @@ class Wrapping:
     auxiliary: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        said = [f"under {' > '.join(map(shown, self.parts))}"] if self.parts else []
-        said += [f"prefix {shown(self.prefix)}"] if self.prefix else []
-        said += [f"within names {', '.join(self.modules)}"] if self.modules else []
-        said += [f"passed by {some(self.auxiliary)}"] if self.auxiliary else []
-        return "; ".join(said) or "none"
+        found = [f"under {' > '.join(map(shown, self.parts))}"] if self.parts else []
+        found += [f"prefix {shown(self.prefix)}"] if self.prefix else []
+        found += [f"within names {', '.join(self.modules)}"] if self.modules else []
+        found += [f"unused parts {some(self.auxiliary)}"] if self.auxiliary else []
+        return "; ".join(found) or "none"
 
 
 @dataclass(frozen=True)
 class Nested:
-    """The innermost dictionary of a file, the keys that led to it, and those passed by."""
+    """The innermost dictionary of a file.
+
+    Attributes:
+        content: what it holds.
+        parts: the keys that led to it, outermost first.
+        auxiliary: the keys of dictionaries next to those, which were not opened.
+    """
 
     content: Any
     parts: tuple[str, ...]
@@ -51,7 +63,16 @@ class Nested:
 
 
 def innermost(content: Any, wanted: str | None, parts: Sequence[str]) -> Nested:
-    """Goes into the dictionaries on top of a file: into `wanted` where there is one, else the first of `parts`."""
+    """Opens nested dictionaries: at each level that of `wanted` where there is one, else of the first of `parts`.
+
+    Args:
+        content: what the file holds.
+        wanted: the key that the caller asks for.
+        parts: the keys to try, the preferred first.
+
+    Returns:
+        The innermost dictionary, at most `DEEPEST` levels down.
+    """
     taken: list[str] = []
     auxiliary: list[str] = []
     while isinstance(content, dict) and len(taken) < DEEPEST:
@@ -66,10 +87,17 @@ def innermost(content: Any, wanted: str | None, parts: Sequence[str]) -> Nested:
 
 
 def bare_names(names: Iterable[str], where: object) -> dict[str, str]:
-    """Names without the modules that wrap others, each with the name that it is stored under.
+    """Removes the modules that wrap others from names.
+
+    Args:
+        names: stored names.
+        where: the checkpoint, for messages.
+
+    Returns:
+        Bare name -> stored name.
 
     Raises:
-        CheckpointError: two stored names become one.
+        CheckpointError: two stored names have the same bare name.
     """
     bare: dict[str, str] = {}
     for name in names:
@@ -81,15 +109,24 @@ def bare_names(names: Iterable[str], where: object) -> dict[str, str]:
 
 
 def wrapping_modules(names: Iterable[str]) -> tuple[str, ...]:
+    """Returns those of WRAPPERS that occur in any name."""
     found = {word for name in names for word in name.split(".")}
     return tuple(word for word in WRAPPERS if word in found)
 
 
 def choose_prefix(prefixes: Sequence[str], wanted: str | None, where: object) -> str:
-    """Which of the prefixes is the model: the one under `wanted`, else the first of PARTS, else the only one.
+    """Chooses the model's prefix: the one under `wanted`, else the first in the order of PARTS, else the only one.
+
+    Args:
+        prefixes: the prefixes under which names of the layout occur; not empty.
+        wanted: the part that the caller asks for.
+        where: the checkpoint, for messages.
+
+    Returns:
+        The prefix.
 
     Raises:
-        CheckpointError: nothing tells them apart.
+        CheckpointError: several prefixes remain.
     """
 
     def first(prefix: str) -> str:
@@ -98,7 +135,7 @@ def choose_prefix(prefixes: Sequence[str], wanted: str | None, where: object) ->
     if wanted is not None:
         prefixes = [p for p in prefixes if wanted in p.split(".")] or prefixes
     if len(prefixes) > 1:
-        prefixes = [p for p in prefixes if first(p) not in BESIDE] or prefixes
+        prefixes = [p for p in prefixes if first(p) not in AUXILIARY_PARTS] or prefixes
     if len(prefixes) > 1:
         best = min(PARTS.index(first(p)) if first(p) in PARTS else len(PARTS) for p in prefixes)
         prefixes = [p for p in prefixes if (PARTS.index(first(p)) if first(p) in PARTS else len(PARTS)) == best]
@@ -108,11 +145,19 @@ def choose_prefix(prefixes: Sequence[str], wanted: str | None, where: object) ->
 
 
 def without(prefix: str, names: Mapping[str, str], others: Iterable[str]) -> tuple[dict[str, str], list[str]]:
-    """The names under the prefix, without it, with their stored names; and the stored names of what belongs to no
-    model of the file."""
+    """Selects the names of one model and removes its prefix.
+
+    Args:
+        prefix: the model's prefix.
+        names: bare name -> stored name, of all tensors.
+        others: the prefixes of other models in the file; their names are dropped.
+
+    Returns:
+        Layout's name -> stored name, and the stored names that belong to no model of the file.
+    """
     others = [other for other in others if other and other != prefix]
-    words = {*BESIDE, *(other.split(".")[0] for other in others)}
-    undo = (*others, *(f"{word}." for word in words if not prefix.startswith(f"{word}.")))
-    names = {short: name for short, name in names.items() if not short.startswith(undo)}
-    mine = {short.removeprefix(prefix): name for short, name in names.items() if short.startswith(prefix)}
-    return mine, [name for short, name in names.items() if not short.startswith(prefix)]
+    words = {*AUXILIARY_PARTS, *(other.split(".")[0] for other in others)}
+    dropped = (*others, *(f"{word}." for word in words if not prefix.startswith(f"{word}.")))
+    names = {short: name for short, name in names.items() if not short.startswith(dropped)}
+    own = {short.removeprefix(prefix): name for short, name in names.items() if short.startswith(prefix)}
+    return own, [name for short, name in names.items() if not short.startswith(prefix)]

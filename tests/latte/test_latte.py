@@ -22,7 +22,7 @@ from causalrope_sp.distributed import SequenceParallel
 from causalrope_sp.distributed.axis_switch import received_by_switches, split_evenly
 from causalrope_sp.distributed.launch import RankPool
 from causalrope_sp.latte import LatteConfig, LatteDiT, LattePass, LatteStream, load_latte
-from causalrope_sp.latte.positions import places, times
+from causalrope_sp.latte.positions import times
 from causalrope_sp.reuse import Broadcast, ReusePolicy
 
 SIZES: dict[str, Any] = {
@@ -225,7 +225,7 @@ def test_chunks_with_a_cache_are_one_forward_under_a_mask(pool: RankPool, folder
 
     step = LattePass(
         timesteps_F=torch.zeros(9),
-        place_SD=places(GRID.rows, GRID.columns, 24, 4, 1).double(),
+        position_SD=places(GRID.rows, GRID.columns, 24, 4, 1).double(),
         time_FD=times(range(9), 24).double(),
         text=model.encode_text(TEXT),
         to_tokens=lambda _, x: x.transpose(1, 2).flatten(0, 1),

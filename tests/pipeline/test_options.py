@@ -30,7 +30,7 @@ def pipe() -> CausalVideoPipeline:
         ({"prompt": []}, r"prompt must be a text or a list of texts, not \[\]"),
         ({"prompt": ["a", 3]}, r"prompt\[1\] must be a text that is not empty, not 3"),
         ({}, "give either a prompt or its embeddings"),
-        ({"prompt": "a", "num_frames": 2.5}, "num_frames must be a whole number of at least 1 and at most .*, not 2.5"),
+        ({"prompt": "a", "num_frames": 2.5}, "num_frames must be a whole number of at least 1, not 2.5"),
         ({"prompt": "a", "num_frames": True}, "num_frames must be a whole number .*, not True"),
         ({"prompt": "a", "num_frames": "9"}, "num_frames must be a whole number .*, not '9'"),
         ({"prompt": "a", "num_frames": 0}, "num_frames must be a whole number .*, not 0"),

@@ -145,7 +145,9 @@ def test_inspect_says_what_why_and_how(tmp_path: Path) -> None:
         return result.output
 
     text = inspect()
-    assert "wrapping  under generator_ema; prefix model.; within names _fsdp_wrapped_module; passed by critic" in text
+    assert (
+        "wrapping  under generator_ema; prefix model.; within names _fsdp_wrapped_module; unused parts critic" in text
+    )
     assert "its blocks have self_attn: model._fsdp_wrapped_module.blocks.0." in text
     assert "its path says causvid.pt" in text
     assert "steps = (1000, 757, 522)" in text
