@@ -112,7 +112,7 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "tokens outside the grid": (
         lambda: norm_rope_store(projecting(start=6)),
-        "rotation: expected tokens within 3×3 places, not",
+        "rotation: expected tokens within 3×3 positions, not",
     ),
     "tokens of another shard": (
         lambda: norm_rope_store(projecting(tokens=5)),
@@ -120,7 +120,7 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "rooms for too few heads": (
         lambda: norm_rope_store(projecting(), q=kv_slots(B, F, S, 2, D)),
-        r"q: expected rooms for 3 heads in all, not \[2\]",
+        r"q: expected Slots for 3 heads in all, not \[2\]",
     ),
     "a room of another dtype": (
         lambda: norm_rope_store(projecting(), k=kv_slots(B, F, S, H, D, dtype=torch.float32)),
@@ -154,7 +154,7 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "a stretch beyond the keys": (
         lambda: attention(Q, Keys(Q, Q, ((0, 13),))),
-        r"stretches: expected .* within 12 rows, not \[0, 13\)",
+        r"ranges: expected .* within 12 rows, not \[0, 13\)",
     ),
     "bounds for other stretches": (
         lambda: attention(Q, Keys(Q, Q, ((0, 3),), torch.zeros(2, 2, dtype=torch.int32))),
@@ -162,11 +162,11 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "too few turns": (
         lambda: attention(Q, Keys(Q, Q, rotate_on_read=RotateOnRead(torch.zeros(2, 2, 4), 4))),
-        "turn: expected angles for 12 rows",
+        "rotate_on_read: expected angles for 12 rows",
     ),
     "half a slot": (
         lambda: attention(Q, Keys(Q, Q, ((0, 6),), rotate_on_read=RotateOnRead(torch.zeros(3, 2, 4), 4))),
-        "stretches: expected whole slots of 4 rows",
+        "ranges: expected whole slots of 4 rows",
     ),
     "no parts": (lambda: merge([]), "parts: expected at least one, not none"),
     "parts that differ": (lambda: merge([(Q, LSE), (Q[:, 1:], LSE[:, 1:])]), r"parts\[1\] output: expected shape"),
@@ -196,11 +196,11 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "a room that is no list": (
         lambda: norm_rope_store(projecting(), q=kv_slots(B, F, S, H, D)[0]),  # type: ignore[arg-type]
-        "q: expected a list of rooms, not Slots",
+        "q: expected a list of Slots, not Slots",
     ),
     "queries from pieces of k, v": (
         lambda: norm_rope_store(Pieces([torch.zeros(2, B, F, S, H, D)]), q=kv_slots(B, F, S, H, D)),
-        "q: expected no rooms for pieces of k, v alone",
+        "q: expected no Slots for pieces of k, v alone",
     ),
     "slots with gaps between": (
         lambda: norm_rope_store(projecting(), k=kv_slots(B, 9, S, H, D, slots=torch.arange(6)[::2])),

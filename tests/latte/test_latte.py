@@ -225,7 +225,7 @@ def test_chunks_with_a_cache_are_one_forward_under_a_mask(pool: RankPool, folder
 
     step = LattePass(
         timesteps_F=torch.zeros(9),
-        position_SD=places(GRID.rows, GRID.columns, 24, 4, 1).double(),
+        position_SD=spatial_positions(GRID.rows, GRID.columns, 24, 4, 1).double(),
         time_FD=times(range(9), 24).double(),
         text=model.encode_text(TEXT),
         to_tokens=lambda _, x: x.transpose(1, 2).flatten(0, 1),

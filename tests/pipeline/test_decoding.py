@@ -111,7 +111,7 @@ def refused_then_made(group: Any, device: str, decoders: int) -> Any:
 
     for prompt, given in (
         ("a dog", {}),
-        (None, {"embeds": torch.zeros(1, 2, 3)}),
+        (None, {"prompt_embeds": torch.zeros(1, 2, 3)}),
         (PROMPT, {"video": broken(), "strength": 0.5}),
     ):
         try:

@@ -91,13 +91,15 @@ def test_a_video_of_hours_begins_at_once(pipe: CausalVideoPipeline) -> None:
 
 
 def test_steps_are_bounded() -> None:
-    with pytest.raises(ConfigError, match="steps must be at least 1 and at most 1000, not 1001"):
+    with pytest.raises(
+        ConfigError, match="num_inference_steps must be a whole number of at least 1 and at most 1000, not 1001"
+    ):
         CausalVideoPipeline.from_pretrained("toybox", num_inference_steps=1001)
 
 
 @pytest.mark.parametrize("frames", [0, -1])
 def test_no_frames_are_refused_before_anything_runs(pipe: CausalVideoPipeline, frames: int) -> None:
-    with pytest.raises(ConfigError, match="frames must be at least 1"):
+    with pytest.raises(ConfigError, match="num_frames must be a whole number of at least 1"):
         pipe.stream(PROMPT, num_frames=frames)
 
 
@@ -105,8 +107,8 @@ def test_no_frames_are_refused_before_anything_runs(pipe: CausalVideoPipeline, f
     ("change", "error", "message"),
     [
         ({"text": "umt5-xxs"}, ConfigError, "unknown text encoder 'umt5-xxs'"),
-        ({"height": "64"}, ConfigError, "height, width and fps must be numbers, not '64', 64, 16"),
-        ({"fps": None}, ConfigError, "height, width and fps must be numbers"),
+        ({"height": "64"}, ConfigError, "height must be a whole number of at least 1, not '64'"),
+        ({"fps": None}, ConfigError, "fps must be a finite number above 0, not None"),
         ({"height": 63}, ConfigError, "height 63 is not divisible by 16; the nearest that work: 48 or 64"),
         ({"transformer": "none.safetensors"}, CheckpointError, "none.safetensors"),
         ({"codec": "none"}, CheckpointError, "cannot read the codec"),

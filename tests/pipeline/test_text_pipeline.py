@@ -87,7 +87,7 @@ def test_a_prompt_and_its_embeddings_give_the_same_video(
     assert np.array_equal(video(pipe, PROMPT), expected)
     assert not np.array_equal(video(pipe, "the quick fox"), expected)
     for given in (embeds, embeds.double(), embeds_file, str(embeds_file)):
-        assert np.array_equal(video(bare, embeds=given), expected)
+        assert np.array_equal(video(bare, prompt_embeds=given), expected)
 
 
 @pytest.mark.parametrize("spelled", ["text", "wan", "apart"])
@@ -142,9 +142,12 @@ def test_an_encoder_of_another_width_is_refused(tmp_path: Path) -> None:
     ("options", "told"),
     [
         ({}, "give either a prompt or its embeddings"),
-        ({"prompt": PROMPT, "embeds": torch.zeros(SHAPE)}, "give either a prompt or its embeddings"),
-        ({"embeds": torch.zeros(1, 4, 51)}, r"text embeddings have shape \(1, 4, 51\), the model takes \(1, 3, 51\)"),
-        ({"embeds": "nothing.safetensors"}, "nothing.safetensors: no such file"),
+        ({"prompt": PROMPT, "prompt_embeds": torch.zeros(SHAPE)}, "give either a prompt or its embeddings"),
+        (
+            {"prompt_embeds": torch.zeros(1, 4, 51)},
+            r"text embeddings have shape \(1, 4, 51\), the model takes \(1, 3, 51\)",
+        ),
+        ({"prompt_embeds": "nothing.safetensors"}, "nothing.safetensors: no such file"),
     ],
 )
 def test_text_that_cannot_be_used_is_refused(bare: CausalVideoPipeline, options: dict[str, Any], told: str) -> None:
@@ -154,7 +157,9 @@ def test_text_that_cannot_be_used_is_refused(bare: CausalVideoPipeline, options:
 
 @pytest.mark.parametrize("text", ["umt5", 5, None, ["./"]])
 def test_a_recipe_whose_text_is_nothing_known_is_one_line(tmp_path: Path, text: object) -> None:
-    with pytest.raises(CausalRopeError, match=r"unknown text encoder|not a model recipe") as caught:
+    with pytest.raises(
+        CausalRopeError, match=r"unknown text encoder|not a model's pipeline.json|is not a whole model"
+    ) as caught:
         CausalVideoPipeline.from_pretrained(write_recipe(tmp_path, text))
     assert "\n" not in str(caught.value)
 
@@ -163,7 +168,7 @@ def test_toybox_takes_embeddings_too(tmp_path: Path) -> None:
     pipe = CausalVideoPipeline.from_pretrained("toybox", device="cpu")
     prompt = "a red circle slides right"
     save_embeds(tmp_path / "e.safetensors", pipe.text.encode(prompt, 3), prompt, "toybox")
-    assert np.array_equal(video(pipe, embeds=tmp_path / "e.safetensors", seed=3), video(pipe, prompt, seed=3))
+    assert np.array_equal(video(pipe, prompt_embeds=tmp_path / "e.safetensors", seed=3), video(pipe, prompt, seed=3))
 
 
 def on_two_ranks(group: dist.ProcessGroup, device: str, home: Path, embeds_file: Path) -> list[dict[str, Any]]:
@@ -175,7 +180,7 @@ def on_two_ranks(group: dist.ProcessGroup, device: str, home: Path, embeds_file:
     found: dict[str, Any] = {}
     taken: dict[str, dict[str, Any]] = {
         "prompt": {"prompt": PROMPT},
-        "embeds": {"embeds": embeds_file if first else "nowhere.safetensors"},
+        "embeds": {"prompt_embeds": embeds_file if first else "nowhere.safetensors"},
     }
     for name, options in taken.items():
         chunks = list(pipe.stream(num_frames=9, **options))
@@ -184,7 +189,7 @@ def on_two_ranks(group: dist.ProcessGroup, device: str, home: Path, embeds_file:
         found[f"{name} moved"] = entries["text", -1]
     refused: dict[str, dict[str, Any]] = {
         "ftfy": {"prompt": "“dog”"},
-        "shape": {"embeds": torch.zeros(2, 2, 2)},
+        "shape": {"prompt_embeds": torch.zeros(2, 2, 2)},
         "none": {},
     }
     for name, options in refused.items():
@@ -207,7 +212,7 @@ def test_the_encoder_runs_on_rank_0_alone(
     pool: RankPool, home: Path, bare: CausalVideoPipeline, embeds: Tensor, embeds_file: Path
 ) -> None:
     ranks = pool.run(on_two_ranks, 2, home, embeds_file)
-    expected = video(bare, embeds=embeds)
+    expected = video(bare, prompt_embeds=embeds)
     numbers = torch.Size(SHAPE).numel()
     for rank, found in enumerate(ranks):
         torch.testing.assert_close(found["text"], embeds, rtol=0, atol=1e-6)

@@ -169,4 +169,4 @@ def test_inspect_refuses_in_one_line(tmp_path: Path, words: list[str]) -> None:
 
 def test_inspect_reads_a_models_recipe() -> None:
     report = json.loads(CliRunner().invoke(cli, ["inspect", "toybox-flow", "--json"]).output)
-    assert (report["preset"], report["sampler"]["solver"]) == ("recipe", "euler")
+    assert (report["preset"], report["sampler"]["solver"]) == ("own", "euler")
