@@ -1,1 +1,1 @@
-"""The command line: one file a command. What a command needs that is slow to import, it imports when it runs."""
+"""The command line, one file a command. Commands import slow modules inside their functions, so that --help is fast."""

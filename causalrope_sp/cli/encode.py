@@ -1,4 +1,4 @@
-"""`causalrope-sp encode`: a prompt to a file of its embeddings, for machines without the text encoder."""
+"""`causalrope-sp encode`: writes a prompt's embeddings into a file, for machines without the text encoder."""
 
 from __future__ import annotations
 
@@ -23,17 +23,19 @@ if TYPE_CHECKING:
 @click.option(
     "--model",
     shell_complete=complete_model,
-    help="Take the text encoder of this model: a name, a folder, a file or org/name on the Hub. The default is toybox.",
-)
-@click.option("--text", metavar="PATH", help="Take UMT5 from here: a diffusers folder, Wan's folder or its .pth.")
-@click.option(
-    "--tokenizer", metavar="DIR", help="Take the tokenizer from this folder. The default is beside the weights."
+    help="Use the text encoder of this model: a name, a folder, a file or org/name on the Hub. The default is toybox.",
 )
 @click.option(
-    "--seed", type=SEED, default=0, show_default=True, help="Draw from this seed what a toybox prompt leaves open."
+    "--text", metavar="PATH", help="Load UMT5 from this diffusers folder, Wan folder or .pth. The default is --model's."
 )
-@click.option("--out", default="prompt.safetensors", show_default=True, help="Write this file.")
-@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.")
+@click.option(
+    "--tokenizer", metavar="DIR", help="Load the tokenizer from this folder. The default is the folder of --text."
+)
+@click.option(
+    "--seed", type=SEED, default=0, show_default=True, help="Draw what a toybox prompt leaves open from this seed."
+)
+@click.option("--out", default="prompt.safetensors", show_default=True, help="Write the embeddings to this file.")
+@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON. The default is a line of text.")
 def encode(
     prompt: str, model: str | None, text: str | None, tokenizer: str | None, seed: int, out: str, as_json: bool
 ) -> None:
@@ -54,18 +56,23 @@ def encode(
 def encode_to_file(
     prompt: str, model: str | None, text: str | None, tokenizer: str | None, seed: int, out: str
 ) -> PromptEmbeds:
-    """Encodes a prompt and writes the file.
+    """Encodes a prompt and writes its embeddings.
 
     Args:
         prompt: the text.
-        model: whose text encoder it is; toybox if neither it nor `text` is given.
-        text: where UMT5 lies, in place of a model.
-        tokenizer: the folder of its tokenizer.
-        seed: what a toybox prompt leaves open is drawn from it.
+        model: the model whose text encoder is used; toybox if `model` and `text` are None.
+        text: the folder or file of UMT5; None takes that of the model.
+        tokenizer: the folder of the tokenizer; None takes the one in the folder of `text`.
+        seed: the seed from which toybox draws what the prompt leaves open.
         out: the file to write.
 
+    Returns:
+        The embeddings that were written.
+
     Raises:
-        CausalRopeError: names that do not go together, an encoder or a file that does not work.
+        ConfigError: `model` and `text` are both set, or `tokenizer` is set without `text`.
+        OutputError: the file cannot be written.
+        CausalRopeError: the text encoder cannot be loaded, or does not know the prompt.
     """
     if model is not None and text is not None:
         raise ConfigError("give either --model or --text, not both")
@@ -97,6 +104,7 @@ def encode_to_file(
 
 
 def _check_file(out: str) -> None:
+    """Raises OutputError, before anything slow is imported, if the file cannot be written."""
     folder = Path(out).absolute().parent
     if Path(out).is_dir():
         raise OutputError(f"cannot write {out}: it is a folder")

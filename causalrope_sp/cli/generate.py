@@ -1,4 +1,4 @@
-"""`causalrope-sp generate`: options to a stream, and the stream to a file."""
+"""`causalrope-sp generate`: generates a video from options and writes it while it is generated."""
 
 from __future__ import annotations
 
@@ -60,24 +60,24 @@ def generate(
             device=None if options["device"] is None else check_device(options["device"]),
             timeout_s=timeout,
             silence_s=min(20.0, timeout),
-            on_loss=lambda said: made.fail(RankLostError(said)),
+            on_loss=lambda reason: background.fail(RankLostError(reason)),
             **{name: options[name] for name in RANKS},
         )
         pipe = CausalVideoPipeline.from_pretrained(model, loading, parallel=parallel)
         yield pipe
         report = StepReporter(out, pipe.fps, as_json) if parallel_chunks else None
-        asked = {name: options[name] for name in CALL}
-        yield from pipe.stream(prompt, prompt_embeds=text_embeds, callback_on_step_end=report, **asked)
+        call = {name: options[name] for name in CALL}
+        yield from pipe.stream(prompt, prompt_embeds=text_embeds, callback_on_step_end=report, **call)
         parallel.close()
 
-    made = Background(generated)
-    summary = _write_video(iter(made), out, options["num_frames"], silent=as_json)
+    background = Background(generated)
+    summary = _write_video(iter(background), out, options["num_frames"], silent=as_json)
     if rank() == 0:
-        _say_summary(summary, out, as_json)
+        _print_summary(summary, out, as_json)
 
 
 def _check(model: str, prompt: str | None, text_embeds: str | None, out: str, options: dict[str, Any]) -> None:
-    """Refuses what is wrong by the words alone, before anything slow is imported, and completes options."""
+    """Raises ConfigError for wrong options before anything slow is imported, and completes the options."""
     from causalrope_sp.checks import check_whole
 
     check_whole("--frames", options["num_frames"])
@@ -96,6 +96,7 @@ def _check(model: str, prompt: str | None, text_embeds: str | None, out: str, op
 
 
 def _check_conditioning(options: dict[str, Any]) -> None:
+    """Raises ConfigError for a wrong combination of --image, --video, --continue and --strength."""
     image, video = options["image"] is not None, options["video"] is not None
     keep_on, strength = options["keep_on"], options["strength"]
     if image and video:
@@ -109,7 +110,7 @@ def _check_conditioning(options: dict[str, Any]) -> None:
 
 
 def _check_text(model: str, prompt: str | None, embeds: str | None, negative: str | None) -> None:
-    """The toybox models know a closed list of words, which can be checked before anything is loaded."""
+    """Checks the prompt and its embeddings. The grammar of toybox is checked before anything is loaded."""
     from causalrope_sp.toybox import EMBEDDED
     from causalrope_sp.toybox.prompts import parse_prompt
 
@@ -123,7 +124,7 @@ def _check_text(model: str, prompt: str | None, embeds: str | None, negative: st
 
 
 def _write_video(items: Iterator[Any], out: str, frames: int, silent: bool) -> dict[str, Any]:
-    """Takes the pipeline, then its chunks, as they come; writes them on rank 0; returns what --json prints."""
+    """Takes the pipeline and then its chunks from `items`, writes the chunks on rank 0, and returns --json's fields."""
     from causalrope_sp.distributed.comm_stats import CommStats
 
     pipe = next(items)
@@ -135,7 +136,7 @@ def _write_video(items: Iterator[Any], out: str, frames: int, silent: bool) -> d
         video, progress = None, None
         if rank() == 0:
             video = VideoWriter(out, *size, pipe.fps)
-            stack.enter_context(_saying_what_was_kept(video, frames))
+            stack.enter_context(_report_kept_frames(video, frames))
             stack.enter_context(video)
             progress = stack.enter_context(_progress(silent))
             task = progress.add_task("generating", total=frames, fps=0.0)
@@ -149,18 +150,18 @@ def _write_video(items: Iterator[Any], out: str, frames: int, silent: bool) -> d
                 video.write(chunk.frames)
                 progress.update(task, completed=video.frames, fps=video.frames / (time.perf_counter() - started))
             if video is not None and progress is not None:
-                progress.update(task, total=video.frames)  # a video that is redrawn may be shorter
+                progress.update(task, total=video.frames)  # a redrawn video may be shorter
         except Exception as error:
             if video is not None and not isinstance(error, CausalRopeError):
-                video.close()  # another rank is lost, or this program is at fault: the frames so far are still good
+                video.close()  # a lost rank or a fault of this program: the frames so far are valid
             raise
         seconds = time.perf_counter() - started
-    done = video.frames if video is not None else 0
+    written = video.frames if video is not None else 0
     return {
-        "frames": done,
+        "frames": written,
         "height": size[0],
         "width": size[1],
-        "fps_generated": round(done / seconds, 3),
+        "fps_generated": round(written / seconds, 3),
         "first_frame_s": round(first_frame_s, 4),
         "seconds": round(seconds, 4),
         "ranks": pipe.parallel.size,
@@ -172,8 +173,8 @@ def _write_video(items: Iterator[Any], out: str, frames: int, silent: bool) -> d
     }
 
 
-def _say_summary(summary: dict[str, Any], out: str, as_json: bool) -> None:
-    """Says what was made; on the standard error where the video itself goes to the standard output."""
+def _print_summary(summary: dict[str, Any], out: str, as_json: bool) -> None:
+    """Prints the summary, on stderr if the video goes to stdout."""
     to_stderr = out == "-"
     if as_json:
         click.echo(json.dumps(summary), err=to_stderr)
@@ -184,7 +185,8 @@ def _say_summary(summary: dict[str, Any], out: str, as_json: bool) -> None:
 
 
 @contextlib.contextmanager
-def _saying_what_was_kept(video: VideoWriter, frames: int) -> Iterator[None]:
+def _report_kept_frames(video: VideoWriter, frames: int) -> Iterator[None]:
+    """Prints how many frames the file has if the body is interrupted or fails."""
     try:
         yield
     except CausalRopeError:
@@ -196,6 +198,7 @@ def _saying_what_was_kept(video: VideoWriter, frames: int) -> Iterator[None]:
 
 
 def _progress(silent: bool) -> Progress:
+    """A progress bar on stderr, which only a terminal shows."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

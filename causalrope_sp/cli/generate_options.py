@@ -1,4 +1,4 @@
-"""The options of `causalrope-sp generate`, and which of them go where."""
+"""The options of `causalrope-sp generate`, sorted by the Python call that takes them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from causalrope_sp.config import Solver
 
 EXISTING = click.Path(exists=True, path_type=Path)
 EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
-# which options go where: to the ranks, to loading, to the call; by their Python names
+# Python names of the options of SequenceParallel.from_env, of LoadOptions and of GenerationOptions
 RANKS = ("strategy", "cfg", "chunk", "decode_ranks", "overlap", "head_groups", "attention")
 LOADING = (
     *("base", "preset", "revision", "dtype", "height", "width", "window", "sink", "chunk_frames", "rope"),
@@ -36,21 +36,21 @@ OPTIONS = (
     ),
     click.option(
         "--base",
-        help="Take text encoder and VAE from this folder or org/name, for a model that is a file alone.",
+        help="Load text encoder and VAE from this folder or org/name. The default is the model's own folder.",
     ),
     click.option(
         "--preset",
         shell_complete=complete_preset,
-        help="Run the model as this published one: self-forcing, causvid, ... The default is inferred from its files.",
+        help="Use the settings of this published model: self-forcing, causvid, ... The default is inferred.",
     ),
     click.option(
         "--revision",
-        help="Take this branch, tag or commit from the Hub. The default is the main branch.",
+        help="Load this branch, tag or commit from the Hub. The default is the main branch.",
     ),
     click.option(
         "--text-embeds",
         metavar="FILE",
-        help="Take embeddings that encode wrote in place of PROMPT.",
+        help="Use embeddings that the command encode wrote. The default is to encode PROMPT.",
     ),
     click.option(
         "--frames",
@@ -58,17 +58,17 @@ OPTIONS = (
         type=int,
         default=81,
         show_default=True,
-        help="Make so many pixel frames.",
+        help="Generate this many pixel frames.",
     ),
     click.option(
         "--height",
         type=int,
-        help="Make frames of so many pixels in height. The default is the model's.",
+        help="Set the height of a frame in pixels. The default is the model's.",
     ),
     click.option(
         "--width",
         type=int,
-        help="Make frames of so many pixels in width. The default is the model's.",
+        help="Set the width of a frame in pixels. The default is the model's.",
     ),
     click.option(
         "--seed",
@@ -80,47 +80,47 @@ OPTIONS = (
     click.option(
         "--window",
         type=int,
-        help="Let attention look back over so many latent frames, the current chunk counted.",
+        help="Let attention look back over this many latent frames, current chunk counted. The default is the model's.",
     ),
     click.option(
         "--sink",
         type=int,
-        help="Keep so many latent frames of the very start in the window for ever.",
+        help="Keep this many of the first latent frames in the window. The default is the model's.",
     ),
     click.option(
         "--chunk-frames",
         type=int,
-        help="Denoise so many latent frames together.",
+        help="Put this many latent frames into a chunk. The default is the model's.",
     ),
     click.option(
         "--rope",
         type=click.Choice(["absolute", "relative"]),
-        help="Rotate a frame by its number since the stream began, or by its place in the window.",
+        help="Rotate by global time index, or by position in the window. The default is the model's.",
     ),
     click.option(
         "--steps",
-        help="Take so many evenly spaced denoising steps (4), or these (1000,750,500,250).",
+        help="Use this many evenly spaced steps (4), or these timesteps (1000,750,...). The default is the model's.",
     ),
     click.option(
         "--solver",
         type=click.Choice(get_args(Solver)),
-        help="Go from step to step by this solver.",
+        help="Integrate from step to step with this solver. The default is the model's.",
     ),
     click.option(
         "--shift",
         type=float,
-        help="Shift the timesteps towards noise.",
+        help="Shift the timesteps towards noise by this factor. The default is the model's.",
     ),
     click.option(
         "--guidance",
         "guidance_scale",
         type=float,
-        help="Guide by this scale away from a negative prompt; 1 is none.",
+        help="Set the scale of guidance; 1 is no guidance. The default is the model's.",
     ),
     click.option(
         "--guidance-interval",
         type=(float, float),
-        help="Guide only the steps at timesteps between these two, 0 to 1000.",
+        help="Guide only the steps between these timesteps, 0 to 1000. The default is the model's.",
     ),
     click.option(
         "--negative-prompt",
@@ -130,94 +130,94 @@ OPTIONS = (
         "--negative-embeds",
         "negative_prompt_embeds",
         metavar="FILE",
-        help="Take embeddings that encode wrote in its place.",
+        help="Use embeddings that encode wrote as the negative prompt. The default is --negative-prompt.",
     ),
     click.option(
         "--guidance-parallel",
         is_flag=True,
-        help="Give each of guidance's two branches one half of the ranks.",
+        help="Run conditional and unconditional passes on one half of the ranks each. The default is off.",
     ),
     click.option(
         "--strategy",
         default="auto",
         show_default=True,
         shell_complete=complete_strategy,
-        help="Share attention by this strategy: auto, ulysses, gather-kv, shard-kv, ulysses2xgather-kv4, ...",
+        help="Share attention between ranks by this strategy: auto, ulysses, gather-kv, shard-kv, or a product of two.",
     ),
     click.option(
         "--parallel-chunks",
         type=click.Choice(["vin"]),
-        help="Denoise all chunks at once, by the model's interface network.",
+        help="Denoise all chunks at the same time with the model's interface network. The default is a stream.",
     ),
     click.option(
         "--chunk-parallel",
         "chunk",
         type=int,
-        help="With it, share the chunks among so many groups of ranks. The default is all.",
+        help="Share parallel chunks among this many groups of ranks. The default is one group a rank.",
     ),
     click.option(
         "--preview-every",
         type=int,
-        help="With it, write what the video looks to become every so many steps.",
+        help="Write a preview of parallel chunks each time this many steps are done. The default is no preview.",
     ),
     click.option(
         "--image",
         type=EXISTING_FILE,
-        help="Take this picture as the first frame.",
+        help="Use this image as the first frame. The default is to start from noise.",
     ),
     click.option(
         "--video",
         type=EXISTING_FILE,
-        help="Take this video, to continue it or to redraw it.",
+        help="Use this video, with --continue or --strength. The default is to start from noise.",
     ),
     click.option(
         "--continue",
         "keep_on",
         is_flag=True,
-        help="Make what comes after --video.",
+        help="Generate the frames that follow --video. The default is off.",
     ),
     click.option(
         "--strength",
         type=float,
-        help="Redraw --video by this share of the steps: above 0, which changes least, to 1.",
+        help="Redraw --video with this share of the steps, above 0 and at most 1. The default is no redrawing.",
     ),
     click.option(
         "--reuse",
-        help="Reuse attention outputs between steps by this policy: pab:latte, ..., or a JSON file.",
+        help="Reuse attention outputs between steps by this policy: pab:latte, ... or a JSON file. The default is off.",
     ),
     click.option(
         "--codec",
         type=click.Choice(["wan", "taehv"]),
-        help="Insist on this kind of codec. The default is what the file holds.",
+        help="Require this kind of codec. The default is the kind that the file holds.",
     ),
     click.option(
         "--codec-weights",
         type=EXISTING,
-        help="Take the codec from this file or folder, in place of the model's.",
+        help="Load the codec from this file or folder. The default is the model's.",
     ),
     click.option(
         "--decode",
         type=click.Choice(["inline", "overlap", "spatial"]),
         default="inline",
         show_default=True,
-        help="Decode on rank 0 before the next chunk is made, on rank 0 meanwhile, or on all ranks, a part each.",
+        help="Decode a chunk on rank 0 before the next one (inline) or during it (overlap), or on all ranks (spatial).",
     ),
     click.option(
         "--decode-ranks",
         type=click.IntRange(0),
         default=0,
         show_default=True,
-        help="Let so many of the ranks only decode, while the others make the next chunk.",
+        help="Let this many of the ranks only decode while the others denoise the next chunk.",
     ),
     click.option(
         "--weights",
         type=click.Choice(["full", "fp8"]),
-        help="Keep the blocks' matrices in full, or in 8 bits.",
+        help="Keep the blocks' matrices in full precision or in 8 bits. The default is the model's.",
     ),
     click.option(
         "--dtype",
         type=click.Choice(DTYPES),
-        help="Run the transformer in this dtype. The default is by device.",
+        help="Run the transformer in this dtype. The default is bfloat16 on a GPU and float32 on a CPU.",
     ),
     click.option(
         "--device",
@@ -229,62 +229,64 @@ OPTIONS = (
         default=["text"],
         show_default=True,
         metavar="text|codec|none",
-        help="Keep this on the device only while it is used.",
+        help="Keep these weights on the device only while they are used.",
     ),
     click.option(
         "--preflight/--no-preflight",
         default=True,
-        help="Refuse at once what is predicted not to fit into memory.",
+        show_default=True,
+        help="Refuse, before loading, a run that is predicted not to fit into memory.",
     ),
     click.option(
         "--out",
         default="video.mp4",
         show_default=True,
-        help="Write FILE.mp4, .mov, .webm, .gif or .webp, FOLDER/ for PNGs, or - for MP4 on the standard output.",
+        help="Write FILE.mp4, .mov, .webm, .gif or .webp, FOLDER/ for PNGs, or - for MP4 on stdout.",
     ),
     click.option(
         "--overlap/--no-overlap",
         default=True,
-        help="Compute while other ranks' numbers are in flight.",
+        show_default=True,
+        help="Overlap computation with communication between ranks.",
     ),
     click.option(
         "--head-groups",
         default=1,
         show_default=True,
-        help="With ulysses, send one group of heads while the next is computed.",
+        help="Divide ulysses' heads into this many groups, and send one while the next is computed.",
     ),
     click.option(
         "--attention",
         default="auto",
         show_default=True,
-        help="Attend with this library; auto measures them.",
+        help="Compute attention with this library; auto measures which is fastest.",
     ),
     click.option(
         "--timeout",
         default=600.0,
         show_default=True,
-        help="End a run after a rank was stuck for so many seconds (silent: 20).",
+        help="End the run when a rank has been stuck for this many seconds (20 if it is silent).",
     ),
     click.option(
         "--json",
         "as_json",
         is_flag=True,
-        help="Show no progress bar, and print one line of JSON at the end.",
+        help="Print one line of JSON at the end in place of a progress bar. The default is a progress bar.",
     ),
     click.option(
         "-v",
         "--verbose",
         is_flag=True,
-        help="Say on the standard error what is chosen and how long it takes.",
+        help="Log choices and times to stderr. The default is to log choices alone.",
     ),
     click.option(
         "--log-file",
         metavar="FILE",
-        help="Append what -v says, of all ranks, to this file.",
+        help="Append the log of all ranks with the detail of -v to this file. The default is no file.",
     ),
 )
 
 
 def with_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The command with all of them, in this order."""
+    """Decorates a click command with all `OPTIONS`, in their order."""
     return reduce(lambda made, option: option(made), reversed(OPTIONS), command)

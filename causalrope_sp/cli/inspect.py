@@ -1,4 +1,4 @@
-"""`causalrope-sp inspect`: what a checkpoint is, and the preset that it would run with."""
+"""`causalrope-sp inspect`: reports the contents of a checkpoint and the preset with which it would run."""
 
 from __future__ import annotations
 
@@ -20,26 +20,32 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("path", shell_complete=complete_model)
 @click.option(
-    "--part", help="Look at this model in the file: generator, generator_ema, ... The default is the averaged one."
+    "--part", help="Inspect this model in the file: generator, generator_ema, ... The default is the averaged one."
 )
 @click.option(
     "--preset",
     shell_complete=complete_preset,
-    help="Take how it runs from this preset: self-forcing, causvid, longlive-1.3b, ... The default is inferred.",
+    help="Use the settings of this preset: self-forcing, causvid, longlive-1.3b, ... The default is inferred.",
 )
 @click.option(
-    "--window", type=int, help="Let attention look back over so many latent frames. The default is the preset's."
+    "--window", type=int, help="Let attention look back over this many latent frames. The default is the preset's."
 )
-@click.option("--sink", type=int, help="Keep so many latent frames of the very start. The default is the preset's.")
-@click.option("--chunk-frames", type=int, help="Denoise so many latent frames together. The default is the preset's.")
-@click.option("--steps", help="Take so many evenly spaced denoising steps (4), or these (1000,750,500,250).")
-@click.option("--shift", type=float, help="Shift the timesteps towards noise. The default is the preset's.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option(
+    "--sink", type=int, help="Keep this many of the first latent frames in the window. The default is the preset's."
+)
+@click.option("--chunk-frames", type=int, help="Put this many latent frames into a chunk. The default is the preset's.")
+@click.option(
+    "--steps",
+    help="Use this many evenly spaced steps (4), or these timesteps (1000,750,...). The default is the preset's.",
+)
+@click.option(
+    "--shift", type=float, help="Shift the timesteps towards noise by this factor. The default is the preset's."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object. The default is a text.")
 def inspect(path: str, part: str | None, preset: str | None, steps: str | None, as_json: bool, **run: Any) -> int:
-    """Says
-    what the checkpoint at PATH is, why, what it lacks, and how it would run.
+    """Reports the layout of the checkpoint at PATH, the evidence for it, missing tensors, and its preset.
 
-    The exit status is 1 if it could not be loaded as it is.
+    The exit status is 1 if the checkpoint cannot be loaded.
     """
     from causalrope_sp.diffusion.schedule import timesteps
 
@@ -53,17 +59,20 @@ def inspect(path: str, part: str | None, preset: str | None, steps: str | None, 
 
 
 def examine(path: str, part: str | None, preset: str | None, changes: Mapping[str, Any]) -> CheckpointReport:
-    """The report on a checkpoint, an embedded model or the transformer of a pipeline.json or a diffusers folder.
+    """Inspects a checkpoint, an embedded model, or the transformer of a pipeline.json or a diffusers folder.
 
     Args:
-        path: where it is, or its name.
-        part: which of several models in the file.
-        preset: the preset by name; None takes the model's own settings, or else infers it.
+        path: the path, or the name of an embedded model.
+        part: which of several models in the file; None takes the averaged one.
+        preset: the name of a preset; None takes the model's own settings, or else infers a preset.
         changes: fields of the preset's stream and sampler that are replaced.
 
+    Returns:
+        The report, with the preset.
+
     Raises:
-        CheckpointError: nothing there that can be read.
-        ConfigError: no such preset, or changes that cannot work together.
+        CheckpointError: the model cannot be read.
+        ConfigError: the preset does not exist, or the changes contradict each other.
     """
     from causalrope_sp.weights import Preset, find_preset, inspect_checkpoint
 
@@ -83,7 +92,7 @@ def examine(path: str, part: str | None, preset: str | None, changes: Mapping[st
 
 
 def report_fields(report: CheckpointReport) -> dict[str, Any]:
-    """The report as JSON can hold it."""
+    """Returns the report as values that JSON can represent."""
     preset = report.preset
     return {
         "path": str(report.path),
@@ -105,10 +114,10 @@ def report_fields(report: CheckpointReport) -> dict[str, Any]:
 
 
 def report_text(report: CheckpointReport) -> str:
-    """The report in lines of a name and what it is."""
-    said = report_fields(report) | {"wrapping": str(report.wrapping)}
+    """Returns the report as lines with a name and a value each."""
+    fields = report_fields(report) | {"wrapping": str(report.wrapping)}
     lines = []
-    for name, value in said.items():
+    for name, value in fields.items():
         for line in _readable(value):
             lines.append(f"{name:>12}  {line}")
             name = ""
@@ -116,7 +125,7 @@ def report_text(report: CheckpointReport) -> str:
 
 
 def _pipeline_file(path: str) -> Path | None:
-    """The pipeline.json that a name or a path stands for, if any."""
+    """The pipeline.json of a name or a path, if there is one."""
     from causalrope_sp.toybox import EMBEDDED, WEIGHTS
 
     if path in EMBEDDED:
@@ -128,6 +137,7 @@ def _pipeline_file(path: str) -> Path | None:
 
 
 def _readable(value: Any) -> list[str]:
+    """The lines that show a value."""
     if isinstance(value, list):
         return [str(item) for item in value] or ["nothing"]
     if isinstance(value, dict):

@@ -1,6 +1,6 @@
-"""The command line. Exit status: 0 done, 1 a check failed (or a fault of this program), 2 wrong input, 130 interrupted.
+"""The group of all commands. Exit status: 0 done, 1 a check or the program failed, 2 wrong input, 130 interrupted.
 
-Under torchrun every rank runs the same command; rank 0 alone speaks, shows progress and writes the video.
+Under torchrun every rank runs the same command; only rank 0 prints, shows progress and writes the video.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from causalrope_sp.version import __version__
 )
 @click.version_option(__version__, prog_name="causalrope-sp")
 def cli() -> None:
-    """Causal video diffusion, streamed, on one process or many.
+    """Generates video with causal diffusion transformers, chunk by chunk, on one process or many.
 
-    To use several: torchrun --standalone --nproc-per-node 2 -m causalrope_sp generate ...
+    Several processes are started by torchrun: torchrun --standalone --nproc-per-node 2 -m causalrope_sp generate ...
     """
 
 
@@ -35,5 +35,5 @@ for command in (generate, encode, inspect, verify, plan, profile_reuse):
 
 
 def main() -> None:
-    """The entry point."""
+    """Runs the command line of this process; it is the entry point of `causalrope-sp`."""
     run(cli)

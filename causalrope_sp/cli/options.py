@@ -1,4 +1,4 @@
-"""What several commands share: types of options, what is read from their words, and what a shell completes."""
+"""Types of options, parsing and shell completion that several commands share."""
 
 from __future__ import annotations
 
@@ -16,10 +16,16 @@ Completer = Callable[[click.Context, click.Parameter, str], list[CompletionItem]
 
 
 def parse_steps(text: str | None) -> int | tuple[float, ...] | None:
-    """A count of denoising steps, or their timesteps with commas between; None for no text.
+    """Parses the option --steps.
+
+    Args:
+        text: a number of denoising steps, or their timesteps separated by commas; None if the option is not set.
+
+    Returns:
+        The number, the timesteps, or None.
 
     Raises:
-        ConfigError: neither.
+        ConfigError: the text is neither.
     """
     if text is None:
         return None
@@ -30,21 +36,21 @@ def parse_steps(text: str | None) -> int | tuple[float, ...] | None:
 
 
 def complete_model(_: click.Context, __: click.Parameter, begun: str) -> list[CompletionItem]:
-    """Names of embedded models, and the shell's own files."""
+    """Completes the names of embedded models, and files."""
     from causalrope_sp.toybox import EMBEDDED
 
     return [*_items(EMBEDDED, begun), CompletionItem(begun, type="file")]
 
 
 def complete_preset(_: click.Context, __: click.Parameter, begun: str) -> list[CompletionItem]:
-    """Names of published presets."""
+    """Completes the names of published presets."""
     from causalrope_sp.weights import FAMILY
 
     return _items(FAMILY, begun)
 
 
 def complete_strategy(_: click.Context, __: click.Parameter, begun: str) -> list[CompletionItem]:
-    """Names of attention strategies; products are completed for two to eight ranks."""
+    """Completes the names of attention strategies, products of two for two to eight ranks."""
     from causalrope_sp.distributed.layout import AUTO, strategies
 
     names = [name for ranks in range(2, 9) for name in strategies(ranks, 64)]

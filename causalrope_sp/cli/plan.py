@@ -1,4 +1,4 @@
-"""`causalrope-sp plan`: what every strategy would cost for a model on some ranks; nothing is run."""
+"""`causalrope-sp plan`: predicts the costs of every attention strategy for a model; nothing is run."""
 
 from __future__ import annotations
 
@@ -26,28 +26,50 @@ OVERRIDES = ("height", "width", "window", "sink", "chunk_frames", "steps", "guid
     shell_complete=complete_model,
     help="Plan for this model: wan2.1-1.3b, wan2.1-14b, toybox or a PATH.",
 )
-@click.option("--height", type=int, help="Make frames of so many pixels in height. The default is the model's.")
-@click.option("--width", type=int, help="Make frames of so many pixels in width. The default is the model's.")
-@click.option("--window", type=int, help="Let attention look back over so many latent frames.")
-@click.option("--sink", type=int, help="Keep so many latent frames of the very start.")
-@click.option("--chunk-frames", type=int, help="Denoise so many latent frames together.")
-@click.option("--steps", type=int, help="Make so many denoise passes a chunk.")
-@click.option("--guidance", "guidance_scale", type=float, help="Guide by this scale; any but 1 makes a second branch.")
-@click.option("--guidance-interval", type=(float, float), help="Guide only the steps at timesteps between these two.")
-@click.option("--reuse", help="Reuse attention outputs between steps by this policy: pab:latte, ..., or a JSON file.")
-@click.option("--ranks", default=8, show_default=True, type=click.IntRange(1, 4096), help="Plan for so many ranks.")
+@click.option("--height", type=int, help="Set the height of a frame in pixels. The default is the model's.")
+@click.option("--width", type=int, help="Set the width of a frame in pixels. The default is the model's.")
 @click.option(
-    "--gpu", default="h100", show_default=True, help="Plan for this GPU a rank: h200, h100, a800, a100, l40s, ..."
+    "--window", type=int, help="Let attention look back over this many latent frames. The default is the model's."
 )
 @click.option(
-    "--link", default="nvlink", show_default=True, help="Connect ranks by this link: nvlink, pcie, infiniband, ..."
+    "--sink", type=int, help="Keep this many of the first latent frames in the window. The default is the model's."
+)
+@click.option("--chunk-frames", type=int, help="Put this many latent frames into a chunk. The default is the model's.")
+@click.option("--steps", type=int, help="Make this many denoise passes per chunk. The default is the model's.")
+@click.option(
+    "--guidance",
+    "guidance_scale",
+    type=float,
+    help="Set the scale of guidance; any but 1 adds an unconditional pass. The default is the model's.",
+)
+@click.option(
+    "--guidance-interval",
+    type=(float, float),
+    help="Guide only the steps between these timesteps, 0 to 1000. The default is the model's.",
+)
+@click.option(
+    "--reuse",
+    help="Reuse attention outputs between steps by this policy: pab:latte, ... or a JSON file. The default is off.",
+)
+@click.option("--ranks", default=8, show_default=True, type=click.IntRange(1, 4096), help="Plan for this many ranks.")
+@click.option(
+    "--gpu",
+    default="h100",
+    show_default=True,
+    help="Plan for one of these GPUs per rank: h200, h100, a800, a100, l40s, ...",
+)
+@click.option(
+    "--link",
+    default="nvlink",
+    show_default=True,
+    help="Plan for ranks that this link connects: nvlink, pcie, infiniband, ...",
 )
 @click.option(
     "--weights",
     type=click.Choice(["full", "fp8"]),
     default="full",
     show_default=True,
-    help="Keep the transformer's matrices in full, or in 8 bits.",
+    help="Keep the transformer's matrices in full precision or in 8 bits.",
 )
 @click.option(
     "--offload",
@@ -55,11 +77,24 @@ OVERRIDES = ("height", "width", "window", "sink", "chunk_frames", "steps", "guid
     default=["text"],
     show_default=True,
     metavar="text|codec|none",
-    help="Keep this on the device only while it is used.",
+    help="Keep these weights on the device only while they are used.",
 )
-@click.option("--measured", type=click.Path(path_type=Path), help="Take rates that were measured from this JSON file.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Draw fps and memory over 1 to 64 ranks into this file.")
-@click.option("--json", "as_json", is_flag=True, help="Print one object: strategies, a list, and decoding.")
+@click.option(
+    "--measured",
+    type=click.Path(path_type=Path),
+    help="Read measured rates from this JSON file. The default is the data sheets' rates.",
+)
+@click.option(
+    "--plot",
+    type=click.Path(path_type=Path),
+    help="Draw fps and memory over 1 to 64 ranks into this file. The default is no plot.",
+)
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print one JSON object: a list of strategies, and decoding. The default is tables.",
+)
 def plan(
     model: str,
     reuse: str | None,
@@ -71,7 +106,7 @@ def plan(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Predicts, for every strategy, memory, bytes and time of a stream on RANKS ranks; nothing is run."""
+    """Predicts memory, transferred bytes and time of a stream for every attention strategy; nothing is run."""
     from causalrope_sp.distributed.mesh import possible_cfg_sizes
     from causalrope_sp.pipeline.offload import Offload
     from causalrope_sp.pipeline.planned_model import PlannedModel
@@ -97,10 +132,18 @@ def plan(
 
 
 def describe_machine(gpu: str, link: str, measured: Path | None) -> Machine:
-    """Data sheets' rates, or those that were measured: a JSON object with any of a machine's fields, in SI units.
+    """Describes a machine by the rates of data sheets, some of which measured ones may replace.
+
+    Args:
+        gpu: the name of a GPU.
+        link: the name of the link between ranks.
+        measured: a JSON file with some fields of `Machine`, in SI units; None for data sheets alone.
+
+    Returns:
+        The machine.
 
     Raises:
-        ConfigError: a name that is not known, a file that cannot be read, or a field that a machine has not.
+        ConfigError: a name is unknown, the file cannot be read, or `Machine` has no such field.
     """
     from causalrope_sp.planning.machines import GPUS, LINKS, Machine, machine
 

@@ -1,4 +1,4 @@
-"""`generate --parallel-chunks`: its options, and what it shows while nothing is ready."""
+"""`generate --parallel-chunks`: checks of its options, and reports of its steps."""
 
 from __future__ import annotations
 
@@ -16,19 +16,18 @@ from causalrope_sp.io.video_writer import VideoWriter, check_output, is_folder
 def check_parallel_chunks(
     parallel_chunks: bool, out: str, chunk: int | None, preview_every: int | None, **others: object
 ) -> None:
-    """Refuses what does not go with chunks made in parallel, or goes with nothing else.
+    """Checks that the options agree on parallel chunks.
 
     Args:
         parallel_chunks: whether chunks are made in parallel.
-        out: where the video goes.
-        chunk: --chunk-parallel.
-        preview_every: --preview-every.
-        others: options that chunks made in parallel have not.
+        out: the path of the video.
+        chunk: the value of --chunk-parallel.
+        preview_every: the value of --preview-every.
+        others: options that parallel chunks do not support, by name.
 
     Raises:
-        ConfigError: an option that only chunks made in parallel have, or one of the `others`; a number below 1, or of
-            groups that does not divide the ranks.
-        OutputError: a preview that cannot be written.
+        ConfigError: an option does not fit, a number is below 1, or `chunk` does not divide the number of ranks.
+        OutputError: previews cannot be written.
     """
     for name, value in others.items():
         if parallel_chunks and value:
@@ -42,27 +41,32 @@ def check_parallel_chunks(
         raise ConfigError(f"--chunk-parallel must be a divisor of the {ranks()} ranks, not {chunk}")
     if preview_every is not None:
         if out == "-":
-            raise ConfigError("--preview-every writes files beside the video: --out must be a file, not -")
+            raise ConfigError("--preview-every writes files next to the video: --out must be a file, not -")
         if shares_rank_0_disk():
             check_output(preview_path(out, preview_every))
 
 
 class StepReporter:
-    """A `callback_on_step_end` that says on stderr which step is done, and writes previews beside the video: clip.mp4,
-    clip.step8.mp4.
+    """A `callback_on_step_end` that reports finished steps on stderr and writes previews next to the video.
 
-    A preview that cannot be written is a warning: the video goes on.
+    The preview of clip.mp4 after step 8 is clip.step8.mp4. If a preview cannot be written, a warning is printed and
+    the video goes on.
+
+    Args:
+        out: the path of the video.
+        fps: pixel frames per second of the previews.
+        silent: whether steps are not reported.
     """
 
     def __init__(self, out: str, fps: float, silent: bool) -> None:
         self._out, self._fps, self._silent = out, fps, silent
 
-    def __call__(self, pipe: Any, step: int, timestep: float, told: dict[str, Any]) -> None:
+    def __call__(self, pipe: Any, step: int, timestep: float, kwargs: dict[str, Any]) -> None:
         if rank() != 0:
             return
         if not self._silent:
-            click.echo(f"step {step + 1} of {told['num_steps']}", err=True)
-        preview = told["preview"]
+            click.echo(f"step {step + 1} of {kwargs['num_steps']}", err=True)
+        preview = kwargs["preview"]
         if preview is None:
             return
         _, height, width, _ = preview.frames.shape
@@ -74,6 +78,11 @@ class StepReporter:
 
 
 def preview_path(out: str, step: int) -> str:
-    """A preview's path: in a folder of its own where the video is a folder of pictures."""
+    """Returns the path of a preview, which is a folder if the video is a folder of PNGs.
+
+    Args:
+        out: the path of the video.
+        step: the number of the step.
+    """
     path = Path(os.path.abspath(out))
     return str(path.with_name(f"{path.stem}.step{step}{path.suffix}")) + ("/" if is_folder(out) else "")

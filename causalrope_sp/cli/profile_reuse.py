@@ -1,4 +1,4 @@
-"""`causalrope-sp profile-reuse`."""
+"""`causalrope-sp profile-reuse`: measures how much attention outputs change between denoising steps."""
 
 from __future__ import annotations
 
@@ -14,15 +14,46 @@ from causalrope_sp.errors import ConfigError
 
 @click.command("profile-reuse")
 @click.argument("prompts", nargs=-1, required=True)
-@click.option("--model", default="toybox-flow", show_default=True, help="A model's name, its folder or its file.")
-@click.option("--frames", type=click.IntRange(1), default=33, show_default=True, help="Pixel frames of each video.")
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the first prompt.")
-@click.option("--steps", help="How many evenly spaced denoising steps (16), or which (1000,750,500,250).")
-@click.option("--bound", type=float, default=0.1, show_default=True, help="Largest relative difference of an output.")
-@click.option("--max-range", type=click.IntRange(2, 64), default=6, show_default=True, help="Steps apart, at most.")
-@click.option("--out", type=click.Path(path_type=Path), help="Writes the ranges as a policy that --reuse takes.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Draws the curve into this .png, .svg or .pdf.")
-@click.option("--json", "as_json", is_flag=True, help="One line of JSON.")
+@click.option("--model", default="toybox-flow", show_default=True, help="Measure this model: a name, folder or file.")
+@click.option(
+    "--frames", type=click.IntRange(1), default=33, show_default=True, help="Generate this many frames a video."
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**63 - 1),
+    default=0,
+    show_default=True,
+    help="Use this seed for the first prompt, and the following ones for the others.",
+)
+@click.option(
+    "--steps",
+    help="Use this many evenly spaced steps (16), or these timesteps (1000,750,...). The default is the model's.",
+)
+@click.option(
+    "--bound",
+    type=float,
+    default=0.1,
+    show_default=True,
+    help="Allow a reused output to differ by at most this relative difference.",
+)
+@click.option(
+    "--max-range",
+    type=click.IntRange(2, 64),
+    default=6,
+    show_default=True,
+    help="Propose to compute an output at least once in this many steps.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Write the proposed ranges to this file as a policy for --reuse. The default is no file.",
+)
+@click.option(
+    "--plot",
+    type=click.Path(path_type=Path),
+    help="Draw the differences into this .png, .svg or .pdf. The default is no plot.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON. The default is a text.")
 def profile_reuse(
     prompts: tuple[str, ...],
     model: str,
@@ -35,9 +66,9 @@ def profile_reuse(
     plot: Path | None,
     as_json: bool,
 ) -> None:
-    """Makes a video of each of PROMPTS and measures how little attention changes between denoising steps.
+    """Generates a video of each of PROMPTS and measures how much attention outputs change between denoising steps.
 
-    Proposes, for each kind of output, how often to compute it so that nothing reused differs by more than --bound.
+    For each kind of output it proposes how often to compute it, so that no reused output differs by more than --bound.
     """
     from causalrope_sp.distributed import SequenceParallel
     from causalrope_sp.pipeline.load_options import LoadOptions

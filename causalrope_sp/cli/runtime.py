@@ -1,4 +1,4 @@
-"""How the process of a command behaves: its exit status, its signals, its rank's voice, and a way out of a hang."""
+"""The process of a command: exit status, signals, messages by rank, and an iterator in a background thread."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ import click
 from causalrope_sp.errors import CausalRopeError, OutputError, RankLostError
 
 T = TypeVar("T")
-_RANK_0_SPEAKS_WITHIN_S = 10.0
-AHEAD = 3  # items that may be ready and not yet taken, beside the one in the making
+_RANK_0_PRINTS_WITHIN_S = 10.0
+AHEAD = 3  # items that may be ready and not yet taken, the one in progress not counted
 
 
 class CommandLine(click.Group):
-    """Turns what a command raises into one line on stderr and an exit status."""
+    """A group of commands whose errors become one line on stderr and an exit status."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs a command and exits with its status."""
         with _signals_interrupt():
             status = self._status(*args, **{**kwargs, "standalone_mode": False})
         sys.exit(status)
@@ -40,10 +41,10 @@ class CommandLine(click.Group):
             hint = ""
             if isinstance(error, click.UsageError) and error.ctx is not None:
                 hint = f" See {error.ctx.command_path} --help"
-            _say_wrong_input(error.format_message() + hint)
+            _print_wrong_input(error.format_message() + hint)
             return 2
         except CausalRopeError as error:
-            _say_wrong_input(str(error))
+            _print_wrong_input(str(error))
             return 2
         except RankLostError as error:
             click.echo(f"error: {error}", err=True)
@@ -54,6 +55,7 @@ class CommandLine(click.Group):
             return 1
 
     def invoke(self, ctx: click.Context) -> Any:
+        """Runs a command; an interruption becomes status 130."""
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
@@ -63,7 +65,10 @@ class CommandLine(click.Group):
 def run(cli: click.Group) -> None:
     """Runs a command line to its end.
 
-    A failed process leaves at once: it waits for no other rank, and for no thread that does.
+    A failed process exits at once, and waits neither for other ranks nor for threads that wait for them.
+
+    Args:
+        cli: the group of commands.
     """
     try:
         cli()
@@ -76,10 +81,12 @@ def run(cli: click.Group) -> None:
 
 
 def set_up_logging(verbose: bool = False, log_file: str | None = None, silent: bool = False) -> None:
-    """Sends what the packages log to the standard error and to a file.
+    """Sends the packages' log to stderr and to a file.
 
-    Rank 0 says what was inferred, measured and chosen, and with `verbose` all else; with `silent` warnings alone. The
-    file takes everything, of every rank.
+    Args:
+        verbose: whether rank 0 logs all messages to stderr; by default it logs those of level INFO and above.
+        log_file: a file to which every rank appends all messages; None for no file.
+        silent: whether rank 0 logs warnings alone to stderr, unless `verbose` is set.
 
     Raises:
         OutputError: the file cannot be written.
@@ -105,19 +112,22 @@ def set_up_logging(verbose: bool = False, log_file: str | None = None, silent: b
 
 
 class Background(Generic[T]):
-    """Runs an iterator in a thread of its own, a few items ahead; iterate over it, once.
+    """Runs an iterator in a background thread, up to `AHEAD` items ahead. It can be iterated over once.
 
-    Signals reach Python in the main thread, and only between two of its steps. A main thread that waits here,
-    instead of inside a collective whose other ranks are gone, can finish the video at once.
+    Python handles signals in the main thread, between two of its instructions. A main thread that waits here, and not
+    in a collective whose other ranks have ended, can finish the video at once.
+
+    Args:
+        iterate: a function that returns the iterator; it is called in the background thread.
     """
 
     def __init__(self, iterate: Callable[[], Iterator[T]]) -> None:
         self._iterate = iterate
         self._results: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue()
-        self._slots_of, self._left = threading.Semaphore(AHEAD), threading.Event()
+        self._slots, self._left = threading.Semaphore(AHEAD), threading.Event()
 
     def fail(self, error: BaseException) -> None:
-        """Raises `error` in the thread that iterates, as soon as it has taken what is ready; from any thread."""
+        """Raises `error` in the iterating thread after the items that are ready. Any thread may call it."""
         self._results.put((None, error))
 
     def __iter__(self) -> Iterator[T]:
@@ -129,16 +139,16 @@ class Background(Generic[T]):
                     raise error
                 if item is None:
                     return
-                self._slots_of.release()
+                self._slots.release()
                 yield item
         finally:
             self._left.set()
-            self._slots_of.release()
+            self._slots.release()
 
     def _work(self) -> None:
         try:
             for item in self._iterate():
-                self._slots_of.acquire()
+                self._slots.acquire()
                 if self._left.is_set():
                     return
                 self._results.put((item, None))
@@ -149,8 +159,8 @@ class Background(Generic[T]):
 
 @contextlib.contextmanager
 def _signals_interrupt() -> Iterator[None]:
-    """SIGTERM becomes a KeyboardInterrupt as Ctrl-C is, and only the first of the two counts: torchrun passes on the
-    Ctrl-C that the terminal has sent already, and the second must not cut short the finishing of the file."""
+    """Turns SIGTERM, as SIGINT, into KeyboardInterrupt, and ignores further signals: torchrun forwards the Ctrl-C that
+    the terminal has already sent, and the second signal must not interrupt the completion of the file."""
     signals = (signal.SIGINT, signal.SIGTERM)
 
     def interrupt(*_: object) -> None:
@@ -169,28 +179,29 @@ def _signals_interrupt() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _say_wrong_input(message: str) -> None:
-    """Rank 0 says it. Another rank waits for torchrun to end it, and speaks only if rank 0 had nothing to say."""
+def _print_wrong_input(message: str) -> None:
+    """Prints a message on rank 0. Other ranks wait for torchrun to end them, and print only if that does not happen."""
     line = " ".join(message.split())
     if rank() == 0:
         click.echo(f"error: {line}", err=True)
         return
     try:
-        time.sleep(_RANK_0_SPEAKS_WITHIN_S)
+        time.sleep(_RANK_0_PRINTS_WITHIN_S)
     except KeyboardInterrupt:
         return
     click.echo(f"error on rank {rank()}: {line}", err=True)
 
 
 def rank() -> int:
-    """This process's rank by torchrun's environment; 0 without torchrun."""
+    """Returns this process's rank from torchrun's environment; 0 without torchrun."""
     return int(os.environ.get("RANK", "0")) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else 0
 
 
 def ranks() -> int:
-    """How many there are, by torchrun's environment."""
+    """Returns the number of ranks from torchrun's environment; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def shares_rank_0_disk() -> bool:
+    """Returns whether this process runs on the machine of rank 0."""
     return int(os.environ.get("GROUP_RANK", "0")) == 0  # torchrun's number of the machine

@@ -1,4 +1,4 @@
-"""`causalrope-sp verify`."""
+"""`causalrope-sp verify`: compares reference cases or random models across numbers of ranks and strategies."""
 
 from __future__ import annotations
 
@@ -20,15 +20,26 @@ if TYPE_CHECKING:
 @click.argument(
     "folder", metavar="[DIR]", required=False, type=click.Path(exists=True, file_okay=False, path_type=Path)
 )
-@click.option("--ranks", default="1,2,3", show_default=True, help="How many processes to run each case on.")
-@click.option("--strategy", default="all", show_default=True, help="all, or one strategy's name.")
-@click.option("--dtype", type=click.Choice(["float64", "float32", "bfloat16"]), default="float64", show_default=True)
-@click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
-@click.option("--json", "as_json", is_flag=True, help="A list of objects: case, ranks, strategy, error, ok.")
+@click.option("--ranks", default="1,2,3", show_default=True, help="Run each case on these numbers of ranks.")
+@click.option("--strategy", default="all", show_default=True, help="Check this attention strategy, or all of them.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float64", "float32", "bfloat16"]),
+    default="float64",
+    show_default=True,
+    help="Compute in this dtype.",
+)
+@click.option("--device", default="cpu", show_default=True, help="Compute on this kind of device: cpu or cuda.")
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print a JSON list of objects with case, ranks, strategy, error and ok. The default is a table.",
+)
 def verify(folder: Path | None, ranks: str, strategy: str, dtype: str, device: str, as_json: bool) -> int:
-    """Checks the numbers on this machine: the reference cases in DIR, or else small random models.
+    """Checks the results of this machine against the reference cases in DIR, or with small random models.
 
-    Starts the processes itself. Exit status 1 if a check fails.
+    The command starts its processes itself. The exit status is 1 if a check fails.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("verify starts its own processes: run it without torchrun")
@@ -46,6 +57,7 @@ def verify(folder: Path | None, ranks: str, strategy: str, dtype: str, device: s
 
 
 def _parse_ranks(text: str) -> list[int]:
+    """Numbers of ranks separated by commas; raises ConfigError for anything else."""
     try:
         return [int(word) for word in text.split(",")]
     except ValueError:
@@ -53,6 +65,7 @@ def _parse_ranks(text: str) -> list[int]:
 
 
 def _check_fields(check: Check) -> dict[str, Any]:
+    """A check as values that JSON can represent."""
     error = check.error if check.error is not None and math.isfinite(check.error) else None  # JSON has no NaN
     return {"case": check.case, "ranks": check.ranks, "strategy": check.strategy, "error": error, "ok": check.ok}
 

@@ -1,1 +1,1 @@
-"""Text in, frames out."""
+"""The pipeline: loads models, generates videos from prompts, and decodes them chunk by chunk."""

@@ -1,11 +1,13 @@
-"""What a video can start from besides noise: a picture, a video to continue, a video to redraw.
+"""Conditioning of a stream: an image, a video to continue, or a video to redraw, encoded as latents.
 
-    picture     one latent frame that comes first, and is the video's first pixel frame
-    continue    the video's last frames, as latent frames that come first; what is handed out follows them
-    redraw      every chunk of the video, noised to the level of a later step and denoised from there
+    image       becomes the first latent frame, which is the first pixel frame of the video
+    continue    the last frames of the video become the first latent frames; the output follows them
+    redraw      every chunk of the video is noised to the level of a later step and denoised from there
 
-Given frames take a context pass a chunk, cut as the stream would have cut them had it made them, so that frames after
-them stand where they would have stood.
+The context pass writes the K/V of conditioning latents chunk by chunk, in the chunks that the stream itself would have
+generated, so that later frames see them at the same time indices.
+
+Shapes: C latent channels, H×W size of a latent frame.
 """
 
 from __future__ import annotations
@@ -27,12 +29,20 @@ from causalrope_sp.io.media_reader import Picture, Video, read_picture, read_vid
 
 
 class VideoLatents:
-    """The latent frames of a video whose pixel frames come one by one, encoded as they are asked for.
+    """Encodes a video frame by frame and returns its latent frames on request.
 
-    After the video's end its last frame is repeated for ever. `frames` counts the video's own frames so far.
+    After the end of the video, its last frame is repeated without limit.
+
+    Attributes:
+        first: the first pixel frame, uint8 (H, W, 3).
+        frames: how many pixel frames of the video have been read so far.
+
+    Args:
+        codec: the VAE that encodes.
+        frames: pixel frames, uint8 (H, W, 3), already of the stream's size.
 
     Raises:
-        InputError: there is no frame at all.
+        InputError: the video has no frame.
     """
 
     def __init__(self, codec: Codec, frames: Iterator[np.ndarray]) -> None:
@@ -47,12 +57,12 @@ class VideoLatents:
 
     @property
     def length(self) -> int | None:
-        """How many frames the video has, once its end is known."""
+        """Pixel frames in the whole video; None before its end has been read."""
         return self.frames if self._next is None else None
 
     @torch.inference_mode()
     def take(self, count: int) -> Tensor:
-        """The next latent frames, (1, count, C, H, W)."""
+        """Returns the next `count` latent frames, (1, count, C, H, W)."""
         while sum(part.shape[1] for part in self._ready) < count:
             size = self._codec.temporal_stride if self._started else 1
             self._started = True
@@ -66,23 +76,33 @@ class VideoLatents:
     def _frame(self) -> np.ndarray:
         if self._next is not None:
             self._last = self._next
-            self.frames += 1  # first: another thread may ask for the length
+            self.frames += 1  # before the next read, because another thread may read `length`
             self._next = next(self._source, None)
         return self._last
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What a stream starts from. `hidden` of the pixel frames of `latents` are not part of the video handed out."""
+    """What a stream starts from.
+
+    Args:
+        latents: latent frames that precede the generated ones, (1, F, C, H, W); None without an image or a past video.
+        context_frames: how many pixel frames of `latents`, from the first on, are context only and not part of the
+            output.
+        source: the video to redraw; None without one.
+        first_step: the index of the denoising step at which redrawing starts.
+        digest: a text that is the same on all ranks that have the same conditioning.
+    """
 
     latents: Tensor | None = None
-    hidden: int = 0
+    context_frames: int = 0
     source: VideoLatents | None = None
     first_step: int = 0
-    digest: str = "nothing"  # the same on all ranks that were given the same
+    digest: str = "nothing"
 
     @property
     def latent_frames(self) -> int:
+        """How many latent frames precede the generated ones."""
         return 0 if self.latents is None else self.latents.shape[1]
 
 
@@ -90,45 +110,100 @@ NOTHING = Conditioning()
 
 
 def condition_on_image(codec: Codec, image: Picture, height: int, width: int) -> Conditioning:
-    """A picture that is the video's first frame. Raises InputError."""
+    """Makes an image the first frame of the video.
+
+    Args:
+        codec: the VAE that encodes it.
+        image: a file or uint8 (H, W, 3).
+        height: pixels of a frame.
+        width: pixels of a frame.
+
+    Returns:
+        Conditioning with one latent frame, which is part of the output.
+
+    Raises:
+        InputError: the image cannot be read.
+    """
     frame = read_picture(image, height, width)
     return Conditioning(VideoLatents(codec, iter([frame])).take(1), digest=_digest("image", [frame]))
 
 
-def condition_on_past(
-    codec: Codec, video: Video, height: int, width: int, fps: float, stream: StreamConfig, opening: int
+def condition_on_video_end(
+    codec: Codec, video: Video, height: int, width: int, fps: float, stream: StreamConfig, prefix: int
 ) -> Conditioning:
-    """The end of a video that is continued, behind `opening` latent frames of the model's own. Raises InputError."""
-    stride, room = codec.temporal_stride, None
+    """Makes the last frames of a video the context of the frames that continue it.
+
+    Args:
+        codec: the VAE that encodes it.
+        video: a file or uint8 (H, W, 3) frames.
+        height: pixels of a frame.
+        width: pixels of a frame.
+        fps: the stream's pixel frames per second, at which the video is sampled.
+        stream: chunks and window of the stream; frames that the window cannot hold are not encoded.
+        prefix: latent frames that the model itself starts every stream with.
+
+    Returns:
+        Conditioning with whole chunks of latent frames, none of which is part of the output.
+
+    Raises:
+        InputError: the video cannot be read or has no frame.
+    """
+    stride, latent_limit = codec.temporal_stride, None
     if stream.window is not None:
-        room = max(1, stream.window - stream.chunk_frames - opening)
-    most = None if room is None else 1 + stride * (room - 1)
-    frames = list(deque(read_video(video, height, width, fps), most))
+        latent_limit = max(1, stream.window - stream.chunk_frames - prefix)
+    pixel_limit = None if latent_limit is None else 1 + stride * (latent_limit - 1)
+    frames = list(deque(read_video(video, height, width, fps), pixel_limit))
     if not frames:
         raise InputError("the video to continue holds no frame")
-    count = whole_chunks(1 + (len(frames) - 1) // stride, stream, opening)
-    hidden = 1 + stride * (count - 1)
-    last = frames[-hidden:]
-    return Conditioning(VideoLatents(codec, iter(last)).take(count), hidden, digest=_digest("video", last))
+    count = whole_chunks(1 + (len(frames) - 1) // stride, stream, prefix)
+    context_frames = 1 + stride * (count - 1)
+    last = frames[-context_frames:]
+    return Conditioning(VideoLatents(codec, iter(last)).take(count), context_frames, digest=_digest("video", last))
 
 
 def condition_on_source(
     codec: Codec, video: Video, height: int, width: int, fps: float, steps: int, strength: float
 ) -> Conditioning:
-    """A video to redraw by the last ⌈strength · steps⌉ steps. Raises InputError."""
+    """Makes a video the source that the last ⌈strength · steps⌉ denoising steps redraw.
+
+    Args:
+        codec: the VAE that encodes it.
+        video: a file or uint8 (H, W, 3) frames.
+        height: pixels of a frame.
+        width: pixels of a frame.
+        fps: the stream's pixel frames per second, at which the video is sampled.
+        steps: denoising steps of a chunk.
+        strength: the share of the steps that redraw, in (0, 1].
+
+    Returns:
+        Conditioning with a source and the first step.
+
+    Raises:
+        InputError: the video cannot be read or has no frame.
+    """
     source = VideoLatents(codec, read_video(video, height, width, fps))
     first = steps - math.ceil(strength * steps - 1e-9)
     return Conditioning(source=source, first_step=first, digest=_digest(f"source {first}", [source.first]))
 
 
-def whole_chunks(most: int, stream: StreamConfig, opening: int) -> int:
-    """The most latent frames, up to `most`, that fill whole chunks of a stream; all where not one chunk is full."""
-    lone = 1 if stream.independent_first_frame and opening == 0 else 0
-    whole = lone + (most - lone) // stream.chunk_frames * stream.chunk_frames
+def whole_chunks(most: int, stream: StreamConfig, prefix: int) -> int:
+    """Rounds a number of latent frames down to whole chunks of a stream.
+
+    Args:
+        most: the latent frames that are available.
+        stream: the size of chunks, and whether the first frame is a chunk of its own.
+        prefix: latent frames that the model itself starts every stream with.
+
+    Returns:
+        The latent frames in whole chunks, or `most` if they do not fill one chunk.
+    """
+    single = 1 if stream.independent_first_frame and prefix == 0 else 0
+    whole = single + (most - single) // stream.chunk_frames * stream.chunk_frames
     return whole if whole > 0 else most
 
 
 def _digest(kind: str, frames: list[np.ndarray]) -> str:
+    """The kind of conditioning with a hash of its pixel frames."""
     total = hashlib.blake2b(digest_size=8)
     for frame in frames:
         total.update(frame.tobytes())

@@ -1,11 +1,11 @@
-"""A chunk's latents become frames on rank 0. By whom, and when:
+"""Decoding of a chunk's latents into pixel frames on rank 0. `Decode` names which ranks decode:
 
-    inline     rank 0, before the next chunk is denoised
-    overlap    rank 0, while the next chunk is denoised (on CUDA in a stream of its own)
-    spatial    all ranks that denoise, a spatial shard of the frames each, before the next chunk is denoised
+    inline     rank 0 decodes a chunk before the next one is denoised
+    overlap    rank 0 decodes a chunk while the next one is denoised (on CUDA in a second CUDA stream)
+    spatial    every denoising rank decodes one spatial shard of a chunk before the next one is denoised
 
-or, where some of the ranks are *decode ranks*, those, a strip each, while the others denoise the next chunk (DeDiVAE of
-PipeDiT, arXiv 2511.12056). They hold no transformer. Latents go to them, and frames come back, by way of the host.
+With *decode ranks*, those ranks decode one spatial shard each while the others denoise the next chunk (DeDiVAE in
+PipeDiT, arXiv 2511.12056). Decode ranks hold no transformer. Latents and frames travel through host memory.
 
 Shapes: B batch, F latent frames, C latent channels, T pixel frames, H×W size.
 """
@@ -34,7 +34,15 @@ PrefetchedChunk = tuple[LatentChunk, torch.cuda.Event | None]
 
 
 def check_decode(decode: str, decoders: int) -> None:
-    """Raises ConfigError: an unknown way, or one beside decode ranks."""
+    """Checks how frames are decoded.
+
+    Args:
+        decode: one of `Decode`.
+        decoders: how many ranks only decode.
+
+    Raises:
+        ConfigError: `decode` is unknown, or is not "inline" although there are decode ranks.
+    """
     if decode not in get_args(Decode):
         raise ConfigError(f"decode must be one of {', '.join(get_args(Decode))}, not {decode!r}")
     if decoders and decode != "inline":
@@ -42,19 +50,38 @@ def check_decode(decode: str, decoders: int) -> None:
 
 
 class Frames(Protocol):
-    """One video's decoder as the pipeline asks it; every rank that denoises does."""
+    """The decoder of one video, which every denoising rank calls."""
 
     def decode(self, latents_BFCHW: Tensor, skip: int, stop: int) -> np.ndarray | None:
-        """Pixel frames [skip, stop) of the next latent frames, uint8 (T, H, W, 3), on rank 0; None on the others."""
+        """Decodes the next latent frames.
+
+        Args:
+            latents_BFCHW: the latent frames that follow those of the previous call.
+            skip: the first of their pixel frames to return, counted from 0.
+            stop: one past the last pixel frame to return.
+
+        Returns:
+            Pixel frames [skip, stop) of the first video of the batch on rank 0, uint8 (T, H, W, 3); None elsewhere.
+        """
         ...
 
     def close(self) -> None:
-        """There are no more."""
+        """Tells the decoder that no latent frames follow. Every denoising rank must call it once."""
         ...
 
 
 def frames_of(codec: Codec, parallel: SequenceParallel, grid: LatentGrid, decode: Decode) -> Frames:
-    """How the ranks that denoise come by a video's frames."""
+    """Creates the decoder of one video, on a rank that denoises.
+
+    Args:
+        codec: the VAE.
+        parallel: the ranks.
+        grid: the latent's size.
+        decode: which ranks decode; ignored where there are decode ranks.
+
+    Returns:
+        The decoder, whose frames arrive on rank 0.
+    """
     if parallel.mesh.decode:
         return RemoteFrames(parallel, grid)
     shards = parallel.spatial_shards(grid, parallel.mesh.denoising) if decode == "spatial" else None
@@ -64,32 +91,53 @@ def frames_of(codec: Codec, parallel: SequenceParallel, grid: LatentGrid, decode
 def prefetched(
     chunks: Generator[LatentChunk], parallel: SequenceParallel, decode: Decode
 ) -> Generator[PrefetchedChunk]:
-    """The sampler's chunks, the next one in the making where decoding leaves it time."""
+    """Samples the next chunk in a background thread if decoding can overlap with it.
+
+    Args:
+        chunks: the sampler's chunks.
+        parallel: the ranks.
+        decode: which ranks decode.
+
+    Returns:
+        The chunks, each with the CUDA event after which it is ready. The event is None if nothing is prefetched or
+        the device is no CUDA device.
+    """
     if decode == "overlap" or parallel.mesh.decode:
         return prefetch_one(chunks, parallel.device)
     return ((chunk, None) for chunk in chunks)
 
 
 class SideStream:
-    """A CUDA stream for what is done with one chunk while the next is being made; nothing on the CPU."""
+    """A second CUDA stream, in which one chunk is decoded while the next is denoised; without effect on the CPU."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     @contextmanager
-    def after(self, made: torch.cuda.Event | None, latents: Tensor) -> Iterator[None]:
-        """Work on `latents` that waits for the event alone; in the stream's order where there is none."""
-        if self._stream is None or made is None:
+    def after(self, ready: torch.cuda.Event | None, latents: Tensor) -> Iterator[None]:
+        """Runs the body in the second CUDA stream once the event has occurred, or in the current one without an event.
+
+        Args:
+            ready: the event after which `latents` are ready, or None.
+            latents: the tensor that the body reads.
+        """
+        if self._stream is None or ready is None:
             yield
             return
-        self._stream.wait_event(made)
+        self._stream.wait_event(ready)
         latents.record_stream(self._stream)
         with torch.cuda.stream(self._stream):
             yield
 
 
 class LocalFrames:
-    """Decoded here: a strip of them by every rank, or all by rank 0."""
+    """Frames that the denoising ranks decode: one spatial shard a rank, or all on rank 0.
+
+    Args:
+        codec: the VAE.
+        spatial_shards: the shards of the picture; None to decode whole frames on one rank.
+        first: whether this rank is the one that gets the frames.
+    """
 
     def __init__(self, codec: Codec, spatial_shards: SpatialShards | None, first: bool) -> None:
         self._codec, self._spatial_shards = codec, spatial_shards
@@ -97,6 +145,7 @@ class LocalFrames:
 
     @torch.inference_mode()
     def decode(self, latents_BFCHW: Tensor, skip: int, stop: int) -> np.ndarray | None:
+        """Decodes here; see `Frames.decode`."""
         if self._stream is None:
             return None
         pixels = self._stream.decode(latents_BFCHW.to(self._codec.device, self._codec.dtype))[:1, skip:stop]
@@ -105,64 +154,94 @@ class LocalFrames:
         return None if whole is None else whole[0].movedim(1, -1).cpu().numpy()
 
     def close(self) -> None:
-        pass
+        """Does nothing, because no other rank waits."""
 
 
 class RemoteFrames:
-    """Decoded by the decode ranks: rank 0 sends them a head and the latents, and gets frames back."""
+    """Frames that the decode ranks decode: rank 0 sends them a header with the latents and receives the frames.
+
+    Args:
+        parallel: the ranks.
+        grid: the latent's size.
+    """
 
     def __init__(self, parallel: SequenceParallel, grid: LatentGrid) -> None:
         self._channel = OutputChannel(parallel, grid) if parallel.rank == 0 else None
 
     def decode(self, latents_BFCHW: Tensor, skip: int, stop: int) -> np.ndarray | None:
+        """Has the decode ranks decode; see `Frames.decode`."""
         if self._channel is None:
             return None
         self._channel.send(latents_BFCHW[:1], skip, stop)
         return self._channel.receive_frames()
 
     def close(self) -> None:
+        """Sends the decode ranks the end of the video."""
         if self._channel is not None:
             self._channel.end()
 
 
 def run_decode_worker(codec: Codec, parallel: SequenceParallel, grid: LatentGrid) -> Generator[int]:
-    """What a decode rank does for one video: decodes what rank 0 sends until that says the end. Yields how many frames
-    each time."""
+    """Decodes, on a decode rank, the latents that rank 0 sends until rank 0 sends the end of the video.
+
+    Args:
+        codec: the VAE.
+        parallel: the ranks.
+        grid: the latent's size.
+
+    Yields:
+        How many pixel frames each request asked for.
+    """
     channel = OutputChannel(parallel, grid)
     leader = parallel.rank == parallel.mesh.decoding[0]
     frames = LocalFrames(codec, parallel.spatial_shards(grid, parallel.mesh.decoding), leader)
-    while (asked := channel.receive(codec.channels)) is not None:
-        latents, skip, stop = asked
-        made = frames.decode(latents, skip, stop)
-        if made is not None:
-            channel.send_frames(made)
+    while (request := channel.receive(codec.channels)) is not None:
+        latents, skip, stop = request
+        decoded = frames.decode(latents, skip, stop)
+        if decoded is not None:
+            channel.send_frames(decoded)
         try:
             yield stop - skip
-        except GeneratorExit:  # rank 0 has stopped as well, and says so
+        except GeneratorExit:  # rank 0 has stopped as well and sends the end
             while channel.receive(codec.channels) is not None:
                 pass
             return
 
 
 class OutputChannel:
-    """What travels between rank 0 and the decode ranks, on the host, so that neither side's GPU waits for the other's.
+    """The transfers between rank 0 and the decode ranks, through host memory, so that no GPU waits for another.
 
-    A head is three numbers: latent frames (0: the end), and the first and last of their pixel frames that are wanted.
+    A header has three int64 numbers: how many latent frames follow (0 at the end of the video), the first of their
+    pixel frames to return, and one past the last.
+
+    Args:
+        parallel: the ranks.
+        grid: the latent's size.
     """
 
     def __init__(self, parallel: SequenceParallel, grid: LatentGrid) -> None:
         self._communicator, self._decoding, self._grid = parallel.host_communicator, parallel.mesh.decoding, grid
 
     def send(self, latents_1FCHW: Tensor, skip: int, stop: int) -> None:
+        """Sends a header and latents from rank 0 to all decode ranks; arguments are those of `Frames.decode`."""
         self._to_all(torch.tensor([latents_1FCHW.shape[1], skip, stop]))
         self._to_all(latents_1FCHW.float().cpu().contiguous())
 
     def end(self) -> None:
+        """Sends the end of the video from rank 0 to all decode ranks."""
         self._to_all(torch.zeros(3, dtype=torch.int64))
 
     def receive(self, channels: int) -> tuple[Tensor, int, int] | None:
-        head = self._communicator.receive("to decode", torch.empty(3, dtype=torch.int64), 0)
-        frames, skip, stop = head.tolist()
+        """Receives a request on a decode rank.
+
+        Args:
+            channels: the codec's latent channels.
+
+        Returns:
+            Latents (1, F, C, H, W) in float32, `skip` and `stop` of `Frames.decode`; None at the end of the video.
+        """
+        header = self._communicator.receive("to decode", torch.empty(3, dtype=torch.int64), 0)
+        frames, skip, stop = header.tolist()
         if not frames:
             return None
         latents = torch.empty(1, frames, channels, self._grid.latent_height, self._grid.latent_width)
@@ -173,10 +252,12 @@ class OutputChannel:
             self._communicator.send("to decode", x, rank)
 
     def send_frames(self, frames_THW3: np.ndarray) -> None:
+        """Sends uint8 frames from the first decode rank to rank 0."""
         self._communicator.send("pixels", torch.tensor(frames_THW3.shape), 0)
         self._communicator.send("pixels", torch.from_numpy(np.ascontiguousarray(frames_THW3)), 0)
 
     def receive_frames(self) -> np.ndarray:
+        """Receives on rank 0 the frames of the last request, uint8 (T, H, W, 3)."""
         leader = self._decoding[0]
         shape = self._communicator.receive("pixels", torch.empty(4, dtype=torch.int64), leader).tolist()
         return self._communicator.receive("pixels", torch.empty(shape, dtype=torch.uint8), leader).numpy()

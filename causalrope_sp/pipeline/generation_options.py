@@ -1,4 +1,4 @@
-"""What a call asks for, as one frozen object that is checked when it is made."""
+"""`GenerationOptions`: the options of one call of a pipeline, frozen and checked at construction."""
 
 from __future__ import annotations
 
@@ -25,36 +25,37 @@ LARGEST_SEED = 2**63 - 1
 
 @dataclass(frozen=True)
 class GenerationOptions:
-    """What a call asks for, under diffusers' names. None keeps what the pipeline was loaded with.
+    """The options of one call of a pipeline, under diffusers' names. None keeps the pipeline's own setting.
 
     Args:
-        prompt: the text, or for a call a list of texts, made one after the other.
-        negative_prompt: the text that guidance leads away from; None is no text: UMT5's empty prompt, toybox' zeros.
-        prompt_embeds, negative_prompt_embeds: in place of a text its embeddings, (1, text_len, text_dim), or a file
-            that `save_embeds` wrote; those of rank 0 count.
-        num_frames: pixel frames. Whole chunks are made, and the last one is trimmed.
+        prompt: the text, or for a call a list of texts, whose videos are made one after the other.
+        negative_prompt: the text of the unconditional branch of guidance; None is UMT5's embeddings of an empty text,
+            or zeros for toybox.
+        prompt_embeds, negative_prompt_embeds: embeddings in place of the text, (1, text_len, text_dim), or a file that
+            `save_embeds` wrote. Those of rank 0 are used on all ranks.
+        num_frames: pixel frames of the video. Whole chunks are generated, and the last one is trimmed.
         height, width: pixels of a frame.
         num_inference_steps, solver, shift, guidance_scale, guidance_interval: of the sampler (see `LoadOptions`).
-        seed: of all noise, from 0 on. Video n of a list of prompts has seed + n.
-        generator: draws the seed, in its place.
+        seed: the seed of all noise, in [0, 2^63 - 1]. Video n of a list of prompts uses seed + n.
+        generator: a generator from which the seed is drawn; it replaces `seed`.
         output_type: "np", "pil", "pt" or "latent" (see `CausalVideoPipelineOutput`).
-        image: a picture that is the video's first frame, a file or uint8 (H, W, 3); it counts as one of `num_frames`.
-        video: a video to continue, a file or uint8 (H, W, 3) frames: its last frames are what the stream looks back on,
-            and the result is what comes after them. With `strength` it is a video to redraw.
-        strength: the share of the denoising steps, rounded up, that redraw `video`: above 0, which changes least, to 1.
-            The result has as many frames as `video`, up to `num_frames`.
-        reuse: which attention outputs later steps take over from earlier ones: a policy, a preset such as "pab:latte",
-            or a JSON file (see `find_policy`).
-        callback_on_step_end: called on every rank after each denoising step as (pipe, step, timestep, kwargs). kwargs
-            has "chunk", "num_steps" and, where chunks are made in parallel, "preview", a `PreviewFrame`. What it
-            returns is not used. It must not raise on some of the ranks only.
-        preview_every: with chunks made in parallel, how many steps there are between two decoded previews.
+        image: the first frame of the video, a file or uint8 (H, W, 3). It is one of the `num_frames`.
+        video: a video to continue, a file or uint8 (H, W, 3) frames. Its last frames are the context of the stream,
+            and the output begins after them. With `strength` it is a video to redraw.
+        strength: the share of the denoising steps, rounded up, that redraw `video`, in (0, 1]. A smaller one changes
+            less. The output has as many frames as `video`, up to `num_frames`.
+        reuse: which attention outputs of a denoising step later steps reuse: a policy, a preset such as "pab:latte", or
+            a JSON file (see `find_policy`).
+        callback_on_step_end: a function that is called on every rank after each denoising step as (pipe, step,
+            timestep, kwargs). kwargs has "chunk", "num_steps" and, with parallel chunks, "preview", a `PreviewFrame` or
+            None. Its result is ignored. It must raise on all ranks or on none.
+        preview_every: with parallel chunks, the number of steps between two decoded previews; None makes no previews.
 
-    Pictures and videos are scaled to cover the frame and cropped around the centre (see `io.media_reader`).
+    Images and videos are scaled to cover the frame and cropped around the centre (see `io.media_reader`).
 
     Raises:
-        ConfigError: a value of another type or outside its range; neither or both of a prompt and its embeddings; more
-            than one thing to start from.
+        ConfigError: a value has the wrong type or is outside its range, there are neither or both of a prompt and its
+            embeddings, or there are both an image and a video.
     """
 
     prompt: str | Sequence[str] | None = None
@@ -120,26 +121,29 @@ class GenerationOptions:
             raise ConfigError(f"strength must be above 0 and at most 1, not {shown(self.strength)}")
 
     @classmethod
-    def of(cls, **given: Any) -> Self:
-        """From fields by name.
+    def of(cls, **fields: Any) -> Self:
+        """Builds options from fields by name.
 
         Raises:
-            ConfigError: no such option, or a value that it refuses.
+            ConfigError: an option does not exist, or its value is wrong.
         """
-        check_names(cls, given)
-        return cls(**given)
+        check_names(cls, fields)
+        return cls(**fields)
 
     def override(self, **changes: Any) -> Self:
-        """These options with some of them changed.
+        """Returns these options with some of them replaced.
+
+        Args:
+            changes: fields of `GenerationOptions`.
 
         Raises:
-            ConfigError: no such option, or a value that it refuses.
+            ConfigError: an option does not exist, or its value is wrong.
         """
         check_names(type(self), changes)
         return replace(self, **changes)
 
     def first_seed(self) -> int:
-        """The seed, drawn from the generator if there is one, which is then advanced."""
+        """Returns the seed of the first video. With a generator it is drawn, which advances the generator."""
         if self.generator is None:
             return self.seed
         device = self.generator.device
@@ -147,7 +151,7 @@ class GenerationOptions:
 
     @property
     def prompts(self) -> list[str | None]:
-        """One entry for every video to make; None where embeddings stand in place of a text."""
+        """One text a video; None for a video whose text is given as embeddings."""
         return [self.prompt] if self.prompt is None or isinstance(self.prompt, str) else list(self.prompt)
 
 

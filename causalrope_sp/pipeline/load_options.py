@@ -1,4 +1,4 @@
-"""How a model is loaded, as one frozen object that is checked when it is made."""
+"""`LoadOptions`: how a model is loaded, frozen and checked at construction."""
 
 from __future__ import annotations
 
@@ -29,35 +29,36 @@ from causalrope_sp.weights.dit_loader import Weights
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How a model is loaded, and what it does where a call says nothing else. None keeps what the model's own files
-    say.
+    """How a model is loaded, and the settings of calls that do not override them. None keeps the model's own setting.
 
     Args:
         base: a folder or Hub repository with the text encoder and the VAE of a checkpoint that is a transformer alone.
-        preset: how the model runs, by the name of a published one (see `weights.model_presets`); None infers it.
-        revision: the branch, tag or commit of a Hub repository.
-        cache_dir: the folder of downloaded repositories, in place of huggingface_hub's own.
-        local_files_only: use what has been downloaded and ask no server.
-        device: where one process computes; None takes the GPU if there is one.
-        dtype: of the transformer; None takes bfloat16 on CUDA and float32 on the CPU.
+        preset: the name of a published model whose window and sampler are used (see `weights.model_presets`); None
+            infers it from the checkpoint.
+        revision: the branch, tag or commit of a Hub repository; None takes the main branch.
+        cache_dir: the folder of downloaded repositories; None takes huggingface_hub's own.
+        local_files_only: whether only downloaded files are used and no server is contacted.
+        device: the device of a single process; None takes the GPU if there is one.
+        dtype: the dtype of the transformer; None takes bfloat16 on CUDA and float32 on the CPU.
         height, width: pixels of a frame.
         window: latent frames that attention looks back over, the current chunk counted.
-        sink: latent frames of the very start that never leave the window.
-        chunk_frames: latent frames that are denoised together.
+        sink: how many of the first latent frames never leave the window.
+        chunk_frames: latent frames in a chunk.
         rope: "absolute" or "relative" (see `StreamConfig`).
-        num_inference_steps: how many denoising steps, evenly spaced, or their unshifted timesteps in (0, 1000].
+        num_inference_steps: how many evenly spaced denoising steps, or their unshifted timesteps in (0, 1000].
         solver, shift, guidance_scale, guidance_interval: of the sampler (see `SamplerConfig`).
         weights: "full", or "fp8" for the blocks' matrices in 8 bits (see `load_model`).
-        offload: what is on the device only while it is used: "text" (UMT5, read again for every prompt), "codec", both,
-            or "none"; an `Offload` says more. None lets UMT5 wait on the CPU between two prompts.
-        codec: which kind of codec it must be, "wan" or "taehv"; None takes what the file holds.
-        codec_weights: the file or folder of the codec.
+        offload: which weights are on the device only while they are used: "text" (UMT5, read again for every prompt),
+            "codec", both, or "none". An `Offload` has more settings. None keeps UMT5 on the CPU between two prompts.
+        codec: the kind of codec that the file must hold, "wan" or "taehv"; None accepts both.
+        codec_weights: the file or folder of the codec; None takes the model's own.
         decode: "inline", "overlap" or "spatial" (see `pipeline.decoding`).
-        preflight: refuse, before weights are read, what is predicted not to fit into memory.
-        parallel_chunks: "vin" denoises all chunks of a video at once, by the model's Video Interface Network.
+        preflight: whether a run that is predicted not to fit into memory is refused before weights are read.
+        parallel_chunks: "vin" denoises all chunks of a video at once with the model's Video Interface Network; None
+            generates a stream.
 
     Raises:
-        ConfigError: a value of another type, or outside its range.
+        ConfigError: a value has the wrong type or is outside its range.
     """
 
     base: str | os.PathLike[str] | None = None
@@ -105,10 +106,13 @@ class LoadOptions:
                 raise ConfigError(f"{name} must be True or False, not {shown(getattr(self, name))}")
 
     def override(self, **changes: Any) -> Self:
-        """These options with some of them changed; `torch_dtype` is diffusers' other name of `dtype`.
+        """Returns these options with some of them replaced.
+
+        Args:
+            changes: fields of `LoadOptions`; `torch_dtype` is accepted for `dtype`, as in diffusers.
 
         Raises:
-            ConfigError: no such option, or a value that it refuses.
+            ConfigError: an option does not exist, or its value is wrong.
         """
         if "torch_dtype" in changes:
             changes["dtype"] = changes.pop("torch_dtype")

@@ -1,4 +1,4 @@
-"""From a model's files to its parts in memory, on every rank."""
+"""Loads the parts of a model on every rank, and chooses how its ranks share attention."""
 
 from __future__ import annotations
 
@@ -32,7 +32,16 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Parts:
-    """All that a pipeline is made of, on this rank."""
+    """The loaded parts of a pipeline on this rank.
+
+    Args:
+        config: the files of the model and its settings.
+        model: the transformer; without weights on a decode rank.
+        codec: the VAE.
+        parallel_chunks: the Video Interface Network; None for a model that generates a stream.
+        layout: how the ranks share attention.
+        options: how the model was loaded.
+    """
 
     config: ModelConfig
     model: CausalDiT
@@ -43,7 +52,7 @@ class Parts:
 
     @property
     def offload(self) -> Offload:
-        """What waits off the device."""
+        """Which weights leave the device between two uses."""
         return offload_of(self.options)
 
 
@@ -51,14 +60,17 @@ def load_parts(model: str | os.PathLike[str], options: LoadOptions, parallel: Se
     """Loads a model. Every rank must call it.
 
     Args:
-        model: what `find_model` takes.
-        options: how it is loaded.
+        model: a name or path as `find_model` takes it.
+        options: how the model is loaded.
         parallel: the ranks.
 
+    Returns:
+        The parts of the model on this rank.
+
     Raises:
-        CheckpointError: nothing readable there, or weights that do not fit.
-        ConfigError: settings that cannot work together, ranks that cannot share this model, or a run that is predicted
-            not to fit into memory.
+        CheckpointError: the model cannot be read, or its weights do not fit it.
+        ConfigError: settings contradict each other, the ranks cannot share this model, or the run is predicted not to
+            fit into memory.
     """
     config = _find_on_every_rank(model, options, parallel)
     _check_settings(config, options, parallel)
@@ -76,39 +88,41 @@ def load_parts(model: str | os.PathLike[str], options: LoadOptions, parallel: Se
 
 
 def plan_run(config: ModelConfig, options: LoadOptions, parallel: SequenceParallel, loaded: bool = False) -> Layout:
-    """Refuses a run that is predicted not to fit into memory, and chooses how its ranks share attention. Every rank
-    must call it.
+    """Checks that a run fits into memory, and chooses how its ranks share attention. Every rank must call it.
 
     Args:
-        config: the model and how it runs.
-        options: how it is loaded.
+        config: the files of the model and its settings.
+        options: how the model is loaded.
         parallel: the ranks.
         loaded: whether the weights are in memory already.
 
+    Returns:
+        The layout of the attention strategy, the same on every rank.
+
     Raises:
-        ConfigError: it will not fit, or ranks that the strategy cannot use.
+        ConfigError: the run is predicted not to fit, or the strategy cannot use these ranks.
     """
     ranks, itemsize = parallel.everyone, dtype_of(options, parallel.device).itemsize
     offload, decode, codec = offload_of(options), options.decode, options.codec
     run = ranks.run_collectively(lambda: describe_run(config, parallel, offload, decode, itemsize, codec))
-    if options.preflight and config.vin is None:  # parallel chunks keep no cache of a stream
+    if options.preflight and config.vin is None:  # parallel chunks have no KV cache
         ranks.run_collectively(lambda: check_memory(run, parallel, loaded))
     chosen = choose_strategy(run.work, run.machine, parallel, run.auxiliary)
-    return parse_strategy(ranks.first_says(chosen.name), parallel.mesh.sp)  # by what rank 0 has beside the DiT
+    return parse_strategy(ranks.first_says(chosen.name), parallel.mesh.sp)  # rank 0 has the text encoder as well
 
 
 def dtype_of(options: LoadOptions, device: torch.device) -> torch.dtype:
-    """The dtype of the transformer on a device."""
+    """Returns the dtype of the transformer on a device."""
     return check_dtype(options.dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32))
 
 
 def offload_of(options: LoadOptions) -> Offload:
-    """What waits off the device."""
+    """Returns which weights leave the device between two uses."""
     return options.offload if isinstance(options.offload, Offload) else Offload()
 
 
 def _find_on_every_rank(model: str | os.PathLike[str], options: LoadOptions, parallel: SequenceParallel) -> ModelConfig:
-    """The configuration. One rank of a machine downloads what is on the Hub, and then the others find it there."""
+    """The configuration. One rank of each machine downloads files from the Hub, then the others find them on disk."""
     ranks = parallel.everyone
     if is_on_hub(model) or (options.base is not None and is_on_hub(options.base)):
         first = os.environ.get("LOCAL_RANK", "0") == "0"
@@ -117,7 +131,7 @@ def _find_on_every_rank(model: str | os.PathLike[str], options: LoadOptions, par
 
 
 def _check_settings(config: ModelConfig, options: LoadOptions, parallel: SequenceParallel) -> None:
-    """Refuses, before anything is loaded, settings that cannot work together. Every rank says the same."""
+    """Raises ConfigError on every rank, before anything is loaded, for settings that contradict each other."""
     check_decode(options.decode, parallel.mesh.decode)
     parallel.everyone.agree({"parallel chunks": (options.parallel_chunks, config.vin is not None)})
     changes = [name for name in ("window", "sink", "chunk_frames", "rope") if getattr(options, name) is not None]
@@ -130,14 +144,23 @@ def _check_settings(config: ModelConfig, options: LoadOptions, parallel: Sequenc
 
 
 def check_mesh(sampler: SamplerConfig, parallel: SequenceParallel, parallel_chunks: bool) -> None:
-    """Raises ConfigError for guidance at no step, or for a mesh axis that nothing uses."""
+    """Checks the sizes of the mesh axes.
+
+    Args:
+        sampler: steps and guidance.
+        parallel: the ranks.
+        parallel_chunks: whether chunks are sampled in parallel.
+
+    Raises:
+        ConfigError: guidance applies to no step, or a mesh axis larger than 1 is not used.
+    """
     check_guidance(sampler, parallel.mesh.cfg)
     if parallel.mesh.chunk > 1 and not parallel_chunks:
         raise ConfigError(f"chunk {parallel.mesh.chunk} of the mesh is for chunks made in parallel alone")
 
 
 def _load_transformer(config: ModelConfig, dtype: torch.dtype, parallel: SequenceParallel) -> CausalDiT:
-    """The transformer, or on a decode rank its outline without weights."""
+    """The transformer, or on a decode rank a model without weights."""
     if parallel.decodes:
         return outline_model(Path(config.transformer))
     return load_model(

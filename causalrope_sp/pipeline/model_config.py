@@ -1,5 +1,4 @@
-"""What a model is made of and how it runs: read from a pipeline.json, a diffusers folder, or a checkpoint and its
-base."""
+"""`ModelConfig`: the files of a model and its settings, and how a pipeline.json stores them."""
 
 from __future__ import annotations
 
@@ -26,23 +25,23 @@ PATHS = ("transformer", "codec", "vin")  # fields of the file that are paths, re
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What a model is made of and how it runs.
+    """The files of a model and its settings.
 
     Args:
         transformer: the file or folder of the DiT.
         codec: the file or folder of the VAE.
-        text: one of `TEXT_ENCODERS`, or where UMT5 lies. In the file it is a path, told from a name by its / or its
-            dot, or {"path": ..., "tokenizer": ...}.
+        text: one of `TEXT_ENCODERS`, or the files of UMT5. In a pipeline.json UMT5 is {"path": ..., "tokenizer": ...}
+            or a path, which is distinguished from a name by a slash or a dot.
         height, width: pixels of a frame.
-        fps: pixel frames a second.
+        fps: pixel frames per second.
         stream: chunks and window, in latent frames.
         sampler: steps, solver and guidance.
-        weights: what `load_model` takes.
-        vin: the Video Interface Network of a model that makes its chunks in parallel.
-        inferred: what no file says and was taken from the checkpoint's content, in words.
+        weights: how `load_model` keeps the weights, "full" or "fp8".
+        vin: the file of the Video Interface Network of a model that samples chunks in parallel; None for a stream.
+        inferred: settings that no file has and that were inferred from the checkpoint's content, as texts.
 
     Raises:
-        ConfigError: a text encoder or weights that are not known, or a size that is no number.
+        ConfigError: the text encoder or `weights` is unknown, or a size or `fps` is not a valid number.
     """
 
     transformer: Path
@@ -71,41 +70,47 @@ class ModelConfig:
 
     @classmethod
     def load(cls, path: Path) -> ModelConfig:
-        """Reads a pipeline.json that says everything; the paths in it are relative to its folder.
+        """Reads a pipeline.json with all fields, whose paths are relative to its folder.
 
         Raises:
-            CheckpointError: not readable, not JSON, or a field missing or unknown.
+            CheckpointError: the file cannot be read, is not JSON, or has a missing or an unknown field.
+            ConfigError: a field has a wrong value.
         """
         return cls.of(read_fields(path), path)
 
     @classmethod
-    def of(cls, fields: dict[str, Any], said_by: Path) -> ModelConfig:
-        """From fields as `read_fields` gives them.
+    def of(cls, fields: dict[str, Any], source_file: Path) -> ModelConfig:
+        """Builds a configuration from fields as `read_fields` returns them.
+
+        Args:
+            fields: the fields of `ModelConfig`; `stream` and `sampler` may be JSON objects.
+            source_file: the file that the error message names.
 
         Raises:
-            CheckpointError: a field missing or unknown; the message names the file that said them.
+            CheckpointError: a field is missing or unknown.
+            ConfigError: a field has a wrong value.
         """
         try:
             stream, sampler = fields["stream"], fields["sampler"]
-            made = {
+            parsed = {
                 "stream": stream if isinstance(stream, StreamConfig) else StreamConfig(**stream),
                 "sampler": sampler if isinstance(sampler, SamplerConfig) else _sampler_of(sampler),
             }
-            return cls(**{**fields, **made})
+            return cls(**{**fields, **parsed})
         except ConfigError:
             raise
         except (ValueError, TypeError, KeyError, AttributeError) as reason:
-            raise CheckpointError(f"{said_by} is not a whole model: {type(reason).__name__}: {reason}") from reason
+            raise CheckpointError(f"{source_file} is not a whole model: {type(reason).__name__}: {reason}") from reason
 
     def with_options(self, options: LoadOptions) -> ModelConfig:
-        """What loading was told, in place of the model's own.
+        """Returns the configuration with the settings that the loading options replace.
 
         Raises:
-            ConfigError: values that cannot work together.
+            ConfigError: the values contradict each other.
         """
-        named = ("window", "sink", "chunk_frames", "rope")
-        given = {name: getattr(options, name) for name in named}
-        stream = replace(self.stream, **{name: value for name, value in given.items() if value is not None})
+        names = ("window", "sink", "chunk_frames", "rope")
+        changes = {name: getattr(options, name) for name in names}
+        stream = replace(self.stream, **{name: value for name, value in changes.items() if value is not None})
         return replace(
             self,
             stream=stream,
@@ -117,10 +122,10 @@ class ModelConfig:
         )
 
     def sampler_of(self, options: LoadOptions | GenerationOptions) -> SamplerConfig:
-        """The model's sampler with what the options say in place of its own.
+        """Returns the model's sampler with the settings that the options replace.
 
         Raises:
-            ConfigError: what `SamplerConfig` refuses.
+            ConfigError: `SamplerConfig` refuses a value.
         """
         return with_overrides(
             self.sampler,
@@ -132,7 +137,7 @@ class ModelConfig:
         )
 
     def as_json(self) -> dict[str, Any]:
-        """All but the paths, as `read_fields` reads it back."""
+        """Returns all settings except paths, in the form that `read_fields` reads."""
         return {
             "height": self.height,
             "width": self.width,
@@ -144,28 +149,33 @@ class ModelConfig:
 
 
 def read_fields(path: Path) -> dict[str, Any]:
-    """The fields of a pipeline.json, paths made absolute.
+    """Reads the fields of a pipeline.json, and resolves its paths against its folder.
 
     Raises:
-        CheckpointError: not readable, not JSON, or no object.
+        CheckpointError: the file cannot be read or is not a JSON object.
     """
     try:
         fields = json.loads(path.read_text())
         if not isinstance(fields, dict):
             raise ValueError(f"expected a JSON object, got {type(fields).__name__}")
-        made = {name: path.parent / fields[name] for name in PATHS if name in fields}
+        resolved = {name: path.parent / fields[name] for name in PATHS if name in fields}
         if "text" in fields:
-            made["text"] = TextSource.from_json(fields["text"], path.parent)
-        return {**fields, **made}
+            resolved["text"] = TextSource.from_json(fields["text"], path.parent)
+        return {**fields, **resolved}
     except (OSError, ValueError, TypeError, RecursionError) as reason:
         raise CheckpointError(f"{path} is not a model's {PIPELINE_FILE}: {type(reason).__name__}: {reason}") from reason
 
 
 def embedded_config(name: str) -> ModelConfig:
-    """That of an embedded model."""
+    """Returns the configuration of an embedded model.
+
+    Args:
+        name: one of `toybox.EMBEDDED`.
+    """
     return ModelConfig.load(WEIGHTS / f"{name}.json")
 
 
 def _sampler_of(sampler: Any) -> SamplerConfig:
+    """A sampler from its JSON object, whose lists become tuples."""
     lists = {name: tuple(value) for name, value in sampler.items() if isinstance(value, list)}
     return SamplerConfig(**{**sampler, "steps": tuple(sampler["steps"]), **lists})

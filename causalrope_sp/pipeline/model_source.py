@@ -1,4 +1,4 @@
-"""From the name that a user gives to the files of a model: an embedded model, a folder, a lone checkpoint, the Hub."""
+"""Finds the files of a model by its name: an embedded model, a folder, a checkpoint file, or a Hub repository."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from causalrope_sp.text import TextSource
 from causalrope_sp.toybox import EMBEDDED
 from causalrope_sp.weights import find_preset, inspect_checkpoint
 
-MODEL_INDEX = "model_index.json"  # what makes a folder one of diffusers'
+MODEL_INDEX = "model_index.json"  # the file that only diffusers folders have
 VAE_FILE = "Wan2.1_VAE.pth"  # in a folder of Wan's own layout
-WAN = {"height": 480, "width": 832, "fps": 16}  # of models whose files do not say
+WAN = {"height": 480, "width": 832, "fps": 16}  # settings of models whose files have none
 _REPOSITORY = re.compile(r"([\w.-]+/[\w.-]+)(?:/(.+))?")
 _FOLDERS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 _OF_DIFFUSERS = [MODEL_INDEX, PIPELINE_FILE, *(f"{folder}/*" for folder in _FOLDERS)]
@@ -25,16 +25,17 @@ _OF_WAN = ["*.json", "*.safetensors", "*.pth", "google/*"]
 
 
 def find_model(model: str | os.PathLike[str], options: LoadOptions) -> ModelConfig:
-    """The configuration of a model, with the options in place of its own settings.
+    """Returns the configuration of a model, with its settings replaced by those of the options.
 
     Args:
         model: the name of an embedded model, a folder (diffusers', Wan's, or one with a pipeline.json), a
             pipeline.json, a checkpoint of the transformer alone, or a Hub repository as org/name or org/name/file.
-        options: `base`, `preset` and what concerns the Hub decide where parts come from; the rest replaces settings.
+        options: how the model is loaded. `base`, `preset`, `revision`, `cache_dir` and `local_files_only` determine
+            which files are used; the others replace settings.
 
     Raises:
-        CheckpointError: nothing readable there, or a part that is missing.
-        ConfigError: no such preset, or settings that cannot work together.
+        CheckpointError: the model cannot be read or lacks a part.
+        ConfigError: the preset does not exist, or settings contradict each other.
     """
     name = os.fspath(model)
     if name in EMBEDDED:
@@ -49,12 +50,13 @@ def find_model(model: str | os.PathLike[str], options: LoadOptions) -> ModelConf
 
 
 def is_on_hub(model: str | os.PathLike[str]) -> bool:
-    """Whether a name can only be a Hub repository, or a file in one."""
+    """Returns whether a name can only be a Hub repository or a file in one."""
     name = os.fspath(model)
     return name not in EMBEDDED and not local_path(name).exists() and _REPOSITORY.fullmatch(name) is not None
 
 
 def _on_disk(name: str, options: LoadOptions) -> Path:
+    """The path of a model, which is downloaded if it is in a Hub repository."""
     path = local_path(name)
     try:
         if path.exists():
@@ -70,20 +72,23 @@ def _on_disk(name: str, options: LoadOptions) -> Path:
 
 
 def download(name: str, options: LoadOptions, folders: tuple[str, ...] = ()) -> Path:
-    """A Hub repository as a folder on this disk, or the file in it that `name` goes on to name.
+    """Downloads a Hub repository, or one file of it, unless it has been downloaded before.
 
     Args:
         name: org/name or org/name/path/of/a/file.
-        options: `revision`, `cache_dir` and `local_files_only`.
-        folders: the only folders of the repository that are needed; none for all of a model.
+        options: `revision`, `cache_dir` and `local_files_only` are used.
+        folders: the folders of the repository that are downloaded; empty for all files of a model.
+
+    Returns:
+        The folder of the repository, or the file.
 
     Raises:
-        CheckpointError: no such repository, file or revision, or none that has been downloaded where no server is
-            asked.
+        CheckpointError: the repository, file or revision does not exist, or has not been downloaded and
+            `local_files_only` is set.
     """
     match = _REPOSITORY.fullmatch(name)
-    assert match is not None, "asked for a repository"
-    said: dict[str, Any] = {
+    assert match is not None, "is_on_hub has matched the name"
+    hub_options: dict[str, Any] = {
         "revision": options.revision,
         "cache_dir": options.cache_dir,
         "local_files_only": options.local_files_only,
@@ -92,25 +97,25 @@ def download(name: str, options: LoadOptions, folders: tuple[str, ...] = ()) -> 
 
     try:
         if match[2]:
-            return Path(hf_hub_download(match[1], match[2], **said))
+            return Path(hf_hub_download(match[1], match[2], **hub_options))
         wanted = [f"{folder}/*" for folder in folders] or _OF_DIFFUSERS
-        path = Path(snapshot_download(match[1], allow_patterns=wanted, **said))
+        path = Path(snapshot_download(match[1], allow_patterns=wanted, **hub_options))
         if folders or (path / MODEL_INDEX).is_file() or (path / PIPELINE_FILE).is_file():
             return path
-        return Path(snapshot_download(match[1], allow_patterns=_OF_WAN, **said))
+        return Path(snapshot_download(match[1], allow_patterns=_OF_WAN, **hub_options))
     except (OSError, ValueError) as reason:  # huggingface_hub's errors are of these two kinds
-        said_by_hub = " ".join(str(reason).split())[:300]
-        raise CheckpointError(f"cannot get {name} from the Hub: {said_by_hub}") from reason
+        hub_message = " ".join(str(reason).split())[:300]
+        raise CheckpointError(f"cannot get {name} from the Hub: {hub_message}") from reason
 
 
 def _config_of(path: Path, options: LoadOptions) -> ModelConfig:
-    """Fields of the lowest rank first: what a checkpoint's content says, its base, its folder, its pipeline.json."""
-    said_by, own = path, dict[str, Any]()
+    """The configuration from, in rising priority, the checkpoint's content, its folder, the base, the pipeline.json."""
+    source_file, own = path, dict[str, Any]()
     if path.suffix == ".json" and not path.name.endswith(".index.json"):
         own = read_fields(path)
     elif (path / PIPELINE_FILE).is_file():
-        said_by = path / PIPELINE_FILE
-        own = read_fields(said_by)
+        source_file = path / PIPELINE_FILE
+        own = read_fields(source_file)
     fields, inferred = dict[str, Any](), list[str]()
     folder = path if path.is_dir() else None
     if (path / MODEL_INDEX).is_file():
@@ -128,17 +133,17 @@ def _config_of(path: Path, options: LoadOptions) -> ModelConfig:
             f"{path} is a transformer alone: name a folder or repository with the text encoder and the VAE as base "
             "(--base), or run it from Python with load_model and sample_chunks"
             if "transformer" in fields
-            else f"{said_by} names no transformer"
+            else f"{source_file} names no transformer"
         )
     if not {"stream", "sampler"} <= own.keys() or options.preset is not None:
         fields, reason = _with_preset(fields, own, options)
         inferred.insert(0, reason)
-    made = ModelConfig.of({**WAN, **fields}, said_by)
-    return replace(made, inferred=tuple(inferred))
+    config = ModelConfig.of({**WAN, **fields}, source_file)
+    return replace(config, inferred=tuple(inferred))
 
 
 def _parts_in(folder: Path) -> dict[str, Any]:
-    """The text encoder and the VAE in a folder of diffusers' or Wan's own layout, as far as they are there."""
+    """The fields `codec` and `text` of those parts that a folder of diffusers' or Wan's own layout has."""
     found: dict[str, Any] = {}
     codec = next((path for path in (folder / "vae", folder / VAE_FILE) if path.exists()), None)
     if codec is not None:
@@ -150,6 +155,7 @@ def _parts_in(folder: Path) -> dict[str, Any]:
 
 
 def _base_fields(options: LoadOptions) -> dict[str, Any]:
+    """The fields that `base` supplies: VAE and text encoder, and of an embedded model also the frames' size and fps."""
     base = os.fspath(options.base or "")
     if base in EMBEDDED:
         whole = embedded_config(base)
@@ -171,7 +177,7 @@ _RUN = ("stream", "sampler")
 
 
 def _with_preset(fields: dict[str, Any], own: dict[str, Any], options: LoadOptions) -> tuple[dict[str, Any], str]:
-    """How the model runs, by the named preset or by what the checkpoint's content tells, and why in words."""
+    """The fields with stream and sampler of the named or the inferred preset, and the reason as a text."""
     if options.preset is not None:
         preset, why = find_preset(options.preset), "named"
     else:
@@ -187,10 +193,10 @@ def _with_preset(fields: dict[str, Any], own: dict[str, Any], options: LoadOptio
 
 
 def local_path(path: str | os.PathLike[str]) -> Path:
-    """A path with ~ for the home folder."""
+    """Returns a path with ~ replaced by the home folder."""
     return Path(path).expanduser()
 
 
 def describe_inferred(name: str | os.PathLike[str], config: ModelConfig) -> str | None:
-    """What was inferred of a model, in one line; None if its files say everything."""
+    """Returns the inferred settings of a model in one line, or None if its files have all settings."""
     return f"{os.fspath(name)}: {'; '.join(config.inferred)}" if config.inferred else None

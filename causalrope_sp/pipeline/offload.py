@@ -1,4 +1,4 @@
-"""What waits off the device while it is not in use."""
+"""`Offload`: which weights leave the device while they are not in use."""
 
 from __future__ import annotations
 
@@ -14,10 +14,16 @@ WORDS = ("text", "codec", "none")
 
 @dataclass(frozen=True)
 class Offload:
-    """What gives its memory up between two uses. The frames are the same either way.
+    """Which weights leave the device between two uses. The frames are the same for all settings.
 
-    `text`: between two prompts UMT5 stays on the "device", waits on the "cpu", or is given up and read again ("free").
-    `codec`: the codec's weights wait on the CPU, pinned, and are on the device only while they decode or encode.
+    Args:
+        text: where UMT5's weights are between two prompts: on the "device", on the "cpu", or in their file alone
+            ("free"), from which they are read again.
+        codec: whether the codec's weights stay in pinned memory of the CPU and are copied to the device only while
+            the codec encodes or decodes.
+
+    Raises:
+        ConfigError: `text` is none of these.
     """
 
     text: Keep = "cpu"
@@ -28,15 +34,20 @@ class Offload:
             raise ConfigError(f"Offload.text must be one of {', '.join(get_args(Keep))}, not {self.text!r}")
 
     @classmethod
-    def of(cls, said: str | Iterable[str]) -> Offload:
-        """From words of `WORDS`, as a list or with commas between. What is not named stays on the device; UMT5, if it
-        is named, is given up.
+    def of(cls, names: str | Iterable[str]) -> Offload:
+        """Reads the option's words. A part that is not named stays on the device; "text" means `text="free"`.
+
+        Args:
+            names: words of `WORDS`, as a list or separated by commas.
+
+        Returns:
+            The setting that the words stand for.
 
         Raises:
-            ConfigError: no word, one that is not known, or "none" beside another.
+            ConfigError: there is no word, an unknown word, or "none" with another word.
         """
-        given = [said] if isinstance(said, str) else list(said)
-        words = [word.strip() for part in given for word in part.split(",")]
+        parts = [names] if isinstance(names, str) else list(names)
+        words = [word.strip() for part in parts for word in part.split(",")]
         unknown = [word for word in words if word not in WORDS]
         if unknown or not words:
             raise ConfigError(f"offload takes {', '.join(WORDS)}, not {', '.join(map(repr, unknown)) or 'nothing'}")
@@ -45,5 +56,5 @@ class Offload:
         return cls("free" if "text" in words else "device", "codec" in words)
 
     def __str__(self) -> str:
-        """The words that `of` takes."""
+        """The setting as words that `of` takes."""
         return ",".join([*(["text"] if self.text != "device" else []), *(["codec"] if self.codec else [])]) or "none"

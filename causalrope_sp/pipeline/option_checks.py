@@ -1,4 +1,4 @@
-"""Checks that the options of loading and of a call share. Each returns the value that is kept."""
+"""Checks that `LoadOptions` and `GenerationOptions` share. Each returns the value in its final type."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from causalrope_sp.config import Solver
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.pipeline.offload import Offload
 
-Steps = int | Sequence[float]  # how many, or their unshifted timesteps
+Steps = int | Sequence[float]  # a number of steps, or their unshifted timesteps
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def check_path(name: str, value: object) -> str:
-    """Raises ConfigError unless `value` is a path that is not empty."""
+    """Returns `value` as a text. Raises ConfigError unless it is a path that is not empty."""
     if not isinstance(value, str | os.PathLike) or not os.fspath(value):
         raise ConfigError(f"{name} must be a path, not {shown(value)}")
     return str(os.fspath(value))
 
 
 def check_device(value: object) -> torch.device:
-    """Raises ConfigError unless `value` names a device of this machine."""
+    """Returns `value` as a device. Raises ConfigError unless it names a device of this machine."""
     try:
-        device = torch.device(value)  # type: ignore[call-overload]  # the error is what is asked for
+        device = torch.device(value)  # type: ignore[call-overload]  # a wrong type is caught
     except (RuntimeError, TypeError, ValueError) as reason:
         raise ConfigError(f"device must be one that torch knows, such as cpu or cuda:0, not {shown(value)}") from reason
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -39,7 +39,7 @@ def check_device(value: object) -> torch.device:
 
 
 def check_dtype(value: object) -> torch.dtype:
-    """Raises ConfigError unless `value` is a floating type of torch's, or its name."""
+    """Returns `value` as a dtype. Raises ConfigError unless it is one of `DTYPES` or its name."""
     dtype = DTYPES.get(value.removeprefix("torch.")) if isinstance(value, str) else value
     if dtype not in DTYPES.values():
         raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, not {shown(value)}")
@@ -48,7 +48,11 @@ def check_dtype(value: object) -> torch.dtype:
 
 
 def check_sampling(owner: object) -> None:
-    """Checks the fields of the sampler that both kinds of options have; their ranges are `SamplerConfig`'s to check."""
+    """Checks the types of the sampler's fields, which both kinds of options have; `SamplerConfig` checks their ranges.
+
+    Raises:
+        ConfigError: a field has the wrong type.
+    """
     replace_checked(owner, "solver", check_choice, get_args(Solver))
     for name in ("shift", "guidance_scale"):
         replace_checked(owner, name, check_number)
@@ -69,30 +73,37 @@ def _check_interval(name: str, value: object) -> tuple[float, ...]:
 
 
 def device_field(_: str, value: object) -> torch.device:
-    """`check_device` as `replace_checked` calls it."""
+    """Calls `check_device` with the arguments of `replace_checked`."""
     return check_device(value)
 
 
 def dtype_field(_: str, value: object) -> torch.dtype:
-    """`check_dtype` as `replace_checked` calls it."""
+    """Calls `check_dtype` with the arguments of `replace_checked`."""
     return check_dtype(value)
 
 
 def offload_field(_: str, value: Any) -> Offload:
-    """An `Offload`, made of words if it is none."""
+    """Returns `value` as an `Offload`, which is parsed from words if necessary."""
     return value if isinstance(value, Offload) else Offload.of(value)
 
 
 def replace_checked(owner: object, name: str, check: Callable[..., object], *limits: object) -> None:
-    """Replaces a field that is not None by what its check makes of its name, its value and the limits."""
+    """Replaces a field of a frozen dataclass, unless it is None, by the value that its check returns.
+
+    Args:
+        owner: the dataclass instance.
+        name: the field.
+        check: a function of the name, the value and the limits.
+        limits: further arguments of `check`.
+    """
     value = getattr(owner, name)
     if value is not None:
         object.__setattr__(owner, name, check(name, value, *limits))
 
 
-def check_names(options: Any, given: Collection[str]) -> None:
-    """Raises ConfigError for a name that is no field of the dataclass `options`."""
+def check_names(options: Any, names: Collection[str]) -> None:
+    """Raises ConfigError unless all `names` are fields of the dataclass `options`."""
     known = [field.name for field in fields(options)]
-    unknown = [name for name in given if name not in known]
+    unknown = [name for name in names if name not in known]
     if unknown:
         raise ConfigError(f"there is no option {', '.join(unknown)}; there are: {', '.join(known)}")

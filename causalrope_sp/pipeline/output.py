@@ -1,4 +1,4 @@
-"""A stream's latent chunks to a video's chunks of frames, each handed out as soon as it is decoded."""
+"""Turns the latent chunks of a stream into chunks of pixel frames, and yields each as soon as it is decoded."""
 
 from __future__ import annotations
 
@@ -31,9 +31,15 @@ from causalrope_sp.sampling.chunk import LatentChunk
 
 @dataclass(frozen=True)
 class VideoChunk:
-    """Frames that are ready. `frames` is uint8 (T, H, W, 3) on rank 0 and None on the others; `start_frame` counts
-    pixel frames from the video's start; `seconds` is what this chunk took, decoding included; `ledger` is what its
-    collectives moved, and where the next chunk is in the making, those of it so far."""
+    """Decoded frames of a video.
+
+    Args:
+        index: the chunk's number, from 0 on.
+        start_frame: the number of its first pixel frame, counted from the start of the video.
+        frames: uint8 (T, H, W, 3) on rank 0; None on the others.
+        seconds: the time that this chunk took, decoding included.
+        comm_stats: the collectives since the chunk before. With a prefetched next chunk, its collectives so far count.
+    """
 
     index: int
     start_frame: int
@@ -43,16 +49,22 @@ class VideoChunk:
 
 
 class StreamGuard:
-    """Where a stream works ahead, in a thread, its collectives would meet those of another: only one may be open."""
+    """Allows one open stream at a time where a background thread prefetches chunks.
+
+    The collectives of two such streams would interleave differently on each rank.
+
+    Args:
+        needed: whether streams prefetch, so that only one may be open.
+    """
 
     def __init__(self, needed: bool) -> None:
         self._needed, self._open = needed, False
 
     def check(self) -> None:
-        """Before anything is exchanged.
+        """Checks that no stream is open. It must be called before the first collective of a new stream.
 
         Raises:
-            ConfigError: a stream has been begun, and neither finished nor closed.
+            ConfigError: a stream has been started and neither finished nor closed.
         """
         if self._open:
             raise ConfigError(
@@ -60,7 +72,17 @@ class StreamGuard:
             )
 
     def guard(self, chunks: Iterator[VideoChunk]) -> Iterator[VideoChunk]:
-        """The chunks of a stream, which is open from the first one on. Raises as `check` does."""
+        """Yields the chunks of a stream, and counts it as open from the first one until it is finished or closed.
+
+        Args:
+            chunks: the chunks of the stream.
+
+        Yields:
+            The same chunks.
+
+        Raises:
+            ConfigError: another stream is open.
+        """
         self.check()
         self._open = self._needed
         try:
@@ -70,37 +92,47 @@ class StreamGuard:
 
 
 @dataclass(frozen=True)
-class Cut:
-    """Which pixel frames are the video: `frames` of them, or as many as its source has.
+class FrameRange:
+    """Which pixel frames of a stream are the output video.
 
-    The stream's first `opening` latent frames are never decoded; those that are given come next, and the pixel frames
-    that `given` hides are not handed out. A latent frame stands for `stride` pixel frames, the first for one.
+    A stream has `prefix` latent frames, which are never decoded, then the conditioning latents, whose context frames
+    are not part of the video, then the generated latent frames.
+
+    Args:
+        frames: pixel frames of the video; a video to redraw may end it earlier.
+        stride: pixel frames of a latent frame; the first decoded latent frame stands for one pixel frame.
+        prefix: latent frames that the model itself starts every stream with.
+        conditioning: what the stream starts from.
     """
 
     frames: int
     stride: int
-    opening: int
-    given: Conditioning
+    prefix: int
+    conditioning: Conditioning
 
     def latent_frames(self, stream: StreamConfig | None) -> int:
-        """How many latent frames, beside those that are given, are made: in whole chunks of a stream."""
-        past = self.given.latent_frames
-        needed = max(1, 1 - (1 - self.frames - self.given.hidden) // self.stride - past)
+        """Returns how many latent frames are generated, conditioning latents not counted.
+
+        Args:
+            stream: the stream, to whose whole chunks the number is rounded up; None not to round.
+        """
+        conditioned = self.conditioning.latent_frames
+        needed = max(1, 1 - (1 - self.frames - self.conditioning.context_frames) // self.stride - conditioned)
         if stream is None:
             return needed
-        lone = 1 if stream.independent_first_frame and self.opening + past == 0 else 0
-        return lone - (lone - needed) // stream.chunk_frames * stream.chunk_frames
+        single = 1 if stream.independent_first_frame and self.prefix + conditioned == 0 else 0
+        return single - (single - needed) // stream.chunk_frames * stream.chunk_frames
 
     @property
     def length(self) -> int:
-        """The video's frames, as far as is known."""
-        source = self.given.source
+        """Pixel frames of the video; `frames` until the end of a video to redraw has been read."""
+        source = self.conditioning.source
         return self.frames if source is None or source.length is None else source.length
 
     def stop(self, latent_frame: int) -> int:
-        """How many of the video's frames there are once all before this latent frame of the stream are decoded."""
-        made = 1 + self.stride * (latent_frame - self.opening - 1) - self.given.hidden
-        return min(self.frames, self.length, made)
+        """Returns how many pixel frames of the video the stream's first `latent_frame` latent frames decode to."""
+        decoded = 1 + self.stride * (latent_frame - self.prefix - 1) - self.conditioning.context_frames
+        return min(self.frames, self.length, decoded)
 
 
 def decoded_chunks(
@@ -109,14 +141,31 @@ def decoded_chunks(
     parallel: SequenceParallel,
     grid: LatentGrid,
     decode: Decode,
-    cut: Cut,
+    frame_range: FrameRange,
 ) -> Iterator[VideoChunk]:
-    """Decodes the chunks as they come, on a rank that denoises. Decode ranks hear of the end, be it one that was wished
-    for or wrong input that every rank met."""
+    """Decodes latent chunks as they are sampled, on a rank that denoises.
+
+    Decode ranks are sent the end of the video when it is complete, when the caller closes the iterator, and when wrong
+    input raises a `CausalRopeError` on every rank. Any other error may be this rank's alone and is not announced.
+
+    Args:
+        chunks: the sampler's chunks.
+        codec: the VAE.
+        parallel: the ranks.
+        grid: the latent's size.
+        decode: which ranks decode.
+        frame_range: which pixel frames are the video.
+
+    Yields:
+        Chunks of the video, with frames on rank 0.
+
+    Raises:
+        CausalRopeError: what the sampler raises for wrong input.
+    """
     decoder = frames_of(codec, parallel, grid, decode)
     try:
-        with closing(prefetched(chunks, parallel, decode)) as coming:
-            yield from _decoded(coming, decoder, parallel, cut)
+        with closing(prefetched(chunks, parallel, decode)) as latent_chunks:
+            yield from _decoded(latent_chunks, decoder, parallel, frame_range)
     except GeneratorExit:
         decoder.close()
     except CausalRopeError:
@@ -127,28 +176,40 @@ def decoded_chunks(
 
 
 def _decoded(
-    coming: Iterator[PrefetchedChunk], decoder: Frames, parallel: SequenceParallel, cut: Cut
+    latent_chunks: Iterator[PrefetchedChunk], decoder: Frames, parallel: SequenceParallel, frame_range: FrameRange
 ) -> Iterator[VideoChunk]:
-    side, past, done, clock = SideStream(parallel.device), cut.given.latents, 0, time.perf_counter()
-    for index, (part, made) in enumerate(coming):
-        stop = cut.stop(part.chunk.stop)
-        with side.after(made, part.latents):
-            latents, hidden = part.latents, 0
-            if index == 0 and past is not None:
-                latents, hidden = torch.cat([past.to(latents), latents], 1), cut.given.hidden
-            pixels = decoder.decode(latents, hidden, hidden + stop - done)
+    """Decodes until the video has all its frames. Conditioning latents are decoded with the first chunk."""
+    side, conditioning = SideStream(parallel.device), frame_range.conditioning
+    done, clock = 0, time.perf_counter()
+    for index, (part, ready) in enumerate(latent_chunks):
+        stop = frame_range.stop(part.chunk.stop)
+        with side.after(ready, part.latents):
+            latents, skip = part.latents, 0
+            if index == 0 and conditioning.latents is not None:
+                latents = torch.cat([conditioning.latents.to(latents), latents], 1)
+                skip = conditioning.context_frames
+            pixels = decoder.decode(latents, skip, skip + stop - done)
         now = time.perf_counter()
         yield VideoChunk(index, done, pixels, now - clock, parallel.comm_stats.take())
         done, clock = stop, time.perf_counter()
-        if done == cut.length:
+        if done == frame_range.length:
             return
 
 
 def decode_worker(codec: Codec, parallel: SequenceParallel, grid: LatentGrid) -> Iterator[VideoChunk]:
-    """A decode rank's share of a video: chunks without frames, which rank 0 has."""
+    """Decodes one video on a decode rank.
+
+    Args:
+        codec: the VAE.
+        parallel: the ranks.
+        grid: the latent's size.
+
+    Yields:
+        Chunks without frames, which rank 0 has.
+    """
     done, clock = 0, time.perf_counter()
-    with closing(run_decode_worker(codec, parallel, grid)) as asked:
-        for index, frames in enumerate(asked):
+    with closing(run_decode_worker(codec, parallel, grid)) as requests:
+        for index, frames in enumerate(requests):
             now = time.perf_counter()
             yield VideoChunk(index, done, None, now - clock, parallel.comm_stats.take())
             done, clock = done + frames, time.perf_counter()

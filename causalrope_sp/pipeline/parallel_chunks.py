@@ -1,4 +1,7 @@
-"""Chunks made in parallel by a Video Interface Network: from the steps of their sampler to chunks to decode."""
+"""Parallel chunks: videos whose chunks a Video Interface Network (VIN) lets the ranks sample at the same time.
+
+Source: Video Interface Networks, arXiv 2503.17539.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,13 @@ OnStep = Callable[[StepOutput, "PreviewFrame | None"], object]
 
 @dataclass(frozen=True)
 class PreviewFrame:
-    """What the video looks to become after step `step` of `steps`: uint8 (T, H, W, 3) on rank 0, None on the others."""
+    """A preview of the video after a denoising step, decoded from the prediction of the clean latents.
+
+    Args:
+        step: the number of the step, from 1 on.
+        steps: how many steps there are.
+        frames: uint8 (T, H, W, 3) on rank 0; None on the others.
+    """
 
     step: int
     steps: int
@@ -39,26 +48,47 @@ class PreviewFrame:
 
 @dataclass(frozen=True)
 class ParallelChunks:
-    """A network and how the videos that it was trained on are cut."""
+    """A Video Interface Network, and the chunks into which it was trained to divide a video.
+
+    Args:
+        vin: the network.
+        chunks: the size and overlap of chunks, in latent frames.
+    """
 
     vin: VideoInterfaceNetwork
     chunks: ParallelChunksConfig
 
     @classmethod
     def load(cls, weights: Path, dit: DiTConfig, dtype: torch.dtype, device: torch.device) -> ParallelChunks:
-        """Raises CheckpointError: not readable, or for another DiT."""
+        """Loads a network.
+
+        Args:
+            weights: its file.
+            dit: the configuration of the DiT that it belongs to.
+            dtype: the dtype of its weights.
+            device: where it runs.
+
+        Raises:
+            CheckpointError: the file cannot be read, or belongs to another DiT.
+        """
         return cls(*load_vin(weights, dit, dtype=dtype, device=device))
 
     def check_memory_for(self, model: CausalDiT, grid: LatentGrid, frames: int, parallel: SequenceParallel) -> None:
-        """Refuses so many latent frames as this rank surely has no memory for: all chunks of a rank are denoised at
-        once. Latents and what one feed-forward makes of them are counted, a lower bound.
+        """Checks that this rank has enough memory for a lower bound: all latents, and the activations of one
+        feed-forward layer over all chunks of the rank, which are denoised at the same time.
+
+        Args:
+            model: the transformer.
+            grid: the latent's size.
+            frames: latent frames of the video.
+            parallel: the ranks.
 
         Raises:
-            ConfigError: it will not fit.
+            ConfigError: the lower bound exceeds the free memory.
         """
         config, free = model.config, free_bytes(parallel.device)
-        held = -(-frames // parallel.mesh.chunk)
-        tokens = held * -(-grid.tokens // parallel.mesh.sp)
+        rank_frames = -(-frames // parallel.mesh.chunk)
+        tokens = rank_frames * -(-grid.tokens // parallel.mesh.sp)
         latents = 2 * 4 * frames * config.in_channels * grid.latent_height * grid.latent_width
         needs = latents + tokens * (config.ffn_dim + 4 * config.dim) * model.dtype.itemsize
         if free is not None and needs > free:
@@ -77,18 +107,25 @@ class ParallelChunks:
         shown: int,
         **options: Any,
     ) -> Generator[LatentChunk]:
-        """`sample_parallel_chunks`, with its arguments, and after its last step the chunks' own frames, chunk by chunk.
+        """Samples all chunks of a video in parallel.
 
         Args:
-            on_step: called after each step.
-            preview_every: how many steps there are between two previews, None for no preview.
+            model: the transformer.
+            args: further positional arguments of `sample_parallel_chunks`.
+            codec: the VAE, which decodes previews.
+            on_step: a function that is called after each step with the step and its preview, or None.
+            preview_every: the number of steps between two previews; None makes no previews.
             shown: pixel frames of a preview.
+            options: keyword arguments of `sample_parallel_chunks`.
+
+        Yields:
+            After the last step, one chunk after the other, without the frames that it shares with the chunk before.
         """
         rank, initial = options["parallel"].rank, options["initial_latents"]
-        made = sample_parallel_chunks(
+        outputs = sample_parallel_chunks(
             model, self.vin, *args, chunks=self.chunks, preview_every=preview_every, **options
         )
-        for output in made:
+        for output in outputs:
             if on_step is not None:
                 on_step(output, _preview(output, codec, shown, rank))
             if output.last:
@@ -103,7 +140,7 @@ class ParallelChunks:
 
 
 def _preview(output: StepOutput, codec: Codec, shown: int, rank: int) -> PreviewFrame | None:
-    """Previews alone are decoded here: the video itself is decoded chunk by chunk afterwards."""
+    """The decoded preview of a step; None for a step without one and for the last step, whose latents are the video."""
     if output.latents is None or output.last:
         return None
     if rank:
@@ -113,16 +150,16 @@ def _preview(output: StepOutput, codec: Codec, shown: int, rank: int) -> Preview
 
 
 def check_requested(requested: str | None, weights: Path | None, changes: Collection[str]) -> None:
-    """Refuses what chunks made in parallel cannot be.
+    """Checks that a model and its options agree on parallel chunks.
 
     Args:
         requested: "vin" or None.
-        weights: the network of the model, if it has one.
-        changes: what was said of a stream, such as its window.
+        weights: the file of the model's network; None without one.
+        changes: names of the options that only a stream has, such as its window.
 
     Raises:
-        ConfigError: parallel chunks of a model without a network, or none of a model that has nothing else; something
-            said of a stream.
+        ConfigError: parallel chunks are requested of a model without a network, or with an option that only a stream
+            has, or a model that only makes parallel chunks is asked for a stream.
     """
     if requested and weights is None:
         raise ConfigError("this model has no VIN weights to make its chunks in parallel with; toybox-vin has")
@@ -135,8 +172,17 @@ def check_requested(requested: str | None, weights: Path | None, changes: Collec
 
 
 def check_call(parallel_chunks: bool, conditioned: bool, reuse: bool, previews: bool) -> None:
-    """Raises ConfigError if chunks made in parallel shall start from a picture or a video, or reuse outputs, or if a
-    stream shall have previews."""
+    """Checks that a call and the kind of its model agree.
+
+    Args:
+        parallel_chunks: whether chunks are sampled in parallel.
+        conditioned: whether the call has an image or a video.
+        reuse: whether attention outputs are reused.
+        previews: whether steps are previewed.
+
+    Raises:
+        ConfigError: the call asks for what its kind of model does not support.
+    """
     if previews and not parallel_chunks:
         raise ConfigError("steps are previewed (preview_every) only where chunks are made in parallel")
     if reuse and parallel_chunks:

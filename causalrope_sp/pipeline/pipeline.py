@@ -1,4 +1,4 @@
-"""Text in, frames out: the text encoder, the sampler and the codec of one model, as a stream of chunks."""
+"""`CausalVideoPipeline`: a loaded model that turns prompts into videos, chunk by chunk."""
 
 from __future__ import annotations
 
@@ -36,12 +36,17 @@ class CausalVideoPipeline:
     """A model that is ready to run. Under torchrun every rank builds one and makes the same calls.
 
     Attributes:
-        config: what the model is made of and how it runs.
+        parts: the loaded parts of the model, as `from_pretrained` loads them.
+        config: the files of the model and its settings.
         model: the transformer.
         codec: the VAE.
         text: the text encoder.
         parallel: the ranks.
-        height, width, fps: of a frame in pixels, and pixel frames a second.
+        height, width: pixels of a frame.
+        fps: pixel frames per second.
+
+    Raises:
+        ConfigError: parts that do not fit each other or the ranks, or ranks with different models.
     """
 
     def __init__(self, parts: Parts, parallel: SequenceParallel) -> None:
@@ -56,8 +61,8 @@ class CausalVideoPipeline:
         channels = self.model.config.in_channels
         if self.codec.channels != channels:
             raise ConfigError(f"the codec's latents have {self.codec.channels} channels, the model's {channels}")
-        works_ahead = parallel.mesh.decode > 0 or (parts.options.decode == "overlap" and parallel.size > 1)
-        self._streams = StreamGuard(works_ahead)
+        prefetches = parallel.mesh.decode > 0 or (parts.options.decode == "overlap" and parallel.size > 1)
+        self._streams = StreamGuard(prefetches)
         parallel.check(self.settings().grid, self.model.config.num_heads)
         self._agree()
 
@@ -70,21 +75,23 @@ class CausalVideoPipeline:
         parallel: SequenceParallel | None = None,
         **overrides: Any,
     ) -> Self:
-        """Loads a model.
+        """Loads a model, and on CUDA warms it up. Every rank must call it.
 
         Args:
             model: an embedded model ("toybox", "toybox-flow", "toybox-vin"); a diffusers folder (with a
-                model_index.json); a folder of Wan's own layout; a folder with a pipeline.json, or such a file, whose
-                fields come before all others; a checkpoint of the transformer alone, with `base`; or any of these in a
-                Hub repository, as "org/name" or "org/name/file".
-            options: how it is loaded.
-            parallel: the ranks; one process on `device` if None.
-            overrides: fields of `LoadOptions`, in place of those of `options`.
+                model_index.json); a folder of Wan's own layout; a pipeline.json or a folder with one, whose fields
+                override all others; a checkpoint of the transformer alone, with `base`; or any of these in a Hub
+                repository, as "org/name" or "org/name/file".
+            options: how the model is loaded; None takes the defaults.
+            parallel: the ranks; None takes one process on the device that the options name.
+            overrides: fields of `LoadOptions` that replace those of `options`.
+
+        Returns:
+            The pipeline.
 
         Raises:
-            CheckpointError: nothing readable at `model`, a part that is missing, or weights that do not fit.
-            ConfigError: settings that cannot work together, ranks that cannot share this model, or a run that is
-                predicted not to fit into memory.
+            CheckpointError: `model` cannot be read, lacks a part, or has weights that do not fit it.
+            ConfigError: settings contradict each other, ranks cannot share this model, or it will not fit into memory.
         """
         options = (options or LoadOptions()).override(**overrides)
         if parallel is not None and options.device is not None:
@@ -103,62 +110,72 @@ class CausalVideoPipeline:
         The same prompt, seed and model give the same video at any number of ranks.
 
         Args:
-            prompt: the text; None where `prompt_embeds` stands in its place.
-            options: what is asked for.
-            overrides: fields of `GenerationOptions`, in place of those of `options`.
+            prompt: the text; None with `prompt_embeds`.
+            options: the options of the call; None takes the defaults.
+            overrides: fields of `GenerationOptions` that replace those of `options`.
 
         Returns:
-            The chunks, with uint8 frames (T, H, W, 3) on rank 0.
+            An iterator over the chunks, with uint8 frames (T, H, W, 3) on rank 0.
 
         Raises:
-            PromptError: the prompt is outside what the text encoder knows.
-            InputError: a picture or video that cannot be read.
-            ConfigError: options that cannot work together or do not fit the model; another stream that is open and
-                works ahead (see `output.StreamGuard`).
-            CheckpointError: no text encoder, or a file that cannot be read.
+            PromptError: the text encoder does not know the prompt's words.
+            InputError: the image or the video cannot be read.
+            ConfigError: options contradict each other or do not fit the model, or another stream that prefetches is
+                open (see `output.StreamGuard`).
+            CheckpointError: there is no text encoder, or a file cannot be read.
         """
-        asked = _asked(prompt, options, overrides)
-        if isinstance(asked.prompt, tuple):
+        request = _merge(prompt, options, overrides)
+        if isinstance(request.prompt, tuple):
             raise ConfigError("a stream has one prompt: call the pipeline for a list of prompts")
-        if asked.output_type == "latent":
+        if request.output_type == "latent":
             raise ConfigError("a stream yields frames: call the pipeline for output_type latent")
-        return self._generation(asked).stream()
+        return self._generation(request).stream()
 
     @torch.inference_mode()
     def __call__(
         self, prompt: str | list[str] | None = None, options: GenerationOptions | None = None, **overrides: Any
     ) -> CausalVideoPipelineOutput:
-        """Makes whole videos. It takes and raises what `stream` does.
+        """Makes whole videos.
 
         Args:
-            prompt: a text, or several for as many videos, made one after the other.
-            options: what is asked for.
-            overrides: fields of `GenerationOptions`, in place of those of `options`.
+            prompt: a text, or a list of texts, whose videos are made one after the other.
+            options: the options of the call; None takes the defaults.
+            overrides: fields of `GenerationOptions` that replace those of `options`.
 
         Returns:
-            The frames in the type that `output_type` names, on rank 0.
-        """
-        asked = _asked(prompt, options, overrides)
-        seed = asked.first_seed()
-        each = [
-            asked.override(prompt=text, seed=seed + number, generator=None) for number, text in enumerate(asked.prompts)
-        ]
-        if asked.output_type == "latent":
-            latents = [self._generation(one).latents() for one in each]
-            return CausalVideoPipelineOutput(None if self.parallel.rank else torch.cat(latents).transpose(1, 2))
-        videos = [self._collect(self._generation(one).stream(), one) for one in each]
-        return CausalVideoPipelineOutput(None if self.parallel.rank else as_output(videos, asked.output_type))
-
-    def settings(self, asked: GenerationOptions | None = None) -> StreamSettings:
-        """The size, the grid and the sampler of a call, or without one of the pipeline.
+            The frames on rank 0, in the type that `output_type` names; None in place of frames on the other ranks.
 
         Raises:
-            ConfigError: a size that the strides do not divide, or what `SamplerConfig` refuses.
+            CausalRopeError: what `stream` raises.
+        """
+        request = _merge(prompt, options, overrides)
+        seed = request.first_seed()
+        requests = [
+            request.override(prompt=text, seed=seed + number, generator=None)
+            for number, text in enumerate(request.prompts)
+        ]
+        if request.output_type == "latent":
+            latents = [self._generation(one).latents() for one in requests]
+            return CausalVideoPipelineOutput(None if self.parallel.rank else torch.cat(latents).transpose(1, 2))
+        videos = [self._collect(self._generation(one).stream(), one) for one in requests]
+        return CausalVideoPipelineOutput(None if self.parallel.rank else as_output(videos, request.output_type))
+
+    def settings(self, request: GenerationOptions | None = None) -> StreamSettings:
+        """Combines the options of a call with the pipeline's own settings.
+
+        Args:
+            request: the options of the call; None for the pipeline's own settings.
+
+        Returns:
+            The size, the grid and the sampler.
+
+        Raises:
+            ConfigError: the strides do not divide the size, or `SamplerConfig` refuses a value.
         """
         height, width, sampler = self.height, self.width, self.config.sampler
-        if asked is not None:
-            height, width = asked.height or height, asked.width or width
-            sampler = self.config.sampler_of(asked)
+        if request is not None:
+            height, width = request.height or height, request.width or width
+            sampler = self.config.sampler_of(request)
         patch = self.model.config.patch_size[1:]
         grid = LatentGrid.from_pixels(height, width, self.codec.spatial_stride, patch)
         return StreamSettings(height, width, grid, sampler)
@@ -170,12 +187,12 @@ class CausalVideoPipeline:
 
     @property
     def device(self) -> torch.device:
-        """Where this rank computes."""
+        """The device on which this rank computes."""
         return self.parallel.device
 
     @property
     def components(self) -> dict[str, Any]:
-        """The parts by diffusers' names."""
+        """The parts of the pipeline by diffusers' names."""
         return {
             "transformer": self.model,
             "vae": getattr(self.codec, "vae", self.codec),
@@ -185,63 +202,71 @@ class CausalVideoPipeline:
         }
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | str | None = None) -> Self:
-        """Moves the model of one process to a device, or casts its transformer, and returns the pipeline.
+        """Moves the model of a single process to another device, or casts its transformer.
+
+        Args:
+            device: the new device; None keeps the current one.
+            dtype: the transformer's new dtype; None keeps the current one.
+
+        Returns:
+            This pipeline.
 
         Raises:
-            ConfigError: a device that this machine has not, several ranks, whose devices are their group's, or weights
-                in 8 bits, which are not cast.
+            ConfigError: the machine has no such device, there are several ranks, or fp8 weights would be cast.
         """
-        place = self.device if device is None else check_device(device)
+        target = self.device if device is None else check_device(device)
         kind = self.model.dtype if dtype is None else check_dtype(dtype)
         if self.parallel.size > 1:
-            raise ConfigError(
-                f"device must be None on {self.parallel.size} ranks: each computes where its group put it"
-            )
+            raise ConfigError(f"device must be None on {self.parallel.size} ranks: each computes on its group's device")
         if is_fp8(self.model) and kind != self.model.dtype:
             raise ConfigError("dtype must be None for weights in 8 bits: load the model in another dtype")
         offloaded = self.parts.offload.codec
-        codec = load_codec(self.config.codec, self.codec.name, place, offload=offloaded)
-        parts = replace(self.parts, model=self.model.to(place, kind), codec=codec)
-        self._open(parts, self.parallel.moved_to(place))
+        codec = load_codec(self.config.codec, self.codec.name, target, offload=offloaded)
+        parts = replace(self.parts, model=self.model.to(target, kind), codec=codec)
+        self._open(parts, self.parallel.moved_to(target))
         return self
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Writes the model as a diffusers folder with a pipeline.json, on rank 0: diffusers reads the transformer and
-        the Wan VAE back, and `from_pretrained` all of it.
+        """Writes the model from rank 0 as a diffusers folder with a pipeline.json.
+
+        diffusers can load the transformer and the Wan VAE from it; `from_pretrained` can load all of it.
+
+        Args:
+            folder: the folder to write; it is created if it does not exist.
 
         Raises:
-            ConfigError: weights in 8 bits, which no layout has.
+            ConfigError: the weights are fp8, which the diffusers layout does not have.
             OutputError: the folder cannot be written.
         """
         if self.parallel.rank == 0:
             save_parts(self.parts, folder)
 
     def set_progress_bar_config(self, **config: Any) -> None:
-        """Options of the progress bar of a call, those of `tqdm.auto.tqdm`; disable=True for none."""
+        """Sets the options of the progress bar, which are those of `tqdm.auto.tqdm`; `disable=True` hides it."""
         self._progress = config
 
     def warm_up(self) -> None:
-        """Runs a short stream and throws it away, so that kernels are compiled, attention libraries are measured and
-        ranks are connected before anybody waits. `from_pretrained` does it on CUDA; every rank must."""
+        """Runs a short stream and discards it, so that the first call need not compile kernels, measure attention
+        libraries or connect ranks. `from_pretrained` calls it on CUDA. Every rank must call it."""
         warm_up(self)
 
-    def _generation(self, asked: GenerationOptions) -> Generation:
+    def _generation(self, request: GenerationOptions) -> Generation:
         self._streams.check()
-        return Generation(self, asked, self._streams)
+        return Generation(self, request, self._streams)
 
-    def _collect(self, chunks: Iterator[VideoChunk], asked: GenerationOptions) -> np.ndarray:
-        """All frames of a stream on rank 0, and none on the others."""
+    def _collect(self, chunks: Iterator[VideoChunk], request: GenerationOptions) -> np.ndarray:
+        """All frames of a stream, uint8 (T, H, W, 3), on rank 0; an empty array on the other ranks."""
         from tqdm.auto import tqdm
 
-        made: list[np.ndarray] = []
+        frames: list[np.ndarray] = []
         silent = self.parallel.rank > 0
-        shown = {"total": asked.num_frames, "unit": "frame", "disable": silent, **self._progress}
+        shown = {"total": request.num_frames, "unit": "frame", "disable": silent, **self._progress}
         with tqdm(**shown) as progress:
             for chunk in chunks:
                 if chunk.frames is not None:
-                    made.append(chunk.frames)
+                    frames.append(chunk.frames)
                     progress.update(len(chunk.frames))
-        return np.concatenate(made) if made else np.empty((0, 0, 0, 3), np.uint8)
+        return np.concatenate(frames) if frames else np.empty((0, 0, 0, 3), np.uint8)
 
     def _open_text(self) -> ToyboxText | SharedUMT5:
         text, model = self.config.text, self.model
@@ -250,7 +275,7 @@ class CausalVideoPipeline:
         return TEXT_ENCODERS[text]()
 
     def _agree(self) -> None:
-        """Makes sure that all ranks have the same model, before any stream."""
+        """Raises ConfigError unless all ranks have the same model."""
         parallel, config, chunks = self.parallel, self.config, self.parts.parallel_chunks
         parallel.everyone.agree(
             {
@@ -267,7 +292,7 @@ class CausalVideoPipeline:
             parallel.denoisers.agree({"dtype": self.model.dtype, "weights": networks})
 
 
-def _asked(prompt: Any, options: GenerationOptions | None, overrides: dict[str, Any]) -> GenerationOptions:
+def _merge(prompt: Any, options: GenerationOptions | None, overrides: dict[str, Any]) -> GenerationOptions:
     """The options of a call with its prompt and overrides."""
     if prompt is not None:
         overrides = {"prompt": prompt, **overrides}

@@ -1,4 +1,4 @@
-"""A model as `causalrope-sp plan` sees it: its sizes and how it runs, from headers alone."""
+"""`PlannedModel`: the sizes and settings of a model for `causalrope-sp plan`, from file headers alone."""
 
 from __future__ import annotations
 
@@ -29,13 +29,27 @@ from causalrope_sp.text.text_footprint import text_bytes, umt5_xxl_bytes
 from causalrope_sp.toybox import EMBEDDED
 from causalrope_sp.weights import inspect_checkpoint
 
-WAN = StreamConfig(window=21, chunk_frames=3), SamplerConfig(), (480, 832)  # what a size alone runs as
+WAN = (
+    StreamConfig(window=21, chunk_frames=3),
+    SamplerConfig(),
+    (480, 832),
+)  # settings of a lone size
 
 
 @dataclass(frozen=True)
 class PlannedModel:
-    """A model's sizes and how it runs. `parts` is None for a preset or a checkpoint of the transformer alone; then the
-    text encoder and the codec are Wan's own, UMT5-XXL in bfloat16 and the Wan VAE."""
+    """The sizes and settings of a model to plan for.
+
+    Args:
+        name: the name or path by which it was opened.
+        dit: the sizes of the transformer.
+        stream: chunks and window, in latent frames.
+        sampler: steps and guidance.
+        height: pixels of a frame.
+        width: pixels of a frame.
+        parts: the files of a whole model. None for a size or a checkpoint of the transformer alone, which are planned
+            with UMT5-XXL in bfloat16 and the Wan VAE.
+    """
 
     name: str
     dit: DiTConfig
@@ -47,11 +61,17 @@ class PlannedModel:
 
     @classmethod
     def open(cls, name: str) -> PlannedModel:
-        """From the name of a size or of an embedded model, or from a path.
+        """Opens a model without reading its weights.
+
+        Args:
+            name: one of `config.PRESETS`, an embedded model, or a path.
+
+        Returns:
+            The model.
 
         Raises:
-            CheckpointError: nothing readable there.
-            ConfigError: a model that makes its chunks in parallel, of which there is no plan.
+            CheckpointError: the model cannot be read.
+            ConfigError: the model makes its chunks in parallel, which cannot be planned.
         """
         stream, sampler, size = WAN
         if name in PRESETS:
@@ -72,25 +92,31 @@ class PlannedModel:
         return cls(name, report.config, stream, sampler, *size)
 
     def override(self, **changes: Any) -> PlannedModel:
-        """With whatever is not None in place of its own: height, width, window, sink, chunk_frames, and the sampler's
-        steps, guidance_scale and guidance_interval.
+        """Returns this model with some settings replaced.
+
+        Args:
+            changes: height, width, window, sink, chunk_frames, steps, guidance_scale or guidance_interval; None keeps
+                the model's own.
 
         Raises:
-            ConfigError: settings that cannot work together.
+            ConfigError: the settings contradict each other.
         """
-        given = {name: value for name, value in changes.items() if value is not None}
-        stream = {name: given[name] for name in ("window", "sink", "chunk_frames") if name in given}
-        sampler = {name: given[name] for name in ("steps", "guidance_scale", "guidance_interval") if name in given}
-        size = {name: given[name] for name in ("height", "width") if name in given}
+        new = {name: value for name, value in changes.items() if value is not None}
+        stream = {name: new[name] for name in ("window", "sink", "chunk_frames") if name in new}
+        sampler = {name: new[name] for name in ("steps", "guidance_scale", "guidance_interval") if name in new}
+        size = {name: new[name] for name in ("height", "width") if name in new}
         return replace(
             self, stream=replace(self.stream, **stream), sampler=with_overrides(self.sampler, **sampler), **size
         )
 
     def workload(self, reuse: ReusePolicy | None = None) -> Workload:
-        """The stream.
+        """Returns the work of a stream in its steady state.
+
+        Args:
+            reuse: which attention outputs later steps reuse; None for none.
 
         Raises:
-            ConfigError: guidance at no step, a stream without a window, or a size that the strides do not divide.
+            ConfigError: guidance applies to no step, the stream has no window, or the strides do not divide the size.
         """
         check_guidance(self.sampler, cfg=1)
         if self.stream.window is None:
@@ -99,7 +125,12 @@ class PlannedModel:
         return Workload.of(self.dit, grid, self.stream, self.sampler, self.stream.window, reuse=reuse)
 
     def auxiliary(self, work: Workload, offload: Offload, on_cpu: bool) -> AuxiliaryMemory:
-        """The text encoder and the codec beside the transformer.
+        """Returns the memory of the text encoder and the codec.
+
+        Args:
+            work: the work of the stream.
+            offload: which weights leave the device.
+            on_cpu: whether the device is a CPU.
 
         Raises:
             CheckpointError: the model's codec or text encoder cannot be read.
@@ -111,7 +142,15 @@ class PlannedModel:
         return auxiliary(text, codec_footprint(self.parts.codec, None, *size, work.chunk_frames), offload, on_cpu)
 
     def decoding(self, work: Workload, ranks: int, on: Machine) -> DecodePlan | None:
-        """How denoising and decoding are best spread over the ranks, for a Wan VAE; None for another codec.
+        """Plans how many of the ranks only decode.
+
+        Args:
+            work: the work of the stream.
+            ranks: how many ranks there are.
+            on: the machine.
+
+        Returns:
+            The plan for a Wan VAE; None for another codec.
 
         Raises:
             CheckpointError: the model's codec cannot be read.

@@ -1,4 +1,4 @@
-"""An iterator that works one item ahead, in a thread of its own."""
+"""`prefetch_one`: an iterator whose next item is computed in a background thread."""
 
 from __future__ import annotations
 
@@ -14,11 +14,21 @@ Ready = tuple[T, torch.cuda.Event | None]
 
 
 def prefetch_one(items: Generator[T], device: torch.device) -> Generator[Ready[T]]:
-    """The items, each with the event after which it is ready on CUDA. While the caller is busy with one, the next is
-    being made.
+    """Computes the next item in a background thread while the caller works on the current one.
 
-    How far ahead it is does not depend on time: whoever has taken n items has had exactly n + 1 of them made, also when
-    it stops early. So ranks that stop at the same item have all met in the same collectives.
+    The distance does not depend on time: when the caller has taken n items, exactly n + 1 have been computed or are
+    being computed, also if the caller stops early. Ranks that stop at the same item have therefore run the same
+    collectives.
+
+    Args:
+        items: the generator; it runs and is closed in the background thread.
+        device: where the items are computed.
+
+    Yields:
+        Each item with the CUDA event after which it is ready; the event is None on the CPU.
+
+    Raises:
+        BaseException: whatever `items` raises.
     """
     wanted: queue.SimpleQueue[bool] = queue.SimpleQueue()
     ready: queue.SimpleQueue[Ready[T] | BaseException | None] = queue.SimpleQueue()
@@ -41,17 +51,18 @@ def prefetch_one(items: Generator[T], device: torch.device) -> Generator[Ready[T
     thread.start()
     wanted.put(True)
     try:
-        while (made := ready.get()) is not None:
-            if isinstance(made, BaseException):
-                raise made
+        while (result := ready.get()) is not None:
+            if isinstance(result, BaseException):
+                raise result
             wanted.put(True)
-            yield made
+            yield result
     finally:
         wanted.put(False)
         thread.join()
 
 
 def _event(device: torch.device) -> torch.cuda.Event | None:
+    """An event recorded in the thread's current CUDA stream; None on the CPU."""
     if device.type != "cuda":
         return None
     event = torch.cuda.Event()

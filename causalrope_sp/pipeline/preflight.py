@@ -1,7 +1,7 @@
-"""Before weights are loaded: whether they, the cache and all that stands beside them will fit, from headers alone.
+"""Predicts from file headers, before weights are loaded, whether a run fits into memory, and refuses it if not.
 
-Memory is that of the cost model; what is free is asked of the device. A run that will not fit is refused in one line
-that says by how much, and which options would make it fit, each of them tried on the model.
+The cost model predicts the memory in bytes, and the device reports what is free. The error says by how much memory is
+short and names the options that would make the run fit; each of them has been tried on the cost model.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from causalrope_sp.text import TextSource
 from causalrope_sp.text.text_footprint import text_bytes
 from causalrope_sp.weights import inspect_checkpoint
 
-CUDA_WORKSPACE = 1 << 29  # a guess: what cuBLAS, NCCL, kernels and the gaps between blocks take
-MOST_RANKS = 64  # that are suggested
+CUDA_WORKSPACE = 1 << 29  # bytes, estimated: cuBLAS, NCCL, kernels and the gaps between blocks
+MOST_RANKS = 64  # the largest number of ranks that is suggested
 PHASES = {
     "text": "while a prompt is encoded",
     "denoise": "while a chunk is denoised",
@@ -41,8 +41,9 @@ PHASES = {
 
 @dataclass(frozen=True)
 class Run:
-    """All that the memory of a rank depends on. `strategy` may be "auto"; `text` is the bytes of UMT5's weights, 0 on
-    a rank without it; `least_window` the fewest latent frames that the stream could look back over."""
+    """Everything that the memory of a rank depends on. `ranks` counts the mesh axis `sp`; `strategy` may be "auto";
+    `text` is the bytes of UMT5's weights, 0 on a rank without UMT5; `least_window` is the smallest possible window in
+    latent frames; `cfg` is the size of that mesh axis."""
 
     work: Workload
     ranks: int
@@ -58,31 +59,32 @@ class Run:
 
     @property
     def auxiliary(self) -> AuxiliaryMemory:
+        """The memory of the text encoder, the codec and the workspace."""
         return replace(
             auxiliary(self.text, self.codec, self.offload, self.on_cpu), decodes_concurrently=self.decodes_concurrently
         )
 
     @property
     def loaded_bytes(self) -> int:
-        """What stays in memory between two streams."""
-        beside = self.auxiliary
-        text, codec = beside.text_stays * beside.text, beside.codec_stays * beside.codec
+        """The bytes that stay on the device between two streams."""
+        other = self.auxiliary
+        text, codec = other.text_stays * other.text, other.codec_stays * other.codec
         return self.work.weights_bytes + text + codec
 
     def plans(self, ranks: int) -> list[Plan]:
-        """With every strategy of so many ranks on the `sp` axis."""
+        """Plans the run with every strategy for `ranks` ranks on the mesh axis `sp`."""
         return plan(self.work, self.cfg * ranks, self.machine, cfg_sizes=(self.cfg,), auxiliary=self.auxiliary)
 
     def plan(self) -> Plan:
-        """With the strategy that is named, or the one that "auto" takes."""
+        """Plans the run with the named strategy, or with the one that "auto" chooses."""
         costs = self.plans(self.ranks)
         named = next((cost for cost in costs if cost.strategy == self.strategy), None)
         return named or next(cost for cost in costs if cost.chosen)
 
 
 def auxiliary(text: int, codec: CodecFootprint, offload: Offload, on_cpu: bool) -> AuxiliaryMemory:
-    """A text encoder of so many bytes and a codec, beside a DiT. On a CPU nothing waits elsewhere: UMT5 is there or
-    given up, a codec that is offloaded is there twice while it is used."""
+    """Returns the memory of a text encoder of `text` bytes, a codec and the workspace. On a CPU, UMT5 is in memory or
+    only in its file, and an offloaded codec is in memory twice while it is used."""
     twice = codec.weights if on_cpu and offload.codec else 0
     return AuxiliaryMemory(
         text=text,
@@ -96,15 +98,15 @@ def auxiliary(text: int, codec: CodecFootprint, offload: Offload, on_cpu: bool) 
 
 
 def check_memory(run: Run, parallel: SequenceParallel, loaded: bool = False) -> None:
-    """Refuses what this rank's device has no room for. A decode rank has a codec alone.
+    """Checks that a run fits into the memory of this rank's device. A decode rank holds the codec alone.
 
     Args:
-        run: what is about to run.
+        run: the run, as `describe_run` describes it.
         parallel: the ranks.
-        loaded: whether the weights are in memory already, so that what is free is free beside them.
+        loaded: whether the weights are in memory already; the free memory then excludes them.
 
     Raises:
-        ConfigError: it will not fit.
+        ConfigError: the run does not fit.
     """
     free = free_bytes(parallel.device)
     if free is not None and loaded:
@@ -127,11 +129,20 @@ def describe_run(
     itemsize: int = 2,
     codec: str | None = None,
 ) -> Run:
-    """What a rank is about to load and run, from the headers of its files. A stream that looks back over everything is
-    counted with the least that it can, a chunk: its length is not known yet.
+    """Describes what this rank will load and run, from the headers of the files. A stream without a window counts with
+    the smallest one, because its length is not known yet.
+
+    Args:
+        model_config: the model's files and settings.
+        parallel: the ranks.
+        offload: which weights leave the device.
+        decode: which ranks decode.
+        itemsize: bytes of a number of the transformer.
+        codec: the kind of codec that the file must hold; None for any.
 
     Raises:
-        CheckpointError, ConfigError: as loading the parts would.
+        CheckpointError: a file cannot be read.
+        ConfigError: the ranks cannot share this model.
     """
     config, stream = inspect_checkpoint(model_config.transformer).config, model_config.stream
     size = model_config.height, model_config.width
@@ -157,7 +168,7 @@ def describe_run(
 
 
 def decode_share(parallel: SequenceParallel, decode: Decode) -> Fraction:
-    """How much of a picture this rank decodes, halos left out."""
+    """Returns the fraction of a frame that this rank decodes, halos not counted."""
     if parallel.mesh.decode:
         return Fraction(int(parallel.decodes), parallel.mesh.decode)
     if decode == "spatial":
@@ -166,18 +177,19 @@ def decode_share(parallel: SequenceParallel, decode: Decode) -> Fraction:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """What is free on a device, in bytes; None where nothing tells. On a CPU, this rank's share of what the system can
-    give without swapping."""
+    """Returns the free memory of a device in bytes, or None if it cannot be read. On a CPU it is this rank's share of
+    the memory that is available without swapping."""
     if device.type == "cuda":
         own = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + own
-    said = [available_memory(Path("/proc/meminfo")), left_in_cgroup(Path("/sys/fs/cgroup"))]
-    free = min((each for each in said if each is not None), default=None)
-    # torchrun's ranks of this machine share it
+    limits = [available_memory(Path("/proc/meminfo")), left_in_cgroup(Path("/sys/fs/cgroup"))]
+    free = min((limit for limit in limits if limit is not None), default=None)
+    # the ranks on this machine share its memory
     return None if free is None else free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def available_memory(meminfo: Path) -> int | None:
+    """Returns the bytes of MemAvailable in a file such as /proc/meminfo, or None if it cannot be read."""
     try:
         lines = meminfo.read_text().splitlines()
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
@@ -186,7 +198,7 @@ def available_memory(meminfo: Path) -> int | None:
 
 
 def left_in_cgroup(cgroup: Path) -> int | None:
-    """What a container's limit leaves, page cache that can be given back included; None without a limit."""
+    """Returns the bytes that a container's limit leaves, reclaimable page cache included, or None without a limit."""
     try:
         limit, used = (int((cgroup / f"memory.{name}").read_text()) for name in ("max", "current"))
         fields = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
@@ -196,12 +208,12 @@ def left_in_cgroup(cgroup: Path) -> int | None:
 
 
 def check_fits(run: Run, free: int | None, device: object) -> None:
-    """Raises ConfigError if a run needs more than `free` bytes; None is enough for anything."""
+    """Raises ConfigError if a run needs more than `free` bytes; None means unlimited."""
     cost = run.plan()
     if free is None or cost.memory_bytes <= free:
         return
     by_time = cost.bytes_by_time
-    when = max(by_time, key=lambda time: by_time[time])
+    phase = max(by_time, key=lambda time: by_time[time])
     parts = {
         "weights": cost.weights_bytes,
         "cache": cost.cache_bytes,
@@ -212,18 +224,18 @@ def check_fits(run: Run, free: int | None, device: object) -> None:
         "its activations": run.codec.activations,
         "workspace": cost.auxiliary.workspace,
     }
-    said = ", ".join(f"{name} {_gb(size)}" for name, size in parts.items() if size)
+    breakdown = ", ".join(f"{name} {_gb(size)}" for name, size in parts.items() if size)
     helps = "; ".join(remedies(run, free))
     raise ConfigError(
-        f"this run needs {_gb(cost.memory_bytes)} GB on {device} {PHASES[when]}, {_gb(free)} GB are free: short by "
-        f"{_gb(cost.memory_bytes - free)} GB ({said}; predicted); "
+        f"this run needs {_gb(cost.memory_bytes)} GB on {device} {PHASES[phase]}, {_gb(free)} GB are free: short by "
+        f"{_gb(cost.memory_bytes - free)} GB ({breakdown}; predicted); "
         + (f"what would make it fit: {helps}" if helps else "no option would make it fit")
     )
 
 
 def remedies(run: Run, free: int) -> list[str]:
-    """The options that make a run fit, as the command line says them, each tried: one alone where one is enough, else
-    on top of all that give memory up without a shorter window or more ranks."""
+    """Returns command-line options that make a run fit, each tried on the cost model: single options if one is enough,
+    else all options that save memory, and with them a shorter window or more ranks."""
     offloads = [(f"--offload {other}", replace(run, offload=other)) for other in _more_offload(run)]
     quantized = replace(run, work=replace(run.work, fp8=True))
     quantizing = [] if run.work.fp8 else [("--weights fp8", quantized)]
@@ -245,7 +257,7 @@ def _fits(run: Run, free: int) -> bool:
 
 
 def _more_offload(run: Run) -> list[Offload]:
-    """What could wait elsewhere beside what does already; on a CPU UMT5 has nowhere to wait but in its file."""
+    """Settings that offload more than the run does. On a CPU, UMT5 can be offloaded only to its file."""
     stays = run.auxiliary.text_stays
     texts: tuple[Keep, ...] = (run.offload.text, "free") if stays else (run.offload.text,)
     codecs = (True,) if run.offload.codec else (False, True)
@@ -253,12 +265,13 @@ def _more_offload(run: Run) -> list[Offload]:
 
 
 def _strategies(run: Run, free: int) -> list[str]:
+    """`--strategy` with the fastest strategy that fits, if any."""
     fitting = [cost for cost in run.plans(run.ranks) if cost.memory_bytes <= free]
     return [f"--strategy {min(fitting, key=lambda cost: cost.chunk_ms).strategy}"] if fitting else []
 
 
 def _windows(run: Run, free: int) -> list[str]:
-    """The longest shorter window that fits."""
+    """`--window` with the longest shorter window that fits, if any."""
     shorter = range(run.work.window - 1, run.least_window - 1, -1)
     fitting = bisect_left(
         shorter, True, key=lambda window: _fits(replace(run, work=replace(run.work, window=window)), free)
@@ -267,7 +280,7 @@ def _windows(run: Run, free: int) -> list[str]:
 
 
 def _ranks(run: Run, free: int) -> list[str]:
-    """The fewest ranks, doubled, that have a strategy which fits."""
+    """The first doubling of the ranks at which a strategy fits, if any."""
     ranks = 2 * run.ranks
     while ranks <= min(MOST_RANKS, run.work.grid.tokens):
         least = min(run.plans(ranks), key=lambda cost: cost.memory_bytes)

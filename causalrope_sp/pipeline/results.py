@@ -1,4 +1,4 @@
-"""What a call returns: frames in the types that diffusers' pipelines return."""
+"""The result of a call: frames in the types that diffusers' pipelines return."""
 
 from __future__ import annotations
 
@@ -18,19 +18,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CausalVideoPipelineOutput:
-    """The videos of a call, B of them with T frames each.
+    """The videos of a call, B of them with T pixel frames each.
 
     Args:
-        frames: by `output_type`: "np" float32 (B, T, H, W, 3) in [0, 1]; "pt" float32 (B, T, 3, H, W) in [0, 1]; "pil"
-            a list of B lists of T pictures; "latent" float32 (B, C, F, H, W) latents as the transformer has them. None
-            on ranks other than 0.
+        frames: the videos in the type that `output_type` names: "np" is float32 (B, T, H, W, 3) in [0, 1]; "pt" is
+            float32 (B, T, 3, H, W) in [0, 1]; "pil" is a list of B lists of T images; "latent" is float32
+            (B, C, F, H, W), the latents in the transformer's own scale. None on ranks other than 0.
     """
 
     frames: Any
 
 
 def as_output(videos: Sequence[np.ndarray], output_type: str) -> Frames:
-    """Videos of uint8 (T, H, W, 3) frames as "np", "pt" or "pil"."""
+    """Converts videos to the type of a result.
+
+    Args:
+        videos: B arrays of uint8 (T, H, W, 3) frames.
+        output_type: "np", "pt" or "pil".
+
+    Returns:
+        The frames as `CausalVideoPipelineOutput` describes them.
+    """
     if output_type == "pil":
         from PIL.Image import fromarray
 

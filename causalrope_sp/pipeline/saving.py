@@ -1,5 +1,4 @@
-"""From a pipeline to a folder: diffusers' layout, so that its own loaders read the parts, with a pipeline.json
-beside."""
+"""Writes a model as a diffusers folder, whose parts diffusers can load, with a pipeline.json for this library."""
 
 from __future__ import annotations
 
@@ -21,10 +20,14 @@ if TYPE_CHECKING:
 
 
 def save_parts(parts: Parts, folder: str | os.PathLike[str]) -> None:
-    """Writes transformer, VAE, text encoder, tokenizer, scheduler and pipeline.json into a folder, which is made.
+    """Writes transformer, VAE, text encoder, tokenizer, scheduler and pipeline.json into a folder.
+
+    Args:
+        parts: the model.
+        folder: the folder to write; it is created if it does not exist.
 
     Raises:
-        ConfigError: weights in 8 bits, which no layout has, or a path of a file.
+        ConfigError: the weights are fp8, which the diffusers layout does not have.
         OutputError: the folder cannot be written.
     """
     if is_fp8(parts.model):
@@ -44,8 +47,7 @@ def save_parts(parts: Parts, folder: str | os.PathLike[str]) -> None:
 
 
 def _save_scheduler(parts: Parts, home: Path) -> dict[str, Any]:
-    """Wan's own scheduler with the shift of the sampler; how this library runs the model stands in the
-    pipeline.json."""
+    """Wan's own scheduler with the sampler's shift, for diffusers; this library reads the pipeline.json instead."""
     (home / "scheduler").mkdir(exist_ok=True)
     scheduler = {
         "_class_name": "UniPCMultistepScheduler",
@@ -58,7 +60,7 @@ def _save_scheduler(parts: Parts, home: Path) -> dict[str, Any]:
 
 
 def _save_codec(parts: Parts, home: Path) -> dict[str, Any]:
-    """The Wan VAE as diffusers has it; another codec as the file that it came from."""
+    """The Wan VAE in diffusers' layout; another codec as a copy of its file."""
     vae = wan_vae_of(parts.codec)
     if vae is not None:
         vae.save_pretrained(home / "vae")
@@ -68,7 +70,7 @@ def _save_codec(parts: Parts, home: Path) -> dict[str, Any]:
 
 
 def _save_text(parts: Parts, home: Path) -> dict[str, Any]:
-    """The files of UMT5 and its tokenizer, copied as they are; nothing for a text encoder without weights."""
+    """Copies of the files of UMT5 and its tokenizer; nothing for a text encoder without weights."""
     if not isinstance(parts.config.text, TextSource) or not parts.config.text.is_here():
         return {}
     weights, tokenizer = parts.config.text.find()
@@ -82,6 +84,7 @@ def _save_text(parts: Parts, home: Path) -> dict[str, Any]:
 
 
 def _settings(parts: Parts, home: Path) -> dict[str, Any]:
+    """The fields of the pipeline.json; the file of a Video Interface Network is copied into the folder."""
     config = parts.config
     codec = "vae" if (home / "vae").is_dir() else Path(config.codec).name
     text = config.text if isinstance(config.text, str) else "./"

@@ -1,4 +1,4 @@
-"""A short stream that is thrown away, before anybody waits for one."""
+"""`warm_up`: a short stream that is discarded, so that the first real one starts without delay."""
 
 from __future__ import annotations
 
@@ -18,13 +18,18 @@ if TYPE_CHECKING:
 
 
 def warm_up(pipe: CausalVideoPipeline) -> None:
-    """Runs a stream of one pass a chunk until its window has been full for a chunk, or a short video whose chunks are
-    made in parallel: kernels are compiled, the fastest attention is measured and the ranks are connected. Every rank
-    must call it."""
+    """Compiles kernels, measures attention libraries and connects ranks. Every rank must call it.
+
+    It runs a stream with one denoise pass a chunk until the window has been full for a chunk, or for a model with
+    parallel chunks a short video. The frames are discarded.
+
+    Args:
+        pipe: the pipeline.
+    """
     parallel, grid, text = pipe.parallel, pipe.settings().grid, _no_text(pipe)
     if parallel.decodes:
         deque(run_decode_worker(pipe.codec, parallel, grid), 0)
-    elif (chunks := pipe.parts.parallel_chunks) is not None:  # a chunk for every rank of the axis
+    elif (chunks := pipe.parts.parallel_chunks) is not None:  # one chunk for every rank of the mesh axis
         latent_frames = chunks.chunks.filled_by(parallel.mesh.chunk)
         frames = 1 + pipe.codec.temporal_stride * (latent_frames - 1)
         deque(pipe.stream(options=GenerationOptions(prompt_embeds=text, num_frames=frames)), 0)
@@ -51,10 +56,11 @@ def _warm_up_stream(pipe: CausalVideoPipeline, text: torch.Tensor) -> None:
     )
     frames = frames_of(pipe.codec, pipe.parallel, grid, pipe.parts.options.decode)
     for number, part in enumerate(chunks):
-        if number < 2:  # the first chunk of a video has fewer pixels than the others
+        if number < 2:  # the first chunk has fewer pixel frames than the others
             frames.decode(part.latents, 0, pipe.codec.temporal_stride * part.chunk.frames)
     frames.close()
 
 
 def _no_text(pipe: CausalVideoPipeline) -> torch.Tensor:
+    """Text embeddings of zeros, (1, text_len, text_dim)."""
     return torch.zeros(1, pipe.model.config.text_len, pipe.model.config.text_dim)

@@ -1,6 +1,10 @@
-"""The embedded default model: its scenes, its prompt grammar, its text encoder and its weights."""
+"""The embedded toybox models: scenes, prompt grammar, text encoder and weights."""
 
 from pathlib import Path
 
 WEIGHTS = Path(__file__).parent / "weights"
-EMBEDDED = ("toybox", "toybox-flow", "toybox-vin")  # the models by name; each has a recipe NAME.json in WEIGHTS
+EMBEDDED = (
+    "toybox",
+    "toybox-flow",
+    "toybox-vin",
+)  # names of the models; each has a pipeline.json, NAME.json, in WEIGHTS

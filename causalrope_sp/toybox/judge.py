@@ -1,7 +1,7 @@
-"""Judges a toybox video from its frames alone: has each object of the prompt its colour, its shape, its motion?
+"""Judges from a toybox video's frames alone whether each object of the prompt has its colour, shape and motion.
 
-What is seen is measured in `seen`. Frames in which two objects touch are left out wherever enough others are left.
-Places are fractions of the picture, y down.
+The module `seen` measures the objects. Frames in which two objects touch are left out if enough others remain.
+Positions are fractions of the picture, y down.
 
 Shapes: T frames, H and W picture, K palette colours.
 """
@@ -26,13 +26,13 @@ FILL = (("triangle", 0.38, 0.66), ("circle", 0.66, 0.89), ("square", 0.89, 1.1))
 PLAUSIBLE = (0.5, 1.9)  # area against the area that the prompt's size and shape words mean
 FOREIGN = 0.006  # the share of the picture that colours outside the prompt may cover: a quarter of a small object
 MOST = 0.8  # the share of frames that "most frames" means
-STEADY = 0.95  # phase coherence from which a place counts as moving evenly; 1 is exactly even
+STEADY = 0.95  # phase coherence from which a position counts as moving evenly; 1 is exactly even
 SPEED_TOLERANCE = 0.25
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one object of the prompt turned out to be: three judgements, and what they were made from."""
+    """The three judgements of one object of the prompt, and the measurements behind them."""
 
     spec: ObjectSpec
     color: bool
@@ -50,9 +50,16 @@ class Verdict:
 
 
 def judge(frames_THW3: Array, spec: SceneSpec) -> list[Verdict]:
-    """One verdict for each object of the prompt, in the prompt's order.
+    """Judges a video.
 
     Colours outside the prompt count against every object of the picture.
+
+    Args:
+        frames_THW3: uint8 (T, H, W, 3).
+        spec: the scene of the prompt.
+
+    Returns:
+        One verdict for each object of the prompt, in the prompt's order.
 
     Raises:
         ValueError: the frames are not uint8 (T, H, W, 3), or two objects of the prompt have the same colour.
@@ -61,7 +68,7 @@ def judge(frames_THW3: Array, spec: SceneSpec) -> list[Verdict]:
         raise ValueError(f"frames must be uint8 (T, H, W, 3), not {frames_THW3.dtype} {frames_THW3.shape}")
     wanted = [o.color for o in spec.objects]
     if len(set(wanted)) < len(wanted):
-        raise ValueError("objects are told apart by their colours; the prompt has two of one colour")
+        raise ValueError("objects are distinguished by their colours; the prompt has two of one colour")
     background, cover_OTHW, share_TK, other_T = segment(frames_THW3, wanted)
     tracks = find_objects(cover_OTHW)
     names = list(COLORS)
@@ -94,7 +101,12 @@ def judge(frames_THW3: Array, spec: SceneSpec) -> list[Verdict]:
 
 
 def summarize(verdicts: Iterable[Verdict]) -> dict[str, float]:
-    """The number of objects, and the share of them with each thing right ("all": colour, shape and motion)."""
+    """Returns the number of objects, and the shares of them with the right color, shape, motion, all three ("all"), and
+    background.
+
+    Args:
+        verdicts: the verdicts of one or more videos.
+    """
     rows = [(v.color, v.shape, v.motion, v.color and v.shape and v.motion, v.background) for v in verdicts]
     shares = np.mean(rows, axis=0) if rows else np.full(5, math.nan)
     names = ("color", "shape", "motion", "all", "background")
@@ -135,7 +147,7 @@ def _motion(track: SeenObject) -> tuple[str, float]:
     out = np.hypot(x - 0.5, y - 0.5)
     turn, steady = _rate(np.arctan2(y - 0.5, x - 0.5) / (2 * math.pi), t)
     speed = turn * ORBIT_FRAMES
-    # First, because the part of an orbit that another object leaves in sight can pass for something straighter.
+    # Orbits come first, because the visible part of an orbit that another object hides can look like a slide.
     if _right(speed) and steady > STEADY and np.median(out) > 0.15 and out.std() < 0.25 * out.mean():
         return f"orbits {'clockwise' if speed > 0 else 'counterclockwise'}", abs(speed)
     rate_x, steady_x = _rate(x, t)
@@ -164,6 +176,7 @@ def _even_motion(across: float, down: float, size: Array, t: Array) -> tuple[str
 
 
 def _right(speed: float) -> bool:
+    """Whether a speed, relative to the one that the word means, is within the tolerance."""
     return abs(abs(speed) - 1) <= SPEED_TOLERANCE
 
 
@@ -191,7 +204,7 @@ def _swing(value: Array, t: Array, period: float) -> tuple[float, bool]:
     centered = value - value.mean()
     weights = np.linalg.solve(square, basis.transpose(0, 2, 1) @ centered[:, None])
     left = ((basis @ weights)[..., 0] - centered).var(1) / centered.var()
-    # Where gaps leave several paces that explain it nearly alike, the right one has the benefit.
+    # If gaps leave several paces that fit almost equally well, the expected one is preferred.
     good = (left < 0.3) & (left < left.min() + 0.1) & (paces > 0.6) & (paces < 1.6)
     best = int(np.where(good, left, np.inf).argmin() if good.any() else left.argmin())
     return float(paces[best]), bool(good[best])

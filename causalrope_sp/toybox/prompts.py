@@ -48,7 +48,7 @@ _WORDS = frozenset(
 
 @dataclass(frozen=True)
 class ObjectSpec:
-    """What a prompt says of one object; every field is a word (or words) of the grammar."""
+    """One object of a prompt; every field is a word or words of the grammar."""
 
     size: str
     color: str
@@ -58,13 +58,13 @@ class ObjectSpec:
 
 @dataclass(frozen=True)
 class SceneSpec:
-    """What a prompt says of the whole picture: one or two objects on a background."""
+    """The scene of a prompt: one or two objects on a background."""
 
     objects: tuple[ObjectSpec, ...]
     background: str = "dark"
 
     def prompt(self) -> str:
-        """The sentence that parses to this scene."""
+        """Returns the sentence that parses to this scene."""
         phrases = [
             "a " + " ".join(w for w in (o.size, o.color, o.shape, o.motion) if w != "medium") for o in self.objects
         ]
@@ -72,10 +72,16 @@ class SceneSpec:
 
 
 def parse_prompt(prompt: str) -> SceneSpec:
-    """Reads one sentence of the grammar. Case, commas, full stops, runs of spaces and articles do not matter.
+    """Parses one sentence of the grammar. Case, commas, full stops, repeated spaces and articles are ignored.
+
+    Args:
+        prompt: the sentence.
+
+    Returns:
+        The scene.
 
     Raises:
-        PromptError: a word outside the grammar (the message lists the words) or words in an order that it lacks.
+        PromptError: a word is not in the grammar, or the order of the words is not.
     """
     words = re.sub(r"[\s,.]+", " ", prompt.lower()).strip()
     unknown = [word for word in words.split() if word not in _WORDS]
@@ -91,6 +97,6 @@ def parse_prompt(prompt: str) -> SceneSpec:
         for word, known in ((color, COLORS), (shape, SHAPES), (motion, MOTIONS), (background, BACKGROUNDS)):
             if word not in known:
                 raise PromptError(
-                    f"{word!r} stands in the wrong place in the prompt {prompt!r}; toybox knows: {GRAMMAR}"
+                    f"{word!r} is in the wrong position in the prompt {prompt!r}; toybox knows: {GRAMMAR}"
                 )
     return SceneSpec(tuple(ObjectSpec(s or "medium", c, sh, m) for s, c, sh, m in phrases), background)

@@ -1,8 +1,8 @@
 """Ground truth for toybox: renders any prompt of the grammar as anti-aliased frames.
 
 Coordinates are fractions of the picture, x to the right and y down; time is counted in pixel frames at 16 fps.
-What a prompt leaves open (where an object starts, at which phase) is fixed by six uniform numbers, three an object,
-drawn from the seed and part of the text that the model gets.
+Six uniform numbers, three an object, set what a prompt leaves open: where an object starts, and its phase. They are
+drawn from the seed and are part of the text embeddings.
 
 Shapes: N scenes, O = 2 objects, T frames, X picture width = height.
 """
@@ -27,21 +27,28 @@ ORBIT_RADIUS = 0.28
 PULSE_DEPTH = 0.3
 MARGIN = 0.03
 
-PLACE_VARIABLES = 6  # uniform numbers a scene needs, three an object: where it starts, at which phase
+PLACE_VARIABLES = 6  # uniform numbers of a scene, three an object: its start and its phase
 
 _DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 
 
 @dataclass(frozen=True)
 class Track:
-    """Where one object is, frame by frame: centre (T, 2) and radius (T,) in fractions of the picture."""
+    """The path of one object over T frames: centre (T, 2) and radius (T,) in fractions of the picture."""
 
     center_T2: Tensor
     radius_T: Tensor
 
 
 def track(spec: ObjectSpec, place: Sequence[float], lane: tuple[float, float], frames: Tensor) -> Track:
-    """The path of one object. `place` holds its three uniform numbers, `lane` the part of the picture it keeps to."""
+    """Computes the path of one object.
+
+    Args:
+        spec: the object.
+        place: its three uniform numbers in [0, 1].
+        lane: the horizontal range, in fractions of the picture, that it stays in where its motion allows.
+        frames: the numbers of the pixel frames, (T,).
+    """
     base = RADII[spec.size]
     radius = torch.full_like(frames, base)
     reach = base * (1 + PULSE_DEPTH if spec.motion == "pulses" else 1)
@@ -69,7 +76,14 @@ def track(spec: ObjectSpec, place: Sequence[float], lane: tuple[float, float], f
 
 
 def tracks(spec: SceneSpec, places: Sequence[float], frames: Tensor) -> list[Track]:
-    """The paths of all objects of a scene. Two objects keep to a half of the picture each where their motion allows."""
+    """Computes the paths of all objects of a scene. Two objects stay in one half of the picture each if their motions
+    allow it.
+
+    Args:
+        spec: the scene.
+        places: the scene's six uniform numbers in [0, 1].
+        frames: the numbers of the pixel frames, (T,).
+    """
     lanes = [(0.0, 1.0)] if len(spec.objects) == 1 else [(0.0, 0.5), (0.5, 1.0)]
     return [track(o, places[3 * i : 3 * i + 3], lane, frames) for i, (o, lane) in enumerate(zip(spec.objects, lanes))]
 
@@ -86,7 +100,17 @@ def _signed_distance(shape: str, offset: Tensor, radius: Tensor) -> Tensor:
 
 
 def render(specs: Sequence[SceneSpec], places_N6: Tensor, frames: Tensor, size: int) -> Tensor:
-    """Frames of N scenes, float32 in [0, 1], shape (N, 3, T, size, size). A slide wraps round the picture's edge."""
+    """Renders N scenes. A slide wraps round the picture's edge.
+
+    Args:
+        specs: the scenes.
+        places_N6: the six uniform numbers of each.
+        frames: the numbers of the pixel frames, (T,).
+        size: pixels of the picture's width and height.
+
+    Returns:
+        Frames, float32 in [0, 1], (N, 3, T, size, size).
+    """
     axis = (torch.arange(size) + 0.5) / size
     grid = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1)
     frames = frames.to(torch.float32)
@@ -104,7 +128,11 @@ def render(specs: Sequence[SceneSpec], places_N6: Tensor, frames: Tensor, size: 
 
 
 def random_scene(generator: torch.Generator) -> SceneSpec:
-    """A scene drawn evenly from the grammar; half of them hold two objects, of different colours."""
+    """Draws a scene uniformly from the grammar; half of the scenes have two objects, of different colours.
+
+    Args:
+        generator: the source of randomness.
+    """
 
     def pick(options: Sequence[str]) -> str:
         return options[int(torch.randint(len(options), (), generator=generator))]

@@ -1,8 +1,8 @@
-"""What is seen in the frames of a toybox video: each object's coverage, place and size, and the picture's colours.
+"""Measures the objects in the frames of a toybox video: coverage, position and size, and the picture's colours.
 
-Every pixel is read as a mixture of the background and one palette colour, which gives each object a soft coverage;
-places and sizes are measured from it on the torus (a slide wraps round the picture's edge). Places are fractions of the
-picture, y down.
+Every pixel is modelled as a mixture of the background and one palette colour, which gives each object a soft coverage.
+Positions and sizes are measured from it on the torus, because a slide wraps round the picture's edge. Positions are
+fractions of the picture, y down.
 
 Shapes: T frames, H and W picture, N pixels that are not background, K palette colours, O objects of the prompt.
 """
@@ -45,11 +45,12 @@ class SeenObject:
 
     @property
     def clear(self) -> Array:
+        """The frames in which the object is seen and touches no other, bool (T,)."""
         return self.present & ~self.touching
 
     @property
     def whole(self) -> Array:
-        """The clear frames and those in which the object touches another but its outline is as it always is."""
+        """The clear frames, and those in which the object touches another but has its usual outline, bool (T,)."""
         usual = best_frames(self.clear, self.present)
         if not usual.any():
             return usual
@@ -60,8 +61,16 @@ class SeenObject:
 
 
 def follow(frames_THW3: Array, spec: SceneSpec) -> tuple[Array, Array]:
-    """Where each object of the prompt is: its centre (O, T, 2), x and y in fractions of the picture, NaN where it is
-    not seen; and the soft coverage of its pixels, (O, T, H, W)."""
+    """Tracks each object of the prompt.
+
+    Args:
+        frames_THW3: uint8 (T, H, W, 3).
+        spec: the scene of the prompt.
+
+    Returns:
+        Centres (O, T, 2), x and y in fractions of the picture, NaN where an object is not seen; and soft coverages,
+        (O, T, H, W).
+    """
     _, cover_OTHW, _, _ = segment(frames_THW3, [o.color for o in spec.objects])
     tracks = find_objects(cover_OTHW)
     centers = [np.where(t.present[:, None], np.stack([t.x, t.y], 1), math.nan) for t in tracks]
@@ -69,14 +78,26 @@ def follow(frames_THW3: Array, spec: SceneSpec) -> tuple[Array, Array]:
 
 
 def palette(frames_THW3: Array) -> tuple[str, Array]:
-    """The background's word, and the mean share of the picture that each palette colour covers, (K,)."""
+    """Returns the background's word, and the mean share of the picture that each palette colour covers, (K,).
+
+    Args:
+        frames_THW3: uint8 (T, H, W, 3).
+    """
     background, _, share_TK, _ = segment(frames_THW3, list(COLORS))
     return background, share_TK.mean(0)
 
 
 def segment(frames: Array, wanted: list[str]) -> tuple[str, Array, Array, Array]:
-    """The background's word, each object's soft coverage (O, T, H, W), and the shares of the picture (T, K) that the
-    palette colours cover and (T,) that colours far from all of them cover."""
+    """Separates the objects of a video by colour.
+
+    Args:
+        frames: uint8 (T, H, W, 3).
+        wanted: the colours of the prompt's objects.
+
+    Returns:
+        The background's word; each object's soft coverage, (O, T, H, W); the share of the picture that each palette
+        colour covers, (T, K); and the share that colours far from all of them cover, (T,).
+    """
     pixels = frames.reshape(-1, 3).astype(np.float32)
     near = {w: ((pixels - np.array(c, np.float32)) ** 2).sum(1) < BACKGROUND_REACH**2 for w, c in BACKGROUNDS.items()}
     word = max(near, key=lambda w: int(near[w].sum()))
@@ -91,26 +112,30 @@ def segment(frames: Array, wanted: list[str]) -> tuple[str, Array, Array, Array]
     label = error_NK.argmin(1)
     strong = alpha_NK[rows, label] > 0.5
     # The colour of a faint pixel at an outline is mostly noise, so it may only be one of the prompt's.
-    ours = np.array([list(COLORS).index(w) for w in wanted])
-    label = np.where(strong, label, ours[error_NK[:, ours].argmin(1)])
+    prompt_colors = np.array([list(COLORS).index(w) for w in wanted])
+    label = np.where(strong, label, prompt_colors[error_NK[:, prompt_colors].argmin(1)])
     known = error_NK[rows, label] < PALETTE_REACH**2
     size = frames.shape[1] * frames.shape[2]
     time = active // size
-    # Label K stands for the pixels that are no palette colour.
-    place = time * (len(d_K3) + 1) + np.where(known, label, len(d_K3))
-    share_TK = np.bincount(place[strong], minlength=len(frames) * (len(d_K3) + 1)).reshape(len(frames), -1) / size
+    # Label K marks the pixels that have no palette colour.
+    cell = time * (len(d_K3) + 1) + np.where(known, label, len(d_K3))
+    share_TK = np.bincount(cell[strong], minlength=len(frames) * (len(d_K3) + 1)).reshape(len(frames), -1) / size
     cover = np.zeros((len(wanted), len(pixels)), np.float32)
-    for i, k in enumerate(ours):
-        mine = known & (label == k)
-        solid = alpha_NK[mine & strong, k]
+    for i, k in enumerate(prompt_colors):
+        own = known & (label == k)
+        solid = alpha_NK[own & strong, k]
         plateau = float(np.quantile(solid, 0.7)) if len(solid) else 1.0
         # Steeper about one half: the outline stays where it is, a blur narrows, and faint noise vanishes.
-        cover[i, active[mine]] = np.clip((alpha_NK[mine, k] / plateau - 0.2) / 0.6, 0, 1)
+        cover[i, active[own]] = np.clip((alpha_NK[own, k] / plateau - 0.2) / 0.6, 0, 1)
     return word, cover.reshape(len(wanted), *frames.shape[:3]), share_TK[:, :-1], share_TK[:, -1]
 
 
 def find_objects(cover_OTHW: Array) -> list[SeenObject]:
-    """Measures every object in every frame."""
+    """Measures every object in every frame.
+
+    Args:
+        cover_OTHW: the objects' soft coverages.
+    """
     reach = max(1, round(cover_OTHW.shape[-1] / 64))
     near = [_grow(cover > 0, reach) for cover in cover_OTHW]
     tracks = []
@@ -125,7 +150,7 @@ def find_objects(cover_OTHW: Array) -> list[SeenObject]:
         for other in others:
             touching |= (near[i] & other).any((1, 2))
         last = False
-        for t in range(len(cover)):  # an object that vanished while touching is hidden, not gone
+        for t in range(len(cover)):  # an object that vanished while touching is hidden, not lost
             touching[t] |= last and not present[t]
             last = bool(touching[t])
         cut = solid[:, [0, -1], :].any((1, 2)) | solid[:, :, [0, -1]].any((1, 2))
@@ -164,12 +189,16 @@ def _measure(cover_HW: Array) -> tuple[float, float, float, float, float]:
 
 
 def _circular_mean(profile: Array) -> float:
-    """The mean place, in pixels from the first one's edge, on a line whose ends are joined."""
-    places = np.arange(len(profile)) + 0.5
-    angle = np.angle((profile * np.exp(2j * np.pi * places / len(profile))).sum())
+    """The mean position, in pixels from the first pixel's edge, on a line whose ends are joined."""
+    positions = np.arange(len(profile)) + 0.5
+    angle = np.angle((profile * np.exp(2j * np.pi * positions / len(profile))).sum())
     return float(angle) / (2 * math.pi) % 1 * len(profile)
 
 
 def best_frames(*choices: Array) -> Array:
-    """The first choice of frames that leaves enough of them, else the last."""
+    """Returns the first choice of frames that has at least `FEWEST` of them, else the last choice.
+
+    Args:
+        choices: masks of frames, bool (T,).
+    """
     return next((c for c in choices if c.sum() >= FEWEST), choices[-1])

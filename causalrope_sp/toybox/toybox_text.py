@@ -1,5 +1,5 @@
-"""toybox's text encoder: no weights, a closed vocabulary. Each phrase of the prompt is one token, the union of its
-words as ones at their places; an object's token also carries what the prompt leaves open of it.
+"""toybox's text encoder, with a closed vocabulary and no weights. Each phrase of the prompt is one token, which has a
+one at the index of each of its words. An object's token also has the numbers that the prompt leaves open.
 
 Shapes: L = 3 tokens (background, first and second object), E embedding width.
 """
@@ -18,60 +18,94 @@ from causalrope_sp.toybox.prompts import BACKGROUNDS, COLORS, MOTIONS, SHAPES, S
 from causalrope_sp.toybox.scenes import PLACE_VARIABLES, tracks
 
 _WORDS = [*("first object", "second object", "background"), *SIZES, *COLORS, *SHAPES, *MOTIONS, *BACKGROUNDS]
-_PLACE = {word: place for place, word in enumerate(_WORDS)}
+_INDEX = {word: index for index, word in enumerate(_WORDS)}
 _NUMBERS = 3  # an object's share of `scenes.PLACE_VARIABLES`
 
-_START = 16  # the waves, as the chart's, of where an object starts
+_START = 16  # values that encode where an object starts, as the chart encodes positions
 
 TEXT_DIM = len(_WORDS) + 3 * _NUMBERS + _START
 TEXT_LEN = 3
 
 
 class ToyboxText:
-    """What a pipeline asks of a text encoder: embeddings of a prompt, and the frames that a stream opens with."""
+    """The text encoder of toybox, with the interface that a pipeline uses."""
 
     def encode(self, prompt: str, seed: int) -> Tensor:
-        """(1, L, E). What the prompt leaves open is drawn from the seed.
+        """Encodes a prompt.
+
+        Args:
+            prompt: a sentence of the grammar.
+            seed: the seed from which the numbers that the prompt leaves open are drawn.
+
+        Returns:
+            Embeddings, (1, L, E).
 
         Raises:
-            PromptError: the prompt is outside the grammar.
+            PromptError: the prompt is not in the grammar.
         """
         places = torch.rand(PLACE_VARIABLES, generator=keyed_generator(seed))
         return encode_scene(parse_prompt(prompt), places).unsqueeze(0)
 
     def encode_all(self, prompts: Sequence[str | None], seed: int) -> list[Tensor]:
-        """Those of several prompts. None is no text: zeros, which the weights that ship have not been trained on."""
+        """Encodes several prompts. None becomes zeros, on which the embedded weights have not been trained.
+
+        Args:
+            prompts: sentences of the grammar, or None.
+            seed: the seed of each, as for `encode`.
+
+        Returns:
+            One tensor (1, L, E) a prompt.
+
+        Raises:
+            PromptError: a prompt is not in the grammar.
+        """
         nothing = torch.zeros(1, TEXT_LEN, TEXT_DIM)
         return [nothing if prompt is None else self.encode(prompt, seed) for prompt in prompts]
 
     def opening(self, channels: int, height: int, width: int) -> Tensor:
-        """The given latent frames of every stream, (1, 1, channels, height, width): the chart."""
+        """Returns the initial latent frame of every stream, the chart, (1, 1, channels, height, width)."""
         return chart(1, channels, height, width)
 
 
 def leave_open(embeds: Tensor, *, places: bool = False, colors: bool = False) -> Tensor:
-    """Embeddings (..., E) that do not say where objects start and at which phase, or which colours they and the
-    background have: that is left to the noise. Chunks far apart then agree only if something makes them."""
-    said = torch.ones(TEXT_DIM)
+    """Removes information from embeddings, so that the noise determines it instead. Distant chunks of a video then
+    agree only if the model makes them agree.
+
+    Args:
+        embeds: (..., E).
+        places: whether to remove where objects start and at which phase.
+        colors: whether to remove the colours of objects and background.
+
+    Returns:
+        Embeddings of the same shape.
+    """
+    kept = torch.ones(TEXT_DIM)
     if places:
-        said[len(_WORDS) :] = 0
+        kept[len(_WORDS) :] = 0
     if colors:
-        said[[_PLACE[word] for word in (*COLORS, *BACKGROUNDS)]] = 0
-    return embeds * said.to(embeds)
+        kept[[_INDEX[word] for word in (*COLORS, *BACKGROUNDS)]] = 0
+    return embeds * kept.to(embeds)
 
 
 def encode_scene(spec: SceneSpec, places_6: Tensor) -> Tensor:
-    """The embeddings of a scene, (L, E), zeros where there is no second object.
+    """Encodes a scene.
 
-    The six uniform numbers say where the objects start and at which phase; each is given as a sine, a cosine and a
-    ramp, of about unit size. The place where an object's centre starts follows, in the same waves as the chart's, so
-    that a token of the picture finds what is near it by a product of the two.
+    An object's token has its words, then its three uniform numbers as sines, cosines and ramps of about unit size,
+    then the initial position of its centre in the same encoding as the chart's. The product of that encoding with the
+    chart's is large for tokens of the picture that are near the object.
+
+    Args:
+        spec: the scene.
+        places_6: six uniform numbers in [0, 1], three an object: where it starts, and its phase.
+
+    Returns:
+        Embeddings, (L, E); zeros for a second object that does not exist.
     """
     embeds = torch.zeros(TEXT_LEN, TEXT_DIM)
-    embeds[0, [_PLACE["background"], _PLACE[spec.background]]] = 1.0
+    embeds[0, [_INDEX["background"], _INDEX[spec.background]]] = 1.0
     paths = tracks(spec, places_6.tolist(), torch.zeros(1))
     for i, (which, o, path) in enumerate(zip(("first object", "second object"), spec.objects, paths, strict=False)):
-        embeds[1 + i, [_PLACE[word] for word in (which, o.size, o.color, o.shape, o.motion)]] = 1.0
+        embeds[1 + i, [_INDEX[word] for word in (which, o.size, o.color, o.shape, o.motion)]] = 1.0
         numbers = places_6[_NUMBERS * i : _NUMBERS * (i + 1)]
         angles = 2 * math.pi * numbers
         cycles = 2**0.5 * torch.cat([angles.sin(), angles.cos()])

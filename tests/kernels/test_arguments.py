@@ -212,7 +212,7 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "bounds alone": (
         lambda: attention(Q, Keys(Q, Q, None, torch.zeros(0, 2, dtype=torch.int32))),
-        "bounds_N2: expected stretches beside it",
+        "bounds_N2: expected ranges with it",
     ),
     "rows of no columns": (
         lambda: norm_rope_store(projecting(columns=0)),

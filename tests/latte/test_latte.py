@@ -22,7 +22,7 @@ from causalrope_sp.distributed import SequenceParallel
 from causalrope_sp.distributed.axis_switch import received_by_switches, split_evenly
 from causalrope_sp.distributed.launch import RankPool
 from causalrope_sp.latte import LatteConfig, LatteDiT, LattePass, LatteStream, load_latte
-from causalrope_sp.latte.positions import times
+from causalrope_sp.latte.positions import spatial_positions, times
 from causalrope_sp.reuse import Broadcast, ReusePolicy
 
 SIZES: dict[str, Any] = {

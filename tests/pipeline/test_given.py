@@ -19,7 +19,7 @@ from causalrope_sp.diffusion.noise import seeded_noise
 from causalrope_sp.grid import split_into_chunks
 from causalrope_sp.io.video_writer import VideoWriter
 from causalrope_sp.pipeline.conditioning import Conditioning, VideoLatents, whole_chunks
-from causalrope_sp.pipeline.output import Cut, decoded_chunks
+from causalrope_sp.pipeline.output import FrameRange, decoded_chunks
 from tests.support.videos import video_of
 
 PROMPT = "a red circle slides right"
@@ -73,7 +73,7 @@ def test_latents_come_as_asked_and_the_last_frame_goes_on(pipe: CausalVideoPipel
 def test_given_frames_fill_whole_chunks(most: int, chunk: int, lone: bool, opening: int) -> None:
     """By listing where chunks end: the frames after the given ones stand where they would have stood."""
     stream = StreamConfig(chunk_frames=chunk, independent_first_frame=lone)
-    count = whole_chunks(most, stream, opening=opening and 1)
+    count = whole_chunks(most, stream, prefix=opening and 1)
     lone_left = lone and not opening
     ends = [part.stop for part in split_into_chunks(most + chunk, chunk, independent_first_frame=lone_left)]
     full = [end for end in ends[: -1 or None] if end <= most and (end - lone_left) % chunk == 0]
@@ -131,7 +131,7 @@ def continued(pipe: CausalVideoPipeline, past: Conditioning, frames: int) -> np.
     """So many pixel frames after given latent frames, decoded as the pipeline decodes them."""
     assert past.latents is not None
     opening, stream = opening_of(pipe), pipe.config.stream
-    cut = Cut(frames, pipe.codec.temporal_stride, opening.shape[1], past)
+    cut = FrameRange(frames, pipe.codec.temporal_stride, opening.shape[1], past)
     chunks = sample_chunks(
         pipe.model,
         pipe.text.encode(PROMPT, SEED),
