@@ -1,5 +1,5 @@
-"""Checks of single values. Each message is one sentence that names the argument, what is expected and what was
-given."""
+"""Checks of single arguments. Each message is one sentence that names the argument, what was expected and what it
+got."""
 
 from __future__ import annotations
 
@@ -13,15 +13,21 @@ LONGEST_SHOWN = 80  # characters of a value that a message shows
 
 
 def check_whole(name: str, value: object, least: int = 1, most: int | None = None) -> int:
-    """`value` as an int; numpy's whole numbers are taken, booleans and floats are not.
+    """Checks a whole number and returns it as an int. numpy's integers are accepted, booleans and floats are not.
+
+    Args:
+        name: of the argument, for the message.
+        value: the argument.
+        least: the smallest value that is accepted.
+        most: the largest value that is accepted; None for no limit.
 
     Raises:
-        ConfigError: no whole number from `least` to `most`.
+        ConfigError: `value` is not a whole number from `least` to `most`.
     """
     whole: int | None = None
     if not isinstance(value, bool | float):
         try:
-            whole = operator.index(value)  # type: ignore[arg-type]  # the error is what is asked for
+            whole = operator.index(value)  # type: ignore[arg-type]  # a TypeError is the test
         except TypeError:
             whole = None
     if whole is None or whole < least or (most is not None and whole > most):
@@ -31,10 +37,15 @@ def check_whole(name: str, value: object, least: int = 1, most: int | None = Non
 
 
 def check_fields(owner: object, names: Iterable[str], least: int = 1) -> None:
-    """Replaces fields of a frozen dataclass by what `check_whole` makes of them.
+    """Checks fields of a frozen dataclass with `check_whole` and replaces them by the ints it returns.
+
+    Args:
+        owner: the dataclass.
+        names: of the fields.
+        least: the smallest value that is accepted.
 
     Raises:
-        ConfigError: a field that is no whole number of at least `least`.
+        ConfigError: a field is not a whole number of at least `least`.
     """
     for name in names:
         whole = check_whole(f"{type(owner).__name__}.{name}", getattr(owner, name), least)
@@ -42,15 +53,21 @@ def check_fields(owner: object, names: Iterable[str], least: int = 1) -> None:
 
 
 def check_number(name: str, value: object, *, above: float = -math.inf, least: float = -math.inf) -> float:
-    """`value` as a finite float.
+    """Checks a number and returns it as a finite float.
+
+    Args:
+        name: of the argument, for the message.
+        value: the argument.
+        above: a lower bound that is not accepted itself.
+        least: the smallest value that is accepted.
 
     Raises:
-        ConfigError: no number, or one that is not above `above` and at least `least`.
+        ConfigError: `value` is not a finite number, not above `above`, or below `least`.
     """
     number = math.nan
     if not isinstance(value, bool | str | bytes):
         try:
-            number = float(value)  # type: ignore[arg-type]  # the error is what is asked for
+            number = float(value)  # type: ignore[arg-type]  # an error is the test
         except (TypeError, ValueError, OverflowError, RuntimeError):
             number = math.nan
     if not (math.isfinite(number) and number > above and number >= least):
@@ -61,23 +78,23 @@ def check_number(name: str, value: object, *, above: float = -math.inf, least: f
 
 
 def check_text(name: str, value: object) -> str:
-    """Raises ConfigError unless `value` is a text that is not empty."""
+    """Checks a string that must not be empty and returns it; raises ConfigError otherwise."""
     if not isinstance(value, str) or not value.strip():
         raise ConfigError(f"{name} must be a text that is not empty, not {shown(value)}")
     return value
 
 
 def check_choice(name: str, value: object, known: Collection[str]) -> str:
-    """Raises ConfigError unless `value` is one of the words `known`."""
+    """Checks a string that must be one of `known` and returns it; raises ConfigError otherwise."""
     if not isinstance(value, str) or value not in known:
         raise ConfigError(f"{name} must be one of {', '.join(known)}, not {shown(value)}")
     return value
 
 
 def shown(value: object) -> str:
-    """A value as a message shows it: its repr in one line, cut where it is long."""
+    """Formats a value for a message: its repr in one line, shortened to `LONGEST_SHOWN` characters."""
     try:
-        said = " ".join(repr(value).split())
-    except Exception:  # a repr is anybody's code
-        said = type(value).__name__
-    return said if len(said) <= LONGEST_SHOWN else f"{said[:LONGEST_SHOWN]}…"
+        text = " ".join(repr(value).split())
+    except Exception:  # a foreign __repr__ may raise anything
+        text = type(value).__name__
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…"

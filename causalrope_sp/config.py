@@ -1,4 +1,4 @@
-"""Configuration: frozen dataclasses that refuse nonsense at construction."""
+"""Configuration of model, stream and sampler: frozen dataclasses that check their values at construction."""
 
 from __future__ import annotations
 
@@ -14,9 +14,22 @@ from causalrope_sp.errors import ConfigError
 class DiTConfig:
     """Sizes of a Wan 2.1 text-to-video DiT.
 
+    Args:
+        dim: D, the model width.
+        ffn_dim: width of the feed-forward.
+        num_heads: H, attention heads.
+        num_layers: blocks.
+        text_dim: width of a text embedding.
+        text_len: text embeddings of a prompt, padding included.
+        freq_dim: width of the sinusoidal embedding of a timestep.
+        in_channels: channels of the latents.
+        patch_size: latent frames, height and width of a token, in latent pixels.
+        eps: of the norms.
+        theta: base of the rotary frequencies.
+
     Raises:
-        ConfigError: a size below 1, `dim` not divisible by `num_heads`, an odd or too small head width, an odd
-            `freq_dim`, an `eps` or `theta` that is not a positive finite number.
+        ConfigError: a size is below 1, `num_heads` does not divide `dim`, the head width is odd or below 6, `freq_dim`
+            is odd, or `eps` or `theta` is not a positive finite number.
     """
 
     dim: int
@@ -48,15 +61,16 @@ class DiTConfig:
 
     @property
     def head_dim(self) -> int:
+        """d, the width of a head."""
         return self.dim // self.num_heads
 
     @property
     def token_dim(self) -> int:
-        """Numbers in one token before embedding, and in one output of the head."""
+        """E, the numbers in one token before embedding, and in one output of the model's head."""
         return self.in_channels * self.patch_size[0] * self.patch_size[1] * self.patch_size[2]
 
 
-VAE_STRIDE = (4, 8, 8)  # Wan's: pixel frames, rows and columns that one latent number stands for
+VAE_STRIDE = (4, 8, 8)  # of Wan 2.1: pixel frames a latent frame, then pixels a latent pixel in height and width
 
 PRESETS = {
     "wan2.1-1.3b": DiTConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30),
@@ -66,17 +80,20 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class StreamConfig:
-    """How a video is cut into chunks and how far back attention looks, in latent frames.
+    """How a video is cut into chunks and how far back attention looks. Lengths are in latent frames.
 
-    `window` counts the current chunk (Self-Forcing's `local_attn_size`); None looks back over everything, which
-    needs a video of known length. `sink` frames of the very start never leave the window.
-
-    `rope` says where a frame stands in time: "absolute", at its global time index, as models are trained; or
-    "relative", at its place within the window, so that a stream of hours never leaves the range of a trained one and
-    its sink stays near. Without a sink both are the same.
+    Args:
+        window: how far back attention looks, the current chunk included (Self-Forcing's `local_attn_size`); None looks
+            back over all frames, which needs a video of known length.
+        sink: how many of the stream's first frames never leave the window.
+        chunk_frames: length of a chunk.
+        independent_first_frame: whether the stream's first frame is a chunk of its own.
+        rope: a frame's position in time. "absolute" is its global time index, as in training; "relative" is its
+            position within the window, so that a stream of hours stays within the trained range and its sink stays
+            near. Without a sink both give the same result.
 
     Raises:
-        ConfigError: a length below its minimum, a window smaller than chunk + sink, an unknown `rope`.
+        ConfigError: a length is below its minimum, the window is smaller than chunk + sink, or `rope` is unknown.
     """
 
     window: int | None = None
@@ -99,24 +116,29 @@ class StreamConfig:
             )
 
 
-Keep = Literal["device", "cpu", "free"]  # where weights wait between two uses
+Keep = Literal["device", "cpu", "free"]  # where weights are kept between two uses
 Solver = Literal["renoise", "euler", "unipc"]
-LARGEST = 1000.0  # a shift or a guidance scale; a hundred times what is ever used
+LARGEST = 1000.0  # bound of a shift or a guidance scale; a hundred times the largest in use
 
 
 @dataclass(frozen=True)
 class SamplerConfig:
-    """The denoising steps, and how strongly they are guided. `solver` "renoise" is Self-Forcing's few-step loop, where
-    `steps` are unshifted timesteps in (0, 1000]; "euler" follows the flow ODE from noise to data through `steps` and
-    then 0; "unipc" does so to second order (UniPC, arXiv 2302.04867) and must start below 1000.
+    """The denoising steps and their guidance.
 
-    `guidance_scale` s leads away from a negative prompt, v = v⁻ + s·(v⁺ - v⁻), at the steps whose timestep, as the
-    model is told it, is within `guidance_interval`, both ends counted (arXiv 2404.07724); elsewhere, and everywhere at
-    scale 1, v = v⁺.
+    Args:
+        steps: unshifted timesteps in (0, 1000], falling.
+        shift: moves steps to higher noise, σ = shift·s / (1 + (shift - 1)·s) with s = step/1000.
+        solver: "renoise" is Self-Forcing's few-step loop (arXiv 2506.08009); "euler" follows the flow ODE from noise to
+            data through `steps` and then 0; "unipc" does so to second order (UniPC, arXiv 2302.04867) and must start
+            below 1000.
+        guidance_scale: s of classifier-free guidance, v = v⁻ + s·(v⁺ - v⁻), where v⁺ is the conditional and v⁻ the
+            unconditional velocity; at 1 there is no guidance, v = v⁺.
+        guidance_interval: lowest and highest timestep, as the model is called with it, at which steps are guided
+            (arXiv 2404.07724); at other steps v = v⁺.
 
     Raises:
-        ConfigError: no steps, steps outside (0, 1000] or not falling, a shift or a scale beyond what any model is run
-            with (`LARGEST`), an interval that is none within [0, 1000].
+        ConfigError: there are no steps, steps are outside (0, 1000] or not falling, `shift` or `guidance_scale` is out
+            of range (`LARGEST`), the solver is unknown, or the interval is not within [0, 1000].
     """
 
     steps: tuple[float, ...] = (1000, 750, 500, 250)

@@ -1,4 +1,4 @@
-"""From the host to a device, without the host waiting."""
+"""Copies from the host to a device that do not block the host."""
 
 from __future__ import annotations
 
@@ -7,6 +7,12 @@ from torch import Tensor
 
 
 def send(x: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """`x` on `device`, as `dtype` if given. To CUDA it goes from pinned memory, in the stream's order."""
+    """Returns `x` on `device`.
+
+    Args:
+        x: the tensor. It is copied to a CUDA device from pinned memory, in the order of the current CUDA stream.
+        device: where the result lives.
+        dtype: of the result; None keeps that of `x`.
+    """
     x = x if dtype is None else x.to(dtype=dtype)
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and not x.is_cuda else x.to(device)

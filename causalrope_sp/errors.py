@@ -1,4 +1,4 @@
-"""Wrong input, by kind. Every message is one line that names what is wrong and what would be right."""
+"""The exceptions of the library. Every message is one line that names what is wrong and what was expected."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ class CausalRopeError(ValueError):
 
 
 class ConfigError(CausalRopeError):
-    """A configuration, size, window or strategy that cannot work."""
+    """A configuration, size, window or strategy is invalid."""
 
 
 class PromptError(CausalRopeError):
-    """A prompt that the model's text encoder does not know."""
+    """The model's text encoder cannot encode a prompt."""
 
 
 class CheckpointError(CausalRopeError):
-    """A checkpoint that cannot be read, or does not hold what its layout promises."""
+    """A checkpoint cannot be read, or does not hold what its layout requires."""
 
 
 class InputError(CausalRopeError):
-    """A picture or video that cannot be read."""
+    """An image or video cannot be read."""
 
 
 class OutputError(CausalRopeError):
-    """An output file or folder that cannot be written."""
+    """An output file or folder cannot be written."""
 
 
 class RankLostError(RuntimeError):
-    """No wrong input: another rank of the stream is gone, stopped or stuck."""
+    """Another rank of the stream exited, was stopped or does not respond. It is not caused by wrong input."""
