@@ -1,6 +1,7 @@
-"""The operations by hand: one layer's self-attention of a chunk on a ring of frame slots.
+"""Calls the kernels' operations directly: one layer's self-attention of a chunk on a ring of frame slots.
 
-A grid of 4×6 tokens a frame, 2 heads of 16; chunk 3 of frames 6 and 7, in a ring of six slots that holds frames 2 to 7.
+The grid has 4×6 tokens a frame, attention 2 heads of width 16. Chunk 3 has frames 6 and 7; the ring has six slots and
+holds frames 2 to 7.
 """
 
 from __future__ import annotations
@@ -11,17 +12,17 @@ from causalrope_kernels import Keys, Projection, Rotation, Slots, attention, nor
 
 ROWS, COLUMNS, HEADS, WIDTH, SLOTS, FRAMES = 4, 6, 2, 16, 6, (6, 7)
 TOKENS, DIM = ROWS * COLUMNS, HEADS * WIDTH
-PAIRS = WIDTH // 2 - 2 * (WIDTH // 6), WIDTH // 6, WIDTH // 6  # of channels: for time, row, column
+PAIRS = WIDTH // 2 - 2 * (WIDTH // 6), WIDTH // 6, WIDTH // 6  # pairs of channels for time, row, column
 
 
-def table(places: int, pairs: int) -> torch.Tensor:
-    """Cosines and sines of every place on an axis, (places, 2, pairs)."""
-    angles = torch.outer(torch.arange(places, dtype=torch.float64), 10_000.0 ** (-torch.arange(pairs) / pairs))
+def table(positions: int, pairs: int) -> torch.Tensor:
+    """Returns the cosines and sines of every position on an axis, (positions, 2, pairs)."""
+    angles = torch.outer(torch.arange(positions, dtype=torch.float64), 10_000.0 ** (-torch.arange(pairs) / pairs))
     return torch.stack([angles.cos(), angles.sin()], 1).float()
 
 
-times = torch.tensor(FRAMES)  # with the global time index on the device, no kernel depends on it
-tables = [table(places, pairs) for places, pairs in zip((1024, ROWS, COLUMNS), PAIRS, strict=True)]
+times = torch.tensor(FRAMES)  # a tensor on the device, so that no kernel is compiled for one global time index
+tables = [table(positions, pairs) for positions, pairs in zip((1024, ROWS, COLUMNS), PAIRS, strict=True)]
 rotation = Rotation(*tables, times, times, start=0, tokens=TOKENS, columns=COLUMNS)
 qkv = torch.randn(1, len(FRAMES), TOKENS, 3 * DIM)
 projection = Projection(qkv, torch.ones(DIM), torch.ones(DIM), rotation, HEADS, eps=1e-6)
@@ -31,5 +32,5 @@ ring_k, ring_v = torch.randn(2, 1, SLOTS, TOKENS, HEADS, WIDTH)
 slots = times % SLOTS
 norm_rope_store(projection, q=[Slots(q)], k=[Slots(ring_k, slots)], v=[Slots(ring_v, slots)])
 
-keys = Keys(ring_k.flatten(1, 2), ring_v.flatten(1, 2), ranges=((0, SLOTS * TOKENS),))  # in rows, not in slots
+keys = Keys(ring_k.flatten(1, 2), ring_v.flatten(1, 2), ranges=((0, SLOTS * TOKENS),))  # rows of tokens, not slots
 print(attention(q.flatten(1, 2), keys).shape)

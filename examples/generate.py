@@ -1,4 +1,4 @@
-"""A prompt becomes a video, chunk by chunk: python examples/generate.py ["PROMPT" [OUT.mp4 [FRAMES]]]"""
+"""Generates a video from a prompt, chunk by chunk: python examples/generate.py ["PROMPT" [OUT.mp4 [FRAMES]]]"""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def main(prompt: str = "a red circle slides right", out: str = "generated.mp4", 
     pipe = CausalVideoPipeline.from_pretrained("toybox")  # or a folder, or a file
     with VideoWriter(out, pipe.height, pipe.width, pipe.fps) as video:
         for chunk in pipe.stream(prompt, frames=int(frames), seed=0):
-            assert chunk.frames is not None  # uint8, T×H×W×3; only ranks above 0 of a parallel run get none
+            assert chunk.frames is not None  # uint8, T×H×W×3; None only on ranks above 0 of a parallel run
             video.write(chunk.frames)
             print(f"chunk {chunk.index}: {len(chunk.frames)} frames in {1000 * chunk.seconds:.0f} ms")
     print(f"{video.frames} frames in {out}")

@@ -1,4 +1,4 @@
-"""One stream on many processes; rank 0 gets the frames as they are made:
+"""Runs one stream on several processes; rank 0 receives each chunk's frames as soon as they are decoded.
 
 torchrun --standalone --nproc-per-node 2 examples/stream_sp.py ["PROMPT" [OUT.mp4 [FRAMES]]]
 """
@@ -15,8 +15,8 @@ from causalrope_sp.io.video_writer import VideoWriter
 def main(prompt: str = "a blue square bounces", out: str = "streamed.mp4", frames: str = "81") -> None:
     parallel = SequenceParallel.from_env(strategy="auto")
     pipe = CausalVideoPipeline.from_pretrained("toybox", parallel=parallel)
-    speaks = parallel.rank == 0
-    with VideoWriter(out, pipe.height, pipe.width, pipe.fps) if speaks else contextlib.nullcontext() as video:
+    is_writer = parallel.rank == 0
+    with VideoWriter(out, pipe.height, pipe.width, pipe.fps) if is_writer else contextlib.nullcontext() as video:
         for chunk in pipe.stream(prompt, frames=int(frames), seed=0):  # every rank takes part in every chunk
             if video is None or chunk.frames is None:
                 continue

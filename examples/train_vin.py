@@ -1,12 +1,12 @@
-"""Trains toybox-vin: a Video Interface Network and the DiT beside it, end to end, on rendered scenes.
+"""Trains toybox-vin, a Video Interface Network and its DiT, end to end on rendered scenes.
 
     python examples/train_vin.py --out runs/vin
     torchrun --standalone --nproc-per-node 2 examples/train_vin.py --out runs/vin
 
-The DiT begins as toybox-flow, the VIN from nothing. In some videos the text says no colours, in some not where objects
-start, so that these have to agree between chunks that do not see each other. A step learns from one chunk of each of
-many videos, the same in all. Writes checkpoint and log to the folder, goes on where it was stopped, and leaves the
-weights in it at the end. Hours on a CPU.
+The DiT starts from toybox-flow, the VIN from random weights. In some videos the text does not name colours, in some it
+does not say where objects start, so that chunks that do not attend each other must agree on them through the global
+tokens. A step trains on one chunk of each of many videos, the same chunk in all. The script writes checkpoint and log
+to the folder, resumes from them, and writes the weights there at the end. It takes hours on a CPU.
 """
 
 from __future__ import annotations
@@ -34,17 +34,18 @@ SEED, SCENE_SEED = 70_000_000, 66_000_000
 CONFIG = VINConfig(global_tokens=32, dim=192, heads=6, layers=4)
 CHUNKS = ParallelChunksConfig(chunk_frames=9, overlap=1, keyframe_every=2)
 LENGTHS = {17: 0.3, 33: 0.35, 65: 0.35}  # latent frames of 64, 128 and 256 pixel frames, and how often each is drawn
-VIDEOS = 32  # a step, one chunk of each; its error counts half over the picture, half over the objects alone
+VIDEOS = 32  # a step, one chunk of each; half of the loss is over the frame, half over the objects alone
 PIXEL_FRAMES = 81  # of an encoded scene: 21 latent frames, of which the last 16 are a whole period
 PERIOD = 16
-COLORS_OPEN, PLACES_OPEN = 0.4, 0.3  # the shares of videos whose text does not say colours, or where objects start
+COLORS_OPEN, PLACES_OPEN = 0.4, 0.3  # the shares of videos whose text does not name colours, or start positions
 NO_GLOBALS = 0.1  # the share of steps without global tokens
 SAVED_EVERY = 50  # steps
-SHIFT = 8.0  # half of the noise levels are shifted towards noise, where chunks agree or do not
+SHIFT = 8.0  # half of the noise levels are shifted towards noise, where it is decided whether chunks agree
 
 
 def new_pair(dit: Path) -> Pair:
-    """The global tokens' values begin at zero: at first they only dilute attention."""
+    """Makes the networks to train. The global tokens' values start at zero, so that at first they only dilute
+    attention."""
     torch.manual_seed(0)
     model = load_model(dit, dtype=torch.float32)
     pair = Pair(model, VideoInterfaceNetwork(CONFIG, model.config))
@@ -55,15 +56,15 @@ def new_pair(dit: Path) -> Pair:
 
 
 def draw(scenes: Latents, generator: torch.Generator) -> Batch:
-    """Videos of one length, the scene going on by its period, at a noise level each."""
+    """Draws videos of one length, each with its own noise level; scenes are extended by their period."""
     lengths = list(LENGTHS)
     frames = lengths[int(torch.multinomial(torch.tensor(list(LENGTHS.values())), 1, generator=generator))]
-    pick, have = scenes.draw(VIDEOS, generator), scenes.latents.shape[1]
-    at = [f if f < have else have - PERIOD + (f - have) % PERIOD for f in range(frames)]
+    pick, encoded = scenes.draw(VIDEOS, generator), scenes.latents.shape[1]
+    at = [f if f < encoded else encoded - PERIOD + (f - encoded) % PERIOD for f in range(frames)]
     embeds, objects = scenes.embeds[pick].clone(), scenes.objects[pick][:, at]
     for share, what in ((COLORS_OPEN, {"colors": True}), (PLACES_OPEN, {"places": True})):
-        untold = torch.rand(VIDEOS, generator=generator) < share
-        embeds[untold] = leave_open(embeds[untold], **what)
+        left_open = torch.rand(VIDEOS, generator=generator) < share
+        embeds[left_open] = leave_open(embeds[left_open], **what)
     times = torch.rand(VIDEOS, generator=generator)
     shifted = torch.rand(VIDEOS, generator=generator) < 0.5
     times = torch.where(shifted, SHIFT * times / (1 + (SHIFT - 1) * times), times)
@@ -71,14 +72,15 @@ def draw(scenes: Latents, generator: torch.Generator) -> Batch:
 
 
 def train(out: Path, pair: Pair, scenes: Latents, forcing: TogetherForcing, minutes: float, lr: float) -> Pair:
-    """For so many minutes, counted anew where a run goes on; the rate is full for a third of them, then falls."""
+    """Trains for so many minutes, counted from zero when a run resumes; the learning rate is constant for a third of
+    them, then falls."""
 
     def matrix(name: str, parameter: nn.Parameter) -> bool:
         return parameter.ndim == 2 and (".blocks." in name or "hand_over" in name) and "modulation" not in name
 
     training = Training(pair, out / "vin.pt", lr, matrix, average=0.997)
-    begun = time.monotonic()
-    while (gone := _agreed((time.monotonic() - begun) / (60 * minutes), forcing.device)) < 1:
+    started = time.monotonic()
+    while (elapsed := _agreed((time.monotonic() - started) / (60 * minutes), forcing.device)) < 1:
         generator = torch.Generator().manual_seed(SEED + processes() * training.step + rank())
         batch = draw(scenes, generator)
         chunk = forcing.chunk(batch.clean.shape[1], generator)
@@ -86,9 +88,9 @@ def train(out: Path, pair: Pair, scenes: Latents, forcing: TogetherForcing, minu
         errors, on_objects = forcing.errors(training.model, batch, chunk, generator, use_z=use_z)
         name = f"{batch.clean.shape[1]}_frames" if use_z else "without_globals"
         report = {f"{name}_loss": errors.mean().item(), f"{name}_objects": on_objects.mean().item()}
-        rate = min(1, (training.step + 1) / 100) * min(1, max(0.02, 1.5 * (1 - gone)))
+        rate = min(1, (training.step + 1) / 100) * min(1, max(0.02, 1.5 * (1 - elapsed)))
         loss = (errors.mean() + on_objects.mean()) / 2
-        if not use_z:  # the optimiser wants a gradient of every parameter
+        if not use_z:  # the optimiser needs a gradient of every parameter
             loss = loss + 0 * sum(parameter.sum() for parameter in training.model.vin.parameters())
         training.update(loss, rate, report)
         if training.step % SAVED_EVERY == 0:
@@ -98,33 +100,31 @@ def train(out: Path, pair: Pair, scenes: Latents, forcing: TogetherForcing, minu
 
 
 def _agreed(value: float, device: torch.device) -> float:
-    """Rank 0's, on every process: their clocks differ, their rates must not."""
+    """Returns rank 0's value on every process: their clocks differ, their learning rates must not."""
     if processes() == 1:
         return value
-    said = torch.tensor(value, dtype=torch.float64, device=device)
-    dist.broadcast(said, 0)
-    return said.item()
+    broadcast = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.broadcast(broadcast, 0)
+    return broadcast.item()
 
 
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/vin"), show_default=True)
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
-@click.option("--scenes", "count", default=3072, show_default=True, help="Scenes that are rendered and encoded.")
-@click.option("--minutes", default=240.0, show_default=True, help="For how long.")
-@click.option("--rate", default=1e-3, show_default=True, help="The learning rate at its highest.")
+@click.option("--scenes", "count", default=3072, show_default=True, help="Number of scenes to render and encode.")
+@click.option("--minutes", default=240.0, show_default=True, help="Duration of the training in minutes.")
+@click.option("--rate", default=1e-3, show_default=True, help="The highest learning rate.")
 def main(out: Path, device: str, count: int, minutes: float, rate: float) -> None:
-    place, size = torch.device(device), 64
+    on, size = torch.device(device), 64
     if "WORLD_SIZE" in os.environ:
-        if place.type == "cuda":
+        if on.type == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if on.type == "cuda" else "gloo")
     out.mkdir(parents=True, exist_ok=True)
-    codec = load_codec(WEIGHTS / "codec", "wan", place).vae.float()
+    codec = load_codec(WEIGHTS / "codec", "wan", on).vae.float()
     scenes = encode_scenes(codec, out / "scenes", count, PIXEL_FRAMES, size, SCENE_SEED)
-    pair = new_pair(WEIGHTS / "toybox-flow.safetensors").to(place)
-    forcing = TogetherForcing(
-        LatentGrid.from_pixels(size, size, codec.config.scale_factor_spatial), CHUNKS, pair, place
-    )
+    pair = new_pair(WEIGHTS / "toybox-flow.safetensors").to(on)
+    forcing = TogetherForcing(LatentGrid.from_pixels(size, size, codec.config.scale_factor_spatial), CHUNKS, pair, on)
     trained = train(out, pair, scenes, forcing, minutes, rate).to(torch.bfloat16)
     if rank():
         return

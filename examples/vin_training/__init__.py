@@ -1,1 +1,1 @@
-"""How toybox-vin is trained: a VIN and a DiT, end to end. `examples/train_vin.py` runs it."""
+"""The training of toybox-vin, a VIN and its DiT, end to end. `examples/train_vin.py` runs it."""

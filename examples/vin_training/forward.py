@@ -1,5 +1,5 @@
-"""The forward of training: one chunk of some videos in a pass of the DiT, each attending the chart, its own frames (no
-gradient passes through its context's keys and values), and the global tokens of its video.
+"""The forward of training: one pass of the DiT over one chunk of each of some videos. A chunk attends the chart, its
+own frames and the global tokens of its video; no gradient flows through the keys and values of its context.
 `causalrope_sp.vin.parallel_sampler` computes the same for all chunks, from a cache.
 
 Shapes: B videos, F latent frames of a video, c frames of a chunk, S tokens a frame, C channels, X latent width and
@@ -35,7 +35,8 @@ class Pair(nn.Module):
 
 @dataclass(frozen=True)
 class Batch:
-    """Videos (B, F, C, X, X), where their objects are, (B, F, X, X), text (B, L, W), and noise levels, (B,)."""
+    """Videos, (B, F, C, X, X), masks of their objects, (B, F, X, X), text embeddings, (B, L, W), and noise levels from
+    0 to 1, (B,)."""
 
     clean: Tensor
     objects: Tensor
@@ -44,12 +45,19 @@ class Batch:
 
 
 class TogetherForcing:
-    """‖v([X_i, Z], t) - v_i‖² over the frames of a chunk i, v the velocity (ε - x0) that the DiT predicts.
+    """The loss ‖v([X_i, Z], t) - v_i‖² over the frames of a chunk i, where v is the predicted velocity, ε - x0.
 
-    The published loss is the sum over all chunks of a video. Here it is that of one of them, drawn anew every step, so
-    that a step learns from as many videos as it has chunks: global tokens are learned once a video. (A long video so
-    weighs no more than a short one.) The frames that the chunk before owns pass no gradient on through their keys and
-    values.
+    The published loss is the sum over all chunks of a video (Video Interface Networks, arXiv 2503.17539). Here it is
+    that of one chunk, drawn anew in every step, so that a step trains on as many videos as chunks, since global tokens
+    are computed once a video. A long video thus weighs no more than a short one. No gradient flows through the keys and
+    values of frames that the chunk before owns.
+
+    Args:
+        grid: the latent frame in tokens.
+        config: how a video is cut into chunks.
+        pair: the networks; only their sizes are read.
+        device: where the forward runs.
+        autocast: run the forward in bfloat16.
     """
 
     def __init__(
@@ -63,29 +71,29 @@ class TogetherForcing:
     def errors(
         self, pair: Pair, batch: Batch, chunk: int, generator: torch.Generator, *, use_z: bool = True
     ) -> tuple[Tensor, Tensor]:
-        """The squared error of the velocity, (B,), over the pictures of chunk number `chunk`, and over their objects,
-        whatever their size; 0 where there are none."""
+        """Returns the mean squared errors of the velocity of chunk number `chunk`, each (B,): over its frames, and over
+        the objects in them, 0 if there are none."""
         noise = torch.randn(batch.clean.shape, generator=generator)
         level = batch.times_B.view(-1, 1, 1, 1, 1)
         noisy = (1 - level) * batch.clean + level * noise
-        mine = cut(noisy.shape[1], self.config)[chunk]
-        frames = slice(mine.start, mine.stop)
+        part = cut(noisy.shape[1], self.config)[chunk]
+        frames = slice(part.start, part.stop)
         velocity = self.velocity(pair, noisy, batch.embeds, batch.times_B, chunk, use_z)
         error = (velocity - (noise - batch.clean)[:, frames].to(self.device)).square().mean(2)
-        seen = batch.objects[:, frames].to(self.device)
-        on_objects = (error * seen).flatten(1).sum(1) / seen.flatten(1).sum(1).clamp(min=1)
+        mask = batch.objects[:, frames].to(self.device)
+        on_objects = (error * mask).flatten(1).sum(1) / mask.flatten(1).sum(1).clamp(min=1)
         return error.flatten(1).mean(1), on_objects
 
     def velocity(
         self, pair: Pair, noisy: Tensor, embeds: Tensor, times_B: Tensor, chunk: int, use_z: bool = True
     ) -> Tensor:
-        """Of the frames of one chunk, its context first, (B, c, C, X, X)."""
+        """Returns the velocity of the frames of one chunk, its context first, (B, c, C, X, X)."""
         noisy, embeds, times_B = noisy.to(self.device), embeds.to(self.device), 1000 * times_B.to(self.device)
-        mine = cut(noisy.shape[1], self.config)[chunk]
+        part = cut(noisy.shape[1], self.config)[chunk]
         still = chart(len(noisy), *noisy.shape[2:]).to(noisy)
-        tokens = self.grid.patchify(torch.cat([still, noisy[:, mine.start : mine.stop]], 1))
-        timesteps = torch.cat([times_B.new_zeros(len(noisy), 1), times_B.unsqueeze(1).expand(-1, mine.frames)], 1)
-        times = [0, *range(mine.start + 1, mine.stop + 1)]  # the chart stands before the video
+        tokens = self.grid.patchify(torch.cat([still, noisy[:, part.start : part.stop]], 1))
+        timesteps = torch.cat([times_B.new_zeros(len(noisy), 1), times_B.unsqueeze(1).expand(-1, part.frames)], 1)
+        times = [0, *range(part.start + 1, part.stop + 1)]  # the chart is the frame before the video
         context = self.config.overlap * self.grid.tokens if chunk else 0
         with torch.autocast(self.device.type, torch.bfloat16, self._autocast), sdpa_kernel(SDPBackend.MATH):
             found = self._globals(pair.vin, noisy, embeds, times_B) if use_z else None
@@ -93,21 +101,21 @@ class TogetherForcing:
             def attend(layer: int, projection: Projection) -> Tensor:
                 return self._attend(*project(projection), context, None if found is None else found[layer])
 
-            step = ForwardPass(timesteps, mine.frames, self._rope.rotation(times), pair.dit.encode_text(embeds), attend)
+            step = ForwardPass(timesteps, part.frames, self._rope.rotation(times), pair.dit.encode_text(embeds), attend)
             velocity = pair.dit(tokens.flatten(1, 2), step)
-        return self.grid.unpatchify(velocity.float().unflatten(1, (mine.frames, -1)))
+        return self.grid.unpatchify(velocity.float().unflatten(1, (part.frames, -1)))
 
     def chunk(self, frames: int, generator: torch.Generator) -> int:
-        """The number of one of the chunks of a video of so many frames."""
+        """Draws the number of a chunk of a video of so many latent frames."""
         return int(torch.randint(len(cut(frames, self.config)), (), generator=generator))
 
     def _globals(self, vin: VideoInterfaceNetwork, noisy: Tensor, embeds: Tensor, timesteps_B: Tensor) -> list[Keys]:
         video = AssignedChunks(cut(noisy.shape[1], self.config, start=1), self.config)
         tokens = self.grid.patchify(noisy[:, video.offsets(video.keyframes)])
         times = torch.tensor(list(video.keyframes), device=self.device)
-        where = positions(times, *(x.to(self.device) for x in self._shard.rows_and_columns()))
+        positions_KS3 = positions(times, *(x.to(self.device) for x in self._shard.rows_and_columns()))
         time = vin.time(timesteps_B)
-        read = attention(vin.queries(time), vin.keyframes(tokens, where, time), "torch")
+        read = attention(vin.queries(time), vin.keyframes(tokens, positions_KS3, time), "torch")
         return vin.globals(read, embeds, time, "torch")
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: int, found: Keys | None) -> Tensor:
