@@ -1,14 +1,15 @@
-"""Attention reused between denoising steps (PAB): what it saves and what it costs, at the published ranges.
+"""Measures what reusing attention between denoising steps saves and what it costs, at the published ranges of Pyramid
+Attention Broadcast (arXiv 2408.12588).
 
     python benchmarks/reuse.py                        # toybox-flow (16 steps) and toybox (4): runs, and the formulas
     python benchmarks/reuse.py --formulas             # full-size shapes alone, nothing is run
-    python benchmarks/reuse.py --policy policy.json   # one more row, of a file that profile-reuse wrote
+    python benchmarks/reuse.py --policy policy.json   # one more row, from a file that profile-reuse wrote
     python benchmarks/reuse.py --plot docs/reuse.png
 
-Gate: a range of 1 gives the frames of no reuse, bit for bit, or nothing is reported. PSNR and SSIM are against the same
-prompts and seeds without reuse; adherence is toybox's judge, from the frames alone. The speed-up is of whole videos,
-decoding included, the median over the prompts. FLOPs, bytes and calls are those of the cost model, which tests hold to
-torch's counter and to the ledger.
+Gate: a range of 1 gives the frames of no reuse, bit for bit; otherwise nothing is reported. PSNR and SSIM compare with
+the same prompts and seeds without reuse; adherence to the prompt is judged by toybox's judge, from the frames alone.
+The speed-up is that of whole videos, decoding included, as the median over the prompts. FLOPs, bytes and calls are
+those of the cost model, which tests hold to torch's counter and to CommStats.
 """
 
 from __future__ import annotations
@@ -38,21 +39,22 @@ from causalrope_sp.toybox.prompts import SceneSpec
 from causalrope_sp.toybox.scenes import random_scene
 
 RANGES = ((2, 4, 6), (3, 5, 7), (5, 7, 9))
-WINDOW = (100, 850)  # timesteps; the published one of a model whose attention is over space and time at once
+WINDOW = (100, 850)  # timesteps with reuse; published for a model that attends space and time in one attention
 SEED = 7  # of the prompts, as in toybox_quality.py
 RANKS = 8
 FULL_SIZE = (("wan2.1-1.3b", 4), ("wan2.1-1.3b", 30), ("wan2.1-14b", 4), ("wan2.1-14b", 30), ("wan2.1-14b", 50))
 
 
 def policies(files: tuple[Path, ...] = ()) -> dict[str, ReusePolicy]:
-    """Those that are compared, by name. Wan's attention takes the spatial range; none of its kinds takes the middle
-    one."""
+    """Returns the policies to compare, by name. Wan's self-attention takes the spatial range; the temporal one has no
+    use here."""
     found = {"/".join(map(str, ranges)): pyramid(*ranges, WINDOW) for ranges in RANGES}
     return found | {path.stem: find_policy(path) for path in files}
 
 
 def saved(work: Workload, policy: ReusePolicy, sampler: SamplerConfig, ranks: int) -> dict[str, Any]:
-    """Shares of a steady chunk's FLOPs, and per strategy of its bytes and calls, that reuse saves; GB it keeps."""
+    """Returns by strategy what reuse saves in a steady chunk: shares of FLOPs and bytes, calls before and after, and
+    the GB that it keeps."""
     reusing = Workload.of(
         work.config,
         work.grid,
@@ -76,7 +78,7 @@ def saved(work: Workload, policy: ReusePolicy, sampler: SamplerConfig, ranks: in
 
 
 def full_size(named: dict[str, ReusePolicy]) -> list[dict[str, Any]]:
-    """Formulas at 480×832, window 21, on 8 ranks; nothing is run."""
+    """Evaluates the cost model at 480×832, window 21, on 8 ranks; nothing is run."""
     rows = []
     for name, steps in FULL_SIZE:
         config = PRESETS[name]
@@ -90,7 +92,7 @@ def full_size(named: dict[str, ReusePolicy]) -> list[dict[str, Any]]:
 
 
 def draw_scenes(count: int) -> list[SceneSpec]:
-    """The first different scenes that the seed draws."""
+    """Returns the first `count` distinct scenes that the seed draws."""
     generator = torch.Generator().manual_seed(SEED)
     scenes: dict[SceneSpec, None] = {}
     while len(scenes) < count:
@@ -99,8 +101,8 @@ def draw_scenes(count: int) -> list[SceneSpec]:
 
 
 @dataclass
-class PrefetchedChunk:
-    """The videos of one policy, the seconds that each took, and what the judge says of them."""
+class PolicyRun:
+    """The videos of one policy, the seconds that each took, and the judge's verdicts."""
 
     videos: list[np.ndarray] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
@@ -109,22 +111,22 @@ class PrefetchedChunk:
 
 def make(
     pipe: CausalVideoPipeline, scenes: list[SceneSpec], frames: int, named: dict[str, ReusePolicy | None]
-) -> dict[str, PrefetchedChunk]:
-    """Every scene by every policy in turn, so that whatever else the machine does slows all of them alike."""
-    made = {label: PrefetchedChunk() for label in named}
+) -> dict[str, PolicyRun]:
+    """Generates every scene by every policy in turn, so that other load of the machine slows all policies alike."""
+    results = {label: PolicyRun() for label in named}
     for seed, scene in enumerate(scenes):
         for label, policy in named.items():
             started = time.perf_counter()
             video = pipe(scene.prompt(), frames=frames, seed=seed, reuse=policy)
-            made[label].seconds.append(time.perf_counter() - started)
+            results[label].seconds.append(time.perf_counter() - started)
             assert video is not None, "this benchmark runs on one rank"
-            made[label].videos.append(video)
-            made[label].verdicts += judge(video, scene)
-    return made
+            results[label].videos.append(video)
+            results[label].verdicts += judge(video, scene)
+    return results
 
 
 def gate(pipe: CausalVideoPipeline, prompt: str) -> None:
-    """A range of 1 is no reuse, bit for bit."""
+    """Checks that a range of 1 gives the same frames as no reuse, bit for bit."""
     ones = ReusePolicy((Broadcast("self", 1), Broadcast("cross", 1), Broadcast("mlp", 1)))
     plain, reused = (pipe(prompt, frames=21, reuse=policy) for policy in (None, ones))
     assert plain is not None
@@ -138,9 +140,9 @@ def run_model(name: str, prompts: int, frames: int, named: dict[str, ReusePolicy
     gate(pipe, scenes[0].prompt())
     stream, sampler = pipe.model_config.stream, pipe.model_config.sampler
     work = Workload.of(pipe.model.config, pipe.grid, stream, sampler, stream.window or 0, itemsize=4)
-    made = make(pipe, scenes, frames, {"none": None, **named})
-    plain, rows = made["none"], []
-    for label, found in made.items():
+    results = make(pipe, scenes, frames, {"none": None, **named})
+    plain, rows = results["none"], []
+    for label, found in results.items():
         row = {"model": name, "steps": len(sampler.steps), "ranges": label, "seconds": median(found.seconds)}
         row |= {
             kind: share for kind, share in summarize(found.verdicts).items() if kind in ("color", "shape", "motion")
@@ -204,7 +206,7 @@ def _cells(row: dict[str, Any]) -> list[object]:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """The trade: what is saved against what it costs."""
+    """Plots PSNR and SSIM over the share of FLOPs that is saved."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -215,11 +217,11 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         found = [row for row in rows if row["model"] == name and "psnr_db" in row]
         label = f"{name}, {found[0]['steps']} steps"
         for axis, kind in zip(axes, ("psnr_db", "ssim"), strict=True):
-            places = [(100 * row["flops_saved"], row[kind]) for row in found]
-            (line,) = axis.plot(*zip(*places, strict=True), "o", label=label)
-            for row, place in zip(found, places, strict=True):
-                words = {"xytext": (4, 3), "textcoords": "offset points", "fontsize": 7, "color": line.get_color()}
-                axis.annotate(row["ranges"], place, **words)
+            points = [(100 * row["flops_saved"], row[kind]) for row in found]
+            (line,) = axis.plot(*zip(*points, strict=True), "o", label=label)
+            for row, point in zip(found, points, strict=True):
+                style = {"xytext": (4, 3), "textcoords": "offset points", "fontsize": 7, "color": line.get_color()}
+                axis.annotate(row["ranges"], point, **style)
     for axis, label in zip(axes, ("PSNR against no reuse, dB", "SSIM against no reuse"), strict=True):
         axis.set(xlabel="FLOPs of a chunk saved, %", ylabel=label)
         axis.margins(0.2)
@@ -232,11 +234,13 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 @click.option("--models", default="toybox-flow,toybox", show_default=True, help="Embedded models to run.")
 @click.option("--prompts", default=12, show_default=True, type=click.IntRange(1))
 @click.option("--frames", default=81, show_default=True, type=click.IntRange(1), help="Pixel frames of each video.")
-@click.option("--policy", "files", multiple=True, type=click.Path(exists=True, path_type=Path), help="One more row.")
-@click.option("--formulas", is_flag=True, help="Full-size shapes alone; nothing is run.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Draws the trade into this file.")
+@click.option(
+    "--policy", "files", multiple=True, type=click.Path(exists=True, path_type=Path), help="A file to compare."
+)
+@click.option("--formulas", is_flag=True, help="Print the formulas of full-size shapes alone; nothing is run.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Plot PSNR and SSIM over the savings into this file.")
 def main(models: str, prompts: int, frames: int, files: tuple[Path, ...], formulas: bool, plot: Path | None) -> None:
-    """Measures what reuse saves and costs; tables, then one line of JSON."""
+    """Measures what reuse saves and costs; prints tables, then one line of JSON."""
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
     for name in () if formulas else models.split(","):

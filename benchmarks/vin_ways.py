@@ -1,4 +1,4 @@
-"""The ways to a video that `vin.py` compares: what each makes, and what it costs by formula."""
+"""The methods of sampling that `vin.py` compares: their videos, and their FLOPs by formula."""
 
 from __future__ import annotations
 
@@ -37,26 +37,26 @@ LEVELS = (0.99, 0.98, 0.95, 0.9, 0.8, 0.5)
 
 
 class Ways:
-    """The models, loaded once, and a video of each way."""
+    """The models, loaded once, and the videos of each method."""
 
     def __init__(self) -> None:
         self.vin = CausalVideoPipeline.from_pretrained("toybox-vin", parallel_chunks="vin")
         self.flow = CausalVideoPipeline.from_pretrained("toybox-flow")
-        assert self.vin.together is not None, "asked for"
-        self.together: ParallelChunks = self.vin.together
+        assert self.vin.together is not None, "the pipeline was loaded with parallel_chunks='vin'"
+        self.parallel_chunks: ParallelChunks = self.vin.together
 
-    def video(self, way: str, scene: SceneSpec, frames: int, seed: int, left_open: str = "nothing") -> np.ndarray:
-        """uint8 (T, H, W, 3), from a text that leaves something open, see `OPEN`."""
-        if way == TRUTH:
+    def video(self, method: str, scene: SceneSpec, frames: int, seed: int, left_open: str = "nothing") -> np.ndarray:
+        """Generates a video by a method, uint8 (T, H, W, 3), from a text that leaves something open, see `OPEN`."""
+        if method == TRUTH:
             return self._rendered(scene, frames, seed)
-        if way == "autoregressive":
-            made = self.flow(scene.prompt(), frames=frames, seed=seed)
-            assert made is not None, "one rank"
-            return made
+        if method == "autoregressive":
+            video = self.flow(scene.prompt(), frames=frames, seed=seed)
+            assert video is not None, "this benchmark runs on one rank"
+            return video
         pipe, count = self.vin, latent_frames(frames)
         channels = pipe.model.config.in_channels
         opening = pipe.text.opening(channels, pipe.grid.latent_height, pipe.grid.latent_width)
-        vin, chunks = settings(way, self.together, count)
+        vin, chunks = settings(method, self.parallel_chunks, count)
         embeds = leave_open(pipe.text.encode(scene.prompt(), seed), **OPEN[left_open])
         noise = seeded_noise(seed, (1, channels, pipe.grid.latent_height, pipe.grid.latent_width))
         for output in sample_parallel_chunks(
@@ -71,7 +71,7 @@ class Ways:
             initial_latents=opening,
         ):
             latents = output.latents
-        assert latents is not None, "the last step has the video"
+        assert latents is not None, "the last step returns the video"
         return self._decoded(latents, frames)
 
     @torch.inference_mode()
@@ -85,16 +85,19 @@ class Ways:
 
     @torch.inference_mode()
     def latents(self, scene: SceneSpec, frames: int, seed: int) -> torch.Tensor:
-        """Of the rendered scene, with the places that its seed gives the text."""
-        places = torch.rand(1, PLACE_VARIABLES, generator=keyed_generator(seed))
+        """Encodes the rendered scene, with the start positions that the seed draws for the text."""
+        positions = torch.rand(1, PLACE_VARIABLES, generator=keyed_generator(seed))
         whole = 4 * (latent_frames(frames) - 1) + 1
-        pixels = render([scene], places, torch.arange(whole), self.vin.height).transpose(1, 2) * 2 - 1
+        pixels = render([scene], positions, torch.arange(whole), self.vin.height).transpose(1, 2) * 2 - 1
         return self.vin.codec.encoder().encode(pixels)
 
     def seams(self, frames: int) -> list[int]:
-        """The first pixel frame of every chunk's own latent frames, but the first chunk's."""
-        chunks = cut(latent_frames(frames), self.together.chunks)
-        own = [AssignedChunks(chunks, self.together.chunks, n, len(chunks)).owned.start for n in range(1, len(chunks))]
+        """Returns the first pixel frame that each chunk owns, for all chunks but the first."""
+        chunks = cut(latent_frames(frames), self.parallel_chunks.chunks)
+        own = [
+            AssignedChunks(chunks, self.parallel_chunks.chunks, n, len(chunks)).owned.start
+            for n in range(1, len(chunks))
+        ]
         return [1 + 4 * (frame - 1) for frame in own]
 
 
@@ -102,52 +105,53 @@ def latent_frames(frames: int) -> int:
     return 1 - (1 - frames) // 4
 
 
-def settings(way: str, together: ParallelChunks, frames: int) -> tuple[Any, ParallelChunksConfig]:
-    """The network, or None, and the chunks of a way that makes a video at once."""
-    if way == "full attention":
-        return None, replace(together.chunks, chunk_frames=frames)
-    if way == "VIN without global tokens":
-        return None, together.chunks
-    if way == "VIN without fusion":
-        return together.vin, replace(together.chunks, fuse_above=1.0)
-    return together.vin, together.chunks
+def settings(method: str, parallel_chunks: ParallelChunks, frames: int) -> tuple[Any, ParallelChunksConfig]:
+    """Returns the network, or None, and the chunks of a method that denoises all chunks in parallel."""
+    if method == "full attention":
+        return None, replace(parallel_chunks.chunks, chunk_frames=frames)
+    if method == "VIN without global tokens":
+        return None, parallel_chunks.chunks
+    if method == "VIN without fusion":
+        return parallel_chunks.vin, replace(parallel_chunks.chunks, fuse_above=1.0)
+    return parallel_chunks.vin, parallel_chunks.chunks
 
 
 def autoregressive_flops(config: DiTConfig, grid: LatentGrid, stream: StreamConfig, frames: int, steps: int) -> int:
-    """Every chunk's denoise passes and its context pass, of which the last chunk has none."""
+    """Counts the FLOPs of every chunk's denoise passes and of its context pass, which the last chunk does not have."""
     work = Workload(config, grid, stream.window or frames, stream.chunk_frames, steps)
     total, chunks = 0, list(split_into_chunks(frames, stream.chunk_frames, start=1))
     for chunk in chunks:
         tokens, keys = chunk.frames * grid.tokens, min(chunk.stop, work.window) * grid.tokens
         attention = 4 * config.num_layers * tokens * keys * config.dim
-        time_ = 2 * chunk.frames * config.dim * (config.freq_dim + 7 * config.dim)
+        embedding = 2 * chunk.frames * config.dim * (config.freq_dim + 7 * config.dim)
         passes = steps if chunk == chunks[-1] else steps + 1
-        total += passes * (work.linear_flops * tokens + cross_flops(work, tokens) + attention + time_)
+        total += passes * (work.linear_flops * tokens + cross_flops(work, tokens) + attention + embedding)
     return total
 
 
-def flops_of(way: str, ways: Ways, frames: int) -> int:
-    """FLOPs of a whole video."""
+def flops_of(method: str, ways: Ways, frames: int) -> int:
+    """Counts the FLOPs of a whole video by a method."""
     config, grid, count = ways.vin.model.config, ways.vin.grid, latent_frames(frames)
     steps = len(ways.vin.model_config.sampler.steps)
-    if way == "autoregressive":
+    if method == "autoregressive":
         model_config = ways.flow.model_config
         return autoregressive_flops(config, grid, model_config.stream, count, len(model_config.sampler.steps))
-    if way == "full attention":
+    if method == "full attention":
         return steps * full_flops(config, grid, count, initial_frames=1)
-    vin, chunks = settings(way, ways.together, count)
+    vin, chunks = settings(method, ways.parallel_chunks, count)
     return steps * parallel_chunks_flops(config, vin and vin.config, grid, count, chunks, initial_frames=1)
 
 
 @torch.inference_mode()
 def held_out(ways: Ways, scenes: list[SceneSpec], frames: int) -> list[dict[str, Any]]:
-    """The velocity's mean square error on rendered scenes at a few noise levels, with global tokens and without."""
+    """Measures the mean squared error of the velocity on rendered scenes at several noise levels, with and without
+    global tokens."""
     pipe, rows, count = ways.vin, [], latent_frames(frames)
-    parallel, lane = (
+    parallel, assigned = (
         SequenceParallel.single(device="cpu"),
-        AssignedChunks(cut(count, ways.together.chunks, 1), ways.together.chunks),
+        AssignedChunks(cut(count, ways.parallel_chunks.chunks, 1), ways.parallel_chunks.chunks),
     )
-    work = Workload(pipe.model.config, pipe.grid, ways.together.chunks.chunk_frames + 1, 1, 1)
+    work = Workload(pipe.model.config, pipe.grid, ways.parallel_chunks.chunks.chunk_frames + 1, 1, 1)
     cases = []
     for seed, scene in enumerate(scenes):
         clean = ways.latents(scene, frames, seed)
@@ -159,12 +163,12 @@ def held_out(ways: Ways, scenes: list[SceneSpec], frames: int) -> list[dict[str,
             for clean, noise, embeds in cases:
                 x = pipe.grid.patchify((1 - level) * clean + level * noise)
                 for use in (True, False):
-                    vin, said = ways.together.vin if use else None, leave_open(embeds, **what)
+                    vin, text = ways.parallel_chunks.vin if use else None, leave_open(embeds, **what)
                     layout = choose_strategy(work, default_machine(parallel.device), parallel)
                     strategy = build_strategy(parallel, layout, pipe.grid, pipe.model.config.num_heads)
-                    state = ParallelChunksForward(pipe.model, vin, said, pipe.grid, lane, 1, strategy, parallel)
+                    state = ParallelChunksForward(pipe.model, vin, text, pipe.grid, assigned, 1, strategy, parallel)
                     state.commit(pipe.grid.patchify(pipe.text.opening(*clean.shape[2:])))
-                    found = join(state.velocities(x, 1000 * level), ways.together.chunks.overlap, fused=False)
+                    found = join(state.velocities(x, 1000 * level), ways.parallel_chunks.chunks.overlap, fused=False)
                     errors[use].append(float((found - pipe.grid.patchify(noise - clean)).square().mean()))
             means = {use: round(float(np.mean(each)), 4) for use, each in errors.items()}
             rows.append({"open": left_open, "level": level, "with": means[True], "without": means[False]})
@@ -172,7 +176,8 @@ def held_out(ways: Ways, scenes: list[SceneSpec], frames: int) -> list[dict[str,
 
 
 def large_flops() -> dict[str, float]:
-    """Saved against full attention by the paper's sizes beside Wan 2.1 1.3B at 480×832, by formula alone."""
+    """Computes the share of FLOPs that the paper's sizes save with Wan 2.1 1.3B at 480×832, compared with full
+    attention, by the number of latent frames."""
     config, grid = PRESETS["wan2.1-1.3b"], LatentGrid.from_pixels(480, 832, 8)
     saved = {}
     for frames in (20, 40, 80):
