@@ -1,5 +1,5 @@
-"""A codec's stream over many chunks: time a chunk, bytes kept, peak memory of the process. Its gate: the frames of all
-chunks are bit for bit those of one call, and the latents too.
+"""Streams many chunks through a codec: milliseconds a chunk, and the growth of the process's peak memory. Gate: the
+frames and the latents of all chunks are bit for bit those of one call.
 
     python benchmarks/codec_streaming.py [--codec-weights FILE] [--chunks 40] [--latent 8x8]
 """
@@ -65,7 +65,8 @@ def main(codec_weights: Path, chunks: int, chunk_frames: int, latent: str, threa
 
 @torch.inference_mode()
 def timed(step: Callable[[Tensor], Tensor], x: Tensor, chunks: int) -> dict[str, float]:
-    """Medians of the first and the last quarter of the chunks, and by how much the process grew in between."""
+    """Returns the median milliseconds of the first and of the last quarter of the chunks, and by how many MiB the peak
+    memory of the process grew in between."""
     took, peak = list[float](), 0
     for n in range(chunks):
         start = time.perf_counter()
@@ -85,7 +86,7 @@ def timed(step: Callable[[Tensor], Tensor], x: Tensor, chunks: int) -> dict[str,
 
 
 def matmul_rate() -> float:
-    """FLOP a second of a large float32 product."""
+    """Measures the FLOP a second of a large float32 product."""
     a, best = torch.randn(1024, 1024), float("inf")
     for _ in range(5):
         start = time.perf_counter()

@@ -1,10 +1,10 @@
-"""Compiles every Triton kernel as it is launched at the shapes of Wan 2.1, for GPUs that need not be there.
+"""Compiles every Triton kernel as it is launched at the shapes of Wan 2.1, for GPUs that this machine need not have.
 
     python benchmarks/compile_kernels.py            # compares with benchmarks/compiled_kernels.md
     python benchmarks/compile_kernels.py --write    # writes it
 
-The launchers run on tensors without memory, and what they launch is compiled instead of run; the machine code then
-tells registers, spills and shared memory.
+The launchers run on meta tensors, and the kernels that they launch are compiled instead of run. Registers and spills
+are read from the machine code, shared memory from the compiler.
 """
 
 from __future__ import annotations
@@ -62,13 +62,13 @@ TOKENS = ROWS * COLUMNS
 
 
 class AbsentGPU:
-    """As much of a GPU as the compiler asks for."""
+    """A driver that answers what Triton's compiler asks of a GPU."""
 
     def __init__(self, architecture: int) -> None:
         self._architecture = architecture
 
     def get_current_device(self) -> int:
-        return self._architecture  # compiled kernels are kept by device
+        return self._architecture  # Triton caches compiled kernels by device
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -79,7 +79,7 @@ class AbsentGPU:
 
 @dataclass(frozen=True)
 class Row:
-    """What one kernel takes on one architecture: registers of a thread, bytes spilled, KiB of shared memory."""
+    """The resources of one kernel on one architecture: registers of a thread, bytes spilled, KiB of shared memory."""
 
     kernel: str
     case: str
@@ -95,15 +95,16 @@ def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 
 def launches() -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Every kernel in every form that a stream of 1.3B or 14B at 480×832 launches, and those of other head widths."""
+    """Yields a launch of every kernel, in every form of a stream of 1.3B or 14B at 480×832, and of other head
+    widths."""
     for name, config in PRESETS.items():
         size = name.removeprefix("wan2.1-")
         yield from _norms(size, config.dim)
         yield from _placements(size, config.num_heads, config.head_dim)
     yield from _attentions()
-    for dtype, said in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
         for parts in (2, 8, 32):
-            yield f"{said}, {parts} parts", partial(_merge, parts, dtype)
+            yield f"{name}, {parts} parts", partial(_merge, parts, dtype)
 
 
 def _norms(size: str, dim: int) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -123,8 +124,8 @@ def _placements(size: str, heads: int, width: int) -> Iterator[tuple[str, Callab
     times = torch.empty(FRAMES, dtype=torch.int64, device="meta")
     pairs = width // 6
 
-    def table(places: int, pairs: int) -> Tensor:
-        return empty(places, 2, pairs, dtype=torch.float32)
+    def table(positions: int, pairs: int) -> Tensor:
+        return empty(positions, 2, pairs, dtype=torch.float32)
 
     for ranks in (1, 8):
         tokens = TOKENS // ranks
@@ -154,18 +155,18 @@ def _placements(size: str, heads: int, width: int) -> Iterator[tuple[str, Callab
 def _attentions() -> Iterator[tuple[str, Callable[[], Any]]]:
     for width in (64, 128):
         yield f"bf16, d {width}", partial(_attend, torch.bfloat16, width)
-        yield f"bf16, d {width}, 2 stretches", partial(_attend, torch.bfloat16, width, ranges=2)
-        yield f"bf16, d {width}, turned", partial(_attend, torch.bfloat16, width, rotated=True)
+        yield f"bf16, d {width}, 2 ranges", partial(_attend, torch.bfloat16, width, ranges=2)
+        yield f"bf16, d {width}, rotated on read", partial(_attend, torch.bfloat16, width, rotated=True)
         yield f"bf16, d {width}, 2 shares", partial(_attend, torch.bfloat16, width, shares=2)
     yield "bf16, d 20", partial(_attend, torch.bfloat16, 20)
     yield "bf16, d 256", partial(_attend, torch.bfloat16, 256)
     yield "bf16, d 128, 48 queries", partial(_attend, torch.bfloat16, 128, queries=48)
-    yield "bf16, d 128, turned, 48 queries", partial(_attend, torch.bfloat16, 128, rotated=True, queries=48)
-    yield "bf16, d 256, turned", partial(_attend, torch.bfloat16, 256, rotated=True)
+    yield "bf16, d 128, rotated on read, 48 queries", partial(_attend, torch.bfloat16, 128, rotated=True, queries=48)
+    yield "bf16, d 256, rotated on read", partial(_attend, torch.bfloat16, 256, rotated=True)
     yield "fp16, d 128", partial(_attend, torch.float16, 128)
     yield "fp32, d 128", partial(_attend, torch.float32, 128)
     yield "fp32, d 256", partial(_attend, torch.float32, 256)
-    yield "fp32, d 128, turned", partial(_attend, torch.float32, 128, rotated=True)
+    yield "fp32, d 128, rotated on read", partial(_attend, torch.float32, 128, rotated=True)
 
 
 def _attend(
@@ -195,7 +196,7 @@ def _merge(parts: int, dtype: torch.dtype) -> None:
 
 
 def compiled(architecture: int, number: int) -> list[Row]:
-    """What the launch of that number launches, for one architecture."""
+    """Compiles the kernels of one of the `launches`, by its number, for one architecture."""
     driver.set_active(AbsentGPU(architecture))
     case, launch = list(launches())[number]
     rows: list[Row] = []
@@ -216,14 +217,14 @@ def compiled(architecture: int, number: int) -> list[Row]:
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers of a thread and its bytes of local memory, which is where registers are spilled to."""
+    """Returns the registers of a thread and its bytes of local memory, to which registers are spilled."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", said)
-    assert len(found) == 1, said
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+    assert len(found) == 1, usage
     registers, stack, local = map(int, found[0])
     return registers, stack + local
 
@@ -249,7 +250,8 @@ def as_table(rows: list[Row]) -> str:
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--write", is_flag=True, help=f"Writes {TABLE.name} instead of comparing with it.")
 def main(write: bool) -> None:
-    """Compiles every kernel; status 1 if one spills or does not fit, or is not as the table says; JSON last."""
+    """Compiles every kernel and prints a table, then JSON. The status is 1 if a kernel spills, does not fit, or differs
+    from the table."""
     tasks = list(product(ARCHITECTURES, range(len(list(launches())))))
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         rows = [row for found in pool.map(compiled, *zip(*tasks)) for row in found]
@@ -267,7 +269,8 @@ def main(write: bool) -> None:
 
 
 def differences(now: list[str], kept: list[str]) -> list[str]:
-    """Lines of the table that are not as they were; by another version of Triton only the kernels and cases count."""
+    """Returns the lines in which the tables differ; if another version of Triton made the kept one, only kernels and
+    cases are compared."""
     if f"Triton {triton.__version__}." not in "\n".join(kept):
         now, kept = ([re.sub(r"\d+ reg, .*", "", line) for line in x if "reg," in line] for x in (now, kept))
     return [f"{TABLE.name} differs: {line}" for line in now if line not in kept] + [

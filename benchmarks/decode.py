@@ -1,10 +1,10 @@
-"""The ways to decode against each other: milliseconds a chunk of a pipeline, denoising and decoding, and to its first
-frames. Gate: every way's frames are those of one rank that decodes in line, to a step of 255.
+"""Compares the modes of decoding: milliseconds of a pipeline a chunk, denoising and decoding, and to the first frames.
+Gate: the frames of every mode differ from those of one rank with inline decoding by at most one of 255 levels.
 
     python benchmarks/decode.py [--ranks 1,2] [--size 64x64] [--chunks 8]
 
-Without a GPU one thread a rank, on as many cores as there are. `rule` is how many of the ranks DeDiVAE's balance would
-have decode, from what one rank takes for either.
+It runs on the CPU, one thread a rank, on as many cores as there are. `rule` is the number of decode ranks by DeDiVAE's
+balance, computed from the times that one rank takes to denoise and to decode a chunk.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
     import torch.distributed as dist
 
 PROMPT = "a red circle bounces and a blue square slides right"
-SKIPPED = 2  # the first chunk has fewer frames, and all of them a window that is not full yet
+SKIPPED = 2  # chunks that are not timed: the first one has fewer frames, and their window is not full yet
 
 
 def run_stream(
     group: dist.ProcessGroup | None, device: str, model_config: str, chunks: int, decode: Any, decoders: int
 ) -> tuple[dict[str, float], np.ndarray | None]:
-    """Milliseconds to the first frames and, the median, for a chunk; and on rank 0 the video."""
+    """Returns the milliseconds to the first frames and the median milliseconds of a chunk; on rank 0 also the video."""
     parallel = SequenceParallel(group, device=device, decode_ranks=decoders)
     pipe = CausalVideoPipeline.from_pretrained(model_config, parallel=parallel, decode=decode)
     took, parts, started = list[float](), [], time.perf_counter()
@@ -47,7 +47,7 @@ def run_stream(
 
 
 def alone(model_config: str, chunks: int) -> tuple[float, float]:
-    """Milliseconds that one rank takes to denoise a chunk, and to decode it."""
+    """Returns the milliseconds that one rank takes to denoise a chunk, and to decode it."""
     pipe = CausalVideoPipeline.from_pretrained(model_config)
     decoder, spent = pipe.codec.decoder(), list[float]()
     latents = torch.randn(
@@ -63,7 +63,7 @@ def alone(model_config: str, chunks: int) -> tuple[float, float]:
 
 
 def resized(folder: Path, size: str) -> str:
-    """toybox at another size: what it draws there is nothing, and takes as long as something would."""
+    """Writes a model configuration of toybox at another size: its video is meaningless there, its times are not."""
     height, width = (int(side) for side in size.split("x"))
     model_config = json.loads((WEIGHTS / "toybox.json").read_text()) | {"height": height, "width": width}
     model_config |= {
@@ -75,7 +75,7 @@ def resized(folder: Path, size: str) -> str:
 
 
 def ways(ranks: int) -> list[tuple[str, int]]:
-    """(decode, decode ranks) of all that so many ranks can do."""
+    """Returns (decode, decode ranks) of every mode that so many ranks can run."""
     many = [("spatial", 0)] if ranks > 1 else []
     return [("inline", 0), ("overlap", 0), *many, *(("inline", decoders) for decoders in range(1, ranks))]
 
@@ -98,10 +98,10 @@ def main(ranks: str, size: str, chunks: int) -> None:
                 times, video = pool.run(run_stream, count, model_config, chunks, decode, decoders)
                 off = int(np.abs(video.astype(int) - expected).max())
                 assert off <= 1, f"{decode} with {decoders} decode ranks of {count}: frames differ by {off}"
-                way = f"{decoders} decode ranks" if decoders else decode
+                mode = f"{decoders} decode ranks" if decoders else decode
                 fps = 12e3 / times["chunk_ms"]
-                rows.append({"ranks": count, "way": way, "rule": round(rule, 2), "fps": round(fps, 1)} | times)
-    print(f"toybox at {size}, on one rank {denoise_ms:.0f} ms a chunk to denoise, {decode_ms:.0f} to decode\n")
+                rows.append({"ranks": count, "way": mode, "rule": round(rule, 2), "fps": round(fps, 1)} | times)
+    print(f"toybox at {size}, on one rank {denoise_ms:.0f} ms a chunk to denoise, {decode_ms:.0f} ms to decode\n")
     columns = ("ranks", "way", "rule", "fps", "first ms", "chunk ms")
     print_table(columns, [[round(v, 2) if isinstance(v, float) else v for v in row.values()] for row in rows])
     finish("decode", size=size, denoise_ms=round(denoise_ms, 2), decode_ms=round(decode_ms, 2), rows=rows)

@@ -1,4 +1,4 @@
-"""The gate before any time: against float64 no operation errs more than twice what its torch reference errs."""
+"""The gate before any timing: against float64, no operation's error is more than twice that of its torch reference."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from causalrope_sp.grid import LatentGrid, Shard
 
 @dataclass(frozen=True)
 class Verdict:
-    """One output of an operation against float64: its error, that of its torch reference and the bound, of all numbers
-    together; and the same of the number that is furthest off."""
+    """One output of an operation compared with float64. `error`, `reference` (the error of its torch reference) and
+    `bound` are norms over all numbers; the `worst_` ones are those of the number with the largest error."""
 
     operation: str
     backend: str
@@ -37,10 +37,11 @@ class Verdict:
 
 
 def gate(device: torch.device) -> list[Verdict]:
-    """Every operation at odd sizes: uneven shards that begin inside a row, frames past 1024, memory full of NaN.
+    """Judges every operation at odd sizes: uneven shards that begin inside a row, time indices above 1024, and memory
+    that is filled with NaN.
 
-    On CUDA with the head width and the dtype that are timed, else small and interpreted, in the dtypes that Triton's
-    interpreter multiplies as a GPU does (3.9's does not bfloat16).
+    On CUDA it runs with the head width and the dtype that are timed. Elsewhere it runs small sizes in Triton's
+    interpreter, in the dtypes that the interpreter multiplies as a GPU does (that of Triton 3.9 does not for bfloat16).
     """
     small = {"num_layers": 1, "text_dim": 16, "freq_dim": 32}
     if device.type == "cuda":
@@ -61,18 +62,18 @@ def gate(device: torch.device) -> list[Verdict]:
 def judge(
     operation: Operation, backend: str, ranks: int, device: torch.device, dtype: torch.dtype
 ) -> Iterator[Verdict]:
-    """Twice the reference's error is allowed for all numbers together, and four times its worst for any one; eight of
-    float32's roundings where that is next to nothing."""
+    """Compares the outputs of an operation with float64. The bounds are twice the reference's norm of errors, four
+    times its largest error, and at least eight roundings of float32."""
     run = operation.judged or operation.run
     with _nan_in_empty():
         truth = run(operation.build(Draw.of(device, dtype, torch.float64)), "torch")
         rough = run(operation.build(Draw.of(device, dtype)), "torch")
-        ours = run(operation.build(Draw.of(device, dtype)), backend)
+        tested = run(operation.build(Draw.of(device, dtype)), backend)
     name = str(dtype).removeprefix("torch.")
-    for mine, other, exact in zip(*map(_outputs, (ours, rough, truth)), strict=True):
+    for output, other, exact in zip(*map(_outputs, (tested, rough, truth)), strict=True):
         numbers = exact[exact.isfinite()]
         sizes = numbers.norm().item(), numbers.abs().max().item()
-        (error, worst), (allowed, allowed_worst) = _errors(mine, exact), _errors(other, exact)
+        (error, worst), (allowed, allowed_worst) = _errors(output, exact), _errors(other, exact)
         roundings = [8 * torch.finfo(torch.float32).eps * size for size in sizes]
         bound, worst_bound = max(2 * allowed, roundings[0]), max(4 * allowed_worst, roundings[1])
         passed = error <= bound and worst <= worst_bound
@@ -85,16 +86,17 @@ def _outputs(x: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def _errors(x: Tensor, truth: Tensor) -> tuple[float, float]:
-    """Of all numbers together, and the largest; infinite if one was not written, or written where none should be."""
+    """Returns the norm of all errors and the largest one; infinite if a number was not written, or was written where
+    none should be."""
     off = (x.double() - truth).abs()
-    same = (x == truth) | (x.isnan() & truth.isnan())  # infinities, and what nobody should write
+    same = (x == truth) | (x.isnan() & truth.isnan())  # infinities, and numbers that must stay unwritten
     off = off.masked_fill(same, 0.0).nan_to_num(nan=math.inf)
     return off.norm().item(), off.max().item()
 
 
 @contextmanager
 def _nan_in_empty() -> Iterator[None]:
-    """Memory that is allocated reads as NaN until it is written."""
+    """Makes allocated memory read as NaN until it is written."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.use_deterministic_algorithms(True, warn_only=True)

@@ -1,4 +1,5 @@
-"""The operations that benchmarks/kernel_suite.py judges and times, each as a rank of a stream of Wan 2.1 has it.
+"""The operations that benchmarks/kernel_suite.py judges and times, each with the shapes of one rank of a Wan 2.1
+stream.
 
 Shapes: T tokens of the chunk on a rank, Q queries, L keys, H heads, h heads on a rank, d head width, D = H·d, P ranks,
 N parts, M width of the feed-forward, e bytes of a number.
@@ -44,12 +45,12 @@ from causalrope_sp.grid import Chunk, LatentGrid, Shard
 from causalrope_sp.models.rope import RotaryTables
 
 GRID, FRAMES, WINDOW = LatentGrid(30, 52), 3, SlidingWindow(21)
-FIRST = 30  # the chunk's first frame: the ring has gone round, and the chunk's slots lie inside it
+FIRST = 30  # the chunk's first frame: the ring has wrapped, and the chunk's slots lie inside it
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One rank's part of one chunk, of a stream whose window is full."""
+    """One rank's shard of one chunk, of a stream whose window is full."""
 
     model: str
     config: DiTConfig
@@ -64,7 +65,7 @@ class Setting:
 
     @property
     def tokens(self) -> int:
-        """T"""
+        """T, the tokens of the chunk on this rank."""
         return self.frames * self.shard.tokens
 
     @property
@@ -73,13 +74,14 @@ class Setting:
 
     @property
     def split(self) -> list[int]:
-        """Heads, rank by rank, where ranks trade tokens for heads."""
+        """The heads of each rank under ulysses, where an all-to-all turns shards of tokens into shards of heads."""
         return parse_strategy("ulysses", self.ranks).heads(self.config.num_heads)
 
 
 @dataclass(frozen=True)
 class Draw:
-    """Random numbers, the same ones every time: rounded to `dtype`, held in `held`, which loses nothing."""
+    """Draws random numbers, the same ones every time: rounded to `dtype` and held in `held`, which is no less
+    precise."""
 
     device: torch.device
     dtype: torch.dtype
@@ -92,7 +94,7 @@ class Draw:
 
     @property
     def wide(self) -> torch.dtype:
-        """That of angles and of log-sum-exps."""
+        """The dtype of angles and of log-sum-exps."""
         return torch.float64 if self.held == torch.float64 else torch.float32
 
     def __call__(self, *shape: int, scale: float = 1.0) -> Tensor:
@@ -110,17 +112,20 @@ class Draw:
 
 @dataclass(frozen=True)
 class Operation:
-    """One call at one shape, and what it must move or compute.
+    """One call at one shape, and the bytes that it must move or the FLOP that it must compute.
 
     Args:
-        formula: of the bytes that must cross memory or, if `matrix`, of the FLOP; `amount` is its value.
-        build: draws what one call takes.
+        name: of the operation, for the tables.
+        formula: of the bytes that must cross memory or, if `matrix`, of the FLOP.
+        amount: the value of the formula.
+        build: draws the inputs of one call.
         run: the call, by backend; "torch" is the reference.
-        backend: the one that is timed.
-        judged: what the gate compares, where that is more than `run` returns.
+        matrix: whether its floor is set by FLOP instead of bytes.
+        backend: the backend that is timed.
+        judged: the call that the gate compares, if it returns more than `run`.
         per_pass: how often one pass makes the call, on a single rank.
         attends: whether it is attention, which several libraries offer.
-        note: what to say of its shape.
+        note: a remark on its shape.
     """
 
     name: str
@@ -137,7 +142,7 @@ class Operation:
 
 
 def operations(s: Setting, itemsize: int = 2) -> Iterator[Operation]:
-    """All that a pass of this setting does, or would with another strategy."""
+    """Yields the operations of a pass in this setting, those of all strategies included."""
     yield from _norms(s, itemsize)
     yield from _placements(s, itemsize)
     yield from _merges(s, itemsize)
@@ -147,7 +152,7 @@ def operations(s: Setting, itemsize: int = 2) -> Iterator[Operation]:
 
 def _norms(s: Setting, itemsize: int) -> Iterator[Operation]:
     layers, numbers = s.config.num_layers, s.tokens * s.config.dim * itemsize
-    # the first block has nothing to add yet; the head adds what the last block left open
+    # the first block has no residual to add yet; the head adds that of the last block
     yield Operation("modulate", "2·T·D·e", 2 * numbers, partial(_norm_inputs, s), _add_norm, per_pass=1)
     forms = {
         "gate, modulate": {"added": True, "gated": True},
@@ -186,7 +191,7 @@ def _add_norm(inputs: NormInputs, backend: str) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Write:
-    """q, k, v and the rooms that they go to."""
+    """q, k, v and the slots that they are written to."""
 
     source: Source
     q: list[Slots]
@@ -197,11 +202,11 @@ class Write:
 def _write(inputs: Write, backend: str) -> tuple[Tensor, ...]:
     q, k, v = inputs.q, inputs.k, inputs.v
     norm_rope_store(inputs.source, q=q, k=k, v=v, backend=backend)
-    return tuple(room.x for room in (*q, *k, *v))
+    return tuple(slots.x for slots in (*q, *k, *v))
 
 
 def _placements(s: Setting, itemsize: int) -> Iterator[Operation]:
-    heads, width, mine = s.config.num_heads, s.config.head_dim, s.split[0]
+    heads, width, own_heads = s.config.num_heads, s.config.head_dim, s.split[0]
     moved = 6 * s.tokens * s.config.dim * itemsize
 
     def to_ring(draw: Draw) -> Write:
@@ -210,7 +215,7 @@ def _placements(s: Setting, itemsize: int) -> Iterator[Operation]:
     def to_others(draw: Draw) -> Write:
         return Write(_projection(s, draw), *_send_buffer(s, draw))
 
-    def arrived(kinds: int, heads: int, draw: Draw) -> Write:
+    def received(kinds: int, heads: int, draw: Draw) -> Write:
         sizes = [kinds * s.frames * shard.tokens * heads * width for shard in s.shard.all]
         flat = draw(sum(sizes)).split(sizes)
         pieces = Pieces([piece.view(kinds, 1, s.frames, -1, heads, width) for piece in flat])
@@ -220,16 +225,15 @@ def _placements(s: Setting, itemsize: int) -> Iterator[Operation]:
     yield Operation("q, k, v to q and ring", "6·T·D·e", moved, to_ring, _write, per_pass=s.config.num_layers)
     if s.ranks > 1:
         yield Operation("q, k, v to send buffer", "6·T·D·e", moved, to_others, _write)
-        all_tokens, note = s.frames * s.shard.grid.tokens * width * itemsize, f"{mine} of {heads} heads"
-        yield Operation(
-            "pieces to q and ring", "6·Q·h·d·e", 6 * mine * all_tokens, partial(arrived, 3, mine), _write, note=note
-        )
-        yield Operation("pieces to ring", "4·Q·D·e", 4 * heads * all_tokens, partial(arrived, 2, heads), _write)
-        yield Operation("tokens to pieces", "2·Q·h·d·e", 2 * mine * all_tokens, partial(_back, s), _split, note=note)
+        all_tokens, note = s.frames * s.shard.grid.tokens * width * itemsize, f"{own_heads} of {heads} heads"
+        build, amount = partial(received, 3, own_heads), own_heads * all_tokens
+        yield Operation("pieces to q and ring", "6·Q·h·d·e", 6 * amount, build, _write, note=note)
+        yield Operation("pieces to ring", "4·Q·D·e", 4 * heads * all_tokens, partial(received, 2, heads), _write)
+        yield Operation("tokens to pieces", "2·Q·h·d·e", 2 * amount, partial(_back, s), _split, note=note)
 
 
 def _back(s: Setting, draw: Draw) -> tuple[Tensor, list[Tensor]]:
-    """What this rank's heads attended, and the pieces in which the others' tokens of it go back."""
+    """Draws the attention output of this rank's heads, and the pieces in which it is sent back to the tokens' ranks."""
     heads, width = s.split[0], s.config.head_dim
     sizes = [s.frames * shard.tokens * heads * width for shard in s.shard.all]
     pieces = [flat.view(1, s.frames, -1, heads, width) for flat in draw.unwritten(sum(sizes)).split(sizes)]
@@ -243,10 +247,10 @@ def _split(inputs: tuple[Tensor, list[Tensor]], backend: str) -> tuple[Tensor, .
 
 def _projection(s: Setting, draw: Draw) -> Projection:
     c = s.config
-    turns = _tables(s, draw).rotation(list(range(s.first, s.first + s.frames)))
-    turns = replace(turns, **{name: getattr(turns, name).to(draw.wide) for name in ("time", "row", "column")})
+    rotation = _tables(s, draw).rotation(list(range(s.first, s.first + s.frames)))
+    rotation = replace(rotation, **{name: getattr(rotation, name).to(draw.wide) for name in ("time", "row", "column")})
     qkv_BFSN = draw(1, s.frames, s.shard.tokens, 3 * c.dim)
-    return Projection(qkv_BFSN, draw(c.dim), draw(c.dim), turns, c.num_heads, c.eps)
+    return Projection(qkv_BFSN, draw(c.dim), draw(c.dim), rotation, c.num_heads, c.eps)
 
 
 def _tables(s: Setting, draw: Draw) -> RotaryTables:
@@ -254,15 +258,16 @@ def _tables(s: Setting, draw: Draw) -> RotaryTables:
 
 
 def _q_and_ring(s: Setting, draw: Draw, tokens: int, heads: int) -> tuple[list[Slots], list[Slots], list[Slots]]:
-    """A tensor for q, and the chunk's slots in the rings of k and v."""
+    """Makes a tensor for q, and the chunk's slots in the rings of k and v."""
     slots_F = torch.tensor(s.window.slots(s.chunk), device=draw.device)
-    place = tokens, heads, s.config.head_dim
-    k, v = (Slots(draw.unwritten(1, s.window.frames, *place), slots_F) for _ in range(2))
-    return [Slots(draw.unwritten(1, s.frames, *place))], [k], [v]
+    frame = tokens, heads, s.config.head_dim
+    k, v = (Slots(draw.unwritten(1, s.window.frames, *frame), slots_F) for _ in range(2))
+    return [Slots(draw.unwritten(1, s.frames, *frame))], [k], [v]
 
 
 def _send_buffer(s: Setting, draw: Draw) -> list[list[Slots]]:
-    """As `Communicator.buffer` has it for an all-to-all: a piece a rank, side by side, each q, k, v of its heads."""
+    """Makes the buffer of an all-to-all as `Communicator.buffer` does: one piece for each rank, contiguous, with q, k,
+    v of its heads."""
     sizes = [3 * s.frames * s.shard.tokens * heads * s.config.head_dim for heads in s.split]
     flat = draw.unwritten(sum(sizes)).split(sizes)
     pieces = [
@@ -292,7 +297,7 @@ def _parts(s: Setting, draw: Draw, count: int = 2) -> list[Partial]:
 
 
 def _parts_from_ranks(s: Setting, draw: Draw) -> list[Partial]:
-    """As shard-kv gets them: the log-sum-exps in the bytes behind all outputs of a rank."""
+    """Draws partial outputs as shard-kv receives them: the log-sum-exps lie in the bytes behind a rank's outputs."""
     found = []
     for output, lse in _parts(s, draw, s.ranks):
         piece = torch.cat([output.flatten(), lse.flatten().view(output.dtype)])
@@ -302,15 +307,15 @@ def _parts_from_ranks(s: Setting, draw: Draw) -> list[Partial]:
 
 
 def _linear_gelu(s: Setting) -> Operation:
-    dim, wide = s.config.dim, s.config.ffn_dim
+    dim, ffn_dim = s.config.dim, s.config.ffn_dim
 
     def build(draw: Draw) -> tuple[Tensor, Tensor, Tensor]:
-        return draw(1, s.tokens, dim), draw(wide, dim, scale=dim**-0.5), draw(wide)
+        return draw(1, s.tokens, dim), draw(ffn_dim, dim, scale=dim**-0.5), draw(ffn_dim)
 
     def run(inputs: tuple[Tensor, Tensor, Tensor], backend: str) -> Tensor:
         return reference.linear_gelu(*inputs) if backend == "torch" else linear_gelu(*inputs)
 
-    amount = 2 * s.tokens * dim * wide
+    amount = 2 * s.tokens * dim * ffn_dim
     return Operation("linear, gelu", "2·T·D·M", amount, build, run, matrix=True, per_pass=s.config.num_layers)
 
 
@@ -326,8 +331,8 @@ def _attentions(s: Setting) -> Iterator[Operation]:
         Operation, run=_attend, judged=_attend_with_lse, matrix=True, backend="auto", attends=True, note=note
     )
 
-    def ranges(given: Sequence[tuple[int, int]], rotated: bool, draw: Draw) -> Attention:
-        rows = tuple((first * tokens, stop * tokens) for first, stop in given)
+    def ranges(slot_ranges: Sequence[tuple[int, int]], rotated: bool, draw: Draw) -> Attention:
+        rows = tuple((first * tokens, stop * tokens) for first, stop in slot_ranges)
         q = draw(1, queries, heads, c.head_dim)
         k, v = draw(2, 1, slots * tokens, heads, c.head_dim)
         rotate_on_read = _tables(s, draw).rotate_on_read(s.window.places(s.chunk), tokens) if rotated else None
@@ -344,14 +349,14 @@ def _attentions(s: Setting) -> Iterator[Operation]:
     read = sum(stop - first for first, stop in old)
     build = partial(ranges, whole, False)
     yield make("attention, full ring", "4·Q·L·h·d", slots * flop, build, per_pass=layers)
-    yield make(f"attention, {len(old)} stretches", "4·Q·L·h·d", read * flop, partial(ranges, old, False))
-    yield make("attention, keys turned", "4·Q·L·h·d", slots * flop, partial(ranges, whole, True))
+    yield make(f"attention, {len(old)} ranges", "4·Q·L·h·d", read * flop, partial(ranges, old, False))
+    yield make("attention, keys rotated on read", "4·Q·L·h·d", slots * flop, partial(ranges, whole, True))
     flop = 4 * s.tokens * c.text_len * c.dim
     yield make("cross-attention", "4·T·L·D", flop, text, per_pass=layers, note=f"{c.text_len} keys of text")
 
 
 def _attended(s: Setting) -> tuple[int, int, str]:
-    """Queries and heads of one rank's self-attention, and by which strategy; all keys in either case."""
+    """Returns the queries and heads of one rank's self-attention, and a note on the strategy; it attends all keys."""
     whole, heads = s.frames * s.shard.grid.tokens, s.config.num_heads
     if s.ranks == 1:
         return whole, heads, ""

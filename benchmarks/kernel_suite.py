@@ -1,15 +1,16 @@
-"""Every operation against its floor: the time that its bytes, or its FLOP, take at the rates that this GPU reaches.
+"""Measures every operation against its floor: the time that its bytes or its FLOP take at the rates that this GPU
+reaches.
 
     python benchmarks/kernel_suite.py  # gate, floors, times, targets; on CUDA
     python benchmarks/kernel_suite.py --gate-only  # the gate alone; interpreted without CUDA
     python benchmarks/kernel_suite.py --floors --bandwidth 4.3e12 --matmul 790e12  # floors at given rates; no GPU
     needed
 
-One chunk of three frames of Wan 2.1 at 480×832, window 21, bfloat16, as the first of P ranks has it. Gate: against
-float64 no operation errs more than twice what its torch reference errs in the same dtype (DESIGN §6); if one does,
-nothing is timed and the status is 1. Times are the device's alone: it sleeps until the host has launched a whole round
-of calls, each on buffers of its own, so that no call finds its numbers in the cache. `eager` is the torch reference,
-`compiled` the same through torch.compile.
+The shapes are those of one chunk of three frames of Wan 2.1 at 480×832, window 21, bfloat16, on the first of P ranks.
+Gate: against float64, no operation's error is more than twice that of its torch reference in the same dtype; otherwise
+nothing is timed and the status is 1. Times are those of the device alone: it sleeps until the host has launched a whole
+round of calls, each on buffers of its own, so that no call finds its numbers in the cache. `eager` is the torch
+reference, `compiled` the same through torch.compile.
 
 Shapes: T tokens of the chunk on a rank, Q queries, L keys, H heads, h heads on a rank, d head width, D = H·d, P ranks,
 N parts, M width of the feed-forward, e bytes of a number.
@@ -36,21 +37,22 @@ from causalrope_sp.config import PRESETS
 def print_gate(verdicts: Sequence[Verdict]) -> None:
     for v in verdicts:
         if not v.passed:
-            together, worst = f"{v.error:.1e} ({v.bound:.1e})", f"{v.worst_error:.1e} ({v.worst_bound:.1e})"
-            where = f"{v.operation} by {v.backend}, P = {v.ranks}, {v.dtype}"
-            print(f"gate: {where}: off by (at most) {together}, at worst {worst}")
+            norm, worst = f"{v.error:.1e} ({v.bound:.1e})", f"{v.worst_error:.1e} ({v.worst_bound:.1e})"
+            case = f"{v.operation} by {v.backend}, P = {v.ranks}, {v.dtype}"
+            print(f"gate: {case}: norm of errors (bound) {norm}, largest error (bound) {worst}")
     dtypes, passed = ", ".join(dict.fromkeys(v.dtype for v in verdicts)), sum(v.passed for v in verdicts)
     print(
-        f"gate: {passed} of {len(verdicts)} outputs in {dtypes} err at most twice what their reference does "
-        "(four times at the worst number, or a few roundings to float32)\n"
+        f"gate: the error of {passed} of {len(verdicts)} outputs in {dtypes} is at most twice that of their reference "
+        "(four times for the largest error, or a few roundings to float32)\n"
     )
 
 
-def print_floors(rates: Rates, given: Sequence[Setting]) -> None:
+def print_floors(rates: Rates, shapes: Sequence[Setting]) -> None:
+    """Prints the floor of every operation, in microseconds."""
     nothing = "" if rates.launch_us is None else f"; a kernel that moves nothing takes {rates.launch_us:.1f} µs"
     print(f"Floors at {rates.bandwidth / 1e12:.2f} TB/s and {rates.matmul / 1e12:.0f} TFLOP/s{nothing}; e = 2:\n")
     lines = []
-    for s in given:
+    for s in shapes:
         for o in operations(s):
             amount = f"{o.amount / 1e9:.1f} GFLOP" if o.matrix else f"{o.amount / 1e6:.2f} MB"
             calls = o.per_pass if s.ranks == 1 else "-"
@@ -60,7 +62,7 @@ def print_floors(rates: Rates, given: Sequence[Setting]) -> None:
 
 
 def print_rows(rows: Iterable[Row]) -> list[Row]:
-    """Each as soon as it is measured; returns them all."""
+    """Prints each row as soon as it is measured; returns all of them."""
     kept: list[Row] = []
 
     def lines() -> Iterator[tuple[object, ...]]:
@@ -86,7 +88,7 @@ def _cells(row: Row) -> tuple[object, ...]:
 
 
 def print_backends(rows: Sequence[Row]) -> None:
-    """Attention by backend, microseconds, and why those that are missing are."""
+    """Prints the microseconds of attention by backend, and why a backend is left out."""
     found = [(row, row.backends) for row in rows if row.backends is not None]
     names = list(dict.fromkeys(name for _, backends in found for name in backends.us))
     lines = [
@@ -99,7 +101,7 @@ def print_backends(rows: Sequence[Row]) -> None:
 
 
 def _us(backends: Backends, name: str) -> str:
-    """Bold if it is the chosen one."""
+    """Formats the microseconds of a backend, in bold if it is the chosen one."""
     mark = "**" if name == backends.chosen else ""
     return f"{mark}{backends.us[name]:.1f}{mark}" if name in backends.us else "-"
 
@@ -110,17 +112,18 @@ def _named(operation: str, note: str) -> str:
 
 def print_passes(passes: Sequence[Pass], *, measured: bool) -> None:
     for p in passes:
-        said = ("met" if p.share <= TARGETS["share"] else "missed") if measured else "not measured"
+        target = ("met" if p.share <= TARGETS["share"] else "missed") if measured else "not measured"
         print(
             f"{p.model}, a pass at P = 1: memory-bound operations {p.memory_ms:.2f} ms, attention {p.attention_ms:.2f} "
             f"ms, products {p.products_ms:.2f} ms at the matrix rate; the first are {100 * p.share:.1f} % of the pass "
-            f"(target: at most {100 * TARGETS['share']:.0f} %, {said})"
+            f"(target: at most {100 * TARGETS['share']:.0f} %, {target})"
         )
 
 
-def floors_alone(rates: Rates, given: Sequence[Setting]) -> None:
-    print_floors(rates, given)
-    passes = [Pass.of(s, rates, {o.name: rates.floor_us(o) for o in operations(s)}) for s in given if s.ranks == 1]
+def floors_alone(rates: Rates, shapes: Sequence[Setting]) -> None:
+    """Prints the floors, and the JSON of them, without measuring anything."""
+    print_floors(rates, shapes)
+    passes = [Pass.of(s, rates, {o.name: rates.floor_us(o) for o in operations(s)}) for s in shapes if s.ranks == 1]
     print_passes(passes, measured=False)
     floors = [
         {
@@ -131,20 +134,20 @@ def floors_alone(rates: Rates, given: Sequence[Setting]) -> None:
             "amount": o.amount,
             "floor_us": rates.floor_us(o),
         }
-        for s in given
+        for s in shapes
         for o in operations(s)
     ]
     finish("kernels", rates=asdict(rates), floors=floors, passes=[asdict(p) | {"share": p.share} for p in passes])
 
 
-def measured(device: torch.device, given: Sequence[Setting], compiles: bool) -> dict[str, Any]:
-    """Floors, then times, as they are printed; what of them goes into the JSON."""
+def measured(device: torch.device, shapes: Sequence[Setting], compiles: bool) -> dict[str, Any]:
+    """Measures and prints floors, then times; returns their fields of the JSON."""
     rates = measure_rates(device)
-    print_floors(rates, given)
-    rows = print_rows(timed(operation, s, rates, device, compiles) for s in given for operation in operations(s))
+    print_floors(rates, shapes)
+    rows = print_rows(timed(operation, s, rates, device, compiles) for s in shapes for operation in operations(s))
     print_backends(rows)
     passes = []
-    for s in (s for s in given if s.ranks == 1):
+    for s in (s for s in shapes if s.ranks == 1):
         us = {row.operation: row.ours_us for row in rows if (row.model, row.ranks) == (s.model, 1)}
         passes.append(Pass.of(s, rates, us))
     print_passes(passes, measured=True)
@@ -157,15 +160,15 @@ def measured(device: torch.device, given: Sequence[Setting], compiles: bool) -> 
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--gate-only", is_flag=True, help="The correctness gate alone; without CUDA by Triton's interpreter.")
-@click.option("--floors", is_flag=True, help="The floors alone, at the rates given; needs no GPU.")
+@click.option("--gate-only", is_flag=True, help="Run the correctness gate alone; without CUDA in Triton's interpreter.")
+@click.option("--floors", is_flag=True, help="Print the floors alone, at --bandwidth and --matmul; needs no GPU.")
 @click.option("--bandwidth", type=float, help="Bytes a second, for --floors.")
 @click.option("--matmul", type=float, help="FLOP a second, for --floors.")
 @click.option("--model", "models", multiple=True, type=click.Choice(list(PRESETS)), default=list(PRESETS),
-              help="One of the models; may be given again. All if not given.")  # fmt: skip
+              help="A model to measure; the option may be repeated. Default: all.")  # fmt: skip
 @click.option("--ranks", multiple=True, type=click.IntRange(1, 12), default=(1, 4, 8), show_default=True,
-              help="P; may be given again.")  # fmt: skip
-@click.option("--no-compile", is_flag=True, help="Leaves torch.compile out, which takes most of the time.")
+              help="P; the option may be repeated.")  # fmt: skip
+@click.option("--no-compile", is_flag=True, help="Leave out torch.compile, which takes most of the time.")
 def main(
     gate_only: bool,
     floors: bool,
@@ -175,12 +178,12 @@ def main(
     ranks: Sequence[int],
     no_compile: bool,
 ) -> None:
-    """Measures every operation against its floor; one line of JSON last."""
-    cuda, given = torch.cuda.is_available(), settings(models, ranks)
+    """Measures every operation against its floor; the last line is JSON."""
+    cuda, shapes = torch.cuda.is_available(), settings(models, ranks)
     if floors:
         if not bandwidth or not matmul:
             stop("--floors needs the rates: --bandwidth in bytes a second, --matmul in FLOP a second")
-        return floors_alone(Rates(bandwidth, matmul), given)
+        return floors_alone(Rates(bandwidth, matmul), shapes)
     if not cuda and not gate_only:
         stop("times need CUDA, and there is none here; without it there are --gate-only and --floors")
     os.environ["TRITON_INTERPRET"] = "0" if cuda else "1"  # before any kernel is defined
@@ -188,7 +191,7 @@ def main(
     verdicts = gate(device)
     print_gate(verdicts)
     passed = all(verdict.passed for verdict in verdicts)
-    found = measured(device, given, not no_compile) if passed and not gate_only else {}
+    found = measured(device, shapes, not no_compile) if passed and not gate_only else {}
     finish("kernels", passed=passed, gate=list(map(asdict, verdicts)), **found)
     sys.exit(0 if passed else 1)
 

@@ -1,7 +1,7 @@
-"""The device's time for an operation, beside its floor and what others take.
+"""Measures the device's time for an operation, with its floor and the times of other implementations.
 
-Times are the device's alone: it sleeps until the host has launched a whole round of calls, each on buffers of its own,
-so that no call finds its numbers in the cache.
+Times are those of the device alone: it sleeps until the host has launched a whole round of calls, each on buffers of
+its own, so that no call finds its numbers in the cache.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ from causalrope_kernels.attention_libraries import LIBRARIES
 from causalrope_sp.planning.workload import Workload
 
 TARGETS = {"of_floor": 1.25, "of_eager": 4.0, "of_best": 0.95, "share": 0.06}
-ROUNDS, L2, CLOCK = 5, 60e6, 2e9  # timed rounds, bytes of cache, cycles a second at most
+ROUNDS, L2, CLOCK = 5, 60e6, 2e9  # timed rounds, bytes of the cache, the highest clock in cycles a second
 SIDE = 8192  # of the matrices that the matrix rate is measured with
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Bytes a second of a copy, FLOP a second of a large bf16 product; microseconds of a kernel that moves nothing."""
+    """The rates of a device: bytes a second of a copy, FLOP a second of a large bf16 product, and microseconds of a
+    kernel that moves nothing."""
 
     bandwidth: float
     matmul: float
@@ -40,15 +41,15 @@ class Rates:
 
 
 def microseconds(run: Callable[[Any], Any], copies: Sequence[Any]) -> float:
-    """The device's time for one call, the median of a few rounds of a call on each of the copies.
+    """Measures the device's microseconds for one call, as the median of a few rounds of one call on each of the copies.
 
-    What a round returns is kept to its end, so that no call writes over what another left in the cache.
+    The outputs of a round are kept until it ends, so that no call reuses memory that another left in the cache.
     """
 
     def once() -> list[Any]:
         return [run(inputs) for inputs in copies]
 
-    once()  # compiles, and tells the device what need be told once
+    once()  # compiles, and copies to the device what is copied once
     torch.cuda.synchronize()
     started = time.perf_counter()
     once()
@@ -79,7 +80,7 @@ def measure_rates(device: torch.device) -> Rates:
 
 @dataclass(frozen=True)
 class Backends:
-    """Microseconds of attention by every backend that could go, of the others why not, and what "auto" takes."""
+    """Microseconds of attention by every backend that ran, why the others did not, and the one that "auto" chose."""
 
     chosen: str
     us: dict[str, float]
@@ -87,14 +88,14 @@ class Backends:
 
     @property
     def of_best(self) -> float:
-        """The fastest exact one's time over that of the chosen one."""
+        """The time of the fastest exact backend divided by that of the chosen one."""
         exact = [us for name, us in self.us.items() if name not in LIBRARIES or LIBRARIES[name].exact]
         return min(exact) / self.us[self.chosen] if self.chosen in self.us else 0.0
 
 
 @dataclass(frozen=True)
 class Row:
-    """One operation at one shape, measured. `compiled_us` is None where torch.compile failed, or was not asked for."""
+    """The measurements of one operation at one shape. `compiled_us` is None if torch.compile failed or was left out."""
 
     model: str
     ranks: int
@@ -112,7 +113,7 @@ class Row:
 
     @property
     def missed(self) -> list[str] | None:
-        """Which targets are; None if there are none."""
+        """The targets that were missed; None if the operation has no target."""
         if self.backends is not None:
             return ["best"] if self.backends.of_best < TARGETS["of_best"] else []
         if self.matrix:
@@ -126,8 +127,8 @@ class Row:
 
 def timed(operation: Operation, s: Setting, rates: Rates, device: torch.device, compiles: bool) -> Row:
     inputs = [operation.build(Draw.of(device, torch.bfloat16)) for _ in range(_copies(operation))]
-    ours = microseconds(lambda given: operation.run(given, operation.backend), inputs)
-    eager = microseconds(lambda given: operation.run(given, "torch"), inputs)
+    ours = microseconds(lambda x: operation.run(x, operation.backend), inputs)
+    eager = microseconds(lambda x: operation.run(x, "torch"), inputs)
     compiled, failed = _compiled(operation, inputs) if compiles else (None, None)
     return Row(
         model=s.model,
@@ -147,17 +148,17 @@ def timed(operation: Operation, s: Setting, rates: Rates, device: torch.device, 
 
 
 def _copies(operation: Operation) -> int:
-    """So many that twice the cache's bytes lie between two calls on the same one."""
+    """Returns how many copies are needed so that twice the cache's bytes lie between two calls on the same one."""
     return 4 if operation.matrix else max(2, min(64, math.ceil(2 * L2 / operation.amount)))
 
 
 def _compiled(operation: Operation, inputs: Sequence[Any]) -> tuple[float | None, str | None]:
-    """The reference through torch.compile for this one shape: its microseconds, or why it failed.
+    """Measures the reference through torch.compile for this one shape: returns its microseconds, or why it failed.
 
-    A rotation's angles have been looked up by then, in its favour as in eager's.
+    The angles of a rotation are looked up before the timing, in its favour and in that of eager.
     """
     torch.compiler.reset()
-    run = torch.compile(lambda given: operation.run(given, "torch"), dynamic=False)
+    run = torch.compile(lambda x: operation.run(x, "torch"), dynamic=False)
     try:
         return microseconds(run, inputs), None
     except Exception as error:
@@ -186,7 +187,7 @@ def _in_a_line(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class Pass:
-    """Milliseconds of one pass on one rank: what lies between the matrix products, attention, the products."""
+    """Milliseconds of one pass on one rank: memory-bound operations, attention, matrix products."""
 
     model: str
     memory_ms: float
@@ -199,7 +200,7 @@ class Pass:
 
     @classmethod
     def of(cls, s: Setting, rates: Rates, us: dict[str, float]) -> Pass:
-        """From the microseconds of every operation by name; the products at the matrix rate."""
+        """Sums the microseconds of every operation, by name; the products are taken at the matrix rate."""
         work = Workload(s.config, s.shard.grid, s.window.frames, s.frames, steps=1)
         sums = {"memory": 0.0, "attention": 0.0}
         for operation in operations(s):

@@ -1,9 +1,9 @@
-"""How long a checkpoint of the size of Wan 2.1 1.3B takes to load, and how much memory of the host.
+"""Measures the seconds and the host memory that loading a checkpoint of the size of Wan 2.1 1.3B takes.
 
     python benchmarks/load.py --folder /tmp
 
 Writes a random bfloat16 file of 2.8 GB into a temporary folder there, loads it in a process of its own, and deletes it.
-Gate: the weights must be those of the file. The floor is what one copy of so many bytes takes. JSON last.
+Gate: the weights must be those of the file. The floor is the time of one copy of so many bytes. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ def write_random(file: Path, size: str) -> None:
 
 
 def status(field: str) -> int:
-    """Bytes, as the kernel counts them for this process."""
+    """Returns a field of /proc/self/status, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
 def load(file: Path) -> dict[str, float]:
-    """One load, its figures, and the gate."""
+    """Loads the file once, checks the gate and returns the measurements, in seconds and bytes."""
     before, started = status("RssAnon"), time.perf_counter()
     model = load_model(file)
     seconds = time.perf_counter() - started
@@ -62,7 +62,7 @@ def load(file: Path) -> dict[str, float]:
 
 
 @click.command()
-@click.option("--folder", type=click.Path(exists=True, file_okay=False), help="For the file (default: the system's).")
+@click.option("--folder", type=click.Path(exists=True, file_okay=False), help="Folder of the file [default: temp].")
 @click.option("--model", default="wan2.1-1.3b", show_default=True, type=click.Choice(list(PRESETS)))
 @click.option("--runs", default=3, show_default=True)
 @click.option("--one", hidden=True, type=click.Path(path_type=Path), help="Load this file and print its figures.")
@@ -70,23 +70,23 @@ def main(folder: str | None, model: str, runs: int, one: Path | None) -> None:
     if one is not None:
         print(json.dumps(load(one)))
         return
-    with tempfile.TemporaryDirectory(dir=folder) as place:
-        file = Path(place) / "random.safetensors"
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        file = Path(temporary) / "random.safetensors"
         write_random(file, model)
         size = file.stat().st_size
-        made = []
+        loads = []
         for _ in range(runs):
             command = [sys.executable, __file__, "--one", str(file)]
             run = subprocess.run(command, check=True, capture_output=True, text=True)
-            made.append(json.loads(run.stdout.splitlines()[-1]))
-    best = min(made, key=lambda figures: figures["seconds"])
+            loads.append(json.loads(run.stdout.splitlines()[-1]))
+    best = min(loads, key=lambda figures: figures["seconds"])
     result = {
         "file_gb": round(size / 1e9, 3),
         "floor_s": round(best["floor_s"], 2),
         "seconds": round(best["seconds"], 2),
-        "all_seconds": [round(figures["seconds"], 2) for figures in made],
-        "anonymous_of_file": round(max(figures["anonymous"] for figures in made) / size, 3),
-        "resident_with_mapped_of_file": round(max(figures["peak_with_mapped"] for figures in made) / size, 3),
+        "all_seconds": [round(figures["seconds"], 2) for figures in loads],
+        "anonymous_of_file": round(max(figures["anonymous"] for figures in loads) / size, 3),
+        "resident_with_mapped_of_file": round(max(figures["peak_with_mapped"] for figures in loads) / size, 3),
         "threads": torch.get_num_threads(),
         "processor": platform.processor() or platform.machine(),
     }

@@ -1,21 +1,22 @@
-"""One pass of the DiT and one autoregressive step on one GPU, against the time that their products alone would take.
+"""Times one pass of the DiT and one autoregressive step on one GPU, against the time that their products alone take.
 
     python benchmarks/pass.py --model wan2.1-14b
-    python benchmarks/pass.py --layers 2    # not the whole depth, to see that it runs
-    python benchmarks/pass.py --smoke       # a tiny model on the CPU: that all of it runs, nothing about speed
+    python benchmarks/pass.py --layers 2    # fewer layers, for a quick run
+    python benchmarks/pass.py --smoke       # a tiny model on the CPU, to check that it runs; its times mean nothing
 
-Random weights, 480×832, chunks of three frames, window 21, bfloat16. A pass is `CausalStream.denoise`. A step is what
-`sample_chunks` does from one chunk to the next: four passes with their noise and updates, of which the first carries
-the context pass of the chunk before ("fused"), or five forwards ("separate"). An empty window is that of the first
-chunk, for steps of the second, the first with a chunk before it to commit; a full one evicts what it takes in.
+The model has random weights; the video has 480×832 pixels, chunks of three frames and a window of 21; the dtype is
+bfloat16. A pass is `CausalStream.denoise`. A step is the work of `sample_chunks` from one chunk to the next: four
+passes with their noise and updates, where the first also runs the context pass of the chunk before ("fused"), or five
+forwards ("separate"). With an empty window a pass is that of the first chunk and a step that of the second chunk, which
+is the first that has a chunk to commit. With a full window every chunk evicts as many frames as it adds.
 
-A graph holds `CausalDiT.forward` alone: tokens, timesteps, rotation, slots and bounds are on the device by then, and
-what the stream does around it on the host is left out. With "bounds on the device", as the cache gives them, one graph
-could serve other windows, and attention is Triton's. With "fixed bounds" it is right for this one window alone, and
-attends as eager does.
+A graph holds `CausalDiT.forward` alone: tokens, timesteps, rotation, slots and bounds are on the device already, and
+the stream's work on the host is not timed. With "bounds on the device", as the cache returns them, one graph could
+serve other windows, and attention is Triton's. With "fixed bounds" it is valid for this window alone, and attends as
+eager does.
 
-Gate: a small model's velocities, by every way that is timed, against one masked forward over all frames on the CPU in
-float64: off by at most twice as much as that forward is on the CPU in the dtype that is timed.
+Gate: the velocities of a small model, by every variant that is timed, against one masked forward over all frames on the
+CPU in float64. Their error is at most twice that of the same forward on the CPU in the dtype that is timed.
 
 Shapes: B batch, F frames, s tokens of a frame, E numbers in a token, L text tokens.
 """
@@ -67,7 +68,7 @@ PASS, STEP = "one denoise pass", "autoregressive step"
 
 @dataclass(frozen=True)
 class Setup:
-    """What streams are made of."""
+    """The arguments of a stream: model, grid, window and text embeddings."""
 
     model: CausalDiT
     grid: LatentGrid
@@ -85,7 +86,7 @@ class Setup:
         return self.model.device
 
     def stream(self, clean_BFSE: Tensor) -> CausalStream:
-        """One whose cache holds these frames."""
+        """Makes a stream whose cache holds these frames."""
         strategy = Strategy(self.grid.tokens, self.model.config.num_heads)
         stream = CausalStream(self.model, self.embeds_BLE, self.grid, self.window, Shard(self.grid), strategy)
         for chunk in split_into_chunks(clean_BFSE.shape[1], FRAMES):
@@ -99,7 +100,8 @@ class Setup:
 
 
 def random_model(config: DiTConfig, device: torch.device, dtype: torch.dtype) -> CausalDiT:
-    """Made where it will be, as what it will be: 14B in float32 would fill most hosts."""
+    """Makes a model with random weights directly on its device and in its dtype; 14B in float32 would fill most
+    hosts."""
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)
     try:
@@ -111,10 +113,10 @@ def random_model(config: DiTConfig, device: torch.device, dtype: torch.dtype) ->
 
 
 def prepared(setup: Setup, stream: CausalStream, chunk: Chunk, fixed: bool) -> ForwardPass:
-    """A denoise pass over the open chunk as `CausalStream` makes it, with all that it needs on the device already.
+    """Makes the denoise pass of the open chunk as `CausalStream` does, with all its tensors on the device.
 
-    `fixed` takes the keys' bounds from the host. Else "auto" would take Triton's attention under capture and what is
-    fastest before; it is named here, or the warm-up would not compile it.
+    `fixed` takes the bounds of the keys' ranges from the host. Otherwise Triton's attention is named explicitly: "auto"
+    would choose the fastest one before capture and Triton's under capture, which the warm-up would not have compiled.
     """
     config, device = setup.model.config, setup.device
     tables = RotaryTables(config.head_dim, config.theta, Shard(setup.grid), device, torch.float32)
@@ -135,14 +137,15 @@ def prepared(setup: Setup, stream: CausalStream, chunk: Chunk, fixed: bool) -> F
 
 
 def captured(setup: Setup, stream: CausalStream, chunk: Chunk, x_BFSE: Tensor, fixed: bool) -> Callable[[], Tensor]:
-    """The pass of a chunk that was denoised before, in a graph. Called, it replays it and returns the velocity."""
+    """Captures the pass of a chunk that was denoised before in a CUDA graph; returns a function that replays it and
+    returns the velocity."""
     run = partial(setup.model, x_BFSE.flatten(1, 2).to(setup.model.dtype), prepared(setup, stream, chunk, fixed))
-    undo = torch.cuda.Stream()
-    undo.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(undo):
+    warm_up = torch.cuda.Stream()
+    warm_up.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(warm_up):
         for _ in range(2):
             run()
-    torch.cuda.current_stream().wait_stream(undo)
+    torch.cuda.current_stream().wait_stream(warm_up)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         velocity = run()
@@ -155,7 +158,7 @@ def captured(setup: Setup, stream: CausalStream, chunk: Chunk, x_BFSE: Tensor, f
 
 
 def ways(setup: Setup, before_BFSE: Tensor, x_BFSE: Tensor) -> Iterator[tuple[str, Callable[[], Tensor]]]:
-    """A denoise pass of the chunk after the frames `before_BFSE`, by every way there is on the device."""
+    """Yields a denoise pass of the chunk after the frames `before_BFSE`, by every variant that the device has."""
     stream = setup.stream(before_BFSE)
     start, frames = before_BFSE.shape[1], x_BFSE.shape[1]
     chunk = Chunk(start // FRAMES, start, frames)
@@ -167,7 +170,7 @@ def ways(setup: Setup, before_BFSE: Tensor, x_BFSE: Tensor) -> Iterator[tuple[st
 
 @dataclass(frozen=True)
 class Gate:
-    """Relative errors against float64: of the reference in the dtype that is timed, and by way."""
+    """Relative errors against float64: of the reference in the dtype that is timed, and of each variant by its name."""
 
     reference: float
     errors: dict[str, float]
@@ -182,32 +185,33 @@ class Gate:
 
 
 def gate(device: torch.device, dtype: torch.dtype) -> Gate:
-    """The fifth chunk of a stream with a sink, whose window of seven frames has gone round."""
+    """Runs the gate on the fifth chunk of a stream with a sink, whose ring of seven frames has wrapped."""
     rough = Setup.random(random_model(SMALL, torch.device("cpu"), dtype), LatentGrid(3, 5), SlidingWindow(7, 1))
     chunks = list(split_into_chunks(5 * FRAMES, FRAMES))
     clean, noisy = (torch.randn(1, 5 * FRAMES, 16, 6, 10, generator=torch.Generator().manual_seed(n)) for n in (0, 1))
     clean, noisy = clean.to(dtype).float(), noisy.to(dtype).float()
 
     def velocity(model: CausalDiT) -> Tensor:
-        given = model, rough.embeds_BLE, rough.grid, chunks, clean.to(model.dtype), noisy.to(model.dtype), TIMESTEP
-        return rough.grid.patchify(block_causal_velocity(*given, window=7, sink=1))[:, -FRAMES:]
+        args = model, rough.embeds_BLE, rough.grid, chunks, clean.to(model.dtype), noisy.to(model.dtype), TIMESTEP
+        return rough.grid.patchify(block_causal_velocity(*args, window=7, sink=1))[:, -FRAMES:]
 
     truth = velocity(deepcopy(rough.model).double())
 
     def error(found: Tensor) -> float:
         return ((found.cpu().double() - truth).norm() / truth.norm()).item()
 
-    ours = replace(rough, model=deepcopy(rough.model).to(device), embeds_BLE=rough.embeds_BLE.to(device))
+    on_device = replace(rough, model=deepcopy(rough.model).to(device), embeds_BLE=rough.embeds_BLE.to(device))
     before, x = (rough.grid.patchify(latents).to(device) for latents in (clean[:, :-FRAMES], noisy[:, -FRAMES:]))
-    errors = {name: error(run()) for name, run in ways(ours, before, x)}
+    errors = {name: error(run()) for name, run in ways(on_device, before, x)}
     context = Part(chunks[-2], before[:, -FRAMES:], 0.0)
-    fused = ours.stream(before[:, :-FRAMES]).denoise(chunks[-1], x, TIMESTEP, context)
+    fused = on_device.stream(before[:, :-FRAMES]).denoise(chunks[-1], x, TIMESTEP, context)
     return Gate(error(velocity(rough.model)), errors | {"fused": error(fused)})
 
 
 @dataclass(frozen=True)
 class Case:
-    """A pass or a step of a chunk, its FLOP, and what these take at the matrix rate, if that is known."""
+    """A pass or a step of a chunk, its FLOP, and the milliseconds that these take at the matrix rate, if it is
+    known."""
 
     window: str
     what: str
@@ -233,7 +237,7 @@ def cases(setup: Setup, matmul: float | None) -> list[Case]:
 
 
 def flops(setup: Setup, chunk: Chunk) -> int:
-    """Of linear layers and attention, of one chunk's tokens in one forward."""
+    """Counts the FLOP of linear layers and attention for one chunk's tokens in one forward."""
     work = Workload(setup.model.config, setup.grid, setup.window.frames, chunk.frames, steps=1)
     tokens, keys = chunk.frames * setup.grid.tokens, len(setup.window.held(chunk.stop))
     attended = attention_flops(parse_strategy(SINGLE, 1), work, 0, chunk.frames, keys)
@@ -246,7 +250,7 @@ def _chunk(index: int) -> Chunk:
 
 @dataclass(frozen=True)
 class Row:
-    """A case by one way. `of_roofline` is the share of the matrix rate that it reaches."""
+    """The time of a case by one variant. `of_roofline` is the share of the matrix rate that it reaches."""
 
     window: str
     what: str
@@ -269,7 +273,8 @@ def time_passes(setup: Setup, case: Case) -> Iterator[Row]:
 
 
 def time_steps(setup: Setup, empty: Case, full: Case) -> Iterator[Row]:
-    """Only a new stream has an empty window, so there is one for every time; the first of them is a warm-up."""
+    """Times steps. Only a new stream has an empty window, so each of its times takes a new one; the first is a
+    warm-up."""
     for way, fused in (("fused", True), ("separate", False)):
         second = [step_seconds(setup, fused, empty.chunk.index + 1)[-1] for _ in range(RUNS + 1)]
         yield Row.of(empty, way, 1e3 * median(second[1:]))
@@ -278,7 +283,7 @@ def time_steps(setup: Setup, empty: Case, full: Case) -> Iterator[Row]:
 
 
 def step_seconds(setup: Setup, fused: bool, chunks: int) -> list[float]:
-    """Of every chunk of a new stream, from handing out the one before to handing it out."""
+    """Measures the seconds of every chunk of a new stream, from the output of the chunk before to its own output."""
     config, grid = setup.model.config, setup.grid
     loop = ChunkLoop(
         setup.model,
@@ -304,7 +309,7 @@ def step_seconds(setup: Setup, fused: bool, chunks: int) -> list[float]:
 
 
 def seconds(run: Callable[[], Any], device: torch.device) -> float:
-    """Until the device is done."""
+    """Measures the seconds until the device is done."""
     wait(device)
     started = time.perf_counter()
     run()
@@ -318,20 +323,20 @@ def wait(device: torch.device) -> None:
 
 
 def matrix_rate(device: torch.device) -> float:
-    """FLOP a second of a large bfloat16 product of random numbers."""
+    """Measures the FLOP a second of a large bfloat16 product of random numbers."""
     a, b = torch.randn(2, SIDE, SIDE, device=device).to(torch.bfloat16)
     return 2 * SIDE**3 / median(seconds(lambda: a @ b, device) for _ in range(4 * RUNS))
 
 
 def attention_backends(setup: Setup) -> dict[str, str]:
-    """Which attention runs in eager, and what it was chosen from."""
+    """Returns the attention backends that eager runs, and the times of those that they were chosen from."""
     if setup.device.type == "cpu":
         return {"self-attention": "torch", "cross-attention": "torch"}
     config, tokens = setup.model.config, FRAMES * setup.grid.tokens
     keys = {"self-attention": setup.window.frames * setup.grid.tokens, "cross-attention": config.text_len}
     found = {}
     for name, count in keys.items():
-        device = torch.empty(0, device=setup.device).device  # with its index, as the choice is remembered by
+        device = torch.empty(0, device=setup.device).device  # with its index, which the remembered choice is keyed by
         shape = Shape(device, setup.model.dtype, 1, tokens, count, config.num_heads, config.head_dim)
         chosen = measure(shape.rounded())
         times = (f"{other} {ms:.3g} ms" for other, ms in sorted(chosen.milliseconds.items(), key=lambda item: item[1]))
@@ -344,15 +349,15 @@ def rounded(number: float | None, digits: int) -> float | None:
 
 
 def timed(setup: Setup, matmul: float | None) -> list[Row]:
-    """Floors, then times, as they are printed."""
-    given = cases(setup, matmul)
-    floors = [(case.window, case.what, f"{case.tflop:.3g}", rounded(case.roofline_ms, 2)) for case in given]
+    """Prints floors, then times as they are measured; returns the rows of times."""
+    all_cases = cases(setup, matmul)
+    floors = [(case.window, case.what, f"{case.tflop:.3g}", rounded(case.roofline_ms, 2)) for case in all_cases]
     print_table(("window", "what", "TFLOP", "roofline ms"), floors)
     rows: list[Row] = []
 
     def lines() -> Iterator[tuple[object, ...]]:
-        passes = (time_passes(setup, case) for case in given if case.what == PASS)
-        for row in chain(*passes, time_steps(setup, *(case for case in given if case.what == STEP))):
+        passes = (time_passes(setup, case) for case in all_cases if case.what == PASS)
+        for row in chain(*passes, time_steps(setup, *(case for case in all_cases if case.what == STEP))):
             rows.append(row)
             yield row.window, row.what, row.way, f"{row.ms:.2f}", rounded(row.of_roofline, 3)
 
@@ -362,20 +367,20 @@ def timed(setup: Setup, matmul: float | None) -> list[Row]:
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--model", "name", type=click.Choice(list(PRESETS)), default="wan2.1-1.3b", show_default=True)
-@click.option("--layers", type=click.IntRange(min=1), help="Cuts the depth.")
-@click.option("--smoke", is_flag=True, help="A tiny model on the CPU, in float32.")
+@click.option("--layers", type=click.IntRange(min=1), help="Run only so many layers.")
+@click.option("--smoke", is_flag=True, help="Run a tiny model on the CPU, in float32.")
 @torch.inference_mode()
 def main(name: str, layers: int | None, smoke: bool) -> None:
-    """Times a pass and a step of a model with random weights against their roofline; one line of JSON last."""
+    """Times a pass and a step of a model with random weights against their roofline; the last line is JSON."""
     if not smoke and not torch.cuda.is_available():
         stop("a pass is timed on CUDA, and there is none here; --smoke runs a tiny model on the CPU")
     device, dtype = (torch.device("cpu"), torch.float32) if smoke else (torch.device("cuda"), torch.bfloat16)
     judged = gate(device, dtype)
-    errors = ", ".join(f"{way} {error:.1e}" for way, error in judged.errors.items())
+    errors = ", ".join(f"{variant} {error:.1e}" for variant, error in judged.errors.items())
     print(f"gate: allowed {judged.bound:.1e}, found {errors}: {'passed' if judged.passed else 'failed'}\n", flush=True)
-    said = {"model": "tiny" if smoke else name, "smoke": smoke, "gate": asdict(judged) | {"passed": judged.passed}}
+    fields = {"model": "tiny" if smoke else name, "smoke": smoke, "gate": asdict(judged) | {"passed": judged.passed}}
     if not judged.passed:
-        finish("pass", **said)
+        finish("pass", **fields)
         sys.exit(1)
     config = TINY if smoke else PRESETS[name]
     config = replace(config, num_layers=layers or config.num_layers)
@@ -384,8 +389,8 @@ def main(name: str, layers: int | None, smoke: bool) -> None:
     )
     backends = attention_backends(setup)
     matmul = None if smoke else matrix_rate(device)
-    where = "a smoke run on the CPU: no time here says anything" if matmul is None else f"{matmul / 1e12:.0f} TFLOP/s"
-    print(f"{said['model']}, {config.num_layers} layers, {dtype}; {where}")
+    rate = "a smoke run on the CPU: its times mean nothing" if matmul is None else f"{matmul / 1e12:.0f} TFLOP/s"
+    print(f"{fields['model']}, {config.num_layers} layers, {dtype}; {rate}")
     for attended, backend in backends.items():
         print(f"{attended}: {backend}")
     print()
@@ -393,7 +398,7 @@ def main(name: str, layers: int | None, smoke: bool) -> None:
     gpu = None if smoke else torch.cuda.get_device_name(device)
     finish(
         "pass",
-        **said,
+        **fields,
         layers=config.num_layers,
         device=gpu,
         matmul=matmul,

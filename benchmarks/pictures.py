@@ -1,4 +1,4 @@
-"""How far one video is from another: PSNR and SSIM, of uint8 frames (T, H, W, 3)."""
+"""The distance of two videos, uint8 (T, H, W, 3): PSNR and SSIM."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ TAPS, SPREAD = 11, 1.5  # the window of SSIM, as published (Wang et al. 2004)
 
 
 def psnr(video: np.ndarray, other: np.ndarray) -> float:
-    """In dB, over all frames together; equal videos have infinity."""
+    """Returns the peak signal-to-noise ratio in dB, over all frames; infinity for equal videos."""
     error = np.mean((video.astype(np.float64) - other.astype(np.float64)) ** 2)
     return math.inf if error == 0 else float(10 * math.log10(255**2 / error))
 
 
 def ssim(video: np.ndarray, other: np.ndarray) -> float:
-    """The mean over frames, channels and places where the window lies inside the picture; 1 for equal videos."""
+    """Returns the structural similarity (Wang et al. 2004), as the mean over frames, channels and all positions of the
+    window inside the frame; 1 for equal videos."""
     x, y = (torch.from_numpy(v).double().movedim(-1, 1).flatten(0, 1).unsqueeze(1) for v in (video, other))
     mean_x, mean_y = _blur(x), _blur(y)
     var_x, var_y = _blur(x * x) - mean_x**2, _blur(y * y) - mean_y**2

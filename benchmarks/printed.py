@@ -1,4 +1,4 @@
-"""What the benchmarks print: tables, the last line, a refusal."""
+"""The output of the benchmarks: tables, the last line in JSON, and a refusal."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ import torch
 
 
 def print_table(columns: Sequence[str], lines: Iterable[Sequence[object]]) -> None:
-    """As markdown, which the log takes as it is; a line as soon as it is there."""
+    """Prints a markdown table, as the log has them; each line as soon as `lines` yields it."""
     for cells in chain((columns, ["---"] * len(columns)), lines):
         print("| " + " | ".join("-" if cell is None else str(cell) for cell in cells) + " |", flush=True)
     print()
 
 
 def finish(benchmark: str, **found: Any) -> None:
-    """The last line, as JSON, with the versions that the figures depend on."""
+    """Prints the last line, as JSON, with the versions that the numbers depend on."""
     print(json.dumps({"benchmark": benchmark, "torch": torch.__version__, "triton": _triton(), **found}))
 
 
 def stop(why: str) -> NoReturn:
-    """Wrong input."""
+    """Prints why the input is refused and exits with status 2."""
     click.echo(why, err=True)
     sys.exit(2)
 

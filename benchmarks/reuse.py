@@ -100,7 +100,7 @@ def draw_scenes(count: int) -> list[SceneSpec]:
 
 
 @dataclass
-class PrefetchedChunk:
+class PolicyRun:
     """The videos of one policy, the seconds that each took, and what the judge says of them."""
 
     videos: list[np.ndarray] = field(default_factory=list)
@@ -110,9 +110,9 @@ class PrefetchedChunk:
 
 def make(
     pipe: CausalVideoPipeline, scenes: list[SceneSpec], frames: int, named: dict[str, ReusePolicy | None]
-) -> dict[str, PrefetchedChunk]:
+) -> dict[str, PolicyRun]:
     """Every scene by every policy in turn, so that whatever else the machine does slows all of them alike."""
-    made = {label: PrefetchedChunk() for label in named}
+    made = {label: PolicyRun() for label in named}
     for seed, scene in enumerate(scenes):
         for label, policy in named.items():
             started = time.perf_counter()

@@ -1,11 +1,12 @@
-"""Real processes against the cost model: milliseconds a chunk, and how much of the communication is exposed.
+"""Compares real processes with the cost model: milliseconds a chunk, and how much of the communication is exposed.
 
     python benchmarks/scaling.py --ranks 1,2,4
     python benchmarks/scaling.py --ranks 1,2 --measured rates.json   # also writes the rates, for causalrope-sp plan
 
-A random model of a size that a few CPU cores can run. The rates of this machine (products, attention, memory, link) are
-measured first, one rank on one core, so the prediction is of what was measured and not of a data sheet. More ranks than
-cores share them, which the model does not know. Gate: every strategy's latents are those of one rank to 1e-5.
+The model has random weights and a size that a few CPU cores can run. The rates of this machine (products, attention,
+memory, link) are measured first, one rank on one core, so that the prediction does not rest on a data sheet. The cost
+model does not know when more ranks than cores share the cores. Gate: the latents of every strategy differ from those of
+one rank by at most 1e-5, relative.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ CHUNKS, SKIPPED = 7, 4  # the window is full from the fifth chunk on
 def run_stream(
     group: dist.ProcessGroup | None, device: str, strategy: str, overlap: bool, head_groups: int
 ) -> tuple[dict[str, float], torch.Tensor]:
-    """Milliseconds of a chunk with a full window, of those what was spent waiting for other ranks, and its latents."""
+    """Returns the milliseconds of a chunk with a full window, the part of them spent waiting for other ranks, and the
+    latents of the last chunk."""
     torch.manual_seed(0)
     model = CausalDiT(CONFIG).eval().requires_grad_(False).to(device)
     parallel = SequenceParallel(group, strategy, device, overlap=overlap, head_groups=head_groups)
@@ -71,7 +73,7 @@ def run_stream(
 
 
 def measure_link(group: dist.ProcessGroup, device: str) -> tuple[float, float]:
-    """(seconds before the first byte, bytes a second) that an all-to-all brings to a rank."""
+    """Returns the seconds before the first byte and the bytes a second that a rank receives in an all-to-all."""
     import torch.distributed as dist
 
     seconds = {}
@@ -90,7 +92,7 @@ def measure_link(group: dist.ProcessGroup, device: str) -> tuple[float, float]:
 
 
 def measure_machine(pool: RankPool) -> Machine:
-    """The rates of one rank on this machine, in the sizes that the benchmark's model uses."""
+    """Measures the rates of one rank on this machine, at the sizes of the benchmark's model."""
     tokens, keys = STREAM.chunk_frames * GRID.tokens, 12 * GRID.tokens
     x, w = torch.randn(tokens, CONFIG.dim), torch.randn(CONFIG.dim, CONFIG.ffn_dim)
     q = torch.randn(1, tokens, CONFIG.num_heads, CONFIG.head_dim)
@@ -119,9 +121,9 @@ def _seconds(work: Any) -> float:
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--ranks", default="1,2,4", show_default=True)
-@click.option("--measured", type=click.Path(path_type=Path), help="Writes the measured rates into this file.")
+@click.option("--measured", type=click.Path(path_type=Path), help="Write the measured rates into this file.")
 def main(ranks: str, measured: Path | None) -> None:
-    """Measures every strategy at every number of RANKS, beside what the cost model predicts; one line of JSON last."""
+    """Measures every strategy at every number of RANKS and compares with the cost model; the last line is JSON."""
     torch.set_num_threads(1)
     work = Workload.of(CONFIG, GRID, STREAM, SAMPLER, STREAM.window or 0, itemsize=4)
     rows: list[dict[str, Any]] = []
@@ -134,20 +136,20 @@ def main(ranks: str, measured: Path | None) -> None:
             predicted = {p.strategy: p for p in plan(work, count, machine)}
             names = strategies(count, CONFIG.num_heads)[: 1 if count == 1 else None]
             for name in names:
-                ways = [(True, 1)] if count == 1 else [(True, 1), (False, 1)]
+                variants = [(True, 1)] if count == 1 else [(True, 1), (False, 1)]
                 if name == "ulysses":
-                    ways = [(True, 1), (True, 2)] if count > 1 else [(True, 1)]
-                for overlap, groups in ways:
+                    variants = [(True, 1), (True, 2)] if count > 1 else [(True, 1)]
+                for overlap, groups in variants:
                     found, latents = pool.run(run_stream, count, name, overlap, groups)
                     error = float((latents - alone).norm() / alone.norm())
                     assert error < 1e-5, f"{name} on {count} ranks is off by {error:.1e}"
                     p = predicted.get(name, next(iter(predicted.values())))
-                    way = "" if overlap and groups == 1 else ("head groups" if overlap else "no overlap")
+                    variant = "" if overlap and groups == 1 else ("head groups" if overlap else "no overlap")
                     rows.append(
                         {
                             "ranks": count,
                             "strategy": name if count > 1 else "single",
-                            "way": way,
+                            "way": variant,
                             **{key: round(value, 2) for key, value in found.items()},
                             "predicted_ms": round(p.chunk_ms, 2),
                             "predicted_exposed_ms": round(p.exposed_ms, 2),

@@ -1,8 +1,10 @@
-"""How fast toybox is on this machine: sustained frames a second with decoding, the first frames, a cold process.
+"""Measures toybox on this machine: sustained frames a second with decoding, seconds to the first frames, and seconds of
+a cold process.
 
     python benchmarks/toybox_speed.py
 
-Gate: the video must be the same twice, and the same as the first frames of a longer one. Then times; JSON last.
+Gate: the same seed gives the same video twice, and the first frames of a longer one. Times follow; the last line is
+JSON.
 """
 
 from __future__ import annotations

@@ -1,11 +1,13 @@
-"""Do global tokens make far chunks agree? The smallest video that asks: one token a frame, the same in all frames.
+"""Tests whether global tokens make distant chunks agree, on the smallest video that shows it: one token a frame, the
+same in all frames.
 
     python benchmarks/vin_agreement.py
 
-Each video is one of 256 patterns of signs, noised; no text says which. Chunks are three frames and share one with the
-next, so that a chunk alone can decide by three noisy frames, and by global tokens for all. A tiny DiT and its VIN learn
-it from nothing, by the loss of train_vin.py, in half a minute; a quarter of the steps go without global tokens, so that
-the ablation is one that the DiT knows. Prints how often first and last chunk agree in a sign, and JSON.
+Each video is one of 256 patterns of signs, noised; the text does not say which. A chunk has three frames and shares one
+with the next, so that without global tokens it depends on three noisy frames, and with them on all frames. A tiny DiT
+and its VIN are trained from random weights with the loss of train_vin.py, in half a minute; a quarter of the steps
+train without global tokens, so that the DiT has been trained for the ablation too. The script prints how often the
+first and the last chunk agree in a sign, then JSON.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ DIT = DiTConfig(dim=48, ffn_dim=96, num_heads=4, num_layers=2, text_dim=4, text_
 VIN = VINConfig(global_tokens=4, dim=48, heads=4, layers=2)
 CHUNKS = ParallelChunksConfig(chunk_frames=3, overlap=1, keyframe_every=1)
 GRID = LatentGrid(1, 1)
-FRAMES, SIZE = 17, 0.6  # latent frames of a video, in eight chunks; how large its numbers are against the noise's
+FRAMES, SIZE = 17, 0.6  # latent frames of a video, in eight chunks; the size of its numbers relative to the noise
 SAMPLER = SamplerConfig(tuple(1000 - 40 * n for n in range(25)), shift=2.0, solver="euler")
 
 
@@ -62,7 +64,13 @@ def train(steps: int, batch: int = 128) -> Pair:
 
 
 def agreement(pair: Pair, use_vin: bool, chunks: ParallelChunksConfig = CHUNKS, count: int = 64) -> dict[str, float]:
-    """The share of signs that first and last chunk agree in, and frames at either side of a seam; 0.5 is chance."""
+    """Samples videos and compares signs; by chance, half of them agree.
+
+    Returns:
+        far: the share of signs in which the first and the last frame agree.
+        seams: the share of signs in which the frames on the two sides of a seam agree, as the mean over seams.
+        size: the mean size of the numbers, relative to that of the training videos.
+    """
     frame = (DIT.in_channels, GRID.latent_height, GRID.latent_width)
     for output in sample_parallel_chunks(
         pair.dit,
@@ -77,7 +85,7 @@ def agreement(pair: Pair, use_vin: bool, chunks: ParallelChunksConfig = CHUNKS, 
         initial_latents=chart(count, *frame),
     ):
         latents = output.latents
-    assert latents is not None, "the last step has the video"
+    assert latents is not None, "the last step returns the video"
     signs = latents > 0
     seams = range(chunks.chunk_frames, FRAMES, chunks.chunk_frames - chunks.overlap)
     at_seams = [float((signs[:, s] == signs[:, s - 1]).float().mean()) for s in seams]
@@ -94,15 +102,15 @@ def main(steps: int) -> None:
     torch.set_num_threads(1)
     pair = train(steps)
     unfused = ParallelChunksConfig(CHUNKS.chunk_frames, CHUNKS.overlap, CHUNKS.keyframe_every, fuse_above=1.0)
-    ways: dict[str, Any] = {
+    variants: dict[str, Any] = {
         "VIN": agreement(pair, True),
         "VIN without global tokens": agreement(pair, False),
         "VIN without fusion": agreement(pair, True, unfused),
         "neither": agreement(pair, False, unfused),
     }
-    lines = [(way, *(f"{found[name]:.3f}" for name in ("far", "seams", "size"))) for way, found in ways.items()]
+    lines = [(name, *(f"{found[key]:.3f}" for key in ("far", "seams", "size"))) for name, found in variants.items()]
     print_table(("way", "first and last chunk agree", "frames at seams agree", "size of the numbers"), lines)
-    finish("vin_agreement", steps=steps, ways=ways)
+    finish("vin_agreement", steps=steps, ways=variants)
 
 
 if __name__ == "__main__":

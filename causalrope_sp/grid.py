@@ -124,8 +124,8 @@ class Chunk:
     def __post_init__(self) -> None:
         if self.index < 0 or self.start < 0 or self.frames < 1:
             raise ConfigError(
-                f"chunk: expected index and start of at least 0 and frames of at least 1, got index {self.index}, "
-                f"start {self.start}, frames {self.frames}"
+                f"chunk {self.index} of {self.frames} frames from {self.start} is invalid: index and start must be at "
+                "least 0, frames at least 1"
             )
 
     @property
