@@ -8,7 +8,9 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 SOURCES := $(shell find causalrope_sp kernels -name '*.py' -o -name '*.safetensors' -o -name '*.json')
 
-.PHONY: install demo test lint format
+DOCS := .venv/.docs
+
+.PHONY: install demo test lint format docs wheel-test
 
 install: $(INSTALLED)
 
@@ -39,3 +41,16 @@ lint: $(INSTALLED)
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+# The first call fetches the tools; the build itself needs no network.
+docs: $(DOCS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "the site: $(CURDIR)/build/site/index.html"
+
+$(DOCS): $(INSTALLED)
+	$(BIN)/pip install --quiet --editable '.[docs]'
+	@touch $@
+
+# Builds the wheel, installs it in a fresh environment and generates a video outside the repository.
+wheel-test:
+	TORCH=$(TORCH) PYTHON=$(PYTHON) scripts/wheel_test.sh

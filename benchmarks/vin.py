@@ -1,6 +1,6 @@
 """Chunks in parallel (toybox-vin) against full attention, the autoregressive sampler, and itself without its parts.
 
-    python benchmarks/vin.py --sheet docs/vin.png
+    python benchmarks/vin.py --prompts 4
 
 Every way makes the same prompts (seed 7, as in toybox_quality.py) at each length and is measured from decoded frames at
 the seams of toybox-vin's chunks; rendered scenes through the codec, which have no seams, say what those measures cannot
@@ -14,20 +14,18 @@ one thread, after the gate: the latents are those of one rank to 1e-5. Tables, t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import click
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
 from printed import finish, print_table, stop
 from toybox_quality import draw_scenes
 from vin_measures import agreement, measure
-from vin_ways import OPEN, TRUTH, WAYS, Ways, flops_of, held_out, large_flops, latent_frames, settings
+from vin_ways import TRUTH, WAYS, Ways, flops_of, held_out, large_flops, latent_frames, settings
 
 from causalrope_sp import SamplerConfig, SequenceParallel, sample_chunks
 from causalrope_sp.diffusion.noise import seeded_noise
@@ -39,11 +37,9 @@ from causalrope_sp.vin import sample_parallel_chunks
 if TYPE_CHECKING:
     import torch.distributed as dist
 
-Keep = Callable[[str, int, int, str, np.ndarray], None]
 OF_ANY_COLOR = ("cut", "background", "palette")  # what can be measured where the text names no colours
 MEASURES = ("cut", "position", "velocity", "color", "period", "lost", "background", "palette")
 TIMED_STEPS, TIMED_CHUNKS = 6, 8
-SHOWN, TILE, LABEL = 17, 64, 250
 
 
 @cache
@@ -63,10 +59,10 @@ def timed(group: dist.ProcessGroup | None, device: str, way: str, frames: int) -
     opening = pipe.text.opening(config.in_channels, grid.latent_height, grid.latent_width)
     steps, took, latents = pipe.config.sampler.steps, [], None
     if way == "autoregressive":
-        model_config = ways.flow.model_config
+        flow = ways.flow.config
         parts = sample_chunks(
-            ways.flow.model, embeds, noise, grid, 3 * min(TIMED_CHUNKS, -(-count // 3)), stream=model_config.stream,
-            sampler=model_config.sampler, parallel=SequenceParallel(group, device=device), initial_latents=opening,
+            ways.flow.model, embeds, noise, grid, 3 * min(TIMED_CHUNKS, -(-count // 3)), stream=flow.stream,
+            sampler=flow.sampler, parallel=SequenceParallel(group, device=device), initial_latents=opening,
         )  # fmt: skip
         clock = time.perf_counter()
         for part in parts:
@@ -108,7 +104,7 @@ def times(lengths: list[int], ranks: list[int]) -> list[dict[str, Any]]:
 
 
 def quality(
-    ways: Ways, names: Sequence[str], lengths: list[int], scenes: list[SceneSpec], keep: Keep, left_open: str
+    ways: Ways, names: Sequence[str], lengths: list[int], scenes: list[SceneSpec], left_open: str
 ) -> list[dict[str, Any]]:
     rows = []
     for frames in lengths:
@@ -116,7 +112,6 @@ def quality(
             verdicts, found = [], []
             for seed, scene in enumerate(scenes):
                 video = ways.video(way, scene, frames, seed, left_open)
-                keep(way, frames, seed, left_open, video)
                 verdicts += judge(video, scene)
                 seams = ways.seams(frames)
                 found.append(measure(video, scene, seams) | agreement(video, seams))
@@ -131,39 +126,18 @@ def quality(
     return rows
 
 
-def sheet(rows: list[tuple[str, np.ndarray]], seams: list[int]) -> Image.Image:
-    """Frames evenly spaced over each video; a white tick stands over a frame that begins a chunk's own."""
-    page = Image.new("RGB", (LABEL + SHOWN * (TILE + 3), len(rows) * (TILE + 5)), (60, 60, 66))
-    pen = ImageDraw.Draw(page)
-    for row, (name, video) in enumerate(rows):
-        top = row * (TILE + 5) + 3
-        pen.text((6, top + TILE // 2 - 7), name, fill="white", font_size=12)
-        shown = np.linspace(0, len(video) - 1, SHOWN).round().astype(int)
-        for column, frame in enumerate(shown):
-            left = LABEL + column * (TILE + 3)
-            page.paste(Image.fromarray(video[frame]), (left, top))
-            if any(abs(frame - seam) < (len(video) - 1) / SHOWN / 2 for seam in seams):
-                pen.line((left, top - 2, left + TILE - 1, top - 2), "white", 2)
-    return page
-
-
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--lengths", default="64,128,256", show_default=True, help="pixel frames")
 @click.option("--prompts", default=8, show_default=True, type=click.IntRange(0), help="0 for times alone")
 @click.option("--ranks", default="1,2,4", show_default=True, help="of the times; empty for none")
-@click.option("--sheet", "picture", type=click.Path(path_type=Path), help="draws the longest videos of two prompts")
-def main(lengths: str, prompts: int, ranks: str, picture: Path | None) -> None:
+def main(lengths: str, prompts: int, ranks: str) -> None:
     try:
         frames, counts = ([int(n) for n in text.split(",") if n] for text in (lengths, ranks))
     except ValueError:
         stop("--lengths and --ranks are whole numbers with commas between them")
     if min(frames) < 64 or (counts and counts[0] != 1):
         stop("--lengths have at least 64 frames, two chunks, and --ranks begin with 1, which the others are held to")
-    ways, kept = _loaded(), dict[tuple[str, int, str], np.ndarray]()
-
-    def keep(way: str, length: int, seed: int, left_open: str, video: np.ndarray) -> None:
-        if length == max(frames) and seed < 2:
-            kept[left_open, seed, way] = video
+    ways = _loaded()
 
     scenes, many = draw_scenes(prompts), draw_scenes(2 * prompts)
     print("saved by formula, Wan 2.1 1.3B at 480×832 with the paper's sizes:", large_flops(), "\n")
@@ -172,9 +146,9 @@ def main(lengths: str, prompts: int, ranks: str, picture: Path | None) -> None:
         print_table(("frames", "way", *(f"P={n}" for n in counts)), [tuple(row.values()) for row in timings])
     if not prompts:
         return finish("vin", seconds=timings, saved_by_formula=large_flops())
-    rows = quality(ways, (*WAYS, TRUTH), frames, scenes, keep, "nothing")
+    rows = quality(ways, (*WAYS, TRUTH), frames, scenes, "nothing")
     for left_open in ("colours", "places"):
-        rows += quality(ways, [w for w in WAYS if w.startswith("VIN")], [max(frames)], many, keep, left_open)
+        rows += quality(ways, [w for w in WAYS if w.startswith("VIN")], [max(frames)], many, left_open)
     base = {row["frames"]: row["flops"] for row in rows if row["way"] == "full attention"}
     columns = ("frames", "way", "left open", "GFLOP", "of full", "colour", "shape", "motion", *MEASURES)
     lines = []
@@ -192,15 +166,6 @@ def main(lengths: str, prompts: int, ranks: str, picture: Path | None) -> None:
         ("left open", "noise level", "error with global tokens", "without"),
         [(e["open"], e["level"], e["with"], e["without"]) for e in errors],
     )
-    if picture is not None:
-        named = [
-            (way if left_open == "nothing" else f"{way}, {left_open} open", video)
-            for left_open in OPEN
-            for seed in range(2)
-            for way in WAYS
-            if (video := kept.get((left_open, seed, way))) is not None
-        ]
-        sheet(named, ways.seams(max(frames))).save(picture)
     finish("vin", prompts=prompts, rows=rows, seconds=timings, held_out=errors, saved_by_formula=large_flops())
 
 

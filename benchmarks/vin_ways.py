@@ -67,7 +67,7 @@ class Ways:
             pipe.settings().grid,
             count,
             chunks=chunks,
-            sampler=pipe.model_config.sampler,
+            sampler=pipe.config.sampler,
             initial_latents=opening,
         ):
             latents = output.latents
@@ -129,10 +129,10 @@ def autoregressive_flops(config: DiTConfig, grid: LatentGrid, stream: StreamConf
 def flops_of(way: str, ways: Ways, frames: int) -> int:
     """FLOPs of a whole video."""
     config, grid, count = ways.vin.model.config, ways.vin.grid, latent_frames(frames)
-    steps = len(ways.vin.model_config.sampler.steps)
+    steps = len(ways.vin.config.sampler.steps)
     if way == "autoregressive":
-        model_config = ways.flow.model_config
-        return autoregressive_flops(config, grid, model_config.stream, count, len(model_config.sampler.steps))
+        flow = ways.flow.config
+        return autoregressive_flops(config, grid, flow.stream, count, len(flow.sampler.steps))
     if way == "full attention":
         return steps * full_flops(config, grid, count, given=1)
     vin, chunks = settings(way, ways.together, count)

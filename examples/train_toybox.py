@@ -110,7 +110,8 @@ def plot(out: Path) -> None:
         for name in sorted({name for line in lines for name in line} - {"step", "seconds", "loss"}):
             seen = [line for line in lines if name in line]
             axis.plot([line["step"] for line in seen], [line[name] for line in seen], label=name.replace("_", " "))
-        axis.set(title=stage, xlabel="step")
+        measured = "PSNR, dB" if stage == "codec" else "mean square error of the velocity"
+        axis.set(title=stage, xlabel="training step", ylabel=measured)
         axis.legend(fontsize=7)
     figure.savefig(out / "curves.png", dpi=110)
 

@@ -29,7 +29,7 @@ def last_line(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
 
 
 def test_every_operation_passes_its_gate() -> None:
-    found = last_line(run("kernels.py", "--gate-only"))
+    found = last_line(run("kernel_suite.py", "--gate-only"))
     assert found["passed"]
     assert all(verdict["passed"] for verdict in found["gate"])
     judged = {(verdict["operation"], verdict["ranks"]) for verdict in found["gate"]}
@@ -42,7 +42,7 @@ def test_every_operation_passes_its_gate() -> None:
 
 
 @without_cuda
-@pytest.mark.parametrize("script", ["kernels.py", "pass.py"])
+@pytest.mark.parametrize("script", ["kernel_suite.py", "pass.py"])
 def test_times_need_cuda(script: str) -> None:
     done = run(script)
     assert (done.returncode, done.stdout) == (2, "")
@@ -53,13 +53,13 @@ def test_times_need_cuda(script: str) -> None:
 def test_floors_need_no_gpu() -> None:
     """A copy of 4·T·D bfloat16 numbers, and a product, by hand."""
     options = "--model", "wan2.1-1.3b", "--ranks", "1", "--bandwidth", "4.3e12", "--matmul", "790e12"
-    found = last_line(run("kernels.py", "--floors", *options))
+    found = last_line(run("kernel_suite.py", "--floors", *options))
     floors = {floor["operation"]: floor["floor_us"] for floor in found["floors"]}
     assert floors["gate, modulate"] == pytest.approx(4 * 4680 * 1536 * 2 / 4.3e6)
     assert floors["linear, gelu"] == pytest.approx(2 * 4680 * 1536 * 8960 / 790e6)
     (one,) = found["passes"]
     assert one["memory_ms"] == pytest.approx((2 + 30 * (4 + 4 + 4 + 2 + 6)) * 4680 * 1536 * 2 / 4.3e9)
-    assert run("kernels.py", "--floors").returncode == 2
+    assert run("kernel_suite.py", "--floors").returncode == 2
 
 
 def test_a_pass_and_a_step_run() -> None:

@@ -49,7 +49,7 @@ def test_a_decode_rank_makes_the_same_video(tmp_path: Path) -> None:
     assert error < 255**2 / 10**6
     wrong = torchrun(*words, f"{tmp_path}/three/", "--decode-ranks", 2)
     assert (wrong.returncode, wrong.stdout) != (0, "")
-    assert "error: 2 decode ranks leave none of 2 ranks to denoise" in wrong.stderr
+    assert "error: decode: expected fewer than the 2 ranks, got 2 decode ranks" in wrong.stderr
 
 
 def test_embeddings_that_were_encoded_make_the_video_of_their_prompt(tmp_path: Path) -> None:

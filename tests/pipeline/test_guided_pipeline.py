@@ -32,13 +32,13 @@ def test_a_pipeline_is_guided_by_prompts_and_by_embeddings(tmp_path: Path) -> No
     pipe = CausalVideoPipeline.from_pretrained("toybox-flow", num_inference_steps=2, guidance_scale=2.0, device="cpu")
     made = video(pipe, negative_prompt="a blue square bounces")
     (embeds,) = pipe.text.encode_all(["a blue square bounces"], 0)
-    assert np.array_equal(video(pipe, negative_embeds=embeds), made)
+    assert np.array_equal(video(pipe, negative_prompt_embeds=embeds), made)
     zeros = torch.zeros_like(embeds)
-    assert np.array_equal(video(pipe), video(pipe, negative_embeds=zeros))
+    assert np.array_equal(video(pipe), video(pipe, negative_prompt_embeds=zeros))
     assert not np.array_equal(video(pipe), made)
     with pytest.raises(ConfigError, match="either a negative prompt or its embeddings"):
         pipe.stream(TOYBOX, negative_prompt="a blue square bounces", negative_prompt_embeds=embeds)
-    with pytest.raises(ConfigError, match="1 ranks that denoise cannot be cut into 2 lanes"):
+    with pytest.raises(ConfigError, match="cfg 2: expected a divisor of the 1 ranks that denoise"):
         SequenceParallel.single(cfg=2)
 
 
@@ -87,9 +87,12 @@ def shell(*words: str) -> tuple[int, str]:
         (["--guidance-interval", "0", "500"], "a guidance interval says nothing without a guidance scale other than 1"),
         (["--negative-prompt", TOYBOX], "a negative prompt needs guidance"),
         (["--negative-prompt", "nothing"], "unknown word 'nothing' in the prompt"),
-        (["--guidance", "3", "--guidance-parallel"], "1 ranks that denoise cannot be cut into 2 lanes"),
+        (["--guidance", "3", "--guidance-parallel"], "cfg 2: expected a divisor of the 1 ranks that denoise"),
         (["--solver", "unipc", "--steps", "1000,500"], "solver unipc cannot start at 1000"),
-        (["--negative-prompt", TOYBOX, "--negative-embeds", "f"], "give either a negative prompt or its embeddings"),
+        (
+            ["--negative-prompt", TOYBOX, "--negative-embeds", "f"],
+            "give either --negative-prompt or --negative-embeds, not both",
+        ),
     ],
 )
 def test_wrong_guidance_is_one_line_and_status_2(words: list[str], told: str, tmp_path: Path) -> None:

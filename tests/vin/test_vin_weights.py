@@ -117,7 +117,7 @@ def with_another_dit() -> None:
         (lambda: Job(5, preview_every=1.5).outputs(SequenceParallel.single()), "whole number of at least 1, not 1.5"),  # type: ignore[arg-type]
         (
             lambda: single(Job(5, sampler=replace(STEPS, guidance_scale=2.0))),
-            "chunks made together are not guided",
+            "parallel chunks are not guided",
         ),
         (with_another_dit, "for another DiT than this one: num_layers 3, not 2"),
     ],
