@@ -18,6 +18,7 @@ from causalrope_sp.errors import CausalRopeError, ConfigError, RankLostError
 from causalrope_sp.io.video_writer import VideoWriter, check_output
 from causalrope_sp.pipeline.offload import Offload
 from causalrope_sp.reuse import find_policy
+from causalrope_sp.siblings import Siblings
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -61,6 +62,7 @@ def generate(
             timeout_s=timeout,
             silence_s=min(20.0, timeout),
             on_loss=lambda said: made.fail(RankLostError(said)),
+            siblings=siblings,
             **{name: options[name] for name in RANKS},
         )
         pipe = CausalVideoPipeline.from_pretrained(model, loading, parallel=parallel)
@@ -70,8 +72,9 @@ def generate(
         yield from pipe.stream(prompt, prompt_embeds=text_embeds, callback_on_step_end=report, **asked)
         parallel.close()
 
-    made = Background(generated)
-    summary = _write_video(iter(made), out, options["num_frames"], silent=as_json)
+    siblings, made = Siblings(), Background(generated)
+    with _naming_who_is_lost(siblings):
+        summary = _write_video(iter(made), out, options["num_frames"], silent=as_json)
     if rank() == 0:
         _say_summary(summary, out, as_json)
 
@@ -181,6 +184,17 @@ def _say_summary(summary: dict[str, Any], out: str, as_json: bool) -> None:
     size, took = f"{summary['width']}×{summary['height']}", f"{summary['seconds']:.1f} s"
     rate, first = f"{summary['fps_generated']:.1f} a second", f"the first after {summary['first_frame_s']:.2f} s"
     click.echo(f"{out}: {summary['frames']} frames of {size} in {took} ({rate}, {first})", err=to_stderr)
+
+
+@contextlib.contextmanager
+def _naming_who_is_lost(siblings: Siblings) -> Iterator[None]:
+    """A launcher ends all ranks with SIGTERM when one has failed: says which one."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if (lost := siblings.lost()) is not None:
+            raise RankLostError(lost[1]) from None
+        raise
 
 
 @contextlib.contextmanager

@@ -16,6 +16,8 @@ from collections.abc import Callable, Collection
 
 from torch.distributed import Store  # type: ignore[attr-defined]
 
+from causalrope_sp.siblings import Siblings
+
 EVERY_S = 0.5
 LAST_S = 3.0  # how long rank 0 waits for the others at the end
 _DONE = "done"
@@ -38,6 +40,7 @@ class Watchdog:
         on_loss: called once, from the thread, with a line that names the rank.
         silence_s: how long a rank may say nothing (it is gone, or stopped) before it counts as lost.
         stall_s: how long a rank may hold up this one, which has come to more collectives, before it counts as stuck.
+        siblings: the ranks of this machine, whose end or stop is seen at once.
     """
 
     def __init__(
@@ -50,10 +53,12 @@ class Watchdog:
         on_loss: Callable[[str], None],
         silence_s: float,
         stall_s: float,
+        siblings: Siblings | None = None,
     ) -> None:
         self._store, self._rank, self._ranks = store, rank, ranks
         self._begun, self._peers, self._on_loss = begun, peers, on_loss
         self._silence_s, self._stall_s = silence_s, stall_s
+        self._siblings, self._finished = siblings, set[int]()
         self._stopping = threading.Event()
         self._beat = 0
         self._say()
@@ -93,14 +98,32 @@ class Watchdog:
             if now - last > self._silence_s / 2:  # this process was paused itself, and perhaps all of them
                 heard, counts = [("", now)] * self._ranks, [(-1, now)] * self._ranks
             last = now
+            lost = self._lost_here()
             try:
-                self._say()
-                lost = self._listen(heard, counts)
+                if lost is None:
+                    self._say()
+                    lost = self._listen(heard, counts)
             except Exception as error:
                 lost = f"the rendezvous store does not answer, so the machine that holds it is gone ({error})"
             if lost is not None and not self._stopping.is_set():
                 self._on_loss(lost)
                 return
+
+    def _lost_here(self) -> str | None:
+        """A rank of this machine that has ended without being done, or is stopped. The latter is ended, since its
+        launcher would wait for it."""
+        lost = None if self._siblings is None else self._siblings.lost()
+        if lost is None or self._siblings is None:
+            return None
+        rank, said = lost
+        try:
+            done = rank in self._finished or self._hear(rank) == _DONE
+        except Exception:  # the store has gone with the rank
+            done = False
+        if done:
+            return None
+        self._siblings.end(rank)
+        return said
 
     def _listen(self, heard: list[tuple[str, float]], counts: list[tuple[int, float]]) -> str | None:
         """A rank that is silent, or of those that hold up this one the one that is furthest behind: the others wait
@@ -108,6 +131,8 @@ class Watchdog:
         now, mine, stuck = time.monotonic(), self._begun(), dict[int, int]()
         for rank in range(self._ranks):
             said = self._hear(rank)
+            if said == _DONE:
+                self._finished.add(rank)
             if rank == self._rank or said == _DONE:
                 continue
             if said != heard[rank][0]:
