@@ -18,6 +18,7 @@ from causalrope_sp.errors import CausalRopeError, ConfigError, RankLostError
 from causalrope_sp.io.video_writer import VideoWriter, check_output
 from causalrope_sp.pipeline.offload import Offload
 from causalrope_sp.reuse import find_policy
+from causalrope_sp.siblings import Siblings
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -61,6 +62,7 @@ def generate(
             timeout_s=timeout,
             silence_s=min(20.0, timeout),
             on_loss=lambda reason: background.fail(RankLostError(reason)),
+            siblings=siblings,
             **{name: options[name] for name in RANKS},
         )
         pipe = CausalVideoPipeline.from_pretrained(model, loading, parallel=parallel)
@@ -70,8 +72,9 @@ def generate(
         yield from pipe.stream(prompt, prompt_embeds=text_embeds, callback_on_step_end=report, **call)
         parallel.close()
 
-    background = Background(generated)
-    summary = _write_video(iter(background), out, options["num_frames"], silent=as_json)
+    siblings, background = Siblings(), Background(generated)
+    with _name_lost_rank(siblings):
+        summary = _write_video(iter(background), out, options["num_frames"], silent=as_json)
     if rank() == 0:
         _print_summary(summary, out, as_json)
 
@@ -182,6 +185,17 @@ def _print_summary(summary: dict[str, Any], out: str, as_json: bool) -> None:
     size, took = f"{summary['width']}×{summary['height']}", f"{summary['seconds']:.1f} s"
     rate, first = f"{summary['fps_generated']:.1f} a second", f"the first after {summary['first_frame_s']:.2f} s"
     click.echo(f"{out}: {summary['frames']} frames of {size} in {took} ({rate}, {first})", err=to_stderr)
+
+
+@contextlib.contextmanager
+def _name_lost_rank(siblings: Siblings) -> Iterator[None]:
+    """Names the rank for which a launcher ends all others with SIGTERM."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if (lost := siblings.lost()) is not None:
+            raise RankLostError(lost[1]) from None
+        raise
 
 
 @contextlib.contextmanager

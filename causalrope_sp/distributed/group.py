@@ -20,11 +20,14 @@ from causalrope_sp.distributed.comm_stats import LAYERLESS, CommStats
 from causalrope_sp.distributed.communicator import Communicator
 from causalrope_sp.distributed.halo import SpatialShards
 from causalrope_sp.distributed.layout import AUTO, Layout, parse_strategy
+from causalrope_sp.distributed.loading_watch import LoadingWatch
 from causalrope_sp.distributed.mesh import Mesh
 from causalrope_sp.distributed.ranks import Ranks
+from causalrope_sp.distributed.termination import name_lost_rank_on_sigterm
 from causalrope_sp.distributed.watchdog import Watchdog, leave
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.grid import LatentGrid, Shard
+from causalrope_sp.siblings import Siblings, end_with_launcher
 
 LONGEST_S = 1e6  # the longest timeout, in seconds
 
@@ -120,6 +123,7 @@ class SequenceParallel:
         timeout_s: float = 600,
         silence_s: float = 20,
         on_loss: Callable[[str], None] = leave,
+        siblings: Siblings | None = None,
         **options: Any,
     ) -> SequenceParallel:
         """Makes the group that torchrun's environment describes, or that of one process without torchrun.
@@ -133,6 +137,7 @@ class SequenceParallel:
             silence_s: how many seconds a rank may give no sign of life before it counts as lost.
             on_loss: called from the watchdog's thread with a line that names the lost rank; by default it prints the
                 line and ends the process.
+            siblings: the other ranks of this machine, for a caller that asks for them too.
             options: further arguments of the constructor.
 
         Raises:
@@ -154,6 +159,11 @@ class SequenceParallel:
         mesh = Mesh(world, options.get("cfg", 1), options.get("chunk", 1), options.get("decode_ranks", 0))
         if strategy != AUTO:
             parse_strategy(strategy, mesh.sp)  # wrong input raises before any rank waits for another
+        siblings = siblings or Siblings()
+        end_with_launcher()
+        if on_loss is leave:
+            name_lost_rank_on_sigterm(siblings)
+        loading = LoadingWatch(siblings, on_loss)
         limit = timedelta(seconds=timeout_s + 2 * silence_s)  # so long that the watchdog is first and names the rank
         dist.init_process_group("nccl" if own.type == "cuda" else "gloo", timeout=limit)
         assert dist.group.WORLD is not None
@@ -168,8 +178,17 @@ class SequenceParallel:
         )
         peers = parallel.mesh.decoding if parallel.decodes else parallel.mesh.denoising
         parallel._watchdog = Watchdog(
-            store, parallel.rank, parallel.size, lambda: parallel.comm_stats.begun, peers, on_loss, silence_s, timeout_s
+            store,
+            parallel.rank,
+            parallel.size,
+            lambda: parallel.comm_stats.begun,
+            peers,
+            on_loss,
+            silence_s,
+            timeout_s,
+            siblings,
         )
+        loading.stop()
         return parallel
 
     def moved_to(self, device: torch.device) -> SequenceParallel:

@@ -16,6 +16,8 @@ from collections.abc import Callable, Collection
 
 from torch.distributed import Store  # type: ignore[attr-defined]
 
+from causalrope_sp.siblings import Siblings
+
 EVERY_S = 0.5  # seconds between two signs of life
 LAST_S = 3.0  # how many seconds rank 0 waits for the others at the end
 _DONE = "done"
@@ -41,6 +43,7 @@ class Watchdog:
         silence_s: how many seconds a rank may give no sign of life before it counts as lost.
         stall_s: how many seconds a rank may have reached fewer collectives than this one, without progress, before it
             counts as stuck.
+        siblings: the other ranks of this machine, whose end or stop is seen at once; None for none.
     """
 
     def __init__(
@@ -53,10 +56,12 @@ class Watchdog:
         on_loss: Callable[[str], None],
         silence_s: float,
         stall_s: float,
+        siblings: Siblings | None = None,
     ) -> None:
         self._store, self._rank, self._ranks = store, rank, ranks
         self._begun, self._peers, self._on_loss = begun, peers, on_loss
         self._silence_s, self._stall_s = silence_s, stall_s
+        self._siblings, self._done = siblings, set[int]()
         self._stopping = threading.Event()
         self._beat = 0
         self._signal()
@@ -107,14 +112,34 @@ class Watchdog:
             if now - last > self._silence_s / 2:  # this process was paused itself, and perhaps all of them
                 signs, counts = [("", now)] * self._ranks, [(-1, now)] * self._ranks
             last = now
+            lost = self._find_lost_sibling()
             try:
-                self._signal()
-                lost = self._find_lost_rank(signs, counts)
+                if lost is None:
+                    self._signal()
+                    lost = self._find_lost_rank(signs, counts)
             except Exception as error:
                 lost = f"the rendezvous store does not answer, so the machine that holds it is gone ({error})"
             if lost is not None and not self._stopping.is_set():
                 self._on_loss(lost)
                 return
+
+    def _find_lost_sibling(self) -> str | None:
+        """A line that names a rank of this machine that has ended without being done, or is stopped; None if all go on.
+
+        A stopped rank is ended, since its launcher would wait for it.
+        """
+        lost = None if self._siblings is None else self._siblings.lost()
+        if lost is None or self._siblings is None:
+            return None
+        rank, reason = lost
+        try:
+            done = rank in self._done or self._read(rank) == _DONE
+        except Exception:  # the store has gone with the rank
+            done = False
+        if done:
+            return None
+        self._siblings.end(rank)
+        return reason
 
     def _find_lost_rank(self, signs: list[tuple[str, float]], counts: list[tuple[int, float]]) -> str | None:
         """A line that names a silent rank, or the furthest behind of the ranks that hold up this one, or None.
@@ -125,6 +150,8 @@ class Watchdog:
         now, own_count, stuck = time.monotonic(), self._begun(), dict[int, int]()
         for rank in range(self._ranks):
             sign = self._read(rank)
+            if sign == _DONE:
+                self._done.add(rank)
             if rank == self._rank or sign == _DONE:
                 continue
             if sign != signs[rank][0]:

@@ -19,7 +19,11 @@ _BT709 = 1  # the number of BT.709 as matrix, primaries and transfer alike (ITU-
 @dataclass(frozen=True)
 class Format:
     """How a kind of file is written: its container, codec and pixel format, the options of codec and container, and the
-    longest side in pixels."""
+    longest side in pixels.
+
+    While frames come, MP4 and MOV are fragments of one frame each, so that what is on disk can be played at any moment;
+    `final_options` lay the finished file out as an ordinary one, its index first.
+    """
 
     container: str
     codec: str
@@ -27,6 +31,8 @@ class Format:
     codec_options: dict[str, str] = field(default_factory=dict)
     container_options: dict[str, str] = field(default_factory=dict)
     longest_side: int = 16384
+    final_options: dict[str, str] | None = None  # of the container, where the finished file is laid out anew
+    streams: bool = True  # whether what is on disk can be played before the end
 
     @property
     def even(self) -> bool:
@@ -34,30 +40,25 @@ class Format:
         return self.pixels == "yuv420p"
 
 
-# crf 14: flat colours come back within a few steps of 255. The index goes first, so that a browser starts at once;
-# packets go to the disk as they come, so that a full disk is noticed at once.
-_H264 = {"crf": "14", "preset": "fast"}
+# crf 14: flat colours come back within a few steps of 255. No frame waits for later ones (no B-frames, no look-ahead),
+# and packets go to the disk as they come: a killed process loses two frames, and a full disk is noticed at once.
+_H264 = {"crf": "14", "preset": "fast", "bf": "0", "x264-params": "rc-lookahead=0:sync-lookahead=0:mbtree=0"}
+_FRAGMENTS = {"movflags": "+frag_every_frame+empty_moov+default_base_moof", "flush_packets": "1"}
+_INDEX_FIRST = {"movflags": "+faststart"}
 FORMATS = {
-    ".mp4": Format("mp4", "libx264", "yuv420p", _H264, {"movflags": "+faststart", "flush_packets": "1"}),
-    ".mov": Format("mov", "libx264", "yuv420p", _H264, {"movflags": "+faststart", "flush_packets": "1"}),
+    ".mp4": Format("mp4", "libx264", "yuv420p", _H264, _FRAGMENTS, final_options=_INDEX_FIRST),
+    ".mov": Format("mov", "libx264", "yuv420p", _H264, _FRAGMENTS, final_options=_INDEX_FIRST),
     ".webm": Format(
         "webm",
         "libvpx-vp9",
         "yuv420p",
-        {"crf": "15", "b": "0", "deadline": "realtime", "cpu-used": "5", "row-mt": "1"},
-        {"flush_packets": "1"},
+        {"crf": "15", "b": "0", "deadline": "realtime", "cpu-used": "5", "row-mt": "1", "lag-in-frames": "0"},
+        {"flush_packets": "1", "cluster_time_limit": "1"},
     ),
-    ".gif": Format("gif", "gif", "pal8", {}, {"loop": "0"}, 65535),
-    ".webp": Format("webp", "libwebp_anim", "bgra", {"quality": "90"}, {"loop": "0"}, 16383),
+    ".gif": Format("gif", "gif", "pal8", {}, {"loop": "0", "flush_packets": "1"}, 65535),
+    ".webp": Format("webp", "libwebp_anim", "bgra", {"quality": "90"}, {"loop": "0"}, 16383, streams=False),
 }
-# MP4 in fragments of one frame each, which a pipe can take and a player can show as they come
-STREAM = Format(
-    "mp4",
-    "libx264",
-    "yuv420p",
-    {**_H264, "tune": "zerolatency"},
-    {"movflags": "+frag_every_frame+empty_moov+default_base_moof", "flush_packets": "1"},
-)
+STREAM = FORMATS[".mp4"]  # what a pipe takes: fragments as they come
 
 
 class Sink(Protocol):
@@ -73,11 +74,10 @@ class Sink(Protocol):
 
 
 class PngFolder:
-    """000000.png, 000001.png, ..."""
+    """000000.png, 000001.png, ... in a folder that is there."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._count = folder, 0
-        folder.mkdir()
 
     def add(self, frame: np.ndarray) -> None:
         import av
@@ -146,6 +146,19 @@ class AvFile:
 
     def _encode(self, picture: av.VideoFrame | None) -> None:
         self._container.mux(self._stream.encode(picture))
+
+
+def lay_out(source: Path, target: Path, kind: Format) -> None:
+    """Copies the packets of a finished file into an ordinary one of the same kind; nothing is encoded again."""
+    import av
+
+    options = dict(kind.final_options or {})
+    with av.open(str(source)) as given, av.open(str(target), "w", format=kind.container, options=options) as made:
+        stream = made.add_stream_from_template(given.streams.video[0])
+        for packet in given.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                made.mux(packet)
 
 
 def _converted(picture: av.VideoFrame, pixel_format: str) -> av.VideoFrame:

@@ -1,12 +1,9 @@
-"""Video files, written frame by frame while they are still being generated.
-
-A writer works under a hidden name in the target's own folder and renames at the end, so a file that is there is
-whole: an error leaves nothing behind, and Ctrl-C leaves the frames written so far as a playable file.
-"""
+"""Video files, written frame by frame while they are still being generated, so that no frame is lost that was made."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
 import secrets
@@ -22,16 +19,23 @@ from typing import Any, Self
 import numpy as np
 
 from causalrope_sp.errors import OutputError
-from causalrope_sp.io.video_sinks import FORMATS, STREAM, AvFile, PngFolder, Sink
+from causalrope_sp.io.video_sinks import FORMATS, STREAM, AvFile, PngFolder, Sink, lay_out
 
 STDOUT = "-"
+MOST_PARTIALS = 100
+
+_log = logging.getLogger(__name__)
 
 
 class VideoWriter:
-    """Takes frames of one size as they come; the file appears under its name at `close`. Use it in a `with` block.
+    """Takes frames of one size as they come and writes them at once. Use it in a `with` block.
 
-    Leaving the block normally or by KeyboardInterrupt keeps what was written (no frames: no file), any other exception
-    removes it. `frames` counts what was written.
+    Until `close` the video is in a file beside the target, clip.partial.mp4 for clip.mp4, which can be played at every
+    moment: a process that is killed loses its last two frames. An error in the block leaves that file there; without an
+    error, or after Ctrl-C, the file gets its name. Nothing is left where no frame was written. `frames` counts what was
+    written.
+
+    GIF and WebM hold the same promise, and a folder of pictures has one file a frame. WebP is written at its end alone.
 
     Args:
         path: a .mp4 or .mov (H.264), .webm (VP9), .gif or .webp file, a folder of PNGs (a name that ends in /), or "-"
@@ -40,7 +44,7 @@ class VideoWriter:
         fps: frames a second.
 
     Raises:
-        OutputError: the kind of file is unknown, the place cannot be written, or the format cannot hold the size.
+        OutputError: the kind of file is unknown, the file cannot be written, or the format cannot hold the size.
     """
 
     def __init__(self, path: str | os.PathLike[str], height: int, width: int, fps: float) -> None:
@@ -50,20 +54,31 @@ class VideoWriter:
         self.path, self.frames = _name(path), 0
         self._target = Path(os.path.abspath(path))
         self._shape = (height, width, 3)
-        self._part: Path | None = None
+        self._partial: Path | None = None
         self._sink: Sink | None = None
+        self._format = STREAM if self.path == STDOUT else FORMATS.get(self._target.suffix.lower())
         with self._failing_as_output_error():
             if self.path == STDOUT:
                 self._sink = AvFile(sys.stdout.buffer, STREAM, height, width, fps)
                 return
-            self._part = self._target.parent / f".causalrope-{secrets.token_hex(6)}.part"
-            if is_folder(path):
-                self._sink = PngFolder(self._part)
+            self._partial = _new_partial(self._target, is_folder(path))
+            if self._format is None or self._partial.is_dir():
+                self._sink = PngFolder(self._partial)
             else:
-                self._sink = AvFile(self._part, FORMATS[self._target.suffix.lower()], height, width, fps)
+                self._sink = AvFile(self._partial, self._format, height, width, fps)
+
+    @property
+    def partial(self) -> str | None:
+        """Where the frames are until the file has its name; None before and after."""
+        return None if self._partial is None else str(self._target_name(self._partial))
 
     def write(self, frames: np.ndarray) -> None:
-        """Appends uint8 frames of shape (T, height, width, 3), T ≥ 0."""
+        """Appends uint8 frames of shape (T, height, width, 3), T ≥ 0.
+
+        Raises:
+            OutputError: frames of another kind, a writer that is closed, or a file that cannot be written; what was
+                written before stays in the partial file.
+        """
         if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[1:] != self._shape:
             shape = "×".join(map(str, self._shape))
             raise OutputError(f"{self.path} takes uint8 frames of T×{shape}, not {frames.dtype} {frames.shape}")
@@ -75,7 +90,11 @@ class VideoWriter:
                 self.frames += 1
 
     def close(self) -> None:
-        """Finishes the file and gives it its name. Closing twice does nothing; without any frame nothing is made."""
+        """Finishes the file and gives it its name. Closing twice does nothing; without any frame nothing is made.
+
+        Raises:
+            OutputError: the file cannot be finished or named; the message says where the frames are.
+        """
         if self._sink is None:
             return
         if self.frames == 0:
@@ -83,22 +102,51 @@ class VideoWriter:
             return
         with _uninterrupted(), self._failing_as_output_error():
             self._sink.finish()
-            if self._part is not None:
-                if self._target.is_dir():
-                    self._target.rmdir()  # checked to be empty when the writer was opened
-                os.replace(self._part, self._target)
-            self._sink = self._part = None
+            self._sink = None
+            if self._partial is not None:
+                self._name_it(self._partial)
+            self._partial = None
+
+    def _name_it(self, partial: Path) -> None:
+        """The partial file under the target's name; laid out as an ordinary file where that can be done."""
+        final = partial
+        if self._format is not None and self._format.final_options is not None and partial.is_file():
+            final = partial.parent / f".causalrope-{secrets.token_hex(6)}.part"
+            try:
+                lay_out(partial, final, self._format)
+            except Exception:  # no room for a second copy, say: the fragments are a file that can be played
+                final.unlink(missing_ok=True)
+                final = partial
+        if self._target.is_dir() and partial.is_dir():
+            self._target.rmdir()  # it was empty when the writer was opened
+        try:
+            os.replace(final, self._target)
+        finally:
+            if final != partial:
+                final.unlink(missing_ok=True)
+        if final != partial:
+            partial.unlink(missing_ok=True)
+
+    def abandon(self) -> None:
+        """Ends the writer and leaves the frames in the partial file; removes it if there is none."""
+        if self.frames == 0:
+            self.discard()
+            return
+        sink, self._sink = self._sink, None
+        with _uninterrupted(), contextlib.suppress(Exception):  # what is on disk can be played as it is
+            if sink is not None:
+                sink.finish()
 
     def discard(self) -> None:
         """Removes what was written; after `close` it does nothing."""
-        sink, part = self._sink, self._part
-        self._sink = self._part = None
+        sink, partial = self._sink, self._partial
+        self._sink = self._partial = None
         with _uninterrupted():
             if sink is not None:
                 with contextlib.suppress(Exception):  # the file is thrown away: why it cannot be finished is no news
                     sink.finish()
-            if part is not None:
-                _remove(part)
+            if partial is not None:
+                _remove(partial)
 
     def __enter__(self) -> Self:
         return self
@@ -109,7 +157,11 @@ class VideoWriter:
         if kind is None or issubclass(kind, KeyboardInterrupt):
             self.close()
         else:
-            self.discard()
+            self.abandon()
+
+    def _target_name(self, partial: Path) -> str:
+        """A path beside the target, as the user wrote the target's."""
+        return os.path.join(os.path.dirname(self.path.rstrip("/")), partial.name)
 
     @contextlib.contextmanager
     def _failing_as_output_error(self) -> Iterator[None]:
@@ -118,8 +170,25 @@ class VideoWriter:
         try:
             yield
         except (OSError, ValueError, av.FFmpegError) as error:
-            self.discard()
-            raise OutputError(f"cannot write {self.path}: {_reason(error)}") from error
+            self.abandon()
+            kept = f"; {self.frames} frames are in {self.partial}" if self.partial is not None and self.frames else ""
+            raise OutputError(f"cannot write {self.path}: {_reason(error)}{kept}") from error
+
+
+def _new_partial(target: Path, folder: bool) -> Path:
+    """A new file or folder beside the target, clip.partial.mp4 or clip.partial-2.mp4, ..., which is made."""
+    stem, suffix = (target.name, "") if folder else (target.stem, target.suffix)
+    for number in range(1, MOST_PARTIALS):
+        partial = target.with_name(f"{stem}.partial{'' if number == 1 else f'-{number}'}{suffix}")
+        try:
+            if folder:
+                partial.mkdir()
+            else:
+                partial.touch(exist_ok=False)
+            return partial
+        except FileExistsError:
+            _log.warning("%s is there from a run that ended early, or that is still going on; it is kept", partial)
+    raise OutputError(f"cannot write {target}: {MOST_PARTIALS} partial files of it are there")
 
 
 def check_output(path: str | os.PathLike[str], height: int | None = None, width: int | None = None) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -54,8 +55,23 @@ def stopped_by(error: BaseException, path: str | Path, video: np.ndarray) -> Non
     before = os.listdir(Path(path).parent)
     with VideoWriter(path, HEIGHT, WIDTH, FPS) as writer:
         writer.write(video)
-        assert all(entry.startswith(".") for entry in os.listdir(Path(path).parent) if entry not in before)
+        assert all(".partial" in entry for entry in os.listdir(Path(path).parent) if entry not in before)
         raise error
+
+
+def played(path: Path) -> int:
+    """How many frames a player shows before it meets a packet that was cut off."""
+    shown = 0
+    with contextlib.suppress(av.FFmpegError), av.open(str(path)) as container:
+        for _ in container.decode(video=0):
+            shown += 1
+    return shown
+
+
+def partial_name(name: str) -> str:
+    """Where the frames are before the file has its name."""
+    stem, dot, suffix = name.rstrip("/").partition(".")
+    return f"{stem}.partial{dot}{suffix}"
 
 
 def writer_of(folder: Path) -> VideoWriter:
@@ -104,10 +120,57 @@ def test_odd_sizes_outside_mp4(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_nothing_is_seen_before_the_end_and_an_error_leaves_nothing(tmp_path: Path, name: str) -> None:
+def test_an_error_leaves_the_frames_in_a_partial_file(tmp_path: Path, name: str) -> None:
     with pytest.raises(RuntimeError):
         stopped_by(RuntimeError(), f"{tmp_path}/{name}", scene())
-    assert os.listdir(tmp_path) == []
+    assert os.listdir(tmp_path) == [partial_name(name)]
+    assert len(decoded(tmp_path / partial_name(name))) == 8
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_later_run_keeps_and_names_the_partial_file(
+    tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(RuntimeError):
+        stopped_by(RuntimeError(), f"{tmp_path}/{name}", scene()[:3])
+    write(tmp_path, name, scene())
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert f"{partial_name(name)} is there from a run that ended early" in caplog.text
+    assert sorted(os.listdir(tmp_path)) == sorted([name.rstrip("/"), partial_name(name)])
+    assert len(decoded(tmp_path / partial_name(name))) == 3
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "a.webp"])
+def test_a_killed_process_leaves_all_chunks_but_the_last(tmp_path: Path, name: str) -> None:
+    """WebP alone is written at its end."""
+    np.save(tmp_path / "video.npy", scene(40))
+    code = (
+        "import os, sys, numpy as np; from causalrope_sp.io.video_writer import VideoWriter\n"
+        f"writer = VideoWriter('{tmp_path}/{name}', 64, 96, 16.0); video = np.load(sys.argv[1])\n"
+        "for n in range(0, 36, 12): writer.write(video[n : n + 12])\n"
+        "os.kill(os.getpid(), 9)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "video.npy")], timeout=60)
+    assert done.returncode == -signal.SIGKILL
+    assert 24 <= len(decoded(tmp_path / partial_name(name))) <= 36
+
+
+def test_a_finished_file_is_an_ordinary_one(tmp_path: Path) -> None:
+    """Its index comes before the pictures, and it has no fragments."""
+    for name in ("a.mp4", "a.mov"):
+        data = write(tmp_path, name, scene(40)).read_bytes()
+        assert data.index(b"moov") < data.index(b"mdat")
+        assert b"moof" not in data
+
+
+def test_a_name_that_is_taken_at_the_end_loses_nothing(tmp_path: Path) -> None:
+    writer = VideoWriter(tmp_path / "a.mp4", HEIGHT, WIDTH, FPS)
+    writer.write(scene())
+    (tmp_path / "a.mp4").mkdir()
+    with pytest.raises(OutputError, match=r"cannot write .*a\.mp4: .*; 8 frames are in .*a\.partial\.mp4"):
+        writer.close()
+    assert len(decoded(tmp_path / "a.partial.mp4")) == 8
+    assert sorted(os.listdir(tmp_path)) == ["a.mp4", "a.partial.mp4"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -193,24 +256,32 @@ def test_an_unwritable_folder_is_found_before_anything_is_made() -> None:
         check_output("/proc/a.mp4")
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+def test_a_full_disk_is_one_line_and_keeps_what_fits(tmp_path: Path) -> None:
     script = f"""
 import resource
 import numpy as np
 from causalrope_sp.errors import OutputError
 from causalrope_sp.io.video_writer import VideoWriter
-resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
-for name in {NAMES}:
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+noise = np.random.default_rng(0).integers(0, 256, (40, 64, 64, 3), dtype=np.uint8)
+for name in {[name for name in NAMES if name != "a/"]}:
     try:
         with VideoWriter("{tmp_path}/" + name, 64, 64, 16) as writer:
-            writer.write(np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), dtype=np.uint8))
+            writer.write(noise)
     except OutputError as error:
-        print(error)
+        print(writer.frames, error)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
-    expected = [f"cannot write {tmp_path}/{name}: File too large" for name in NAMES]
-    assert done.stdout.splitlines() == expected, done.stderr
-    assert os.listdir(tmp_path) == []
+    said = [line.split(" ", 1) for line in done.stdout.splitlines()]
+    names = [name for name in NAMES if name != "a/"]
+    assert len(said) == len(names), done.stderr
+    for name, (frames, message) in zip(names, said, strict=True):
+        assert message.startswith(f"cannot write {tmp_path}/{name}: File too large"), message
+        if name == "a.webp":  # nothing of it is written before its end
+            continue
+        assert int(frames) >= 5, name
+        assert message.endswith(f"; {frames} frames are in {tmp_path}/{partial_name(name)}")
+        assert played(tmp_path / partial_name(name)) >= int(frames) - 3, name
 
 
 @pytest.mark.parametrize(
