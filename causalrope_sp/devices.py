@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
+
+from causalrope_sp.errors import ConfigError
 
 
 def send(x: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
@@ -16,3 +20,28 @@ def send(x: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> T
     """
     x = x if dtype is None else x.to(dtype=dtype)
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and not x.is_cuda else x.to(device)
+
+
+def default_device() -> str:
+    """Returns "cuda" if this machine has a CUDA device, else "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def device_of_rank(device: torch.device | str | None) -> torch.device:
+    """Returns where a rank that torchrun started computes, and makes a GPU the current one.
+
+    Args:
+        device: the device; "cuda" without a number is the GPU of the rank's number on this machine, and None is that
+            or, without CUDA, the CPU.
+
+    Raises:
+        ConfigError: this machine has fewer GPUs than ranks.
+    """
+    own = torch.device(device or default_device())
+    if own.type != "cuda":
+        return own
+    local = int(os.environ["LOCAL_RANK"]) if own.index is None else own.index
+    if local >= torch.cuda.device_count():
+        raise ConfigError(f"local rank {local} has no GPU: this machine has {torch.cuda.device_count()}")
+    torch.cuda.set_device(local)
+    return torch.device("cuda", local)

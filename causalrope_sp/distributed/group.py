@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
 
 from causalrope_kernels import ATTENTION_BACKENDS, attention_obstacle
+from causalrope_sp.devices import default_device, device_of_rank
 from causalrope_sp.distributed.comm_stats import LAYERLESS, CommStats
 from causalrope_sp.distributed.communicator import Communicator
 from causalrope_sp.distributed.halo import SpatialShards
@@ -148,13 +149,7 @@ class SequenceParallel:
                 raise ConfigError(f"a timeout must be above 0 and at most {LONGEST_S:g} seconds, not {seconds:g}")
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return cls(None, strategy, device or default_device(), **options)
-        own = torch.device(device or default_device())
-        if own.type == "cuda":
-            local = int(os.environ["LOCAL_RANK"]) if own.index is None else own.index
-            if local >= torch.cuda.device_count():
-                raise ConfigError(f"local rank {local} has no GPU: this machine has {torch.cuda.device_count()}")
-            own = torch.device("cuda", local)
-            torch.cuda.set_device(own)
+        own = device_of_rank(device)
         world = int(os.environ["WORLD_SIZE"])
         mesh = Mesh(world, options.get("cfg", 1), options.get("chunk", 1), options.get("decode_ranks", 0))
         if strategy != AUTO:
@@ -305,8 +300,3 @@ class SequenceParallel:
             self._watchdog.stop()
         if self._owns_group and dist.is_initialized():
             dist.destroy_process_group()
-
-
-def default_device() -> str:
-    """Returns "cuda" if this machine has a CUDA device, else "cpu"."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
