@@ -335,7 +335,7 @@ def _attentions(s: Setting) -> Iterator[Operation]:
         rows = tuple((first * tokens, stop * tokens) for first, stop in slot_ranges)
         q = draw(1, queries, heads, c.head_dim)
         k, v = draw(2, 1, slots * tokens, heads, c.head_dim)
-        rotate_on_read = _tables(s, draw).rotate_on_read(s.window.places(s.chunk), tokens) if rotated else None
+        rotate_on_read = _tables(s, draw).rotate_on_read(s.window.positions(s.chunk), tokens) if rotated else None
         if rotate_on_read is not None:
             rotate_on_read = replace(rotate_on_read, table=rotate_on_read.table.to(draw.wide))
         return q, Keys(k, v, rows, torch.tensor(rows, dtype=torch.int32, device=draw.device), rotate_on_read)

@@ -70,7 +70,7 @@ def timed(group: dist.ProcessGroup | None, device: str, way: str, frames: int) -
             took.append(time.perf_counter() - clock)
             clock = time.perf_counter()
         return median(took) * -(-count // 3), latents
-    vin, chunks = settings(way, ways.together, count)
+    vin, chunks = settings(way, ways.parallel_chunks, count)
     lanes = 1 if way == "full attention" else ranks
     few = SamplerConfig(steps[:TIMED_STEPS], pipe.config.sampler.shift, "euler")
     parallel = SequenceParallel(group, device=device, chunk=lanes)

@@ -44,7 +44,7 @@ class Ways:
         self.vin = CausalVideoPipeline.from_pretrained("toybox-vin", parallel_chunks="vin")
         self.flow = CausalVideoPipeline.from_pretrained("toybox-flow")
         assert self.vin.parts.parallel_chunks is not None, "asked for"
-        self.together: ParallelChunks = self.vin.parts.parallel_chunks
+        self.parallel_chunks: ParallelChunks = self.vin.parts.parallel_chunks
 
     def video(self, way: str, scene: SceneSpec, frames: int, seed: int, left_open: str = "nothing") -> np.ndarray:
         """uint8 (T, H, W, 3), from a text that leaves something open, see `OPEN`."""
@@ -55,7 +55,7 @@ class Ways:
         pipe, count = self.vin, latent_frames(frames)
         channels = pipe.model.config.in_channels
         opening = pipe.text.opening(channels, pipe.settings().grid.latent_height, pipe.settings().grid.latent_width)
-        vin, chunks = settings(way, self.together, count)
+        vin, chunks = settings(way, self.parallel_chunks, count)
         embeds = leave_open(pipe.text.encode(scene.prompt(), seed), **OPEN[left_open])
         noise = seeded_noise(seed, (1, channels, pipe.settings().grid.latent_height, pipe.settings().grid.latent_width))
         for output in sample_parallel_chunks(
@@ -92,8 +92,11 @@ class Ways:
 
     def seams(self, frames: int) -> list[int]:
         """The first pixel frame of every chunk's own latent frames, but the first chunk's."""
-        chunks = cut(latent_frames(frames), self.together.chunks)
-        own = [AssignedChunks(chunks, self.together.chunks, n, len(chunks)).owned.start for n in range(1, len(chunks))]
+        chunks = cut(latent_frames(frames), self.parallel_chunks.chunks)
+        own = [
+            AssignedChunks(chunks, self.parallel_chunks.chunks, n, len(chunks)).owned.start
+            for n in range(1, len(chunks))
+        ]
         return [1 + 4 * (frame - 1) for frame in own]
 
 
@@ -101,15 +104,15 @@ def latent_frames(frames: int) -> int:
     return 1 - (1 - frames) // 4
 
 
-def settings(way: str, together: ParallelChunks, frames: int) -> tuple[Any, ParallelChunksConfig]:
+def settings(way: str, parallel_chunks: ParallelChunks, frames: int) -> tuple[Any, ParallelChunksConfig]:
     """The network, or None, and the chunks of a way that makes a video at once."""
     if way == "full attention":
-        return None, replace(together.chunks, chunk_frames=frames)
+        return None, replace(parallel_chunks.chunks, chunk_frames=frames)
     if way == "VIN without global tokens":
-        return None, together.chunks
+        return None, parallel_chunks.chunks
     if way == "VIN without fusion":
-        return together.vin, replace(together.chunks, fuse_above=1.0)
-    return together.vin, together.chunks
+        return parallel_chunks.vin, replace(parallel_chunks.chunks, fuse_above=1.0)
+    return parallel_chunks.vin, parallel_chunks.chunks
 
 
 def autoregressive_flops(config: DiTConfig, grid: LatentGrid, stream: StreamConfig, frames: int, steps: int) -> int:
@@ -134,7 +137,7 @@ def flops_of(way: str, ways: Ways, frames: int) -> int:
         return autoregressive_flops(config, grid, flow.stream, count, len(flow.sampler.steps))
     if way == "full attention":
         return steps * full_flops(config, grid, count, initial_frames=1)
-    vin, chunks = settings(way, ways.together, count)
+    vin, chunks = settings(way, ways.parallel_chunks, count)
     return steps * parallel_chunks_flops(config, vin and vin.config, grid, count, chunks, initial_frames=1)
 
 
@@ -144,9 +147,9 @@ def held_out(ways: Ways, scenes: list[SceneSpec], frames: int) -> list[dict[str,
     pipe, rows, count = ways.vin, [], latent_frames(frames)
     parallel, lane = (
         SequenceParallel.single(device="cpu"),
-        AssignedChunks(cut(count, ways.together.chunks, 1), ways.together.chunks),
+        AssignedChunks(cut(count, ways.parallel_chunks.chunks, 1), ways.parallel_chunks.chunks),
     )
-    work = Workload(pipe.model.config, pipe.settings().grid, ways.together.chunks.chunk_frames + 1, 1, 1)
+    work = Workload(pipe.model.config, pipe.settings().grid, ways.parallel_chunks.chunks.chunk_frames + 1, 1, 1)
     cases = []
     for seed, scene in enumerate(scenes):
         clean = ways.latents(scene, frames, seed)
@@ -158,14 +161,14 @@ def held_out(ways: Ways, scenes: list[SceneSpec], frames: int) -> list[dict[str,
             for clean, noise, embeds in cases:
                 x = pipe.settings().grid.patchify((1 - level) * clean + level * noise)
                 for use in (True, False):
-                    vin, said = ways.together.vin if use else None, leave_open(embeds, **what)
+                    vin, said = ways.parallel_chunks.vin if use else None, leave_open(embeds, **what)
                     layout = choose_strategy(work, default_machine(parallel.device), parallel)
                     strategy = build_strategy(parallel, layout, pipe.settings().grid, pipe.model.config.num_heads)
                     state = ParallelChunksForward(
                         pipe.model, vin, said, pipe.settings().grid, lane, 1, strategy, parallel
                     )
                     state.commit(pipe.settings().grid.patchify(pipe.text.opening(*clean.shape[2:])))
-                    found = join(state.velocities(x, 1000 * level), ways.together.chunks.overlap, fused=False)
+                    found = join(state.velocities(x, 1000 * level), ways.parallel_chunks.chunks.overlap, fused=False)
                     errors[use].append(float((found - pipe.settings().grid.patchify(noise - clean)).square().mean()))
             means = {use: round(float(np.mean(each)), 4) for use, each in errors.items()}
             rows.append({"open": left_open, "level": level, "with": means[True], "without": means[False]})

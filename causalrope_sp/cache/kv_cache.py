@@ -161,7 +161,7 @@ class KVCache:
             self._ranges_by_chunk[key] = rows, send(torch.tensor(rows, dtype=torch.int32).view(-1, 2), device)
         if chunk not in self._rotations_on_read:
             self._rotations_on_read[chunk] = (
-                None if self._rotate_on_read is None else self._rotate_on_read(self.window.places(chunk))
+                None if self._rotate_on_read is None else self._rotate_on_read(self.window.positions(chunk))
             )
         k, v = ring_2BKSHD.flatten(2, 3)
         return Keys(k, v, *self._ranges_by_chunk[key], self._rotations_on_read[chunk])

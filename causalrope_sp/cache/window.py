@@ -68,7 +68,7 @@ class SlidingWindow:
                 side.append((slot, slot + 1))
         return sides
 
-    def places(self, chunk: Chunk) -> list[int]:
+    def positions(self, chunk: Chunk) -> list[int]:
         """Returns the position within the window of the frame in each slot: its number in order of time, from 0.
 
         The `relative` policy rotates keys by these positions, which are below `frames` however long the stream is. A

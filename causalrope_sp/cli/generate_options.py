@@ -17,6 +17,7 @@ EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 # Python names of the options of SequenceParallel.from_env, of LoadOptions and of GenerationOptions
 RANKS = ("strategy", "cfg", "chunk", "decode_ranks", "overlap", "head_groups", "attention")
 LOADING = (
+    "loras",
     *("base", "preset", "revision", "dtype", "height", "width", "window", "sink", "chunk_frames", "rope"),
     *("num_inference_steps", "solver", "shift", "guidance_scale", "guidance_interval"),
     *("weights", "offload", "codec", "codec_weights", "decode", "preflight", "parallel_chunks"),
@@ -42,6 +43,14 @@ OPTIONS = (
         "--preset",
         shell_complete=complete_preset,
         help="Use the settings of this published model: self-forcing, causvid, ... The default is inferred.",
+    ),
+    click.option(
+        "--lora",
+        "loras",
+        multiple=True,
+        metavar="FILE",
+        type=click.Path(exists=True),
+        help="Merge this LoRA into the transformer; it can be given several times. The default is none.",
     ),
     click.option(
         "--revision",

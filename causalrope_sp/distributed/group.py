@@ -127,9 +127,7 @@ class SequenceParallel:
         siblings: Siblings | None = None,
         **options: Any,
     ) -> SequenceParallel:
-        """Makes the group that torchrun's environment describes, or that of one process without torchrun.
-
-        The backend is NCCL on CUDA and gloo on the CPU. A watchdog thread reports a lost rank.
+        """Makes the group of torchrun's environment (NCCL on CUDA, gloo on the CPU), or that of one process without it.
 
         Args:
             strategy: as in the constructor.
@@ -296,7 +294,7 @@ class SequenceParallel:
 
     def close(self) -> None:
         """Stops the watchdog and destroys the process group, if `from_env` started them."""
-        if self._watchdog is not None:
+        if self._watchdog:
             self._watchdog.stop()
         if self._owns_group and dist.is_initialized():
             dist.destroy_process_group()

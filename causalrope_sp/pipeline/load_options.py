@@ -25,6 +25,7 @@ from causalrope_sp.pipeline.option_checks import (
     replace_checked,
 )
 from causalrope_sp.weights.dit_loader import Weights
+from causalrope_sp.weights.lora import Lora
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class LoadOptions:
         num_inference_steps: how many evenly spaced denoising steps, or their unshifted timesteps in (0, 1000].
         solver, shift, guidance_scale, guidance_interval: of the sampler (see `SamplerConfig`).
         weights: "full", or "fp8" for the blocks' matrices in 8 bits (see `load_model`).
+        loras: LoRA files that are merged into the transformer, in this order; a `Lora` gives a file a weight.
         offload: which weights are on the device only while they are used: "text" (UMT5, read again for every prompt),
             "codec", both, or "none". An `Offload` has more settings. None keeps UMT5 on the CPU between two prompts.
         codec: the kind of codec that the file must hold, "wan" or "taehv"; None accepts both.
@@ -80,6 +82,7 @@ class LoadOptions:
     guidance_scale: float | None = None
     guidance_interval: tuple[float, float] | None = None
     weights: Weights | None = None
+    loras: Sequence[str | os.PathLike[str] | Lora] = ()
     offload: Offload | str | Sequence[str] | None = None
     codec: str | None = None
     codec_weights: str | os.PathLike[str] | None = None
@@ -100,6 +103,7 @@ class LoadOptions:
         replace_checked(self, "device", device_field)
         replace_checked(self, "dtype", dtype_field)
         replace_checked(self, "offload", offload_field)
+        replace_checked(self, "loras", _check_loras)
         check_sampling(self)
         for name in ("local_files_only", "preflight"):
             if not isinstance(getattr(self, name), bool):
@@ -118,3 +122,10 @@ class LoadOptions:
             changes["dtype"] = changes.pop("torch_dtype")
         check_names(type(self), changes)
         return replace(self, **changes)
+
+
+def _check_loras(name: str, value: object) -> tuple[str | os.PathLike[str] | Lora, ...]:
+    """The LoRAs as a tuple."""
+    if isinstance(value, str | os.PathLike | Lora) or not isinstance(value, Sequence):
+        raise ConfigError(f"{name} must be a list of files or of Lora objects, not {shown(value)}")
+    return tuple(lora if isinstance(lora, Lora) else check_path(f"{name}[{n}]", lora) for n, lora in enumerate(value))

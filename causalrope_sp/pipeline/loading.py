@@ -76,7 +76,7 @@ def load_parts(model: str | os.PathLike[str], options: LoadOptions, parallel: Se
     _check_settings(config, options, parallel)
     ranks, device, dtype = parallel.everyone, parallel.device, dtype_of(options, parallel.device)
     layout = plan_run(config, options, parallel)
-    dit = _load_transformer(config, dtype, parallel)
+    dit = _load_transformer(config, options, parallel)
     chunks = None
     if (vin := config.vin) is not None:
         chunks = ranks.run_collectively(lambda: ParallelChunks.load(vin, dit.config, dtype, device))
@@ -159,10 +159,15 @@ def check_mesh(sampler: SamplerConfig, parallel: SequenceParallel, parallel_chun
         raise ConfigError(f"chunk {parallel.mesh.chunk} of the mesh is for chunks made in parallel alone")
 
 
-def _load_transformer(config: ModelConfig, dtype: torch.dtype, parallel: SequenceParallel) -> CausalDiT:
+def _load_transformer(config: ModelConfig, options: LoadOptions, parallel: SequenceParallel) -> CausalDiT:
     """The transformer, or on a decode rank a model without weights."""
     if parallel.decodes:
         return outline_model(Path(config.transformer))
     return load_model(
-        config.transformer, dtype=dtype, device=parallel.device, weights=config.weights, readers=parallel.denoisers
+        config.transformer,
+        dtype=dtype_of(options, parallel.device),
+        device=parallel.device,
+        loras=options.loras,
+        weights=config.weights,
+        readers=parallel.denoisers,
     )

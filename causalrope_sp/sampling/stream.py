@@ -165,7 +165,7 @@ class CausalStream:
         if self._rotation is None or self._rotation[0] != chunks:
             if self._relative:  # keys are rotated in time on read
                 window = self.cache.window
-                positions = [window.places(chunk)[slot] for chunk in chunks for slot in window.slots(chunk)]
+                positions = [window.positions(chunk)[slot] for chunk in chunks for slot in window.slots(chunk)]
                 rotation = self._rope.rotation(positions, [0] * len(positions))
             else:
                 rotation = self._rope.rotation([f for chunk in chunks for f in range(chunk.start, chunk.stop)])

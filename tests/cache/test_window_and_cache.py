@@ -75,7 +75,7 @@ def test_a_chunk_takes_no_slot_that_it_still_reads(stream: tuple[SlidingWindow, 
                 covered = [slot for first, stop in mine for slot in range(first, stop)]
                 assert covered == [slot for slot in sorted(in_slot) if (in_slot[slot] < since) == old], number
         assert max(map(len, window.ranges(chunk, chunk.start))) <= 2
-        places = window.places(chunk)
+        places = window.positions(chunk)
         assert places[len(in_slot) :] == [0] * (window.frames - len(in_slot))
         assert sorted(in_slot, key=in_slot.__getitem__) == sorted(in_slot, key=places.__getitem__)
         assert sorted(places[: len(in_slot)]) == list(range(len(in_slot)))

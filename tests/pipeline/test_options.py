@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL.Image import Image
+from safetensors.torch import save_file
 
-from causalrope_sp import CausalVideoPipeline, ConfigError, GenerationOptions, LoadOptions
+from causalrope_sp import CausalVideoPipeline, ConfigError, GenerationOptions, LoadOptions, load_model
+from causalrope_sp.toybox import WEIGHTS
 from tests.support.videos import video_of
 
 PROMPT = "a red circle slides right"
@@ -187,3 +190,18 @@ def test_the_progress_bar_counts_frames(
     assert "9/9" in said
     pipe(PROMPT, num_frames=9)
     assert capsys.readouterr().err == ""
+
+
+def test_a_lora_is_merged_as_load_model_merges_it(tmp_path: Path) -> None:
+    down, up = torch.randn(2, 192), torch.randn(192, 2)
+    name = "blocks.0.self_attn.q"
+    state = {f"diffusion_model.{name}.lora_down.weight": down, f"diffusion_model.{name}.lora_up.weight": up}
+    save_file(state, tmp_path / "lora.safetensors")
+    pipe = CausalVideoPipeline.from_pretrained("toybox", device="cpu", loras=[tmp_path / "lora.safetensors"])
+    expected = load_model(WEIGHTS / "toybox.safetensors", dtype=torch.float32, loras=[tmp_path / "lora.safetensors"])
+    plain = load_model(WEIGHTS / "toybox.safetensors", dtype=torch.float32)
+    key = "blocks.0.self_attn.qkv.weight"
+    assert torch.equal(pipe.model.state_dict()[key], expected.state_dict()[key])
+    assert not torch.equal(plain.state_dict()[key], expected.state_dict()[key])
+    with pytest.raises(ConfigError, match=r"loras must be a list of files or of Lora objects, not 'a'"):
+        LoadOptions(loras="a")
