@@ -36,7 +36,7 @@ def test_every_operation_passes_its_gate() -> None:
     for ranks in (1, 3):
         names = {name for name, count in judged if count == ranks}
         assert {"gate, modulate", "rms norm", "q, k, v to q and ring", "linear, gelu", "cross-attention"} <= names
-        assert {"attention, full ring", "attention, 2 stretches", "attention, keys turned", "merge of 2"} <= names
+        assert {"attention, full ring", "attention, 2 ranges", "attention, keys rotated on read", "merge of 2"} <= names
     across = "q, k, v to send buffer", "pieces to q and ring", "pieces to ring", "tokens to pieces"
     assert {(name, 3) for name in (*across, "merge of 3 as they arrive")} <= judged
 

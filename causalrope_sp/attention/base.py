@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from causalrope_kernels import Keys, Partial, Slots, Source, attention, attention_parts, norm_rope_store
-from causalrope_sp.cache.kv_cache import LayerCache
+from causalrope_sp.cache.layer_cache import LayerCache
 from causalrope_sp.grid import Chunk
 
 

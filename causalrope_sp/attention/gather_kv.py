@@ -13,7 +13,7 @@ from torch import Tensor
 
 from causalrope_kernels import Partial, Pieces, Slots, Source, merge, norm_rope_store
 from causalrope_sp.attention.base import Strategy, by_chunk, empty, joined, parts_of
-from causalrope_sp.cache.kv_cache import LayerCache
+from causalrope_sp.cache.layer_cache import LayerCache
 from causalrope_sp.distributed.communicator import Communicator
 from causalrope_sp.grid import Chunk
 

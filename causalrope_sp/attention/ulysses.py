@@ -14,7 +14,7 @@ from torch import Tensor
 
 from causalrope_kernels import Pieces, Slots, Source, attention, norm_rope_store, split_tokens
 from causalrope_sp.attention.base import Strategy, by_chunk, joined, write_chunk
-from causalrope_sp.cache.kv_cache import LayerCache
+from causalrope_sp.cache.layer_cache import LayerCache
 from causalrope_sp.distributed.communicator import AsyncHandle, Communicator
 from causalrope_sp.grid import Chunk, shares
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from causalrope_kernels import Keys, RotateOnRead, Slots
+from causalrope_sp.cache.layer_cache import LayerCache
 from causalrope_sp.cache.window import SlidingWindow
 from causalrope_sp.devices import send
 from causalrope_sp.errors import ConfigError
@@ -184,34 +185,3 @@ class KVCache:
             assert self.storage_L2BKSHD[:, :, :, : len(held)].isfinite().all(), "a committed slot was never written"
         else:
             assert self.open_chunk.start == self.committed, "the open chunk is not the next one"
-
-
-class LayerCache:
-    """The view of one layer: the slots that a chunk writes, and the keys and values that its queries attend.
-
-    Args:
-        cache: the cache of all layers.
-        index: the number of the layer.
-    """
-
-    def __init__(self, cache: KVCache, index: int) -> None:
-        self._cache, self.index, self.window = cache, index, cache.window
-
-    def kv_slots(self, chunk: Chunk) -> tuple[Slots, Slots]:
-        """Returns the slots of the chunk's keys and of its values. The caller must write them.
-
-        For the open chunk, the first call copies the frames that the chunk overwrites to the undo buffer.
-        """
-        return self._cache.kv_slots(self.index, chunk)
-
-    def keys(self, chunk: Chunk) -> Keys:
-        """Returns all keys and values that the chunk's queries attend, its own included."""
-        return self._cache.keys(self.index, chunk, since=0, old=False)
-
-    def keys_before(self, chunk: Chunk, since: int) -> Keys:
-        """Returns those of `keys` that belong to frames before the global time index `since`."""
-        return self._cache.keys(self.index, chunk, since, old=True)
-
-    def keys_since(self, chunk: Chunk, since: int) -> Keys:
-        """Returns those of `keys` that belong to frames from the global time index `since` on."""
-        return self._cache.keys(self.index, chunk, since, old=False)

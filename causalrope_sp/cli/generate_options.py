@@ -22,10 +22,8 @@ LOADING = (
     *("num_inference_steps", "solver", "shift", "guidance_scale", "guidance_interval"),
     *("weights", "offload", "codec", "codec_weights", "decode", "preflight", "parallel_chunks"),
 )
-CALL = (
-    *("num_frames", "seed", "negative_prompt", "negative_prompt_embeds", "image", "video", "strength", "reuse"),
-    "preview_every",
-)
+SOURCES = ("image", "video", "strength")
+CALL = ("num_frames", "seed", "negative_prompt", "negative_prompt_embeds", *SOURCES, "reuse", "preview_every")
 
 OPTIONS = (
     click.option(

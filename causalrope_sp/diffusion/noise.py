@@ -25,7 +25,8 @@ def seeded_noise(seed: int, shape_BCHW: tuple[int, int, int, int], stream: int =
     batch, *frame = shape_BCHW
 
     def draw(chunk: Chunk, step: int) -> Tensor:
-        return torch.randn(batch, chunk.frames, *frame, generator=keyed_generator(seed, stream, chunk.index, step))
+        generator = keyed_generator(seed, stream, chunk.index, step)
+        return torch.randn(batch, chunk.frames, *frame, generator=generator, dtype=torch.float32)
 
     return draw
 

@@ -162,25 +162,7 @@ class SequenceParallel:
         assert dist.group.WORLD is not None
         parallel = cls(dist.group.WORLD, strategy, own, timeout=limit, **options)
         parallel._owns_group, parallel._silence_s = True, silence_s
-        # a connection of its own, since a blocking call on a connection blocks every other call on it
-        store = dist.TCPStore(  # type: ignore[attr-defined]
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            is_master=False,
-            timeout=timedelta(seconds=silence_s),
-        )
-        peers = parallel.mesh.decoding if parallel.decodes else parallel.mesh.denoising
-        parallel._watchdog = Watchdog(
-            store,
-            parallel.rank,
-            parallel.size,
-            lambda: parallel.comm_stats.begun,
-            peers,
-            on_loss,
-            silence_s,
-            timeout_s,
-            siblings,
-        )
+        parallel._watch(on_loss, silence_s, timeout_s, siblings)
         loading.stop()
         return parallel
 
@@ -264,6 +246,19 @@ class SequenceParallel:
     def communicator_among(self, ranks: Sequence[int]) -> Communicator | None:
         """Returns the communicator of some ranks, this one included, or None for one rank. All of them must call it."""
         return self._communicator(ranks) if len(ranks) > 1 else None
+
+    def _watch(self, on_loss: Callable[[str], None], silence_s: float, timeout_s: float, siblings: Siblings) -> None:
+        """Starts the watchdog of this rank."""
+        # a connection of its own, since a blocking call on a connection blocks every other call on it
+        store = dist.TCPStore(  # type: ignore[attr-defined]
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=False,
+            timeout=timedelta(seconds=silence_s),
+        )
+        peers = self.mesh.decoding if self.decodes else self.mesh.denoising
+        signs = store, self.rank, self.size, lambda: self.comm_stats.begun, peers
+        self._watchdog = Watchdog(*signs, on_loss, silence_s, timeout_s, siblings)
 
     def _communicator(self, ranks: Sequence[int], backend: str | None = None) -> Communicator:
         """The communicator of some ranks, made once, with the backend of the whole group if `backend` is None.

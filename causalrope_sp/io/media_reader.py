@@ -22,9 +22,13 @@ from causalrope_sp.errors import InputError
 
 if TYPE_CHECKING:
     import av
+    from PIL import Image
 
 Picture = str | os.PathLike[str] | np.ndarray
 Video = str | os.PathLike[str] | Iterable[np.ndarray]
+MOST_PIXELS = 40_000_000  # of a picture or a frame; 8K has 33 million
+LONGEST_ASPECT = 20  # of its longer side to its shorter one
+LONGEST_SHOWN_S = 60  # how long a video may show one frame
 TimedFrame = tuple[Fraction, Fraction, np.ndarray]  # start and end of its display, in seconds; uint8 (H, W, 3)
 
 
@@ -48,13 +52,39 @@ def read_picture(source: Picture, height: int, width: int) -> np.ndarray:
 
     try:
         with Image.open(source) as picture:
-            upright = ImageOps.exif_transpose(picture).convert("RGBA")
+            check_size(*picture.size)
+            picture.draft("RGB", (2 * width, 2 * height))  # JPEG alone: it is decoded at a fraction of its size
+            return fit(_on_black(ImageOps.exif_transpose(picture), height, width), height, width)
+    except InputError as error:
+        raise InputError(f"cannot read {os.fspath(source)}: {error}") from error
     except UnidentifiedImageError as error:
         raise InputError(f"cannot read {os.fspath(source)}: not a picture of a known kind") from error
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow's decoders raise whatever their format's code does
         raise InputError(f"cannot read {os.fspath(source)}: {_reason(error)}") from error
-    black = Image.new("RGBA", upright.size, "black")
-    return fit(np.asarray(Image.alpha_composite(black, upright).convert("RGB")), height, width)
+
+
+def _on_black(picture: Image.Image, height: int, width: int) -> np.ndarray:
+    """Returns a picture as RGB on black, reduced by a whole factor where it is more than four times too large."""
+    from PIL import Image
+
+    factor = min(picture.height // (4 * height), picture.width // (4 * width))
+    if picture.mode not in ("RGB", "L"):
+        black = Image.new("RGBA", picture.size, "black")
+        picture = Image.alpha_composite(black, picture.convert("RGBA"))
+    picture = picture.convert("RGB")
+    return np.asarray(picture.reduce(factor) if factor > 1 else picture)
+
+
+def check_size(width: int, height: int) -> None:
+    """Checks the size of a picture or a frame before it is decoded.
+
+    Raises:
+        InputError: it has more than `MOST_PIXELS` pixels, or one side is more than `LONGEST_ASPECT` times the other.
+    """
+    if min(width, height) < 1 or width * height > MOST_PIXELS:
+        raise InputError(f"it has {width}×{height} pixels; expected at most {MOST_PIXELS // 10**6} million")
+    if max(width, height) > LONGEST_ASPECT * min(width, height):
+        raise InputError(f"it has {width}×{height} pixels; expected sides of at most {LONGEST_ASPECT} to 1")
 
 
 def read_video(source: Video, height: int, width: int, fps: float) -> Iterator[np.ndarray]:
@@ -72,8 +102,10 @@ def read_video(source: Video, height: int, width: int, fps: float) -> Iterator[n
     Raises:
         InputError: the file cannot be read, or a frame has another dtype or shape.
     """
-    frames = _at_rate(_file_frames(source), fps) if isinstance(source, str | os.PathLike) else iter(source)
-    return (fit(frame, height, width) for frame in frames)
+    if not isinstance(source, str | os.PathLike):
+        return (fit(frame, height, width) for frame in source)
+    fitted = ((start, end, fit(frame, height, width)) for start, end, frame in _file_frames(source))
+    return _at_rate(fitted, fps)  # a frame that is shown several times is fitted once
 
 
 def fit(frame: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -95,6 +127,7 @@ def fit(frame: np.ndarray, height: int, width: int) -> np.ndarray:
         raise InputError(f"a frame must be uint8 of shape (height, width, 3), not {got}")
     if 0 in frame.shape:
         raise InputError(f"a frame of {frame.shape[0]}×{frame.shape[1]} pixels is empty")
+    check_size(frame.shape[1], frame.shape[0])
     if frame.shape[:2] == (height, width):
         return frame
     scale = max(height / frame.shape[0], width / frame.shape[1])
@@ -113,6 +146,8 @@ def _at_rate(timed: Iterator[TimedFrame], fps: float) -> Iterator[np.ndarray]:
     shown: np.ndarray | None = None
     shown_until = Fraction(0)
     for start, end, frame in timed:
+        if start - max(shown_until, Fraction(0)) > LONGEST_SHOWN_S or end - start > LONGEST_SHOWN_S:
+            raise InputError(f"a frame of the video is shown for more than {LONGEST_SHOWN_S} s")
         while shown is not None and (4 * number + 1) / (4 * rate) < start:
             yield shown
             number += 1
@@ -135,14 +170,15 @@ def _file_frames(path: str | os.PathLike[str]) -> Iterator[TimedFrame]:
             if not container.streams.video:
                 raise InputError(f"cannot read {name}: it holds no video")
             stream, first = container.streams.video[0], None
+            check_size(stream.width, stream.height)
             mean_duration, tick = 1 / (stream.average_rate or Fraction(25)), stream.time_base or Fraction(1)
             for n, frame in enumerate(container.decode(stream)):
                 time = n * mean_duration if frame.pts is None else frame.pts * tick
                 first = time if first is None else first
                 yield time - first, time - first + (frame.duration * tick or mean_duration), _upright(frame)
-    except InputError:
-        raise
-    except (OSError, ValueError, EOFError, av.FFmpegError) as error:
+    except InputError as error:
+        raise InputError(f"cannot read {name}: {str(error).removeprefix(f'cannot read {name}: ')}") from error
+    except Exception as error:  # decoders raise whatever their format's code does
         raise InputError(f"cannot read {name}: {_reason(error)}") from error
 
 
@@ -152,6 +188,7 @@ def _animated_picture(name: str) -> Iterator[TimedFrame]:
 
     start = Fraction(0)
     with Image.open(name) as picture:
+        check_size(*picture.size)
         for frame in ImageSequence.Iterator(picture):
             pixels = np.asarray(frame.convert("RGB"))
             end = start + Fraction(frame.info.get("duration") or 40, 1000)

@@ -244,7 +244,8 @@ class OutputChannel:
         frames, skip, stop = header.tolist()
         if not frames:
             return None
-        latents = torch.empty(1, frames, channels, self._grid.latent_height, self._grid.latent_width)
+        shape = 1, frames, channels, self._grid.latent_height, self._grid.latent_width
+        latents = torch.empty(shape, dtype=torch.float32)
         return self._communicator.receive("to decode", latents, 0), skip, stop
 
     def _to_all(self, x: Tensor) -> None:

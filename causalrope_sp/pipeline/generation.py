@@ -27,6 +27,7 @@ from causalrope_sp.pipeline.conditioning import (
 from causalrope_sp.pipeline.decoding import frames_of
 from causalrope_sp.pipeline.generation_options import Embeds, GenerationOptions
 from causalrope_sp.pipeline.loading import plan_run
+from causalrope_sp.pipeline.numerics import own_numerics, steady
 from causalrope_sp.pipeline.output import FrameRange, StreamGuard, VideoChunk, decode_worker, decoded_chunks
 from causalrope_sp.pipeline.parallel_chunks import PreviewFrame, check_call
 from causalrope_sp.reuse import find_policy
@@ -74,20 +75,30 @@ class Generation:
     def __init__(self, pipe: CausalVideoPipeline, request: GenerationOptions, streams: StreamGuard) -> None:
         self._pipe, self._request, self._streams = pipe, request, streams
         self._parallel, self._chunks = pipe.parallel, pipe.parts.parallel_chunks
-        self._settings, self._seed = pipe.settings(request), request.first_seed()
+        with own_numerics():
+            self._parallel.everyone.run_collectively(self._prepare)  # an error of one rank ends the call on all
+            self._parallel.everyone.agree(self._described())
+            self._layout = self._choose_layout()
+            self._texts = self._open()
+
+    def _prepare(self) -> None:
+        request = self._request
+        self._settings, self._seed = self._pipe.settings(request), request.first_seed()
         self._guided = any(guided_steps(self._settings.sampler))
         self._check()
         self._policy = None if request.reuse is None else find_policy(request.reuse)
         self._conditioning = self._condition()
-        self._parallel.everyone.agree(self._described())
-        self._layout = self._choose_layout()
-        self._frame_range = self._frame_range_of(request.num_frames)
+
+    def _open(self) -> list[Tensor]:
+        """Checks the memory of a video whose chunks are sampled in parallel; returns the encoded texts."""
+        self._frame_range = self._frame_range_of(self._request.num_frames)
         if self._chunks is not None:
-            latent_frames, chunks = self._frame_range.latent_frames(None), self._chunks
+            model, grid, chunks = self._pipe.model, self._settings.grid, self._chunks
+            latent_frames = self._frame_range.latent_frames(None)
             self._parallel.everyone.run_collectively(
-                lambda: chunks.check_memory_for(pipe.model, self._settings.grid, latent_frames, self._parallel)
+                lambda: chunks.check_memory_for(model, grid, latent_frames, self._parallel)
             )
-        self._texts = self._parallel.everyone.run_collectively(
+        return self._parallel.everyone.run_collectively(
             lambda: [] if self._parallel.decodes else self._encode()  # decode ranks raise for wrong input too
         )
 
@@ -95,19 +106,20 @@ class Generation:
         """Yields the chunks of the video, each as soon as it is decoded; decode ranks yield chunks without frames."""
         codec, parallel, grid = self._pipe.codec, self._parallel, self._settings.grid
         if parallel.decodes:
-            return self._streams.guard(decode_worker(codec, parallel, grid))
+            return steady(self._streams.guard(decode_worker(codec, parallel, grid)))
         decode = self._pipe.parts.options.decode
-        return self._streams.guard(decoded_chunks(self._sample(), codec, parallel, grid, decode, self._frame_range))
+        chunks = decoded_chunks(self._sample(), codec, parallel, grid, decode, self._frame_range)
+        return steady(self._streams.guard(chunks))
 
     def latents(self) -> Tensor:
         """Returns all latent frames of the video, (1, F, C, H, W); decode ranks return an empty tensor."""
         codec, parallel, grid = self._pipe.codec, self._parallel, self._settings.grid
         if parallel.decodes:
-            for _ in decode_worker(codec, parallel, grid):
+            for _ in steady(decode_worker(codec, parallel, grid)):
                 pass
             return torch.empty(0)
         decoder = frames_of(codec, parallel, grid, "inline")
-        with closing(self._sample()) as chunks:
+        with closing(steady(self._sample())) as chunks:
             generated = [chunk.latents for chunk in chunks]
         decoder.close()
         latents = self._conditioning.latents

@@ -124,7 +124,7 @@ class CausalVideoPipeline:
                 open (see `output.StreamGuard`).
             CheckpointError: there is no text encoder, or a file cannot be read.
         """
-        request = _merge(prompt, options, overrides)
+        request = self._request(prompt, options, overrides)
         if isinstance(request.prompt, tuple):
             raise ConfigError("a stream has one prompt: call the pipeline for a list of prompts")
         if request.output_type == "latent":
@@ -148,7 +148,7 @@ class CausalVideoPipeline:
         Raises:
             CausalRopeError: what `stream` raises.
         """
-        request = _merge(prompt, options, overrides)
+        request = self._request(prompt, options, overrides)
         seed = request.first_seed()
         requests = [
             request.override(prompt=text, seed=seed + number, generator=None)
@@ -250,6 +250,13 @@ class CausalVideoPipeline:
         libraries or connect ranks. `from_pretrained` calls it on CUDA. Every rank must call it."""
         warm_up(self)
 
+    def _request(self, prompt: Any, options: GenerationOptions | None, overrides: dict[str, Any]) -> GenerationOptions:
+        """The options of a call with its prompt and overrides; an error of one rank ends the call on all of them."""
+        self._streams.check()
+        own = overrides if prompt is None else {"prompt": prompt, **overrides}
+        merge = GenerationOptions.of if options is None else options.override
+        return self.parallel.everyone.run_collectively(lambda: merge(**own))
+
     def _generation(self, request: GenerationOptions) -> Generation:
         self._streams.check()
         return Generation(self, request, self._streams)
@@ -290,10 +297,3 @@ class CausalVideoPipeline:
         if not parallel.decodes and parallel.denoisers.size > 1:
             networks = digest(self.model), chunks and digest(chunks.vin)
             parallel.denoisers.agree({"dtype": self.model.dtype, "weights": networks})
-
-
-def _merge(prompt: Any, options: GenerationOptions | None, overrides: dict[str, Any]) -> GenerationOptions:
-    """The options of a call with its prompt and overrides."""
-    if prompt is not None:
-        overrides = {"prompt": prompt, **overrides}
-    return GenerationOptions.of(**overrides) if options is None else options.override(**overrides)

@@ -41,5 +41,5 @@ def chart(batch: int, channels: int, height: int, width: int) -> Tensor:
         height: latent height.
         width: latent width.
     """
-    y, x = torch.meshgrid(*((torch.arange(n) + 0.5) / n for n in (height, width)), indexing="ij")
+    y, x = torch.meshgrid(*((torch.arange(n, dtype=torch.float32) + 0.5) / n for n in (height, width)), indexing="ij")
     return waves(y, x, channels).expand(batch, 1, -1, -1, -1)

@@ -43,7 +43,7 @@ class ToyboxText:
         Raises:
             PromptError: the prompt is not in the grammar.
         """
-        places = torch.rand(PLACE_VARIABLES, generator=keyed_generator(seed))
+        places = torch.rand(PLACE_VARIABLES, generator=keyed_generator(seed), dtype=torch.float32)
         return encode_scene(parse_prompt(prompt), places).unsqueeze(0)
 
     def encode_all(self, prompts: Sequence[str | None], seed: int) -> list[Tensor]:
@@ -59,7 +59,7 @@ class ToyboxText:
         Raises:
             PromptError: a prompt is not in the grammar.
         """
-        nothing = torch.zeros(1, TEXT_LEN, TEXT_DIM)
+        nothing = torch.zeros(1, TEXT_LEN, TEXT_DIM, dtype=torch.float32)
         return [nothing if prompt is None else self.encode(prompt, seed) for prompt in prompts]
 
     def opening(self, channels: int, height: int, width: int) -> Tensor:
@@ -101,9 +101,9 @@ def encode_scene(spec: SceneSpec, places_6: Tensor) -> Tensor:
     Returns:
         Embeddings, (L, E); zeros for a second object that does not exist.
     """
-    embeds = torch.zeros(TEXT_LEN, TEXT_DIM)
+    embeds = torch.zeros(TEXT_LEN, TEXT_DIM, dtype=torch.float32)
     embeds[0, [_INDEX["background"], _INDEX[spec.background]]] = 1.0
-    paths = tracks(spec, places_6.tolist(), torch.zeros(1))
+    paths = tracks(spec, places_6.tolist(), torch.zeros(1, dtype=torch.float32))
     for i, (which, o, path) in enumerate(zip(("first object", "second object"), spec.objects, paths, strict=False)):
         embeds[1 + i, [_INDEX[word] for word in (which, o.size, o.color, o.shape, o.motion)]] = 1.0
         numbers = places_6[_NUMBERS * i : _NUMBERS * (i + 1)]

@@ -1,6 +1,6 @@
 """The KV cache of parallel chunks: global tokens, initial frames and a chunk's own frames, layer by layer.
 
-The rows of a layer lie in slots of one frame's tokens, as in any `KVCache`, so that every strategy writes and reads it:
+The rows of a layer lie in slots of one frame's tokens, as in a `KVCache`, so that every strategy writes and reads it:
 
     [ padding to whole slots | global tokens | initial frames | the frames of the current chunk ]
 
@@ -17,8 +17,7 @@ import torch
 
 from causalrope_kernels import Keys, Slots
 from causalrope_sp.attention.base import Strategy
-from causalrope_sp.cache.kv_cache import KVCache
-from causalrope_sp.cache.window import SlidingWindow
+from causalrope_sp.cache.layer_cache import LayerCache
 from causalrope_sp.devices import send
 from causalrope_sp.grid import Chunk
 
@@ -34,8 +33,8 @@ def in_pass(chunks: Sequence[Chunk]) -> list[Chunk]:
     return passed
 
 
-class ChunkCache(KVCache):
-    """A `KVCache` whose slots hold global tokens, the initial frames and one chunk.
+class ChunkCache:
+    """A cache whose slots hold global tokens, the initial frames and one chunk; the chunks are attended in any order.
 
     Args:
         layers: layers of the DiT.
@@ -66,8 +65,15 @@ class ChunkCache(KVCache):
         self._strategy, self._initial_frames = strategy, initial_frames
         self._globals = strategy.stored(torch.empty(1, global_tokens, strategy.heads, 1)).shape[1]
         self._before = -(-self._globals // tokens)
-        window = SlidingWindow(self._before + initial_frames + longest)
-        super().__init__(layers, batch, window, tokens, heads, head_dim, dtype=dtype, device=device)
+        slots = self._before + initial_frames + longest
+        shape = (layers, 2, batch, slots, tokens, heads, head_dim)
+        self.storage_L2BKSHD = torch.empty(shape, dtype=dtype, device=device)
+        self._slots: dict[Chunk, torch.Tensor] = {}  # on the device; all layers share what is made once per chunk
+        self._ranges: dict[tuple[Chunk, int, bool], tuple[tuple[tuple[int, int], ...], torch.Tensor]] = {}
+
+    def layer(self, index: int) -> LayerCache:
+        """Returns the view of one layer."""
+        return LayerCache(self, index)
 
     def write_globals(self, found: Sequence[Keys]) -> None:
         """Writes the global tokens' keys and values.
@@ -94,12 +100,12 @@ class ChunkCache(KVCache):
         tokens and the initial frames."""
         ring_2BKSHD = self.storage_L2BKSHD[layer]
         key = chunk, since, old
-        if key not in self._ranges_by_chunk:
+        if key not in self._ranges:
             tokens = ring_2BKSHD.shape[3]
             begin, own = self._before * tokens - self._globals, (self._before + self._initial_frames) * tokens
             row = (own if since and not old else begin), own if old else own + chunk.frames * tokens
             if chunk.index == INITIAL:  # written before there are global tokens
                 row = self._before * tokens, own
-            self._ranges_by_chunk[key] = (row,), send(torch.tensor([row], dtype=torch.int32), ring_2BKSHD.device)
+            self._ranges[key] = (row,), send(torch.tensor([row], dtype=torch.int32), ring_2BKSHD.device)
         k, v = ring_2BKSHD.flatten(2, 3)
-        return Keys(k, v, *self._ranges_by_chunk[key])
+        return Keys(k, v, *self._ranges[key])

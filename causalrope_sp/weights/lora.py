@@ -206,7 +206,9 @@ class LoraMerge:
         biases = change.keys.keys() & {"up_bias", "diff_b"}
         if (weight is None and (roles or not biases)) or (bias is None and biases):
             return list(change.keys.values())
-        if {"down", "up"} & roles not in ({"down", "up"}, set()) or (not roles and "diff_b" not in change.keys):
+        pair = {"down", "up"} & roles
+        lone_bias = "up_bias" in biases and len(pair) < 2  # its scale is that of the pair
+        if len(pair) == 1 or lone_bias or (not roles and "diff_b" not in change.keys):
             raise CheckpointError(f"{self.path}: {shown(change.module)} has only {some(change.keys)} of down and up")
         for target, present in ((weight, roles), (bias, biases)):
             if target is not None and present:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from causalrope_kernels.reference import put, ranges
 from causalrope_sp import Chunk, ConfigError, KVCache, StreamConfig
-from causalrope_sp.cache.kv_cache import LayerCache
+from causalrope_sp.cache.layer_cache import LayerCache
 from causalrope_sp.cache.window import SlidingWindow
 from causalrope_sp.verification.reference import visible_past
 

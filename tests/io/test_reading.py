@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -115,3 +116,50 @@ def test_what_cannot_be_read_is_one_line(tmp_path: Path, read: Callable[[Path], 
     with pytest.raises(InputError, match=says) as caught:
         read(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_pictures_of_absurd_sizes_are_refused_by_their_header(tmp_path: Path) -> None:
+    """Hundreds of bytes that would take gigabytes and half a minute to decode and scale."""
+    Image.new("RGB", (60000, 1)).save(tmp_path / "line.png")
+    Image.new("1", (9000, 9000)).save(tmp_path / "large.png")
+    for name, said in (("line", "60000×1 pixels; expected sides of at most 20 to 1"), ("large", "at most 40 million")):
+        with pytest.raises(InputError, match=rf"cannot read .*{name}\.png: it has .*{said}"):
+            read_picture(tmp_path / f"{name}.png", 64, 64)
+    with pytest.raises(InputError, match="60000×1 pixels"):
+        read_picture(np.zeros((1, 60000, 3), np.uint8), 64, 64)
+
+
+def test_a_picture_with_a_broken_chunk_is_one_sentence(tmp_path: Path) -> None:
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(tmp_path / "a.png")
+    data = bytearray((tmp_path / "a.png").read_bytes())
+    for at in range(8, len(data), 7):
+        broken = bytearray(data)
+        broken[at] ^= 0xFF
+        (tmp_path / "b.png").write_bytes(broken)
+        said = ""
+        try:
+            assert read_picture(tmp_path / "b.png", 32, 32).shape == (32, 32, 3)
+        except InputError as error:
+            said = str(error)
+        assert "\n" not in said
+
+
+def test_large_pictures_are_reduced_before_they_are_scaled(tmp_path: Path) -> None:
+    gradient = np.linspace(0, 255, 2000).astype(np.uint8)
+    picture = np.broadcast_to(gradient[:, None, None], (2000, 2000, 3))
+    Image.fromarray(np.ascontiguousarray(picture)).save(tmp_path / "large.png")
+    reduced = read_picture(tmp_path / "large.png", 64, 64)
+    assert abs(reduced.astype(int) - fit(np.ascontiguousarray(picture), 64, 64)).max() <= 2
+
+
+def test_a_gap_in_a_videos_timestamps_is_refused(tmp_path: Path) -> None:
+    with av.open(str(tmp_path / "gap.mkv"), "w") as container:
+        stream = container.add_stream("libx264", rate=16)
+        stream.height, stream.width, stream.pix_fmt = 64, 64, "yuv420p"
+        for pts in (0, 10**7):
+            frame = av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format="rgb24")
+            frame.pts = pts
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    with pytest.raises(InputError, match="a frame of the video is shown for more than 60 s"):
+        list(read_video(tmp_path / "gap.mkv", 64, 64, 16))

@@ -102,8 +102,8 @@ def test_lanes_make_the_same_video_with_the_collectives_that_plan_counts(
 def test_lanes_without_branches_are_refused_on_every_rank(found_on: Found) -> None:
     for rank in found_on(4, 2):
         assert rank["said"] == [
-            "cfg 2 of the mesh needs as many branches: without guidance, a scale other than 1, there is one",
-            "cfg 4 of the mesh needs as many branches: guidance has two",
+            "cfg of the mesh must be 1 without guidance (a guidance scale of 1), not 2",
+            "cfg of the mesh must be 1 or 2, not 4",
         ]
 
 

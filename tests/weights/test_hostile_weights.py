@@ -270,7 +270,7 @@ def on_meta(file: Path) -> None:
         (compressed, "is compressed"),
         (a_record_larger_than_the_file, "larger than the file"),
         (spread_over_disks, "truncated or not a torch file"),
-        (more_numbers_than_bytes, "more numbers than the file has room for"),
+        (more_numbers_than_bytes, "more numbers than the file can hold"),
         (no_numbers_at_all, "no plain tensor"),
         (on_meta, "no plain tensor"),
     ],

@@ -1,0 +1,43 @@
+"""Keeps a caller's global settings of torch out of a pipeline: its default dtype and its autocast.
+
+A stream runs between two of the caller's own steps, so the settings are the library's only while the library works.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+@contextmanager
+def own_numerics() -> Iterator[None]:
+    """Sets float32 as the default dtype and turns autocast off in this thread; restores both at the end."""
+    before = torch.get_default_dtype()
+    with ExitStack() as stack:
+        stack.callback(torch.set_default_dtype, before)
+        torch.set_default_dtype(torch.float32)
+        for kind in ("cpu", "cuda"):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+def steady(items: Iterator[T]) -> Generator[T]:
+    """Yields the items, each made under `own_numerics`; `items` is closed at the end."""
+    done = object()
+    try:
+        while True:
+            with own_numerics():
+                item = next(items, done)
+            if item is done:
+                return
+            yield item  # type: ignore[misc]  # it is no `done`
+    finally:
+        close = getattr(items, "close", None)
+        if close is not None:
+            with own_numerics():
+                close()
