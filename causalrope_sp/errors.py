@@ -29,3 +29,13 @@ class OutputError(CausalRopeError):
 
 class RankLostError(RuntimeError):
     """Another rank of the stream exited, was stopped or does not respond. It is not caused by wrong input."""
+
+
+LONGEST_SHOWN = 160  # characters of a text from outside that a message shows
+
+
+def shown(name: object) -> str:
+    """Returns a text from outside as one printable line of at most `LONGEST_SHOWN` characters, longer if escaped."""
+    text = str(name)
+    text = text if len(text) <= LONGEST_SHOWN else text[:LONGEST_SHOWN] + "…"
+    return text if text.isprintable() else ascii(text)

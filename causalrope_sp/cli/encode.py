@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from causalrope_sp.cli.options import SEED, complete_model
+from causalrope_sp.cli.numbers import SEED
+from causalrope_sp.cli.options import complete_model
 from causalrope_sp.cli.runtime import rank
 from causalrope_sp.errors import ConfigError, OutputError
 

@@ -9,17 +9,17 @@ from typing import Any, get_args
 
 import click
 
-from causalrope_sp.cli.options import DTYPES, SEED, complete_model, complete_preset, complete_strategy
+from causalrope_sp.cli.numbers import FLOAT, INTEGER, SEED, IntRange
+from causalrope_sp.cli.options import DTYPES, complete_model, complete_preset, complete_strategy
 from causalrope_sp.config import Solver
 
 EXISTING = click.Path(exists=True, path_type=Path)
 EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
-# Python names of the options of SequenceParallel.from_env, of LoadOptions and of GenerationOptions
+# Python names of the options of SequenceParallel.from_env, LoadOptions and GenerationOptions
 RANKS = ("strategy", "cfg", "chunk", "decode_ranks", "overlap", "head_groups", "attention")
 LOADING = (
-    "loras",
-    *("base", "preset", "revision", "dtype", "height", "width", "window", "sink", "chunk_frames", "rope"),
-    *("num_inference_steps", "solver", "shift", "guidance_scale", "guidance_interval"),
+    *("loras", "base", "preset", "revision", "dtype", "height", "width", "window", "sink", "chunk_frames"),
+    *("rope", "num_inference_steps", "solver", "shift", "guidance_scale", "guidance_interval"),
     *("weights", "offload", "codec", "codec_weights", "decode", "preflight", "parallel_chunks"),
 )
 SOURCES = ("image", "video", "strength")
@@ -50,10 +50,7 @@ OPTIONS = (
         type=click.Path(exists=True),
         help="Merge this LoRA into the transformer; it can be given several times. The default is none.",
     ),
-    click.option(
-        "--revision",
-        help="Load this branch, tag or commit from the Hub. The default is the main branch.",
-    ),
+    click.option("--revision", help="Load this branch, tag or commit from the Hub. The default is the main branch."),
     click.option(
         "--text-embeds",
         metavar="FILE",
@@ -62,19 +59,19 @@ OPTIONS = (
     click.option(
         "--frames",
         "num_frames",
-        type=int,
+        type=INTEGER,
         default=81,
         show_default=True,
         help="Generate this many pixel frames.",
     ),
     click.option(
         "--height",
-        type=int,
+        type=INTEGER,
         help="Set the height of a frame in pixels. The default is the model's.",
     ),
     click.option(
         "--width",
-        type=int,
+        type=INTEGER,
         help="Set the width of a frame in pixels. The default is the model's.",
     ),
     click.option(
@@ -86,17 +83,17 @@ OPTIONS = (
     ),
     click.option(
         "--window",
-        type=int,
+        type=INTEGER,
         help="Let attention look back over this many latent frames, current chunk counted. The default is the model's.",
     ),
     click.option(
         "--sink",
-        type=int,
+        type=INTEGER,
         help="Keep this many of the first latent frames in the window. The default is the model's.",
     ),
     click.option(
         "--chunk-frames",
-        type=int,
+        type=INTEGER,
         help="Put this many latent frames into a chunk. The default is the model's.",
     ),
     click.option(
@@ -115,18 +112,18 @@ OPTIONS = (
     ),
     click.option(
         "--shift",
-        type=float,
+        type=FLOAT,
         help="Shift the timesteps towards noise by this factor. The default is the model's.",
     ),
     click.option(
         "--guidance",
         "guidance_scale",
-        type=float,
+        type=FLOAT,
         help="Set the scale of guidance; 1 is no guidance. The default is the model's.",
     ),
     click.option(
         "--guidance-interval",
-        type=(float, float),
+        type=(FLOAT, FLOAT),
         help="Guide only the steps between these timesteps, 0 to 1000. The default is the model's.",
     ),
     click.option(
@@ -159,12 +156,12 @@ OPTIONS = (
     click.option(
         "--chunk-parallel",
         "chunk",
-        type=int,
+        type=INTEGER,
         help="Share parallel chunks among this many groups of ranks. The default is one group a rank.",
     ),
     click.option(
         "--preview-every",
-        type=int,
+        type=INTEGER,
         help="Write a preview of parallel chunks each time this many steps are done. The default is no preview.",
     ),
     click.option(
@@ -185,7 +182,7 @@ OPTIONS = (
     ),
     click.option(
         "--strength",
-        type=float,
+        type=FLOAT,
         help="Redraw --video with this share of the steps, above 0 and at most 1. The default is no redrawing.",
     ),
     click.option(
@@ -211,7 +208,7 @@ OPTIONS = (
     ),
     click.option(
         "--decode-ranks",
-        type=click.IntRange(0),
+        type=IntRange(0),
         default=0,
         show_default=True,
         help="Let this many of the ranks only decode while the others denoise the next chunk.",
@@ -258,6 +255,7 @@ OPTIONS = (
     ),
     click.option(
         "--head-groups",
+        type=INTEGER,
         default=1,
         show_default=True,
         help="Divide ulysses' heads into this many groups, and send one while the next is computed.",
@@ -270,6 +268,7 @@ OPTIONS = (
     ),
     click.option(
         "--timeout",
+        type=FLOAT,
         default=600.0,
         show_default=True,
         help="End the run when a rank has been stuck for this many seconds (20 if it is silent).",

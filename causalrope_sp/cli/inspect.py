@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from causalrope_sp.cli.numbers import FLOAT, INTEGER
 from causalrope_sp.cli.options import complete_model, complete_preset, parse_steps
 from causalrope_sp.cli.runtime import rank
 
@@ -28,18 +29,20 @@ if TYPE_CHECKING:
     help="Use the settings of this preset: self-forcing, causvid, longlive-1.3b, ... The default is inferred.",
 )
 @click.option(
-    "--window", type=int, help="Let attention look back over this many latent frames. The default is the preset's."
+    "--window", type=INTEGER, help="Let attention look back over this many latent frames. The default is the preset's."
 )
 @click.option(
-    "--sink", type=int, help="Keep this many of the first latent frames in the window. The default is the preset's."
+    "--sink", type=INTEGER, help="Keep this many of the first latent frames in the window. The default is the preset's."
 )
-@click.option("--chunk-frames", type=int, help="Put this many latent frames into a chunk. The default is the preset's.")
+@click.option(
+    "--chunk-frames", type=INTEGER, help="Put this many latent frames into a chunk. The default is the preset's."
+)
 @click.option(
     "--steps",
     help="Use this many evenly spaced steps (4), or these timesteps (1000,750,...). The default is the preset's.",
 )
 @click.option(
-    "--shift", type=float, help="Shift the timesteps towards noise by this factor. The default is the preset's."
+    "--shift", type=FLOAT, help="Shift the timesteps towards noise by this factor. The default is the preset's."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object. The default is a text.")
 def inspect(path: str, part: str | None, preset: str | None, steps: str | None, as_json: bool, **run: Any) -> int:

@@ -9,7 +9,6 @@ from click.shell_completion import CompletionItem
 
 from causalrope_sp.errors import ConfigError
 
-SEED = click.IntRange(0, 2**63 - 1)
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 
 Completer = Callable[[click.Context, click.Parameter, str], list[CompletionItem]]
@@ -30,6 +29,8 @@ def parse_steps(text: str | None) -> int | tuple[float, ...] | None:
     if text is None:
         return None
     try:
+        if "_" in text or not text.isascii():
+            raise ValueError("not in plain digits")
         return tuple(float(word) for word in text.split(",")) if "," in text else int(text)
     except ValueError:
         raise ConfigError(f"--steps takes a count or a list like 1000,750,500,250, not {text!r}") from None

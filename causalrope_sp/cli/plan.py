@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from causalrope_sp.cli.numbers import FLOAT, INTEGER, IntRange
 from causalrope_sp.cli.options import complete_model
-from causalrope_sp.errors import ConfigError
+from causalrope_sp.errors import ConfigError, shown
+from causalrope_sp.io.json_files import read_object
 
 if TYPE_CHECKING:
     from causalrope_sp.planning.machines import Machine
@@ -26,32 +28,34 @@ OVERRIDES = ("height", "width", "window", "sink", "chunk_frames", "steps", "guid
     shell_complete=complete_model,
     help="Plan for this model: wan2.1-1.3b, wan2.1-14b, toybox or a PATH.",
 )
-@click.option("--height", type=int, help="Set the height of a frame in pixels. The default is the model's.")
-@click.option("--width", type=int, help="Set the width of a frame in pixels. The default is the model's.")
+@click.option("--height", type=INTEGER, help="Set the height of a frame in pixels. The default is the model's.")
+@click.option("--width", type=INTEGER, help="Set the width of a frame in pixels. The default is the model's.")
 @click.option(
-    "--window", type=int, help="Let attention look back over this many latent frames. The default is the model's."
+    "--window", type=INTEGER, help="Let attention look back over this many latent frames. The default is the model's."
 )
 @click.option(
-    "--sink", type=int, help="Keep this many of the first latent frames in the window. The default is the model's."
+    "--sink", type=INTEGER, help="Keep this many of the first latent frames in the window. The default is the model's."
 )
-@click.option("--chunk-frames", type=int, help="Put this many latent frames into a chunk. The default is the model's.")
-@click.option("--steps", type=int, help="Make this many denoise passes per chunk. The default is the model's.")
+@click.option(
+    "--chunk-frames", type=INTEGER, help="Put this many latent frames into a chunk. The default is the model's."
+)
+@click.option("--steps", type=INTEGER, help="Make this many denoise passes per chunk. The default is the model's.")
 @click.option(
     "--guidance",
     "guidance_scale",
-    type=float,
+    type=FLOAT,
     help="Set the scale of guidance; any but 1 adds an unconditional pass. The default is the model's.",
 )
 @click.option(
     "--guidance-interval",
-    type=(float, float),
+    type=(FLOAT, FLOAT),
     help="Guide only the steps between these timesteps, 0 to 1000. The default is the model's.",
 )
 @click.option(
     "--reuse",
     help="Reuse attention outputs between steps by this policy: pab:latte, ... or a JSON file. The default is off.",
 )
-@click.option("--ranks", default=8, show_default=True, type=click.IntRange(1, 4096), help="Plan for this many ranks.")
+@click.option("--ranks", default=8, show_default=True, type=IntRange(1, 4096), help="Plan for this many ranks.")
 @click.option(
     "--gpu",
     default="h100",
@@ -154,12 +158,12 @@ def describe_machine(gpu: str, link: str, measured: Path | None) -> Machine:
     if measured is None:
         return rates
     try:
-        found = json.loads(measured.read_text())
+        found = read_object(measured)
         names = {field.name for field in dataclasses.fields(Machine)} - {"name"}
-        if not isinstance(found, dict) or set(found) - {"name"} - names:
+        if set(found) - {"name"} - names:
             raise ValueError(f"it must be an object with some of {', '.join(sorted(names))}")
         if not all(type(v) in (int, float) and 1e-12 < v < 1e30 for k, v in found.items() if k != "name"):
             raise ValueError("every rate must be a number above 0")
         return dataclasses.replace(rates, **{**found, "name": f"measured ({measured.name})"})
-    except (OSError, ValueError, RecursionError) as reason:
-        raise ConfigError(f"cannot use the measured rates in {measured}: {reason}") from reason
+    except ValueError as reason:
+        raise ConfigError(f"cannot use the measured rates in {measured}: {shown(reason)}") from reason

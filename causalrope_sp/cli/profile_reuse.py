@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from causalrope_sp.cli.numbers import FLOAT, SEED, IntRange
 from causalrope_sp.cli.options import parse_steps
 from causalrope_sp.cli.runtime import rank
 from causalrope_sp.errors import ConfigError
@@ -15,12 +16,10 @@ from causalrope_sp.errors import ConfigError
 @click.command("profile-reuse")
 @click.argument("prompts", nargs=-1, required=True)
 @click.option("--model", default="toybox-flow", show_default=True, help="Measure this model: a name, folder or file.")
-@click.option(
-    "--frames", type=click.IntRange(1), default=33, show_default=True, help="Generate this many frames a video."
-)
+@click.option("--frames", type=IntRange(1), default=33, show_default=True, help="Generate this many frames a video.")
 @click.option(
     "--seed",
-    type=click.IntRange(0, 2**63 - 1),
+    type=SEED,
     default=0,
     show_default=True,
     help="Use this seed for the first prompt, and the following ones for the others.",
@@ -31,14 +30,14 @@ from causalrope_sp.errors import ConfigError
 )
 @click.option(
     "--bound",
-    type=float,
+    type=FLOAT,
     default=0.1,
     show_default=True,
     help="Allow a reused output to differ by at most this relative difference.",
 )
 @click.option(
     "--max-range",
-    type=click.IntRange(2, 64),
+    type=IntRange(2, 64),
     default=6,
     show_default=True,
     help="Propose to compute an output at least once in this many steps.",

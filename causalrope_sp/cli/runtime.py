@@ -182,6 +182,7 @@ def _signals_interrupt() -> Iterator[None]:
 def _print_wrong_input(message: str) -> None:
     """Prints a message on rank 0. Other ranks wait for torchrun to end them, and print only if that does not happen."""
     line = " ".join(message.split())
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)  # a message may quote a file or an option
     if rank() == 0:
         click.echo(f"error: {line}", err=True)
         return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -10,7 +9,8 @@ from typing import Any, get_args
 from causalrope_sp.checks import check_number, check_whole
 from causalrope_sp.config import SamplerConfig, StreamConfig
 from causalrope_sp.diffusion.schedule import with_overrides
-from causalrope_sp.errors import CheckpointError, ConfigError
+from causalrope_sp.errors import CheckpointError, ConfigError, shown
+from causalrope_sp.io.json_files import read_object
 from causalrope_sp.pipeline.generation_options import GenerationOptions
 from causalrope_sp.pipeline.load_options import LoadOptions
 from causalrope_sp.text import TextSource
@@ -155,15 +155,13 @@ def read_fields(path: Path) -> dict[str, Any]:
         CheckpointError: the file cannot be read or is not a JSON object.
     """
     try:
-        fields = json.loads(path.read_text())
-        if not isinstance(fields, dict):
-            raise ValueError(f"expected a JSON object, got {type(fields).__name__}")
+        fields = read_object(path)
         resolved = {name: path.parent / fields[name] for name in PATHS if name in fields}
         if "text" in fields:
             resolved["text"] = TextSource.from_json(fields["text"], path.parent)
         return {**fields, **resolved}
-    except (OSError, ValueError, TypeError, RecursionError) as reason:
-        raise CheckpointError(f"{path} is not a model's {PIPELINE_FILE}: {type(reason).__name__}: {reason}") from reason
+    except (OSError, ValueError, TypeError) as reason:
+        raise CheckpointError(f"{path} is not a model's {PIPELINE_FILE}: {shown(reason)}") from reason
 
 
 def embedded_config(name: str) -> ModelConfig:

@@ -11,13 +11,12 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
-from causalrope_sp.errors import ConfigError, OutputError
+from causalrope_sp.errors import ConfigError, OutputError, shown
+from causalrope_sp.io.json_files import read_object
 from causalrope_sp.reuse.policy import After, Broadcast, ReusePolicy, Rule
 from causalrope_sp.reuse.policy_presets import PRESETS
 
 PREFIX = "pab:"
-LONGEST_REASON = 200  # characters; an error may quote text of any length from a file
-LONGEST = 1 << 20  # bytes; a policy that names every layer of a large model has a thousandth of that
 
 
 def find_policy(policy: ReusePolicy | str | PathLike[str]) -> ReusePolicy:
@@ -40,14 +39,12 @@ def find_policy(policy: ReusePolicy | str | PathLike[str]) -> ReusePolicy:
     if not Path(name).is_file():
         raise ConfigError(f"no policy of reuse {name!r}: not a file, not one of {', '.join(PRESETS)}")
     try:
-        if Path(name).stat().st_size > LONGEST:
-            raise ValueError(f"it is longer than {LONGEST >> 20} MiB")
-        fields = json.loads(Path(name).read_text())
-        if not isinstance(fields, dict) or not isinstance(fields.get("rules"), list):
+        fields = read_object(Path(name))
+        if not isinstance(fields.get("rules"), list):
             raise ValueError('it must be an object with a list of "rules"')
         return ReusePolicy(tuple(_rule(rule) for rule in fields["rules"]))
-    except (OSError, ValueError, TypeError, RecursionError) as reason:
-        raise ConfigError(f"{name} holds no policy of reuse: {str(reason)[:LONGEST_REASON]}") from reason
+    except (ValueError, TypeError, OverflowError) as reason:
+        raise ConfigError(f"{name} holds no policy of reuse: {shown(reason)}") from reason
 
 
 def write_policy(policy: ReusePolicy, path: Path, **notes: Any) -> None:

@@ -8,6 +8,7 @@ Shapes: L = text_len tokens, E the encoder's width.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -83,7 +84,7 @@ def load_embeds(path: str | PathLike[str]) -> PromptEmbeds:
     """
     files = WeightFiles(Path(path))
     length = files.metadata.get("length", "")
-    if set(files.tensors) != {_NAME} or not length.isdecimal():
+    if set(files.tensors) != {_NAME} or not re.fullmatch("[0-9]{1,7}", length):
         raise CheckpointError(f"{path}: not a file of text embeddings (one tensor {_NAME}, and its length)")
     stored = files.tensors[_NAME]
     if stored.dtype not in DTYPES.values():

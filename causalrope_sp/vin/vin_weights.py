@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from causalrope_sp.config import DiTConfig
 from causalrope_sp.errors import CheckpointError
+from causalrope_sp.io.json_files import parse_object
 from causalrope_sp.vin.network import VideoInterfaceNetwork, sizes
 from causalrope_sp.vin.vin_config import ParallelChunksConfig, VINConfig
 from causalrope_sp.weights.finite import all_finite
@@ -65,9 +66,7 @@ def load_vin(
             metadata = file.metadata() or {}
             if metadata.get("layout") != LAYOUT:
                 raise CheckpointError(f"{path}: not a Video Interface Network: its layout is not {LAYOUT}")
-            network, cut, stored = (json.loads(metadata.get(name, "null")) for name in ("vin", "chunks", "dit"))
-            if not all(isinstance(part, dict) for part in (network, cut, stored)):
-                raise CheckpointError(f"{path}: its metadata lacks the sizes of a Video Interface Network")
+            network, cut, stored = (parse_object(metadata.get(name, "null")) for name in ("vin", "chunks", "dit"))
             config, chunks = VINConfig(**network), ParallelChunksConfig(**cut)
             if wrong := [
                 f"{name} {stored.get(name)}, not {x}" for name, x in sizes(dit).items() if stored.get(name) != x

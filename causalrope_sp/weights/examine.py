@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 
 from causalrope_sp.config import DiTConfig
-from causalrope_sp.errors import CheckpointError
+from causalrope_sp.errors import CheckpointError, shown
 from causalrope_sp.models.causal_dit import CausalDiT
 from causalrope_sp.weights.checkpoint_report import CheckpointReport, most_common_dtype
 from causalrope_sp.weights.diffusers_keys import DIFFUSERS
 from causalrope_sp.weights.infer import infer_config
 from causalrope_sp.weights.key_layout import Layout, Names, stored_shape
-from causalrope_sp.weights.messages import shown, some
+from causalrope_sp.weights.messages import some
 from causalrope_sp.weights.model_presets import guess_preset
 from causalrope_sp.weights.tensor_files import DTYPES, Stored, WeightFiles
 from causalrope_sp.weights.wan_keys import WAN

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from causalrope_sp.config import DiTConfig
-from causalrope_sp.errors import CheckpointError, ConfigError
+from causalrope_sp.errors import CheckpointError, ConfigError, shown
 from causalrope_sp.weights.key_layout import Layout
-from causalrope_sp.weights.messages import shown
 from causalrope_sp.weights.tensor_files import Stored
 
 WAN_HEAD_DIM = 128  # that of every published Wan; assumed where a checkpoint does not declare it

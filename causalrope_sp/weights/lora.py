@@ -23,12 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from causalrope_sp.errors import CheckpointError, ConfigError
+from causalrope_sp.errors import CheckpointError, ConfigError, shown
 from causalrope_sp.models.causal_dit import CausalDiT
 from causalrope_sp.weights.diffusers_keys import DIFFUSERS
 from causalrope_sp.weights.finite import all_finite
 from causalrope_sp.weights.key_layout import Shape, arrange, stored_shape
-from causalrope_sp.weights.messages import shown, some
+from causalrope_sp.weights.messages import some
 from causalrope_sp.weights.tensor_files import DTYPES, WeightFiles, json_object
 from causalrope_sp.weights.wan_keys import WAN
 from causalrope_sp.weights.wrappings import LORA_PARTS, bare_names

@@ -5,15 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection
 from itertools import islice
 
+from causalrope_sp.errors import shown
+
 SHOWN = 4  # keys that a message names, at most
-LONGEST = 160  # characters of a name that a message shows
-
-
-def shown(name: object) -> str:
-    """Returns a name from a file as one printable line of at most `LONGEST` characters, longer if escaped."""
-    text = str(name)
-    text = text if len(text) <= LONGEST else text[:LONGEST] + "…"
-    return text if text.isprintable() else ascii(text)
 
 
 def some(keys: Collection[object]) -> str:

@@ -5,7 +5,6 @@ Names, shapes and dtypes come from the headers; a tensor's data is read on reque
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,8 +16,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from causalrope_sp.errors import CheckpointError
-from causalrope_sp.weights.messages import one_line, shown, some
+from causalrope_sp.errors import CheckpointError, shown
+from causalrope_sp.io.json_files import parse_object, read_object
+from causalrope_sp.weights.messages import one_line, some
 from causalrope_sp.weights.torch_files import open_tensors
 from causalrope_sp.weights.wrappings import PARTS
 
@@ -26,7 +26,6 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 INDEX = ".index.json"
 SAFETENSORS = (".safetensors",)
 TORCH = (".pt", ".pth", ".bin", ".ckpt")
-LONGEST_JSON = 64 << 20  # bytes; the index of the largest published model has a thousandth of that
 
 
 @dataclass(frozen=True)
@@ -242,14 +241,12 @@ def read_json(file: Path) -> dict[str, Any]:
     """Reads a JSON object from a file.
 
     Raises:
-        CheckpointError: the file cannot be read, is longer than `LONGEST_JSON`, or is not a JSON object.
+        CheckpointError: the file cannot be read, is longer than 64 MiB, or is not a JSON object.
     """
     try:
-        if file.stat().st_size > LONGEST_JSON:
-            raise CheckpointError(f"{file}: longer than {LONGEST_JSON >> 20} MiB")
-        return json_object(file.read_bytes(), str(file))
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read: {error.strerror or error}") from error
+        return read_object(file)
+    except ValueError as error:
+        raise CheckpointError(f"{file}: {one_line(error)}") from error
 
 
 def json_object(text: str | bytes, where: str) -> dict[str, Any]:
@@ -263,9 +260,6 @@ def json_object(text: str | bytes, where: str) -> dict[str, Any]:
         CheckpointError: it is not JSON, or not an object.
     """
     try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where}: not JSON ({one_line(error)})") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{where}: not a JSON object")
-    return content
+        return parse_object(text)
+    except ValueError as error:
+        raise CheckpointError(f"{where}: {one_line(error)}") from error

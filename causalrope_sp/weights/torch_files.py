@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from causalrope_sp.errors import CheckpointError
-from causalrope_sp.weights.messages import one_line, shown
+from causalrope_sp.errors import CheckpointError, shown
+from causalrope_sp.weights.messages import one_line
 from causalrope_sp.weights.wrappings import Nested, innermost
 
 

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from causalrope_sp.errors import CheckpointError
-from causalrope_sp.weights.messages import shown, some
+from causalrope_sp.errors import CheckpointError, shown
+from causalrope_sp.weights.messages import some
 
 # Training scripts save the averaged and the raw weights; the averaged ones are meant for use.
 PARTS = ("generator_ema", "generator", "state_dict", "model", "module", "net", "transformer")
