@@ -15,7 +15,7 @@ from causalrope_sp.config import SamplerConfig
 from causalrope_sp.diffusion.noise import seeded_noise
 from causalrope_sp.diffusion.schedule import guided_steps
 from causalrope_sp.distributed.layout import Layout
-from causalrope_sp.errors import ConfigError
+from causalrope_sp.errors import CausalRopeError, ConfigError
 from causalrope_sp.grid import Chunk, LatentGrid
 from causalrope_sp.pipeline.conditioning import (
     NOTHING,
@@ -75,6 +75,7 @@ class Generation:
     def __init__(self, pipe: CausalVideoPipeline, request: GenerationOptions, streams: StreamGuard) -> None:
         self._pipe, self._request, self._streams = pipe, request, streams
         self._parallel, self._chunks = pipe.parallel, pipe.parts.parallel_chunks
+        self._first_chunk: int | None = None
         with own_numerics():
             self._parallel.everyone.run_collectively(self._prepare)  # an error of one rank ends the call on all
             self._parallel.everyone.agree(self._described())
@@ -112,19 +113,26 @@ class Generation:
         return steady(self._streams.guard(chunks))
 
     def latents(self) -> Tensor:
-        """Returns all latent frames of the video, (1, F, C, H, W); decode ranks return an empty tensor."""
+        """Returns the latent frames that the video decodes from, (1, F, C, H, W); an empty tensor on decode ranks."""
         codec, parallel, grid = self._pipe.codec, self._parallel, self._settings.grid
         if parallel.decodes:
             for _ in steady(decode_worker(codec, parallel, grid)):
                 pass
             return torch.empty(0)
-        decoder = frames_of(codec, parallel, grid, "inline")
-        with closing(steady(self._sample())) as chunks:
-            generated = [chunk.latents for chunk in chunks]
+        decoder, generated = frames_of(codec, parallel, grid, "inline"), []
+        try:
+            with closing(steady(self._sample())) as chunks:
+                for part in chunks:
+                    generated.append(part.latents)
+                    if self._frame_range.stop(part.chunk.stop) == self._frame_range.length:
+                        break
+        except CausalRopeError:
+            decoder.close()  # an error of all ranks; decode ranks wait for the end of the video
+            raise
         decoder.close()
         latents = self._conditioning.latents
         image = [] if latents is None or self._conditioning.context_frames else [latents.to(generated[0])]
-        return torch.cat([*image, *generated], 1)
+        return torch.cat([*image, *generated], 1)[:, : self._frame_range.latent_length]
 
     def _check(self) -> None:
         """Raises ConfigError for options that this pipeline does not support, before any file is read."""
@@ -233,7 +241,9 @@ class Generation:
     def _step(self, chunk: Chunk, step: int, timestep: float) -> None:
         callback = self._request.callback_on_step_end
         assert callback is not None, "only called if there is a callback"
-        callback(self._pipe, step, timestep, {"chunk": chunk.index, "num_steps": len(self._settings.sampler.steps)})
+        self._first_chunk = chunk.index if self._first_chunk is None else self._first_chunk
+        number = chunk.index - self._first_chunk  # that of the `VideoChunk`: chunks of initial latents are not counted
+        callback(self._pipe, step, timestep, {"chunk": number, "num_steps": len(self._settings.sampler.steps)})
 
     def _parallel_step(self, output: StepOutput, preview: PreviewFrame | None) -> None:
         callback = self._request.callback_on_step_end

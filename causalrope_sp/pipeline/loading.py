@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -54,6 +54,17 @@ class Parts:
     def offload(self) -> Offload:
         """Which weights leave the device between two uses."""
         return offload_of(self.options)
+
+    def moved_to(self, device: torch.device, dtype: torch.dtype) -> Parts:
+        """Returns the parts on another device, with transformer and Video Interface Network in another dtype."""
+        chunks = self.parallel_chunks
+        return replace(
+            self,
+            model=self.model.to(device, dtype),
+            codec=load_codec(self.config.codec, self.codec.name, device, offload=self.offload.codec),
+            parallel_chunks=chunks and replace(chunks, vin=chunks.vin.to(device, dtype)),
+            options=replace(self.options, dtype=dtype),
+        )
 
 
 def load_parts(model: str | os.PathLike[str], options: LoadOptions, parallel: SequenceParallel) -> Parts:

@@ -129,6 +129,13 @@ class FrameRange:
         source = self.conditioning.source
         return self.frames if source is None or source.length is None else source.length
 
+    @property
+    def latent_length(self) -> int:
+        """Latent frames that the video decodes from, its image's included and a continued video's end excluded."""
+        if self.conditioning.context_frames:
+            return -(-self.length // self.stride)
+        return 1 - (1 - self.length) // self.stride
+
     def stop(self, latent_frame: int) -> int:
         """Returns how many pixel frames of the video the stream's first `latent_frame` latent frames decode to."""
         decoded = 1 + self.stride * (latent_frame - self.prefix - 1) - self.conditioning.context_frames

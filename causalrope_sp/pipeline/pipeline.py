@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any, Self
 
 import numpy as np
 import torch
 
-from causalrope_sp.codec import load_codec
 from causalrope_sp.distributed import SequenceParallel
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.grid import LatentGrid
@@ -61,8 +59,8 @@ class CausalVideoPipeline:
         channels = self.model.config.in_channels
         if self.codec.channels != channels:
             raise ConfigError(f"the codec's latents have {self.codec.channels} channels, the model's {channels}")
-        prefetches = parallel.mesh.decode > 0 or (parts.options.decode == "overlap" and parallel.size > 1)
-        self._streams = StreamGuard(prefetches)
+        overlaps = parts.options.decode == "overlap" and parallel.size > 1
+        self._streams = StreamGuard(parallel.mesh.decode > 0 or overlaps)
         parallel.check(self.settings().grid, self.model.config.num_heads)
         self._agree()
 
@@ -129,7 +127,7 @@ class CausalVideoPipeline:
             raise ConfigError("a stream has one prompt: call the pipeline for a list of prompts")
         if request.output_type == "latent":
             raise ConfigError("a stream yields frames: call the pipeline for output_type latent")
-        return self._generation(request).stream()
+        return Generation(self, request, self._streams).stream()
 
     @torch.inference_mode()
     def __call__(
@@ -155,9 +153,9 @@ class CausalVideoPipeline:
             for number, text in enumerate(request.prompts)
         ]
         if request.output_type == "latent":
-            latents = [self._generation(one).latents() for one in requests]
+            latents = [Generation(self, one, self._streams).latents() for one in requests]
             return CausalVideoPipelineOutput(None if self.parallel.rank else torch.cat(latents).transpose(1, 2))
-        videos = [self._collect(self._generation(one).stream(), one) for one in requests]
+        videos = [self._collect(Generation(self, one, self._streams).stream(), one) for one in requests]
         return CausalVideoPipelineOutput(None if self.parallel.rank else as_output(videos, request.output_type))
 
     def settings(self, request: GenerationOptions | None = None) -> StreamSettings:
@@ -185,6 +183,10 @@ class CausalVideoPipeline:
         """The name of the attention strategy in use."""
         return self.parallel.label(self.parts.layout)
 
+    def __repr__(self) -> str:
+        parts = ", ".join(f"{name}={type(part).__name__}" for name, part in self.components.items())
+        return f"{type(self).__name__}({parts}, strategy={self.strategy}, device={self.device})"
+
     @property
     def device(self) -> torch.device:
         """The device on which this rank computes."""
@@ -201,11 +203,13 @@ class CausalVideoPipeline:
             "scheduler": self.config.sampler,
         }
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | str | None = None) -> Self:
-        """Moves the model of a single process to another device, or casts its transformer.
+    def to(
+        self, device: torch.device | torch.dtype | str | None = None, dtype: torch.dtype | str | None = None
+    ) -> Self:
+        """Moves the model of one process to another device, or casts its transformer.
 
         Args:
-            device: the new device; None keeps the current one.
+            device: the new device, or the new dtype as in torch; None keeps the current one.
             dtype: the transformer's new dtype; None keeps the current one.
 
         Returns:
@@ -214,16 +218,15 @@ class CausalVideoPipeline:
         Raises:
             ConfigError: the machine has no such device, there are several ranks, or fp8 weights would be cast.
         """
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
         target = self.device if device is None else check_device(device)
         kind = self.model.dtype if dtype is None else check_dtype(dtype)
         if self.parallel.size > 1:
             raise ConfigError(f"device must be None on {self.parallel.size} ranks: each computes on its group's device")
         if is_fp8(self.model) and kind != self.model.dtype:
             raise ConfigError("dtype must be None for weights in 8 bits: load the model in another dtype")
-        offloaded = self.parts.offload.codec
-        codec = load_codec(self.config.codec, self.codec.name, target, offload=offloaded)
-        parts = replace(self.parts, model=self.model.to(target, kind), codec=codec)
-        self._open(parts, self.parallel.moved_to(target))
+        self._open(self.parts.moved_to(target, kind), self.parallel.moved_to(target))
         return self
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
@@ -236,10 +239,10 @@ class CausalVideoPipeline:
 
         Raises:
             ConfigError: the weights are fp8, which the diffusers layout does not have.
-            OutputError: the folder cannot be written.
+            OutputError: the folder cannot be written; every rank raises it.
         """
-        if self.parallel.rank == 0:
-            save_parts(self.parts, folder)
+        saves = self.parallel.rank == 0
+        self.parallel.everyone.run_collectively(lambda: save_parts(self.parts, folder) if saves else None)
 
     def set_progress_bar_config(self, **config: Any) -> None:
         """Sets the options of the progress bar, which are those of `tqdm.auto.tqdm`; `disable=True` hides it."""
@@ -256,10 +259,6 @@ class CausalVideoPipeline:
         own = overrides if prompt is None else {"prompt": prompt, **overrides}
         merge = GenerationOptions.of if options is None else options.override
         return self.parallel.everyone.run_collectively(lambda: merge(**own))
-
-    def _generation(self, request: GenerationOptions) -> Generation:
-        self._streams.check()
-        return Generation(self, request, self._streams)
 
     def _collect(self, chunks: Iterator[VideoChunk], request: GenerationOptions) -> np.ndarray:
         """All frames of a stream, uint8 (T, H, W, 3), on rank 0; an empty array on the other ranks."""

@@ -39,9 +39,11 @@ def save_parts(parts: Parts, folder: str | os.PathLike[str]) -> None:
         home.mkdir(parents=True, exist_ok=True)
         save_diffusers(parts.model, home / "transformer")
         index: dict[str, Any] = {"transformer": ["diffusers", "WanTransformer3DModel"]}
-        index |= _save_scheduler(parts, home) | _save_codec(parts, home) | _save_text(parts, home)
+        codec = _save_codec(parts, home)
+        index |= {"vae": ["diffusers", "AutoencoderKLWan"]} if codec == "vae" else {}
+        index |= _save_scheduler(parts, home) | _save_text(parts, home)
         _write(home / "model_index.json", {"_class_name": "WanPipeline", **index})
-        _write(home / PIPELINE_FILE, _settings(parts, home))
+        _write(home / PIPELINE_FILE, _settings(parts, home, codec))
     except OSError as reason:
         raise OutputError(f"cannot write {home}: {reason.strerror or reason}") from reason
 
@@ -59,14 +61,15 @@ def _save_scheduler(parts: Parts, home: Path) -> dict[str, Any]:
     return {"scheduler": ["diffusers", "UniPCMultistepScheduler"]}
 
 
-def _save_codec(parts: Parts, home: Path) -> dict[str, Any]:
-    """The Wan VAE in diffusers' layout; another codec as a copy of its file."""
+def _save_codec(parts: Parts, home: Path) -> str:
+    """Writes the Wan VAE in diffusers' layout, another codec as a copy of its file; returns its name in the folder."""
     vae = wan_vae_of(parts.codec)
     if vae is not None:
         vae.save_pretrained(home / "vae")
-        return {"vae": ["diffusers", "AutoencoderKLWan"]}
-    shutil.copy2(parts.config.codec, home / Path(parts.config.codec).name)
-    return {}
+        return "vae"
+    name = Path(parts.config.codec).name
+    _copy(Path(parts.config.codec), home / name)
+    return name
 
 
 def _save_text(parts: Parts, home: Path) -> dict[str, Any]:
@@ -75,24 +78,33 @@ def _save_text(parts: Parts, home: Path) -> dict[str, Any]:
         return {}
     weights, tokenizer = parts.config.text.find()
     if weights.is_dir():
-        shutil.copytree(weights, home / "text_encoder", dirs_exist_ok=True)
-        shutil.copytree(tokenizer.parent, home / "tokenizer", dirs_exist_ok=True)
+        _copy(weights, home / "text_encoder")
+        _copy(tokenizer.parent, home / "tokenizer")
         return {"text_encoder": ["transformers", "UMT5EncoderModel"], "tokenizer": ["transformers", "T5TokenizerFast"]}
-    shutil.copy2(weights, home / weights.name)
-    shutil.copytree(tokenizer.parent, home / "google" / "umt5-xxl", dirs_exist_ok=True)
+    _copy(weights, home / weights.name)
+    _copy(tokenizer.parent, home / "google" / "umt5-xxl")
     return {}
 
 
-def _settings(parts: Parts, home: Path) -> dict[str, Any]:
+def _settings(parts: Parts, home: Path, codec: str) -> dict[str, Any]:
     """The fields of the pipeline.json; the file of a Video Interface Network is copied into the folder."""
     config = parts.config
-    codec = "vae" if (home / "vae").is_dir() else Path(config.codec).name
     text = config.text if isinstance(config.text, str) else "./"
     settings = {"transformer": "transformer", "codec": codec, "text": text, **config.as_json()}
     if config.vin is not None:
-        shutil.copy2(config.vin, home / Path(config.vin).name)
+        _copy(config.vin, home / Path(config.vin).name)
         settings["vin"] = Path(config.vin).name
     return settings
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copies a file or a folder, unless the model is saved into the folder that it was opened from."""
+    if target.exists() and target.samefile(source):
+        return
+    if source.is_dir():
+        shutil.copytree(source, target, dirs_exist_ok=True)
+    else:
+        shutil.copy2(source, target)
 
 
 def _write(file: Path, fields: dict[str, Any]) -> None:

@@ -38,6 +38,9 @@ def save_diffusers(model: CausalDiT, folder: str | PathLike[str]) -> None:
         raise ConfigError("a model with fp8 weights cannot be saved; load it with weights='full'")
     config, home = model.config, Path(folder)
     home.mkdir(parents=True, exist_ok=True)
+    for stale in home.glob("diffusion_pytorch_model*"):  # shards of an earlier model; diffusers deletes them too
+        if ".safetensors" in stale.suffixes or stale.suffix == ".json":
+            stale.unlink()
     declared = {
         "_class_name": "WanTransformer3DModel",
         "patch_size": list(config.patch_size),
