@@ -6,6 +6,7 @@ colour when it streams long ones.
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Sequence
@@ -165,6 +166,12 @@ def _errors(back: Tensor, pixels: Tensor, scenes: Sequence[SceneSpec]) -> tuple[
     near = functional.max_pool2d(shown, 2 * NEAR + 1, 1, NEAR)
     error = (back - pixels).square().mean(2)
     return error.mean((2, 3)), (error * near).sum((2, 3)) / near.sum((2, 3)).clamp(min=1)
+
+
+def save_decoder(codec: AutoencoderKLWan, folder: Path) -> None:
+    """Writes a codec whose decoder was tuned, in bfloat16; its latents and their normalisation are what they were."""
+    if rank() == 0:
+        copy.deepcopy(codec).to(torch.bfloat16).save_pretrained(folder)
 
 
 def _hard_scene(generator: torch.Generator) -> SceneSpec:
