@@ -38,6 +38,7 @@ LATER = 5  # videos a step of which four later chunks are learned
 START, STEADY = (1, 2, 3, 4), (3, 4, 5, 6)  # places of the chunks that are learned, from a stream's start or later on
 STATE_SHARES = torch.tensor([0.35, 0.15, 0.2, 0.3])  # how often each of the sampler's passes is learned
 STATE_WEIGHTS = TIMES**-0.5  # of the error of the clean latent at each
+AS_MET = 0.75  # how often a state is one that the sampler met, and otherwise the truth with noise
 AVERAGE = 0.998
 
 
@@ -50,7 +51,27 @@ class Rolled:
     states: Tensor
 
 
+@dataclass(frozen=True)
+class Lesson:
+    """What one forward learns from: clean history (B, F', C, X, X), the truth and where objects are in it, (B, F, ...),
+    the states that the sampler met, (B, K, F, C, X, X), and the places of the chunks to learn among these F frames.
+
+    `starts` are the frames of the stream at which the videos begin, (B,); `weights_BN` is how much each chunk counts.
+    """
+
+    history: Tensor
+    truth: Tensor
+    objects: Tensor
+    states: Tensor
+    numbers: tuple[int, ...]
+    embeds: Tensor
+    starts: Tensor
+    weights_BN: Tensor
+
+
 class OnPolicy:
+    """Rolls out videos and learns from them, on a CPU. Errors of latents count by `channel_weights`, (C,)."""
+
     def __init__(self, openings: Latents, long: Latents, grid: LatentGrid, channel_weights: Tensor) -> None:
         self.openings, self.long, self.grid = openings, long, grid
         self.weights_C11 = channel_weights.view(-1, 1, 1)
@@ -95,8 +116,10 @@ class OnPolicy:
         pick = torch.tensor([one.number for one in chosen])
         truth, objects = self.openings.latents[pick, :CHUNK].float(), self.openings.objects[pick, :CHUNK]
         states = torch.stack([one.states[:, :CHUNK] for one in chosen]).float()
-        history = truth[:, :0]
-        return self._errors(model, history, truth, objects, states, (0,), self.openings.embeds[pick], None, generator)
+        starts, weights = torch.zeros(1, dtype=torch.long), torch.ones(FIRST, 1)
+        embeds = self.openings.embeds[pick]
+        lesson = Lesson(truth[:, :0], truth, objects, states, (0,), embeds, starts, weights)
+        return self._errors(model, lesson, generator)
 
     def later(
         self, model: CausalDiT, pool: list[Rolled], steady: bool, generator: torch.Generator
@@ -129,45 +152,43 @@ class OnPolicy:
         weights = (1 - strayed[:, [n - 1 for n in numbers]] / STRAYED).clamp(min=0)
         if steady:
             starts = starts + PERIOD * torch.randint(LONGEST, (LATER,), generator=generator)
-        past = history[:, : frames - CHUNK]
-        embeds = self.long.embeds[pick]
-        return self._errors(model, past, truth, objects, states, numbers, embeds, weights, generator, starts)
+        past, embeds = history[:, : frames - CHUNK], self.long.embeds[pick]
+        lesson = Lesson(past, truth, objects, states, numbers, embeds, starts, weights)
+        return self._errors(model, lesson, generator)
 
-    def _errors(
-        self, model, history, truth, objects, states, numbers, embeds, weights, generator, starts=None
-    ) -> dict[str, Tensor]:
-        count, n = len(history), len(numbers)
+    def _errors(self, model: CausalDiT, lesson: Lesson, generator: torch.Generator) -> dict[str, Tensor]:
+        """The loss, and for the log the error on objects at the sampler's first pass and at its last."""
+        count, n = lesson.weights_BN.shape
         which = torch.multinomial(STATE_SHARES, count * n, replacement=True, generator=generator).view(count, n)
-        level = TIMES[which].repeat_interleave(CHUNK, 1)[:, :, None, None, None]
-        at = [f for number in numbers for f in range(CHUNK * number, CHUNK * (number + 1))]
-        target, seen = truth[:, at], objects[:, at]
-        noise = torch.randn(target.shape, generator=generator)
-        from_truth = (1 - level) * target + level * noise
-        k = which.repeat_interleave(CHUNK, 1)
-        own = states[torch.arange(count)[:, None], k, torch.tensor(at)[None]]
-        use_own = (torch.rand(count, n, generator=generator) < 0.75).repeat_interleave(CHUNK, 1)[:, :, None, None, None]
-        noisy = torch.where(use_own & (level < 1), own, from_truth)
-        past = 1 + history.shape[1]
-        tokens = self.grid.patchify(torch.cat([chart(count, *history.shape[2:]), history, noisy], 1))
-        times = torch.cat([torch.zeros(count, past), 1000 * level[:, :, 0, 0, 0]], 1)
-        moments = torch.tensor([0, *range(1, past), *(1 + f for f in at)])
-        tables = []
-        for start in [0] if starts is None else starts.tolist():
-            rotation = self._rope.rotation([0, *(moments[1:] + start).tolist()])
-            tables.append(torch.stack(rotation.of_queries))
-        cos, sin = torch.stack(tables, 1).unsqueeze(3)
-        visible = packed.mask(past, numbers, self.grid.tokens)
-        v = packed.velocity(model, tokens, times, embeds, (cos, sin), visible, noisy.shape[1])
-        clean = noisy - level * self.grid.unpatchify(v)
+        by_frame = which.repeat_interleave(CHUNK, 1)
+        level = TIMES[by_frame][:, :, None, None, None]
+        at = [f for number in lesson.numbers for f in range(CHUNK * number, CHUNK * (number + 1))]
+        target, seen = lesson.truth[:, at], lesson.objects[:, at]
+        own = lesson.states[torch.arange(count)[:, None], by_frame, torch.tensor(at)]
+        from_truth = (1 - level) * target + level * torch.randn(target.shape, generator=generator)
+        as_met = (torch.rand(count, n, generator=generator) < AS_MET).repeat_interleave(CHUNK, 1)
+        noisy = torch.where(as_met[:, :, None, None, None] & (level < 1), own, from_truth)
+        clean = noisy - level * self._velocity(model, lesson, noisy, level[:, :, 0, 0, 0], at)
         error = ((clean - target).square() * self.weights_C11).mean(2).unflatten(1, (-1, CHUNK)).flatten(2)
         seen = seen.unflatten(1, (-1, CHUNK)).flatten(2)
         on_objects = (error * seen).sum(2) / seen.sum(2).clamp(min=1)
-        scale = STATE_WEIGHTS[which] * (1.0 if weights is None else weights)
+        scale = STATE_WEIGHTS[which] * lesson.weights_BN
         report = {"loss": ((error.mean(2) + on_objects) * scale).mean(), "share": (scale > 0).float().mean()}
-        counted = torch.ones_like(on_objects, dtype=torch.bool) if weights is None else weights > 0
-        for name, k in (("noise", 0), ("last", len(TIMES) - 1)):
-            report[name] = on_objects.detach()[(which == k) & counted].mean()
+        for name, state in (("noise", 0), ("last", len(TIMES) - 1)):
+            report[name] = on_objects.detach()[(which == state) & (scale > 0)].mean()
         return report
+
+    def _velocity(self, model: CausalDiT, lesson: Lesson, noisy: Tensor, levels_BF: Tensor, at: list[int]) -> Tensor:
+        history = torch.cat([chart(len(noisy), *noisy.shape[2:]), lesson.history], 1)
+        past = history.shape[1]
+        tokens = self.grid.patchify(torch.cat([history, noisy], 1))
+        times = torch.cat([torch.zeros(len(noisy), past), 1000 * levels_BF], 1)
+        moments = [*range(1, past), *(1 + frame for frame in at)]
+        rotations = [self._rope.rotation([0, *(m + start for m in moments)]) for start in lesson.starts.tolist()]
+        cos, sin = torch.stack([torch.stack(rotation.of_queries) for rotation in rotations], 1).unsqueeze(3)
+        visible = packed.mask(past, lesson.numbers, self.grid.tokens)
+        velocity = packed.velocity(model, tokens, times, lesson.embeds, (cos, sin), visible, noisy.shape[1])
+        return self.grid.unpatchify(velocity)
 
 
 def train_on_policy(
@@ -182,7 +203,9 @@ def train_on_policy(
 ) -> CausalDiT:
     """For so many minutes, counted anew where a run goes on; the rate falls to nothing over the last two thirds."""
     training, policy = _training(model, path, lr, AVERAGE), OnPolicy(openings, long, grid, channel_weights)
-    begun, pool, first_pool = time.monotonic(), [], []
+    pool: list[Rolled] = []
+    first_pool: list[Rolled] = []
+    begun = time.monotonic()
     while (progress := (time.monotonic() - begun) / (60 * minutes)) < 1:
         generator = _generator(SEED, training)
         while not pool or training.step % EVERY == 0 or len(pool) < POOL // 2:
