@@ -4,7 +4,8 @@
 
 Prompts are drawn from a generator seeded 7. Training draws its scenes from generators seeded 10,000,000 and above, so
 no scene, and no choice made on scenes, comes from this seed. Goals are those that the shipped weights are held to.
-Prints a table, then one line of JSON; --check turns a goal missed into exit status 1.
+Beside them stands what the same judge says of the same scenes as they were rendered, and through the codec, which no
+DiT can pass. Prints a table, then one line of JSON; --check turns a goal missed into exit status 1.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from rich.table import Table
 from videos import video_of
 
 from causalrope_sp import CausalVideoPipeline
+from causalrope_sp.diffusion.noise import keyed_generator
 from causalrope_sp.toybox.judge import Verdict, judge, summarize
 from causalrope_sp.toybox.prompts import SceneSpec
 from causalrope_sp.toybox.scenes import PLACE_VARIABLES, random_scene, render
@@ -66,18 +68,36 @@ def codec_psnr(pipe: CausalVideoPipeline, scenes: list[SceneSpec], frames: int) 
     return float(np.mean(values))
 
 
+@torch.inference_mode()
+def judge_truth(pipe: CausalVideoPipeline, scenes: list[SceneSpec], frames: int) -> dict[str, dict[str, float]]:
+    """What the judge says of the scenes themselves, as rendered and through the codec, at the places that the model
+    is told."""
+    as_rendered, through_codec = [], []
+    for seed, scene in enumerate(scenes):
+        places = torch.rand(1, PLACE_VARIABLES, generator=keyed_generator(seed))
+        pixels = render([scene], places, torch.arange((frames - 1) // 4 * 4 + 1), pipe.height).transpose(1, 2)
+        latents = pipe.codec.encoder().encode((2 * pixels - 1).to(pipe.codec.device, pipe.codec.dtype))
+        back = (pipe.codec.decoder().decode(latents).float().cpu() + 1) / 2
+        for video, verdicts in ((pixels, as_rendered), (back, through_codec)):
+            shown = (255 * video[0, :frames].clamp(0, 1)).round().to(torch.uint8).permute(0, 2, 3, 1)
+            verdicts += judge(shown.numpy(), scene)
+    return {"rendered": summarize(as_rendered), "through_codec": summarize(through_codec)}
+
+
 def shares_by_word(verdicts: list[Verdict]) -> dict[str, dict[str, float]]:
-    """For every word, the share of its objects in which that word's own property is right."""
-    right: dict[str, dict[str, list[bool]]] = {kind: defaultdict(list) for kind in ("color", "shape", "motion")}
+    """For every word, the share of its objects in which that word's own property is right; of sizes, all three."""
+    right: dict[str, dict[str, list[bool]]] = {k: defaultdict(list) for k in ("color", "shape", "motion", "size")}
     for v in verdicts:
         for kind, words in right.items():
-            words[getattr(v.spec, kind)].append(getattr(v, kind))
+            right_here = v.color and v.shape and v.motion if kind == "size" else getattr(v, kind)
+            words[getattr(v.spec, kind)].append(right_here)
     return {kind: {word: float(np.mean(r)) for word, r in sorted(words.items())} for kind, words in right.items()}
 
 
 def print_table(result: dict[str, Any]) -> None:
     table = Table(title=f"{result['model']}: {result['prompts']} prompts, {result['frames']} frames, seed {SEED}")
-    for column, side in (("measured", "left"), ("value", "right"), ("goal", "right"), ("reached", "left")):
+    columns = ("measured", "left"), ("value", "right"), ("goal", "right"), ("reached", "left")
+    for column, side in (*columns, ("rendered", "right"), ("through codec", "right")):
         table.add_column(column, justify=side)  # type: ignore[arg-type]
     names = {
         "color": "colour right",
@@ -94,7 +114,8 @@ def print_table(result: dict[str, Any]) -> None:
         shown = (lambda v: f"{v:.1f}") if key == "codec_psnr_db" else (lambda v: f"{v:.1%}")
         goal = GOALS.get(key)
         reached = "" if goal is None else ("yes" if result[key] >= goal else "NO")
-        table.add_row(name, shown(result[key]), "" if goal is None else shown(goal), reached)
+        truth = ("" if key not in found else shown(found[key]) for found in result["truth"].values())
+        table.add_row(name, shown(result[key]), "" if goal is None else shown(goal), reached, *truth)
     console = Console()
     console.print(table)
     for kind, words in result["by_word"].items():
@@ -146,6 +167,7 @@ def main(
         "long_prompts": long_prompts,
         "long_frames": long_frames,
         "long_color": summarize(late)["color"] if late else None,
+        "truth": judge_truth(pipe, scenes, frames),
         "by_word": shares_by_word(verdicts),
         "wrong": [
             f"{v.spec.color} {v.spec.shape} {v.spec.motion}: saw {v.seen_colors}, {v.seen_shape}, {v.seen_motion}"

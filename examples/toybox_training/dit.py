@@ -109,15 +109,15 @@ class TeacherForcing:
             return self._attend(*project(projection), past, starts)
 
         frames = [*range(1, past), *(start + f for start in starts for f in range(CHUNK))]
-        step = ForwardPass(
-            timesteps_F=timesteps.to(self.device),
-            predicted_frames=noisy.shape[1],
-            rotation=self._rope.rotation([0, *(batch.start - 1 + frame for frame in frames)]),
-            text=model.encode_text(batch.embeds),
-            attend=attend,
-        )
         with torch.autocast(self.device.type, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             # the backward of the fused kernels is three times slower on a CPU for sequences as short as these
+            step = ForwardPass(
+                timesteps_F=timesteps.to(self.device),
+                predicted_frames=noisy.shape[1],
+                rotation=self._rope.rotation([0, *(batch.start - 1 + frame for frame in frames)]),
+                text=model.encode_text(batch.embeds),  # under autocast too: keys have the dtype of queries
+                attend=attend,
+            )
             velocity = model(tokens.flatten(1, 2), step)
         return self.grid.unpatchify(velocity.float().unflatten(1, (noisy.shape[1], -1)))
 

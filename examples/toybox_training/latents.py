@@ -38,6 +38,13 @@ class Latents:
         return torch.multinomial(self.share, count, replacement=True, generator=generator)
 
 
+def draw_scenes(seed: int) -> tuple[list[SceneSpec], Tensor]:
+    """The scenes of one batch, and the places of their objects, (BATCH, 6)."""
+    generator = torch.Generator().manual_seed(seed)
+    scenes = [random_scene(generator) for _ in range(BATCH)]
+    return scenes, torch.rand(BATCH, PLACE_VARIABLES, generator=generator)
+
+
 @torch.inference_mode()
 def encode_scenes(codec: AutoencoderKLWan, path: Path, videos: int, frames: int, size: int, seed: int) -> Latents:
     """Renders and encodes this process's share of `videos` scenes of `frames` pixel frames, or reads it from `path`
@@ -58,9 +65,7 @@ def encode_scenes(codec: AutoencoderKLWan, path: Path, videos: int, frames: int,
     empty = {word: encode([SceneSpec((), word)], torch.zeros(1, PLACE_VARIABLES))[0] for word in BACKGROUNDS}
     parts: list[tuple[Tensor, ...]] = []
     for batch in range(rank(), videos // BATCH, processes()):
-        generator = torch.Generator().manual_seed(seed + batch)
-        scenes = [random_scene(generator) for _ in range(BATCH)]
-        places = torch.rand(BATCH, PLACE_VARIABLES, generator=generator)
+        scenes, places = draw_scenes(seed + batch)
         latents = encode(scenes, places)
         behind = torch.stack([empty[scene.background] for scene in scenes])
         embeds = torch.stack([encode_scene(scene, p) for scene, p in zip(scenes, places, strict=True)])

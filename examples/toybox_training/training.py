@@ -90,7 +90,10 @@ class Training:
         chosen = {id(p) for n, p in model.named_parameters() if matrix(n, p)}
         self.optimizers = [
             torch.optim.AdamW(
-                [p for p in model.parameters() if id(p) not in chosen], lr, betas=(0.9, 0.98), weight_decay=0
+                [p for p in model.parameters() if p.requires_grad and id(p) not in chosen],
+                lr,
+                betas=(0.9, 0.98),
+                weight_decay=0,
             ),
             Muon([p for p in model.parameters() if id(p) in chosen], lr),
         ]
