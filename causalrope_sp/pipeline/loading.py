@@ -18,7 +18,7 @@ from causalrope_sp.models.causal_dit import CausalDiT
 from causalrope_sp.pipeline.decoding import check_decode
 from causalrope_sp.pipeline.load_options import LoadOptions
 from causalrope_sp.pipeline.model_config import ModelConfig
-from causalrope_sp.pipeline.model_source import describe_inferred, find_model, is_on_hub
+from causalrope_sp.pipeline.model_source import describe_inferred, find_model, is_assumed, is_hub_name
 from causalrope_sp.pipeline.offload import Offload
 from causalrope_sp.pipeline.option_checks import check_dtype
 from causalrope_sp.pipeline.parallel_chunks import ParallelChunks, check_requested
@@ -94,7 +94,7 @@ def load_parts(model: str | os.PathLike[str], options: LoadOptions, parallel: Se
     offload = offload_of(options).codec
     codec = ranks.run_collectively(lambda: load_codec(config.codec, options.codec, device, offload=offload))
     if parallel.rank == 0 and (inferred := describe_inferred(model, config)):
-        _log.info("%s", inferred)
+        _log.log(logging.WARNING if is_assumed(config) else logging.INFO, "%s", inferred)
     return Parts(config, dit, codec, chunks, layout, options)
 
 
@@ -133,9 +133,12 @@ def offload_of(options: LoadOptions) -> Offload:
 
 
 def _find_on_every_rank(model: str | os.PathLike[str], options: LoadOptions, parallel: SequenceParallel) -> ModelConfig:
-    """The configuration. One rank of each machine downloads files from the Hub, then the others find them on disk."""
+    """The configuration. One rank of each machine downloads files from the Hub, then the others find them on disk.
+
+    Names alone decide whether there are two steps: a folder of that name may be on the disk of some machines only.
+    """
     ranks = parallel.everyone
-    if is_on_hub(model) or (options.base is not None and is_on_hub(options.base)):
+    if is_hub_name(model) or (options.base is not None and is_hub_name(options.base)):
         first = os.environ.get("LOCAL_RANK", "0") == "0"
         ranks.run_collectively(lambda: find_model(model, options) if first else None)
     return ranks.run_collectively(lambda: find_model(model, options))

@@ -8,16 +8,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from causalrope_sp.codec.codec_footprint import codec_footprint
 from causalrope_sp.errors import CheckpointError, ConfigError
 from causalrope_sp.pipeline.load_options import LoadOptions
 from causalrope_sp.pipeline.model_config import PATHS, PIPELINE_FILE, ModelConfig, embedded_config, read_fields
 from causalrope_sp.text import TextSource
 from causalrope_sp.toybox import EMBEDDED
 from causalrope_sp.weights import find_preset, inspect_checkpoint
+from causalrope_sp.weights.model_presets import UNKNOWN, Preset, scheduler_shift
+from causalrope_sp.weights.tensor_files import read_json
 
 MODEL_INDEX = "model_index.json"  # the file that only diffusers folders have
 VAE_FILE = "Wan2.1_VAE.pth"  # in a folder of Wan's own layout
-WAN = {"height": 480, "width": 832, "fps": 16}  # settings of models whose files have none
+SCHEDULER_FILE = "scheduler/scheduler_config.json"
+# Settings of models whose files have none: of Wan 2.1, and by the VAE's stride of others (Wan 2.2 5B has 16).
+WAN = {"height": 480, "width": 832, "fps": 16}
+_BY_STRIDE = {16: {"height": 704, "width": 1280, "fps": 24}}
+ASSUMED = "no preset fits: "  # begins the sentence about settings that are guesses
+_LOCAL_SUFFIXES = (".pt", ".pth", ".safetensors", ".json")
 _REPOSITORY = re.compile(r"([\w.-]+/[\w.-]+)(?:/(.+))?")
 _FOLDERS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 _OF_DIFFUSERS = [MODEL_INDEX, PIPELINE_FILE, *(f"{folder}/*" for folder in _FOLDERS)]
@@ -51,8 +59,19 @@ def find_model(model: str | os.PathLike[str], options: LoadOptions) -> ModelConf
 
 def is_on_hub(model: str | os.PathLike[str]) -> bool:
     """Returns whether a name can only be a Hub repository or a file in one."""
+    return is_hub_name(model) and not local_path(model).exists()
+
+
+def is_hub_name(model: str | os.PathLike[str]) -> bool:
+    """Returns whether a name has the form of a Hub repository or a file in one, whatever is on the disk.
+
+    Names that begin with a dot, a slash or ~, and names such as checkpoints/model.pt, are always local.
+    """
     name = os.fspath(model)
-    return name not in EMBEDDED and not local_path(name).exists() and _REPOSITORY.fullmatch(name) is not None
+    match = _REPOSITORY.fullmatch(name)
+    if name in EMBEDDED or name.startswith(".") or match is None:
+        return False
+    return match[2] is not None or not name.endswith(_LOCAL_SUFFIXES)
 
 
 def _on_disk(name: str, options: LoadOptions) -> Path:
@@ -63,7 +82,9 @@ def _on_disk(name: str, options: LoadOptions) -> Path:
             return path
     except OSError as reason:
         raise CheckpointError(f"no model {name!r}: {reason.strerror or reason}") from reason
-    if not is_on_hub(name) or path.suffix == ".json":
+    if name.startswith((".", "/", "~")) or (path.suffix in _LOCAL_SUFFIXES and not is_hub_name(name)):
+        raise CheckpointError(f"no model {name!r}: no such file or folder")
+    if not is_hub_name(name) or path.suffix == ".json":
         raise CheckpointError(
             f"no model {name!r}: not one of {', '.join(EMBEDDED)}, not a file, not a folder, and not a Hub repository "
             "as org/name"
@@ -105,41 +126,84 @@ def download(name: str, options: LoadOptions, folders: tuple[str, ...] = ()) -> 
         return Path(snapshot_download(match[1], allow_patterns=_OF_WAN, **hub_options))
     except (OSError, ValueError) as reason:  # huggingface_hub's errors are of these two kinds
         hub_message = " ".join(str(reason).split())[:300]
-        raise CheckpointError(f"cannot get {name} from the Hub: {hub_message}") from reason
+        raise CheckpointError(
+            f"cannot get {name} from the Hub, and no file or folder has this name: {hub_message}"
+        ) from reason
 
 
 def _config_of(path: Path, options: LoadOptions) -> ModelConfig:
-    """The configuration from, in rising priority, the checkpoint's content, its folder, the base, the pipeline.json."""
+    """The configuration from, in rising priority, the checkpoint's content, its folder, its pipeline.json, the base."""
+    if path.is_file() and path.name == PIPELINE_FILE:
+        path = path.parent
     source_file, own = path, dict[str, Any]()
-    if path.suffix == ".json" and not path.name.endswith(".index.json"):
+    if path.is_file() and path.suffix == ".json" and not path.name.endswith(".index.json"):
         own = read_fields(path)
     elif (path / PIPELINE_FILE).is_file():
         source_file = path / PIPELINE_FILE
         own = read_fields(source_file)
     fields, inferred = dict[str, Any](), list[str]()
-    folder = path if path.is_dir() else None
+    if path.is_dir():
+        fields |= _parts_in(path)
     if (path / MODEL_INDEX).is_file():
-        fields |= {"transformer": path / "transformer", **_parts_in(path)}
+        fields["transformer"] = path / "transformer"
+        if "transformer" not in own:
+            inferred += _left_out(path / MODEL_INDEX)
     elif not own:
-        fields |= {"transformer": path} | ({} if folder is None else _parts_in(folder))
+        fields["transformer"] = path
+    fields |= own
     if options.base is not None:
         base = _base_fields(options)
-        fields |= base
-        inferred.append(f"text encoder and VAE of {options.base}")
-    fields |= own
-    missing = [name for name in PATHS[:2] if name not in fields]
-    if missing or "text" not in fields:
-        raise CheckpointError(
-            f"{path} is a transformer alone: name a folder or repository with the text encoder and the VAE as base "
-            "(--base), or run it from Python with load_model and sample_chunks"
-            if "transformer" in fields
-            else f"{source_file} names no transformer"
-        )
+        fields = {**base, **fields, "codec": base["codec"], "text": base["text"]}
+        vae = " and VAE" if options.codec_weights is None else ""
+        inferred.append(f"text encoder{vae} of {os.fspath(options.base)}")
+    _check_complete(fields, path, source_file)
     if not {"stream", "sampler"} <= own.keys() or options.preset is not None:
-        fields, reason = _with_preset(fields, own, options)
-        inferred.insert(0, reason)
-    config = ModelConfig.of({**WAN, **fields}, source_file)
-    return replace(config, inferred=tuple(inferred))
+        fields, reasons = _with_preset(fields, own, options, path)
+        inferred = reasons + inferred
+    if not WAN.keys() <= fields.keys():
+        fields = {**_frames_of(options.codec_weights or fields["codec"]), **fields}
+    return replace(ModelConfig.of(fields, source_file), inferred=tuple(inferred))
+
+
+def _check_complete(fields: dict[str, Any], path: Path, source_file: Path) -> None:
+    """Raises CheckpointError if the transformer, the VAE or the text encoder is missing."""
+    if fields.keys() >= {*PATHS[:2], "text"}:
+        return
+    raise CheckpointError(
+        f"{path} is a transformer alone: name a folder or repository with the text encoder and the VAE as base "
+        "(--base), or run it from Python with load_model and sample_chunks"
+        if "transformer" in fields
+        else f"{source_file} names no transformer"
+    )
+
+
+def _left_out(index: Path) -> list[str]:
+    """The parts in a model_index.json that are not run, as texts.
+
+    Raises:
+        CheckpointError: the video depends on one of them: a second transformer, or another encoder.
+    """
+    parts = [
+        name
+        for name, kind in read_json(index).items()
+        if isinstance(kind, list) and any(kind) and name not in _FOLDERS and not name.startswith("_")
+    ]
+    needed = [name for name in parts if "transformer" in name or "encoder" in name]
+    if needed:
+        raise CheckpointError(
+            f"{index} has {' and '.join(needed)}, which this version does not run; it runs the transformer alone, and "
+            "that would make another video"
+        )
+    return [f"{name} is not used" for name in parts]
+
+
+def _frames_of(codec: str | os.PathLike[str]) -> dict[str, Any]:
+    """Size and rate of the frames of a model whose files do not say them, by the stride of its VAE."""
+    try:
+        stride = codec_footprint(codec, None, WAN["height"], WAN["width"], 1).stride
+    except CheckpointError:  # loading the codec will say why
+        return WAN
+    return _BY_STRIDE.get(stride, WAN)
 
 
 def _parts_in(folder: Path) -> dict[str, Any]:
@@ -173,28 +237,55 @@ def _base_fields(options: LoadOptions) -> dict[str, Any]:
     return found
 
 
-_RUN = ("stream", "sampler")
-
-
-def _with_preset(fields: dict[str, Any], own: dict[str, Any], options: LoadOptions) -> tuple[dict[str, Any], str]:
-    """The fields with stream and sampler of the named or the inferred preset, and the reason as a text."""
+def _with_preset(
+    fields: dict[str, Any], own: dict[str, Any], options: LoadOptions, path: Path
+) -> tuple[dict[str, Any], list[str]]:
+    """The fields with stream and sampler of the named or the inferred preset, and the reasons as texts."""
+    kept = dict[str, Any]()
     if options.preset is not None:
         preset, why = find_preset(options.preset), "named"
     else:
-        report = inspect_checkpoint(fields["transformer"])
-        preset, why = report.preset, "; ".join(report.preset.evidence)
-    kept: dict[str, Any] = (
-        {} if options.preset is not None else {name: own[name] for name in ("stream", "sampler") if name in own}
-    )
+        preset = inspect_checkpoint(fields["transformer"]).preset
+        why = "; ".join(preset.evidence)
+        kept = {name: own[name] for name in ("stream", "sampler") if name in own}
+    reasons = []
+    if preset.name == UNKNOWN.name:
+        shift = None if "sampler" in own or options.shift is not None else scheduler_shift(path / SCHEDULER_FILE)
+        reasons = _assumptions(preset, kept, options, shift)
+        if shift is not None:
+            preset = replace(preset, sampler=replace(preset.sampler, shift=shift))
+            why += f"; the shift is of {SCHEDULER_FILE}"
     steps = ", ".join(f"{step:g}" for step in preset.sampler.steps)
     window = "all frames" if preset.stream.window is None else f"window {preset.stream.window}"
     reason = f"preset {preset.name} ({why}): {window}, steps {steps}, shift {preset.sampler.shift:g}"
-    return {**fields, "stream": preset.stream, "sampler": preset.sampler, **kept}, reason
+    return {**fields, "stream": preset.stream, "sampler": preset.sampler, **kept}, [reason, *reasons]
+
+
+def _assumptions(preset: Preset, kept: dict[str, Any], options: LoadOptions, shift: float | None) -> list[str]:
+    """One sentence about the settings of a model without a preset that nothing says; none if there are no such."""
+    said = {
+        "window": "stream" in kept or options.window is not None or preset.stream.window is not None,
+        "chunk_frames": "stream" in kept or options.chunk_frames is not None or preset.stream != UNKNOWN.stream,
+        "num_inference_steps": "sampler" in kept or options.num_inference_steps is not None,
+        "shift": "sampler" in kept or options.shift is not None or shift is not None,
+    }
+    guesses = [name for name, known in said.items() if not known]
+    if not guesses:
+        return []
+    return [f"{ASSUMED}{', '.join(guesses)} are assumed, and may be wrong for this model; set preset= or each of them"]
+
+
+def is_assumed(config: ModelConfig) -> bool:
+    """Returns whether settings of a model are guesses, because neither its files nor a preset say them."""
+    return any(text.startswith(ASSUMED) for text in config.inferred)
 
 
 def local_path(path: str | os.PathLike[str]) -> Path:
-    """Returns a path with ~ replaced by the home folder."""
-    return Path(path).expanduser()
+    """Returns a path with ~ replaced by the home folder, if there is one."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
 
 
 def describe_inferred(name: str | os.PathLike[str], config: ModelConfig) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from causalrope_sp.codec.codec_footprint import codec_footprint, wan_2_1_footprint
@@ -14,8 +13,8 @@ from causalrope_sp.diffusion.schedule import with_overrides
 from causalrope_sp.errors import CheckpointError, ConfigError
 from causalrope_sp.grid import LatentGrid
 from causalrope_sp.pipeline.load_options import LoadOptions
-from causalrope_sp.pipeline.model_config import ModelConfig
-from causalrope_sp.pipeline.model_source import find_model
+from causalrope_sp.pipeline.model_config import PIPELINE_FILE, ModelConfig
+from causalrope_sp.pipeline.model_source import MODEL_INDEX, find_model, local_path
 from causalrope_sp.pipeline.offload import Offload
 from causalrope_sp.pipeline.preflight import auxiliary
 from causalrope_sp.planning.decode_cost import DecodePlan, VaeSize, plan_decoding
@@ -34,6 +33,7 @@ WAN = (
     SamplerConfig(),
     (480, 832),
 )  # settings of a lone size
+WAN_2_2_CHANNELS = 48  # of the latents of Wan 2.2 5B, whose VAE has a stride of 16
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,8 @@ class PlannedModel:
 
         Raises:
             CheckpointError: the model cannot be read.
-            ConfigError: the model makes its chunks in parallel, which cannot be planned.
+            ConfigError: the model makes its chunks in parallel, or is a lone transformer for another VAE than Wan
+                2.1's; neither can be planned.
         """
         stream, sampler, size = WAN
         if name in PRESETS:
@@ -82,11 +83,16 @@ class PlannedModel:
                 raise ConfigError(f"{name} makes its chunks in parallel: there is no plan of a stream")
             dit = inspect_checkpoint(parts.transformer).config
             return cls(name, dit, parts.stream, parts.sampler, parts.height, parts.width, parts)
-        if not Path(name).exists():
+        if not local_path(name).exists():
             raise CheckpointError(
                 f"no model {name!r}: not one of {', '.join(PRESETS)}, toybox, not a file, not a folder"
             )
-        report = inspect_checkpoint(name)
+        report = inspect_checkpoint(local_path(name))
+        if report.config.in_channels == WAN_2_2_CHANNELS:
+            raise ConfigError(
+                f"{name} has latents of Wan 2.2's VAE, and a lone transformer is planned with Wan 2.1's: name a folder "
+                "that has the VAE as well"
+            )
         if report.preset.stream.window is not None:
             stream, sampler = report.preset.stream, report.preset.sampler
         return cls(name, report.config, stream, sampler, *size)
@@ -116,12 +122,13 @@ class PlannedModel:
             reuse: which attention outputs later steps reuse; None for none.
 
         Raises:
+            CheckpointError: the model's codec cannot be read.
             ConfigError: guidance applies to no step, the stream has no window, or the strides do not divide the size.
         """
         check_guidance(self.sampler, cfg=1)
         if self.stream.window is None:
             raise ConfigError(f"{self.name} looks back over everything: give --window, the latent frames of the video")
-        grid = LatentGrid.from_pixels(self.height, self.width, VAE_STRIDE[1], self.dit.patch_size[1:])
+        grid = LatentGrid.from_pixels(self.height, self.width, self._stride(), self.dit.patch_size[1:])
         return Workload.of(self.dit, grid, self.stream, self.sampler, self.stream.window, reuse=reuse)
 
     def auxiliary(self, work: Workload, offload: Offload, on_cpu: bool) -> AuxiliaryMemory:
@@ -135,11 +142,18 @@ class PlannedModel:
         Raises:
             CheckpointError: the model's codec or text encoder cannot be read.
         """
-        size = VAE_STRIDE[1] * work.grid.latent_height, VAE_STRIDE[1] * work.grid.latent_width
+        stride = self._stride()
+        size = stride * work.grid.latent_height, stride * work.grid.latent_width
         if self.parts is None:
             return auxiliary(umt5_xxl_bytes(), wan_2_1_footprint(*size, work.chunk_frames), offload, on_cpu)
         text = text_bytes(self.parts.text) if isinstance(self.parts.text, TextSource) else 0
         return auxiliary(text, codec_footprint(self.parts.codec, None, *size, work.chunk_frames), offload, on_cpu)
+
+    def _stride(self) -> int:
+        """Pixels per side of a latent pixel: of the model's own codec, or of the Wan VAE."""
+        if self.parts is None:
+            return VAE_STRIDE[1]
+        return codec_footprint(self.parts.codec, None, self.height, self.width, 1).stride
 
     def decoding(self, work: Workload, ranks: int, on: Machine) -> DecodePlan | None:
         """Plans how many of the ranks only decode.
@@ -165,10 +179,18 @@ class PlannedModel:
 
 
 def _whole_model(name: str) -> ModelConfig | None:
-    """The configuration of a model with all of its parts, or None for a checkpoint of the transformer alone."""
-    if name not in EMBEDDED and not Path(name).exists():
+    """The configuration of a model with all of its parts, or None for a checkpoint of the transformer alone.
+
+    Raises:
+        CheckpointError: a folder or a .json file that describes a whole model cannot be opened.
+    """
+    path = local_path(name)
+    if name not in EMBEDDED and not path.exists():
         return None
     try:
         return find_model(name, LoadOptions())
     except CheckpointError:
+        described = path.suffix == ".json" and not path.name.endswith(".index.json")
+        if described or any((path / file).is_file() for file in (MODEL_INDEX, PIPELINE_FILE)):
+            raise
         return None

@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from causalrope_sp.checks import shown
 from causalrope_sp.config import PRESETS as SIZES
 from causalrope_sp.config import DiTConfig, SamplerConfig, StreamConfig
 from causalrope_sp.errors import CheckpointError, ConfigError
@@ -180,6 +181,31 @@ def guess_preset(path: Path, file: Path, wrapping: Wrapping, declared: Mapping[s
         return replace(preset, stream=replace(preset.stream, **values), evidence=tuple(evidence))
     except ConfigError as error:
         return replace(preset, evidence=(*evidence, f"not taken over: {error}"))
+
+
+def scheduler_shift(file: Path) -> float | None:
+    """Reads the shift in a diffusers scheduler's file: `flow_shift`, or `shift` of FlowMatchEulerDiscreteScheduler.
+
+    Args:
+        file: the scheduler_config.json, which need not exist.
+
+    Returns:
+        The shift; None if the file says none, or if its scheduler does not use the number.
+
+    Raises:
+        CheckpointError: the file cannot be read, or its shift is not a number.
+    """
+    if not file.is_file():
+        return None
+    scheduler = read_json(file)
+    if scheduler.get("use_flow_sigmas") is False or scheduler.get("use_dynamic_shifting") is True:
+        return None
+    shift = scheduler.get("flow_shift", scheduler.get("shift"))
+    if shift is None:
+        return None
+    if isinstance(shift, bool) or not isinstance(shift, int | float):
+        raise CheckpointError(f"{file}: the shift must be a number, not {shown(shift)}")
+    return float(shift)
 
 
 _DECLARED = (

@@ -21,7 +21,7 @@ PROMPT = "the quick brown fox jumps over the lazy dog"
 SMALL: dict[str, Any] = {"height": 64, "width": 96, "num_frames": 9, "seed": 3}
 
 
-def wan_pipeline(folder: Path) -> Any:
+def wan_pipeline(folder: Path, flow_shift: float = 5.0) -> Any:
     """diffusers' own pipeline of small random parts, in the shapes of Wan 2.1."""
     from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
     from transformers import PreTrainedTokenizerFast
@@ -37,7 +37,7 @@ def wan_pipeline(folder: Path) -> Any:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_file=str(words), eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
     )
-    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=flow_shift)
     return WanPipeline(tokenizer, make_encoder(), vae, scheduler, transformer)
 
 
