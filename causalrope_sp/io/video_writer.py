@@ -18,7 +18,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from causalrope_sp.errors import OutputError
+from causalrope_sp.errors import OutputError, first_line
 from causalrope_sp.io.video_sinks import FORMATS, STREAM, AvFile, PngFolder, Sink, lay_out
 
 STDOUT = "-"
@@ -172,7 +172,7 @@ class VideoWriter:
         except (OSError, ValueError, av.FFmpegError) as error:
             self.abandon()
             kept = f"; {self.frames} frames are in {self.partial}" if self.partial is not None and self.frames else ""
-            raise OutputError(f"cannot write {self.path}: {_reason(error)}{kept}") from error
+            raise OutputError(f"cannot write {self.path}: {first_line(error)}{kept}") from error
 
 
 def _new_partial(target: Path, folder: bool) -> Path:
@@ -219,7 +219,7 @@ def check_output(path: str | os.PathLike[str], height: int | None = None, width:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise OutputError(f"cannot write {name}: {_reason(error)}") from error
+        raise OutputError(f"cannot write {name}: {first_line(error)}") from error
 
 
 def _check_size(name: str, suffix: str, height: int | None, width: int | None) -> None:
@@ -241,10 +241,6 @@ def is_folder(path: str | os.PathLike[str]) -> bool:
 
 def _name(path: str | os.PathLike[str]) -> str:
     return os.fspath(path)
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def _remove(path: Path) -> None:

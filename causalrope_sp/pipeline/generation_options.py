@@ -39,9 +39,10 @@ class GenerationOptions:
         seed: the seed of all noise, in [0, 2^63 - 1]. Video n of a list of prompts uses seed + n.
         generator: a generator from which the seed is drawn; it replaces `seed`.
         output_type: "np", "pil", "pt" or "latent" (see `CausalVideoPipelineOutput`).
-        image: the first frame of the video, a file or uint8 (H, W, 3). It is one of the `num_frames`.
-        video: a video to continue, a file or uint8 (H, W, 3) frames. Its last frames are the context of the stream,
-            and the output begins after them. With `strength` it is a video to redraw.
+        image: the first frame of the video: a file, a PIL image, or an array (H, W, 3), uint8 or float in [0, 1]. It is
+            one of the `num_frames`.
+        video: a video to continue: a file, or frames that are PIL images or such arrays. Its last frames are the
+            context of the stream, and the output begins after them. With `strength` it is a video to redraw.
         strength: the share of the denoising steps, rounded up, that redraw `video`, in (0, 1]. A smaller one changes
             less. The output has as many frames as `video`, up to `num_frames`.
         reuse: which attention outputs of a denoising step later steps reuse: a policy, a preset such as "pab:latte", or

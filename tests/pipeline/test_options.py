@@ -111,6 +111,17 @@ def test_every_type_of_output_holds_the_same_frames(pipe: CausalVideoPipeline) -
     assert (np.stack([np.asarray(picture) for picture in as_pil[0]]) == frames).all()
 
 
+def test_what_a_pipeline_returns_it_also_takes(pipe: CausalVideoPipeline) -> None:
+    """As "np" and "pil" it is the conditioning that the uint8 frames are."""
+    frames = video_of(pipe, PROMPT, num_frames=9, seed=3)
+    expected = video_of(pipe, PROMPT, num_frames=5, seed=3, video=frames)
+    first = video_of(pipe, PROMPT, num_frames=5, seed=3, image=frames[0])
+    for kind in ("np", "pil"):
+        returned = pipe(PROMPT, num_frames=9, seed=3, output_type=kind).frames[0]
+        assert (video_of(pipe, PROMPT, num_frames=5, seed=3, video=returned) == expected).all()
+        assert (video_of(pipe, PROMPT, num_frames=5, seed=3, image=returned[0]) == first).all()
+
+
 def test_latents_are_those_that_the_codec_decodes(pipe: CausalVideoPipeline) -> None:
     latents = pipe(PROMPT, num_frames=9, seed=3, output_type="latent").frames
     assert latents.shape == (1, 16, 3, 8, 8)
