@@ -77,6 +77,13 @@ def check_number(name: str, value: object, *, above: float = -math.inf, least: f
     return number
 
 
+def check_flag(name: str, value: object) -> bool:
+    """Checks a boolean and returns it; raises ConfigError otherwise."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} must be True or False, not {shown(value)}")
+    return value
+
+
 def check_text(name: str, value: object) -> str:
     """Checks a string that must not be empty and returns it; raises ConfigError otherwise."""
     if not isinstance(value, str) or not value.strip():

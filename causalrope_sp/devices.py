@@ -1,4 +1,4 @@
-"""Copies from the host to a device that do not block the host."""
+"""Devices: their check, the default one, that of a rank, and copies to them that do not block the host."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import torch
 from torch import Tensor
 
+from causalrope_sp.checks import shown
 from causalrope_sp.errors import ConfigError
 
 
@@ -22,6 +23,24 @@ def send(x: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> T
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and not x.is_cuda else x.to(device)
 
 
+def check_device(value: object) -> torch.device:
+    """Returns `value` as a device. Raises ConfigError unless it names a device of this machine."""
+    device = _known_device(value)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device must be one of this machine, which has {torch.cuda.device_count()} GPUs, not {value}"
+        )
+    return device
+
+
+def _known_device(value: object) -> torch.device:
+    """Returns `value` as a device. Raises ConfigError unless torch knows it."""
+    try:
+        return torch.device(value)  # type: ignore[call-overload]  # a wrong type is caught
+    except (RuntimeError, TypeError, ValueError) as reason:
+        raise ConfigError(f"device must be one that torch knows, such as cpu or cuda:0, not {shown(value)}") from reason
+
+
 def default_device() -> str:
     """Returns "cuda" if this machine has a CUDA device, else "cpu"."""
     return "cuda" if torch.cuda.is_available() else "cpu"
@@ -35,9 +54,9 @@ def device_of_rank(device: torch.device | str | None) -> torch.device:
             or, without CUDA, the CPU.
 
     Raises:
-        ConfigError: this machine has fewer GPUs than ranks.
+        ConfigError: torch does not know the device, or this machine has fewer GPUs than ranks.
     """
-    own = torch.device(device or default_device())
+    own = _known_device(device or default_device())
     if own.type != "cuda":
         return own
     local = int(os.environ["LOCAL_RANK"]) if own.index is None else own.index

@@ -31,6 +31,11 @@ class RankLostError(RuntimeError):
     """Another rank of the stream exited, was stopped or does not respond. It is not caused by wrong input."""
 
 
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message: of an OSError its reason, of one without a message its type."""
+    return getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+
+
 LONGEST_SHOWN = 160  # characters of a text from outside that a message shows
 
 

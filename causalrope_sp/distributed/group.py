@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from numbers import Real
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
 
 from causalrope_kernels import ATTENTION_BACKENDS, attention_obstacle
-from causalrope_sp.devices import default_device, device_of_rank
+from causalrope_sp.checks import check_choice, check_flag, check_text, check_whole, shown
+from causalrope_sp.devices import check_device, default_device, device_of_rank
 from causalrope_sp.distributed.comm_stats import LAYERLESS, CommStats
 from causalrope_sp.distributed.communicator import Communicator
 from causalrope_sp.distributed.halo import SpatialShards
@@ -62,7 +64,7 @@ class SequenceParallel:
 
     Raises:
         ConfigError: the strategy or attention backend is unknown or cannot run here, the strategy is a product for
-            another number of ranks, or the axes do not divide the ranks.
+            another number of ranks, the axes do not divide the ranks, or an argument has a wrong type.
     """
 
     def __init__(
@@ -80,19 +82,17 @@ class SequenceParallel:
         timeout: timedelta = default_pg_timeout,
     ) -> None:
         self._group = group
-        self.device = torch.device(device)
+        self.device = check_device(device)
         self.rank = 0 if group is None else group.rank()
         self.size = 1 if group is None else group.size()
         self.mesh = Mesh(self.size, cfg, chunk, decode_ranks)
         self.decodes = self.rank in self.mesh.decoding
         coordinates = (0, 0, 0) if self.decodes else self.mesh.coordinates(self.rank)
         self.cfg_rank, self.chunk_rank, self.sp_rank = coordinates
-        if strategy != AUTO:
+        if check_text("strategy", strategy) != AUTO:
             parse_strategy(strategy, self.mesh.sp)
-        if head_groups < 1:
-            raise ConfigError(f"head_groups must be at least 1, not {head_groups}")
-        if attention not in ATTENTION_BACKENDS:
-            raise ConfigError(f"attention must be one of {', '.join(ATTENTION_BACKENDS)}, not {attention!r}")
+        head_groups, overlap = check_whole("head_groups", head_groups), check_flag("overlap", overlap)
+        check_choice("attention", attention, ATTENTION_BACKENDS)
         obstacle = attention_obstacle(attention, self.device)
         if obstacle is not None:
             raise ConfigError(f"attention {attention} {obstacle}")
@@ -143,14 +143,14 @@ class SequenceParallel:
             ConfigError: as in the constructor, or a time is not above 0, or this machine has fewer GPUs than ranks.
         """
         for seconds in (timeout_s, silence_s):
-            if not 0 < seconds <= LONGEST_S:
-                raise ConfigError(f"a timeout must be above 0 and at most {LONGEST_S:g} seconds, not {seconds:g}")
+            if not (isinstance(seconds, Real) and 0 < seconds <= LONGEST_S):
+                raise ConfigError(f"a timeout must be above 0 and at most {LONGEST_S:g} seconds, not {shown(seconds)}")
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return cls(None, strategy, device or default_device(), **options)
         own = device_of_rank(device)
         world = int(os.environ["WORLD_SIZE"])
         mesh = Mesh(world, options.get("cfg", 1), options.get("chunk", 1), options.get("decode_ranks", 0))
-        if strategy != AUTO:
+        if check_text("strategy", strategy) != AUTO:
             parse_strategy(strategy, mesh.sp)  # wrong input raises before any rank waits for another
         siblings = siblings or Siblings()
         end_with_launcher()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from causalrope_sp.checks import check_whole
 from causalrope_sp.errors import ConfigError
 
 
@@ -23,7 +24,8 @@ class Mesh:
         decode: how many of the last ranks only decode.
 
     Raises:
-        ConfigError: a size is below its minimum, no rank is left to denoise, or the axes do not divide the ranks.
+        ConfigError: a size is not a whole number or is below its minimum, no rank is left to denoise, or the axes do
+            not divide the ranks.
     """
 
     ranks: int
@@ -32,11 +34,8 @@ class Mesh:
     decode: int = 0
 
     def __post_init__(self) -> None:
-        if min(self.ranks, self.cfg, self.chunk) < 1 or self.decode < 0:
-            raise ConfigError(
-                f"mesh: expected ranks, cfg and chunk of at least 1 and decode of at least 0, got ranks {self.ranks}, "
-                f"cfg {self.cfg}, chunk {self.chunk}, decode {self.decode}"
-            )
+        for name, least in (("ranks", 1), ("cfg", 1), ("chunk", 1), ("decode", 0)):
+            object.__setattr__(self, name, check_whole(name, getattr(self, name), least))
         denoising = self.ranks - self.decode
         if denoising < 1:
             raise ConfigError(f"decode: expected fewer than the {self.ranks} ranks, got {self.decode} decode ranks")

@@ -1,4 +1,4 @@
-"""Reads images and videos, from files or arrays, as uint8 RGB frames of the model's size and frame rate.
+"""Reads images and videos, from files, PIL images or arrays, as uint8 RGB frames of the model's size and frame rate.
 
 Size: a frame is scaled to cover the model's frame (by the larger of the two ratios, bicubic, antialiased), then cropped
 around the centre; a frame that has the size already is not changed. Rate: each output frame is the source frame that a
@@ -12,20 +12,20 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Union
 
 import numpy as np
 import torch
 from torch.nn.functional import interpolate
 
-from causalrope_sp.errors import InputError
+from causalrope_sp.errors import InputError, first_line
 
 if TYPE_CHECKING:
     import av
     from PIL import Image
 
-Picture = str | os.PathLike[str] | np.ndarray
-Video = str | os.PathLike[str] | Iterable[np.ndarray]
+Picture = Union[str, os.PathLike[str], np.ndarray, "Image.Image"]
+Video = str | os.PathLike[str] | Iterable[Union[np.ndarray, "Image.Image"]]
 MOST_PIXELS = 40_000_000  # of a picture or a frame; 8K has 33 million
 LONGEST_ASPECT = 20  # of its longer side to its shorter one
 LONGEST_SHOWN_S = 60  # how long a video may show one frame
@@ -36,7 +36,7 @@ def read_picture(source: Picture, height: int, width: int) -> np.ndarray:
     """Reads an image and fits it to a size, see `fit`.
 
     Args:
-        source: an image file, or an array, uint8 (H, W, 3).
+        source: an image file, a PIL image, or an array (H, W, 3), uint8 or float in [0, 1].
         height: of the result, in pixels.
         width: of the result, in pixels.
 
@@ -44,10 +44,10 @@ def read_picture(source: Picture, height: int, width: int) -> np.ndarray:
         The image, uint8 (height, width, 3).
 
     Raises:
-        InputError: the file cannot be read, or the array has another dtype or shape.
+        InputError: the file or the image cannot be read, or the array has another dtype, shape or range.
     """
-    if isinstance(source, np.ndarray):
-        return fit(source, height, width)
+    if not isinstance(source, str | os.PathLike):
+        return fit(_to_uint8(source, height, width), height, width)
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
@@ -60,7 +60,7 @@ def read_picture(source: Picture, height: int, width: int) -> np.ndarray:
     except UnidentifiedImageError as error:
         raise InputError(f"cannot read {os.fspath(source)}: not a picture of a known kind") from error
     except Exception as error:  # Pillow's decoders raise whatever their format's code does
-        raise InputError(f"cannot read {os.fspath(source)}: {_reason(error)}") from error
+        raise InputError(f"cannot read {os.fspath(source)}: {first_line(error)}") from error
 
 
 def _on_black(picture: Image.Image, height: int, width: int) -> np.ndarray:
@@ -73,6 +73,47 @@ def _on_black(picture: Image.Image, height: int, width: int) -> np.ndarray:
         picture = Image.alpha_composite(black, picture.convert("RGBA"))
     picture = picture.convert("RGB")
     return np.asarray(picture.reduce(factor) if factor > 1 else picture)
+
+
+def is_picture(value: object) -> bool:
+    """Returns whether a value is a PIL image or an array."""
+    from PIL import Image
+
+    return isinstance(value, np.ndarray | Image.Image)
+
+
+def _to_uint8(frame: object, height: int, width: int) -> np.ndarray:
+    """Converts a PIL image, or a float array in [0, 1], to uint8.
+
+    Args:
+        frame: the frame.
+        height: of the frame after `fit`, in pixels, to which a larger PIL image is reduced.
+        width: likewise.
+
+    Returns:
+        The frame, uint8 (H, W, 3); an array that is not float is returned as it is.
+
+    Raises:
+        InputError: the image cannot be read or is too large, or a number is outside [0, 1].
+    """
+    from PIL import Image, ImageOps
+
+    if isinstance(frame, Image.Image):
+        check_size(*frame.size)
+        try:
+            return _on_black(ImageOps.exif_transpose(frame), height, width)
+        except Exception as error:  # a lazily opened image is decoded here
+            raise InputError(f"cannot read a PIL image: {first_line(error)}") from error
+    if not isinstance(frame, np.ndarray) or frame.ndim != 3 or frame.shape[2] != 3 or 0 in frame.shape:
+        return frame  # type: ignore[return-value]  # `fit` refuses it
+    if not np.issubdtype(frame.dtype, np.floating):
+        return frame
+    check_size(frame.shape[1], frame.shape[0])
+    if not ((frame >= 0) & (frame <= 1)).all():  # NaN too
+        raise InputError(
+            f"a frame of {frame.dtype} must have numbers in [0, 1], not {frame.min():g} to {frame.max():g}"
+        )
+    return np.rint(frame.astype(np.float32) * 255).astype(np.uint8)
 
 
 def check_size(width: int, height: int) -> None:
@@ -91,7 +132,7 @@ def read_video(source: Video, height: int, width: int, fps: float) -> Iterator[n
     """Reads the frames of a video lazily and fits each to a size, see `fit`.
 
     Args:
-        source: a video file, or frames, uint8 (H, W, 3), that are at `fps` already.
+        source: a video file, or frames that are at `fps` already: PIL images or arrays as in `read_picture`.
         height: of the result, in pixels.
         width: of the result, in pixels.
         fps: frames a second of the result.
@@ -100,10 +141,10 @@ def read_video(source: Video, height: int, width: int, fps: float) -> Iterator[n
         An iterator over the frames, uint8 (height, width, 3). It raises the errors as frames are taken from it.
 
     Raises:
-        InputError: the file cannot be read, or a frame has another dtype or shape.
+        InputError: the file cannot be read, or a frame is refused as in `read_picture`.
     """
     if not isinstance(source, str | os.PathLike):
-        return (fit(frame, height, width) for frame in source)
+        return (fit(_to_uint8(frame, height, width), height, width) for frame in source)
     fitted = ((start, end, fit(frame, height, width)) for start, end, frame in _file_frames(source))
     return _at_rate(fitted, fps)  # a frame that is shown several times is fitted once
 
@@ -124,7 +165,9 @@ def fit(frame: np.ndarray, height: int, width: int) -> np.ndarray:
     """
     if not isinstance(frame, np.ndarray) or frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
         got = f"{frame.dtype} {frame.shape}" if isinstance(frame, np.ndarray) else type(frame).__name__
-        raise InputError(f"a frame must be uint8 of shape (height, width, 3), not {got}")
+        raise InputError(
+            f"a frame must be a PIL image or an array of shape (height, width, 3), uint8 or float, not {got}"
+        )
     if 0 in frame.shape:
         raise InputError(f"a frame of {frame.shape[0]}×{frame.shape[1]} pixels is empty")
     check_size(frame.shape[1], frame.shape[0])
@@ -179,7 +222,7 @@ def _file_frames(path: str | os.PathLike[str]) -> Iterator[TimedFrame]:
     except InputError as error:
         raise InputError(f"cannot read {name}: {str(error).removeprefix(f'cannot read {name}: ')}") from error
     except Exception as error:  # decoders raise whatever their format's code does
-        raise InputError(f"cannot read {name}: {_reason(error)}") from error
+        raise InputError(f"cannot read {name}: {first_line(error)}") from error
 
 
 def _animated_picture(name: str) -> Iterator[TimedFrame]:
@@ -199,8 +242,3 @@ def _animated_picture(name: str) -> Iterator[TimedFrame]:
 def _upright(frame: av.VideoFrame) -> np.ndarray:
     """Returns a frame as RGB, rotated by the video's display matrix."""
     return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90))
-
-
-def _reason(error: BaseException) -> str:
-    """Returns the first line of an error."""
-    return getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]

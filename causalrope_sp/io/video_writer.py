@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
 import secrets
 import shutil
@@ -18,7 +17,8 @@ from typing import Any, Self
 
 import numpy as np
 
-from causalrope_sp.errors import OutputError
+from causalrope_sp.checks import check_number, check_whole
+from causalrope_sp.errors import OutputError, first_line
 from causalrope_sp.io.video_sinks import FORMATS, STREAM, AvFile, PngFolder, Sink, lay_out
 
 STDOUT = "-"
@@ -44,13 +44,14 @@ class VideoWriter:
         fps: frames a second.
 
     Raises:
+        ConfigError: `height` or `width` is not a whole number of at least 1, or `fps` is not a finite number above 0.
         OutputError: the kind of file is unknown, the file cannot be written, or the format cannot hold the size.
     """
 
     def __init__(self, path: str | os.PathLike[str], height: int, width: int, fps: float) -> None:
+        height, width = check_whole("height", height), check_whole("width", width)
+        fps = check_number("fps", fps, above=0)
         check_output(path, height, width)
-        if not (math.isfinite(fps) and fps > 0):
-            raise OutputError(f"cannot write {_name(path)}: {fps} frames a second; it must be more than 0")
         self.path, self.frames = _name(path), 0
         self._target = Path(os.path.abspath(path))
         self._shape = (height, width, 3)
@@ -172,7 +173,7 @@ class VideoWriter:
         except (OSError, ValueError, av.FFmpegError) as error:
             self.abandon()
             kept = f"; {self.frames} frames are in {self.partial}" if self.partial is not None and self.frames else ""
-            raise OutputError(f"cannot write {self.path}: {_reason(error)}{kept}") from error
+            raise OutputError(f"cannot write {self.path}: {first_line(error)}{kept}") from error
 
 
 def _new_partial(target: Path, folder: bool) -> Path:
@@ -219,7 +220,7 @@ def check_output(path: str | os.PathLike[str], height: int | None = None, width:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise OutputError(f"cannot write {name}: {_reason(error)}") from error
+        raise OutputError(f"cannot write {name}: {first_line(error)}") from error
 
 
 def _check_size(name: str, suffix: str, height: int | None, width: int | None) -> None:
@@ -241,10 +242,6 @@ def is_folder(path: str | os.PathLike[str]) -> bool:
 
 def _name(path: str | os.PathLike[str]) -> str:
     return os.fspath(path)
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def _remove(path: Path) -> None:

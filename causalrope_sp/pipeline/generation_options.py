@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self, get_args
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from causalrope_sp.checks import check_choice, check_number, check_text, check_whole, shown
 from causalrope_sp.config import Solver
 from causalrope_sp.errors import ConfigError
-from causalrope_sp.io.media_reader import Picture, Video
+from causalrope_sp.io.media_reader import Picture, Video, is_picture
 from causalrope_sp.pipeline.option_checks import Steps, check_names, check_sampling, replace_checked
 from causalrope_sp.reuse import ReusePolicy
 
@@ -39,9 +39,10 @@ class GenerationOptions:
         seed: the seed of all noise, in [0, 2^63 - 1]. Video n of a list of prompts uses seed + n.
         generator: a generator from which the seed is drawn; it replaces `seed`.
         output_type: "np", "pil", "pt" or "latent" (see `CausalVideoPipelineOutput`).
-        image: the first frame of the video, a file or uint8 (H, W, 3). It is one of the `num_frames`.
-        video: a video to continue, a file or uint8 (H, W, 3) frames. Its last frames are the context of the stream,
-            and the output begins after them. With `strength` it is a video to redraw.
+        image: the first frame of the video: a file, a PIL image, or an array (H, W, 3), uint8 or float in [0, 1]. It is
+            one of the `num_frames`.
+        video: a video to continue: a file, or frames that are PIL images or such arrays. Its last frames are the
+            context of the stream, and the output begins after them. With `strength` it is a video to redraw.
         strength: the share of the denoising steps, rounded up, that redraw `video`, in (0, 1]. A smaller one changes
             less. The output has as many frames as `video`, up to `num_frames`.
         reuse: which attention outputs of a denoising step later steps reuse: a policy, a preset such as "pab:latte", or
@@ -81,8 +82,9 @@ class GenerationOptions:
     preview_every: int | None = None
 
     def __post_init__(self) -> None:
-        replace_checked(self, "seed", check_whole, 0, LARGEST_SEED)
-        for name in ("num_frames", "height", "width", "preview_every"):
+        object.__setattr__(self, "seed", check_whole("seed", self.seed, 0, LARGEST_SEED))
+        object.__setattr__(self, "num_frames", check_whole("num_frames", self.num_frames))
+        for name in ("height", "width", "preview_every"):
             replace_checked(self, name, check_whole)
         if isinstance(self.prompt, str):
             check_text("prompt", self.prompt)
@@ -95,6 +97,8 @@ class GenerationOptions:
             raise ConfigError(f"generator must be a torch.Generator, not {shown(self.generator)}")
         if self.callback_on_step_end is not None and not callable(self.callback_on_step_end):
             raise ConfigError(f"callback_on_step_end must be callable, not {shown(self.callback_on_step_end)}")
+        if self.reuse is not None and not isinstance(self.reuse, ReusePolicy | str | os.PathLike):
+            raise ConfigError(f"reuse must be a policy, a preset's name or a file, not {shown(self.reuse)}")
         check_sampling(self)
         self._check_texts()
         self._check_conditioning()
@@ -112,6 +116,10 @@ class GenerationOptions:
     def _check_conditioning(self) -> None:
         if self.image is not None and self.video is not None:
             raise ConfigError("give either an image or a video, not both")
+        if not (self.image is None or isinstance(self.image, str | os.PathLike) or is_picture(self.image)):
+            raise ConfigError(f"image must be a file, a PIL image or an array, not {shown(self.image)}")
+        if not (self.video is None or isinstance(self.video, str | os.PathLike | Iterable)):
+            raise ConfigError(f"video must be a file, or PIL images or arrays, not {shown(self.video)}")
         if self.strength is None:
             return
         if self.video is None:

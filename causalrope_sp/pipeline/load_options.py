@@ -9,7 +9,7 @@ from typing import Any, Literal, Self, get_args
 
 import torch
 
-from causalrope_sp.checks import check_choice, check_text, check_whole, shown
+from causalrope_sp.checks import check_choice, check_flag, check_text, check_whole, shown
 from causalrope_sp.config import Solver
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.pipeline.decoding import Decode
@@ -96,6 +96,7 @@ class LoadOptions:
         replace_checked(self, "rope", check_choice, ("absolute", "relative"))
         replace_checked(self, "parallel_chunks", check_choice, ("vin",))
         replace_checked(self, "weights", check_choice, get_args(Weights))
+        check_choice("decode", self.decode, get_args(Decode))
         for name in ("preset", "revision", "codec"):
             replace_checked(self, name, check_text)
         for name in ("base", "cache_dir", "codec_weights"):
@@ -106,8 +107,7 @@ class LoadOptions:
         replace_checked(self, "loras", _check_loras)
         check_sampling(self)
         for name in ("local_files_only", "preflight"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} must be True or False, not {shown(getattr(self, name))}")
+            check_flag(name, getattr(self, name))
 
     def override(self, **changes: Any) -> Self:
         """Returns these options with some of them replaced.

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import get_args
 
+from causalrope_sp.checks import check_choice, check_flag, shown
 from causalrope_sp.config import Keep
 from causalrope_sp.errors import ConfigError
 
@@ -23,15 +24,15 @@ class Offload:
             the codec encodes or decodes.
 
     Raises:
-        ConfigError: `text` is none of these.
+        ConfigError: `text` is none of these, or `codec` is no boolean.
     """
 
     text: Keep = "cpu"
     codec: bool = False
 
     def __post_init__(self) -> None:
-        if self.text not in get_args(Keep):
-            raise ConfigError(f"Offload.text must be one of {', '.join(get_args(Keep))}, not {self.text!r}")
+        check_choice("Offload.text", self.text, get_args(Keep))
+        check_flag("Offload.codec", self.codec)
 
     @classmethod
     def of(cls, names: str | Iterable[str]) -> Offload:
@@ -44,9 +45,11 @@ class Offload:
             The setting that the words stand for.
 
         Raises:
-            ConfigError: there is no word, an unknown word, or "none" with another word.
+            ConfigError: there is no word, an unknown word, another type, or "none" with another word.
         """
-        parts = [names] if isinstance(names, str) else list(names)
+        parts = [names] if isinstance(names, str) else list(names) if isinstance(names, Iterable) else [names]
+        if not all(isinstance(part, str) for part in parts):
+            raise ConfigError(f"offload takes {', '.join(WORDS)}, not {shown(names)}")
         words = [word.strip() for part in parts for word in part.split(",")]
         unknown = [word for word in words if word not in WORDS]
         if unknown or not words:

@@ -11,6 +11,7 @@ import torch
 
 from causalrope_sp.checks import check_choice, check_number, check_whole, shown
 from causalrope_sp.config import Solver
+from causalrope_sp.devices import check_device as check_device
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.pipeline.offload import Offload
 
@@ -23,19 +24,6 @@ def check_path(name: str, value: object) -> str:
     if not isinstance(value, str | os.PathLike) or not os.fspath(value):
         raise ConfigError(f"{name} must be a path, not {shown(value)}")
     return str(os.fspath(value))
-
-
-def check_device(value: object) -> torch.device:
-    """Returns `value` as a device. Raises ConfigError unless it names a device of this machine."""
-    try:
-        device = torch.device(value)  # type: ignore[call-overload]  # a wrong type is caught
-    except (RuntimeError, TypeError, ValueError) as reason:
-        raise ConfigError(f"device must be one that torch knows, such as cpu or cuda:0, not {shown(value)}") from reason
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            f"device must be one of this machine, which has {torch.cuda.device_count()} GPUs, not {value}"
-        )
-    return device
 
 
 def check_dtype(value: object) -> torch.dtype:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -39,6 +40,31 @@ def test_one_process_is_a_group_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (parallel.rank, parallel.size, layout.name) == (0, 1, "single")
         assert parallel.shard(LatentGrid(2, 3)).tokens == 6
         parallel.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"strategy": 3}, "strategy must be a text that is not empty, not 3"),
+        ({"device": "gpu"}, "device must be one that torch knows, such as cpu or cuda:0, not 'gpu'"),
+        ({"head_groups": "x"}, "head_groups must be a whole number of at least 1, not 'x'"),
+        ({"head_groups": True}, "head_groups must be a whole number of at least 1, not True"),
+        ({"head_groups": 0}, "head_groups must be a whole number of at least 1, not 0"),
+        ({"overlap": "no"}, "overlap must be True or False, not 'no'"),
+        ({"attention": 3}, "attention must be one of auto, .*, not 3"),
+        ({"cfg": "x"}, "cfg must be a whole number of at least 1, not 'x'"),
+    ],
+)
+def test_a_wrong_argument_of_a_group_is_one_sentence(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        SequenceParallel.single(**{"device": "cpu"} | options)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("seconds", [0, float("nan"), "x", None, 1e9])
+def test_a_wrong_timeout_is_one_sentence(seconds: Any) -> None:
+    with pytest.raises(ConfigError, match=r"a timeout must be above 0 and at most 1e\+06 seconds, not "):
+        SequenceParallel.from_env(device="cpu", timeout_s=seconds)
 
 
 def test_unknown_strategies_are_refused() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from causalrope_sp import ConfigError
@@ -33,11 +35,12 @@ def test_every_rank_has_one_set_of_coordinates(ranks: int, cfg: int, chunk: int,
         ((4, 2, 1, 1), "cfg 2: expected a divisor of the 3 ranks that denoise"),
         ((4, 1, 3, 0), "chunk 3: expected a divisor of the 4 ranks that denoise"),
         ((2, 1, 1, 2), "decode: expected fewer than the 2 ranks, got 2 decode ranks"),
-        ((2, 0, 1, 0), "cfg 0"),
-        ((2, 1, 0, 0), "chunk 0"),
-        ((2, 1, 1, -1), "decode -1"),
+        ((2, 0, 1, 0), "cfg must be a whole number of at least 1, not 0"),
+        ((2, 1, 0, 0), "chunk must be a whole number of at least 1, not 0"),
+        ((2, 1, 1, -1), "decode must be a whole number of at least 0, not -1"),
+        ((2, "x", 1, 0), "cfg must be a whole number of at least 1, not 'x'"),
     ],
 )
-def test_a_mesh_that_cannot_be_is_refused(mesh: tuple[int, int, int, int], message: str) -> None:
+def test_a_mesh_that_cannot_be_is_refused(mesh: tuple[Any, ...], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Mesh(*mesh)

@@ -47,6 +47,27 @@ def test_what_fits_is_taken_as_it_is(tmp_path: Path) -> None:
     assert np.array_equal(read_picture(frame, 64, 48), frame)
 
 
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_float_frames_are_the_uint8_frames(dtype: type[np.floating[Any]]) -> None:
+    frame = np.arange(256 * 3, dtype=np.int64).reshape(16, 16, 3).astype(np.uint8)
+    scaled = (frame / 255).astype(dtype)
+    assert np.array_equal(read_picture(scaled, 16, 16), frame)
+    assert all(np.array_equal(read, frame) for read in read_video(np.stack([scaled] * 2), 16, 16, 16))
+
+
+@pytest.mark.parametrize("size", [(16, 24), (30, 70), (640, 480)])
+def test_pil_images_are_read_as_their_files(tmp_path: Path, size: tuple[int, int]) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise
+    Image.fromarray(picture(*size)).save(tmp_path / "a.png", exif=exif)
+    Image.fromarray(picture(*size)).convert("RGBA").save(tmp_path / "b.png")
+    Image.fromarray(picture(*size)).convert("L").save(tmp_path / "c.png")
+    images = [Image.open(tmp_path / f"{name}.png") for name in "abc"]
+    expected = [read_picture(tmp_path / f"{name}.png", 24, 16) for name in "abc"]
+    assert np.array_equal([read_picture(image, 24, 16) for image in images], expected)
+    assert np.array_equal(list(read_video(images, 24, 16, 16)), expected)
+
+
 def test_a_fine_pattern_becomes_grey() -> None:
     """Without a filter it would alias to black and white."""
     stripes = np.zeros((256, 256, 3), np.uint8)
@@ -99,13 +120,21 @@ NOT_FRAMES: Any = [[1, 2]]
         (lambda folder: read_picture(folder / "text.png", 8, 8), "text.png: not a picture of a known kind"),
         (lambda folder: read_picture(folder / "none.png", 8, 8), "none.png: No such file"),
         (lambda folder: read_picture(folder / "cut.png", 8, 8), r"cannot read .*cut.png"),
-        (lambda folder: read_picture(np.zeros((8, 8)), 8, 8), r"a frame must be uint8 .* not float64 \(8, 8\)"),
+        (
+            lambda folder: read_picture(np.zeros((8, 8)), 8, 8),
+            r"a frame must be a PIL image or .* not float64 \(8, 8\)",
+        ),
         (lambda folder: read_picture(np.zeros((0, 8, 3), np.uint8), 8, 8), "a frame of 0×8 pixels is empty"),
+        (lambda folder: read_picture(np.full((8, 8, 3), 1.5), 8, 8), r"float64 must have numbers in \[0, 1\], not 1.5"),
+        (lambda folder: read_picture(np.full((8, 8, 3), np.nan), 8, 8), r"must have numbers in \[0, 1\], not nan"),
+        (lambda folder: list(read_video([np.full((8, 8, 3), -0.1)], 8, 8, 16)), r"must have numbers .* not -0.1"),
+        (lambda folder: read_picture(Image.open(folder / "cut.png"), 8, 8), "cannot read a PIL image: "),
+        (lambda folder: read_picture(Image.new("RGB", (210, 10)), 8, 8), "210×10 pixels; expected sides of at most 20"),
         (lambda folder: list(read_video(folder / "none.mp4", 8, 8, 16)), "none.mp4: No such file"),
         (lambda folder: list(read_video(folder / "text.png", 8, 8, 16)), r"cannot read .*text.png"),
         (lambda folder: list(read_video(folder, 8, 8, 16)), "cannot read"),
         (lambda folder: list(read_video(folder / "text.webp", 8, 8, 16)), r"cannot read .*text.webp"),
-        (lambda folder: list(read_video(NOT_FRAMES, 8, 8, 16)), "a frame must be uint8 .* not list"),
+        (lambda folder: list(read_video(NOT_FRAMES, 8, 8, 16)), "a frame must be a PIL image or .* not list"),
     ],
 )
 def test_what_cannot_be_read_is_one_line(tmp_path: Path, read: Callable[[Path], object], says: str) -> None:

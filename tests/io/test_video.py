@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageSequence
 
-from causalrope_sp.errors import OutputError
+from causalrope_sp.errors import ConfigError, OutputError
 from causalrope_sp.io.video_writer import VideoWriter, check_output
 
 HEIGHT, WIDTH, FPS = 64, 96, 16.0
@@ -232,7 +232,6 @@ def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
         ("x" * 300 + ".mp4", 64, 64, "too long"),
         ("a.mp4", 63, 64, "height 63 is odd"),
         ("a.mp4", 64, 63, "width 63 is odd"),
-        ("a.gif", 0, 64, "height 0"),
         ("a.webp", 64, 17000, "width 17000"),
     ],
 )
@@ -307,10 +306,22 @@ def test_a_closed_writer_takes_nothing_more(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["a.gif"]
 
 
-@pytest.mark.parametrize("fps", [0.0, -1.0, float("nan")])
-def test_a_rate_must_be_positive(tmp_path: Path, fps: float) -> None:
-    with pytest.raises(OutputError, match="frames a second"):
-        VideoWriter(tmp_path / "a.mp4", HEIGHT, WIDTH, fps)
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"fps": 0.0}, "fps must be a finite number above 0, not 0.0"),
+        ({"fps": -1.0}, "fps must be a finite number above 0, not -1.0"),
+        ({"fps": float("nan")}, "fps must be a finite number above 0, not nan"),
+        ({"fps": "16"}, "fps must be a finite number above 0, not '16'"),
+        ({"height": 64.0}, "height must be a whole number of at least 1, not 64.0"),
+        ({"height": 0}, "height must be a whole number of at least 1, not 0"),
+        ({"width": None}, "width must be a whole number of at least 1, not None"),
+    ],
+)
+def test_a_wrong_argument_of_the_writer_is_one_sentence(tmp_path: Path, wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        VideoWriter(tmp_path / "a.mp4", **{"height": HEIGHT, "width": WIDTH, "fps": FPS} | wrong)
+    assert not os.listdir(tmp_path)
 
 
 def test_a_pipe_takes_fragments_as_they_come(tmp_path: Path) -> None:

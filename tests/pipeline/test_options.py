@@ -41,6 +41,11 @@ def pipe() -> CausalVideoPipeline:
             {"prompt": "a", "seed": -1},
             "seed must be a whole number of at least 0 and at most .*, not -1",
         ),
+        ({"prompt": "a", "seed": None}, "seed must be a whole number of at least 0 and at most .*, not None"),
+        ({"prompt": "a", "num_frames": None}, "num_frames must be a whole number of at least 1, not None"),
+        ({"prompt": "a", "image": 5}, "image must be a file, a PIL image or an array, not 5"),
+        ({"prompt": "a", "video": 5}, "video must be a file, or PIL images or arrays, not 5"),
+        ({"prompt": "a", "reuse": 5}, "reuse must be a policy, a preset's name or a file, not 5"),
         ({"prompt": "a", "height": -64}, "height must be a whole number of at least 1, not -64"),
         ({"prompt": "a", "num_inference_steps": 0}, "num_inference_steps must be a whole number .*, not 0"),
         ({"prompt": "a", "num_inference_steps": [1, "x"]}, "num_inference_steps must be a finite number, not 'x'"),
@@ -77,6 +82,10 @@ def test_a_wrong_value_of_a_call_is_one_sentence(options: dict[str, Any], messag
         ({"codec_weights": ""}, "codec_weights must be a path, not ''"),
         ({"rope": "sideways"}, "rope must be one of absolute, relative, not 'sideways'"),
         ({"weights": "int4"}, "weights must be one of full, fp8, not 'int4'"),
+        ({"decode": "x"}, "decode must be one of inline, overlap, spatial, not 'x'"),
+        ({"decode": None}, "decode must be one of inline, overlap, spatial, not None"),
+        ({"offload": 5}, "offload takes text, codec, none, not 5"),
+        ({"offload": [5]}, r"offload takes text, codec, none, not \[5\]"),
         ({"preflight": 1}, "preflight must be True or False, not 1"),
         ({"steps": 4}, "there is no option steps; there are: base, preset, .*num_inference_steps"),
     ],
@@ -109,6 +118,17 @@ def test_every_type_of_output_holds_the_same_frames(pipe: CausalVideoPipeline) -
     assert torch.equal(as_pt.movedim(2, -1), torch.from_numpy(as_np))
     assert isinstance(as_pil[0][0], Image)
     assert (np.stack([np.asarray(picture) for picture in as_pil[0]]) == frames).all()
+
+
+def test_what_a_pipeline_returns_it_also_takes(pipe: CausalVideoPipeline) -> None:
+    """As "np" and "pil" it is the conditioning that the uint8 frames are."""
+    frames = video_of(pipe, PROMPT, num_frames=9, seed=3)
+    expected = video_of(pipe, PROMPT, num_frames=5, seed=3, video=frames)
+    first = video_of(pipe, PROMPT, num_frames=5, seed=3, image=frames[0])
+    for kind in ("np", "pil"):
+        returned = pipe(PROMPT, num_frames=9, seed=3, output_type=kind).frames[0]
+        assert (video_of(pipe, PROMPT, num_frames=5, seed=3, video=returned) == expected).all()
+        assert (video_of(pipe, PROMPT, num_frames=5, seed=3, image=returned[0]) == first).all()
 
 
 def test_latents_are_those_that_the_codec_decodes(pipe: CausalVideoPipeline) -> None:
