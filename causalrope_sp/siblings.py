@@ -25,12 +25,16 @@ class Siblings:
         self._expected = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1
         self._seen: dict[str, tuple[int, str]] = {}  # rank -> process id, and when it was started
         self._stopped_since: dict[str, float] = {}
+        self._excused: set[str] = set()
 
     def lost(self) -> tuple[int, str] | None:
-        """A rank that is gone, or has been stopped for `STOPPED_S`, and a sentence that says so; None if all go on."""
+        """A rank that is gone, or has been stopped for `STOPPED_S`, and a sentence that says so; None if all
+        go on. Ranks that are excused are left out."""
         if len(self._seen) < self._expected:
             self._look()
-        for rank, (pid, born) in self._seen.items():
+        for rank, (pid, born) in list(self._seen.items()):  # several threads ask
+            if rank in self._excused:
+                continue
             state = _state(pid, born)
             if state is None or state in "ZX":
                 return int(rank), f"rank {rank} is gone: its process {pid} has ended"
@@ -39,6 +43,10 @@ class Siblings:
             elif time.monotonic() - self._stopped_since.setdefault(rank, time.monotonic()) > STOPPED_S:
                 return int(rank), f"rank {rank} is stopped: its process {pid} has stood still for {STOPPED_S:g} s"
         return None
+
+    def excuse(self, rank: int) -> None:
+        """Tells that a rank has done its work: it may end."""
+        self._excused.add(str(rank))
 
     def end(self, rank: int) -> None:
         """Ends a rank's process, which a launcher would wait for as long as it is stopped."""

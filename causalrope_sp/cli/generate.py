@@ -13,7 +13,7 @@ import click
 from causalrope_sp.cli.generate_options import CALL, LOADING, RANKS, with_options
 from causalrope_sp.cli.options import parse_steps
 from causalrope_sp.cli.preview import StepReporter, check_parallel_chunks
-from causalrope_sp.cli.runtime import Background, rank, ranks, set_up_logging, shares_rank_0_disk
+from causalrope_sp.cli.runtime import Background, Terminated, rank, ranks, set_up_logging, shares_rank_0_disk
 from causalrope_sp.errors import CausalRopeError, ConfigError, RankLostError
 from causalrope_sp.io.video_writer import VideoWriter, check_output
 from causalrope_sp.pipeline.offload import Offload
@@ -189,10 +189,11 @@ def _print_summary(summary: dict[str, Any], out: str, as_json: bool) -> None:
 
 @contextlib.contextmanager
 def _name_lost_rank(siblings: Siblings) -> Iterator[None]:
-    """Names the rank for which a launcher ends all others with SIGTERM."""
+    """Names the rank for which a launcher ends all others with SIGTERM. After Ctrl-C every rank ends by itself, in any
+    order, and none is lost."""
     try:
         yield
-    except KeyboardInterrupt:
+    except Terminated:
         if (lost := siblings.lost()) is not None:
             raise RankLostError(lost[1]) from None
         raise
@@ -203,7 +204,10 @@ def _report_kept_frames(video: VideoWriter, frames: int) -> Iterator[None]:
     """Prints how many frames the file has if the body is interrupted or fails."""
     try:
         yield
-    except CausalRopeError:
+    except CausalRopeError as error:
+        partial = video.partial
+        if partial is not None and video.frames and partial not in str(error):
+            click.echo(f"stopped: {video.frames} of {frames} frames are in {partial}", err=True)
         raise
     except (KeyboardInterrupt, Exception):
         kept = f"{video.frames} of {frames} frames are in {video.path}" if video.frames else "no frame was made yet"

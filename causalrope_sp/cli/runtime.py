@@ -23,6 +23,10 @@ _RANK_0_PRINTS_WITHIN_S = 10.0
 AHEAD = 3  # items that may be ready and not yet taken, the one in progress not counted
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM ended the command. A launcher sends it to all ranks as soon as one of them has failed."""
+
+
 class CommandLine(click.Group):
     """A group of commands whose errors become one line on stderr and an exit status."""
 
@@ -159,14 +163,15 @@ class Background(Generic[T]):
 
 @contextlib.contextmanager
 def _signals_interrupt() -> Iterator[None]:
-    """Turns SIGTERM, as SIGINT, into KeyboardInterrupt, and ignores further signals: torchrun forwards the Ctrl-C that
-    the terminal has already sent, and the second signal must not interrupt the completion of the file."""
+    """Turns SIGINT into KeyboardInterrupt and SIGTERM into `Terminated`, and ignores further signals: torchrun forwards
+    the Ctrl-C that the terminal has already sent, and the second signal must not interrupt the completion of the file.
+    """
     signals = (signal.SIGINT, signal.SIGTERM)
 
-    def interrupt(*_: object) -> None:
+    def interrupt(received: int, _: object) -> None:
         for number in signals:
             signal.signal(number, signal.SIG_IGN)
-        raise KeyboardInterrupt
+        raise Terminated if received == signal.SIGTERM else KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():
         yield

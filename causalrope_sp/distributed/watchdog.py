@@ -61,7 +61,7 @@ class Watchdog:
         self._store, self._rank, self._ranks = store, rank, ranks
         self._begun, self._peers, self._on_loss = begun, peers, on_loss
         self._silence_s, self._stall_s = silence_s, stall_s
-        self._siblings, self._done = siblings, set[int]()
+        self._siblings = siblings
         self._stopping = threading.Event()
         self._beat = 0
         self._signal()
@@ -128,18 +128,17 @@ class Watchdog:
 
         A stopped rank is ended, since its launcher would wait for it.
         """
-        lost = None if self._siblings is None else self._siblings.lost()
-        if lost is None or self._siblings is None:
-            return None
-        rank, reason = lost
-        try:
-            done = rank in self._done or self._read(rank) == _DONE
-        except Exception:  # the store has gone with the rank
-            done = False
-        if done:
-            return None
-        self._siblings.end(rank)
-        return reason
+        while self._siblings is not None and (lost := self._siblings.lost()) is not None:
+            rank, reason = lost
+            try:
+                done = self._read(rank) == _DONE
+            except Exception:  # the store has gone with the rank
+                done = False
+            if not done:
+                self._siblings.end(rank)
+                return reason
+            self._siblings.excuse(rank)
+        return None
 
     def _find_lost_rank(self, signs: list[tuple[str, float]], counts: list[tuple[int, float]]) -> str | None:
         """A line that names a silent rank, or the furthest behind of the ranks that hold up this one, or None.
@@ -150,8 +149,8 @@ class Watchdog:
         now, own_count, stuck = time.monotonic(), self._begun(), dict[int, int]()
         for rank in range(self._ranks):
             sign = self._read(rank)
-            if sign == _DONE:
-                self._done.add(rank)
+            if sign == _DONE and self._siblings is not None:
+                self._siblings.excuse(rank)
             if rank == self._rank or sign == _DONE:
                 continue
             if sign != signs[rank][0]:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from causalrope_sp.errors import ConfigError
 from causalrope_sp.text import load_embeds
 from tests.support import text_files as files
 from tests.support.shell import MODEL, PROMPT, StartEndless, frames_in, pictures, run, shell
@@ -102,6 +103,23 @@ def test_a_fault_is_told_with_its_reason_and_keeps_the_frames_so_far(
     assert "Traceback" in result.output
     assert result.output.endswith("error on rank 0: RuntimeError: boom\n")
     assert frames_in(tmp_path / "a.mp4") == 9
+
+
+def test_wrong_input_midway_says_where_the_frames_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from causalrope_sp.pipeline.pipeline import CausalVideoPipeline
+
+    whole = CausalVideoPipeline.stream
+
+    def refuses(self: CausalVideoPipeline, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        yield next(iter(whole(self, *args, **kwargs)))
+        raise ConfigError("no more of this")
+
+    monkeypatch.setattr(CausalVideoPipeline, "stream", refuses)
+    result = shell("generate", PROMPT, "--model", MODEL, "--frames", 20, "--out", tmp_path / "a.mp4")
+    partial = tmp_path / "a.partial.mp4"
+    assert (result.exit_code, os.listdir(tmp_path)) == (2, ["a.partial.mp4"])
+    assert result.output.endswith(f"stopped: 9 of 20 frames are in {partial}\nerror: no more of this\n")
+    assert frames_in(partial) == 9
 
 
 def test_umt5_encodes_from_the_shell(tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ import json
 import os
 import re
 import signal
+import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,6 +17,7 @@ import numpy as np
 import pytest
 
 from causalrope_sp.distributed import strategies
+from tests.support.paths import ROOT
 from tests.support.shell import MODEL, PROMPT, StartEndless, frames_in, pictures, run, shell
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -115,9 +118,35 @@ def test_a_rank_that_is_stopped_is_named_and_ends_the_other(tmp_path: Path, star
 def test_an_interrupted_torchrun_keeps_the_frames_so_far(tmp_path: Path, start_endless: StartEndless) -> None:
     process = start_endless(tmp_path / "a.mp4", TORCHRUN)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does it: the launcher and every rank
-    process.communicate(timeout=30)
-    assert frames_in(tmp_path / "a.mp4") > 0
+    _, errors = process.communicate(timeout=30)
+    frames = frames_in(tmp_path / "a.mp4")
+    assert frames > 0
+    assert f"stopped: {frames} of 100000 frames are in {tmp_path}/a.mp4\n" in errors
+    assert "is gone" not in errors
     assert os.listdir(tmp_path) == ["a.mp4"]
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="rank 0 sees the end of rank 1 in /proc")
+def test_an_interrupted_rank_0_ends_with_130_though_rank_1_ended_first(
+    tmp_path: Path, start_endless: StartEndless
+) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = ["MASTER_ADDR=127.0.0.1", f"MASTER_PORT={port}", "WORLD_SIZE=2", "LOCAL_WORLD_SIZE=2"]
+    commands = [["env", *shared, f"RANK={rank}", f"LOCAL_RANK={rank}", sys.executable] for rank in (0, 1)]
+    out = tmp_path / "a.mp4"
+    words = ["-m", "causalrope_sp", "generate", PROMPT, "--frames", "100000", "--window", "9", "--model", MODEL]
+    with subprocess.Popen([*commands[1], *words, "--out", out], stderr=subprocess.PIPE, text=True, cwd=ROOT) as other:
+        try:
+            process = start_endless(out, commands[0])
+            for each in (other, process):
+                each.send_signal(signal.SIGINT)
+            assert (other.wait(timeout=30), other.communicate()[1]) == (130, "")
+            _, errors = process.communicate(timeout=30)
+        finally:
+            other.kill()
+    assert (process.returncode, errors) == (130, f"stopped: {frames_in(out)} of 100000 frames are in {out}\n")
 
 
 def ranks_of(launcher: int) -> dict[int, int]:

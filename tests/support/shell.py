@@ -41,7 +41,7 @@ def launch_endless(
     )
     started.append(process)
     deadline = time.monotonic() + 120
-    while not any(part.stat().st_size > 1000 for part in out.parent.glob("*.partial.*")):
+    while not any(part.stat().st_size > 1000 for part in out.parent.glob("*.partial*")):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.05)
