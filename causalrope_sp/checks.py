@@ -36,23 +36,26 @@ def check_whole(name: str, value: object, least: int = 1, most: int | None = Non
     return whole
 
 
-def check_fields(owner: object, names: Iterable[str], least: int = 1) -> None:
+def check_fields(owner: object, names: Iterable[str], least: int = 1, most: int | None = None) -> None:
     """Checks fields of a frozen dataclass with `check_whole` and replaces them by the ints it returns.
 
     Args:
         owner: the dataclass.
         names: of the fields.
         least: the smallest value that is accepted.
+        most: the largest value that is accepted; None for no limit.
 
     Raises:
-        ConfigError: a field is not a whole number of at least `least`.
+        ConfigError: a field is not a whole number from `least` to `most`.
     """
     for name in names:
-        whole = check_whole(f"{type(owner).__name__}.{name}", getattr(owner, name), least)
+        whole = check_whole(f"{type(owner).__name__}.{name}", getattr(owner, name), least, most)
         object.__setattr__(owner, name, whole)
 
 
-def check_number(name: str, value: object, *, above: float = -math.inf, least: float = -math.inf) -> float:
+def check_number(
+    name: str, value: object, *, above: float = -math.inf, least: float = -math.inf, most: float = math.inf
+) -> float:
     """Checks a number and returns it as a finite float.
 
     Args:
@@ -60,9 +63,10 @@ def check_number(name: str, value: object, *, above: float = -math.inf, least: f
         value: the argument.
         above: a lower bound that is not accepted itself.
         least: the smallest value that is accepted.
+        most: the largest value that is accepted.
 
     Raises:
-        ConfigError: `value` is not a finite number, not above `above`, or below `least`.
+        ConfigError: `value` is not a finite number, not above `above`, below `least`, or above `most`.
     """
     number = math.nan
     if not isinstance(value, bool | str | bytes):
@@ -70,9 +74,11 @@ def check_number(name: str, value: object, *, above: float = -math.inf, least: f
             number = float(value)  # type: ignore[arg-type]  # an error is the test
         except (TypeError, ValueError, OverflowError, RuntimeError):
             number = math.nan
-    if not (math.isfinite(number) and number > above and number >= least):
+    if not (math.isfinite(number) and number > above and least <= number <= most):
         limits = [f"above {above:g}" if above > -math.inf else "", f"at least {least:g}" if least > -math.inf else ""]
-        expected = " of ".join(["a finite number", *filter(None, limits)]).replace("of above", "above")
+        limits.append(f"at most {most:g}" if most < math.inf else "")
+        expected = " of ".join(["a finite number", " and ".join(filter(None, limits))]).removesuffix(" of ")
+        expected = expected.replace("of above", "above")
         raise ConfigError(f"{name} must be {expected}, not {shown(value)}")
     return number
 

@@ -78,6 +78,9 @@ PRESETS = {
 }
 
 
+LONGEST_WINDOW = 2**31 - 1  # latent frames; a thousand years of video
+
+
 @dataclass(frozen=True)
 class StreamConfig:
     """How a video is cut into chunks and how far back attention looks. Lengths are in latent frames.
@@ -103,13 +106,13 @@ class StreamConfig:
     rope: Literal["absolute", "relative"] = "absolute"
 
     def __post_init__(self) -> None:
-        check_fields(self, ["chunk_frames"])
+        check_fields(self, ["chunk_frames"], most=LONGEST_WINDOW)
         if self.rope not in ("absolute", "relative"):
             raise ConfigError(f"rope must be absolute or relative, not {self.rope!r}")
-        check_fields(self, ["sink"], least=0)
+        check_fields(self, ["sink"], least=0, most=LONGEST_WINDOW)
         if self.window is None:
             return
-        check_fields(self, ["window"])
+        check_fields(self, ["window"], most=LONGEST_WINDOW)
         if self.window < self.chunk_frames + self.sink:
             raise ConfigError(
                 f"window {self.window} is smaller than chunk + sink = {self.chunk_frames} + {self.sink} latent frames"

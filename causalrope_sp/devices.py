@@ -26,6 +26,8 @@ def send(x: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> T
 def check_device(value: object) -> torch.device:
     """Returns `value` as a device. Raises ConfigError unless it names a device of this machine."""
     device = _known_device(value)
+    if device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
+        raise ConfigError(f"device must be cpu, cuda or cuda:NUMBER, not {shown(value)}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
             f"device must be one of this machine, which has {torch.cuda.device_count()} GPUs, not {value}"

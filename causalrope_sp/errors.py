@@ -39,7 +39,7 @@ def first_line(error: BaseException) -> str:
 LONGEST_SHOWN = 160  # characters of a text from outside that a message shows
 
 
-def shown(name: object) -> str:
+def printable(name: object) -> str:
     """Returns a text from outside as one printable line of at most `LONGEST_SHOWN` characters, longer if escaped."""
     text = str(name)
     text = text if len(text) <= LONGEST_SHOWN else text[:LONGEST_SHOWN] + "…"

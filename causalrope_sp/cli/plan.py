@@ -11,7 +11,7 @@ import click
 
 from causalrope_sp.cli.numbers import FLOAT, INTEGER, IntRange
 from causalrope_sp.cli.options import complete_model
-from causalrope_sp.errors import ConfigError, shown
+from causalrope_sp.errors import ConfigError, printable
 from causalrope_sp.io.json_files import read_object
 
 if TYPE_CHECKING:
@@ -166,4 +166,4 @@ def describe_machine(gpu: str, link: str, measured: Path | None) -> Machine:
             raise ValueError("every rate must be a number above 0")
         return dataclasses.replace(rates, **{**found, "name": f"measured ({measured.name})"})
     except ValueError as reason:
-        raise ConfigError(f"cannot use the measured rates in {measured}: {shown(reason)}") from reason
+        raise ConfigError(f"cannot use the measured rates in {measured}: {printable(reason)}") from reason

@@ -77,9 +77,10 @@ def run(cli: click.Group) -> None:
     try:
         cli()
     except SystemExit as done:
-        with contextlib.suppress(OSError):
-            sys.stdout.flush()
-            sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                if stream is not None:  # closed by the caller
+                    stream.flush()
         if done.code:
             os._exit(done.code if isinstance(done.code, int) else 1)
 

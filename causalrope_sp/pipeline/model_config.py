@@ -9,7 +9,7 @@ from typing import Any, get_args
 from causalrope_sp.checks import check_number, check_whole
 from causalrope_sp.config import SamplerConfig, StreamConfig
 from causalrope_sp.diffusion.schedule import with_overrides
-from causalrope_sp.errors import CheckpointError, ConfigError, shown
+from causalrope_sp.errors import CheckpointError, ConfigError, printable
 from causalrope_sp.io.json_files import read_object
 from causalrope_sp.pipeline.generation_options import GenerationOptions
 from causalrope_sp.pipeline.load_options import LoadOptions
@@ -59,7 +59,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("height", "width"):
             object.__setattr__(self, name, check_whole(name, getattr(self, name)))
-        object.__setattr__(self, "fps", check_number("fps", self.fps, above=0))
+        object.__setattr__(self, "fps", check_number("fps", self.fps, least=1, most=1000))
         if not isinstance(self.text, TextSource) and self.text not in TEXT_ENCODERS:
             raise ConfigError(
                 f"unknown text encoder {self.text!r}; this version has: {', '.join(TEXT_ENCODERS)}; a path to UMT5 has "
@@ -161,7 +161,7 @@ def read_fields(path: Path) -> dict[str, Any]:
             resolved["text"] = TextSource.from_json(fields["text"], path.parent)
         return {**fields, **resolved}
     except (OSError, ValueError, TypeError) as reason:
-        raise CheckpointError(f"{path} is not a model's {PIPELINE_FILE}: {shown(reason)}") from reason
+        raise CheckpointError(f"{path} is not a model's {PIPELINE_FILE}: {printable(reason)}") from reason
 
 
 def embedded_config(name: str) -> ModelConfig:

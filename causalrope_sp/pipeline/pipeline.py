@@ -152,10 +152,11 @@ class CausalVideoPipeline:
             request.override(prompt=text, seed=seed + number, generator=None)
             for number, text in enumerate(request.prompts)
         ]
+        generations = [Generation(self, one, self._streams) for one in requests]  # wrong input of any of them raises
         if request.output_type == "latent":
-            latents = [Generation(self, one, self._streams).latents() for one in requests]
+            latents = [one.latents() for one in generations]
             return CausalVideoPipelineOutput(None if self.parallel.rank else torch.cat(latents).transpose(1, 2))
-        videos = [self._collect(Generation(self, one, self._streams).stream(), one) for one in requests]
+        videos = [self._collect(made.stream(), one) for made, one in zip(generations, requests, strict=True)]
         return CausalVideoPipelineOutput(None if self.parallel.rank else as_output(videos, request.output_type))
 
     def settings(self, request: GenerationOptions | None = None) -> StreamSettings:

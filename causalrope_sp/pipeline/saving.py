@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from causalrope_sp.codec.wan_vae import wan_vae_of
-from causalrope_sp.errors import ConfigError, OutputError
+from causalrope_sp.errors import ConfigError, OutputError, printable
 from causalrope_sp.pipeline.model_config import PIPELINE_FILE
+from causalrope_sp.pipeline.model_source import local_path
+from causalrope_sp.pipeline.option_checks import check_path
 from causalrope_sp.text import TextSource
 from causalrope_sp.weights import save_diffusers
 from causalrope_sp.weights.fp8 import is_fp8
@@ -27,15 +29,15 @@ def save_parts(parts: Parts, folder: str | os.PathLike[str]) -> None:
         folder: the folder to write; it is created if it does not exist.
 
     Raises:
-        ConfigError: the weights are fp8, which the diffusers layout does not have.
+        ConfigError: `folder` is no path, or the weights are fp8, which the diffusers layout does not have.
         OutputError: the folder cannot be written.
     """
     if is_fp8(parts.model):
         raise ConfigError("a model with fp8 weights cannot be saved; load it with weights='full'")
-    home = Path(folder)
-    if home.exists() and not home.is_dir():
-        raise OutputError(f"cannot write {home}: a file of that name is in the way")
+    home = local_path(check_path("folder", folder))
     try:
+        if home.exists() and not home.is_dir():
+            raise OutputError(f"cannot write {home}: a file of that name is in the way")
         home.mkdir(parents=True, exist_ok=True)
         save_diffusers(parts.model, home / "transformer")
         index: dict[str, Any] = {"transformer": ["diffusers", "WanTransformer3DModel"]}
@@ -45,7 +47,7 @@ def save_parts(parts: Parts, folder: str | os.PathLike[str]) -> None:
         _write(home / "model_index.json", {"_class_name": "WanPipeline", **index})
         _write(home / PIPELINE_FILE, _settings(parts, home, codec))
     except OSError as reason:
-        raise OutputError(f"cannot write {home}: {reason.strerror or reason}") from reason
+        raise OutputError(f"cannot write {printable(home)}: {reason.strerror or reason}") from reason
 
 
 def _save_scheduler(parts: Parts, home: Path) -> dict[str, Any]:

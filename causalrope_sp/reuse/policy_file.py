@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 from os import PathLike, fspath
+from os.path import isfile
 from pathlib import Path
 from typing import Any
 
-from causalrope_sp.errors import ConfigError, OutputError, shown
+from causalrope_sp.errors import ConfigError, OutputError, printable
 from causalrope_sp.io.json_files import read_object
 from causalrope_sp.reuse.policy import After, Broadcast, ReusePolicy, Rule
 from causalrope_sp.reuse.policy_presets import PRESETS
@@ -36,15 +37,15 @@ def find_policy(policy: ReusePolicy | str | PathLike[str]) -> ReusePolicy:
     name = fspath(policy).removeprefix(PREFIX)
     if name in PRESETS:
         return PRESETS[name]
-    if not Path(name).is_file():
-        raise ConfigError(f"no policy of reuse {name!r}: not a file, not one of {', '.join(PRESETS)}")
+    if not isfile(name):
+        raise ConfigError(f"no policy of reuse {printable(name)!r}: not a file, not one of {', '.join(PRESETS)}")
     try:
         fields = read_object(Path(name))
         if not isinstance(fields.get("rules"), list):
             raise ValueError('it must be an object with a list of "rules"')
         return ReusePolicy(tuple(_rule(rule) for rule in fields["rules"]))
     except (ValueError, TypeError, OverflowError) as reason:
-        raise ConfigError(f"{name} holds no policy of reuse: {shown(reason)}") from reason
+        raise ConfigError(f"{name} holds no policy of reuse: {printable(reason)}") from reason
 
 
 def write_policy(policy: ReusePolicy, path: Path, **notes: Any) -> None:

@@ -111,7 +111,8 @@ def share_embeds(
         The embeddings on every rank, (1, L, E).
 
     Raises:
-        ConfigError: on every rank, if the embeddings have another shape than the model takes.
+        ConfigError: on every rank, if the embeddings have another shape than the model takes, or are not finite
+            floating-point numbers.
     """
     shape = (1, config.text_len, config.text_dim)
 
@@ -119,6 +120,12 @@ def share_embeds(
         embeds = make()
         if embeds.shape != shape:
             raise ConfigError(f"text embeddings have shape {tuple(embeds.shape)}, the model takes {shape}")
+        if not embeds.is_floating_point() or embeds.layout != torch.strided or embeds.is_meta:
+            raise ConfigError(
+                f"text embeddings must be a dense floating-point tensor, not {embeds.dtype} {embeds.device}"
+            )
+        if not embeds.to(dtype).isfinite().all():
+            raise ConfigError(f"text embeddings must be finite in {str(dtype).removeprefix('torch.')}")
         return embeds
 
     return parallel.denoisers.from_first("text", made, shape, dtype, parallel.device)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from causalrope_sp.config import DiTConfig
-from causalrope_sp.errors import CheckpointError, shown
+from causalrope_sp.errors import CheckpointError, printable
 from causalrope_sp.models.causal_dit import CausalDiT
 from causalrope_sp.weights.checkpoint_report import CheckpointReport, most_common_dtype
 from causalrope_sp.weights.diffusers_keys import DIFFUSERS
@@ -88,7 +88,9 @@ def examine(path: Path, config: DiTConfig | None, part: str | None) -> Examined:
         parameters=sizes.total(),
         preset=guess_preset(path, files.files[0], found.wrapping, declared, config),
         missing=missing,
-        unexpected=sorted(shown(n) for n in (*(s for b, s in found.stored.items() if b not in expected), *found.rest)),
+        unexpected=sorted(
+            printable(n) for n in (*(s for b, s in found.stored.items() if b not in expected), *found.rest)
+        ),
         misshapen=misshapen,
     )
     stored = {
@@ -110,12 +112,12 @@ def _detect(files: WeightFiles, part: str | None) -> _Found:
         if part is not None and part not in (*files.parts, *prefix.split(".")):
             available = (*files.parts, *files.auxiliary, *(p for p in prefixes if p))
             raise CheckpointError(
-                f"{files.path}: has no part {shown(part)}; it has: {some(available) or 'one model alone'}"
+                f"{files.path}: has no part {printable(part)}; it has: {some(available) or 'one model alone'}"
             )
         stored, rest = without(prefix, names, prefixes)
         auxiliary = (*files.auxiliary, *(other for other in prefixes if other != prefix))
         example = next(name for name in stored.values() if f".{layout.marker}." in name)
-        why = f"its blocks have {layout.marker}: {shown(example)}"
+        why = f"its blocks have {layout.marker}: {printable(example)}"
         return _Found(
             layout, Wrapping(files.parts, prefix, wrapping_modules(files.tensors), auxiliary), why, stored, rest
         )
@@ -146,7 +148,7 @@ def _compare(
                 continue
             shape, dtype = tensors[name].shape, tensors[name].dtype
             if shape != expected:
-                misshapen.append(f"{name} is {shown(shape)}, expected {expected}")
+                misshapen.append(f"{name} is {printable(shape)}, expected {expected}")
             if not isinstance(dtype, torch.dtype) or dtype not in DTYPES.values():
                 raise CheckpointError(f"{path}: {name} is stored as {dtype}, not as float64, 32, 16 or bfloat16")
             sizes[dtype] += prod(shape)

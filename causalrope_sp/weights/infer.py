@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from causalrope_sp.config import DiTConfig
-from causalrope_sp.errors import CheckpointError, ConfigError, shown
+from causalrope_sp.errors import CheckpointError, ConfigError, printable
 from causalrope_sp.weights.key_layout import Layout
 from causalrope_sp.weights.tensor_files import Stored
 
@@ -89,7 +89,8 @@ def _declared_fields(declared: dict[str, Any], layout: Layout, where: Path) -> d
         numbers = value if several and isinstance(value, list) else [value]
         if isinstance(value, list) != several or not all(_is_number(number) for number in numbers):
             raise CheckpointError(
-                f"{where}: declares {word} as {shown(repr(value))}, not {'three numbers' if several else 'a number'}"
+                f"{where}: declares {word} as {printable(repr(value))}, not "
+                f"{'three numbers' if several else 'a number'}"
             )
         values[name] = tuple(value) if several else value
     head_dim = declared.get("attention_head_dim")

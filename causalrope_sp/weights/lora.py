@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from causalrope_sp.errors import CheckpointError, ConfigError, shown
+from causalrope_sp.errors import CheckpointError, ConfigError, printable
 from causalrope_sp.models.causal_dit import CausalDiT
 from causalrope_sp.weights.diffusers_keys import DIFFUSERS
 from causalrope_sp.weights.finite import all_finite
@@ -166,7 +166,7 @@ class LoraMerge:
             matching = (a for name, a in patterns.items() if change.module.endswith(name))
             alpha = next(matching, self.declared.get("lora_alpha", rank))
         if not isinstance(alpha, int | float) or not math.isfinite(alpha):
-            raise CheckpointError(f"{self.path}: declares alpha of {shown(change.module)} as {shown(alpha)}")
+            raise CheckpointError(f"{self.path}: declares alpha of {printable(change.module)} as {printable(alpha)}")
         return self.lora.weight * alpha / (math.sqrt(rank) if self.declared.get("use_rslora") else rank)
 
     def _declared(self) -> dict[str, Any]:
@@ -194,7 +194,9 @@ class LoraMerge:
             role = next(role for role, found in match.groupdict().items() if found and role != "module")
             change = changes.setdefault(match["module"], _Change(match["module"]))
             if role in change.keys:
-                raise CheckpointError(f"{self.path}: {shown(change.keys[role])} and {shown(name)} are the same twice")
+                raise CheckpointError(
+                    f"{self.path}: {printable(change.keys[role])} and {printable(name)} are the same twice"
+                )
             change.keys[role] = name
         return changes
 
@@ -209,7 +211,9 @@ class LoraMerge:
         pair = {"down", "up"} & roles
         lone_bias = "up_bias" in biases and len(pair) < 2  # its scale is that of the pair
         if len(pair) == 1 or lone_bias or (not roles and "diff_b" not in change.keys):
-            raise CheckpointError(f"{self.path}: {shown(change.module)} has only {some(change.keys)} of down and up")
+            raise CheckpointError(
+                f"{self.path}: {printable(change.module)} has only {some(change.keys)} of down and up"
+            )
         for target, present in ((weight, roles), (bias, biases)):
             if target is not None and present:
                 self._check_shapes(target, change)
@@ -234,10 +238,10 @@ class LoraMerge:
                 continue
             if not fits[role](shapes[role]):
                 raise CheckpointError(
-                    f"{self.path}: {shown(key)} is {shapes[role]}, which does not fit {target.shape} at rank {rank}"
+                    f"{self.path}: {printable(key)} is {shapes[role]}, which does not fit {target.shape} at rank {rank}"
                 )
             if role != "alpha" and self.files.tensors[key].dtype not in DTYPES.values():
-                raise CheckpointError(f"{self.path}: {shown(key)} is stored as {self.files.tensors[key].dtype}")
+                raise CheckpointError(f"{self.path}: {printable(key)} is stored as {self.files.tensors[key].dtype}")
 
 
 def _targets(model: CausalDiT) -> Iterator[tuple[str, _Target]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from itertools import islice
 
-from causalrope_sp.errors import shown
+from causalrope_sp.errors import printable
 
 SHOWN = 4  # keys that a message names, at most
 
@@ -13,7 +13,7 @@ SHOWN = 4  # keys that a message names, at most
 def some(keys: Collection[object]) -> str:
     """Returns the first `SHOWN` keys, separated by commas, and how many more there are."""
     rest = f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
-    return ", ".join(shown(key) for key in islice(keys, SHOWN)) + rest
+    return ", ".join(printable(key) for key in islice(keys, SHOWN)) + rest
 
 
 def problem(missing: Collection[str], unexpected: Collection[str], misshapen: Collection[str]) -> str | None:
@@ -34,4 +34,4 @@ def problem(missing: Collection[str], unexpected: Collection[str], misshapen: Co
 
 def one_line(error: Exception) -> str:
     """Returns the first sentence of another library's error; torch's messages are paragraphs."""
-    return shown((str(error).splitlines() or [type(error).__name__])[0].split(". ")[0])
+    return printable((str(error).splitlines() or [type(error).__name__])[0].split(". ")[0])

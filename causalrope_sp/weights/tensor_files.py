@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from causalrope_sp.errors import CheckpointError, shown
+from causalrope_sp.errors import CheckpointError, printable
 from causalrope_sp.io.json_files import parse_object, read_object
 from causalrope_sp.weights.messages import one_line, some
 from causalrope_sp.weights.torch_files import open_tensors
@@ -92,7 +92,7 @@ class WeightFiles:
         try:
             tensor: Tensor = home[name] if isinstance(home, dict) else home.get_tensor(name)
         except SafetensorError as error:
-            raise CheckpointError(f"{self.path}: {shown(name)} cannot be read ({one_line(error)})") from error
+            raise CheckpointError(f"{self.path}: {printable(name)} cannot be read ({one_line(error)})") from error
         return tensor
 
     def take(self, name: str) -> Tensor:
@@ -163,7 +163,7 @@ class WeightFiles:
 
     def _add(self, file: Path, name: str, stored: Stored) -> None:
         if name in self.tensors:
-            raise CheckpointError(f"{file}: {shown(name)} is in another file of {self.path} too")
+            raise CheckpointError(f"{file}: {printable(name)} is in another file of {self.path} too")
         self.tensors[name] = stored
 
 
@@ -205,7 +205,7 @@ def _shards(index: Path) -> Sequence[Path]:
     names = sorted({str(name) for name in weight_map.values()})
     for name in names:
         if not _lies_in(index.parent, name):
-            raise CheckpointError(f"{index}: names {shown(name)}, which is not a file in {index.parent}")
+            raise CheckpointError(f"{index}: names {printable(name)}, which is not a file in {index.parent}")
     return [index.parent / name for name in names]
 
 

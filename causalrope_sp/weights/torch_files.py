@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from causalrope_sp.errors import CheckpointError, shown
+from causalrope_sp.errors import CheckpointError, printable
 from causalrope_sp.weights.messages import one_line
 from causalrope_sp.weights.wrappings import Nested, innermost
 
@@ -57,7 +57,7 @@ def _is_sound_archive(file: Path) -> bool:
     except Exception as error:  # zipfile raises errors of many kinds for a broken archive
         raise CheckpointError(f"{file}: truncated or not a torch file ({one_line(error)})") from error
     if packed:
-        raise CheckpointError(f"{file}: its record {shown(packed[0])} is compressed, which torch.save never does")
+        raise CheckpointError(f"{file}: its record {printable(packed[0])} is compressed, which torch.save never does")
     if size > file.stat().st_size:
         raise CheckpointError(f"{file}: declares records that are larger than the file")
     return True
@@ -72,7 +72,7 @@ def _load_tensors_only(file: Path, mapped: bool) -> Any:
         named = re.search(r"GLOBAL (\S+)", str(error))
         if named:
             raise CheckpointError(
-                f"{file}: refused, because it holds Python objects ({shown(named[1])}) and loading those can run code; "
+                f"{file}: refused, because it holds Python objects ({printable(named[1])}), whose loading can run code; "
                 "save the tensors alone"
             ) from error
         raise CheckpointError(f"{file}: not a torch file of tensors alone") from error
@@ -83,6 +83,6 @@ def _load_tensors_only(file: Path, mapped: bool) -> Any:
 def _check_tensor(file: Path, name: str, value: Any) -> None:
     """Raises CheckpointError if a value is not a dense tensor on the CPU."""
     if not isinstance(value, Tensor):
-        raise CheckpointError(f"{file}: {shown(name)} is a {type(value).__name__}, not a tensor")
+        raise CheckpointError(f"{file}: {printable(name)} is a {type(value).__name__}, not a tensor")
     if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized or value.is_nested:
-        raise CheckpointError(f"{file}: {shown(name)} is no plain tensor of numbers")
+        raise CheckpointError(f"{file}: {printable(name)} is no plain tensor of numbers")

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from causalrope_sp.errors import CheckpointError, shown
+from causalrope_sp.errors import CheckpointError, printable
 from causalrope_sp.weights.messages import some
 
 # Training scripts save the averaged and the raw weights; the averaged ones are meant for use.
@@ -40,8 +40,8 @@ class Wrapping:
     auxiliary: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        found = [f"under {' > '.join(map(shown, self.parts))}"] if self.parts else []
-        found += [f"prefix {shown(self.prefix)}"] if self.prefix else []
+        found = [f"under {' > '.join(map(printable, self.parts))}"] if self.parts else []
+        found += [f"prefix {printable(self.prefix)}"] if self.prefix else []
         found += [f"within names {', '.join(self.modules)}"] if self.modules else []
         found += [f"unused parts {some(self.auxiliary)}"] if self.auxiliary else []
         return "; ".join(found) or "none"
@@ -103,7 +103,7 @@ def bare_names(names: Iterable[str], where: object) -> dict[str, str]:
     for name in names:
         short = ".".join(word for word in name.split(".") if word not in WRAPPERS)
         if short in bare:
-            raise CheckpointError(f"{where}: {shown(bare[short])} and {shown(name)} are the same tensor twice")
+            raise CheckpointError(f"{where}: {printable(bare[short])} and {printable(name)} are the same tensor twice")
         bare[short] = name
     return bare
 

@@ -162,9 +162,10 @@ def test_a_lone_transformer_of_another_vae_has_no_plan(monkeypatch: pytest.Monke
     from dataclasses import replace
 
     from causalrope_sp.pipeline import planned_model
+    from causalrope_sp.weights import inspect_checkpoint
 
     file = WEIGHTS / "toybox.safetensors"
-    report = planned_model.inspect_checkpoint(file)
+    report = inspect_checkpoint(file)
     other = replace(report, config=replace(report.config, in_channels=48))
     monkeypatch.setattr(planned_model, "inspect_checkpoint", lambda path: other)
     with pytest.raises(ConfigError, match=r"latents of Wan 2\.2's VAE"):
