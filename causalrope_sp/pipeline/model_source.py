@@ -264,8 +264,8 @@ def _with_preset(
 def _assumptions(preset: Preset, kept: dict[str, Any], options: LoadOptions, shift: float | None) -> list[str]:
     """One sentence about the settings of a model without a preset that nothing says; none if there are no such."""
     said = {
-        "window": "stream" in kept or options.window is not None or preset.stream.window is not None,
-        "chunk_frames": "stream" in kept or options.chunk_frames is not None or preset.stream != UNKNOWN.stream,
+        "window": "stream" in kept or options.window is not None or "window" in preset.declared,
+        "chunk_frames": "stream" in kept or options.chunk_frames is not None or "chunk_frames" in preset.declared,
         "num_inference_steps": "sampler" in kept or options.num_inference_steps is not None,
         "shift": "sampler" in kept or options.shift is not None or shift is not None,
     }

@@ -35,6 +35,7 @@ class Preset:
         size: the name in `config.PRESETS` of the DiT that it was published for; None if of none.
         source: where the values come from.
         evidence: why it was chosen for a checkpoint, and what was overridden.
+        declared: the fields of `StreamConfig` that the checkpoint's config.json says.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Preset:
     size: str | None
     source: str
     evidence: tuple[str, ...] = ()
+    declared: tuple[str, ...] = ()
 
     def override(self, **changes: Any) -> Preset:
         """Returns the preset with fields of `StreamConfig` and `SamplerConfig` changed.
@@ -173,12 +175,13 @@ def guess_preset(path: Path, file: Path, wrapping: Wrapping, declared: Mapping[s
     name, reason = next(_signs(path, file, wrapping, declared), ("none", "nothing in its path or files names a preset"))
     preset, evidence = FAMILY.get(name, UNKNOWN), [reason]
     values = {ours: declared[theirs] for theirs, ours in _DECLARED if _counts(declared.get(theirs))}
+    known = tuple({ours: None for theirs, ours in _DECLARED if theirs in declared})
     if values:
         evidence.append(f"config.json says {', '.join(f'{ours} {value}' for ours, value in values.items())}")
     if preset.size is not None and config != SIZES[preset.size]:
         evidence.append(f"its DiT is not a {preset.size}, which the preset is for")
     try:
-        return replace(preset, stream=replace(preset.stream, **values), evidence=tuple(evidence))
+        return replace(preset, stream=replace(preset.stream, **values), evidence=tuple(evidence), declared=known)
     except ConfigError as error:
         return replace(preset, evidence=(*evidence, f"not taken over: {error}"))
 

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from causalrope_sp import CausalVideoPipeline, CheckpointError, ConfigError
+from causalrope_sp.codec.codec_footprint import codec_footprint
 from causalrope_sp.pipeline import loading
 from causalrope_sp.pipeline.load_options import LoadOptions
 from causalrope_sp.pipeline.model_config import ModelConfig
 from causalrope_sp.pipeline.model_source import find_model, is_hub_name
+from causalrope_sp.pipeline.offload import Offload
 from causalrope_sp.pipeline.planned_model import PlannedModel
 from causalrope_sp.toybox import WEIGHTS
+from causalrope_sp.weights import inspect_checkpoint
 from tests.pipeline.test_published_folders import wan_pipeline
 
 
@@ -81,6 +85,9 @@ def test_settings_that_are_assumed_are_a_warning(folder: Path, caplog: pytest.Lo
     assert "window, chunk_frames, num_inference_steps are assumed" in line
     assert "set preset= or each of them" in line
     assert warnings(preset="self-forcing") == []
+    change(folder / "transformer" / "config.json", local_attn_size=-1)
+    (line,) = warnings()
+    assert ": chunk_frames, num_inference_steps are assumed" in line
     assert warnings(window=6, chunk_frames=3, num_inference_steps=(1000, 500)) == []
 
 
@@ -113,7 +120,10 @@ def test_size_and_rate_are_those_of_the_vaes_stride(folder: Path) -> None:
     AutoencoderKLWan(base_dim=8, num_res_blocks=1, is_residual=True, **wan_2_2, **means).save_pretrained(folder / "vae")
     assert (found(folder).height, found(folder).width, found(folder).fps) == (704, 1280, 24)
     planned = PlannedModel.open(str(folder)).override(window=21)
-    assert planned.workload().grid.latent_height == 704 // 16
+    work = planned.workload()
+    assert (work.grid.latent_height, work.grid.latent_width) == (704 // 16, 1280 // 16)
+    footprint = codec_footprint(folder / "vae", None, 704, 1280, work.chunk_frames)
+    assert planned.auxiliary(work, Offload(), on_cpu=True).codec_state == footprint.state
 
 
 def test_a_plan_says_why_a_whole_model_does_not_open(folder: Path) -> None:
@@ -159,14 +169,9 @@ def test_ranks_search_in_as_many_steps_wherever_a_folder_is(
 
 
 def test_a_lone_transformer_of_another_vae_has_no_plan(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dataclasses import replace
-
-    from causalrope_sp.pipeline import planned_model
-    from causalrope_sp.weights import inspect_checkpoint
-
     file = WEIGHTS / "toybox.safetensors"
     report = inspect_checkpoint(file)
     other = replace(report, config=replace(report.config, in_channels=48))
-    monkeypatch.setattr(planned_model, "inspect_checkpoint", lambda path: other)
+    monkeypatch.setattr("causalrope_sp.pipeline.planned_model.inspect_checkpoint", lambda path: other)
     with pytest.raises(ConfigError, match=r"latents of Wan 2\.2's VAE"):
         PlannedModel.open(str(file))
