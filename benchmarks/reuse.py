@@ -8,7 +8,7 @@
 Gate: a range of 1 gives the frames of no reuse, bit for bit, or nothing is reported. PSNR and SSIM are against the same
 prompts and seeds without reuse; adherence is toybox's judge, from the frames alone. The speed-up is of whole videos,
 decoding included, the median over the prompts. FLOPs, bytes and calls are those of the cost model, which tests hold to
-torch's counter and to the ledger.
+torch's counter and to `CommStats`.
 """
 
 from __future__ import annotations

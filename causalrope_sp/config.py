@@ -9,6 +9,8 @@ from typing import Literal, get_args
 from causalrope_sp.checks import check_fields
 from causalrope_sp.errors import ConfigError
 
+DTYPE_NAMES = ("float64", "float32", "float16", "bfloat16")  # of a transformer
+
 
 @dataclass(frozen=True)
 class DiTConfig:

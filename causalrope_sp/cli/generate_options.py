@@ -10,8 +10,8 @@ from typing import Any, get_args
 import click
 
 from causalrope_sp.cli.numbers import FLOAT, INTEGER, SEED, IntRange
-from causalrope_sp.cli.options import DTYPES, complete_model, complete_preset, complete_strategy
-from causalrope_sp.config import Solver
+from causalrope_sp.cli.options import complete_model, complete_preset, complete_strategy
+from causalrope_sp.config import DTYPE_NAMES, Solver
 
 EXISTING = click.Path(exists=True, path_type=Path)
 EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -220,7 +220,7 @@ OPTIONS = (
     ),
     click.option(
         "--dtype",
-        type=click.Choice(DTYPES),
+        type=click.Choice(DTYPE_NAMES),
         help="Run the transformer in this dtype. The default is bfloat16 on a GPU and float32 on a CPU.",
     ),
     click.option(

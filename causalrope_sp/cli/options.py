@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import click
 from click.shell_completion import CompletionItem
 
 from causalrope_sp.errors import ConfigError
-
-DTYPES = ("float64", "float32", "float16", "bfloat16")
-
-Completer = Callable[[click.Context, click.Parameter, str], list[CompletionItem]]
 
 
 def parse_steps(text: str | None) -> int | tuple[float, ...] | None:

@@ -39,20 +39,6 @@ def split_evenly(count: int, ranks: int, what: str) -> list[int]:
     return shares(count, ranks)
 
 
-def received_by_switches(frames: Sequence[int], tokens: Sequence[int], rank: int, numbers: int) -> tuple[int, int]:
-    """Computes the elements that a rank receives by `AxisSwitch.to_tokens` and by `AxisSwitch.to_frames`.
-
-    Args:
-        frames: the frames of each rank, in order of rank.
-        tokens: the tokens of a frame of each rank, in order of rank.
-        rank: the rank.
-        numbers: B·D.
-    """
-    to_tokens = (sum(frames) - frames[rank]) * tokens[rank] * numbers
-    to_frames = frames[rank] * (sum(tokens) - tokens[rank]) * numbers
-    return to_tokens, to_frames
-
-
 class AxisSwitch:
     """Switches a tensor between sharded frames and sharded tokens.
 

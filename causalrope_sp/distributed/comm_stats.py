@@ -117,11 +117,10 @@ class CommStats:
 
     def by_kind(self) -> dict[str, Entry]:
         """Returns the sums over all layers, by kind."""
-        return self._sum(0)
-
-    def by_layer(self) -> dict[int, Entry]:
-        """Returns the sums over all kinds, by layer."""
-        return self._sum(1)
+        sums: dict[str, Entry] = defaultdict(Entry)
+        for (kind, _), entry in self.entries.items():
+            sums[kind] += entry
+        return dict(sums)
 
     def total(self) -> Entry:
         """Returns the sum over all collectives."""
@@ -156,10 +155,3 @@ class CommStats:
     def as_json(self) -> dict[str, dict[str, Any]]:
         """Returns the sums by kind in the form of JSON."""
         return {kind: asdict(entry) for kind, entry in sorted(self.by_kind().items())}
-
-    def _sum(self, axis: int) -> dict[Any, Entry]:
-        """The sums by kind (axis 0) or layer (axis 1)."""
-        sums: dict[Any, Entry] = defaultdict(Entry)
-        for key, entry in self.entries.items():
-            sums[key[axis]] += entry
-        return dict(sums)

@@ -32,7 +32,6 @@ class Format:
     container_options: dict[str, str] = field(default_factory=dict)
     longest_side: int = 16384
     final_options: dict[str, str] | None = None  # of the container, where the finished file is laid out anew
-    streams: bool = True  # whether what is on disk can be played before the end
 
     @property
     def even(self) -> bool:
@@ -56,7 +55,7 @@ FORMATS = {
         {"flush_packets": "1", "cluster_time_limit": "1"},
     ),
     ".gif": Format("gif", "gif", "pal8", {}, {"loop": "0", "flush_packets": "1"}, 65535),
-    ".webp": Format("webp", "libwebp_anim", "bgra", {"quality": "90"}, {"loop": "0"}, 16383, streams=False),
+    ".webp": Format("webp", "libwebp_anim", "bgra", {"quality": "90"}, {"loop": "0"}, 16383),
 }
 STREAM = FORMATS[".mp4"]  # what a pipe takes: fragments as they come
 

@@ -35,7 +35,7 @@ class VideoWriter:
     error, or after Ctrl-C, the file gets its name. Nothing is left where no frame was written. `frames` counts what was
     written.
 
-    GIF and WebM hold the same promise, and a folder of pictures has one file a frame. WebP is written at its end alone.
+    The same is true of GIF and WebM. A folder of pictures has one file a frame. WebP is written only at its end.
 
     Args:
         path: a .mp4 or .mov (H.264), .webm (VP9), .gif or .webp file, a folder of PNGs (a name that ends in /), or "-"
@@ -179,7 +179,7 @@ class VideoWriter:
 def _new_partial(target: Path, folder: bool) -> Path:
     """A new file or folder beside the target, clip.partial.mp4 or clip.partial-2.mp4, ..., which is made."""
     stem, suffix = (target.name, "") if folder else (target.stem, target.suffix)
-    for number in range(1, MOST_PARTIALS):
+    for number in range(1, MOST_PARTIALS + 1):
         partial = target.with_name(f"{stem}.partial{'' if number == 1 else f'-{number}'}{suffix}")
         try:
             if folder:

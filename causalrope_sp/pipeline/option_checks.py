@@ -10,13 +10,13 @@ from typing import Any, get_args
 import torch
 
 from causalrope_sp.checks import check_choice, check_number, check_whole, shown
-from causalrope_sp.config import Solver
+from causalrope_sp.config import DTYPE_NAMES, Solver
 from causalrope_sp.devices import check_device as check_device
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.pipeline.offload import Offload
 
 Steps = int | Sequence[float]  # a number of steps, or their unshifted timesteps
-DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES = {name: getattr(torch, name) for name in DTYPE_NAMES}
 
 
 def check_path(name: str, value: object) -> str:

@@ -22,8 +22,9 @@ class CausalVideoPipelineOutput:
 
     Args:
         frames: the videos in the type that `output_type` names: "np" is float32 (B, T, H, W, 3) in [0, 1]; "pt" is
-            float32 (B, T, 3, H, W) in [0, 1]; "pil" is a list of B lists of T images; "latent" is float32
-            (B, C, F, H, W), the latents in the transformer's own scale. None on ranks other than 0.
+            float32 (B, T, 3, H, W) in [0, 1]; "pil" is a list of B lists of T images; "latent" is
+            (B, C, F, H, W), the latents in the transformer's own scale, float64 for a float64 transformer, else
+            float32. None on ranks other than 0.
     """
 
     frames: Any

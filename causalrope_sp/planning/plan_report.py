@@ -86,9 +86,7 @@ def print_decoding(found: DecodePlan, ranks: int) -> None:
     """Prints a plan of decoding on so many ranks in one sentence."""
     from rich.console import Console
 
-    arrangement = (
-        f"{found.decoders} of {ranks} ranks decode alone" if found.decoders else "all ranks decode together, in turn"
-    )
+    arrangement = f"{found.decoders} of {ranks} ranks decode alone" if found.decoders else "all ranks decode, in turn"
     if ranks == 1:
         arrangement = "one rank does both in turn"
     Console().print(

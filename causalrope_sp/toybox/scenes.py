@@ -40,52 +40,52 @@ class Track:
     radius_T: Tensor
 
 
-def track(spec: ObjectSpec, place: Sequence[float], lane: tuple[float, float], frames: Tensor) -> Track:
+def track(spec: ObjectSpec, start: Sequence[float], half: tuple[float, float], frames: Tensor) -> Track:
     """Computes the path of one object.
 
     Args:
         spec: the object.
-        place: its three uniform numbers in [0, 1].
-        lane: the horizontal range, in fractions of the picture, that it stays in where its motion allows.
+        start: its three uniform numbers in [0, 1].
+        half: the horizontal range, in fractions of the picture, that it stays in where its motion allows.
         frames: the numbers of the pixel frames, (T,).
     """
     base = RADII[spec.size]
     radius = torch.full_like(frames, base)
     reach = base * (1 + PULSE_DEPTH if spec.motion == "pulses" else 1)
-    low, high = max(lane[0], reach + MARGIN), min(lane[1], 1 - reach - MARGIN)
+    low, high = max(half[0], reach + MARGIN), min(half[1], 1 - reach - MARGIN)
     low, high = min(low, high), max(low, high)
-    across = low + (high - low) * place[1]
+    across = low + (high - low) * start[1]
     if spec.motion.startswith("slides"):
         dx, dy = _DIRECTIONS[spec.motion.split()[1]]
-        along = (place[0] + (dx + dy) * frames / SLIDE_FRAMES) % 1.0
+        along = (start[0] + (dx + dy) * frames / SLIDE_FRAMES) % 1.0
         still = torch.full_like(frames, across)
         center = torch.stack([along, still] if dx else [still, along], -1)
     elif spec.motion == "bounces":
-        phase = (frames / BOUNCE_FRAMES + place[0]) % 1.0
+        phase = (frames / BOUNCE_FRAMES + start[0]) % 1.0
         top, floor = base + 2 * MARGIN, 1 - base - MARGIN
         center = torch.stack([torch.full_like(frames, across), floor - (floor - top) * 4 * phase * (1 - phase)], -1)
     elif spec.motion.startswith("orbits"):
         turn = 1 if spec.motion.endswith(" clockwise") else -1
-        angle = 2 * math.pi * (place[0] + turn * frames / ORBIT_FRAMES)
+        angle = 2 * math.pi * (start[0] + turn * frames / ORBIT_FRAMES)
         center = 0.5 + ORBIT_RADIUS * torch.stack([angle.cos(), angle.sin()], -1)
     else:
-        center = torch.tensor([across, reach + MARGIN + (1 - 2 * (reach + MARGIN)) * place[0]]).expand(len(frames), 2)
+        center = torch.tensor([across, reach + MARGIN + (1 - 2 * (reach + MARGIN)) * start[0]]).expand(len(frames), 2)
         if spec.motion == "pulses":
-            radius = base * (1 + PULSE_DEPTH * torch.sin(2 * math.pi * (frames / PULSE_FRAMES + place[2])))
+            radius = base * (1 + PULSE_DEPTH * torch.sin(2 * math.pi * (frames / PULSE_FRAMES + start[2])))
     return Track(center, radius)
 
 
-def tracks(spec: SceneSpec, places: Sequence[float], frames: Tensor) -> list[Track]:
+def tracks(spec: SceneSpec, starts: Sequence[float], frames: Tensor) -> list[Track]:
     """Computes the paths of all objects of a scene. Two objects stay in one half of the picture each if their motions
     allow it.
 
     Args:
         spec: the scene.
-        places: the scene's six uniform numbers in [0, 1].
+        starts: the scene's six uniform numbers in [0, 1].
         frames: the numbers of the pixel frames, (T,).
     """
-    lanes = [(0.0, 1.0)] if len(spec.objects) == 1 else [(0.0, 0.5), (0.5, 1.0)]
-    return [track(o, places[3 * i : 3 * i + 3], lane, frames) for i, (o, lane) in enumerate(zip(spec.objects, lanes))]
+    halves = [(0.0, 1.0)] if len(spec.objects) == 1 else [(0.0, 0.5), (0.5, 1.0)]
+    return [track(o, starts[3 * i : 3 * i + 3], half, frames) for i, (o, half) in enumerate(zip(spec.objects, halves))]
 
 
 def _signed_distance(shape: str, offset: Tensor, radius: Tensor) -> Tensor:

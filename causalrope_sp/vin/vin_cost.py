@@ -1,13 +1,11 @@
-"""The cost of a step of parallel chunks, from sizes alone: FLOPs of one video, those of full attention for comparison,
-and the elements that a rank receives for the read and for overlaps. Tests hold both to torch's FLOP counter and to the
-CommStats of a run. (Not counted: the collectives of the `sp` axis' strategy, and the gather of the finished latents.)
+"""The FLOPs of a step of parallel chunks, from sizes alone, and those of full attention for comparison. Tests hold them
+to torch's FLOP counter.
 
 Shapes: S tokens of a frame, G global tokens, K keyframes, L text tokens, D model width, d VIN width.
 """
 
 from __future__ import annotations
 
-from causalrope_sp.attention.base import lse_elements
 from causalrope_sp.config import DiTConfig
 from causalrope_sp.grid import LatentGrid
 from causalrope_sp.planning.cost import cross_flops
@@ -66,19 +64,6 @@ def vin_flops(config: DiTConfig, vin: VINConfig, grid: LatentGrid, keyframes: in
     block = (queries + text) * 12 * dim * dim + 2 * (queries + text) ** 2 * dim
     output = config.num_layers * queries * dim * 2 * config.dim
     return 2 * (time + read + text * config.text_dim * dim + vin.layers * block + output)
-
-
-def read_elements(vin: VINConfig, ranks: int, batch: int, itemsize: int) -> int:
-    """Counts the elements that a rank receives in a step's read: the partial outputs of all other ranks. The length of
-    the video does not matter; `itemsize` is in bytes."""
-    return (ranks - 1) * batch * vin.global_tokens * (vin.dim + vin.heads * lse_elements(itemsize))
-
-
-def overlap_elements(config: DiTConfig, assigned: AssignedChunks, tokens: int, batch: int, fused: bool) -> int:
-    """Counts the elements that a rank receives in a step for the frames shared with its neighbours on the `chunk` axis;
-    `tokens` is the number of tokens of a frame on this rank."""
-    sides = assigned.has_before + (assigned.has_after and fused)
-    return sides * batch * assigned.config.overlap * tokens * config.token_dim
 
 
 def _dit_flops(config: DiTConfig, grid: LatentGrid, frames: int, pairs: int) -> int:

@@ -122,7 +122,7 @@ def test_collectives_of_a_layer_in_a_pass(found: Found, ranks: int, strategy: st
         for name in ("denoise", "fused", "context"):
             noted = rank[strategy, "collectives"][name]
             assert len(noted["seen"]) == expected
-            assert sum(calls for calls, _, _ in noted["ledger"].values()) == expected
+            assert sum(calls for calls, _, _ in noted["comm_stats"].values()) == expected
             assert noted["layers"] == set(range(CONFIG.num_layers))
         assert len(rank[strategy, "collectives"]["latents"]["seen"]) == 1
 
@@ -144,9 +144,9 @@ def test_only_the_new_chunk_travels(found: Found, ranks: int, strategy: str) -> 
         for name, frames in (("denoise", 2), ("context", 2), ("fused", 4)):
             formula = received(layout, work, number, frames)
             layers = CONFIG.num_layers
-            assert noted[name]["ledger"] == {k: (layers, layers * n, 8 * layers * n) for k, n in formula.items()}
+            assert noted[name]["comm_stats"] == {k: (layers, layers * n, 8 * layers * n) for k, n in formula.items()}
             assert sum(count for _, count in noted[name]["seen"]) == layers * sum(formula.values())
-        assert noted["latents"]["ledger"]["latents"][1] == received_latents(work, ranks)
+        assert noted["latents"]["comm_stats"]["latents"][1] == received_latents(work, ranks)
         assert noted["cache"]["bytes"] == cache_bytes(layout, work, number)
 
 

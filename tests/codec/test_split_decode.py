@@ -1,4 +1,4 @@
-"""A picture decoded in strips by several ranks is the one decoded whole: either codec, either axis, uneven strips."""
+"""A frame decoded in spatial shards by several ranks is the one decoded whole: either codec and axis, uneven shards."""
 
 from __future__ import annotations
 

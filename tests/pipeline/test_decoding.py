@@ -47,7 +47,7 @@ def make(group: Any, device: str, decoders: int, decode: Any, given: dict[str, A
 
 
 def close_to(video: np.ndarray, expected: np.ndarray) -> bool:
-    """To rounding: strips and shards add in another order, and a number on the edge goes to either side."""
+    """To rounding: spatial shards add in another order, and a number on the edge goes to either side."""
     return bool(np.abs(video.astype(int) - expected).max() <= 1)
 
 

@@ -136,7 +136,7 @@ def test_decoding_is_planned_with_its_ranks() -> None:
     assert decoding["chunk_ms"] > decoding["decode_ms"] / 8
     assert decoding["fps"] == pytest.approx(12e3 / decoding["chunk_ms"], rel=1e-3)
     _, output = shell("--model", "wan2.1-1.3b", "--ranks", 8)
-    way = f"{decoding['decoders']} of 8 ranks decode alone" if decoding["decoders"] else "all ranks decode together"
+    way = f"{decoding['decoders']} of 8 ranks decode alone" if decoding["decoders"] else "all ranks decode"
     assert way in " ".join(output.split())
     _, output = shell("--model", "wan2.1-1.3b", "--ranks", 1)
     assert "one rank does both in turn" in " ".join(output.split())

@@ -151,7 +151,7 @@ def watched_collectives() -> Iterator[list[tuple[str, int]]]:
 
 
 def count_collectives(group: dist.ProcessGroup, device: str, strategy: str) -> dict[str, dict[str, Any]]:
-    """The collectives of each kind of pass, seen from outside and as the ledger has them: (calls, elements, bytes)."""
+    """The collectives of each kind of pass, seen from outside and by `CommStats`: (calls, elements, bytes)."""
     grid = WORK.grid
     passes: dict[str, dict[str, Any]] = {}
     parallel = SequenceParallel(group, strategy, device)
@@ -175,7 +175,11 @@ def count_collectives(group: dist.ProcessGroup, device: str, strategy: str) -> d
             run()
             comm_stats = parallel.comm_stats.take()
             by_kind = {kind: (e.calls, e.elements, e.bytes) for kind, e in comm_stats.by_kind().items()}
-            passes[name] = {"seen": list(noted), "ledger": by_kind, "layers": set(comm_stats.by_layer())}
+            passes[name] = {
+                "seen": list(noted),
+                "comm_stats": by_kind,
+                "layers": {layer for _, layer in comm_stats.entries},
+            }
     passes["cache"] = {"bytes": stream.cache.bytes}
     stream.cancel()
     allocated = []

@@ -26,7 +26,8 @@ from causalrope_sp.vin.chunks import AssignedChunks, cut
 from causalrope_sp.vin.fusion import fuse, join
 from causalrope_sp.vin.network import positions
 from causalrope_sp.vin.parallel_forward import ParallelChunksForward
-from causalrope_sp.vin.vin_cost import full_flops, overlap_elements, parallel_chunks_flops, read_elements
+from causalrope_sp.vin.vin_cost import full_flops, parallel_chunks_flops
+from tests.support.exchange_formulas import overlap_elements, read_elements
 from tests.support.streams import strategy_of
 from tests.support.vin_runs import (
     CHUNKS,
