@@ -72,7 +72,7 @@ def _load_tensors_only(file: Path, mapped: bool) -> Any:
         named = re.search(r"GLOBAL (\S+)", str(error))
         if named:
             raise CheckpointError(
-                f"{file}: refused, because it holds Python objects ({printable(named[1])}), whose loading can run code; "
+                f"{file}: refused: it holds Python objects ({printable(named[1])}), whose loading can run code; "
                 "save the tensors alone"
             ) from error
         raise CheckpointError(f"{file}: not a torch file of tensors alone") from error
