@@ -33,7 +33,7 @@ class LoadOptions:
     """How a model is loaded, and the settings of calls that do not override them. None keeps the model's own setting.
 
     Args:
-        base: a folder or Hub repository with the text encoder and the VAE of a checkpoint that is a transformer alone.
+        base: a folder or Hub repository whose text encoder and VAE are used, in place of the model's own if it has any.
         preset: the name of a published model whose window and sampler are used (see `weights.model_presets`); None
             infers it from the checkpoint.
         revision: the branch, tag or commit of a Hub repository; None takes the main branch.

@@ -12,6 +12,7 @@ from causalrope_sp.codec.codec_footprint import codec_footprint
 from causalrope_sp.errors import CheckpointError, ConfigError
 from causalrope_sp.pipeline.load_options import LoadOptions
 from causalrope_sp.pipeline.model_config import PATHS, PIPELINE_FILE, ModelConfig, embedded_config, read_fields
+from causalrope_sp.pipeline.option_checks import check_path
 from causalrope_sp.text import TextSource
 from causalrope_sp.toybox import EMBEDDED
 from causalrope_sp.weights import find_preset, inspect_checkpoint
@@ -43,9 +44,9 @@ def find_model(model: str | os.PathLike[str], options: LoadOptions) -> ModelConf
 
     Raises:
         CheckpointError: the model cannot be read or lacks a part.
-        ConfigError: the preset does not exist, or settings contradict each other.
+        ConfigError: `model` is no path, the preset does not exist, or settings contradict each other.
     """
-    name = os.fspath(model)
+    name = check_path("model", model)
     if name in EMBEDDED:
         if options.base is not None or options.preset is not None:
             raise ConfigError(f"{name} is a whole model: it takes neither base nor preset")
@@ -59,7 +60,7 @@ def find_model(model: str | os.PathLike[str], options: LoadOptions) -> ModelConf
 
 def is_on_hub(model: str | os.PathLike[str]) -> bool:
     """Returns whether a name can only be a Hub repository or a file in one."""
-    return is_hub_name(model) and not local_path(model).exists()
+    return is_hub_name(model) and not os.path.exists(local_path(model))
 
 
 def is_hub_name(model: str | os.PathLike[str]) -> bool:
@@ -67,7 +68,7 @@ def is_hub_name(model: str | os.PathLike[str]) -> bool:
 
     Names that begin with a dot, a slash or ~, and names such as checkpoints/model.pt, are always local.
     """
-    name = os.fspath(model)
+    name = check_path("model", model)
     match = _REPOSITORY.fullmatch(name)
     if name in EMBEDDED or name.startswith(".") or match is None:
         return False
@@ -169,6 +170,8 @@ def _check_complete(fields: dict[str, Any], path: Path, source_file: Path) -> No
     """Raises CheckpointError if the transformer, the VAE or the text encoder is missing."""
     if fields.keys() >= {*PATHS[:2], "text"}:
         return
+    if "transformer" in fields:
+        inspect_checkpoint(fields["transformer"])  # raises for what is no transformer either
     raise CheckpointError(
         f"{path} is a transformer alone: name a folder or repository with the text encoder and the VAE as base "
         "(--base), or run it from Python with load_model and sample_chunks"

@@ -21,7 +21,7 @@ DTYPES = {name: getattr(torch, name) for name in DTYPE_NAMES}
 
 def check_path(name: str, value: object) -> str:
     """Returns `value` as a text. Raises ConfigError unless it is a path that is not empty."""
-    if not isinstance(value, str | os.PathLike) or not os.fspath(value):
+    if not isinstance(value, str | os.PathLike) or not os.fspath(value) or "\0" in str(value):
         raise ConfigError(f"{name} must be a path, not {shown(value)}")
     return str(os.fspath(value))
 

@@ -128,7 +128,7 @@ def test_after_wrong_input_the_ranks_make_the_next_video(
     said, video = pool.run(refused_then_made, ranks, decoders)
     assert "dog" in said[0]
     assert "text embeddings have shape (1, 2, 3)" in said[1]
-    assert "a frame must be uint8 of shape (height, width, 3)" in said[2]
+    assert "an array of shape (height, width, 3), uint8 or float, not uint8 (64, 64)" in said[2]
     assert close_to(video, expected)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from causalrope_sp import CausalVideoPipeline, CheckpointError, ConfigError
+from causalrope_sp import CausalRopeError, CausalVideoPipeline, CheckpointError, ConfigError
 from causalrope_sp.codec.codec_footprint import codec_footprint
 from causalrope_sp.pipeline import loading
 from causalrope_sp.pipeline.load_options import LoadOptions
@@ -175,3 +175,20 @@ def test_a_lone_transformer_of_another_vae_has_no_plan(monkeypatch: pytest.Monke
     monkeypatch.setattr("causalrope_sp.pipeline.planned_model.inspect_checkpoint", lambda path: other)
     with pytest.raises(ConfigError, match=r"latents of Wan 2\.2's VAE"):
         PlannedModel.open(str(file))
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ("", "model must be a path, not ''"),
+        (None, "model must be a path, not None"),
+        (b"toybox", "model must be a path, not b'toybox'"),
+        ("a\0b", "model must be a path"),
+        ("x" * 300, "no model"),
+        ("~nobody-of-this-name/x", "no such file or folder"),
+        ("/dev/null", "holds no weights"),
+    ],
+)
+def test_what_is_no_model_is_one_sentence(model: Any, said: str) -> None:
+    with pytest.raises(CausalRopeError, match=said):
+        CausalVideoPipeline.from_pretrained(model)

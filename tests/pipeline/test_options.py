@@ -11,7 +11,7 @@ import torch
 from PIL.Image import Image
 from safetensors.torch import save_file
 
-from causalrope_sp import CausalVideoPipeline, ConfigError, GenerationOptions, LoadOptions, load_model
+from causalrope_sp import CausalVideoPipeline, ConfigError, GenerationOptions, LoadOptions, PromptError, load_model
 from causalrope_sp.toybox import WEIGHTS
 from tests.support.videos import video_of
 
@@ -227,3 +227,27 @@ def test_a_lora_is_merged_as_load_model_merges_it(tmp_path: Path) -> None:
     assert not torch.equal(plain.state_dict()[key], expected.state_dict()[key])
     with pytest.raises(ConfigError, match=r"loras must be a list of files or of Lora objects, not 'a'"):
         LoadOptions(loras="a")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300])
+def test_embeddings_that_are_not_finite_are_refused(pipe: CausalVideoPipeline, value: float) -> None:
+    embeds = torch.full((1, 3, 51), value, dtype=torch.float64)
+    with pytest.raises(ConfigError, match="text embeddings must be finite in float32"):
+        pipe(prompt_embeds=embeds, num_frames=5)
+    with pytest.raises(ConfigError, match="must be a dense floating-point tensor"):
+        pipe(prompt_embeds=embeds.to(torch.int64 if value > 1e200 else torch.complex64), num_frames=5)
+
+
+def test_a_wrong_prompt_late_in_a_list_is_found_before_the_first_video(pipe: CausalVideoPipeline) -> None:
+    steps: list[int] = []
+    with pytest.raises(PromptError):
+        pipe([PROMPT, "zzz"], num_frames=5, callback_on_step_end=lambda *told: steps.append(told[1]))
+    assert steps == []
+
+
+@pytest.mark.parametrize("device", ["meta", "mps", "cpu:7"])
+def test_devices_that_no_model_runs_on_are_refused(device: str) -> None:
+    with pytest.raises(ConfigError, match="device must be cpu, cuda or cuda:NUMBER"):
+        CausalVideoPipeline.from_pretrained("toybox", device=device)
+    with pytest.raises(ConfigError, match="window must be a whole number of at least 1 and at most 2147483647"):
+        CausalVideoPipeline.from_pretrained("toybox", window=2**70)

@@ -108,7 +108,7 @@ def test_no_frames_are_refused_before_anything_runs(pipe: CausalVideoPipeline, f
     [
         ({"text": "umt5-xxs"}, ConfigError, "unknown text encoder 'umt5-xxs'"),
         ({"height": "64"}, ConfigError, "height must be a whole number of at least 1, not '64'"),
-        ({"fps": None}, ConfigError, "fps must be a finite number above 0, not None"),
+        ({"fps": None}, ConfigError, "fps must be a finite number of at least 1 and at most 1000, not None"),
         ({"height": 63}, ConfigError, "height 63 is not divisible by 16; the nearest that work: 48 or 64"),
         ({"transformer": "none.safetensors"}, CheckpointError, "none.safetensors"),
         ({"codec": "none"}, CheckpointError, "cannot read the codec"),
