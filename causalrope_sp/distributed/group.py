@@ -129,8 +129,8 @@ class SequenceParallel:
     ) -> SequenceParallel:
         """Makes the group of torchrun's environment (NCCL on CUDA, gloo on the CPU), or that of one process without it.
 
-        Several ranks affect their whole processes. On Linux a process gets SIGTERM when its launcher ends, or the thread
-        of the launcher that started it. Where the program does not handle SIGTERM itself and `on_loss` is the default,
+        With several ranks this affects the whole process: on Linux it gets SIGTERM when its launcher ends, or the
+        thread of the launcher that started it. With the default `on_loss`, unless the program handles SIGTERM itself,
         SIGTERM prints the rank that is gone, if one is, and ends the process.
 
         Args:
