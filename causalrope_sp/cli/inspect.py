@@ -74,7 +74,7 @@ def examine(path: str, part: str | None, preset: str | None, changes: Mapping[st
         The report, with the preset.
 
     Raises:
-        CheckpointError: the model cannot be read.
+        CheckpointError: the model cannot be read, or its pipeline.json names no text encoder or VAE.
         ConfigError: the preset does not exist, or the changes contradict each other.
     """
     from causalrope_sp.weights import Preset, find_preset, inspect_checkpoint
@@ -85,12 +85,13 @@ def examine(path: str, part: str | None, preset: str | None, changes: Mapping[st
         transformer = Path(path) / "transformer" if (Path(path) / "model_index.json").is_file() else Path(path)
         report = inspect_checkpoint(transformer, part=part)
     else:
-        from causalrope_sp.pipeline.model_config import ModelConfig
+        from causalrope_sp.pipeline.load_options import LoadOptions
+        from causalrope_sp.pipeline.model_source import find_model
 
-        config = ModelConfig.load(file)
+        config = find_model(path, LoadOptions())
         report = inspect_checkpoint(config.transformer, part=part)
-        own = Preset("own", config.stream, config.sampler, None, str(file), ("it has a pipeline.json",))
-        named = named or own
+        evidence = ("it has a pipeline.json", *config.inferred)
+        named = named or Preset("own", config.stream, config.sampler, None, str(file), evidence)
     return replace(report, preset=(named or report.preset).override(**changes))
 
 

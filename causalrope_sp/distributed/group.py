@@ -129,6 +129,10 @@ class SequenceParallel:
     ) -> SequenceParallel:
         """Makes the group of torchrun's environment (NCCL on CUDA, gloo on the CPU), or that of one process without it.
 
+        With several ranks this affects the whole process: on Linux it gets SIGTERM when its launcher ends, or the
+        thread of the launcher that started it. With the default `on_loss`, unless the program handles SIGTERM itself,
+        SIGTERM prints the rank that is gone, if one is, and ends the process.
+
         Args:
             strategy: as in the constructor.
             device: where this rank computes; None for CUDA if there is any, else the CPU.

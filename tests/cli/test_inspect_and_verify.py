@@ -34,6 +34,25 @@ def test_inspect_tells_what_a_checkpoint_is(tmp_path: Path) -> None:
     assert shell("inspect", tmp_path / "other.safetensors").exit_code == 2
 
 
+def test_inspect_opens_the_pipeline_files_that_generate_opens(tmp_path: Path) -> None:
+    from causalrope_sp.pipeline.model_config import ModelConfig
+    from causalrope_sp.toybox import WEIGHTS
+
+    config = ModelConfig.load(WEIGHTS / "toybox.json")
+    own = {"transformer": str(config.transformer), "codec": str(config.codec), "text": "toybox"}
+    (tmp_path / "pipeline.json").write_text(json.dumps(own))
+    for path in (tmp_path, tmp_path / "pipeline.json"):
+        result = shell("inspect", path, "--json")
+        assert result.exit_code == 0, result.output
+        report = json.loads(result.output)
+        assert (report["preset"], report["missing"], len(report["evidence"])) == ("own", [], 2)
+        assert "preset" in report["evidence"][1]
+    (tmp_path / "pipeline.json").write_text(json.dumps({"fps": 16}))
+    refused = shell("inspect", tmp_path)
+    assert (refused.exit_code, len(refused.output.splitlines())) == (2, 1)
+    assert "pipeline.json names no transformer" in refused.output
+
+
 @pytest.mark.parametrize(("verdicts", "status"), [([True, None], 0), ([True, False], 1)])
 def test_verify_prints_its_checks(verdicts: list[bool | None], status: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from causalrope_sp.verification.runner import Check

@@ -20,7 +20,7 @@ from causalrope_sp.pipeline.offload import Offload
 from causalrope_sp.pipeline.planned_model import PlannedModel
 from causalrope_sp.toybox import WEIGHTS
 from causalrope_sp.weights import inspect_checkpoint
-from tests.pipeline.test_published_folders import wan_pipeline
+from tests.support.published_folders import wan_pipeline
 
 
 @pytest.fixture(scope="module")

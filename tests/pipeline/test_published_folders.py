@@ -10,35 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from causalrope_sp import CausalVideoPipeline, CheckpointError, ConfigError
 from causalrope_sp.toybox import WEIGHTS
-from tests.support.checkpoints import wan_name
-from tests.support.text_files import WIDTH, make_encoder, save_tokenizer
+from tests.support.published_folders import save_checkpoint, wan_pipeline
 
 PROMPT = "the quick brown fox jumps over the lazy dog"
 SMALL: dict[str, Any] = {"height": 64, "width": 96, "num_frames": 9, "seed": 3}
-
-
-def wan_pipeline(folder: Path, flow_shift: float = 5.0) -> Any:
-    """diffusers' own pipeline of small random parts, in the shapes of Wan 2.1."""
-    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
-    from transformers import PreTrainedTokenizerFast
-
-    torch.manual_seed(0)
-    transformer = WanTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=12, text_dim=WIDTH, freq_dim=16, ffn_dim=48, num_layers=2
-    )
-    for parameter in transformer.parameters():
-        nn.init.normal_(parameter, std=0.2)
-    vae = AutoencoderKLWan(base_dim=8, num_res_blocks=1)
-    words = save_tokenizer(folder / "words") / "tokenizer.json"
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_file=str(words), eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
-    )
-    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=flow_shift)
-    return WanPipeline(tokenizer, make_encoder(), vae, scheduler, transformer)
 
 
 @pytest.fixture(scope="module")
@@ -51,13 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def checkpoint(folder: Path) -> Path:
     """The same transformer as Self-Forcing's training leaves it."""
-    from diffusers import WanTransformer3DModel
-
-    model = WanTransformer3DModel.from_pretrained(folder / "transformer")
-    state = {f"model.{wan_name(name)}": tensor for name, tensor in model.state_dict().items()}
-    torch.save({"generator_ema": state, "config": {"num_heads": 2}}, folder.parent / "self_forcing_dmd.pt")
-    (folder.parent / "config.json").write_text(json.dumps({"num_heads": 2}))
-    return folder.parent / "self_forcing_dmd.pt"
+    return save_checkpoint(folder)
 
 
 def video_of(model: Path | str, **options: Any) -> np.ndarray:
