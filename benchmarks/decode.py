@@ -74,7 +74,7 @@ def resized(folder: Path, size: str) -> str:
     return str(folder)
 
 
-def ways(ranks: int) -> list[tuple[str, int]]:
+def variants(ranks: int) -> list[tuple[str, int]]:
     """Returns (decode, decode ranks) of every mode that so many ranks can run."""
     many = [("spatial", 0)] if ranks > 1 else []
     return [("inline", 0), ("overlap", 0), *many, *(("inline", decoders) for decoders in range(1, ranks))]
@@ -94,15 +94,15 @@ def main(ranks: str, size: str, chunks: int) -> None:
         denoise_ms, decode_ms = alone(model_config, chunks)
         for count in (int(word) for word in ranks.split(",")):
             rule = count * decode_ms / (decode_ms + denoise_ms)
-            for decode, decoders in ways(count):
+            for decode, decoders in variants(count):
                 times, video = pool.run(run_stream, count, model_config, chunks, decode, decoders)
                 off = int(np.abs(video.astype(int) - expected).max())
                 assert off <= 1, f"{decode} with {decoders} decode ranks of {count}: frames differ by {off}"
                 mode = f"{decoders} decode ranks" if decoders else decode
                 fps = 12e3 / times["chunk_ms"]
-                rows.append({"ranks": count, "way": mode, "rule": round(rule, 2), "fps": round(fps, 1)} | times)
+                rows.append({"ranks": count, "variant": mode, "rule": round(rule, 2), "fps": round(fps, 1)} | times)
     print(f"toybox at {size}, on one rank {denoise_ms:.0f} ms a chunk to denoise, {decode_ms:.0f} ms to decode\n")
-    columns = ("ranks", "way", "rule", "fps", "first ms", "chunk ms")
+    columns = ("ranks", "variant", "rule", "fps", "first ms", "chunk ms")
     print_table(columns, [[round(v, 2) if isinstance(v, float) else v for v in row.values()] for row in rows])
     finish("decode", size=size, denoise_ms=round(denoise_ms, 2), decode_ms=round(decode_ms, 2), rows=rows)
 

@@ -157,7 +157,7 @@ def captured(setup: Setup, stream: CausalStream, chunk: Chunk, x_BFSE: Tensor, f
     return replay
 
 
-def ways(setup: Setup, before_BFSE: Tensor, x_BFSE: Tensor) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+def variants(setup: Setup, before_BFSE: Tensor, x_BFSE: Tensor) -> Iterator[tuple[str, Callable[[], Tensor]]]:
     """Yields a denoise pass of the chunk after the frames `before_BFSE`, by every variant that the device has."""
     stream = setup.stream(before_BFSE)
     start, frames = before_BFSE.shape[1], x_BFSE.shape[1]
@@ -202,7 +202,7 @@ def gate(device: torch.device, dtype: torch.dtype) -> Gate:
 
     on_device = replace(rough, model=deepcopy(rough.model).to(device), embeds_BLE=rough.embeds_BLE.to(device))
     before, x = (rough.grid.patchify(latents).to(device) for latents in (clean[:, :-FRAMES], noisy[:, -FRAMES:]))
-    errors = {name: error(run()) for name, run in ways(on_device, before, x)}
+    errors = {name: error(run()) for name, run in variants(on_device, before, x)}
     context = Part(chunks[-2], before[:, -FRAMES:], 0.0)
     fused = on_device.stream(before[:, :-FRAMES]).denoise(chunks[-1], x, TIMESTEP, context)
     return Gate(error(velocity(rough.model)), errors | {"fused": error(fused)})
@@ -254,32 +254,32 @@ class Row:
 
     window: str
     what: str
-    way: str
+    variant: str
     tflop: float
     roofline_ms: float | None
     ms: float
     of_roofline: float | None
 
     @classmethod
-    def of(cls, case: Case, way: str, ms: float) -> Row:
+    def of(cls, case: Case, variant: str, ms: float) -> Row:
         share = None if case.roofline_ms is None else case.roofline_ms / ms
-        return cls(case.window, case.what, way, case.tflop, case.roofline_ms, ms, share)
+        return cls(case.window, case.what, variant, case.tflop, case.roofline_ms, ms, share)
 
 
 def time_passes(setup: Setup, case: Case) -> Iterator[Row]:
     before, x = setup.tokens(case.chunk.start), setup.tokens(FRAMES)
-    for way, run in ways(setup, before, x):
-        yield Row.of(case, way, 1e3 * median(seconds(run, setup.device) for _ in range(RUNS + 2)))
+    for variant, run in variants(setup, before, x):
+        yield Row.of(case, variant, 1e3 * median(seconds(run, setup.device) for _ in range(RUNS + 2)))
 
 
 def time_steps(setup: Setup, empty: Case, full: Case) -> Iterator[Row]:
     """Times steps. Only a new stream has an empty window, so each of its times takes a new one; the first is a
     warm-up."""
-    for way, fused in (("fused", True), ("separate", False)):
+    for variant, fused in (("fused", True), ("separate", False)):
         second = [step_seconds(setup, fused, empty.chunk.index + 1)[-1] for _ in range(RUNS + 1)]
-        yield Row.of(empty, way, 1e3 * median(second[1:]))
+        yield Row.of(empty, variant, 1e3 * median(second[1:]))
         later = step_seconds(setup, fused, full.chunk.index + RUNS)
-        yield Row.of(full, way, 1e3 * median(later[full.chunk.index :]))
+        yield Row.of(full, variant, 1e3 * median(later[full.chunk.index :]))
 
 
 def step_seconds(setup: Setup, fused: bool, chunks: int) -> list[float]:
@@ -359,9 +359,9 @@ def timed(setup: Setup, matmul: float | None) -> list[Row]:
         passes = (time_passes(setup, case) for case in all_cases if case.what == PASS)
         for row in chain(*passes, time_steps(setup, *(case for case in all_cases if case.what == STEP))):
             rows.append(row)
-            yield row.window, row.what, row.way, f"{row.ms:.2f}", rounded(row.of_roofline, 3)
+            yield row.window, row.what, row.variant, f"{row.ms:.2f}", rounded(row.of_roofline, 3)
 
-    print_table(("window", "what", "way", "ms", "of the roofline"), lines())
+    print_table(("window", "what", "variant", "ms", "of the roofline"), lines())
     return rows
 
 

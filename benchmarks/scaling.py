@@ -149,7 +149,7 @@ def main(ranks: str, measured: Path | None) -> None:
                         {
                             "ranks": count,
                             "strategy": name if count > 1 else "single",
-                            "way": variant,
+                            "variant": variant,
                             **{key: round(value, 2) for key, value in found.items()},
                             "predicted_ms": round(p.chunk_ms, 2),
                             "predicted_exposed_ms": round(p.exposed_ms, 2),
@@ -158,8 +158,8 @@ def main(ranks: str, measured: Path | None) -> None:
                     )
     title = f"{GRID.tokens} tokens a frame, {CONFIG.num_layers} layers of {CONFIG.dim}, float32; milliseconds a chunk"
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for column in ("ranks", "strategy", "way", "took", "exposed", "pred.", "exposed", "comm."):
-        table.add_column(column, justify="left" if column in ("strategy", "way") else "right", no_wrap=True)
+    for column in ("ranks", "strategy", "variant", "took", "exposed", "pred.", "exposed", "comm."):
+        table.add_column(column, justify="left" if column in ("strategy", "variant") else "right", no_wrap=True)
     for row in rows:
         table.add_row(*map(str, row.values()))
     Console().print(table)

@@ -2,7 +2,7 @@
 
     python benchmarks/vin.py --prompts 4
 
-Every way makes the same prompts (seed 7, as in toybox_quality.py) at each length and is measured from decoded frames at
+Every variant makes the same prompts (seed 7, as in toybox_quality.py) at each length; decoded frames are measured at
 the seams of toybox-vin's chunks; rendered scenes through the codec, which have no seams, say what those measures cannot
 go below. toybox's text says which colours there are and where objects start, which lets chunks agree without knowing of
 one another; so VIN and its ablations make the longest videos again, of twice as many prompts, from texts that leave the
@@ -25,7 +25,7 @@ import torch
 from printed import finish, print_table, stop
 from toybox_quality import draw_scenes
 from vin_measures import agreement, measure
-from vin_ways import TRUTH, WAYS, Ways, flops_of, held_out, large_flops, latent_frames, settings
+from vin_variants import TRUTH, VARIANTS, Variants, flops_of, held_out, large_flops, latent_frames, settings
 
 from causalrope_sp import SamplerConfig, SequenceParallel, sample_chunks
 from causalrope_sp.diffusion.noise import seeded_noise
@@ -43,25 +43,25 @@ TIMED_STEPS, TIMED_CHUNKS = 6, 8
 
 
 @cache
-def _loaded() -> Ways:
+def _loaded() -> Variants:
     """Once a process."""
-    return Ways()
+    return Variants()
 
 
-def timed(group: dist.ProcessGroup | None, device: str, way: str, frames: int) -> tuple[float, torch.Tensor]:
-    """Seconds of a whole video by this way on these ranks, by the median of a few steps or chunks, and some latents."""
+def timed(group: dist.ProcessGroup | None, device: str, variant: str, frames: int) -> tuple[float, torch.Tensor]:
+    """Seconds of a whole video by a variant on these ranks, by the median of a few steps or chunks, and latents."""
     torch.set_num_threads(1)
-    ways = _loaded()
-    pipe, ranks = ways.vin, 1 if group is None else group.size()
+    variants = _loaded()
+    pipe, ranks = variants.vin, 1 if group is None else group.size()
     config, grid, count = pipe.model.config, pipe.settings().grid, latent_frames(frames)
     noise = seeded_noise(0, (1, config.in_channels, grid.latent_height, grid.latent_width))
     embeds = torch.zeros(1, config.text_len, config.text_dim)
     opening = pipe.text.opening(config.in_channels, grid.latent_height, grid.latent_width)
     steps, took, latents = pipe.config.sampler.steps, [], None
-    if way == "autoregressive":
-        flow = ways.flow.config
+    if variant == "autoregressive":
+        flow = variants.flow.config
         parts = sample_chunks(
-            ways.flow.model, embeds, noise, grid, 3 * min(TIMED_CHUNKS, -(-count // 3)), stream=flow.stream,
+            variants.flow.model, embeds, noise, grid, 3 * min(TIMED_CHUNKS, -(-count // 3)), stream=flow.stream,
             sampler=flow.sampler, parallel=SequenceParallel(group, device=device), initial_latents=opening,
         )  # fmt: skip
         clock = time.perf_counter()
@@ -70,10 +70,10 @@ def timed(group: dist.ProcessGroup | None, device: str, way: str, frames: int) -
             took.append(time.perf_counter() - clock)
             clock = time.perf_counter()
         return median(took) * -(-count // 3), latents
-    vin, chunks = settings(way, ways.parallel_chunks, count)
-    lanes = 1 if way == "full attention" else ranks
+    vin, chunks = settings(variant, variants.parallel_chunks, count)
+    chunk_ranks = 1 if variant == "full attention" else ranks
     few = SamplerConfig(steps[:TIMED_STEPS], pipe.config.sampler.shift, "euler")
-    parallel = SequenceParallel(group, device=device, chunk=lanes)
+    parallel = SequenceParallel(group, device=device, chunk=chunk_ranks)
     outputs = sample_parallel_chunks(
         pipe.model, vin, embeds, noise, grid, count, chunks=chunks, sampler=few, parallel=parallel,
         initial_latents=opening,
@@ -90,39 +90,46 @@ def times(lengths: list[int], ranks: list[int]) -> list[dict[str, Any]]:
     rows = []
     with RankPool() as pool:
         for frames in lengths:
-            for way in WAYS[:3]:
-                row: dict[str, Any] = {"frames": frames, "way": way}
+            for variant in VARIANTS[:3]:
+                row: dict[str, Any] = {"frames": frames, "variant": variant}
                 expected = None
                 for count in ranks:
-                    seconds, latents = pool.run(timed, count, way, frames)
+                    seconds, latents = pool.run(timed, count, variant, frames)
                     expected = latents if expected is None else expected
                     error = float((latents - expected).norm() / expected.norm())
-                    assert error < 1e-5, f"{way} at {count} ranks differs from {ranks[0]} by {error:.1e}"
+                    assert error < 1e-5, f"{variant} at {count} ranks differs from {ranks[0]} by {error:.1e}"
                     row[f"P={count}"] = round(seconds, 2)
                 rows.append(row)
     return rows
 
 
 def quality(
-    ways: Ways, names: Sequence[str], lengths: list[int], scenes: list[SceneSpec], left_open: str
+    variants: Variants, names: Sequence[str], lengths: list[int], scenes: list[SceneSpec], left_open: str
 ) -> list[dict[str, Any]]:
     rows = []
     for frames in lengths:
-        for way in names:
+        for variant in names:
             verdicts, found = [], []
             for seed, scene in enumerate(scenes):
-                video = ways.video(way, scene, frames, seed, left_open)
+                video = variants.video(variant, scene, frames, seed, left_open)
                 verdicts += judge(video, scene)
-                seams = ways.seams(frames)
+                seams = variants.seams(frames)
                 found.append(measure(video, scene, seams) | agreement(video, seams))
             shares = {name: round(value, 3) for name, value in summarize(verdicts).items()}
             values = {name: np.array([each[name] for each in found], float) for name in MEASURES}
             means = {n: round(float(np.nanmean(v)), 3) if np.isfinite(v).any() else None for n, v in values.items()}
-            flops = None if way == TRUTH else flops_of(way, ways, frames)
+            flops = None if variant == TRUTH else flops_of(variant, variants, frames)
             rows.append(
-                {"frames": frames, "way": way, "open": left_open, "flops": flops, "judged": shares, "measured": means}
+                {
+                    "frames": frames,
+                    "variant": variant,
+                    "open": left_open,
+                    "flops": flops,
+                    "judged": shares,
+                    "measured": means,
+                }
             )
-            click.echo(f"{frames} frames, {way}, left open {left_open}: {shares} {means}", err=True)
+            click.echo(f"{frames} frames, {variant}, left open {left_open}: {shares} {means}", err=True)
     return rows
 
 
@@ -137,20 +144,20 @@ def main(lengths: str, prompts: int, ranks: str) -> None:
         stop("--lengths and --ranks are whole numbers with commas between them")
     if min(frames) < 64 or (counts and counts[0] != 1):
         stop("--lengths have at least 64 frames, two chunks, and --ranks begin with 1, which the others are held to")
-    ways = _loaded()
+    variants = _loaded()
 
     scenes, many = draw_scenes(prompts), draw_scenes(2 * prompts)
     print("saved by formula, Wan 2.1 1.3B at 480×832 with the paper's sizes:", large_flops(), "\n")
     timings = times(frames, counts) if counts else []
     if timings:
-        print_table(("frames", "way", *(f"P={n}" for n in counts)), [tuple(row.values()) for row in timings])
+        print_table(("frames", "variant", *(f"P={n}" for n in counts)), [tuple(row.values()) for row in timings])
     if not prompts:
         return finish("vin", seconds=timings, saved_by_formula=large_flops())
-    rows = quality(ways, (*WAYS, TRUTH), frames, scenes, "nothing")
+    rows = quality(variants, (*VARIANTS, TRUTH), frames, scenes, "nothing")
     for left_open in ("colours", "places"):
-        rows += quality(ways, [w for w in WAYS if w.startswith("VIN")], [max(frames)], many, left_open)
-    base = {row["frames"]: row["flops"] for row in rows if row["way"] == "full attention"}
-    columns = ("frames", "way", "left open", "GFLOP", "of full", "colour", "shape", "motion", *MEASURES)
+        rows += quality(variants, [w for w in VARIANTS if w.startswith("VIN")], [max(frames)], many, left_open)
+    base = {row["frames"]: row["flops"] for row in rows if row["variant"] == "full attention"}
+    columns = ("frames", "variant", "left open", "GFLOP", "of full", "colour", "shape", "motion", *MEASURES)
     lines = []
     for row in rows:
         cost = (None, None) if row["flops"] is None else (
@@ -159,9 +166,9 @@ def main(lengths: str, prompts: int, ranks: str) -> None:
         named = row["open"] != "colours"
         judged = [f"{row['judged'][name]:.0%}" if named else None for name in ("color", "shape", "motion")]
         measured = [row["measured"][name] if named or name in OF_ANY_COLOR else None for name in MEASURES]
-        lines.append((row["frames"], row["way"], row["open"], *cost, *judged, *measured))
+        lines.append((row["frames"], row["variant"], row["open"], *cost, *judged, *measured))
     print_table(columns, lines)
-    errors = held_out(ways, scenes, max(frames))
+    errors = held_out(variants, scenes, max(frames))
     print_table(
         ("left open", "noise level", "error with global tokens", "without"),
         [(e["open"], e["level"], e["with"], e["without"]) for e in errors],

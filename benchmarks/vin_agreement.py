@@ -109,8 +109,8 @@ def main(steps: int) -> None:
         "neither": agreement(pair, False, unfused),
     }
     lines = [(name, *(f"{found[key]:.3f}" for key in ("far", "seams", "size"))) for name, found in variants.items()]
-    print_table(("way", "first and last chunk agree", "frames at seams agree", "size of the numbers"), lines)
-    finish("vin_agreement", steps=steps, ways=variants)
+    print_table(("variant", "first and last chunk agree", "frames at seams agree", "size of the numbers"), lines)
+    finish("vin_agreement", steps=steps, variants=variants)
 
 
 if __name__ == "__main__":

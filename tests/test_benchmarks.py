@@ -66,7 +66,7 @@ def test_a_pass_and_a_step_run() -> None:
     found = last_line(run("pass.py", "--smoke"))
     assert found["smoke"]
     assert found["gate"]["passed"]
-    rows = {(row["window"], row["what"], row["way"]): row for row in found["rows"]}
+    rows = {(row["window"], row["what"], row["variant"]): row for row in found["rows"]}
     for window in ("empty", "full"):
         assert (window, "one denoise pass", "eager") in rows
         assert {(window, "autoregressive step", way) for way in ("fused", "separate")} <= rows.keys()
@@ -75,7 +75,7 @@ def test_a_pass_and_a_step_run() -> None:
 
 def test_every_way_to_decode_passes_its_gate() -> None:
     found = last_line(run("decode.py", "--ranks", "2", "--chunks", "3"))
-    assert [row["way"] for row in found["rows"]] == ["inline", "overlap", "spatial", "1 decode ranks"]
+    assert [row["variant"] for row in found["rows"]] == ["inline", "overlap", "spatial", "1 decode ranks"]
 
 
 def test_what_reuse_saves_needs_no_run() -> None:

@@ -15,7 +15,7 @@ DOCS = Path(__file__).parent.parent
 sys.path.insert(0, str(DOCS.parent / "benchmarks"))
 
 from toybox_quality import draw_scenes  # noqa: E402
-from vin_ways import Ways  # noqa: E402
+from vin_variants import Variants  # noqa: E402
 
 WITH, WITHOUT, STREAM = "VIN", "VIN without global tokens", "autoregressive"
 NAMES = {
@@ -32,7 +32,7 @@ NUM_FRAMES, SHOWN, TILE, GAP, LEFT, TITLE, AXIS = 256, 9, 88, 4, 190, 28, 44
 
 
 def main() -> None:
-    ways = Ways()
+    variants = Variants()
     scenes = draw_scenes(2)
     shown = np.linspace(0, NUM_FRAMES - 1, SHOWN).round().astype(int)
     height = sum(TITLE + len(rows) * (TILE + GAP) for *_, rows in GROUPS) + AXIS
@@ -41,9 +41,9 @@ def main() -> None:
     for title, seed, left_open, rows in GROUPS:
         pen.text((4, top + 7), title, fill="black", font_size=15)
         top += TITLE
-        for way in rows:
-            video = ways.video(way, scenes[seed], NUM_FRAMES, seed, left_open)
-            pen.text((4, top + TILE // 2), NAMES[way], fill="black", font_size=14, anchor="lm")
+        for variant in rows:
+            video = variants.video(variant, scenes[seed], NUM_FRAMES, seed, left_open)
+            pen.text((4, top + TILE // 2), NAMES[variant], fill="black", font_size=14, anchor="lm")
             for column, frame in enumerate(video[shown]):
                 tile = Image.fromarray(frame).resize((TILE, TILE), Image.Resampling.BICUBIC)
                 page.paste(tile, (LEFT + column * (TILE + GAP), top))

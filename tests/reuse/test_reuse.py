@@ -38,7 +38,7 @@ def video(
     parallel: SequenceParallel | None = None,
     frames: int = 8,
     stream: StreamConfig = STREAM,
-    **given: Any,
+    **options: Any,
 ) -> list[Tensor]:
     frame = CONFIG.in_channels, GRID.latent_height, GRID.latent_width
     chunks = run_chunks(
@@ -51,7 +51,7 @@ def video(
         sampler=SAMPLER,
         parallel=parallel or SequenceParallel.single(device="cpu"),
         reuse=reuse,
-        **given,
+        **options,
     )
     return [chunk.latents for chunk in chunks]
 
@@ -65,7 +65,7 @@ def test_range_1_is_no_reuse_bit_for_bit(rope: Any) -> None:
 
 
 def test_chunks_do_not_share_and_the_context_pass_is_computed() -> None:
-    """A chunk alone, from given frames, is that chunk in its stream: its clean keys come from computed passes, the
+    """A chunk alone, from initial latents, is that chunk in its stream: its clean keys come from computed passes, the
     fused one too, and nothing of earlier chunks is left."""
     whole = video(MIXED)
     assert not torch.allclose(torch.cat(whole), torch.cat(video(None)), rtol=1e-3)
@@ -170,7 +170,7 @@ def test_flops_of_a_chunk_are_those_that_torch_counts() -> None:
     assert stream.stored_bytes == stored_bytes(alone, work_of(MIXED), 0) > 0
 
 
-def ledgers(group: dist.ProcessGroup, device: str) -> list[dict[str, Any]]:
+def collectives_of_chunks(group: dist.ProcessGroup, device: str) -> list[dict[str, Any]]:
     """On every rank and for every strategy: the video with reuse, and what a steady chunk's collectives moved."""
     mine: dict[str, Any] = {}
     for strategy in strategies(group.size(), CONFIG.num_heads):
@@ -204,11 +204,11 @@ def ledgers(group: dist.ProcessGroup, device: str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_a_hit_makes_no_collective(pool: RankPool, ranks: int) -> None:
-    """The ledger of a chunk is the formula's at every strategy: the calls and bytes of computed passes, no others."""
+    """The collectives of a chunk are the formula's at every strategy: calls and bytes of computed passes alone."""
     work, alone = work_of(SHARED), torch.cat(video(SHARED, frames=10), 1)
     plain = {cost.strategy: cost for cost in plan(work_of(None), ranks, H100)}
     costs = {cost.strategy: cost for cost in plan(work, ranks, H100)}
-    found = pool.run(ledgers, ranks)
+    found = pool.run(collectives_of_chunks, ranks)
     attended = [CONFIG.num_layers * (step % 3 == 0) for step in range(8)]  # by hand: range 3 over all timesteps
     for strategy in strategies(ranks, CONFIG.num_heads):
         layout = parse_strategy(strategy, ranks)
@@ -234,9 +234,9 @@ def test_a_hit_makes_no_collective(pool: RankPool, ranks: int) -> None:
 GUIDED = replace(SAMPLER, guidance_scale=3.0, guidance_interval=(200, 800))
 
 
-def guided(group: dist.ProcessGroup | None, device: str, lanes: int, reuse: ReusePolicy | None) -> dict[str, Any]:
+def guided(group: dist.ProcessGroup | None, device: str, cfg: int, reuse: ReusePolicy | None) -> dict[str, Any]:
     """A video of two branches, and on this rank the calls of its last chunk, without those that end it."""
-    parallel = SequenceParallel(group, "gather-kv", device, cfg=lanes)
+    parallel = SequenceParallel(group, "gather-kv", device, cfg=cfg)
     frame, calls, latents = (CONFIG.in_channels, GRID.latent_height, GRID.latent_width), {}, []
     for chunk in run_chunks(
         make_model(),
@@ -264,11 +264,11 @@ def test_each_branch_of_guidance_reuses_its_own(pool: RankPool) -> None:
     assert not torch.allclose(alone, guided(None, "cpu", 1, None)["latents"], rtol=1e-3)
     work = Workload.of(CONFIG, GRID, STREAM, GUIDED, 6, itemsize=8, reuse=SHARED)
     assert work.passes == [8, 5]
-    for ranks, lanes in ((2, 1), (2, 2), (3, 1)):
-        found = pool.run(guided, ranks, lanes, SHARED)
+    for ranks, cfg in ((2, 1), (2, 2), (3, 1)):
+        found = pool.run(guided, ranks, cfg, SHARED)
         assert (found["latents"] - alone).norm() / alone.norm() < 1e-12
-        costs = {cost.strategy: cost for cost in plan(work, ranks, H100, cfg_sizes=[lanes])}
+        costs = {cost.strategy: cost for cost in plan(work, ranks, H100, cfg_sizes=[cfg])}
         cost = costs.get("gather-kv") or costs["single"]
         assert sum(found["calls"].values()) == cost.collectives_per_chunk
-        if lanes == 1:
+        if cfg == 1:
             assert found["calls"]["kv"] == CONFIG.num_layers * (3 + 2)  # at steps 0, 3, 6 and, of five, 0 and 3

@@ -28,12 +28,12 @@ LATE = replace(GUIDED, shift=1.0, guidance_interval=(0, 800))
 SHORT = replace(GUIDED, shift=1.0, guidance_interval=(600, 1000))
 
 
-def on_lanes(group: dist.ProcessGroup, device: str, lanes: int) -> list[dict[Any, Any]]:
-    """Videos, ledgers of a chunk in mid-stream and refusals of every rank, in order of rank."""
-    half, mine = group.size() // lanes, dict[Any, Any]()
+def on_ranks(group: dist.ProcessGroup, device: str, cfg: int) -> list[dict[Any, Any]]:
+    """Videos, collectives of a chunk in mid-stream and refusals of every rank, in order of rank."""
+    half, mine = group.size() // cfg, dict[Any, Any]()
     for strategy in strategies(half, CONFIG.num_heads) if half > 1 else ["ulysses"]:
         for name, sampler in {"all": GUIDED, "late": LATE, "short": SHORT}.items():
-            parallel = SequenceParallel(group, strategy, device, cfg=lanes)
+            parallel = SequenceParallel(group, strategy, device, cfg=cfg)
             parts = []
             for chunk in run_chunks(
                 MODEL,
@@ -69,37 +69,37 @@ Found = Callable[[int, int], list[dict[Any, Any]]]
 
 @pytest.fixture(scope="module")
 def found_on(pool: RankPool) -> Found:
-    return functools.cache(lambda ranks, lanes: pool.run(on_lanes, ranks, lanes))
+    return functools.cache(lambda ranks, cfg: pool.run(on_ranks, ranks, cfg))
 
 
-@pytest.mark.parametrize(("ranks", "lanes"), [(2, 1), (2, 2), (4, 2)])
-def test_lanes_make_the_same_video_with_the_collectives_that_plan_counts(
-    found_on: Found, ranks: int, lanes: int
+@pytest.mark.parametrize(("ranks", "cfg"), [(2, 1), (2, 2), (4, 2)])
+def test_branches_on_ranks_make_the_same_video_with_the_collectives_that_plan_counts(
+    found_on: Found, ranks: int, cfg: int
 ) -> None:
-    found = found_on(ranks, lanes)
+    found = found_on(ranks, cfg)
     for name, sampler in {"all": GUIDED, "late": LATE, "short": SHORT}.items():
         alone = sample(8, stream=STREAM, sampler=sampler)
         work = Workload.of(CONFIG, GRID, STREAM, sampler, STREAM.window or 0, itemsize=8)
         # a plan counts a chunk's latents as the float32 that they are for a float32 model
-        costs = {cost.strategy: cost for cost in plan(replace(work, itemsize=4), ranks, CPU, cfg_sizes=[lanes])}
+        costs = {cost.strategy: cost for cost in plan(replace(work, itemsize=4), ranks, CPU, cfg_sizes=[cfg])}
         for strategy in [key[0] for key in found[0] if key[1:] == (name,)]:
-            cost = costs["single" if ranks == lanes else strategy]
+            cost = costs["single" if ranks == cfg else strategy]
             rows = [rank[strategy, name] for rank in found]
             assert all(torch.equal(row[0], rows[0][0]) for row in rows)
             assert relative(rows[0][0], alone) < 1e-10
-            conditional = rows[: ranks // lanes]
+            conditional = rows[: ranks // cfg]
             assert all(row[1] == cost.collectives_per_chunk for row in conditional)
             assert max(row[2] for row in conditional) == cost.bytes_per_chunk // 4
             assert max(row[2] for row in rows) == cost.bytes_per_chunk // 4
-            assert all(row[3].get("guidance", 0) == (len(MANY) if lanes == 2 else 0) for row in rows)
+            assert all(row[3].get("guidance", 0) == (len(MANY) if cfg == 2 else 0) for row in rows)
             steps = sum(guided_steps(sampler))
-            for row in rows[ranks // lanes :]:  # the negative lane, whose context pass rides or is made up for
+            for row in rows[ranks // cfg :]:  # the unconditional branch, whose context pass rides or is made up for
                 passes = steps if guided_steps(sampler)[0] else steps + 1
-                rest = len(MANY) + (ranks > lanes)
+                rest = len(MANY) + (ranks > cfg)
                 assert row[1] == cost.collectives_per_pass * passes + rest
 
 
-def test_lanes_without_branches_are_refused_on_every_rank(found_on: Found) -> None:
+def test_a_cfg_axis_without_guidance_is_refused_on_every_rank(found_on: Found) -> None:
     for rank in found_on(4, 2):
         assert rank["said"] == [
             "cfg of the mesh must be 1 without guidance (a guidance scale of 1), not 2",
@@ -107,8 +107,8 @@ def test_lanes_without_branches_are_refused_on_every_rank(found_on: Found) -> No
         ]
 
 
-def test_lanes_that_cross_are_even_for_the_watchdog() -> None:
-    """Or a rank that waits in the lane with fewer collectives would be taken for the one that is stuck."""
+def test_guidance_branches_that_cross_are_even_for_the_watchdog() -> None:
+    """Or a rank that waits in the guidance branch with fewer collectives would be taken for the one that is stuck."""
     busy, idle = CommStats(), CommStats()
     for _ in range(3):
         for _ in range(5):
@@ -119,9 +119,9 @@ def test_lanes_that_cross_are_even_for_the_watchdog() -> None:
         assert idle.begun == busy.begun
 
 
-def test_one_lane_keeps_two_caches_and_two_lanes_one_each() -> None:
+def test_one_cfg_rank_keeps_two_caches_and_two_keep_one_each() -> None:
     work = Workload.of(CONFIG, GRID, STREAM, GUIDED, 5)
-    one, two = ({c.strategy: c for c in plan(work, 4, CPU, cfg_sizes=[lanes])} for lanes in (1, 2))
+    one, two = ({c.strategy: c for c in plan(work, 4, CPU, cfg_sizes=[cfg])} for cfg in (1, 2))
     plain = {c.strategy: c for c in plan(replace(work, guided=0), 4, CPU)}
     assert one["gather-kv"].cache_bytes == 2 * plain["gather-kv"].cache_bytes
     assert two["gather-kv"].cache_bytes == plain["gather-kv"].cache_bytes  # all tokens, one branch

@@ -82,8 +82,8 @@ def test_streamed_equals_one_block_causal_forward(
 
 @given(stream_configs(), st.integers(1, 8), st.integers(0, 4), st.integers(1, 2))
 @settings(deadline=None, max_examples=20)
-def test_fused_equals_unfused(stream: StreamConfig, frames: int, given_frames: int, batch: int) -> None:
-    past = torch.randn(batch, given_frames, *FRAME, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+def test_fused_equals_unfused(stream: StreamConfig, frames: int, initial_frames: int, batch: int) -> None:
+    past = torch.randn(batch, initial_frames, *FRAME, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     options: dict[str, Any] = {"stream": stream, "sampler": TWO_STEPS, "initial_latents": past}
     fused = sample(frames, batch, **options)
     assert relative(sample(frames, batch, fuse_context_pass=False, **options), fused) < 1e-12
@@ -91,10 +91,10 @@ def test_fused_equals_unfused(stream: StreamConfig, frames: int, given_frames: i
 
 @given(stream_configs(), st.integers(1, 3), st.integers(1, 5), st.booleans())
 @settings(deadline=None, max_examples=20)
-def test_given_frames_are_continued_as_if_they_had_been_generated(
-    stream: StreamConfig, given_chunks: int, more: int, fuse: bool
+def test_initial_frames_are_continued_as_if_they_had_been_generated(
+    stream: StreamConfig, initial_chunks: int, more: int, fuse: bool
 ) -> None:
-    known = given_chunks * stream.chunk_frames
+    known = initial_chunks * stream.chunk_frames
     if stream.independent_first_frame:
         known += 1 - stream.chunk_frames
     options: dict[str, Any] = {"stream": stream, "sampler": TWO_STEPS, "fuse_context_pass": fuse}
@@ -186,8 +186,8 @@ def test_chunks_come_before_their_context_pass_and_the_last_has_none(
 
 
 @pytest.mark.parametrize(("fuse", "first", "total"), [(True, [3, 6, 3], 5), (False, [3, 3, 3, 3], 7)])
-def test_given_frames_take_one_pass_a_chunk(forwards: list[int], fuse: bool, first: list[int], total: int) -> None:
-    """Two chunks given, two generated in two steps; the second given chunk's pass rides too."""
+def test_initial_frames_take_one_pass_a_chunk(forwards: list[int], fuse: bool, first: list[int], total: int) -> None:
+    """Two initial chunks, two generated in two steps; the second initial chunk's pass rides too."""
     past = torch.zeros(1, 6, *FRAME)
     chunks = run_chunks(
         MODEL, text(1), noise_of(1), GRID, 6, sampler=TWO_STEPS, initial_latents=past, fuse_context_pass=fuse

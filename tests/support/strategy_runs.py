@@ -109,8 +109,8 @@ JOBS = {
     "everything": Job(5, 2, 7),
     "context passes alone": Job(2, 4, 7, StreamConfig(4, 1, 3), fuse=False),
     "lone first frame": Job(1, 5, 8, StreamConfig(4, 0, 3, independent_first_frame=True)),
-    "given frames": Job(1, 4, 4, StreamConfig(4, 2, 2), batch=2, known=5),
-    "redrawn after a given frame": Job(2, 4, 6, StreamConfig(4, 1, 2), known=1, redrawn_from=1),
+    "initial frames": Job(1, 4, 4, StreamConfig(4, 2, 2), batch=2, known=5),
+    "redrawn after an initial frame": Job(2, 4, 6, StreamConfig(4, 1, 2), known=1, redrawn_from=1),
     "relative places": Job(1, 7, 9, StreamConfig(5, 1, 2, rope="relative"), batch=2),
     "hardly any tokens": Job(3, 1, 5, StreamConfig(3, 0, 1)),
     "float32": Job(1, 7, 6, StreamConfig(5, 1, 2), dtype=torch.float32),
@@ -195,10 +195,10 @@ def count_collectives(group: dist.ProcessGroup, device: str, strategy: str) -> d
 def variants(group: dist.ProcessGroup, device: str, strategy: str) -> list[Tensor]:
     """The same video without overlap, and by head groups, where that changes the way it is made."""
     job = JOBS["window and sink, batch 2"]
-    ways: list[dict[str, Any]] = [{"overlap": False}]
+    cases: list[dict[str, Any]] = [{"overlap": False}]
     if strategy == "ulysses":
-        ways += [{"head_groups": 2}, {"head_groups": 3}, {"head_groups": 99}]
-    return [job.run(SequenceParallel(group, strategy, device, **way)) for way in ways]
+        cases += [{"head_groups": 2}, {"head_groups": 3}, {"head_groups": 99}]
+    return [job.run(SequenceParallel(group, strategy, device, **case)) for case in cases]
 
 
 def order_of_events(group: dist.ProcessGroup, device: str, strategy: str) -> list[str]:

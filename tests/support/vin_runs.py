@@ -44,7 +44,7 @@ class Job:
 
     frames: int
     batch: int = 1
-    given: int = 1
+    initial_frames: int = 1
     dtype: torch.dtype = torch.float64
     sampler: SamplerConfig = STEPS
     chunks: ParallelChunksConfig = CHUNKS
@@ -64,7 +64,9 @@ class Job:
             chunks=self.chunks,
             sampler=self.sampler,
             parallel=parallel,
-            initial_latents=random(self.batch, self.given, *frame).to(self.dtype) if self.given else None,
+            initial_latents=random(self.batch, self.initial_frames, *frame).to(self.dtype)
+            if self.initial_frames
+            else None,
             preview_every=self.preview_every,
         )
         return [replace(m, latents=None if m.latents is None else m.latents.clone()) for m in steps]

@@ -65,7 +65,7 @@ def test_every_reference_case_is_met(goldens: Path, ranks: int) -> None:
     cases = kinds_and_heads(goldens)
     expected = {(case, ranks, name) for case, (_, heads) in cases.items() for name in strategies(ranks, heads)}
     for case, (kind, heads) in cases.items():
-        if kind == "diffusion" and ranks % 2 == 0:  # two branches, on two lanes
+        if kind == "diffusion" and ranks % 2 == 0:  # two guidance branches, on the cfg axis
             halves = strategies(ranks // 2, heads) if ranks > 2 else ["single"]
             expected |= {(case, ranks, f"2×{name}") for name in halves}
     assert {kind for kind, _ in cases.values()} == {"dmd", "diffusion"}
@@ -89,10 +89,10 @@ def test_the_self_check_passes() -> None:
     assert {check.ranks for check in checks} == {1, 2}
     found = {(check.case, check.strategy) for check in checks if check.ranks == 2}
     cases = {case for case, _ in found}
-    on_lanes = {(case, "2×single") for case in cases if "guidance" in case}
-    assert found == {(case, strategy) for case in cases for strategy in STRATEGIES} | on_lanes
+    on_cfg_axis = {(case, "2×single") for case in cases if "guidance" in case}
+    assert found == {(case, strategy) for case in cases for strategy in STRATEGIES} | on_cfg_axis
     assert len(cases) >= 5
-    assert len(on_lanes) == 2
+    assert len(on_cfg_axis) == 2
     assert sum(check.case.endswith("one forward over all") for check in checks) >= 4
 
 

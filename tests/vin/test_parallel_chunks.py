@@ -51,10 +51,12 @@ from tests.support.vin_runs import (
     chunk=st.integers(2, 9),
     overlap=st.integers(1, 4),
     every=st.integers(1, 6),
-    lanes=st.integers(1, 6),
+    chunk_ranks=st.integers(1, 6),
     start=st.integers(0, 3),
 )
-def test_lanes_own_every_frame_once(frames: int, chunk: int, overlap: int, every: int, lanes: int, start: int) -> None:
+def test_chunk_ranks_own_every_frame_once(
+    frames: int, chunk: int, overlap: int, every: int, chunk_ranks: int, start: int
+) -> None:
     overlap = min(overlap, chunk // 2)
     config = ParallelChunksConfig(chunk, overlap, every)
     chunks = cut(frames, config, start)
@@ -62,7 +64,7 @@ def test_lanes_own_every_frame_once(frames: int, chunk: int, overlap: int, every
     assert all(later.start == earlier.stop - overlap for earlier, later in pairwise(chunks))
     assert all(c.frames == chunk for c in chunks[:-1])
     assert len(chunks) == 1 or chunks[-1].frames > overlap
-    shares = [AssignedChunks(chunks, config, lane, lanes) for lane in range(lanes)]
+    shares = [AssignedChunks(chunks, config, chunk_rank, chunk_ranks) for chunk_rank in range(chunk_ranks)]
     assert [c for share in shares for c in share.chunks] == list(chunks)
     assert [f for share in shares for f in share.owned] == list(range(start, start + frames))
     assert [f for share in shares for f in share.keyframes] == list(range(start, start + frames, every))
@@ -84,7 +86,7 @@ def test_fusion_is_the_formula(frames: int) -> None:
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize(("frames", "overlap"), [(5, 1), (12, 2), (9, 2), (6, 2), (1, 2), (30, 2)])
 def test_joined_chunks_cover_every_frame(frames: int, overlap: int, fused: bool) -> None:
-    """Against a walk over frames; on any two lanes the same as on one."""
+    """Against a walk over frames; on any two ranks of the chunk axis the same as on one."""
     config = ParallelChunksConfig(5, overlap, 1)
     chunks = cut(frames, config)
     said = [random(1, c.frames, 2, 3, seed=c.index) for c in chunks]
@@ -98,13 +100,13 @@ def test_joined_chunks_cover_every_frame(frames: int, overlap: int, fused: bool)
         expected[:, frame] = value
         assert len(voices) <= 2 and first.index == min(c.index for c, _ in voices)  # noqa: PT018
     assert torch.allclose(join(said, overlap, fused=fused), expected, rtol=0, atol=1e-15)
-    for lane in (AssignedChunks(chunks, config, n, 2) for n in range(2)):
-        if not lane.chunks:
+    for assigned in (AssignedChunks(chunks, config, n, 2) for n in range(2)):
+        if not assigned.chunks:
             continue
-        before = said[lane.numbers.start - 1][:, -overlap:] if lane.has_before else None
-        after = said[lane.numbers.stop][:, :overlap] if lane.has_after and fused else None
-        mine = join([said[n] for n in lane.numbers], overlap, fused=fused, before=before, after=after)
-        assert torch.allclose(mine, expected[:, list(lane.held)], rtol=0, atol=1e-15)
+        before = said[assigned.numbers.start - 1][:, -overlap:] if assigned.has_before else None
+        after = said[assigned.numbers.stop][:, :overlap] if assigned.has_after and fused else None
+        mine = join([said[n] for n in assigned.numbers], overlap, fused=fused, before=before, after=after)
+        assert torch.allclose(mine, expected[:, list(assigned.held)], rtol=0, atol=1e-15)
 
 
 @pytest.mark.parametrize("shares", [1, 2, 3, 7])
@@ -129,7 +131,7 @@ def test_a_sharded_read_is_the_whole_read(shares: int) -> None:
 
 
 def test_one_chunk_without_a_network_is_attention_over_the_whole_video() -> None:
-    """The same as a stream of one chunk, which sees the given frame and itself."""
+    """The same as a stream of one chunk, which sees the initial frame and itself."""
     job = Job(6, batch=2, chunks=ParallelChunksConfig(6, 1, 2), use_vin=False)
     model, _ = make_pair()
     frame, draw = frame_shape(GRID), seeded_noise(0, (2, *frame_shape(GRID)))
@@ -155,11 +157,11 @@ def step_once(use_vin: bool, held: Tensor) -> Tensor:
     """The first chunk's velocity."""
     model, vin = make_pair()
     parallel = SequenceParallel.single(device="cpu")
-    lane = AssignedChunks(cut(held.shape[1], CHUNKS, 1), CHUNKS)
+    assigned = AssignedChunks(cut(held.shape[1], CHUNKS, 1), CHUNKS)
     embeds = random(1, CONFIG.text_len, CONFIG.text_dim)
     strategy = strategy_of(parallel, work_of(model))
     with torch.inference_mode():
-        state = ParallelChunksForward(model, vin if use_vin else None, embeds, GRID, lane, 1, strategy, parallel)
+        state = ParallelChunksForward(model, vin if use_vin else None, embeds, GRID, assigned, 1, strategy, parallel)
         state.commit(random(1, 1, GRID.tokens, CONFIG.token_dim))
         return state.velocities(held, 800.0)[0].clone()
 
@@ -174,20 +176,22 @@ def test_global_tokens_carry_across_a_video_in_one_step() -> None:
     assert torch.equal(step_once(False, far), step_once(False, held))
 
 
-def on_ranks(group: Any, device: str, job: Job, lanes: int, strategy: str) -> Tensor:
+def on_ranks(group: Any, device: str, job: Job, chunk_ranks: int, strategy: str) -> Tensor:
     """The video, after every rank has held what it received against the formulas."""
-    parallel = SequenceParallel(group, strategy, device, chunk=lanes)
+    parallel = SequenceParallel(group, strategy, device, chunk=chunk_ranks)
     video = job.video(parallel)
     moved = parallel.comm_stats.by_kind()
-    lane = AssignedChunks(cut(job.frames, job.chunks, job.given), job.chunks, parallel.chunk_rank, lanes)
+    assigned = AssignedChunks(
+        cut(job.frames, job.chunks, job.initial_frames), job.chunks, parallel.chunk_rank, chunk_ranks
+    )
     tokens, steps, itemsize = parallel.shard(GRID).tokens, len(job.sampler.steps), job.dtype.itemsize
     wide = max(4, itemsize)
     read = steps * read_elements(VIN, parallel.size, job.batch, itemsize)
     assert (moved["read"].elements, moved["read"].bytes) == (read, read * itemsize)
     fused = [job.chunks.fuses(step, steps) for step in range(steps)]
     assert set(fused) == {True, False}, "both kinds of step"
-    overlap = sum(overlap_elements(CONFIG, lane, tokens, job.batch, is_fused) for is_fused in fused)
-    if lanes > 1:
+    overlap = sum(overlap_elements(CONFIG, assigned, tokens, job.batch, is_fused) for is_fused in fused)
+    if chunk_ranks > 1:
         assert (moved["overlap"].elements, moved["overlap"].bytes) == (overlap, overlap * wide)
     else:
         assert "overlap" not in moved
@@ -199,8 +203,8 @@ def on_ranks(group: Any, device: str, job: Job, lanes: int, strategy: str) -> Te
 
 JOBS = {
     "five chunks": Job(17),
-    "fresh noise, batch 2": Job(12, batch=2, sampler=replace(STEPS, solver="renoise"), given=2),
-    "no given frame, a short last chunk": Job(9, given=0),
+    "fresh noise, batch 2": Job(12, batch=2, sampler=replace(STEPS, solver="renoise"), initial_frames=2),
+    "no initial frame, a short last chunk": Job(9, initial_frames=0),
     "float32": Job(14, dtype=torch.float32),
     "bfloat16": Job(11, dtype=torch.bfloat16),
 }
@@ -208,7 +212,7 @@ BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 0.05}
 
 
 @pytest.mark.parametrize(
-    ("ranks", "lanes", "strategy"),
+    ("ranks", "chunk_ranks", "strategy"),
     [
         (2, 2, "auto"),
         (2, 1, "gather-kv"),
@@ -219,13 +223,13 @@ BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 0.05}
         (4, 4, "auto"),
         (6, 1, "ulysses2xshard-kv3"),
         (6, 2, "shard-kv"),
-        (6, 6, "auto"),  # more lanes than chunks
+        (6, 6, "auto"),  # more ranks than chunks
     ],
 )
-def test_any_mesh_makes_the_same_video(pool: RankPool, ranks: int, lanes: int, strategy: str) -> None:
+def test_any_mesh_makes_the_same_video(pool: RankPool, ranks: int, chunk_ranks: int, strategy: str) -> None:
     for name, job in JOBS.items():
         if ranks < 5 or job.dtype == torch.float64:
-            result = pool.run(on_ranks, ranks, job, lanes, strategy)
+            result = pool.run(on_ranks, ranks, job, chunk_ranks, strategy)
             assert relative(result, single(job)) < BOUNDS[job.dtype], name
 
 

@@ -143,12 +143,12 @@ def test_training_computes_what_the_sampler_does() -> None:
     level = torch.tensor([0.8, 0.3])
     trained = torch.cat([forcing.velocity(pair, noisy, embeds, level, chunk) for chunk in range(3)], 1)
     parallel = SequenceParallel.single(device="cpu")
-    lane = AssignedChunks(cut(13, chunks, 1), chunks)
+    assigned = AssignedChunks(cut(13, chunks, 1), chunks)
     work = replace(work_of(model), grid=grid)
     with torch.inference_mode():
         for n, timestep in enumerate((800.0, 300.0)):  # a level each
             state = ParallelChunksForward(
-                model, vin, embeds[n : n + 1], grid, lane, 1, strategy_of(parallel, work), parallel
+                model, vin, embeds[n : n + 1], grid, assigned, 1, strategy_of(parallel, work), parallel
             )
             state.commit(grid.patchify(chart(1, *noisy.shape[2:])))
             sampled = torch.cat(state.velocities(grid.patchify(noisy[n : n + 1]), timestep), 1)

@@ -1,4 +1,4 @@
-"""The ways to a video that `vin.py` compares: what each makes, and what it costs by formula."""
+"""The variants of sampling that `vin.py` compares: what each makes, and what it costs by formula."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from causalrope_sp.vin.vin_cost import full_flops, parallel_chunks_flops
 if TYPE_CHECKING:
     from causalrope_sp.pipeline.parallel_chunks import ParallelChunks
 
-WAYS = ("VIN", "full attention", "autoregressive", "VIN without global tokens", "VIN without fusion")
+VARIANTS = ("VIN", "full attention", "autoregressive", "VIN without global tokens", "VIN without fusion")
 TRUTH = "rendered, through the codec"
 OPEN: dict[str, dict[str, bool]] = {"nothing": {}, "colours": {"colors": True}, "places": {"places": True}}
 LEVELS = (0.99, 0.98, 0.95, 0.9, 0.8, 0.5)
 
 
-class Ways:
-    """The models, loaded once, and a video of each way."""
+class Variants:
+    """The models, loaded once, and a video of each variant."""
 
     def __init__(self) -> None:
         self.vin = CausalVideoPipeline.from_pretrained("toybox-vin", parallel_chunks="vin")
@@ -46,16 +46,16 @@ class Ways:
         assert self.vin.parts.parallel_chunks is not None, "asked for"
         self.parallel_chunks: ParallelChunks = self.vin.parts.parallel_chunks
 
-    def video(self, way: str, scene: SceneSpec, frames: int, seed: int, left_open: str = "nothing") -> np.ndarray:
+    def video(self, variant: str, scene: SceneSpec, frames: int, seed: int, left_open: str = "nothing") -> np.ndarray:
         """uint8 (T, H, W, 3), from a text that leaves something open, see `OPEN`."""
-        if way == TRUTH:
+        if variant == TRUTH:
             return self._rendered(scene, frames, seed)
-        if way == "autoregressive":
+        if variant == "autoregressive":
             return video_of(self.flow, scene.prompt(), num_frames=frames, seed=seed)
         pipe, count = self.vin, latent_frames(frames)
         channels = pipe.model.config.in_channels
         opening = pipe.text.opening(channels, pipe.settings().grid.latent_height, pipe.settings().grid.latent_width)
-        vin, chunks = settings(way, self.parallel_chunks, count)
+        vin, chunks = settings(variant, self.parallel_chunks, count)
         embeds = leave_open(pipe.text.encode(scene.prompt(), seed), **OPEN[left_open])
         noise = seeded_noise(seed, (1, channels, pipe.settings().grid.latent_height, pipe.settings().grid.latent_width))
         for output in sample_parallel_chunks(
@@ -104,13 +104,13 @@ def latent_frames(frames: int) -> int:
     return 1 - (1 - frames) // 4
 
 
-def settings(way: str, parallel_chunks: ParallelChunks, frames: int) -> tuple[Any, ParallelChunksConfig]:
-    """The network, or None, and the chunks of a way that makes a video at once."""
-    if way == "full attention":
+def settings(variant: str, parallel_chunks: ParallelChunks, frames: int) -> tuple[Any, ParallelChunksConfig]:
+    """The network, or None, and the chunks of a variant that makes a video at once."""
+    if variant == "full attention":
         return None, replace(parallel_chunks.chunks, chunk_frames=frames)
-    if way == "VIN without global tokens":
+    if variant == "VIN without global tokens":
         return None, parallel_chunks.chunks
-    if way == "VIN without fusion":
+    if variant == "VIN without fusion":
         return parallel_chunks.vin, replace(parallel_chunks.chunks, fuse_above=1.0)
     return parallel_chunks.vin, parallel_chunks.chunks
 
@@ -128,31 +128,31 @@ def autoregressive_flops(config: DiTConfig, grid: LatentGrid, stream: StreamConf
     return total
 
 
-def flops_of(way: str, ways: Ways, frames: int) -> int:
+def flops_of(variant: str, variants: Variants, frames: int) -> int:
     """FLOPs of a whole video."""
-    config, grid, count = ways.vin.model.config, ways.vin.grid, latent_frames(frames)
-    steps = len(ways.vin.config.sampler.steps)
-    if way == "autoregressive":
-        flow = ways.flow.config
+    config, grid, count = variants.vin.model.config, variants.vin.grid, latent_frames(frames)
+    steps = len(variants.vin.config.sampler.steps)
+    if variant == "autoregressive":
+        flow = variants.flow.config
         return autoregressive_flops(config, grid, flow.stream, count, len(flow.sampler.steps))
-    if way == "full attention":
+    if variant == "full attention":
         return steps * full_flops(config, grid, count, initial_frames=1)
-    vin, chunks = settings(way, ways.parallel_chunks, count)
+    vin, chunks = settings(variant, variants.parallel_chunks, count)
     return steps * parallel_chunks_flops(config, vin and vin.config, grid, count, chunks, initial_frames=1)
 
 
 @torch.inference_mode()
-def held_out(ways: Ways, scenes: list[SceneSpec], frames: int) -> list[dict[str, Any]]:
+def held_out(variants: Variants, scenes: list[SceneSpec], frames: int) -> list[dict[str, Any]]:
     """The velocity's mean square error on rendered scenes at a few noise levels, with global tokens and without."""
-    pipe, rows, count = ways.vin, [], latent_frames(frames)
-    parallel, lane = (
+    pipe, rows, count = variants.vin, [], latent_frames(frames)
+    parallel, assigned = (
         SequenceParallel.single(device="cpu"),
-        AssignedChunks(cut(count, ways.parallel_chunks.chunks, 1), ways.parallel_chunks.chunks),
+        AssignedChunks(cut(count, variants.parallel_chunks.chunks, 1), variants.parallel_chunks.chunks),
     )
-    work = Workload(pipe.model.config, pipe.settings().grid, ways.parallel_chunks.chunks.chunk_frames + 1, 1, 1)
+    work = Workload(pipe.model.config, pipe.settings().grid, variants.parallel_chunks.chunks.chunk_frames + 1, 1, 1)
     cases = []
     for seed, scene in enumerate(scenes):
-        clean = ways.latents(scene, frames, seed)
+        clean = variants.latents(scene, frames, seed)
         noise = torch.randn(clean.shape, generator=keyed_generator(seed, 1))
         cases.append((clean, noise, pipe.text.encode(scene.prompt(), seed)))
     for left_open, what in OPEN.items():
@@ -161,14 +161,16 @@ def held_out(ways: Ways, scenes: list[SceneSpec], frames: int) -> list[dict[str,
             for clean, noise, embeds in cases:
                 x = pipe.settings().grid.patchify((1 - level) * clean + level * noise)
                 for use in (True, False):
-                    vin, said = ways.parallel_chunks.vin if use else None, leave_open(embeds, **what)
+                    vin, said = variants.parallel_chunks.vin if use else None, leave_open(embeds, **what)
                     layout = choose_strategy(work, default_machine(parallel.device), parallel)
                     strategy = build_strategy(parallel, layout, pipe.settings().grid, pipe.model.config.num_heads)
                     state = ParallelChunksForward(
-                        pipe.model, vin, said, pipe.settings().grid, lane, 1, strategy, parallel
+                        pipe.model, vin, said, pipe.settings().grid, assigned, 1, strategy, parallel
                     )
                     state.commit(pipe.settings().grid.patchify(pipe.text.opening(*clean.shape[2:])))
-                    found = join(state.velocities(x, 1000 * level), ways.parallel_chunks.chunks.overlap, fused=False)
+                    found = join(
+                        state.velocities(x, 1000 * level), variants.parallel_chunks.chunks.overlap, fused=False
+                    )
                     errors[use].append(float((found - pipe.settings().grid.patchify(noise - clean)).square().mean()))
             means = {use: round(float(np.mean(each)), 4) for use, each in errors.items()}
             rows.append({"open": left_open, "level": level, "with": means[True], "without": means[False]})

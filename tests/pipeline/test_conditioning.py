@@ -37,8 +37,8 @@ def video(pipe: CausalVideoPipeline) -> np.ndarray:
     return made(pipe, PROMPT, 49)
 
 
-def made(pipe: CausalVideoPipeline, prompt: str, frames: int = 81, **given: Any) -> np.ndarray:
-    result = video_of(pipe, prompt, num_frames=frames, seed=SEED, **given)
+def made(pipe: CausalVideoPipeline, prompt: str, frames: int = 81, **options: Any) -> np.ndarray:
+    result = video_of(pipe, prompt, num_frames=frames, seed=SEED, **options)
     assert result is not None
     return result
 
@@ -70,8 +70,8 @@ def test_latents_come_as_asked_and_the_last_frame_goes_on(pipe: CausalVideoPipel
 
 @given(st.integers(1, 30), st.integers(1, 4), st.booleans(), st.integers(0, 2))
 @settings(deadline=None)
-def test_given_frames_fill_whole_chunks(most: int, chunk: int, lone: bool, opening: int) -> None:
-    """By listing where chunks end: the frames after the given ones stand where they would have stood."""
+def test_conditioning_frames_fill_whole_chunks(most: int, chunk: int, lone: bool, opening: int) -> None:
+    """By listing where chunks end: the frames after the conditioning stand where they would have stood."""
     stream = StreamConfig(chunk_frames=chunk, independent_first_frame=lone)
     count = whole_chunks(most, stream, prefix=opening and 1)
     lone_left = lone and not opening
@@ -128,7 +128,7 @@ def latents_of(pipe: CausalVideoPipeline, frames: int) -> Tensor:
 
 
 def continued(pipe: CausalVideoPipeline, past: Conditioning, frames: int) -> np.ndarray:
-    """So many pixel frames after given latent frames, decoded as the pipeline decodes them."""
+    """So many pixel frames after the conditioning latents, decoded as the pipeline decodes them."""
     assert past.latents is not None
     opening, stream = opening_of(pipe), pipe.config.stream
     cut = FrameRange(frames, pipe.codec.temporal_stride, opening.shape[1], past)
@@ -150,7 +150,7 @@ def continued(pipe: CausalVideoPipeline, past: Conditioning, frames: int) -> np.
 def test_continuing_a_streams_own_latents_is_having_gone_on(
     pipe: CausalVideoPipeline, video: np.ndarray, latent_frames: int
 ) -> None:
-    """The chart is a chunk of its own, so the given ones are cut, and noise is drawn, as in the stream that made them.
+    """The chart is a chunk of its own, so the conditioning is cut, and noise is drawn, as in the stream that made them.
     The decoder goes on too."""
     hidden = 1 + 4 * (latent_frames - 1)
     past = Conditioning(latents_of(pipe, 15)[:, :latent_frames], hidden)
