@@ -175,11 +175,8 @@ def count_collectives(group: dist.ProcessGroup, device: str, strategy: str) -> d
             run()
             comm_stats = parallel.comm_stats.take()
             by_kind = {kind: (e.calls, e.elements, e.bytes) for kind, e in comm_stats.by_kind().items()}
-            passes[name] = {
-                "seen": list(noted),
-                "comm_stats": by_kind,
-                "layers": {layer for _, layer in comm_stats.entries},
-            }
+            layers = {layer for _, layer in comm_stats.entries}
+            passes[name] = {"seen": list(noted), "comm_stats": by_kind, "layers": layers}
     passes["cache"] = {"bytes": stream.cache.bytes}
     stream.cancel()
     allocated = []
