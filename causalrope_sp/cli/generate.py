@@ -51,9 +51,9 @@ def generate(
     parallel_chunks = options["parallel_chunks"] is not None
 
     def generated() -> Iterator[Any]:
+        from causalrope_sp.devices import check_device
         from causalrope_sp.distributed import SequenceParallel
         from causalrope_sp.pipeline.load_options import LoadOptions
-        from causalrope_sp.pipeline.option_checks import check_device
         from causalrope_sp.pipeline.pipeline import CausalVideoPipeline
 
         loading = LoadOptions(**{name: options[name] for name in LOADING})

@@ -11,7 +11,7 @@ import torch
 
 from causalrope_sp.checks import check_choice, check_number, check_whole, shown
 from causalrope_sp.config import DTYPE_NAMES, Solver
-from causalrope_sp.devices import check_device as check_device
+from causalrope_sp.devices import check_device
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.pipeline.offload import Offload
 

@@ -9,6 +9,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
+from causalrope_sp.devices import check_device
 from causalrope_sp.distributed import SequenceParallel
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.grid import LatentGrid
@@ -17,7 +18,7 @@ from causalrope_sp.pipeline.generation_options import GenerationOptions
 from causalrope_sp.pipeline.load_options import LoadOptions
 from causalrope_sp.pipeline.loading import Parts, load_parts
 from causalrope_sp.pipeline.model_config import TEXT_ENCODERS
-from causalrope_sp.pipeline.option_checks import check_device, check_dtype
+from causalrope_sp.pipeline.option_checks import check_dtype
 from causalrope_sp.pipeline.output import StreamGuard, VideoChunk
 from causalrope_sp.pipeline.results import CausalVideoPipelineOutput, as_output
 from causalrope_sp.pipeline.saving import save_parts
