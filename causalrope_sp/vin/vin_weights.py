@@ -66,7 +66,12 @@ def load_vin(
             metadata = file.metadata() or {}
             if metadata.get("layout") != LAYOUT:
                 raise CheckpointError(f"{path}: not a Video Interface Network: its layout is not {LAYOUT}")
-            network, cut, stored = (parse_object(metadata.get(name, "null")) for name in ("vin", "chunks", "dit"))
+            try:
+                network, cut, stored = (parse_object(metadata.get(name, "null")) for name in ("vin", "chunks", "dit"))
+            except ValueError as reason:
+                raise CheckpointError(
+                    f"{path}: its metadata lacks the sizes of a Video Interface Network: {reason}"
+                ) from reason
             config, chunks = VINConfig(**network), ParallelChunksConfig(**cut)
             if wrong := [
                 f"{name} {stored.get(name)}, not {x}" for name, x in sizes(dit).items() if stored.get(name) != x

@@ -76,7 +76,7 @@ def test_weights_come_back_and_others_are_refused(tmp_path: Path) -> None:
     [
         ({"vin": "[1]"}, "its metadata lacks the sizes of a Video Interface Network"),
         ({"dit": "null"}, "its metadata lacks the sizes"),
-        ({"chunks": "{"}, "cannot be read as a Video Interface Network"),
+        ({"chunks": "{"}, "its metadata lacks the sizes of a Video Interface Network: not JSON"),
         ({"chunks": '{"chunk_frames": 5, "overlap": 0, "keyframe_every": 1}'}, "cannot be read .*overlap must be"),
         ({"vin": '{"global_tokens": 1000000000000, "dim": 24, "heads": 3, "layers": 2}'}, "z_init is"),
         ({"vin": '{"global_tokens": 5, "dim": 24, "heads": 3, "layers": 99}'}, r"is missing; .*\.\.\. \(\d+ in all\)"),
