@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from causalrope_sp import ConfigError
 from causalrope_sp.codec.wan_vae import WanDecoderStream, WanEncoderStream
+from tests.support.codecs import CHANNELS, small_wan_vae
 
-SIDE, CHANNELS, BATCH = 3, 4, 2
+SIDE, BATCH = 3, 2
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 
@@ -23,21 +24,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["
 @pytest.fixture(scope="module", params=[False, True], ids=["plain", "residual"])
 def codec(request: pytest.FixtureRequest) -> AutoencoderKLWan:
     """Wan 2.1's blocks, and those with shortcuts, which need to know a video's first frame."""
-    torch.manual_seed(0)
-    vae = AutoencoderKLWan(
-        base_dim=4,
-        z_dim=CHANNELS,
-        dim_mult=[1, 2, 2],
-        num_res_blocks=1,
-        temperal_downsample=[True, True],
-        in_channels=12,
-        out_channels=12,
-        patch_size=2,
-        is_residual=request.param,
-        latents_mean=[0.5, -1.0, 0.25, 2.0],
-        latents_std=[1.5, 0.5, 2.0, 0.75],
-    )
-    return vae.double().eval().requires_grad_(False)
+    return small_wan_vae(request.param).double().eval().requires_grad_(False)
 
 
 def statistics(vae: AutoencoderKLWan, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from causalrope_sp import ConfigError, LatentGrid, SequenceParallel
@@ -15,8 +14,8 @@ from causalrope_sp.codec.taehv import Taehv, TaehvCodec, TaehvConfig
 from causalrope_sp.codec.wan_vae import WanCodec
 from causalrope_sp.distributed.launch import RankPool
 from causalrope_sp.planning.decode_cost import VaeSize
+from tests.support.codecs import CHANNELS, small_wan_vae
 
-CHANNELS = 4
 CUT = (1, 3, 2)  # latent frames a chunk
 CODECS = ("wan", "wan with shortcuts", "taehv")
 
@@ -26,20 +25,7 @@ def small_codec(kind: str, dtype: torch.dtype) -> Codec:
     if kind == "taehv":
         config = TaehvConfig(CHANNELS, encoder_width=4, widths=(8, 6, 4, 4), pools=(2, 2, 1), grows=(1, 2, 2), patch=2)
         return TaehvCodec(Taehv(config).to(dtype))
-    vae = AutoencoderKLWan(
-        base_dim=4,
-        z_dim=CHANNELS,
-        dim_mult=[1, 2, 2],
-        num_res_blocks=1,
-        temperal_downsample=[True, True],
-        in_channels=12,
-        out_channels=12,
-        patch_size=2,
-        is_residual=kind != "wan",
-        latents_mean=[0.5, -1.0, 0.25, 2.0],
-        latents_std=[1.5, 0.5, 2.0, 0.75],
-    )
-    return WanCodec(vae.to(dtype))
+    return WanCodec(small_wan_vae(kind != "wan").to(dtype))
 
 
 def latents_of(height: int, width: int, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,26 @@
+"""A small VAE of Wan's layout."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import AutoencoderKLWan
+
+CHANNELS = 4
+
+
+def small_wan_vae(residual: bool) -> AutoencoderKLWan:
+    """Makes a VAE of random weights: Wan 2.1's blocks, or those with shortcuts, which need a video's first frame."""
+    torch.manual_seed(0)
+    return AutoencoderKLWan(
+        base_dim=4,
+        z_dim=CHANNELS,
+        dim_mult=[1, 2, 2],
+        num_res_blocks=1,
+        temperal_downsample=[True, True],
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
+        is_residual=residual,
+        latents_mean=[0.5, -1.0, 0.25, 2.0],
+        latents_std=[1.5, 0.5, 2.0, 0.75],
+    )
