@@ -7,7 +7,6 @@ Every stage writes its checkpoint and its log there and goes on where it was sto
 minutes count them anew. At the end the codec and both sets of weights lie in the folder `weights`, next to a plot of
 the curves. Minutes on a GPU, hours on two CPU cores. The decoder is trained twice after the rest of the codec, which
 changes no latent: on rendered scenes (`--decoder-minutes`), and on what the DiTs make of them (`--made-minutes`).
-`--policy-minutes` trains the student on what its own sampler meets; the weights that ship have not been through it.
 """
 
 from __future__ import annotations
@@ -24,7 +23,6 @@ from toybox_training.codec import save_codec, save_decoder, train_codec, tune_de
 from toybox_training.dit import SAMPLER, TeacherForcing, new_model
 from toybox_training.latents import encode_scenes
 from toybox_training.made import make_videos
-from toybox_training.policy import train_on_policy
 from toybox_training.stages import Scenes, train_student, train_teacher
 from toybox_training.training import processes, rank
 
@@ -51,7 +49,6 @@ FLOW_SAMPLER = SamplerConfig(steps=tuple(62.5 * n for n in range(16, 0, -1)), sh
 @click.option("--teacher-steps", default=3500, show_default=True)
 @click.option("--student-steps", default=1500, show_default=True)
 @click.option("--decoder-minutes", default=20.0, show_default=True, help="On rendered scenes; 0 leaves it out.")
-@click.option("--policy-minutes", default=0.0, show_default=True, help="On what the student's sampler meets.")
 @click.option("--made-minutes", default=36.0, show_default=True, help="The decoder, on what both DiTs make.")
 @click.option("--openings", default=8192, show_default=True, help="Scenes of 9 frames, for the first chunk alone.")
 @click.option("--clips", default=3328, show_default=True, help="Scenes of 57 frames.")
@@ -66,7 +63,6 @@ def main(
     teacher_steps: int,
     student_steps: int,
     decoder_minutes: float,
-    policy_minutes: float,
     made_minutes: float,
     openings: int,
     clips: int,
@@ -105,12 +101,6 @@ def main(
     if rank() == 0:
         save_model(teacher.to(torch.bfloat16), weights / "toybox-flow.safetensors")
     student = train_student(out / "student.pt", teacher.float(), scenes, forcing, student_steps, 1.2e-3)
-    if policy_minutes:
-        in_its_units = torch.tensor(codec.config.latents_std).square()
-        channels = in_its_units / in_its_units.mean()
-        student = train_on_policy(
-            out / "policy.pt", student, scenes.openings, scenes.long, grid, channels, policy_minutes, 4e-4
-        )
     if rank() == 0:
         save_model(student.to(torch.bfloat16), weights / "toybox.safetensors")
     if made_minutes:
@@ -128,9 +118,7 @@ def plot(out: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    stages = [
-        stage for stage in ("codec", "decoder", "teacher", "student", "policy") if (out / f"{stage}.jsonl").exists()
-    ]
+    stages = [stage for stage in ("codec", "decoder", "teacher", "student") if (out / f"{stage}.jsonl").exists()]
     figure, axes = pyplot.subplots(
         1, len(stages), figsize=(4 * len(stages), 3.2), constrained_layout=True, squeeze=False
     )

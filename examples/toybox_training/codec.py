@@ -109,12 +109,17 @@ def tune_decoder(
         mse, on_objects, name = learn(training.model, size, training.step, generator)
         fall = max(0.01, min(1, (1 - progress) / 0.7))
         report = {
-            f"{name}_db": -10 * math.log10(mse.item() / 4),
-            f"{name}_objects_db": -10 * math.log10(on_objects.item() / 4),
+            f"{name}_db": _decibels(mse),
+            f"{name}_objects_db": _decibels(on_objects),
         }
         training.update(mse + on_objects, min(1, (training.step - first + 1) / 50) * fall, report)
     training.save()
     return training.ema
+
+
+def _decibels(mse: Tensor) -> float:
+    """The PSNR of pixels in [-1, 1]; that of an error of 0 too, where all made frames have left the truth."""
+    return -10 * math.log10(max(mse.item(), 1e-12) / 4)
 
 
 def _from_truth(

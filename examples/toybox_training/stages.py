@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -201,16 +202,16 @@ def _roll_out(
     def noise(chunk: Chunk, _: int) -> Tensor:
         return torch.randn(count, chunk.frames, *long.latents.shape[2:], generator=generator)
 
-    with torch.autocast(forcing.device.type, torch.bfloat16):
-        chunks = sample_chunks(
-            model,
-            long.embeds[pick],
-            noise,
-            forcing.grid,
-            POOL_FRAMES,
-            stream=STREAM,
-            sampler=SAMPLER,
-            initial_latents=chart(count, *long.latents.shape[2:]),
-        )
-        made = torch.cat([chunk.latents for chunk in chunks], 1).float().cpu().clone()
+    rounded = copy.deepcopy(model).to(torch.bfloat16).requires_grad_(False)  # as the weights are shipped
+    chunks = sample_chunks(
+        rounded,
+        long.embeds[pick].to(torch.bfloat16),
+        noise,
+        forcing.grid,
+        POOL_FRAMES,
+        stream=STREAM,
+        sampler=SAMPLER,
+        initial_latents=chart(count, *long.latents.shape[2:]),
+    )
+    made = torch.cat([chunk.latents for chunk in chunks], 1).float().cpu().clone()
     return list(zip(pick.tolist(), made, strict=True))
