@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 import click
 
+from causalrope_sp.cli.model_options import CHUNK_FRAMES, GUIDANCE_INTERVAL, HEIGHT, OFFLOAD, SHIFT, SINK, WIDTH, WINDOW
 from causalrope_sp.cli.numbers import FLOAT, INTEGER, SEED, IntRange
 from causalrope_sp.cli.options import complete_model, complete_preset, complete_strategy
 from causalrope_sp.config import DTYPE_NAMES, Solver
@@ -64,16 +65,8 @@ OPTIONS = (
         show_default=True,
         help="Generate this many pixel frames.",
     ),
-    click.option(
-        "--height",
-        type=INTEGER,
-        help="Set the height of a frame in pixels. The default is the model's.",
-    ),
-    click.option(
-        "--width",
-        type=INTEGER,
-        help="Set the width of a frame in pixels. The default is the model's.",
-    ),
+    HEIGHT,
+    WIDTH,
     click.option(
         "--seed",
         type=SEED,
@@ -81,21 +74,9 @@ OPTIONS = (
         show_default=True,
         help="Draw all noise from this seed.",
     ),
-    click.option(
-        "--window",
-        type=INTEGER,
-        help="Let attention look back over this many latent frames, current chunk counted. The default is the model's.",
-    ),
-    click.option(
-        "--sink",
-        type=INTEGER,
-        help="Keep this many of the first latent frames in the window. The default is the model's.",
-    ),
-    click.option(
-        "--chunk-frames",
-        type=INTEGER,
-        help="Put this many latent frames into a chunk. The default is the model's.",
-    ),
+    WINDOW,
+    SINK,
+    CHUNK_FRAMES,
     click.option(
         "--rope",
         type=click.Choice(["absolute", "relative"]),
@@ -110,22 +91,14 @@ OPTIONS = (
         type=click.Choice(get_args(Solver)),
         help="Integrate from step to step with this solver. The default is the model's.",
     ),
-    click.option(
-        "--shift",
-        type=FLOAT,
-        help="Shift the timesteps towards noise by this factor. The default is the model's.",
-    ),
+    SHIFT,
     click.option(
         "--guidance",
         "guidance_scale",
         type=FLOAT,
         help="Set the scale of guidance; 1 is no guidance. The default is the model's.",
     ),
-    click.option(
-        "--guidance-interval",
-        type=(FLOAT, FLOAT),
-        help="Guide only the steps between these timesteps, 0 to 1000. The default is the model's.",
-    ),
+    GUIDANCE_INTERVAL,
     click.option(
         "--negative-prompt",
         help="Guide away from this text. The default is no text.",
@@ -227,14 +200,7 @@ OPTIONS = (
         "--device",
         help="Run on this device, such as cpu or cuda:1. The default is a GPU if there is one.",
     ),
-    click.option(
-        "--offload",
-        multiple=True,
-        default=["text"],
-        show_default=True,
-        metavar="text|codec|none",
-        help="Keep these weights on the device only while they are used.",
-    ),
+    OFFLOAD,
     click.option(
         "--preflight/--no-preflight",
         default=True,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from causalrope_sp.cli.numbers import FLOAT, INTEGER
+from causalrope_sp.cli.model_options import CHUNK_FRAMES, SHIFT, SINK, WINDOW
 from causalrope_sp.cli.options import complete_model, complete_preset, parse_steps
 from causalrope_sp.cli.runtime import rank
 
@@ -28,22 +28,14 @@ if TYPE_CHECKING:
     shell_complete=complete_preset,
     help="Use the settings of this preset: self-forcing, causvid, longlive-1.3b, ... The default is inferred.",
 )
-@click.option(
-    "--window", type=INTEGER, help="Let attention look back over this many latent frames. The default is the preset's."
-)
-@click.option(
-    "--sink", type=INTEGER, help="Keep this many of the first latent frames in the window. The default is the preset's."
-)
-@click.option(
-    "--chunk-frames", type=INTEGER, help="Put this many latent frames into a chunk. The default is the preset's."
-)
+@WINDOW
+@SINK
+@CHUNK_FRAMES
 @click.option(
     "--steps",
     help="Use this many evenly spaced steps (4), or these timesteps (1000,750,...). The default is the preset's.",
 )
-@click.option(
-    "--shift", type=FLOAT, help="Shift the timesteps towards noise by this factor. The default is the preset's."
-)
+@SHIFT
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object. The default is a text.")
 def inspect(path: str, part: str | None, preset: str | None, steps: str | None, as_json: bool, **run: Any) -> int:
     """Reports the layout of the checkpoint at PATH, the evidence for it, missing tensors, and its preset.

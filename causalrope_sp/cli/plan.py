@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from causalrope_sp.cli.model_options import CHUNK_FRAMES, GUIDANCE_INTERVAL, HEIGHT, OFFLOAD, SINK, WIDTH, WINDOW
 from causalrope_sp.cli.numbers import FLOAT, INTEGER, IntRange
 from causalrope_sp.cli.options import complete_model
 from causalrope_sp.errors import ConfigError, printable
@@ -28,17 +29,11 @@ OVERRIDES = ("height", "width", "window", "sink", "chunk_frames", "steps", "guid
     shell_complete=complete_model,
     help="Plan for this model: wan2.1-1.3b, wan2.1-14b, toybox or a PATH.",
 )
-@click.option("--height", type=INTEGER, help="Set the height of a frame in pixels. The default is the model's.")
-@click.option("--width", type=INTEGER, help="Set the width of a frame in pixels. The default is the model's.")
-@click.option(
-    "--window", type=INTEGER, help="Let attention look back over this many latent frames. The default is the model's."
-)
-@click.option(
-    "--sink", type=INTEGER, help="Keep this many of the first latent frames in the window. The default is the model's."
-)
-@click.option(
-    "--chunk-frames", type=INTEGER, help="Put this many latent frames into a chunk. The default is the model's."
-)
+@HEIGHT
+@WIDTH
+@WINDOW
+@SINK
+@CHUNK_FRAMES
 @click.option("--steps", type=INTEGER, help="Make this many denoise passes per chunk. The default is the model's.")
 @click.option(
     "--guidance",
@@ -46,11 +41,7 @@ OVERRIDES = ("height", "width", "window", "sink", "chunk_frames", "steps", "guid
     type=FLOAT,
     help="Set the scale of guidance; any but 1 adds an unconditional pass. The default is the model's.",
 )
-@click.option(
-    "--guidance-interval",
-    type=(FLOAT, FLOAT),
-    help="Guide only the steps between these timesteps, 0 to 1000. The default is the model's.",
-)
+@GUIDANCE_INTERVAL
 @click.option(
     "--reuse",
     help="Reuse attention outputs between steps by this policy: pab:latte, ... or a JSON file. The default is off.",
@@ -75,14 +66,7 @@ OVERRIDES = ("height", "width", "window", "sink", "chunk_frames", "steps", "guid
     show_default=True,
     help="Keep the transformer's matrices in full precision or in 8 bits.",
 )
-@click.option(
-    "--offload",
-    multiple=True,
-    default=["text"],
-    show_default=True,
-    metavar="text|codec|none",
-    help="Keep these weights on the device only while they are used.",
-)
+@OFFLOAD
 @click.option(
     "--measured",
     type=click.Path(path_type=Path),

@@ -1,0 +1,37 @@
+"""Options on a model's run that several commands take."""
+
+from __future__ import annotations
+
+import click
+
+from causalrope_sp.cli.numbers import FLOAT, INTEGER
+
+HEIGHT = click.option("--height", type=INTEGER, help="Set the height of a frame in pixels. The default is the model's.")
+WIDTH = click.option("--width", type=INTEGER, help="Set the width of a frame in pixels. The default is the model's.")
+WINDOW = click.option(
+    "--window",
+    type=INTEGER,
+    help="Let attention look back over this many latent frames, current chunk counted. The default is the model's.",
+)
+SINK = click.option(
+    "--sink", type=INTEGER, help="Keep this many of the first latent frames in the window. The default is the model's."
+)
+CHUNK_FRAMES = click.option(
+    "--chunk-frames", type=INTEGER, help="Put this many latent frames into a chunk. The default is the model's."
+)
+SHIFT = click.option(
+    "--shift", type=FLOAT, help="Shift the timesteps towards noise by this factor. The default is the model's."
+)
+GUIDANCE_INTERVAL = click.option(
+    "--guidance-interval",
+    type=(FLOAT, FLOAT),
+    help="Guide only the steps between these timesteps, 0 to 1000. The default is the model's.",
+)
+OFFLOAD = click.option(
+    "--offload",
+    multiple=True,
+    default=["text"],
+    show_default=True,
+    metavar="text|codec|none",
+    help="Keep these weights on the device only while they are used.",
+)
