@@ -38,7 +38,6 @@ from triton.runtime.jit import JITFunction
 
 from causalrope_kernels import (
     Affine,
-    ByFrame,
     Keys,
     Modulation,
     Pieces,
@@ -109,8 +108,8 @@ def launches() -> Iterator[tuple[str, Callable[[], Any]]]:
 
 def _norms(size: str, dim: int) -> Iterator[tuple[str, Callable[[], Any]]]:
     x, vector = empty(1, FRAMES * TOKENS, dim), empty(dim)
-    gate, shift, scale, *_ = ByFrame.unbind(empty(FRAMES, 6, dim), empty(6, dim))
-    modulation = Modulation(shift, scale, 1e-6)
+    gate, shift, factor, *_ = empty(FRAMES, 6, dim, dtype=torch.float32).unbind(1)
+    modulation = Modulation(shift, factor, 1e-6)
     yield f"{size}, modulate", partial(add_norm, x, None, None, modulation)
     yield f"{size}, gate, modulate", partial(add_norm, x, x, gate, modulation)
     few = empty(1, FRAMES * TOKENS // 8, dim)

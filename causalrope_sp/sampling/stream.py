@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from causalrope_kernels import Projection, Rotation
+from causalrope_kernels import PassOperations, Projection, Rotation
 from causalrope_sp.attention.base import Strategy
 from causalrope_sp.cache.kv_cache import KVCache
 from causalrope_sp.cache.window import SlidingWindow
@@ -73,6 +73,9 @@ class CausalStream:
         self._relative = relative
         self._rotation: tuple[tuple[Chunk, ...], Rotation] | None = None
         self._broken = False
+        self._unchecked = PassOperations.unchecked(model.patch_embedding.weight, strategy.backend)
+        self._blocks = model.settled(self._unchecked)
+        self._checked_kinds: set[tuple[int, ...]] = set()  # of passes, by the frames of their chunks
         self.outputs = None if reuse is None else OutputStore(reuse)
         self.cache = KVCache(
             config.num_layers,
@@ -140,8 +143,10 @@ class CausalStream:
         model, chunks = self._model, tuple(part.chunk for part in parts)
         timesteps = [part.timestep for part in parts for _ in range(part.chunk.frames)]
 
+        operations = self._operations(tuple(chunk.frames for chunk in chunks))
+
         def attend(layer: int, projection: Projection) -> Tensor:
-            return self._strategy.attend(projection, self.cache.layer(layer), chunks).flatten(1, 2)
+            return self._strategy.attend(projection, self.cache.layer(layer), chunks, operations).flatten(1, 2)
 
         step = ForwardPass(
             # in float32, as Self-Forcing's schedule holds them: at 833.33 the difference shows as 1e-6 in the latents
@@ -150,7 +155,8 @@ class CausalStream:
             rotation=self._rotate(chunks),
             text=self._text,
             attend=attend,
-            attention=self._strategy.backend,
+            operations=operations,
+            blocks=self._blocks if operations is self._unchecked else None,
             output=output,
         )
         tokens = torch.cat([part.tokens_BFSE for part in parts], 1)
@@ -159,6 +165,15 @@ class CausalStream:
         self._broken = False
         last = parts[-1].tokens_BFSE
         return velocity.view(last.shape).to(last.dtype)
+
+    def _operations(self, kind: tuple[int, ...]) -> PassOperations:
+        """Returns operations that check their arguments for the first pass of a kind, and others for later ones."""
+        if torch.is_grad_enabled():
+            return PassOperations.checked(self._strategy.backend)
+        if kind in self._checked_kinds:
+            return self._unchecked
+        self._checked_kinds.add(kind)
+        return PassOperations.checked(self._strategy.backend, in_place=True)
 
     def _rotate(self, chunks: tuple[Chunk, ...]) -> Rotation:
         """Returns the rotation of the tokens of a pass, remembered until the chunks change."""
