@@ -11,8 +11,9 @@ rank stores.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -134,14 +135,19 @@ class KVCache:
     def cancel(self) -> None:
         """Cancels the open chunk, if there is one, and restores the frames that it overwrote."""
         if self.open_chunk is not None:
-            evicted = self.window.evicted(self.open_chunk)
-            for layer in self._undo_layers:
-                for n, frame in enumerate(evicted):
-                    self.storage_L2BKSHD[layer, :, :, self.window.slot(frame)] = self._undo_L2BFSHD[layer, :, :, n]
+            self.restore_evicted()
             if self._undo_layers:
+                evicted = self.window.evicted(self.open_chunk)
                 self._written |= {self.window.slot(frame): frame for frame in evicted}
             self.open_chunk = None
             self._undo_layers.clear()
+
+    def restore_evicted(self) -> None:
+        """Writes the frames that the open chunk overwrote back to their slots, from the undo buffer."""
+        assert self.open_chunk is not None, "only an open chunk overwrites frames"
+        for n, frame in enumerate(self.window.evicted(self.open_chunk)):
+            for layer in self._undo_layers:
+                self.storage_L2BKSHD[layer, :, :, self.window.slot(frame)] = self._undo_L2BFSHD[layer, :, :, n]
 
     def layer(self, index: int) -> LayerCache:
         """Returns the view of one layer."""
@@ -150,15 +156,70 @@ class KVCache:
     def kv_slots(self, layer: int, chunk: Chunk) -> tuple[Slots, Slots]:
         """Returns the slots of a layer that a chunk's keys and values are written to; see `LayerCache.kv_slots`."""
         if layer not in self._undo_layers and chunk == self.open_chunk:
-            ring_2BKSHD = self.storage_L2BKSHD[layer]
-            for n, frame in enumerate(self.window.evicted(chunk)):
-                self._undo_L2BFSHD[layer, :, :, n] = ring_2BKSHD[:, :, self.window.slot(frame)]
-            self._undo_layers.add(layer)
+            self._save_evicted(slice(layer, layer + 1))
         if layer == 0:
-            self._written |= {self.window.slot(frame): frame for frame in range(chunk.start, chunk.stop)}
+            self.note_written(chunk)
         slots_F = self._plan(chunk).slots_F
         k, v = self._rings[layer]
         return Slots(k, slots_F), Slots(v, slots_F)
+
+    def _save_evicted(self, layers: slice) -> None:
+        """Copies the frames that the open chunk overwrites to the undo buffer, for some layers."""
+        assert self.open_chunk is not None, "only an open chunk overwrites frames"
+        for n, frame in enumerate(self.window.evicted(self.open_chunk)):
+            self._undo_L2BFSHD[layers, :, :, n] = self.storage_L2BKSHD[layers, :, :, self.window.slot(frame)]
+        self._undo_layers.update(range(len(self._layers))[layers])
+
+    def note_written(self, chunk: Chunk) -> None:
+        """Notes that a chunk's keys and values lie in its slots."""
+        self._written |= {self.window.slot(frame): frame for frame in range(chunk.start, chunk.stop)}
+
+    def evicts(self, chunk: Chunk) -> bool:
+        """Returns whether the open chunk overwrites frames of another chunk."""
+        if self.open_chunk is None or chunk == self.open_chunk:
+            return False
+        return any(frame >= chunk.start for frame in self.window.evicted(self.open_chunk))
+
+    def begin_graph(self, chunks: Sequence[Chunk]) -> list[Tensor]:
+        """Prepares a pass that a captured graph may run, whose forward then does nothing on the host for the cache.
+
+        Args:
+            chunks: the chunks of the pass; the last one is open.
+
+        Returns:
+            For every chunk its slots, the bounds of the rows that it attends and, in the `relative` policy, the angles
+            of its slots, as tensors on the device.
+        """
+        if len(self._undo_layers) < len(self._layers) and self.open_chunk is not None:
+            self._save_evicted(slice(None))
+        tensors = []
+        for chunk in chunks:
+            self.note_written(chunk)
+            keys, plan = self.keys(0, chunk, since=0, old=False), self._plan(chunk)
+            assert keys.bounds_N2 is not None, "a ring's bounds are on the device"
+            tensors += [plan.slots_F, keys.bounds_N2]
+            tensors += [] if plan.rotate_on_read is None else [plan.rotate_on_read.table]
+        return tensors
+
+    @contextmanager
+    def reading(self, chunks: Sequence[Chunk], tensors: Sequence[Tensor]) -> Iterator[None]:
+        """Lets a forward read tensors of the form that `begin_graph` returns in place of the chunks' own."""
+        own, each = dict(self._plans), len(tensors) // len(chunks)
+        for number, chunk in enumerate(chunks):
+            slots_F, bounds_N2, *angles = tensors[number * each : (number + 1) * each]
+            plan = own[chunk]
+            rotate = plan.rotate_on_read
+            rotate = None if rotate is None else replace(rotate, table=angles[0])
+            ranges = {(0, False): (plan.ranges[0, False][0], bounds_N2)}
+            self._plans[chunk] = _ChunkPlan(slots_F, rotate, ranges)
+        try:
+            yield
+        finally:
+            self._plans = own
+
+    def attended_rows(self, chunk: Chunk) -> Ranges:
+        """Returns the rows of the ring that a chunk's queries attend."""
+        return self.keys(0, chunk, since=0, old=False).ranges or ()
 
     def keys(self, layer: int, chunk: Chunk, since: int, old: bool) -> Keys:
         """Returns the keys and values of a layer that a chunk's queries attend.

@@ -286,9 +286,10 @@ class CausalDiT(nn.Module):
         """Computes all blocks' shifts, factors (one plus the scale) and gates, (L, 6, …, F, D), in float32 or wider."""
         time_F6D = wide(self.time_projection(time_FD)).unflatten(-1, (6, -1))
         learned_L6D = wide(torch.stack([cast(Block, block).modulation for block in self.blocks]))
-        one_6D = time_F6D.new_tensor([0, 1, 0, 0, 1, 0]).unsqueeze(1)
-        learned_L6D = (learned_L6D + one_6D).view(len(self.blocks), *(1,) * (time_FD.ndim - 1), *learned_L6D.shape[1:])
-        return (time_F6D + learned_L6D).movedim(-2, 1)
+        learned_L6D = learned_L6D.view(len(self.blocks), *(1,) * (time_FD.ndim - 1), *learned_L6D.shape[1:])
+        modulation_LF6D = time_F6D + learned_L6D
+        modulation_LF6D[..., 1::3, :] += 1  # scales become factors
+        return modulation_LF6D.movedim(-2, 1)
 
 
 def linear(module: nn.Linear, operations: PassOperations, gelu: bool = False) -> Callable[[Tensor], Tensor]:
