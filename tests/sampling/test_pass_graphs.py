@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from causalrope_sp import SamplerConfig, StreamConfig
+from causalrope_sp import CausalVideoPipeline, SamplerConfig, StreamConfig
 from causalrope_sp.diffusion.noise import seeded_noise
 from causalrope_sp.sampling import sampler
 from causalrope_sp.sampling.pass_graphs import PassGraphs
@@ -115,6 +115,14 @@ def test_a_graph_whose_output_differs_is_not_used(
         assert torch.equal(video(stream), eager)
     assert "its output differs from that of the eager pass" in caplog.text
     assert made[0].replays == 0
+
+
+def test_the_pipeline_passes_the_option_on(graphs: Callable[..., list[PassGraphs]]) -> None:
+    made = graphs()
+    for expected, wanted in ((0, False), (1, True)):
+        pipe = CausalVideoPipeline.from_pretrained("toybox", device="cpu", graphs=wanted)
+        pipe("a red circle slides right", num_frames=9, output_type="latent")
+        assert len(made) == expected
 
 
 def test_graphs_are_left_out_by_option_and_with_reuse(graphs: Callable[..., list[PassGraphs]]) -> None:
