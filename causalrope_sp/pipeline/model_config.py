@@ -131,6 +131,7 @@ class ModelConfig:
             self.sampler,
             steps=options.num_inference_steps,
             solver=options.solver,
+            timestep_rule=options.timestep_rule,
             shift=options.shift,
             guidance_scale=options.guidance_scale,
             guidance_interval=options.guidance_interval,

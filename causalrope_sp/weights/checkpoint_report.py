@@ -24,6 +24,7 @@ class CheckpointReport:
         why: the key that shows which layout it is.
         wrapping: what training code left around the model's tensors.
         config: the configuration of the model.
+        assumed: the fields of `config` that nothing in the checkpoint says, and that are those of published Wan models.
         dtype: the dtype of most of the model's numbers.
         parameters: how many numbers the model has.
         preset: the settings that the model is meant to run with.
@@ -37,6 +38,7 @@ class CheckpointReport:
     why: str
     wrapping: Wrapping
     config: DiTConfig
+    assumed: tuple[str, ...]
     dtype: torch.dtype
     parameters: int
     preset: Preset

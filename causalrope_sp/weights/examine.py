@@ -73,7 +73,7 @@ def examine(path: Path, config: DiTConfig | None, part: str | None) -> Examined:
     found = _detect(files, part)
     tensors = {name: files.tensors[stored] for name, stored in found.stored.items()}
     declared = files.declared_config()
-    config = config or infer_config(tensors, declared, found.layout, path)
+    config, assumed = (config, ()) if config else infer_config(tensors, declared, found.layout, path)
     model = _on_meta(config, path)
     names = found.layout.names(config.num_layers)
     missing, misshapen, sizes = _compare(model, names, tensors, path)
@@ -84,6 +84,7 @@ def examine(path: Path, config: DiTConfig | None, part: str | None) -> Examined:
         why=found.why,
         wrapping=found.wrapping,
         config=config,
+        assumed=assumed,
         dtype=most_common_dtype(sizes),
         parameters=sizes.total(),
         preset=guess_preset(path, files.files[0], found.wrapping, declared, config),
