@@ -101,6 +101,7 @@ def report_fields(report: CheckpointReport) -> dict[str, Any]:
         "config": asdict(report.config),
         "assumed": [*report.assumed, *preset.assumed],
         "dtype": str(report.dtype).removeprefix("torch."),
+        "dtypes": {str(dtype).removeprefix("torch."): count for dtype, count in report.dtypes.items()},
         "parameters": report.parameters,
         "preset": preset.name,
         "evidence": list(preset.evidence),

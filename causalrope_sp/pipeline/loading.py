@@ -60,7 +60,8 @@ class Parts:
         chunks = self.parallel_chunks
         return replace(
             self,
-            model=self.model.to(device, dtype),
+            # a cast to its own dtype would narrow what is kept in float32
+            model=self.model.to(device) if dtype == self.model.dtype else self.model.to(device, dtype),
             codec=load_codec(self.config.codec, self.codec.name, device, offload=self.offload.codec),
             parallel_chunks=chunks and replace(chunks, vin=chunks.vin.to(device, dtype)),
             options=replace(self.options, dtype=dtype),

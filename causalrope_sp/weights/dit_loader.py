@@ -76,7 +76,8 @@ def load_model(
 
     Args:
         path: a file, the index of a sharded checkpoint, or a folder with one checkpoint in it.
-        dtype: the model's dtype; None keeps the one of most of the checkpoint's numbers.
+        dtype: the model's dtype; None keeps the one of most of the checkpoint's numbers. In one of 16 bits, parameters
+            that diffusers keeps in float32 stay so, if the checkpoint has diffusers' layout and has them in float32.
         device: the model's device. Tensors are cast and copied one by one, so the host holds one besides the file.
         config: replaces the configuration that the checkpoint declares or implies.
         part: the name of one of several models in the file, such as "generator"; None prefers the averaged weights.
@@ -100,13 +101,13 @@ def load_model(
         _agree(checkpoint, merges, readers)
     model, target = checkpoint.model, torch.device(device)
     to_quantize = frozenset(quantized(model)) if weights == "fp8" else frozenset[str]()
+    kind = dtype or checkpoint.report.dtype
     buffers = {
-        name: _allocate(shaped.shape, dtype or checkpoint.report.dtype, target, name in to_quantize)
+        name: _allocate(shaped.shape, checkpoint.dtype_of(name, kind), target, name in to_quantize)
         for name, shaped in model.named_parameters()
     }
     owner = owners([sum(buffer.nbytes for buffer in several) for several in buffers.values()], readers.size)
     own = [name for name, rank in zip(buffers, owner, strict=True) if rank == readers.rank]
-    kind = dtype or checkpoint.report.dtype
     readers.run_collectively(lambda: _fill(checkpoint, {name: buffers[name] for name in own}, merges, kind))
     for several, rank in zip(buffers.values(), owner, strict=True):
         for buffer in several:

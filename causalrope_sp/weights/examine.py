@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -35,6 +36,7 @@ class Examined:
         names: each parameter of the model -> the stored names of the tensors that make it up, in order.
         model: the model on the meta device, which has shapes and no memory.
         report: what the user is shown.
+        wide: the parameters that stay in float32 in a model of 16 bits.
     """
 
     files: WeightFiles
@@ -42,6 +44,12 @@ class Examined:
     names: Names
     model: CausalDiT
     report: CheckpointReport
+    wide: frozenset[str]
+
+    def dtype_of(self, parameter: str, dtype: torch.dtype) -> torch.dtype:
+        """Returns the dtype of a parameter in a model that computes in `dtype`: float32 for one that the layout keeps
+        wide, if `dtype` has 16 bits and the file has more, else `dtype`."""
+        return torch.float32 if dtype.itemsize == 2 and parameter in self.wide else dtype
 
 
 @dataclass(frozen=True)
@@ -77,6 +85,7 @@ def examine(path: Path, config: DiTConfig | None, part: str | None) -> Examined:
     model = _on_meta(config, path)
     names = found.layout.names(config.num_layers)
     missing, misshapen, sizes = _compare(model, names, tensors, path)
+    wide = frozenset(p for p, several in names.items() if _is_wide(found.layout, several, tensors))
     expected = {name for several in names.values() for name in several}
     report = CheckpointReport(
         path=path,
@@ -86,7 +95,8 @@ def examine(path: Path, config: DiTConfig | None, part: str | None) -> Examined:
         config=config,
         assumed=assumed,
         dtype=most_common_dtype(sizes),
-        parameters=sizes.total(),
+        dtypes=sizes,
+        wide_parameters=sum(prod(tensors[name].shape) for p in wide for name in names[p]),
         preset=guess_preset(path, files.files[0], found.wrapping, declared, config),
         missing=missing,
         unexpected=sorted(
@@ -97,7 +107,15 @@ def examine(path: Path, config: DiTConfig | None, part: str | None) -> Examined:
     stored = {
         parameter: tuple(found.stored.get(name, name) for name in several) for parameter, several in names.items()
     }
-    return Examined(files, found.layout, stored, model, report)
+    return Examined(files, found.layout, stored, model, report, wide)
+
+
+def _is_wide(layout: Layout, names: Sequence[str], tensors: Mapping[str, Stored]) -> bool:
+    """Returns whether the layout keeps the parameter of these stored tensors wide, and the file has it so."""
+    return all(
+        layout.keeps_wide(name) and name in tensors and tensors[name].dtype in (torch.float32, torch.float64)
+        for name in names
+    )
 
 
 def _detect(files: WeightFiles, part: str | None) -> _Found:
