@@ -18,6 +18,7 @@ from causalrope_sp.errors import CheckpointError
 from causalrope_sp.text.umt5_keys import ATTENTION, BLOCK, FEED_FORWARD, LAYOUTS, TRANSFORMERS, T5Layout
 from causalrope_sp.weights.finite import all_finite, refuse_broken
 from causalrope_sp.weights.messages import problem, some
+from causalrope_sp.weights.quantized_formats import refuse_quantized
 from causalrope_sp.weights.tensor_files import WeightFiles
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ class T5Checkpoint:
                 shape.
         """
         files = WeightFiles(path)
+        refuse_quantized(files)
         layout, prefix = _detect(files)
         sizes = _sizes(files, layout, prefix)
         model = _build(sizes, path)

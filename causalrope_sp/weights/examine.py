@@ -19,6 +19,7 @@ from causalrope_sp.weights.infer import infer_config
 from causalrope_sp.weights.key_layout import Layout, Names, stored_shape
 from causalrope_sp.weights.messages import some
 from causalrope_sp.weights.model_presets import guess_preset
+from causalrope_sp.weights.quantized_formats import refuse_quantized
 from causalrope_sp.weights.tensor_files import DTYPES, Stored, WeightFiles
 from causalrope_sp.weights.wan_keys import WAN
 from causalrope_sp.weights.wrappings import Wrapping, bare_names, choose_prefix, without, wrapping_modules
@@ -78,6 +79,7 @@ def examine(path: Path, config: DiTConfig | None, part: str | None) -> Examined:
         CheckpointError: the checkpoint cannot be read, has no known layout, or does not show its configuration.
     """
     files = WeightFiles(path, part)
+    refuse_quantized(files)
     found = _detect(files, part)
     tensors = {name: files.tensors[stored] for name, stored in found.stored.items()}
     declared = files.declared_config()
