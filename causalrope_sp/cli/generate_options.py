@@ -229,7 +229,7 @@ OPTIONS = (
         type=INTEGER,
         default=1,
         show_default=True,
-        help="Divide ulysses' heads into this many groups, and send one while the next is computed.",
+        help="Divide ulysses' heads into this many groups, at most a rank's heads; send one while computing the next.",
     ),
     click.option(
         "--attention",

@@ -26,7 +26,6 @@ SCHEDULER_FILE = "scheduler/scheduler_config.json"
 # Settings of models whose files have none: of Wan 2.1, and by the VAE's stride of others (Wan 2.2 5B has 16).
 WAN = {"height": 480, "width": 832, "fps": 16}
 _BY_STRIDE = {16: {"height": 704, "width": 1280, "fps": 24}}
-ASSUMED = "no preset fits: "  # begins the sentence about settings that are guesses
 _NEEDED = (  # settings that change the video of a model: where they are kept, the field, and the option
     ("stream", "window", "window"),
     ("stream", "chunk_frames", "chunk_frames"),
@@ -150,7 +149,7 @@ def _config_of(path: Path, options: LoadOptions) -> ModelConfig:
     elif (path / PIPELINE_FILE).is_file():
         source_file = path / PIPELINE_FILE
         own = read_fields(source_file)
-    fields, inferred = dict[str, Any](), list[str]()
+    fields, inferred, guesses = dict[str, Any](), list[str](), list[str]()
     if path.is_dir():
         fields |= _parts_in(path)
     if (path / MODEL_INDEX).is_file():
@@ -167,11 +166,15 @@ def _config_of(path: Path, options: LoadOptions) -> ModelConfig:
         inferred.append(f"text encoder{vae} of {os.fspath(options.base)}")
     _check_complete(fields, path, source_file)
     if not {"stream", "sampler"} <= own.keys() or options.preset is not None:
-        fields, reasons = _with_preset(fields, own, options, path)
+        fields, reasons, guesses = _with_preset(fields, own, options, path)
         inferred = reasons + inferred
     if not WAN.keys() <= fields.keys():
-        fields = {**_frames_of(options.codec_weights or fields["codec"]), **fields}
-    return replace(ModelConfig.of(fields, source_file), inferred=tuple(inferred))
+        frames = _frames_of(options.codec_weights or fields["codec"])
+        own_size = {"height": options.height, "width": options.width}
+        guessed = [f"{name} {value}" for name, value in frames.items() if name not in fields and not own_size.get(name)]
+        inferred.append(f"{', '.join(guessed)} by the stride of its VAE")
+        fields = {**frames, **fields}
+    return replace(ModelConfig.of(fields, source_file), inferred=tuple(inferred), assumed=tuple(guesses))
 
 
 def _check_complete(fields: dict[str, Any], path: Path, source_file: Path) -> None:
@@ -250,8 +253,9 @@ def _base_fields(options: LoadOptions) -> dict[str, Any]:
 
 def _with_preset(
     fields: dict[str, Any], own: dict[str, Any], options: LoadOptions, path: Path
-) -> tuple[dict[str, Any], list[str]]:
-    """The fields with stream and sampler of the named or the inferred preset, and the reasons as texts."""
+) -> tuple[dict[str, Any], list[str], list[str]]:
+    """The fields with stream and sampler of the named or the inferred preset, the reasons as texts, and the options
+    whose settings are guesses."""
     kept, report = dict[str, Any](), inspect_checkpoint(fields["transformer"])
     if options.preset is not None:
         preset, why = find_preset(options.preset), "named"
@@ -264,27 +268,22 @@ def _with_preset(
     steps = ", ".join(f"{step:g}" for step in preset.sampler.steps)
     window = "all frames" if preset.stream.window is None else f"window {preset.stream.window}"
     reason = f"preset {preset.name} ({why}): {window}, steps {steps}, shift {preset.sampler.shift:g}"
-    reasons = [reason, *_assumptions(preset, kept, options)]
+    reasons, guesses = [reason], _guesses(preset, kept, options)
+    if guesses:
+        which = f"{', '.join(guesses)} are assumed, and may be wrong for this model"
+        reasons.append(f"no preset fits: {which}; set preset= or each of them")
     if "num_heads" in report.assumed:
         reasons.append(f"num_heads {report.config.num_heads} is assumed, by Wan's head width of {WAN_HEAD_DIM}")
-    return {**fields, "stream": preset.stream, "sampler": preset.sampler, **kept}, reasons
+    return {**fields, "stream": preset.stream, "sampler": preset.sampler, **kept}, reasons, guesses
 
 
-def _assumptions(preset: Preset, kept: dict[str, Any], options: LoadOptions) -> list[str]:
-    """One sentence about the settings of a model without a preset that nothing says; none if there are no such."""
-    guesses = [
+def _guesses(preset: Preset, kept: dict[str, Any], options: LoadOptions) -> list[str]:
+    """The options of a model without a preset whose settings nothing says."""
+    return [
         option
         for home, field, option in _NEEDED
         if field in preset.assumed and home not in kept and getattr(options, option) is None
     ]
-    if not guesses:
-        return []
-    return [f"{ASSUMED}{', '.join(guesses)} are assumed, and may be wrong for this model; set preset= or each of them"]
-
-
-def is_assumed(config: ModelConfig) -> bool:
-    """Returns whether settings of a model are guesses, because neither its files nor a preset say them."""
-    return any(text.startswith(ASSUMED) for text in config.inferred)
 
 
 def local_path(path: str | os.PathLike[str]) -> Path:
