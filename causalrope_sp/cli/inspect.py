@@ -68,7 +68,7 @@ def examine(path: str, part: str | None, preset: str | None, changes: Mapping[st
     from causalrope_sp.diffusion.schedule import timesteps
     from causalrope_sp.pipeline.model_source import SCHEDULER_FILE
     from causalrope_sp.weights import Preset, find_preset, inspect_checkpoint
-    from causalrope_sp.weights.model_presets import with_scheduler
+    from causalrope_sp.weights.scheduler_file import with_scheduler
 
     named = None if preset is None else replace(find_preset(preset), evidence=("named by --preset",))
     file = _pipeline_file(path)

@@ -17,7 +17,8 @@ from causalrope_sp.text import TextSource
 from causalrope_sp.toybox import EMBEDDED
 from causalrope_sp.weights import find_preset, inspect_checkpoint
 from causalrope_sp.weights.infer import WAN_HEAD_DIM
-from causalrope_sp.weights.model_presets import Preset, with_scheduler
+from causalrope_sp.weights.model_presets import Preset
+from causalrope_sp.weights.scheduler_file import with_scheduler
 from causalrope_sp.weights.tensor_files import read_json
 
 MODEL_INDEX = "model_index.json"  # the file that only diffusers folders have

@@ -108,9 +108,10 @@ def test_the_scheduler_gives_the_shift_where_no_preset_does(folder: Path) -> Non
     assert "shift are assumed" in found(folder).inferred[1]
     file.write_text(json.dumps({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3}))
     assert found(folder).sampler.shift == 3
-    change(file, shift="three")
-    with pytest.raises(CheckpointError, match="the shift must be a number"):
-        found(folder)
+    for wrong in ("three", True, [3], -(10**400)):
+        change(file, shift=wrong)
+        with pytest.raises(CheckpointError, match="the shift must be a number"):
+            found(folder)
     change(file, shift=-1)
     with pytest.raises(ConfigError, match="shift must be"):
         found(folder)
@@ -128,7 +129,9 @@ def test_a_unipc_scheduler_gives_the_timesteps_that_diffusers_makes_of_it(folder
     assert found(folder, preset="self-forcing").sampler.timestep_rule == "wan"  # its authors' code is Wan's
     change(file, use_karras_sigmas=True)
     assert found(folder).sampler.timestep_rule == "wan"
-    change(file, _class_name="FlowMatchEulerDiscreteScheduler", use_karras_sigmas=False)
+    file.write_text(json.dumps({"_class_name": "UniPCMultistepScheduler", "flow_shift": 3}))  # its default: no flow
+    assert found(folder).sampler.timestep_rule == "wan"
+    change(file, _class_name="FlowMatchEulerDiscreteScheduler", use_flow_sigmas=True)
     assert found(folder).sampler.timestep_rule == "wan"
 
 

@@ -194,13 +194,8 @@ def variants(group: dist.ProcessGroup, device: str, strategy: str) -> list[Tenso
     job = JOBS["window and sink, batch 2"]
     cases: list[dict[str, Any]] = [{"overlap": False}]
     if strategy == "ulysses":
-        cases += [{"head_groups": groups} for groups in range(2, most_head_groups(group.size()) + 1)]
+        cases += [{"head_groups": groups} for groups in range(2, CONFIG.num_heads // group.size() + 1)]
     return [job.run(SequenceParallel(group, strategy, device, **case)) for case in cases]
-
-
-def most_head_groups(ranks: int) -> int:
-    """The heads of the rank that has the fewest, 1 if there are too few for all."""
-    return max(1, CONFIG.num_heads // ranks)
 
 
 def order_of_events(group: dist.ProcessGroup, device: str, strategy: str) -> list[str]:
@@ -214,7 +209,7 @@ def order_of_events(group: dist.ProcessGroup, device: str, strategy: str) -> lis
 
         return noted
 
-    groups = min(2, most_head_groups(group.size())) if strategy == "ulysses" else 1
+    groups = 2 if strategy == "ulysses" and group.size() <= CONFIG.num_heads // 2 else 1
     parallel = SequenceParallel(group, strategy, device, head_groups=groups)
     shard, model = parallel.shard(WORK.grid), make_model(num_layers=1)
     stream = CausalStream(
