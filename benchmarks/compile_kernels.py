@@ -117,6 +117,11 @@ def _norms(size: str, dim: int) -> Iterator[tuple[str, Callable[[], Any]]]:
     yield f"{size}, 8 ranks, gate, modulate", partial(add_norm, few, few, gate, modulation)
     yield f"{size}, add, modulate", partial(add_norm, x, x, None, modulation)
     yield f"{size}, gate, affine", partial(add_norm, x, x, gate, Affine(vector, vector, 1e-6))
+    wide_gate, wide_shift, wide_scale, *_ = ByFrame.unbind(empty(FRAMES, 6, dim), empty(6, dim, dtype=torch.float32))
+    wide = Modulation(wide_shift, wide_scale, 1e-6)  # as checkpoints have them that mix bfloat16 and float32
+    yield f"{size}, gate, modulate, float32 tables", partial(add_norm, x, x, wide_gate, wide)
+    wide_vector = empty(dim, dtype=torch.float32)
+    yield f"{size}, gate, affine in float32", partial(add_norm, x, x, wide_gate, Affine(wide_vector, wide_vector, 1e-6))
     yield size, partial(rms_norm, x, vector, 1e-6)
 
 
