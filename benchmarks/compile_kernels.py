@@ -116,6 +116,8 @@ def _norms(size: str, dim: int) -> Iterator[tuple[str, Callable[[], Any]]]:
     yield f"{size}, 8 ranks, gate, modulate", partial(add_norm, few, few, gate, modulation)
     yield f"{size}, add, modulate", partial(add_norm, x, x, None, modulation)
     yield f"{size}, gate, affine", partial(add_norm, x, x, gate, Affine(vector, vector, 1e-6))
+    wide = empty(dim, dtype=torch.float32)  # as checkpoints have it that mix bfloat16 and float32
+    yield f"{size}, gate, affine in float32", partial(add_norm, x, x, gate, Affine(wide, wide, 1e-6))
     yield size, partial(rms_norm, x, vector, 1e-6)
 
 

@@ -138,7 +138,7 @@ def main(ranks: str, measured: Path | None) -> None:
             for name in names:
                 variants = [(True, 1)] if count == 1 else [(True, 1), (False, 1)]
                 if name == "ulysses":
-                    variants = [(True, 1), (True, 2)] if count > 1 else [(True, 1)]
+                    variants = [(True, 1), (True, 2)] if 1 < count <= CONFIG.num_heads // 2 else [(True, 1)]
                 for overlap, groups in variants:
                     found, latents = pool.run(run_stream, count, name, overlap, groups)
                     error = float((latents - alone).norm() / alone.norm())

@@ -123,6 +123,7 @@ class StreamConfig:
 
 Keep = Literal["device", "cpu", "free"]  # where weights are kept between two uses
 Solver = Literal["renoise", "euler", "unipc"]
+TimestepRule = Literal["wan", "diffusers"]
 LARGEST = 1000.0  # bound of a shift or a guidance scale; a hundred times the largest in use
 
 
@@ -134,16 +135,18 @@ class SamplerConfig:
         steps: unshifted timesteps in (0, 1000], falling.
         shift: moves steps to higher noise, σ = shift·s / (1 + (shift - 1)·s) with s = step/1000.
         solver: "renoise" is Self-Forcing's few-step loop (arXiv 2506.08009); "euler" follows the flow ODE from noise to
-            data through `steps` and then 0; "unipc" does so to second order (UniPC, arXiv 2302.04867) and must start
-            below 1000.
+            data through `steps` and then 0; "unipc" does so to second order (UniPC, arXiv 2302.04867).
         guidance_scale: s of classifier-free guidance, v = v⁻ + s·(v⁺ - v⁻), where v⁺ is the conditional and v⁻ the
             unconditional velocity; at 1 there is no guidance, v = v⁺.
         guidance_interval: lowest and highest timestep, as the model is called with it, at which steps are guided
             (arXiv 2404.07724); at other steps v = v⁺.
+        timestep_rule: how "unipc" spaces a number of steps: "wan" from 999 to 0, as Wan's own code; "diffusers" from
+            1000 to 1, as diffusers' UniPCMultistepScheduler since 0.37. The update is infinite at noise level 1: "wan"
+            refuses a first step of 1000, "diffusers" lowers that level by 1e-6. Other solvers ignore it.
 
     Raises:
         ConfigError: there are no steps, steps are outside (0, 1000] or not falling, `shift` or `guidance_scale` is out
-            of range (`LARGEST`), the solver is unknown, or the interval is not within [0, 1000].
+            of range (`LARGEST`), the solver or the rule is unknown, or the interval is not within [0, 1000].
     """
 
     steps: tuple[float, ...] = (1000, 750, 500, 250)
@@ -151,6 +154,7 @@ class SamplerConfig:
     solver: Solver = "renoise"
     guidance_scale: float = 1.0
     guidance_interval: tuple[float, float] = (0, 1000)
+    timestep_rule: TimestepRule = "wan"
 
     def __post_init__(self) -> None:
         if not self.steps or not all(0 < s <= 1000 for s in self.steps):
@@ -161,8 +165,15 @@ class SamplerConfig:
             raise ConfigError(f"shift must be from {1 / LARGEST:g} to {LARGEST:g}, not {self.shift}")
         if self.solver not in get_args(Solver):
             raise ConfigError(f"solver must be one of {', '.join(get_args(Solver))}, not {self.solver!r}")
-        if self.solver == "unipc" and self.steps[0] == 1000:
-            raise ConfigError("solver unipc cannot start at 1000, where its logarithms are infinite; Wan starts at 999")
+        if self.timestep_rule not in get_args(TimestepRule):
+            raise ConfigError(
+                f"timestep_rule must be one of {', '.join(get_args(TimestepRule))}, not {self.timestep_rule!r}"
+            )
+        if self.solver == "unipc" and self.timestep_rule == "wan" and self.steps[0] == 1000:
+            raise ConfigError(
+                "solver unipc cannot start at 1000, where its logarithms are infinite: with timestep_rule wan it "
+                "starts at 999, with diffusers it lowers the noise level"
+            )
         if not 0 <= self.guidance_scale <= LARGEST:
             raise ConfigError(f"the guidance scale must be from 0 to {LARGEST:g}, not {self.guidance_scale}")
         if len(self.guidance_interval) != 2 or not 0 <= self.guidance_interval[0] <= self.guidance_interval[1] <= 1000:

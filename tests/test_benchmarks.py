@@ -41,6 +41,12 @@ def test_every_operation_passes_its_gate() -> None:
     assert {(name, 3) for name in (*across, "merge of 3 as they arrive")} <= judged
 
 
+def test_wide_parameters_embed_the_time_better() -> None:
+    found = last_line(run("mixed_dtypes.py", "--seeds", "1", "--layers", "1"))
+    assert len(found["rows"]) == 3
+    assert all(row["time_wide"] < row["time_narrow"] for row in found["rows"])
+
+
 @without_cuda
 @pytest.mark.parametrize("script", ["kernel_suite.py", "pass.py"])
 def test_times_need_cuda(script: str) -> None:

@@ -42,20 +42,19 @@ def build_strategy(parallel: SequenceParallel, layout: Layout, grid: LatentGrid,
         return inner
     communicator = parallel.communicator_among(group[row * layout.ulysses : (row + 1) * layout.ulysses])
     assert communicator is not None, "ulysses needs several ranks"
-    return Ulysses(communicator, rows[row], split, inner, head_groups(parallel, layout, heads))
+    return Ulysses(communicator, rows[row], split, inner, head_groups(parallel, layout))
 
 
-def describe_strategy(parallel: SequenceParallel, layout: Layout, heads: int) -> str:
+def describe_strategy(parallel: SequenceParallel, layout: Layout) -> str:
     """Describes in words what decides the collectives of a stream; the text must be the same on every rank."""
-    return f"{parallel.label(layout)}, {head_groups(parallel, layout, heads)} head groups"
+    return f"{parallel.label(layout)}, {head_groups(parallel, layout)} head groups"
 
 
-def head_groups(parallel: SequenceParallel, layout: Layout, heads: int) -> int:
-    """Returns in how many groups of heads a rank sends its output: at most one per head, and 1 in a product.
+def head_groups(parallel: SequenceParallel, layout: Layout) -> int:
+    """Returns in how many groups of heads a rank sends its output: 1 unless the strategy is `ulysses`.
 
     Args:
         parallel: the ranks, with the number of groups that was asked for.
         layout: the layout of the strategy.
-        heads: the attention heads of the model.
     """
-    return 1 if layout.inner else min(parallel.head_groups, min(layout.heads(heads)))
+    return 1 if layout.inner else parallel.head_groups

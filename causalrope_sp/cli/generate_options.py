@@ -12,7 +12,7 @@ import click
 from causalrope_sp.cli.model_options import CHUNK_FRAMES, GUIDANCE_INTERVAL, HEIGHT, OFFLOAD, SHIFT, SINK, WIDTH, WINDOW
 from causalrope_sp.cli.numbers import FLOAT, INTEGER, SEED, IntRange
 from causalrope_sp.cli.options import complete_model, complete_preset, complete_strategy
-from causalrope_sp.config import DTYPE_NAMES, Solver
+from causalrope_sp.config import DTYPE_NAMES, Solver, TimestepRule
 
 EXISTING = click.Path(exists=True, path_type=Path)
 EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -20,7 +20,7 @@ EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 RANKS = ("strategy", "cfg", "chunk", "decode_ranks", "overlap", "head_groups", "attention")
 LOADING = (
     *("loras", "base", "preset", "revision", "dtype", "height", "width", "window", "sink", "chunk_frames"),
-    *("rope", "num_inference_steps", "solver", "shift", "guidance_scale", "guidance_interval"),
+    *("rope", "num_inference_steps", "solver", "timestep_rule", "shift", "guidance_scale", "guidance_interval"),
     *("weights", "offload", "codec", "codec_weights", "decode", "preflight", "graphs", "parallel_chunks"),
 )
 SOURCES = ("image", "video", "strength")
@@ -90,6 +90,11 @@ OPTIONS = (
         "--solver",
         type=click.Choice(get_args(Solver)),
         help="Integrate from step to step with this solver. The default is the model's.",
+    ),
+    click.option(
+        "--timestep-rule",
+        type=click.Choice(get_args(TimestepRule)),
+        help="Space the steps of --solver unipc as Wan's own code or as diffusers does. The default is the model's.",
     ),
     SHIFT,
     click.option(
@@ -230,7 +235,7 @@ OPTIONS = (
         type=INTEGER,
         default=1,
         show_default=True,
-        help="Divide ulysses' heads into this many groups, and send one while the next is computed.",
+        help="Divide ulysses' heads into this many groups, at most a rank's heads; send one while computing the next.",
     ),
     click.option(
         "--attention",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,11 +42,7 @@ def inspect(path: str, part: str | None, preset: str | None, steps: str | None, 
 
     The exit status is 1 if the checkpoint cannot be loaded.
     """
-    from causalrope_sp.diffusion.schedule import timesteps
-
-    parsed = parse_steps(steps)
-    changes = {name: value for name, value in run.items() if value is not None}
-    changes |= {} if parsed is None else {"steps": timesteps(parsed)}
+    changes = {name: value for name, value in (run | {"steps": parse_steps(steps)}).items() if value is not None}
     report = examine(path, part, preset, changes)
     if rank() == 0:
         click.echo(json.dumps(report_fields(report)) if as_json else report_text(report))
@@ -60,7 +56,7 @@ def examine(path: str, part: str | None, preset: str | None, changes: Mapping[st
         path: the path, or the name of an embedded model.
         part: which of several models in the file; None takes the averaged one.
         preset: the name of a preset; None takes the model's own settings, or else infers a preset.
-        changes: fields of the preset's stream and sampler that are replaced.
+        changes: fields of the preset's stream and sampler that are replaced; `steps` may be a number of steps.
 
     Returns:
         The report, with the preset.
@@ -69,13 +65,17 @@ def examine(path: str, part: str | None, preset: str | None, changes: Mapping[st
         CheckpointError: the model cannot be read, or its pipeline.json names no text encoder or VAE.
         ConfigError: the preset does not exist, or the changes contradict each other.
     """
+    from causalrope_sp.diffusion.schedule import timesteps
+    from causalrope_sp.pipeline.model_source import SCHEDULER_FILE
     from causalrope_sp.weights import Preset, find_preset, inspect_checkpoint
+    from causalrope_sp.weights.scheduler_file import with_scheduler
 
     named = None if preset is None else replace(find_preset(preset), evidence=("named by --preset",))
     file = _pipeline_file(path)
     if file is None:
         transformer = Path(path) / "transformer" if (Path(path) / "model_index.json").is_file() else Path(path)
         report = inspect_checkpoint(transformer, part=part)
+        chosen = named or with_scheduler(report.preset, Path(path) / SCHEDULER_FILE)
     else:
         from causalrope_sp.pipeline.load_options import LoadOptions
         from causalrope_sp.pipeline.model_source import find_model
@@ -83,8 +83,11 @@ def examine(path: str, part: str | None, preset: str | None, changes: Mapping[st
         config = find_model(path, LoadOptions())
         report = inspect_checkpoint(config.transformer, part=part)
         evidence = ("it has a pipeline.json", *config.inferred)
-        named = named or Preset("own", config.stream, config.sampler, None, str(file), evidence)
-    return replace(report, preset=(named or report.preset).override(**changes))
+        chosen = named or Preset("own", config.stream, config.sampler, None, str(file), evidence)
+    if "steps" in changes:
+        spaced = timesteps(changes["steps"], chosen.sampler.solver, chosen.sampler.timestep_rule)
+        changes = {**changes, "steps": spaced}
+    return replace(report, preset=chosen.override(**changes))
 
 
 def report_fields(report: CheckpointReport) -> dict[str, Any]:
@@ -96,7 +99,9 @@ def report_fields(report: CheckpointReport) -> dict[str, Any]:
         "why": report.why,
         "wrapping": asdict(report.wrapping),
         "config": asdict(report.config),
+        "assumed": [*report.assumed, *preset.assumed],
         "dtype": str(report.dtype).removeprefix("torch."),
+        "dtypes": {str(dtype).removeprefix("torch."): count for dtype, count in report.dtypes.items()},
         "parameters": report.parameters,
         "preset": preset.name,
         "evidence": list(preset.evidence),
@@ -110,11 +115,12 @@ def report_fields(report: CheckpointReport) -> dict[str, Any]:
 
 
 def report_text(report: CheckpointReport) -> str:
-    """Returns the report as lines with a name and a value each."""
+    """Returns the report as lines with a name and a value each; a value that is assumed says so."""
     fields = report_fields(report) | {"wrapping": str(report.wrapping)}
+    assumed = fields.pop("assumed")
     lines = []
     for name, value in fields.items():
-        for line in _readable(value):
+        for line in _readable(value, assumed):
             lines.append(f"{name:>12}  {line}")
             name = ""
     return "\n".join(lines)
@@ -132,10 +138,10 @@ def _pipeline_file(path: str) -> Path | None:
     return inside if inside.is_file() else None
 
 
-def _readable(value: Any) -> list[str]:
-    """The lines that show a value."""
+def _readable(value: Any, assumed: Collection[str]) -> list[str]:
+    """The lines that show a value; `assumed` are the keys of its fields that are no facts."""
     if isinstance(value, list):
         return [str(item) for item in value] or ["nothing"]
     if isinstance(value, dict):
-        return [f"{key} = {item}" for key, item in value.items()]
+        return [f"{key} = {item}{' (assumed)' if key in assumed else ''}" for key, item in value.items()]
     return [f"{value:,}" if isinstance(value, int) else str(value)]

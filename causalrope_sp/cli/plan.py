@@ -55,9 +55,7 @@ OVERRIDES = ("height", "width", "window", "sink", "chunk_frames", "steps", "guid
 )
 @click.option(
     "--link",
-    default="nvlink",
-    show_default=True,
-    help="Plan for ranks that this link connects: nvlink, pcie, infiniband, ...",
+    help="Plan for ranks that this link connects: nvlink, pcie, ... The default is nvlink, or loopback for a cpu.",
 )
 @click.option(
     "--weights",
@@ -81,14 +79,14 @@ OVERRIDES = ("height", "width", "window", "sink", "chunk_frames", "steps", "guid
     "--json",
     "as_json",
     is_flag=True,
-    help="Print one JSON object: a list of strategies, and decoding. The default is tables.",
+    help="Print one JSON object: a list of strategies, decoding, and what is assumed. The default is tables.",
 )
 def plan(
     model: str,
     reuse: str | None,
     ranks: int,
     gpu: str,
-    link: str,
+    link: str | None,
     measured: Path | None,
     plot: Path | None,
     as_json: bool,
@@ -111,20 +109,22 @@ def plan(
     if plot is not None:
         plan_report.plot_plan(work, on, plot, auxiliary)
     if as_json:
-        strategies = [plan_report.fields(c) for c in costs]
-        click.echo(json.dumps({"strategies": strategies, "decoding": plan_report.decoding_fields(decoding)}))
+        strategies, found = [plan_report.fields(c) for c in costs], plan_report.decoding_fields(decoding)
+        click.echo(json.dumps({"strategies": strategies, "decoding": found, "assumed": planned.assumptions()}))
     else:
         plan_report.print_plan(work, costs, on)
         if decoding is not None:
             plan_report.print_decoding(decoding, ranks)
+        if planned.assumed:
+            click.echo(f"Assumed, because nothing says it: {', '.join(planned.assumptions())}.")
 
 
-def describe_machine(gpu: str, link: str, measured: Path | None) -> Machine:
+def describe_machine(gpu: str, link: str | None, measured: Path | None) -> Machine:
     """Describes a machine by the rates of data sheets, some of which measured ones may replace.
 
     Args:
         gpu: the name of a GPU.
-        link: the name of the link between ranks.
+        link: the name of the link between ranks; None for NVLink, or for the loopback of a machine without a GPU.
         measured: a JSON file with some fields of `Machine`, in SI units; None for data sheets alone.
 
     Returns:
@@ -135,6 +135,7 @@ def describe_machine(gpu: str, link: str, measured: Path | None) -> Machine:
     """
     from causalrope_sp.planning.machines import GPUS, LINKS, Machine, machine
 
+    link = link or ("loopback" if gpu == "cpu" else "nvlink")
     for kind, name, known in (("gpu", gpu, GPUS), ("link", link, LINKS)):
         if name not in known:
             raise ConfigError(f"unknown {kind} {name!r}; there are: {', '.join(known)}; or give --measured rates")

@@ -15,6 +15,7 @@ from causalrope_sp.codec.wan_vae import WanCodec
 from causalrope_sp.codec.wan_vae_weights import DIFFUSERS_MARKER, WAN_MARKER, load_vae
 from causalrope_sp.errors import CheckpointError, ConfigError
 from causalrope_sp.weights.messages import some
+from causalrope_sp.weights.quantized_formats import refuse_quantized
 from causalrope_sp.weights.tensor_files import WeightFiles
 
 # tensor that no other key layout has -> kind of codec
@@ -73,6 +74,7 @@ def open_codec(path: str | PathLike[str], kind: str | None = None) -> tuple[Weig
         raise ConfigError(f"unknown codec {kind!r}; this version has: {', '.join(KINDS)}")
     try:
         files = WeightFiles(Path(path))
+        refuse_quantized(files)
         found = next((found for marker, found in _LAYOUTS.items() if marker in files.tensors), None)
         if found is None:
             keys = some(list(files.tensors)) or "none"

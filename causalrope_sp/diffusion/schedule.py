@@ -11,8 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
-from causalrope_sp.config import SamplerConfig, Solver
+from causalrope_sp.config import SamplerConfig, Solver, TimestepRule
 from causalrope_sp.errors import ConfigError
+
+LEAST_DATA = 1e-6  # what diffusers takes off a noise level of 1, at which UniPC's logarithms are infinite
 
 
 def shift_sigma(sigma: float, shift: float) -> float:
@@ -20,12 +22,15 @@ def shift_sigma(sigma: float, shift: float) -> float:
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
-def timesteps(steps: int | Sequence[float], solver: Solver = "renoise") -> tuple[float, ...]:
-    """Spaces the timesteps of a number of steps evenly from noise to data.
+def timesteps(
+    steps: int | Sequence[float], solver: Solver = "renoise", rule: TimestepRule = "wan"
+) -> tuple[float, ...]:
+    """Spaces the timesteps of a number of steps evenly from noise to data; the end itself is no step.
 
     Args:
         steps: their number, or the timesteps themselves, which are returned unchanged.
-        solver: "unipc" starts at 999, as Wan does, the others at 1000.
+        solver: "unipc" spaces them by `rule`, the others from 1000 to 0.
+        rule: "wan" from 999 to 0, "diffusers" from 1000 to 1.
 
     Returns:
         Unshifted timesteps, falling.
@@ -37,6 +42,8 @@ def timesteps(steps: int | Sequence[float], solver: Solver = "renoise") -> tuple
         return tuple(steps)
     if not 1 <= steps <= 1000:
         raise ConfigError(f"steps must be at least 1 and at most 1000, not {steps}")
+    if solver == "unipc" and rule == "diffusers":  # in numpy.linspace's order, whose rounding shows once truncated
+        return tuple(1000 * (1 + i * ((1 / 1000 - 1) / steps)) for i in range(steps))
     start = 999 if solver == "unipc" else 1000
     return tuple(start * (steps - i) / steps for i in range(steps))
 
@@ -46,6 +53,7 @@ def with_overrides(
     *,
     steps: int | Sequence[float] | None = None,
     solver: Solver | None = None,
+    timestep_rule: TimestepRule | None = None,
     shift: float | None = None,
     guidance_scale: float | None = None,
     guidance_interval: tuple[float, float] | None = None,
@@ -54,22 +62,27 @@ def with_overrides(
 
     Args:
         config: the sampler.
-        steps: their number, or unshifted timesteps. If only `solver` changes, it takes as many steps as before, evenly
-            spaced.
+        steps: their number, or unshifted timesteps. If only `solver` or `timestep_rule` changes, it takes as many
+            steps as before, evenly spaced.
         solver: see `SamplerConfig`.
+        timestep_rule: see `SamplerConfig`.
         shift: see `SamplerConfig`.
         guidance_scale: see `SamplerConfig`.
         guidance_interval: see `SamplerConfig`.
 
     Raises:
-        ConfigError: `SamplerConfig` or `timesteps` refuses a value, or there is a guidance interval without guidance.
+        ConfigError: `SamplerConfig` or `timesteps` refuses a value, there is a guidance interval without guidance, or a
+            timestep rule without "unipc".
     """
-    new_solver = solver or config.solver
-    if steps is None and new_solver != config.solver:
+    new_solver, rule = solver or config.solver, timestep_rule or config.timestep_rule
+    if timestep_rule is not None and new_solver != "unipc":
+        raise ConfigError(f"timestep_rule says nothing with solver {new_solver}: give it with solver unipc")
+    if steps is None and (new_solver, rule) != (config.solver, config.timestep_rule):
         steps = len(config.steps)
     overrides = {
-        "steps": None if steps is None else timesteps(steps, new_solver),
+        "steps": None if steps is None else timesteps(steps, new_solver, rule),
         "solver": solver,
+        "timestep_rule": timestep_rule,
         "shift": shift,
         "guidance_scale": guidance_scale,
         "guidance_interval": guidance_interval,
@@ -83,15 +96,15 @@ def with_overrides(
 
 def sigmas(config: SamplerConfig) -> list[float]:
     """Returns the shifted noise level of every step, falling, without the final 0."""
-    return [shift_sigma(step / 1000, config.shift) for step in config.steps]
+    levels = [shift_sigma(step / 1000, config.shift) for step in config.steps]
+    if config.solver == "unipc" and config.timestep_rule == "diffusers" and 1 - levels[0] < LEAST_DATA:
+        levels[0] -= LEAST_DATA
+    return levels
 
 
 def model_timesteps(config: SamplerConfig) -> list[float]:
     """Returns the timestep that the model is called with at every step: 1000·σ, truncated to a whole number for
-    "unipc", as Wan does.
-
-    diffusers truncates too, but from its own rounding of 1000·σ: at shift 1, where 1000·σ may be a whole number, its
-    timestep may be one less.
+    "unipc", as both Wan and diffusers do.
     """
     exact = [1000 * sigma for sigma in sigmas(config)]
     return [float(int(t)) for t in exact] if config.solver == "unipc" else exact

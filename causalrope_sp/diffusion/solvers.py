@@ -35,7 +35,8 @@ class UniPC:
     """diffusers' UniPC of order 2 (arXiv 2302.04867) for flow matching, in the latents' own dtype.
 
     diffusers keeps noise levels in float32 and computes its coefficients from them, some of which are differences of
-    nearly equal numbers. This class sets the noise levels in float64 instead.
+    nearly equal numbers. This class sets the noise levels in float64 instead, and those of the sampler's timestep rule
+    in place of diffusers' own.
 
     Args:
         levels: noise levels of all steps, falling; a final 0 is appended.

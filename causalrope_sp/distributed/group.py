@@ -22,7 +22,7 @@ from causalrope_sp.devices import check_device, default_device, device_of_rank
 from causalrope_sp.distributed.comm_stats import LAYERLESS, CommStats
 from causalrope_sp.distributed.communicator import Communicator
 from causalrope_sp.distributed.halo import SpatialShards
-from causalrope_sp.distributed.layout import AUTO, Layout, parse_strategy
+from causalrope_sp.distributed.layout import AUTO, Layout, check_head_groups, parse_strategy
 from causalrope_sp.distributed.loading_watch import LoadingWatch
 from causalrope_sp.distributed.mesh import Mesh
 from causalrope_sp.distributed.ranks import Ranks
@@ -184,9 +184,10 @@ class SequenceParallel:
             heads: the attention heads of the model.
 
         Raises:
-            ConfigError: there are more ranks than tokens in a frame, or fewer heads than `ulysses` ranks.
+            ConfigError: there are more ranks than tokens in a frame, or fewer heads than `ulysses` ranks or groups.
         """
         Shard(grid, 0, self.mesh.sp)
+        check_head_groups(self.head_groups, self.strategy, self.mesh.sp, heads)
         if self.strategy != AUTO:
             parse_strategy(self.strategy, self.mesh.sp).check(heads)
 

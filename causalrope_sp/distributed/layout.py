@@ -105,6 +105,29 @@ def parse_strategy(name: str, ranks: int) -> Layout:
     return Layout(name, ranks, outer, inner)
 
 
+def check_head_groups(groups: int, strategy: str, ranks: int, heads: int) -> None:
+    """Checks that outputs can be sent in so many groups of heads.
+
+    Args:
+        groups: the number of groups; 1 sends all heads at once.
+        strategy: the name of the strategy, or "auto".
+        ranks: P, the ranks of the `sp` axis.
+        heads: the attention heads of the model.
+
+    Raises:
+        ConfigError: the strategy is one that has no groups, or a rank has fewer heads than groups.
+    """
+    if groups == 1:
+        return
+    if strategy not in (AUTO, "ulysses"):
+        raise ConfigError(f"head_groups must be 1 with strategy {strategy}, which does not send heads, not {groups}")
+    least = max(1, heads // ranks)
+    if groups > least:
+        raise ConfigError(
+            f"head_groups must be at most {least}, the heads of a rank ({heads} heads, {ranks} ranks), not {groups}"
+        )
+
+
 def strategies(ranks: int, heads: int) -> list[str]:
     """Returns the names of all strategies that this many ranks can use for a model of this many heads."""
     names = [name for name in STRATEGIES if name != "ulysses" or ranks <= heads]

@@ -209,6 +209,9 @@ class Head(nn.Module):
 class CausalDiT(nn.Module):
     """Wan 2.1's text-to-video transformer at any size. A token holds its patch as (patch height, patch width, channel).
 
+    Time embedding, modulation tables and the norm before cross-attention may be float32 in a model of 16 bits, which
+    then casts the embedded timesteps alone: the operations on the others compute in float32 anyway.
+
     Args:
         config: the sizes of the model.
     """
@@ -259,7 +262,8 @@ class CausalDiT(nn.Module):
         Returns:
             The velocity of this rank's tokens of the last `step.predicted_frames` frames, (B, s·predicted_frames, E).
         """
-        time_FD = self.time_embedding(sinusoid(step.timesteps_F, self.config.freq_dim).to(self.dtype))
+        waves = sinusoid(step.timesteps_F, self.config.freq_dim).to(next(self.time_embedding.parameters()).dtype)
+        time_FD = self.time_embedding(waves).to(self.dtype)  # its weights may be float32 where the model's are not
         modulation_L6FD = self._modulation(time_FD)
         x_BTD = self.patch_embedding(tokens_BTE)
         normed = torch.empty_like(x_BTD) if step.operations.in_place else None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from causalrope_sp.checks import check_choice, check_number, check_text, check_whole, shown
-from causalrope_sp.config import Solver
+from causalrope_sp.config import Solver, TimestepRule
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.io.media_reader import Picture, Video, is_picture
 from causalrope_sp.pipeline.option_checks import Steps, check_names, check_sampling, replace_checked
@@ -35,7 +35,8 @@ class GenerationOptions:
             `save_embeds` wrote. Those of rank 0 are used on all ranks.
         num_frames: pixel frames of the video. Whole chunks are generated, and the last one is trimmed.
         height, width: pixels of a frame.
-        num_inference_steps, solver, shift, guidance_scale, guidance_interval: of the sampler (see `LoadOptions`).
+        num_inference_steps, solver, timestep_rule, shift, guidance_scale, guidance_interval: of the sampler (see
+            `LoadOptions`).
         seed: the seed of all noise, in [0, 2^63 - 1]. Video n of a list of prompts uses seed + n.
         generator: a generator from which the seed is drawn; it replaces `seed`.
         output_type: "np", "pil", "pt" or "latent" (see `CausalVideoPipelineOutput`).
@@ -68,6 +69,7 @@ class GenerationOptions:
     width: int | None = None
     num_inference_steps: Steps | None = None
     solver: Solver | None = None
+    timestep_rule: TimestepRule | None = None
     shift: float | None = None
     guidance_scale: float | None = None
     guidance_interval: tuple[float, float] | None = None

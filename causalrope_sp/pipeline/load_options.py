@@ -10,7 +10,7 @@ from typing import Any, Literal, Self, get_args
 import torch
 
 from causalrope_sp.checks import check_choice, check_flag, check_text, check_whole, shown
-from causalrope_sp.config import Solver
+from causalrope_sp.config import Solver, TimestepRule
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.pipeline.decoding import Decode
 from causalrope_sp.pipeline.offload import Offload
@@ -47,7 +47,7 @@ class LoadOptions:
         chunk_frames: latent frames in a chunk.
         rope: "absolute" or "relative" (see `StreamConfig`).
         num_inference_steps: how many evenly spaced denoising steps, or their unshifted timesteps in (0, 1000].
-        solver, shift, guidance_scale, guidance_interval: of the sampler (see `SamplerConfig`).
+        solver, timestep_rule, shift, guidance_scale, guidance_interval: of the sampler (see `SamplerConfig`).
         weights: "full", or "fp8" for the blocks' matrices in 8 bits (see `load_model`).
         loras: LoRA files that are merged into the transformer, in this order; a `Lora` gives a file a weight.
         offload: which weights are on the device only while they are used: "text" (UMT5, read again for every prompt),
@@ -79,6 +79,7 @@ class LoadOptions:
     rope: Literal["absolute", "relative"] | None = None
     num_inference_steps: Steps | None = None
     solver: Solver | None = None
+    timestep_rule: TimestepRule | None = None
     shift: float | None = None
     guidance_scale: float | None = None
     guidance_interval: tuple[float, float] | None = None

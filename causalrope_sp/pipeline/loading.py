@@ -18,7 +18,7 @@ from causalrope_sp.models.causal_dit import CausalDiT
 from causalrope_sp.pipeline.decoding import check_decode
 from causalrope_sp.pipeline.load_options import LoadOptions
 from causalrope_sp.pipeline.model_config import ModelConfig
-from causalrope_sp.pipeline.model_source import describe_inferred, find_model, is_assumed, is_hub_name
+from causalrope_sp.pipeline.model_source import describe_inferred, find_model, is_hub_name
 from causalrope_sp.pipeline.offload import Offload
 from causalrope_sp.pipeline.option_checks import check_dtype
 from causalrope_sp.pipeline.parallel_chunks import ParallelChunks, check_requested
@@ -60,7 +60,8 @@ class Parts:
         chunks = self.parallel_chunks
         return replace(
             self,
-            model=self.model.to(device, dtype),
+            # a cast to its own dtype would narrow what is kept in float32
+            model=self.model.to(device) if dtype == self.model.dtype else self.model.to(device, dtype),
             codec=load_codec(self.config.codec, self.codec.name, device, offload=self.offload.codec),
             parallel_chunks=chunks and replace(chunks, vin=chunks.vin.to(device, dtype)),
             options=replace(self.options, dtype=dtype),
@@ -94,7 +95,7 @@ def load_parts(model: str | os.PathLike[str], options: LoadOptions, parallel: Se
     offload = offload_of(options).codec
     codec = ranks.run_collectively(lambda: load_codec(config.codec, options.codec, device, offload=offload))
     if parallel.rank == 0 and (inferred := describe_inferred(model, config)):
-        _log.log(logging.WARNING if is_assumed(config) else logging.INFO, "%s", inferred)
+        _log.log(logging.WARNING if config.assumed else logging.INFO, "%s", inferred)
     return Parts(config, dit, codec, chunks, layout, options)
 
 

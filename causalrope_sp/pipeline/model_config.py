@@ -39,6 +39,7 @@ class ModelConfig:
         weights: how `load_model` keeps the weights, "full" or "fp8".
         vin: the file of the Video Interface Network of a model that samples chunks in parallel; None for a stream.
         inferred: settings that no file has and that were inferred from the checkpoint's content, as texts.
+        assumed: the loading options whose settings are guesses, because neither the files nor a preset say them.
 
     Raises:
         ConfigError: the text encoder or `weights` is unknown, or a size or `fps` is not a valid number.
@@ -55,6 +56,7 @@ class ModelConfig:
     weights: Weights = "full"
     vin: Path | None = None
     inferred: tuple[str, ...] = field(default=(), compare=False)
+    assumed: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         for name in ("height", "width"):
@@ -131,6 +133,7 @@ class ModelConfig:
             self.sampler,
             steps=options.num_inference_steps,
             solver=options.solver,
+            timestep_rule=options.timestep_rule,
             shift=options.shift,
             guidance_scale=options.guidance_scale,
             guidance_interval=options.guidance_interval,

@@ -16,7 +16,9 @@ from causalrope_sp.pipeline.option_checks import check_path
 from causalrope_sp.text import TextSource
 from causalrope_sp.toybox import EMBEDDED
 from causalrope_sp.weights import find_preset, inspect_checkpoint
-from causalrope_sp.weights.model_presets import UNKNOWN, Preset, scheduler_shift
+from causalrope_sp.weights.infer import WAN_HEAD_DIM
+from causalrope_sp.weights.model_presets import Preset
+from causalrope_sp.weights.scheduler_file import with_scheduler
 from causalrope_sp.weights.tensor_files import read_json
 
 MODEL_INDEX = "model_index.json"  # the file that only diffusers folders have
@@ -25,7 +27,13 @@ SCHEDULER_FILE = "scheduler/scheduler_config.json"
 # Settings of models whose files have none: of Wan 2.1, and by the VAE's stride of others (Wan 2.2 5B has 16).
 WAN = {"height": 480, "width": 832, "fps": 16}
 _BY_STRIDE = {16: {"height": 704, "width": 1280, "fps": 24}}
-ASSUMED = "no preset fits: "  # begins the sentence about settings that are guesses
+_NEEDED = (  # settings that change the video of a model: where they are kept, the field, and the option
+    ("stream", "window", "window"),
+    ("stream", "chunk_frames", "chunk_frames"),
+    ("sampler", "steps", "num_inference_steps"),
+    ("sampler", "solver", "solver"),
+    ("sampler", "shift", "shift"),
+)
 _LOCAL_SUFFIXES = (".pt", ".pth", ".safetensors", ".json")
 _REPOSITORY = re.compile(r"([\w.-]+/[\w.-]+)(?:/(.+))?")
 _FOLDERS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
@@ -142,7 +150,7 @@ def _config_of(path: Path, options: LoadOptions) -> ModelConfig:
     elif (path / PIPELINE_FILE).is_file():
         source_file = path / PIPELINE_FILE
         own = read_fields(source_file)
-    fields, inferred = dict[str, Any](), list[str]()
+    fields, inferred, guesses = dict[str, Any](), list[str](), list[str]()
     if path.is_dir():
         fields |= _parts_in(path)
     if (path / MODEL_INDEX).is_file():
@@ -159,11 +167,15 @@ def _config_of(path: Path, options: LoadOptions) -> ModelConfig:
         inferred.append(f"text encoder{vae} of {os.fspath(options.base)}")
     _check_complete(fields, path, source_file)
     if not {"stream", "sampler"} <= own.keys() or options.preset is not None:
-        fields, reasons = _with_preset(fields, own, options, path)
+        fields, reasons, guesses = _with_preset(fields, own, options, path)
         inferred = reasons + inferred
     if not WAN.keys() <= fields.keys():
-        fields = {**_frames_of(options.codec_weights or fields["codec"]), **fields}
-    return replace(ModelConfig.of(fields, source_file), inferred=tuple(inferred))
+        frames = _frames_of(options.codec_weights or fields["codec"])
+        own_size = {"height": options.height, "width": options.width}
+        guessed = [f"{name} {value}" for name, value in frames.items() if name not in fields and not own_size.get(name)]
+        inferred.append(f"{', '.join(guessed)} by the stride of its VAE")
+        fields = {**frames, **fields}
+    return replace(ModelConfig.of(fields, source_file), inferred=tuple(inferred), assumed=tuple(guesses))
 
 
 def _check_complete(fields: dict[str, Any], path: Path, source_file: Path) -> None:
@@ -242,45 +254,37 @@ def _base_fields(options: LoadOptions) -> dict[str, Any]:
 
 def _with_preset(
     fields: dict[str, Any], own: dict[str, Any], options: LoadOptions, path: Path
-) -> tuple[dict[str, Any], list[str]]:
-    """The fields with stream and sampler of the named or the inferred preset, and the reasons as texts."""
-    kept = dict[str, Any]()
+) -> tuple[dict[str, Any], list[str], list[str]]:
+    """The fields with stream and sampler of the named or the inferred preset, the reasons as texts, and the options
+    whose settings are guesses."""
+    kept, report = dict[str, Any](), inspect_checkpoint(fields["transformer"])
     if options.preset is not None:
         preset, why = find_preset(options.preset), "named"
     else:
-        preset = inspect_checkpoint(fields["transformer"]).preset
-        why = "; ".join(preset.evidence)
+        preset = report.preset
         kept = {name: own[name] for name in ("stream", "sampler") if name in own}
-    reasons = []
-    if preset.name == UNKNOWN.name:
-        shift = None if "sampler" in own or options.shift is not None else scheduler_shift(path / SCHEDULER_FILE)
-        reasons = _assumptions(preset, kept, options, shift)
-        if shift is not None:
-            preset = replace(preset, sampler=replace(preset.sampler, shift=shift))
-            why += f"; the shift is of {SCHEDULER_FILE}"
+        if "sampler" not in kept:
+            preset = with_scheduler(preset, path / SCHEDULER_FILE)
+        why = "; ".join(preset.evidence)
     steps = ", ".join(f"{step:g}" for step in preset.sampler.steps)
     window = "all frames" if preset.stream.window is None else f"window {preset.stream.window}"
     reason = f"preset {preset.name} ({why}): {window}, steps {steps}, shift {preset.sampler.shift:g}"
-    return {**fields, "stream": preset.stream, "sampler": preset.sampler, **kept}, [reason, *reasons]
+    reasons, guesses = [reason], _guesses(preset, kept, options)
+    if guesses:
+        which = f"{', '.join(guesses)} are assumed, and may be wrong for this model"
+        reasons.append(f"no preset fits: {which}; set preset= or each of them")
+    if "num_heads" in report.assumed:
+        reasons.append(f"num_heads {report.config.num_heads} is assumed, by Wan's head width of {WAN_HEAD_DIM}")
+    return {**fields, "stream": preset.stream, "sampler": preset.sampler, **kept}, reasons, guesses
 
 
-def _assumptions(preset: Preset, kept: dict[str, Any], options: LoadOptions, shift: float | None) -> list[str]:
-    """One sentence about the settings of a model without a preset that nothing says; none if there are no such."""
-    said = {
-        "window": "stream" in kept or options.window is not None or "window" in preset.declared,
-        "chunk_frames": "stream" in kept or options.chunk_frames is not None or "chunk_frames" in preset.declared,
-        "num_inference_steps": "sampler" in kept or options.num_inference_steps is not None,
-        "shift": "sampler" in kept or options.shift is not None or shift is not None,
-    }
-    guesses = [name for name, known in said.items() if not known]
-    if not guesses:
-        return []
-    return [f"{ASSUMED}{', '.join(guesses)} are assumed, and may be wrong for this model; set preset= or each of them"]
-
-
-def is_assumed(config: ModelConfig) -> bool:
-    """Returns whether settings of a model are guesses, because neither its files nor a preset say them."""
-    return any(text.startswith(ASSUMED) for text in config.inferred)
+def _guesses(preset: Preset, kept: dict[str, Any], options: LoadOptions) -> list[str]:
+    """The options of a model without a preset whose settings nothing says."""
+    return [
+        option
+        for home, field, option in _NEEDED
+        if field in preset.assumed and home not in kept and getattr(options, option) is None
+    ]
 
 
 def local_path(path: str | os.PathLike[str]) -> Path:

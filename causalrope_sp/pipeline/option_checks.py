@@ -10,7 +10,7 @@ from typing import Any, get_args
 import torch
 
 from causalrope_sp.checks import check_choice, check_number, check_whole, shown
-from causalrope_sp.config import DTYPE_NAMES, Solver
+from causalrope_sp.config import DTYPE_NAMES, Solver, TimestepRule
 from causalrope_sp.devices import check_device
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.pipeline.offload import Offload
@@ -42,6 +42,7 @@ def check_sampling(owner: object) -> None:
         ConfigError: a field has the wrong type.
     """
     replace_checked(owner, "solver", check_choice, get_args(Solver))
+    replace_checked(owner, "timestep_rule", check_choice, get_args(TimestepRule))
     for name in ("shift", "guidance_scale"):
         replace_checked(owner, name, check_number)
     replace_checked(owner, "num_inference_steps", _check_steps)

@@ -212,7 +212,7 @@ class CausalVideoPipeline:
 
         Args:
             device: the new device, or the new dtype as in torch; None keeps the current one.
-            dtype: the transformer's new dtype; None keeps the current one.
+            dtype: the transformer's new dtype, of all its parameters; None keeps the current ones.
 
         Returns:
             This pipeline.

@@ -26,13 +26,16 @@ from causalrope_sp.sampling.guidance import check_guidance
 from causalrope_sp.text import TextSource
 from causalrope_sp.text.text_footprint import text_bytes, umt5_xxl_bytes
 from causalrope_sp.toybox import EMBEDDED
-from causalrope_sp.weights import inspect_checkpoint
+from causalrope_sp.weights import CheckpointReport, inspect_checkpoint
 
 WAN = (
     StreamConfig(window=21, chunk_frames=3),
     SamplerConfig(),
     (480, 832),
 )  # settings of a lone size
+_GUESSED: tuple[str, ...] = ("window", "chunk_frames", "steps")  # what a plan needs and a model may not say
+_OPTIONS = {"steps": "num_inference_steps"}  # their names as loading options, where the two differ
+_BESIDE = ("UMT5-XXL in bfloat16", "the Wan VAE")  # of a transformer alone
 WAN_2_2_CHANNELS = 48  # of the latents of Wan 2.2 5B, whose VAE has a stride of 16
 
 
@@ -49,6 +52,8 @@ class PlannedModel:
         width: pixels of a frame.
         parts: the files of a whole model. None for a size or a checkpoint of the transformer alone, which are planned
             with UMT5-XXL in bfloat16 and the Wan VAE.
+        wide: how many parameters stay in float32 (see `Workload`).
+        assumed: the names of what neither the model nor the caller says.
     """
 
     name: str
@@ -58,6 +63,8 @@ class PlannedModel:
     height: int
     width: int
     parts: ModelConfig | None = None
+    wide: int = 0
+    assumed: tuple[str, ...] = ()
 
     @classmethod
     def open(cls, name: str) -> PlannedModel:
@@ -76,13 +83,15 @@ class PlannedModel:
         """
         stream, sampler, size = WAN
         if name in PRESETS:
-            return cls(name, PRESETS[name], stream, sampler, *size)
+            return cls(name, PRESETS[name], stream, sampler, *size, assumed=("height", "width", *_GUESSED, *_BESIDE))
         parts = _whole_model(name)
         if parts is not None:
             if parts.vin is not None:
                 raise ConfigError(f"{name} makes its chunks in parallel: there is no plan of a stream")
-            dit = inspect_checkpoint(parts.transformer).config
-            return cls(name, dit, parts.stream, parts.sampler, parts.height, parts.width, parts)
+            report = inspect_checkpoint(parts.transformer)
+            assumed = tuple(name for name in _GUESSED if _OPTIONS.get(name, name) in parts.assumed) + _heads(report)
+            settings = parts.stream, parts.sampler, parts.height, parts.width
+            return cls(name, report.config, *settings, parts, report.wide_parameters, assumed)
         if not local_path(name).exists():
             raise CheckpointError(
                 f"no model {name!r}: not one of {', '.join(PRESETS)}, toybox, not a file, not a folder"
@@ -93,9 +102,12 @@ class PlannedModel:
                 f"{name} has latents of Wan 2.2's VAE, and a lone transformer is planned with Wan 2.1's: name a folder "
                 "that has the VAE as well"
             )
+        assumed = _GUESSED
         if report.preset.stream.window is not None:
             stream, sampler = report.preset.stream, report.preset.sampler
-        return cls(name, report.config, stream, sampler, *size)
+            assumed = tuple(name for name in _GUESSED if name in report.preset.assumed)
+        assumed = ("height", "width", *assumed, *_heads(report), *_BESIDE)
+        return cls(name, report.config, stream, sampler, *size, wide=report.wide_parameters, assumed=assumed)
 
     def override(self, **changes: Any) -> PlannedModel:
         """Returns this model with some settings replaced.
@@ -112,8 +124,24 @@ class PlannedModel:
         sampler = {name: new[name] for name in ("steps", "guidance_scale", "guidance_interval") if name in new}
         size = {name: new[name] for name in ("height", "width") if name in new}
         return replace(
-            self, stream=replace(self.stream, **stream), sampler=with_overrides(self.sampler, **sampler), **size
+            self,
+            stream=replace(self.stream, **stream),
+            sampler=with_overrides(self.sampler, **sampler),
+            assumed=tuple(name for name in self.assumed if name not in new),
+            **size,
         )
+
+    def assumptions(self) -> list[str]:
+        """Returns what the plan assumes, as texts."""
+        known = {
+            "height": f"height {self.height}",
+            "width": f"width {self.width}",
+            "window": f"window {self.stream.window}",
+            "chunk_frames": f"chunk_frames {self.stream.chunk_frames}",
+            "steps": f"{len(self.sampler.steps)} steps",
+            "num_heads": f"{self.dit.num_heads} heads",
+        }
+        return [known.get(name, name) for name in self.assumed]
 
     def workload(self, reuse: ReusePolicy | None = None) -> Workload:
         """Returns the work of a stream in its steady state.
@@ -129,7 +157,8 @@ class PlannedModel:
         if self.stream.window is None:
             raise ConfigError(f"{self.name} looks back over everything: give --window, the latent frames of the video")
         grid = LatentGrid.from_pixels(self.height, self.width, self._stride(), self.dit.patch_size[1:])
-        return Workload.of(self.dit, grid, self.stream, self.sampler, self.stream.window, reuse=reuse)
+        work = Workload.of(self.dit, grid, self.stream, self.sampler, self.stream.window, reuse=reuse)
+        return replace(work, wide=self.wide)
 
     def auxiliary(self, work: Workload, offload: Offload, on_cpu: bool) -> AuxiliaryMemory:
         """Returns the memory of the text encoder and the codec.
@@ -176,6 +205,10 @@ class PlannedModel:
                 return None
             vae = VaeSize.of(vae_on_meta(files).config)
         return plan_decoding(vae, work, ranks, on)
+
+
+def _heads(report: CheckpointReport) -> tuple[str, ...]:
+    return tuple(name for name in report.assumed if name == "num_heads")
 
 
 def _whole_model(name: str) -> ModelConfig | None:

@@ -144,7 +144,8 @@ def describe_run(
         CheckpointError: a file cannot be read.
         ConfigError: the ranks cannot share this model.
     """
-    config, stream = inspect_checkpoint(model_config.transformer).config, model_config.stream
+    report, stream = inspect_checkpoint(model_config.transformer), model_config.stream
+    config = report.config
     size = model_config.height, model_config.width
     found = codec_footprint(model_config.codec, codec, *size, stream.chunk_frames)
     found = found.share(decode_share(parallel, decode))
@@ -153,7 +154,7 @@ def describe_run(
     least = stream.chunk_frames + stream.sink
     work = Workload.of(config, grid, stream, model_config.sampler, stream.window or least, itemsize=itemsize)
     return Run(
-        replace(work, fp8=model_config.weights == "fp8"),
+        replace(work, fp8=model_config.weights == "fp8", wide=report.wide_parameters),
         parallel.mesh.sp,
         parallel.strategy,
         default_machine(parallel.device),

@@ -56,11 +56,11 @@ def print_plan(work: Workload, costs: list[Plan], on: Machine) -> None:
         table.add_column(column, justify="left" if column == "strategy" else "right", no_wrap=True)
     for p in costs:
         row = [
-            f"{p.memory_bytes / 1e9:.1f}" + ("!" if not p.fits else ""),
+            _short(p.memory_bytes / 1e9) + ("!" if not p.fits else ""),
             f"{p.collectives_per_pass}",
-            f"{p.bytes_per_pass / 1e6:.0f}",
+            _short(p.bytes_per_pass / 1e6),
             *(_short(value) for value in (p.compute_ms, p.exposed_ms, p.chunk_ms, p.fps)),
-            f"{p.first_frame_ms:.0f}",
+            _short(p.first_frame_ms),
             f"{p.efficiency:.0%}",
         ]
         table.add_row(f"{p.name}{' ←' if p.chosen else ''}", *row, style="bold" if p.chosen else None)
@@ -90,9 +90,9 @@ def print_decoding(found: DecodePlan, ranks: int) -> None:
     if ranks == 1:
         arrangement = "one rank does both in turn"
     Console().print(
-        f"Decoding takes {found.decode_ms:.0f} ms a chunk on one rank. A chunk with decoding takes {found.chunk_ms:.0f}"
-        f" ms ({_short(found.fps)} fps) if {arrangement}, with {found.denoise.name} to denoise (DeDiVAE's rule: "
-        f"{found.rule:.2f} decode ranks).",
+        f"Decoding takes {_short(found.decode_ms)} ms a chunk on one rank. A chunk with decoding takes "
+        f"{_short(found.chunk_ms)} ms ({_short(found.fps)} fps) if {arrangement}, with {found.denoise.name} to denoise "
+        f"(DeDiVAE's rule: {found.rule:.2f} decode ranks).",
         highlight=False,
     )
 
@@ -110,8 +110,8 @@ def _memory_in_words(cost: Plan) -> str:
         "codec activations": auxiliary.codec_activations,
         "workspace": auxiliary.workspace,
     }
-    by_part = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items() if size)
-    times = ", ".join(f"{time} {size / 1e9:.1f}" for time, size in by_time.items())
+    by_part = ", ".join(f"{name} {_short(size / 1e9)}" for name, size in parts.items() if size)
+    times = ", ".join(f"{time} {_short(size / 1e9)}" for time, size in by_time.items())
     return f"GB on rank 0 with {cost.strategy}: {times}; parts: {by_part}."
 
 
@@ -120,13 +120,16 @@ def _reuse_in_words(work: Workload, costs: list[Plan]) -> str:
     every = work.config.num_layers * (work.steps + work.guided)
     passes = [work.computed(step, branch) for branch, steps in enumerate(work.passes) for step in range(steps)]
     shares = {kind: 1 - sum(computed[kind] for computed in passes) / every for kind in work.computed(0)}
-    most = max(cost.stored_bytes for cost in costs)
+    most = _short(max(cost.stored_bytes for cost in costs) / 1e9)
     by_kind = ", ".join(f"{kind} {share:.0%}" for kind, share in shares.items())
-    return f"Of a chunk's outputs are reused: {by_kind}. A rank stores at most {most / 1e9:.2f} GB of outputs for it."
+    return f"Of a chunk's outputs are reused: {by_kind}. A rank stores at most {most} GB of outputs for it."
 
 
 def _short(value: float) -> str:
-    return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
+    """A number of at least two digits that count, so that none but 0 itself is shown as 0."""
+    if value >= 100:
+        return f"{value:.0f}"
+    return f"{value:.1f}" if value >= 1 else f"{value:.2g}"
 
 
 def plot_plan(work: Workload, on: Machine, path: Path, auxiliary: AuxiliaryMemory = NO_AUXILIARY) -> None:

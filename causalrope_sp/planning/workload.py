@@ -27,6 +27,7 @@ class Workload:
         guided: how many of the passes are guided, so that the unconditional branch, with a cache of its own, makes a
             pass too.
         reuse: the reuse plan of each branch, or empty.
+        wide: how many of the parameters are float32 if the others have 16 bits.
     """
 
     config: DiTConfig
@@ -39,6 +40,7 @@ class Workload:
     fp8: bool = False
     guided: int = 0
     reuse: tuple[ReusePlan, ...] = ()
+    wide: int = 0
 
     @classmethod
     def of(
@@ -126,6 +128,6 @@ class Workload:
     @property
     def weights_bytes(self) -> int:
         """The bytes of the model's weights on the device."""
-        c, full = self.config, self.parameters * self.itemsize
+        c, full = self.config, self.parameters * self.itemsize + (2 * self.wide if self.itemsize == 2 else 0)
         scales = 4 * c.num_layers * (9 * c.dim + c.ffn_dim)
         return full - (self.itemsize - 1) * self.matrices + scales if self.fp8 else full

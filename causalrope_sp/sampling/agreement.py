@@ -29,5 +29,5 @@ def agree_on_strategy(
     """
     layout = layout or choose_strategy(work, default_machine(parallel.device), parallel)
     heads = work.config.num_heads
-    parallel.denoisers.agree({"strategy": describe_strategy(parallel, layout, heads), **agreed})
+    parallel.denoisers.agree({"strategy": describe_strategy(parallel, layout), **agreed})
     return build_strategy(parallel, layout, work.grid, heads)

@@ -24,7 +24,10 @@ def text_bytes(source: TextSource) -> int:
         return 0
     checkpoint = T5Checkpoint.open(source.find()[0])
     stored = checkpoint.files.tensors
-    return checkpoint.dtype.itemsize * sum(prod(stored[name].shape) for name in checkpoint.names.values())
+    return sum(
+        checkpoint.dtype_of(parameter, checkpoint.dtype).itemsize * prod(stored[name].shape)
+        for parameter, name in checkpoint.names.items()
+    )
 
 
 def umt5_parameters(

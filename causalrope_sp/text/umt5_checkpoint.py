@@ -18,6 +18,7 @@ from causalrope_sp.errors import CheckpointError
 from causalrope_sp.text.umt5_keys import ATTENTION, BLOCK, FEED_FORWARD, LAYOUTS, TRANSFORMERS, T5Layout
 from causalrope_sp.weights.finite import all_finite, refuse_broken
 from causalrope_sp.weights.messages import problem, some
+from causalrope_sp.weights.quantized_formats import refuse_quantized
 from causalrope_sp.weights.tensor_files import WeightFiles
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ class T5Checkpoint:
                 shape.
         """
         files = WeightFiles(path)
+        refuse_quantized(files)
         layout, prefix = _detect(files)
         sizes = _sizes(files, layout, prefix)
         model = _build(sizes, path)
@@ -97,13 +99,19 @@ class T5Checkpoint:
             raise CheckpointError(f"{path} ({layout.name} layout of UMT5): {wrong}")
         return cls(files, layout, model, names, files.numbers(names.values()).most_common(1)[0][0])
 
+    def dtype_of(self, parameter: str, dtype: torch.dtype) -> torch.dtype:
+        """Returns the dtype of a parameter in an encoder that computes in `dtype`: float32 for those that transformers
+        keeps wide in float16, whose range their outputs leave."""
+        wide = self.model._keep_in_fp32_modules or ()
+        return torch.float32 if dtype == torch.float16 and not set(wide).isdisjoint(parameter.split(".")) else dtype
+
     def read(self, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         """Reads all parameters.
 
         They are copied, because a stored tensor is a view of its file, which may change later.
 
         Args:
-            dtype: the dtype that they are cast to.
+            dtype: the dtype that they are cast to, see `dtype_of`.
             device: the device that they are copied to.
 
         Returns:
@@ -115,7 +123,8 @@ class T5Checkpoint:
         state, broken = {}, []
         for parameter, name in self.names.items():
             stored = self.files.read(name)
-            state[parameter] = torch.empty(stored.shape, dtype=dtype, device=device).copy_(stored)
+            kind = self.dtype_of(parameter, dtype)
+            state[parameter] = torch.empty(stored.shape, dtype=kind, device=device).copy_(stored)
             if not all_finite(state[parameter]):
                 broken.append(name)
         refuse_broken(self.files.path, broken, dtype)

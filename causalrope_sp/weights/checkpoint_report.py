@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,8 +25,10 @@ class CheckpointReport:
         why: the key that shows which layout it is.
         wrapping: what training code left around the model's tensors.
         config: the configuration of the model.
+        assumed: the fields of `config` that nothing in the checkpoint says, and that are those of published Wan models.
         dtype: the dtype of most of the model's numbers.
-        parameters: how many numbers the model has.
+        dtypes: how many of the model's numbers have each dtype.
+        wide_parameters: how many of them stay in float32 in a model of 16 bits (see `Layout.wide_modules`).
         preset: the settings that the model is meant to run with.
         missing: the keys that the model needs and the checkpoint lacks.
         unexpected: the keys that belong to no parameter of the model.
@@ -37,12 +40,19 @@ class CheckpointReport:
     why: str
     wrapping: Wrapping
     config: DiTConfig
+    assumed: tuple[str, ...]
     dtype: torch.dtype
-    parameters: int
+    dtypes: Mapping[torch.dtype, int]
+    wide_parameters: int
     preset: Preset
     missing: list[str]
     unexpected: list[str]
     misshapen: list[str] = field(default_factory=list)
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the model has."""
+        return sum(self.dtypes.values())
 
     @property
     def problem(self) -> str | None:

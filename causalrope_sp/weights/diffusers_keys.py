@@ -33,4 +33,6 @@ DIFFUSERS = Layout(
         **linear("ffn.down", "ffn.net.2"),
     },
     config_names={"num_heads": "num_attention_heads"},
+    # `WanTransformer3DModel._keep_in_fp32_modules`, copied because importing diffusers takes seconds; a test compares
+    wide_modules=frozenset({"rope", "time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"}),
 )

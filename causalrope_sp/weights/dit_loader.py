@@ -19,7 +19,7 @@ from causalrope_sp.weights.checkpoint_report import CheckpointReport
 from causalrope_sp.weights.digest import fingerprint
 from causalrope_sp.weights.examine import Examined, examine
 from causalrope_sp.weights.finite import all_finite, refuse_broken
-from causalrope_sp.weights.fp8 import PARTS, STORED, quantize_blocks, quantized, to_fp8
+from causalrope_sp.weights.fp8 import PARTS, STORED, largest_numbers, quantize_blocks, quantized, to_fp8
 from causalrope_sp.weights.key_layout import arrange
 from causalrope_sp.weights.lora import Lora, LoraMerge
 from causalrope_sp.weights.readers import Alone, Readers, owners
@@ -76,7 +76,8 @@ def load_model(
 
     Args:
         path: a file, the index of a sharded checkpoint, or a folder with one checkpoint in it.
-        dtype: the model's dtype; None keeps the one of most of the checkpoint's numbers.
+        dtype: the model's dtype; None keeps the one of most of the checkpoint's numbers. In one of 16 bits, parameters
+            that diffusers keeps in float32 stay so, if the checkpoint has diffusers' layout and has them in float32.
         device: the model's device. Tensors are cast and copied one by one, so the host holds one besides the file.
         config: replaces the configuration that the checkpoint declares or implies.
         part: the name of one of several models in the file, such as "generator"; None prefers the averaged weights.
@@ -100,13 +101,14 @@ def load_model(
         _agree(checkpoint, merges, readers)
     model, target = checkpoint.model, torch.device(device)
     to_quantize = frozenset(quantized(model)) if weights == "fp8" else frozenset[str]()
+    kind = dtype or checkpoint.report.dtype
     buffers = {
-        name: _allocate(shaped.shape, dtype or checkpoint.report.dtype, target, name in to_quantize)
+        name: _allocate(shaped.shape, checkpoint.dtype_of(name, kind), target, name in to_quantize)
         for name, shaped in model.named_parameters()
     }
     owner = owners([sum(buffer.nbytes for buffer in several) for several in buffers.values()], readers.size)
     own = [name for name, rank in zip(buffers, owner, strict=True) if rank == readers.rank]
-    readers.run_collectively(lambda: _fill(checkpoint, {name: buffers[name] for name in own}, merges))
+    readers.run_collectively(lambda: _fill(checkpoint, {name: buffers[name] for name in own}, merges, kind))
     for several, rank in zip(buffers.values(), owner, strict=True):
         for buffer in several:
             readers.broadcast("weights", buffer, rank)
@@ -145,13 +147,14 @@ def _allocate(shape: torch.Size, dtype: torch.dtype, device: torch.device, fp8: 
     return [numbers, torch.empty(shape[:1], dtype=torch.float32, device=device)]
 
 
-def _fill(checkpoint: Examined, buffers: Mapping[str, Sequence[Tensor]], merges: Sequence[LoraMerge]) -> None:
-    """Reads some parameters into their buffers, one stored tensor after the other.
+def _fill(
+    checkpoint: Examined, buffers: Mapping[str, Sequence[Tensor]], merges: Sequence[LoraMerge], dtype: torch.dtype
+) -> None:
+    """Reads some parameters into their buffers, one stored tensor after the other. The model computes in `dtype`.
 
     The numbers are copied, because a stored tensor is a view of its file, which may change later.
     """
     broken: list[str] = []
-    dtype = checkpoint.report.dtype
     for parameter, several in buffers.items():
         names = checkpoint.names[parameter]
         parts = zip(*(tensor.chunk(len(names)) for tensor in several), strict=True)
@@ -161,11 +164,11 @@ def _fill(checkpoint: Examined, buffers: Mapping[str, Sequence[Tensor]], merges:
                 stored = merge.into(stored, parameter, number, several[0].device)
             if len(pieces) == 1:
                 pieces[0].copy_(stored)
-                stored, dtype = pieces[0], pieces[0].dtype
+                stored = pieces[0]
             else:
-                for piece, made in zip(pieces, to_fp8(stored.to(several[0].device)), strict=True):
+                for piece, made in zip(pieces, to_fp8(stored.to(several[0].device), dtype), strict=True):
                     piece.copy_(made)
-                largest = pieces[0].float().abs().amax(1) * pieces[1]  # of each row once it is dequantized
+                largest = largest_numbers(pieces[0], pieces[1], dtype)
                 stored = stored if all_finite(largest) else largest
             if not all_finite(stored):
                 broken.append(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -18,6 +19,7 @@ from causalrope_sp.weights.infer import infer_config
 from causalrope_sp.weights.key_layout import Layout, Names, stored_shape
 from causalrope_sp.weights.messages import some
 from causalrope_sp.weights.model_presets import guess_preset
+from causalrope_sp.weights.quantized_formats import refuse_quantized
 from causalrope_sp.weights.tensor_files import DTYPES, Stored, WeightFiles
 from causalrope_sp.weights.wan_keys import WAN
 from causalrope_sp.weights.wrappings import Wrapping, bare_names, choose_prefix, without, wrapping_modules
@@ -35,6 +37,7 @@ class Examined:
         names: each parameter of the model -> the stored names of the tensors that make it up, in order.
         model: the model on the meta device, which has shapes and no memory.
         report: what the user is shown.
+        wide: the parameters that stay in float32 in a model of 16 bits.
     """
 
     files: WeightFiles
@@ -42,6 +45,12 @@ class Examined:
     names: Names
     model: CausalDiT
     report: CheckpointReport
+    wide: frozenset[str]
+
+    def dtype_of(self, parameter: str, dtype: torch.dtype) -> torch.dtype:
+        """Returns the dtype of a parameter in a model that computes in `dtype`: float32 for one that the layout keeps
+        wide, if `dtype` has 16 bits and the file has more, else `dtype`."""
+        return torch.float32 if dtype.itemsize == 2 and parameter in self.wide else dtype
 
 
 @dataclass(frozen=True)
@@ -70,13 +79,15 @@ def examine(path: Path, config: DiTConfig | None, part: str | None) -> Examined:
         CheckpointError: the checkpoint cannot be read, has no known layout, or does not show its configuration.
     """
     files = WeightFiles(path, part)
+    refuse_quantized(files)
     found = _detect(files, part)
     tensors = {name: files.tensors[stored] for name, stored in found.stored.items()}
     declared = files.declared_config()
-    config = config or infer_config(tensors, declared, found.layout, path)
+    config, assumed = (config, ()) if config else infer_config(tensors, declared, found.layout, path)
     model = _on_meta(config, path)
     names = found.layout.names(config.num_layers)
     missing, misshapen, sizes = _compare(model, names, tensors, path)
+    wide = frozenset(p for p, several in names.items() if _is_wide(found.layout, several, tensors))
     expected = {name for several in names.values() for name in several}
     report = CheckpointReport(
         path=path,
@@ -84,8 +95,10 @@ def examine(path: Path, config: DiTConfig | None, part: str | None) -> Examined:
         why=found.why,
         wrapping=found.wrapping,
         config=config,
+        assumed=assumed,
         dtype=most_common_dtype(sizes),
-        parameters=sizes.total(),
+        dtypes=sizes,
+        wide_parameters=sum(prod(tensors[name].shape) for p in wide for name in names[p]),
         preset=guess_preset(path, files.files[0], found.wrapping, declared, config),
         missing=missing,
         unexpected=sorted(
@@ -96,7 +109,15 @@ def examine(path: Path, config: DiTConfig | None, part: str | None) -> Examined:
     stored = {
         parameter: tuple(found.stored.get(name, name) for name in several) for parameter, several in names.items()
     }
-    return Examined(files, found.layout, stored, model, report)
+    return Examined(files, found.layout, stored, model, report, wide)
+
+
+def _is_wide(layout: Layout, names: Sequence[str], tensors: Mapping[str, Stored]) -> bool:
+    """Returns whether the layout keeps the parameter of these stored tensors wide, and the file has it so."""
+    return all(
+        layout.keeps_wide(name) and name in tensors and tensors[name].dtype in (torch.float32, torch.float64)
+        for name in names
+    )
 
 
 def _detect(files: WeightFiles, part: str | None) -> _Found:

@@ -8,6 +8,8 @@ Shapes: N output channels, K input channels.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -45,11 +47,15 @@ class Fp8Linear(nn.Module):
         return linear(x, self.weight, self.bias)
 
 
-def to_fp8(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantizes a weight, with a power of two as scale that brings each row's largest number between 224 and 448.
+def to_fp8(weight_NK: Tensor, computes_in: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Quantizes a weight to the nearest numbers, with a power of two as scale.
+
+    The scale brings each row's largest number between 224 and 448, unless `computes_in` has no such scale: float16 has
+    none below 2^-24, and a smaller one would turn the row into zeros.
 
     Args:
         weight_NK: a finite weight.
+        computes_in: the dtype that the weight is dequantized to.
 
     Returns:
         The e4m3 numbers, (N, K), and the float32 scales, (N,).
@@ -58,9 +64,26 @@ def to_fp8(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
     low, high = wide.aminmax(dim=1)
     largest = torch.maximum(-low, high)
     exponent = torch.frexp(largest / 1.75).exponent - _LARGEST_EXPONENT  # largest / scale is at most 448
-    exponent = torch.where(largest.isfinite() & (largest > 0), exponent, 0).clamp(-126, 127)
-    scale = torch.ldexp(torch.ones_like(largest), exponent)
-    return (wide / scale.unsqueeze(1)).to(STORED), scale.float()
+    exponent = torch.where(largest.isfinite() & (largest > 0), exponent, 0)
+    scale = torch.ldexp(torch.ones_like(largest), exponent.clamp(*_exponents(computes_in)))
+    scaled = wide / scale.unsqueeze(1)
+    if scaled.dtype == torch.float64:  # torch would round it to float32 first, and then once more
+        step = torch.ldexp(torch.ones_like(scaled), torch.frexp(scaled).exponent.clamp(min=-5) - 4)
+        scaled = (scaled / step).round() * step  # a multiple of e4m3's spacing; `round` takes the even one of two
+    return scaled.to(STORED), scale.float()
+
+
+def largest_numbers(numbers_NK: Tensor, scale_N: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns the largest magnitude of each row once it is dequantized to `dtype`, (N,)."""
+    return numbers_NK.to(dtype).abs().amax(1) * scale_N.to(dtype)
+
+
+def _exponents(dtype: torch.dtype) -> tuple[int, int]:
+    """Returns the least and the greatest power of two that both float32 and `dtype` have; subnormal ones of float16
+    count, because a product with them is exact or rounded once."""
+    limits = torch.finfo(dtype)
+    least, greatest = math.frexp(limits.tiny * limits.eps)[1] - 1, math.frexp(limits.max)[1] - 1
+    return max(-126, least), min(127, greatest)
 
 
 def quantized(model: CausalDiT) -> list[str]:

@@ -17,7 +17,9 @@ WAN_HEAD_DIM = 128  # that of every published Wan; assumed where a checkpoint do
 LONGEST_TEXT = 1 << 16  # tokens; buffers of this length are allocated, so a declared length has a limit
 
 
-def infer_config(tensors: dict[str, Stored], declared: dict[str, Any], layout: Layout, where: Path) -> DiTConfig:
+def infer_config(
+    tensors: dict[str, Stored], declared: dict[str, Any], layout: Layout, where: Path
+) -> tuple[DiTConfig, tuple[str, ...]]:
     """Infers the configuration: fields that the checkpoint declares, the others from the shapes of its tensors.
 
     Args:
@@ -27,12 +29,14 @@ def infer_config(tensors: dict[str, Stored], declared: dict[str, Any], layout: L
         where: the checkpoint, for messages.
 
     Returns:
-        The configuration.
+        The configuration, and the names of its fields that are assumed: `num_heads` from Wan's head width, the others
+        Wan's own values.
 
     Raises:
         CheckpointError: a tensor or field is missing that the configuration needs, or a declared value is impossible.
     """
     values = _shaped_fields(tensors, layout, where) | _declared_fields(declared, layout, where)
+    assumed = tuple(f.name for f in fields(DiTConfig) if f.name not in values)
     if "num_heads" not in values:
         dim = values["dim"]
         if dim % WAN_HEAD_DIM:
@@ -49,7 +53,7 @@ def infer_config(tensors: dict[str, Stored], declared: dict[str, Any], layout: L
         raise CheckpointError(f"{where}: declares {inferred.num_layers} layers and holds {len(tensors)} tensors")
     if inferred.text_len > LONGEST_TEXT:
         raise CheckpointError(f"{where}: declares a text_len of {inferred.text_len}, above {LONGEST_TEXT}")
-    return inferred
+    return inferred, assumed
 
 
 def _shaped_fields(tensors: dict[str, Stored], layout: Layout, where: Path) -> dict[str, Any]:

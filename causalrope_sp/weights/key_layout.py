@@ -44,6 +44,7 @@ class Layout:
         outer: the parameters outside the blocks.
         block: the parameters of a block, without `blocks.N.` in front.
         config_names: field of `DiTConfig` -> its name in the layout's config.json, where the two differ.
+        wide_modules: the modules, by the layout's names, whose parameters stay in float32 in a model of 16 bits.
     """
 
     name: str
@@ -51,6 +52,11 @@ class Layout:
     outer: Names
     block: Names
     config_names: Mapping[str, str] = field(default_factory=dict)
+    wide_modules: frozenset[str] = frozenset()
+
+    def keeps_wide(self, stored: str) -> bool:
+        """Returns whether a tensor of this name is one that stays in float32 in a model of 16 bits."""
+        return not self.wide_modules.isdisjoint(stored.split("."))
 
     def prefixes_in(self, names: Iterable[str]) -> list[str]:
         """Returns the prefixes under which names of this layout occur, sorted, each "" or ending in a dot.

@@ -12,7 +12,6 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from causalrope_sp.checks import shown
 from causalrope_sp.config import PRESETS as SIZES
 from causalrope_sp.config import DiTConfig, SamplerConfig, StreamConfig
 from causalrope_sp.errors import CheckpointError, ConfigError
@@ -35,7 +34,7 @@ class Preset:
         size: the name in `config.PRESETS` of the DiT that it was published for; None if of none.
         source: where the values come from.
         evidence: why it was chosen for a checkpoint, and what was overridden.
-        declared: the fields of `StreamConfig` that the checkpoint's config.json says.
+        assumed: the fields of `stream` and `sampler` that nothing says, and that are defaults.
     """
 
     name: str
@@ -44,7 +43,7 @@ class Preset:
     size: str | None
     source: str
     evidence: tuple[str, ...] = ()
-    declared: tuple[str, ...] = ()
+    assumed: tuple[str, ...] = ()
 
     def override(self, **changes: Any) -> Preset:
         """Returns the preset with fields of `StreamConfig` and `SamplerConfig` changed.
@@ -68,6 +67,7 @@ class Preset:
             stream=replace(self.stream, **stream),
             sampler=replace(self.sampler, **sampler),
             evidence=(*self.evidence, f"overridden: {values}"),
+            assumed=tuple(name for name in self.assumed if name not in changes),
         )
 
 
@@ -145,7 +145,14 @@ FAMILY = {
         ),
     )
 }
-UNKNOWN = Preset("none", StreamConfig(), SamplerConfig(), None, "the defaults of StreamConfig and SamplerConfig")
+UNKNOWN = Preset(
+    "none",
+    StreamConfig(),
+    SamplerConfig(),
+    None,
+    "the defaults of StreamConfig and SamplerConfig",
+    assumed=tuple(f.name for f in (*fields(StreamConfig), *fields(SamplerConfig))),
+)
 
 
 def find_preset(name: str) -> Preset:
@@ -175,40 +182,16 @@ def guess_preset(path: Path, file: Path, wrapping: Wrapping, declared: Mapping[s
     name, reason = next(_signs(path, file, wrapping, declared), ("none", "nothing in its path or files names a preset"))
     preset, evidence = FAMILY.get(name, UNKNOWN), [reason]
     values = {ours: declared[theirs] for theirs, ours in _DECLARED if _counts(declared.get(theirs))}
-    known = tuple({ours: None for theirs, ours in _DECLARED if theirs in declared})
+    known = {ours for theirs, ours in _DECLARED if theirs in declared}
+    assumed = tuple(name for name in preset.assumed if name not in known)
     if values:
         evidence.append(f"config.json says {', '.join(f'{ours} {value}' for ours, value in values.items())}")
     if preset.size is not None and config != SIZES[preset.size]:
         evidence.append(f"its DiT is not a {preset.size}, which the preset is for")
     try:
-        return replace(preset, stream=replace(preset.stream, **values), evidence=tuple(evidence), declared=known)
+        return replace(preset, stream=replace(preset.stream, **values), evidence=tuple(evidence), assumed=assumed)
     except ConfigError as error:
         return replace(preset, evidence=(*evidence, f"not taken over: {error}"))
-
-
-def scheduler_shift(file: Path) -> float | None:
-    """Reads the shift in a diffusers scheduler's file: `flow_shift`, or `shift` of FlowMatchEulerDiscreteScheduler.
-
-    Args:
-        file: the scheduler_config.json, which need not exist.
-
-    Returns:
-        The shift; None if the file says none, or if its scheduler does not use the number.
-
-    Raises:
-        CheckpointError: the file cannot be read, or its shift is not a number.
-    """
-    if not file.is_file():
-        return None
-    scheduler = read_json(file)
-    if scheduler.get("use_flow_sigmas") is False or scheduler.get("use_dynamic_shifting") is True:
-        return None
-    shift = scheduler.get("flow_shift", scheduler.get("shift"))
-    if shift is None:
-        return None
-    if isinstance(shift, bool) or not isinstance(shift, int | float):
-        raise CheckpointError(f"{file}: the shift must be a number, not {shown(shift)}")
-    return float(shift)
 
 
 _DECLARED = (

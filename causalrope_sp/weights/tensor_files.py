@@ -178,7 +178,8 @@ def _weight_files(path: Path) -> Sequence[Path]:
     if not choices and (path / "transformer").is_dir():
         choices = _choices(path / "transformer")
     if not choices:
-        raise CheckpointError(f"{path}: holds no weights (no {', no '.join((*SAFETENSORS, *TORCH))})")
+        other = ", only GGUF files, which are not read" if next(path.glob("*.gguf"), None) else ""
+        raise CheckpointError(f"{path}: holds no weights (no {', no '.join((*SAFETENSORS, *TORCH))}){other}")
     if len(choices) > 1:
         raise CheckpointError(f"{path}: holds several checkpoints, name one of them: {some(choices)}")
     return next(iter(choices.values()))
@@ -228,6 +229,8 @@ def _is_safetensors(file: Path) -> bool:
     """Tells by the first bytes: a length of 8 bytes and a JSON header, or what torch.save writes."""
     with file.open("rb") as stream:
         start = stream.read(9)
+    if start.startswith(b"GGUF"):
+        raise CheckpointError(f"{file}: a GGUF file, a format that is not read; name what it was made of")
     if start[8:] == b"{":
         return True
     if start.startswith((b"PK\x03\x04", b"\x80")):

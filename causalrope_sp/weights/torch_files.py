@@ -14,6 +14,7 @@ from torch import Tensor
 
 from causalrope_sp.errors import CheckpointError, printable
 from causalrope_sp.weights.messages import one_line
+from causalrope_sp.weights.quantized_formats import quantized_class
 from causalrope_sp.weights.wrappings import Nested, innermost
 
 
@@ -40,6 +41,7 @@ def open_tensors(file: Path, part: str | None, parts: tuple[str, ...]) -> Nested
         _check_tensor(file, name, value)
     if sum(tensor.numel() * tensor.element_size() for tensor in state.values()) > file.stat().st_size:
         raise CheckpointError(f"{file}: declares more numbers than the file can hold")
+    state = {name: tensor.detach() for name, tensor in state.items()}  # parameters would record what is done to them
     return Nested(state, nested.parts, nested.auxiliary)
 
 
@@ -70,6 +72,8 @@ def _load_tensors_only(file: Path, mapped: bool) -> Any:
             return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL (\S+)", str(error))
+        if named and (quantized := quantized_class(named[1])):
+            raise CheckpointError(f"{file}: {quantized}") from error
         if named:
             raise CheckpointError(
                 f"{file}: refused: it holds Python objects ({printable(named[1])}), whose loading can run code; "
@@ -84,5 +88,8 @@ def _check_tensor(file: Path, name: str, value: Any) -> None:
     """Raises CheckpointError if a value is not a dense tensor on the CPU."""
     if not isinstance(value, Tensor):
         raise CheckpointError(f"{file}: {printable(name)} is a {type(value).__name__}, not a tensor")
+    if type(value) not in (Tensor, torch.nn.Parameter):  # a subclass has numbers of its own kind
+        kind = f"{type(value).__module__}.{type(value).__qualname__}"
+        raise CheckpointError(f"{file}: {quantized_class(kind) or f'{printable(name)} is a {printable(kind)}'}")
     if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized or value.is_nested:
         raise CheckpointError(f"{file}: {printable(name)} is no plain tensor of numbers")

@@ -179,7 +179,8 @@ def streams(draw: st.DrawFn) -> Drawn:
     known = 0 if first else draw(st.integers(0, 4))
     job = Job(rows, columns, draw(st.integers(1, 8)), stream, draw(st.integers(1, 2)), known, fuse=draw(st.booleans()))
     strategy = draw(st.sampled_from(strategies(ranks, heads)))
-    return Drawn(ranks, heads, job, strategy, draw(st.booleans()), draw(st.integers(1, 3)))
+    groups = draw(st.integers(1, heads // ranks)) if strategy == "ulysses" else 1
+    return Drawn(ranks, heads, job, strategy, draw(st.booleans()), groups)
 
 
 def run_drawn(group: dist.ProcessGroup, device: str, drawn: Drawn) -> Tensor:

@@ -30,7 +30,8 @@ def test_a_checkpoint_alone_streams_to_stdout_with_a_base_and_a_log(tmp_path: Pa
         assert [(frame.width, frame.height) for frame in video.decode(video=0)] == [(96, 64)] * 9
     (said,) = [line for line in errors.splitlines() if "preset" in line]
     assert said.startswith(f"{tmp_path}/self_forcing_dmd.pt: preset self-forcing (")
-    assert said.endswith(f"window 21, steps 1000, 750, 500, 250, shift 5; text encoder and VAE of {folder}")
+    inferred = f"steps 1000, 750, 500, 250, shift 5; text encoder and VAE of {folder}; fps 16 by the stride of its VAE"
+    assert said.endswith(f"window 21, {inferred}")
     assert "\n-: 9 frames of 96×64 in " in errors
     assert f" rank 0 causalrope_sp.pipeline.loading INFO: {said}\n" in log.read_text()
 

@@ -7,6 +7,8 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -15,10 +17,13 @@ from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
 from causalrope_sp import ConfigError, SamplerConfig
+from causalrope_sp.config import TimestepRule
 from causalrope_sp.diffusion.schedule import model_timesteps, sigmas, timesteps, with_overrides
 from causalrope_sp.diffusion.solvers import start_solver
 from tests.support.guided_runs import GUIDED, sample
+from tests.support.published_folders import wan_pipeline
 from tests.support.sampler_cases import relative
+from tests.support.text_files import WIDTH
 
 
 def run(solve: Callable[[Tensor, Tensor, int], Tensor], dtype: torch.dtype, steps: int) -> Tensor:
@@ -34,18 +39,54 @@ def ours(config: SamplerConfig, dtype: torch.dtype) -> Tensor:
     return run(lambda x, v, n: solve(x, v, levels[n], levels[n + 1], lambda: x), dtype, len(config.steps))
 
 
+def unipc(steps: int, shift: float, rule: TimestepRule) -> SamplerConfig:
+    return SamplerConfig(timesteps(steps, "unipc", rule), shift, "unipc", timestep_rule=rule)
+
+
+def diffusers_unipc(shift: float) -> UniPCMultistepScheduler:
+    """The scheduler of Wan's folders at diffusers; its noise levels are float32."""
+    return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
+
+
+@pytest.mark.parametrize("rule", get_args(TimestepRule))
 @pytest.mark.parametrize(("steps", "shift"), [(1, 5.0), (2, 1.0), (8, 5.0), (50, 3.0)])
-def test_unipc_is_diffusers(steps: int, shift: float) -> None:
-    """As Wan's pipeline there calls it, noise levels in float32."""
-    config = SamplerConfig(timesteps(steps, "unipc"), shift, "unipc")
-    theirs = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
-    theirs.set_timesteps(sigmas=np.linspace(0.999, 0, steps + 1)[:-1])
+def test_unipc_is_diffusers(steps: int, shift: float, rule: TimestepRule) -> None:
+    """The update is diffusers' under both rules: under its own as it is, under Wan's with Wan's levels handed to it."""
+    config, theirs = unipc(steps, shift, rule), diffusers_unipc(shift)
+    theirs.set_timesteps(**({"num_inference_steps": steps} if rule == "diffusers" else {"sigmas": wan_sigmas(steps)}))
     assert theirs.timesteps.tolist() == model_timesteps(config)
     told = [*theirs.timesteps]
     expected = run(lambda x, v, n: theirs.step(v, told[n], x).prev_sample, torch.float64, steps)
     assert relative(ours(config, torch.float64), expected) < 1e-5
     assert relative(ours(config, torch.float32).double(), ours(config, torch.float64)) < 1e-5
     assert ours(config, torch.float32).dtype == torch.float32
+
+
+def test_the_rule_of_diffusers_is_its_pipelines(tmp_path: Path) -> None:
+    """The real `WanPipeline`: the timesteps that it tells its transformer, and the latents that it ends with."""
+    pipe = wan_pipeline(tmp_path, flow_shift=5.0)
+    pipe.set_progress_bar_config(disable=True)
+    told: list[float] = []
+    pipe.transformer.register_forward_pre_hook(
+        lambda _, args, given: told.append(float(given["timestep"][0])), with_kwargs=True
+    )
+    noise = torch.randn(1, 16, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    embeds = torch.randn(1, 5, WIDTH, generator=torch.Generator().manual_seed(1))
+    expected = pipe(
+        prompt_embeds=embeds, latents=noise, height=32, width=32, num_frames=1, guidance_scale=1.0,
+        num_inference_steps=4, output_type="latent",
+    ).frames  # fmt: skip
+    config = unipc(4, 5.0, "diffusers")
+    assert told == [999, 937, 833, 625] == model_timesteps(config)
+    assert model_timesteps(unipc(4, 5.0, "wan")) == [999, 937, 833, 624]
+    solve, levels, x = start_solver(config), [*sigmas(config), 0.0], noise
+    for t, sigma, to in zip(told, levels, levels[1:]):
+        with torch.no_grad():
+            velocity = pipe.transformer(
+                hidden_states=x, timestep=torch.tensor([t]), encoder_hidden_states=embeds, return_dict=False
+            )[0]
+        x = solve(x, velocity, sigma, to, lambda: noise)
+    assert relative(x, expected) < 1e-5
 
 
 def unipc_by_hand(config: SamplerConfig) -> Callable[[Tensor, Tensor, int], Tensor]:
@@ -87,23 +128,38 @@ def unipc_by_hand(config: SamplerConfig) -> Callable[[Tensor, Tensor, int], Tens
     return solve
 
 
-@pytest.mark.parametrize("shift", [2.0, 3.0, 5.0, 8.0])
-def test_the_model_is_told_what_diffusers_tells_it(shift: float) -> None:
-    theirs = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
+def wan_sigmas(steps: int) -> np.ndarray:
+    """The unshifted levels of Wan's own FlowUniPCMultistepScheduler; it keeps its first one in float32."""
+    return np.linspace(float(np.float32(0.999)), 0, steps + 1)[:-1]
+
+
+@pytest.mark.parametrize("shift", [1.0, 2.0, 3.0, 5.0, 8.0])
+def test_the_model_is_told_the_timesteps_of_the_rule(shift: float) -> None:
+    theirs = diffusers_unipc(shift)
     for steps in range(1, 101):
-        theirs.set_timesteps(sigmas=np.linspace(0.999, 0, steps + 1)[:-1])
-        assert theirs.timesteps.tolist() == model_timesteps(SamplerConfig(timesteps(steps, "unipc"), shift, "unipc"))
+        levels = wan_sigmas(steps)
+        told = (1000 * (shift * levels / (1 + (shift - 1) * levels))).astype(np.int64)  # by Wan's own formula
+        assert told.tolist() == model_timesteps(unipc(steps, shift, "wan"))
+        theirs.set_timesteps(steps)
+        assert theirs.timesteps.tolist() == model_timesteps(unipc(steps, shift, "diffusers"))
 
 
+def test_the_rules_differ() -> None:
+    for steps, differ in ((4, 1), (50, 27)):
+        pairs = zip(*(model_timesteps(unipc(steps, 5.0, rule)) for rule in get_args(TimestepRule)), strict=True)
+        assert sum(wan != diffusers for wan, diffusers in pairs) == differ
+
+
+@pytest.mark.parametrize("rule", get_args(TimestepRule))
 @pytest.mark.parametrize("steps", [1, 2, 3, 8, 50])
-def test_unipc_is_float64_throughout(steps: int) -> None:
-    config = SamplerConfig(timesteps(steps, "unipc"), 5.0, "unipc")
+def test_unipc_is_float64_throughout(steps: int, rule: TimestepRule) -> None:
+    config = unipc(steps, 5.0, rule)
     assert relative(ours(config, torch.float64), run(unipc_by_hand(config), torch.float64, steps)) < 1e-12
 
 
 def test_unipc_that_begins_late_is_unipc_of_the_steps_that_are_left() -> None:
     x = torch.randn(1, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    config = SamplerConfig(timesteps(8, "unipc"), 5.0, "unipc")
+    config = unipc(8, 5.0, "wan")
     left = replace(config, steps=config.steps[3:])
     late, fresh = start_solver(config, 3), start_solver(left)
     one, other, levels = x, x, [*sigmas(left), 0.0]
@@ -122,6 +178,15 @@ def test_euler_is_diffusers() -> None:
     assert relative(ours(config, torch.float32), expected) < 1e-5
 
 
+def test_euler_takes_the_steps_of_diffusers_where_they_are_given() -> None:
+    """diffusers shifts the last of its steps twice; docs/from_diffusers.md lists them before the shift."""
+    theirs = FlowMatchEulerDiscreteScheduler(shift=5.0)
+    theirs.set_timesteps(4)
+    told = model_timesteps(SamplerConfig((1000, 668.327, 336.653, 4.98008), 5.0, "euler"))
+    assert told == pytest.approx(theirs.timesteps.tolist(), rel=1e-5)
+    assert told == pytest.approx([1000, 909.707, 717.317, 24.414], abs=1e-3)
+
+
 def test_only_unipc_needs_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "diffusers", None)
     assert sample(3, sampler=SamplerConfig((1000, 500), guidance_scale=2.0)).isfinite().all()
@@ -135,3 +200,16 @@ def test_another_solver_takes_as_many_steps() -> None:
     assert with_overrides(config, guidance_interval=(0, 500)).steps == config.steps
     assert with_overrides(config, steps=2).steps == (999, 499.5)
     assert with_overrides(SamplerConfig(), steps=(900, 20), solver="unipc").steps == (900, 20)
+
+
+def test_another_rule_spaces_as_many_steps_anew() -> None:
+    config = with_overrides(SamplerConfig(), solver="unipc", timestep_rule="diffusers")
+    assert config == unipc(4, 5.0, "diffusers")
+    assert with_overrides(config, steps=50) == unipc(50, 5.0, "diffusers")
+    assert with_overrides(config, timestep_rule="wan") == unipc(4, 5.0, "wan")
+    assert with_overrides(config, solver="euler").steps == (1000, 750, 500, 250)
+    assert with_overrides(config, steps=(1000, 20)).steps == (1000, 20)  # the first level is lowered
+    with pytest.raises(ConfigError, match="timestep_rule says nothing with solver renoise"):
+        with_overrides(SamplerConfig(), timestep_rule="diffusers")
+    with pytest.raises(ConfigError, match="timestep_rule must be one of wan, diffusers, not 'trailing'"):
+        SamplerConfig(timestep_rule="trailing")  # type: ignore[arg-type]

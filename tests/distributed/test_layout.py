@@ -9,7 +9,7 @@ import pytest
 
 from causalrope_sp import ConfigError, LatentGrid
 from causalrope_sp.distributed import SequenceParallel, strategies
-from causalrope_sp.distributed.layout import parse_strategy
+from causalrope_sp.distributed.layout import check_head_groups, parse_strategy
 from causalrope_sp.planning.cost import cache_bytes
 from causalrope_sp.planning.machines import default_machine
 from causalrope_sp.planning.strategy import choose_strategy
@@ -59,6 +59,24 @@ def test_a_wrong_argument_of_a_group_is_one_sentence(options: dict[str, Any], me
     with pytest.raises(ConfigError, match=message) as caught:
         SequenceParallel.single(**{"device": "cpu"} | options)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("groups", "strategy", "ranks", "said"),
+    [
+        (99, "auto", 1, r"head_groups must be at most 12, the heads of a rank \(12 heads, 1 ranks\), not 99"),
+        (3, "ulysses", 5, r"head_groups must be at most 2, the heads of a rank \(12 heads, 5 ranks\), not 3"),
+        (2, "auto", 13, r"head_groups must be at most 1, the heads"),
+        (2, "gather-kv", 2, "head_groups must be 1 with strategy gather-kv, which does not send heads, not 2"),
+        (2, "ulysses2xshard-kv2", 4, "head_groups must be 1 with strategy ulysses2xshard-kv2"),
+    ],
+)
+def test_head_groups_that_no_rank_has_are_refused(groups: int, strategy: str, ranks: int, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        check_head_groups(groups, strategy, ranks, 12)
+    check_head_groups(1, strategy, ranks, 12)
+    with pytest.raises(ConfigError, match="head_groups must be at most 6, the heads of a rank"):
+        SequenceParallel.single(device="cpu", head_groups=7).check(LatentGrid(2, 3), 6)
 
 
 @pytest.mark.parametrize("seconds", [0, float("nan"), "x", None, 1e9])

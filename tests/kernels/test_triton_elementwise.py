@@ -80,6 +80,21 @@ def test_add_norm(
         compare(add_norm, x, branch, by, norm, dtype=dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_add_norm_with_wide_vectors(dtype: torch.dtype) -> None:
+    """As a pass has them: vectors of frames in float32, and in a mixed checkpoint weights too, for 16 bits of tokens."""
+    x, y = as_dtype(tuple(random(2, 1, 6, 60)), dtype)
+    gate, shift, factor = (by_frame(3, 60, seed=seed).float() for seed in (1, 3, 5))
+    norms: tuple[Norm, ...] = (Modulation(shift, factor, EPS), as_dtype(an_affine(60, seed=7), torch.float32))
+    for norm in norms:
+        x_64, y_64, gate_64, norm_64 = as_dtype((x, y, gate, norm), torch.float64)
+        truth = add_norm(x_64, y_64, gate_64, norm_64, backend="torch")
+        ours, rough = add_norm(x, y, gate, norm, backend="triton"), add_norm(x, y, gate, norm, backend="torch")
+        for mine, other, exact in zip(ours, rough, truth, strict=True):
+            assert mine.dtype == dtype
+            no_worse(mine, other, exact)
+
+
 def test_add_norm_of_the_last_frames_of_a_batch() -> None:
     """As the head has it: views whose batch entries lie apart, and numbers far from zero, where a mean matters."""
     x, y = 30 + random(2, 2, 3 * 5, 60)

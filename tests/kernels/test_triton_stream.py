@@ -14,22 +14,28 @@ from causalrope_sp.diffusion.noise import seeded_noise
 from causalrope_sp.distributed import SequenceParallel
 from causalrope_sp.distributed.launch import RankPool
 from causalrope_sp.models.causal_dit import CausalDiT
+from causalrope_sp.weights.diffusers_keys import DIFFUSERS
 from tests.support.triton_cases import DEVICE, random
 
 pytestmark = pytest.mark.usefixtures("bfloat16_as_on_a_gpu")
 
 
-def make_model(dtype: torch.dtype = torch.float32) -> CausalDiT:
+def make_model(dtype: torch.dtype = torch.float32, wide: bool = False) -> CausalDiT:
+    """A random model; `wide` keeps in float32 what a mixed checkpoint keeps so."""
     config = DiTConfig(
         dim=60, ffn_dim=40, num_heads=3, num_layers=2, text_dim=8, text_len=5, freq_dim=16, in_channels=2
     )
     torch.manual_seed(0)
-    return CausalDiT(config).to(dtype)
+    model = CausalDiT(config).to(dtype)
+    for parameter, stored in DIFFUSERS.names(config.num_layers).items():
+        if wide and DIFFUSERS.keeps_wide(stored[0]):
+            model.get_parameter(parameter).data = model.get_parameter(parameter).float()
+    return model
 
 
-def a_video(parallel: SequenceParallel, dtype: torch.dtype, stream: StreamConfig) -> Tensor:
+def a_video(parallel: SequenceParallel, dtype: torch.dtype, stream: StreamConfig, wide: bool = False) -> Tensor:
     """Four chunks of two frames; the last ones evict."""
-    grid, model = LatentGrid(2, 3), make_model(dtype)
+    grid, model = LatentGrid(2, 3), make_model(dtype, wide).to(parallel.device)
     chunks = sample_chunks(
         model,
         random(1, 5, 8).to(dtype),
@@ -66,3 +72,16 @@ def test_a_stream_by_triton_on_two_ranks_is_that_by_torch_on_one(
     expected = a_video(SequenceParallel.single(device="cpu"), torch.float64, stream)
     found = pool.run(video_by_triton, 2, strategy, stream)
     assert (found.double() - expected).norm() <= 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_stream_of_a_mixed_model_runs_by_triton(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """With the parameters in float32 that a mixed checkpoint keeps so; none of the kernels falls back to torch."""
+    stream, alone = StreamConfig(window=5, sink=1, chunk_frames=2), SequenceParallel.single(device=DEVICE)
+    expected = a_video(alone, torch.float64, stream)
+    by_torch = a_video(alone, dtype, stream, wide=True)
+    by_triton(monkeypatch)
+    for name in ("add_norm", "rms_norm", "attention"):
+        monkeypatch.setattr(reference, name, None)
+    found = a_video(alone, dtype, stream, wide=True)
+    assert (found.double() - expected).norm() <= 2 * (by_torch.double() - expected).norm()

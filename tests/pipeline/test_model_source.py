@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import save_file
 
-from causalrope_sp import CausalRopeError, CausalVideoPipeline, CheckpointError, ConfigError
+from causalrope_sp import CausalDiT, CausalRopeError, CausalVideoPipeline, CheckpointError, ConfigError, DiTConfig
 from causalrope_sp.codec.codec_footprint import codec_footprint
+from causalrope_sp.diffusion.schedule import model_timesteps
 from causalrope_sp.pipeline import loading
 from causalrope_sp.pipeline.load_options import LoadOptions
 from causalrope_sp.pipeline.model_config import ModelConfig
@@ -20,7 +22,10 @@ from causalrope_sp.pipeline.offload import Offload
 from causalrope_sp.pipeline.planned_model import PlannedModel
 from causalrope_sp.toybox import WEIGHTS
 from causalrope_sp.weights import inspect_checkpoint
+from causalrope_sp.weights.key_layout import stored_tensors
+from causalrope_sp.weights.wan_keys import WAN
 from tests.support.published_folders import wan_pipeline
+from tests.support.shell import shell
 
 
 @pytest.fixture(scope="module")
@@ -82,19 +87,20 @@ def test_settings_that_are_assumed_are_a_warning(folder: Path, caplog: pytest.Lo
         return [record.message for record in caplog.records if record.levelname == "WARNING"]
 
     (line,) = warnings()
-    assert "window, chunk_frames, num_inference_steps are assumed" in line
+    assert "window, chunk_frames, num_inference_steps, solver are assumed" in line
     assert "set preset= or each of them" in line
     assert warnings(preset="self-forcing") == []
     change(folder / "transformer" / "config.json", local_attn_size=-1)
     (line,) = warnings()
-    assert ": chunk_frames, num_inference_steps are assumed" in line
-    assert warnings(window=6, chunk_frames=3, num_inference_steps=(1000, 500)) == []
+    assert ": chunk_frames, num_inference_steps, solver are assumed" in line
+    assert warnings(window=6, chunk_frames=3, num_inference_steps=(1000, 500), solver="euler") == []
 
 
 def test_the_scheduler_gives_the_shift_where_no_preset_does(folder: Path) -> None:
     file = folder / "scheduler" / "scheduler_config.json"
     assert found(folder).sampler.shift == 8
     assert "shift 8" in found(folder).inferred[0]
+    assert json.loads(shell("inspect", folder, "--json").output)["sampler"]["shift"] == 8
     assert found(folder, shift=2.0).sampler.shift == 2
     assert found(folder, preset="self-forcing").sampler.shift == 5
     change(file, use_flow_sigmas=False)
@@ -102,12 +108,47 @@ def test_the_scheduler_gives_the_shift_where_no_preset_does(folder: Path) -> Non
     assert "shift are assumed" in found(folder).inferred[1]
     file.write_text(json.dumps({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3}))
     assert found(folder).sampler.shift == 3
-    change(file, shift="three")
-    with pytest.raises(CheckpointError, match="the shift must be a number"):
-        found(folder)
+    for wrong in ("three", True, [3], -(10**400)):
+        change(file, shift=wrong)
+        with pytest.raises(CheckpointError, match="the shift must be a number"):
+            found(folder)
     change(file, shift=-1)
     with pytest.raises(ConfigError, match="shift must be"):
         found(folder)
+
+
+def test_a_unipc_scheduler_gives_the_timesteps_that_diffusers_makes_of_it(folder: Path) -> None:
+    file = folder / "scheduler" / "scheduler_config.json"
+    config = found(folder)
+    assert "scheduler/scheduler_config.json says shift 8.0, timestep_rule diffusers" in config.inferred[0]
+    assert (config.sampler.timestep_rule, config.sampler.solver) == ("diffusers", "renoise")
+    one = found(folder, solver="unipc", num_inference_steps=4, shift=5.0).sampler
+    assert model_timesteps(one) == [999, 937, 833, 625]  # of the real WanPipeline, see tests/diffusion
+    other = found(folder, solver="unipc", timestep_rule="wan", num_inference_steps=4, shift=5.0).sampler
+    assert model_timesteps(other) == [999, 937, 833, 624]
+    assert found(folder, preset="self-forcing").sampler.timestep_rule == "wan"  # its authors' code is Wan's
+    change(file, use_karras_sigmas=True)
+    assert found(folder).sampler.timestep_rule == "wan"
+    file.write_text(json.dumps({"_class_name": "UniPCMultistepScheduler", "flow_shift": 3}))  # its default: no flow
+    assert found(folder).sampler.timestep_rule == "wan"
+    change(file, _class_name="FlowMatchEulerDiscreteScheduler", use_flow_sigmas=True)
+    assert found(folder).sampler.timestep_rule == "wan"
+
+
+def test_an_assumed_number_of_heads_is_said(folder: Path) -> None:
+    assert not any("num_heads" in text for text in found(folder).inferred)
+    size = DiTConfig(dim=256, ffn_dim=32, num_heads=2, num_layers=1)
+    save_file(stored_tensors(WAN, size, CausalDiT(size).state_dict()), folder.parent / "lone.safetensors")
+    config = found(folder.parent / "lone.safetensors", base=folder)
+    assert "num_heads 2 is assumed, by Wan's head width of 128" in config.inferred
+    text = shell("inspect", folder.parent / "lone.safetensors").output
+    assert "num_heads = 2 (assumed)" in text
+    assert "window = None (assumed)" in text
+    assert "dim = 256\n" in text
+    report = json.loads(shell("inspect", folder.parent / "lone.safetensors", "--json", "--window", "9").output)
+    assert "num_heads" in report["assumed"]
+    assert "chunk_frames" in report["assumed"]
+    assert not {"dim", "window"} & {*report["assumed"]}
 
 
 def test_size_and_rate_are_those_of_the_vaes_stride(folder: Path) -> None:

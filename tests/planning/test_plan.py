@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -24,6 +26,8 @@ from causalrope_sp.planning.cost import attention_flops, cross_flops, plan
 from causalrope_sp.planning.machines import GPUS, LINKS, machine
 from causalrope_sp.planning.workload import Workload
 from causalrope_sp.sampling.stream import CausalStream, Part
+from causalrope_sp.weights.key_layout import stored_tensors
+from causalrope_sp.weights.wan_keys import WAN as WAN_KEYS
 
 CONFIG = DiTConfig(dim=48, ffn_dim=80, num_heads=4, num_layers=3, text_dim=8, text_len=5, freq_dim=16, in_channels=2)
 WORK = Workload(CONFIG, LatentGrid(3, 4), window=6, chunk_frames=2, steps=4, itemsize=4)
@@ -173,11 +177,56 @@ def test_rates_that_are_none_are_one_line(tmp_path: Path, text: str) -> None:
     assert output.startswith("error: cannot use the measured rates in")
 
 
-def test_a_plot_is_drawn(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    status, _ = shell("--model", "toybox", "--plot", tmp_path / "plan.png")
+def test_a_plot_draws_the_numbers_of_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    axes = pytest.importorskip("matplotlib.axes")
+    drawn: dict[tuple[str, int], list[float]] = {}
+    plot = axes.Axes.plot
+
+    def noting(self: Any, ranks: list[int], values: list[float], **options: Any) -> Any:
+        for count, value in zip(ranks, values, strict=True):
+            drawn.setdefault((options["label"], count), []).append(value)
+        return plot(self, ranks, values, **options)
+
+    monkeypatch.setattr(axes.Axes, "plot", noting)
+    status, _ = shell("--model", "wan2.1-1.3b", "--plot", tmp_path / "plan.png")
     assert status == 0
     assert (tmp_path / "plan.png").stat().st_size > 5000
+    for ranks in (1, 4):
+        for cost in strategies_of(shell("--model", "wan2.1-1.3b", "--ranks", ranks, "--json")[1]):
+            labels = [label for label, count in drawn if count == ranks and cost["strategy"] in (label, "single")]
+            assert labels or "x" in cost["strategy"]
+            for label in labels:
+                fps, memory = drawn[label, ranks]
+                assert (fps, memory) == pytest.approx((cost["fps"], cost["memory_bytes"] / 1e9), rel=1e-3)
+    assert drawn["ulysses", 1][1] > 18  # with text encoder and codec
+
+
+def test_small_numbers_are_not_shown_as_nothing() -> None:
+    status, output = shell("--model", "toybox", "--ranks", 2, "--gpu", "cpu")
+    assert status == 0
+    assert "; cpu, loopback" in output
+    row = next(line.split() for line in output.splitlines() if line.strip().startswith("ulysses"))
+    memory, megabytes = float(row[1]), float(row[3])
+    found = next(cost for cost in strategies_of(shell("--model", "toybox", "--ranks", 2, "--gpu", "cpu", "--json")[1]))
+    assert memory == pytest.approx(found["memory_bytes"] / 1e9, rel=0.05)
+    assert megabytes == pytest.approx(found["bytes_per_pass"] / 1e6, rel=0.05)
+    assert not re.search(r"[a-z] 0\.0\b", output)
+    assert "; cpu, pcie" in shell("--model", "toybox", "--gpu", "cpu", "--link", "pcie")[1]
+    assert "; h100, nvlink" in shell("--model", "toybox")[1]
+
+
+def test_what_nothing_says_is_called_assumed(tmp_path: Path) -> None:
+    beside = ["UMT5-XXL in bfloat16", "the Wan VAE"]
+    status, output = shell("--model", "wan2.1-1.3b", "--json", "--window", 12, "--height", 480)
+    assert (status, json.loads(output)["assumed"]) == (0, ["width 832", "chunk_frames 3", "4 steps", *beside])
+    said = "Assumed, because nothing says it: height 480, width 832, window 21, chunk_frames 3, 4 steps, UMT5-XXL in"
+    assert said in " ".join(shell("--model", "wan2.1-1.3b")[1].split())
+    assert json.loads(shell("--model", "toybox", "--json")[1])["assumed"] == []
+    assert "Assumed" not in shell("--model", "toybox")[1]
+    size = replace(CONFIG, dim=256, num_heads=2, in_channels=16)
+    save_file(stored_tensors(WAN_KEYS, size, CausalDiT(size).state_dict()), tmp_path / "self_forcing.safetensors")
+    assumed = json.loads(shell("--model", tmp_path / "self_forcing.safetensors", "--json")[1])["assumed"]
+    assert assumed == ["height 480", "width 832", "2 heads", *beside]
 
 
 @pytest.mark.parametrize(

@@ -194,7 +194,7 @@ def variants(group: dist.ProcessGroup, device: str, strategy: str) -> list[Tenso
     job = JOBS["window and sink, batch 2"]
     cases: list[dict[str, Any]] = [{"overlap": False}]
     if strategy == "ulysses":
-        cases += [{"head_groups": 2}, {"head_groups": 3}, {"head_groups": 99}]
+        cases += [{"head_groups": groups} for groups in range(2, CONFIG.num_heads // group.size() + 1)]
     return [job.run(SequenceParallel(group, strategy, device, **case)) for case in cases]
 
 
@@ -209,7 +209,8 @@ def order_of_events(group: dist.ProcessGroup, device: str, strategy: str) -> lis
 
         return noted
 
-    parallel = SequenceParallel(group, strategy, device, head_groups=2)
+    groups = 2 if strategy == "ulysses" and group.size() <= CONFIG.num_heads // 2 else 1
+    parallel = SequenceParallel(group, strategy, device, head_groups=groups)
     shard, model = parallel.shard(WORK.grid), make_model(num_layers=1)
     stream = CausalStream(
         model,

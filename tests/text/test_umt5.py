@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from causalrope_sp.text import UMT5TextEncoder, clean_prompt
+from causalrope_sp.text import TextSource, UMT5TextEncoder, clean_prompt
+from causalrope_sp.text.text_footprint import text_bytes
 from causalrope_sp.text.umt5_checkpoint import T5Checkpoint
 from tests.support import text_files as files
 from tests.support.umt5_cases import CLEANED, expected, tokens
@@ -101,6 +102,29 @@ def test_bfloat16_errs_as_transformers_errs(home: Path) -> None:
     assert ours.dtype == torch.bfloat16
     error = (ours[:, : ids.shape[1]] - exact[:, : ids.shape[1]]).norm()
     assert 0 < error <= 2 * (theirs - exact[:, : ids.shape[1]]).norm()
+
+
+def test_float16_keeps_wide_what_transformers_keeps_wide(tmp_path: Path) -> None:
+    """By its own list, the second matrix of the feed-forward."""
+    from transformers import UMT5EncoderModel
+
+    files.save_diffusers(tmp_path, files.make_encoder())
+    theirs = UMT5EncoderModel.from_pretrained(
+        tmp_path / "text_encoder", dtype=torch.float16, attn_implementation="eager"
+    )
+    wide = {name for name, parameter in theirs.named_parameters() if parameter.dtype == torch.float32}
+    assert len(wide) == files.LAYERS
+    checkpoint = T5Checkpoint.open(tmp_path / "text_encoder")
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        read = checkpoint.read(dtype, torch.device("cpu"))
+        kept = {name for name, tensor in read.items() if tensor.dtype == torch.float32 != dtype}
+        assert kept == (wide if dtype == torch.float16 else set())
+    ids = torch.tensor([tokens(CLEANED)])
+    made = UMT5TextEncoder.from_pretrained(tmp_path, dtype=torch.float16).encode(CLEANED)
+    assert torch.equal(made[0, : ids.shape[1]], theirs(ids).last_hidden_state[0])
+    theirs.save_pretrained(tmp_path / "half")
+    stored = sum(p.nbytes for p in theirs.parameters())
+    assert text_bytes(TextSource.of(tmp_path / "half", tmp_path / "tokenizer")) == stored
 
 
 def test_the_stored_dtype_is_kept(tmp_path: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -22,8 +25,8 @@ from tests.support.videos import video_of
 FILE = WEIGHTS / "toybox.safetensors"
 
 
-def dequantized(weight_NK: Tensor) -> Tensor:
-    numbers, scale = to_fp8(weight_NK)
+def dequantized(weight_NK: Tensor, computes_in: torch.dtype = torch.float64) -> Tensor:
+    numbers, scale = to_fp8(weight_NK, computes_in)
     return numbers.double() * scale.double().unsqueeze(1)
 
 
@@ -32,10 +35,65 @@ def test_a_weight_comes_back_within_half_a_step(seed: int, exponent: int) -> Non
     """e4m3 has three bits after the first: half a step is 2^-4 of a number, or of the least normal one."""
     weight = torch.randn(5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * 2.0**exponent
     weight *= torch.logspace(-3, 3, 5, dtype=torch.float64).unsqueeze(1)
-    _, scale = to_fp8(weight)
+    _, scale = to_fp8(weight, torch.float64)
     allowed = torch.maximum(weight.abs(), scale.double().unsqueeze(1) * 2.0**-6) * 2.0**-4
     assert bool(((dequantized(weight) - weight).abs() <= allowed).all())
     assert torch.equal(torch.frexp(scale).mantissa, torch.full_like(scale, 0.5))  # a power of two
+
+
+E4M3 = torch.arange(0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn).double().tolist()  # by their codes, to 448
+
+
+def nearest_even(value: float) -> float:
+    """The nearest e4m3 number of a magnitude, of two as near the one with the even code, in exact arithmetic."""
+    above = min(bisect.bisect_left(E4M3, value), len(E4M3) - 1)
+    both = sorted({max(above - 1, 0), above})
+    return E4M3[min(both, key=lambda code: (abs(Fraction(E4M3[code]) - Fraction(value)), code % 2))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_numbers_are_the_nearest_and_of_two_the_even_one(dtype: torch.dtype) -> None:
+    """Beside every midpoint too, where float64 rounded by way of float32 would be rounded twice."""
+    halves = torch.tensor([(a + b) / 2 for a, b in itertools.pairwise(E4M3)], dtype=dtype)
+    ends = halves.new_tensor([0.0, float("inf")]).expand(len(halves), 2).unbind(1)
+    random = torch.rand(500, dtype=dtype, generator=torch.Generator().manual_seed(0)) * 440
+    values = torch.cat([halves, torch.nextafter(halves, ends[0]), torch.nextafter(halves, ends[1]), random])
+    values = values[values <= 440]
+    numbers, scale = to_fp8(torch.stack([values, -values]), torch.float64)
+    assert scale.tolist() == [1, 1]
+    expected = [nearest_even(value) for value in values.tolist()]
+    assert numbers.double().tolist() == [expected, [-value for value in expected]]
+
+
+def test_float16_gets_scales_that_it_has() -> None:
+    """Rows down to its least number, 2^-24, come back no worse than in float16 with e4m3's three bits on top."""
+    rows = torch.logspace(-7, 4.8, 60, dtype=torch.float64).unsqueeze(1)  # 1e-7 to 63096
+    weight = rows * torch.linspace(0.1, 1, 40, dtype=torch.float64)
+    numbers, scale = to_fp8(weight, torch.float16)
+    made = (numbers.half() * scale.half().unsqueeze(1)).double()
+    assert made.isfinite().all()
+    assert bool((made.amax(1) > 0).all())
+    half_step = torch.maximum(weight, scale.double().unsqueeze(1) * 2.0**-6) * 2.0**-4
+    assert bool(((made - weight).abs() <= half_step + 2.0**-25).all())
+
+
+@pytest.mark.parametrize(("dtype", "loads"), [(torch.float16, False), (torch.bfloat16, True), (torch.float32, True)])
+def test_a_weight_that_overflows_is_refused_in_the_dtype_that_computes(
+    tmp_path: Path, dtype: torch.dtype, loads: bool
+) -> None:
+    model = CausalDiT(DiTConfig(dim=12, ffn_dim=12, num_heads=1, num_layers=1, text_dim=4)).requires_grad_(False)
+    model.get_parameter("blocks.0.ffn.up.weight").fill_(1e5)
+    model.get_parameter("blocks.0.ffn.down.weight").fill_(3e-6)
+    save_model(model, tmp_path / "m")
+    if not loads:
+        with pytest.raises(CheckpointError, match=r"1 NaN or infinite in float16: blocks\.0\.ffn\.0\.weight"):
+            load_model(tmp_path / "m", weights="fp8", dtype=dtype)
+        model.get_parameter("blocks.0.ffn.up.weight").fill_(1e4)
+        save_model(model, tmp_path / "m")
+    down = load_model(tmp_path / "m", weights="fp8", dtype=dtype).get_submodule("blocks.0.ffn.down")
+    assert isinstance(down, Fp8Linear)
+    assert down.weight.dtype == dtype
+    assert down.weight.double().sub(3e-6).abs().max() < 3e-6 * 2.0**-4
 
 
 def test_nothing_and_next_to_nothing_stay_so() -> None:
@@ -49,7 +107,7 @@ def test_what_is_computed_is_the_model_with_its_unfolded_weights(dtype: torch.dt
     torch.manual_seed(0)
     linear = nn.Linear(24, 17).to(dtype).requires_grad_(False)
     layer = Fp8Linear(linear)
-    numbers, scale = to_fp8(linear.weight)
+    numbers, scale = to_fp8(linear.weight, dtype)
     layer.load_state_dict({"numbers": numbers, "scale": scale, "bias": linear.bias}, assign=True)
     assert torch.equal(layer.weight.double(), dequantized(linear.weight))  # the same numbers in every dtype
     x = torch.randn(3, 24, dtype=dtype)

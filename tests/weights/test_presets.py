@@ -155,7 +155,8 @@ def test_inspect_says_what_why_and_how(tmp_path: Path) -> None:
     assert (report["preset"], report["evidence"][0]) == ("longlive-1.3b", "named by --preset")
     assert (report["stream"]["window"], report["stream"]["sink"]) == (9, 3)
     guidance = {"guidance_scale": 1.0, "guidance_interval": [0, 1000]}
-    assert report["sampler"] == {"steps": [1000, 500], "shift": 3, "solver": "renoise", **guidance}
+    expected = {"steps": [1000, 500], "shift": 3, "solver": "renoise", "timestep_rule": "wan", **guidance}
+    assert report["sampler"] == expected
     assert report["wrapping"]["parts"] == ["generator_ema"]
     assert report["wrapping"]["auxiliary"] == ["critic"]
 
@@ -169,4 +170,4 @@ def test_inspect_refuses_in_one_line(tmp_path: Path, words: list[str]) -> None:
 
 def test_inspect_reads_a_models_recipe() -> None:
     report = json.loads(CliRunner().invoke(cli, ["inspect", "toybox-flow", "--json"]).output)
-    assert (report["preset"], report["sampler"]["solver"]) == ("own", "euler")
+    assert (report["preset"], report["sampler"]["solver"], report["assumed"]) == ("own", "euler", [])
