@@ -75,6 +75,7 @@ def toybox() -> Callable[[], Any]:
     from causalrope_sp import CausalVideoPipeline
 
     pipe = CausalVideoPipeline.from_pretrained("toybox")
+    length = "num_frames" if hasattr(pipe, "components") else "frames"
     spent = SimpleNamespace(seconds=0.0)
     forward = CausalStream._forward
 
@@ -89,7 +90,7 @@ def toybox() -> Callable[[], Any]:
 
     def run() -> float:
         spent.seconds = 0.0
-        for _ in pipe.stream(PROMPT, 81):
+        for _ in pipe.stream(PROMPT, **{length: 81}):
             pass
         return spent.seconds
 
@@ -105,11 +106,41 @@ def triton_layer() -> Callable[[], Any]:
     return lambda: (stack, run())  # Triton is chosen for as long as this function lives
 
 
+def counted(attention: str) -> Callable[[], Any]:
+    """Returns a pass by Triton that answers how many kernels it launches and how many torch operators it calls."""
+    from absent_gpu import by_triton
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    launches: list[str] = []
+    stack = ExitStack()
+    stack.enter_context(by_triton(launched=lambda name, *_: launches.append(name)))
+    run = a_pass(TINY, LatentGrid(2, 2), 9, attention=attention)
+    calls: list[str] = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            aliases = [each.alias_info for each in func._schema.returns]
+            if not any(alias and not alias.is_write for alias in aliases):  # a view computes nothing
+                calls.append(func._schema.name)
+            return func(*args, **(kwargs or {}))
+
+    def count() -> tuple[float, float]:
+        launches.clear()
+        calls.clear()
+        with Count():
+            run()
+        return len(launches) / LAYERS, len(calls) / LAYERS
+
+    return lambda: (stack, count())[1]
+
+
 CASES: dict[str, tuple[Callable[[], Callable[[], Any]], int]] = {  # and how many units one run has
     "layer, torch": (partial(a_pass, TINY, LatentGrid(2, 2), 9), LAYERS),
     "layer, triton": (triton_layer, LAYERS),
     "layer, diffusers": (diffusers_pass, LAYERS),
     "toybox chunk": (toybox, 7),
+    "calls, triton attention": (partial(counted, "triton"), 1),
+    "calls, torch attention": (partial(counted, "torch"), 1),
     "toybox pass": (partial(a_pass, TOYBOX, LatentGrid(4, 4), 9), 1),
     "D 768 pass, float32": (partial(a_pass, WIDE, LatentGrid(12, 20), 9), 1),
     "D 768 pass, bfloat16": (partial(a_pass, WIDE, LatentGrid(12, 20), 9, torch.bfloat16), 1),
@@ -127,8 +158,11 @@ def main(case: str) -> None:
     for _ in sys.stdin:
         started = time.process_time()
         own = run()
-        spent = own if isinstance(own, float) else time.process_time() - started
-        print(1e6 * spent / units, flush=True)
+        if isinstance(own, tuple) and isinstance(own[0], float):
+            print(*own, flush=True)
+        else:
+            spent = own if isinstance(own, float) else time.process_time() - started
+            print(1e6 * spent / units, flush=True)
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ def test_add_norm(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_add_norm_with_wide_vectors(dtype: torch.dtype) -> None:
-    """As a pass has them: vectors of frames in float32, and in a mixed checkpoint weights too, for 16 bits of tokens."""
+    """As a pass has them: vectors of frames, and in a mixed checkpoint weights, in float32 for tokens of 16 bits."""
     x, y = as_dtype(tuple(random(2, 1, 6, 60)), dtype)
     gate, shift, factor = (by_frame(3, 60, seed=seed).float() for seed in (1, 3, 5))
     norms: tuple[Norm, ...] = (Modulation(shift, factor, EPS), as_dtype(an_affine(60, seed=7), torch.float32))
