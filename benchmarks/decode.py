@@ -1,9 +1,11 @@
-"""Compares the modes of decoding: milliseconds of a pipeline a chunk, denoising and decoding, and to the first frames.
-Gate: the frames of every mode differ from those of one rank with inline decoding by at most one of 255 levels.
+"""Times the Wan VAE's decoder against diffusers', and compares the modes of decoding: milliseconds of a pipeline a
+chunk, denoising and decoding, and to the first frames. Gates: the decoders' frames agree to 1e-5, relative; the frames
+of every mode differ from those of one rank with inline decoding by at most one of 255 levels.
 
-    python benchmarks/decode.py [--ranks 1,2] [--size 64x64] [--chunks 8]
+    python benchmarks/decode.py [--vae toybox,wan2.1] [--runs 5] [--ranks 1,2] [--size 64x64] [--chunks 8]
 
-It runs on the CPU, one thread a rank, on as many cores as there are. `rule` is the number of decode ranks by DeDiVAE's
+It runs on the CPU, one thread a rank, on as many cores as there are. The floor of a chunk is its arithmetic at the rate
+of a large convolution; this library's decoder does less arithmetic. `rule` is the number of decode ranks by DeDiVAE's
 balance, computed from the times that one rank takes to denoise and to decode a chunk.
 """
 
@@ -18,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 import click
 import numpy as np
 import torch
-from printed import finish, print_table
+from decode_peers import PEERS, compare
+from printed import finish, print_table, stop
 
 from causalrope_sp import CausalVideoPipeline, SequenceParallel
 from causalrope_sp.distributed.launch import RankPool
@@ -81,11 +84,18 @@ def variants(ranks: int) -> list[tuple[str, int]]:
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--vae", "vaes", default="toybox,wan2.1", show_default=True, help="Decoders to time against diffusers'.")
+@click.option("--runs", default=5, show_default=True, type=click.IntRange(1), help="Chunks by each decoder.")
 @click.option("--ranks", default="1,2", show_default=True)
 @click.option("--size", default="64x64", show_default=True, help="Height x width in pixels.")
 @click.option("--chunks", default=8, show_default=True, type=click.IntRange(SKIPPED + 1))
-def main(ranks: str, size: str, chunks: int) -> None:
+def main(vaes: str, runs: int, ranks: str, size: str, chunks: int) -> None:
     torch.set_num_threads(1)
+    if unknown := set(vaes.split(",")) - PEERS.keys():
+        stop(f"--vae: expected some of {', '.join(PEERS)}, got {', '.join(sorted(unknown))}")
+    decoders = [compare(name, runs) for name in vaes.split(",")]
+    print("CPU milliseconds to decode a chunk of 3 latent frames, one thread\n")
+    print_table([name.replace("_", " ") for name in decoders[0]], [list(found.values()) for found in decoders])
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder, RankPool() as pool:
         model_config = resized(Path(folder), size)
@@ -94,17 +104,18 @@ def main(ranks: str, size: str, chunks: int) -> None:
         denoise_ms, decode_ms = alone(model_config, chunks)
         for count in (int(word) for word in ranks.split(",")):
             rule = count * decode_ms / (decode_ms + denoise_ms)
-            for decode, decoders in variants(count):
-                times, video = pool.run(run_stream, count, model_config, chunks, decode, decoders)
+            for decode, workers in variants(count):
+                times, video = pool.run(run_stream, count, model_config, chunks, decode, workers)
                 off = int(np.abs(video.astype(int) - expected).max())
-                assert off <= 1, f"{decode} with {decoders} decode ranks of {count}: frames differ by {off}"
-                mode = f"{decoders} decode ranks" if decoders else decode
+                assert off <= 1, f"{decode} with {workers} decode ranks of {count}: frames differ by {off}"
+                mode = f"{workers} decode ranks" if workers else decode
                 fps = 12e3 / times["chunk_ms"]
                 rows.append({"ranks": count, "variant": mode, "rule": round(rule, 2), "fps": round(fps, 1)} | times)
     print(f"toybox at {size}, on one rank {denoise_ms:.0f} ms a chunk to denoise, {decode_ms:.0f} ms to decode\n")
     columns = ("ranks", "variant", "rule", "fps", "first ms", "chunk ms")
     print_table(columns, [[round(v, 2) if isinstance(v, float) else v for v in row.values()] for row in rows])
-    finish("decode", size=size, denoise_ms=round(denoise_ms, 2), decode_ms=round(decode_ms, 2), rows=rows)
+    times_alone = {"denoise_ms": round(denoise_ms, 2), "decode_ms": round(decode_ms, 2)}
+    finish("decode", decoders=decoders, size=size, **times_alone, rows=rows)
 
 
 if __name__ == "__main__":

@@ -80,7 +80,9 @@ def test_a_pass_and_a_step_run() -> None:
 
 
 def test_every_way_to_decode_passes_its_gate() -> None:
-    found = last_line(run("decode.py", "--ranks", "2", "--chunks", "3"))
+    found = last_line(run("decode.py", "--vae", "toybox", "--runs", "3", "--ranks", "2", "--chunks", "3"))
+    assert [(row["vae"], row["pixels"]) for row in found["decoders"]] == [("toybox", "64x64")]
+    assert 0 < found["decoders"][0]["median_ratio"] <= 0.6
     assert [row["variant"] for row in found["rows"]] == ["inline", "overlap", "spatial", "1 decode ranks"]
 
 

@@ -1,9 +1,10 @@
 """Device memory of a codec, from its file's headers: exact for the weights and for the state of a decoder, estimated
 for the activations.
 
-The activations are a measured factor times the widest frames that a decoder makes of one latent frame, plus the pixel
-frames of the call that are decoded already. The factor is the number of such tensors that are alive at once, counted at
-several sizes; the tests count again. Workspaces of cuDNN are not included. Encoding takes less than decoding.
+The activations are a measured factor times the widest frames that a decoder makes of the latent frames that it decodes
+together, plus the pixel frames of the call that are decoded already. The factor is the number of such tensors that are
+alive at once, counted at several sizes; the tests count again. A CPU also keeps weights that it has derived from those
+of the Wan VAE, about 0.2 GB for Wan 2.1's. Workspaces of cuDNN are not included. Encoding takes less than decoding.
 
 Bytes are those of float32, in which codecs run.
 """
@@ -14,20 +15,20 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import ceil, prod
 from os import PathLike
-from typing import TYPE_CHECKING
 
 import torch
 
+from causalrope_sp.codec.causal_conv import CausalConv
 from causalrope_sp.codec.codec_loader import open_codec
 from causalrope_sp.codec.taehv import MEMORIES, Taehv, taehv_on_meta
+from causalrope_sp.codec.wan_vae import frames_together
+from causalrope_sp.codec.wan_vae_config import WanVaeConfig
+from causalrope_sp.codec.wan_vae_layers import UpBlock
+from causalrope_sp.codec.wan_vae_model import WanVae
 from causalrope_sp.codec.wan_vae_weights import vae_on_meta
 
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKLWan
-
 _ITEM = 4  # bytes of a number
-_WAN_ALIVE, _TAEHV_ALIVE = 6.6, 2.3  # tensors of the widest size that are alive at once
-_WAN_KEPT = 2  # frames that a causal convolution over 3 frames keeps
+_WAN_ALIVE, _TAEHV_ALIVE = 5.2, 2.3  # tensors of the widest size that are alive at once
 
 
 @dataclass(frozen=True)
@@ -80,27 +81,25 @@ def codec_footprint(
 
 
 def wan_2_1_footprint(height: int, width: int, frames: int) -> CodecFootprint:
-    """Computes the footprint of Wan 2.1's VAE, which is diffusers' class with its defaults; see `codec_footprint`."""
-    from diffusers import AutoencoderKLWan
-
+    """Computes the footprint of Wan 2.1's VAE, whose sizes are the defaults; see `codec_footprint`."""
     with torch.device("meta"):
-        return wan_footprint(AutoencoderKLWan.from_config({}), height, width, frames)
+        return wan_footprint(WanVae(WanVaeConfig()), height, width, frames)
 
 
-def wan_footprint(vae: AutoencoderKLWan, height: int, width: int, frames: int) -> CodecFootprint:
+def wan_footprint(vae: WanVae, height: int, width: int, frames: int) -> CodecFootprint:
     """Computes the footprint of a Wan VAE, which may be on the meta device; see `codec_footprint`."""
-    from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
-
-    decoder, stride = vae.decoder, vae.config.scale_factor_spatial
-    positions, state = height // stride * (width // stride), 0
-    parts = [decoder.conv_in, decoder.mid_block, *decoder.up_blocks, decoder.conv_out]
-    for part in parts:
-        kept = [m.in_channels for m in part.modules() if isinstance(m, WanCausalConv3d) and m.kernel_size[0] > 1]
-        state += _WAN_KEPT * sum(kept) * positions * _ITEM
-        if getattr(part, "upsamplers", None) is not None:
+    decoder, config = vae.decoder, vae.config
+    stride = config.scale_factor_spatial
+    latent = positions = height // stride * (width // stride)
+    state = 0
+    for part in (decoder.conv_in, decoder.mid_block, *decoder.up_blocks, decoder.conv_out):
+        kept = [module.in_channels * module.kept for module in part.modules() if isinstance(module, CausalConv)]
+        state += sum(kept) * positions * _ITEM
+        if isinstance(part, UpBlock) and part.upsample is not None:
             positions *= 4
-    widest = decoder.conv_out.in_channels * vae.config.scale_factor_temporal * positions
-    pixels = _earlier_pixels(height, width, frames, vae.config.scale_factor_temporal)
+    widest = decoder.conv_out.in_channels * config.scale_factor_temporal * positions
+    widest *= min(frames, frames_together(config, latent))
+    pixels = _earlier_pixels(height, width, frames, config.scale_factor_temporal)
     return CodecFootprint(_bytes_of(vae), state, round(_WAN_ALIVE * widest * _ITEM) + pixels, stride)
 
 

@@ -1,32 +1,30 @@
-"""The Wan VAE, chunk by chunk: its causal convolutions keep their state between chunks.
+"""The Wan VAE as a codec: streams that keep the state of its causal convolutions between chunks.
 
-The layers are those of diffusers' `AutoencoderKLWan`. Its own `decode` forgets the state after every call, so a video
-that it decodes chunk by chunk flickers at each boundary. The two streams below run the same layers on one latent frame
-at a time, as `decode` does, and keep the state. Nothing is computed over several latent frames at once, not even the
-two pointwise convolutions, so that the result does not depend by a bit on how a video is cut into chunks.
+A stream's first latent frame is computed by itself. Later ones are computed together where they are small, as otherwise
+the work around the arithmetic would outweigh it, and one by one where they are large, as the memory for them would. The
+result does not depend by a bit on how a video is cut into chunks.
 
 Shapes: B batch, F latent frames, C latent channels, T pixel frames, H×W latent size; pixels are in [-1, 1].
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from itertools import pairwise
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
+from causalrope_sp.codec.conv_state import ConvCall, ConvState, is_trained
 from causalrope_sp.codec.interface import stream_pieces
-from causalrope_sp.codec.sharded_decoder import sharing_weights, split_convolutions
+from causalrope_sp.codec.wan_vae_config import WanVaeConfig
+from causalrope_sp.codec.wan_vae_model import WanVae, patchify, unpatchify
 from causalrope_sp.distributed.halo import SpatialShards
 
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKLWan
-    from diffusers.models.autoencoders.autoencoder_kl_wan import WanAttentionBlock
+_TOGETHER = 2**20  # numbers in the widest layer of latent frames that are computed together
 
 
 class WanCodec:
-    """A `Codec` that runs diffusers' `AutoencoderKLWan`.
+    """A `Codec` that runs a `WanVae`.
 
     Args:
         vae: the VAE, which is set to eval mode without gradients.
@@ -34,11 +32,11 @@ class WanCodec:
 
     name = "wan"
 
-    def __init__(self, vae: AutoencoderKLWan) -> None:
+    def __init__(self, vae: WanVae) -> None:
         self.vae = vae.eval().requires_grad_(False)
-        self.channels: int = vae.config.z_dim
-        self.temporal_stride: int = vae.config.scale_factor_temporal
-        self.spatial_stride: int = vae.config.scale_factor_spatial
+        self.channels = vae.config.z_dim
+        self.temporal_stride = vae.config.scale_factor_temporal
+        self.spatial_stride = vae.config.scale_factor_spatial
 
     @property
     def dtype(self) -> torch.dtype:
@@ -59,8 +57,8 @@ class WanCodec:
         return WanEncoderStream(self.vae)
 
 
-def wan_vae_of(codec: object) -> AutoencoderKLWan | None:
-    """Returns diffusers' module of a codec that is a Wan VAE; None for another codec.
+def wan_vae_of(codec: object) -> WanVae | None:
+    """Returns the module of a codec that is a Wan VAE; None for another codec.
 
     Its weights are on the CPU if the codec is offloaded.
     """
@@ -69,111 +67,113 @@ def wan_vae_of(codec: object) -> AutoencoderKLWan | None:
 
 
 class WanDecoderStream:
-    """A `DecoderStream` through the Wan VAE. `state` is what it keeps between two calls."""
+    """A `DecoderStream` through the Wan VAE.
 
-    def __init__(self, vae: AutoencoderKLWan, spatial_shards: SpatialShards | None = None) -> None:
+    Args:
+        vae: the VAE.
+        spatial_shards: how ranks share a picture; None decodes the whole picture.
+        state: what an earlier stream has kept, to go on from there; None starts a video.
+
+    Attributes:
+        state: what it keeps between two calls.
+    """
+
+    def __init__(
+        self, vae: WanVae, spatial_shards: SpatialShards | None = None, state: ConvState | None = None
+    ) -> None:
         self._vae, self._spatial_shards = vae, spatial_shards
-        self._decoder = vae.decoder if spatial_shards is None else _split(vae.decoder, spatial_shards)
-        self.state: list[Any] = [None] * _causal_convolutions(self._decoder)
-        self._started = False
+        self.state = ConvState() if state is None else state
 
     def decode(self, latents_BFCHW: Tensor) -> Tensor:
         """Decodes the next latent frames; see `DecoderStream.decode`."""
-        from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+        vae, shards = self._vae, self._spatial_shards
+        mean, std = _statistics(vae, latents_BFCHW)
+        if shards is not None:
+            latents_BFCHW = shards.mine(latents_BFCHW)
+        batch, frames = latents_BFCHW.shape[:2]
+        together = 1 if shards is not None else frames_together(vae.config, latents_BFCHW.shape[-2:].numel() * batch)
+        cuts = pairwise(_cuts(frames, together, self.state.started))
+        pieces = [self._decode(latents_BFCHW[:, start:stop] * std + mean) for start, stop in cuts]
+        return (torch.cat(pieces) if len(pieces) > 1 else pieces[0]).transpose(0, 1)
 
-        config = self._vae.config
-        mean, std = _statistics(self._vae, latents_BFCHW)
-        if self._spatial_shards is not None:
-            latents_BFCHW = self._spatial_shards.mine(latents_BFCHW)
-        pieces = []
-        for frame in (latents_BFCHW * std + mean).split(1, dim=1):
-            first, self._started = not self._started, True
-            latent = self._vae.post_quant_conv(frame.transpose(1, 2).contiguous())
-            pieces.append(self._decoder(latent, feat_cache=self.state, feat_idx=[0], first_chunk=first))
-        pixels = torch.cat(pieces, 2)
-        if config.patch_size is not None:
-            pixels = unpatchify(pixels, patch_size=config.patch_size)
-        return pixels.transpose(1, 2)
+    def _decode(self, latents_BFCHW: Tensor) -> Tensor:
+        """Decodes latent frames together, to (T, B, 3, H·stride, W·stride)."""
+        vae, (batch, frames) = self._vae, latents_BFCHW.shape[:2]
+        call = ConvCall(self.state, batch, frames, not self.state.started, self._spatial_shards)
+        pixels = vae.decoder(vae.post_quant_conv(_frames_in_order(latents_BFCHW, vae)), call)
+        self.state.started = True
+        return unpatchify(pixels, vae.config.patch_size or 1).unflatten(0, (-1, batch))
 
 
 class WanEncoderStream:
     """An `EncoderStream` through the Wan VAE: every latent frame is there as soon as its own pixel frames are.
 
-    `state` is what it keeps between two calls.
+    Args:
+        vae: the VAE.
+        state: what an earlier stream has kept, to go on from there; None starts a video.
+
+    Attributes:
+        state: what it keeps between two calls.
     """
 
-    def __init__(self, vae: AutoencoderKLWan) -> None:
+    def __init__(self, vae: WanVae, state: ConvState | None = None) -> None:
         self._vae = vae
-        self.state: list[Any] = [None] * _causal_convolutions(vae.encoder)
-        self._started = False
+        self.state = ConvState() if state is None else state
 
     def encode(self, pixels_BT3HW: Tensor) -> Tensor:
         """Encodes the next pixel frames; see `EncoderStream.encode`."""
-        from diffusers.models.autoencoders.autoencoder_kl_wan import patchify
-
-        config = self._vae.config
-        sizes = stream_pieces(pixels_BT3HW.shape[1], config.scale_factor_temporal, self._started)
-        self._started = True
-        outputs = []
-        for piece in pixels_BT3HW.split(sizes, dim=1):
-            pixels = piece.transpose(1, 2).contiguous()
-            if config.patch_size is not None:
-                pixels = patchify(pixels, patch_size=config.patch_size)
-            hidden = self._vae.encoder(pixels, feat_cache=self.state, feat_idx=[0])
-            outputs.append(self._vae.quant_conv(hidden)[:, : config.z_dim])
-        means = torch.cat(outputs, 2).transpose(1, 2)
-        mean, std = _statistics(self._vae, means)
+        vae = self._vae
+        config, batch = vae.config, len(pixels_BT3HW)
+        sizes = stream_pieces(pixels_BT3HW.shape[1], config.scale_factor_temporal, self.state.started)
+        latent_pixels = pixels_BT3HW.shape[-2:].numel() // config.scale_factor_spatial**2
+        together = frames_together(config, latent_pixels * batch)
+        ends = [0, *torch.tensor(sizes).cumsum(0).tolist()]
+        cuts = pairwise(_cuts(len(sizes), together, self.state.started))
+        means = torch.cat(
+            [self._encode(pixels_BT3HW[:, ends[start] : ends[stop]], stop - start) for start, stop in cuts]
+        ).transpose(0, 1)
+        mean, std = _statistics(vae, means)
         return (means - mean) / std
 
+    def _encode(self, pixels_BT3HW: Tensor, latent_frames: int) -> Tensor:
+        """Encodes pixel frames together to the means of latent frames, (F, B, C, H, W)."""
+        vae, batch = self._vae, len(pixels_BT3HW)
+        call = ConvCall(self.state, batch, latent_frames, not self.state.started)
+        hidden = vae.encoder(_frames_in_order(pixels_BT3HW, vae, vae.config.patch_size or 1), call)
+        self.state.started = True
+        return vae.quant_conv(hidden)[:, : vae.config.z_dim].unflatten(0, (-1, batch))
 
-class SplitAttention(nn.Module):
-    """diffusers' `WanAttentionBlock`, attention within a frame, for the queries of one spatial shard.
 
-    Keys and values are those of the whole frame, which is gathered.
+def frames_together(config: WanVaeConfig, latent_pixels: int) -> int:
+    """Returns how many latent frames are computed together.
 
     Args:
-        block: the block that it replaces and shares the weights of.
-        spatial_shards: how ranks share a picture.
+        config: the sizes of the VAE.
+        latent_pixels: the pixels of a latent frame, times the videos of a batch.
     """
-
-    def __init__(self, block: WanAttentionBlock, spatial_shards: SpatialShards) -> None:
-        super().__init__()
-        self.norm, self.to_qkv, self.proj, self._spatial_shards = block.norm, block.to_qkv, block.proj, spatial_shards
-
-    def forward(self, x_BCTHW: Tensor) -> Tensor:
-        """Returns the block's output for this rank's shard, of the shape of its input."""
-        batch, channels = x_BCTHW.shape[:2]
-        normed = self.norm(x_BCTHW.transpose(1, 2).flatten(0, 1))
-        weight, bias = self.to_qkv.weight, self.to_qkv.bias
-        q = functional.conv2d(normed, weight[:channels], bias[:channels])
-        kv = functional.conv2d(self._spatial_shards.whole(normed), weight[channels:], bias[channels:])
-        q, k, v = (part.flatten(2).transpose(1, 2).unsqueeze(1).contiguous() for part in (q, *kv.chunk(2, 1)))
-        attended = functional.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2)
-        projected = self.proj(attended.reshape(normed.shape))
-        return x_BCTHW + projected.unflatten(0, (batch, -1)).transpose(1, 2)
+    area = latent_pixels * (config.scale_factor_spatial // (config.patch_size or 1)) ** 2
+    width = max(config.encoder_widths[1], config.decoder_widths[-1])
+    return max(1, _TOGETHER // (area * width * config.scale_factor_temporal))
 
 
-def _split(decoder: nn.Module, spatial_shards: SpatialShards) -> Any:
-    """Returns a copy of a decoder for one spatial shard, with the same weights."""
-    split = sharing_weights(decoder)
-    split_convolutions(split, spatial_shards)
-    attentions = split.mid_block.attentions
-    for number, block in enumerate(attentions):
-        attentions[number] = SplitAttention(block, spatial_shards)
-    return split
+def _cuts(frames: int, together: int, started: bool) -> list[int]:
+    """Returns where a call's latent frames are cut: the first one of a stream apart, then so many together."""
+    start = 0 if started else 1
+    return [*range(start), *range(start, frames, together), frames]
 
 
-def _causal_convolutions(module: nn.Module) -> int:
-    """Counts the causal convolutions, each of which keeps a state."""
-    from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
+def _frames_in_order(x_BTCHW: Tensor, vae: WanVae, patch: int = 1) -> Tensor:
+    """Returns frames with time outermost, patchified, on a CPU in channels-last order."""
+    frames = patchify(x_BTCHW.transpose(0, 1).flatten(0, 1), patch)
+    if frames.device.type == "cpu" and not is_trained(frames, vae.post_quant_conv.weight):
+        return frames.contiguous(memory_format=torch.channels_last)
+    return frames.contiguous()
 
-    return sum(isinstance(m, WanCausalConv3d) for m in module.modules())
 
-
-def _statistics(vae: AutoencoderKLWan, like: Tensor) -> tuple[Tensor, Tensor]:
+def _statistics(vae: WanVae, like: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the mean and standard deviation that each latent channel is normalized by, (C, 1, 1)."""
-
-    def column(values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=like.dtype, device=like.device).view(-1, 1, 1)
-
-    return column(vae.config.latents_mean), column(vae.config.latents_std)
+    mean, std = (
+        torch.tensor(values, dtype=like.dtype, device=like.device).view(-1, 1, 1)
+        for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    return mean, std

@@ -8,16 +8,15 @@ the shapes of the tensors.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from causalrope_sp.codec.codec_tensors import read_exactly, shape_of
-from causalrope_sp.errors import CheckpointError
+from causalrope_sp.codec.wan_vae_config import WanVaeConfig
+from causalrope_sp.codec.wan_vae_model import WanVae
+from causalrope_sp.errors import CheckpointError, ConfigError
 from causalrope_sp.weights.tensor_files import WeightFiles
-
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKLWan
 
 DIFFUSERS_MARKER = "decoder.mid_block.resnets.0.norm1.gamma"
 WAN_MARKER = "decoder.middle.0.residual.0.gamma"
@@ -41,14 +40,14 @@ _BLOCK = {
 }
 
 
-def load_vae(files: WeightFiles) -> AutoencoderKLWan:
+def load_vae(files: WeightFiles) -> WanVae:
     """Loads the VAE of an open file of either layout.
 
     Args:
         files: the open file.
 
     Returns:
-        diffusers' VAE in float32 on the CPU.
+        The VAE in float32 on the CPU.
 
     Raises:
         CheckpointError: a tensor is missing, unexpected or of a wrong shape, or the configuration is missing or
@@ -65,7 +64,7 @@ def load_vae(files: WeightFiles) -> AutoencoderKLWan:
     return vae
 
 
-def vae_on_meta(files: WeightFiles) -> AutoencoderKLWan:
+def vae_on_meta(files: WeightFiles) -> WanVae:
     """Builds the VAE of an open file on the meta device, without weights.
 
     Its configuration is that of the config.json next to it in diffusers' layout, and inferred in Wan's.
@@ -169,16 +168,13 @@ def _stages(files: WeightFiles) -> tuple[list[int], list[bool], int]:
     return widths, temporal, blocks[0]
 
 
-def _on_meta(config: dict[str, Any], files: WeightFiles) -> AutoencoderKLWan:
+def _on_meta(config: dict[str, Any], files: WeightFiles) -> WanVae:
     """Builds the VAE on the meta device; a configuration that is refused raises CheckpointError."""
-    from diffusers import AutoencoderKLWan
-
     try:
         with torch.device("meta"):
-            return AutoencoderKLWan.from_config(config)
-    except (ValueError, TypeError, RuntimeError, ZeroDivisionError, AttributeError) as reason:
-        problem = str(reason).splitlines()[0]
-        raise CheckpointError(f"{files.path}: declares a VAE that cannot be built: {problem}") from reason
+            return WanVae(WanVaeConfig.from_json(config))
+    except ConfigError as reason:
+        raise CheckpointError(f"{files.path}: declares a VAE that cannot be built: {reason}") from reason
 
 
 def _stored_name(name: str, modules: dict[str, str]) -> str:

@@ -6,10 +6,9 @@ predictions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
+from causalrope_sp.codec.wan_vae_config import WanVaeConfig
 from causalrope_sp.distributed.mesh import possible_cfg_sizes
 from causalrope_sp.grid import LatentGrid
 from causalrope_sp.planning.cost import Plan, plan
@@ -31,6 +30,7 @@ class VaeSize:
         blocks: the residual blocks of a stage.
         channels: the channels of the latent.
         patch: the side in pixels of the square that one output position holds.
+        halves: whether an upsampling halves the channels, as Wan 2.1's does and Wan 2.2's does not.
     """
 
     widths: tuple[int, ...] = (384, 384, 384, 192, 96)
@@ -38,18 +38,18 @@ class VaeSize:
     blocks: int = 3
     channels: int = 16
     patch: int = 1
+    halves: bool = True
 
     @classmethod
-    def of(cls, config: Mapping[str, Any]) -> VaeSize:
-        """Reads the sizes from the configuration of diffusers' `AutoencoderKLWan`."""
-        multiples = config["dim_mult"]
-        base = config.get("decoder_base_dim") or config["base_dim"]
+    def of(cls, config: WanVaeConfig) -> VaeSize:
+        """Reads the sizes from a VAE's configuration."""
         return cls(
-            tuple(base * m for m in (multiples[-1], *reversed(multiples))),
-            tuple(reversed(config["temperal_downsample"])),
-            config["num_res_blocks"] + 1,
-            config["z_dim"],
-            config.get("patch_size") or 1,
+            config.decoder_widths,
+            config.temporal_upsample,
+            config.num_res_blocks + 1,
+            config.z_dim,
+            config.patch_size or 1,
+            not config.is_residual,
         )
 
     def decode_flops(self, height: int, width: int) -> int:
@@ -59,14 +59,14 @@ class VaeSize:
         flops += pixels * (2 * _block(first, first) + _conv(first, 3 * first, 1) + _conv(first, first, 1))
         flops += 4 * pixels**2 * first  # attention over the frame
         for stage, (before, wide) in enumerate(zip(self.widths, self.widths[1:])):
-            flops += pixels * _block(before if stage == 0 else before // 2, wide)
+            flops += pixels * _block(before // 2 if stage and self.halves else before, wide)
             flops += pixels * (self.blocks - 1) * _block(wide, wide)
             if stage < len(self.doubles_time):
                 if self.doubles_time[stage]:
                     flops += pixels * _conv(wide, 2 * wide, 3)
                     pixels *= 2
                 pixels *= 4
-                flops += pixels * _conv(wide, wide // 2, 9)
+                flops += pixels * _conv(wide, wide // 2 if self.halves else wide, 9)
         return flops + pixels * _conv(self.widths[-1], 3 * self.patch**2, 27)
 
     @property

@@ -1,4 +1,4 @@
-"""Stage 1, the codec: diffusers' Wan VAE, small, as an autoencoder with a fixed latent noise.
+"""Stage 1, the codec: a small Wan VAE, as an autoencoder with a fixed latent noise.
 
 Clips grow from 5 frames, where most is learned, to 17, 33 and 65: a codec that has only seen short clips drifts in
 colour when it streams long ones.
@@ -15,11 +15,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 from torch.nn import functional
 
 from causalrope_sp.codec.wan_vae import WanDecoderStream, WanEncoderStream
+from causalrope_sp.codec.wan_vae_config import WanVaeConfig
+from causalrope_sp.codec.wan_vae_model import WanVae
 from causalrope_sp.toybox.prompts import BACKGROUNDS, SHAPES, SIZES, SceneSpec
 from causalrope_sp.toybox.scenes import PLACE_VARIABLES, random_scene, render
 
@@ -45,13 +46,14 @@ LATENT_NOISE = 0.1  # keeps the latents from carrying what a DiT could never pre
 LATENT_PENALTY = 1e-4  # on their square, so that they do not grow out of the noise
 
 
-def new_codec(mean: list[float] | None = None, std: list[float] | None = None) -> AutoencoderKLWan:
+def new_codec(mean: list[float] | None = None, std: list[float] | None = None) -> WanVae:
     """The untrained codec; its latents are normalised by `mean` and `std` a channel, or not at all."""
     channels = SHAPE["z_dim"]
-    return AutoencoderKLWan(**SHAPE, latents_mean=mean or [0.0] * channels, latents_std=std or [1.0] * channels)
+    statistics = {"latents_mean": mean or [0.0] * channels, "latents_std": std or [1.0] * channels}
+    return WanVae(WanVaeConfig.from_json(SHAPE | statistics))
 
 
-def train_codec(path: Path, size: int, steps: int, stop: int, lr: float, device: torch.device) -> AutoencoderKLWan:
+def train_codec(path: Path, size: int, steps: int, stop: int, lr: float, device: torch.device) -> WanVae:
     """Trains for `stop` of `steps` steps, resuming from `path`; returns the averaged codec."""
     torch.manual_seed(0)
     training = Training(new_codec().to(device), path, lr, lambda _, p: p.ndim >= 4 and p.shape[0] > 3, average=0.995)
@@ -87,9 +89,7 @@ class Made:
     strayed_NF: Tensor
 
 
-def tune_decoder(
-    path: Path, codec: AutoencoderKLWan, size: int, minutes: float, lr: float, made: Made | None = None
-) -> AutoencoderKLWan:
+def tune_decoder(path: Path, codec: WanVae, size: int, minutes: float, lr: float, made: Made | None = None) -> WanVae:
     """Trains the decoder alone for so many minutes, so that latents stay what every DiT has learned; goes on from
     `path`, its minutes counted anew. Returns the averaged codec.
 
@@ -122,9 +122,7 @@ def _decibels(mse: Tensor) -> float:
     return -10 * math.log10(max(mse.item(), 1e-12) / 4)
 
 
-def _from_truth(
-    codec: AutoencoderKLWan, size: int, step: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor, str]:
+def _from_truth(codec: WanVae, size: int, step: int, generator: torch.Generator) -> tuple[Tensor, Tensor, str]:
     device = next(codec.parameters()).device
     count, frames = (1, 65) if step % 8 == 7 else (4, 17)
     scenes = [_hard_scene(generator) for _ in range(count)]
@@ -141,7 +139,7 @@ def _from_truth(
 
 
 def _from_made(
-    codec: AutoencoderKLWan, size: int, step: int, generator: torch.Generator, made: Made
+    codec: WanVae, size: int, step: int, generator: torch.Generator, made: Made
 ) -> tuple[Tensor, Tensor, str]:
     """Five latent frames of four videos, from a chunk's start on. Frames that have left the truth count less, down to
     nothing: their objects stand elsewhere, and their mean with the truth's is a blur."""
@@ -173,7 +171,7 @@ def _errors(back: Tensor, pixels: Tensor, scenes: Sequence[SceneSpec]) -> tuple[
     return error.mean((2, 3)), (error * near).sum((2, 3)) / near.sum((2, 3)).clamp(min=1)
 
 
-def save_decoder(codec: AutoencoderKLWan, folder: Path) -> None:
+def save_decoder(codec: WanVae, folder: Path) -> None:
     """Writes a codec whose decoder was tuned, in bfloat16; its latents and their normalisation are what they were."""
     if rank() == 0:
         copy.deepcopy(codec).to(torch.bfloat16).save_pretrained(folder)
@@ -200,7 +198,7 @@ def channels_last(module: nn.Module) -> None:
 
 
 @torch.inference_mode()
-def save_codec(codec: AutoencoderKLWan, folder: Path, size: int) -> None:
+def save_codec(codec: WanVae, folder: Path, size: int) -> None:
     """Writes the codec in bfloat16, its latents normalised by their mean and deviation a channel over 256 scenes."""
     generator = torch.Generator().manual_seed(STATISTICS_SEED)
     parts = []

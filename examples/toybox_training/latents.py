@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from causalrope_sp.codec.wan_vae import WanEncoderStream
+from causalrope_sp.codec.wan_vae_model import WanVae
 from causalrope_sp.toybox.prompts import BACKGROUNDS, SceneSpec
 from causalrope_sp.toybox.scenes import PLACE_VARIABLES, random_scene, render
 from causalrope_sp.toybox.toybox_text import encode_scene
@@ -46,7 +46,7 @@ def draw_scenes(seed: int) -> tuple[list[SceneSpec], Tensor]:
 
 
 @torch.inference_mode()
-def encode_scenes(codec: AutoencoderKLWan, path: Path, videos: int, frames: int, size: int, seed: int) -> Latents:
+def encode_scenes(codec: WanVae, path: Path, videos: int, frames: int, size: int, seed: int) -> Latents:
     """Renders and encodes this process's share of `videos` scenes of `frames` pixel frames, or reads it from `path`
     if the same was encoded before."""
     path = path.with_suffix(f".{rank()}.pt")

@@ -223,8 +223,8 @@ def test_a_run_is_refused_before_anything_is_loaded(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(preflight, "free_bytes", lambda device: 25 * 10**6)
     result = CliRunner().invoke(cli, ["generate", PROMPT, "--frames", "1"])
     assert result.exit_code == 2, result.output
-    assert re.fullmatch(r"error: this run needs 0\.029 GB on cpu .* fit: .*--weights fp8.*\n", result.output)
-    with pytest.raises(ConfigError, match=r"this run needs 0\.029 GB"):
+    assert re.fullmatch(r"error: this run needs 0\.0313 GB on cpu .* fit: .*--weights fp8.*\n", result.output)
+    with pytest.raises(ConfigError, match=r"this run needs 0\.0313 GB"):
         CausalVideoPipeline.from_pretrained("toybox", device="cpu")
     assert not loaded
     CausalVideoPipeline.from_pretrained("toybox", device="cpu", weights="fp8")

@@ -1,11 +1,21 @@
-"""A small VAE of Wan's layout."""
+"""A small VAE of Wan's layout, of diffusers and of this library."""
 
 from __future__ import annotations
 
 import torch
 from diffusers import AutoencoderKLWan
 
+from causalrope_sp.codec.wan_vae_config import WanVaeConfig
+from causalrope_sp.codec.wan_vae_model import WanVae
+
 CHANNELS = 4
+
+
+def wan_vae_like(vae: AutoencoderKLWan) -> WanVae:
+    """Makes this library's module of diffusers' one: the same sizes and weights, without gradients."""
+    made = WanVae(WanVaeConfig.from_json(vae.config)).to(vae.dtype)
+    made.load_state_dict(vae.state_dict())
+    return made.eval().requires_grad_(False)
 
 
 def small_wan_vae(residual: bool) -> AutoencoderKLWan:
