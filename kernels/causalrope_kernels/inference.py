@@ -106,12 +106,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Computes GELU, in its tanh form, of a linear layer, by one call of oneDNN or cuBLASLt where there is one."""
-    if x.is_cuda and x.dtype in DTYPES:  # the wide result is written to memory once
-        rows = torch.ops.aten._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True)
-        return rows.unflatten(0, x.shape[:-1])
+    if x.is_cuda and x.dtype in DTYPES:
+        return linear_gelu_by_cublas(x, weight, bias)
     if x.device.type == "cpu" and by_onednn(x.dtype) and x.numel() * len(weight) >= FEW_PRODUCTS:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "tanh")
     return torch.ops.aten.gelu_(functional.linear(x, weight, bias), approximate="tanh")
+
+
+def linear_gelu_by_cublas(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Computes the same in one call of cuBLASLt, which writes the wide result to memory once."""
+    rows = torch.ops.aten._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True)
+    return rows.view(*x.shape[:-1], len(weight))
 
 
 @cache
