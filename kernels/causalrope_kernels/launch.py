@@ -8,11 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 ALIGNMENT = 16  # bytes; Triton compiles another binary for pointers that these do not divide
@@ -80,10 +78,9 @@ def on(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device)
 
 
-@cache
 def padded(size: int) -> int:
     """Returns the next power of two, the size of a block that holds so many numbers."""
-    return int(triton.next_power_of_2(size))
+    return 1 << max(0, size - 1).bit_length()
 
 
 def blocks_of(count: int, size: int) -> int:
