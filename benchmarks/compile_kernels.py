@@ -38,7 +38,6 @@ from triton.runtime.jit import JITFunction
 
 from causalrope_kernels import (
     Affine,
-    ByFrame,
     Keys,
     Modulation,
     Pieces,
@@ -109,19 +108,16 @@ def launches() -> Iterator[tuple[str, Callable[[], Any]]]:
 
 def _norms(size: str, dim: int) -> Iterator[tuple[str, Callable[[], Any]]]:
     x, vector = empty(1, FRAMES * TOKENS, dim), empty(dim)
-    gate, shift, scale, *_ = ByFrame.unbind(empty(FRAMES, 6, dim), empty(6, dim))
-    modulation = Modulation(shift, scale, 1e-6)
+    gate, shift, factor, *_ = empty(FRAMES, 6, dim, dtype=torch.float32).unbind(1)
+    modulation = Modulation(shift, factor, 1e-6)
     yield f"{size}, modulate", partial(add_norm, x, None, None, modulation)
     yield f"{size}, gate, modulate", partial(add_norm, x, x, gate, modulation)
     few = empty(1, FRAMES * TOKENS // 8, dim)
     yield f"{size}, 8 ranks, gate, modulate", partial(add_norm, few, few, gate, modulation)
     yield f"{size}, add, modulate", partial(add_norm, x, x, None, modulation)
     yield f"{size}, gate, affine", partial(add_norm, x, x, gate, Affine(vector, vector, 1e-6))
-    wide_gate, wide_shift, wide_scale, *_ = ByFrame.unbind(empty(FRAMES, 6, dim), empty(6, dim, dtype=torch.float32))
-    wide = Modulation(wide_shift, wide_scale, 1e-6)  # as checkpoints have them that mix bfloat16 and float32
-    yield f"{size}, gate, modulate, float32 tables", partial(add_norm, x, x, wide_gate, wide)
-    wide_vector = empty(dim, dtype=torch.float32)
-    yield f"{size}, gate, affine in float32", partial(add_norm, x, x, wide_gate, Affine(wide_vector, wide_vector, 1e-6))
+    wide = empty(dim, dtype=torch.float32)  # as checkpoints have it that mix bfloat16 and float32
+    yield f"{size}, gate, affine in float32", partial(add_norm, x, x, gate, Affine(wide, wide, 1e-6))
     yield size, partial(rms_norm, x, vector, 1e-6)
 
 

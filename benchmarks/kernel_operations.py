@@ -18,7 +18,6 @@ from torch import Tensor
 
 from causalrope_kernels import (
     Affine,
-    ByFrame,
     Keys,
     Modulation,
     Norm,
@@ -172,15 +171,15 @@ def _norms(s: Setting, itemsize: int) -> Iterator[Operation]:
     yield Operation("rms norm", "2·T·D·e", 2 * numbers, rows_and_weight, run, per_pass=layers)
 
 
-NormInputs = tuple[Tensor, Tensor | None, ByFrame | None, Norm]
+NormInputs = tuple[Tensor, Tensor | None, Tensor | None, Norm]
 
 
 def _norm_inputs(
     s: Setting, draw: Draw, *, added: bool = False, gated: bool = False, affine: bool = False
 ) -> NormInputs:
     dim, eps = s.config.dim, s.config.eps
-    gate, shift, scale, *_ = ByFrame.unbind(draw(s.frames, 6, dim), draw(6, dim))
-    norm = Affine(draw(dim), draw(dim), eps) if affine else Modulation(shift, scale, eps)
+    gate, shift, factor, *_ = draw(s.frames, 6, dim).float().unbind(1)  # as a block has them
+    norm = Affine(draw(dim), draw(dim), eps) if affine else Modulation(shift, factor, eps)
     x_BTD = draw(1, s.tokens, dim)
     return x_BTD, draw(1, s.tokens, dim) if added else None, gate if gated else None, norm
 

@@ -38,7 +38,7 @@ import torch
 from printed import finish, print_table, stop
 from torch import Tensor
 
-from causalrope_kernels import Projection, attention
+from causalrope_kernels import PassOperations, Projection, attention
 from causalrope_kernels.attention_choice import Shape, measure
 from causalrope_sp import CausalDiT, DiTConfig, LatentGrid, SamplerConfig, SequenceParallel, StreamConfig
 from causalrope_sp.attention.base import Strategy, write_chunk
@@ -121,9 +121,11 @@ def prepared(setup: Setup, stream: CausalStream, chunk: Chunk, fixed: bool) -> F
     config, device = setup.model.config, setup.device
     tables = RotaryTables(config.head_dim, config.theta, Shard(setup.grid), device, torch.float32)
 
+    operations = PassOperations.unchecked(setup.model.patch_embedding.weight)
+
     def attend(layer: int, projection: Projection) -> Tensor:
         cache = stream.cache.layer(layer)
-        q_BFSHD = write_chunk(projection, cache, chunk)
+        q_BFSHD = write_chunk(projection, cache, chunk, operations)
         q, keys = q_BFSHD.flatten(1, 2), cache.keys(chunk)
         return attention(q, replace(keys, bounds_N2=None)) if fixed else attention(q, keys, backend="triton")
 
@@ -133,6 +135,7 @@ def prepared(setup: Setup, stream: CausalStream, chunk: Chunk, fixed: bool) -> F
         rotation=tables.rotation(list(range(chunk.start, chunk.stop))),
         text=setup.model.encode_text(setup.embeds_BLE),
         attend=attend,
+        operations=operations,
     )
 
 

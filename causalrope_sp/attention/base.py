@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from causalrope_kernels import Keys, Partial, Slots, Source, attention, attention_parts, norm_rope_store
+from causalrope_kernels import Keys, Partial, PassOperations, Slots, Source
 from causalrope_sp.cache.layer_cache import LayerCache
 from causalrope_sp.grid import Chunk
 
@@ -54,21 +54,24 @@ class Strategy:
         """
         return x_BLHD
 
-    def attend(self, source: Source, cache: LayerCache, chunks: Sequence[Chunk]) -> Tensor:
+    def attend(self, source: Source, cache: LayerCache, chunks: Sequence[Chunk], operations: PassOperations) -> Tensor:
         """Writes the keys and values of a pass to the cache and attends with its queries.
 
         Args:
             source: q, k and v of this rank's tokens.
             cache: the cache of the layer.
             chunks: the chunks of the pass, in order of time.
+            operations: the operations of the pass.
 
         Returns:
             What this rank's queries attend, (B, F, s, h, d).
         """
-        return joined(attend_cached(source, cache, chunks, self.backend))
+        return joined(attend_cached(source, cache, chunks, operations))
 
 
-def attend_cached(source: Source, cache: LayerCache, chunks: Sequence[Chunk], backend: str) -> list[Tensor]:
+def attend_cached(
+    source: Source, cache: LayerCache, chunks: Sequence[Chunk], operations: PassOperations
+) -> list[Tensor]:
     """Writes each chunk's keys and values to the cache, then attends with its queries.
 
     Chunks are processed in order of time, since a later chunk may overwrite slots that an earlier one still reads.
@@ -77,23 +80,24 @@ def attend_cached(source: Source, cache: LayerCache, chunks: Sequence[Chunk], ba
         source: q, k and v of the pass.
         cache: the cache of the layer.
         chunks: the chunks of the pass, in order of time.
-        backend: the attention backend.
+        operations: the operations of the pass.
 
     Returns:
         What the queries of every chunk attend, (B, F, s, h, d) each.
     """
     outputs = []
     for chunk, frames in by_chunk(chunks):
-        q = write_chunk(source.part(frames), cache, chunk)
-        outputs.append(attention(q.flatten(1, 2), cache.keys(chunk), backend).view(q.shape))
+        q = write_chunk(source if len(chunks) == 1 else source.part(frames), cache, chunk, operations)
+        attended = operations.attention(q.flatten(1, 2), cache.keys(chunk), reuse_q=operations.in_place)
+        outputs.append(attended.view(q.shape))
     return outputs
 
 
-def write_chunk(source: Source, cache: LayerCache, chunk: Chunk) -> Tensor:
+def write_chunk(source: Source, cache: LayerCache, chunk: Chunk, operations: PassOperations) -> Tensor:
     """Writes a chunk's keys and values to the cache and returns its queries, (B, F, s, h, d)."""
     q = empty(source)
     k_slots, v_slots = cache.kv_slots(chunk)
-    norm_rope_store(source, q=[Slots(q)], k=[k_slots], v=[v_slots])
+    operations.norm_rope_store(source, q=[Slots(q)], k=[k_slots], v=[v_slots])
     return q
 
 
@@ -113,9 +117,9 @@ def by_chunk(chunks: Sequence[Chunk]) -> list[tuple[Chunk, slice]]:
     return [(chunk, slice(chunk.start - first, chunk.stop - first)) for chunk in chunks]
 
 
-def parts_of(q_BFQHD: Tensor, keys: Keys, backend: str) -> list[Partial]:
+def parts_of(q_BFQHD: Tensor, keys: Keys, operations: PassOperations) -> list[Partial]:
     """Attends over parts of the keys; returns outputs, (B, F·Q, h, d), with log-sum-exps, (B, F·Q, h)."""
-    return attention_parts(q_BFQHD.flatten(1, 2), keys, backend)
+    return operations.attention_parts(q_BFQHD.flatten(1, 2), keys)
 
 
 def lse_elements(itemsize: int) -> int:

@@ -11,7 +11,7 @@ from math import prod
 
 from torch import Tensor
 
-from causalrope_kernels import Partial, Pieces, Slots, Source, merge, norm_rope_store
+from causalrope_kernels import Partial, PassOperations, Pieces, Slots, Source
 from causalrope_sp.attention.base import Strategy, by_chunk, empty, joined, parts_of
 from causalrope_sp.cache.layer_cache import LayerCache
 from causalrope_sp.distributed.communicator import Communicator
@@ -41,26 +41,26 @@ class GatherKV(Strategy):
     def stored_tokens(self) -> int:
         return sum(self._tokens)
 
-    def attend(self, source: Source, cache: LayerCache, chunks: Sequence[Chunk]) -> Tensor:
+    def attend(self, source: Source, cache: LayerCache, chunks: Sequence[Chunk], operations: PassOperations) -> Tensor:
         batch, frames, _, _, width = source.shape
         shapes = [(2, batch, frames, tokens, self.heads, width) for tokens in self._tokens]
         own_shape = shapes[self._communicator.rank]
         (sent,) = self._communicator.buffer("kv out", [own_shape], source.like, block=max(map(prod, shapes)))
-        norm_rope_store(source, k=[Slots(sent[0])], v=[Slots(sent[1])])
+        operations.norm_rope_store(source, k=[Slots(sent[0])], v=[Slots(sent[1])])
         handle = self._communicator.all_gather("kv", cache.index, shapes, sent)
         q = empty(source)
-        norm_rope_store(source, q=[Slots(q)])
+        operations.norm_rope_store(source, q=[Slots(q)])
         parts = by_chunk(chunks)
         before: list[list[Partial]] = [[] for _ in chunks]
         since = 0  # frames before this global time index are attended while the new keys and values are in flight
         if self._overlap and chunks[0].start:
             since = chunks[0].start
-            before = [parts_of(q[:, part], cache.keys_before(chunk, since), self.backend) for chunk, part in parts]
+            before = [parts_of(q[:, part], cache.keys_before(chunk, since), operations) for chunk, part in parts]
         received = Pieces(handle.wait())
         outputs = []
         for (chunk, part), old in zip(parts, before, strict=True):
             k_slots, v_slots = cache.kv_slots(chunk)
-            norm_rope_store(received.part(part), k=[k_slots], v=[v_slots])
-            new = parts_of(q[:, part], cache.keys_since(chunk, since), self.backend)
-            outputs.append(merge([*old, *new])[0].view(q[:, part].shape))
+            operations.norm_rope_store(received.part(part), k=[k_slots], v=[v_slots])
+            new = parts_of(q[:, part], cache.keys_since(chunk, since), operations)
+            outputs.append(operations.merge([*old, *new])[0].view(q[:, part].shape))
         return joined(outputs)

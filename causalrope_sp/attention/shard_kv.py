@@ -12,7 +12,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from causalrope_kernels import Partial, Slots, Source, merge, norm_rope_store
+from causalrope_kernels import Partial, PassOperations, Slots, Source
 from causalrope_sp.attention.base import Strategy, by_chunk, lse_elements, parts_of
 from causalrope_sp.cache.layer_cache import LayerCache
 from causalrope_sp.distributed.communicator import Communicator
@@ -41,26 +41,28 @@ class ShardKV(Strategy):
     def stored(self, x_BLHD: Tensor) -> Tensor:
         return x_BLHD.tensor_split(self._communicator.size, 1)[self._communicator.rank]
 
-    def attend(self, source: Source, cache: LayerCache, chunks: Sequence[Chunk]) -> Tensor:
+    def attend(self, source: Source, cache: LayerCache, chunks: Sequence[Chunk], operations: PassOperations) -> Tensor:
         batch, frames, _, _, width = source.shape
         shapes, own_rank = self._shapes(batch, frames, width), self._communicator.rank
         (q,) = self._communicator.buffer("q out", [shapes[own_rank]], source.like, block=max(map(prod, shapes)))
-        norm_rope_store(source, q=[Slots(q)])
+        operations.norm_rope_store(source, q=[Slots(q)])
         handle = self._communicator.all_gather("q", cache.index, shapes, q)
         received = None if self._overlap else handle.wait()
         partials: list[list[Partial]] = [[] for _ in self._tokens]
         for chunk, part in by_chunk(chunks):
             k_slots, v_slots = cache.kv_slots(chunk)
-            norm_rope_store(source.part(part), k=[k_slots], v=[v_slots])
-            partials[own_rank].append(merge(parts_of(q[:, part], cache.keys(chunk), self.backend)))
+            operations.norm_rope_store(source.part(part), k=[k_slots], v=[v_slots])
+            partials[own_rank].append(operations.merge(parts_of(q[:, part], cache.keys(chunk), operations)))
             if received is None:
                 received = handle.wait()
             for rank, queries in enumerate(received):
                 if rank != own_rank:
-                    partials[rank].append(merge(parts_of(queries[:, part], cache.keys(chunk), self.backend)))
-        return self._return_partials(partials, q, cache.index)
+                    partials[rank].append(operations.merge(parts_of(queries[:, part], cache.keys(chunk), operations)))
+        return self._return_partials(partials, q, cache.index, operations)
 
-    def _return_partials(self, partials: Sequence[Sequence[Partial]], like: Tensor, layer: int) -> Tensor:
+    def _return_partials(
+        self, partials: Sequence[Sequence[Partial]], like: Tensor, layer: int, operations: PassOperations
+    ) -> Tensor:
         """Sends every rank the partial outputs of its queries and merges those of this rank's queries.
 
         The log-sum-exps follow a rank's outputs in the buffer, in their own, wider dtype, since the merge weighs by
@@ -82,7 +84,7 @@ class ShardKV(Strategy):
                 torch.cat(by_chunks, 1, out=whole)
         rank, size = self._communicator.rank, self._communicator.size
         received = self._communicator.all_to_all("partial", layer, [sizes[rank]] * size, sent).wait()
-        return merge([unpack(piece, self._tokens[rank]) for piece in received])[0].view(like.shape)
+        return operations.merge([unpack(piece, self._tokens[rank]) for piece in received])[0].view(like.shape)
 
     def _shapes(self, batch: int, frames: int, width: int) -> list[tuple[int, ...]]:
         """The shape of every rank's queries."""

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from causalrope_kernels import Pieces, Slots, Source, attention, norm_rope_store, split_tokens
+from causalrope_kernels import PassOperations, Pieces, Slots, Source
 from causalrope_sp.attention.base import Strategy, by_chunk, joined, write_chunk
 from causalrope_sp.cache.layer_cache import LayerCache
 from causalrope_sp.distributed.communicator import AsyncHandle, Communicator
@@ -56,22 +56,24 @@ class Ulysses(Strategy):
     def stored(self, x_BLHD: Tensor) -> Tensor:
         return self._inner.stored(x_BLHD[:, :, _ranges(self._heads)[self._communicator.rank]])
 
-    def attend(self, source: Source, cache: LayerCache, chunks: Sequence[Chunk]) -> Tensor:
+    def attend(self, source: Source, cache: LayerCache, chunks: Sequence[Chunk], operations: PassOperations) -> Tensor:
         batch, frames, own_tokens, _, width = source.shape
         sent = self._communicator.buffer(
             "qkv out", [(3, batch, frames, own_tokens, h, width) for h in self._heads], source.like
         )
         q, k, v = ([Slots(piece[kind]) for piece in sent] for kind in range(3))
-        norm_rope_store(source, q=q, k=k, v=v)
+        operations.norm_rope_store(source, q=q, k=k, v=v)
         heads = self._heads[self._communicator.rank]
         shapes = [(3, batch, frames, tokens, heads, width) for tokens in self._tokens]
         received = Pieces(self._communicator.all_to_all("qkv", cache.index, shapes, sent).wait())
         if self._pipelined:
-            return self._attend_by_groups(received, cache, chunks)
-        output = self._inner.attend(received, cache, chunks)
-        return torch.cat(self._send_back(output, self._heads, cache.index, "").wait(), 3)
+            return self._attend_by_groups(received, cache, chunks, operations)
+        output = self._inner.attend(received, cache, chunks, operations)
+        return torch.cat(self._send_back(output, self._heads, cache.index, operations).wait(), 3)
 
-    def _attend_by_groups(self, source: Source, cache: LayerCache, chunks: Sequence[Chunk]) -> Tensor:
+    def _attend_by_groups(
+        self, source: Source, cache: LayerCache, chunks: Sequence[Chunk], operations: PassOperations
+    ) -> Tensor:
         """Attends group by group of heads and sends each group's output while the next is computed.
 
         Sending starts with the last chunk. The earlier chunks are attended before it is written, since it may overwrite
@@ -80,24 +82,27 @@ class Ulysses(Strategy):
         outputs: list[list[Tensor]] = [[] for _ in self._groups]
         handles: list[AsyncHandle] = []
         for chunk, frames in by_chunk(chunks):
-            q = write_chunk(source.part(frames), cache, chunk)
+            q = write_chunk(source.part(frames), cache, chunk, operations)
             for number, heads in enumerate(_ranges(self._groups)):
                 group_q = q[..., heads, :]
-                attended = attention(group_q.flatten(1, 2), cache.keys(chunk).heads(heads), self.backend)
+                attended = operations.attention(group_q.flatten(1, 2), cache.keys(chunk).heads(heads))
                 outputs[number].append(attended.view(group_q.shape))
                 if chunk == chunks[-1]:
                     whole = joined(outputs[number])
-                    handles.append(self._send_back(whole, self._heads_by_group[number], cache.index, f" {number}"))
+                    heads_sent = self._heads_by_group[number]
+                    handles.append(self._send_back(whole, heads_sent, cache.index, operations, f" {number}"))
         by_group = [handle.wait() for handle in handles]
         return torch.cat([group[rank] for rank in range(self._communicator.size) for group in by_group], 3)
 
-    def _send_back(self, output_BFSHD: Tensor, heads: Sequence[int], layer: int, use: str) -> AsyncHandle:
+    def _send_back(
+        self, output_BFSHD: Tensor, heads: Sequence[int], layer: int, operations: PassOperations, use: str = ""
+    ) -> AsyncHandle:
         """Sends every rank the output of its tokens and receives `heads` of this rank's tokens from each rank."""
         batch, frames, _, own_heads, width = output_BFSHD.shape
         sent = self._communicator.buffer(
             f"output out{use}", [(batch, frames, tokens, own_heads, width) for tokens in self._tokens], output_BFSHD
         )
-        split_tokens(output_BFSHD, sent)
+        operations.split_tokens(output_BFSHD, sent)
         shapes = [(batch, frames, self.tokens, h, width) for h in heads]
         return self._communicator.all_to_all("output", layer, shapes, sent, use)
 

@@ -11,9 +11,12 @@ rank stores.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from causalrope_kernels import Keys, RotateOnRead, Slots
 from causalrope_sp.cache.layer_cache import LayerCache
@@ -21,6 +24,23 @@ from causalrope_sp.cache.window import SlidingWindow
 from causalrope_sp.devices import send
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.grid import Chunk
+
+Ranges = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class _ChunkPlan:
+    """A chunk's slots and what its queries attend.
+
+    Args:
+        slots_F: the slot of each of its frames, on the device.
+        rotate_on_read: the rotation of the keys on read, or None.
+        ranges: the rows that are attended, by `since` and `old` of `KVCache.keys`, on the host and on the device.
+    """
+
+    slots_F: Tensor
+    rotate_on_read: RotateOnRead | None
+    ranges: dict[tuple[int, bool], tuple[Ranges, Tensor]]
 
 
 class KVCache:
@@ -63,12 +83,14 @@ class KVCache:
         self.open_chunk: Chunk | None = None
         shape = (layers, 2, batch, window.frames, tokens, heads, head_dim)
         self.storage_L2BKSHD = torch.empty(shape, dtype=dtype, device=device)
+        # views are made once, since each costs the host as much as a launch
+        self._layers = [LayerCache(self, index) for index in range(layers)]
+        self._rings = [(k, v) for k, v in self.storage_L2BKSHD]
+        self._rows = [(k.flatten(1, 2), v.flatten(1, 2)) for k, v in self._rings]
         self._undo_L2BFSHD = self.storage_L2BKSHD[:, :, :, :0]  # evicted frames; grows to the largest chunk
         self._undo_layers: set[int] = set()  # the layers whose evicted frames are in the undo buffer
         self._written: dict[int, int] = {}  # slot -> frame, as the first layer writes them
-        self._slots: dict[Chunk, torch.Tensor] = {}  # on the device; all layers share what is made once per chunk
-        self._rotations_on_read: dict[Chunk, RotateOnRead | None] = {}
-        self._ranges_by_chunk: dict[tuple[Chunk, int, bool], tuple[tuple[tuple[int, int], ...], torch.Tensor]] = {}
+        self._plans: dict[Chunk, _ChunkPlan] = {}
 
     @property
     def bytes(self) -> int:
@@ -95,8 +117,7 @@ class KVCache:
             layers, _, batch, _, *rest = self.storage_L2BKSHD.shape
             self._undo_L2BFSHD = self.storage_L2BKSHD.new_empty(layers, 2, batch, evicted, *rest)
         self.open_chunk = chunk
-        for by_chunk in (self._slots, self._rotations_on_read, self._ranges_by_chunk):
-            by_chunk.clear()
+        self._plans.clear()
 
     def commit(self) -> None:
         """Commits the open chunk.
@@ -114,32 +135,91 @@ class KVCache:
     def cancel(self) -> None:
         """Cancels the open chunk, if there is one, and restores the frames that it overwrote."""
         if self.open_chunk is not None:
-            evicted = self.window.evicted(self.open_chunk)
-            for layer in self._undo_layers:
-                for n, frame in enumerate(evicted):
-                    self.storage_L2BKSHD[layer, :, :, self.window.slot(frame)] = self._undo_L2BFSHD[layer, :, :, n]
+            self.restore_evicted()
             if self._undo_layers:
+                evicted = self.window.evicted(self.open_chunk)
                 self._written |= {self.window.slot(frame): frame for frame in evicted}
             self.open_chunk = None
             self._undo_layers.clear()
 
+    def restore_evicted(self) -> None:
+        """Writes the frames that the open chunk overwrote back to their slots, from the undo buffer."""
+        assert self.open_chunk is not None, "only an open chunk overwrites frames"
+        for n, frame in enumerate(self.window.evicted(self.open_chunk)):
+            for layer in self._undo_layers:
+                self.storage_L2BKSHD[layer, :, :, self.window.slot(frame)] = self._undo_L2BFSHD[layer, :, :, n]
+
     def layer(self, index: int) -> LayerCache:
         """Returns the view of one layer."""
-        return LayerCache(self, index)
+        return self._layers[index]
 
     def kv_slots(self, layer: int, chunk: Chunk) -> tuple[Slots, Slots]:
         """Returns the slots of a layer that a chunk's keys and values are written to; see `LayerCache.kv_slots`."""
-        ring_2BKSHD = self.storage_L2BKSHD[layer]
-        if chunk == self.open_chunk and layer not in self._undo_layers:
-            for n, frame in enumerate(self.window.evicted(chunk)):
-                self._undo_L2BFSHD[layer, :, :, n] = ring_2BKSHD[:, :, self.window.slot(frame)]
-            self._undo_layers.add(layer)
+        if layer not in self._undo_layers and chunk == self.open_chunk:
+            self._save_evicted(slice(layer, layer + 1))
         if layer == 0:
-            self._written |= {self.window.slot(frame): frame for frame in range(chunk.start, chunk.stop)}
-        if chunk not in self._slots:
-            self._slots[chunk] = send(torch.tensor(self.window.slots(chunk)), ring_2BKSHD.device)
-        k, v = (Slots(ring, self._slots[chunk]) for ring in ring_2BKSHD)
-        return k, v
+            self.note_written(chunk)
+        slots_F = self._plan(chunk).slots_F
+        k, v = self._rings[layer]
+        return Slots(k, slots_F), Slots(v, slots_F)
+
+    def _save_evicted(self, layers: slice) -> None:
+        """Copies the frames that the open chunk overwrites to the undo buffer, for some layers."""
+        assert self.open_chunk is not None, "only an open chunk overwrites frames"
+        for n, frame in enumerate(self.window.evicted(self.open_chunk)):
+            self._undo_L2BFSHD[layers, :, :, n] = self.storage_L2BKSHD[layers, :, :, self.window.slot(frame)]
+        self._undo_layers.update(range(len(self._layers))[layers])
+
+    def note_written(self, chunk: Chunk) -> None:
+        """Notes that a chunk's keys and values lie in its slots."""
+        self._written |= {self.window.slot(frame): frame for frame in range(chunk.start, chunk.stop)}
+
+    def evicts(self, chunk: Chunk) -> bool:
+        """Returns whether the open chunk overwrites frames of another chunk."""
+        if self.open_chunk is None or chunk == self.open_chunk:
+            return False
+        return any(frame >= chunk.start for frame in self.window.evicted(self.open_chunk))
+
+    def begin_graph(self, chunks: Sequence[Chunk]) -> list[Tensor]:
+        """Prepares a pass that a captured graph may run, whose forward then does nothing on the host for the cache.
+
+        Args:
+            chunks: the chunks of the pass; the last one is open.
+
+        Returns:
+            For every chunk its slots, the bounds of the rows that it attends and, in the `relative` policy, the angles
+            of its slots, as tensors on the device.
+        """
+        if len(self._undo_layers) < len(self._layers) and self.open_chunk is not None:
+            self._save_evicted(slice(None))
+        tensors = []
+        for chunk in chunks:
+            self.note_written(chunk)
+            keys, plan = self.keys(0, chunk, since=0, old=False), self._plan(chunk)
+            assert keys.bounds_N2 is not None, "a ring's bounds are on the device"
+            tensors += [plan.slots_F, keys.bounds_N2]
+            tensors += [] if plan.rotate_on_read is None else [plan.rotate_on_read.table]
+        return tensors
+
+    @contextmanager
+    def reading(self, chunks: Sequence[Chunk], tensors: Sequence[Tensor]) -> Iterator[None]:
+        """Lets a forward read tensors of the form that `begin_graph` returns in place of the chunks' own."""
+        own, each = dict(self._plans), len(tensors) // len(chunks)
+        for number, chunk in enumerate(chunks):
+            slots_F, bounds_N2, *angles = tensors[number * each : (number + 1) * each]
+            plan = own[chunk]
+            rotate = plan.rotate_on_read
+            rotate = None if rotate is None else replace(rotate, table=angles[0])
+            ranges = {(0, False): (plan.ranges[0, False][0], bounds_N2)}
+            self._plans[chunk] = _ChunkPlan(slots_F, rotate, ranges)
+        try:
+            yield
+        finally:
+            self._plans = own
+
+    def attended_rows(self, chunk: Chunk) -> Ranges:
+        """Returns the rows of the ring that a chunk's queries attend."""
+        return self.keys(0, chunk, since=0, old=False).ranges or ()
 
     def keys(self, layer: int, chunk: Chunk, since: int, old: bool) -> Keys:
         """Returns the keys and values of a layer that a chunk's queries attend.
@@ -150,22 +230,30 @@ class KVCache:
             since: a global time index that splits the frames in two.
             old: whether to return the frames before `since`, or the others.
         """
-        ring_2BKSHD = self.storage_L2BKSHD[layer]
-        tokens, device = ring_2BKSHD.shape[3], ring_2BKSHD.device
-        key = chunk, since, old
-        if key not in self._ranges_by_chunk:
-            slots = self.window.ranges(chunk, since)[not old]
-            if since:  # always two ranges, of which the second may be empty, since a captured graph has a fixed number
-                assert len(slots) <= 2, "the frames before or since a time index lie in at most two ranges of slots"
-                slots += [(0, 0)] * (2 - len(slots))
-            rows = tuple((first * tokens, stop * tokens) for first, stop in slots)
-            self._ranges_by_chunk[key] = rows, send(torch.tensor(rows, dtype=torch.int32).view(-1, 2), device)
-        if chunk not in self._rotations_on_read:
-            self._rotations_on_read[chunk] = (
-                None if self._rotate_on_read is None else self._rotate_on_read(self.window.positions(chunk))
-            )
-        k, v = ring_2BKSHD.flatten(2, 3)
-        return Keys(k, v, *self._ranges_by_chunk[key], self._rotations_on_read[chunk])
+        plan = self._plan(chunk)
+        ranges = plan.ranges.get((since, old))
+        if ranges is None:
+            ranges = plan.ranges[since, old] = self._ranges(chunk, since, old)
+        return Keys(*self._rows[layer], *ranges, plan.rotate_on_read)
+
+    def _plan(self, chunk: Chunk) -> _ChunkPlan:
+        """What all layers and passes share for a chunk, made at its first use."""
+        plan = self._plans.get(chunk)
+        if plan is None:
+            slots_F = send(torch.tensor(self.window.slots(chunk)), self.storage_L2BKSHD.device)
+            rotate = None if self._rotate_on_read is None else self._rotate_on_read(self.window.positions(chunk))
+            plan = self._plans[chunk] = _ChunkPlan(slots_F, rotate, {})
+        return plan
+
+    def _ranges(self, chunk: Chunk, since: int, old: bool) -> tuple[Ranges, Tensor]:
+        """The rows of the ring that a chunk's queries attend, and the same on the device; see `keys`."""
+        tokens = self.storage_L2BKSHD.shape[4]
+        slots = self.window.ranges(chunk, since)[not old]
+        if since:  # always two ranges, of which the second may be empty, since a captured graph has a fixed number
+            assert len(slots) <= 2, "the frames before or since a time index lie in at most two ranges of slots"
+            slots += [(0, 0)] * (2 - len(slots))
+        rows = tuple((first * tokens, stop * tokens) for first, stop in slots)
+        return rows, send(torch.tensor(rows, dtype=torch.int32).view(-1, 2), self.storage_L2BKSHD.device)
 
     def check_integrity(self) -> None:
         """Checks that cursor, slots and storage agree, and that every committed number is finite.

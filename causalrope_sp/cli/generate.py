@@ -14,6 +14,7 @@ from causalrope_sp.cli.generate_options import CALL, LOADING, RANKS, with_option
 from causalrope_sp.cli.options import parse_steps
 from causalrope_sp.cli.preview import StepReporter, check_parallel_chunks
 from causalrope_sp.cli.runtime import Background, Terminated, rank, ranks, set_up_logging, shares_rank_0_disk
+from causalrope_sp.cli.threads import log_threads
 from causalrope_sp.errors import CausalRopeError, ConfigError, RankLostError
 from causalrope_sp.io.video_writer import VideoWriter, check_output
 from causalrope_sp.pipeline.offload import Offload
@@ -48,6 +49,7 @@ def generate(
     if shares_rank_0_disk():
         check_output(out)
     set_up_logging(verbose, log_file, silent=as_json)
+    log_threads()
     parallel_chunks = options["parallel_chunks"] is not None
 
     def generated() -> Iterator[Any]:

@@ -21,7 +21,7 @@ RANKS = ("strategy", "cfg", "chunk", "decode_ranks", "overlap", "head_groups", "
 LOADING = (
     *("loras", "base", "preset", "revision", "dtype", "height", "width", "window", "sink", "chunk_frames"),
     *("rope", "num_inference_steps", "solver", "timestep_rule", "shift", "guidance_scale", "guidance_interval"),
-    *("weights", "offload", "codec", "codec_weights", "decode", "preflight", "parallel_chunks"),
+    *("weights", "offload", "codec", "codec_weights", "decode", "preflight", "graphs", "parallel_chunks"),
 )
 SOURCES = ("image", "video", "strength")
 CALL = ("num_frames", "seed", "negative_prompt", "negative_prompt_embeds", *SOURCES, "reuse", "preview_every")
@@ -211,6 +211,12 @@ OPTIONS = (
         default=True,
         show_default=True,
         help="Refuse, before loading, a run that is predicted not to fit into memory.",
+    ),
+    click.option(
+        "--graphs/--no-graphs",
+        default=True,
+        show_default=True,
+        help="Run the passes of a stream on one GPU by CUDA graphs once its window slides.",
     ),
     click.option(
         "--out",

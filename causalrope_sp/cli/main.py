@@ -13,6 +13,7 @@ from causalrope_sp.cli.inspect import inspect
 from causalrope_sp.cli.plan import plan
 from causalrope_sp.cli.profile_reuse import profile_reuse
 from causalrope_sp.cli.runtime import CommandLine, run
+from causalrope_sp.cli.threads import settle_threads
 from causalrope_sp.cli.verify import verify
 from causalrope_sp.siblings import end_with_launcher
 from causalrope_sp.version import __version__
@@ -37,5 +38,6 @@ for command in (generate, encode, inspect, verify, plan, profile_reuse):
 
 def main() -> None:
     """Runs the command line of this process; it is the entry point of `causalrope-sp`."""
+    settle_threads()
     end_with_launcher()
     run(cli)

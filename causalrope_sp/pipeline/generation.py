@@ -234,6 +234,7 @@ class Generation:
             source=redrawn,
             negative_embeds=self._texts[1] if self._guided else None,
             reuse=self._policy,
+            graphs=pipe.parts.options.graphs,
             on_step=None if self._request.callback_on_step_end is None else self._step,
             **options,
         )

@@ -13,16 +13,16 @@ import json
 import math
 from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from causalrope_sp.distributed import SequenceParallel
 from causalrope_sp.errors import ConfigError
-from causalrope_sp.models.causal_dit import Block, CausalDiT, ForwardPass
+from causalrope_sp.models.causal_dit import CausalDiT, ForwardPass
+from causalrope_sp.reuse.output_store import Compute
 from causalrope_sp.reuse.policy import CAUSAL_KINDS, Broadcast, Kind, ReusePolicy
 
 Key = tuple[Kind, int, int, int]  # kind, layer, step, steps back to the other output; 0: the output itself
@@ -151,7 +151,7 @@ def recording(model: CausalDiT, reach: int) -> Iterator[Recorder]:
     """Records the outputs of every pass of the model inside this context.
 
     Args:
-        model: the DiT, whose modules get hooks until the context ends.
+        model: the DiT, which gets a hook until the context ends.
         reach: the largest distance of two compared passes, in steps.
 
     Yields:
@@ -159,20 +159,22 @@ def recording(model: CausalDiT, reach: int) -> Iterator[Recorder]:
     """
     recorder = Recorder(reach)
 
-    def begin(_: nn.Module, args: tuple[Any, ...]) -> None:
-        recorder.begin(args[1])
+    def begin(_: nn.Module, args: tuple[Tensor, ForwardPass]) -> tuple[Tensor, ForwardPass]:
+        tokens, step = args
+        recorder.begin(step)
 
-    def note(kind: Kind, layer: int, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        recorder.note(kind, layer, output)
+        def output(layer: int, kind: Kind, compute: Compute) -> Tensor:
+            found = step.output(layer, kind, compute)
+            recorder.note(kind, layer, found)
+            return found
 
-    with contextlib.ExitStack() as hooks:
-        hooks.callback(model.register_forward_pre_hook(begin).remove)
-        for layer, block in enumerate(model.blocks):
-            assert isinstance(block, Block)
-            modules: dict[Kind, nn.Module] = {"self": block.self_attn, "cross": block.cross_attn, "mlp": block.ffn}
-            for kind, module in modules.items():
-                hooks.callback(module.register_forward_hook(partial(note, kind, layer)).remove)
+        return tokens, replace(step, output=output)
+
+    hook = model.register_forward_pre_hook(begin)
+    try:
         yield recorder
+    finally:
+        hook.remove()
 
 
 def errors(profile: Profile, rule: Broadcast) -> list[float]:

@@ -27,6 +27,7 @@ from causalrope_sp.reuse.policy import ReusePlan
 from causalrope_sp.sampling.agreement import agree_on_strategy
 from causalrope_sp.sampling.chunk import LatentChunk, ShardContext, check_text
 from causalrope_sp.sampling.guidance import UNCONDITIONAL, GuidanceBranches, check_guidance
+from causalrope_sp.sampling.pass_graphs import stream_graphs
 from causalrope_sp.sampling.stream import CausalStream, Part
 from causalrope_sp.sampling.stream_options import StreamOptions
 
@@ -120,7 +121,10 @@ class ChunkLoop:
             passes = branch_timesteps(sampler, branch == UNCONDITIONAL, self._first_step)
             plan = None if reuse is None else ReusePlan.of_causal(reuse, passes, config.num_layers)
             shard = self._context.shard
-            return CausalStream(model, prompt, grid, window, shard, strategy, relative=relative, reuse=plan)
+            graphs = stream_graphs(model.device) if options.graphs else None
+            return CausalStream(
+                model, prompt, grid, window, shard, strategy, relative=relative, reuse=plan, graphs=graphs
+            )
 
         return GuidanceBranches(open_stream, embeds, options.negative_embeds, sampler, self._parallel)
 

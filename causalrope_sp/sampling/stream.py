@@ -5,13 +5,14 @@ Shapes: B batch, F frames of a chunk, s tokens of a frame that this rank owns, E
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from causalrope_kernels import Projection, Rotation
+from causalrope_kernels import PassOperations, Projection, Rotation
 from causalrope_sp.attention.base import Strategy
 from causalrope_sp.cache.kv_cache import KVCache
 from causalrope_sp.cache.window import SlidingWindow
@@ -21,6 +22,7 @@ from causalrope_sp.models.causal_dit import CausalDiT, ForwardPass
 from causalrope_sp.models.rope import RotaryTables
 from causalrope_sp.reuse.output_store import OutputOf, OutputStore, computed
 from causalrope_sp.reuse.policy import ReusePlan
+from causalrope_sp.sampling.pass_graphs import PassGraphs
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class CausalStream:
         strategy: how attention crosses ranks.
         relative: rotate by a frame's position within the window instead of its global time index.
         reuse: which outputs a chunk's denoise passes take over from earlier ones; None computes all of them.
+        graphs: runs passes by captured graphs, on one rank and without reuse; None runs them eagerly.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class CausalStream:
         *,
         relative: bool = False,
         reuse: ReusePlan | None = None,
+        graphs: PassGraphs | None = None,
     ) -> None:
         config = model.config
         self._model = model
@@ -73,6 +77,10 @@ class CausalStream:
         self._relative = relative
         self._rotation: tuple[tuple[Chunk, ...], Rotation] | None = None
         self._broken = False
+        self._unchecked = PassOperations.unchecked(model.patch_embedding.weight, strategy.backend)
+        self._blocks = model.settled(self._unchecked)
+        self._checked_kinds: set[tuple[int, ...]] = set()  # of passes, by the frames of their chunks
+        self._graphs = graphs if reuse is None and type(strategy) is Strategy else None
         self.outputs = None if reuse is None else OutputStore(reuse)
         self.cache = KVCache(
             config.num_layers,
@@ -139,26 +147,79 @@ class CausalStream:
             raise RuntimeError("a forward of this stream was cut short, its cache is half written: start a new stream")
         model, chunks = self._model, tuple(part.chunk for part in parts)
         timesteps = [part.timestep for part in parts for _ in range(part.chunk.frames)]
-
-        def attend(layer: int, projection: Projection) -> Tensor:
-            return self._strategy.attend(projection, self.cache.layer(layer), chunks).flatten(1, 2)
-
-        step = ForwardPass(
-            # in float32, as Self-Forcing's schedule holds them: at 833.33 the difference shows as 1e-6 in the latents
-            timesteps_F=send(torch.tensor(timesteps, dtype=torch.float32), model.device),
-            predicted_frames=chunks[-1].frames,
-            rotation=self._rotate(chunks),
-            text=self._text,
-            attend=attend,
-            attention=self._strategy.backend,
-            output=output,
-        )
-        tokens = torch.cat([part.tokens_BFSE for part in parts], 1)
+        # in float32, as Self-Forcing's schedule holds them: at 833.33 the difference shows as 1e-6 in the latents
+        timesteps_F = send(torch.tensor(timesteps, dtype=torch.float32), model.device)
+        tokens_BTE = torch.cat([part.tokens_BFSE for part in parts], 1).flatten(1, 2).to(model.dtype)
+        compute = partial(self._compute, chunks, self._operations(tuple(chunk.frames for chunk in chunks)), output)
         self._broken = True
-        velocity = model(tokens.flatten(1, 2).to(model.dtype), step)
+        if self._graphs is None or model._forward_pre_hooks:  # a hook sees passes, which a graph hides
+            velocity = compute(tokens_BTE, timesteps_F, self._rotate(chunks))
+        else:
+            velocity = self._by_graph(chunks, compute, tokens_BTE, timesteps_F)
         self._broken = False
         last = parts[-1].tokens_BFSE
         return velocity.view(last.shape).to(last.dtype)
+
+    def _compute(
+        self,
+        chunks: tuple[Chunk, ...],
+        operations: PassOperations,
+        output: OutputOf,
+        tokens_BTE: Tensor,
+        timesteps_F: Tensor,
+        rotation: Rotation,
+    ) -> Tensor:
+        """Runs the model on the tokens of some chunks; returns the velocity of the last one."""
+
+        def attend(layer: int, projection: Projection) -> Tensor:
+            return self._strategy.attend(projection, self.cache.layer(layer), chunks, operations).flatten(1, 2)
+
+        step = ForwardPass(
+            timesteps_F=timesteps_F,
+            predicted_frames=chunks[-1].frames,
+            rotation=rotation,
+            text=self._text,
+            attend=attend,
+            operations=operations,
+            blocks=self._blocks if operations is self._unchecked else None,
+            output=output,
+        )
+        return self._model(tokens_BTE, step)
+
+    def _by_graph(
+        self,
+        chunks: tuple[Chunk, ...],
+        compute: Callable[[Tensor, Tensor, Rotation], Tensor],
+        tokens_BTE: Tensor,
+        timesteps_F: Tensor,
+    ) -> Tensor:
+        """Runs a pass by a captured graph, if its kind has one."""
+        rotation = self._rotate(chunks)
+        if self.cache.evicts(chunks[0]):  # its clean keys and values are saved layer by layer as they are written
+            return compute(tokens_BTE, timesteps_F, rotation)
+        times = rotation.query_times_F, rotation.key_times_F
+        inputs = [tokens_BTE, timesteps_F, *times, *self.cache.begin_graph(chunks)]
+
+        def forward(inputs: Sequence[Tensor]) -> Tensor:
+            tokens, timesteps, query_times, key_times, *slots = inputs
+            key_times = query_times if times[0] is times[1] else key_times
+            with self.cache.reading(chunks, slots):
+                turned = replace(rotation, query_times_F=query_times, key_times_F=key_times)
+                return compute(tokens, timesteps, turned)
+
+        assert self._graphs is not None, "only a stream with graphs runs passes by them"
+        rows = tuple(self.cache.attended_rows(chunk) for chunk in chunks)
+        kind = rows, tuple(tokens_BTE.shape), rotation.time.data_ptr()
+        return self._graphs.run(kind, chunks[-1].index, inputs, forward, self.cache.restore_evicted)
+
+    def _operations(self, kind: tuple[int, ...]) -> PassOperations:
+        """Returns operations that check their arguments for the first pass of a kind, and others for later ones."""
+        if torch.is_grad_enabled():
+            return PassOperations.checked(self._strategy.backend)
+        if kind in self._checked_kinds:
+            return self._unchecked
+        self._checked_kinds.add(kind)
+        return PassOperations.checked(self._strategy.backend, in_place=True)
 
     def _rotate(self, chunks: tuple[Chunk, ...]) -> Rotation:
         """Returns the rotation of the tokens of a pass, remembered until the chunks change."""

@@ -41,6 +41,7 @@ class StreamOptions:
         reuse: which attention outputs later steps of a chunk take over from earlier ones (Pyramid Attention Broadcast,
             arXiv 2408.12588). It changes the result, equally on any number of ranks. None computes all outputs.
         layout: how the ranks share attention; None takes what `choose_strategy` returns.
+        graphs: whether the passes of one rank run by CUDA graphs once the window slides; nothing changes on a CPU.
         on_step: called on every rank after each denoising step with the chunk, the step's number within it and the
             timestep that the model was called with. If it raises, it must raise on all ranks.
     """
@@ -52,4 +53,5 @@ class StreamOptions:
     negative_embeds: Tensor | None = None
     reuse: ReusePolicy | None = None
     layout: Layout | None = None
+    graphs: bool = True
     on_step: OnStep | None = None

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from causalrope_kernels import Projection, attention_parts
+from causalrope_kernels import PassOperations, Projection, attention_parts
 from causalrope_sp.attention.base import Strategy
 from causalrope_sp.devices import send
 from causalrope_sp.distributed import SequenceParallel
@@ -117,15 +117,16 @@ class ParallelChunksForward:
 
     def _pass(self, chunks: Sequence[Chunk], tokens_BFSE: Tensor, times: Sequence[int], timestep: float) -> Tensor:
         def attend(layer: int, projection: Projection) -> Tensor:
-            return self._strategy.attend(projection, self._cache.layer(layer), chunks).flatten(1, 2)
+            return self._strategy.attend(projection, self._cache.layer(layer), chunks, operations).flatten(1, 2)
 
         frames = len(times)
+        operations = PassOperations.checked(self._strategy.backend, in_place=not torch.is_grad_enabled())
         step = ForwardPass(
             timesteps_F=torch.full((frames,), timestep, dtype=torch.float32, device=tokens_BFSE.device),
             predicted_frames=frames,
             rotation=self._rope.rotation(times),
             text=self._text,
             attend=attend,
-            attention=self._strategy.backend,
+            operations=operations,
         )
         return self._model(tokens_BFSE.flatten(1, 2).to(self._model.dtype), step).view(tokens_BFSE.shape)

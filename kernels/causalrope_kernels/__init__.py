@@ -2,7 +2,6 @@
 
 from causalrope_kernels.arguments import (
     Affine,
-    ByFrame,
     Keys,
     Modulation,
     Norm,
@@ -14,17 +13,18 @@ from causalrope_kernels.arguments import (
     Source,
 )
 from causalrope_kernels.attention import ATTENTION_BACKENDS, attention, attention_obstacle, attention_parts, merge
-from causalrope_kernels.operations import add_norm, linear_gelu, norm_rope_store, rms_norm, split_tokens
+from causalrope_kernels.operations import add_norm, linear, linear_gelu, norm_rope_store, rms_norm, split_tokens
+from causalrope_kernels.pass_operations import PassOperations
 from causalrope_kernels.reference import Partial, project
 
 __all__ = [
     "ATTENTION_BACKENDS",
     "Affine",
-    "ByFrame",
     "Keys",
     "Modulation",
     "Norm",
     "Partial",
+    "PassOperations",
     "Pieces",
     "Projection",
     "RotateOnRead",
@@ -35,6 +35,7 @@ __all__ = [
     "attention",
     "attention_obstacle",
     "attention_parts",
+    "linear",
     "linear_gelu",
     "merge",
     "norm_rope_store",

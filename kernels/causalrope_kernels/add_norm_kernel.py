@@ -9,13 +9,15 @@ Shapes: B batch, T tokens, F frames, s tokens of a frame, D model width.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from causalrope_kernels.arguments import Affine, ByFrame, Norm
-from causalrope_kernels.tables import launching_on
+from causalrope_kernels.arguments import Affine, Norm
+from causalrope_kernels.launch import Kernel, blocks_of, padded
 
 NUMBERS = 16_384  # a program holds about this many numbers at most
 PROGRAMS = 512  # about this many programs keep a GPU busy
@@ -28,20 +30,17 @@ def _once(pointer, mask):
 
 
 @triton.jit
-def _vector(time, learned, frame, channel, mask):
-    """A frame's vector: the part from the time embedding plus the learned part."""
-    by_time = tl.load(time + frame + channel, mask=mask, other=0.0).to(tl.float32)
-    return by_time + tl.load(learned + channel, mask=mask, other=0.0).to(tl.float32)
+def _vector(vectors, offset, channel, mask):
+    """A frame's vector."""
+    return tl.load(vectors + offset + channel, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["tokens", "frames"])  # these differ from rank to rank
 def add_norm_kernel(
-    x, y, total, normed,
-    gate, gate_learned, scale, scale_learned, shift, shift_learned,
+    x, y, total, normed, gate, factors, shifts,
     tokens, frames, eps,
-    x_batch, x_token, y_batch, y_token, gate_batch, gate_frame, scale_batch, scale_frame, shift_batch, shift_frame,
-    WIDTH: tl.constexpr, ADD: tl.constexpr, GATE: tl.constexpr, AFFINE: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    x_batch, x_token, y_batch, y_token, gate_batch, gate_frame, factor_batch, factor_frame, shift_batch, shift_frame,
+    WIDTH: tl.constexpr, ADD: tl.constexpr, GATE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program (i, b·F + f) computes the i-th block of tokens of frame f of batch entry b.
 
@@ -61,53 +60,55 @@ def add_norm_kernel(
         y += batch.to(tl.int64) * y_batch
         added = _once(y + row[:, None] * y_token + channel[None, :], mask)
         if GATE:
-            added *= _vector(gate, gate_learned, batch * gate_batch + frame * gate_frame, channel, valid)[None, :]
+            added *= _vector(gate, batch * gate_batch + frame * gate_frame, channel, valid)[None, :]
         value += added
         tl.store(total + written, value.to(total.dtype.element_ty), mask=mask)
 
     mean = tl.sum(value, 1) / WIDTH
     centred = tl.where(mask, value - mean[:, None], 0.0)
     spread = tl.rsqrt(tl.sum(centred * centred, 1) / WIDTH + eps)
-    if AFFINE:
-        factor = tl.load(scale_learned + channel, mask=valid, other=0.0).to(tl.float32)
-        offset = tl.load(shift_learned + channel, mask=valid, other=0.0).to(tl.float32)
-    else:
-        factor = 1.0 + _vector(scale, scale_learned, batch * scale_batch + frame * scale_frame, channel, valid)
-        offset = _vector(shift, shift_learned, batch * shift_batch + frame * shift_frame, channel, valid)
+    factor = _vector(factors, batch * factor_batch + frame * factor_frame, channel, valid)
+    offset = _vector(shifts, batch * shift_batch + frame * shift_frame, channel, valid)
     result = centred * spread[:, None] * factor[None, :] + offset[None, :]
     tl.store(normed + written, result.to(normed.dtype.element_ty), mask=mask)
 
 
-def add_norm(x_BTD: Tensor, y_BTD: Tensor | None, gate: ByFrame | None, norm: Norm) -> tuple[Tensor, Tensor]:
+KERNEL = Kernel(add_norm_kernel)
+
+
+def add_norm(
+    x_BTD: Tensor, y_BTD: Tensor | None, gate: Tensor | None, norm: Norm, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Launches the kernel; see `operations.add_norm`, which checks the arguments."""
     batch, count, width = x_BTD.shape
-    normed = x_BTD.new_empty(batch, count, width)
-    total = x_BTD if y_BTD is None else torch.empty_like(normed)
+    normed = x_BTD.new_empty(batch, count, width) if out is None else out
+    total = x_BTD if y_BTD is None or out is not None else torch.empty_like(normed)
     if normed.numel() == 0:
         return total, normed
-    if isinstance(norm, Affine):
-        scale = shift = None
-        scale_learned, shift_learned = norm.weight, norm.bias
-    else:
-        scale, shift = norm.scale, norm.shift
-        scale_learned, shift_learned = scale.learned_D, shift.learned_D
-    vectors = gate or scale
-    frames = 1 if vectors is None else vectors.time_FD.shape[-2]
-    tokens = count // frames
+    factor, shift = (norm.weight, norm.bias) if isinstance(norm, Affine) else (norm.factor, norm.shift)
+    vectors = factor if gate is None else gate
+    frames = 1 if vectors.ndim == 1 else vectors.shape[-2]
     y = x_BTD if y_BTD is None else y_BTD
-    block = triton.next_power_of_2(width)
-    rows = rows_of(batch * count, block)
-    with launching_on(x_BTD):
-        add_norm_kernel[triton.cdiv(tokens, rows), batch * frames](
-            x_BTD, y, total, normed,
-            _time(gate, x_BTD), gate.learned_D if gate else x_BTD, _time(scale, x_BTD), scale_learned,
-            _time(shift, x_BTD), shift_learned,
-            tokens, frames, norm.eps,
-            *x_BTD.stride()[:2], *y.stride()[:2], *_strides(gate), *_strides(scale), *_strides(shift),
-            WIDTH=width, ADD=y_BTD is not None, GATE=gate is not None, AFFINE=isinstance(norm, Affine),
-            ROWS=rows, BLOCK=block, num_warps=warps(rows * block),
-        )  # fmt: skip
+    grid, rows, block, warps = _blocks(batch, frames, count // frames, width)
+    KERNEL.launch(
+        grid,
+        (x_BTD, y, total, normed, x_BTD if gate is None else gate, factor, shift),
+        (
+            count // frames, frames, norm.eps,
+            *x_BTD.stride()[:2], *y.stride()[:2], *_strides(gate), *_strides(factor), *_strides(shift),
+        ),
+        (width, y_BTD is not None, gate is not None, rows, block),
+        num_warps=warps,
+    )  # fmt: skip
     return total, normed
+
+
+@cache
+def _blocks(batch: int, frames: int, tokens: int, width: int) -> tuple[tuple[int, int], int, int, int]:
+    """The grid, the rows and the width of a program's block, and its warps."""
+    block = padded(width)
+    rows = rows_of(batch * frames * tokens, block)
+    return (blocks_of(tokens, rows), batch * frames), rows, block, warps_of(rows * block)
 
 
 def rows_of(count: int, block: int) -> int:
@@ -118,19 +119,14 @@ def rows_of(count: int, block: int) -> int:
     return max(1, min(NUMBERS // block, 8, triton.next_power_of_2(count // PROGRAMS + 1) // 2))
 
 
-def warps(numbers: int) -> int:
+def warps_of(numbers: int) -> int:
     """Returns the warps for a program that holds so many numbers: 32 a thread, which leaves registers for sums."""
     return max(1, min(16, numbers // 1024))
 
 
-def _time(vector: ByFrame | None, unused: Tensor) -> Tensor:
-    """The part of a vector that comes from the time embedding, or `unused` without a vector."""
-    return unused if vector is None else vector.time_FD
-
-
-def _strides(vector: ByFrame | None) -> tuple[int, int]:
-    """The strides from batch entry to batch entry and from frame to frame, in numbers."""
-    if vector is None:
+def _strides(vectors: Tensor | None) -> tuple[int, int]:
+    """The strides from batch entry to batch entry and from frame to frame, in numbers; 0 where all share a vector."""
+    if vectors is None or vectors.ndim == 1:
         return 0, 0
-    strides = vector.time_FD.stride()
+    strides = vectors.stride()
     return (0, strides[0]) if len(strides) == 2 else (strides[0], strides[1])

@@ -60,6 +60,11 @@ class Rotation:
         return {(0, len(self.query_times_F), 1): self}
 
     @cached_property
+    def complex_TNE(self) -> Tensor:
+        """The angles as complex numbers of modulus 1, (T, 2, d/2): those of every query and of every key."""
+        return torch.stack([torch.complex(*self.of_queries), torch.complex(*self.of_keys)], 1)
+
+    @cached_property
     def of_queries(self) -> tuple[Tensor, Tensor]:
         """Cosines and sines of the angles of every query, each (T, d/2)."""
         return self._of_tokens(self.query_times_F)
@@ -130,33 +135,17 @@ class Keys:
 
 
 @dataclass(frozen=True)
-class ByFrame:
-    """A vector that all tokens of a frame share: the sum of its two parts.
+class Modulation:
+    """A LayerNorm without weights, then x·factor + shift with the vectors of the token's frame.
 
     Args:
-        time_FD: the part from the time embedding, (F, D), or (B, F, D) where batch entries differ.
-        learned_D: the learned part, (D,).
+        shift: what is added, (F, D), or (B, F, D) where batch entries differ.
+        factor: what is multiplied, of the same shape; in Wan's blocks it is 1 + scale.
+        eps: the epsilon of the norm.
     """
 
-    time_FD: Tensor
-    learned_D: Tensor
-
-    @staticmethod
-    def unbind(time_FND: Tensor, learned_ND: Tensor) -> list[ByFrame]:
-        """Returns the N vectors of a block's modulation, from their parts (…, F, N, D) and (N, D)."""
-        return [ByFrame(t, w) for t, w in zip(time_FND.unbind(-2), learned_ND.unbind(0), strict=True)]
-
-    def frames(self, part: slice) -> ByFrame:
-        """Returns the vectors of some of the frames."""
-        return ByFrame(self.time_FD[..., part, :], self.learned_D)
-
-
-@dataclass(frozen=True)
-class Modulation:
-    """A LayerNorm without weights, then x·(1 + scale) + shift with the vectors of the token's frame."""
-
-    shift: ByFrame
-    scale: ByFrame
+    shift: Tensor
+    factor: Tensor
     eps: float
 
 

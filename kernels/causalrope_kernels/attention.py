@@ -16,13 +16,13 @@ from torch import Tensor
 from causalrope_kernels import attention_choice, check, reference
 from causalrope_kernels.arguments import Keys
 from causalrope_kernels.attention_libraries import LIBRARIES
-from causalrope_kernels.backend import obstacle, use_triton
+from causalrope_kernels.backend import needs_gradient, obstacle, use_triton
 from causalrope_kernels.reference import Partial
 
 ATTENTION_BACKENDS = ("auto", "torch", "triton", *LIBRARIES)
 
 
-def attention(q_BTHD: Tensor, keys: Keys, backend: str = "auto") -> Tensor:
+def attention(q_BTHD: Tensor, keys: Keys, backend: str = "auto", *, reuse_q: bool = False) -> Tensor:
     """Computes softmax(q·kᵀ/√d)·v, where every query attends every key. The order of the keys does not matter.
 
     Args:
@@ -30,6 +30,7 @@ def attention(q_BTHD: Tensor, keys: Keys, backend: str = "auto") -> Tensor:
         keys: keys and values, and the ranges of rows that are attended.
         backend: one of `ATTENTION_BACKENDS`. "torch" is torch's attention for the device, and the only one with a
             gradient.
+        reuse_q: whether the result may be written over the queries.
 
     Returns:
         What the queries attend, (B, T, H, d).
@@ -39,12 +40,7 @@ def attention(q_BTHD: Tensor, keys: Keys, backend: str = "auto") -> Tensor:
             run on these tensors.
     """
     check.attention(q_BTHD, keys)
-    chosen = _choose(backend, q_BTHD, keys)
-    if chosen == "torch" and keys.k.shape[1]:
-        ranges = reference.ranges(keys)
-        if len(ranges) == 1:
-            return reference.attention(q_BTHD, *ranges[0])
-    return merge(_parts(chosen, q_BTHD, keys))[0]
+    return attention_by(choose(backend, q_BTHD, keys), q_BTHD, keys, reuse_q=reuse_q)
 
 
 def attention_parts(q_BTHD: Tensor, keys: Keys, backend: str = "auto") -> list[Partial]:
@@ -64,17 +60,27 @@ def attention_parts(q_BTHD: Tensor, keys: Keys, backend: str = "auto") -> list[P
         ValueError: as `attention`.
     """
     check.attention(q_BTHD, keys)
-    return _parts(_choose(backend, q_BTHD, keys), q_BTHD, keys)
+    return parts_by(choose(backend, q_BTHD, keys), q_BTHD, keys)
 
 
-def _parts(chosen: str, q_BTHD: Tensor, keys: Keys) -> list[Partial]:
-    """Partial attention by the chosen backend; at least one part."""
+def attention_by(chosen: str, q_BTHD: Tensor, keys: Keys, *, reuse_q: bool = False) -> Tensor:
+    """Computes `attention` by the backend that `choose` returned, without checks."""
+    if chosen == "torch" and keys.k.shape[1]:
+        ranges = reference.ranges(keys)
+        if len(ranges) == 1:
+            return reference.attention(q_BTHD, *ranges[0])
+    parts = parts_by(chosen, q_BTHD, keys, reuse_q=reuse_q)
+    return parts[0][0] if len(parts) == 1 else merge(parts)[0]
+
+
+def parts_by(chosen: str, q_BTHD: Tensor, keys: Keys, *, reuse_q: bool = False) -> list[Partial]:
+    """Computes `attention_parts` by the backend that `choose` returned, without checks; at least one part."""
     if chosen == "triton":
         from causalrope_kernels.attention_kernel import attend
 
-        return attend(q_BTHD, keys)
+        return attend(q_BTHD, keys, reuse_q=reuse_q)
     run = _torch if chosen == "torch" else LIBRARIES[chosen].run
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q_BTHD, keys.k, keys.v)):
+    if needs_gradient(q_BTHD, keys.k, keys.v):
         run = reference.attention_lse  # the log-sum-exp of torch's kernels has no gradient
     parts = [run(q_BTHD, k, v) for k, v in reference.ranges(keys)] if q_BTHD.numel() else []
     nothing = keys.k[:, :0]
@@ -106,8 +112,8 @@ def merge(parts: Sequence[Partial], backend: str = "auto") -> Partial:
     return reference.merge(parts)
 
 
-def _choose(backend: str, q_BTHD: Tensor, keys: Keys) -> str:
-    """The backend that runs: "torch", "triton" or one of `LIBRARIES`."""
+def choose(backend: str, q_BTHD: Tensor, keys: Keys) -> str:
+    """Returns the backend that runs: "torch", "triton" or one of `LIBRARIES`."""
     if backend not in ATTENTION_BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(ATTENTION_BACKENDS)}, not {backend!r}")
     if backend in LIBRARIES:

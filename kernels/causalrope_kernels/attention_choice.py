@@ -18,8 +18,8 @@ from causalrope_kernels import reference
 from causalrope_kernels.arguments import Keys
 from causalrope_kernels.attention_libraries import LIBRARIES
 from causalrope_kernels.backend import use_triton
+from causalrope_kernels.launch import on
 from causalrope_kernels.reference import Partial
-from causalrope_kernels.tables import launching_on
 
 RUNS = 5  # the median of so many is taken
 MOST_KEYS = 1 << 14  # more keys would not change the choice
@@ -85,7 +85,7 @@ def choose(q_BTHD: Tensor, keys: Keys) -> str:
     if torch.cuda.is_current_stream_capturing():
         # a library takes its number of keys from the host, so a captured graph could not change it
         return "triton" if keys.bounds_N2 is not None else measure(shape).chosen
-    with launching_on(q_BTHD):
+    with on(q_BTHD.device):
         return measure(shape).chosen
 
 

@@ -20,8 +20,9 @@ import triton.language as tl
 from torch import Tensor
 
 from causalrope_kernels.arguments import Keys
+from causalrope_kernels.launch import Kernel, blocks_of, padded
 from causalrope_kernels.reference import Partial, rotated
-from causalrope_kernels.tables import launching_on, on_device
+from causalrope_kernels.tables import on_device
 
 LOG2_E = 1.4426950408889634
 PROCESSORS = 132  # multiprocessors of an H100 or H200
@@ -183,6 +184,10 @@ def attention_kernel(
     tl.store(lse + row, tl.where(empty, float("-inf"), (largest + tl.log2(divisor)) * LN_2), mask=q_valid)
 
 
+KERNEL = Kernel(attention_kernel)
+
+
+@cache
 def tile(queries: int, width: int, dtype: torch.dtype, rotated: bool, architecture: int) -> Tile:
     """Returns the launch parameters for T `queries` of head width `width`.
 
@@ -220,6 +225,7 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else PROCESSORS
 
 
+@cache
 def shares(programs: int, keys: int, device: torch.device) -> int:
     """Returns the number of shares that the keys are attended in.
 
@@ -240,12 +246,13 @@ def shares(programs: int, keys: int, device: torch.device) -> int:
     return max(range(1, most + 1), key=lambda count: busy(count) - 0.02 * count)
 
 
-def attend(q_BTHD: Tensor, keys: Keys) -> list[Partial]:
+def attend(q_BTHD: Tensor, keys: Keys, *, reuse_q: bool = False) -> list[Partial]:
     """Attends all ranges of the keys in one launch.
 
     Args:
         q_BTHD: the queries.
         keys: keys and values, and the ranges of rows that are attended.
+        reuse_q: whether one share's output may overwrite the queries; a program reads its own before it writes.
 
     Returns:
         For every share of the keys the output, (B, T, H, d), and its log-sum-exp in float32, (B, T, H).
@@ -257,23 +264,28 @@ def attend(q_BTHD: Tensor, keys: Keys) -> list[Partial]:
     if bounds is None:
         ranges = keys.ranges if keys.ranges is not None else ((0, k.shape[1]),)
         bounds = on_device(tuple(map(tuple, ranges)), q_BTHD.device, torch.int32)
-    block = max(16 if rotate_on_read is None else 32, triton.next_power_of_2(width))
+    block = max(16 if rotate_on_read is None else 32, padded(width))
     if rotate_on_read is not None and (q_BTHD.dtype == torch.float32 or 4 * rotate_on_read.table.shape[2] > block):
         # no registers are left to rotate queries in, or more than half of a head's channels rotate in time
         k, rotate_on_read = rotated(k, rotate_on_read), None
     size = tile(queries, width, q_BTHD.dtype, rotate_on_read is not None, architecture(q_BTHD.device))
-    programs = triton.cdiv(queries, size.queries) * batch * heads
+    programs = blocks_of(queries, size.queries) * batch * heads
     count = shares(programs, k.shape[1], q_BTHD.device)
-    out = torch.empty(count, batch, queries, heads, width, dtype=q_BTHD.dtype, device=q_BTHD.device)
+    overwrite = reuse_q and count == 1 and q_BTHD.is_contiguous()
+    out = q_BTHD.unsqueeze(0) if overwrite else q_BTHD.new_empty(count, batch, queries, heads, width)
     lse = torch.empty(count, batch, queries, heads, dtype=torch.float32, device=q_BTHD.device)
-    with launching_on(q_BTHD):
-        attention_kernel[triton.cdiv(queries, size.queries), batch * heads, count](
-            q_BTHD, k, keys.v, out, lse, bounds, None if rotate_on_read is None else rotate_on_read.table,
-            queries, heads, 1 if rotate_on_read is None else rotate_on_read.tokens, width**-0.5 * LOG2_E,
+    table, tokens, pairs = None, 1, 0
+    if rotate_on_read is not None:
+        table, tokens, pairs = rotate_on_read.table, rotate_on_read.tokens, rotate_on_read.table.shape[2]
+    KERNEL.launch(
+        (blocks_of(queries, size.queries), batch * heads, count),
+        (q_BTHD, k, keys.v, out, lse, bounds, table),
+        (
+            queries, heads, tokens, width**-0.5 * LOG2_E,
             *q_BTHD.stride()[:3], *k.stride()[:3], *keys.v.stride()[:3],
-            RANGES=len(bounds), SHARES=count,
-            ON_READ_PAIRS=0 if rotate_on_read is None else rotate_on_read.table.shape[2],
-            WIDTH=width, BLOCK=block, SLICE=min(size.channels or block, block), QUERIES=size.queries, KEYS=size.keys,
-            num_warps=size.warps, num_stages=size.stages,
-        )  # fmt: skip
+        ),
+        (len(bounds), count, pairs, width, block, min(size.channels or block, block), size.queries, size.keys),
+        num_warps=size.warps,
+        num_stages=size.stages,
+    )  # fmt: skip
     return list(zip(out, lse, strict=True))

@@ -62,6 +62,11 @@ def obstacle(tensors: list[Tensor]) -> str | None:
             return f"runs on cuda, not on {x.device}, where TRITON_INTERPRET=1 would interpret it"
         if x.dtype == torch.bfloat16 and not x.is_cuda and not INTERPRETER_HAS_BFLOAT16:
             return "is interpreted in float32 and float16; in bfloat16 the interpreter's numbers are wrong"
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+    if needs_gradient(*tensors):
         return "has no backward, and a tensor here requires a gradient"
     return None
+
+
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Returns whether an operation on these tensors must be differentiable."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)

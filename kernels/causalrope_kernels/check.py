@@ -12,7 +12,6 @@ from torch import Tensor
 
 from causalrope_kernels.arguments import (
     Affine,
-    ByFrame,
     Keys,
     Norm,
     Pieces,
@@ -68,20 +67,19 @@ def vector(name: str, x: Tensor, width: int, like: Tensor) -> None:
     dense(name, x)
 
 
-def by_frame(name: str, vectors: ByFrame, x_BTD: Tensor) -> None:
+def by_frame(name: str, vectors: Tensor, x_BTD: Tensor) -> None:
     """Checks that there is one vector per frame, and that the number of frames divides the tokens of `x_BTD`."""
-    time, (batch, tokens, width) = vectors.time_FD, x_BTD.shape
-    if time.ndim not in (2, 3):
-        raise ValueError(f"{name}.time_FD: expected two or three axes, not {tuple(time.shape)}")
-    shape(f"{name}.time_FD", time, (batch, None, width)[3 - time.ndim :], "(B, F, D)" if time.ndim == 3 else "(F, D)")
-    same(f"{name}.time_FD", time, x_BTD, dtype=False)
-    dense(f"{name}.time_FD", time)
-    if time.shape[-2] < 1 or tokens % time.shape[-2]:
-        raise ValueError(f"{name}.time_FD: expected as many frames as divide {tokens} tokens, not {time.shape[-2]}")
-    vector(f"{name}.learned_D", vectors.learned_D, width, x_BTD)
+    batch, tokens, width = x_BTD.shape
+    if vectors.ndim not in (2, 3):
+        raise ValueError(f"{name}: expected two or three axes, not {tuple(vectors.shape)}")
+    shape(name, vectors, (batch, None, width)[3 - vectors.ndim :], "(B, F, D)" if vectors.ndim == 3 else "(F, D)")
+    same(name, vectors, x_BTD, dtype=False)
+    dense(name, vectors)
+    if vectors.shape[-2] < 1 or tokens % vectors.shape[-2]:
+        raise ValueError(f"{name}: expected as many frames as divide {tokens} tokens, not {vectors.shape[-2]}")
 
 
-def add_norm(x_BTD: Tensor, y_BTD: Tensor | None, gate: ByFrame | None, norm: Norm) -> None:
+def add_norm(x_BTD: Tensor, y_BTD: Tensor | None, gate: Tensor | None, norm: Norm, out: Tensor | None) -> None:
     """Checks the arguments of `add_norm`."""
     shape("x", x_BTD, (None, None, None), "(B, T, D)")
     same("x", x_BTD, x_BTD)
@@ -96,23 +94,32 @@ def add_norm(x_BTD: Tensor, y_BTD: Tensor | None, gate: ByFrame | None, norm: No
     if isinstance(norm, Affine):
         vector("weight", norm.weight, width, x_BTD)
         vector("bias", norm.bias, width, x_BTD)
-    vectors = {"gate": gate} if isinstance(norm, Affine) else {"gate": gate, "shift": norm.shift, "scale": norm.scale}
+    vectors = {"gate": gate} if isinstance(norm, Affine) else {"gate": gate, "shift": norm.shift, "factor": norm.factor}
     frames = set()
     for name, each in vectors.items():
         if each is not None:
             by_frame(name, each, x_BTD)
-            frames.add(tuple(each.time_FD.shape))
+            frames.add(tuple(each.shape))
     if len(frames) > 1:
-        raise ValueError(f"gate, shift, scale: expected the same frames, not {sorted(frames)}")
+        raise ValueError(f"gate, shift, factor: expected the same frames, not {sorted(frames)}")
+    if out is not None:
+        shape("out", out, x_BTD.shape, "(B, T, D)")
+        same("out", out, x_BTD, dtype=False)
+        dense("out", out, 3)
+        dense("x, which is overwritten,", x_BTD, 3)
 
 
-def rms_norm(x: Tensor, weight: Tensor) -> None:
+def rms_norm(x: Tensor, weight: Tensor, out: Tensor | None) -> None:
     """Checks the arguments of `rms_norm`."""
     if x.ndim < 1:
         raise ValueError("x: expected at least one axis, not a number")
     same("x", x, x)
     dense("x", x)
     vector("weight", weight, x.shape[-1], x)
+    if out is not None:
+        shape("out", out, x.shape, "that of x")
+        same("out", out, x)
+        dense("out", out, out.ndim)
 
 
 def source(value: Source) -> None:
@@ -273,11 +280,12 @@ def parts(partials: Sequence[tuple[Tensor, Tensor]]) -> None:
         same(f"parts[{number}] lse", lse, first_lse)
 
 
-def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> None:
-    """Checks the arguments of `linear_gelu`."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Checks the arguments of `linear` and `linear_gelu`."""
     if x.ndim < 2:
         raise ValueError(f"x: expected at least two axes, not {tuple(x.shape)}")
     shape("weight", weight, (None, x.shape[-1]), "(N, K)")
-    shape("bias", bias, (weight.shape[0],), "(N,)")
     same("weight", weight, x, dtype=not torch.is_autocast_enabled(x.device.type))
-    same("bias", bias, weight)
+    if bias is not None:
+        shape("bias", bias, (weight.shape[0],), "(N,)")
+        same("bias", bias, weight)

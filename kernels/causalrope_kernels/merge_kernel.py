@@ -14,8 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
+from causalrope_kernels.launch import Kernel, blocks_of, padded
 from causalrope_kernels.reference import Partial
-from causalrope_kernels.tables import launching_on
 
 ROWS = 32
 MOST = 32  # parts in one launch, since every part adds pointers and strides to the arguments
@@ -63,6 +63,9 @@ def merge_kernel(
     tl.store(merged_lse + written, tl.where(empty, float("-inf"), largest + tl.log(divisor)), mask=valid)
 
 
+KERNEL = Kernel(merge_kernel)
+
+
 def merge(parts: Sequence[Partial]) -> Partial:
     """Launches the kernel, once per `MOST` parts; see `attention.merge`, which checks the arguments."""
     if len(parts) > MOST:
@@ -72,10 +75,12 @@ def merge(parts: Sequence[Partial]) -> Partial:
     merged = torch.empty(batch, tokens, heads, width, dtype=outputs[0].dtype, device=outputs[0].device)
     merged_lse = torch.empty(batch, tokens, heads, dtype=lses[0].dtype, device=merged.device)
     if merged_lse.numel():
-        with launching_on(merged):
-            merge_kernel[triton.cdiv(tokens * heads, ROWS), batch](
-                outputs, lses, merged, merged_lse,
-                tokens, heads, tuple(x.stride()[:3] for x in outputs), tuple(x.stride() for x in lses),
-                PARTS=len(parts), WIDTH=width, ROWS=ROWS, BLOCK=triton.next_power_of_2(width), num_warps=4,
-            )  # fmt: skip
+        strides = tuple(x.stride()[:3] for x in outputs), tuple(x.stride() for x in lses)
+        KERNEL.launch(
+            (blocks_of(tokens * heads, ROWS), batch),
+            (outputs, lses, merged, merged_lse),
+            (tokens, heads, *strides),
+            (len(parts), width, ROWS, padded(width)),
+            num_warps=4,
+        )
     return merged, merged_lse

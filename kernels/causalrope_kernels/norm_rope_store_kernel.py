@@ -17,9 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from causalrope_kernels.add_norm_kernel import warps
-from causalrope_kernels.arguments import Projection, Slots, SlotsByHeads
-from causalrope_kernels.tables import Lines, launching_on, on_device
+from causalrope_kernels.add_norm_kernel import warps_of
+from causalrope_kernels.arguments import Pieces, Projection, Slots, SlotsByHeads, Source
+from causalrope_kernels.launch import Kernel, padded
+from causalrope_kernels.tables import Lines, on_device
 
 FIELDS = tl.constexpr(4)  # of a head's line in an output's table: its first row, and the steps of batch, frame, token
 
@@ -162,41 +163,54 @@ def split_kernel(
     tl.store(pieces + row * WIDTH + number, value, mask=number < NUMBERS)
 
 
+def store(source: Source, q: SlotsByHeads = (), k: SlotsByHeads = (), v: SlotsByHeads = ()) -> None:
+    """Launches the kernel of the source; see `operations.norm_rope_store`, which checks the arguments."""
+    if isinstance(source, Pieces):
+        store_pieces(source.pieces, q, k, v)
+    else:
+        store_projection(source, q, k, v)
+
+
+PROJECTION, PIECES, SPLIT = Kernel(projection_kernel), Kernel(pieces_kernel), Kernel(split_kernel)
+
+
 def store_projection(projection: Projection, q: SlotsByHeads, k: SlotsByHeads, v: SlotsByHeads) -> None:
     """Launches `projection_kernel`; see `operations.norm_rope_store`, which checks the arguments."""
     qkv, rotation = projection.qkv_BFSN, projection.rotation
     batch, frames, tokens, heads, width = projection.shape
-    outputs, constants = _arguments(q, k, v, qkv, width)
+    outputs, present = _outputs(q, k, v, qkv, width)
     if qkv.numel() == 0 or not (q or k or v):
         return
-    block, tile = triton.next_power_of_2(width), triton.next_power_of_2(heads)
-    with launching_on(qkv):
-        projection_kernel[tokens, batch * frames](
-            qkv, projection.q_weight, projection.k_weight, *outputs,
-            rotation.time, rotation.row, rotation.column, rotation.query_times_F, rotation.key_times_F,
-            rotation.start, tokens, frames, rotation.columns, projection.eps, *qkv.stride()[:3], **constants,
-            TIMES=rotation.time.shape[2], ROWS=rotation.row.shape[2], COLUMNS=rotation.column.shape[2],
-            COUNT=heads, WIDTH=width, HEADS=tile, BLOCK=block, num_warps=warps(2 * tile * block),
-        )  # fmt: skip
+    time, row, column = rotation.time, rotation.row, rotation.column
+    block, tile = padded(width), padded(heads)
+    PROJECTION.launch(
+        (tokens, batch * frames),
+        (
+            qkv, projection.q_weight, projection.k_weight, *outputs, time, row, column,
+            rotation.query_times_F, rotation.key_times_F,
+        ),
+        (rotation.start, tokens, frames, rotation.columns, projection.eps, *qkv.stride()[:3]),
+        (*present, time.shape[2], row.shape[2], column.shape[2], heads, width, tile, block),
+        num_warps=warps_of(2 * tile * block),
+    )  # fmt: skip
 
 
 def store_pieces(pieces: Sequence[Tensor], q: SlotsByHeads, k: SlotsByHeads, v: SlotsByHeads) -> None:
     """Launches `pieces_kernel`; see `operations.norm_rope_store`, which checks the arguments."""
     pieces = [piece for piece in pieces if piece.numel()]  # an empty one has no address in memory
-    if not pieces:
+    if not pieces or not (q or k or v):
         return
-    kinds, batch, frames, _, heads, width = pieces[0].shape
-    outputs, constants = _arguments(q, k, v, pieces[0], width)
-    tokens = sum(piece.shape[3] for piece in pieces)
-    if not (q or k or v):
-        return
-    block, tile = triton.next_power_of_2(width), triton.next_power_of_2(heads)
-    with launching_on(pieces[0]):
-        pieces_kernel[tokens, batch * frames](
-            pieces[0], _offsets(pieces), *outputs, batch, frames,
-            pieces[0].stride(1) // pieces[0].stride(2), **constants,
-            KINDS=kinds, COUNT=heads, WIDTH=width, HEADS=tile, BLOCK=block, num_warps=warps(2 * tile * block),
-        )  # fmt: skip
+    first = pieces[0]
+    kinds, batch, frames, _, heads, width = first.shape
+    outputs, present = _outputs(q, k, v, first, width)
+    block, tile = padded(width), padded(heads)
+    PIECES.launch(
+        (sum(piece.shape[3] for piece in pieces), batch * frames),
+        (first, _offsets(pieces), *outputs),
+        (batch, frames, first.stride(1) // first.stride(2)),
+        (*present, kinds, heads, width, tile, block),
+        num_warps=warps_of(2 * tile * block),
+    )
 
 
 def split_tokens(x_BFSHD: Tensor, pieces: Sequence[Tensor]) -> None:
@@ -204,42 +218,51 @@ def split_tokens(x_BFSHD: Tensor, pieces: Sequence[Tensor]) -> None:
     batch, frames, tokens, heads, width = x_BFSHD.shape
     pieces = [piece for piece in pieces if piece.numel()]
     if x_BFSHD.numel():
-        block = triton.next_power_of_2(heads * width)
-        with launching_on(x_BFSHD):
-            split_kernel[tokens, batch * frames](
-                x_BFSHD, pieces[0], _offsets([piece.unsqueeze(0) for piece in pieces]), frames, *x_BFSHD.stride()[:3],
-                WIDTH=width, NUMBERS=heads * width, BLOCK=block, num_warps=warps(block),
-            )  # fmt: skip
+        block = padded(heads * width)
+        offsets = _offsets([piece.unsqueeze(0) for piece in pieces])
+        grid, numbers = (tokens, batch * frames), (frames, *x_BFSHD.stride()[:3])
+        constants = width, heads * width, block
+        SPLIT.launch(grid, (x_BFSHD, pieces[0], offsets), numbers, constants, num_warps=warps_of(block))
 
 
-def _arguments(
+def _outputs(
     q: SlotsByHeads, k: SlotsByHeads, v: SlotsByHeads, unused: Tensor, width: int
-) -> tuple[tuple[Tensor, ...], dict[str, bool]]:
-    """A kernel's arguments for q, k and v: first outputs, tables and slots, and flags for those that are present."""
-    by_name = {"Q": q, "K": k, "V": v}
-    first = [outputs[0].x if outputs else unused for outputs in by_name.values()]
-    tables = [_table(outputs, width) if outputs else unused for outputs in by_name.values()]
-    slots = [found[0].slots_F if found and found[0].slots_F is not None else unused for found in by_name.values()]
-    constants = {name: bool(outputs) for name, outputs in by_name.items()}
-    constants |= {f"{name}_SLOTS": bool(found) and found[0].slots_F is not None for name, found in by_name.items()}
-    return (*first, *tables, *slots), constants
+) -> tuple[tuple[Tensor, ...], tuple[bool, ...]]:
+    """A kernel's arguments for q, k and v: first outputs, tables and slots; and which are present and have slots."""
+    kinds = q, k, v
+    first = [outputs[0].x if outputs else unused for outputs in kinds]
+    tables = [_table(outputs, width) if outputs else unused for outputs in kinds]
+    slots = [outputs[0].slots_F if outputs else None for outputs in kinds]
+    present = [bool(outputs) for outputs in kinds] + [x is not None for x in slots]
+    return (*first, *tables, *[unused if x is None else x for x in slots]), tuple(present)
 
 
 def _table(outputs: Sequence[Slots], width: int) -> Tensor:
     """A line for every head: its first row, counted from the first output, and the steps of batch, frame and token."""
     first = outputs[0].x
+    if len(outputs) == 1:
+        return _table_of(((0, first.shape[3], first.stride()),), width, first.element_size(), first.device)
+    begin = first.data_ptr()
+    parts = tuple((out.x.data_ptr() - begin, out.x.shape[3], out.x.stride()) for out in outputs)
+    return _table_of(parts, width, first.element_size(), first.device)
+
+
+@lru_cache(maxsize=1024)
+def _table_of(
+    outputs: tuple[tuple[int, int, tuple[int, ...]], ...], width: int, itemsize: int, device: torch.device
+) -> Tensor:
+    """The table of `_table`, from each output's distance from the first in bytes, its heads and its strides."""
     lines = []
-    for number, out in enumerate(outputs):
-        distance = out.x.data_ptr() - first.data_ptr()
-        steps = [distance // first.element_size(), *out.x.stride()[:4]]
-        if distance % first.element_size() or any(step % width for step in steps):
+    for number, (distance, heads, strides) in enumerate(outputs):
+        steps = [distance // itemsize, *strides[:4]]
+        if distance % itemsize or any(step % width for step in steps):
             raise ValueError(
                 f"outputs[{number}]: expected a distance from the first output and strides that the head width {width} "
                 f"divides, as in one buffer, not {steps}"
             )
         begin, by_batch, by_frame, by_token, by_head = (step // width for step in steps)
-        lines += [(begin + head * by_head, by_batch, by_frame, by_token) for head in range(out.x.shape[3])]
-    return on_device(tuple(lines), first.device, torch.int32)
+        lines += [(begin + head * by_head, by_batch, by_frame, by_token) for head in range(heads)]
+    return on_device(tuple(lines), device, torch.int32)
 
 
 def _offsets(pieces: Sequence[Tensor]) -> Tensor:

@@ -7,24 +7,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
+from torch.nn import functional
 
-from causalrope_kernels import check, reference
-from causalrope_kernels.arguments import Affine, ByFrame, Norm, Pieces, SlotsByHeads, Source
-from causalrope_kernels.backend import DTYPES, Backend, use_triton
+from causalrope_kernels import check, inference, reference
+from causalrope_kernels.arguments import Affine, Norm, Pieces, SlotsByHeads, Source
+from causalrope_kernels.backend import Backend, needs_gradient, use_triton
 
 
 def add_norm(
-    x_BTD: Tensor, y_BTD: Tensor | None, gate: ByFrame | None, norm: Norm, backend: Backend = "auto"
+    x_BTD: Tensor,
+    y_BTD: Tensor | None,
+    gate: Tensor | None,
+    norm: Norm,
+    out: Tensor | None = None,
+    *,
+    backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Computes the residual x + y·gate and its LayerNorm, modulated by the token's frame or affine.
 
     Args:
         x_BTD: the residual.
         y_BTD: what is added to it, or None for nothing.
-        gate: the factor of y by frame, or None for 1. It needs y.
+        gate: the factor of y by frame, (F, D) or (B, F, D), or None for 1. It needs y.
         norm: what follows the LayerNorm: `Modulation` or `Affine`.
+        out: memory for the norm. With it the sum overwrites `x_BTD`, and no gradient is computed.
         backend: "auto", "triton" or "torch".
 
     Returns:
@@ -33,31 +40,25 @@ def add_norm(
     Raises:
         ValueError: a shape, stride, dtype or device does not fit; the message names the argument.
     """
-    check.add_norm(x_BTD, y_BTD, gate, norm)
-    if use_triton(backend, x_BTD, y_BTD, *_vectors(gate, norm)):
+    check.add_norm(x_BTD, y_BTD, gate, norm, out)
+    vectors = (norm.weight, norm.bias) if isinstance(norm, Affine) else (norm.shift, norm.factor)
+    if use_triton(backend, x_BTD, y_BTD, gate, *vectors):
         from causalrope_kernels import add_norm_kernel as kernel
 
-        return kernel.add_norm(x_BTD, y_BTD, gate, norm)
-    return reference.add_norm(x_BTD, y_BTD, gate, norm)
+        return kernel.add_norm(x_BTD, y_BTD, gate, norm, out)
+    if needs_gradient(x_BTD, y_BTD, gate, *vectors):
+        return reference.add_norm(x_BTD, y_BTD, gate, norm)
+    return inference.add_norm(x_BTD, y_BTD, gate, norm, out)
 
 
-def _vectors(gate: ByFrame | None, norm: Norm) -> list[Tensor]:
-    """All tensors of a gate and a norm."""
-    by_frame = [gate] if isinstance(norm, Affine) else [gate, norm.shift, norm.scale]
-    tensors = [norm.weight, norm.bias] if isinstance(norm, Affine) else []
-    for each in by_frame:
-        if each is not None:
-            tensors += [each.time_FD, each.learned_D]
-    return tensors
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float, backend: Backend = "auto") -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None, *, backend: Backend = "auto") -> Tensor:
     """Computes x / sqrt(mean(x²) + eps) · weight over the last axis.
 
     Args:
         x: (…, D).
         weight: (D,).
         eps: what is added to the mean square.
+        out: memory for the result, which may be `x` itself; no gradient is computed then.
         backend: "auto", "triton" or "torch".
 
     Returns:
@@ -66,12 +67,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, backend: Backend = "auto") -
     Raises:
         ValueError: the weight has another width, or a stride or device does not fit.
     """
-    check.rms_norm(x, weight)
+    check.rms_norm(x, weight, out)
     if use_triton(backend, x, weight):
         from causalrope_kernels import rms_norm_kernel as kernel
 
-        return kernel.rms_norm(x, weight, eps)
-    return reference.rms_norm(x, weight, eps)
+        return kernel.rms_norm(x, weight, eps, out)
+    if needs_gradient(x, weight):
+        return reference.rms_norm(x, weight, eps)
+    return inference.rms_norm(x, weight, eps, out)
 
 
 def norm_rope_store(
@@ -95,14 +98,14 @@ def norm_rope_store(
     check.source(source)
     check.kv_slots(source, q=q, k=k, v=v)
     weights = () if isinstance(source, Pieces) else (source.q_weight, source.k_weight)
-    if not use_triton(backend, source.like, *weights):
-        return reference.norm_rope_store(source, q, k, v)
-    from causalrope_kernels import norm_rope_store_kernel as kernel
+    if use_triton(backend, source.like, *weights):
+        from causalrope_kernels import norm_rope_store_kernel as kernel
 
-    if isinstance(source, Pieces):
-        kernel.store_pieces(source.pieces, q, k, v)
+        kernel.store(source, q, k, v)
+    elif needs_gradient(source.like, *weights):
+        reference.norm_rope_store(source, q, k, v)
     else:
-        kernel.store_projection(source, q, k, v)
+        inference.norm_rope_store(source, q, k, v)
 
 
 def split_tokens(x_BFSHD: Tensor, pieces: Sequence[Tensor], backend: Backend = "auto") -> None:
@@ -124,6 +127,26 @@ def split_tokens(x_BFSHD: Tensor, pieces: Sequence[Tensor], backend: Backend = "
     kernel.split_tokens(x_BFSHD, pieces)
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Computes a linear layer.
+
+    Args:
+        x: (…, K).
+        weight: (N, K).
+        bias: (N,), or None.
+
+    Returns:
+        (…, N).
+
+    Raises:
+        ValueError: the weight or bias has another width or dtype.
+    """
+    check.linear(x, weight, bias)
+    if needs_gradient(x, weight, bias):
+        return functional.linear(x, weight, bias)
+    return inference.linear(x, weight, bias)
+
+
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, backend: str = "auto") -> Tensor:
     """Computes GELU, in its tanh form, of a linear layer.
 
@@ -131,8 +154,8 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, backend: str = "auto") 
         x: (…, K).
         weight: (N, K).
         bias: (N,).
-        backend: "auto" computes both in one cuBLASLt call on CUDA, which writes the wide result to memory once;
-            "torch" computes one after the other.
+        backend: "auto" computes both in one call, of cuBLASLt on CUDA and of oneDNN on a CPU, which writes the wide
+            result to memory once; "torch" computes one after the other.
 
     Returns:
         (…, N).
@@ -140,12 +163,9 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, backend: str = "auto") 
     Raises:
         ValueError: the weight or bias has another width, or the backend is unknown.
     """
-    check.linear_gelu(x, weight, bias)
+    check.linear(x, weight, bias)
     if backend not in ("auto", "torch"):
         raise ValueError(f"backend: expected auto or torch, not {backend!r}")
-    wants_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, weight, bias))
-    fused = x.is_cuda and x.dtype == weight.dtype and x.dtype in DTYPES
-    if backend == "auto" and fused and not wants_gradient:
-        rows = torch.ops.aten._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True)
-        return rows.unflatten(0, x.shape[:-1])
-    return reference.linear_gelu(x, weight, bias)
+    if needs_gradient(x, weight, bias):
+        return reference.linear_gelu(x, weight, bias)
+    return inference.linear_gelu(x, weight, bias) if backend == "auto" else reference.linear_gelu(x, weight, bias)

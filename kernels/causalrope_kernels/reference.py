@@ -2,8 +2,8 @@
 
 Half-precision input is computed in float32, anything else in its own dtype.
 
-Shapes: B batch, T tokens, F frames (T = F·s), L keys, H heads, d head width, D = H·d. A vector of a frame, (F, D), may
-also differ by batch entry, (B, F, D).
+Shapes: B batch, T tokens, F frames (T = F·s), L keys, H heads, d head width, D = H·d. Vectors of
+frames, (F, D), may also differ by batch entry, (B, F, D).
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from torch.nn import functional
 
 from causalrope_kernels.arguments import (
     Affine,
-    ByFrame,
     Keys,
     Norm,
     Pieces,
@@ -48,7 +47,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return functional.rms_norm(wide_x, x.shape[-1:], weight.to(wide_x.dtype), eps).to(x.dtype)
 
 
-def add_norm(x_BTD: Tensor, y_BTD: Tensor | None, gate: ByFrame | None, norm: Norm) -> tuple[Tensor, Tensor]:
+def add_norm(x_BTD: Tensor, y_BTD: Tensor | None, gate: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor]:
     """Computes the residual x + y·gate, rounded to x's dtype, and its LayerNorm, computed before that rounding.
 
     The gate is 1 if it is None. Nothing is added if y is None.
@@ -57,22 +56,20 @@ def add_norm(x_BTD: Tensor, y_BTD: Tensor | None, gate: ByFrame | None, norm: No
     dtype = x.dtype
     if y_BTD is not None:
         y = y_BTD.to(dtype)
-        if gate is not None:
-            by_frame = _by_frame(gate, dtype)
-            y = (y.unflatten(1, (by_frame.shape[-3], -1)) * by_frame).flatten(1, 2)
-        x = x + y
+        x = x + (y if gate is None else (by_frame(y, gate) * gate.to(dtype).unsqueeze(-2)).flatten(1, 2))
     total = x_BTD if y_BTD is None else x.to(x_BTD.dtype)
     if isinstance(norm, Affine):
         weight, bias = norm.weight.to(dtype), norm.bias.to(dtype)
         return total, functional.layer_norm(x, x.shape[-1:], weight, bias, norm.eps).to(x_BTD.dtype)
-    shift, scale = _by_frame(norm.shift, dtype), _by_frame(norm.scale, dtype)
-    normed = functional.layer_norm(x, x.shape[-1:], eps=norm.eps).unflatten(1, (scale.shape[-3], -1))
-    return total, torch.addcmul(shift, normed, 1 + scale).flatten(1, 2).to(x_BTD.dtype)
+    shift, factor = (vector.to(dtype).unsqueeze(-2) for vector in (norm.shift, norm.factor))
+    normed = by_frame(functional.layer_norm(x, x.shape[-1:], eps=norm.eps), norm.shift)
+    return total, torch.addcmul(shift, normed, factor).flatten(1, 2).to(x_BTD.dtype)
 
 
-def _by_frame(vector: ByFrame, dtype: torch.dtype) -> Tensor:
-    """A frame's vector with an axis for the tokens of the frame, (…, F, 1, D)."""
-    return (vector.time_FD.to(dtype) + vector.learned_D.to(dtype)).unsqueeze(-2)
+def by_frame(x_BTD: Tensor, vectors: Tensor) -> Tensor:
+    """Returns the tokens frame by frame, (B, F, s, D), for vectors of F frames, (…, F, D)."""
+    batch, tokens, dim = x_BTD.shape
+    return x_BTD.view(batch, vectors.shape[-2], tokens // vectors.shape[-2], dim)
 
 
 def project(projection: Projection) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,13 +5,15 @@ Shapes: T rows, D width.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from causalrope_kernels.add_norm_kernel import rows_of, warps
-from causalrope_kernels.tables import launching_on
+from causalrope_kernels.add_norm_kernel import rows_of, warps_of
+from causalrope_kernels.launch import Kernel, blocks_of, padded
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -30,18 +32,25 @@ def rms_norm_kernel(
     tl.store(out + row[:, None] * WIDTH + channel[None, :], result.to(out.dtype.element_ty), mask=mask)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+KERNEL = Kernel(rms_norm_kernel)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
     """Launches the kernel; see `operations.rms_norm`, which checks the arguments."""
     width = x.shape[-1]
     rows_of_x = x.reshape(-1, width)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
     count = rows_of_x.shape[0]
     if count and width:
-        block = triton.next_power_of_2(width)
-        rows = rows_of(count, block)
-        with launching_on(x):
-            rms_norm_kernel[(triton.cdiv(count, rows),)](
-                rows_of_x, weight, out, count, eps, rows_of_x.stride(0),
-                WIDTH=width, ROWS=rows, BLOCK=block, num_warps=warps(rows * block),
-            )  # fmt: skip
+        grid, rows, block, warps = _blocks(count, width)
+        tensors, numbers = (rows_of_x, weight, out), (count, eps, rows_of_x.stride(0))
+        KERNEL.launch(grid, tensors, numbers, (width, rows, block), num_warps=warps)
     return out
+
+
+@cache
+def _blocks(count: int, width: int) -> tuple[tuple[int], int, int, int]:
+    """The grid, the rows and the width of a program's block, and its warps."""
+    block = padded(width)
+    rows = rows_of(count, block)
+    return (blocks_of(count, rows),), rows, block, warps_of(rows * block)

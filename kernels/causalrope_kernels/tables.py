@@ -1,19 +1,13 @@
-"""Helpers of every kernel launcher: the current device, and small tables of integers on it."""
+"""Small tables of integers on a device, which kernels read."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 Lines = tuple[tuple[int, ...], ...]
-
-
-def launching_on(x: Tensor) -> AbstractContextManager[object]:
-    """Returns a context in which the device of `x` is current: Triton launches on the thread's current device."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 @lru_cache(maxsize=1024)

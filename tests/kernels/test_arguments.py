@@ -14,7 +14,6 @@ from torch import Tensor
 
 from causalrope_kernels import (
     Affine,
-    ByFrame,
     Keys,
     Modulation,
     Pieces,
@@ -36,7 +35,7 @@ from tests.support.kernel_inputs import EPS, WIDTH, B, D, F, H, S, T, a_rotation
 from tests.support.paths import ROOT
 
 X, Q = torch.zeros(B, T, WIDTH), torch.zeros(B, T, H, D)
-VECTOR, PER_FRAME = torch.zeros(WIDTH), ByFrame(torch.zeros(F, WIDTH), torch.zeros(WIDTH))
+VECTOR, PER_FRAME = torch.zeros(WIDTH), torch.zeros(F, WIDTH)
 PLAIN, AFFINE = Modulation(PER_FRAME, PER_FRAME, EPS), Affine(VECTOR, VECTOR, EPS)
 LSE = torch.zeros(B, T, H)
 
@@ -78,12 +77,12 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
     "y on another device": (lambda: add_norm(X, X.to("meta"), None, PLAIN), "y: expected to be on cpu, not meta"),
     "a gate without y": (lambda: add_norm(X, None, PER_FRAME, PLAIN), "gate: expected none without y"),
     "frames that do not divide": (
-        lambda: add_norm(X, X, ByFrame(torch.zeros(5, WIDTH), VECTOR), AFFINE),
-        "gate.time_FD: expected as many frames as divide 12 tokens, not 5",
+        lambda: add_norm(X, X, torch.zeros(5, WIDTH), AFFINE),
+        "gate: expected as many frames as divide 12 tokens, not 5",
     ),
     "frames that differ": (
-        lambda: add_norm(X, X, ByFrame(torch.zeros(4, WIDTH), VECTOR), PLAIN),
-        "gate, shift, scale: expected the same frames",
+        lambda: add_norm(X, X, torch.zeros(4, WIDTH), PLAIN),
+        "gate, shift, factor: expected the same frames",
     ),
     "a vector too short": (
         lambda: add_norm(X, X, None, Affine(VECTOR[1:], VECTOR, EPS)),
@@ -171,7 +170,7 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
     "no parts": (lambda: merge([]), "parts: expected at least one, not none"),
     "parts that differ": (lambda: merge([(Q, LSE), (Q[:, 1:], LSE[:, 1:])]), r"parts\[1\] output: expected shape"),
     "an unknown backend": (
-        lambda: rms_norm(X, VECTOR, EPS, "cuda"),  # type: ignore[arg-type]
+        lambda: rms_norm(X, VECTOR, EPS, backend="cuda"),  # type: ignore[arg-type]
         "backend: expected auto, triton or torch, not 'cuda'",
     ),
     "an unknown attention": (
@@ -179,19 +178,19 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
         "backend: expected one of auto, torch, triton, cudnn.*not 'magic'",
     ),
     "triton in float64": (
-        lambda: rms_norm(X.double(), VECTOR, EPS, "triton"),
+        lambda: rms_norm(X.double(), VECTOR, EPS, backend="triton"),
         "backend: triton runs in float32.*not in torch.float64",
     ),
     "triton where a gradient is wanted": (
-        lambda: rms_norm(X.clone().requires_grad_(), VECTOR, EPS, "triton"),
+        lambda: rms_norm(X.clone().requires_grad_(), VECTOR, EPS, backend="triton"),
         "backend: triton has no backward",
     ),
     "triton on the CPU": (
-        lambda: with_environment({"TRITON_INTERPRET": "0"}, lambda: rms_norm(X, VECTOR, EPS, "triton")),
+        lambda: with_environment({"TRITON_INTERPRET": "0"}, lambda: rms_norm(X, VECTOR, EPS, backend="triton")),
         "backend: triton runs on cuda, not on cpu",
     ),
     "bfloat16 interpreted": (
-        lambda: rms_norm(X.bfloat16(), VECTOR, EPS, "triton"),
+        lambda: rms_norm(X.bfloat16(), VECTOR, EPS, backend="triton"),
         "backend: triton is interpreted in float32 and float16; in bfloat16",
     ),
     "a room that is no list": (

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from causalrope_kernels import (
     Affine,
-    ByFrame,
     Keys,
     Modulation,
     Pieces,
@@ -62,12 +61,12 @@ def plain_norm(x: Tensor) -> Tensor:
     return (x - mean) / (spread + EPS).sqrt()
 
 
-def plain_modulate(x: Tensor, shift: ByFrame, scale: ByFrame) -> Tensor:
+def plain_modulate(x: Tensor, shift: Tensor, factor: Tensor) -> Tensor:
     normed = plain_norm(x)
-    return by_token(x, lambda b, t: normed[b, t] * (1 + carried(scale, b, t)) + carried(shift, b, t))
+    return by_token(x, lambda b, t: normed[b, t] * carried(factor, b, t) + carried(shift, b, t))
 
 
-def plain_gate_add(x: Tensor, y: Tensor, gate: ByFrame) -> Tensor:
+def plain_gate_add(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     return by_token(x, lambda b, t: x[b, t] + y[b, t] * carried(gate, b, t))
 
 
@@ -78,14 +77,13 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return torch.einsum("bthl,blhd->bthd", weights, v) / total.unsqueeze(-1), total.log()
 
 
-def carried(vectors: ByFrame, batch: int, token: int) -> Tensor:
-    """What the token's frame carries, the same for all of a batch (F, D) or not (B, F, D)."""
-    time = vectors.time_FD.double()
-    return (time if time.ndim == 2 else time[batch])[token // S] + vectors.learned_D.double()
+def carried(vectors: Tensor, batch: int, token: int) -> Tensor:
+    """The vector of the token's frame, the same for all of a batch (F, D) or not (B, F, D)."""
+    return (vectors if vectors.ndim == 2 else vectors[batch])[token // S].double()
 
 
-def vectors(*carrier: int, seed: int, dtype: torch.dtype = torch.float64) -> ByFrame:
-    return ByFrame(random(*carrier, seed=seed).to(dtype), random(carrier[-1], seed=seed + 1).to(dtype))
+def vectors(*carrier: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return random(*carrier, seed=seed).to(dtype)
 
 
 def by_token(x: Tensor, value: Callable[[int, int], Tensor]) -> Tensor:
@@ -171,14 +169,14 @@ def test_a_source_writes_frames_and_heads_where_they_are_wanted() -> None:
 @pytest.mark.parametrize("carrier", [(F, WIDTH), (B, F, WIDTH)], ids=["frame", "batch and frame"])
 def test_add_norm_goes_by_frame(carrier: tuple[int, ...]) -> None:
     x, y = random(B, T, WIDTH), random(B, T, WIDTH, seed=1)
-    gate, shift, scale = (vectors(*carrier, seed=seed) for seed in (2, 4, 6))
-    modulation = Modulation(shift, scale, EPS)
+    gate, shift, factor = (vectors(*carrier, seed=seed) for seed in (2, 4, 6))
+    modulation = Modulation(shift, factor, EPS)
     total, normed = add_norm(x, y, gate, modulation)
     close(total, plain_gate_add(x, y, gate))
-    close(normed, plain_modulate(plain_gate_add(x, y, gate), shift, scale))
+    close(normed, plain_modulate(plain_gate_add(x, y, gate), shift, factor))
     total, normed = add_norm(x, None, None, modulation)
     assert torch.equal(total, x)
-    close(normed, plain_modulate(x, shift, scale))
+    close(normed, plain_modulate(x, shift, factor))
     weight, bias = random(2, WIDTH, seed=8)
     total, normed = add_norm(x, y, None, Affine(weight, bias, EPS))
     close(total, x + y)
@@ -305,11 +303,11 @@ def test_half_precision_rotate_and_norms_round_once(dtype: torch.dtype) -> None:
 @HALVES
 def test_half_precision_add_norm_rounds_once(dtype: torch.dtype) -> None:
     x, y = (random(B, T, WIDTH, seed=seed).to(dtype) for seed in range(2))
-    gate, shift, scale = (vectors(F, WIDTH, seed=seed, dtype=dtype) for seed in (2, 4, 6))
+    gate, shift, factor = (vectors(F, WIDTH, seed=seed, dtype=dtype) for seed in (2, 4, 6))
     exact = plain_gate_add(x.double(), y.double(), gate)
-    total, normed = add_norm(x, y, gate, Modulation(shift, scale, EPS))
+    total, normed = add_norm(x, y, gate, Modulation(shift, factor, EPS))
     rounded_once(total, exact, dtype)
-    rounded_once(normed, plain_modulate(exact, shift, scale), dtype)
+    rounded_once(normed, plain_modulate(exact, shift, factor), dtype)
 
 
 @HALVES

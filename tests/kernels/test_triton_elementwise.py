@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from types import ModuleType
 
 import pytest
 import torch
@@ -15,7 +16,6 @@ from torch import Tensor
 
 from causalrope_kernels import (
     Affine,
-    ByFrame,
     Modulation,
     Norm,
     Pieces,
@@ -39,15 +39,21 @@ EPS = 1e-6
 ROWS = pytest.mark.parametrize("rows", [1, 4], ids=["row by row", "4 rows a program"])
 
 
-def by_frame(*carrier: int, seed: int) -> ByFrame:
+def by_frame(*carrier: int, seed: int) -> Tensor:
     """As a block has it: one of six vectors, side by side."""
     *frames, width = carrier
-    return ByFrame.unbind(random(*frames, 6, width, seed=seed), random(6, width, seed=seed + 1))[2]
+    return random(*frames, 6, width, seed=seed).unbind(-2)[2]
 
 
 def an_affine(width: int, seed: int) -> Affine:
     weight, bias = random(2, width, seed=seed)
     return Affine(weight, bias, EPS)
+
+
+def of_rows(kernel: ModuleType, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets a kernel's programs compute so many rows each."""
+    monkeypatch.setattr(kernel, "rows_of", lambda count, block: rows)
+    monkeypatch.setattr(kernel, "_blocks", kernel._blocks.__wrapped__)  # without the cache
 
 
 @DTYPES
@@ -58,12 +64,12 @@ def an_affine(width: int, seed: int) -> Affine:
 def test_add_norm(
     batch: int, frames: int, tokens: int, width: int, dtype: torch.dtype, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(add_norm_kernel, "rows_of", lambda count, block: rows)
+    of_rows(add_norm_kernel, rows, monkeypatch)
     x, y = random(2, batch, frames * tokens, width)
     carrier = (batch, frames, width) if batch > 1 else (frames, width)
-    gate, shift, scale = (by_frame(*carrier, seed=seed) for seed in (1, 3, 5))
-    modulation, affine = Modulation(shift, scale, EPS), an_affine(width, seed=7)
-    cases: list[tuple[Tensor | None, ByFrame | None, Norm]] = [
+    gate, shift, factor = (by_frame(*carrier, seed=seed) for seed in (1, 3, 5))
+    modulation, affine = Modulation(shift, factor, EPS), an_affine(width, seed=7)
+    cases: list[tuple[Tensor | None, Tensor | None, Norm]] = [
         (None, None, modulation),
         (y, gate, modulation),
         (y, None, modulation),
@@ -76,15 +82,14 @@ def test_add_norm(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_add_norm_with_wide_vectors(dtype: torch.dtype) -> None:
-    """As a mixed checkpoint has them: tables and weights in float32, parts by timestep and residual in 16 bits."""
+    """As a pass has them: vectors of frames, and in a mixed checkpoint weights, in float32 for tokens of 16 bits."""
     x, y = as_dtype(tuple(random(2, 1, 6, 60)), dtype)
-    vectors = [by_frame(3, 60, seed=seed) for seed in (1, 3, 5)]
-    gate, shift, scale = (ByFrame(each.time_FD.to(dtype), each.learned_D.float()) for each in vectors)
-    norms: tuple[Norm, ...] = (Modulation(shift, scale, EPS), as_dtype(an_affine(60, seed=7), torch.float32))
+    gate, shift, factor = (by_frame(3, 60, seed=seed).float() for seed in (1, 3, 5))
+    norms: tuple[Norm, ...] = (Modulation(shift, factor, EPS), as_dtype(an_affine(60, seed=7), torch.float32))
     for norm in norms:
         x_64, y_64, gate_64, norm_64 = as_dtype((x, y, gate, norm), torch.float64)
-        truth = add_norm(x_64, y_64, gate_64, norm_64, "torch")
-        ours, rough = add_norm(x, y, gate, norm, "triton"), add_norm(x, y, gate, norm, "torch")
+        truth = add_norm(x_64, y_64, gate_64, norm_64, backend="torch")
+        ours, rough = add_norm(x, y, gate, norm, backend="triton"), add_norm(x, y, gate, norm, backend="torch")
         for mine, other, exact in zip(ours, rough, truth, strict=True):
             assert mine.dtype == dtype
             no_worse(mine, other, exact)
@@ -93,10 +98,12 @@ def test_add_norm_with_wide_vectors(dtype: torch.dtype) -> None:
 def test_add_norm_of_the_last_frames_of_a_batch() -> None:
     """As the head has it: views whose batch entries lie apart, and numbers far from zero, where a mean matters."""
     x, y = 30 + random(2, 2, 3 * 5, 60)
-    gate, shift, scale = (by_frame(2, 3, 60, seed=seed).frames(slice(1, None)) for seed in (1, 3, 5))
+    gate, shift, factor = (by_frame(2, 3, 60, seed=seed)[:, 1:] for seed in (1, 3, 5))
     for dtype in (torch.float32, torch.bfloat16):
-        compare(add_norm, x[:, 5:], y[:, 5:], gate, Modulation(shift, scale, EPS), dtype=dtype)
-    total, normed = add_norm(x.float()[:, 5:], None, None, as_dtype(an_affine(60, seed=0), torch.float32), "triton")
+        compare(add_norm, x[:, 5:], y[:, 5:], gate, Modulation(shift, factor, EPS), dtype=dtype)
+    total, normed = add_norm(
+        x.float()[:, 5:], None, None, as_dtype(an_affine(60, seed=0), torch.float32), backend="triton"
+    )
     assert torch.equal(total, x.float()[:, 5:])
     assert normed.is_contiguous()
 
@@ -105,10 +112,10 @@ def test_add_norm_of_the_last_frames_of_a_batch() -> None:
 @pytest.mark.parametrize(("tokens", "width"), [(1, 60), (13, 128), (5, 1536)])
 @ROWS
 def test_rms_norm(tokens: int, width: int, dtype: torch.dtype, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rms_norm_kernel, "rows_of", lambda count, block: rows)
+    of_rows(rms_norm_kernel, rows, monkeypatch)
     packed, weight = random(2, tokens, 2 * width), random(width, seed=1)
-    compare(lambda x, w, backend: rms_norm(x[..., :width], w, EPS, backend), packed, weight, dtype=dtype)
-    compare(lambda x, w, backend: rms_norm(x[..., width:], w, EPS, backend), 1e-4 * packed, weight, dtype=dtype)
+    compare(lambda x, w, backend: rms_norm(x[..., :width], w, EPS, backend=backend), packed, weight, dtype=dtype)
+    compare(lambda x, w, backend: rms_norm(x[..., width:], w, EPS, backend=backend), 1e-4 * packed, weight, dtype=dtype)
 
 
 SLOTS = torch.tensor([5, 0, 3], device=DEVICE)

@@ -87,6 +87,7 @@ def test_a_wrong_value_of_a_call_is_one_sentence(options: dict[str, Any], messag
         ({"offload": 5}, "offload takes text, codec, none, not 5"),
         ({"offload": [5]}, r"offload takes text, codec, none, not \[5\]"),
         ({"preflight": 1}, "preflight must be True or False, not 1"),
+        ({"graphs": 1}, "graphs must be True or False, not 1"),
         ({"steps": 4}, "there is no option steps; there are: base, preset, .*num_inference_steps"),
     ],
 )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from causalrope_sp.distributed.launch import RankPool
 from causalrope_sp.profiling.outputs import Profile, errors, propose, recording
 from causalrope_sp.reuse import Broadcast, ReusePolicy, find_policy
 from causalrope_sp.reuse.policy import CAUSAL_KINDS, Kind
+from tests.support.model_outputs import note_outputs
 from tests.support.paths import ROOT
 from tests.support.reuse_cases import CONFIG, GRID, SAMPLER, STREAM, make_model, random
 from tests.support.streams import run_chunks
@@ -54,12 +54,7 @@ def test_differences_are_those_of_all_outputs(pool: RankPool) -> None:
     model = make_model()
     seen: dict[tuple[str, int], list[Tensor]] = {}
 
-    def keep(name: tuple[str, int], _: Any, __: Any, output: Tensor) -> None:
-        seen.setdefault(name, []).append(output)
-
-    for layer, block in enumerate(model.blocks):
-        for kind, module in (("self", "self_attn"), ("cross", "cross_attn"), ("mlp", "ffn")):
-            getattr(block, module).register_forward_hook(partial(keep, (kind, layer)))
+    note_outputs(model, lambda layer, kind, output: seen.setdefault((kind, layer), []).append(output))
     run(model, SequenceParallel.single(device="cpu"), initial_latents=random(1, 4, *noise_frame()))
     tokens = 2 * GRID.tokens
     first = profiled(None, "cpu", 3, True)

@@ -29,6 +29,7 @@ from causalrope_sp.reuse.policy import CAUSAL_KINDS, KINDS
 from causalrope_sp.sampling.stream import CausalStream, Part
 from causalrope_sp.sampling.stream_options import Source
 from causalrope_sp.verification.cases import load_case
+from tests.support.model_outputs import note_outputs
 from tests.support.reuse_cases import CONFIG, GRID, MIXED, SAMPLER, SHARED, STREAM, TIMESTEPS, make_model, random
 from tests.support.streams import run_chunks
 
@@ -105,8 +106,7 @@ def test_a_hit_takes_the_current_gate() -> None:
     every = ReusePolicy(tuple(Broadcast(kind, 2) for kind in CAUSAL_KINDS))
     outputs: dict[str, Tensor] = {}
     block = model.blocks[0]
-    for name in ("self_attn", "cross_attn", "ffn"):
-        getattr(block, name).register_forward_hook(lambda _, __, out, name=name: outputs.__setitem__(name, out.clone()))
+    note_outputs(model, lambda _, kind, output: outputs.__setitem__(kind, output))
     stream = CausalStream(
         model,
         random(1, CONFIG.text_len, CONFIG.text_dim),
@@ -126,8 +126,8 @@ def test_a_hit_takes_the_current_gate() -> None:
 
     time = model.time_embedding(sinusoid(torch.tensor([400.0]), CONFIG.freq_dim))
     gates = (model.time_projection(time).view(6, -1) + block.modulation)[[2, 5]]
-    residual = model.patch_embedding(y.flatten(1, 2)) + kept["self_attn"] * gates[0] + kept["cross_attn"]
-    residual = residual + kept["ffn"] * gates[1]
+    residual = model.patch_embedding(y.flatten(1, 2)) + kept["self"] * gates[0] + kept["cross"]
+    residual = residual + kept["mlp"] * gates[1]
     shift, scale = time + model.head.modulation
     normed = torch.nn.functional.layer_norm(residual, residual.shape[-1:], eps=CONFIG.eps)
     expected = model.head.linear(normed * (1 + scale) + shift).view_as(velocity)

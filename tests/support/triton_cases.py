@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from causalrope_kernels import Affine, ByFrame, Keys, Modulation, RotateOnRead
+from causalrope_kernels import Affine, Keys, Modulation, RotateOnRead
 from causalrope_sp import LatentGrid
 
 DEVICE = torch.device(os.environ.get("CAUSALROPE_TEST_DEVICE", "cpu"))  # on "cuda" compiled, and not interpreted
@@ -42,7 +42,7 @@ def as_dtype(x: Any, dtype: torch.dtype) -> Any:
         return x.to(dtype) if x.is_floating_point() else x
     if isinstance(x, tuple | list):
         return type(x)(as_dtype(item, dtype) for item in x)
-    if isinstance(x, ByFrame | Modulation | Affine | Keys | RotateOnRead):
+    if isinstance(x, Modulation | Affine | Keys | RotateOnRead):
         return type(x)(**{name: as_dtype(value, dtype) for name, value in vars(x).items()})
     return x
 

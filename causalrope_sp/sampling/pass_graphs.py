@@ -1,0 +1,138 @@
+"""CUDA graphs of a stream's passes: one launch from Python a pass once the window slides.
+
+A pass of one kind differs from the next in numbers alone: its tokens, timesteps, positions in time, slots and bounds. A
+graph reads them from tensors of its own, into which the current ones are copied before every replay. A kind is captured
+when it returns in a later chunk, so a window that fills runs eagerly, and attention keeps the backend that was chosen
+for the keys of the kind.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+MOST_GRAPHS = 32  # of a stream; later kinds run eagerly
+_log = logging.getLogger(__name__)
+
+
+class Graph(Protocol):
+    """A captured function, such as `torch.cuda.CUDAGraph` has it."""
+
+    def replay(self) -> None:
+        """Runs the function again on the same tensors."""
+
+
+Capture = Callable[[Callable[[], Tensor]], tuple[Graph, Tensor]]
+
+
+def capture_on_cuda(run: Callable[[], Tensor]) -> tuple[Graph, Tensor]:
+    """Captures a function in a CUDA graph.
+
+    Args:
+        run: the function, which was run before, so that nothing is compiled, measured or loaded while it is captured.
+
+    Returns:
+        The graph and the output tensor, which every replay writes.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # another thread may decode at the same time
+        output = run()
+    return graph, output
+
+
+def stream_graphs(device: torch.device) -> PassGraphs | None:
+    """Returns the graphs of a stream on a device; None where there are none, as on a CPU."""
+    return PassGraphs() if device.type == "cuda" else None
+
+
+@dataclass(frozen=True)
+class _Captured:
+    graph: Graph
+    inputs: tuple[Tensor, ...]
+    output: Tensor
+
+
+class PassGraphs:
+    """The graphs of one stream.
+
+    Args:
+        capture: captures a function; `capture_on_cuda`, or a stand-in in tests.
+    """
+
+    def __init__(self, capture: Capture = capture_on_cuda) -> None:
+        self._capture = capture
+        self._graphs: dict[Hashable, _Captured] = {}
+        self._seen: dict[Hashable, int] = {}  # the chunk in which a kind was first seen
+        self._failed = False
+        self.replays = 0
+
+    def run(
+        self,
+        kind: Hashable,
+        chunk: int,
+        inputs: Sequence[Tensor],
+        forward: Callable[[Sequence[Tensor]], Tensor],
+        undo: Callable[[], None],
+    ) -> Tensor:
+        """Runs a pass, by a graph if its kind was captured.
+
+        Args:
+            kind: what a graph depends on besides the numbers in `inputs`.
+            chunk: the number of the chunk that is denoised.
+            inputs: the tensors that differ between passes of the kind.
+            forward: computes the pass from such tensors.
+            undo: restores what the pass overwrote, so that the pass may run again.
+
+        Returns:
+            The output of the pass.
+        """
+        found = self._graphs.get(kind)
+        if found is not None:
+            self._copy(inputs, found.inputs)
+            found.graph.replay()
+            self.replays += 1
+            return found.output.clone()
+        output = forward(inputs)
+        if chunk > self._seen.setdefault(kind, chunk) and len(self._graphs) < MOST_GRAPHS and not self._failed:
+            self._try(kind, inputs, forward, undo, output)
+        return output
+
+    def _try(
+        self,
+        kind: Hashable,
+        inputs: Sequence[Tensor],
+        forward: Callable[[Sequence[Tensor]], Tensor],
+        undo: Callable[[], None],
+        eager: Tensor,
+    ) -> None:
+        """Captures a kind. A graph is kept only if its first replay gives what the eager pass gave."""
+        own = tuple(x.clone() for x in inputs)
+        undo()
+        try:
+            graph, output = self._capture(lambda: forward(own))
+            undo()
+            graph.replay()
+            if not torch.allclose(output, eager, rtol=1e-2, atol=1e-2 * float(eager.abs().max())):
+                raise RuntimeError("its output differs from that of the eager pass")
+        except RuntimeError as error:
+            self._failed = True
+            undo()
+            forward(inputs)  # what the eager pass wrote
+            _log.warning("passes run without CUDA graphs: %s", str(error).splitlines()[0])
+            return
+        self._graphs[kind] = _Captured(graph, own, output)
+
+    @staticmethod
+    def _copy(inputs: Sequence[Tensor], own: Sequence[Tensor]) -> None:
+        by_dtype: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+        for to, x in zip(own, inputs, strict=True):
+            targets, sources = by_dtype.setdefault(x.dtype, ([], []))
+            targets.append(to)
+            sources.append(x)
+        for targets, sources in by_dtype.values():
+            torch._foreach_copy_(targets, sources)

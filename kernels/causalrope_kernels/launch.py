@@ -1,0 +1,88 @@
+"""Launches Triton kernels with little work for the host.
+
+Triton binds and specializes the arguments of every launch anew, which costs the host more than the launch itself. A
+`Kernel` does that once for arguments of the same types, alignments and numbers, and then calls the compiled binary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ALIGNMENT = 16  # bytes; Triton compiles another binary for pointers that these do not divide
+_NO_SWITCH = nullcontext()
+
+
+class Kernel:
+    """A Triton kernel whose constants are the last of its parameters.
+
+    Args:
+        function: the kernel, as `triton.jit` returns it.
+    """
+
+    def __init__(self, function: Any) -> None:
+        self.function = function
+        self._runners: dict[tuple[Any, ...], Callable[..., None]] = {}
+
+    def launch(
+        self,
+        grid: tuple[int, ...],
+        tensors: tuple[Any, ...],
+        numbers: tuple[Any, ...],
+        constants: tuple[Any, ...],
+        **options: int,
+    ) -> None:
+        """Launches the kernel on the device of its first tensor.
+
+        Args:
+            grid: the number of programs on each axis.
+            tensors: the first arguments: tensors, tuples of tensors, or None.
+            numbers: the arguments after them: numbers, or tuples of numbers.
+            constants: the constants, in the order of the parameters.
+            options: `num_warps` and `num_stages`, which depend on `numbers` and `constants` alone.
+        """
+        device = _first(tensors).device
+        key = grid, device, numbers, constants, *[_kind(x) for x in tensors]
+        runner = self._runners.get(key)
+        with on(device):
+            if runner is not None:
+                runner(*tensors, *numbers, *constants)
+                return
+            binary = self.function[grid](*tensors, *numbers, *constants, **options)
+        if binary is not None:  # the interpreter returns none
+            self._runners[key] = binary[grid + (1,) * (3 - len(grid))]
+
+
+def _first(tensors: tuple[Any, ...]) -> Tensor:
+    first = tensors[0]
+    return first[0] if first.__class__ is tuple else first
+
+
+def _kind(x: Any) -> Any:
+    """What Triton may compile another binary for: the dtype and the alignment of a tensor, and whether there is one."""
+    if x is None:
+        return None
+    if x.__class__ is tuple:
+        return tuple(map(_kind, x))
+    return x.dtype, x.data_ptr() % ALIGNMENT == 0
+
+
+def on(device: torch.device) -> AbstractContextManager[object]:
+    """Returns a context in which a device is current, since Triton launches on the thread's current device."""
+    if device.type != "cuda" or torch.cuda.current_device() == device.index:
+        return _NO_SWITCH
+    return torch.cuda.device(device)
+
+
+def padded(size: int) -> int:
+    """Returns the next power of two, the size of a block that holds so many numbers."""
+    return 1 << max(0, size - 1).bit_length()
+
+
+def blocks_of(count: int, size: int) -> int:
+    """Returns how many blocks of a size hold `count` items."""
+    return -(-count // size)
