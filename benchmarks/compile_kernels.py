@@ -51,13 +51,8 @@ from causalrope_kernels.rms_norm_kernel import rms_norm
 from causalrope_sp.config import PRESETS
 
 TABLE = Path(__file__).with_name("compiled_kernels.md")
-# and the KiB of shared memory of a multiprocessor, of which a block gets 1 less
+# the KiB of shared memory of a multiprocessor, of which a block gets 1 less
 ARCHITECTURES = {80: 164, 90: 228, 100: 228, 120: 100}
-    80: 164,
-    90: 228,
-    100: 228,
-    120: 100,
-}  # and the KiB of shared memory of a multiprocessor; a block gets 1 less
 ROWS, COLUMNS, FRAMES, WINDOW = 30, 52, 3, 21
 TOKENS = ROWS * COLUMNS
 
