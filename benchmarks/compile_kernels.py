@@ -10,7 +10,6 @@ are read from the machine code, shared memory from the compiler.
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -27,12 +26,9 @@ from unittest.mock import patch
 
 import click
 import torch
-
-os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 asks which; 3.10 would no longer fuse
-
 import triton
+from absent_gpu import AbsentGPU
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
@@ -55,25 +51,10 @@ from causalrope_kernels.rms_norm_kernel import rms_norm
 from causalrope_sp.config import PRESETS
 
 TABLE = Path(__file__).with_name("compiled_kernels.md")
-ARCHITECTURES = {80: 164, 90: 228, 100: 228}  # and the KiB of shared memory of a multiprocessor; a block gets 1 less
+# the KiB of shared memory of a multiprocessor, of which a block gets 1 less
+ARCHITECTURES = {80: 164, 90: 228, 100: 228, 120: 100}
 ROWS, COLUMNS, FRAMES, WINDOW = 30, 52, 3, 21
 TOKENS = ROWS * COLUMNS
-
-
-class AbsentGPU:
-    """A driver that answers what Triton's compiler asks of a GPU."""
-
-    def __init__(self, architecture: int) -> None:
-        self._architecture = architecture
-
-    def get_current_device(self) -> int:
-        return self._architecture  # Triton caches compiled kernels by device
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self._architecture, 32)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from causalrope_kernels.tables import on_device
 LOG2_E = 1.4426950408889634
 PROCESSORS = 132  # multiprocessors of an H100 or H200
 MOST_SHARES = 8
+SMALL = (86, 89, 120, 121)  # compute capabilities whose blocks have 99 KiB of shared memory, not 163 or 227
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
@@ -202,9 +203,11 @@ def tile(queries: int, width: int, dtype: torch.dtype, rotated: bool, architectu
         architecture: the compute capability as one number, such as 90.
     """
     if dtype == torch.float32:
-        return Tile(32, 16, 4, 1, 16) if width <= 128 else Tile(32, 16, 8, 1, 16)
+        return Tile(32, 16, 4, 1, 16) if width <= 128 else Tile(16 if architecture in SMALL else 32, 16, 8, 1, 16)
     if width > 128:
         return Tile(32, 32, 8, 2)
+    if architecture in SMALL and width > 64:
+        return Tile(64, 32, 8, 2)
     if rotated and width > 64 and architecture < 90:
         return Tile(64, 32, 8, 3)
     if queries <= 64 or (rotated and width > 64 and architecture >= 100):
