@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from causalrope_sp.errors import ConfigError
+from causalrope_sp.rank_environment import RankEnvironment
 
 if TYPE_CHECKING:
     from causalrope_sp.verification.runner import Check
@@ -41,7 +41,7 @@ def verify(folder: Path | None, ranks: str, strategy: str, dtype: str, device: s
 
     The command starts its processes itself. The exit status is 1 if a check fails.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if RankEnvironment.read().world_size > 1:
         raise ConfigError("verify starts its own processes: run it without torchrun")
     counts = _parse_ranks(ranks)
     import torch

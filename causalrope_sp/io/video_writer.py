@@ -194,14 +194,17 @@ def _new_partial(target: Path, folder: bool) -> Path:
 
 def check_output(path: str | os.PathLike[str], height: int | None = None, width: int | None = None) -> None:
     """Raises OutputError if `VideoWriter` would: call it before anything slow. The size can be checked when known."""
-    name, target = _name(path), Path(os.path.abspath(path))
-    suffix = target.suffix.lower()
+    name = _name(path)
     if name == STDOUT:
+        if sys.stdout is None:
+            raise OutputError("cannot write to the standard output: it is closed")
         if sys.stdout.isatty():
             raise OutputError("cannot write a video to a terminal: send the standard output to a file or a program")
         _check_size(name, ".mp4", height, width)
         return
     try:
+        target = Path(os.path.abspath(path))
+        suffix = target.suffix.lower()
         if is_folder(path):
             if target.exists() and not target.is_dir():
                 raise OutputError(f"cannot write {name}: a file of that name is in the way")
