@@ -16,7 +16,7 @@ from causalrope_sp.cli.preview import StepReporter, check_parallel_chunks
 from causalrope_sp.cli.runtime import Background, Terminated, rank, ranks, set_up_logging, shares_rank_0_disk
 from causalrope_sp.cli.threads import log_threads
 from causalrope_sp.errors import CausalRopeError, ConfigError, RankLostError
-from causalrope_sp.io.video_writer import VideoWriter, check_output
+from causalrope_sp.io.video_writer import VideoWriter, check_alone, check_output
 from causalrope_sp.pipeline.offload import Offload
 from causalrope_sp.reuse import find_policy
 from causalrope_sp.siblings import Siblings
@@ -48,6 +48,8 @@ def generate(
     _check(model, prompt, text_embeds, out, options)
     if shares_rank_0_disk():
         check_output(out)
+    if rank() == 0:
+        check_alone(out)
     set_up_logging(verbose, log_file, silent=as_json)
     log_threads()
     parallel_chunks = options["parallel_chunks"] is not None
