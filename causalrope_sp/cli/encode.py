@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @click.option(
     "--model",
     shell_complete=complete_model,
-    help="Use the text encoder of this model: a name, a folder, a file or org/name on the Hub. The default is toybox.",
+    help="Use the text encoder of this model: a name, a folder or org/name on the Hub. The default is toybox.",
 )
 @click.option(
     "--text", metavar="PATH", help="Load UMT5 from this diffusers folder, Wan folder or .pth. The default is --model's."
