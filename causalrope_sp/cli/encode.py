@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ import click
 from causalrope_sp.cli.numbers import SEED
 from causalrope_sp.cli.options import complete_model
 from causalrope_sp.cli.runtime import rank
-from causalrope_sp.errors import ConfigError, OutputError
+from causalrope_sp.errors import ConfigError, OutputError, first_line, one_line
 
 if TYPE_CHECKING:
     from causalrope_sp.text import PromptEmbeds
@@ -51,7 +52,7 @@ def encode(
         fields = {"prompt": saved.prompt, "encoder": saved.encoder, "length": saved.length, "shape": shape}
         click.echo(json.dumps({**fields, "dtype": dtype, "seconds": round(took, 4), "out": out}))
     else:
-        click.echo(f"{out}: {saved.length} tokens of {saved.embeds.shape[-1]} numbers in {took:.1f} s")
+        click.echo(one_line(f"{out}: {saved.length} tokens of {saved.embeds.shape[-1]} numbers in {took:.1f} s"))
 
 
 def encode_to_file(
@@ -107,7 +108,12 @@ def encode_to_file(
 def _check_file(out: str) -> None:
     """Raises OutputError, before anything slow is imported, if the file cannot be written."""
     folder = Path(out).absolute().parent
-    if Path(out).is_dir():
-        raise OutputError(f"cannot write {out}: it is a folder")
+    try:
+        if stat.S_ISDIR(os.stat(out).st_mode):
+            raise OutputError(f"cannot write {out}: it is a folder")
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as reason:
+        raise OutputError(f"cannot write {out}: {first_line(reason)}") from reason
     if not os.access(folder, os.W_OK):
         raise OutputError(f"cannot write {out}: {folder} is not there, or not to be written into")

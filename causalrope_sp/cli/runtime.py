@@ -25,6 +25,7 @@ from causalrope_sp.errors import (
     RankLostError,
     first_line,
     is_out_of_memory,
+    one_line,
 )
 from causalrope_sp.rank_environment import RankEnvironment
 
@@ -103,6 +104,25 @@ def run(cli: click.Group) -> None:
             os._exit(done.code if isinstance(done.code, int) else 1)
 
 
+class _LogFile(logging.FileHandler):
+    """A log file. The first message that cannot be written is an error of one line; the log ends there."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        logging.getLogger(record.name).removeHandler(self)
+        click.echo(f"cannot write {self.baseFilename}: {first_line(sys.exc_info()[1] or OSError())}", err=True)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # what is still held back cannot be written either
+            super().close()
+
+
+class _OneLine(logging.Formatter):
+    """Formats a message as one printable line: it may quote a file."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return one_line(super().format(record))
+
+
 def set_up_logging(verbose: bool = False, log_file: str | None = None, silent: bool = False) -> None:
     """Sends the packages' log to stderr and to a file.
 
@@ -119,14 +139,14 @@ def set_up_logging(verbose: bool = False, log_file: str | None = None, silent: b
     handlers: list[logging.Handler] = []
     if rank() == 0:
         handlers.append(logging.StreamHandler())
-        handlers[0].setFormatter(logging.Formatter("%(message)s"))
+        handlers[0].setFormatter(_OneLine("%(message)s"))
         handlers[0].setLevel(level)
     if log_file is not None:
         try:
-            handlers.append(logging.FileHandler(log_file))
-        except OSError as reason:
-            raise OutputError(f"cannot write {log_file}: {reason.strerror or reason}") from reason
-        handlers[-1].setFormatter(logging.Formatter(f"%(asctime)s rank {rank()} %(name)s %(levelname)s: %(message)s"))
+            handlers.append(_LogFile(log_file))
+        except (OSError, ValueError) as reason:
+            raise OutputError(f"cannot write {log_file}: {first_line(reason)}") from reason
+        handlers[-1].setFormatter(_OneLine(f"%(asctime)s rank {rank()} %(name)s %(levelname)s: %(message)s"))
     for name in names:
         logger = logging.getLogger(name)
         logger.setLevel(logging.DEBUG if log_file is not None else level)
@@ -205,8 +225,7 @@ def _signals_interrupt() -> Iterator[None]:
 
 def _print_wrong_input(message: str) -> None:
     """Prints a message on rank 0. Other ranks wait for torchrun to end them, and print only if that does not happen."""
-    line = " ".join(message.split())
-    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)  # a message may quote a file or an option
+    line = one_line(message)
     try:
         own = rank()
     except CausalRopeError:  # the environment says nonsense, and that is the message

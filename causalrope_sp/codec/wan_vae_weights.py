@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
+from causalrope_sp.checks import shown
 from causalrope_sp.codec.codec_tensors import read_exactly, shape_of
 from causalrope_sp.codec.wan_vae_config import WanVaeConfig
 from causalrope_sp.codec.wan_vae_model import WanVae
-from causalrope_sp.errors import CheckpointError, ConfigError
+from causalrope_sp.errors import CheckpointError, first_line
 from causalrope_sp.weights.tensor_files import WeightFiles
 
 DIFFUSERS_MARKER = "decoder.mid_block.resnets.0.norm1.gamma"
@@ -170,11 +171,17 @@ def _stages(files: WeightFiles) -> tuple[list[int], list[bool], int]:
 
 def _on_meta(config: dict[str, Any], files: WeightFiles) -> WanVae:
     """Builds the VAE on the meta device; a configuration that is refused raises CheckpointError."""
+    stages, blocks = config.get("dim_mult", ()), config.get("num_res_blocks", 0)
+    if not (isinstance(stages, list | tuple) and type(blocks) is int and len(stages) * blocks < len(files.tensors)):
+        raise CheckpointError(
+            f"{files.path}: holds {len(files.tensors)} tensors, and declares {shown(blocks)} residual blocks in each of"
+            f" the stages {shown(stages)}"
+        )
     try:
         with torch.device("meta"):
             return WanVae(WanVaeConfig.from_json(config))
-    except ConfigError as reason:
-        raise CheckpointError(f"{files.path}: declares a VAE that cannot be built: {reason}") from reason
+    except Exception as reason:  # a size that no tensor can have too
+        raise CheckpointError(f"{files.path}: declares a VAE that cannot be built: {first_line(reason)}") from reason
 
 
 def _stored_name(name: str, modules: dict[str, str]) -> str:

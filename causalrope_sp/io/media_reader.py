@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 
 Picture = Union[str, os.PathLike[str], np.ndarray, Tensor, "Image.Image"]
 Video = str | os.PathLike[str] | Iterable[Union[np.ndarray, Tensor, "Image.Image"]]
-MOST_PIXELS = 40_000_000  # of a picture or a frame; 8K has 33 million
+MOST_PIXELS = 34_000_000  # of a picture or a frame; 8K has 33.2 million
+# Of Pillow's formats those that people have: EPS starts a program, and others cost far more than their pixels.
+PICTURES = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "TGA", "DDS")
 LONGEST_ASPECT = 20  # of its longer side to its shorter one
 LONGEST_SHOWN_S = 60  # how long a video may show one frame
 TimedFrame = tuple[Fraction, Fraction, np.ndarray]  # start and end of its display, in seconds; uint8 (H, W, 3)
@@ -37,8 +39,8 @@ def read_picture(source: Picture, height: int, width: int) -> np.ndarray:
     """Reads an image and fits it to a size, see `fit`.
 
     Args:
-        source: an image file, a PIL image, an array (H, W, 3), uint8 or float in [0, 1], or a tensor (3, H, W), float
-            in [0, 1].
+        source: an image file of one of the kinds `PICTURES`, a PIL image, an array (H, W, 3), uint8 or float in [0, 1],
+            or a tensor (3, H, W), float in [0, 1].
         height: of the result, in pixels.
         width: of the result, in pixels.
 
@@ -53,28 +55,27 @@ def read_picture(source: Picture, height: int, width: int) -> np.ndarray:
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
-        with Image.open(source) as picture:
+        Image.init()
+        with Image.open(source, formats=[kind for kind in PICTURES if kind in Image.OPEN]) as picture:
             check_size(*picture.size)
             picture.draft("RGB", (2 * width, 2 * height))  # JPEG alone: it is decoded at a fraction of its size
             return fit(_on_black(ImageOps.exif_transpose(picture), height, width), height, width)
     except InputError as error:
         raise InputError(f"cannot read {os.fspath(source)}: {error}") from error
     except UnidentifiedImageError as error:
-        raise InputError(f"cannot read {os.fspath(source)}: not a picture of a known kind") from error
+        kinds = ", ".join(PICTURES)
+        raise InputError(f"cannot read {os.fspath(source)}: not a picture of a known kind ({kinds})") from error
     except Exception as error:  # Pillow's decoders raise whatever their format's code does
         raise InputError(f"cannot read {os.fspath(source)}: {first_line(error)}") from error
 
 
 def _on_black(picture: Image.Image, height: int, width: int) -> np.ndarray:
     """Returns a picture as RGB on black, reduced by a whole factor where it is more than four times too large."""
-    from PIL import Image
-
     factor = min(picture.height // (4 * height), picture.width // (4 * width))
-    if picture.mode not in ("RGB", "L"):
-        black = Image.new("RGBA", picture.size, "black")
-        picture = Image.alpha_composite(black, picture.convert("RGBA"))
-    picture = picture.convert("RGB")
-    return np.asarray(picture.reduce(factor) if factor > 1 else picture)
+    clear = picture.mode not in ("RGB", "L", "CMYK", "YCbCr")
+    picture = picture.convert("RGBA" if clear else "RGB")
+    picture = picture.reduce(factor) if factor > 1 else picture
+    return np.asarray(picture.convert("RGBa"))[..., :3] if clear else np.asarray(picture)  # RGBa is RGB times alpha
 
 
 def is_picture(value: object) -> bool:
@@ -197,11 +198,14 @@ def fit(frame: np.ndarray, height: int, width: int) -> np.ndarray:
         return frame
     scale = max(height / frame.shape[0], width / frame.shape[1])
     size = max(height, round(frame.shape[0] * scale)), max(width, round(frame.shape[1] * scale))
-    pixels = torch.from_numpy(frame.copy()).movedim(2, 0).unsqueeze(0).float()
-    scaled = interpolate(pixels, size, mode="bicubic", antialias=True, align_corners=False)
     top, left = (size[0] - height) // 2, (size[1] - width) // 2
-    cropped = scaled[0, :, top : top + height, left : left + width]
-    return cropped.round().clamp(0, 255).to(torch.uint8).movedim(0, 2).numpy()
+    fitted = np.empty((height, width, 3), np.uint8)
+    for channel in range(3):  # one after the other, since floats take four times the memory
+        pixels = torch.from_numpy(frame[None, None, ..., channel].astype(np.float32))
+        scaled = interpolate(pixels, size, mode="bicubic", antialias=True, align_corners=False)
+        cropped = scaled[0, 0, top : top + height, left : left + width]
+        fitted[..., channel] = cropped.round().clamp(0, 255).numpy()
+    return fitted
 
 
 def _at_rate(timed: Iterator[TimedFrame], fps: float) -> Iterator[np.ndarray]:
@@ -252,7 +256,7 @@ def _animated_picture(name: str) -> Iterator[TimedFrame]:
     from PIL import Image, ImageSequence
 
     start = Fraction(0)
-    with Image.open(name) as picture:
+    with Image.open(name, formats=["WEBP"]) as picture:
         check_size(*picture.size)
         for frame in ImageSequence.Iterator(picture):
             pixels = np.asarray(frame.convert("RGB"))
