@@ -93,6 +93,20 @@ def test_names_of_files_that_are_not_text_are_printed(tmp_path: Path) -> None:
     assert "\\udcff.safetensors: 2 tokens" in done.stdout
 
 
+def test_a_log_file_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "v.mp4").touch()  # that it is replaced is logged
+    done = process(tmp_path, (*GENERATE, "--json", "--log-file", "/dev/full"))
+    assert (done.returncode, done.stderr) == (0, "cannot write /dev/full: No space left on device\n")
+    assert frames_in(tmp_path / "v.mp4") == 9
+
+
+def test_what_a_terminal_would_obey_is_escaped(tmp_path: Path) -> None:
+    """In the name of a file, which click strips only where the output is no terminal."""
+    done = process(tmp_path, ("encode", PROMPT, "--out", "\x9b31m\u202e.safetensors"))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("\\x9b31m\\u202e.safetensors: 2 tokens")
+
+
 @pytest.mark.parametrize("words", [COMMANDS[2], GENERATE])
 def test_a_working_directory_that_is_gone(words: tuple[str, ...], tmp_path: Path) -> None:
     gone = tmp_path / "gone"
