@@ -50,7 +50,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return False
 
 
-def one_line(message: str) -> str:
+def escaped_line(message: str) -> str:
     """Returns a message in one line, with what a terminal would obey escaped; it may quote a file or an option."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split()))
 

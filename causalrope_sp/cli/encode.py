@@ -14,7 +14,7 @@ import click
 from causalrope_sp.cli.numbers import SEED
 from causalrope_sp.cli.options import complete_model
 from causalrope_sp.cli.runtime import rank
-from causalrope_sp.errors import ConfigError, OutputError, first_line, one_line
+from causalrope_sp.errors import ConfigError, OutputError, escaped_line, first_line
 
 if TYPE_CHECKING:
     from causalrope_sp.text import PromptEmbeds
@@ -52,7 +52,7 @@ def encode(
         fields = {"prompt": saved.prompt, "encoder": saved.encoder, "length": saved.length, "shape": shape}
         click.echo(json.dumps({**fields, "dtype": dtype, "seconds": round(took, 4), "out": out}))
     else:
-        click.echo(one_line(f"{out}: {saved.length} tokens of {saved.embeds.shape[-1]} numbers in {took:.1f} s"))
+        click.echo(escaped_line(f"{out}: {saved.length} tokens of {saved.embeds.shape[-1]} numbers in {took:.1f} s"))
 
 
 def encode_to_file(

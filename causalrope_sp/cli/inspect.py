@@ -13,7 +13,7 @@ import click
 from causalrope_sp.cli.model_options import CHUNK_FRAMES, SHIFT, SINK, WINDOW
 from causalrope_sp.cli.options import complete_model, complete_preset, parse_steps
 from causalrope_sp.cli.runtime import rank
-from causalrope_sp.errors import CheckpointError, first_line, one_line
+from causalrope_sp.errors import CheckpointError, escaped_line, first_line
 
 if TYPE_CHECKING:
     from causalrope_sp.weights import CheckpointReport
@@ -126,7 +126,7 @@ def report_text(report: CheckpointReport) -> str:
     lines = []
     for name, value in fields.items():
         for line in _readable(value, assumed):
-            lines.append(f"{name:>12}  {one_line(line)}")
+            lines.append(f"{name:>12}  {escaped_line(line)}")
             name = ""
     return "\n".join(lines)
 

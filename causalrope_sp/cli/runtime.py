@@ -23,9 +23,9 @@ from causalrope_sp.errors import (
     ConfigError,
     OutputError,
     RankLostError,
+    escaped_line,
     first_line,
     is_out_of_memory,
-    one_line,
 )
 from causalrope_sp.rank_environment import RankEnvironment
 
@@ -120,7 +120,7 @@ class _OneLine(logging.Formatter):
     """Formats a message as one printable line: it may quote a file."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return one_line(super().format(record))
+        return escaped_line(super().format(record))
 
 
 def set_up_logging(verbose: bool = False, log_file: str | None = None, silent: bool = False) -> None:
@@ -225,7 +225,7 @@ def _signals_interrupt() -> Iterator[None]:
 
 def _print_wrong_input(message: str) -> None:
     """Prints a message on rank 0. Other ranks wait for torchrun to end them, and print only if that does not happen."""
-    line = one_line(message)
+    line = escaped_line(message)
     try:
         own = rank()
     except CausalRopeError:  # the environment says nonsense, and that is the message

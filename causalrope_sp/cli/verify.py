@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from causalrope_sp.checks import shown
-from causalrope_sp.errors import ConfigError, one_line
+from causalrope_sp.errors import ConfigError, escaped_line
 from causalrope_sp.rank_environment import RankEnvironment
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def _print_table(checks: list[Check]) -> None:
     table = Table("case", "ranks", "strategy", "relative error", "verdict", "")
     for check in checks:
         error = "" if check.error is None else f"{check.error:.2e}"
-        case, note = one_line(check.case), one_line(check.note)
+        case, note = escaped_line(check.case), escaped_line(check.note)
         table.add_row(case, str(check.ranks), check.strategy, error, verdicts[check.ok], note)
     console = Console()
     console.print(table)
