@@ -151,7 +151,7 @@ def _read_environment(home: Path, path: Path) -> None:
     before = dict(os.environ)
     try:
         for name, text in variables.items():
-            with contextlib.suppress(ValueError, UnicodeEncodeError):  # no environment can hold it
+            with contextlib.suppress(ValueError, OSError):  # no environment can hold it
                 os.environ[str(name)] = str(text)
         RankEnvironment.read().check_rendezvous()
     finally:
@@ -163,7 +163,7 @@ def _run_command(home: Path, path: Path) -> None:
     """The words of a command line, as a JSON list. A command that works on gets Ctrl-C."""
     content = _json(path)
     words = [str(word) for word in content] if isinstance(content, list) else [str(content)]
-    with _in_folder(home):
+    with in_folder(home):
         said = run_words(words)
     if said.raw:
         raise AssertionError(f"{words}: {said.raw}")
@@ -248,7 +248,7 @@ def _json(path: Path) -> Any:
 
 
 @contextlib.contextmanager
-def _in_folder(folder: Path) -> Iterator[None]:
+def in_folder(folder: Path) -> Iterator[None]:
     before = os.getcwd()
     os.chdir(folder)
     try:

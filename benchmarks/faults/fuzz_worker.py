@@ -24,7 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 from fuzz_options import WHOLE, option_lines
-from fuzz_readers import BESIDE, READERS, Reader, run_words
+from fuzz_readers import BESIDE, READERS, Reader, in_folder, run_words
 from mutations import LONGEST, mutate
 
 HUNG_S = 60.0
@@ -53,15 +53,15 @@ class Trial:
 
     def __init__(self, reader: Reader, folder: Path) -> None:
         self.reader, self.folder, self.state = reader, folder, State()
-        self._home = folder / "home"
+        self.home = folder / "home"
         self._before = 0  # bytes of this process after the first inputs
-        shutil.rmtree(self._home, ignore_errors=True)
-        shutil.copytree(BESIDE, self._home)
+        shutil.rmtree(self.home, ignore_errors=True)
+        shutil.copytree(BESIDE, self.home)
 
     def read(self, data: bytes, suffix: str = "") -> None:
         """Reads one input and notes what it costs, and what it raises."""
         place = self.reader.place if "." in self.reader.place else self.reader.place + suffix
-        path = self._home / place
+        path = self.home / place
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
         (self.folder / "input").write_bytes(data)
@@ -88,7 +88,7 @@ class Trial:
         from causalrope_sp.errors import CausalRopeError
 
         try:
-            self.reader.read(self._home, path)
+            self.reader.read(self.home, path)
         except CausalRopeError:
             self.state.refused += 1
         except BaseException as error:
@@ -100,7 +100,7 @@ class Trial:
 
     def _tidy(self) -> None:
         """Removes what commands wrote."""
-        for path in self._home.iterdir():
+        for path in self.home.iterdir():
             if not (BESIDE / path.name).exists():
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
@@ -113,8 +113,9 @@ class Trial:
 def warm_up(trial: Trial) -> None:
     """Reads a whole file of each kind, so that what is imported for the first one is not taken for its cost."""
     if trial.reader.name == "options":
-        for words in WHOLE.values():
-            run_words(words, patience_s=HUNG_S)
+        with in_folder(trial.home):
+            for words in WHOLE.values():
+                run_words(words, patience_s=HUNG_S)
     for suffix, content in {suffix: (suffix, content) for suffix, content in trial.reader.seeds()}.values():
         trial.read(content, suffix)
     trial.forget()

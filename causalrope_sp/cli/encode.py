@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import stat
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +13,8 @@ import click
 from causalrope_sp.cli.numbers import SEED
 from causalrope_sp.cli.options import complete_model
 from causalrope_sp.cli.runtime import rank
-from causalrope_sp.errors import ConfigError, OutputError, escaped_line, first_line
+from causalrope_sp.errors import ConfigError, OutputError, escaped_line
+from causalrope_sp.io.output_files import check_replaceable
 
 if TYPE_CHECKING:
     from causalrope_sp.text import PromptEmbeds
@@ -108,12 +108,6 @@ def encode_to_file(
 def _check_file(out: str) -> None:
     """Raises OutputError, before anything slow is imported, if the file cannot be written."""
     folder = Path(out).absolute().parent
-    try:
-        if stat.S_ISDIR(os.stat(out).st_mode):
-            raise OutputError(f"cannot write {out}: it is a folder")
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError) as reason:
-        raise OutputError(f"cannot write {out}: {first_line(reason)}") from reason
+    check_replaceable(out)
     if not os.access(folder, os.W_OK):
         raise OutputError(f"cannot write {out}: {folder} is not there, or not to be written into")

@@ -172,7 +172,8 @@ def _stages(files: WeightFiles) -> tuple[list[int], list[bool], int]:
 def _on_meta(config: dict[str, Any], files: WeightFiles) -> WanVae:
     """Builds the VAE on the meta device; a configuration that is refused raises CheckpointError."""
     stages, blocks = config.get("dim_mult", ()), config.get("num_res_blocks", 0)
-    if not (isinstance(stages, list | tuple) and type(blocks) is int and len(stages) * blocks < len(files.tensors)):
+    countable = isinstance(stages, list | tuple) and type(blocks) is int
+    if not countable or max(len(stages), 1) * blocks >= len(files.tensors):
         raise CheckpointError(
             f"{files.path}: holds {len(files.tensors)} tensors, and declares {shown(blocks)} residual blocks in each of"
             f" the stages {shown(stages)}"

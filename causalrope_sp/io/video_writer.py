@@ -18,6 +18,7 @@ import numpy as np
 
 from causalrope_sp.checks import check_number, check_whole
 from causalrope_sp.errors import OutputError, first_line
+from causalrope_sp.io.output_files import check_replaceable
 from causalrope_sp.io.partial_files import PartialFile, check_unwritten, partial_path
 from causalrope_sp.io.video_sinks import FORMATS, STREAM, AvFile, PngFolder, Sink, lay_out
 
@@ -210,6 +211,7 @@ def check_output(path: str | os.PathLike[str], height: int | None = None, width:
         elif target.is_dir():
             raise OutputError(f"cannot write {name}: a folder of that name is in the way")
         else:
+            check_replaceable(target)
             _check_size(name, suffix, height, width)
         if not target.parent.is_dir():
             raise OutputError(f"cannot write {name}: there is no folder {os.path.dirname(name.rstrip('/'))}")
