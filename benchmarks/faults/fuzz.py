@@ -5,8 +5,8 @@
 
 A reader may raise errors of the library alone, within 2 s and 500 MB beyond what the process has. The seeds are in
 `corpus/`; the smallest input of every fault is written to --found. `pip install atheris` makes libFuzzer choose what is
-mutated further by the lines of the library that it reaches. Commands write what their options say: do not run it as root
-on a machine that others use.
+mutated further by the lines of the library that it reaches. Commands write what their options say: do not run it as
+root on a machine that others use.
 """
 
 from __future__ import annotations
