@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import Tensor
 
@@ -48,12 +46,13 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def device_of_rank(device: torch.device | str | None) -> torch.device:
+def device_of_rank(device: torch.device | str | None, local_rank: int) -> torch.device:
     """Returns where a rank that torchrun started computes, and makes a GPU the current one.
 
     Args:
         device: the device; "cuda" without a number is the GPU of the rank's number on this machine, and None is that
             or, without CUDA, the CPU.
+        local_rank: the rank's number on this machine.
 
     Raises:
         ConfigError: torch does not know the device, or this machine has fewer GPUs than ranks.
@@ -61,7 +60,7 @@ def device_of_rank(device: torch.device | str | None) -> torch.device:
     own = _known_device(device or default_device())
     if own.type != "cuda":
         return own
-    local = int(os.environ["LOCAL_RANK"]) if own.index is None else own.index
+    local = local_rank if own.index is None else own.index
     if local >= torch.cuda.device_count():
         raise ConfigError(f"local rank {local} has no GPU: this machine has {torch.cuda.device_count()}")
     torch.cuda.set_device(local)

@@ -36,6 +36,25 @@ def first_line(error: BaseException) -> str:
     return getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
 
 
+_OUT_OF_MEMORY = ("allocate memory", "failed to map segment", "start new thread", "bad_alloc", "out of memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Returns whether an error, or one that led to it, says that memory ended, on the host or on a device."""
+    cause: BaseException | None = error
+    while cause is not None:
+        known = isinstance(cause, RuntimeError | ImportError | OSError)
+        if isinstance(cause, MemoryError) or (known and any(words in str(cause) for words in _OUT_OF_MEMORY)):
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return False
+
+
+def escaped_line(message: str) -> str:
+    """Returns a message in one line, with what a terminal would obey escaped; it may quote a file or an option."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split()))
+
+
 LONGEST_SHOWN = 160  # characters of a text from outside that a message shows
 
 

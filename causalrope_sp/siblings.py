@@ -13,6 +13,8 @@ import signal
 import time
 from pathlib import Path
 
+from causalrope_sp.rank_environment import RankEnvironment
+
 STOPPED_S = 5.0  # how long a process may stand still before it counts as stopped
 _PR_SET_PDEATHSIG = 1
 
@@ -22,7 +24,7 @@ class Siblings:
 
     def __init__(self) -> None:
         self._rank, self._launcher = os.environ.get("RANK", "0"), os.getppid()
-        self._expected = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1
+        self._expected = RankEnvironment.read().local_world_size - 1
         self._seen: dict[str, tuple[int, str]] = {}  # rank -> process id, and when it was started
         self._stopped_since: dict[str, float] = {}
         self._excused: set[str] = set()
@@ -66,7 +68,7 @@ class Siblings:
 
 def end_with_launcher() -> None:
     """Asks the system to send SIGTERM to this process when its launcher ends, however it ends; Linux alone does it."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or os.uname().sysname != "Linux":
+    if os.environ.get("WORLD_SIZE", "1") == "1" or os.uname().sysname != "Linux":
         return
     launcher = os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

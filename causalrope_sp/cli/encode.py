@@ -13,7 +13,8 @@ import click
 from causalrope_sp.cli.numbers import SEED
 from causalrope_sp.cli.options import complete_model
 from causalrope_sp.cli.runtime import rank
-from causalrope_sp.errors import ConfigError, OutputError
+from causalrope_sp.errors import ConfigError, OutputError, escaped_line
+from causalrope_sp.io.output_files import check_replaceable
 
 if TYPE_CHECKING:
     from causalrope_sp.text import PromptEmbeds
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 @click.option(
     "--model",
     shell_complete=complete_model,
-    help="Use the text encoder of this model: a name, a folder, a file or org/name on the Hub. The default is toybox.",
+    help="Use the text encoder of this model: a name, a folder or org/name on the Hub. The default is toybox.",
 )
 @click.option(
     "--text", metavar="PATH", help="Load UMT5 from this diffusers folder, Wan folder or .pth. The default is --model's."
@@ -51,7 +52,7 @@ def encode(
         fields = {"prompt": saved.prompt, "encoder": saved.encoder, "length": saved.length, "shape": shape}
         click.echo(json.dumps({**fields, "dtype": dtype, "seconds": round(took, 4), "out": out}))
     else:
-        click.echo(f"{out}: {saved.length} tokens of {saved.embeds.shape[-1]} numbers in {took:.1f} s")
+        click.echo(escaped_line(f"{out}: {saved.length} tokens of {saved.embeds.shape[-1]} numbers in {took:.1f} s"))
 
 
 def encode_to_file(
@@ -107,7 +108,6 @@ def encode_to_file(
 def _check_file(out: str) -> None:
     """Raises OutputError, before anything slow is imported, if the file cannot be written."""
     folder = Path(out).absolute().parent
-    if Path(out).is_dir():
-        raise OutputError(f"cannot write {out}: it is a folder")
+    check_replaceable(out)
     if not os.access(folder, os.W_OK):
         raise OutputError(f"cannot write {out}: {folder} is not there, or not to be written into")

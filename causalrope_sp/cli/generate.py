@@ -15,8 +15,8 @@ from causalrope_sp.cli.options import parse_steps
 from causalrope_sp.cli.preview import StepReporter, check_parallel_chunks
 from causalrope_sp.cli.runtime import Background, Terminated, rank, ranks, set_up_logging, shares_rank_0_disk
 from causalrope_sp.cli.threads import log_threads
-from causalrope_sp.errors import CausalRopeError, ConfigError, RankLostError
-from causalrope_sp.io.video_writer import VideoWriter, check_output
+from causalrope_sp.errors import CausalRopeError, ConfigError, RankLostError, escaped_line
+from causalrope_sp.io.video_writer import VideoWriter, check_alone, check_output
 from causalrope_sp.pipeline.offload import Offload
 from causalrope_sp.reuse import find_policy
 from causalrope_sp.siblings import Siblings
@@ -48,6 +48,8 @@ def generate(
     _check(model, prompt, text_embeds, out, options)
     if shares_rank_0_disk():
         check_output(out)
+    if rank() == 0:
+        check_alone(out)
     set_up_logging(verbose, log_file, silent=as_json)
     log_threads()
     parallel_chunks = options["parallel_chunks"] is not None
@@ -186,7 +188,8 @@ def _print_summary(summary: dict[str, Any], out: str, as_json: bool) -> None:
         return
     size, took = f"{summary['width']}×{summary['height']}", f"{summary['seconds']:.1f} s"
     rate, first = f"{summary['fps_generated']:.1f} a second", f"the first after {summary['first_frame_s']:.2f} s"
-    click.echo(f"{out}: {summary['frames']} frames of {size} in {took} ({rate}, {first})", err=to_stderr)
+    text = f"{out}: {summary['frames']} frames of {size} in {took} ({rate}, {first})"
+    click.echo(escaped_line(text), err=to_stderr)
 
 
 @contextlib.contextmanager
@@ -209,11 +212,11 @@ def _report_kept_frames(video: VideoWriter, frames: int) -> Iterator[None]:
     except CausalRopeError as error:
         partial = video.partial
         if partial is not None and video.frames and partial not in str(error):
-            click.echo(f"stopped: {video.frames} of {frames} frames are in {partial}", err=True)
+            click.echo(escaped_line(f"stopped: {video.frames} of {frames} frames are in {partial}"), err=True)
         raise
     except (KeyboardInterrupt, Exception):
         kept = f"{video.frames} of {frames} frames are in {video.path}" if video.frames else "no frame was made yet"
-        click.echo(f"stopped: {kept}", err=True)
+        click.echo(escaped_line(f"stopped: {kept}"), err=True)
         raise
 
 

@@ -32,7 +32,7 @@ OPTIONS = (
         default="toybox",
         show_default=True,
         shell_complete=complete_model,
-        help="Run this model: a name, a diffusers folder, a checkpoint file, or org/name on the Hub.",
+        help="Run this model: a name, a folder, a pipeline.json, org/name on the Hub, or a file with --base.",
     ),
     click.option(
         "--base",

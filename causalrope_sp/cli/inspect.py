@@ -13,6 +13,7 @@ import click
 from causalrope_sp.cli.model_options import CHUNK_FRAMES, SHIFT, SINK, WINDOW
 from causalrope_sp.cli.options import complete_model, complete_preset, parse_steps
 from causalrope_sp.cli.runtime import rank
+from causalrope_sp.errors import CheckpointError, escaped_line, first_line
 
 if TYPE_CHECKING:
     from causalrope_sp.weights import CheckpointReport
@@ -71,9 +72,13 @@ def examine(path: str, part: str | None, preset: str | None, changes: Mapping[st
     from causalrope_sp.weights.scheduler_file import with_scheduler
 
     named = None if preset is None else replace(find_preset(preset), evidence=("named by --preset",))
-    file = _pipeline_file(path)
+    try:
+        file = _pipeline_file(path)
+        whole = (Path(path) / "model_index.json").is_file()
+    except OSError as reason:
+        raise CheckpointError(f"{path}: {first_line(reason)}") from reason
     if file is None:
-        transformer = Path(path) / "transformer" if (Path(path) / "model_index.json").is_file() else Path(path)
+        transformer = Path(path) / "transformer" if whole else Path(path)
         report = inspect_checkpoint(transformer, part=part)
         chosen = named or with_scheduler(report.preset, Path(path) / SCHEDULER_FILE)
     else:
@@ -121,7 +126,7 @@ def report_text(report: CheckpointReport) -> str:
     lines = []
     for name, value in fields.items():
         for line in _readable(value, assumed):
-            lines.append(f"{name:>12}  {line}")
+            lines.append(f"{name:>12}  {escaped_line(line)}")
             name = ""
     return "\n".join(lines)
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import click
 from click.shell_completion import CompletionItem
 
+from causalrope_sp.checks import shown
 from causalrope_sp.errors import ConfigError
 
 
@@ -29,7 +30,7 @@ def parse_steps(text: str | None) -> int | tuple[float, ...] | None:
             raise ValueError("not in plain digits")
         return tuple(float(word) for word in text.split(",")) if "," in text else int(text)
     except ValueError:
-        raise ConfigError(f"--steps takes a count or a list like 1000,750,500,250, not {text!r}") from None
+        raise ConfigError(f"--steps takes a count or a list like 1000,750,500,250, not {shown(text)}") from None
 
 
 def complete_model(_: click.Context, __: click.Parameter, begun: str) -> list[CompletionItem]:

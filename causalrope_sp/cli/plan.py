@@ -149,6 +149,6 @@ def describe_machine(gpu: str, link: str | None, measured: Path | None) -> Machi
             raise ValueError(f"it must be an object with some of {', '.join(sorted(names))}")
         if not all(type(v) in (int, float) and 1e-12 < v < 1e30 for k, v in found.items() if k != "name"):
             raise ValueError("every rate must be a number above 0")
-        return dataclasses.replace(rates, **{**found, "name": f"measured ({measured.name})"})
+        return dataclasses.replace(rates, **{**found, "name": f"measured ({printable(measured.name)})"})
     except ValueError as reason:
         raise ConfigError(f"cannot use the measured rates in {measured}: {printable(reason)}") from reason

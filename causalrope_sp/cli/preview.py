@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from causalrope_sp.cli.runtime import rank, ranks, shares_rank_0_disk
-from causalrope_sp.errors import ConfigError, OutputError
+from causalrope_sp.errors import ConfigError, OutputError, escaped_line
 from causalrope_sp.io.video_writer import VideoWriter, check_output, is_folder
 
 
@@ -74,7 +74,7 @@ class StepReporter:
             with VideoWriter(preview_path(self._out, preview.step), height, width, self._fps) as video:
                 video.write(preview.frames)
         except OutputError as reason:
-            click.echo(f"warning: no preview of step {preview.step}: {reason}", err=True)
+            click.echo(escaped_line(f"warning: no preview of step {preview.step}: {reason}"), err=True)
 
 
 def preview_path(out: str, step: int) -> str:

@@ -15,7 +15,7 @@ from causalrope_sp.errors import ConfigError
 
 @click.command("profile-reuse")
 @click.argument("prompts", nargs=-1, required=True)
-@click.option("--model", default="toybox-flow", show_default=True, help="Measure this model: a name, folder or file.")
+@click.option("--model", default="toybox-flow", show_default=True, help="Measure this model: a name or a folder.")
 @click.option("--frames", type=IntRange(1), default=33, show_default=True, help="Generate this many frames a video.")
 @click.option(
     "--seed",

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import queue
+import resource
 import signal
 import sys
 import threading
@@ -16,10 +17,21 @@ from typing import Any, Generic, TypeVar
 
 import click
 
-from causalrope_sp.errors import CausalRopeError, OutputError, RankLostError
+from causalrope_sp.cli.standard_streams import guard_standard_streams
+from causalrope_sp.errors import (
+    CausalRopeError,
+    ConfigError,
+    OutputError,
+    RankLostError,
+    escaped_line,
+    first_line,
+    is_out_of_memory,
+)
+from causalrope_sp.rank_environment import RankEnvironment
 
 T = TypeVar("T")
 _RANK_0_PRINTS_WITHIN_S = 10.0
+_LEAST_ADDRESS_SPACE = 600_000_000  # bytes; with less, torch 2.13 for CPUs aborts while it is imported
 AHEAD = 3  # items that may be ready and not yet taken, the one in progress not counted
 
 
@@ -54,12 +66,18 @@ class CommandLine(click.Group):
             click.echo(f"error: {error}", err=True)
             return 1
         except Exception as error:
+            if is_out_of_memory(error) or (
+                _memory_limit() and isinstance(error, SystemError)
+            ):  # C code's way to say it
+                click.echo(f"error on rank {rank()}: out of memory: {first_line(error)}{_memory_limit()}", err=True)
+                return 1
             traceback.print_exc()
             click.echo(f"error on rank {rank()}: {type(error).__name__}: {error}", err=True)
             return 1
 
     def invoke(self, ctx: click.Context) -> Any:
         """Runs a command; an interruption becomes status 130."""
+        _check_process()
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
@@ -69,20 +87,40 @@ class CommandLine(click.Group):
 def run(cli: click.Group) -> None:
     """Runs a command line to its end.
 
-    A failed process exits at once, and waits neither for other ranks nor for threads that wait for them.
+    A failed process exits at once, and waits neither for other ranks nor for threads that wait for them. What cannot
+    be written to the standard streams is an error of one sentence, see `standard_streams`.
 
     Args:
         cli: the group of commands.
     """
+    guard_standard_streams()
     try:
         cli()
     except SystemExit as done:
         for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError):
-                if stream is not None:  # closed by the caller
-                    stream.flush()
+            with contextlib.suppress(OutputError):
+                stream.flush()
         if done.code:
             os._exit(done.code if isinstance(done.code, int) else 1)
+
+
+class _LogFile(logging.FileHandler):
+    """A log file. The first message that cannot be written is an error of one line; the log ends there."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        logging.getLogger(record.name).removeHandler(self)
+        click.echo(f"cannot write {self.baseFilename}: {first_line(sys.exc_info()[1] or OSError())}", err=True)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # what is still held back cannot be written either
+            super().close()
+
+
+class _OneLine(logging.Formatter):
+    """Formats a message as one printable line: it may quote a file."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return escaped_line(super().format(record))
 
 
 def set_up_logging(verbose: bool = False, log_file: str | None = None, silent: bool = False) -> None:
@@ -101,14 +139,14 @@ def set_up_logging(verbose: bool = False, log_file: str | None = None, silent: b
     handlers: list[logging.Handler] = []
     if rank() == 0:
         handlers.append(logging.StreamHandler())
-        handlers[0].setFormatter(logging.Formatter("%(message)s"))
+        handlers[0].setFormatter(_OneLine("%(message)s"))
         handlers[0].setLevel(level)
     if log_file is not None:
         try:
-            handlers.append(logging.FileHandler(log_file))
-        except OSError as reason:
-            raise OutputError(f"cannot write {log_file}: {reason.strerror or reason}") from reason
-        handlers[-1].setFormatter(logging.Formatter(f"%(asctime)s rank {rank()} %(name)s %(levelname)s: %(message)s"))
+            handlers.append(_LogFile(log_file))
+        except (OSError, ValueError) as reason:
+            raise OutputError(f"cannot write {log_file}: {first_line(reason)}") from reason
+        handlers[-1].setFormatter(_OneLine(f"%(asctime)s rank {rank()} %(name)s %(levelname)s: %(message)s"))
     for name in names:
         logger = logging.getLogger(name)
         logger.setLevel(logging.DEBUG if log_file is not None else level)
@@ -187,28 +225,52 @@ def _signals_interrupt() -> Iterator[None]:
 
 def _print_wrong_input(message: str) -> None:
     """Prints a message on rank 0. Other ranks wait for torchrun to end them, and print only if that does not happen."""
-    line = " ".join(message.split())
-    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)  # a message may quote a file or an option
-    if rank() == 0:
+    line = escaped_line(message)
+    try:
+        own = rank()
+    except CausalRopeError:  # the environment says nonsense, and that is the message
+        own = 0
+    if own == 0:
         click.echo(f"error: {line}", err=True)
         return
     try:
         time.sleep(_RANK_0_PRINTS_WITHIN_S)
     except KeyboardInterrupt:
         return
-    click.echo(f"error on rank {rank()}: {line}", err=True)
+    click.echo(f"error on rank {own}: {line}", err=True)
+
+
+def _check_process() -> None:
+    """Raises ConfigError if this process cannot run any command, before a library under it aborts or raises."""
+    RankEnvironment.read()
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise ConfigError("the working directory does not exist any more: change into another one") from error
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if 0 <= limit < _LEAST_ADDRESS_SPACE:
+        raise ConfigError(
+            f"the address space of this process must be at least {_LEAST_ADDRESS_SPACE / 1e6:g} MB, not "
+            f"{limit / 1e6:.0f} MB: raise its limit (ulimit -v)"
+        )
+
+
+def _memory_limit() -> str:
+    """What a message about too little memory says of the limit of this process; nothing if there is none."""
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return "" if limit == resource.RLIM_INFINITY else f" (ulimit -v allows this process {limit / 1e9:.1f} GB)"
 
 
 def rank() -> int:
     """Returns this process's rank from torchrun's environment; 0 without torchrun."""
-    return int(os.environ.get("RANK", "0")) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else 0
+    return RankEnvironment.read().rank
 
 
 def ranks() -> int:
     """Returns the number of ranks from torchrun's environment; 1 without torchrun."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return RankEnvironment.read().world_size
 
 
 def shares_rank_0_disk() -> bool:
     """Returns whether this process runs on the machine of rank 0."""
-    return int(os.environ.get("GROUP_RANK", "0")) == 0  # torchrun's number of the machine
+    return RankEnvironment.read().group_rank == 0

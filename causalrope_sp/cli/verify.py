@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from causalrope_sp.errors import ConfigError
+from causalrope_sp.checks import shown
+from causalrope_sp.errors import ConfigError, escaped_line
+from causalrope_sp.rank_environment import RankEnvironment
 
 if TYPE_CHECKING:
     from causalrope_sp.verification.runner import Check
+
+MOST_RANKS = 64  # processes that the command starts on one machine
 
 
 @click.command()
@@ -29,7 +32,13 @@ if TYPE_CHECKING:
     show_default=True,
     help="Compute in this dtype.",
 )
-@click.option("--device", default="cpu", show_default=True, help="Compute on this kind of device: cpu or cuda.")
+@click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    show_default=True,
+    help="Compute on this kind of device.",
+)
 @click.option(
     "--json",
     "as_json",
@@ -41,7 +50,7 @@ def verify(folder: Path | None, ranks: str, strategy: str, dtype: str, device: s
 
     The command starts its processes itself. The exit status is 1 if a check fails.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if RankEnvironment.read().world_size > 1:
         raise ConfigError("verify starts its own processes: run it without torchrun")
     counts = _parse_ranks(ranks)
     import torch
@@ -58,10 +67,10 @@ def verify(folder: Path | None, ranks: str, strategy: str, dtype: str, device: s
 
 def _parse_ranks(text: str) -> list[int]:
     """Numbers of ranks separated by commas; raises ConfigError for anything else."""
-    try:
-        return [int(word) for word in text.split(",")]
-    except ValueError:
-        raise ConfigError(f"--ranks takes numbers of processes like 1,2,3, not {text!r}") from None
+    words = text.split(",")
+    if not all(word.isascii() and word.isdigit() and len(word) < 4 and 1 <= int(word) <= MOST_RANKS for word in words):
+        raise ConfigError(f"--ranks takes numbers of processes like 1,2,3, at most {MOST_RANKS}, not {shown(text)}")
+    return [int(word) for word in words]
 
 
 def _check_fields(check: Check) -> dict[str, Any]:
@@ -78,7 +87,8 @@ def _print_table(checks: list[Check]) -> None:
     table = Table("case", "ranks", "strategy", "relative error", "verdict", "")
     for check in checks:
         error = "" if check.error is None else f"{check.error:.2e}"
-        table.add_row(check.case, str(check.ranks), check.strategy, error, verdicts[check.ok], check.note)
+        case, note = escaped_line(check.case), escaped_line(check.note)
+        table.add_row(case, str(check.ranks), check.strategy, error, verdicts[check.ok], note)
     console = Console()
     console.print(table)
     console.print(f"{sum(check.ok is True for check in checks)} of {len(checks)} checks passed", highlight=False)

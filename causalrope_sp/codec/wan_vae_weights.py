@@ -15,7 +15,7 @@ import torch
 from causalrope_sp.codec.codec_tensors import read_exactly, shape_of
 from causalrope_sp.codec.wan_vae_config import WanVaeConfig
 from causalrope_sp.codec.wan_vae_model import WanVae
-from causalrope_sp.errors import CheckpointError, ConfigError
+from causalrope_sp.errors import CheckpointError, ConfigError, first_line
 from causalrope_sp.weights.tensor_files import WeightFiles
 
 DIFFUSERS_MARKER = "decoder.mid_block.resnets.0.norm1.gamma"
@@ -171,10 +171,15 @@ def _stages(files: WeightFiles) -> tuple[list[int], list[bool], int]:
 def _on_meta(config: dict[str, Any], files: WeightFiles) -> WanVae:
     """Builds the VAE on the meta device; a configuration that is refused raises CheckpointError."""
     try:
+        sizes = WanVaeConfig.from_json(config)
+        if len(sizes.dim_mult) * sizes.num_res_blocks >= len(files.tensors):
+            raise ConfigError(
+                f"num_res_blocks: {sizes.num_res_blocks} a stage, and the file has {len(files.tensors)} tensors"
+            )
         with torch.device("meta"):
-            return WanVae(WanVaeConfig.from_json(config))
-    except ConfigError as reason:
-        raise CheckpointError(f"{files.path}: declares a VAE that cannot be built: {reason}") from reason
+            return WanVae(sizes)
+    except (ConfigError, RuntimeError, TypeError, OverflowError) as reason:  # a size that no tensor can have too
+        raise CheckpointError(f"{files.path}: declares a VAE that cannot be built: {first_line(reason)}") from reason
 
 
 def _stored_name(name: str, modules: dict[str, str]) -> str:

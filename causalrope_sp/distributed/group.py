@@ -30,6 +30,7 @@ from causalrope_sp.distributed.termination import name_lost_rank_on_sigterm
 from causalrope_sp.distributed.watchdog import Watchdog, leave
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.grid import LatentGrid, Shard
+from causalrope_sp.rank_environment import RankEnvironment
 from causalrope_sp.siblings import Siblings, end_with_launcher
 
 LONGEST_S = 1e6  # the longest timeout, in seconds
@@ -144,16 +145,20 @@ class SequenceParallel:
             options: further arguments of the constructor.
 
         Raises:
-            ConfigError: as in the constructor, or a time is not above 0, or this machine has fewer GPUs than ranks.
+            ConfigError: as in the constructor, or a time is not above 0, or this machine has fewer GPUs than ranks, or
+                the environment says nonsense.
         """
         for seconds in (timeout_s, silence_s):
             if not (isinstance(seconds, Real) and 0 < seconds <= LONGEST_S):
                 raise ConfigError(f"a timeout must be above 0 and at most {LONGEST_S:g} seconds, not {shown(seconds)}")
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        environment = RankEnvironment.read()
+        if environment.world_size == 1:
             return cls(None, strategy, device or default_device(), **options)
-        own = device_of_rank(device)
-        world = int(os.environ["WORLD_SIZE"])
-        mesh = Mesh(world, options.get("cfg", 1), options.get("chunk", 1), options.get("decode_ranks", 0))
+        environment.check_rendezvous()
+        own = device_of_rank(device, environment.local_rank)
+        mesh = Mesh(
+            environment.world_size, options.get("cfg", 1), options.get("chunk", 1), options.get("decode_ranks", 0)
+        )
         if check_text("strategy", strategy) != AUTO:
             parse_strategy(strategy, mesh.sp)  # wrong input raises before any rank waits for another
         siblings = siblings or Siblings()

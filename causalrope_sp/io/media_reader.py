@@ -1,4 +1,4 @@
-"""Reads images and videos, from files, PIL images or arrays, as uint8 RGB frames of the model's size and frame rate.
+"""Reads images and videos, from files, PIL images, arrays or tensors, as uint8 RGB frames of the model's size and rate.
 
 Size: a frame is scaled to cover the model's frame (by the larger of the two ratios, bicubic, antialiased), then cropped
 around the centre; a frame that has the size already is not changed. Rate: each output frame is the source frame that a
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Union
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn.functional import interpolate
 
 from causalrope_sp.errors import InputError, first_line
@@ -24,9 +25,11 @@ if TYPE_CHECKING:
     import av
     from PIL import Image
 
-Picture = Union[str, os.PathLike[str], np.ndarray, "Image.Image"]
-Video = str | os.PathLike[str] | Iterable[Union[np.ndarray, "Image.Image"]]
-MOST_PIXELS = 40_000_000  # of a picture or a frame; 8K has 33 million
+Picture = Union[str, os.PathLike[str], np.ndarray, Tensor, "Image.Image"]
+Video = str | os.PathLike[str] | Iterable[Union[np.ndarray, Tensor, "Image.Image"]]
+MOST_PIXELS = 34_000_000  # of a picture or a frame; 8K has 33.2 million
+# Of Pillow's formats those that people have: EPS starts a program, and others cost far more than their pixels.
+PICTURES = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "TGA", "DDS")
 LONGEST_ASPECT = 20  # of its longer side to its shorter one
 LONGEST_SHOWN_S = 60  # how long a video may show one frame
 TimedFrame = tuple[Fraction, Fraction, np.ndarray]  # start and end of its display, in seconds; uint8 (H, W, 3)
@@ -36,7 +39,8 @@ def read_picture(source: Picture, height: int, width: int) -> np.ndarray:
     """Reads an image and fits it to a size, see `fit`.
 
     Args:
-        source: an image file, a PIL image, or an array (H, W, 3), uint8 or float in [0, 1].
+        source: an image file of one of the kinds `PICTURES`, a PIL image, an array (H, W, 3), uint8 or float in [0, 1],
+            or a tensor (3, H, W), float in [0, 1].
         height: of the result, in pixels.
         width: of the result, in pixels.
 
@@ -44,46 +48,45 @@ def read_picture(source: Picture, height: int, width: int) -> np.ndarray:
         The image, uint8 (height, width, 3).
 
     Raises:
-        InputError: the file or the image cannot be read, or the array has another dtype, shape or range.
+        InputError: the file or the image cannot be read, or the array or tensor has another dtype, shape or range.
     """
     if not isinstance(source, str | os.PathLike):
         return fit(_to_uint8(source, height, width), height, width)
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
-        with Image.open(source) as picture:
+        Image.init()
+        with Image.open(source, formats=[kind for kind in PICTURES if kind in Image.OPEN]) as picture:
             check_size(*picture.size)
             picture.draft("RGB", (2 * width, 2 * height))  # JPEG alone: it is decoded at a fraction of its size
             return fit(_on_black(ImageOps.exif_transpose(picture), height, width), height, width)
     except InputError as error:
         raise InputError(f"cannot read {os.fspath(source)}: {error}") from error
     except UnidentifiedImageError as error:
-        raise InputError(f"cannot read {os.fspath(source)}: not a picture of a known kind") from error
+        kinds = ", ".join(PICTURES)
+        raise InputError(f"cannot read {os.fspath(source)}: not a picture of a known kind ({kinds})") from error
     except Exception as error:  # Pillow's decoders raise whatever their format's code does
         raise InputError(f"cannot read {os.fspath(source)}: {first_line(error)}") from error
 
 
 def _on_black(picture: Image.Image, height: int, width: int) -> np.ndarray:
     """Returns a picture as RGB on black, reduced by a whole factor where it is more than four times too large."""
-    from PIL import Image
-
     factor = min(picture.height // (4 * height), picture.width // (4 * width))
-    if picture.mode not in ("RGB", "L"):
-        black = Image.new("RGBA", picture.size, "black")
-        picture = Image.alpha_composite(black, picture.convert("RGBA"))
-    picture = picture.convert("RGB")
-    return np.asarray(picture.reduce(factor) if factor > 1 else picture)
+    clear = picture.mode not in ("RGB", "L", "CMYK", "YCbCr")
+    picture = picture.convert("RGBA" if clear else "RGB")
+    picture = picture.reduce(factor) if factor > 1 else picture
+    return np.asarray(picture.convert("RGBa"))[..., :3] if clear else np.asarray(picture)  # RGBa is RGB times alpha
 
 
 def is_picture(value: object) -> bool:
-    """Returns whether a value is a PIL image or an array."""
+    """Returns whether a value is a PIL image, an array or a tensor."""
     from PIL import Image
 
-    return isinstance(value, np.ndarray | Image.Image)
+    return isinstance(value, np.ndarray | Tensor | Image.Image)
 
 
 def _to_uint8(frame: object, height: int, width: int) -> np.ndarray:
-    """Converts a PIL image, or a float array in [0, 1], to uint8.
+    """Converts a PIL image, or a float array or tensor in [0, 1], to uint8.
 
     Args:
         frame: the frame.
@@ -104,6 +107,8 @@ def _to_uint8(frame: object, height: int, width: int) -> np.ndarray:
             return _on_black(ImageOps.exif_transpose(frame), height, width)
         except Exception as error:  # a lazily opened image is decoded here
             raise InputError(f"cannot read a PIL image: {first_line(error)}") from error
+    if isinstance(frame, Tensor):
+        frame = _channels_last(frame)
     if not isinstance(frame, np.ndarray) or frame.ndim != 3 or frame.shape[2] != 3 or 0 in frame.shape:
         return frame  # type: ignore[return-value]  # `fit` refuses it
     if not np.issubdtype(frame.dtype, np.floating):
@@ -114,6 +119,21 @@ def _to_uint8(frame: object, height: int, width: int) -> np.ndarray:
             f"a frame of {frame.dtype} must have numbers in [0, 1], not {frame.min():g} to {frame.max():g}"
         )
     return np.rint(frame.astype(np.float32) * 255).astype(np.uint8)
+
+
+def _channels_last(frame: Tensor) -> np.ndarray:
+    """Returns a float tensor (3, H, W) as an array (H, W, 3); raises InputError for any other tensor."""
+    if frame.ndim != 3 or frame.shape[0] != 3 or not frame.is_floating_point():
+        got = f"{str(frame.dtype).removeprefix('torch.')} {tuple(frame.shape)}"
+        raise InputError(
+            "a frame that is a tensor must be float of shape (3, height, width), and a video of shape "
+            f"(frames, 3, height, width), not {got}"
+        )
+    check_size(frame.shape[2], frame.shape[1])
+    try:
+        return frame.detach().to("cpu", torch.float32).movedim(0, 2).numpy()
+    except Exception as error:  # a tensor without numbers, or of a layout that has no array
+        raise InputError(f"cannot read a tensor: {first_line(error)}") from error
 
 
 def check_size(width: int, height: int) -> None:
@@ -132,7 +152,8 @@ def read_video(source: Video, height: int, width: int, fps: float) -> Iterator[n
     """Reads the frames of a video lazily and fits each to a size, see `fit`.
 
     Args:
-        source: a video file, or frames that are at `fps` already: PIL images or arrays as in `read_picture`.
+        source: a video file, or frames that are at `fps` already: PIL images, arrays or tensors as in `read_picture`,
+            or all of them in one array or tensor.
         height: of the result, in pixels.
         width: of the result, in pixels.
         fps: frames a second of the result.
@@ -143,6 +164,8 @@ def read_video(source: Video, height: int, width: int, fps: float) -> Iterator[n
     Raises:
         InputError: the file cannot be read, or a frame is refused as in `read_picture`.
     """
+    if isinstance(source, np.ndarray | Tensor) and source.ndim != 4:
+        raise InputError(f"a video must have 4 axes, frames first, not {source.ndim}: {tuple(source.shape)}")
     if not isinstance(source, str | os.PathLike):
         return (fit(_to_uint8(frame, height, width), height, width) for frame in source)
     fitted = ((start, end, fit(frame, height, width)) for start, end, frame in _file_frames(source))
@@ -166,7 +189,7 @@ def fit(frame: np.ndarray, height: int, width: int) -> np.ndarray:
     if not isinstance(frame, np.ndarray) or frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
         got = f"{frame.dtype} {frame.shape}" if isinstance(frame, np.ndarray) else type(frame).__name__
         raise InputError(
-            f"a frame must be a PIL image or an array of shape (height, width, 3), uint8 or float, not {got}"
+            f"a frame must be a PIL image, an array (height, width, 3), uint8 or float, or a tensor, not {got}"
         )
     if 0 in frame.shape:
         raise InputError(f"a frame of {frame.shape[0]}×{frame.shape[1]} pixels is empty")
@@ -175,11 +198,14 @@ def fit(frame: np.ndarray, height: int, width: int) -> np.ndarray:
         return frame
     scale = max(height / frame.shape[0], width / frame.shape[1])
     size = max(height, round(frame.shape[0] * scale)), max(width, round(frame.shape[1] * scale))
-    pixels = torch.from_numpy(frame.copy()).movedim(2, 0).unsqueeze(0).float()
-    scaled = interpolate(pixels, size, mode="bicubic", antialias=True, align_corners=False)
     top, left = (size[0] - height) // 2, (size[1] - width) // 2
-    cropped = scaled[0, :, top : top + height, left : left + width]
-    return cropped.round().clamp(0, 255).to(torch.uint8).movedim(0, 2).numpy()
+    fitted = np.empty((height, width, 3), np.uint8)
+    for channel in range(3):  # one after the other, since floats take four times the memory
+        pixels = torch.from_numpy(frame[None, None, ..., channel].astype(np.float32))
+        scaled = interpolate(pixels, size, mode="bicubic", antialias=True, align_corners=False)
+        cropped = scaled[0, 0, top : top + height, left : left + width]
+        fitted[..., channel] = cropped.round().clamp(0, 255).numpy()
+    return fitted
 
 
 def _at_rate(timed: Iterator[TimedFrame], fps: float) -> Iterator[np.ndarray]:
@@ -230,7 +256,7 @@ def _animated_picture(name: str) -> Iterator[TimedFrame]:
     from PIL import Image, ImageSequence
 
     start = Fraction(0)
-    with Image.open(name) as picture:
+    with Image.open(name, formats=["WEBP"]) as picture:
         check_size(*picture.size)
         for frame in ImageSequence.Iterator(picture):
             pixels = np.asarray(frame.convert("RGB"))

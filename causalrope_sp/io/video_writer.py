@@ -6,7 +6,6 @@ import contextlib
 import logging
 import os
 import secrets
-import shutil
 import signal
 import sys
 import threading
@@ -19,10 +18,11 @@ import numpy as np
 
 from causalrope_sp.checks import check_number, check_whole
 from causalrope_sp.errors import OutputError, first_line
+from causalrope_sp.io.output_files import check_replaceable
+from causalrope_sp.io.partial_files import PartialFile, check_unwritten, partial_path
 from causalrope_sp.io.video_sinks import FORMATS, STREAM, AvFile, PngFolder, Sink, lay_out
 
 STDOUT = "-"
-MOST_PARTIALS = 100
 
 _log = logging.getLogger(__name__)
 
@@ -35,6 +35,9 @@ class VideoWriter:
     error, or after Ctrl-C, the file gets its name. Nothing is left where no frame was written. `frames` counts what was
     written.
 
+    A finished file of the name is replaced then, not before. A second writer for the same path is refused as long as
+    the first one has not ended.
+
     The same is true of GIF and WebM. A folder of pictures has one file a frame. WebP is written only at its end.
 
     Args:
@@ -45,7 +48,8 @@ class VideoWriter:
 
     Raises:
         ConfigError: `height` or `width` is not a whole number of at least 1, or `fps` is not a finite number above 0.
-        OutputError: the kind of file is unknown, the file cannot be written, or the format cannot hold the size.
+        OutputError: the kind of file is unknown, the file cannot be written, another writer is writing it, or the
+            format cannot hold the size.
     """
 
     def __init__(self, path: str | os.PathLike[str], height: int, width: int, fps: float) -> None:
@@ -55,23 +59,25 @@ class VideoWriter:
         self.path, self.frames = _name(path), 0
         self._target = Path(os.path.abspath(path))
         self._shape = (height, width, 3)
-        self._partial: Path | None = None
+        self._partial: PartialFile | None = None
         self._sink: Sink | None = None
         self._format = STREAM if self.path == STDOUT else FORMATS.get(self._target.suffix.lower())
         with self._failing_as_output_error():
             if self.path == STDOUT:
                 self._sink = AvFile(sys.stdout.buffer, STREAM, height, width, fps)
                 return
-            self._partial = _new_partial(self._target, is_folder(path))
-            if self._format is None or self._partial.is_dir():
-                self._sink = PngFolder(self._partial)
+            self._partial = PartialFile(self._target, is_folder(path))
+            if self._target.is_file():
+                _log.info("%s is there; it is replaced when the new video is finished", self.path)
+            if self._format is None or is_folder(path):
+                self._sink = PngFolder(self._partial.path)
             else:
-                self._sink = AvFile(self._partial, self._format, height, width, fps)
+                self._sink = AvFile(self._partial.path, self._format, height, width, fps)
 
     @property
     def partial(self) -> str | None:
         """Where the frames are until the file has its name; None before and after."""
-        return None if self._partial is None else str(self._target_name(self._partial))
+        return None if self._partial is None else str(self._target_name(self._partial.path))
 
     def write(self, frames: np.ndarray) -> None:
         """Appends uint8 frames of shape (T, height, width, 3), T ≥ 0.
@@ -105,7 +111,8 @@ class VideoWriter:
             self._sink.finish()
             self._sink = None
             if self._partial is not None:
-                self._name_it(self._partial)
+                self._name_it(self._partial.path)
+                self._partial.release()
             self._partial = None
 
     def _name_it(self, partial: Path) -> None:
@@ -137,6 +144,8 @@ class VideoWriter:
         with _uninterrupted(), contextlib.suppress(Exception):  # what is on disk can be played as it is
             if sink is not None:
                 sink.finish()
+        if self._partial is not None:
+            self._partial.release()
 
     def discard(self) -> None:
         """Removes what was written; after `close` it does nothing."""
@@ -147,7 +156,7 @@ class VideoWriter:
                 with contextlib.suppress(Exception):  # the file is thrown away: why it cannot be finished is no news
                     sink.finish()
             if partial is not None:
-                _remove(partial)
+                partial.remove()
 
     def __enter__(self) -> Self:
         return self
@@ -170,38 +179,27 @@ class VideoWriter:
 
         try:
             yield
+        except OutputError:
+            raise
         except (OSError, ValueError, av.FFmpegError) as error:
             self.abandon()
             kept = f"; {self.frames} frames are in {self.partial}" if self.partial is not None and self.frames else ""
             raise OutputError(f"cannot write {self.path}: {first_line(error)}{kept}") from error
 
 
-def _new_partial(target: Path, folder: bool) -> Path:
-    """A new file or folder beside the target, clip.partial.mp4 or clip.partial-2.mp4, ..., which is made."""
-    stem, suffix = (target.name, "") if folder else (target.stem, target.suffix)
-    for number in range(1, MOST_PARTIALS + 1):
-        partial = target.with_name(f"{stem}.partial{'' if number == 1 else f'-{number}'}{suffix}")
-        try:
-            if folder:
-                partial.mkdir()
-            else:
-                partial.touch(exist_ok=False)
-            return partial
-        except FileExistsError:
-            _log.warning("%s is there from a run that ended early, or that is still going on; it is kept", partial)
-    raise OutputError(f"cannot write {target}: {MOST_PARTIALS} partial files of it are there")
-
-
 def check_output(path: str | os.PathLike[str], height: int | None = None, width: int | None = None) -> None:
     """Raises OutputError if `VideoWriter` would: call it before anything slow. The size can be checked when known."""
-    name, target = _name(path), Path(os.path.abspath(path))
-    suffix = target.suffix.lower()
+    name = _name(path)
     if name == STDOUT:
+        if sys.stdout is None:
+            raise OutputError("cannot write to the standard output: it is closed")
         if sys.stdout.isatty():
             raise OutputError("cannot write a video to a terminal: send the standard output to a file or a program")
         _check_size(name, ".mp4", height, width)
         return
     try:
+        target = Path(os.path.abspath(path))
+        suffix = target.suffix.lower()
         if is_folder(path):
             if target.exists() and not target.is_dir():
                 raise OutputError(f"cannot write {name}: a file of that name is in the way")
@@ -213,14 +211,23 @@ def check_output(path: str | os.PathLike[str], height: int | None = None, width:
         elif target.is_dir():
             raise OutputError(f"cannot write {name}: a folder of that name is in the way")
         else:
+            check_replaceable(target)
             _check_size(name, suffix, height, width)
         if not target.parent.is_dir():
             raise OutputError(f"cannot write {name}: there is no folder {os.path.dirname(name.rstrip('/'))}")
+        with contextlib.suppress(FileNotFoundError):
+            os.stat(partial_path(target, is_folder(path)))  # its name may be too long where the target's is not
         probe = target.parent / f".causalrope-{secrets.token_hex(6)}.part"
         probe.touch()
         probe.unlink()
     except OSError as error:
         raise OutputError(f"cannot write {name}: {first_line(error)}") from error
+
+
+def check_alone(path: str | os.PathLike[str]) -> None:
+    """Raises OutputError if another run is writing the video of that path; ask before anything slow."""
+    if _name(path) != STDOUT:
+        check_unwritten(Path(os.path.abspath(path)), is_folder(path))
 
 
 def _check_size(name: str, suffix: str, height: int | None, width: int | None) -> None:
@@ -242,13 +249,6 @@ def is_folder(path: str | os.PathLike[str]) -> bool:
 
 def _name(path: str | os.PathLike[str]) -> str:
     return os.fspath(path)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

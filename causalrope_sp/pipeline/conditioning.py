@@ -114,7 +114,7 @@ def condition_on_image(codec: Codec, image: Picture, height: int, width: int) ->
 
     Args:
         codec: the VAE that encodes it.
-        image: a file, a PIL image or an array (see `read_picture`).
+        image: a file, a PIL image, an array or a tensor (see `read_picture`).
         height: pixels of a frame.
         width: pixels of a frame.
 
@@ -135,7 +135,7 @@ def condition_on_video_end(
 
     Args:
         codec: the VAE that encodes it.
-        video: a file, or PIL images or arrays (see `read_video`).
+        video: a file, or PIL images, arrays or tensors (see `read_video`).
         height: pixels of a frame.
         width: pixels of a frame.
         fps: the stream's pixel frames per second, at which the video is sampled.
@@ -168,7 +168,7 @@ def condition_on_source(
 
     Args:
         codec: the VAE that encodes it.
-        video: a file, or PIL images or arrays (see `read_video`).
+        video: a file, or PIL images, arrays or tensors (see `read_video`).
         height: pixels of a frame.
         width: pixels of a frame.
         fps: the stream's pixel frames per second, at which the video is sampled.

@@ -40,10 +40,10 @@ class GenerationOptions:
         seed: the seed of all noise, in [0, 2^63 - 1]. Video n of a list of prompts uses seed + n.
         generator: a generator from which the seed is drawn; it replaces `seed`.
         output_type: "np", "pil", "pt" or "latent" (see `CausalVideoPipelineOutput`).
-        image: the first frame of the video: a file, a PIL image, or an array (H, W, 3), uint8 or float in [0, 1]. It is
-            one of the `num_frames`.
-        video: a video to continue: a file, or frames that are PIL images or such arrays. Its last frames are the
-            context of the stream, and the output begins after them. With `strength` it is a video to redraw.
+        image: the first frame of the video: a file, a PIL image, an array (H, W, 3), uint8 or float in [0, 1], or a
+            tensor (3, H, W), float in [0, 1]. It is one of the `num_frames`.
+        video: a video to continue: a file, or frames that are PIL images, such arrays or such tensors. Its last frames
+            are the context of the stream, and the output begins after them. With `strength` it is a video to redraw.
         strength: the share of the denoising steps, rounded up, that redraw `video`, in (0, 1]. A smaller one changes
             less. The output has as many frames as `video`, up to `num_frames`.
         reuse: which attention outputs of a denoising step later steps reuse: a policy, a preset such as "pab:latte", or
@@ -119,9 +119,9 @@ class GenerationOptions:
         if self.image is not None and self.video is not None:
             raise ConfigError("give either an image or a video, not both")
         if not (self.image is None or isinstance(self.image, str | os.PathLike) or is_picture(self.image)):
-            raise ConfigError(f"image must be a file, a PIL image or an array, not {shown(self.image)}")
+            raise ConfigError(f"image must be a file, a PIL image, an array or a tensor, not {shown(self.image)}")
         if not (self.video is None or isinstance(self.video, str | os.PathLike | Iterable)):
-            raise ConfigError(f"video must be a file, or PIL images or arrays, not {shown(self.video)}")
+            raise ConfigError(f"video must be a file, or PIL images, arrays or tensors, not {shown(self.video)}")
         if self.strength is None:
             return
         if self.video is None:

@@ -186,7 +186,7 @@ def _check_complete(fields: dict[str, Any], path: Path, source_file: Path) -> No
         inspect_checkpoint(fields["transformer"])  # raises for what is no transformer either
     raise CheckpointError(
         f"{path} is a transformer alone: name a folder or repository with the text encoder and the VAE as base "
-        "(--base), or run it from Python with load_model and sample_chunks"
+        "(--base of generate), or run it from Python with load_model and sample_chunks"
         if "transformer" in fields
         else f"{source_file} names no transformer"
     )

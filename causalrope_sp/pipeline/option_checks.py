@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import fields
@@ -20,9 +21,14 @@ DTYPES = {name: getattr(torch, name) for name in DTYPE_NAMES}
 
 
 def check_path(name: str, value: object) -> str:
-    """Returns `value` as a text. Raises ConfigError unless it is a path that is not empty."""
+    """Returns `value` as a text. Raises ConfigError unless it is a path that a file can have, and not empty."""
     if not isinstance(value, str | os.PathLike) or not os.fspath(value) or "\0" in str(value):
         raise ConfigError(f"{name} must be a path, not {shown(value)}")
+    try:
+        os.lstat(value)
+    except OSError as reason:
+        if reason.errno in (errno.ENAMETOOLONG, errno.ELOOP):  # whoever reads a missing or forbidden file says so
+            raise ConfigError(f"{name} must be a path, not {shown(value)}: {reason.strerror}") from reason
     return str(os.fspath(value))
 
 

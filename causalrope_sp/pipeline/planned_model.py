@@ -16,6 +16,7 @@ from causalrope_sp.pipeline.load_options import LoadOptions
 from causalrope_sp.pipeline.model_config import PIPELINE_FILE, ModelConfig
 from causalrope_sp.pipeline.model_source import MODEL_INDEX, find_model, local_path
 from causalrope_sp.pipeline.offload import Offload
+from causalrope_sp.pipeline.option_checks import check_path
 from causalrope_sp.pipeline.preflight import auxiliary
 from causalrope_sp.planning.decode_cost import DecodePlan, VaeSize, plan_decoding
 from causalrope_sp.planning.machines import Machine
@@ -84,6 +85,7 @@ class PlannedModel:
         stream, sampler, size = WAN
         if name in PRESETS:
             return cls(name, PRESETS[name], stream, sampler, *size, assumed=("height", "width", *_GUESSED, *_BESIDE))
+        check_path("model", name)
         parts = _whole_model(name)
         if parts is not None:
             if parts.vin is not None:

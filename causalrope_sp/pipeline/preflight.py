@@ -6,7 +6,6 @@ short and names the options that would make the run fit; each of them has been t
 
 from __future__ import annotations
 
-import os
 from bisect import bisect_left
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -26,6 +25,7 @@ from causalrope_sp.planning.cost import Plan, plan
 from causalrope_sp.planning.machines import Machine, default_machine
 from causalrope_sp.planning.memory import AuxiliaryMemory
 from causalrope_sp.planning.workload import Workload
+from causalrope_sp.rank_environment import RankEnvironment
 from causalrope_sp.text import TextSource
 from causalrope_sp.text.text_footprint import text_bytes
 from causalrope_sp.weights import inspect_checkpoint
@@ -186,7 +186,7 @@ def free_bytes(device: torch.device) -> int | None:
     limits = [available_memory(Path("/proc/meminfo")), left_in_cgroup(Path("/sys/fs/cgroup"))]
     free = min((limit for limit in limits if limit is not None), default=None)
     # the ranks on this machine share its memory
-    return None if free is None else free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return None if free is None else free // RankEnvironment.read().local_world_size
 
 
 def available_memory(meminfo: Path) -> int | None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from causalrope_sp.errors import ConfigError, OutputError
+from causalrope_sp.errors import ConfigError, OutputError, first_line
 from causalrope_sp.profiling.outputs import Profile, errors
 from causalrope_sp.reuse.policy import CAUSAL_KINDS, Broadcast, Kind, ReusePlan, ReusePolicy
 
@@ -78,11 +78,15 @@ def check_files(out: Path | None, drawing: Path | None) -> None:
         drawing: the file of the plot; None for none.
 
     Raises:
-        OutputError: a file is a folder, its folder does not exist, or the plot has an unknown suffix.
+        OutputError: a file is a folder or has too long a name, its folder does not exist, or the plot has an unknown
+            suffix.
     """
     for path, verb in ((out, "write"), (drawing, "draw")):
-        if path is not None and (path.is_dir() or not path.parent.is_dir()):
-            raise OutputError(f"cannot {verb} {path}: {'it is a folder' if path.is_dir() else 'no such folder'}")
+        try:
+            if path is not None and (path.is_dir() or not path.parent.is_dir()):
+                raise OutputError(f"cannot {verb} {path}: {'it is a folder' if path.is_dir() else 'no such folder'}")
+        except OSError as reason:
+            raise OutputError(f"cannot {verb} {path}: {first_line(reason)}") from reason
     if drawing is not None and drawing.suffix not in (".png", ".svg", ".pdf"):
         raise OutputError(f"cannot draw {drawing}: it must be a .png, .svg or .pdf file")
 

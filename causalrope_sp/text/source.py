@@ -7,7 +7,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from causalrope_sp.errors import CheckpointError
+from causalrope_sp.errors import CheckpointError, first_line
 
 TOKENIZER = "tokenizer.json"
 # the file in Wan's own folder (models_t5_umt5-xxl-enc-bf16.pth), and the two kinds that transformers writes
@@ -72,20 +72,30 @@ class TextSource:
         if len(choices) > 1:
             names = ", ".join(file.name for file in choices)
             raise CheckpointError(f"{self.path}: several text encoders, name one of them: {names}")
-        home = choices[0] if choices[0].is_dir() else choices[0].parent
+        try:
+            return choices[0], self._tokenizer_of(choices[0])
+        except OSError as reason:
+            raise CheckpointError(f"no tokenizer at {self.tokenizer}: {first_line(reason)}") from reason
+
+    def _tokenizer_of(self, weights: Path) -> Path:
+        """Returns the file of the tokenizer; raises CheckpointError if there is none."""
+        home = weights if weights.is_dir() else weights.parent
         folders = [home / "tokenizer", home / "google" / "umt5-xxl", home.parent / "tokenizer", home]
         if self.tokenizer is not None:
             folders = [self.tokenizer if self.tokenizer.is_dir() else self.tokenizer.parent]
         found = next((folder / TOKENIZER for folder in folders if (folder / TOKENIZER).is_file()), None)
         if found is None:
             raise CheckpointError(f"{self.path}: no {TOKENIZER} in {', '.join(map(str, folders))}")
-        return choices[0], found
+        return found
 
     def _weights(self) -> list[Path]:
-        """Returns every file or folder that may be the weights."""
-        if self.path.is_file():
-            return [self.path]
-        if (self.path / "text_encoder").is_dir():
-            return [self.path / "text_encoder"]
+        """Returns every file or folder that may be the weights; raises CheckpointError for a name no file can have."""
+        try:
+            if self.path.is_file():
+                return [self.path]
+            if (self.path / "text_encoder").is_dir():
+                return [self.path / "text_encoder"]
+        except OSError as reason:
+            raise CheckpointError(f"no text encoder at {self.path}: {first_line(reason)}") from reason
         wan, *own = (sorted(self.path.glob(pattern)) for pattern in WEIGHTS)
         return wan or ([self.path] if any(own) else [])

@@ -5,8 +5,9 @@ Shapes: B prompts, L = text_len tokens, E the encoder's width.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from causalrope_sp.config import Keep
-from causalrope_sp.errors import CheckpointError, ConfigError
+from causalrope_sp.errors import CheckpointError, ConfigError, first_line
 from causalrope_sp.text.clean import clean_prompt
 from causalrope_sp.text.source import TextSource
 from causalrope_sp.text.umt5_checkpoint import T5Checkpoint
@@ -143,7 +144,9 @@ class UMT5TextEncoder:
 
     def _tokens(self, prompt: str) -> list[int]:
         """Returns the numbers of a prompt's tokens, at most L."""
-        encoding = self._tokenizer.encode(clean_prompt(prompt))
+        text = clean_prompt(prompt)
+        with _as_checkpoint_error("the tokenizer cannot encode a prompt"):
+            encoding = self._tokenizer.encode(text)
         if encoding.overflowing and prompt not in self._warned:
             self._warned.add(prompt)
             parts = [encoding, *encoding.overflowing]
@@ -175,7 +178,16 @@ def _open_tokenizer(file: Path) -> Tokenizer:
     """
     from tokenizers import Tokenizer
 
-    try:
+    with _as_checkpoint_error(f"{file}: not a tokenizer"):
         return Tokenizer.from_file(str(file))
-    except Exception as error:  # tokenizers raises no narrower class
-        raise CheckpointError(f"{file}: not a tokenizer ({str(error).splitlines()[0]})") from error
+
+
+@contextlib.contextmanager
+def _as_checkpoint_error(problem: str) -> Iterator[None]:
+    """Makes what tokenizers raises a CheckpointError: exceptions of no narrower class, and panics of its Rust code."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise CheckpointError(f"{problem} ({first_line(error)})") from error

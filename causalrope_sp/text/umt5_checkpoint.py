@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from causalrope_sp.errors import CheckpointError
+from causalrope_sp.errors import CheckpointError, first_line
 from causalrope_sp.text.umt5_keys import ATTENTION, BLOCK, FEED_FORWARD, LAYOUTS, TRANSFORMERS, T5Layout
 from causalrope_sp.weights.finite import all_finite, refuse_broken
 from causalrope_sp.weights.messages import problem, some
@@ -174,6 +174,12 @@ def _sizes(files: WeightFiles, layout: T5Layout, prefix: str) -> dict[str, Any]:
     }
     if layout is TRANSFORMERS:
         sizes |= _declared(files)
+    buckets, furthest = sizes["relative_attention_num_buckets"], sizes["relative_attention_max_distance"]
+    if buckets < 4 or furthest <= buckets // 4:  # half the buckets look each way, and half of those are logarithmic
+        raise CheckpointError(
+            f"{files.path}: declares {buckets} buckets of distances up to {furthest}; expected at least 4 buckets, and "
+            "distances beyond a quarter of them"
+        )
     if sizes["num_layers"] > len(files.tensors):
         raise CheckpointError(
             f"{files.path}: declares {sizes['num_layers']} layers and holds {len(files.tensors)} tensors"
@@ -204,11 +210,10 @@ def _build(sizes: Mapping[str, Any], path: Path) -> UMT5EncoderModel:
     from transformers import UMT5Config, UMT5EncoderModel
 
     # "eager" adds and rounds in the order of Wan's own code in every release of transformers
-    config = UMT5Config(**sizes, feed_forward_proj=_GATE, dropout_rate=0.0, attn_implementation="eager")
     try:
+        config = UMT5Config(**sizes, feed_forward_proj=_GATE, dropout_rate=0.0, attn_implementation="eager")
         with torch.device("meta"):
             model = UMT5EncoderModel(config)
-    except (RuntimeError, TypeError, OverflowError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{path}: declares an encoder that cannot be built: {reason}") from error
+    except Exception as error:  # transformers raises whatever its code meets
+        raise CheckpointError(f"{path}: declares an encoder that cannot be built: {first_line(error)}") from error
     return model.eval().requires_grad_(False)

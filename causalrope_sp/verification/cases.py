@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -13,12 +12,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from causalrope_sp.checks import shown
 from causalrope_sp.config import DiTConfig, SamplerConfig, StreamConfig
 from causalrope_sp.diffusion.noise import Noise, seeded_noise
 from causalrope_sp.diffusion.schedule import timesteps
 from causalrope_sp.distributed import SequenceParallel
 from causalrope_sp.errors import CheckpointError
 from causalrope_sp.grid import Chunk, LatentGrid, split_into_chunks
+from causalrope_sp.io.json_files import parse_object
 from causalrope_sp.models.causal_dit import CausalDiT
 from causalrope_sp.reuse.policy import ReusePolicy
 from causalrope_sp.sampling.sampler import sample_chunks
@@ -110,7 +111,7 @@ def load_case(path: Path, dtype: torch.dtype, device: str = "cpu") -> tuple[Case
         return _load_case(path, dtype, device)
     except CheckpointError:
         raise
-    except (KeyError, TypeError, ValueError, SafetensorError, OSError) as reason:
+    except Exception as reason:  # a field or a tensor may be missing, or be anything
         raise CheckpointError(f"{path} is not a whole reference case: {type(reason).__name__}: {reason}") from reason
 
 
@@ -120,6 +121,8 @@ def _load_case(path: Path, dtype: torch.dtype, device: str) -> tuple[Case, Tenso
         tensors = {name: file.get_tensor(name) for name in file.keys() if not name.startswith("call.")}
     window, initial_frames, frames = spec["local_attn_size"], spec["initial_frames"], spec["num_frames"]
     starting, latents = tensors["noise"], tensors["latents"][:, initial_frames:]
+    if latents.shape[1] != frames:
+        raise CheckpointError(f"{path}: num_frames is {shown(frames)}, and it holds {latents.shape[1]} latent frames")
     renoise = [tensors[name] for name in sorted(tensors) if name.startswith("renoise.")]
     stream = StreamConfig(
         None if window == -1 else window, spec["sink_size"], spec["chunk_frames"], spec["independent_first_frame"]
@@ -221,12 +224,9 @@ def _metadata(path: Path) -> dict[str, str]:
 
 def _spec(path: Path) -> dict[str, Any]:
     try:
-        spec = json.loads(_metadata(path)["case"])
+        return parse_object(_metadata(path)["case"])
     except ValueError as reason:
-        raise CheckpointError(f"{path}: its metadata 'case' is not JSON: {reason}") from reason
-    if not isinstance(spec, dict):
-        raise CheckpointError(f"{path}: its metadata 'case' is not a JSON object")
-    return spec
+        raise CheckpointError(f"{path}: its metadata 'case' is {reason}") from reason
 
 
 def _field(spec: dict[str, Any], name: str, path: Path) -> Any:
@@ -239,8 +239,8 @@ def _weights_for(folder: Path, sizes: dict[str, int]) -> Path:
     for path in sorted(folder.glob("*.safetensors")):
         config = _metadata(path).get("config")
         try:
-            if config and json.loads(config) == sizes:
+            if config and parse_object(config) == sizes:
                 return path
         except ValueError as reason:
-            raise CheckpointError(f"{path}: its metadata 'config' is not JSON: {reason}") from reason
+            raise CheckpointError(f"{path}: its metadata 'config' is {reason}") from reason
     raise CheckpointError(f"{folder} holds no weights of the sizes {sizes}")

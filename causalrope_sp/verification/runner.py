@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from causalrope_sp.checks import check_choice
 from causalrope_sp.diffusion.schedule import guided_steps
 from causalrope_sp.distributed import SequenceParallel, strategies
 from causalrope_sp.distributed.launch import RankPool
@@ -75,6 +76,7 @@ def run_verification(
         ConfigError: the strategy is unknown, a rank count is below 1, there are more ranks than GPUs, or nothing could
             be checked.
     """
+    check_choice("device", device, ("cpu", "cuda"))
     if strategy != ALL:
         check_name(strategy)
     if not ranks or min(ranks) < 1:

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from causalrope_sp.config import DiTConfig
 from causalrope_sp.errors import CheckpointError
 from causalrope_sp.io.json_files import parse_object
+from causalrope_sp.io.output_files import check_replaceable
 from causalrope_sp.vin.network import VideoInterfaceNetwork, sizes
 from causalrope_sp.vin.vin_config import ParallelChunksConfig, VINConfig
 from causalrope_sp.weights.finite import all_finite
@@ -33,6 +34,9 @@ def save_vin(vin: VideoInterfaceNetwork, chunks: ParallelChunksConfig, path: str
         vin: the network.
         chunks: how the videos that it was trained on are cut.
         path: the file to write.
+
+    Raises:
+        OutputError: a folder, a device or a pipe has the path.
     """
     metadata = {
         "layout": LAYOUT,
@@ -40,6 +44,7 @@ def save_vin(vin: VideoInterfaceNetwork, chunks: ParallelChunksConfig, path: str
         "chunks": json.dumps(asdict(chunks)),
         "dit": json.dumps(sizes(vin.dit)),
     }
+    check_replaceable(path)
     save_file({name: x.contiguous() for name, x in vin.state_dict().items()}, path, metadata)
 
 

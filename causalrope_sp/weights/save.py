@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from causalrope_sp.config import DiTConfig
 from causalrope_sp.errors import ConfigError
+from causalrope_sp.io.output_files import check_replaceable
 from causalrope_sp.weights.diffusers_keys import DIFFUSERS
 from causalrope_sp.weights.fp8 import is_fp8
 from causalrope_sp.weights.key_layout import stored_tensors
@@ -72,8 +73,10 @@ def save_model(model: CausalDiT, path: str | PathLike[str]) -> None:
 
     Raises:
         ConfigError: the model's weights are in fp8, which no layout has.
+        OutputError: a folder, a device or a pipe has the path.
     """
     if is_fp8(model):
         raise ConfigError("a model with fp8 weights cannot be saved; load it with weights='full'")
     metadata = {"layout": WAN.name, "config": json.dumps(asdict(model.config))}
+    check_replaceable(path)
     save_file(stored_tensors(WAN, model.config, model.state_dict()), path, metadata)

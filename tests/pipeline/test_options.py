@@ -43,8 +43,8 @@ def pipe() -> CausalVideoPipeline:
         ),
         ({"prompt": "a", "seed": None}, "seed must be a whole number of at least 0 and at most .*, not None"),
         ({"prompt": "a", "num_frames": None}, "num_frames must be a whole number of at least 1, not None"),
-        ({"prompt": "a", "image": 5}, "image must be a file, a PIL image or an array, not 5"),
-        ({"prompt": "a", "video": 5}, "video must be a file, or PIL images or arrays, not 5"),
+        ({"prompt": "a", "image": 5}, "image must be a file, a PIL image, an array or a tensor, not 5"),
+        ({"prompt": "a", "video": 5}, "video must be a file, or PIL images, arrays or tensors, not 5"),
         ({"prompt": "a", "reuse": 5}, "reuse must be a policy, a preset's name or a file, not 5"),
         ({"prompt": "a", "height": -64}, "height must be a whole number of at least 1, not -64"),
         ({"prompt": "a", "num_inference_steps": 0}, "num_inference_steps must be a whole number .*, not 0"),
@@ -122,11 +122,11 @@ def test_every_type_of_output_holds_the_same_frames(pipe: CausalVideoPipeline) -
 
 
 def test_what_a_pipeline_returns_it_also_takes(pipe: CausalVideoPipeline) -> None:
-    """As "np" and "pil" it is the conditioning that the uint8 frames are."""
+    """As "np", "pil" and "pt" it is the conditioning that the uint8 frames are."""
     frames = video_of(pipe, PROMPT, num_frames=9, seed=3)
     expected = video_of(pipe, PROMPT, num_frames=5, seed=3, video=frames)
     first = video_of(pipe, PROMPT, num_frames=5, seed=3, image=frames[0])
-    for kind in ("np", "pil"):
+    for kind in ("np", "pil", "pt"):
         returned = pipe(PROMPT, num_frames=9, seed=3, output_type=kind).frames[0]
         assert (video_of(pipe, PROMPT, num_frames=5, seed=3, video=returned) == expected).all()
         assert (video_of(pipe, PROMPT, num_frames=5, seed=3, image=returned[0]) == first).all()
