@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import click
 
+from causalrope_sp.cli.bench import bench
 from causalrope_sp.cli.encode import encode
 from causalrope_sp.cli.generate import generate
 from causalrope_sp.cli.inspect import inspect
@@ -32,7 +33,7 @@ def cli() -> None:
     """
 
 
-for command in (generate, encode, inspect, verify, plan, profile_reuse):
+for command in (generate, encode, inspect, verify, plan, profile_reuse, bench):
     cli.add_command(command)
 
 

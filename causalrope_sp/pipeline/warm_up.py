@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Generator
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,7 +12,9 @@ from causalrope_sp.config import SamplerConfig
 from causalrope_sp.diffusion.noise import seeded_noise
 from causalrope_sp.pipeline.decoding import frames_of, run_decode_worker
 from causalrope_sp.pipeline.generation_options import GenerationOptions
+from causalrope_sp.sampling.chunk import LatentChunk
 from causalrope_sp.sampling.sampler import sample_chunks
+from causalrope_sp.sampling.stream_options import OnStep
 
 if TYPE_CHECKING:
     from causalrope_sp.pipeline.pipeline import CausalVideoPipeline
@@ -26,41 +29,62 @@ def warm_up(pipe: CausalVideoPipeline) -> None:
     Args:
         pipe: the pipeline.
     """
-    parallel, grid, text = pipe.parallel, pipe.settings().grid, _no_text(pipe)
+    parallel, grid = pipe.parallel, pipe.settings().grid
     if parallel.decodes:
         deque(run_decode_worker(pipe.codec, parallel, grid), 0)
     elif (chunks := pipe.parts.parallel_chunks) is not None:  # one chunk for every rank of the mesh axis
         latent_frames = chunks.chunks.filled_by(parallel.mesh.chunk)
         frames = 1 + pipe.codec.temporal_stride * (latent_frames - 1)
-        deque(pipe.stream(options=GenerationOptions(prompt_embeds=text, num_frames=frames)), 0)
+        deque(pipe.stream(options=GenerationOptions(prompt_embeds=no_text(pipe), num_frames=frames)), 0)
     else:
-        _warm_up_stream(pipe, text)
+        _warm_up_stream(pipe)
     parallel.comm_stats.take()
 
 
-def _warm_up_stream(pipe: CausalVideoPipeline, text: torch.Tensor) -> None:
-    config, stream, grid = pipe.model.config, pipe.config.stream, pipe.settings().grid
+def sample_without_text(
+    pipe: CausalVideoPipeline, frames: int, sampler: SamplerConfig, on_step: OnStep | None = None
+) -> Generator[LatentChunk]:
+    """Samples a stream of the pipeline's own size for a text of zeros, without decoding it.
+
+    Args:
+        pipe: the pipeline, which generates streams; this rank denoises.
+        frames: latent frames to generate.
+        sampler: steps and guidance.
+        on_step: see `StreamOptions`.
+
+    Returns:
+        The chunks, as `sample_chunks` yields them.
+    """
+    config, grid, text = pipe.model.config, pipe.settings().grid, no_text(pipe)
     latent_height, latent_width = grid.latent_height, grid.latent_width
-    chunks = sample_chunks(
+    return sample_chunks(
         pipe.model,
         text,
         seeded_noise(0, (1, config.in_channels, latent_height, latent_width)),
         grid,
-        (stream.window or 0) + 2 * stream.chunk_frames,
-        stream=stream,
-        sampler=SamplerConfig(steps=(1000,), guidance_scale=pipe.config.sampler.guidance_scale),
+        frames,
+        stream=pipe.config.stream,
+        sampler=sampler,
         parallel=pipe.parallel,
         initial_latents=pipe.text.opening(config.in_channels, latent_height, latent_width),
         negative_embeds=text,
         layout=pipe.parts.layout,
+        graphs=pipe.parts.options.graphs,
+        on_step=on_step,
     )
-    frames = frames_of(pipe.codec, pipe.parallel, grid, pipe.parts.options.decode)
+
+
+def no_text(pipe: CausalVideoPipeline) -> torch.Tensor:
+    """Returns text embeddings of zeros, (1, text_len, text_dim)."""
+    return torch.zeros(1, pipe.model.config.text_len, pipe.model.config.text_dim)
+
+
+def _warm_up_stream(pipe: CausalVideoPipeline) -> None:
+    stream = pipe.config.stream
+    sampler = SamplerConfig(steps=(1000,), guidance_scale=pipe.config.sampler.guidance_scale)
+    chunks = sample_without_text(pipe, (stream.window or 0) + 2 * stream.chunk_frames, sampler)
+    frames = frames_of(pipe.codec, pipe.parallel, pipe.settings().grid, pipe.parts.options.decode)
     for number, part in enumerate(chunks):
         if number < 2:  # the first chunk has fewer pixel frames than the others
             frames.decode(part.latents, 0, pipe.codec.temporal_stride * part.chunk.frames)
     frames.close()
-
-
-def _no_text(pipe: CausalVideoPipeline) -> torch.Tensor:
-    """Text embeddings of zeros, (1, text_len, text_dim)."""
-    return torch.zeros(1, pipe.model.config.text_len, pipe.model.config.text_dim)
