@@ -9,9 +9,10 @@ import torch
 
 from causalrope_sp.config import SamplerConfig
 from causalrope_sp.diffusion.noise import seeded_noise
+from causalrope_sp.distributed.stream_turns import StreamTurns
 from causalrope_sp.pipeline.decoding import frames_of, run_decode_worker
 from causalrope_sp.pipeline.generation_options import GenerationOptions
-from causalrope_sp.sampling.sampler import sample_chunks
+from causalrope_sp.sampling.sampler import sample_within_turns
 
 if TYPE_CHECKING:
     from causalrope_sp.pipeline.pipeline import CausalVideoPipeline
@@ -27,21 +28,24 @@ def warm_up(pipe: CausalVideoPipeline) -> None:
         pipe: the pipeline.
     """
     parallel, grid, text = pipe.parallel, pipe.settings().grid, _no_text(pipe)
-    if parallel.decodes:
-        deque(run_decode_worker(pipe.codec, parallel, grid), 0)
-    elif (chunks := pipe.parts.parallel_chunks) is not None:  # one chunk for every rank of the mesh axis
+    if (chunks := pipe.parts.parallel_chunks) is not None:  # one chunk for every rank of the mesh axis
         latent_frames = chunks.chunks.filled_by(parallel.mesh.chunk)
         frames = 1 + pipe.codec.temporal_stride * (latent_frames - 1)
         deque(pipe.stream(options=GenerationOptions(prompt_embeds=text, num_frames=frames)), 0)
     else:
-        _warm_up_stream(pipe, text)
+        with parallel.turn("warms up"):
+            turns = parallel.open_stream()
+            if parallel.decodes:
+                deque(run_decode_worker(pipe.codec, parallel, grid, turns), 0)
+            else:
+                _warm_up_stream(pipe, text, turns)
     parallel.comm_stats.take()
 
 
-def _warm_up_stream(pipe: CausalVideoPipeline, text: torch.Tensor) -> None:
+def _warm_up_stream(pipe: CausalVideoPipeline, text: torch.Tensor, turns: StreamTurns) -> None:
     config, stream, grid = pipe.model.config, pipe.config.stream, pipe.settings().grid
     latent_height, latent_width = grid.latent_height, grid.latent_width
-    chunks = sample_chunks(
+    chunks = sample_within_turns(
         pipe.model,
         text,
         seeded_noise(0, (1, config.in_channels, latent_height, latent_width)),
@@ -54,7 +58,7 @@ def _warm_up_stream(pipe: CausalVideoPipeline, text: torch.Tensor) -> None:
         negative_embeds=text,
         layout=pipe.parts.layout,
     )
-    frames = frames_of(pipe.codec, pipe.parallel, grid, pipe.parts.options.decode)
+    frames = frames_of(pipe.codec, pipe.parallel, grid, pipe.parts.options.decode, turns)
     for number, part in enumerate(chunks):
         if number < 2:  # the first chunk has fewer pixel frames than the others
             frames.decode(part.latents, 0, pipe.codec.temporal_stride * part.chunk.frames)
