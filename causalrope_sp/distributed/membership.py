@@ -81,6 +81,7 @@ class Membership:
             rank=self._rank,
             world_size=self._size,
         )
+        self._holds_store = port in _servers
         holder = "the launcher of rank 0" if of_launcher else "rank 0"
         self.board = NoticeBoard(PrefixStore(f"{prefix}/notices", telling), self._rank, self._size, holder)
 
@@ -109,6 +110,7 @@ class Membership:
             self._timeout_s,
             turns.hopeless,
             self._siblings,
+            self._holds_store,
         )
         self._loading.stop()
         self._siblings.last_words = self.board.last_words

@@ -20,7 +20,7 @@ from causalrope_sp.errors import RankLostError
 from causalrope_sp.siblings import Siblings
 
 EVERY_S = 0.5  # seconds between two signs of life
-LAST_S = 3.0  # how many seconds rank 0 waits for the others at the end
+LAST_S = 3.0  # how many seconds the rank that holds the store waits for the others at the end
 HOPELESS_S = 2.0  # how long a rank gets no further because of one that has failed before it counts as lost
 CAUSE_S = 6.0  # how many seconds to look for the cause of a collective that failed
 QUIET_S = 3.0  # how long no sign of life, after a collective has failed, means that a rank is gone
@@ -47,6 +47,7 @@ class Watchdog:
             counts as stuck.
         hopeless: returns why a rank with such a notice keeps this one from ever ending its turn, or None.
         siblings: the other ranks of this machine, whose end or stop is seen at once; None for none.
+        holds_store: whether this process holds the store, so that it waits for the other ranks before it ends.
     """
 
     def __init__(
@@ -60,11 +61,12 @@ class Watchdog:
         stall_s: float,
         hopeless: Callable[[int, Notice], str | None] = lambda rank, notice: None,
         siblings: Siblings | None = None,
+        holds_store: bool = False,
     ) -> None:
         self._board, self._rank = board, rank
         self._begun, self._peers, self._on_loss, self._hopeless = begun, peers, on_loss, hopeless
         self._silence_s, self._stall_s = silence_s, stall_s
-        self._siblings = siblings
+        self._siblings, self._holds_store = siblings, holds_store
         self._stopping = threading.Event()
         now = time.monotonic()
         self._beats = dict.fromkeys(board.others, (-1, now))  # the last of each rank, and when it changed
@@ -78,7 +80,7 @@ class Watchdog:
     def stop(self, why: str = DONE) -> None:
         """Stops monitoring and tells the other ranks that this one makes no more calls.
 
-        Rank 0, whose process may hold the store, waits up to `LAST_S` seconds until the others have ended too.
+        A rank that holds the store waits up to `LAST_S` seconds until the others have ended too.
 
         Args:
             why: how this rank ends, in words that follow its name.
@@ -109,11 +111,11 @@ class Watchdog:
         return None
 
     def _end(self, why: str) -> None:
-        """Tells the other ranks how this one ends; rank 0 waits for them."""
+        """Tells the other ranks how this one ends, and waits for them if it holds the store."""
         self._board.end(why, self._begun())
         deadline = time.monotonic() + LAST_S
         with suppress(RankLostError):  # the store has gone
-            while self._rank == 0 and not self._board.alone and time.monotonic() < deadline:
+            while self._holds_store and not self._board.alone and time.monotonic() < deadline:
                 for rank in self._board.others:
                     self._board.read(rank)
                 time.sleep(0.01)

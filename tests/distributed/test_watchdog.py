@@ -26,6 +26,7 @@ class Neighbours:
             self.said.put,
             silence_s=1.5,
             stall_s=3,
+            holds_store=True,
             hopeless=lambda rank, notice: f"rank {rank} {notice.failure.why}" if in_turn and notice.failure else None,
         )
 
