@@ -11,6 +11,7 @@ import ctypes
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from causalrope_sp.rank_environment import RankEnvironment
@@ -27,7 +28,8 @@ class Siblings:
         self._expected = RankEnvironment.read().local_world_size - 1
         self._seen: dict[str, tuple[int, str]] = {}  # rank -> process id, and when it was started
         self._stopped_since: dict[str, float] = {}
-        self._excused: set[str] = set()
+        self._excused: dict[str, str] = {}  # rank -> the error that it told, empty without one
+        self.last_words: Callable[[int], str | None] = lambda rank: None  # what a rank told before it was gone
 
     def lost(self) -> tuple[int, str] | None:
         """A rank that is gone, or has been stopped for `STOPPED_S`, and a sentence that says so; None if all
@@ -39,16 +41,22 @@ class Siblings:
                 continue
             state = _state(pid, born)
             if state is None or state in "ZX":
-                return int(rank), f"rank {rank} is gone: its process {pid} has ended"
+                words = self.last_words(int(rank))
+                said = f"; it {words}" if words else ""
+                return int(rank), f"rank {rank} is gone: its process {pid} has ended{said}"
             if state != "T":
                 self._stopped_since.pop(rank, None)
             elif time.monotonic() - self._stopped_since.setdefault(rank, time.monotonic()) > STOPPED_S:
                 return int(rank), f"rank {rank} is stopped: its process {pid} has stood still for {STOPPED_S:g} s"
         return None
 
-    def excuse(self, rank: int) -> None:
-        """Tells that a rank has done its work: it may end."""
-        self._excused.add(str(rank))
+    def excuse(self, rank: int, error: str = "") -> None:
+        """Tells that a rank has told its end, and by which error in words that follow its name: it may be gone."""
+        self._excused[str(rank)] = error
+
+    def failed(self) -> str | None:
+        """A sentence that names a rank that has told that an error ends it; None without one."""
+        return next((f"rank {rank} {error}" for rank, error in self._excused.items() if error), None)
 
     def end(self, rank: int) -> None:
         """Ends a rank's process, which a launcher would wait for as long as it is stopped."""

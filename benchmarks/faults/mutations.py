@@ -64,7 +64,7 @@ def _mutate_bytes(data: bytes, draw: random.Random, others: Sequence[bytes]) -> 
     elif kind == 2:
         number = draw.choice(_NUMBERS) & (2**64 - 1)
         size, order = draw.choice((2, 4, 8)), draw.choice(("little", "big"))
-        found[at : at + size] = (number & (2 ** (8 * size) - 1)).to_bytes(size, order)  # type: ignore[arg-type]
+        found[at : at + size] = (number & (2 ** (8 * size) - 1)).to_bytes(size, order)
     elif kind == 3:
         found[at:at] = draw.randbytes(length)
     elif kind == 4:
@@ -125,7 +125,7 @@ def _value(before: Any, draw: random.Random) -> Any:
         return draw.choice((*_NUMBERS, before + 1, before - 1, 2 * before, -before))
     if isinstance(before, str) and draw.random() < 0.6:
         return draw.choice((*_TEXTS, before + "x", before[:-1], before * 2, before.upper()))
-    wrapped = ([before], {"x": before}, [], {}, [before] * 1000, str(before))
+    wrapped: tuple[Any, ...] = ([before], {"x": before}, [], {}, [before] * 1000, str(before))
     return draw.choice((None, True, False, *wrapped, *_NUMBERS, *_FLOATS, *_TEXTS))
 
 

@@ -53,9 +53,8 @@ class Outcome:
     broken: tuple[str, ...]
 
 
-def run_trial(fault: Fault, seed: int) -> Outcome:
+def run_trial(fault: Fault, draw: random.Random) -> Outcome:
     """Starts a run, injects the fault and checks the invariants."""
-    draw = random.Random(seed)
     with tempfile.TemporaryDirectory() as home:
         folder = Path(home)
         log = folder / "log"
@@ -103,7 +102,7 @@ def _outcome(
     if played < written - FPS_CHUNK:
         broken.append(f"{played} of {written} frames can be played")
     if (
-        fault.kind in ("kill", "stop")
+        fault.kind in ("kill", "stop", "raise")
         and fault.ranks > 1
         and isinstance(fault.who, int)
         and not _named(said, fault.who)
@@ -126,7 +125,7 @@ def _start(fault: Fault, folder: Path, log: Path) -> subprocess.Popen[bytes]:
         words = [str(SCRIPT), out, str(frames), *extra]
     else:
         words = ["-m", "causalrope_sp", "generate", PROMPT, "--device", "cpu", "--frames", str(frames), "--out", out]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "FAULT_TRIAL": str(folder)}
+    environment = {**quiet_environment(), "FAULT_TRIAL": str(folder)}
     limit = (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))) if fault.kind == "full disk" else None
     with log.open("wb") as said:
         return subprocess.Popen(
@@ -137,6 +136,11 @@ def _start(fault: Fault, folder: Path, log: Path) -> subprocess.Popen[bytes]:
             start_new_session=True,
             preexec_fn=limit,
         )
+
+
+def quiet_environment() -> dict[str, str]:
+    """This process's environment, with one thread a process and no GPU."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def _wait_for_moment(fault: Fault, folder: Path, draw: random.Random) -> int:

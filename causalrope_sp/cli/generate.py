@@ -159,6 +159,7 @@ def _write_video(items: Iterator[Any], out: str, frames: int, silent: bool) -> d
             if video is not None and progress is not None:
                 progress.update(task, total=video.frames)  # a redrawn video may be shorter
         except Exception as error:
+            pipe.parallel.fail(error)
             if video is not None and not isinstance(error, CausalRopeError):
                 video.close()  # a lost rank or a fault of this program: the frames so far are valid
             raise
@@ -199,8 +200,9 @@ def _name_lost_rank(siblings: Siblings) -> Iterator[None]:
     try:
         yield
     except Terminated:
-        if (lost := siblings.lost()) is not None:
-            raise RankLostError(lost[1]) from None
+        lost = siblings.lost()
+        if (why := lost[1] if lost is not None else siblings.failed()) is not None:
+            raise RankLostError(why) from None
         raise
 
 

@@ -75,7 +75,16 @@ class CommStats:
             event.record()
             self._starting.append((kind, event))
         else:
-            self._count(kind)
+            self.reach(kind)
+
+    @property
+    def started(self) -> int:
+        """What `begun` will be once the device has reached all collectives that this rank has started."""
+        with self._lock:
+            count = self._begun
+            for kind, _ in self._starting:
+                count = _next(count, kind)
+        return count
 
     @property
     def begun(self) -> int:
@@ -85,13 +94,13 @@ class CommStats:
         axis advances the count to the next multiple of `CROSSING`, so that these ranks are equal again.
         """
         while self._starting and self._starting[0][1].query():
-            self._count(self._starting.popleft()[0])
+            self.reach(self._starting.popleft()[0])
         return self._begun
 
-    def _count(self, kind: str) -> None:
-        """Advances `begun` by one, or to the next multiple of `CROSSING` for a collective across the `cfg` axis."""
+    def reach(self, kind: str) -> None:
+        """Advances `begun` by a collective that this rank has reached."""
         with self._lock:
-            self._begun = (self._begun // CROSSING + 1) * CROSSING if kind == "guidance" else self._begun + 1
+            self._begun = _next(self._begun, kind)
 
     def add(self, kind: str, layer: int, entry: Entry) -> None:
         """Adds an entry to the sum of its kind and layer."""
@@ -155,3 +164,8 @@ class CommStats:
     def as_json(self) -> dict[str, dict[str, Any]]:
         """Returns the sums by kind in the form of JSON."""
         return {kind: asdict(entry) for kind, entry in sorted(self.by_kind().items())}
+
+
+def _next(count: int, kind: str) -> int:
+    """The count one collective later, or the next multiple of `CROSSING` for one across the `cfg` axis."""
+    return (count // CROSSING + 1) * CROSSING if kind == "guidance" else count + 1

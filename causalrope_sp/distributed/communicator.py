@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from causalrope_sp.distributed.comm_stats import LAYERLESS, CommStats, Entry
-from causalrope_sp.errors import RankLostError
+from causalrope_sp.errors import RankLostError, first_line
 
 # torch 2.13 renamed all_gather_into_tensor and warns at every call of the old name
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -63,8 +63,7 @@ class AsyncHandle:
         try:
             self._work.wait()
         except RuntimeError as error:
-            lost = self._communicator.lost_rank() or f"a collective ({self._kind}) failed: {str(error).splitlines()[0]}"
-            raise RankLostError(lost) from error
+            raise self._communicator.lost(self._kind, error) from error
 
 
 class Communicator:
@@ -78,7 +77,7 @@ class Communicator:
 
     def __init__(self, group: dist.ProcessGroup, comm_stats: CommStats, lost_rank: Callable[[], str | None]) -> None:
         self.rank, self.size = group.rank(), group.size()
-        self.comm_stats, self.lost_rank = comm_stats, lost_rank
+        self.comm_stats, self._lost_rank = comm_stats, lost_rank
         self._group = group
         self.buffers: dict[tuple[str, torch.dtype], Tensor] = {}
 
@@ -113,9 +112,8 @@ class Communicator:
         received = self._flat(f"{kind}{use} in", sum(sizes), like)
         outgoing = _contiguous(sent)
         self.comm_stats.begin(kind, layer, sum(sizes) - sizes[self.rank], like)
-        work = dist.all_to_all_single(
-            received, outgoing, sizes, [piece.numel() for piece in sent], self._group, async_op=True
-        )
+        split = [piece.numel() for piece in sent]
+        work = self._start(kind, dist.all_to_all_single, received, outgoing, sizes, split, self._group, async_op=True)
         pieces = [flat.view(*shape) for flat, shape in zip(received.split(sizes), shapes, strict=True)]
         return AsyncHandle(work, pieces, self, kind, layer)
 
@@ -132,7 +130,7 @@ class Communicator:
         outgoing = sent.as_strided((block,), (1,))
         received = self._flat(f"{kind} in", block * self.size, sent)
         self.comm_stats.begin(kind, layer, block * (self.size - 1), sent)
-        work = all_gather_single(received, outgoing, self._group, async_op=True)
+        work = self._start(kind, all_gather_single, received, outgoing, self._group, async_op=True)
         pieces = [flat[: prod(shape)].view(*shape) for flat, shape in zip(received.split(block), shapes, strict=True)]
         return AsyncHandle(work, pieces, self, kind, layer)
 
@@ -172,8 +170,7 @@ class Communicator:
         """
         self.comm_stats.begin(kind, LAYERLESS, tensor.numel() if self.rank != source else 0, tensor)
         sent = tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor  # no backend knows 8-bit floats
-        work = dist.broadcast(sent, group=self._group, group_src=source, async_op=True)
-        assert work is not None, "an asynchronous call returns a handle"
+        work = self._start(kind, dist.broadcast, sent, group=self._group, group_src=source, async_op=True)
         AsyncHandle(work, [tensor], self, kind, LAYERLESS).wait()
         return tensor
 
@@ -183,8 +180,7 @@ class Communicator:
         Raises:
             RankLostError: the transfer failed.
         """
-        work = dist.isend(x, group=self._group, group_dst=to)
-        assert work is not None, "an asynchronous call returns a handle"
+        work = self._start(kind, dist.isend, x, group=self._group, group_dst=to)
         AsyncHandle(work, [x], self, kind, LAYERLESS).wait()
 
     def receive(self, kind: str, out: Tensor, source: int) -> Tensor:
@@ -196,8 +192,7 @@ class Communicator:
             RankLostError: the transfer failed.
         """
         self.comm_stats.add(kind, LAYERLESS, Entry(1, out.numel(), out.nbytes))
-        work = dist.irecv(out, group=self._group, group_src=source)
-        assert work is not None, "an asynchronous call returns a handle"
+        work = self._start(kind, dist.irecv, out, group=self._group, group_src=source)
         AsyncHandle(work, [out], self, kind, LAYERLESS).wait()
         return out
 
@@ -221,10 +216,31 @@ class Communicator:
         return self.all_to_all(kind, LAYERLESS, shapes if self.rank == 0 else [none] * self.size, out).wait()
 
     def everyone(self, fields: dict[str, str]) -> list[dict[str, str]]:
-        """Gathers `fields` of every rank, in order of rank. `CommStats` does not count it, as no stream runs yet."""
+        """Gathers `fields` of every rank, in order of rank. `CommStats` has no entry of it, as no stream runs yet.
+
+        Raises:
+            RankLostError: the collective failed.
+        """
         gathered: list[Any] = [None] * self.size
-        dist.all_gather_object(gathered, fields, self._group)
+        self.comm_stats.reach("everyone")
+        try:
+            dist.all_gather_object(gathered, fields, self._group)
+        except RuntimeError as error:
+            raise self.lost("everyone", error) from error
         return gathered
+
+    def lost(self, kind: str, error: RuntimeError) -> RankLostError:
+        """Returns the error to raise for a collective that failed; it names the lost rank if the watchdog knows it."""
+        return RankLostError(self._lost_rank() or f"a collective ({kind}) failed: {first_line(error)}")
+
+    def _start(self, kind: str, collective: Callable[..., dist.Work | None], *args: Any, **options: Any) -> dist.Work:
+        """Starts a collective."""
+        try:
+            work = collective(*args, **options)
+        except RuntimeError as error:
+            raise self.lost(kind, error) from error
+        assert work is not None, "an asynchronous call returns a handle"
+        return work
 
     def _flat(self, use: str, size: int, like: Tensor) -> Tensor:
         """The first `size` numbers of a buffer, which grows if it is smaller."""

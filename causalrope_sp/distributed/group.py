@@ -5,8 +5,8 @@ Shapes: B batch, F frames, S tokens of a frame on this rank, E numbers in a toke
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from numbers import Real
 from typing import Any
@@ -23,15 +23,17 @@ from causalrope_sp.distributed.comm_stats import LAYERLESS, CommStats
 from causalrope_sp.distributed.communicator import Communicator
 from causalrope_sp.distributed.halo import SpatialShards
 from causalrope_sp.distributed.layout import AUTO, Layout, check_head_groups, parse_strategy
-from causalrope_sp.distributed.loading_watch import LoadingWatch
+from causalrope_sp.distributed.membership import Membership
 from causalrope_sp.distributed.mesh import Mesh
+from causalrope_sp.distributed.notices import NoticeBoard
 from causalrope_sp.distributed.ranks import Ranks
-from causalrope_sp.distributed.termination import name_lost_rank_on_sigterm
-from causalrope_sp.distributed.watchdog import Watchdog, leave
+from causalrope_sp.distributed.stream_turns import StreamTurns
+from causalrope_sp.distributed.turns import Turns
+from causalrope_sp.distributed.watchdog import leave
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.grid import LatentGrid, Shard
 from causalrope_sp.rank_environment import RankEnvironment
-from causalrope_sp.siblings import Siblings, end_with_launcher
+from causalrope_sp.siblings import Siblings
 
 LONGEST_S = 1e6  # the longest timeout, in seconds
 
@@ -53,6 +55,7 @@ class SequenceParallel:
         head_groups: send the output of one group of heads while the next is computed (`ulysses` alone).
         attention: the attention backend, one of `causalrope_kernels.ATTENTION_BACKENDS`; "auto" measures them.
         timeout: the timeout of the process groups that are made within `group`.
+        membership: what watches this rank and closes the group; None for a group that its maker watches and closes.
 
     Attributes:
         rank: this rank's number in the group.
@@ -61,6 +64,7 @@ class SequenceParallel:
         sp_rank: this rank's number along the `sp` axis; `cfg_rank` and `chunk_rank` likewise.
         decodes: whether this rank only decodes.
         comm_stats: counts the collectives of this rank.
+        turns: the order in which the ranks make their calls.
         everyone: all ranks of the group; `denoisers` are those that denoise.
 
     Raises:
@@ -81,6 +85,7 @@ class SequenceParallel:
         head_groups: int = 1,
         attention: str = "auto",
         timeout: timedelta = default_pg_timeout,
+        membership: Membership | None = None,
     ) -> None:
         self._group = group
         self.device = check_device(device)
@@ -100,9 +105,11 @@ class SequenceParallel:
         self.strategy, self.overlap, self.head_groups, self.attention = strategy, overlap, head_groups, attention
         self.comm_stats = CommStats()
         self.communicators: dict[tuple[str | None, tuple[int, ...]], Communicator] = {}
-        self._watchdog: Watchdog | None = None
-        self._silence_s, self._timeout = 0.0, timeout
-        self._owns_group = False
+        self._membership, self._timeout = membership, timeout
+        board = None if membership is None else membership.board
+        if group is not None and board is None and self.size > 1:
+            board = NoticeBoard.of_group(group)
+        self.turns = Turns(board, self.rank, lambda: self.comm_stats.started)
         self.everyone = Ranks(range(self.size), self.rank, self._communicator)
         self.denoisers = Ranks(self.mesh.denoising, self.rank, self._communicator)
         if decode_ranks:  # between all ranks, for tensors on the host
@@ -161,18 +168,10 @@ class SequenceParallel:
         )
         if check_text("strategy", strategy) != AUTO:
             parse_strategy(strategy, mesh.sp)  # wrong input raises before any rank waits for another
-        siblings = siblings or Siblings()
-        end_with_launcher()
-        if on_loss is leave:
-            name_lost_rank_on_sigterm(siblings)
-        loading = LoadingWatch(siblings, on_loss)
-        limit = timedelta(seconds=timeout_s + 2 * silence_s)  # so long that the watchdog is first and names the rank
-        dist.init_process_group("nccl" if own.type == "cuda" else "gloo", timeout=limit)
-        assert dist.group.WORLD is not None
-        parallel = cls(dist.group.WORLD, strategy, own, timeout=limit, **options)
-        parallel._owns_group, parallel._silence_s = True, silence_s
-        parallel._watch(on_loss, silence_s, timeout_s, siblings)
-        loading.stop()
+        membership = Membership(own, timeout_s, silence_s, on_loss, siblings or Siblings())
+        parallel = cls(membership.group, strategy, own, timeout=membership.timeout, membership=membership, **options)
+        peers = mesh.decoding if parallel.decodes else mesh.denoising
+        membership.watch(parallel.comm_stats, peers, parallel.turns)
         return parallel
 
     def moved_to(self, device: torch.device) -> SequenceParallel:
@@ -257,18 +256,13 @@ class SequenceParallel:
         """Returns the communicator of some ranks, this one included, or None for one rank. All of them must call it."""
         return self._communicator(ranks) if len(ranks) > 1 else None
 
-    def _watch(self, on_loss: Callable[[str], None], silence_s: float, timeout_s: float, siblings: Siblings) -> None:
-        """Starts the watchdog of this rank."""
-        # a connection of its own, since a blocking call on a connection blocks every other call on it
-        store = dist.TCPStore(  # type: ignore[attr-defined]
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            is_master=False,
-            timeout=timedelta(seconds=silence_s),
-        )
-        peers = self.mesh.decoding if self.decodes else self.mesh.denoising
-        signs = store, self.rank, self.size, lambda: self.comm_stats.begun, peers
-        self._watchdog = Watchdog(*signs, on_loss, silence_s, timeout_s, siblings)
+    def turn(self, call: str) -> AbstractContextManager[None]:
+        """Runs the body as soon as all ranks are about to make the same call; see `Turns.take`."""
+        return self.turns.take(call, range(self.size))
+
+    def open_stream(self, ahead: bool = False) -> StreamTurns:
+        """Makes the turns of a new stream; see `StreamTurns`. All ranks must call this in the same turn."""
+        return StreamTurns(self.turns, self.mesh.denoising, ahead)
 
     def _communicator(self, ranks: Sequence[int], backend: str | None = None) -> Communicator:
         """The communicator of some ranks, made once, with the backend of the whole group if `backend` is None.
@@ -294,12 +288,16 @@ class SequenceParallel:
         return self.communicators[key]
 
     def _find_lost_rank(self) -> str | None:
-        """A line that names a lost rank, or None."""
-        return None if self._watchdog is None else self._watchdog.who_is_silent(self._silence_s)
+        """A line that names the rank because of which a collective has failed, or None."""
+        return None if self._membership is None else self._membership.cause()
+
+    def fail(self, error: BaseException) -> None:
+        """Tells the other ranks that an error ends this program, for one that ends without Python's own report of it
+        (`sys.excepthook`)."""
+        if self._membership is not None:
+            self._membership.fail(error)
 
     def close(self) -> None:
         """Stops the watchdog and destroys the process group, if `from_env` started them."""
-        if self._watchdog:
-            self._watchdog.stop()
-        if self._owns_group and dist.is_initialized():
-            dist.destroy_process_group()
+        if self._membership is not None:
+            self._membership.close()

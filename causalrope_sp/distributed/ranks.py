@@ -10,9 +10,17 @@ from torch import Tensor
 
 from causalrope_sp import errors
 from causalrope_sp.distributed.communicator import Communicator
-from causalrope_sp.errors import CausalRopeError, ConfigError
+from causalrope_sp.distributed.notices import raised
+from causalrope_sp.errors import CausalRopeError, ConfigError, RankLostError
 
 T = TypeVar("T")
+
+
+def _described(error: Exception) -> dict[str, str]:
+    """The message of an error, and its kind if it is one of the library's own."""
+    if isinstance(error, CausalRopeError):
+        return {"kind": type(error).__name__, "message": str(error)}
+    return {"message": raised(error)}
 
 
 class Ranks:
@@ -48,21 +56,28 @@ class Ranks:
         Raises:
             CausalRopeError: `work` raised it on some rank. Every rank raises the error of the first such rank, so that
                 none waits for another.
+            RankLostError: `work` raised another error on another rank, which raises that one.
         """
         if self.size == 1:
             return work()
-        error: CausalRopeError | None = None
+        error: Exception | None = None
         try:
             result = work()
-        except CausalRopeError as raised:
-            error = raised
-        own = {} if error is None else {"kind": type(error).__name__, "message": str(error)}
-        first = next((fields for fields in self._communicator.everyone(own) if fields), None)
+        except RankLostError:
+            raise  # no collective can follow
+        except Exception as caught:
+            error = caught
+        own = {} if error is None else _described(error)
+        by_rank = self._communicator.everyone(own)
+        first = next((rank for rank, fields in enumerate(by_rank) if fields), None)
         if first is None:
             return result
-        if error is not None and first["message"] == str(error):
+        if error is not None and (by_rank[first] == own or not isinstance(error, CausalRopeError)):
             raise error
-        raise getattr(errors, first["kind"], CausalRopeError)(first["message"])
+        message, number = by_rank[first]["message"], self._numbers[first]
+        if "kind" not in by_rank[first]:
+            raise RankLostError(f"rank {number} {message}")
+        raise getattr(errors, by_rank[first]["kind"], CausalRopeError)(f"{message} (on rank {number})")
 
     def agree(self, on: Mapping[str, object]) -> None:
         """Checks that all ranks have the same options.

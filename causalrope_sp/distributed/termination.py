@@ -52,7 +52,7 @@ class _End:
             return
         try:
             lost = self._siblings.lost()
-            why = lost[1] if lost is not None else "its launcher sent SIGTERM"
+            why = lost[1] if lost is not None else self._siblings.failed() or "its launcher sent SIGTERM"
             os.write(STDERR, f"error: rank {os.environ.get('RANK', '0')} ends: {why}\n".encode())
         finally:
             os._exit(SIGTERM_STATUS)

@@ -83,14 +83,16 @@ class VideoWriter:
         """Appends uint8 frames of shape (T, height, width, 3), T ≥ 0.
 
         Raises:
-            OutputError: frames of another kind, a writer that is closed, or a file that cannot be written; what was
-                written before stays in the partial file.
+            OutputError: frames of another kind, a writer that is closed, or a file that cannot be written or was
+                removed; what was written before stays in the partial file.
         """
         if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[1:] != self._shape:
             shape = "×".join(map(str, self._shape))
             raise OutputError(f"{self.path} takes uint8 frames of T×{shape}, not {frames.dtype} {frames.shape}")
         if self._sink is None:
             raise OutputError(f"{self.path} is closed: no more frames can be written")
+        if self._partial is not None and not self._partial.exists():  # an open file takes frames that nobody finds
+            raise OutputError(f"cannot write {self.path}: {self.partial} was removed while it was being written")
         for frame in frames:
             with _uninterrupted(), self._failing_as_output_error():
                 self._sink.add(np.ascontiguousarray(frame))

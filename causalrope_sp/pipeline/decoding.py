@@ -24,6 +24,7 @@ from causalrope_sp.codec import Codec
 from causalrope_sp.codec.pixels import to_uint8
 from causalrope_sp.distributed import SequenceParallel
 from causalrope_sp.distributed.halo import SpatialShards
+from causalrope_sp.distributed.stream_turns import StreamTurns
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.grid import LatentGrid
 from causalrope_sp.pipeline.prefetch import prefetch_one
@@ -70,7 +71,7 @@ class Frames(Protocol):
         ...
 
 
-def frames_of(codec: Codec, parallel: SequenceParallel, grid: LatentGrid, decode: Decode) -> Frames:
+def frames_of(codec: Codec, parallel: SequenceParallel, grid: LatentGrid, decode: Decode, turns: StreamTurns) -> Frames:
     """Creates the decoder of one video, on a rank that denoises.
 
     Args:
@@ -78,12 +79,13 @@ def frames_of(codec: Codec, parallel: SequenceParallel, grid: LatentGrid, decode
         parallel: the ranks.
         grid: the latent's size.
         decode: which ranks decode; ignored where there are decode ranks.
+        turns: the turns of the stream.
 
     Returns:
         The decoder, whose frames arrive on rank 0.
     """
     if parallel.mesh.decode:
-        return RemoteFrames(parallel, grid)
+        return RemoteFrames(parallel, grid, turns)
     shards = parallel.spatial_shards(grid, parallel.mesh.denoising) if decode == "spatial" else None
     return LocalFrames(codec, shards, parallel.rank == 0)
 
@@ -163,10 +165,11 @@ class RemoteFrames:
     Args:
         parallel: the ranks.
         grid: the latent's size.
+        turns: the turns of the stream.
     """
 
-    def __init__(self, parallel: SequenceParallel, grid: LatentGrid) -> None:
-        self._channel = OutputChannel(parallel, grid) if parallel.rank == 0 else None
+    def __init__(self, parallel: SequenceParallel, grid: LatentGrid, turns: StreamTurns) -> None:
+        self._channel = OutputChannel(parallel, grid, turns) if parallel.rank == 0 else None
 
     def decode(self, latents_BFCHW: Tensor, skip: int, stop: int) -> np.ndarray | None:
         """Has the decode ranks decode; see `Frames.decode`."""
@@ -181,76 +184,86 @@ class RemoteFrames:
             self._channel.end()
 
 
-def run_decode_worker(codec: Codec, parallel: SequenceParallel, grid: LatentGrid) -> Generator[int]:
-    """Decodes, on a decode rank, the latents that rank 0 sends until rank 0 sends the end of the video.
+def run_decode_worker(codec: Codec, parallel: SequenceParallel, grid: LatentGrid, turns: StreamTurns) -> Generator[int]:
+    """Decodes, on a decode rank, the latents that rank 0 sends until rank 0 announces the end of the video.
 
     Args:
         codec: the VAE.
         parallel: the ranks.
         grid: the latent's size.
+        turns: the turns of the stream.
 
     Yields:
         How many pixel frames each request asked for.
+
+    Raises:
+        RankLostError: rank 0 has left the stream by an error.
     """
-    channel = OutputChannel(parallel, grid)
+    channel = OutputChannel(parallel, grid, turns)
     leader = parallel.rank == parallel.mesh.decoding[0]
     frames = LocalFrames(codec, parallel.spatial_shards(grid, parallel.mesh.decoding), leader)
-    while (request := channel.receive(codec.channels)) is not None:
-        latents, skip, stop = request
-        decoded = frames.decode(latents, skip, stop)
-        if decoded is not None:
-            channel.send_frames(decoded)
-        try:
+    with turns.taken():
+        while (request := channel.hear()) is not None:
+            latent_frames, skip, stop = request
+            with turns.followed():
+                decoded = frames.decode(channel.receive(codec.channels, latent_frames), skip, stop)
+                if decoded is not None:
+                    channel.send_frames(decoded)
             yield stop - skip
-        except GeneratorExit:  # rank 0 has stopped as well and sends the end
-            while channel.receive(codec.channels) is not None:
-                pass
-            return
 
 
 class OutputChannel:
     """The transfers between rank 0 and the decode ranks, through host memory, so that no GPU waits for another.
 
-    A header has three int64 numbers: how many latent frames follow (0 at the end of the video), the first of their
-    pixel frames to return, and one past the last.
+    Rank 0 announces a request through the rendezvous store, where a decode rank can wait for it as long as rank 0's
+    caller likes. A request has three numbers: how many latent frames follow (0 at the end of the video), the first of
+    their pixel frames to return, and one past the last.
 
     Args:
         parallel: the ranks.
         grid: the latent's size.
+        turns: the turns of the stream.
     """
 
-    def __init__(self, parallel: SequenceParallel, grid: LatentGrid) -> None:
+    def __init__(self, parallel: SequenceParallel, grid: LatentGrid, turns: StreamTurns) -> None:
         self._communicator, self._decoding, self._grid = parallel.host_communicator, parallel.mesh.decoding, grid
+        self._turns = turns
 
     def send(self, latents_1FCHW: Tensor, skip: int, stop: int) -> None:
-        """Sends a header and latents from rank 0 to all decode ranks; arguments are those of `Frames.decode`."""
-        self._to_all(torch.tensor([latents_1FCHW.shape[1], skip, stop]))
-        self._to_all(latents_1FCHW.float().cpu().contiguous())
+        """Sends a request with its latents from rank 0 to all decode ranks; arguments are those of `Frames.decode`."""
+        self._turns.announce(self._decoding, latents_1FCHW.shape[1], skip, stop)
+        latents = latents_1FCHW.float().cpu().contiguous()
+        for rank in self._decoding:
+            self._communicator.send("to decode", latents, rank)
 
     def end(self) -> None:
-        """Sends the end of the video from rank 0 to all decode ranks."""
-        self._to_all(torch.zeros(3, dtype=torch.int64))
+        """Announces the end of the video from rank 0 to all decode ranks."""
+        self._turns.announce(self._decoding, 0, 0, 0)
 
-    def receive(self, channels: int) -> tuple[Tensor, int, int] | None:
-        """Receives a request on a decode rank.
+    def hear(self) -> list[int] | None:
+        """Waits on a decode rank for the next request.
+
+        Returns:
+            How many latent frames follow, and `skip` and `stop` of `Frames.decode`; None at the end of the video.
+
+        Raises:
+            RankLostError: rank 0 has left the stream by an error.
+        """
+        request = self._turns.hear(0)
+        return request if request[0] else None
+
+    def receive(self, channels: int, frames: int) -> Tensor:
+        """Receives the latents of a request on a decode rank.
 
         Args:
             channels: the codec's latent channels.
+            frames: their latent frames.
 
         Returns:
-            Latents (1, F, C, H, W) in float32, `skip` and `stop` of `Frames.decode`; None at the end of the video.
+            Latents (1, F, C, H, W) in float32.
         """
-        header = self._communicator.receive("to decode", torch.empty(3, dtype=torch.int64), 0)
-        frames, skip, stop = header.tolist()
-        if not frames:
-            return None
         shape = 1, frames, channels, self._grid.latent_height, self._grid.latent_width
-        latents = torch.empty(shape, dtype=torch.float32)
-        return self._communicator.receive("to decode", latents, 0), skip, stop
-
-    def _to_all(self, x: Tensor) -> None:
-        for rank in self._decoding:
-            self._communicator.send("to decode", x, rank)
+        return self._communicator.receive("to decode", torch.empty(shape, dtype=torch.float32), 0)
 
     def send_frames(self, frames_THW3: np.ndarray) -> None:
         """Sends uint8 frames from the first decode rank to rank 0."""

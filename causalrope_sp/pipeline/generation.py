@@ -15,6 +15,7 @@ from causalrope_sp.config import SamplerConfig
 from causalrope_sp.diffusion.noise import seeded_noise
 from causalrope_sp.diffusion.schedule import guided_steps
 from causalrope_sp.distributed.layout import Layout
+from causalrope_sp.distributed.stream_turns import StreamTurns
 from causalrope_sp.errors import CausalRopeError, ConfigError
 from causalrope_sp.grid import Chunk, LatentGrid
 from causalrope_sp.pipeline.conditioning import (
@@ -28,12 +29,12 @@ from causalrope_sp.pipeline.decoding import frames_of
 from causalrope_sp.pipeline.generation_options import Embeds, GenerationOptions
 from causalrope_sp.pipeline.loading import plan_run
 from causalrope_sp.pipeline.numerics import own_numerics, steady
-from causalrope_sp.pipeline.output import FrameRange, StreamGuard, VideoChunk, decode_worker, decoded_chunks
+from causalrope_sp.pipeline.output import FrameRange, OpenStreams, VideoChunk, decode_worker, decoded_chunks
 from causalrope_sp.pipeline.parallel_chunks import PreviewFrame, check_call
 from causalrope_sp.reuse import find_policy
 from causalrope_sp.sampling.chunk import LatentChunk
 from causalrope_sp.sampling.guidance import check_guidance
-from causalrope_sp.sampling.sampler import sample_chunks
+from causalrope_sp.sampling.sampler import sample_within_turns
 from causalrope_sp.sampling.stream_options import Source
 from causalrope_sp.text import load_embeds
 from causalrope_sp.text.shared_encoder import share_embeds
@@ -66,21 +67,28 @@ class Generation:
     Args:
         pipe: the pipeline.
         request: the options of the call, with one prompt.
-        streams: allows one stream to be open at a time where streams prefetch.
+        streams: the open streams of the pipeline.
 
     Raises:
         CausalRopeError: what `CausalVideoPipeline.stream` raises.
     """
 
-    def __init__(self, pipe: CausalVideoPipeline, request: GenerationOptions, streams: StreamGuard) -> None:
+    def __init__(self, pipe: CausalVideoPipeline, request: GenerationOptions, streams: OpenStreams) -> None:
         self._pipe, self._request, self._streams = pipe, request, streams
         self._parallel, self._chunks = pipe.parallel, pipe.parts.parallel_chunks
         self._first_chunk: int | None = None
-        with own_numerics():
+        with own_numerics(), self._parallel.turn("opens a stream"):
+            self._turns = self._open_turns()
             self._parallel.everyone.run_collectively(self._prepare)  # an error of one rank ends the call on all
             self._parallel.everyone.agree(self._described())
             self._layout = self._choose_layout()
             self._texts = self._open()
+
+    def _open_turns(self) -> StreamTurns:
+        """The turns of the stream; while it is open it allows no other call if a thread works ahead."""
+        mesh, latent = self._parallel.mesh, self._request.output_type == "latent"
+        ahead = not latent and (mesh.decode > 0 or self._pipe.parts.options.decode == "overlap")
+        return self._parallel.open_stream(ahead)
 
     def _prepare(self) -> None:
         request = self._request
@@ -107,29 +115,31 @@ class Generation:
         """Yields the chunks of the video, each as soon as it is decoded; decode ranks yield chunks without frames."""
         codec, parallel, grid = self._pipe.codec, self._parallel, self._settings.grid
         if parallel.decodes:
-            return steady(self._streams.guard(decode_worker(codec, parallel, grid)))
+            return self._streams.add(steady(decode_worker(codec, parallel, grid, self._turns)))
         decode = self._pipe.parts.options.decode
-        chunks = decoded_chunks(self._sample(), codec, parallel, grid, decode, self._frame_range)
-        return steady(self._streams.guard(chunks))
+        chunks = decoded_chunks(self._sample(), codec, parallel, grid, decode, self._frame_range, self._turns)
+        return self._streams.add(steady(chunks))
 
     def latents(self) -> Tensor:
         """Returns the latent frames that the video decodes from, (1, F, C, H, W); an empty tensor on decode ranks."""
         codec, parallel, grid = self._pipe.codec, self._parallel, self._settings.grid
         if parallel.decodes:
-            for _ in steady(decode_worker(codec, parallel, grid)):
+            for _ in steady(decode_worker(codec, parallel, grid, self._turns)):
                 pass
             return torch.empty(0)
-        decoder, generated = frames_of(codec, parallel, grid, "inline"), []
-        try:
-            with closing(steady(self._sample())) as chunks:
-                for part in chunks:
+        generated, done = list[Tensor](), 0
+        with self._turns.taken(), closing(steady(self._sample())) as chunks:
+            decoder = frames_of(codec, parallel, grid, "inline", self._turns)
+            try:
+                while done != self._frame_range.length:
+                    with self._turns.chunk():
+                        part = next(chunks)
                     generated.append(part.latents)
-                    if self._frame_range.stop(part.chunk.stop) == self._frame_range.length:
-                        break
-        except CausalRopeError:
-            decoder.close()  # an error of all ranks; decode ranks wait for the end of the video
-            raise
-        decoder.close()
+                    done = self._frame_range.stop(part.chunk.stop)
+            except CausalRopeError:
+                decoder.close()  # an error of all ranks; decode ranks wait for the end of the video
+                raise
+            decoder.close()
         latents = self._conditioning.latents
         image = [] if latents is None or self._conditioning.context_frames else [latents.to(generated[0])]
         return torch.cat([*image, *generated], 1)[:, : self._frame_range.latent_length]
@@ -228,7 +238,7 @@ class Generation:
         redrawn = None
         if source is not None:
             redrawn = Source(lambda chunk: source.take(chunk.frames), self._conditioning.first_step)
-        return sample_chunks(
+        return sample_within_turns(
             *args,
             stream=stream,
             source=redrawn,

@@ -50,7 +50,7 @@ class GenerationOptions:
             a JSON file (see `find_policy`).
         callback_on_step_end: a function that is called on every rank after each denoising step as (pipe, step,
             timestep, kwargs). kwargs has "chunk", "num_steps" and, with parallel chunks, "preview", a `PreviewFrame` or
-            None. Its result is ignored. It must raise on all ranks or on none.
+            None. Its result is ignored. What it raises on some ranks alone ends the programs of the others.
         preview_every: with parallel chunks, the number of steps between two decoded previews; None makes no previews.
 
     Images and videos are scaled to cover the frame and cropped around the centre (see `io.media_reader`).

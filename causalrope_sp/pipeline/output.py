@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -14,7 +16,8 @@ from causalrope_sp.codec import Codec
 from causalrope_sp.config import StreamConfig
 from causalrope_sp.distributed import SequenceParallel
 from causalrope_sp.distributed.comm_stats import CommStats
-from causalrope_sp.errors import CausalRopeError, ConfigError
+from causalrope_sp.distributed.stream_turns import StreamTurns
+from causalrope_sp.errors import CausalRopeError
 from causalrope_sp.grid import LatentGrid
 from causalrope_sp.pipeline.conditioning import Conditioning
 from causalrope_sp.pipeline.decoding import (
@@ -48,47 +51,19 @@ class VideoChunk:
     comm_stats: CommStats
 
 
-class StreamGuard:
-    """Allows one open stream at a time where a background thread prefetches chunks.
+class OpenStreams:
+    """The streams of a pipeline, as long as they are referred to and neither finished nor closed."""
 
-    The collectives of two such streams would interleave differently on each rank.
+    def __init__(self) -> None:
+        self._streams: WeakSet[Generator[VideoChunk]] = WeakSet()
 
-    Args:
-        needed: whether streams prefetch, so that only one may be open.
-    """
+    def add(self, stream: Generator[VideoChunk]) -> Generator[VideoChunk]:
+        """Adds a stream and returns it."""
+        self._streams.add(stream)
+        return stream
 
-    def __init__(self, needed: bool) -> None:
-        self._needed, self._open = needed, False
-
-    def check(self) -> None:
-        """Checks that no stream is open. It must be called before the first collective of a new stream.
-
-        Raises:
-            ConfigError: a stream has been started and neither finished nor closed.
-        """
-        if self._open:
-            raise ConfigError(
-                "another stream of this pipeline is open, and works ahead: finish it, or call its close(), first"
-            )
-
-    def guard(self, chunks: Iterator[VideoChunk]) -> Iterator[VideoChunk]:
-        """Yields the chunks of a stream, and counts it as open from the first one until it is finished or closed.
-
-        Args:
-            chunks: the chunks of the stream.
-
-        Yields:
-            The same chunks.
-
-        Raises:
-            ConfigError: another stream is open.
-        """
-        self.check()
-        self._open = self._needed
-        try:
-            yield from chunks
-        finally:
-            self._open = False
+    def __len__(self) -> int:
+        return sum(inspect.getgeneratorstate(stream) != inspect.GEN_CLOSED for stream in self._streams)
 
 
 @dataclass(frozen=True)
@@ -127,7 +102,7 @@ class FrameRange:
     def length(self) -> int:
         """Pixel frames of the video; `frames` until the end of a video to redraw has been read."""
         source = self.conditioning.source
-        return self.frames if source is None or source.length is None else source.length
+        return self.frames if source is None or source.length is None else min(self.frames, source.length)
 
     @property
     def latent_length(self) -> int:
@@ -149,8 +124,9 @@ def decoded_chunks(
     grid: LatentGrid,
     decode: Decode,
     frame_range: FrameRange,
+    turns: StreamTurns,
 ) -> Iterator[VideoChunk]:
-    """Decodes latent chunks as they are sampled, on a rank that denoises.
+    """Decodes latent chunks as they are sampled, on a rank that denoises. Every chunk is a turn of all such ranks.
 
     Decode ranks are sent the end of the video when it is complete, when the caller closes the iterator, and when wrong
     input raises a `CausalRopeError` on every rank. Any other error may be this rank's alone and is not announced.
@@ -162,6 +138,7 @@ def decoded_chunks(
         grid: the latent's size.
         decode: which ranks decode.
         frame_range: which pixel frames are the video.
+        turns: the turns of the stream.
 
     Yields:
         Chunks of the video, with frames on rank 0.
@@ -169,53 +146,59 @@ def decoded_chunks(
     Raises:
         CausalRopeError: what the sampler raises for wrong input.
     """
-    decoder = frames_of(codec, parallel, grid, decode)
-    try:
-        with closing(prefetched(chunks, parallel, decode)) as latent_chunks:
-            yield from _decoded(latent_chunks, decoder, parallel, frame_range)
-    except GeneratorExit:
-        decoder.close()
-    except CausalRopeError:
-        decoder.close()
-        raise
-    else:
+    with turns.taken():
+        decoder = frames_of(codec, parallel, grid, decode, turns)
+        try:
+            with closing(prefetched(chunks, parallel, decode)) as latent_chunks:
+                yield from _decoded(latent_chunks, decoder, parallel, frame_range, turns)
+        except (GeneratorExit, CausalRopeError):
+            decoder.close()
+            raise
         decoder.close()
 
 
 def _decoded(
-    latent_chunks: Iterator[PrefetchedChunk], decoder: Frames, parallel: SequenceParallel, frame_range: FrameRange
+    latent_chunks: Iterator[PrefetchedChunk],
+    decoder: Frames,
+    parallel: SequenceParallel,
+    frame_range: FrameRange,
+    turns: StreamTurns,
 ) -> Iterator[VideoChunk]:
     """Decodes until the video has all its frames. Conditioning latents are decoded with the first chunk."""
     side, conditioning = SideStream(parallel.device), frame_range.conditioning
     done, clock = 0, time.perf_counter()
-    for index, (part, ready) in enumerate(latent_chunks):
-        stop = frame_range.stop(part.chunk.stop)
-        with side.after(ready, part.latents):
-            latents, skip = part.latents, 0
-            if index == 0 and conditioning.latents is not None:
-                latents = torch.cat([conditioning.latents.to(latents), latents], 1)
-                skip = conditioning.context_frames
-            pixels = decoder.decode(latents, skip, skip + stop - done)
+    while done != frame_range.length:
+        index = turns.next
+        with turns.chunk():
+            part, ready = next(latent_chunks)
+            stop = frame_range.stop(part.chunk.stop)
+            with side.after(ready, part.latents):
+                latents, skip = part.latents, 0
+                if index == 0 and conditioning.latents is not None:
+                    latents = torch.cat([conditioning.latents.to(latents), latents], 1)
+                    skip = conditioning.context_frames
+                pixels = decoder.decode(latents, skip, skip + stop - done)
         now = time.perf_counter()
         yield VideoChunk(index, done, pixels, now - clock, parallel.comm_stats.take())
         done, clock = stop, time.perf_counter()
-        if done == frame_range.length:
-            return
 
 
-def decode_worker(codec: Codec, parallel: SequenceParallel, grid: LatentGrid) -> Iterator[VideoChunk]:
+def decode_worker(
+    codec: Codec, parallel: SequenceParallel, grid: LatentGrid, turns: StreamTurns
+) -> Iterator[VideoChunk]:
     """Decodes one video on a decode rank.
 
     Args:
         codec: the VAE.
         parallel: the ranks.
         grid: the latent's size.
+        turns: the turns of the stream.
 
     Yields:
         Chunks without frames, which rank 0 has.
     """
     done, clock = 0, time.perf_counter()
-    with closing(run_decode_worker(codec, parallel, grid)) as requests:
+    with closing(run_decode_worker(codec, parallel, grid, turns)) as requests:
         for index, frames in enumerate(requests):
             now = time.perf_counter()
             yield VideoChunk(index, done, None, now - clock, parallel.comm_stats.take())

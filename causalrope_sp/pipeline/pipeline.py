@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterator
 from typing import Any, Self
 
-import numpy as np
 import torch
 
 from causalrope_sp.devices import check_device
@@ -19,8 +18,8 @@ from causalrope_sp.pipeline.load_options import LoadOptions
 from causalrope_sp.pipeline.loading import Parts, load_parts
 from causalrope_sp.pipeline.model_config import TEXT_ENCODERS
 from causalrope_sp.pipeline.option_checks import check_dtype
-from causalrope_sp.pipeline.output import StreamGuard, VideoChunk
-from causalrope_sp.pipeline.results import CausalVideoPipelineOutput, as_output
+from causalrope_sp.pipeline.output import OpenStreams, VideoChunk
+from causalrope_sp.pipeline.results import CausalVideoPipelineOutput, as_output, collect
 from causalrope_sp.pipeline.saving import save_parts
 from causalrope_sp.pipeline.warm_up import warm_up
 from causalrope_sp.text import TextSource
@@ -60,10 +59,10 @@ class CausalVideoPipeline:
         channels = self.model.config.in_channels
         if self.codec.channels != channels:
             raise ConfigError(f"the codec's latents have {self.codec.channels} channels, the model's {channels}")
-        overlaps = parts.options.decode == "overlap" and parallel.size > 1
-        self._streams = StreamGuard(parallel.mesh.decode > 0 or overlaps)
+        self._streams = OpenStreams()
         parallel.check(self.settings().grid, self.model.config.num_heads)
-        self._agree()
+        with parallel.turn("opens a pipeline"):
+            self._agree()
 
     @classmethod
     def from_pretrained(
@@ -96,7 +95,9 @@ class CausalVideoPipeline:
         if parallel is not None and options.device is not None:
             raise ConfigError("give either `parallel`, which has a device, or `device`")
         parallel = parallel or SequenceParallel.single(device=options.device)
-        pipe = cls(load_parts(model, options, parallel), parallel)
+        with parallel.turn("loads a model"):
+            parts = load_parts(model, options, parallel)
+        pipe = cls(parts, parallel)
         if parallel.device.type == "cuda":
             pipe.warm_up()
         return pipe
@@ -119,11 +120,12 @@ class CausalVideoPipeline:
         Raises:
             PromptError: the text encoder does not know the prompt's words.
             InputError: the image or the video cannot be read.
-            ConfigError: options contradict each other or do not fit the model, or another stream that prefetches is
-                open (see `output.StreamGuard`).
+            ConfigError: options contradict each other or do not fit the model; on several ranks, ranks that make other
+                calls, or another stream is open that prefetches.
+            RankLostError: another rank has ended, failed, or left the stream.
             CheckpointError: there is no text encoder, or a file cannot be read.
         """
-        request = self._request(prompt, options, overrides)
+        request = self._request("calls stream", prompt, options, overrides)
         if isinstance(request.prompt, tuple):
             raise ConfigError("a stream has one prompt: call the pipeline for a list of prompts")
         if request.output_type == "latent":
@@ -147,7 +149,7 @@ class CausalVideoPipeline:
         Raises:
             CausalRopeError: what `stream` raises.
         """
-        request = self._request(prompt, options, overrides)
+        request = self._request("calls its pipeline", prompt, options, overrides)
         seed = request.first_seed()
         requests = [
             request.override(prompt=text, seed=seed + number, generator=None)
@@ -157,7 +159,8 @@ class CausalVideoPipeline:
         if request.output_type == "latent":
             latents = [one.latents() for one in generations]
             return CausalVideoPipelineOutput(None if self.parallel.rank else torch.cat(latents).transpose(1, 2))
-        videos = [self._collect(made.stream(), one) for made, one in zip(generations, requests, strict=True)]
+        bar = {"total": request.num_frames, "unit": "frame", "disable": self.parallel.rank > 0, **self._progress}
+        videos = [collect(made.stream(), bar) for made in generations]
         return CausalVideoPipelineOutput(None if self.parallel.rank else as_output(videos, request.output_type))
 
     def settings(self, request: GenerationOptions | None = None) -> StreamSettings:
@@ -218,7 +221,8 @@ class CausalVideoPipeline:
             This pipeline.
 
         Raises:
-            ConfigError: the machine has no such device, there are several ranks, or fp8 weights would be cast.
+            ConfigError: the machine has no such device, there are several ranks, fp8 weights would be cast, or a stream
+                is open, which goes on.
         """
         if isinstance(device, torch.dtype):
             device, dtype = None, device
@@ -228,6 +232,11 @@ class CausalVideoPipeline:
             raise ConfigError(f"device must be None on {self.parallel.size} ranks: each computes on its group's device")
         if is_fp8(self.model) and kind != self.model.dtype:
             raise ConfigError("dtype must be None for weights in 8 bits: load the model in another dtype")
+        if self._streams:
+            raise ConfigError(
+                f"a pipeline with an open stream cannot be moved or cast, and {len(self._streams)} are open: finish "
+                "them, or call their close(), first"
+            )
         self._open(self.parts.moved_to(target, kind), self.parallel.moved_to(target))
         return self
 
@@ -244,7 +253,8 @@ class CausalVideoPipeline:
             OutputError: the folder cannot be written; every rank raises it.
         """
         saves = self.parallel.rank == 0
-        self.parallel.everyone.run_collectively(lambda: save_parts(self.parts, folder) if saves else None)
+        with self.parallel.turn("saves its model"):
+            self.parallel.everyone.run_collectively(lambda: save_parts(self.parts, folder) if saves else None)
 
     def set_progress_bar_config(self, **config: Any) -> None:
         """Sets the options of the progress bar, which are those of `tqdm.auto.tqdm`; `disable=True` hides it."""
@@ -255,26 +265,14 @@ class CausalVideoPipeline:
         libraries or connect ranks. `from_pretrained` calls it on CUDA. Every rank must call it."""
         warm_up(self)
 
-    def _request(self, prompt: Any, options: GenerationOptions | None, overrides: dict[str, Any]) -> GenerationOptions:
+    def _request(
+        self, call: str, prompt: Any, options: GenerationOptions | None, overrides: dict[str, Any]
+    ) -> GenerationOptions:
         """The options of a call with its prompt and overrides; an error of one rank ends the call on all of them."""
-        self._streams.check()
         own = overrides if prompt is None else {"prompt": prompt, **overrides}
         merge = GenerationOptions.of if options is None else options.override
-        return self.parallel.everyone.run_collectively(lambda: merge(**own))
-
-    def _collect(self, chunks: Iterator[VideoChunk], request: GenerationOptions) -> np.ndarray:
-        """All frames of a stream, uint8 (T, H, W, 3), on rank 0; an empty array on the other ranks."""
-        from tqdm.auto import tqdm
-
-        frames: list[np.ndarray] = []
-        silent = self.parallel.rank > 0
-        shown = {"total": request.num_frames, "unit": "frame", "disable": silent, **self._progress}
-        with tqdm(**shown) as progress:
-            for chunk in chunks:
-                if chunk.frames is not None:
-                    frames.append(chunk.frames)
-                    progress.update(len(chunk.frames))
-        return np.concatenate(frames) if frames else np.empty((0, 0, 0, 3), np.uint8)
+        with self.parallel.turn(call):
+            return self.parallel.everyone.run_collectively(lambda: merge(**own))
 
     def _open_text(self) -> ToyboxText | SharedUMT5:
         text, model = self.config.text, self.model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import queue
 import threading
 from collections.abc import Generator
@@ -49,6 +50,13 @@ def prefetch_one(items: Generator[T], device: torch.device) -> Generator[Ready[T
 
     thread = threading.Thread(target=work, name="denoise", daemon=True)
     thread.start()
+
+    def stop() -> None:
+        wanted.put(False)
+        if thread is not threading.current_thread():  # where the garbage is collected
+            thread.join()
+
+    atexit.register(stop)  # a thread that computes while Python ends would abort the process
     wanted.put(True)
     try:
         while (result := ready.get()) is not None:
@@ -57,8 +65,8 @@ def prefetch_one(items: Generator[T], device: torch.device) -> Generator[Ready[T
             wanted.put(True)
             yield result
     finally:
-        wanted.put(False)
-        thread.join()
+        atexit.unregister(stop)
+        stop()
 
 
 def _event(device: torch.device) -> torch.cuda.Event | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,8 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from causalrope_sp.pipeline.output import VideoChunk
 
     Frames = np.ndarray | Tensor | list[list[Image]]
 
@@ -28,6 +30,27 @@ class CausalVideoPipelineOutput:
     """
 
     frames: Any
+
+
+def collect(chunks: Iterable[VideoChunk], bar: Mapping[str, Any]) -> np.ndarray:
+    """Takes all chunks of a stream, under a progress bar.
+
+    Args:
+        chunks: the stream.
+        bar: the options of the bar, which are those of `tqdm.auto.tqdm`.
+
+    Returns:
+        The frames, uint8 (T, H, W, 3), on rank 0; an empty array on the other ranks.
+    """
+    from tqdm.auto import tqdm
+
+    frames: list[np.ndarray] = []
+    with tqdm(**bar) as progress:
+        for chunk in chunks:
+            if chunk.frames is not None:
+                frames.append(chunk.frames)
+                progress.update(len(chunk.frames))
+    return np.concatenate(frames) if frames else np.empty((0, 0, 0, 3), np.uint8)
 
 
 def as_output(videos: Sequence[np.ndarray], output_type: str) -> Frames:

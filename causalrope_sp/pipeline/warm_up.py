@@ -10,10 +10,11 @@ import torch
 
 from causalrope_sp.config import SamplerConfig
 from causalrope_sp.diffusion.noise import seeded_noise
+from causalrope_sp.distributed.stream_turns import StreamTurns
 from causalrope_sp.pipeline.decoding import frames_of, run_decode_worker
 from causalrope_sp.pipeline.generation_options import GenerationOptions
 from causalrope_sp.sampling.chunk import LatentChunk
-from causalrope_sp.sampling.sampler import sample_chunks
+from causalrope_sp.sampling.sampler import sample_within_turns
 from causalrope_sp.sampling.stream_options import OnStep
 
 if TYPE_CHECKING:
@@ -30,21 +31,25 @@ def warm_up(pipe: CausalVideoPipeline) -> None:
         pipe: the pipeline.
     """
     parallel, grid = pipe.parallel, pipe.settings().grid
-    if parallel.decodes:
-        deque(run_decode_worker(pipe.codec, parallel, grid), 0)
-    elif (chunks := pipe.parts.parallel_chunks) is not None:  # one chunk for every rank of the mesh axis
+    if (chunks := pipe.parts.parallel_chunks) is not None:  # one chunk for every rank of the mesh axis
         latent_frames = chunks.chunks.filled_by(parallel.mesh.chunk)
         frames = 1 + pipe.codec.temporal_stride * (latent_frames - 1)
         deque(pipe.stream(options=GenerationOptions(prompt_embeds=no_text(pipe), num_frames=frames)), 0)
     else:
-        _warm_up_stream(pipe)
+        with parallel.turn("warms up"):
+            turns = parallel.open_stream()
+            if parallel.decodes:
+                deque(run_decode_worker(pipe.codec, parallel, grid, turns), 0)
+            else:
+                _warm_up_stream(pipe, turns)
     parallel.comm_stats.take()
 
 
 def sample_without_text(
     pipe: CausalVideoPipeline, frames: int, sampler: SamplerConfig, on_step: OnStep | None = None
 ) -> Generator[LatentChunk]:
-    """Samples a stream of the pipeline's own size for a text of zeros, without decoding it.
+    """Samples a stream of the pipeline's own size for a text of zeros, without decoding it, for a caller that
+    takes its turn.
 
     Args:
         pipe: the pipeline, which generates streams; this rank denoises.
@@ -57,7 +62,7 @@ def sample_without_text(
     """
     config, grid, text = pipe.model.config, pipe.settings().grid, no_text(pipe)
     latent_height, latent_width = grid.latent_height, grid.latent_width
-    return sample_chunks(
+    return sample_within_turns(
         pipe.model,
         text,
         seeded_noise(0, (1, config.in_channels, latent_height, latent_width)),
@@ -79,11 +84,11 @@ def no_text(pipe: CausalVideoPipeline) -> torch.Tensor:
     return torch.zeros(1, pipe.model.config.text_len, pipe.model.config.text_dim)
 
 
-def _warm_up_stream(pipe: CausalVideoPipeline) -> None:
+def _warm_up_stream(pipe: CausalVideoPipeline, turns: StreamTurns) -> None:
     stream = pipe.config.stream
     sampler = SamplerConfig(steps=(1000,), guidance_scale=pipe.config.sampler.guidance_scale)
     chunks = sample_without_text(pipe, (stream.window or 0) + 2 * stream.chunk_frames, sampler)
-    frames = frames_of(pipe.codec, pipe.parallel, pipe.settings().grid, pipe.parts.options.decode)
+    frames = frames_of(pipe.codec, pipe.parallel, pipe.settings().grid, pipe.parts.options.decode, turns)
     for number, part in enumerate(chunks):
         if number < 2:  # the first chunk has fewer pixel frames than the others
             frames.decode(part.latents, 0, pipe.codec.temporal_stride * part.chunk.frames)

@@ -143,10 +143,11 @@ def _latent_frames(pipe: CausalVideoPipeline, frames: int) -> int:
 def _chunk_times(pipe: CausalVideoPipeline, frames: int) -> list[tuple[Chunk, float]]:
     """The chunks of a video that is not decoded, and the seconds that each took."""
     times, started = [], _now(pipe.device)
-    for part in sample_without_text(pipe, _latent_frames(pipe, frames), pipe.config.sampler):
-        done = _now(pipe.device)
-        times.append((part.chunk, done - started))
-        started = done
+    with pipe.parallel.turn("times chunks"):
+        for part in sample_without_text(pipe, _latent_frames(pipe, frames), pipe.config.sampler):
+            done = _now(pipe.device)
+            times.append((part.chunk, done - started))
+            started = done
     return times
 
 
@@ -166,8 +167,9 @@ def _step_cpu_times(pipe: CausalVideoPipeline, frames: int) -> list[tuple[Chunk,
         _now(pipe.device)
         started = time.process_time()
 
-    for _ in sample_without_text(pipe, _latent_frames(pipe, frames), pipe.config.sampler, on_step):
-        pass
+    with pipe.parallel.turn("times steps"):
+        for _ in sample_without_text(pipe, _latent_frames(pipe, frames), pipe.config.sampler, on_step):
+            pass
     return times
 
 

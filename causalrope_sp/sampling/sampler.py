@@ -7,6 +7,7 @@ E numbers in a token.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
+from contextlib import closing
 from functools import partial
 from typing import Any
 
@@ -32,7 +33,6 @@ from causalrope_sp.sampling.stream import CausalStream, Part
 from causalrope_sp.sampling.stream_options import StreamOptions
 
 
-@torch.inference_mode()
 def sample_chunks(
     model: CausalDiT,
     embeds: Tensor,
@@ -44,6 +44,8 @@ def sample_chunks(
     **options: Any,
 ) -> Generator[LatentChunk]:
     """Generates a video chunk by chunk (Self-Forcing, arXiv 2506.08009), on one rank or many.
+
+    Every rank must take the chunks of all its streams in the same order.
 
     Args:
         model: the DiT; its dtype is the dtype of the forward. The sampler's own state is float32 or wider.
@@ -61,11 +63,35 @@ def sample_chunks(
     Raises:
         ConfigError: `frames` is below 1, an endless video has no window, a shape does not fit the model or the grid,
             the strategy cannot use the ranks, `source` starts at a step that the sampler does not have, guidance lacks
-            `negative_embeds` or applies to no step, or a mesh axis has no use.
+            `negative_embeds` or applies to no step, a mesh axis has no use, or ranks make different calls.
+        RankLostError: another rank has ended, failed, or left the stream.
     """
-    loop = ChunkLoop(
-        model, embeds, noise, grid, frames, parallel or SequenceParallel.single(), StreamOptions(**options)
-    )
+    parallel = parallel or SequenceParallel.single()
+    if parallel.mesh.decode:
+        raise ConfigError("decode_ranks of the mesh must be 0 for latents alone: decode ranks serve a pipeline")
+    turns = parallel.open_stream()
+    chunks, made = sample_within_turns(model, embeds, noise, grid, frames, parallel=parallel, **options), 0
+    with turns.taken(), closing(chunks):
+        while frames is None or made < max(1, frames):  # wrong `frames` are for the loop to refuse
+            with turns.chunk():
+                output = next(chunks)
+            made += output.chunk.frames
+            yield output
+
+
+@torch.inference_mode()
+def sample_within_turns(
+    model: CausalDiT,
+    embeds: Tensor,
+    noise: Noise,
+    grid: LatentGrid,
+    frames: int | None,
+    *,
+    parallel: SequenceParallel,
+    **options: Any,
+) -> Generator[LatentChunk]:
+    """Generates the chunks of `sample_chunks`, whose arguments it takes, for a caller that takes each within a turn."""
+    loop = ChunkLoop(model, embeds, noise, grid, frames, parallel, StreamOptions(**options))
     for chunk in loop.chunks():
         tokens = loop.denoise(chunk)
         yield loop.output(chunk, tokens)
@@ -87,6 +113,7 @@ class ChunkLoop:
     ) -> None:
         _check_length(frames, options.stream)
         check_text(model, embeds, grid)
+        self._model, self._opened_with = model, (model.device, model.dtype)
         self._parallel, self._options, self._noise, self._frames = parallel, options, noise, frames
         self._context = ShardContext.of(model, grid, parallel.shard(grid), len(embeds))
         self._context.check_initial(options.initial_latents)
@@ -135,6 +162,7 @@ class ChunkLoop:
     def denoise(self, chunk: Chunk) -> Tensor:
         """Denoises a chunk and returns its clean tokens on this rank, (B, F, s, E)."""
         levels = self._levels
+        self._check_model()
         x = self._draw(chunk, self._first_step)
         if self._options.source is not None:
             clean = self._options.source.latents(chunk)
@@ -148,6 +176,13 @@ class ChunkLoop:
             if self._options.on_step is not None:
                 self._options.on_step(chunk, step, self._timesteps[step])
         return x
+
+    def _check_model(self) -> None:
+        """Raises ConfigError if the model was moved or cast under the stream."""
+        now = self._model.device, self._model.dtype
+        if now != self._opened_with:
+            ways = " and ".join(f"{dtype} on {device}" for device, dtype in (self._opened_with, now))
+            raise ConfigError(f"the model of an open stream was moved or cast: {ways}; do so between two streams")
 
     def output(self, chunk: Chunk, tokens_BFSE: Tensor) -> LatentChunk:
         """Gathers the whole latents of a chunk on every rank."""

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
+from causalrope_sp.distributed.notices import DONE, NoticeBoard
 from causalrope_sp.distributed.watchdog import Watchdog
 from causalrope_sp.siblings import Siblings
 from tests.support.paths import ROOT
@@ -60,11 +61,12 @@ def test_a_rank_that_is_done_does_not_hide_one_that_is_lost(siblings: Siblings, 
 def test_the_watchdog_looks_past_the_ranks_that_are_done(siblings: Siblings, start: Start) -> None:
     processes, store, said = [start(rank) for rank in (1, 2)], HashStore(), queue.Queue[str]()
     assert siblings.lost() is None
-    store.set("causalrope/alive/1", "done")
+    boards = [NoticeBoard(store, rank, 3) for rank in range(3)]
+    boards[1].end(DONE, 0)
     for process in processes:
         process.kill()
         process.wait()
-    dog = Watchdog(store, 0, 3, lambda: 0, range(3), said.put, silence_s=60, stall_s=60, siblings=siblings)
+    dog = Watchdog(boards[0], 0, lambda: 0, range(3), said.put, silence_s=60, stall_s=60, siblings=siblings)
     assert said.get(timeout=10) == f"rank 2 is gone: its process {processes[1].pid} has ended"
     dog.stop()
 

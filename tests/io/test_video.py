@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -294,6 +295,19 @@ for name in {[name for name in NAMES if name != "a/"]}:
 def test_frames_of_another_kind_are_refused(tmp_path: Path, frames: np.ndarray) -> None:
     with pytest.raises(OutputError, match="takes uint8 frames of T×64×96×3"), writer_of(tmp_path) as writer:
         writer.write(frames)
+
+
+@pytest.mark.parametrize("name", ["clip.mp4", "clip.gif", "clip/"])
+def test_a_folder_that_is_removed_is_noticed_by_the_next_frames(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    writer = VideoWriter(f"{folder}/{name}", 16, 16, 8)
+    writer.write(np.zeros((2, 16, 16, 3), np.uint8))
+    shutil.rmtree(folder)
+    with pytest.raises(OutputError, match=r"cannot write .*clip.*partial.* was removed while it was being written"):
+        writer.write(np.zeros((2, 16, 16, 3), np.uint8))
+    writer.abandon()
+    assert not folder.exists()
 
 
 def test_a_closed_writer_takes_nothing_more(tmp_path: Path) -> None:

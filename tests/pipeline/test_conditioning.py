@@ -142,7 +142,8 @@ def continued(pipe: CausalVideoPipeline, past: Conditioning, frames: int) -> np.
         sampler=pipe.config.sampler,
         initial_latents=torch.cat([opening, past.latents], 1),
     )
-    decoded = decoded_chunks(chunks, pipe.codec, pipe.parallel, pipe.settings().grid, "inline", cut)
+    turns = pipe.parallel.open_stream()
+    decoded = decoded_chunks(chunks, pipe.codec, pipe.parallel, pipe.settings().grid, "inline", cut, turns)
     return np.concatenate([chunk.frames for chunk in decoded if chunk.frames is not None])
 
 
@@ -212,6 +213,8 @@ def test_a_redrawn_video_is_as_long_as_its_source(pipe: CausalVideoPipeline, vid
     assert sum(len(chunk.frames) for chunk in chunks if chunk.frames is not None) == length
     assert all(chunk.frames is not None and len(chunk.frames) for chunk in chunks)
     assert len(made(pipe, PROMPT, 5, video=video[:length], strength=0.5)) == min(5, length)
+    latents = pipe(PROMPT, num_frames=5, video=video[:length], strength=0.5, output_type="latent").frames
+    assert latents.shape[2] == (1 if length == 1 else 2)
 
 
 def test_a_source_is_read_chunk_by_chunk(pipe: CausalVideoPipeline, video: np.ndarray) -> None:

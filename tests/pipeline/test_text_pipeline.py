@@ -229,6 +229,6 @@ def test_the_encoder_runs_on_rank_0_alone(
         ("shape", ConfigError, "text embeddings have shape (2, 2, 2)"),
         ("none", ConfigError, "give either"),
     ):
-        assert ranks[0][name] == ranks[1][name]
-        assert ranks[0][name][0] is error
+        assert ranks[0][name][0] is ranks[1][name][0] is error
         assert told in ranks[0][name][1]
+        assert ranks[1][name][1] == ranks[0][name][1] + (" (on rank 0)" if name != "none" else "")
