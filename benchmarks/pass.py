@@ -47,7 +47,7 @@ from causalrope_sp.config import PRESETS
 from causalrope_sp.diffusion.noise import seeded_noise
 from causalrope_sp.distributed.layout import SINGLE, parse_strategy
 from causalrope_sp.grid import Chunk, Shard, split_into_chunks
-from causalrope_sp.models.causal_dit import ForwardPass
+from causalrope_sp.models.block import ForwardPass
 from causalrope_sp.models.rope import RotaryTables
 from causalrope_sp.planning.cost import attention_flops, cross_flops
 from causalrope_sp.planning.workload import Workload

@@ -244,9 +244,8 @@ class SequenceParallel:
         Raises:
             ConfigError: there are more ranks than the picture's longer side has latent pixels.
         """
-        return (
-            None if len(ranks) == 1 else SpatialShards(self._communicator(ranks), grid.latent_height, grid.latent_width)
-        )
+        communicator = self.communicator_among(ranks)
+        return SpatialShards(communicator, grid.latent_height, grid.latent_width) if communicator else None
 
     def sp_communicator(self) -> Communicator:
         """Returns the communicator of the `sp` axis, which has several ranks. All of them must call this."""
@@ -292,8 +291,7 @@ class SequenceParallel:
         return None if self._membership is None else self._membership.cause()
 
     def fail(self, error: BaseException) -> None:
-        """Tells the other ranks that an error ends this program, for one that ends without Python's own report of it
-        (`sys.excepthook`)."""
+        """Tells the other ranks that an error ends this program, where `sys.excepthook` does not see it."""
         if self._membership is not None:
             self._membership.fail(error)
 

@@ -91,7 +91,7 @@ class VideoWriter:
             raise OutputError(f"{self.path} takes uint8 frames of T×{shape}, not {frames.dtype} {frames.shape}")
         if self._sink is None:
             raise OutputError(f"{self.path} is closed: no more frames can be written")
-        if self._partial is not None and not self._partial.exists():  # an open file takes frames that nobody finds
+        if self._partial is not None and not self._partial.path.exists():  # an open file takes frames that nobody finds
             raise OutputError(f"cannot write {self.path}: {self.partial} was removed while it was being written")
         for frame in frames:
             with _uninterrupted(), self._failing_as_output_error():

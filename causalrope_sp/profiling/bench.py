@@ -184,12 +184,15 @@ def _decode_times(pipe: CausalVideoPipeline, runs: int) -> list[float]:
     grid, frames = pipe.settings().grid, pipe.config.stream.chunk_frames
     shape = 1, frames, pipe.codec.channels, grid.latent_height, grid.latent_width
     latents = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(pipe.device)
-    decoder, times = frames_of(pipe.codec, pipe.parallel, grid, pipe.parts.options.decode), []
-    for _ in range(2 + runs):  # the first chunk has fewer pixel frames, and the second is the first of its shape
-        started = _now(pipe.device)
-        decoder.decode(latents, 0, pipe.codec.temporal_stride * frames)
-        times.append(_now(pipe.device) - started)
-    decoder.close()
+    times = []
+    with pipe.parallel.turn("times decoding"):
+        turns = pipe.parallel.open_stream()
+        decoder = frames_of(pipe.codec, pipe.parallel, grid, pipe.parts.options.decode, turns)
+        for _ in range(2 + runs):  # the first chunk has fewer pixel frames, and the second is the first of its shape
+            started = _now(pipe.device)
+            decoder.decode(latents, 0, pipe.codec.temporal_stride * frames)
+            times.append(_now(pipe.device) - started)
+        decoder.close()
     return times[2:]
 
 

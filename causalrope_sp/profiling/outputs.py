@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from causalrope_sp.distributed import SequenceParallel
 from causalrope_sp.errors import ConfigError
-from causalrope_sp.models.causal_dit import CausalDiT, ForwardPass
+from causalrope_sp.models.block import ForwardPass
+from causalrope_sp.models.causal_dit import CausalDiT
 from causalrope_sp.reuse.output_store import Compute
 from causalrope_sp.reuse.policy import CAUSAL_KINDS, Broadcast, Kind, ReusePolicy
 

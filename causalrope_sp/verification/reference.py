@@ -15,7 +15,8 @@ from torch.nn import functional
 
 from causalrope_kernels import Projection, project
 from causalrope_sp.grid import Chunk, LatentGrid, Shard
-from causalrope_sp.models.causal_dit import CausalDiT, ForwardPass
+from causalrope_sp.models.block import ForwardPass
+from causalrope_sp.models.causal_dit import CausalDiT
 from causalrope_sp.models.rope import RotaryTables
 
 

@@ -16,7 +16,8 @@ from causalrope_sp.attention.base import Strategy
 from causalrope_sp.devices import send
 from causalrope_sp.distributed import SequenceParallel
 from causalrope_sp.grid import Chunk, LatentGrid
-from causalrope_sp.models.causal_dit import CausalDiT, ForwardPass
+from causalrope_sp.models.block import ForwardPass
+from causalrope_sp.models.causal_dit import CausalDiT
 from causalrope_sp.models.rope import RotaryTables
 from causalrope_sp.vin.chunk_cache import INITIAL, ChunkCache, in_pass
 from causalrope_sp.vin.chunk_exchange import ChunkExchange

@@ -16,7 +16,8 @@ from causalrope_kernels import Projection, project
 from causalrope_kernels.reference import attention
 from causalrope_sp.config import DiTConfig, SamplerConfig, StreamConfig
 from causalrope_sp.grid import LatentGrid, Shard
-from causalrope_sp.models.causal_dit import CausalDiT, ForwardPass
+from causalrope_sp.models.block import ForwardPass
+from causalrope_sp.models.causal_dit import CausalDiT
 from causalrope_sp.models.rope import RotaryTables
 from causalrope_sp.toybox.chart import chart
 from causalrope_sp.toybox.toybox_text import TEXT_DIM, TEXT_LEN

@@ -17,7 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from causalrope_kernels import Keys, Projection, attention, project
 from causalrope_kernels.reference import attention as attend_whole
 from causalrope_sp.grid import LatentGrid, Shard
-from causalrope_sp.models.causal_dit import CausalDiT, ForwardPass
+from causalrope_sp.models.block import ForwardPass
+from causalrope_sp.models.causal_dit import CausalDiT
 from causalrope_sp.models.rope import RotaryTables
 from causalrope_sp.toybox.chart import chart
 from causalrope_sp.vin.chunks import AssignedChunks, cut

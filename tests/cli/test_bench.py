@@ -21,7 +21,7 @@ from causalrope_sp.pipeline import warm_up
 from causalrope_sp.planning.decode_cost import VaeSize
 from causalrope_sp.profiling import bench as measuring
 from causalrope_sp.profiling import environment
-from causalrope_sp.sampling.sampler import sample_chunks
+from causalrope_sp.sampling.sampler import sample_within_turns
 from tests.cli.test_torchrun import torchrun
 from tests.support.shell import PROMPT, shell
 
@@ -93,8 +93,8 @@ def test_the_flops_of_every_later_chunk_are_those_that_torch_counts(
     guidance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Chunks of a window that fills and of one that slides; the first one's count has the text in it."""
-    countable = torch.no_grad()(sample_chunks.__wrapped__)  # type: ignore[attr-defined]
-    monkeypatch.setattr(warm_up, "sample_chunks", countable)  # in inference mode torch counts no linear layer
+    countable = torch.no_grad()(sample_within_turns.__wrapped__)  # type: ignore[attr-defined]
+    monkeypatch.setattr(warm_up, "sample_within_turns", countable)  # in inference mode torch counts no linear layer
     options: dict[str, Any] = {"dtype": "float64", "window": 7, "sink": 0}  # in float32 oneDNN's layers are not counted
     pipe = CausalVideoPipeline.from_pretrained("toybox", device="cpu", guidance_scale=guidance, **options)
     c, steps, branches = pipe.model.config, len(pipe.config.sampler.steps), 1 if guidance == 1 else 2

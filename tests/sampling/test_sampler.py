@@ -19,7 +19,8 @@ from causalrope_sp.attention.base import Strategy
 from causalrope_sp.cache.window import SlidingWindow
 from causalrope_sp.diffusion.schedule import add_noise, predict_x0, sigmas
 from causalrope_sp.grid import Shard, split_into_chunks
-from causalrope_sp.models.causal_dit import CausalDiT, ForwardPass
+from causalrope_sp.models.block import ForwardPass
+from causalrope_sp.models.causal_dit import CausalDiT
 from causalrope_sp.models.rope import RotaryTables
 from causalrope_sp.sampling.stream import CausalStream, Part
 from causalrope_sp.sampling.stream_options import Source

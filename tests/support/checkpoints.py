@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from causalrope_kernels.reference import attention, project
 from causalrope_sp.config import DiTConfig
 from causalrope_sp.grid import LatentGrid, Shard
-from causalrope_sp.models.causal_dit import CausalDiT, ForwardPass
+from causalrope_sp.models.block import ForwardPass
+from causalrope_sp.models.causal_dit import CausalDiT
 from causalrope_sp.models.rope import RotaryTables
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from causalrope_sp.models.causal_dit import CausalDiT, ForwardPass
+from causalrope_sp.models.block import ForwardPass
+from causalrope_sp.models.causal_dit import CausalDiT
 from causalrope_sp.reuse.output_store import Compute
 from causalrope_sp.reuse.policy import Kind
 

@@ -1,0 +1,208 @@
+"""The blocks of the causal DiT: their weights, and the functions that compute them for all passes of a stream.
+
+Shapes: B batch, F frames of the pass, s tokens of a frame that this rank owns, T = F·s, D model width, H heads, d head
+width, L text tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from causalrope_kernels import Affine, Keys, Modulation, PassOperations, Projection, Rotation, rms_norm
+from causalrope_sp.config import DiTConfig
+from causalrope_sp.reuse.output_store import OutputOf, computed
+
+Attend = Callable[[int, Projection], Tensor]
+TextContext = list[Keys]  # the keys and values of the text, one entry per layer's cross-attention
+
+
+@dataclass(frozen=True)
+class ForwardPass:
+    """Describes one forward: the timesteps of its frames, their rotation, and what they attend.
+
+    Args:
+        timesteps_F: the timestep of every frame in [0, 1000], (F,), or (B, F) in training, where batch entries differ.
+        predicted_frames: how many of the last frames the velocity is computed for.
+        rotation: the rotary angles of the tokens.
+        text: the keys and values of the text, for every layer.
+        attend: takes a layer's number and the projection of its tokens to q, k and v, and returns what the tokens
+            attend, (B, T, H, d).
+        operations: the operations between the matrix products.
+        blocks: the blocks as `CausalDiT.settled` returns them for these operations; None settles them for this pass.
+        output: takes a layer's number, the kind of a module ("self", "cross" or "mlp") and a function that computes
+            its output. It returns that output, or the stored output of an earlier pass (`reuse`).
+    """
+
+    timesteps_F: Tensor
+    predicted_frames: int
+    rotation: Rotation
+    text: TextContext
+    attend: Attend
+    operations: PassOperations = field(default_factory=PassOperations.checked)
+    blocks: Sequence[BlockForward] | None = None
+    output: OutputOf = computed
+
+
+class Residual(NamedTuple):
+    """The residual between two blocks as a sum that is not computed yet: x + branch·gate.
+
+    The next norm computes the sum as it reads it, so that both take one pass over memory.
+
+    Args:
+        x_BTD: the residual before the last module.
+        branch_BTD: the output of the last module, or None for nothing to add.
+        gate: the factor of the output by frame, (F, D) or (B, F, D), or None for 1.
+    """
+
+    x_BTD: Tensor
+    branch_BTD: Tensor | None = None
+    gate: Tensor | None = None
+
+    def last(self, tokens: int, frames: int) -> Residual:
+        """Returns the residual of the last `frames` frames, which have `tokens` tokens in all."""
+        branch = None if self.branch_BTD is None else self.branch_BTD[:, -tokens:]
+        gate = None if self.gate is None else self.gate[..., -frames:, :]
+        return Residual(self.x_BTD[:, -tokens:], branch, gate)
+
+
+BlockForward = Callable[[Residual, Tensor, int, ForwardPass, Tensor | None], Residual]
+"""Computes a block: from the residual before it, its shifts, factors and gates, (6, …, F, D), its number, the pass, and
+memory for the norms, (B, T, D), or None where a gradient is computed, to the residual after it."""
+
+
+class SelfAttention(nn.Module):
+    """The weights of self-attention, with an RMSNorm of q and k over all of D."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.heads, self.eps = config.num_heads, config.eps
+        self.qkv = nn.Linear(config.dim, 3 * config.dim)
+        self.norm_q = nn.RMSNorm(config.dim, config.eps)
+        self.norm_k = nn.RMSNorm(config.dim, config.eps)
+        self.out = nn.Linear(config.dim, config.dim)
+
+    def settled(self, operations: PassOperations) -> Callable[[Tensor, int, ForwardPass], Tensor]:
+        """Returns the function that projects tokens to q, k and v, attends, and projects the result, (B, T, D)."""
+        qkv, out = (linear(module, operations) for module in (self.qkv, self.out))
+        q_weight, k_weight, heads, eps = self.norm_q.weight, self.norm_k.weight, self.heads, self.eps
+
+        def attended(x_BTD: Tensor, layer: int, step: ForwardPass) -> Tensor:
+            batch, tokens, _ = x_BTD.shape
+            frames = step.timesteps_F.shape[-1]
+            qkv_BFSN = qkv(x_BTD).view(batch, frames, tokens // frames, -1)
+            projection = Projection(qkv_BFSN, q_weight, k_weight, step.rotation, heads, eps)
+            return out(step.attend(layer, projection).flatten(2))
+
+        return attended
+
+
+class CrossAttention(nn.Module):
+    """The weights of attention on the text, with an RMSNorm of q and k over all of D."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.heads, self.eps = config.num_heads, config.eps
+        self.q = nn.Linear(config.dim, config.dim)
+        self.kv = nn.Linear(config.dim, 2 * config.dim)
+        self.norm_q = nn.RMSNorm(config.dim, config.eps)
+        self.norm_k = nn.RMSNorm(config.dim, config.eps)
+        self.out = nn.Linear(config.dim, config.dim)
+
+    def keys(self, text_BLD: Tensor) -> Keys:
+        """Computes the keys and values of the embedded text, (B, L, H, d) each."""
+        k, v = self.kv(text_BLD).chunk(2, -1)
+        k = rms_norm(k, self.norm_k.weight, self.eps)
+        return Keys(k.unflatten(-1, (self.heads, -1)), v.unflatten(-1, (self.heads, -1)))
+
+    def settled(self, operations: PassOperations) -> Callable[[Tensor, Keys], Tensor]:
+        """Returns the function that attends the text's keys and projects the result, (B, T, D)."""
+        q, out = (linear(module, operations) for module in (self.q, self.out))
+        q_weight, heads, eps, in_place = self.norm_q.weight, self.heads, self.eps, operations.in_place
+        rms_norm, attention = operations.rms_norm, operations.attention
+
+        def attended(x_BTD: Tensor, keys: Keys) -> Tensor:
+            q_BTD = q(x_BTD)
+            q_BTD = rms_norm(q_BTD, q_weight, eps, q_BTD if in_place else None)
+            q_BTHD = q_BTD.view(*q_BTD.shape[:2], heads, -1)
+            return out(attention(q_BTHD, keys, reuse_q=in_place).flatten(2))
+
+        return attended
+
+
+class FeedForward(nn.Module):
+    """The weights of two linear layers with GELU, in its tanh form, between them."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.up = nn.Linear(config.dim, config.ffn_dim)
+        self.down = nn.Linear(config.ffn_dim, config.dim)
+
+    def settled(self, operations: PassOperations) -> Callable[[Tensor], Tensor]:
+        """Returns the function that computes the layers, (B, T, D)."""
+        up, down = linear(self.up, operations, gelu=True), linear(self.down, operations)
+        return lambda x_BTD: down(up(x_BTD))
+
+
+class Block(nn.Module):
+    """The weights of a block of Wan's DiT: self-attention, cross-attention and feed-forward, modulated by time."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.eps = config.eps
+        self.modulation = modulation_table(6, config.dim)
+        self.self_attn = SelfAttention(config)
+        self.cross_norm = nn.LayerNorm(config.dim, config.eps)
+        self.cross_attn = CrossAttention(config)
+        self.ffn = FeedForward(config)
+
+    def settled(self, operations: PassOperations) -> BlockForward:
+        """Returns the function that computes the block by these operations, with all weights looked up."""
+        attended, attended_text = self.self_attn.settled(operations), self.cross_attn.settled(operations)
+        computed = self.ffn.settled(operations)
+        add_norm, eps = operations.add_norm, self.eps
+        cross_norm = Affine(self.cross_norm.weight, self.cross_norm.bias, eps)
+
+        def forward(
+            residual: Residual, modulation_6FD: Tensor, layer: int, step: ForwardPass, normed: Tensor | None
+        ) -> Residual:
+            shift_1, factor_1, gate_1, shift_2, factor_2, gate_2 = modulation_6FD.unbind(0)
+            output = step.output
+            x, branch, gate = residual
+            x, y = add_norm(x, branch, gate, Modulation(shift_1, factor_1, eps), normed)
+            branch = output(layer, "self", partial(attended, y, layer, step))
+            x, y = add_norm(x, branch, gate_1, cross_norm, normed)
+            branch = output(layer, "cross", partial(attended_text, y, step.text[layer]))
+            x, y = add_norm(x, branch, None, Modulation(shift_2, factor_2, eps), normed)
+            return Residual(x, output(layer, "mlp", partial(computed, y)), gate_2)
+
+        return forward
+
+
+def linear(module: nn.Linear, operations: PassOperations, gelu: bool = False) -> Callable[[Tensor], Tensor]:
+    """Returns the function that computes a linear layer in the dtype of its weight.
+
+    Args:
+        module: the layer.
+        operations: the operations of the pass.
+        gelu: whether GELU, in its tanh form, follows.
+    """
+    compute, bias = operations.linear_gelu if gelu else operations.linear, module.bias
+    if type(module) is not nn.Linear:  # a quantized weight is dequantized at every use
+        return lambda x: compute(x.to(bias.dtype), module.weight, bias)
+    weight, dtype = module.weight, module.weight.dtype
+    return lambda x: compute(x if x.dtype == dtype else x.to(dtype), weight, bias)
+
+
+def modulation_table(rows: int, dim: int) -> nn.Parameter:
+    """The learned part of shifts, scales and gates.
+
+    On the meta device no random numbers are drawn, since torch would import sympy for that: 75 MB and over a second.
+    """
+    table = torch.empty(rows, dim)
+    return nn.Parameter(table if table.is_meta else torch.randn(rows, dim) / dim**0.5)
