@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from causalrope_kernels import PassOperations
 from causalrope_sp import Chunk, ConfigError, DiTConfig, LatentGrid, SamplerConfig, StreamConfig
-from causalrope_sp.attention import base, ulysses
 from causalrope_sp.cache.window import SlidingWindow
 from causalrope_sp.diffusion.noise import seeded_noise
 from causalrope_sp.distributed import SequenceParallel, communicator, strategies
@@ -226,12 +226,12 @@ def order_of_events(group: dist.ProcessGroup, device: str, strategy: str) -> lis
         for name in ("all_to_all", "all_gather"):
             patch.setattr(communicator.Communicator, name, noting("send", getattr(communicator.Communicator, name)))
         patch.setattr(communicator.AsyncHandle, "wait", noting("wait", communicator.AsyncHandle.wait))
-        for module, name in (
-            (base, "attention"),
-            (base, "attention_parts"),
-            (ulysses, "attention"),
-        ):
-            patch.setattr(module, name, noting("attend", getattr(module, name)))
+        operations = PassOperations.unchecked(x)
+        attend, parts = noting("attend", operations.attention), noting("attend", operations.attention_parts)
+        noted = replace(operations, attention=attend, attention_parts=parts)
+        patch.setattr(stream, "_unchecked", noted)
+        patch.setattr(stream, "_operations", lambda _: noted)
+        patch.setattr(stream, "_blocks", model.settled(operations))  # these attend the text, which is not noted
         stream.denoise(Chunk(1, 2, 2), x, 1000.0)
     return events
 
