@@ -214,9 +214,9 @@ OPTIONS = (
     ),
     click.option(
         "--graphs/--no-graphs",
-        default=True,
+        default=False,
         show_default=True,
-        help="Run the passes of a stream on one GPU by CUDA graphs once its window slides.",
+        help="Run the passes of a stream on one GPU by CUDA graphs once its window slides. Not yet run on a GPU.",
     ),
     click.option(
         "--out",

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
+
+import torch
+from torch import Tensor
 
 from causalrope_sp.attention.base import Strategy
 from causalrope_sp.attention.build import build_strategy, describe_strategy
@@ -11,6 +15,12 @@ from causalrope_sp.distributed.layout import Layout
 from causalrope_sp.planning.machines import default_machine
 from causalrope_sp.planning.strategy import choose_strategy
 from causalrope_sp.planning.workload import Workload
+
+
+def digest(x: Tensor) -> str:
+    """Returns a short text that differs for tensors that differ in dtype, shape or any bit."""
+    data = x.detach().cpu().contiguous().view(torch.uint8).numpy()
+    return hashlib.blake2b(f"{x.dtype} {tuple(x.shape)}".encode() + data.tobytes(), digest_size=8).hexdigest()
 
 
 def agree_on_strategy(

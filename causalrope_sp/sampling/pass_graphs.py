@@ -16,6 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from causalrope_kernels.launch import on
+
 MOST_GRAPHS = 32  # of a stream; later kinds run eagerly
 _log = logging.getLogger(__name__)
 
@@ -30,24 +32,37 @@ class Graph(Protocol):
 Capture = Callable[[Callable[[], Tensor]], tuple[Graph, Tensor]]
 
 
-def capture_on_cuda(run: Callable[[], Tensor]) -> tuple[Graph, Tensor]:
-    """Captures a function in a CUDA graph.
+class CudaCapture:
+    """Captures functions in CUDA graphs of one device, which share their memory.
 
     Args:
-        run: the function, which was run before, so that nothing is compiled, measured or loaded while it is captured.
-
-    Returns:
-        The graph and the output tensor, which every replay writes.
+        device: the GPU.
     """
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # another thread may decode at the same time
-        output = run()
-    return graph, output
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._pool = device, torch.cuda.graph_pool_handle()
+
+    def __call__(self, run: Callable[[], Tensor]) -> tuple[Graph, Tensor]:
+        """Captures a function, which was run before, so that nothing is compiled, measured or loaded now.
+
+        Args:
+            run: the function.
+
+        Returns:
+            The graph, and the output tensor, which a replay writes and the next replay of another graph overwrites.
+        """
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(self._device):
+            stream = torch.cuda.Stream()
+            # another thread may decode at the same time
+            with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+                output = run()
+        return graph, output
 
 
 def stream_graphs(device: torch.device) -> PassGraphs | None:
     """Returns the graphs of a stream on a device; None where there are none, as on a CPU."""
-    return PassGraphs() if device.type == "cuda" else None
+    return PassGraphs(CudaCapture(device), device) if device.type == "cuda" else None
 
 
 @dataclass(frozen=True)
@@ -61,11 +76,12 @@ class PassGraphs:
     """The graphs of one stream.
 
     Args:
-        capture: captures a function; `capture_on_cuda`, or a stand-in in tests.
+        capture: captures a function; a `CudaCapture`, or a stand-in in tests.
+        device: where the stream computes.
     """
 
-    def __init__(self, capture: Capture = capture_on_cuda) -> None:
-        self._capture = capture
+    def __init__(self, capture: Capture, device: torch.device) -> None:
+        self._capture, self._device = capture, device
         self._graphs: dict[Hashable, _Captured] = {}
         self._seen: dict[Hashable, int] = {}  # the chunk in which a kind was first seen
         self._failed = False
@@ -94,7 +110,8 @@ class PassGraphs:
         found = self._graphs.get(kind)
         if found is not None:
             self._copy(inputs, found.inputs)
-            found.graph.replay()
+            with on(self._device):
+                found.graph.replay()
             self.replays += 1
             return found.output.clone()
         output = forward(inputs)
@@ -116,7 +133,9 @@ class PassGraphs:
         try:
             graph, output = self._capture(lambda: forward(own))
             undo()
-            graph.replay()
+            output.fill_(torch.nan)  # or a graph that holds nothing would leave what its capture computed
+            with on(self._device):
+                graph.replay()
             if not torch.allclose(output, eager, rtol=1e-2, atol=1e-2 * float(eager.abs().max())):
                 raise RuntimeError("its output differs from that of the eager pass")
         except RuntimeError as error:

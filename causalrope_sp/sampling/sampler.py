@@ -25,7 +25,7 @@ from causalrope_sp.grid import Chunk, LatentGrid, split_into_chunks
 from causalrope_sp.models.causal_dit import CausalDiT
 from causalrope_sp.planning.workload import Workload
 from causalrope_sp.reuse.policy import ReusePlan
-from causalrope_sp.sampling.agreement import agree_on_strategy
+from causalrope_sp.sampling.agreement import agree_on_strategy, digest
 from causalrope_sp.sampling.chunk import LatentChunk, ShardContext, check_text
 from causalrope_sp.sampling.guidance import UNCONDITIONAL, GuidanceBranches, check_guidance
 from causalrope_sp.sampling.pass_graphs import stream_graphs
@@ -128,7 +128,7 @@ class ChunkLoop:
         if parallel.mesh.chunk > 1:
             raise ConfigError(f"chunk {parallel.mesh.chunk} of the mesh is for chunks made in parallel alone")
         self._branches = self._open(model, embeds)
-        self._next_index = 0
+        self._next_index, self._drawn = 0, False
         if options.initial_latents is not None:
             self._commit_initial(options.initial_latents)
 
@@ -140,7 +140,10 @@ class ChunkLoop:
         window = _window(stream, self._frames, self._initial)
         batch, itemsize = len(embeds), model.dtype.itemsize
         work = Workload.of(config, grid, stream, sampler, window.frames, batch, itemsize, reuse)
-        agreed = {"sampler": sampler, "reuse": reuse}
+        agreed: dict[str, object] = {"sampler": sampler, "reuse": reuse, "frames": self._frames, "stream": stream}
+        if self._parallel.denoisers.size > 1:  # two streams that are taken in another order on one rank differ in these
+            tensors = {"text": embeds, "negative text": options.negative_embeds, "latents": options.initial_latents}
+            agreed |= {name: digest(x) for name, x in tensors.items() if x is not None}
         strategy = agree_on_strategy(self._parallel, work, options.layout, agreed)
         relative = stream.rope == "relative"
 
@@ -166,6 +169,7 @@ class ChunkLoop:
         x = self._draw(chunk, self._first_step)
         if self._options.source is not None:
             clean = self._options.source.latents(chunk)
+            self._agree(f"source of chunk {chunk.index}", clean)
             clean = self._context.checked_tokens(f"the source of chunk {chunk.index}", chunk.frames, clean)
             x = add_noise(clean, x, levels[self._first_step])
         solve = start_solver(self._options.sampler, self._first_step)
@@ -207,7 +211,15 @@ class ChunkLoop:
 
     def _draw(self, chunk: Chunk, step: int) -> Tensor:
         noise = self._noise(chunk, step)
+        if not self._drawn:
+            self._agree("noise", noise)
+            self._drawn = True
         return self._context.checked_tokens(f"the noise of chunk {chunk.index}", chunk.frames, noise)
+
+    def _agree(self, name: str, x: Tensor) -> None:
+        """Checks that a tensor is the same on all ranks that denoise."""
+        if self._parallel.denoisers.size > 1:
+            self._parallel.denoisers.agree({name: digest(x)})
 
     def _cut(self, frames: int | None, index: int, start: int) -> Iterator[Chunk]:
         lone = self._options.stream.independent_first_frame

@@ -153,7 +153,9 @@ class CausalStream:
         tokens_BTE = torch.cat([part.tokens_BFSE for part in parts], 1).flatten(1, 2).to(model.dtype)
         compute = partial(self._compute, chunks, self._operations(tuple(chunk.frames for chunk in chunks)), output)
         self._broken = True
-        if self._graphs is None or model._forward_pre_hooks:  # a hook sees passes, which a graph hides
+        if (
+            self._graphs is None or model._forward_pre_hooks or model._forward_hooks
+        ):  # a hook sees passes, which a graph hides
             velocity = compute(tokens_BTE, timesteps_F, self._rotate(chunks))
         else:
             velocity = self._by_graph(chunks, compute, tokens_BTE, timesteps_F)
@@ -205,8 +207,8 @@ class CausalStream:
             tokens, timesteps, query_times, key_times, *slots = inputs
             key_times = query_times if times[0] is times[1] else key_times
             with self.cache.reading(chunks, slots):
-                turned = replace(rotation, query_times_F=query_times, key_times_F=key_times)
-                return compute(tokens, timesteps, turned)
+                own_rotation = replace(rotation, query_times_F=query_times, key_times_F=key_times)
+                return compute(tokens, timesteps, own_rotation)
 
         assert self._graphs is not None, "only a stream with graphs runs passes by them"
         rows = tuple(self.cache.attended_rows(chunk) for chunk in chunks)

@@ -53,5 +53,5 @@ class StreamOptions:
     negative_embeds: Tensor | None = None
     reuse: ReusePolicy | None = None
     layout: Layout | None = None
-    graphs: bool = True
+    graphs: bool = False
     on_step: OnStep | None = None

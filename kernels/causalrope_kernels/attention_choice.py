@@ -82,9 +82,6 @@ def choose(q_BTHD: Tensor, keys: Keys) -> str:
         return "triton" if triton else "torch"
     batch, queries, heads, width = q_BTHD.shape
     shape = Shape(q_BTHD.device, q_BTHD.dtype, batch, queries, keys.k.shape[1], heads, width).rounded()
-    if torch.cuda.is_current_stream_capturing():
-        # a library takes its number of keys from the host, so a captured graph could not change it
-        return "triton" if keys.bounds_N2 is not None else measure(shape).chosen
     with on(q_BTHD.device):
         return measure(shape).chosen
 
