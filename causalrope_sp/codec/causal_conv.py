@@ -228,19 +228,23 @@ class Derived:
     """Tensors that are computed from a parameter, and computed again when it has changed."""
 
     def __init__(self) -> None:
-        self._made: dict[str, tuple[tuple[Any, ...], Tensor]] = {}
+        self._made: dict[str, tuple[Tensor, int, Tensor]] = {}  # the parameter, its version, and what was made of it
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Derived:
         return Derived()
 
     def of(self, weight: Tensor, make: Callable[[Tensor], Tensor], name: str) -> Tensor:
         """Returns `make(weight)`, which is kept under a name."""
-        version = 0 if weight.is_inference() else weight._version
-        key = id(weight), version, weight.dtype, weight.device
+        version = 0 if weight.is_inference() else weight._version  # an inference tensor counts no versions
         kept = self._made.get(name)
-        if kept is None or kept[0] != key:
-            kept = self._made[name] = key, make(weight.detach())
-        return kept[1]
+        if (
+            kept is None
+            or kept[0].data_ptr() != weight.data_ptr()
+            or kept[1] != version
+            or kept[0].dtype != weight.dtype
+        ):
+            kept = self._made[name] = weight.detach(), version, make(weight.detach())  # kept alive, so is its address
+        return kept[2]
 
 
 def runs_by_frames(x: Tensor, weight: Tensor) -> bool:

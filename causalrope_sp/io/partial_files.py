@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import logging
 import os
@@ -95,7 +94,12 @@ def check_unwritten(target: Path, folder: bool, but: Path | None = None) -> list
         partial = partial_path(target, folder, number)
         if partial == but or not partial.exists():
             continue
-        lock = _locked(partial, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: two that ask do not see each other
+        try:
+            lock = _locked(partial, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: two that ask do not see each other
+        except FileNotFoundError:  # it has got its name meanwhile
+            continue
+        except PermissionError:  # another user's, which may be in use
+            raise OutputError(f"cannot write {target}: {partial} is there, and its owner alone may read it") from None
         if lock is None:
             raise OutputError(f"cannot write {target}: another run is writing it, in {partial}")
         os.close(lock)
@@ -105,14 +109,12 @@ def check_unwritten(target: Path, folder: bool, but: Path | None = None) -> list
 
 def _locked(path: Path, how: int) -> int | None:
     """The descriptor of a file or folder that is locked from now on, as flock says; None if another has it."""
-    with contextlib.suppress(FileNotFoundError):  # it has got its name meanwhile
-        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-        try:
-            fcntl.flock(descriptor, how)
-        except BlockingIOError:
-            os.close(descriptor)
-            return None
-        except OSError:  # a file system without locks
-            return descriptor
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, how)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    except OSError:  # a file system without locks
         return descriptor
-    return os.open(os.devnull, os.O_RDONLY)
+    return descriptor

@@ -153,9 +153,8 @@ class CausalStream:
         tokens_BTE = torch.cat([part.tokens_BFSE for part in parts], 1).flatten(1, 2).to(model.dtype)
         compute = partial(self._compute, chunks, self._operations(tuple(chunk.frames for chunk in chunks)), output)
         self._broken = True
-        if (
-            self._graphs is None or model._forward_pre_hooks or model._forward_hooks
-        ):  # a hook sees passes, which a graph hides
+        hooked = model._forward_pre_hooks or model._forward_hooks  # a hook sees passes, which a graph hides
+        if self._graphs is None or hooked:
             velocity = compute(tokens_BTE, timesteps_F, self._rotate(chunks))
         else:
             velocity = self._by_graph(chunks, compute, tokens_BTE, timesteps_F)

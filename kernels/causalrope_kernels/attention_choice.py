@@ -1,7 +1,7 @@
 """Measures which attention backend is the fastest for a shape, once per process, and logs the result.
 
-A library attends plain rows only. Where keys are rotated on read, or where a captured graph reads the ranges on the
-device, the Triton kernel is the only candidate and nothing is measured.
+A library attends plain rows only. Where keys are rotated on read the Triton kernel is the only candidate and nothing is
+measured.
 """
 
 from __future__ import annotations

@@ -120,7 +120,7 @@ def test_a_graph_whose_output_differs_is_not_used(
 def test_the_pipeline_passes_the_option_on(graphs: Callable[..., list[PassGraphs]]) -> None:
     made = graphs()
     for expected, wanted in ((0, False), (1, True)):
-        options = {"graphs": True} if wanted else {}
+        options: dict[str, Any] = {"graphs": True} if wanted else {}
         pipe = CausalVideoPipeline.from_pretrained("toybox", device="cpu", **options)
         pipe("a red circle slides right", num_frames=9, output_type="latent")
         assert len(made) == expected
