@@ -107,7 +107,7 @@ class SequenceParallel:
         self.communicators: dict[tuple[str | None, tuple[int, ...]], Communicator] = {}
         self._membership, self._timeout = membership, timeout
         board = None if membership is None else membership.board
-        if group is not None and board is None and self.size > 1:
+        if group is not None and membership is None and self.size > 1:
             board = NoticeBoard.of_group(group)
         self.turns = Turns(board, self.rank, lambda: self.comm_stats.started)
         self.everyone = Ranks(range(self.size), self.rank, self._communicator)
@@ -283,12 +283,9 @@ class SequenceParallel:
                 )
                 assert isinstance(made, dist.ProcessGroup)
                 group = made
-            self.communicators[key] = Communicator(group, self.comm_stats, self._find_lost_rank)
+            cause = (lambda: None) if self._membership is None else self._membership.cause
+            self.communicators[key] = Communicator(group, self.comm_stats, cause)
         return self.communicators[key]
-
-    def _find_lost_rank(self) -> str | None:
-        """A line that names the rank because of which a collective has failed, or None."""
-        return None if self._membership is None else self._membership.cause()
 
     def fail(self, error: BaseException) -> None:
         """Tells the other ranks that an error ends this program, where `sys.excepthook` does not see it."""
@@ -298,4 +295,5 @@ class SequenceParallel:
     def close(self) -> None:
         """Stops the watchdog and destroys the process group, if `from_env` started them."""
         if self._membership is not None:
+            self.turns.close()
             self._membership.close()

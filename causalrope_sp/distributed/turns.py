@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from causalrope_sp.distributed.notices import Failure, Notice, NoticeBoard, raised
+from causalrope_sp.distributed.notices import DONE, Failure, Notice, NoticeBoard, raised
 from causalrope_sp.errors import ConfigError, RankLostError
 
 SHORTEST_S, LONGEST_S, SHARE = 0.0005, 0.05, 0.05  # between two looks: a share of the time waited so far
@@ -46,6 +46,7 @@ class Turns:
         number: the number of the last turn.
         open: the turn that is not over yet.
         ahead: the open stream that works ahead, so that no other call may come in between.
+        stops: functions that end the work ahead and wait for its end.
     """
 
     def __init__(self, board: NoticeBoard | None, rank: int, started: Callable[[], int]) -> None:
@@ -56,6 +57,8 @@ class Turns:
         self._thread: int | None = None  # the one that has the turn
         self.open: Turn | None = None
         self.ahead: int | None = None
+        self.stops: set[Callable[[], None]] = set()
+        self._closed = False
 
     @property
     def board(self) -> NoticeBoard:
@@ -73,10 +76,12 @@ class Turns:
             stream, chunk: the chunk that the call makes.
 
         Raises:
-            ConfigError: the ranks are about to make different calls, another stream works ahead, or the call is made
-                within another one. No rank has begun.
+            ConfigError: the ranks are about to make different calls, another stream works ahead, the call is made
+                within another one, or the group is closed. No rank has begun.
             RankLostError: a rank has ended or failed, and will not come.
         """
+        if self._closed:
+            raise ConfigError(f"rank {self.rank} {DONE}: make another one, and its pipeline")
         if self._board is None:
             yield
             return
@@ -85,6 +90,12 @@ class Turns:
             self._meet(self._board, number, call, ranks, stream, chunk)
             with self._failing(self._board, Turn(number, stream, chunk)):
                 yield
+
+    def close(self) -> None:
+        """Ends the work ahead. No turn can be taken any more."""
+        for stop in list(self.stops):
+            stop()
+        self._closed = True
 
     @contextmanager
     def follow(self, stream: int, chunk: int) -> Iterator[None]:

@@ -105,7 +105,7 @@ def prefetched(
         the device is no CUDA device.
     """
     if decode == "overlap" or parallel.mesh.decode:
-        return prefetch_one(chunks, parallel.device)
+        return prefetch_one(chunks, parallel.device, parallel.turns.stops)
     return ((chunk, None) for chunk in chunks)
 
 

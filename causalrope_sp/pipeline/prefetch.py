@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import queue
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import TypeVar
 
 import torch
@@ -14,7 +14,7 @@ T = TypeVar("T")
 Ready = tuple[T, torch.cuda.Event | None]
 
 
-def prefetch_one(items: Generator[T], device: torch.device) -> Generator[Ready[T]]:
+def prefetch_one(items: Generator[T], device: torch.device, stops: set[Callable[[], None]]) -> Generator[Ready[T]]:
     """Computes the next item in a background thread while the caller works on the current one.
 
     The distance does not depend on time: when the caller has taken n items, exactly n + 1 have been computed or are
@@ -24,6 +24,7 @@ def prefetch_one(items: Generator[T], device: torch.device) -> Generator[Ready[T
     Args:
         items: the generator; it runs and is closed in the background thread.
         device: where the items are computed.
+        stops: holds, as long as the thread is there, a function that ends it after the item that it computes.
 
     Yields:
         Each item with the CUDA event after which it is ready; the event is None on the CPU.
@@ -56,6 +57,7 @@ def prefetch_one(items: Generator[T], device: torch.device) -> Generator[Ready[T
         if thread is not threading.current_thread():  # where the garbage is collected
             thread.join()
 
+    stops.add(stop)
     atexit.register(stop)  # a thread that computes while Python ends would abort the process
     wanted.put(True)
     try:
@@ -65,6 +67,7 @@ def prefetch_one(items: Generator[T], device: torch.device) -> Generator[Ready[T
             wanted.put(True)
             yield result
     finally:
+        stops.discard(stop)
         atexit.unregister(stop)
         stop()
 

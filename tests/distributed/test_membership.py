@@ -38,6 +38,18 @@ parallel, stream = join()
 next(stream)
 """
 )
+CLOSES_ITS_GROUP_WITH_A_STREAM_OPEN = (
+    OPENS
+    + """
+parallel, stream = join()
+next(stream)
+parallel.close()
+try:
+    next(stream)
+except ValueError as error:
+    print(error, flush=True)
+"""
+)
 RANK_0_IS_GONE = (
     OPENS
     + """
@@ -106,6 +118,12 @@ def test_ranks_that_close_their_group_can_join_anew(tmp_path: Path, decode: str)
     assert sums == [sums[0]] * 3
     assert int(sums[0]) > 0
     assert other[1].split() == ["0"] * 3
+
+
+def test_a_group_that_is_closed_ends_the_work_ahead(tmp_path: Path) -> None:
+    for rank, (status, said, errors) in enumerate(run(CLOSES_ITS_GROUP_WITH_A_STREAM_OPEN, "overlap", tmp_path)):
+        assert status == 0, errors
+        assert said == f"rank {rank} has closed its group of ranks: make another one, and its pipeline\n"
 
 
 def test_a_program_may_end_while_a_stream_works_ahead(tmp_path: Path) -> None:
