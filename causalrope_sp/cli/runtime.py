@@ -108,7 +108,7 @@ class _LogFile(logging.FileHandler):
     """A log file. The first message that cannot be written is an error of one line; the log ends there."""
 
     def handleError(self, record: logging.LogRecord) -> None:
-        logging.getLogger(record.name).removeHandler(self)
+        self.setLevel(logging.CRITICAL + 1)
         click.echo(f"cannot write {self.baseFilename}: {first_line(sys.exc_info()[1] or OSError())}", err=True)
 
     def close(self) -> None:

@@ -73,6 +73,7 @@ from tests.support.shell import PROMPT, shell
         (["encode", PROMPT, "--out", "x" * 300], "File name too long"),
         (["inspect", "x" * 300], "File name too long"),
         (["plan", "--model", "x" * 300], "File name too long"),
+        (["plan", "--model", "toybox", "--width", "2"], "width 2 is not divisible by 16"),
         (["profile-reuse", PROMPT, "--out", "x" * 300], "File name too long"),
         (["verify", "--strategy", "magic"], "unknown strategy 'magic'"),
         (["verify", "--dtype", "int8"], "'int8' is not one of"),
