@@ -74,6 +74,8 @@ from tests.support.shell import PROMPT, shell
         (["inspect", "x" * 300], "File name too long"),
         (["plan", "--model", "x" * 300], "File name too long"),
         (["plan", "--model", "toybox", "--width", "2"], "width 2 is not divisible by 16"),
+        (["generate", PROMPT, "--width", "2"], "width 2 is not divisible by 16"),
+        (["bench", PROMPT, "--height", "1"], "height 1 is not divisible by 16"),
         (["profile-reuse", PROMPT, "--out", "x" * 300], "File name too long"),
         (["verify", "--strategy", "magic"], "unknown strategy 'magic'"),
         (["verify", "--dtype", "int8"], "'int8' is not one of"),
