@@ -195,7 +195,7 @@ def run_words(words: Sequence[str], patience_s: float = PATIENCE_S) -> Said:
     words = [word.replace("\0", "").encode("utf-8", "replace").decode() for word in words]
 
     def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGINT)
 
     before = signal.signal(signal.SIGALRM, interrupt)
     signal.setitimer(signal.ITIMER_REAL, patience_s)

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
 import click
@@ -44,11 +44,12 @@ class CommandLine(click.Group):
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Runs a command and exits with its status."""
-        with _signals_interrupt():
-            status = self._status(*args, **{**kwargs, "standalone_mode": False})
+        with _signals_interrupt() as received:
+            status = self._status(received, *args, **{**kwargs, "standalone_mode": False})
         sys.exit(status)
 
-    def _status(self, *args: Any, **kwargs: Any) -> int:
+    def _status(self, received: Sequence[int], *args: Any, **kwargs: Any) -> int:
+        """The status of a command; `received` gets the signals."""
         try:
             return super().main(*args, **kwargs) or 0
         except (KeyboardInterrupt, click.Abort):
@@ -66,9 +67,10 @@ class CommandLine(click.Group):
             click.echo(f"error: {error}", err=True)
             return 1
         except Exception as error:
-            if is_out_of_memory(error) or (
-                _memory_limit() and isinstance(error, SystemError)
-            ):  # C code's way to say it
+            if received:  # a library made another error of the interruption
+                return 130
+            without_words = isinstance(error, SystemError) and _memory_limit()  # C code that got no memory
+            if is_out_of_memory(error) or without_words:
                 click.echo(f"error on rank {rank()}: out of memory: {first_line(error)}{_memory_limit()}", err=True)
                 return 1
             traceback.print_exc()
@@ -108,7 +110,7 @@ class _LogFile(logging.FileHandler):
     """A log file. The first message that cannot be written is an error of one line; the log ends there."""
 
     def handleError(self, record: logging.LogRecord) -> None:
-        logging.getLogger(record.name).removeHandler(self)
+        self.setLevel(logging.CRITICAL + 1)
         click.echo(f"cannot write {self.baseFilename}: {first_line(sys.exc_info()[1] or OSError())}", err=True)
 
     def close(self) -> None:
@@ -201,23 +203,25 @@ class Background(Generic[T]):
 
 
 @contextlib.contextmanager
-def _signals_interrupt() -> Iterator[None]:
+def _signals_interrupt() -> Iterator[Sequence[int]]:
     """Turns SIGINT into KeyboardInterrupt and SIGTERM into `Terminated`, and ignores further signals: torchrun forwards
     the Ctrl-C that the terminal has already sent, and the second signal must not interrupt the completion of the file.
+    Yields the list that gets the first one.
     """
-    signals = (signal.SIGINT, signal.SIGTERM)
+    signals, all_received = (signal.SIGINT, signal.SIGTERM), list[int]()
 
     def interrupt(received: int, _: object) -> None:
+        all_received.append(received)
         for number in signals:
             signal.signal(number, signal.SIG_IGN)
         raise Terminated if received == signal.SIGTERM else KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield all_received
         return
     before = {number: signal.signal(number, interrupt) for number in signals}
     try:
-        yield
+        yield all_received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

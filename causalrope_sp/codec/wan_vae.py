@@ -153,7 +153,7 @@ def frames_together(config: WanVaeConfig, latent_pixels: int) -> int:
     """
     area = latent_pixels * (config.scale_factor_spatial // (config.patch_size or 1)) ** 2
     width = max(config.encoder_widths[1], config.decoder_widths[-1])
-    return max(1, _TOGETHER // (area * width * config.scale_factor_temporal))
+    return max(1, _TOGETHER // max(1, area * width * config.scale_factor_temporal))  # a frame may yet prove too small
 
 
 def _cuts(frames: int, together: int, started: bool) -> list[int]:

@@ -184,7 +184,7 @@ class PlannedModel:
         """Pixels per side of a latent pixel: of the model's own codec, or of the Wan VAE."""
         if self.parts is None:
             return VAE_STRIDE[1]
-        return codec_footprint(self.parts.codec, None, self.height, self.width, 1).stride
+        return codec_footprint(self.parts.codec, None, *WAN[2], 1).stride  # the model's own size is not checked yet
 
     def decoding(self, work: Workload, ranks: int, on: Machine) -> DecodePlan | None:
         """Plans how many of the ranks only decode.

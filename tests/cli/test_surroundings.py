@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from causalrope_sp.distributed import SequenceParallel
 from causalrope_sp.errors import ConfigError, OutputError, is_out_of_memory
 from causalrope_sp.io.video_writer import VideoWriter
 from tests.support.paths import ROOT
-from tests.support.shell import PROMPT, frames_in
+from tests.support.shell import PROMPT, frames_in, shell
 
 GENERATE = ("generate", PROMPT, "--frames", "9", "--out", "v.mp4")
 COMMANDS = (
@@ -153,6 +154,20 @@ def test_too_little_memory_is_one_sentence(allowed: int, status: int, tmp_path: 
     done = process(tmp_path, GENERATE, limit=lambda: resource.setrlimit(resource.RLIMIT_AS, (allowed, allowed)))
     one_sentence(done, status, "ulimit -v", "MB" if status == 2 else "out of memory")
     assert os.listdir(tmp_path) == []
+
+
+def test_an_error_that_a_library_makes_of_ctrl_c_is_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    """safetensors calls Python from Rust, and says that a shape is missing if that is interrupted."""
+
+    def interrupted(*_: object) -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise ValueError("could not determine the shape") from None
+
+    monkeypatch.setattr("causalrope_sp.cli.inspect.examine", interrupted)
+    result = shell("inspect", "toybox")
+    assert (result.exit_code, result.output) == (130, "")
 
 
 def test_what_libraries_say_when_memory_ends() -> None:
