@@ -119,7 +119,7 @@ def tune_decoder(path: Path, codec: WanVae, size: int, minutes: float, lr: float
 
 
 @torch.no_grad()
-def channel_weights(codec: AutoencoderKLWan, latents: Tensor) -> Tensor:
+def channel_weights(codec: WanVae, latents: Tensor) -> Tensor:
     """How much noise on each channel of normalised latents (N, F, C, X, X) changes the picture, (C,), 1 on average."""
     generator = torch.Generator().manual_seed(STATISTICS_SEED)
     latents = latents.to(next(codec.parameters()).device)

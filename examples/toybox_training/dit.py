@@ -125,12 +125,15 @@ def _forward(
     parts = model.time_projection(time).unflatten(-1, (6, 1, -1))
     x = _linear(tokens_BFSE, model.patch_embedding)
     first, _, second = model.text_embedding
+    assert isinstance(first, nn.Linear)
+    assert isinstance(second, nn.Linear)
     text = _linear(functional.gelu(_linear(embeds, first), approximate="tanh"), second)
     # A rotary pair is channels 2i and 2i + 1 of a head; here all first ones of a head come before all second ones.
     heads = torch.arange(CONFIG.dim, device=x.device).unflatten(0, (CONFIG.num_heads, -1))
     apart = torch.cat([heads[:, 0::2], heads[:, 1::2]], 1).flatten()
     cos, sin = (table.unsqueeze(-2) for table in rotation)
     for block in model.blocks:
+        assert isinstance(block, Block)
         k, v = _text_keys(block, text)
         modulation = [parts[:, :, n] + block.modulation[n] for n in range(6)]
         x = _block(x, modulation, _weights(block, apart), cos, sin, mask, k, v)
