@@ -1,16 +1,18 @@
-"""Trains toybox from rendered scenes alone: codec, teacher, student, and codec and student once more.
+"""Trains toybox from rendered scenes alone: codec, DiT, and the decoder once more.
 
     python examples/train_toybox.py --out runs/toybox
     torchrun --standalone --nproc-per-node 2 examples/train_toybox.py --out runs/toybox
 
 Every stage writes its checkpoint and its log there and goes on where it was stopped; the stages that are counted in
-minutes count them anew. At the end the codec and both sets of weights lie in the folder `weights`, next to a plot of
-the curves. Minutes on a GPU, hours on two CPU cores. The decoder is trained twice after the rest of the codec, which
-changes no latent: on rendered scenes (`--decoder-minutes`), and on what the DiTs make of them (`--made-minutes`).
+minutes count them anew. At the end the codec and the weights of the DiT lie in the folder `weights`, next to a plot of
+the curves. Minutes on a GPU, hours on two CPU cores. One DiT samples in four steps (toybox) or in sixteen
+(toybox-flow). The decoder is trained twice after the rest of the codec, which changes no latent: on rendered scenes
+(`--decoder-minutes`), and on what the DiT makes of them (`--made-minutes`).
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -19,11 +21,11 @@ from pathlib import Path
 import click
 import torch
 import torch.distributed as dist
-from toybox_training.codec import save_codec, save_decoder, train_codec, tune_decoder
+from toybox_training.codec import channel_weights, save_codec, save_decoder, train_codec, tune_decoder
 from toybox_training.dit import SAMPLER, TeacherForcing, new_model
 from toybox_training.latents import encode_scenes
 from toybox_training.made import make_videos
-from toybox_training.stages import Scenes, train_student, train_teacher
+from toybox_training.stages import DiTTraining
 from toybox_training.training import processes, rank
 
 from causalrope_sp.codec import load_codec
@@ -31,7 +33,7 @@ from causalrope_sp.config import SamplerConfig
 from causalrope_sp.grid import LatentGrid
 from causalrope_sp.weights import load_model, save_model
 
-OPENING_SEED, CLIP_SEED, LONG_SEED = 62_000_000, 61_000_000, 64_000_000
+OPENING_SEED, LONG_SEED = 62_000_000, 64_000_000
 FLOW_SAMPLER = SamplerConfig(steps=tuple(62.5 * n for n in range(16, 0, -1)), shift=1.0, solver="euler")
 
 
@@ -40,19 +42,17 @@ FLOW_SAMPLER = SamplerConfig(steps=tuple(62.5 * n for n in range(16, 0, -1)), sh
 @click.option(
     "--init",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
-    help="A folder of weights, such as the shipped one: its codec is kept, its teacher is where this one starts.",
+    help="A folder of weights, such as the shipped one: its codec is kept, its DiT is where this one starts.",
 )
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
 @click.option("--size", default=64, show_default=True, help="Height and width of the picture in pixels.")
 @click.option("--codec-steps", default=3600, show_default=True)
 @click.option("--codec-stop", default=1500, show_default=True, help="The step of the schedule to stop at.")
-@click.option("--teacher-steps", default=3500, show_default=True)
-@click.option("--student-steps", default=1500, show_default=True)
+@click.option("--dit-steps", default=7500, show_default=True)
 @click.option("--decoder-minutes", default=20.0, show_default=True, help="On rendered scenes; 0 leaves it out.")
-@click.option("--made-minutes", default=36.0, show_default=True, help="The decoder, on what both DiTs make.")
-@click.option("--openings", default=8192, show_default=True, help="Scenes of 9 frames, for the first chunk alone.")
-@click.option("--clips", default=3328, show_default=True, help="Scenes of 57 frames.")
-@click.option("--long", "long_clips", default=512, show_default=True, help="Scenes of 129 frames.")
+@click.option("--made-minutes", default=36.0, show_default=True, help="The decoder, on what the DiT makes.")
+@click.option("--openings", default=12288, show_default=True, help="Scenes of 9 frames, for the first chunk alone.")
+@click.option("--long", "long_clips", default=2560, show_default=True, help="Scenes of 129 frames.")
 def main(
     out: Path,
     init: Path | None,
@@ -60,12 +60,10 @@ def main(
     size: int,
     codec_steps: int,
     codec_stop: int,
-    teacher_steps: int,
-    student_steps: int,
+    dit_steps: int,
     decoder_minutes: float,
     made_minutes: float,
     openings: int,
-    clips: int,
     long_clips: int,
 ) -> None:
     place = torch.device(device)
@@ -87,25 +85,24 @@ def main(
     codec = load_codec(weights / "codec", "wan", place).vae
     if decoder_minutes:
         save_decoder(tune_decoder(out / "decoder.pt", codec, size, decoder_minutes, 1.5e-3), weights / "codec")
-    scenes = Scenes(
-        openings=encode_scenes(codec, out / "openings", openings, 9, size, OPENING_SEED),
-        clips=encode_scenes(codec, out / "clips", clips, 57, size, CLIP_SEED),
-        long=encode_scenes(codec, out / "long", long_clips, 129, size, LONG_SEED),
-    )
+    opening_scenes = encode_scenes(codec, out / "openings", openings, 9, size, OPENING_SEED)
+    long_scenes = encode_scenes(codec, out / "long", long_clips, 129, size, LONG_SEED)
 
     grid = LatentGrid.from_pixels(size, size, codec.config.scale_factor_spatial)
-    forcing = TeacherForcing(grid, place)
-    model = new_model() if init is None else load_model(init / "toybox-flow.safetensors", dtype=torch.float32)
-    rate = 3e-3 if init is None else 1.5e-3  # more undoes what the end of the run before had gained
-    teacher = train_teacher(out / "teacher.pt", model, scenes, forcing, teacher_steps, rate)
+    model = new_model() if init is None else load_model(init / "toybox.safetensors", dtype=torch.float32)
+    rate = 3e-3 if init is None else 1.2e-3  # more undoes what the end of the run before had gained
+    weights_C = channel_weights(codec, long_scenes.latents[:8, :6].float())
+    training = DiTTraining(TeacherForcing(grid, place), opening_scenes, long_scenes, weights_C)
+    dit = training.train(out / "dit.pt", model, dit_steps, rate)
+    if init is not None:  # halfway between two ends of one training errs less than either
+        begun = load_model(init / "toybox.safetensors", dtype=torch.float32)
+        for trained, before in zip(dit.parameters(), begun.to(place).parameters(), strict=True):
+            trained.data.lerp_(before, 0.5)
     if rank() == 0:
-        save_model(teacher.to(torch.bfloat16), weights / "toybox-flow.safetensors")
-    student = train_student(out / "student.pt", teacher.float(), scenes, forcing, student_steps, 1.2e-3)
-    if rank() == 0:
-        save_model(student.to(torch.bfloat16), weights / "toybox.safetensors")
+        save_model(copy.deepcopy(dit).to(torch.bfloat16), weights / "toybox.safetensors")
     if made_minutes:
-        models = [(student.float(), SAMPLER, 160), (teacher.float(), FLOW_SAMPLER, 64)]
-        made = make_videos(out / "made.pt", models, scenes.long, LONG_SEED, grid)
+        models = [(dit, SAMPLER, 160), (dit, FLOW_SAMPLER, 64)]
+        made = make_videos(out / "made.pt", models, long_scenes, LONG_SEED, grid)
         save_decoder(tune_decoder(out / "decoder.pt", codec, size, made_minutes, 1.2e-3, made), weights / "codec")
     if rank() == 0:
         plot(out)
@@ -118,7 +115,7 @@ def plot(out: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    stages = [stage for stage in ("codec", "decoder", "teacher", "student") if (out / f"{stage}.jsonl").exists()]
+    stages = [stage for stage in ("codec", "decoder", "dit") if (out / f"{stage}.jsonl").exists()]
     figure, axes = pyplot.subplots(
         1, len(stages), figsize=(4 * len(stages), 3.2), constrained_layout=True, squeeze=False
     )

@@ -1,1 +1,1 @@
-"""How toybox is trained: codec, latents, teacher, student. `examples/train_toybox.py` runs it."""
+"""How toybox is trained: codec, latents, DiT. `examples/train_toybox.py` runs it."""

@@ -43,6 +43,7 @@ SHAPE_SHARES = torch.tensor([0.2, 0.4, 0.4])  # and each shape: small corners ar
 NEAR = 2  # pixels around an object that count as its outline
 DECODER_STRAYED = 0.4  # the error of a latent frame, on objects, from which on it teaches the decoder nothing
 LATENT_NOISE = 0.1  # keeps the latents from carrying what a DiT could never predict
+CHANNEL_NOISE = 0.3  # what a DiT's latents are off by, about, where it is asked which channels matter
 LATENT_PENALTY = 1e-4  # on their square, so that they do not grow out of the noise
 
 
@@ -115,6 +116,21 @@ def tune_decoder(path: Path, codec: WanVae, size: int, minutes: float, lr: float
         training.update(mse + on_objects, min(1, (training.step - first + 1) / 50) * fall, report)
     training.save()
     return training.ema
+
+
+@torch.no_grad()
+def channel_weights(codec: WanVae, latents: Tensor) -> Tensor:
+    """How much noise on each channel of normalised latents (N, F, C, X, X) changes the picture, (C,), 1 on average."""
+    generator = torch.Generator().manual_seed(STATISTICS_SEED)
+    latents = latents.to(next(codec.parameters()).device)
+    noise = CHANNEL_NOISE * torch.randn(latents.shape, generator=generator).to(latents)
+    clean, changes = WanDecoderStream(codec).decode(latents), []
+    for channel in range(latents.shape[2]):
+        only = torch.zeros_like(noise)
+        only[:, :, channel] = noise[:, :, channel]
+        changes.append((WanDecoderStream(codec).decode(latents + only) - clean).square().mean())
+    changes_C = torch.stack(changes)
+    return (changes_C / changes_C.mean()).cpu()
 
 
 def _decibels(mse: Tensor) -> float:

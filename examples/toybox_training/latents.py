@@ -5,6 +5,7 @@ Shapes: N videos, F latent frames, C channels, X latent width = height, L text t
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,13 +15,22 @@ from torch import Tensor
 from causalrope_sp.codec.wan_vae import WanEncoderStream
 from causalrope_sp.codec.wan_vae_model import WanVae
 from causalrope_sp.toybox.prompts import BACKGROUNDS, SceneSpec
-from causalrope_sp.toybox.scenes import PLACE_VARIABLES, random_scene, render
+from causalrope_sp.toybox.scenes import PLACE_VARIABLES, random_scene, render, tracks
 from causalrope_sp.toybox.toybox_text import encode_scene
 
 from .training import processes, rank
 
 BATCH = 16
-HARD = {"bounces": 5.0, "orbits clockwise": 2.0, "orbits counterclockwise": 2.0, "pulses": 2.0}  # other motions: 1
+HARD = {  # how much more often than 1 a scene is drawn for the words of each of its objects
+    "bounces": 4.0,
+    "orbits clockwise": 2.0,
+    "orbits counterclockwise": 2.0,
+    "pulses": 2.0,
+    "square": 1.5,
+    "triangle": 1.2,
+    "small": 1.4,
+}
+MEETING = 1.5  # and for objects that meet
 VISIBLE = 0.3  # how far a latent must be from the background's to count as part of an object, in its own units
 
 
@@ -32,6 +42,7 @@ class Latents:
     latents: Tensor
     embeds: Tensor
     objects: Tensor
+    scenes: list[SceneSpec]
     share: Tensor
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
@@ -50,12 +61,16 @@ def encode_scenes(codec: WanVae, path: Path, videos: int, frames: int, size: int
     """Renders and encodes this process's share of `videos` scenes of `frames` pixel frames, or reads it from `path`
     if the same was encoded before."""
     path = path.with_suffix(f".{rank()}.pt")
-    weights = sum(float(p.double().square().sum()) for p in codec.parameters())
+    weights = sum(float(p.double().square().sum()) for p in codec.encoder.parameters())
     made_from = [videos, frames, size, seed, processes(), weights]
+    batches = range(rank(), videos // BATCH, processes())
+    drawn = [draw_scenes(seed + batch) for batch in batches]
+    scenes = [scene for scenes, _ in drawn for scene in scenes]
+    share = torch.tensor([_share(*drawn_) for specs, places in drawn for drawn_ in zip(specs, places, strict=True)])
     if path.exists():
         saved = torch.load(path, weights_only=True)
         if saved.pop("made_from") == made_from:
-            return Latents(**saved)
+            return Latents(**saved, scenes=scenes, share=share)
     device = next(codec.parameters()).device
 
     def encode(scenes: list[SceneSpec], places: Tensor) -> Tensor:
@@ -64,16 +79,25 @@ def encode_scenes(codec: WanVae, path: Path, videos: int, frames: int, size: int
 
     empty = {word: encode([SceneSpec((), word)], torch.zeros(1, PLACE_VARIABLES))[0] for word in BACKGROUNDS}
     parts: list[tuple[Tensor, ...]] = []
-    for batch in range(rank(), videos // BATCH, processes()):
-        scenes, places = draw_scenes(seed + batch)
-        latents = encode(scenes, places)
-        behind = torch.stack([empty[scene.background] for scene in scenes])
-        embeds = torch.stack([encode_scene(scene, p) for scene, p in zip(scenes, places, strict=True)])
-        share = torch.tensor([sum(HARD.get(o.motion, 1.0) for o in s.objects) for s in scenes])
-        parts.append((latents.half(), embeds, (latents - behind).abs().mean(2) > VISIBLE, share))
+    for batch, (specs, places) in zip(batches, drawn, strict=True):
+        latents = encode(specs, places)
+        behind = torch.stack([empty[scene.background] for scene in specs])
+        embeds = torch.stack([encode_scene(scene, p) for scene, p in zip(specs, places, strict=True)])
+        parts.append((latents.half(), embeds, (latents - behind).abs().mean(2) > VISIBLE))
         print(f"encoded {(batch + 1) * BATCH} of {videos} videos", end="\r", flush=True)
-    found = dict(zip(("latents", "embeds", "objects", "share"), map(torch.cat, zip(*parts, strict=True)), strict=True))
+    found = dict(zip(("latents", "embeds", "objects"), map(torch.cat, zip(*parts, strict=True)), strict=True))
     partial = path.with_suffix(".partial")
     torch.save({"made_from": made_from, **found}, partial)
     partial.replace(path)
-    return Latents(**found)
+    return Latents(**found, scenes=scenes, share=share)
+
+
+def _share(scene: SceneSpec, places_6: Tensor) -> float:
+    """How often a scene is drawn."""
+    words = [(o.motion, o.shape, o.size) for o in scene.objects]
+    share = sum(math.prod(HARD.get(word, 1.0) for word in of_object) for of_object in words)
+    paths = tracks(scene, places_6.tolist(), torch.arange(64.0))
+    if len(paths) == 2:
+        apart = (paths[0].center_T2 - paths[1].center_T2).norm(dim=1) - paths[0].radius_T - paths[1].radius_T
+        share *= MEETING if apart.min() < 0 else 1
+    return share

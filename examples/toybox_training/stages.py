@@ -1,10 +1,13 @@
-"""Stages 3 and 4: what teacher and student learn from at each step."""
+"""Stage 3, the DiT: what it learns from at each step.
+
+One network is taught all noise levels, half of the time at pure noise, where most is decided. It then samples in four
+re-noised steps (toybox) or by Euler in sixteen (toybox-flow).
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,204 +17,222 @@ from causalrope_sp.grid import Chunk
 from causalrope_sp.models.causal_dit import CausalDiT
 from causalrope_sp.sampling.sampler import sample_chunks
 from causalrope_sp.toybox.chart import chart
+from causalrope_sp.toybox.scenes import PLACE_VARIABLES
+from causalrope_sp.toybox.toybox_text import encode_scene
 
 from .dit import CHUNK, RING, SAMPLER, STREAM, TIMES, Batch, TeacherForcing
 from .latents import Latents
 from .training import Training, processes, rank
 
-TEACHER_SEED, STUDENT_SEED = 50_000_000, 60_000_000
-FIRST_BATCH = 16  # videos a step of which the first chunk is learned, and
-LATER_BATCH = 5  # of which later chunks are
-POOL = 160  # self-made videos that a student learns from at a time; made anew when a run is resumed
-POOL_FRAMES = 63  # their length in latent frames
+SEED = 60_000_000
+FIRST_BATCH = 12  # videos a step of which the first chunk is learned from `openings`
+PLATEAU = 0.2  # the share of the steps before the learning rate falls
+POOL = 160  # self-made videos that the DiT learns from at a time; made anew when a run is resumed
+NEW, EVERY = 8, 60  # as many are made new after as many steps
 STRAYED = 0.6  # the mean square error, on objects, from which on a self-made history teaches nothing
-STUDENT_SHARES = torch.tensor([0.4, 0.25, 0.2, 0.15])  # how often the student meets each of its times, from noise on
 PERIOD = 16  # latent frames after which every motion repeats itself
 LONGEST = 24  # periods by which a scene is made older than it is, so that a stream can go on for minutes
+DROPPED = 0.1  # how often the text is left out, for guidance
 
 
-@dataclass(frozen=True)
-class Scenes:
-    """What is learned from: `openings` for the first chunk alone, `clips` of five chunks, and `long` ones of eleven."""
+class DiTTraining:
+    """Teaches a DiT first chunks from `openings` and later ones from `long`.
 
-    openings: Latents
-    clips: Latents
-    long: Latents
+    `weights_C` says how much an error of each latent channel counts, 1 on average.
+    """
+
+    def __init__(self, forcing: TeacherForcing, openings: Latents, long: Latents, weights_C: Tensor) -> None:
+        self._forcing, self._openings, self._long = forcing, openings, long
+        self._weights_C = weights_C.to(forcing.device)
+        self._pool: list[tuple[int, Tensor]] = []
+
+    def train(self, path: Path, model: CausalDiT, steps: int, lr: float) -> CausalDiT:
+        """Trains to the step `steps`, resuming from `path`; returns the averaged model. What it was before the learning
+        rate fell is kept beside, to go on from with more steps."""
+        training = Training(model.requires_grad_(True).to(self._forcing.device), path, lr, _matrix, average=0.998)
+        while training.step < steps:
+            generator = torch.Generator().manual_seed(SEED + processes() * training.step + rank())
+            if training.step % EVERY == 0 or not self._pool:
+                self._pool = (self._pool + self._roll_out(training.ema, generator))[-POOL:]
+            if training.step == int(PLATEAU * steps):
+                training.save(path.with_stem(f"{path.stem}-plateau"))
+            self._step(training, steps, generator)
+        training.save()
+        return training.ema
+
+    def _step(self, training: Training, steps: int, generator: torch.Generator) -> None:
+        own_guess = training.step % 2 == 0
+        first = _batch(self._openings, FIRST_BATCH, [], [0], generator)
+        kind, later = self._later(training.step % 8, generator)
+        losses, report = [], {}
+        for name, batch in (("first", first), (kind, later)):
+            errors, on_objects = self._errors(training.model, batch, generator, own_guess)
+            at_start = batch.times_BN > 0.99
+            report |= {f"{name}_from_noise": on_objects.detach()[at_start].mean().item()}
+            losses += [errors.mean(), on_objects.mean()]
+        progress = training.step / steps
+        fall = 1 if progress < PLATEAU else max(0.02, (1 - progress) / (1 - PLATEAU))
+        training.update(sum(losses) / len(losses), min(1, (training.step + 1) / 100) * fall, report)
+
+    def _later(self, turn: int, generator: torch.Generator) -> tuple[str, Batch]:
+        """The chunks right after the start, whole windows, any time of a long stream, on the truth's history or on one
+        that the DiT made; and what follows on a picture."""
+        whole = [CHUNK] * 4
+        if turn in (0, 3):
+            return "second", _batch(self._long, 10, [CHUNK], [0, 1], generator)
+        if turn in (1, 4):
+            return "later", _batch(self._long, 5, whole, [1, 2, 3, 4], generator)
+        if turn == 5:
+            return "image", self._on_a_picture(10, generator)
+        offset, start = (0, 1) if turn == 6 else self._somewhere(generator)
+        if turn == 7:
+            return "later", _batch(self._long, 7, whole, [3, 4], generator, offset, start)
+        return "own", self._on_its_own(7, whole, [1, 2] if turn == 6 else [3, 4], generator, offset, start)
+
+    def _errors(
+        self, model: nn.Module, batch: Batch, generator: torch.Generator, own_guess: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The squared error of the velocity that leads to the target, (B, N), over the picture and over its objects.
+
+        The second keeps a small object from costing next to nothing. With `own_guess` half of the states are noise on
+        what the model itself makes of pure noise, as its sampler meets them, and half of the histories hold it too.
+        There the error is taken of the clean latent, since no velocity at little noise can undo a wrong guess.
+        """
+        noise = torch.randn(batch.target.shape, generator=generator)
+        source, weight_BN = batch.target, batch.weights_BN.expand_as(batch.times_BN)
+        if own_guess:
+            guess = self._guess(model, batch, generator)
+            half = torch.rand(batch.times_BN.shape, generator=generator) < 0.5
+            source = torch.where(_by_frame(half), guess, source)
+            weight_BN = torch.where(half, batch.times_BN**2, 1) * weight_BN
+            batch = _with_history(batch, guess, generator)
+        level = _by_frame(batch.times_BN)
+        noisy = (1 - level) * source + level * noise
+        velocity = self._forcing.velocity(model, batch, noisy)
+        error = (velocity - ((noisy - batch.target) / level).to(velocity.device)).square()
+        error = (error * self._weights_C[:, None, None]).mean(2)
+        error, objects = (x.unflatten(1, (-1, CHUNK)).flatten(2) for x in (error, batch.objects.to(error.device)))
+        weight_BN = weight_BN.to(error.device)
+        on_objects = (error * objects).sum(2) / objects.sum(2).clamp(min=1)
+        return error.mean(2) * weight_BN, on_objects * weight_BN
+
+    @torch.no_grad()
+    def _guess(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
+        noise = torch.randn(batch.target.shape, generator=generator)
+        at_start = replace(batch, times_BN=torch.ones_like(batch.times_BN))
+        return noise - self._forcing.velocity(model, at_start, noise).cpu()
+
+    def _somewhere(self, generator: torch.Generator) -> tuple[int, int]:
+        """A frame of `long` that has a ring and a chunk from it on, and a global time index for it: its own, or that of
+        the same moment some periods later."""
+        last = self._long.latents.shape[1] // CHUNK - RING // CHUNK
+        offset = CHUNK * int(torch.randint(1, last, (), generator=generator))
+        return offset, 1 + offset + PERIOD * int(torch.randint(LONGEST, (), generator=generator))
+
+    def _on_a_picture(self, size: int, generator: torch.Generator) -> Batch:
+        """What follows on a first frame that, in half of the videos, other places than the text's have led to."""
+        batch = _batch(self._long, size, [1, CHUNK], [1, 2], generator)
+        for n, number in enumerate(batch.picked):
+            if torch.rand((), generator=generator) < 0.5 and batch.embeds[n].any():
+                places = torch.rand(PLACE_VARIABLES, generator=generator)
+                batch.embeds[n] = encode_scene(self._long.scenes[number], places)
+        return batch
+
+    def _on_its_own(
+        self, size: int, sizes: list[int], numbers: list[int], generator: torch.Generator, offset: int, start: int
+    ) -> Batch:
+        """What follows in truth on histories from the pool. It weighs less, down to nothing, the further the chunk
+        before has left the truth: what cannot be found from its history would only teach to draw nothing clearly."""
+        chosen = [self._pool[int(torch.randint(len(self._pool), (), generator=generator))] for _ in range(size)]
+        pick = torch.tensor([number for number, _ in chosen])
+        batch = _batch(self._long, size, sizes[: max(numbers)], numbers, generator, offset, start, pick)
+        seen = slice(offset, offset + batch.history.shape[1])
+        own = torch.stack([video for _, video in chosen])[:, seen]
+        truth, objects = self._long.latents[pick, seen].float(), self._long.objects[pick, seen]
+        error = (own - truth).square().mean(2)
+        before = [number - 1 for number in numbers]
+        error, objects = (_chunks(x, sizes, before).unflatten(1, (-1, CHUNK)).flatten(2) for x in (error, objects))
+        strayed = (error * objects).sum(2) / objects.sum(2).clamp(min=1)
+        return replace(batch, history=own, weights_BN=(1 - strayed / STRAYED).clamp(min=0))
+
+    def _roll_out(self, model: CausalDiT, generator: torch.Generator) -> list[tuple[int, Tensor]]:
+        """Videos that the model makes of scenes of `long`: (the scene's number, its latents)."""
+        pick = self._long.draw(NEW, generator)
+        frames, *shape = self._long.latents.shape[1:]
+
+        def noise(chunk: Chunk, _: int) -> Tensor:
+            return torch.randn(NEW, chunk.frames, *shape, generator=generator)
+
+        rounded = copy.deepcopy(model).to(torch.bfloat16).requires_grad_(False)  # as the weights are shipped
+        text, opening = self._long.embeds[pick].to(torch.bfloat16), chart(NEW, *shape)
+        with torch.inference_mode():
+            chunks = sample_chunks(
+                rounded,
+                text,
+                noise,
+                self._forcing.grid,
+                frames,
+                stream=STREAM,
+                sampler=SAMPLER,
+                initial_latents=opening,
+            )
+            made = torch.cat([chunk.latents for chunk in chunks], 1)
+        return list(zip(pick.tolist(), made.float().cpu().clone(), strict=True))
 
 
-def train_teacher(
-    path: Path, model: CausalDiT, scenes: Scenes, forcing: TeacherForcing, steps: int, lr: float
-) -> CausalDiT:
-    """Flow matching on first chunks and on later ones, in equal parts of work."""
-    training = _training(model.to(forcing.device), path, lr, average=0.997)
-    while training.step < steps:
-        generator = _generator(TEACHER_SEED, training)
-        first = _teacher_batch(scenes.openings, FIRST_BATCH, [0], generator)
-        if training.step % 3:
-            later = _teacher_batch(scenes.clips, LATER_BATCH, [1, 2, 3, 4], generator)
-        else:
-            offset, start = _somewhere(scenes.long.latents.shape[1], generator)
-            later = _teacher_batch(scenes.long, LATER_BATCH, [3, 4], generator, offset=offset, start=start)
-        _step(training, forcing, {"first": first, "later": later}, generator, steps, warm_up=100, plateau=0.3)
-    training.save()
-    return training.ema
+def _matrix(name: str, parameter: nn.Parameter) -> bool:
+    """Whether Muon takes a parameter."""
+    return parameter.ndim == 2 and name.startswith("blocks") and "modulation" not in name
 
 
-def train_student(
-    path: Path, model: CausalDiT, scenes: Scenes, forcing: TeacherForcing, steps: int, lr: float
-) -> CausalDiT:
-    """The sampler's own four times, on the truth's history and, in every third step, on one that the student made."""
-    training = _training(model.to(forcing.device), path, lr, average=0.995)
-    pool: list[tuple[int, Tensor]] = []
-    while training.step < steps:
-        generator = _generator(STUDENT_SEED, training)
-        if training.step % 30 == 0 or not pool:
-            pool = (pool + _roll_out(training.ema, scenes.long, forcing, 12, generator))[-POOL:]
-        first = _teacher_batch(scenes.openings, FIRST_BATCH, [0], generator, drop=0.0)
-        if training.step % 3 == 0:
-            later = _own_history_batch(pool, scenes.long, [1, 2] if training.step % 2 else [3, 4], generator)
-        elif training.step % 3 == 1:
-            later = _teacher_batch(scenes.clips, LATER_BATCH, [1, 2, 3, 4], generator, drop=0.0)
-        else:
-            offset, start = _somewhere(scenes.long.latents.shape[1], generator)
-            later = _teacher_batch(scenes.long, LATER_BATCH, [3, 4], generator, offset=offset, start=start, drop=0.0)
-        first, later = _at_student_times(first, generator), _at_student_times(later, generator)
-        batches = {"first": first, "later": later}
-        _step(training, forcing, batches, generator, steps, warm_up=50, plateau=0.3, own_guess=training.step % 2 == 0)
-    training.save()
-    return training.ema
-
-
-def _generator(seed: int, training: Training) -> torch.Generator:
-    return torch.Generator().manual_seed(seed + processes() * training.step + rank())
-
-
-def _training(model: nn.Module, path: Path, lr: float, average: float) -> Training:
-    def matrix(name: str, parameter: nn.Parameter) -> bool:
-        return parameter.ndim == 2 and name.startswith("blocks") and "modulation" not in name
-
-    return Training(model.requires_grad_(True), path, lr, matrix, average)
-
-
-def _step(
-    training: Training,
-    forcing: TeacherForcing,
-    batches: dict[str, Batch],
-    generator: torch.Generator,
-    steps: int,
-    *,
-    warm_up: int,
-    plateau: float,
-    own_guess: bool = False,
-) -> None:
-    losses, report = [], {}
-    for name, batch in batches.items():
-        errors, on_objects = forcing.errors(training.model, batch, generator, own_guess=own_guess)
-        at_start = batch.times_BN > 0.9
-        report |= {f"{name}_loss": errors.mean().item(), f"{name}_from_noise": errors.detach()[at_start].mean().item()}
-        losses += [errors.mean(), on_objects.mean()]
-    progress = training.step / steps
-    fall = 1 if progress < plateau else max(0.02, (1 - progress) / (1 - plateau))
-    training.update(sum(losses) / len(losses), min(1, (training.step + 1) / warm_up) * fall, report)
-
-
-def _chunks(latents: Tensor, numbers: Sequence[int]) -> Tensor:
-    return torch.cat([latents[:, number * CHUNK : (number + 1) * CHUNK] for number in numbers], 1)
-
-
-def _going_on(x: Tensor, frames: int) -> Tensor:
-    """Videos (N, F, ...) for `frames` frames, past their end by what they showed a period before."""
-    have = x.shape[1]
-    return x[:, [f if f < have else have - PERIOD + (f - have) % PERIOD for f in range(frames)]]
-
-
-def _somewhere(frames: int, generator: torch.Generator) -> tuple[int, int]:
-    """A frame of videos this long that has a ring and a chunk from it on, and a global time index for it: its own, or
-    that of the same moment some periods later."""
-    last = frames // CHUNK - RING // CHUNK
-    offset = CHUNK * int(torch.randint(1, last, (), generator=generator))
-    return offset, 1 + offset + PERIOD * int(torch.randint(LONGEST, (), generator=generator))
-
-
-def _teacher_batch(
+def _batch(
     data: Latents,
     size: int,
+    sizes: list[int],
     numbers: list[int],
     generator: torch.Generator,
-    *,
     offset: int = 0,
     start: int = 1,
-    drop: float = 0.1,
+    pick: Tensor | None = None,
 ) -> Batch:
-    """Scenes from frame `offset` on, at any time, with some of the student's times among them and much pure noise,
-    which is where most is decided."""
-    pick = data.draw(size, generator)
-    seen = slice(offset, offset + (max(numbers) + 1) * CHUNK)
-    clean, objects, embeds = data.latents[pick, seen].float(), data.objects[pick, seen].clone(), data.embeds[pick]
-    dropped = torch.rand(size, generator=generator) < drop
+    """Scenes from frame `offset` on, at any time, half of them with a noisy history."""
+    pick = data.draw(size, generator) if pick is None else pick
+    past = sum(sizes)
+    clean, objects = (x[pick, offset:] for x in (data.latents, data.objects))
+    clean, embeds = clean[:, : past + CHUNK].float(), data.embeds[pick]
+    target, objects = (_chunks(x, [*sizes, CHUNK], numbers) for x in (clean, objects))
+    dropped = torch.rand(size, generator=generator) < DROPPED
     embeds[dropped], objects[dropped] = 0, True
-    history = clean[:, : max(numbers) * CHUNK]
     amount = torch.rand(size, 1, 1, 1, 1, generator=generator) * 0.15
     amount = amount * (torch.rand(size, 1, 1, 1, 1, generator=generator) < 0.5)
-    history = (1 - amount) * history + amount * torch.randn(history.shape, generator=generator)
-    times = torch.rand(size, len(numbers), generator=generator)
-    chosen = torch.rand(times.shape, generator=generator)
-    times = torch.where(chosen < 0.3, TIMES[torch.randint(len(TIMES), times.shape, generator=generator)], times)
-    times = torch.where(chosen > 0.6, 1.0, times)
-    return Batch(history, _chunks(clean, numbers), _chunks(objects, numbers), numbers, times, embeds, start)
+    history = (1 - amount) * clean[:, :past] + amount * torch.randn(clean[:, :past].shape, generator=generator)
+    return Batch(history, sizes, target, objects, numbers, _times(size, len(numbers), generator), embeds, pick, start)
 
 
-def _at_student_times(batch: Batch, generator: torch.Generator) -> Batch:
-    drawn = torch.multinomial(STUDENT_SHARES, batch.times_BN.numel(), replacement=True, generator=generator)
-    return replace(batch, times_BN=TIMES[drawn].view(batch.times_BN.shape))
+def _times(size: int, chunks: int, generator: torch.Generator) -> Tensor:
+    """Noise levels: pure noise, those that the four-step sampler meets, and any."""
+    chosen = torch.rand(size, chunks, generator=generator)
+    later = TIMES[torch.randint(1, len(TIMES), chosen.shape, generator=generator)]
+    times = torch.rand(chosen.shape, generator=generator).clamp(min=0.02)
+    return torch.where(chosen < 0.45, 1.0, torch.where(chosen < 0.75, later, times))
 
 
-def _own_history_batch(
-    pool: list[tuple[int, Tensor]], long: Latents, numbers: list[int], generator: torch.Generator
-) -> Batch:
-    """What follows in truth on histories from the pool: from the stream's start, or from anywhere later, where a chunk
-    has its whole window behind it (numbers from 3 on). It weighs less, down to nothing, the further the chunk before
-    has left the truth: what cannot be found from its history would only teach the student to draw nothing clearly."""
-    chosen = [pool[int(torch.randint(len(pool), (), generator=generator))] for _ in range(LATER_BATCH)]
-    pick, own = torch.tensor([number for number, _ in chosen]), torch.stack([video for _, video in chosen])
-    offset, start = _somewhere(POOL_FRAMES, generator) if min(numbers) >= 3 else (0, 1)
-    truth, objects = (_going_on(x[pick], POOL_FRAMES)[:, offset:] for x in (long.latents, long.objects))
-    own, truth = own[:, offset:], truth.float()
-    before = [number - 1 for number in numbers]
-    error, seen = _chunks((own - truth).square().mean(2), before), _chunks(objects, before)
-    error, seen = (x.unflatten(1, (-1, CHUNK)).flatten(2) for x in (error, seen))
-    strayed = (error * seen).sum(2) / seen.sum(2).clamp(min=1)
-    return Batch(
-        own[:, : max(numbers) * CHUNK],
-        _chunks(truth, numbers),
-        _chunks(objects, numbers),
-        numbers,
-        torch.ones(LATER_BATCH, len(numbers)),
-        long.embeds[pick],
-        start,
-        weights_BN=(1 - strayed / STRAYED).clamp(min=0),
-    )
+def _chunks(latents: Tensor, sizes: list[int], numbers: list[int]) -> Tensor:
+    starts = [sum(sizes[:number]) for number in numbers]
+    return torch.cat([latents[:, start : start + CHUNK] for start in starts], 1)
 
 
-def _roll_out(
-    model: CausalDiT, long: Latents, forcing: TeacherForcing, count: int, generator: torch.Generator
-) -> list[tuple[int, Tensor]]:
-    """Videos that the model makes of scenes of `long`: (the scene's number, its latents)."""
-    pick = long.draw(count, generator)
+def _with_history(batch: Batch, guess: Tensor, generator: torch.Generator) -> Batch:
+    """The batch with guessed chunks in place of the history's, where both exist, in half of the videos."""
+    half = (torch.rand(len(guess), generator=generator) < 0.5)[:, None, None, None, None]
+    history = batch.history.clone()
+    for n, number in enumerate(batch.numbers):
+        if number < len(batch.sizes):
+            at = sum(batch.sizes[:number])
+            seen = slice(at, at + CHUNK)
+            history[:, seen] = torch.where(half, guess[:, n * CHUNK : (n + 1) * CHUNK], history[:, seen])
+    return replace(batch, history=history)
 
-    def noise(chunk: Chunk, _: int) -> Tensor:
-        return torch.randn(count, chunk.frames, *long.latents.shape[2:], generator=generator)
 
-    rounded = copy.deepcopy(model).to(torch.bfloat16).requires_grad_(False)  # as the weights are shipped
-    chunks = sample_chunks(
-        rounded,
-        long.embeds[pick].to(torch.bfloat16),
-        noise,
-        forcing.grid,
-        POOL_FRAMES,
-        stream=STREAM,
-        sampler=SAMPLER,
-        initial_latents=chart(count, *long.latents.shape[2:]),
-    )
-    made = torch.cat([chunk.latents for chunk in chunks], 1).float().cpu().clone()
-    return list(zip(pick.tolist(), made, strict=True))
+def _by_frame(x_BN: Tensor) -> Tensor:
+    return x_BN.repeat_interleave(CHUNK, 1)[:, :, None, None, None]

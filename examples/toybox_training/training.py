@@ -133,7 +133,7 @@ class Training:
         if self.step % 250 == 0:
             self.save()
 
-    def save(self) -> None:
+    def save(self, path: Path | None = None) -> None:
         if rank():
             return
         if self._log:
@@ -144,9 +144,10 @@ class Training:
             "ema": self.ema.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
         }
-        partial = self.path.with_suffix(".partial")
+        path = path or self.path
+        partial = path.with_suffix(".partial")
         torch.save(state, partial)
-        os.replace(partial, self.path)
+        os.replace(partial, path)
 
     def _write_log(self) -> None:
         names = sorted({name for entry in self._log for name in entry})
