@@ -193,8 +193,8 @@ def check_output(path: str | os.PathLike[str], height: int | None = None, width:
     """Raises OutputError if `VideoWriter` would: call it before anything slow. The size can be checked when known."""
     name = _name(path)
     if name == STDOUT:
-        if sys.stdout is None:
-            raise OutputError("cannot write to the standard output: it is closed")
+        if getattr(sys.stdout, "buffer", None) is None:
+            raise OutputError("cannot write to the standard output: it is closed, or takes text alone")
         if sys.stdout.isatty():
             raise OutputError("cannot write a video to a terminal: send the standard output to a file or a program")
         _check_size(name, ".mp4", height, width)

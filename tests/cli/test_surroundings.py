@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import resource
 import signal
@@ -181,6 +182,7 @@ def test_what_libraries_say_when_memory_ends() -> None:
 
 
 def test_the_library_has_a_sentence_for_a_standard_output_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stdout", None)
-    with pytest.raises(OutputError, match="cannot write to the standard output: it is closed"):
-        VideoWriter("-", 16, 16, 8.0)
+    for stream in (None, io.StringIO()):  # as in a notebook
+        monkeypatch.setattr(sys, "stdout", stream)
+        with pytest.raises(OutputError, match="cannot write to the standard output: it is closed, or takes text alone"):
+            VideoWriter("-", 16, 16, 8.0)
