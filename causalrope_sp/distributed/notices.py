@@ -126,7 +126,9 @@ class NoticeBoard:
         Raises:
             RankLostError: the store does not answer.
         """
-        key = f"notice/{rank}"
+        key, last = f"notice/{rank}", self.last.get(rank)
+        if last is not None and last.ended:
+            return last  # it tells nothing more, and the store may have gone with it
         if not self.has([key]):
             return None
         self.last[rank] = Notice.of(self.texts([key])[0])

@@ -20,7 +20,7 @@ from causalrope_sp.errors import RankLostError
 from causalrope_sp.siblings import Siblings
 
 EVERY_S = 0.5  # seconds between two signs of life
-LAST_S = 3.0  # how many seconds the rank that holds the store waits for the others at the end
+LAST_S = 4.0  # how many seconds the rank that holds the store waits for the others at the end
 HOPELESS_S = 2.0  # how long a rank gets no further because of one that has failed before it counts as lost
 CAUSE_S = 6.0  # how many seconds to look for the cause of a collective that failed
 QUIET_S = 3.0  # how long no sign of life, after a collective has failed, means that a rank is gone
@@ -145,7 +145,7 @@ class Watchdog:
     def _monitor(self) -> None:
         """Signals and checks the other ranks until `stop`, or until a rank is lost."""
         last = time.monotonic()
-        while not self._stopping.wait(EVERY_S) and not self._board.alone:
+        while not self._stopping.wait(EVERY_S):
             now = time.monotonic()
             if now - last > self._silence_s / 2:  # this process was paused itself, and perhaps all of them
                 self._beats = dict.fromkeys(self._beats, (-1, now))

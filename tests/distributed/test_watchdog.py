@@ -59,6 +59,14 @@ def test_the_rank_that_is_furthest_behind_is_the_stuck_one() -> None:
     ranks.dog.stop()
 
 
+def test_a_rank_that_ended_by_an_error_is_named_where_this_one_waits_in_a_collective() -> None:
+    """Nobody else is left, and rank 1 never joins the collective that rank 0 has begun."""
+    ranks = Neighbours(begun=5)
+    ranks.boards[1].end("raised ValueError: boom", 4)
+    assert ranks.said.get(timeout=10) == "rank 1 raised ValueError: boom, and rank 0 waits for it"
+    ranks.dog.stop()
+
+
 def test_after_a_failure_the_rank_that_fell_silent_is_named() -> None:
     ranks = Neighbours(begun=0)
     ranks.say(1, 0)
