@@ -52,7 +52,7 @@ from causalrope_sp.models.rope import RotaryTables
 from causalrope_sp.planning.cost import attention_flops, cross_flops
 from causalrope_sp.planning.workload import Workload
 from causalrope_sp.sampling.chunk import LatentChunk
-from causalrope_sp.sampling.sampler import ChunkLoop
+from causalrope_sp.sampling.chunk_loop import ChunkLoop
 from causalrope_sp.sampling.stream import CausalStream, Part
 from causalrope_sp.sampling.stream_options import StreamOptions
 from causalrope_sp.verification.reference import block_causal_velocity
@@ -300,12 +300,10 @@ def step_seconds(setup: Setup, fused: bool, chunks: int) -> list[float]:
 
     @torch.inference_mode()
     def generate() -> Iterator[LatentChunk]:
-        for chunk in loop.chunks():
+        while loop.next_chunk is not None:
             if not fused:
                 loop.commit()
-            tokens = loop.denoise(chunk)
-            yield loop.output(chunk, tokens)
-            loop.finish(chunk, tokens)
+            yield loop.step()
 
     found = generate()
     return [seconds(partial(next, found), setup.device) for _ in range(chunks)]

@@ -3,14 +3,16 @@
 The cache owns storage and cursor; a layer of the model sees a `LayerCache`. Every denoise pass writes the open chunk's
 keys and values into the slots that the chunk will own; the context pass writes the clean ones, and the chunk is
 committed. The first write of an open chunk copies the frames that it overwrites to an undo buffer, once per chunk and
-not once per pass, so that `cancel` restores the stream as it was after the last commit.
+not once per pass, so that `cancel` restores the stream as it was after the last commit. The buffers of committed chunks
+can be kept too, so that `rewind` goes further back. A fork shares the storage until one of both writes.
 
-Shapes: L layers, B batch, F evicted frames, S tokens of a frame, H heads, D head width, K slots; S and H are what this
-rank stores.
+Shapes: L layers, B batch, F frames of a chunk, S tokens of a frame, H heads, D head width, K slots; S and H are what
+this rank stores.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,6 +22,7 @@ from torch import Tensor
 
 from causalrope_kernels import Keys, RotateOnRead, Slots
 from causalrope_sp.cache.layer_cache import LayerCache
+from causalrope_sp.cache.undo import UndoBuffer, UndoHistory
 from causalrope_sp.cache.window import SlidingWindow
 from causalrope_sp.devices import send
 from causalrope_sp.errors import ConfigError
@@ -55,10 +58,12 @@ class KVCache:
         head_dim: the head width.
         dtype: the dtype of keys and values.
         device: where they live.
+        history: how many committed chunks can be taken back.
         rotate_on_read: makes the rotation of the keys on read from the position of every slot's frame within the window
             (the `relative` policy); None if keys are stored rotated.
 
     Attributes:
+        window: the sliding window.
         committed: the number of latent frames whose clean keys and values are stored, which is the global time index at
             which the next chunk starts.
         open_chunk: the chunk that denoise passes write, or None.
@@ -75,28 +80,33 @@ class KVCache:
         *,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
+        history: int = 0,
         rotate_on_read: Callable[[Sequence[int]], RotateOnRead] | None = None,
     ) -> None:
         self.window = window
         self._rotate_on_read = rotate_on_read
         self.committed = 0
         self.open_chunk: Chunk | None = None
-        shape = (layers, 2, batch, window.frames, tokens, heads, head_dim)
-        self.storage_L2BKSHD = torch.empty(shape, dtype=dtype, device=device)
-        # views are made once, since each costs the host as much as a launch
-        self._layers = [LayerCache(self, index) for index in range(layers)]
-        self._rings = [(k, v) for k, v in self.storage_L2BKSHD]
-        self._rows = [(k.flatten(1, 2), v.flatten(1, 2)) for k, v in self._rings]
-        self._undo_L2BFSHD = self.storage_L2BKSHD[:, :, :, :0]  # evicted frames; grows to the largest chunk
-        self._undo_layers: set[int] = set()  # the layers whose evicted frames are in the undo buffer
+        self._undo: UndoBuffer | None = None  # of the open chunk
+        self._history = UndoHistory(history)
         self._written: dict[int, int] = {}  # slot -> frame, as the first layer writes them
         self._plans: dict[Chunk, _ChunkPlan] = {}
+        self._sharers = [1]  # how many caches share the storage
+        shape = (layers, 2, batch, window.frames, tokens, heads, head_dim)
+        self._bind(torch.empty(shape, dtype=dtype, device=device))
+
+    def _bind(self, storage_L2BKSHD: Tensor) -> None:
+        """Takes a storage. Views are made once, since each costs the host as much as a launch."""
+        self.storage_L2BKSHD = storage_L2BKSHD
+        self._layers = [LayerCache(self, index) for index in range(len(storage_L2BKSHD))]
+        self._rings = [(k, v) for k, v in storage_L2BKSHD]
+        self._rows = [(k.flatten(1, 2), v.flatten(1, 2)) for k, v in self._rings]
 
     @property
     def bytes(self) -> int:
-        """The bytes that the cache holds on the device, undo buffer included."""
-        undo = self._undo_L2BFSHD
-        return self.storage_L2BKSHD.nbytes + undo.numel() * undo.element_size()
+        """The bytes that the cache holds on the device, undo buffers included."""
+        undo = 0 if self._undo is None else self._undo.storage_L2BFSHD.untyped_storage().nbytes()
+        return self.storage_L2BKSHD.nbytes + undo + self._history.bytes
 
     def open(self, chunk: Chunk) -> None:
         """Opens a chunk, so that denoise passes write it.
@@ -111,11 +121,9 @@ class KVCache:
             raise ConfigError(f"chunk {self.open_chunk.index} is still open; commit or cancel it first")
         if chunk.start != self.committed:
             raise ConfigError(f"the cache stands at latent frame {self.committed}, the chunk starts at {chunk.start}")
-        self.window.slots(chunk)
-        evicted = len(self.window.evicted(chunk))
-        if evicted > self._undo_L2BFSHD.shape[3]:
-            layers, _, batch, _, *rest = self.storage_L2BKSHD.shape
-            self._undo_L2BFSHD = self.storage_L2BKSHD.new_empty(layers, 2, batch, evicted, *rest)
+        frames = self.window.evicted(chunk)
+        slots = [self.window.slot(frame) for frame in frames]
+        self._undo = self._history.buffer(chunk, frames, slots, self.storage_L2BKSHD)
         self.open_chunk = chunk
         self._plans.clear()
 
@@ -130,24 +138,87 @@ class KVCache:
         if self.open_chunk is None:
             raise ConfigError("no chunk is open to commit")
         self.committed, self.open_chunk = self.open_chunk.stop, None
-        self._undo_layers.clear()
+        if self._undo is not None:
+            self._history.push(self._undo)
+        self._undo = None
 
     def cancel(self) -> None:
         """Cancels the open chunk, if there is one, and restores the frames that it overwrote."""
-        if self.open_chunk is not None:
-            self.restore_evicted()
-            if self._undo_layers:
-                evicted = self.window.evicted(self.open_chunk)
-                self._written |= {self.window.slot(frame): frame for frame in evicted}
-            self.open_chunk = None
-            self._undo_layers.clear()
+        if self._undo is not None:
+            self._take_back(self._undo)
+            self._history.free(self._undo)
+        self.open_chunk = self._undo = None
 
     def restore_evicted(self) -> None:
         """Writes the frames that the open chunk overwrote back to their slots, from the undo buffer."""
-        assert self.open_chunk is not None, "only an open chunk overwrites frames"
-        for n, frame in enumerate(self.window.evicted(self.open_chunk)):
-            for layer in self._undo_layers:
-                self.storage_L2BKSHD[layer, :, :, self.window.slot(frame)] = self._undo_L2BFSHD[layer, :, :, n]
+        assert self._undo is not None, "only an open chunk overwrites frames"
+        self._undo.restore(self.storage_L2BKSHD)
+
+    def _take_back(self, undo: UndoBuffer) -> None:
+        undo.restore(self.storage_L2BKSHD)
+        if undo.layers:
+            self._written |= dict(zip(undo.slots, undo.frames, strict=True))
+
+    def reopen(self, chunk: Chunk) -> None:
+        """Makes the chunk that was committed last the open one again, after all later ones were cancelled.
+
+        Its context pass must run again. Whether it can then be cancelled depends on the history.
+        """
+        assert self.open_chunk is None, "only one chunk is open"
+        assert self.committed == chunk.stop, "only the chunk that was committed last can be opened again"
+        undo = self._history.pop()
+        self._undo = undo or UndoBuffer(chunk, [], [], self.storage_L2BKSHD[:, :, :, :0], set(range(len(self._layers))))
+        self.committed, self.open_chunk = chunk.start, chunk
+        self._plans.clear()
+
+    def can_rewind(self, chunk: Chunk) -> bool:
+        """Returns whether `rewind` can make a chunk the open one again."""
+        return self._history.holds(chunk)
+
+    def rewind(self, chunk: Chunk, window: SlidingWindow) -> None:
+        """Takes chunks back until a committed one is the open one again, whose context pass must run again.
+
+        Args:
+            chunk: that chunk; `can_rewind` returns True for it.
+            window: the window at that time.
+        """
+        self._own()
+        self.cancel()
+        while (undo := self._history.pop()) is not None and undo.chunk != chunk:
+            self._take_back(undo)
+        assert undo is not None, "the history must reach the chunk"
+        self._undo, self.open_chunk, self.committed, self.window = undo, chunk, chunk.start, window
+        self._plans.clear()
+
+    def restart(self, window: SlidingWindow, committed: int) -> None:
+        """Forgets all frames that a window does not hold, to write others from a frame on. No chunk can be taken back.
+
+        Args:
+            window: the new window, of the same size; what it holds before `committed` is there.
+            committed: the global time index at which the next chunk starts.
+        """
+        self._undo, self.open_chunk = None, None
+        self._history.clear()
+        self._plans.clear()
+        self.window, self.committed = window, committed
+        self._written = window.held(committed)
+
+    def fork(self) -> KVCache:
+        """Returns a cache that goes on from here by itself. Both share the storage until one of them writes."""
+        fork = copy.copy(self)
+        if self._undo is not None:
+            self._undo.shared = True
+        fork._history, fork._written, fork._plans = self._history.fork(), dict(self._written), {}
+        fork._bind(self.storage_L2BKSHD)
+        self._sharers[0] += 1
+        return fork
+
+    def _own(self) -> None:
+        """Copies the storage if a fork shares it, before it is written."""
+        if self._sharers[0] > 1:
+            self._sharers[0] -= 1
+            self._sharers = [1]
+            self._bind(self.storage_L2BKSHD.clone())
 
     def layer(self, index: int) -> LayerCache:
         """Returns the view of one layer."""
@@ -155,20 +226,14 @@ class KVCache:
 
     def kv_slots(self, layer: int, chunk: Chunk) -> tuple[Slots, Slots]:
         """Returns the slots of a layer that a chunk's keys and values are written to; see `LayerCache.kv_slots`."""
-        if layer not in self._undo_layers and chunk == self.open_chunk:
-            self._save_evicted(slice(layer, layer + 1))
         if layer == 0:
+            self._own()
             self.note_written(chunk)
+        if self._undo is not None and chunk == self.open_chunk and layer not in self._undo.layers:
+            self._undo.save(self.storage_L2BKSHD, range(layer, layer + 1))
         slots_F = self._plan(chunk).slots_F
         k, v = self._rings[layer]
         return Slots(k, slots_F), Slots(v, slots_F)
-
-    def _save_evicted(self, layers: slice) -> None:
-        """Copies the frames that the open chunk overwrites to the undo buffer, for some layers."""
-        assert self.open_chunk is not None, "only an open chunk overwrites frames"
-        for n, frame in enumerate(self.window.evicted(self.open_chunk)):
-            self._undo_L2BFSHD[layers, :, :, n] = self.storage_L2BKSHD[layers, :, :, self.window.slot(frame)]
-        self._undo_layers.update(range(len(self._layers))[layers])
 
     def note_written(self, chunk: Chunk) -> None:
         """Notes that a chunk's keys and values lie in its slots."""
@@ -178,7 +243,7 @@ class KVCache:
         """Returns whether the open chunk overwrites frames of another chunk."""
         if self.open_chunk is None or chunk == self.open_chunk:
             return False
-        return any(frame >= chunk.start for frame in self.window.evicted(self.open_chunk))
+        return self._undo is not None and any(frame >= chunk.start for frame in self._undo.frames)
 
     def begin_graph(self, chunks: Sequence[Chunk]) -> list[Tensor]:
         """Prepares a pass that a captured graph may run, whose forward then does nothing on the host for the cache.
@@ -190,8 +255,9 @@ class KVCache:
             For every chunk its slots, the bounds of the rows that it attends and, in the `relative` policy, the angles
             of its slots, as tensors on the device.
         """
-        if len(self._undo_layers) < len(self._layers) and self.open_chunk is not None:
-            self._save_evicted(slice(None))
+        self._own()
+        if self._undo is not None and len(self._undo.layers) < len(self._layers):
+            self._undo.save(self.storage_L2BKSHD, range(len(self._layers)))
         tensors = []
         for chunk in chunks:
             self.note_written(chunk)
@@ -249,8 +315,7 @@ class KVCache:
         """The rows of the ring that a chunk's queries attend, and the same on the device; see `keys`."""
         tokens = self.storage_L2BKSHD.shape[4]
         slots = self.window.ranges(chunk, since)[not old]
-        if since:  # always two ranges, of which the second may be empty, since a captured graph has a fixed number
-            assert len(slots) <= 2, "the frames before or since a time index lie in at most two ranges of slots"
+        if since:  # at least two ranges, of which the second may be empty, since a captured graph has a fixed number
             slots += [(0, 0)] * (2 - len(slots))
         rows = tuple((first * tokens, stop * tokens) for first, stop in slots)
         return rows, send(torch.tensor(rows, dtype=torch.int32).view(-1, 2), self.storage_L2BKSHD.device)
@@ -262,14 +327,11 @@ class KVCache:
             AssertionError: they do not.
         """
         held = self.window.held(self.committed)
-        pinned = range(min(self.window.sink, self.committed))
-        ring = range(max(len(pinned), self.committed - self.window.frames + self.window.sink), self.committed)
-        assert sorted(held) == [*pinned, *ring], "the slots do not hold the sink and the newest frames"
         opened = range(0) if self.open_chunk is None else range(self.open_chunk.start, self.open_chunk.stop)
-        for slot, frame in enumerate(held):
+        for slot, frame in held.items():
             assert self._written.get(slot) in (frame, *opened), f"slot {slot} does not hold frame {frame}"
         if self.open_chunk is None:
-            assert not self._undo_layers, "the undo buffer outlives its chunk"
-            assert self.storage_L2BKSHD[:, :, :, : len(held)].isfinite().all(), "a committed slot was never written"
+            assert self._undo is None, "the undo buffer outlives its chunk"
+            assert self.storage_L2BKSHD[:, :, :, list(held)].isfinite().all(), "a committed slot was never written"
         else:
             assert self.open_chunk.start == self.committed, "the open chunk is not the next one"

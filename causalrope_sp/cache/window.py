@@ -1,13 +1,13 @@
 """Computes which cache slots a chunk writes and reads: pure integer arithmetic without storage or state.
 
-A frame's slot is a function of its global time index alone. The first `sink` frames keep their slots for ever; the
-others share the ring of the remaining slots, where the newest frame overwrites the oldest. Slots fill in order, so the
-slots that attention reads are always the first ones.
+A frame's slot is a function of its global time index alone. The sink frames of a shot keep their slots until the next
+shot begins; all other frames share the ring of the remaining slots, where the newest frame overwrites the oldest.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from bisect import bisect_right
+from dataclasses import dataclass, replace
 
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.grid import Chunk
@@ -19,7 +19,11 @@ class SlidingWindow:
 
     Args:
         frames: the size of the window in latent frames, current chunk included.
-        sink: how many of the stream's first latent frames stay in the window for ever.
+        sink: how many of the first latent frames of the newest shot stay in the window.
+        shots: the global time indices at which shots begin, in order; a stream that never sets a new sink has one.
+        oldest: frames before this global time index are not in the window, but for a sink. A cache that was computed
+            anew from the latents of a window holds no others.
+        kept_shot: where a shot begins; the sinks of shots before it are not in the window.
 
     Raises:
         ConfigError: `frames` is below 1, `sink` is negative, or `sink` is not below `frames`.
@@ -27,14 +31,43 @@ class SlidingWindow:
 
     frames: int
     sink: int = 0
+    shots: tuple[int, ...] = (0,)
+    oldest: int = 0
+    kept_shot: int = 0
 
     def __post_init__(self) -> None:
         if self.frames < 1 or self.sink < 0 or self.sink >= self.frames:
             raise ConfigError(f"a window of {self.frames} latent frames cannot hold a sink of {self.sink}")
 
+    @property
+    def ring(self) -> int:
+        """The slots that are not of the sink."""
+        return self.frames - self.sink
+
+    def sink_at(self, stop: int) -> range:
+        """Returns the frames that stay in the window, of the newest shot that begins before the frame `stop`."""
+        shot = self.shots[max(0, bisect_right(self.shots, stop - 1) - 1)]
+        return range(shot, shot + self.sink)
+
+    def since(self, oldest: int, stop: int) -> SlidingWindow:
+        """Returns the window without the frames before `oldest`, but for the sink at the frame `stop`."""
+        return replace(self, oldest=oldest, kept_shot=self.sink_at(stop).start)
+
+    def shot(self, frame: int) -> SlidingWindow:
+        """Returns the window in which a shot with a new sink begins at `frame`, which is not written yet."""
+        return replace(self, shots=(*(begun for begun in self.shots if begun < frame), frame))
+
+    def before(self, frame: int) -> SlidingWindow:
+        """Returns the window as it was when `frame` was not written yet."""
+        return replace(self, shots=tuple(begun for begun in self.shots if begun < frame) or self.shots[:1])
+
     def slot(self, frame: int) -> int:
         """Returns the slot of the frame with this global time index."""
-        return frame if frame < self.sink else self.sink + (frame - self.sink) % (self.frames - self.sink)
+        shots = bisect_right(self.shots, frame)
+        of_shot = frame - self.shots[shots - 1]
+        if of_shot < self.sink:
+            return of_shot
+        return self.sink + (frame - shots * self.sink) % self.ring
 
     def slots(self, chunk: Chunk) -> list[int]:
         """Returns the slots that a chunk's frames own, in order of time.
@@ -42,12 +75,12 @@ class SlidingWindow:
         Raises:
             ConfigError: the chunk is larger than the ring and would overwrite itself.
         """
-        ring = self.frames - self.sink
-        if chunk.stop - max(chunk.start, self.sink) > ring:
+        slots = [self.slot(frame) for frame in range(chunk.start, chunk.stop)]
+        if len(set(slots)) < len(slots):
             raise ConfigError(
                 f"window {self.frames} is smaller than chunk + sink = {chunk.frames} + {self.sink} latent frames"
             )
-        return [self.slot(frame) for frame in range(chunk.start, chunk.stop)]
+        return slots
 
     def ranges(self, chunk: Chunk, since: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
         """Returns the slots that a chunk's queries read, as ranges [first, stop).
@@ -60,7 +93,7 @@ class SlidingWindow:
             The ranges of slots that hold frames before `since`, and the ranges of the others.
         """
         sides: tuple[list[tuple[int, int]], list[tuple[int, int]]] = ([], [])
-        for slot, frame in enumerate(self.held(chunk.stop)):
+        for slot, frame in self.held(chunk.stop).items():
             side = sides[frame >= since]
             if side and side[-1][1] == slot:
                 side[-1] = (side[-1][0], slot + 1)
@@ -72,20 +105,30 @@ class SlidingWindow:
         """Returns the position within the window of the frame in each slot: its number in order of time, from 0.
 
         The `relative` policy rotates keys by these positions, which are below `frames` however long the stream is. A
-        slot that holds no frame yet has position 0.
+        slot that holds no frame has position 0.
         """
         held = self.held(chunk.stop)
-        position = {frame: number for number, frame in enumerate(sorted(held))}
-        return [position[frame] for frame in held] + [0] * (self.frames - len(held))
+        position = {frame: number for number, frame in enumerate(sorted(held.values()))}
+        return [position[held[slot]] if slot in held else 0 for slot in range(self.frames)]
 
     def evicted(self, chunk: Chunk) -> list[int]:
         """Returns the global time indices of the frames whose slots a chunk overwrites."""
-        ring = self.frames - self.sink
-        return [f - ring for f in range(max(chunk.start, self.sink + ring), chunk.stop)]
+        held = self.held(chunk.start)
+        return [held[slot] for slot in self.slots(chunk) if slot in held]
 
-    def held(self, stop: int) -> list[int]:
-        """Returns the global time index of the frame in each slot once all frames before `stop` are written."""
-        holders = {self.slot(frame): frame for frame in range(min(stop, self.sink))}
-        ring = self.frames - self.sink
-        holders |= {self.slot(frame): frame for frame in range(max(self.sink, stop - ring), stop)}
-        return [holders[slot] for slot in range(len(holders))]
+    def held(self, stop: int) -> dict[int, int]:
+        """Returns the global time index of the frame in each slot once all frames before `stop` are written.
+
+        The slots are in order; those that hold no frame are missing.
+        """
+        sink, shot = self.sink, self.sink_at(stop).start
+        frames = list(range(shot, min(stop, shot + sink))) if shot >= self.kept_shot else []
+        room, frame = self.ring, stop - 1
+        while room and frame >= self.oldest:
+            begun = self.shots[bisect_right(self.shots, frame) - 1]
+            if frame < begun + sink:  # a sink, of this shot or an earlier one
+                frame = begun - 1
+                continue
+            frames.append(frame)
+            room, frame = room - 1, frame - 1
+        return dict(sorted((self.slot(frame), frame) for frame in frames))

@@ -33,10 +33,14 @@ def computed(layer: int, kind: Kind, compute: Compute) -> Tensor:
 
 
 class OutputStore:
-    """The outputs of one stream, `kept_BTD` by layer and kind. A new chunk begins with none."""
+    """The outputs of one stream, `kept_BTD` by layer and kind. A new chunk begins with none.
+
+    Args:
+        plan: which outputs are reused.
+    """
 
     def __init__(self, plan: ReusePlan) -> None:
-        self._plan = plan
+        self.plan = plan
         self._chunk: Chunk | None = None
         self._passes = 0
         self.kept_BTD: dict[tuple[int, Kind], Tensor] = {}
@@ -60,7 +64,7 @@ class OutputStore:
             self.clear()
             self._chunk = chunk
         step = self._passes
-        if step >= len(self._plan.timesteps):
+        if step >= len(self.plan.timesteps):
             raise ConfigError(f"chunk {chunk.index} has more passes than the {step} that reuse was planned for")
         self._passes += 1
         return partial(self._output, step, tokens)
@@ -72,14 +76,14 @@ class OutputStore:
 
     def _output(self, step: int, tokens: int, layer: int, kind: Kind, compute: Compute) -> Tensor:
         """Returns a kept output, and frees it after its last reuse; or computes it, and keeps it if it is reused."""
-        if self._plan.reuses(step, layer, kind):
+        if self.plan.reuses(step, layer, kind):
             kept = self.kept_BTD[layer, kind]
-            if not self._plan.reuses(step + 1, layer, kind):
+            if not self.plan.reuses(step + 1, layer, kind):
                 del self.kept_BTD[layer, kind]
                 self.bytes -= kept.nbytes
             return kept
         output = compute()
-        if self._plan.keeps(step, layer, kind):
+        if self.plan.keeps(step, layer, kind):
             whole = output.shape[1] == tokens
             kept = self.kept_BTD[layer, kind] = output if whole else output[:, -tokens:].clone()
             self.bytes += kept.nbytes

@@ -9,10 +9,12 @@ Shapes: B batch, F frames of a chunk, s tokens of a frame that this rank owns, E
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
+from causalrope_sp.cache.window import SlidingWindow
 from causalrope_sp.config import SamplerConfig
 from causalrope_sp.diffusion.schedule import guide, guided_steps, model_timesteps
 from causalrope_sp.distributed import SequenceParallel
@@ -24,36 +26,77 @@ CONDITIONAL, UNCONDITIONAL = range(2)  # also the ranks on the mesh's `cfg` axis
 
 
 class GuidanceBranch:
-    """The stream of one prompt, and the finished chunk whose context pass has not run yet."""
+    """The stream of one prompt, and the finished chunk whose context pass has not run yet.
+
+    Attributes:
+        stream: the stream.
+    """
 
     def __init__(self, stream: CausalStream) -> None:
-        self._stream = stream
+        self.stream = stream
         self._finished: Part | None = None
+        self._pending = False  # whether the context pass of the finished chunk has yet to run
 
     def denoise(self, chunk: Chunk, x_BFSE: Tensor, timestep: float) -> Tensor:
         """Returns the velocity of a chunk's tokens, (B, F, s, E); runs the pending context pass in the same forward."""
-        velocity = self._stream.denoise(chunk, x_BFSE, timestep, self._finished)
-        self._finished = None
+        velocity = self.stream.denoise(chunk, x_BFSE, timestep, self._finished if self._pending else None)
+        self._pending = False
         return velocity
 
     def commit(self) -> None:
         """Runs the pending context pass, if there is one, in a forward of its own."""
-        if self._finished is not None:
-            self._stream.commit(self._finished)
-            self._finished = None
+        if self._pending:
+            assert self._finished is not None, "a pending context pass is of a finished chunk"
+            self.stream.commit(self._finished)
+            self._pending = False
 
-    def finish(self, part: Part) -> None:
-        """Takes a chunk's clean tokens for its context pass."""
-        self._finished = part
+    def finish(self, part: Part | None) -> None:
+        """Takes a chunk's clean tokens for its context pass; None where no chunk is before the next one."""
+        self._finished, self._pending = part, part is not None
+
+    def cancel(self) -> None:
+        """Discards the chunk that is denoised. The context pass of the one before runs again, with the next chunk's
+        first pass, so that the result is the same bit for bit."""
+        self.stream.cancel(None if self._finished is None else self._finished.chunk)
+        self._pending = self._finished is not None
+
+    def recompute(self, parts: Sequence[Part], window: SlidingWindow, committed: int) -> None:
+        """Computes the cache anew from clean tokens; the context pass of the last part stays pending.
+
+        Args:
+            parts: the chunks, in order of time; they need not be adjacent.
+            window: the window, which holds nothing that is not in `parts` or kept before them.
+            committed: the global time index of the next chunk, if there are no parts.
+        """
+        self.stream.restart(window, committed)
+        for number, part in enumerate(parts):
+            self.stream.cache.committed = part.chunk.start
+            if number + 1 < len(parts):
+                self.stream.commit(part)
+        self.finish(parts[-1] if parts else None)
+
+    def rewind(self, part: Part, window: SlidingWindow) -> None:
+        """Takes chunks back until the context pass of `part` is pending; its chunk must be in the cache's history."""
+        self.stream.rewind(part.chunk, window)
+        self.finish(part)
+
+    def fork(self) -> GuidanceBranch:
+        """Returns a branch that goes on from here by itself."""
+        fork = GuidanceBranch(self.stream.fork())
+        fork._finished, fork._pending = self._finished, self._pending
+        return fork
 
     @property
     def stored_bytes(self) -> int:
         """The largest number of bytes that reused outputs occupied at once."""
-        return self._stream.stored_bytes
+        return self.stream.stored_bytes
 
 
 class GuidanceBranches:
     """Computes a chunk's velocity from the conditional and, at guided steps, the unconditional stream.
+
+    Attributes:
+        branches: the branches that run on this rank.
 
     Args:
         open_stream: makes a stream from a prompt's embeddings and `CONDITIONAL` or `UNCONDITIONAL`; it is called only
@@ -87,7 +130,8 @@ class GuidanceBranches:
                 )
             prompts.append(negative)
         local = range(len(prompts)) if parallel.mesh.cfg == 1 else [parallel.cfg_rank]
-        self._branches = [GuidanceBranch(open_stream(prompts[branch], branch)) for branch in local]
+        self._local = tuple(local)
+        self.branches = [GuidanceBranch(open_stream(prompts[branch], branch)) for branch in local]
 
     def velocity(self, chunk: Chunk, x_BFSE: Tensor, step: int) -> Tensor:
         """Returns the velocity of the chunk's tokens at a step, (B, F, s, E); it is guided if the step is.
@@ -101,7 +145,7 @@ class GuidanceBranches:
         if self._parallel.mesh.cfg > 1:
             velocities = self._from_both_ranks(chunk, x_BFSE, timestep, guided)
         else:
-            velocities = [branch.denoise(chunk, x_BFSE, timestep) for branch in self._branches[: 1 + guided]]
+            velocities = [branch.denoise(chunk, x_BFSE, timestep) for branch in self.branches[: 1 + guided]]
         return (
             guide(velocities[CONDITIONAL], velocities[UNCONDITIONAL], self._scale)
             if guided
@@ -111,7 +155,7 @@ class GuidanceBranches:
     def _from_both_ranks(self, chunk: Chunk, x_BFSE: Tensor, timestep: float, guided: bool) -> list[Tensor]:
         """Gathers the velocities of both halves of the `cfg` axis. At a step that is not guided the unconditional half
         runs its pending context pass instead, and what it sends is not used."""
-        (branch,) = self._branches
+        (branch,) = self.branches
         if guided or self._parallel.cfg_rank == CONDITIONAL:
             velocity = branch.denoise(chunk, x_BFSE, timestep)
         else:
@@ -122,17 +166,27 @@ class GuidanceBranches:
     @property
     def stored_bytes(self) -> int:
         """The largest numbers of bytes that reused outputs occupied at once, summed over this rank's streams."""
-        return sum(branch.stored_bytes for branch in self._branches)
+        return sum(branch.stored_bytes for branch in self.branches)
 
     def commit(self) -> None:
         """Runs the pending context pass of each stream in a forward of its own."""
-        for branch in self._branches:
+        for branch in self.branches:
             branch.commit()
 
     def finish(self, part: Part) -> None:
         """Takes a chunk's clean tokens; their context pass runs with the next pass of each stream."""
-        for branch in self._branches:
+        for branch in self.branches:
             branch.finish(part)
+
+    def branch(self, which: int) -> GuidanceBranch | None:
+        """Returns the branch `CONDITIONAL` or `UNCONDITIONAL`; None if this rank does not compute it."""
+        return self.branches[self._local.index(which)] if which in self._local else None
+
+    def fork(self) -> GuidanceBranches:
+        """Returns branches that go on from here by themselves."""
+        fork = copy.copy(self)
+        fork.branches = [branch.fork() for branch in self.branches]
+        return fork
 
 
 def check_guidance(sampler: SamplerConfig, cfg: int) -> None:

@@ -146,6 +146,10 @@ class PassGraphs:
             return
         self._graphs[kind] = _Captured(graph, own, output)
 
+    def fork(self) -> PassGraphs:
+        """Returns graphs for another stream, which share nothing: a graph has the addresses of one cache."""
+        return PassGraphs(self._capture, self._device)
+
     @staticmethod
     def _copy(inputs: Sequence[Tensor], own: Sequence[Tensor]) -> None:
         by_dtype: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}

@@ -5,6 +5,7 @@ Shapes: B batch, F frames of a chunk, s tokens of a frame that this rank owns, E
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -54,6 +55,7 @@ class CausalStream:
         relative: rotate by a frame's position within the window instead of its global time index.
         reuse: which outputs a chunk's denoise passes take over from earlier ones; None computes all of them.
         graphs: runs passes by captured graphs, on one rank and without reuse; None runs them eagerly.
+        history: how many committed chunks `rewind` can take back.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class CausalStream:
         relative: bool = False,
         reuse: ReusePlan | None = None,
         graphs: PassGraphs | None = None,
+        history: int = 0,
     ) -> None:
         config = model.config
         self._model = model
@@ -92,6 +95,7 @@ class CausalStream:
             config.head_dim,
             dtype=model.dtype,
             device=model.device,
+            history=history,
             rotate_on_read=partial(self._rope.rotate_on_read, tokens=strategy.stored_tokens) if relative else None,
         )
 
@@ -128,9 +132,65 @@ class CausalStream:
         self._forward([context], computed)
         self.cache.commit()
 
-    def cancel(self) -> None:
-        """Discards the open chunk; the stream is as it was after the last commit."""
-        self.cache.cancel()
+    def cancel(self, pending: Chunk | None = None) -> None:
+        """Discards the open chunk, also after a forward that was cut short.
+
+        Args:
+            pending: the chunk whose context pass ran with the open chunk's first pass and must run again; None if
+                the stream is to be as it was after the last commit.
+        """
+        if pending is None or self.cache.committed == pending.stop:
+            self.cache.cancel()
+        if pending is not None and self.cache.open_chunk is None:
+            self.cache.reopen(pending)
+        self._forget_chunk()
+
+    def rewind(self, chunk: Chunk, window: SlidingWindow) -> None:
+        """Takes chunks back until a committed one is open again, whose context pass must run again.
+
+        Args:
+            chunk: that chunk; the cache's `can_rewind` returns True for it.
+            window: the window at that time.
+        """
+        self.cache.rewind(chunk, window)
+        self._forget_chunk()
+
+    def restart(self, window: SlidingWindow, committed: int) -> None:
+        """Forgets all frames that a window does not hold before the frame `committed`, at which the next chunk starts.
+
+        Args:
+            window: the new window, of the same size.
+            committed: a global time index.
+        """
+        self.cache.restart(window, committed)
+        self._forget_chunk()
+
+    def set_text(self, embeds_BLE: Tensor) -> None:
+        """Gives the following passes another text.
+
+        Args:
+            embeds_BLE: text embeddings, (B, text_len, text_dim).
+        """
+        text = self._model.encode_text(embeds_BLE)
+        if self._graphs is None:
+            self._text = text
+            return
+        for own, new in zip(self._text, text, strict=True):  # captured graphs read the text where it is
+            own.k.copy_(new.k)
+            own.v.copy_(new.v)
+
+    def fork(self) -> CausalStream:
+        """Returns a stream that goes on from here by itself, between two chunks. The caches share what both keep."""
+        fork = copy.copy(self)
+        fork.cache, fork._rotation = self.cache.fork(), None
+        fork.outputs = None if self.outputs is None else OutputStore(self.outputs.plan)
+        if self._graphs is not None:
+            fork._graphs = self._graphs.fork()
+            fork._text = [replace(keys, k=keys.k.clone(), v=keys.v.clone()) for keys in self._text]
+        return fork
+
+    def _forget_chunk(self) -> None:
+        self._broken, self._rotation = False, None
         if self.outputs is not None:
             self.outputs.clear()
 
@@ -145,7 +205,7 @@ class CausalStream:
 
     def _forward(self, parts: list[Part], output: OutputOf) -> Tensor:
         if self._broken:
-            raise RuntimeError("a forward of this stream was cut short, its cache is half written: start a new stream")
+            raise RuntimeError("a forward of this stream was cut short, its cache is half written: cancel the chunk")
         model, chunks = self._model, tuple(part.chunk for part in parts)
         timesteps = [part.timestep for part in parts for _ in range(part.chunk.frames)]
         # in float32, as Self-Forcing's schedule holds them: at 833.33 the difference shows as 1e-6 in the latents
@@ -211,7 +271,7 @@ class CausalStream:
 
         assert self._graphs is not None, "only a stream with graphs runs passes by them"
         rows = tuple(self.cache.attended_rows(chunk) for chunk in chunks)
-        kind = rows, tuple(tokens_BTE.shape), rotation.time.data_ptr()
+        kind = rows, tuple(tokens_BTE.shape), rotation.time.data_ptr(), self.cache.storage_L2BKSHD.data_ptr()
         return self._graphs.run(kind, chunks[-1].index, inputs, forward, self.cache.restore_evicted)
 
     def _operations(self, kind: tuple[int, ...]) -> PassOperations:

@@ -43,7 +43,9 @@ class StreamOptions:
         layout: how the ranks share attention; None takes what `choose_strategy` returns.
         graphs: whether the passes of one rank run by CUDA graphs once the window slides; nothing changes on a CPU.
         on_step: called on every rank after each denoising step with the chunk, the step's number within it and the
-            timestep that the model was called with. If it raises, it must raise on all ranks.
+            timestep that the model was called with. If it raises on one rank, the chunk ends on all of them.
+        history: how many chunks can be taken back bit for bit; the keys and values that they evict are kept.
+        kept_chunks: of how many more chunks than those in the window the clean latents are kept, at least `history`.
     """
 
     stream: StreamConfig = field(default_factory=StreamConfig)
@@ -55,3 +57,5 @@ class StreamOptions:
     layout: Layout | None = None
     graphs: bool = False
     on_step: OnStep | None = None
+    history: int = 0
+    kept_chunks: int = 0

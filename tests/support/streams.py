@@ -15,7 +15,7 @@ from causalrope_sp.planning.machines import default_machine
 from causalrope_sp.planning.strategy import choose_strategy
 from causalrope_sp.planning.workload import Workload
 from causalrope_sp.sampling.chunk import LatentChunk
-from causalrope_sp.sampling.sampler import ChunkLoop
+from causalrope_sp.sampling.chunk_loop import ChunkLoop
 from causalrope_sp.sampling.stream_options import StreamOptions
 
 
@@ -29,11 +29,9 @@ def _unfused(*args: Any, **options: Any) -> Generator[LatentChunk]:
     parallel = options.pop("parallel", None) or SequenceParallel.single()
     model, embeds, noise, grid, frames = args
     loop = ChunkLoop(model, embeds, noise, grid, frames, parallel, StreamOptions(**options))
-    for chunk in loop.chunks():
+    while loop.next_chunk is not None:
         loop.commit()
-        tokens = loop.denoise(chunk)
-        yield loop.output(chunk, tokens)
-        loop.finish(chunk, tokens)
+        yield loop.step()
 
 
 def strategy_of(parallel: SequenceParallel, work: Workload) -> Strategy:

@@ -1,0 +1,150 @@
+"""A stream that can be steered, by plain lists: what a chunk attends is looked up frame by frame. It knows neither
+slots nor rings nor pending passes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from causalrope_kernels import Projection, project
+from causalrope_kernels.reference import attention
+from causalrope_sp import Chunk, LatentGrid, SamplerConfig, StreamConfig
+from causalrope_sp.diffusion.noise import Noise
+from causalrope_sp.diffusion.schedule import sigmas
+from causalrope_sp.diffusion.solvers import start_solver
+from causalrope_sp.grid import Shard, split_into_chunks
+from causalrope_sp.models.block import ForwardPass
+from causalrope_sp.models.causal_dit import CausalDiT
+from causalrope_sp.models.rope import RotaryTables
+
+SAMPLER = SamplerConfig((1000, 500))
+
+
+class ListSession:
+    """One stream, whose configuration has a window.
+
+    Args:
+        texts: the embeddings of each text, by number.
+    """
+
+    def __init__(
+        self, model: CausalDiT, texts: Sequence[Tensor], noise: Noise, grid: LatentGrid, stream: StreamConfig
+    ) -> None:
+        self.model, self.texts, self.noise, self.grid, self.stream = model, texts, noise, grid, stream
+        self.text = self.text_made = 0  # the text of the next chunk, and of the newest one
+        self.shots = [0]
+        self.seen: list[int] = []  # frames of the window
+        self.inputs: dict[tuple[int, int], Tensor] = {}  # layer, frame -> what q, k and v are made of
+        self.chunks: list[tuple[Chunk, Tensor]] = []
+        self.before: list[ListSession] = []  # as it was right after the chunk before each chunk
+        device = torch.device("cpu")
+        self.tables = RotaryTables(model.config.head_dim, model.config.theta, Shard(grid), device, torch.float64)
+        self.made = self.copy()  # as it was right after the newest chunk
+
+    def sinks(self, stop: int) -> tuple[set[int], set[int]]:
+        """The frames that stay once all before `stop` came in, and those that stayed in the shots before."""
+        *old, shot = [shot for shot in self.shots if shot < stop] or [0]
+        length = self.stream.sink
+        return set(range(shot, shot + length)), {f for begun in old for f in range(begun, begun + length)}
+
+    def next_chunk(self) -> Chunk:
+        index, start = (self.chunks[-1][0].index + 1, self.chunks[-1][0].stop) if self.chunks else (0, 0)
+        lone = self.stream.independent_first_frame
+        return next(
+            split_into_chunks(None, self.stream.chunk_frames, independent_first_frame=lone, index=index, start=start)
+        )
+
+    def step(self) -> Tensor:
+        self.before.append(self.made)
+        self.text_made, chunk = self.text, self.next_chunk()
+        x, levels = self.fresh(chunk, 0), sigmas(SAMPLER)
+        solve = start_solver(SAMPLER, 0)
+        for step, (sigma, to) in enumerate(zip(levels, [*levels[1:], 0.0], strict=True)):
+            velocity = self.forward(chunk, x, 1000 * sigma)
+            x = solve(x, velocity, sigma, to, partial(self.fresh, chunk, step + 1))
+        self.chunks.append((chunk, x))
+        self.commit(chunk, x)
+        self.made = self.copy()
+        return x
+
+    def fresh(self, chunk: Chunk, step: int) -> Tensor:
+        return self.noise(chunk, step).double()
+
+    def commit(self, chunk: Chunk, clean: Tensor) -> None:
+        self.forward(chunk, clean, 0.0)
+        self.seen = self.seen_with(chunk)
+
+    def seen_with(self, chunk: Chunk) -> list[int]:
+        """The frames of the window once a chunk came in, one by one: the oldest that is not of the sink leaves."""
+        seen = list(self.seen)
+        for frame in range(chunk.start, chunk.stop):
+            sink, old_sinks = self.sinks(frame + 1)
+            seen = [*(f for f in seen if f not in old_sinks), frame]  # a sink goes as soon as a new shot begins
+            ring = sorted(f for f in seen if f not in sink)
+            assert self.stream.window is not None
+            if len(ring) > self.stream.window - self.stream.sink:
+                seen.remove(ring[0])
+        return seen
+
+    def forward(self, chunk: Chunk, x: Tensor, timestep: float) -> Tensor:
+        own = list(range(chunk.start, chunk.stop))
+        order = sorted(self.seen_with(chunk))
+        relative = self.stream.rope == "relative"
+        rotation = self.tables.rotation([order.index(frame) if relative else frame for frame in order])
+
+        def attend(layer: int, projection: Projection) -> Tensor:
+            self.inputs |= {(layer, frame): projection.like[:, n].clone() for n, frame in enumerate(own)}
+            everything = torch.stack([self.inputs[layer, frame] for frame in order], 1)
+            q, k, v = project(replace(projection, qkv_BFSN=everything, rotation=rotation))
+            q = q.unflatten(1, (len(order), -1))[:, [order.index(frame) for frame in own]].flatten(1, 2)
+            return attention(q, k, v)
+
+        step = ForwardPass(
+            timesteps_F=torch.tensor([timestep] * len(own), dtype=torch.float32),
+            predicted_frames=len(own),
+            rotation=self.tables.rotation(own),
+            text=self.model.encode_text(self.texts[self.text]),
+            attend=attend,
+        )
+        velocity = self.model(self.grid.patchify(x).flatten(1, 2), step)
+        return self.grid.unpatchify(velocity.unflatten(1, (len(own), -1)))
+
+    def set_text(self, number: int, recache: bool, recache_sink: bool, new_shot: bool) -> None:
+        self.text = number
+        if recache:
+            self.recompute(recache_sink)
+        if new_shot:
+            start = self.next_chunk().start
+            self.shots = [*(shot for shot in self.shots if shot < start), start]
+
+    def recompute(self, with_sink: bool) -> None:
+        """Empties the window, but for the sink if it stays, and commits its clean latents again in order of time."""
+        sink, _ = self.sinks(self.next_chunk().start)
+        wanted = {f for f in self.seen if with_sink or f not in sink}
+        self.seen = [f for f in self.seen if f not in wanted]
+        for chunk, clean in self.chunks:
+            frames = [f for f in range(chunk.start, chunk.stop) if f in wanted]
+            for _, run in groupby(enumerate(frames), lambda numbered: numbered[1] - numbered[0]):
+                adjacent = [f for _, f in run]
+                part = Chunk(chunk.index, adjacent[0], len(adjacent))
+                self.commit(part, clean[:, [f - chunk.start for f in adjacent]])
+
+    def rewind(self, chunks: int, exact: bool) -> None:
+        """Goes back to right after a chunk; if that is not to be exact, the cache is computed anew."""
+        state = self.before[-chunks]
+        self.__dict__.update(state.copy().__dict__)
+        if not exact:
+            self.recompute(True)
+        self.made = self.copy()
+
+    def copy(self) -> ListSession:
+        other = copy.copy(self)
+        other.seen, other.inputs, other.shots = list(self.seen), dict(self.inputs), list(self.shots)
+        other.chunks, other.before = list(self.chunks), list(self.before)
+        return other

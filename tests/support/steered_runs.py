@@ -1,0 +1,87 @@
+"""Scripts of what can be done to a stream, run on ranks and by lists."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from causalrope_sp import LatentGrid, SequenceParallel, StreamConfig
+from causalrope_sp.diffusion.noise import seeded_noise
+from causalrope_sp.distributed import strategies
+from causalrope_sp.sampling.chunk_loop import ChunkLoop
+from causalrope_sp.sampling.stream_options import StreamOptions
+from tests.support.list_session import SAMPLER, ListSession
+from tests.support.strategy_runs import CONFIG, make_model
+
+GRID = LatentGrid(1, 7)
+NOISE = seeded_noise(0, (1, CONFIG.in_channels, GRID.latent_height, GRID.latent_width))
+TEXTS = [
+    torch.randn(1, CONFIG.text_len, CONFIG.text_dim, generator=torch.Generator().manual_seed(n)).double()
+    for n in range(3)
+]
+STREAMS = {
+    "sink within a chunk": StreamConfig(6, 1, 2),
+    "relative": StreamConfig(7, 2, 3, rope="relative"),
+    "lone first frame": StreamConfig(5, 1, 2, independent_first_frame=True),
+}
+STEPS = [("step",)] * 4
+SCRIPTS: dict[str, list[tuple[Any, ...]]] = {
+    "new text, window computed anew": [*STEPS, ("text", 1, True, False, False), *STEPS],
+    "new text, sink too": [*STEPS, ("text", 1, True, True, False), *STEPS],
+    "new text alone": [*STEPS, ("text", 1, False, False, False), *STEPS],
+    "new shots": [*STEPS, ("text", 1, True, False, True), ("step",), ("text", 2, False, False, True), *STEPS],
+    "taken back exactly": [*STEPS, ("text", 1, False, False, False), *STEPS[:2], ("rewind", 3), *STEPS],
+    "taken back far": [*STEPS, *STEPS, ("text", 1, True, False, True), *STEPS[:2], ("rewind", 5), *STEPS],
+    "text changed twice": [*STEPS, ("text", 1, True, False, False), ("text", 2, True, True, False), *STEPS],
+}
+
+
+def by_lists(stream: str, script: str) -> list[Tensor]:
+    """The chunks that a script makes."""
+    session = ListSession(make_model(), TEXTS, NOISE, GRID, STREAMS[stream])
+    made = []
+    with torch.inference_mode():
+        for what, *arguments in SCRIPTS[script]:
+            if what == "step":
+                made.append(session.step())
+            elif what == "text":
+                session.set_text(*arguments)
+            else:
+                session.rewind(arguments[0], exact=script == "taken back exactly")
+    return made
+
+
+@torch.inference_mode()
+def by_loop(parallel: SequenceParallel, stream: str, script: str) -> list[Tensor]:
+    """The same by a `ChunkLoop`."""
+    options = StreamOptions(stream=STREAMS[stream], sampler=SAMPLER, history=4, kept_chunks=8)
+    loop = ChunkLoop(make_model(), TEXTS[0], NOISE, GRID, None, parallel, options)
+    made, text = [], [0]
+    for what, *arguments in SCRIPTS[script]:
+        if what == "step":
+            made.append(loop.step().latents)
+            text.append(text[-1])
+        elif what == "text":
+            text[-1] = arguments[0]
+            loop.set_text(TEXTS[arguments[0]], recache=arguments[1], recache_sink=arguments[2], new_shot=arguments[3])
+        else:
+            text = text[: -arguments[0]]
+            text[-1] = text[-2] if len(text) > 1 else 0
+            assert loop.rewind(arguments[0], TEXTS[text[-1]]) == (script == "taken back exactly")
+    return made
+
+
+def on_ranks(group: dist.ProcessGroup, device: str) -> list[dict[tuple[str, str, str], list[Tensor]]]:
+    """Every script on every stream with every strategy, rank by rank."""
+    mine = {
+        (strategy, stream, script): by_loop(SequenceParallel(group, strategy, device), stream, script)
+        for strategy in strategies(group.size(), CONFIG.num_heads)
+        for stream in STREAMS
+        for script in SCRIPTS
+    }
+    ranks: list[Any] = [None] * group.size()
+    dist.all_gather_object(ranks, mine, group)
+    return ranks
