@@ -12,7 +12,7 @@ from torch import Tensor
 
 from causalrope_sp import CausalVideoPipeline, SamplerConfig, StreamConfig
 from causalrope_sp.diffusion.noise import seeded_noise
-from causalrope_sp.sampling import sampler
+from causalrope_sp.sampling import chunk_loop
 from causalrope_sp.sampling.pass_graphs import PassGraphs
 from tests.support.cpu_graph import RecordedGraph, capture_on_cpu
 from tests.support.reuse_cases import CONFIG, GRID, make_model, random
@@ -40,7 +40,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[PassGraphs]]:
             made.append(PassGraphs(capture, device))
             return made[-1]
 
-        monkeypatch.setattr(sampler, "stream_graphs", stream_graphs)
+        monkeypatch.setattr(chunk_loop, "stream_graphs", stream_graphs)
         return made
 
     return install
