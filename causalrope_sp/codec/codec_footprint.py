@@ -11,6 +11,7 @@ Bytes are those of float32, in which codecs run.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import ceil, prod
@@ -18,16 +19,15 @@ from os import PathLike
 
 import torch
 
-from causalrope_sp.codec.causal_conv import CausalConv
 from causalrope_sp.codec.codec_loader import open_codec
-from causalrope_sp.codec.taehv import MEMORIES, Taehv, taehv_on_meta
+from causalrope_sp.codec.taehv_model import Taehv, taehv_on_meta
 from causalrope_sp.codec.wan_vae import frames_together
 from causalrope_sp.codec.wan_vae_config import WanVaeConfig
-from causalrope_sp.codec.wan_vae_layers import UpBlock
 from causalrope_sp.codec.wan_vae_model import WanVae
 from causalrope_sp.codec.wan_vae_weights import vae_on_meta
 
 _ITEM = 4  # bytes of a number
+_MANY = 2  # latent frames of a stream whose state grows no more
 _WAN_ALIVE, _TAEHV_ALIVE = 5.2, 2.3  # tensors of the widest size that are alive at once
 
 
@@ -90,33 +90,38 @@ def wan_footprint(vae: WanVae, height: int, width: int, frames: int) -> CodecFoo
     """Computes the footprint of a Wan VAE, which may be on the meta device; see `codec_footprint`."""
     decoder, config = vae.decoder, vae.config
     stride = config.scale_factor_spatial
-    latent = positions = height // stride * (width // stride)
-    state = 0
-    for part in (decoder.conv_in, decoder.mid_block, *decoder.up_blocks, decoder.conv_out):
-        kept = [module.in_channels * module.kept for module in part.modules() if isinstance(module, CausalConv)]
-        state += sum(kept) * positions * _ITEM
-        if isinstance(part, UpBlock) and part.upsample is not None:
-            positions *= 4
+    latent = height // stride, width // stride
+    shapes = decoder.state_shapes(_MANY, 1, *latent)
+    positions = prod(shapes[decoder.conv_out.key][-2:])
     widest = decoder.conv_out.in_channels * config.scale_factor_temporal * positions
-    widest *= min(frames, frames_together(config, latent))
+    widest *= min(frames, frames_together(config, prod(latent)))
     pixels = _earlier_pixels(height, width, frames, config.scale_factor_temporal)
-    return CodecFootprint(_bytes_of(vae), state, round(_WAN_ALIVE * widest * _ITEM) + pixels, stride)
+    return CodecFootprint(_bytes_of(vae), state_bytes(shapes), round(_WAN_ALIVE * widest * _ITEM) + pixels, stride)
 
 
 def taehv_footprint(model: Taehv, height: int, width: int, frames: int) -> CodecFootprint:
     """Computes the footprint of a TAEHV, which may be on the meta device; see `codec_footprint`."""
     config, stages = model.config, len(model.config.grows)
+    stride = config.patch * 2**stages
     outer = height // config.patch * (width // config.patch)
-    state = widest = 0
-    rate = 1
+    state = state_bytes(model.decoder_state_shapes(_MANY, 1, height // stride, width // stride))
+    widest, rate = 0, 1
     for stage, (grow, wide, narrow) in enumerate(zip(config.grows, config.widths, config.widths[1:])):
         positions = outer // 4 ** (stages - stage)
-        state += MEMORIES * wide * positions
         rate *= grow
         widest = max(widest, rate * max(wide, narrow) * 4 * positions)
     pixels = _earlier_pixels(height, width, frames, prod(config.grows))
-    stride = config.patch * 2**stages
-    return CodecFootprint(_bytes_of(model), state * _ITEM, round(_TAEHV_ALIVE * widest * _ITEM) + pixels, stride)
+    return CodecFootprint(_bytes_of(model), state, round(_TAEHV_ALIVE * widest * _ITEM) + pixels, stride)
+
+
+def state_bytes(shapes: Mapping[str, tuple[int, ...]], item: int = _ITEM) -> int:
+    """Computes the bytes that a decoder keeps between two calls.
+
+    Args:
+        shapes: what `Codec.decoder_state_shapes` returns; of a whole picture, for what a saved session holds of it.
+        item: bytes of a number.
+    """
+    return item * sum(map(prod, shapes.values()))
 
 
 def _earlier_pixels(height: int, width: int, frames: int, stride: int) -> int:

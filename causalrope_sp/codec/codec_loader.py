@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 
-from causalrope_sp.codec import taehv
 from causalrope_sp.codec.interface import Codec
 from causalrope_sp.codec.offloaded_codec import OffloadedCodec
 from causalrope_sp.codec.taehv import TaehvCodec
+from causalrope_sp.codec.taehv_model import MARKER as TAEHV_MARKER
+from causalrope_sp.codec.taehv_model import load_taehv
 from causalrope_sp.codec.wan_vae import WanCodec
 from causalrope_sp.codec.wan_vae_weights import DIFFUSERS_MARKER, WAN_MARKER, load_vae
 from causalrope_sp.errors import CheckpointError, ConfigError
@@ -19,7 +20,7 @@ from causalrope_sp.weights.quantized_formats import refuse_quantized
 from causalrope_sp.weights.tensor_files import WeightFiles
 
 # tensor that no other key layout has -> kind of codec
-_LAYOUTS = {DIFFUSERS_MARKER: "wan", WAN_MARKER: "wan", taehv.MARKER: "taehv"}
+_LAYOUTS = {DIFFUSERS_MARKER: "wan", WAN_MARKER: "wan", TAEHV_MARKER: "taehv"}
 KINDS = tuple(dict.fromkeys(_LAYOUTS.values()))
 
 
@@ -51,7 +52,7 @@ def load_codec(
         if found == "wan":
             vae = load_vae(files).to(home)
             return OffloadedCodec(WanCodec(vae), vae, device) if offload else WanCodec(vae)
-        model = taehv.load_taehv(files).to(home)
+        model = load_taehv(files).to(home)
         return OffloadedCodec(TaehvCodec(model), model, device) if offload else TaehvCodec(model)
     except CheckpointError as reason:
         raise CheckpointError(f"cannot read the codec: {reason}") from reason

@@ -1,4 +1,4 @@
-"""What a stream through causal convolutions keeps between two calls, and what its layers know in a call.
+"""What a codec's stream keeps between two calls, and what the layers of the Wan VAE know in a call.
 
 Shapes: B batch, C channels, T frames, H×W size. A layer's frames are the batch of a two-dimensional network,
 (T·B, C, H, W) with time outermost; a *video* is the same as (B, C, T, H, W).
@@ -6,31 +6,88 @@ Shapes: B batch, C channels, T frames, H×W size. A layer's frames are the batch
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from causalrope_sp.distributed.halo import SpatialShards
+from causalrope_sp.errors import ConfigError, printable
 
 
 @dataclass
 class ConvState:
-    """The past of one video: the last frames that each causal convolution has read. Whoever has it can go on.
+    """The past of one video: the last frames that each layer has read that reads earlier ones. Whoever has it can go
+    on.
 
     Tensors in it are replaced, never written to, so that a fork shares them.
 
     Attributes:
-        frames: the frames by the convolution's name, (B, C, T, H, W), of this rank's spatial shard.
-        started: whether the stream has had its first latent frame.
+        frames: the frames by the layer's name, (B, C, T, H, W), of this rank's spatial shard; empty before the stream's
+            first latent frame.
     """
 
     frames: dict[str, Tensor] = field(default_factory=dict)
-    started: bool = False
+
+    @property
+    def started(self) -> bool:
+        """Whether the stream has had its first latent frame."""
+        return bool(self.frames)
+
+    @property
+    def bytes(self) -> int:
+        """The bytes of its tensors."""
+        return sum(frames.nbytes for frames in self.frames.values())
 
     def fork(self) -> ConvState:
-        """Returns a state that goes on from here by itself."""
-        return ConvState(dict(self.frames), self.started)
+        """Returns a state that goes on from here by itself, and shares every tensor until either replaces it."""
+        return ConvState(dict(self.frames))
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> ConvState:
+        """Returns the state on a device and in a dtype, its own one by default; tensors that are so are shared."""
+        return ConvState({name: frames.to(device, dtype) for name, frames in self.frames.items()})
+
+    def check(self, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> None:
+        """Checks that the state is one of a decoder that has started.
+
+        Args:
+            shapes: what `Codec.decoder_state_shapes` returns.
+            dtype: the dtype that the decoder computes in.
+            device: the device that computes.
+
+        Raises:
+            ConfigError: a layer's frames are missing, unknown, or of another shape, dtype or device.
+        """
+        for name in [*shapes, *self.frames]:
+            held = self.frames.get(name)
+            if held is None or name not in shapes:
+                wrong = "are missing" if held is None else "belong to no layer of this codec"
+                raise ConfigError(f"the decoder's state does not fit: the frames of {printable(name)} {wrong}")
+            found, expected = (tuple(held.shape), held.dtype, held.device), (shapes[name], dtype, device)
+            if found != expected:
+                raise ConfigError(
+                    f"the decoder's state does not fit: the frames of {name} are {_described(*found)}, "
+                    f"expected {_described(*expected)}"
+                )
+
+
+class ForkedStream:
+    """A stream whose past is a `ConvState` alone.
+
+    Attributes:
+        state: what it keeps between two calls.
+    """
+
+    state: ConvState
+
+    def fork(self) -> Self:
+        """Returns a stream that goes on from here by itself; see `DecoderStream.fork`."""
+        made = copy.copy(self)
+        made.state = self.state.fork()
+        return made
 
 
 @dataclass
@@ -73,6 +130,10 @@ def to_video(frames_NCHW: Tensor, batch: int) -> Tensor:
 def to_frames(video_BCTHW: Tensor) -> Tensor:
     """Returns a video's frames, (T·B, C, H, W); a view where the memory's order allows it."""
     return video_BCTHW.permute(2, 0, 1, 3, 4).flatten(0, 1)
+
+
+def _described(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> str:
+    return f"{shape} in {str(dtype).removeprefix('torch.')} on {device}"
 
 
 def is_trained(*tensors: Tensor | None) -> bool:

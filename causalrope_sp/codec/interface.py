@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from causalrope_sp.codec.conv_state import ConvState
 from causalrope_sp.distributed.halo import SpatialShards
 from causalrope_sp.errors import ConfigError
 
@@ -28,6 +29,22 @@ class DecoderStream(Protocol):
         Returns:
             Their pixel frames, (B, T, 3, H·stride, W·stride), not clamped. The stream's first latent frame gives 1
             pixel frame, every other one `temporal_stride` pixel frames.
+
+        Raises:
+            ConfigError: in the first call of a stream that was given a state, the state does not fit the codec or these
+                latents.
+        """
+        ...
+
+    @property
+    def state(self) -> ConvState:
+        """What the stream keeps between two calls. The next call replaces tensors in it: `fork` one to keep it."""
+        ...
+
+    def fork(self) -> DecoderStream:
+        """Returns a stream that goes on from here by itself, at once: it shares every tensor until either replaces it.
+
+        With spatial shards, every rank must fork its stream, and use the forks in the same order.
         """
         ...
 
@@ -84,12 +101,28 @@ class Codec(Protocol):
         """The device that computes."""
         ...
 
-    def decoder(self, spatial_shards: SpatialShards | None = None) -> DecoderStream:
+    def decoder(self, spatial_shards: SpatialShards | None = None, state: ConvState | None = None) -> DecoderStream:
         """Starts a stream that decodes.
 
         Args:
             spatial_shards: how ranks share a picture. Every rank then passes whole latents to the stream and gets its
                 own shard of the pixels. None decodes the whole picture.
+            state: what another stream has kept, to go on from there, of this rank's shard, on the codec's device and in
+                its dtype; it is not changed. None starts a video.
+        """
+        ...
+
+    def decoder_state_shapes(self, frames: int, batch: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
+        """Computes what a decoder keeps between two calls.
+
+        Args:
+            frames: latent frames that it has decoded.
+            batch: B.
+            height: H, in latent pixels.
+            width: W, in latent pixels.
+
+        Returns:
+            The shapes of the tensors of its `ConvState` by their names.
         """
         ...
 

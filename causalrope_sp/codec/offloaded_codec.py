@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from causalrope_sp.codec.conv_state import ConvState
 from causalrope_sp.codec.interface import Codec, DecoderStream, EncoderStream
 from causalrope_sp.distributed.halo import SpatialShards
 
@@ -37,9 +38,13 @@ class OffloadedCodec:
         self._on_cpu = [weight.data for weight in self._weights]
         self._one_at_a_time = threading.Lock()
 
-    def decoder(self, spatial_shards: SpatialShards | None = None) -> DecoderStream:
+    def decoder(self, spatial_shards: SpatialShards | None = None, state: ConvState | None = None) -> DecoderStream:
         """Starts a stream that decodes; see `Codec.decoder`."""
-        return _Decoder(self, self.codec.decoder(spatial_shards))
+        return _Decoder(self, self.codec.decoder(spatial_shards, state))
+
+    def decoder_state_shapes(self, frames: int, batch: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
+        """Computes what a decoder keeps between two calls; see `Codec.decoder_state_shapes`."""
+        return self.codec.decoder_state_shapes(frames, batch, height, width)
 
     def encoder(self) -> EncoderStream:
         """Starts a stream that encodes; see `Codec.encoder`."""
@@ -67,6 +72,13 @@ class _Decoder:
     def decode(self, latents_BFCHW: Tensor) -> Tensor:
         with self._codec.on_device():
             return self._stream.decode(latents_BFCHW)
+
+    @property
+    def state(self) -> ConvState:
+        return self._stream.state
+
+    def fork(self) -> DecoderStream:
+        return _Decoder(self._codec, self._stream.fork())
 
 
 class _Encoder:

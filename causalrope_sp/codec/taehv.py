@@ -1,8 +1,4 @@
-"""TAEHV, the tiny autoencoder (madebyollin/taehv; `taew2_1` is for Wan 2.1's latents), chunk by chunk.
-
-All convolutions are two-dimensional. Frames meet in three layers: a memory block also reads its own input of the frame
-before, a pool makes one frame of several, a grow makes several frames of one. So a stream keeps one frame for each
-memory block. Its latents are those of the DiT, without a mean and deviation.
+"""TAEHV, the tiny autoencoder, as a codec: streams that keep one frame for each memory block between chunks.
 
 The decoder and the encoder work on whole strides of frames. The decoder's first latent frame gives a stride of pixel
 frames, of which all but the last precede the video and are dropped. The encoder's groups begin with the first frame, so
@@ -14,110 +10,17 @@ Shapes: B batch, F latent frames, C channels, T frames, H×W size; pixels are in
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from math import isqrt, prod
+from math import prod
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from causalrope_sp.codec.codec_tensors import read_exactly, shape_of
+from causalrope_sp.codec.conv_state import ConvState, ForkedStream
 from causalrope_sp.codec.interface import stream_pieces
 from causalrope_sp.codec.sharded_decoder import sharing_weights, split_convolutions
+from causalrope_sp.codec.taehv_model import STAGES, MemoryBlock, Taehv
 from causalrope_sp.distributed.halo import SpatialShards
-from causalrope_sp.errors import CheckpointError
-from causalrope_sp.weights.tensor_files import WeightFiles
-
-MARKER = "decoder.3.conv.0.weight"  # the first memory block
-_STAGES = 3
-MEMORIES = 3  # memory blocks in a stage
-
-
-@dataclass(frozen=True)
-class TaehvConfig:
-    """Sizes of a TAEHV.
-
-    Attributes:
-        channels: latent channels.
-        encoder_width: channels of the encoder.
-        widths: channels of the decoder, before the first stage and after each.
-        pools: strides in time of the encoder's stages.
-        grows: strides in time of the decoder's stages.
-        patch: side, in pixels, of the square that the outermost layers treat as one position.
-    """
-
-    channels: int
-    encoder_width: int
-    widths: tuple[int, ...]
-    pools: tuple[int, ...]
-    grows: tuple[int, ...]
-    patch: int = 1
-
-
-class Bound(nn.Module):
-    """Keeps latents within ±3."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns a tensor of the same shape, within ±3."""
-        return 3 * torch.tanh(x / 3)
-
-
-class MemoryBlock(nn.Module):
-    """A residual block that reads a frame and the one before it."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv = nn.Sequential(
-            _conv(2 * width, width), nn.ReLU(), _conv(width, width), nn.ReLU(), _conv(width, width)
-        )
-
-    def forward(self, x_NCHW: Tensor, before_NCHW: Tensor) -> Tensor:
-        """Returns the block's output for each frame; `before_NCHW` holds the frame before each."""
-        return torch.relu(x_NCHW + self.conv(torch.cat([x_NCHW, before_NCHW], 1)))
-
-
-class Pool(nn.Module):
-    """Makes one frame of `stride` frames by a pointwise convolution over all their channels."""
-
-    def __init__(self, width: int, stride: int) -> None:
-        super().__init__()
-        self.stride = stride
-        self.conv = nn.Conv2d(stride * width, width, 1, bias=False)
-
-    def forward(self, x_NCHW: Tensor) -> Tensor:
-        """Maps (N, C, H, W) to (N/stride, C, H, W)."""
-        return self.conv(x_NCHW.unflatten(0, (-1, self.stride)).flatten(1, 2))
-
-
-class Grow(nn.Module):
-    """Makes `stride` frames of one by a pointwise convolution."""
-
-    def __init__(self, width: int, stride: int) -> None:
-        super().__init__()
-        self.stride = stride
-        self.conv = nn.Conv2d(width, stride * width, 1, bias=False)
-
-    def forward(self, x_NCHW: Tensor) -> Tensor:
-        """Maps (N, C, H, W) to (N·stride, C, H, W)."""
-        return self.conv(x_NCHW).unflatten(1, (self.stride, -1)).flatten(0, 1)
-
-
-class Taehv(nn.Module):
-    """TAEHV's encoder and decoder. Layers have the order of the published files, whose keys are positions."""
-
-    def __init__(self, config: TaehvConfig) -> None:
-        super().__init__()
-        self.config = config
-        pixels, width, widths = 3 * config.patch**2, config.encoder_width, config.widths
-        encoder: list[nn.Module] = [_conv(pixels, width), nn.ReLU()]
-        for stride in config.pools:
-            encoder += [Pool(width, stride), _conv(width, width, stride=2, bias=False), *_memories(width)]
-        self.encoder = nn.Sequential(*encoder, _conv(width, config.channels))
-        decoder: list[nn.Module] = [Bound(), _conv(config.channels, widths[0]), nn.ReLU()]
-        for stride, wide, narrow in zip(config.grows, widths, widths[1:]):
-            up = nn.Upsample(scale_factor=2)
-            decoder += [*_memories(wide), up, Grow(wide, stride), _conv(wide, narrow, bias=False)]
-        self.decoder = nn.Sequential(*decoder, nn.ReLU(), _conv(widths[-1], pixels))
 
 
 class TaehvCodec:
@@ -133,7 +36,7 @@ class TaehvCodec:
         self.model = model.eval().requires_grad_(False)
         self.channels = model.config.channels
         self.temporal_stride = prod(model.config.grows)
-        self.spatial_stride = model.config.patch * 2**_STAGES
+        self.spatial_stride = model.config.patch * 2**STAGES
 
     @property
     def dtype(self) -> torch.dtype:
@@ -145,45 +48,67 @@ class TaehvCodec:
         """The device that computes."""
         return next(self.model.parameters()).device
 
-    def decoder(self, spatial_shards: SpatialShards | None = None) -> TaehvDecoderStream:
+    def decoder(
+        self, spatial_shards: SpatialShards | None = None, state: ConvState | None = None
+    ) -> TaehvDecoderStream:
         """Starts a stream that decodes; see `Codec.decoder`."""
-        return TaehvDecoderStream(self.model, spatial_shards)
+        return TaehvDecoderStream(self.model, spatial_shards, state)
+
+    def decoder_state_shapes(self, frames: int, batch: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
+        """Computes what a decoder keeps between two calls; see `Codec.decoder_state_shapes`."""
+        return self.model.decoder_state_shapes(frames, batch, height, width)
 
     def encoder(self) -> TaehvEncoderStream:
         """Starts a stream that encodes; see `Codec.encoder`."""
         return TaehvEncoderStream(self.model)
 
 
-class TaehvDecoderStream:
-    """A `DecoderStream` through TAEHV. `memory` is what it keeps between two calls."""
+class TaehvDecoderStream(ForkedStream):
+    """A `DecoderStream` through TAEHV.
 
-    def __init__(self, model: Taehv, spatial_shards: SpatialShards | None = None) -> None:
-        self._config, self._spatial_shards, self._decoder = model.config, spatial_shards, model.decoder
+    Args:
+        model: the model.
+        spatial_shards: how ranks share a picture; None decodes the whole picture.
+        state: what another stream has kept, to go on from there; None starts a video.
+
+    Attributes:
+        state: what it keeps between two calls.
+    """
+
+    def __init__(
+        self, model: Taehv, spatial_shards: SpatialShards | None = None, state: ConvState | None = None
+    ) -> None:
+        self._model, self._spatial_shards, self._decoder = model, spatial_shards, model.decoder
         if spatial_shards is not None:
             self._decoder = sharing_weights(model.decoder)
             split_convolutions(self._decoder, spatial_shards)
-        self.memory: dict[int, Tensor] = {}
-        self._started = False
+        self.state = ConvState() if state is None else state.fork()
+        self._checked = not self.state.started
 
     def decode(self, latents_BFCHW: Tensor) -> Tensor:
         """Decodes the next latent frames; see `DecoderStream.decode`."""
-        before = prod(self._config.grows) - 1  # frames of the first latent frame that precede the video
+        config = self._model.config
+        before = prod(config.grows) - 1  # frames of the first latent frame that precede the video
         if self._spatial_shards is not None:
             latents_BFCHW = self._spatial_shards.mine(latents_BFCHW)
+        if not self._checked:
+            shapes = self._model.decoder_state_shapes(1, len(latents_BFCHW), *latents_BFCHW.shape[-2:])
+            self.state.check(shapes, latents_BFCHW.dtype, latents_BFCHW.device)
+            self._checked = True
         pieces = []
         for frame in latents_BFCHW.split(1, dim=1):
-            made = _walk(self._decoder, frame, self.memory)
-            pieces.append(made if self._started else made[:, before:])
-            self._started = True
-        return pixel_shuffle(torch.cat(pieces, 1), self._config.patch) * 2 - 1
+            started = self.state.started
+            made = _walk(self._decoder, frame, self.state)
+            pieces.append(made if started else made[:, before:])
+        return pixel_shuffle(torch.cat(pieces, 1), config.patch) * 2 - 1
 
 
 class TaehvEncoderStream:
-    """An `EncoderStream` through TAEHV. `memory`, and `rest` of the pixels, are what it keeps between two calls."""
+    """An `EncoderStream` through TAEHV. `state`, and `rest` of the pixels, are what it keeps between two calls."""
 
     def __init__(self, model: Taehv) -> None:
         self._model = model
-        self.memory: dict[int, Tensor] = {}
+        self.state = ConvState()
         self.rest: Tensor | None = None
 
     def encode(self, pixels_BT3HW: Tensor) -> Tensor:
@@ -197,78 +122,23 @@ class TaehvEncoderStream:
         whole = pixels.shape[1] // stride * stride
         self.rest = pixels[:, whole:].clone()  # a view would keep all of them
         groups = pixels[:, :whole].split(stride, dim=1) if whole else ()
-        made = [_walk(self._model.encoder, group, self.memory) for group in groups]
+        made = [_walk(self._model.encoder, group, self.state) for group in groups]
         batch, _, _, height, width = pixels.shape
-        empty = pixels.new_empty(batch, 0, config.channels, height // 2**_STAGES, width // 2**_STAGES)
+        empty = pixels.new_empty(batch, 0, config.channels, height // 2**STAGES, width // 2**STAGES)
         return torch.cat([empty, *made], 1)
 
 
-def _walk(layers: nn.Sequential, x_BTCHW: Tensor, memory: dict[int, Tensor]) -> Tensor:
-    """Runs the next frames through all layers. `memory` holds each memory block's last input, by its layer's index."""
+def _walk(layers: nn.Sequential, x_BTCHW: Tensor, state: ConvState) -> Tensor:
+    """Runs the next frames through all layers. `state` holds each memory block's last input."""
     batch = len(x_BTCHW)
     x_NCHW = x_BTCHW.flatten(0, 1)
-    for index, layer in enumerate(layers):
+    for layer in layers:
         if isinstance(layer, MemoryBlock):
             frames = x_NCHW.unflatten(0, (batch, -1))
-            last = memory.get(index, torch.zeros_like(frames[:, :1]))
-            memory[index] = frames[:, -1:].clone()
+            kept = state.frames.get(layer.key)
+            last = torch.zeros_like(frames[:, :1]) if kept is None else kept.transpose(1, 2)
+            state.frames[layer.key] = frames[:, -1:].clone().transpose(1, 2)
             x_NCHW = layer(x_NCHW, torch.cat([last, frames[:, :-1]], 1).flatten(0, 1))
         else:
             x_NCHW = layer(x_NCHW)
     return x_NCHW.unflatten(0, (batch, -1))
-
-
-def load_taehv(files: WeightFiles) -> Taehv:
-    """Loads the model of an open file; its sizes are inferred from the shapes of its tensors.
-
-    Args:
-        files: the open file.
-
-    Returns:
-        The model in float32 on the CPU.
-
-    Raises:
-        CheckpointError: a tensor is missing, unexpected or of a wrong shape, or the encoder's stride in time is not the
-            decoder's.
-    """
-    model = taehv_on_meta(files)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    model.load_state_dict(read_exactly(files, expected), assign=True)
-    return model
-
-
-def taehv_on_meta(files: WeightFiles) -> Taehv:
-    """Builds the model of an open file on the meta device, without weights; raises as `load_taehv` does."""
-    config = _infer(files)
-    if prod(config.pools) != prod(config.grows):
-        raise CheckpointError(
-            f"{files.path}: encodes {prod(config.pools)} frames into one and decodes {prod(config.grows)} from it"
-        )
-    with torch.device("meta"):
-        return Taehv(config)
-
-
-def _infer(files: WeightFiles) -> TaehvConfig:
-    """Infers the sizes from the shapes of the tensors."""
-    stage = MEMORIES + 2  # layers of an encoder's stage: pool, convolution, memory blocks; a decoder's has one more
-    pools = [shape_of(files, f"encoder.{2 + stage * n}.conv.weight", 4) for n in range(_STAGES)]
-    grows = [shape_of(files, f"decoder.{7 + (stage + 1) * n}.conv.weight", 4) for n in range(_STAGES)]
-    width, pixels = shape_of(files, "encoder.0.weight", 4)[:2]
-    first, channels = shape_of(files, "decoder.1.weight", 4)[:2]
-    narrowed = [shape_of(files, f"decoder.{8 + (stage + 1) * n}.weight", 4)[0] for n in range(_STAGES)]
-    return TaehvConfig(
-        channels=channels,
-        encoder_width=width,
-        widths=(first, *narrowed),
-        pools=tuple(max(1, shape[1] // shape[0]) for shape in pools),
-        grows=tuple(max(1, shape[0] // shape[1]) for shape in grows),
-        patch=max(1, isqrt(pixels // 3)),
-    )
-
-
-def _conv(width: int, out: int, *, stride: int = 1, bias: bool = True) -> nn.Conv2d:
-    return nn.Conv2d(width, out, 3, stride=stride, padding=1, bias=bias)
-
-
-def _memories(width: int) -> list[MemoryBlock]:
-    return [MemoryBlock(width) for _ in range(MEMORIES)]

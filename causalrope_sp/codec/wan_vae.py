@@ -14,7 +14,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from causalrope_sp.codec.conv_state import ConvCall, ConvState, is_trained
+from causalrope_sp.codec.conv_state import ConvCall, ConvState, ForkedStream, is_trained
 from causalrope_sp.codec.interface import stream_pieces
 from causalrope_sp.codec.wan_vae_config import WanVaeConfig
 from causalrope_sp.codec.wan_vae_model import WanVae, patchify, unpatchify
@@ -48,9 +48,13 @@ class WanCodec:
         """The device that computes."""
         return self.vae.post_quant_conv.weight.device
 
-    def decoder(self, spatial_shards: SpatialShards | None = None) -> WanDecoderStream:
+    def decoder(self, spatial_shards: SpatialShards | None = None, state: ConvState | None = None) -> WanDecoderStream:
         """Starts a stream that decodes; see `Codec.decoder`."""
-        return WanDecoderStream(self.vae, spatial_shards)
+        return WanDecoderStream(self.vae, spatial_shards, state)
+
+    def decoder_state_shapes(self, frames: int, batch: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
+        """Computes what a decoder keeps between two calls; see `Codec.decoder_state_shapes`."""
+        return self.vae.decoder.state_shapes(frames, batch, height, width)
 
     def encoder(self) -> WanEncoderStream:
         """Starts a stream that encodes; see `Codec.encoder`."""
@@ -66,13 +70,13 @@ def wan_vae_of(codec: object) -> WanVae | None:
     return inner.vae if isinstance(inner, WanCodec) else None
 
 
-class WanDecoderStream:
+class WanDecoderStream(ForkedStream):
     """A `DecoderStream` through the Wan VAE.
 
     Args:
         vae: the VAE.
         spatial_shards: how ranks share a picture; None decodes the whole picture.
-        state: what an earlier stream has kept, to go on from there; None starts a video.
+        state: what another stream has kept, to go on from there; None starts a video.
 
     Attributes:
         state: what it keeps between two calls.
@@ -82,7 +86,8 @@ class WanDecoderStream:
         self, vae: WanVae, spatial_shards: SpatialShards | None = None, state: ConvState | None = None
     ) -> None:
         self._vae, self._spatial_shards = vae, spatial_shards
-        self.state = ConvState() if state is None else state
+        self.state = ConvState() if state is None else state.fork()
+        self._checked = not self.state.started
 
     def decode(self, latents_BFCHW: Tensor) -> Tensor:
         """Decodes the next latent frames; see `DecoderStream.decode`."""
@@ -91,17 +96,27 @@ class WanDecoderStream:
         if shards is not None:
             latents_BFCHW = shards.mine(latents_BFCHW)
         batch, frames = latents_BFCHW.shape[:2]
+        if not self._checked:
+            self._check_state(latents_BFCHW)
         together = 1 if shards is not None else frames_together(vae.config, latents_BFCHW.shape[-2:].numel() * batch)
         cuts = pairwise(_cuts(frames, together, self.state.started))
         pieces = [self._decode(latents_BFCHW[:, start:stop] * std + mean) for start, stop in cuts]
         return (torch.cat(pieces) if len(pieces) > 1 else pieces[0]).transpose(0, 1)
+
+    def _check_state(self, latents_BFCHW: Tensor) -> None:
+        """Checks that the state that was given fits this rank's latents; see `DecoderStream.decode`."""
+        sizes = len(latents_BFCHW), *latents_BFCHW.shape[-2:]
+        shapes = self._vae.decoder.state_shapes(1, *sizes)
+        if self.state.frames.keys() != shapes.keys():
+            shapes = self._vae.decoder.state_shapes(2, *sizes)
+        self.state.check(shapes, latents_BFCHW.dtype, latents_BFCHW.device)
+        self._checked = True
 
     def _decode(self, latents_BFCHW: Tensor) -> Tensor:
         """Decodes latent frames together, to (T, B, 3, H·stride, W·stride)."""
         vae, (batch, frames) = self._vae, latents_BFCHW.shape[:2]
         call = ConvCall(self.state, batch, frames, not self.state.started, self._spatial_shards)
         pixels = vae.decoder(vae.post_quant_conv(_frames_in_order(latents_BFCHW, vae)), call)
-        self.state.started = True
         return unpatchify(pixels, vae.config.patch_size or 1).unflatten(0, (-1, batch))
 
 
@@ -140,7 +155,6 @@ class WanEncoderStream:
         vae, batch = self._vae, len(pixels_BT3HW)
         call = ConvCall(self.state, batch, latent_frames, not self.state.started)
         hidden = vae.encoder(_frames_in_order(pixels_BT3HW, vae, vae.config.patch_size or 1), call)
-        self.state.started = True
         return vae.quant_conv(hidden)[:, : vae.config.z_dim].unflatten(0, (-1, batch))
 
 

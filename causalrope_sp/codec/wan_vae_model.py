@@ -61,6 +61,19 @@ class WanDecoder(nn.Module):
             x_NCHW = block(x_NCHW, call)
         return self.conv_out(x_NCHW, call, self.norm_out)
 
+    def state_shapes(self, frames: int, batch: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
+        """Computes what a stream keeps between two calls; see `Codec.decoder_state_shapes`."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for part in (self.conv_in, self.mid_block, *self.up_blocks, self.conv_out) if frames else ():
+            upsample = part.upsample if isinstance(part, UpBlock) else None
+            for module in part.modules():
+                unused = frames == 1 and upsample is not None and module is upsample.time_conv
+                if isinstance(module, CausalConv) and not unused:
+                    shapes[module.key] = batch, module.in_channels, module.kept, height, width
+            if upsample is not None:
+                height, width = 2 * height, 2 * width
+        return shapes
+
 
 class WanVae(nn.Module):
     """The Wan VAE; its streams are in `wan_vae`.

@@ -43,10 +43,15 @@ class SpatialShards:
                 f"{'columns' if self.axis == -1 else 'rows'} of a picture"
             )
 
+    @property
+    def first(self) -> bool:
+        """Whether this rank is the one that gathers."""
+        return self._communicator.rank == 0
+
     def mine(self, x: Tensor) -> Tensor:
-        """Returns this rank's shard of a whole latent."""
-        rank = self._communicator.rank
-        return x.narrow(self.axis, sum(self.sizes[:rank]), self.sizes[rank])
+        """Returns this rank's shard of a whole latent, or of a whole picture of any layer, as a view."""
+        rank, scale = self._communicator.rank, x.shape[self.axis] // sum(self.sizes)
+        return x.narrow(self.axis, sum(self.sizes[:rank]) * scale, self.sizes[rank] * scale)
 
     def with_halo(self, shard: Tensor, reach: int) -> Tensor:
         """Exchanges halos with the neighbouring ranks.
@@ -88,14 +93,18 @@ class SpatialShards:
         sent.copy_(shard)
         return torch.cat(self._communicator.all_gather("mid", LAYERLESS, shapes, sent).wait(), self.axis)
 
-    def gather_to_first(self, shard: Tensor) -> Tensor | None:
+    def gather_to_first(self, shard: Tensor, kind: str = "pixels") -> Tensor | None:
         """Gathers all shards and returns the whole picture on the first rank, None on the others.
+
+        Args:
+            shard: this rank's shard.
+            kind: the kind of the collective, for `CommStats`.
 
         Raises:
             RankLostError: the collective failed.
         """
-        received = self._communicator.gather_to_first("pixels", self._shapes(shard), shard)
-        return torch.cat(received, self.axis) if self._communicator.rank == 0 else None
+        received = self._communicator.gather_to_first(kind, self._shapes(shard), shard)
+        return torch.cat(received, self.axis) if self.first else None
 
     def _shapes(self, shard: Tensor) -> list[list[int]]:
         """The shape of every rank's shard at the scale of this rank's."""

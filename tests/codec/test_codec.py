@@ -236,9 +236,9 @@ def test_a_state_is_forked_saved_and_gone_on_from(small: Pair, tmp_path: Path) -
     for name, stream in (("decoder", decoder), ("encoder", encoder)):
         save_file({key: part.contiguous() for key, part in stream.state.frames.items()}, tmp_path / name)
     decoder.decode(-latents[:, 2:])
-    for state in (fork, ConvState(load_file(tmp_path / "decoder"), True)):
+    for state in (fork, ConvState(load_file(tmp_path / "decoder"))):
         assert torch.equal(WanDecoderStream(small.ours, state=state).decode(latents[:, 2:]), whole[:, 5:])
-    state = ConvState(load_file(tmp_path / "encoder"), True)
+    state = ConvState(load_file(tmp_path / "encoder"))
     assert torch.equal(WanEncoderStream(small.ours, state=state).encode(pixels[:, 9:]), encoded[:, 3:])
 
 

@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 from causalrope_sp.codec import Codec, load_codec
 from causalrope_sp.codec.codec_footprint import CodecFootprint, taehv_footprint, wan_2_1_footprint, wan_footprint
-from causalrope_sp.codec.taehv import Taehv, TaehvCodec, TaehvConfig
+from causalrope_sp.codec.taehv import TaehvCodec
+from causalrope_sp.codec.taehv_model import Taehv, TaehvConfig
 from causalrope_sp.codec.wan_vae import WanCodec, frames_together
 from causalrope_sp.codec.wan_vae_config import WanVaeConfig
 from causalrope_sp.codec.wan_vae_model import WanVae

@@ -9,23 +9,11 @@ import torch
 from torch import Tensor
 
 from causalrope_sp import ConfigError, LatentGrid, SequenceParallel
-from causalrope_sp.codec import Codec
-from causalrope_sp.codec.taehv import Taehv, TaehvCodec, TaehvConfig
-from causalrope_sp.codec.wan_vae import WanCodec
 from causalrope_sp.distributed.launch import RankPool
 from causalrope_sp.planning.decode_cost import VaeSize
-from tests.support.codecs import CHANNELS, small_wan_vae, wan_vae_like
+from tests.support.codecs import CHANNELS, CODECS, small_codec
 
 CUT = (1, 3, 2)  # latent frames a chunk
-CODECS = ("wan", "wan with shortcuts", "taehv")
-
-
-def small_codec(kind: str, dtype: torch.dtype) -> Codec:
-    torch.manual_seed(0)
-    if kind == "taehv":
-        config = TaehvConfig(CHANNELS, encoder_width=4, widths=(8, 6, 4, 4), pools=(2, 2, 1), grows=(1, 2, 2), patch=2)
-        return TaehvCodec(Taehv(config).to(dtype))
-    return WanCodec(wan_vae_like(small_wan_vae(kind != "wan").to(dtype)))
 
 
 def latents_of(height: int, width: int, dtype: torch.dtype) -> Tensor:

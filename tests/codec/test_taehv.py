@@ -11,7 +11,8 @@ from torch import Tensor
 
 from causalrope_sp import CausalVideoPipeline, CheckpointError, ConfigError
 from causalrope_sp.codec import load_codec
-from causalrope_sp.codec.taehv import Taehv, TaehvCodec, TaehvConfig
+from causalrope_sp.codec.taehv import TaehvCodec
+from causalrope_sp.codec.taehv_model import Taehv, TaehvConfig
 from causalrope_sp.toybox import WEIGHTS
 from tests.support.videos import video_of
 
@@ -140,7 +141,7 @@ def test_a_stream_of_any_length_keeps_as_much() -> None:
     for count in (3, 1, 2, 3):
         decoder.decode(torch.zeros(1, count, 5, 2, 2, dtype=torch.float64))
         encoder.encode(torch.zeros(1, 4 * count, 3, 16, 16, dtype=torch.float64))
-        states = [*decoder.memory.values(), *encoder.memory.values(), encoder.rest]
+        states = [*decoder.state.frames.values(), *encoder.state.frames.values(), encoder.rest]
         kept.add(sum(state.untyped_storage().nbytes() for state in states if state is not None))
     assert len(kept) == 1
     assert len(states) == 9 + 9 + 1

@@ -1,14 +1,19 @@
-"""A small VAE of Wan's layout, of diffusers and of this library."""
+"""A small VAE of Wan's layout, of diffusers and of this library, and a small TAEHV."""
 
 from __future__ import annotations
 
 import torch
 from diffusers import AutoencoderKLWan
 
+from causalrope_sp.codec import Codec
+from causalrope_sp.codec.taehv import TaehvCodec
+from causalrope_sp.codec.taehv_model import Taehv, TaehvConfig
+from causalrope_sp.codec.wan_vae import WanCodec
 from causalrope_sp.codec.wan_vae_config import WanVaeConfig
 from causalrope_sp.codec.wan_vae_model import WanVae
 
 CHANNELS = 4
+CODECS = ("wan", "wan with shortcuts", "taehv")
 
 
 def wan_vae_like(vae: AutoencoderKLWan) -> WanVae:
@@ -34,3 +39,15 @@ def small_wan_vae(residual: bool) -> AutoencoderKLWan:
         latents_mean=[0.5, -1.0, 0.25, 2.0],
         latents_std=[1.5, 0.5, 2.0, 0.75],
     )
+
+
+def small_codec(kind: str, dtype: torch.dtype) -> Codec:
+    """Makes one of `CODECS`, of random weights."""
+    torch.manual_seed(0)
+    if kind == "taehv":
+        config = TaehvConfig(CHANNELS, encoder_width=4, widths=(8, 6, 4, 4), pools=(2, 2, 1), grows=(1, 2, 2), patch=2)
+        model = Taehv(config)
+        for parameter in model.parameters():
+            parameter.data.mul_(2)  # so that a frame seen too much or too little shows
+        return TaehvCodec(model.to(dtype))
+    return WanCodec(wan_vae_like(small_wan_vae(kind != "wan").to(dtype)))
