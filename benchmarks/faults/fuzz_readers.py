@@ -76,6 +76,20 @@ def _read_embeds(home: Path, path: Path) -> None:
     load_embeds(path)
 
 
+def _read_session(home: Path, path: Path) -> None:
+    from causalrope_sp.config import SamplerConfig, StreamConfig
+    from causalrope_sp.sessions import check_fits, read_session
+
+    saved = read_session(path)
+    stream = StreamConfig(window=7, sink=1, chunk_frames=2, rope="relative")
+    sampler, digest = SamplerConfig(steps=(1000, 500), guidance_scale=3.0), "0123456789abcdef"
+    check_fits(saved, model_digest=digest, height=16, width=24, stream=stream, sampler=sampler, codec="wan")
+    if saved.cache is not None:
+        for branch in saved.cache.branches:
+            for layer in range(saved.cache.layers):
+                saved.cache.layer(branch, layer, slice(1, 3), slice(0, 2))
+
+
 def _load_codec(home: Path, path: Path) -> None:
     from causalrope_sp.codec import load_codec
 
@@ -275,6 +289,7 @@ READERS = {
         Reader("torch-file", "torch/w.pth", _load_weights),
         Reader("lora", "lora.safetensors", _merge_lora),
         Reader("embeddings", "e.safetensors", _read_embeds),
+        Reader("session", "session.safetensors", _read_session),
         Reader("vae-weights", "vae/diffusion_pytorch_model.safetensors", _load_codec),
         Reader("codec-file", "codec.pth", _load_codec),
         Reader("latte-config", "latte/config.json", _load_latte),

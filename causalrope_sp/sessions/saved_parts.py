@@ -1,0 +1,192 @@
+"""The parts of a saved session. Their fields are checked when they are made.
+
+Shapes: B batch, K slots, S tokens of a frame, N heads, D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from causalrope_sp.checks import check_fields, check_text, check_whole, shown
+from causalrope_sp.codec.conv_state import ConvState
+from causalrope_sp.config import DTYPE_NAMES
+from causalrope_sp.errors import CheckpointError, ConfigError, printable
+from causalrope_sp.weights.finite import all_finite
+
+BRANCHES = ("conditional", "unconditional")
+LARGEST_INDEX = 2**53  # of a chunk or latent frame; JSON's numbers are exact up to there
+_LARGEST_LAYERS = 2**12
+_LONGEST_NAME = 200  # characters of a layer of the decoder
+DTYPES = {name: getattr(torch, name) for name in DTYPE_NAMES}
+
+ReadLayer = Callable[[str, int, slice, slice], Tensor]
+
+
+@dataclass(frozen=True)
+class PromptUse:
+    """A prompt and the chunk from which it holds.
+
+    Args:
+        first_chunk: the number of that chunk.
+        prompt: the prompt; None if embeddings were given without a text.
+        id: the prompt's number in its session.
+    """
+
+    first_chunk: int
+    prompt: str | None
+    id: int
+
+    def __post_init__(self) -> None:
+        check_fields(self, ["first_chunk", "id"], least=0, most=LARGEST_INDEX)
+        object.__setattr__(self, "prompt", writable("the prompt", self.prompt))
+
+
+@dataclass(frozen=True)
+class SavedCache:
+    """The keys and values of a session, whole, of all ranks. A rank reads its own part of each layer.
+
+    Args:
+        branches: those of guidance that have a cache, of `BRANCHES`.
+        layers: of the model.
+        batch: B.
+        frames: the global time index of the frame in each slot; None for a slot that holds none.
+        tokens: S.
+        heads: N.
+        head_dim: D.
+        dtype: of keys and values.
+        reader: reads from the file that holds them; None before they are written.
+    """
+
+    branches: tuple[str, ...]
+    layers: int
+    batch: int
+    frames: tuple[int | None, ...]
+    tokens: int
+    heads: int
+    head_dim: int
+    dtype: torch.dtype
+    reader: ReadLayer | None = field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.branches or list(self.branches) != [name for name in BRANCHES if name in self.branches]:
+            raise ConfigError(f"the cache's branches must be of {', '.join(BRANCHES)}, not {shown(self.branches)}")
+        check_fields(self, ["layers"], most=_LARGEST_LAYERS)
+        check_fields(self, ["batch", "tokens", "heads", "head_dim"], most=LARGEST_INDEX)
+        if self.dtype not in DTYPES.values():
+            raise ConfigError(f"the cache's dtype must be one of {', '.join(DTYPES)}, not {shown(self.dtype)}")
+        held = [check_whole("a frame in the cache", f, 0, LARGEST_INDEX) for f in self.frames if f is not None]
+        if not held or len(set(held)) < len(held):
+            raise ConfigError(f"the cache's slots must hold frames, each a different one, not {shown(self.frames)}")
+
+    @property
+    def layer_shape(self) -> tuple[int, ...]:
+        """The shape of a layer's keys and values, (2, B, K, S, N, D)."""
+        return 2, self.batch, len(self.frames), self.tokens, self.heads, self.head_dim
+
+    @property
+    def filled(self) -> list[int]:
+        """The slots that hold a frame."""
+        return [slot for slot, frame in enumerate(self.frames) if frame is not None]
+
+    def layer(self, branch: str, layer: int, tokens: slice = slice(None), heads: slice = slice(None)) -> Tensor:
+        """Reads the keys and values of a layer, or some tokens or heads of them, and nothing else.
+
+        Args:
+            branch: one of `branches`.
+            layer: its number.
+            tokens: of a frame.
+            heads: of the model.
+
+        Returns:
+            Keys and values, (2, B, K, s, n, D). What the slots without a frame hold is not defined.
+
+        Raises:
+            CheckpointError: they cannot be read, or hold NaN or infinity.
+        """
+        assert self.reader is not None, "keys and values are read after they were written"
+        part = self.reader(branch, layer, tokens, heads)
+        if not all(all_finite(part[:, :, slot]) for slot in self.filled):
+            raise CheckpointError(f"the saved keys and values of layer {layer}, {branch}, hold NaN or infinity")
+        return part
+
+
+@dataclass(frozen=True)
+class SavedDecoder:
+    """The state of a codec's decoder, of whole pictures.
+
+    Args:
+        codec: the codec's name.
+        frames: latent frames that it has decoded.
+        state: its state; see `gather_state` and `cut_state`.
+    """
+
+    codec: str
+    frames: int
+    state: ConvState
+
+    def __post_init__(self) -> None:
+        check_text("the codec's name", self.codec)
+        check_fields(self, ["frames"], least=0, most=LARGEST_INDEX)
+        if self.state.started != (self.frames > 0):
+            raise ConfigError(f"a decoder of {self.frames} frames has a state of {len(self.state.frames)} layers")
+        for name, frames in self.state.frames.items():
+            if not 0 < len(name) <= _LONGEST_NAME:
+                raise ConfigError(f"the decoder has a layer of the name {printable(name)}")
+            check_tensor(f"the decoder's {printable(name)}", frames, "B C T H W", DTYPES.values())
+
+
+def check_tensor(what: str, tensor: Tensor, axes: str, dtypes: Iterable[torch.dtype], empty: str = "") -> None:
+    """Checks the axes and the dtype of a tensor.
+
+    Args:
+        what: names it in the message.
+        tensor: the tensor.
+        axes: the names of its axes.
+        dtypes: those that it may have.
+        empty: the axes that may be of length 0.
+
+    Raises:
+        ConfigError: it has another number of axes, an axis of length 0, or another dtype.
+    """
+    names, allowed = axes.split(), list(dtypes)
+    if tensor.ndim != len(names) or any(n == 0 and a not in empty.split() for n, a in zip(tensor.shape, names)):
+        raise ConfigError(f"{what} must be of shape ({', '.join(names)}), not {tuple(tensor.shape)}")
+    if tensor.dtype not in allowed:
+        expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+        raise ConfigError(f"{what} must be in {expected}, not {str(tensor.dtype).removeprefix('torch.')}")
+
+
+def check_rising(what: str, numbers: Iterable[int], most: int) -> None:
+    """Checks whole numbers.
+
+    Args:
+        what: what happens at them, for the message.
+        numbers: the numbers.
+        most: the largest that the last one may be.
+
+    Raises:
+        ConfigError: they do not begin at 0, do not rise, or one is larger than `most`.
+    """
+    found = [check_whole(f"a number of those that {what}", number, 0, most) for number in numbers]
+    if found[:1] != [0] or any(a >= b for a, b in pairwise(found)):
+        raise ConfigError(f"{what} at rising numbers from 0, not at {shown(found)}")
+
+
+def writable(what: str, text: str | None) -> str | None:
+    """Returns a text without halves of surrogate pairs, which no file can hold.
+
+    Args:
+        what: names it in the message.
+        text: the text, or None.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if text is not None and not isinstance(text, str):
+        raise ConfigError(f"{what} must be a text or none, not {shown(text)}")
+    return None if text is None else text.encode(errors="replace").decode()

@@ -1,0 +1,183 @@
+"""The fields of a saved session as JSON, and back. Whatever a file says, wrong values are refused in a sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, Field, asdict, fields
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from causalrope_sp.checks import check_choice, check_flag, check_number, check_text, check_whole, shown
+from causalrope_sp.codec.conv_state import ConvState
+from causalrope_sp.config import SamplerConfig, StreamConfig
+from causalrope_sp.errors import ConfigError, printable
+from causalrope_sp.grid import Chunk
+from causalrope_sp.sessions.saved_parts import DTYPES, PromptUse, ReadLayer, SavedCache, SavedDecoder
+from causalrope_sp.sessions.saved_session import SavedSession
+from causalrope_sp.weights.messages import some
+
+T = TypeVar("T")
+_PLAIN = (
+    *("model_digest", "height", "width", "dtype", "seed", "next_chunk", "next_frame", "negative_prompt"),
+    *("oldest", "kept_shot", "library"),
+)
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_LATENTS, _NEGATIVE, _EMBEDS, _DECODER, CACHE = "latents", "negative_embeds", "embeds/", "decoder/", "cache/"
+
+_FOLDERS = _EMBEDS, _DECODER
+
+
+def layer_name(branch: str, layer: int) -> str:
+    """Returns the name of the tensor with a layer's keys and values."""
+    return f"{CACHE}{branch}/{layer}"
+
+
+def fields_of(saved: SavedSession) -> dict[str, Any]:
+    """Returns the fields of a session, but for tensors, as JSON has them."""
+    cache, decoder = saved.cache, saved.decoder
+    return {name: getattr(saved, name) for name in _PLAIN} | {
+        "stream": asdict(saved.stream),
+        "sampler": asdict(saved.sampler),
+        "prompts": [asdict(use) for use in saved.prompts],
+        "chunks": [[chunk.index, chunk.start, chunk.frames] for chunk in saved.chunks],
+        "shots": list(saved.shots),
+        "cache": None if cache is None else _cache_fields(cache),
+        "decoder": None if decoder is None else {"codec": decoder.codec, "frames": decoder.frames},
+    }
+
+
+def tensors_of(saved: SavedSession) -> dict[str, Tensor]:
+    """Returns the tensors of a session by their names in a file, but for keys and values."""
+    negative = {} if saved.negative_embeds is None else {_NEGATIVE: saved.negative_embeds}
+    state = {} if saved.decoder is None else saved.decoder.state.frames
+    return {
+        _LATENTS: saved.latents,
+        **{f"{_EMBEDS}{number}": embeds for number, embeds in saved.embeds.items()},
+        **negative,
+        **{f"{_DECODER}{name}": frames for name, frames in state.items()},
+    }
+
+
+def session_of(given: Mapping[str, Any], tensors: Mapping[str, Tensor], reader: ReadLayer) -> SavedSession:
+    """Makes a session of what a file holds.
+
+    Args:
+        given: the fields, as `fields_of` returns them.
+        tensors: the tensors, as `tensors_of` returns them.
+        reader: reads keys and values.
+
+    Raises:
+        ConfigError: a field or tensor is missing, unknown, of a wrong kind, or contradicts another one.
+    """
+    known = {*_PLAIN, "stream", "sampler", "prompts", "chunks", "shots", "cache", "decoder"}
+    _check_names("a saved session", given, known, known)
+    if _LATENTS not in tensors:
+        raise ConfigError("there are no latents")
+    unknown = [name for name in tensors if name not in (_LATENTS, _NEGATIVE) and not name.startswith(_FOLDERS)]
+    if unknown:
+        raise ConfigError(f"no saved session has {some(unknown)}")
+    decoder = {n.removeprefix(_DECODER): tensor for n, tensor in tensors.items() if n.startswith(_DECODER)}
+    if given["decoder"] is None and decoder:
+        raise ConfigError("there are tensors of a decoder that no field describes")
+    return SavedSession(
+        **{name: given[name] for name in _PLAIN},
+        stream=config_of(StreamConfig, given["stream"]),
+        sampler=config_of(SamplerConfig, given["sampler"]),
+        prompts=tuple(_prompt(use) for use in _list("prompts", given["prompts"])),
+        embeds={_id(name): tensor for name, tensor in tensors.items() if name.startswith(_EMBEDS)},
+        negative_embeds=tensors.get(_NEGATIVE),
+        latents=tensors[_LATENTS],
+        chunks=tuple(_chunk(numbers) for numbers in _list("chunks", given["chunks"])),
+        shots=tuple(_list("shots", given["shots"])),
+        cache=None if given["cache"] is None else _cache(given["cache"], reader),
+        decoder=None if given["decoder"] is None else _decoder(given["decoder"], decoder),
+    )
+
+
+def config_of(kind: type[T], given: Any) -> T:
+    """Makes a configuration of a JSON object, with the type that each default has; what is missing has its default.
+
+    Raises:
+        ConfigError: there is an unknown field, or a value is of another type or refused by the class.
+    """
+    known = {each.name: each for each in fields(kind)}  # type: ignore[arg-type]  # a dataclass
+    _check_names(kind.__name__, given, known, ())
+    return kind(**{name: _typed(f"{kind.__name__}.{name}", value, known[name]) for name, value in given.items()})
+
+
+def _typed(name: str, value: Any, of: Field[Any]) -> Any:
+    """Returns a value of the type of a field's default; None stands for a whole number or none."""
+    default = of.default
+    assert default is not MISSING, "every field of these configurations has a default"
+    if isinstance(default, tuple):
+        return tuple(_number(name, number) for number in _list(name, value))
+    if default is None:
+        return None if value is None else check_whole(name, value, least=0)
+    checks: dict[type, Callable[[str, Any], Any]] = {
+        bool: check_flag,
+        int: lambda n, v: check_whole(n, v, least=0),
+        float: _number,
+        str: check_text,
+    }
+    return checks[type(default)](name, value)
+
+
+def _number(name: str, value: Any) -> Any:
+    check_number(name, value)
+    return value  # a whole number stays one
+
+
+def _cache_fields(cache: SavedCache) -> dict[str, Any]:
+    sizes = {name: getattr(cache, name) for name in ("layers", "batch", "tokens", "heads", "head_dim")}
+    return {"branches": list(cache.branches), "frames": list(cache.frames), "dtype": _NAMES[cache.dtype], **sizes}
+
+
+def _cache(given: Any, reader: ReadLayer) -> SavedCache:
+    names = ("branches", "layers", "batch", "frames", "tokens", "heads", "head_dim", "dtype")
+    _check_names("the cache", given, names, names)
+    branches, frames = (tuple(_list(f"the cache's {name}", given[name])) for name in ("branches", "frames"))
+    dtype = DTYPES[check_choice("the cache's dtype", given["dtype"], DTYPES)]
+    return SavedCache(**{**given, "branches": branches, "frames": frames, "dtype": dtype}, reader=reader)
+
+
+def _decoder(given: Any, frames: dict[str, Tensor]) -> SavedDecoder:
+    names = ("codec", "frames")
+    _check_names("the decoder", given, names, names)
+    return SavedDecoder(given["codec"], given["frames"], ConvState(frames))
+
+
+def _prompt(given: Any) -> PromptUse:
+    names = ("first_chunk", "prompt", "id")
+    _check_names("a prompt", given, names, names)
+    return PromptUse(**given)
+
+
+def _chunk(given: Any) -> Chunk:
+    numbers = [check_whole("a number of a kept chunk", number, 0) for number in _list("a kept chunk", given)]
+    if len(numbers) != 3:
+        raise ConfigError(f"a kept chunk must have 3 numbers, not {len(numbers)}")
+    return Chunk(*numbers)
+
+
+def _id(name: str) -> int:
+    number = name.removeprefix(_EMBEDS)
+    if not (number.isascii() and number.isdigit() and len(number) <= 16 and number == str(int(number))):
+        raise ConfigError(f"{printable(name)} is not the name of a prompt's embeddings")
+    return int(number)
+
+
+def _list(name: str, value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise ConfigError(f"{name} must be a list, not {shown(value)}")
+    return value
+
+
+def _check_names(what: str, given: Any, known: Any, needed: Any) -> None:
+    """Checks that a value is a JSON object that has only known fields, and all that are needed."""
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"{what} must be a JSON object, not {shown(given)}")
+    wrong = [f"no {name}" for name in sorted(needed) if name not in given]
+    wrong += [f"an unknown {printable(name)}" for name in given if name not in known]
+    if wrong:
+        raise ConfigError(f"{what} has {', '.join(wrong[:4])}")

@@ -1,0 +1,84 @@
+"""Small saved sessions, with numbers of every dtype that one may hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from causalrope_sp.codec.conv_state import ConvState
+from causalrope_sp.config import SamplerConfig, StreamConfig
+from causalrope_sp.grid import Chunk
+from causalrope_sp.sessions import PromptUse, SavedCache, SavedDecoder, SavedSession
+
+DIGEST = "0123456789abcdef"
+HERE: dict[str, Any] = {  # what `check_fits` is given for the sessions that are made here
+    "model_digest": DIGEST,
+    "height": 16,
+    "width": 24,
+    "stream": StreamConfig(window=7, sink=1, chunk_frames=2, rope="relative"),
+    "sampler": SamplerConfig(steps=(1000, 500), guidance_scale=3.0),
+    "codec": "wan",
+}
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def small_session(dtype: torch.dtype = torch.float32, **changes: Any) -> SavedSession:
+    """Makes a session before its chunk 6, at latent frame 12: two prompts, a sink, a gap behind it, and a second shot;
+    no cache and no decoder."""
+    saved = SavedSession(
+        model_digest=DIGEST,
+        height=16,
+        width=24,
+        dtype=str(dtype).removeprefix("torch."),
+        stream=HERE["stream"],
+        sampler=HERE["sampler"],
+        seed=-5,
+        next_chunk=6,
+        next_frame=12,
+        prompts=(PromptUse(0, "a red circle", 0), PromptUse(2, None, 3), PromptUse(6, "ein Würfel fällt", 1)),
+        embeds={3: random(1, 5, 4, dtype=dtype, seed=1), 1: random(1, 5, 4, dtype=dtype, seed=2)},
+        latents=random(1, 7, 3, 2, 3, dtype=torch.float64 if dtype == torch.float64 else torch.float32),
+        chunks=(Chunk(0, 0, 1), Chunk(3, 6, 2), Chunk(4, 8, 2), Chunk(5, 10, 2)),
+        negative_prompt="blurred",
+        negative_embeds=random(1, 5, 4, dtype=dtype, seed=3),
+        shots=(0, 10),
+        oldest=6,
+        kept_shot=0,
+    )
+    return replace(saved, **changes)
+
+
+def small_cache(dtype: torch.dtype = torch.float32) -> SavedCache:
+    """The cache of `small_session`, with guidance; one slot holds no frame."""
+    return SavedCache(
+        branches=("conditional", "unconditional"),
+        layers=2,
+        batch=1,
+        frames=(0, 8, 9, None, 6, 7),
+        tokens=6,
+        heads=3,
+        head_dim=5,
+        dtype=dtype,
+    )
+
+
+def layers_of(cache: SavedCache) -> Iterator[Tensor]:
+    """Keys and values of a cache, whose slots without a frame hold NaN."""
+    for number in range(len(cache.branches) * cache.layers):
+        layer = random(*cache.layer_shape, dtype=cache.dtype, seed=10 + number)
+        for slot in set(range(len(cache.frames))) - set(cache.filled):
+            layer[:, :, slot] = torch.nan
+        yield layer
+
+
+def small_decoder(dtype: torch.dtype = torch.float32) -> SavedDecoder:
+    """A decoder's state, of two layers."""
+    state = {"decoder.a": random(1, 3, 2, 2, 3, dtype=dtype), "decoder.b.0": random(1, 2, 2, 4, 6, dtype=dtype)}
+    return SavedDecoder("wan", 12, ConvState(state))
