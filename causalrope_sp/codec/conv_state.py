@@ -7,7 +7,7 @@ Shapes: B batch, C channels, T frames, H×W size. A layer's frames are the batch
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -74,14 +74,37 @@ class ConvState:
                 )
 
 
-class ForkedStream:
-    """A stream whose past is a `ConvState` alone.
+class ForkableStream:
+    """A decoder's stream whose past is a `ConvState` alone.
+
+    Args:
+        state: what another stream has kept, to go on from there; None starts a video.
+        shapes: the codec's `decoder_state_shapes`.
 
     Attributes:
         state: what it keeps between two calls.
     """
 
-    state: ConvState
+    def __init__(
+        self, state: ConvState | None, shapes: Callable[[int, int, int, int], dict[str, tuple[int, ...]]]
+    ) -> None:
+        self.state = ConvState() if state is None else state.fork()
+        self._shapes, self._checked = shapes, not self.state.started
+
+    def check_state(self, latents_BFCHW: Tensor) -> None:
+        """Checks in the first call that the state that was given fits this rank's latents.
+
+        Raises:
+            ConfigError: it does not.
+        """
+        if self._checked:
+            return
+        sizes = len(latents_BFCHW), *latents_BFCHW.shape[-2:]
+        shapes = self._shapes(1, *sizes)  # after one latent frame fewer layers of a Wan VAE have been used
+        if self.state.frames.keys() != shapes.keys():
+            shapes = self._shapes(2, *sizes)
+        self.state.check(shapes, latents_BFCHW.dtype, latents_BFCHW.device)
+        self._checked = True
 
     def fork(self) -> Self:
         """Returns a stream that goes on from here by itself; see `DecoderStream.fork`."""

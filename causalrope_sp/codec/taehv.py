@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from causalrope_sp.codec.conv_state import ConvState, ForkedStream
+from causalrope_sp.codec.conv_state import ConvState, ForkableStream
 from causalrope_sp.codec.interface import stream_pieces
 from causalrope_sp.codec.sharded_decoder import sharing_weights, split_convolutions
 from causalrope_sp.codec.taehv_model import STAGES, MemoryBlock, Taehv
@@ -63,7 +63,7 @@ class TaehvCodec:
         return TaehvEncoderStream(self.model)
 
 
-class TaehvDecoderStream(ForkedStream):
+class TaehvDecoderStream(ForkableStream):
     """A `DecoderStream` through TAEHV.
 
     Args:
@@ -78,23 +78,19 @@ class TaehvDecoderStream(ForkedStream):
     def __init__(
         self, model: Taehv, spatial_shards: SpatialShards | None = None, state: ConvState | None = None
     ) -> None:
-        self._model, self._spatial_shards, self._decoder = model, spatial_shards, model.decoder
+        super().__init__(state, model.decoder_state_shapes)
+        self._config, self._spatial_shards, self._decoder = model.config, spatial_shards, model.decoder
         if spatial_shards is not None:
             self._decoder = sharing_weights(model.decoder)
             split_convolutions(self._decoder, spatial_shards)
-        self.state = ConvState() if state is None else state.fork()
-        self._checked = not self.state.started
 
     def decode(self, latents_BFCHW: Tensor) -> Tensor:
         """Decodes the next latent frames; see `DecoderStream.decode`."""
-        config = self._model.config
+        config = self._config
         before = prod(config.grows) - 1  # frames of the first latent frame that precede the video
         if self._spatial_shards is not None:
             latents_BFCHW = self._spatial_shards.mine(latents_BFCHW)
-        if not self._checked:
-            shapes = self._model.decoder_state_shapes(1, len(latents_BFCHW), *latents_BFCHW.shape[-2:])
-            self.state.check(shapes, latents_BFCHW.dtype, latents_BFCHW.device)
-            self._checked = True
+        self.check_state(latents_BFCHW)
         pieces = []
         for frame in latents_BFCHW.split(1, dim=1):
             started = self.state.started

@@ -14,7 +14,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from causalrope_sp.codec.conv_state import ConvCall, ConvState, ForkedStream, is_trained
+from causalrope_sp.codec.conv_state import ConvCall, ConvState, ForkableStream, is_trained
 from causalrope_sp.codec.interface import stream_pieces
 from causalrope_sp.codec.wan_vae_config import WanVaeConfig
 from causalrope_sp.codec.wan_vae_model import WanVae, patchify, unpatchify
@@ -70,7 +70,7 @@ def wan_vae_of(codec: object) -> WanVae | None:
     return inner.vae if isinstance(inner, WanCodec) else None
 
 
-class WanDecoderStream(ForkedStream):
+class WanDecoderStream(ForkableStream):
     """A `DecoderStream` through the Wan VAE.
 
     Args:
@@ -85,9 +85,8 @@ class WanDecoderStream(ForkedStream):
     def __init__(
         self, vae: WanVae, spatial_shards: SpatialShards | None = None, state: ConvState | None = None
     ) -> None:
+        super().__init__(state, vae.decoder.state_shapes)
         self._vae, self._spatial_shards = vae, spatial_shards
-        self.state = ConvState() if state is None else state.fork()
-        self._checked = not self.state.started
 
     def decode(self, latents_BFCHW: Tensor) -> Tensor:
         """Decodes the next latent frames; see `DecoderStream.decode`."""
@@ -96,21 +95,11 @@ class WanDecoderStream(ForkedStream):
         if shards is not None:
             latents_BFCHW = shards.mine(latents_BFCHW)
         batch, frames = latents_BFCHW.shape[:2]
-        if not self._checked:
-            self._check_state(latents_BFCHW)
+        self.check_state(latents_BFCHW)
         together = 1 if shards is not None else frames_together(vae.config, latents_BFCHW.shape[-2:].numel() * batch)
         cuts = pairwise(_cuts(frames, together, self.state.started))
         pieces = [self._decode(latents_BFCHW[:, start:stop] * std + mean) for start, stop in cuts]
         return (torch.cat(pieces) if len(pieces) > 1 else pieces[0]).transpose(0, 1)
-
-    def _check_state(self, latents_BFCHW: Tensor) -> None:
-        """Checks that the state that was given fits this rank's latents; see `DecoderStream.decode`."""
-        sizes = len(latents_BFCHW), *latents_BFCHW.shape[-2:]
-        shapes = self._vae.decoder.state_shapes(1, *sizes)
-        if self.state.frames.keys() != shapes.keys():
-            shapes = self._vae.decoder.state_shapes(2, *sizes)
-        self.state.check(shapes, latents_BFCHW.dtype, latents_BFCHW.device)
-        self._checked = True
 
     def _decode(self, latents_BFCHW: Tensor) -> Tensor:
         """Decodes latent frames together, to (T, B, 3, H·stride, W·stride)."""

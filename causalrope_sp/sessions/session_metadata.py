@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, Field, asdict, fields
 from typing import Any, TypeVar
 
@@ -24,7 +24,6 @@ _PLAIN = (
 )
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LATENTS, _NEGATIVE, _EMBEDS, _DECODER, CACHE = "latents", "negative_embeds", "embeds/", "decoder/", "cache/"
-
 _FOLDERS = _EMBEDS, _DECODER
 
 
@@ -173,7 +172,7 @@ def _list(name: str, value: Any) -> list[Any]:
     return value
 
 
-def _check_names(what: str, given: Any, known: Any, needed: Any) -> None:
+def _check_names(what: str, given: Any, known: Collection[str], needed: Collection[str]) -> None:
     """Checks that a value is a JSON object that has only known fields, and all that are needed."""
     if not isinstance(given, Mapping):
         raise ConfigError(f"{what} must be a JSON object, not {shown(given)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from causalrope_sp.codec.conv_state import ConvState
 from causalrope_sp.config import SamplerConfig, StreamConfig
 from causalrope_sp.grid import Chunk
-from causalrope_sp.sessions import PromptUse, SavedCache, SavedDecoder, SavedSession
+from causalrope_sp.sessions import PromptUse, SavedCache, SavedDecoder, SavedSession, write_session
 
 DIGEST = "0123456789abcdef"
 HERE: dict[str, Any] = {  # what `check_fits` is given for the sessions that are made here
@@ -82,3 +83,15 @@ def small_decoder(dtype: torch.dtype = torch.float32) -> SavedDecoder:
     """A decoder's state, of two layers."""
     state = {"decoder.a": random(1, 3, 2, 2, 3, dtype=dtype), "decoder.b.0": random(1, 2, 2, 4, 6, dtype=dtype)}
     return SavedDecoder("wan", 12, ConvState(state))
+
+
+def whole_session(dtype: torch.dtype = torch.bfloat16) -> SavedSession:
+    """Makes a session with a cache and a decoder's state."""
+    return small_session(dtype, cache=small_cache(dtype), decoder=small_decoder())
+
+
+def write_whole(path: Path, dtype: torch.dtype = torch.bfloat16) -> SavedSession:
+    """Writes `whole_session` to a file."""
+    saved = whole_session(dtype)
+    write_session(path, saved, layers_of(small_cache(dtype)))
+    return saved
