@@ -46,8 +46,8 @@ class CommStats:
     """Counts collectives by kind and layer. Any thread may add to it.
 
     Attention has the kinds "qkv", "output", "kv", "q" and "partial". Decoding has "halo", "mid" (the decoder's own
-    attention), "pixels" and "to decode" (latents that are sent to decode ranks). The others are "guidance", "weights",
-    "text", "latents" and "switch".
+    attention), "pixels", "decoder state" (for a saved session) and "to decode" (latents that are sent to decode ranks).
+    The others are "guidance", "weights", "text", "latents" and "switch".
 
     Attributes:
         stored_bytes: the most bytes of module outputs that denoise passes stored for reuse at once.
