@@ -14,7 +14,7 @@ def main(prompt: str = "a red circle slides right", out: str = "generated.mp4", 
         for chunk in pipe.stream(prompt, num_frames=int(frames), seed=0):
             assert chunk.frames is not None  # uint8, T×H×W×3; only ranks above 0 of a parallel run get none
             video.write(chunk.frames)
-            print(f"chunk {chunk.index}: {len(chunk.frames)} frames in {1000 * chunk.seconds:.0f} ms")
+            print(f"chunk {chunk.index}: {len(chunk.frames)} frames in {1000 * chunk.timings.total:.0f} ms")
     print(f"{video.frames} frames in {out}")
 
 

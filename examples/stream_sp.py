@@ -21,7 +21,7 @@ def main(prompt: str = "a blue square bounces", out: str = "streamed.mp4", frame
             if video is None or chunk.frames is None:
                 continue
             video.write(chunk.frames)
-            print(f"chunk {chunk.index}: {len(chunk.frames)} frames in {1000 * chunk.seconds:.0f} ms", flush=True)
+            print(f"chunk {chunk.index}: {len(chunk.frames)} frames in {1000 * chunk.timings.total:.0f} ms", flush=True)
     if video is not None:
         print(f"{video.frames} frames from {parallel.size} ranks in {out}", flush=True)
     parallel.close()

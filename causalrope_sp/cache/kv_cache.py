@@ -92,6 +92,7 @@ class KVCache:
         self._written: dict[int, int] = {}  # slot -> frame, as the first layer writes them
         self._plans: dict[Chunk, _ChunkPlan] = {}
         self._sharers = [1]  # how many caches share the storage
+        self._restarted = 0  # the next frame at the last restart
         shape = (layers, 2, batch, window.frames, tokens, heads, head_dim)
         self._bind(torch.empty(shape, dtype=dtype, device=device))
 
@@ -172,8 +173,8 @@ class KVCache:
         self._plans.clear()
 
     def can_rewind(self, chunk: Chunk) -> bool:
-        """Returns whether `rewind` can make a chunk the open one again."""
-        return self._history.holds(chunk)
+        """Returns whether `rewind` can make a chunk the open one again, with all as it was."""
+        return chunk.start >= self._restarted and self._history.holds(chunk)
 
     def rewind(self, chunk: Chunk, window: SlidingWindow) -> None:
         """Takes chunks back until a committed one is the open one again, whose context pass must run again.
@@ -200,7 +201,7 @@ class KVCache:
         self._undo, self.open_chunk = None, None
         self._history.clear()
         self._plans.clear()
-        self.window, self.committed = window, committed
+        self.window, self.committed, self._restarted = window, committed, committed
         self._written = window.held(committed)
 
     def fork(self) -> KVCache:

@@ -150,7 +150,7 @@ def _write_video(items: Iterator[Any], out: str, frames: int, silent: bool) -> d
         try:
             for chunk in items:
                 first_frame_s = first_frame_s or time.perf_counter() - started
-                chunk_ms.append(round(1000 * chunk.seconds, 2))
+                chunk_ms.append(round(1000 * chunk.timings.total, 2))
                 moved.include(chunk.comm_stats)
                 if video is None or progress is None:
                     continue

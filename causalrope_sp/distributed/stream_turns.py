@@ -45,6 +45,17 @@ class StreamTurns:
             yield
         self.next += 1
 
+    def operation(self, what: str) -> AbstractContextManager[None]:
+        """Runs the body, which changes the stream between two chunks, as soon as all ranks are about to change it so.
+
+        Args:
+            what: what happens to the stream, such as "changes its prompt".
+
+        Raises:
+            ConfigError, RankLostError: as `Turns.take` raises them.
+        """
+        return self._turns.take(f"{what} (stream {self._number})", self._ranks, self._number, self.next)
+
     @contextmanager
     def followed(self) -> Iterator[None]:
         """Runs the body, which does this rank's part of the next chunk, on a rank that only decodes."""

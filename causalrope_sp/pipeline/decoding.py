@@ -12,6 +12,7 @@ Shapes: B batch, F latent frames, C latent channels, T pixel frames, H×W size.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from typing import Literal, Protocol, get_args
@@ -27,11 +28,8 @@ from causalrope_sp.distributed.halo import SpatialShards
 from causalrope_sp.distributed.stream_turns import StreamTurns
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.grid import LatentGrid
-from causalrope_sp.pipeline.prefetch import prefetch_one
-from causalrope_sp.sampling.chunk import LatentChunk
 
 Decode = Literal["inline", "overlap", "spatial"]
-PrefetchedChunk = tuple[LatentChunk, torch.cuda.Event | None]
 
 
 def check_decode(decode: str, decoders: int) -> None:
@@ -66,6 +64,18 @@ class Frames(Protocol):
         """
         ...
 
+    def fork(self) -> Frames:
+        """Returns a decoder that goes on from here by itself; decode ranks go on with one video alone."""
+        ...
+
+    def restarted(self) -> Frames:
+        """Returns a decoder that has decoded nothing yet.
+
+        Raises:
+            ConfigError: the decoder runs on decode ranks.
+        """
+        ...
+
     def close(self) -> None:
         """Tells the decoder that no latent frames follow. Every denoising rank must call it once."""
         ...
@@ -90,29 +100,11 @@ def frames_of(codec: Codec, parallel: SequenceParallel, grid: LatentGrid, decode
     return LocalFrames(codec, shards, parallel.rank == 0)
 
 
-def prefetched(
-    chunks: Generator[LatentChunk], parallel: SequenceParallel, decode: Decode
-) -> Generator[PrefetchedChunk]:
-    """Samples the next chunk in a background thread if decoding can overlap with it.
-
-    Args:
-        chunks: the sampler's chunks.
-        parallel: the ranks.
-        decode: which ranks decode.
-
-    Returns:
-        The chunks, each with the CUDA event after which it is ready. The event is None if nothing is prefetched or
-        the device is no CUDA device.
-    """
-    if decode == "overlap" or parallel.mesh.decode:
-        return prefetch_one(chunks, parallel.device, parallel.turns.stops)
-    return ((chunk, None) for chunk in chunks)
-
-
 class SideStream:
     """A second CUDA stream, in which one chunk is decoded while the next is denoised; without effect on the CPU."""
 
     def __init__(self, device: torch.device) -> None:
+        self.device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     @contextmanager
@@ -142,7 +134,7 @@ class LocalFrames:
     """
 
     def __init__(self, codec: Codec, spatial_shards: SpatialShards | None, first: bool) -> None:
-        self._codec, self._spatial_shards = codec, spatial_shards
+        self._codec, self._spatial_shards, self._first = codec, spatial_shards, first
         self._stream = codec.decoder(spatial_shards) if first or spatial_shards is not None else None
 
     @torch.inference_mode()
@@ -154,6 +146,16 @@ class LocalFrames:
         frames = to_uint8(pixels)
         whole = frames if self._spatial_shards is None else self._spatial_shards.gather_to_first(frames)
         return None if whole is None else whole[0].movedim(1, -1).cpu().numpy()
+
+    def fork(self) -> LocalFrames:
+        """Returns a decoder that goes on from here by itself; see `Frames.fork`."""
+        fork = copy.copy(self)
+        fork._stream = None if self._stream is None else self._stream.fork()
+        return fork
+
+    def restarted(self) -> LocalFrames:
+        """Returns a decoder that has decoded nothing yet; see `Frames.restarted`."""
+        return LocalFrames(self._codec, self._spatial_shards, self._first)
 
     def close(self) -> None:
         """Does nothing, because no other rank waits."""
@@ -177,6 +179,14 @@ class RemoteFrames:
             return None
         self._channel.send(latents_BFCHW[:1], skip, stop)
         return self._channel.receive_frames()
+
+    def fork(self) -> RemoteFrames:
+        """Returns this decoder: the decode ranks go on with one video alone."""
+        return self
+
+    def restarted(self) -> RemoteFrames:
+        """Raises ConfigError; see `Frames.restarted`."""
+        raise ConfigError("decode ranks go on with one video alone: they cannot go back in it")
 
     def close(self) -> None:
         """Sends the decode ranks the end of the video."""

@@ -1,8 +1,8 @@
-"""`Generation`: one video of a pipeline, from checked and encoded options to its chunks."""
+"""`Generation`: the call that opens one stream, with its options checked and its conditioning and texts encoded."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from causalrope_sp.codec import Codec
 from causalrope_sp.config import SamplerConfig
-from causalrope_sp.diffusion.noise import seeded_noise
+from causalrope_sp.diffusion.noise import Noise, seeded_noise
 from causalrope_sp.diffusion.schedule import guided_steps
 from causalrope_sp.distributed.layout import Layout
-from causalrope_sp.distributed.stream_turns import StreamTurns
 from causalrope_sp.errors import CausalRopeError, ConfigError
 from causalrope_sp.grid import Chunk, LatentGrid
 from causalrope_sp.pipeline.conditioning import (
@@ -25,17 +25,18 @@ from causalrope_sp.pipeline.conditioning import (
     condition_on_source,
     condition_on_video_end,
 )
-from causalrope_sp.pipeline.decoding import frames_of
+from causalrope_sp.pipeline.decoding import Decode, frames_of, run_decode_worker
 from causalrope_sp.pipeline.generation_options import Embeds, GenerationOptions
 from causalrope_sp.pipeline.loading import plan_run
-from causalrope_sp.pipeline.numerics import own_numerics, steady
-from causalrope_sp.pipeline.output import FrameRange, OpenStreams, VideoChunk, decode_worker, decoded_chunks
+from causalrope_sp.pipeline.numerics import own_numerics
+from causalrope_sp.pipeline.output import FrameRange
 from causalrope_sp.pipeline.parallel_chunks import PreviewFrame, check_call
+from causalrope_sp.pipeline.session import OpenStreams, PromptChange, Session
 from causalrope_sp.reuse import find_policy
 from causalrope_sp.sampling.chunk import LatentChunk
+from causalrope_sp.sampling.chunk_loop import ChunkLoop
 from causalrope_sp.sampling.guidance import check_guidance
-from causalrope_sp.sampling.sampler import sample_within_turns
-from causalrope_sp.sampling.stream_options import Source
+from causalrope_sp.sampling.stream_options import Source, StreamOptions
 from causalrope_sp.text import load_embeds
 from causalrope_sp.text.shared_encoder import share_embeds
 from causalrope_sp.vin.parallel_sampler import StepOutput
@@ -62,99 +63,138 @@ class StreamSettings:
 
 
 class Generation:
-    """One video. Its construction checks the options on every rank and encodes conditioning and texts.
+    """A call that opens a stream. Its construction checks the options on every rank and encodes conditioning and texts.
 
     Args:
         pipe: the pipeline.
         request: the options of the call, with one prompt.
         streams: the open streams of the pipeline.
 
+    Attributes:
+        parallel: the ranks.
+        turns: the turns of the stream.
+        streams: the open streams of the pipeline.
+        frame_range: which pixel frames of the stream are the video.
+
     Raises:
         CausalRopeError: what `CausalVideoPipeline.stream` raises.
     """
 
     def __init__(self, pipe: CausalVideoPipeline, request: GenerationOptions, streams: OpenStreams) -> None:
-        self._pipe, self._request, self._streams = pipe, request, streams
-        self._parallel, self._chunks = pipe.parallel, pipe.parts.parallel_chunks
+        self._pipe, self._request, self.streams = pipe, request, streams
+        self.parallel, self._chunks = pipe.parallel, pipe.parts.parallel_chunks
         self._first_chunk: int | None = None
-        with own_numerics(), self._parallel.turn("opens a stream"):
-            self._turns = self._open_turns()
-            self._parallel.everyone.run_collectively(self._prepare)  # an error of one rank ends the call on all
-            self._parallel.everyone.agree(self._described())
+        with own_numerics(), self.parallel.turn("opens a stream"):
+            self.turns = self.parallel.open_stream(self.works_ahead)
+            self.parallel.everyone.run_collectively(self._prepare)  # an error of one rank ends the call on all
+            self.parallel.everyone.agree(self._described())
             self._layout = self._choose_layout()
             self._texts = self._open()
 
-    def _open_turns(self) -> StreamTurns:
-        """The turns of the stream; while it is open it allows no other call if a thread works ahead."""
-        mesh, latent = self._parallel.mesh, self._request.output_type == "latent"
-        ahead = not latent and (mesh.decode > 0 or self._pipe.parts.options.decode == "overlap")
-        return self._parallel.open_stream(ahead)
+    @property
+    def works_ahead(self) -> bool:
+        """Whether a thread makes the next chunk while one is decoded; then no other call may come in between."""
+        mesh, latent = self.parallel.mesh, self._request.output_type == "latent"
+        return not latent and (mesh.decode > 0 or self.decode == "overlap")
+
+    @property
+    def decode(self) -> Decode:
+        """Which ranks decode."""
+        return self._pipe.parts.options.decode
+
+    @property
+    def codec(self) -> Codec:
+        """The VAE."""
+        return self._pipe.codec
+
+    @property
+    def grid(self) -> LatentGrid:
+        """The size of a latent frame in tokens."""
+        return self._settings.grid
+
+    @property
+    def history(self) -> int:
+        """How many chunks can be taken back bit for bit."""
+        return self._request.history
+
+    @property
+    def is_parallel(self) -> bool:
+        """Whether the chunks of the video are made in parallel."""
+        return self._chunks is not None
 
     def _prepare(self) -> None:
         request = self._request
         self._settings, self._seed = self._pipe.settings(request), request.first_seed()
         self._guided = any(guided_steps(self._settings.sampler))
+        self._stream = request.stream_of(self._pipe.config.stream)
         self._check()
         self._policy = None if request.reuse is None else find_policy(request.reuse)
         self._conditioning = self._condition()
 
     def _open(self) -> list[Tensor]:
         """Checks the memory of a video whose chunks are sampled in parallel; returns the encoded texts."""
-        self._frame_range = self._frame_range_of(self._request.num_frames)
+        self.frame_range = self._frame_range_of(self._request.num_frames)
         if self._chunks is not None:
             model, grid, chunks = self._pipe.model, self._settings.grid, self._chunks
-            latent_frames = self._frame_range.latent_frames(None)
-            self._parallel.everyone.run_collectively(
-                lambda: chunks.check_memory_for(model, grid, latent_frames, self._parallel)
+            latent_frames = self.frame_range.latent_frames(None)
+            assert latent_frames is not None, "`check_call` refuses a video without end"
+            self.parallel.everyone.run_collectively(
+                lambda: chunks.check_memory_for(model, grid, latent_frames, self.parallel)
             )
-        return self._parallel.everyone.run_collectively(
-            lambda: [] if self._parallel.decodes else self._encode()  # decode ranks raise for wrong input too
+        return self.parallel.everyone.run_collectively(
+            lambda: [] if self.parallel.decodes else self._encode()  # decode ranks raise for wrong input too
         )
 
-    def stream(self) -> Iterator[VideoChunk]:
-        """Yields the chunks of the video, each as soon as it is decoded; decode ranks yield chunks without frames."""
-        codec, parallel, grid = self._pipe.codec, self._parallel, self._settings.grid
-        if parallel.decodes:
-            return self._streams.add(steady(decode_worker(codec, parallel, grid, self._turns)))
-        decode = self._pipe.parts.options.decode
-        chunks = decoded_chunks(self._sample(), codec, parallel, grid, decode, self._frame_range, self._turns)
-        return self._streams.add(steady(chunks))
+    def session(self) -> Session:
+        """Opens the stream."""
+        session = Session(self)
+        self.streams.add(session)
+        return session
 
     def latents(self) -> Tensor:
         """Returns the latent frames that the video decodes from, (1, F, C, H, W); an empty tensor on decode ranks."""
-        codec, parallel, grid = self._pipe.codec, self._parallel, self._settings.grid
-        if parallel.decodes:
-            for _ in steady(decode_worker(codec, parallel, grid, self._turns)):
+        if self.parallel.decodes:
+            for _ in run_decode_worker(self.codec, self.parallel, self.grid, self.turns):
                 pass
             return torch.empty(0)
-        generated, done = list[Tensor](), 0
-        with self._turns.taken(), closing(steady(self._sample())) as chunks:
-            decoder = frames_of(codec, parallel, grid, "inline", self._turns)
+        generated, done, chunks = list[Tensor](), 0, self._latent_chunks()
+        with self.turns.taken(), closing(chunks):
+            decoder = frames_of(self.codec, self.parallel, self.grid, "inline", self.turns)
             try:
-                while done != self._frame_range.length:
-                    with self._turns.chunk():
+                while done != self.frame_range.length:
+                    with own_numerics(), torch.inference_mode(), self.turns.chunk():
                         part = next(chunks)
                     generated.append(part.latents)
-                    done = self._frame_range.stop(part.chunk.stop)
+                    done = self.frame_range.stop(part.chunk.stop)
             except CausalRopeError:
                 decoder.close()  # an error of all ranks; decode ranks wait for the end of the video
                 raise
             decoder.close()
         latents = self._conditioning.latents
         image = [] if latents is None or self._conditioning.context_frames else [latents.to(generated[0])]
-        return torch.cat([*image, *generated], 1)[:, : self._frame_range.latent_length]
+        return torch.cat([*image, *generated], 1)[:, : self.frame_range.latent_length(done)]
+
+    def _latent_chunks(self) -> Generator[LatentChunk]:
+        if self.is_parallel:
+            yield from self.parallel_chunks()
+            return
+        loop = self.open_loop()
+        while loop.next_chunk is not None:
+            yield loop.step()
 
     def _check(self) -> None:
         """Raises ConfigError for options that this pipeline does not support, before any file is read."""
         request, parallel_chunks = self._request, self._chunks is not None
         conditioned = request.image is not None or request.video is not None
         check_call(parallel_chunks, conditioned, request.reuse is not None, request.preview_every is not None)
+        if parallel_chunks and (request.num_frames is None or self._stream != self._pipe.config.stream):
+            raise ConfigError("chunks made in parallel have no window: num_frames must be given, window and sink not")
         if parallel_chunks and self._settings.sampler.guidance_scale != 1:
             raise ConfigError("chunks made in parallel are not guided: guidance_scale must be 1")
         negative = request.negative_prompt is not None or request.negative_prompt_embeds is not None
         if negative and not self._guided:
             raise ConfigError("a negative prompt needs guidance: a scale other than 1")
-        check_guidance(self._settings.sampler, self._parallel.mesh.cfg)
+        check_guidance(self._settings.sampler, self.parallel.mesh.cfg)
 
     def _condition(self) -> Conditioning:
         """Encodes the image or the video that the stream starts from."""
@@ -168,7 +208,7 @@ class Generation:
             return condition_on_source(pipe.codec, request.video, *size, pipe.fps, steps, request.strength)
         prefix = self._prefix()
         prefix_frames = 0 if prefix is None else prefix.shape[1]
-        return condition_on_video_end(pipe.codec, request.video, *size, pipe.fps, pipe.config.stream, prefix_frames)
+        return condition_on_video_end(pipe.codec, request.video, *size, pipe.fps, self._stream, prefix_frames)
 
     def _described(self) -> dict[str, object]:
         """Everything that determines the video; it must be equal on all ranks."""
@@ -189,65 +229,121 @@ class Generation:
     def _choose_layout(self) -> Layout:
         """The layout chosen at loading, or for another size or guidance a new one, with a new check of memory."""
         pipe, parts, own, settings = self._pipe, self._pipe.parts, self._pipe.settings(), self._settings
-        if own.grid == settings.grid and any(guided_steps(own.sampler)) == self._guided:
+        guided, stream = any(guided_steps(own.sampler)), pipe.config.stream
+        if own.grid == settings.grid and guided == self._guided and stream == self._stream:
             return parts.layout
-        config = replace(pipe.config, height=settings.height, width=settings.width, sampler=settings.sampler)
-        return plan_run(config, parts.options, self._parallel, loaded=True)
+        config = replace(
+            pipe.config,
+            height=settings.height,
+            width=settings.width,
+            sampler=settings.sampler,
+            stream=self._stream,
+        )
+        return plan_run(config, parts.options, self.parallel, loaded=True)
 
-    def _frame_range_of(self, frames: int) -> FrameRange:
+    def _frame_range_of(self, frames: int | None) -> FrameRange:
         prefix = self._prefix()
         prefix_frames = 0 if prefix is None else prefix.shape[1]
-        return FrameRange(frames, self._pipe.codec.temporal_stride, prefix_frames, self._conditioning)
+        return FrameRange(frames, self.codec.temporal_stride, prefix_frames, self._conditioning)
 
     def _encode(self) -> list[Tensor]:
         """The embeddings of the prompt and, under guidance, of the negative prompt, each (1, L, E)."""
-        request, pipe = self._request, self._pipe
+        request = self._request
         wanted: Sequence[tuple[Any, Embeds | None]] = [
             (request.prompt, request.prompt_embeds),
             (request.negative_prompt, request.negative_prompt_embeds),
         ][: 1 + self._guided]
+        return self._encode_all(wanted)
+
+    def _encode_all(self, wanted: Sequence[tuple[Any, Embeds | None]]) -> list[Tensor]:
+        pipe = self._pipe
         texts = iter(pipe.text.encode_all([text for text, embeds in wanted if embeds is None], self._seed))
         share = partial(share_embeds, parallel=pipe.parallel, config=pipe.model.config, dtype=pipe.model.dtype)
         return [next(texts) if embeds is None else share(partial(_loaded, embeds)) for _, embeds in wanted]
+
+    def first_prompt(self) -> list[PromptChange]:
+        """The prompt of the call as the first one of a session; none on a rank that only decodes."""
+        prompt = self._request.prompt
+        assert not isinstance(prompt, Sequence) or isinstance(prompt, str), "a stream has one prompt"
+        return [PromptChange(0, 0, prompt, embeds) for embeds in self._texts[:1]]
+
+    def encode_prompt(self, prompt: str | None, embeds: Embeds | None) -> Tensor:
+        """Encodes another prompt, (1, L, E). All ranks that denoise must call it.
+
+        Args:
+            prompt: its text; None with embeddings.
+            embeds: embeddings in place of the text, or a file of them.
+
+        Raises:
+            PromptError: the text encoder does not know its words.
+            ConfigError: there are neither or both.
+        """
+
+        def encode() -> Tensor:
+            GenerationOptions.of(prompt=prompt, prompt_embeds=embeds)
+            return self._encode_all([(prompt, embeds)])[0]
+
+        return self.parallel.denoisers.run_collectively(encode)
+
+    def noise(self, seed: int) -> Noise:
+        """The noise of the stream for a seed."""
+        grid = self.grid
+        return seeded_noise(seed, (1, self._pipe.model.config.in_channels, grid.latent_height, grid.latent_width))
 
     def _prefix(self) -> Tensor | None:
         """The latent frames that the model starts every stream with and that are not decoded; None for most models."""
         grid = self._settings.grid
         return self._pipe.text.opening(self._pipe.model.config.in_channels, grid.latent_height, grid.latent_width)
 
-    def _sample(self) -> Generator[LatentChunk]:
-        """The latent chunks of the stream, or of the video whose chunks are sampled in parallel."""
-        pipe, settings, source = self._pipe, self._settings, self._conditioning.source
-        grid, stream = settings.grid, pipe.config.stream
-        shape = (1, pipe.model.config.in_channels, grid.latent_height, grid.latent_width)
-        initial = [part.cpu() for part in (self._prefix(), self._conditioning.latents) if part is not None]
-        frames = self._frame_range.latent_frames(None if self._chunks is not None else stream)
-        args = pipe.model, self._texts[0], seeded_noise(self._seed, shape), grid, frames
-        options: dict[str, Any] = {
-            "sampler": settings.sampler,
-            "parallel": self._parallel,
-            "layout": self._layout,
-            "initial_latents": torch.cat(initial, 1) if initial else None,
-        }
-        if self._chunks is not None:
-            every, shown = self._request.preview_every, self._request.num_frames
-            on_step = None if self._request.callback_on_step_end is None else self._parallel_step
-            return self._chunks.sample(
-                *args, codec=pipe.codec, on_step=on_step, preview_every=every, shown=shown, **options
-            )
+    def open_loop(self) -> ChunkLoop:
+        """Makes the stream of latents. All ranks that denoise must call it, in a turn."""
+        pipe, source = self._pipe, self._conditioning.source
         redrawn = None
         if source is not None:
             redrawn = Source(lambda chunk: source.take(chunk.frames), self._conditioning.first_step)
-        return sample_within_turns(
-            *args,
-            stream=stream,
+        options = StreamOptions(
+            stream=self._stream,
+            sampler=self._settings.sampler,
+            initial_latents=self._initial(),
             source=redrawn,
             negative_embeds=self._texts[1] if self._guided else None,
             reuse=self._policy,
+            layout=self._layout,
             graphs=pipe.parts.options.graphs,
             on_step=None if self._request.callback_on_step_end is None else self._step,
-            **options,
+            history=self._request.history,
+            kept_chunks=self._request.kept_chunks,
         )
+        frames = self.frame_range.latent_frames(self._stream)
+        return ChunkLoop(pipe.model, self._texts[0], self.noise(self._seed), self.grid, frames, self.parallel, options)
+
+    def parallel_chunks(self) -> Generator[LatentChunk]:
+        """Samples a video whose chunks are made in parallel."""
+        pipe, chunks, frames = self._pipe, self._chunks, self.frame_range.latent_frames(None)
+        assert chunks is not None, "only such a video is sampled so"
+        shown = self._request.num_frames
+        assert frames is not None, "such a video has an end"
+        assert shown is not None, "such a video has an end"
+        return chunks.sample(
+            pipe.model,
+            self._texts[0],
+            self.noise(self._seed),
+            self.grid,
+            frames,
+            sampler=self._settings.sampler,
+            parallel=self.parallel,
+            layout=self._layout,
+            initial_latents=self._initial(),
+            codec=pipe.codec,
+            on_step=None if self._request.callback_on_step_end is None else self._parallel_step,
+            preview_every=self._request.preview_every,
+            shown=shown,
+        )
+
+    def _initial(self) -> Tensor | None:
+        """The latent frames that the stream goes on from."""
+        initial = [part.cpu() for part in (self._prefix(), self._conditioning.latents) if part is not None]
+        return torch.cat(initial, 1) if initial else None
 
     def _step(self, chunk: Chunk, step: int, timestep: float) -> None:
         callback = self._request.callback_on_step_end

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor
 
 from causalrope_sp.checks import check_choice, check_number, check_text, check_whole, shown
-from causalrope_sp.config import Solver, TimestepRule
+from causalrope_sp.config import Solver, StreamConfig, TimestepRule
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.io.media_reader import Picture, Video, is_picture
 from causalrope_sp.pipeline.option_checks import Steps, check_names, check_sampling, replace_checked
@@ -21,6 +22,7 @@ Embeds = Tensor | str | os.PathLike[str]
 OutputType = Literal["np", "pil", "pt", "latent"]
 StepCallback = Callable[[Any, int, float, dict[str, Any]], object]
 LARGEST_SEED = 2**63 - 1
+LONGEST_HISTORY = 2**20  # chunks
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,9 @@ class GenerationOptions:
             or zeros for toybox.
         prompt_embeds, negative_prompt_embeds: embeddings in place of the text, (1, text_len, text_dim), or a file that
             `save_embeds` wrote. Those of rank 0 are used on all ranks.
-        num_frames: pixel frames of the video. Whole chunks are generated, and the last one is trimmed.
+        num_frames: pixel frames of the video. Whole chunks are generated, and the last one is trimmed. None goes on for
+            ever, which needs a window, and which a call of the pipeline cannot return.
+        window, sink: of the stream, in latent frames (see `StreamConfig`).
         height, width: pixels of a frame.
         num_inference_steps, solver, timestep_rule, shift, guidance_scale, guidance_interval: of the sampler (see
             `LoadOptions`).
@@ -51,6 +55,10 @@ class GenerationOptions:
         callback_on_step_end: a function that is called on every rank after each denoising step as (pipe, step,
             timestep, kwargs). kwargs has "chunk", "num_steps" and, with parallel chunks, "preview", a `PreviewFrame` or
             None. Its result is ignored. What it raises on some ranks alone ends the programs of the others.
+        history: how many chunks a session takes back bit for bit. The keys and values that they evict, and the state of
+            the decoder at each of them, are kept.
+        kept_chunks: of how many chunks beyond the window the clean latents are kept, from which a session that is taken
+            back further goes on.
         preview_every: with parallel chunks, the number of steps between two decoded previews; None makes no previews.
 
     Images and videos are scaled to cover the frame and cropped around the centre (see `io.media_reader`).
@@ -64,7 +72,9 @@ class GenerationOptions:
     negative_prompt: str | None = None
     prompt_embeds: Embeds | None = None
     negative_prompt_embeds: Embeds | None = None
-    num_frames: int = 81
+    num_frames: int | None = 81
+    window: int | None = None
+    sink: int | None = None
     height: int | None = None
     width: int | None = None
     num_inference_steps: Steps | None = None
@@ -82,12 +92,16 @@ class GenerationOptions:
     reuse: ReusePolicy | str | os.PathLike[str] | None = None
     callback_on_step_end: StepCallback | None = None
     preview_every: int | None = None
+    history: int = 0
+    kept_chunks: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "seed", check_whole("seed", self.seed, 0, LARGEST_SEED))
-        object.__setattr__(self, "num_frames", check_whole("num_frames", self.num_frames))
-        for name in ("height", "width", "preview_every"):
+        for name in ("num_frames", "height", "width", "window", "preview_every"):
             replace_checked(self, name, check_whole)
+        replace_checked(self, "sink", partial(check_whole, least=0))
+        for name in ("history", "kept_chunks"):
+            replace_checked(self, name, partial(check_whole, least=0, most=LONGEST_HISTORY))
         if isinstance(self.prompt, str):
             check_text("prompt", self.prompt)
         elif self.prompt is not None:
@@ -139,6 +153,18 @@ class GenerationOptions:
         """
         check_names(cls, fields)
         return cls(**fields)
+
+    def stream_of(self, own: StreamConfig) -> StreamConfig:
+        """Returns the stream of the call.
+
+        Args:
+            own: the pipeline's own stream.
+
+        Raises:
+            ConfigError: the window is smaller than chunk + sink.
+        """
+        window = own.window if self.window is None else self.window
+        return replace(own, window=window, sink=own.sink if self.sink is None else self.sink)
 
     def override(self, **changes: Any) -> Self:
         """Returns these options with some of them replaced.

@@ -1,35 +1,39 @@
-"""Turns the latent chunks of a stream into chunks of pixel frames, and yields each as soon as it is decoded."""
+"""Turns the latent chunks of a stream into chunks of pixel frames."""
 
 from __future__ import annotations
 
-import inspect
-import time
-from collections.abc import Generator, Iterator
-from contextlib import closing
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
-from weakref import WeakSet
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from causalrope_sp.codec import Codec
 from causalrope_sp.config import StreamConfig
-from causalrope_sp.distributed import SequenceParallel
 from causalrope_sp.distributed.comm_stats import CommStats
-from causalrope_sp.distributed.stream_turns import StreamTurns
-from causalrope_sp.errors import CausalRopeError
-from causalrope_sp.grid import LatentGrid
+from causalrope_sp.grid import Chunk
 from causalrope_sp.pipeline.conditioning import Conditioning
-from causalrope_sp.pipeline.decoding import (
-    Decode,
-    Frames,
-    PrefetchedChunk,
-    SideStream,
-    frames_of,
-    prefetched,
-    run_decode_worker,
-)
+from causalrope_sp.pipeline.decoding import Frames, SideStream
 from causalrope_sp.sampling.chunk import LatentChunk
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Where the time of a chunk went, in seconds.
+
+    Args:
+        denoise: the passes of the transformer. On CUDA they may end while the chunk is decoded, and a chunk that was
+            made ahead is denoised while the one before is decoded.
+        decode: the decoder, and the way of the frames to the host.
+        wait: the time until all ranks had come to make the chunk.
+        total: from the call for the chunk to its frames.
+    """
+
+    denoise: float
+    decode: float
+    wait: float
+    total: float
 
 
 @dataclass(frozen=True)
@@ -38,32 +42,19 @@ class VideoChunk:
 
     Args:
         index: the chunk's number, from 0 on.
-        start_frame: the number of its first pixel frame, counted from the start of the video.
+        first_frame_index: the number of its first pixel frame, counted from the start of the video.
         frames: uint8 (T, H, W, 3) on rank 0; None on the others.
-        seconds: the time that this chunk took, decoding included.
+        prompt_id: the number of the prompt that the chunk was made under; 0 is the prompt that the stream began with.
+        timings: where the time went.
         comm_stats: the collectives since the chunk before. With a prefetched next chunk, its collectives so far count.
     """
 
     index: int
-    start_frame: int
+    first_frame_index: int
     frames: np.ndarray | None
-    seconds: float
+    prompt_id: int
+    timings: Timings
     comm_stats: CommStats
-
-
-class OpenStreams:
-    """The streams of a pipeline, as long as they are referred to and neither finished nor closed."""
-
-    def __init__(self) -> None:
-        self._streams: WeakSet[Generator[VideoChunk]] = WeakSet()
-
-    def add(self, stream: Generator[VideoChunk]) -> Generator[VideoChunk]:
-        """Adds a stream and returns it."""
-        self._streams.add(stream)
-        return stream
-
-    def __len__(self) -> int:
-        return sum(inspect.getgeneratorstate(stream) != inspect.GEN_CLOSED for stream in self._streams)
 
 
 @dataclass(frozen=True)
@@ -74,23 +65,25 @@ class FrameRange:
     are not part of the video, then the generated latent frames.
 
     Args:
-        frames: pixel frames of the video; a video to redraw may end it earlier.
+        frames: pixel frames of the video, which a video to redraw may end earlier; None for a video without end.
         stride: pixel frames of a latent frame; the first decoded latent frame stands for one pixel frame.
         prefix: latent frames that the model itself starts every stream with.
         conditioning: what the stream starts from.
     """
 
-    frames: int
+    frames: int | None
     stride: int
     prefix: int
     conditioning: Conditioning
 
-    def latent_frames(self, stream: StreamConfig | None) -> int:
-        """Returns how many latent frames are generated, conditioning latents not counted.
+    def latent_frames(self, stream: StreamConfig | None) -> int | None:
+        """Returns how many latent frames are generated, conditioning latents not counted; None for a video without end.
 
         Args:
             stream: the stream, to whose whole chunks the number is rounded up; None not to round.
         """
+        if self.frames is None:
+            return None
         conditioned = self.conditioning.latent_frames
         needed = max(1, 1 - (1 - self.frames - self.conditioning.context_frames) // self.stride - conditioned)
         if stream is None:
@@ -99,107 +92,106 @@ class FrameRange:
         return single - (single - needed) // stream.chunk_frames * stream.chunk_frames
 
     @property
-    def length(self) -> int:
+    def length(self) -> int | None:
         """Pixel frames of the video; `frames` until the end of a video to redraw has been read."""
         source = self.conditioning.source
-        return self.frames if source is None or source.length is None else min(self.frames, source.length)
+        ends = [end for end in (self.frames, None if source is None else source.length) if end is not None]
+        return min(ends, default=None)
 
-    @property
-    def latent_length(self) -> int:
-        """Latent frames that the video decodes from, its image's included and a continued video's end excluded."""
+    def latent_length(self, length: int) -> int:
+        """Latent frames that so many pixel frames decode from, an image's included, a continued video's excluded."""
         if self.conditioning.context_frames:
-            return -(-self.length // self.stride)
-        return 1 - (1 - self.length) // self.stride
+            return -(-length // self.stride)
+        return 1 - (1 - length) // self.stride
 
     def stop(self, latent_frame: int) -> int:
         """Returns how many pixel frames of the video the stream's first `latent_frame` latent frames decode to."""
         decoded = 1 + self.stride * (latent_frame - self.prefix - 1) - self.conditioning.context_frames
-        return min(self.frames, self.length, decoded)
+        return decoded if self.length is None else min(self.length, decoded)
 
 
-def decoded_chunks(
-    chunks: Generator[LatentChunk],
-    codec: Codec,
-    parallel: SequenceParallel,
-    grid: LatentGrid,
-    decode: Decode,
-    frame_range: FrameRange,
-    turns: StreamTurns,
-) -> Iterator[VideoChunk]:
-    """Decodes latent chunks as they are sampled, on a rank that denoises. Every chunk is a turn of all such ranks.
+@dataclass(frozen=True)
+class _Before:
+    """The decoder as it was before a chunk."""
 
-    Decode ranks are sent the end of the video when it is complete, when the caller closes the iterator, and when wrong
-    input raises a `CausalRopeError` on every rank. Any other error may be this rank's alone and is not announced.
+    chunk: Chunk
+    frames: Frames
+    shown: int
+
+
+class ChunkDecoder:
+    """Decodes the chunks of one stream, in order. The conditioning latents are decoded with the first one.
 
     Args:
-        chunks: the sampler's chunks.
-        codec: the VAE.
-        parallel: the ranks.
-        grid: the latent's size.
-        decode: which ranks decode.
+        frames: the decoder.
         frame_range: which pixel frames are the video.
-        turns: the turns of the stream.
+        device: the device that decodes.
+        history: how many chunks `rewind` can take back without decoding anything again.
 
-    Yields:
-        Chunks of the video, with frames on rank 0.
-
-    Raises:
-        CausalRopeError: what the sampler raises for wrong input.
+    Attributes:
+        shown: how many pixel frames of the video were decoded.
     """
-    with turns.taken():
-        decoder = frames_of(codec, parallel, grid, decode, turns)
-        try:
-            with closing(prefetched(chunks, parallel, decode)) as latent_chunks:
-                yield from _decoded(latent_chunks, decoder, parallel, frame_range, turns)
-        except (GeneratorExit, CausalRopeError):
-            decoder.close()
-            raise
-        decoder.close()
 
+    def __init__(self, frames: Frames, frame_range: FrameRange, device: torch.device, history: int = 0) -> None:
+        self.frames, self.frame_range, self.shown = frames, frame_range, 0
+        self._side = SideStream(device)
+        self._before: deque[_Before] = deque(maxlen=history)
 
-def _decoded(
-    latent_chunks: Iterator[PrefetchedChunk],
-    decoder: Frames,
-    parallel: SequenceParallel,
-    frame_range: FrameRange,
-    turns: StreamTurns,
-) -> Iterator[VideoChunk]:
-    """Decodes until the video has all its frames. Conditioning latents are decoded with the first chunk."""
-    side, conditioning = SideStream(parallel.device), frame_range.conditioning
-    done, clock = 0, time.perf_counter()
-    while done != frame_range.length:
-        index = turns.next
-        with turns.chunk():
-            part, ready = next(latent_chunks)
-            stop = frame_range.stop(part.chunk.stop)
-            with side.after(ready, part.latents):
-                latents, skip = part.latents, 0
-                if index == 0 and conditioning.latents is not None:
-                    latents = torch.cat([conditioning.latents.to(latents), latents], 1)
-                    skip = conditioning.context_frames
-                pixels = decoder.decode(latents, skip, skip + stop - done)
-        now = time.perf_counter()
-        yield VideoChunk(index, done, pixels, now - clock, parallel.comm_stats.take())
-        done, clock = stop, time.perf_counter()
+    def decode(self, part: LatentChunk, ready: torch.cuda.Event | None = None) -> np.ndarray | None:
+        """Decodes the next chunk. If that is cut short, the chunk can be decoded again.
 
+        Args:
+            part: the chunk.
+            ready: the CUDA event after which it is ready; None if it is.
 
-def decode_worker(
-    codec: Codec, parallel: SequenceParallel, grid: LatentGrid, turns: StreamTurns
-) -> Iterator[VideoChunk]:
-    """Decodes one video on a decode rank.
+        Returns:
+            Its pixel frames on rank 0, uint8 (T, H, W, 3); None elsewhere.
+        """
+        conditioning, stop = self.frame_range.conditioning, self.frame_range.stop(part.chunk.stop)
+        before = _Before(part.chunk, self.frames.fork(), self.shown)
+        with self._side.after(ready, part.latents):
+            latents, skip = part.latents, 0
+            if self._is_first(part.chunk) and conditioning.latents is not None:
+                latents = torch.cat([conditioning.latents.to(latents), latents], 1)
+                skip = conditioning.context_frames
+            try:
+                pixels = self.frames.decode(latents, skip, skip + stop - self.shown)
+            except BaseException:
+                self.frames = before.frames
+                raise
+        self._before.append(before)
+        self.shown = stop
+        return pixels
 
-    Args:
-        codec: the VAE.
-        parallel: the ranks.
-        grid: the latent's size.
-        turns: the turns of the stream.
+    def rewind(self, chunk: Chunk, latents_before: Callable[[], Tensor]) -> None:
+        """Goes back to before a chunk.
 
-    Yields:
-        Chunks without frames, which rank 0 has.
-    """
-    done, clock = 0, time.perf_counter()
-    with closing(run_decode_worker(codec, parallel, grid, turns)) as requests:
-        for index, frames in enumerate(requests):
-            now = time.perf_counter()
-            yield VideoChunk(index, done, None, now - clock, parallel.comm_stats.take())
-            done, clock = done + frames, time.perf_counter()
+        Args:
+            chunk: the chunk to decode next.
+            latents_before: returns the latent frames right before it, (B, F, C, H, W). They are decoded again and
+                discarded unless the decoder of that time is kept.
+        """
+        while self._before and self._before[-1].chunk.index > chunk.index:
+            self._before.pop()
+        if self._before and self._before[-1].chunk == chunk:
+            before = self._before.pop()
+            self.frames, self.shown = before.frames, before.shown
+            return
+        self._before.clear()
+        self.frames = self.frames.restarted()
+        first = self._is_first(chunk)
+        self.shown = 0 if first else self.frame_range.stop(chunk.start)
+        if not first:
+            self.frames.decode(latents_before(), 0, 0)
+
+    def fork(self) -> ChunkDecoder:
+        """Returns a decoder that goes on from here by itself."""
+        fork = ChunkDecoder(self.frames.fork(), self.frame_range, self._side.device, self._before.maxlen or 0)
+        fork.shown = self.shown
+        fork._before.extend(_Before(b.chunk, b.frames.fork(), b.shown) for b in self._before)
+        fork._side = self._side
+        return fork
+
+    def _is_first(self, chunk: Chunk) -> bool:
+        """Whether a chunk is the first one that was not given."""
+        return chunk.start == self.frame_range.prefix + self.frame_range.conditioning.latent_frames

@@ -18,9 +18,10 @@ from causalrope_sp.pipeline.load_options import LoadOptions
 from causalrope_sp.pipeline.loading import Parts, load_parts
 from causalrope_sp.pipeline.model_config import TEXT_ENCODERS
 from causalrope_sp.pipeline.option_checks import check_dtype
-from causalrope_sp.pipeline.output import OpenStreams, VideoChunk
+from causalrope_sp.pipeline.output import VideoChunk
 from causalrope_sp.pipeline.results import CausalVideoPipelineOutput, as_output, collect
 from causalrope_sp.pipeline.saving import save_parts
+from causalrope_sp.pipeline.session import OpenStreams, Session
 from causalrope_sp.pipeline.warm_up import warm_up
 from causalrope_sp.text import TextSource
 from causalrope_sp.text.shared_encoder import SharedUMT5
@@ -125,12 +126,36 @@ class CausalVideoPipeline:
             RankLostError: another rank has ended, failed, or left the stream.
             CheckpointError: there is no text encoder, or a file cannot be read.
         """
-        request = self._request("calls stream", prompt, options, overrides)
+        return self._session("calls stream", prompt, options, overrides).frames()
+
+    def open(self, prompt: str | None = None, options: GenerationOptions | None = None, **overrides: Any) -> Session:
+        """Opens a stream that the caller drives: it can be steered, taken back and forked between two chunks.
+
+        Args:
+            prompt: the text that the stream begins with; None with `prompt_embeds`.
+            options: the options of the call; None takes the defaults, but for a video without end (`num_frames` None)
+                and the latents of 64 chunks beyond the window (`kept_chunks`).
+            overrides: fields of `GenerationOptions` that replace those of `options`.
+
+        Returns:
+            The session.
+
+        Raises:
+            CausalRopeError: what `stream` raises.
+        """
+        if options is None:
+            overrides = {"num_frames": None, "kept_chunks": 64, **overrides}
+        return self._session("opens a session", prompt, options, overrides)
+
+    def _session(
+        self, call: str, prompt: str | None, options: GenerationOptions | None, overrides: dict[str, Any]
+    ) -> Session:
+        request = self._request(call, prompt, options, overrides)
         if isinstance(request.prompt, tuple):
             raise ConfigError("a stream has one prompt: call the pipeline for a list of prompts")
         if request.output_type == "latent":
             raise ConfigError("a stream yields frames: call the pipeline for output_type latent")
-        return Generation(self, request, self._streams).stream()
+        return Generation(self, request, self._streams).session()
 
     @torch.inference_mode()
     def __call__(
@@ -150,6 +175,8 @@ class CausalVideoPipeline:
             CausalRopeError: what `stream` raises.
         """
         request = self._request("calls its pipeline", prompt, options, overrides)
+        if request.num_frames is None:
+            raise ConfigError("num_frames must be given for a call, which returns a whole video: open a session")
         seed = request.first_seed()
         requests = [
             request.override(prompt=text, seed=seed + number, generator=None)
@@ -160,7 +187,7 @@ class CausalVideoPipeline:
             latents = [one.latents() for one in generations]
             return CausalVideoPipelineOutput(None if self.parallel.rank else torch.cat(latents).transpose(1, 2))
         bar = {"total": request.num_frames, "unit": "frame", "disable": self.parallel.rank > 0, **self._progress}
-        videos = [collect(made.stream(), bar) for made in generations]
+        videos = [collect(made.session().frames(), bar) for made in generations]
         return CausalVideoPipelineOutput(None if self.parallel.rank else as_output(videos, request.output_type))
 
     def settings(self, request: GenerationOptions | None = None) -> StreamSettings:

@@ -1,12 +1,13 @@
-"""`prefetch_one`: an iterator whose next item is computed in a background thread."""
+"""Sources of items that are made one after the other: when they are asked for, or one ahead in a background thread."""
 
 from __future__ import annotations
 
 import atexit
 import queue
 import threading
-from collections.abc import Callable, Generator
-from typing import TypeVar
+from collections import deque
+from collections.abc import Callable
+from typing import Generic, TypeVar
 
 import torch
 
@@ -14,62 +15,141 @@ T = TypeVar("T")
 Ready = tuple[T, torch.cuda.Event | None]
 
 
-def prefetch_one(items: Generator[T], device: torch.device, stops: set[Callable[[], None]]) -> Generator[Ready[T]]:
-    """Computes the next item in a background thread while the caller works on the current one.
-
-    The distance does not depend on time: when the caller has taken n items, exactly n + 1 have been computed or are
-    being computed, also if the caller stops early. Ranks that stop at the same item have therefore run the same
-    collectives.
+class OnDemand(Generic[T]):
+    """Items that are made when they are asked for.
 
     Args:
-        items: the generator; it runs and is closed in the background thread.
-        device: where the items are computed.
-        stops: holds, as long as the thread is there, a function that ends it after the item that it computes.
-
-    Yields:
-        Each item with the CUDA event after which it is ready; the event is None on the CPU.
-
-    Raises:
-        BaseException: whatever `items` raises.
+        make: makes the next item; returns None when there are no more.
     """
-    wanted: queue.SimpleQueue[bool] = queue.SimpleQueue()
-    ready: queue.SimpleQueue[Ready[T] | BaseException | None] = queue.SimpleQueue()
 
-    def work() -> None:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
+    def __init__(self, make: Callable[[], T | None]) -> None:
+        self._make = make
+        self._held: deque[Ready[T]] = deque()
+
+    def take(self) -> Ready[T] | None:
+        """Returns the next item.
+
+        Returns:
+            The item with the CUDA event after which it is ready, or None if it is; None if there are no more items.
+
+        Raises:
+            BaseException: whatever `make` raises. The next call makes the item again.
+        """
+        if self._held:
+            return self._held.popleft()
+        item = self._make()
+        return None if item is None else (item, None)
+
+    def put_back(self, item: Ready[T]) -> None:
+        """Makes an item that was taken the next one again."""
+        self.settle()
+        self._held.appendleft(item)
+
+    def settle(self) -> list[T]:
+        """Waits until nothing is being made.
+
+        Returns:
+            The items that were made and not taken, in order.
+        """
+        return [item for item, _ in self._held]
+
+    def drop(self) -> None:
+        """Forgets the items that were made and not taken."""
+        self.settle()
+        self._held.clear()
+
+    def close(self) -> None:
+        """Ends the work, after the item that is being made."""
+
+
+class Prefetch(OnDemand[T]):
+    """Items that a thread makes, one ahead of the caller.
+
+    The distance does not depend on time: when the caller has taken n items, exactly n + 1 have been made or are being
+    made. Ranks that stop at the same item have therefore run the same collectives.
+
+    Args:
+        make: makes the next item, in the thread; returns None when there are no more.
+        device: where the items are computed.
+        stops: holds, as long as the thread is there, a function that ends it after the item that it makes.
+    """
+
+    def __init__(self, make: Callable[[], T | None], device: torch.device, stops: set[Callable[[], None]]) -> None:
+        super().__init__(make)
+        self._wanted: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._ready: queue.SimpleQueue[Ready[T] | BaseException | None] = queue.SimpleQueue()
+        self._ordered = False
+        arguments = make, device, self._wanted, self._ready
+        self._thread = threading.Thread(target=_work, args=arguments, name="denoise", daemon=True)
+        self._thread.start()
+        self._stops, self._stop = stops, _stopper(self._thread, self._wanted)
+        stops.add(self._stop)
+        atexit.register(self._stop)  # a thread that computes while Python ends would abort the process
+
+    def take(self) -> Ready[T] | None:
+        """Returns the next item and orders the one after it; see `OnDemand.take`."""
+        self.settle()
+        if not self._held:
+            self._order()
+            self.settle()
+        if not self._held:
+            return None
+        item = self._held.popleft()
+        if not self._held:
+            self._order()
+        return item
+
+    def settle(self) -> list[T]:
+        """Waits until the thread rests; see `OnDemand.settle`.
+
+        Raises:
+            BaseException: whatever `make` raised. The item will be made again.
+        """
+        if self._ordered:
+            if threading.current_thread() is self._thread:
+                raise RuntimeError("an item that is being made cannot wait for itself")
+            result = self._ready.get()
+            self._ordered = False
+            if isinstance(result, BaseException):
+                raise result
+            if result is not None:
+                self._held.append(result)
+        return super().settle()
+
+    def close(self) -> None:
+        """Ends the thread after the item that it makes."""
+        self._stops.discard(self._stop)
+        atexit.unregister(self._stop)
+        self._stop()
+
+    def _order(self) -> None:
+        self._wanted.put(True)
+        self._ordered = True
+
+
+def _work(
+    make: Callable[[], T | None],
+    device: torch.device,
+    wanted: queue.SimpleQueue[bool],
+    ready: queue.SimpleQueue[Ready[T] | BaseException | None],
+) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    while wanted.get():
         try:
-            while wanted.get():
-                item = next(items, None)
-                if item is None:
-                    break
-                ready.put((item, _event(device)))
-            items.close()
-            ready.put(None)
+            item = make()
+            ready.put(None if item is None else (item, _event(device)))
         except BaseException as error:
             ready.put(error)
 
-    thread = threading.Thread(target=work, name="denoise", daemon=True)
-    thread.start()
 
+def _stopper(thread: threading.Thread, wanted: queue.SimpleQueue[bool]) -> Callable[[], None]:
     def stop() -> None:
         wanted.put(False)
         if thread is not threading.current_thread():  # where the garbage is collected
             thread.join()
 
-    stops.add(stop)
-    atexit.register(stop)  # a thread that computes while Python ends would abort the process
-    wanted.put(True)
-    try:
-        while (result := ready.get()) is not None:
-            if isinstance(result, BaseException):
-                raise result
-            wanted.put(True)
-            yield result
-    finally:
-        stops.discard(stop)
-        atexit.unregister(stop)
-        stop()
+    return stop
 
 
 def _event(device: torch.device) -> torch.cuda.Event | None:

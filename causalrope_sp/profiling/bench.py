@@ -137,7 +137,9 @@ def _latent_frames(pipe: CausalVideoPipeline, frames: int) -> int:
     grid = pipe.settings().grid
     opening = pipe.text.opening(pipe.model.config.in_channels, grid.latent_height, grid.latent_width)
     prefix = 0 if opening is None else opening.shape[1]
-    return FrameRange(frames, pipe.codec.temporal_stride, prefix, NOTHING).latent_frames(pipe.config.stream)
+    latent_frames = FrameRange(frames, pipe.codec.temporal_stride, prefix, NOTHING).latent_frames(pipe.config.stream)
+    assert latent_frames is not None, "a video of so many frames has an end"
+    return latent_frames
 
 
 def _chunk_times(pipe: CausalVideoPipeline, frames: int) -> list[tuple[Chunk, float]]:

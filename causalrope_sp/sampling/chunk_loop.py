@@ -8,9 +8,10 @@ E numbers in a token.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from causalrope_sp.cache.window import SlidingWindow
@@ -69,6 +70,7 @@ class ChunkLoop:
             raise ConfigError(f"chunk {parallel.mesh.chunk} of the mesh is for chunks made in parallel alone")
         self._branches = self._open(model, embeds)
         self._drawn = False
+        self._texts: list[tuple[Tensor, bool, bool]] = []  # of the chunks after the next one
         window, more = options.stream.window, max(options.history, options.kept_chunks) * options.stream.chunk_frames
         self.kept = KeptLatents(None if window is None else window + more)
         self.next_chunk = self._chunk_at(0, 0)
@@ -142,6 +144,8 @@ class ChunkLoop:
             self.cancel()
             raise
         self.finish(chunk, tokens)
+        if self._texts:
+            self._change_text(*self._texts.pop(0))
         return output
 
     def denoise(self, chunk: Chunk) -> Tensor:
@@ -194,33 +198,46 @@ class ChunkLoop:
             branch.cancel()
 
     def set_text(
-        self, embeds: Tensor, *, recache: bool = True, recache_sink: bool = False, new_shot: bool = False
+        self,
+        texts: Sequence[Tensor],
+        *,
+        recache: bool = True,
+        recache_sink: bool = False,
+        new_shot: bool = False,
     ) -> None:
         """Gives the following chunks another text.
 
         Args:
-            embeds: text embeddings, (B, text_len, text_dim), the same on all ranks.
-            recache: whether the keys and values of the window are computed anew under the text, from its clean latents,
-                chunk by chunk. Without, those of the chunks so far stay as they are.
+            texts: embeddings, (B, text_len, text_dim), the same on all ranks: one for each of the next chunks, of which
+                the last holds from there on.
+            recache: whether the keys and values of the window are computed anew under each text, from its clean
+                latents, chunk by chunk. Without, those of the chunks so far stay as they are.
             recache_sink: whether those of the sink are computed anew too.
             new_shot: whether the next frames become the sink, in place of the present one.
 
         Raises:
-            ConfigError: the embeddings do not fit the model, or differ between ranks.
+            ConfigError: embeddings do not fit the model, or differ between ranks.
         """
-        check_text(self._model, embeds, self._context.grid)
-        self._agree("text", embeds)
-        branch = self._branches.branch(CONDITIONAL)
-        if branch is not None:
-            if not recache or (not recache_sink and self._newest_is_sink(branch)):
-                branch.commit()
-            branch.stream.set_text(embeds)
-            if recache:
-                self._recompute(branch, with_sink=recache_sink)
+        for embeds in texts:
+            check_text(self._model, embeds, self._context.grid)
+            self._agree("text", embeds)
+        first, *later = texts
+        self._change_text(first, recache, recache_sink)
+        self._texts = [(embeds, recache, recache_sink) for embeds in later]
         if new_shot:
             for each in self._branches.branches:
                 cache = each.stream.cache
                 cache.window = cache.window.shot(self._position[1])
+
+    def _change_text(self, embeds: Tensor, recache: bool, recache_sink: bool) -> None:
+        branch = self._branches.branch(CONDITIONAL)
+        if branch is None:
+            return
+        if not recache or (not recache_sink and self._newest_is_sink(branch)):
+            branch.commit()
+        branch.stream.set_text(embeds)
+        if recache:
+            self._recompute(branch, with_sink=recache_sink)
 
     def rewind(self, chunks: int, embeds: Tensor) -> bool:
         """Takes the last chunks back.
@@ -238,6 +255,7 @@ class ChunkLoop:
         """
         first = self._position[0] - chunks
         before, start = self._rewind_to(first)
+        self._texts = []
         self.kept.drop(start)
         self.next_chunk, exact = self._chunk_at(first, start), True
         conditional = self._branches.branch(CONDITIONAL)
@@ -253,6 +271,23 @@ class ChunkLoop:
                 stream.cache.window = window.since(0, 0)  # all that is kept can be written again
                 self._recompute(branch, with_sink=True)
         return exact
+
+    def check_rewind(self, chunks: int) -> None:
+        """Raises ConfigError if so many chunks cannot be taken back."""
+        self._rewind_to(self._position[0] - chunks)
+
+    def newest_latents(self, first: int, most: int) -> Tensor:
+        """Returns the newest clean latents that are kept, (B, F, C, H, W), whole, on every rank. All ranks must call.
+
+        Args:
+            first: the global time index before which none are wanted.
+            most: the most frames to return.
+        """
+        parts = list(self.kept.newest())
+        tokens = torch.cat([part.tokens_BFSE for part in parts], 1)[:, -most:]
+        tokens = tokens[:, -max(1, parts[-1].chunk.stop - first) :]
+        grid = self._context.grid
+        return grid.unpatchify(self._parallel.gather_tokens(tokens.contiguous(), grid))
 
     def _rewind_to(self, first: int) -> tuple[Part | None, int]:
         """The chunk before the chunk `first`, and where that one starts."""
@@ -270,7 +305,7 @@ class ChunkLoop:
             noise: its noise; None takes this stream's.
         """
         fork = copy.copy(self)
-        fork._branches, fork.kept = self._branches.fork(), self.kept.fork()
+        fork._branches, fork.kept, fork._texts = self._branches.fork(), self.kept.fork(), list(self._texts)
         if noise is not None:
             fork._noise, fork._drawn = noise, False
         return fork

@@ -49,6 +49,15 @@ class KeptLatents:
     def __iter__(self) -> Iterator[Part]:
         return iter(self._parts)
 
+    def newest(self) -> list[Part]:
+        """Returns the newest chunks that are kept without a gap, in order of time."""
+        parts: list[Part] = []
+        for part in reversed(self._parts):
+            if parts and part.chunk.stop != parts[-1].chunk.start:
+                break
+            parts.append(part)
+        return parts[::-1]
+
     def part(self, chunk_index: int) -> Part | None:
         """Returns the tokens of a chunk; None if they are not kept."""
         return next((part for part in self._parts if part.chunk.index == chunk_index), None)
@@ -64,11 +73,7 @@ class KeptLatents:
         Returns:
             Chunks or the rest of chunks, in order of time, without a gap but after the sink.
         """
-        first = stop  # of the chunks that are kept without a gap
-        for part in reversed(self._parts):
-            if part.chunk.stop != first:
-                break
-            first = part.chunk.start
+        first = min((part.chunk.start for part in self.newest()), default=stop)
         sink = window.sink_at(stop)
         wanted = [f for f in sorted(window.held(stop).values()) if (with_sink if f in sink else f >= first)]
         return [some for part in self._parts for some in _some_frames(part, wanted)]

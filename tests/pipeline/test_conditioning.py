@@ -19,7 +19,8 @@ from causalrope_sp.diffusion.noise import seeded_noise
 from causalrope_sp.grid import split_into_chunks
 from causalrope_sp.io.video_writer import VideoWriter
 from causalrope_sp.pipeline.conditioning import Conditioning, VideoLatents, whole_chunks
-from causalrope_sp.pipeline.output import FrameRange, decoded_chunks
+from causalrope_sp.pipeline.decoding import frames_of
+from causalrope_sp.pipeline.output import ChunkDecoder, FrameRange
 from tests.support.videos import video_of
 
 PROMPT = "a red circle slides right"
@@ -84,7 +85,7 @@ def test_a_picture_is_the_first_frame(pipe: CausalVideoPipeline, video: np.ndarr
     chunks = list(pipe.stream(PROMPT, num_frames=30, seed=SEED, image=video[20]))
     frames = [chunk.frames for chunk in chunks if chunk.frames is not None]
     assert [len(part) for part in frames] == [13, 12, 5]
-    assert [chunk.start_frame for chunk in chunks] == [0, 13, 25]
+    assert [chunk.first_frame_index for chunk in chunks] == [0, 13, 25]
     codec = pipe.codec
     shown = (
         to_uint8(codec.decoder().decode(codec.encoder().encode(as_pixels(video[20:21]))))[0, 0].movedim(0, -1).numpy()
@@ -143,8 +144,9 @@ def continued(pipe: CausalVideoPipeline, past: Conditioning, frames: int) -> np.
         initial_latents=torch.cat([opening, past.latents], 1),
     )
     turns = pipe.parallel.open_stream()
-    decoded = decoded_chunks(chunks, pipe.codec, pipe.parallel, pipe.settings().grid, "inline", cut, turns)
-    return np.concatenate([chunk.frames for chunk in decoded if chunk.frames is not None])
+    frames_decoder = frames_of(pipe.codec, pipe.parallel, pipe.settings().grid, "inline", turns)
+    decoder = ChunkDecoder(frames_decoder, cut, pipe.device)
+    return np.concatenate([decoder.decode(chunk) for chunk in chunks])
 
 
 @pytest.mark.parametrize("latent_frames", [3, 6, 9])
@@ -229,7 +231,7 @@ def test_a_source_is_read_chunk_by_chunk(pipe: CausalVideoPipeline, video: np.nd
     counts = []
     for chunk, _ in zip(chunks, range(4)):
         assert chunk.frames is not None
-        counts.append((chunk.start_frame + len(chunk.frames), len(taken)))
+        counts.append((chunk.first_frame_index + len(chunk.frames), len(taken)))
     assert counts == [(9, 10), (21, 22), (33, 34), (45, 46)]  # one ahead, to know whether there is more
 
 

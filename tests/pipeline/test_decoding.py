@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 
 from causalrope_sp import CausalRopeError, CausalVideoPipeline, ConfigError, SequenceParallel
 from causalrope_sp.distributed.launch import RankPool
-from causalrope_sp.pipeline.prefetch import prefetch_one
+from causalrope_sp.pipeline.prefetch import OnDemand, Prefetch
 from tests.support.videos import video_of
 
 PROMPT = "a large red circle slides right"
@@ -37,7 +37,7 @@ def make(group: Any, device: str, decoders: int, decode: Any, given: dict[str, A
         next(left)
     left.close()
     chunks = list(pipe.stream(PROMPT, num_frames=FRAMES, seed=3, **given))
-    assert [chunk.start_frame for chunk in chunks] == ([0, 12, 24] if given else [0, 9, 21])
+    assert [chunk.first_frame_index for chunk in chunks] == ([0, 12, 24] if given else [0, 9, 21])
     parts = [chunk.frames for chunk in chunks]
     if parallel.rank:
         assert parts == [None] * 3
@@ -150,41 +150,68 @@ def test_wrong_ways_are_refused_by_name() -> None:
         SequenceParallel.single(decode_ranks=1)
 
 
-def counting(made: list[int]) -> Generator[int]:
-    for n in range(100):
-        made.append(n)
-        yield n
+def counting(made: list[int]) -> Callable[[], int]:
+    def make() -> int:
+        made.append(len(made))
+        return made[-1]
+
+    return make
 
 
 @pytest.mark.parametrize("taken", [1, 2, 7])
 def test_one_ahead_is_always_one_ahead(taken: int) -> None:
     made: list[int] = []
-    items = prefetch_one(counting(made), CPU, set())
-    assert [next(items)[0] for _ in range(taken)] == list(range(taken))
+    items = Prefetch(counting(made), CPU, set())
+    assert [items.take() for _ in range(taken)] == [(n, None) for n in range(taken)]
+    assert items.settle() == [taken]
     items.close()
     assert made == list(range(taken + 1))
 
 
 def test_one_ahead_works_while_its_caller_is_busy() -> None:
     reached = threading.Event()
+    items = iter([0, 1])
 
-    def items() -> Generator[int]:
-        yield 0
-        reached.set()
-        yield 1
+    def make() -> int | None:
+        item = next(items, None)
+        if item == 1:
+            reached.set()
+        return item
 
-    ahead = prefetch_one(items(), CPU, set())
-    assert next(ahead)[0] == 0
+    ahead = Prefetch(make, CPU, set())
+    assert ahead.take() == (0, None)
     assert reached.wait(10)
-    assert [n for n, _ in ahead] == [1]
+    assert ahead.take() == (1, None)
+    assert ahead.take() is None
+    ahead.close()
 
 
-def test_what_an_item_raises_comes_in_its_turn() -> None:
-    def items() -> Generator[int]:
-        yield 0
-        raise ValueError("boom")
+def test_what_an_item_raises_comes_in_its_turn_and_the_item_again() -> None:
+    tries: Iterator[int | ValueError] = iter([0, ValueError("boom"), 1])
 
-    ahead = prefetch_one(items(), CPU, set())
-    assert next(ahead)[0] == 0
+    def make() -> int | None:
+        item = next(tries, None)
+        if isinstance(item, ValueError):
+            raise item
+        return item
+
+    ahead = Prefetch(make, CPU, set())
+    assert ahead.take() == (0, None)
     with pytest.raises(ValueError, match="boom"):
-        next(ahead)
+        ahead.take()
+    assert ahead.take() == (1, None)
+    ahead.close()
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_what_is_put_back_comes_again_before_what_was_made_ahead(ahead: bool) -> None:
+    made: list[int] = []
+    make = counting(made)
+    items = Prefetch(make, CPU, set()) if ahead else OnDemand(make)
+    first = items.take()
+    assert first is not None
+    items.put_back(first)
+    assert [items.take() for _ in range(3)] == [(n, None) for n in range(3)]
+    items.drop()
+    assert items.take() == (4 if ahead else 3, None)
+    items.close()

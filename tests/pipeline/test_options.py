@@ -42,7 +42,6 @@ def pipe() -> CausalVideoPipeline:
             "seed must be a whole number of at least 0 and at most .*, not -1",
         ),
         ({"prompt": "a", "seed": None}, "seed must be a whole number of at least 0 and at most .*, not None"),
-        ({"prompt": "a", "num_frames": None}, "num_frames must be a whole number of at least 1, not None"),
         ({"prompt": "a", "image": 5}, "image must be a file, a PIL image, an array or a tensor, not 5"),
         ({"prompt": "a", "video": 5}, "video must be a file, or PIL images, arrays or tensors, not 5"),
         ({"prompt": "a", "reuse": 5}, "reuse must be a policy, a preset's name or a file, not 5"),

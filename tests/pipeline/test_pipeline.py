@@ -49,7 +49,7 @@ def test_chunks_follow_one_another(pipe: CausalVideoPipeline, longest: np.ndarra
     chunks = list(pipe.stream(PROMPT, num_frames=34, seed=3))
     parts = [chunk.frames for chunk in chunks]
     assert [chunk.index for chunk in chunks] == [0, 1, 2, 3]
-    assert [chunk.start_frame for chunk in chunks] == [0, 9, 21, 33]
+    assert [chunk.first_frame_index for chunk in chunks] == [0, 9, 21, 33]
     assert all(part is not None and part.dtype == np.uint8 for part in parts)
     assert np.array_equal(np.concatenate([part for part in parts if part is not None]), longest)
 

@@ -57,7 +57,7 @@ def test_any_operations_give_what_lists_give(stream: StreamConfig, history: int,
             case "text":
                 flags = data.draw(st.tuples(st.integers(0, 2), st.booleans(), st.booleans(), st.booleans()))
                 text, recache, recache_sink, new_shot = flags
-                loop.set_text(TEXTS[text], recache=recache, recache_sink=recache_sink, new_shot=new_shot)
+                loop.set_text([TEXTS[text]], recache=recache, recache_sink=recache_sink, new_shot=new_shot)
                 expected.set_text(text, recache, recache_sink, new_shot)
             case "rewind" if expected.chunks:
                 chunks = data.draw(st.integers(1, len(expected.chunks)))

@@ -66,7 +66,7 @@ def by_loop(parallel: SequenceParallel, stream: str, script: str) -> list[Tensor
             text.append(text[-1])
         elif what == "text":
             text[-1] = arguments[0]
-            loop.set_text(TEXTS[arguments[0]], recache=arguments[1], recache_sink=arguments[2], new_shot=arguments[3])
+            loop.set_text([TEXTS[arguments[0]]], recache=arguments[1], recache_sink=arguments[2], new_shot=arguments[3])
         else:
             text = text[: -arguments[0]]
             text[-1] = text[-2] if len(text) > 1 else 0

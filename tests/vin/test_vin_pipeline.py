@@ -46,7 +46,7 @@ def test_chunks_are_handed_out_after_the_last_step(pipe: CausalVideoPipeline) ->
         seen.append(told)
 
     chunks = list(pipe.stream(PROMPT, num_frames=40, callback_on_step_end=note, preview_every=2))
-    assert [chunk.start_frame for chunk in chunks] == [0, 33]
+    assert [chunk.first_frame_index for chunk in chunks] == [0, 33]
     parts = [chunk.frames for chunk in chunks if chunk.frames is not None]
     assert [len(part) for part in parts] == [33, 7]
     assert all(told[0] is pipe for told in seen)
