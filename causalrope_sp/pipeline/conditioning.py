@@ -26,6 +26,7 @@ from causalrope_sp.codec import Codec
 from causalrope_sp.config import StreamConfig
 from causalrope_sp.errors import InputError
 from causalrope_sp.io.media_reader import Picture, Video, read_picture, read_video
+from causalrope_sp.pipeline.generation_options import GenerationOptions
 
 
 class VideoLatents:
@@ -107,6 +108,38 @@ class Conditioning:
 
 
 NOTHING = Conditioning()
+
+
+def condition_of(
+    codec: Codec,
+    request: GenerationOptions,
+    size: tuple[int, int],
+    fps: float,
+    stream: StreamConfig,
+    steps: int,
+    prefix: int,
+) -> Conditioning:
+    """Encodes the image or the video of a call, if it has one.
+
+    Args:
+        codec: the VAE that encodes it.
+        request: the options of the call.
+        size: height and width of a frame, in pixels.
+        fps: the stream's pixel frames per second.
+        stream: the stream.
+        steps: denoising steps of a chunk.
+        prefix: latent frames that the model itself starts every stream with.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    if request.image is not None:
+        return condition_on_image(codec, request.image, *size)
+    if request.video is None:
+        return NOTHING
+    if request.strength is not None:
+        return condition_on_source(codec, request.video, *size, fps, steps, request.strength)
+    return condition_on_video_end(codec, request.video, *size, fps, stream, prefix)
 
 
 def condition_on_image(codec: Codec, image: Picture, height: int, width: int) -> Conditioning:

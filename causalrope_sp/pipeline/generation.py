@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,29 +14,23 @@ from causalrope_sp.config import SamplerConfig
 from causalrope_sp.diffusion.noise import Noise, seeded_noise
 from causalrope_sp.diffusion.schedule import guided_steps
 from causalrope_sp.distributed.layout import Layout
-from causalrope_sp.errors import CausalRopeError, ConfigError
+from causalrope_sp.errors import ConfigError
 from causalrope_sp.grid import Chunk, LatentGrid
-from causalrope_sp.pipeline.conditioning import (
-    NOTHING,
-    Conditioning,
-    condition_on_image,
-    condition_on_source,
-    condition_on_video_end,
-)
-from causalrope_sp.pipeline.decoding import Decode, frames_of, run_decode_worker
+from causalrope_sp.pipeline.conditioning import condition_of
+from causalrope_sp.pipeline.decoding import Decode
 from causalrope_sp.pipeline.generation_options import Embeds, GenerationOptions
 from causalrope_sp.pipeline.loading import plan_run
 from causalrope_sp.pipeline.numerics import own_numerics
+from causalrope_sp.pipeline.open_stream import OpenStreams, PromptChange
 from causalrope_sp.pipeline.output import FrameRange
 from causalrope_sp.pipeline.parallel_chunks import PreviewFrame, check_call
-from causalrope_sp.pipeline.session import OpenStreams, PromptChange, Session
+from causalrope_sp.pipeline.session import Session
+from causalrope_sp.pipeline.texts import encode_all
 from causalrope_sp.reuse import find_policy
 from causalrope_sp.sampling.chunk import LatentChunk
-from causalrope_sp.sampling.chunk_loop import ChunkLoop
 from causalrope_sp.sampling.guidance import check_guidance
+from causalrope_sp.sampling.steered_loop import SteeredLoop
 from causalrope_sp.sampling.stream_options import Source, StreamOptions
-from causalrope_sp.text import load_embeds
-from causalrope_sp.text.shared_encoder import share_embeds
 from causalrope_sp.vin.parallel_sampler import StepOutput
 
 if TYPE_CHECKING:
@@ -74,6 +66,7 @@ class Generation:
         parallel: the ranks.
         turns: the turns of the stream.
         streams: the open streams of the pipeline.
+        conditioning: what the stream starts from.
         frame_range: which pixel frames of the stream are the video.
 
     Raises:
@@ -129,7 +122,10 @@ class Generation:
         self._stream = request.stream_of(self._pipe.config.stream)
         self._check()
         self._policy = None if request.reuse is None else find_policy(request.reuse)
-        self._conditioning = self._condition()
+        prefix, size = self._prefix(), (self._settings.height, self._settings.width)
+        given = 0 if prefix is None else prefix.shape[1]
+        steps = len(self._settings.sampler.steps)
+        self.conditioning = condition_of(self.codec, request, size, self._pipe.fps, self._stream, steps, given)
 
     def _open(self) -> list[Tensor]:
         """Checks the memory of a video whose chunks are sampled in parallel; returns the encoded texts."""
@@ -151,37 +147,6 @@ class Generation:
         self.streams.add(session)
         return session
 
-    def latents(self) -> Tensor:
-        """Returns the latent frames that the video decodes from, (1, F, C, H, W); an empty tensor on decode ranks."""
-        if self.parallel.decodes:
-            for _ in run_decode_worker(self.codec, self.parallel, self.grid, self.turns):
-                pass
-            return torch.empty(0)
-        generated, done, chunks = list[Tensor](), 0, self._latent_chunks()
-        with self.turns.taken(), closing(chunks):
-            decoder = frames_of(self.codec, self.parallel, self.grid, "inline", self.turns)
-            try:
-                while done != self.frame_range.length:
-                    with own_numerics(), torch.inference_mode(), self.turns.chunk():
-                        part = next(chunks)
-                    generated.append(part.latents)
-                    done = self.frame_range.stop(part.chunk.stop)
-            except CausalRopeError:
-                decoder.close()  # an error of all ranks; decode ranks wait for the end of the video
-                raise
-            decoder.close()
-        latents = self._conditioning.latents
-        image = [] if latents is None or self._conditioning.context_frames else [latents.to(generated[0])]
-        return torch.cat([*image, *generated], 1)[:, : self.frame_range.latent_length(done)]
-
-    def _latent_chunks(self) -> Generator[LatentChunk]:
-        if self.is_parallel:
-            yield from self.parallel_chunks()
-            return
-        loop = self.open_loop()
-        while loop.next_chunk is not None:
-            yield loop.step()
-
     def _check(self) -> None:
         """Raises ConfigError for options that this pipeline does not support, before any file is read."""
         request, parallel_chunks = self._request, self._chunks is not None
@@ -196,20 +161,6 @@ class Generation:
             raise ConfigError("a negative prompt needs guidance: a scale other than 1")
         check_guidance(self._settings.sampler, self.parallel.mesh.cfg)
 
-    def _condition(self) -> Conditioning:
-        """Encodes the image or the video that the stream starts from."""
-        request, pipe, size = self._request, self._pipe, (self._settings.height, self._settings.width)
-        if request.image is not None:
-            return condition_on_image(pipe.codec, request.image, *size)
-        if request.video is None:
-            return NOTHING
-        if request.strength is not None:
-            steps = len(self._settings.sampler.steps)
-            return condition_on_source(pipe.codec, request.video, *size, pipe.fps, steps, request.strength)
-        prefix = self._prefix()
-        prefix_frames = 0 if prefix is None else prefix.shape[1]
-        return condition_on_video_end(pipe.codec, request.video, *size, pipe.fps, self._stream, prefix_frames)
-
     def _described(self) -> dict[str, object]:
         """Everything that determines the video; it must be equal on all ranks."""
         request, settings = self._request, self._settings
@@ -223,7 +174,7 @@ class Generation:
             "size": (settings.height, settings.width),
             "sampler": settings.sampler,
             "output_type": request.output_type == "latent",
-            "conditioning": self._conditioning.digest,
+            "conditioning": self.conditioning.digest,
         }
 
     def _choose_layout(self) -> Layout:
@@ -244,7 +195,7 @@ class Generation:
     def _frame_range_of(self, frames: int | None) -> FrameRange:
         prefix = self._prefix()
         prefix_frames = 0 if prefix is None else prefix.shape[1]
-        return FrameRange(frames, self.codec.temporal_stride, prefix_frames, self._conditioning)
+        return FrameRange(frames, self.codec.temporal_stride, prefix_frames, self.conditioning)
 
     def _encode(self) -> list[Tensor]:
         """The embeddings of the prompt and, under guidance, of the negative prompt, each (1, L, E)."""
@@ -253,13 +204,7 @@ class Generation:
             (request.prompt, request.prompt_embeds),
             (request.negative_prompt, request.negative_prompt_embeds),
         ][: 1 + self._guided]
-        return self._encode_all(wanted)
-
-    def _encode_all(self, wanted: Sequence[tuple[Any, Embeds | None]]) -> list[Tensor]:
-        pipe = self._pipe
-        texts = iter(pipe.text.encode_all([text for text, embeds in wanted if embeds is None], self._seed))
-        share = partial(share_embeds, parallel=pipe.parallel, config=pipe.model.config, dtype=pipe.model.dtype)
-        return [next(texts) if embeds is None else share(partial(_loaded, embeds)) for _, embeds in wanted]
+        return encode_all(self._pipe, self._seed, wanted)
 
     def first_prompt(self) -> list[PromptChange]:
         """The prompt of the call as the first one of a session; none on a rank that only decodes."""
@@ -281,7 +226,7 @@ class Generation:
 
         def encode() -> Tensor:
             GenerationOptions.of(prompt=prompt, prompt_embeds=embeds)
-            return self._encode_all([(prompt, embeds)])[0]
+            return encode_all(self._pipe, self._seed, [(prompt, embeds)])[0]
 
         return self.parallel.denoisers.run_collectively(encode)
 
@@ -295,12 +240,12 @@ class Generation:
         grid = self._settings.grid
         return self._pipe.text.opening(self._pipe.model.config.in_channels, grid.latent_height, grid.latent_width)
 
-    def open_loop(self) -> ChunkLoop:
+    def open_loop(self) -> SteeredLoop:
         """Makes the stream of latents. All ranks that denoise must call it, in a turn."""
-        pipe, source = self._pipe, self._conditioning.source
+        pipe, source = self._pipe, self.conditioning.source
         redrawn = None
         if source is not None:
-            redrawn = Source(lambda chunk: source.take(chunk.frames), self._conditioning.first_step)
+            redrawn = Source(lambda chunk: source.take(chunk.frames), self.conditioning.first_step)
         options = StreamOptions(
             stream=self._stream,
             sampler=self._settings.sampler,
@@ -315,7 +260,9 @@ class Generation:
             kept_chunks=self._request.kept_chunks,
         )
         frames = self.frame_range.latent_frames(self._stream)
-        return ChunkLoop(pipe.model, self._texts[0], self.noise(self._seed), self.grid, frames, self.parallel, options)
+        return SteeredLoop(
+            pipe.model, self._texts[0], self.noise(self._seed), self.grid, frames, self.parallel, options
+        )
 
     def parallel_chunks(self) -> Generator[LatentChunk]:
         """Samples a video whose chunks are made in parallel."""
@@ -342,7 +289,7 @@ class Generation:
 
     def _initial(self) -> Tensor | None:
         """The latent frames that the stream goes on from."""
-        initial = [part.cpu() for part in (self._prefix(), self._conditioning.latents) if part is not None]
+        initial = [part.cpu() for part in (self._prefix(), self.conditioning.latents) if part is not None]
         return torch.cat(initial, 1) if initial else None
 
     def _step(self, chunk: Chunk, step: int, timestep: float) -> None:
@@ -357,8 +304,3 @@ class Generation:
         assert callback is not None, "only called if there is a callback"
         kwargs = {"chunk": None, "num_steps": output.steps, "preview": preview}
         callback(self._pipe, output.step - 1, output.timestep, kwargs)
-
-
-def _loaded(embeds: Embeds) -> Tensor:
-    """The embeddings themselves, or those in a file."""
-    return embeds if isinstance(embeds, Tensor) else load_embeds(embeds).embeds

@@ -14,20 +14,17 @@ from causalrope_sp.errors import ConfigError
 from causalrope_sp.grid import LatentGrid
 from causalrope_sp.pipeline.generation import Generation, StreamSettings
 from causalrope_sp.pipeline.generation_options import GenerationOptions
+from causalrope_sp.pipeline.latent_video import whole_latents
 from causalrope_sp.pipeline.load_options import LoadOptions
 from causalrope_sp.pipeline.loading import Parts, load_parts
-from causalrope_sp.pipeline.model_config import TEXT_ENCODERS
+from causalrope_sp.pipeline.open_stream import OpenStreams
 from causalrope_sp.pipeline.option_checks import check_dtype
 from causalrope_sp.pipeline.output import VideoChunk
 from causalrope_sp.pipeline.results import CausalVideoPipelineOutput, as_output, collect
+from causalrope_sp.pipeline.same_model import agree_on_model, open_text
 from causalrope_sp.pipeline.saving import save_parts
-from causalrope_sp.pipeline.session import OpenStreams, Session
+from causalrope_sp.pipeline.session import Session
 from causalrope_sp.pipeline.warm_up import warm_up
-from causalrope_sp.text import TextSource
-from causalrope_sp.text.shared_encoder import SharedUMT5
-from causalrope_sp.toybox.toybox_text import ToyboxText
-from causalrope_sp.version import __version__
-from causalrope_sp.weights.digest import digest
 from causalrope_sp.weights.fp8 import is_fp8
 
 
@@ -56,14 +53,14 @@ class CausalVideoPipeline:
         self.parts, self.parallel = parts, parallel
         self.config, self.model, self.codec = parts.config, parts.model, parts.codec
         self.height, self.width, self.fps = self.config.height, self.config.width, self.config.fps
-        self.text = self._open_text()
+        self.text = open_text(parts, parallel)
         channels = self.model.config.in_channels
         if self.codec.channels != channels:
             raise ConfigError(f"the codec's latents have {self.codec.channels} channels, the model's {channels}")
         self._streams = OpenStreams()
         parallel.check(self.settings().grid, self.model.config.num_heads)
         with parallel.turn("opens a pipeline"):
-            self._agree()
+            agree_on_model(parts, parallel, type(self.text).__name__)
 
     @classmethod
     def from_pretrained(
@@ -184,7 +181,7 @@ class CausalVideoPipeline:
         ]
         generations = [Generation(self, one, self._streams) for one in requests]  # wrong input of any of them raises
         if request.output_type == "latent":
-            latents = [one.latents() for one in generations]
+            latents = [whole_latents(one) for one in generations]
             return CausalVideoPipelineOutput(None if self.parallel.rank else torch.cat(latents).transpose(1, 2))
         bar = {"total": request.num_frames, "unit": "frame", "disable": self.parallel.rank > 0, **self._progress}
         videos = [collect(made.session().frames(), bar) for made in generations]
@@ -300,26 +297,3 @@ class CausalVideoPipeline:
         merge = GenerationOptions.of if options is None else options.override
         with self.parallel.turn(call):
             return self.parallel.everyone.run_collectively(lambda: merge(**own))
-
-    def _open_text(self) -> ToyboxText | SharedUMT5:
-        text, model = self.config.text, self.model
-        if isinstance(text, TextSource):
-            return SharedUMT5(text, self.parallel, model.config, model.dtype, self.parts.offload.text)
-        return TEXT_ENCODERS[text]()
-
-    def _agree(self) -> None:
-        """Raises ConfigError unless all ranks have the same model."""
-        parallel, config, chunks = self.parallel, self.config, self.parts.parallel_chunks
-        parallel.everyone.agree(
-            {
-                "version": __version__,
-                "torch": torch.__version__,
-                "configuration": (self.model.config, config.height, config.width, config.stream, config.sampler),
-                "text encoder": type(self.text).__name__,
-                "decode": self.parts.options.decode,
-                "parallel chunks": chunks and chunks.chunks,
-            }
-        )
-        if not parallel.decodes and parallel.denoisers.size > 1:
-            networks = digest(self.model), chunks and digest(chunks.vin)
-            parallel.denoisers.agree({"dtype": self.model.dtype, "weights": networks})

@@ -1,143 +1,28 @@
-"""`Session`: an open stream that its caller drives chunk by chunk, steers, takes back, forks and closes."""
+"""`Session`: an open stream that its caller steers, takes back and forks between two chunks."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Generator, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Self
-from weakref import WeakSet
 
 import torch
-from torch import Tensor
 
 from causalrope_sp.checks import check_whole
-from causalrope_sp.distributed.stream_turns import StreamTurns
-from causalrope_sp.errors import CausalRopeError, ConfigError
-from causalrope_sp.pipeline.decoding import frames_of, run_decode_worker
+from causalrope_sp.errors import ConfigError
 from causalrope_sp.pipeline.generation_options import LARGEST_SEED, Embeds
-from causalrope_sp.pipeline.numerics import own_numerics
-from causalrope_sp.pipeline.output import ChunkDecoder, Timings, VideoChunk
-from causalrope_sp.pipeline.prefetch import OnDemand, Prefetch
-from causalrope_sp.sampling.chunk import LatentChunk
-
-if TYPE_CHECKING:
-    from causalrope_sp.pipeline.generation import Generation
-    from causalrope_sp.sampling.chunk_loop import ChunkLoop
+from causalrope_sp.pipeline.open_stream import OpenStream, PromptChange
+from causalrope_sp.sampling.steered_loop import SteeredLoop
 
 WARMING = 12  # latent frames that a decoder reads again where none is kept; what older ones left in it is negligible
 
 
-@dataclass(frozen=True)
-class PromptChange:
-    """A prompt of a session.
+class Session(OpenStream):
+    """An open stream that can be steered, which `CausalVideoPipeline.open` makes.
 
-    Args:
-        prompt_id: its number, from 0 on.
-        first_chunk: the number of the first chunk that is made under it.
-        prompt: its text; None if it was given as embeddings.
-        embeds: its embeddings, (1, L, E).
+    What is called between two chunks takes effect with the next one; where a chunk is made ahead (`decode="overlap"`),
+    with the one after it. A call that fails leaves the session where it was.
     """
-
-    prompt_id: int
-    first_chunk: int
-    prompt: str | None
-    embeds: Tensor
-
-
-@dataclass(frozen=True)
-class _Made:
-    """A chunk of latents, the prompt that it was made under, and the seconds that its passes took."""
-
-    part: LatentChunk
-    prompt_id: int
-    seconds: float
-
-
-class OpenStreams:
-    """The sessions of a pipeline, as long as they are referred to and neither complete nor closed."""
-
-    def __init__(self) -> None:
-        self._sessions: WeakSet[Session] = WeakSet()
-
-    def add(self, session: Session) -> None:
-        """Adds a session."""
-        self._sessions.add(session)
-
-    def __len__(self) -> int:
-        return sum(session.is_open for session in self._sessions)
-
-
-class Session:
-    """An open stream, which `CausalVideoPipeline.open` makes. On several ranks each has one and makes the same calls.
-
-    Iterating it makes chunks until the video is complete. Between two chunks the caller may wait for as long as it
-    likes. What is called there takes effect with the next chunk; where a chunk is made ahead (`decode="overlap"` or
-    decode ranks), with the one after it. A call that fails leaves the session where it was.
-
-    Attributes:
-        prompts: the prompts so far, in order.
-    """
-
-    def __init__(self, generation: Generation, turns: StreamTurns | None = None) -> None:
-        self._generation, self._parallel = generation, generation.parallel
-        self._turns = turns or generation.turns
-        self._taken: AbstractContextManager[None] | None = None
-        self._worker: Generator[int] | None = None  # on a rank that only decodes
-        self._shown = 0  # pixel frames that it has decoded
-        self._loop: ChunkLoop | None = None  # from the first call on, on a rank that denoises
-        self._source: OnDemand[_Made] | None = None  # likewise
-        self._decoder: ChunkDecoder | None = None  # likewise
-        self._index, self._closed, self._ended, self._busy = 0, False, False, False
-        self.prompts: list[PromptChange] = generation.first_prompt()
-
-    def step(self) -> VideoChunk:
-        """Makes the next chunk.
-
-        Returns:
-            The chunk, with frames on rank 0.
-
-        Raises:
-            StopIteration: the video is complete.
-            ConfigError: the session is closed, or ranks make different calls.
-            RankLostError: another rank has ended or failed.
-        """
-        made = self._step()
-        if made is None:
-            raise StopIteration
-        return made
-
-    def _step(self) -> VideoChunk | None:
-        """Makes the next chunk; returns None if the video is complete."""
-        started, made = time.perf_counter(), None
-        with self._working():
-            if self._parallel.decodes:
-                made = self._follow(started)
-            elif not self.is_complete:
-                with self._turns.chunk():
-                    made = self._next(started, time.perf_counter())
-        self._ended = made is None
-        return made
-
-    def __iter__(self) -> Iterator[VideoChunk]:
-        return self
-
-    def __next__(self) -> VideoChunk:
-        return self.step()
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether the video has all its frames."""
-        if self._ended or self._decoder is None:
-            return self._ended
-        return self._decoder.shown == self._decoder.frame_range.length
-
-    @property
-    def is_open(self) -> bool:
-        """Whether more chunks can be made."""
-        return not (self._closed or self.is_complete)
 
     def set_prompt(
         self,
@@ -236,46 +121,6 @@ class Session:
         generation.streams.add(fork)
         return fork
 
-    def close(self) -> None:
-        """Ends the session and frees what it holds. A closed session stays closed."""
-        self._leave(None)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        if getattr(self, "_taken", None) is not None:
-            self._leave(None)
-
-    def frames(self) -> Generator[VideoChunk]:
-        """Yields the remaining chunks and closes the session."""
-        try:
-            while not self.is_complete and (chunk := self._step()) is not None:
-                yield chunk
-        except BaseException as error:
-            self._leave(error)
-            raise
-        self._leave(None)
-
-    @contextmanager
-    def _working(self) -> Iterator[None]:
-        if self._closed:
-            raise ConfigError("the session is closed")
-        if self._busy:
-            raise ConfigError("a callback cannot call its session: call it between two chunks")
-        if self._taken is None and not self._parallel.decodes:
-            self._taken = self._turns.taken()
-            self._taken.__enter__()
-        self._busy = True
-        try:
-            with own_numerics(), torch.inference_mode():
-                yield
-        finally:
-            self._busy = False
-
     @contextmanager
     def _operation(self, what: str) -> Iterator[None]:
         """Runs the body, which changes the session, when all ranks are about to change it so."""
@@ -289,87 +134,6 @@ class Session:
             self._source.settle()
             yield
 
-    def _next(self, started: float, entered: float) -> VideoChunk | None:
-        self._begin()
-        assert self._source is not None, "`_begin` opens it"
-        assert self._decoder is not None, "`_begin` opens it"
-        taken = self._source.take()
-        if taken is None:
-            return None
-        made, ready = taken
-        first, decoding = self._decoder.shown, time.perf_counter()
-        try:
-            pixels = self._decoder.decode(made.part, ready)
-        except BaseException:
-            self._source.put_back(taken)
-            raise
-        now = time.perf_counter()
-        timings = Timings(made.seconds, now - decoding, entered - started, now - started)
-        self._index += 1
-        return VideoChunk(self._index - 1, first, pixels, made.prompt_id, timings, self._parallel.comm_stats.take())
-
-    def _follow(self, started: float) -> VideoChunk | None:
-        """Decodes the next chunk on a rank that only decodes."""
-        if self._worker is None:
-            generation = self._generation
-            self._worker = run_decode_worker(generation.codec, self._parallel, generation.grid, self._turns)
-        frames = next(self._worker, None)
-        if frames is None:
-            return None
-        seconds, first = time.perf_counter() - started, self._shown
-        self._shown, self._index = first + frames, self._index + 1
-        timings = Timings(0.0, seconds, 0.0, seconds)
-        return VideoChunk(self._index - 1, first, None, 0, timings, self._parallel.comm_stats.take())
-
-    def _begin(self) -> None:
-        """Makes the stream and its decoder, in the first turn, so that videos that wait take no memory."""
-        if self._source is not None:
-            return
-        generation, chunks = self._generation, None
-        frames = frames_of(generation.codec, self._parallel, generation.grid, generation.decode, self._turns)
-        self._decoder = ChunkDecoder(frames, generation.frame_range, self._parallel.device, generation.history)
-        if generation.is_parallel:
-            chunks = generation.parallel_chunks()
-        else:
-            self._loop = generation.open_loop()
-        self._source = self._open_source(chunks)
-
-    def _begun(self) -> ChunkLoop:
+    def _begun(self) -> SteeredLoop:
         assert self._loop is not None, "an operation begins the session"
         return self._loop
-
-    def _open_source(self, chunks: Generator[LatentChunk] | None) -> OnDemand[_Made]:
-        loop, prompts = self._loop, self.prompts  # not the session, which a thread would keep
-
-        def make() -> _Made | None:
-            begun = time.perf_counter()
-            if loop is None:
-                assert chunks is not None, "a stream without a loop is a generator"
-                number, part = 0, next(chunks, None)
-            else:
-                number, part = loop.chunks_made, None if loop.next_chunk is None else loop.step()
-            if part is None:
-                return None
-            prompt_id = max(p.prompt_id for p in prompts if p.first_chunk <= number)
-            return _Made(part, prompt_id, time.perf_counter() - begun)
-
-        if self._generation.works_ahead:
-            return Prefetch(torch.inference_mode()(make), self._parallel.device, self._parallel.turns.stops)
-        return OnDemand(make)
-
-    def _leave(self, error: BaseException | None) -> None:
-        """Ends the work, tells decode ranks the end of the video, and the other ranks if it is left before its end."""
-        if self._closed:
-            return
-        self._closed = True
-        if self._worker is not None:
-            self._worker.close()
-        if self._source is not None:
-            self._source.close()
-        if self._decoder is not None and (error is None or isinstance(error, GeneratorExit | CausalRopeError)):
-            self._decoder.frames.close()
-        if self._taken is not None:
-            early = GeneratorExit() if error is None and not self.is_complete else error
-            self._taken.__exit__(None if early is None else type(early), early, None)
-            self._taken = None
-        self._source = self._decoder = self._loop = None

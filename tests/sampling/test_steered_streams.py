@@ -14,7 +14,7 @@ from torch import Tensor
 from causalrope_sp import ConfigError, SamplerConfig, SequenceParallel, StreamConfig
 from causalrope_sp.attention.base import Strategy
 from causalrope_sp.distributed.launch import RankPool
-from causalrope_sp.sampling.chunk_loop import ChunkLoop
+from causalrope_sp.sampling.steered_loop import SteeredLoop
 from causalrope_sp.sampling.stream_options import StreamOptions
 from tests.support.list_session import SAMPLER, ListSession
 from tests.support.sampler_cases import CONFIG, GRID, MODEL, noise_of, relative
@@ -34,9 +34,9 @@ def windows(draw: st.DrawFn) -> StreamConfig:
     return StreamConfig(window, sink, chunk, draw(st.booleans()), rope)
 
 
-def open_loop(stream: StreamConfig, **options: Any) -> ChunkLoop:
+def open_loop(stream: StreamConfig, **options: Any) -> SteeredLoop:
     every = StreamOptions(stream=stream, sampler=SAMPLER, **options)
-    return ChunkLoop(MODEL, TEXTS[0], noise_of(1), GRID, None, SequenceParallel.single(device="cpu"), every)
+    return SteeredLoop(MODEL, TEXTS[0], noise_of(1), GRID, None, SequenceParallel.single(device="cpu"), every)
 
 
 def lists(stream: StreamConfig) -> ListSession:
@@ -68,7 +68,7 @@ def test_any_operations_give_what_lists_give(stream: StreamConfig, history: int,
             case "fork" if len(pairs) < 3:
                 pairs.append((loop.fork(), expected.copy()))
         for each, _ in pairs:
-            each._branches.branches[0].stream.cache.check_integrity()
+            each.branches.branches[0].stream.cache.check_integrity()
     for loop, expected in pairs:
         assert relative(loop.step().latents, expected.step()) < 1e-11
 
@@ -109,9 +109,9 @@ def test_a_fork_and_its_origin_do_not_disturb_each_other() -> None:
     undisturbed, loop = open_loop(stream, history=2), open_loop(stream, history=2)
     for _ in range(4):
         undisturbed.step(), loop.step()
-    cache = loop._branches.branches[0].stream.cache
+    cache = loop.branches.branches[0].stream.cache
     fork = loop.fork(noise_of(1, seed=9))
-    other = fork._branches.branches[0].stream.cache
+    other = fork.branches.branches[0].stream.cache
     assert other.storage_L2BKSHD.data_ptr() == cache.storage_L2BKSHD.data_ptr(), "shared until one writes"
     forked, mine = [fork.step().latents for _ in range(3)], [loop.step().latents for _ in range(3)]
     assert other.storage_L2BKSHD.data_ptr() != cache.storage_L2BKSHD.data_ptr()
@@ -139,7 +139,7 @@ def test_a_chunk_that_is_cut_short_comes_again_bit_for_bit(
     sampler = SamplerConfig((1000, 500), guidance_scale=2.0 if guided else 1.0)
     options = StreamOptions(StreamConfig(6, 1, 2), sampler, negative_embeds=TEXTS[2] if guided else None)
     single = SequenceParallel.single(device="cpu")
-    undisturbed, loop = (ChunkLoop(MODEL, TEXTS[0], noise_of(1), GRID, None, single, options) for _ in range(2))
+    undisturbed, loop = (SteeredLoop(MODEL, TEXTS[0], noise_of(1), GRID, None, single, options) for _ in range(2))
 
     def interrupt(calls: itertools.count[int]) -> Any:
         def attend(strategy: Strategy, *arguments: Any) -> Tensor:

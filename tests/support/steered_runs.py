@@ -11,7 +11,7 @@ from torch import Tensor
 from causalrope_sp import LatentGrid, SequenceParallel, StreamConfig
 from causalrope_sp.diffusion.noise import seeded_noise
 from causalrope_sp.distributed import strategies
-from causalrope_sp.sampling.chunk_loop import ChunkLoop
+from causalrope_sp.sampling.steered_loop import SteeredLoop
 from causalrope_sp.sampling.stream_options import StreamOptions
 from tests.support.list_session import SAMPLER, ListSession
 from tests.support.strategy_runs import CONFIG, make_model
@@ -56,9 +56,9 @@ def by_lists(stream: str, script: str) -> list[Tensor]:
 
 @torch.inference_mode()
 def by_loop(parallel: SequenceParallel, stream: str, script: str) -> list[Tensor]:
-    """The same by a `ChunkLoop`."""
+    """The same by a `SteeredLoop`."""
     options = StreamOptions(stream=STREAMS[stream], sampler=SAMPLER, history=4, kept_chunks=8)
-    loop = ChunkLoop(make_model(), TEXTS[0], NOISE, GRID, None, parallel, options)
+    loop = SteeredLoop(make_model(), TEXTS[0], NOISE, GRID, None, parallel, options)
     made, text = [], [0]
     for what, *arguments in SCRIPTS[script]:
         if what == "step":

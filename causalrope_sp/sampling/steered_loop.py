@@ -1,0 +1,162 @@
+"""A stream of latents that is steered between two chunks: its text changes, chunks are taken back, and it is forked.
+
+Shapes: B batch, F latent frames, C channels, H×W latent size.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from causalrope_sp.diffusion.noise import Noise
+from causalrope_sp.errors import ConfigError
+from causalrope_sp.sampling.chunk import LatentChunk, check_text
+from causalrope_sp.sampling.chunk_loop import ChunkLoop
+from causalrope_sp.sampling.guidance import CONDITIONAL, GuidanceBranch
+from causalrope_sp.sampling.kept_latents import oldest_of
+from causalrope_sp.sampling.stream import Part
+
+
+class SteeredLoop(ChunkLoop):
+    """A `ChunkLoop` whose text can change, whose chunks can be taken back, and that can be forked."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._texts: list[tuple[Tensor, bool, bool]] = []  # of the chunks after the next one
+
+    def step(self) -> LatentChunk:
+        """Makes the next chunk; see `ChunkLoop.step`."""
+        output = super().step()
+        if self._texts:
+            self._change_text(*self._texts.pop(0))
+        return output
+
+    def set_text(
+        self,
+        texts: Sequence[Tensor],
+        *,
+        recache: bool = True,
+        recache_sink: bool = False,
+        new_shot: bool = False,
+    ) -> None:
+        """Gives the following chunks another text.
+
+        Args:
+            texts: embeddings, (B, text_len, text_dim), the same on all ranks: one for each of the next chunks, of which
+                the last holds from there on.
+            recache: whether the keys and values of the window are computed anew under each text, from its clean
+                latents, chunk by chunk. Without, those of the chunks so far stay as they are.
+            recache_sink: whether those of the sink are computed anew too.
+            new_shot: whether the next frames become the sink, in place of the present one.
+
+        Raises:
+            ConfigError: embeddings do not fit the model, or differ between ranks.
+        """
+        for embeds in texts:
+            check_text(self.model, embeds, self.context.grid)
+            self.agree("text", embeds)
+        first, *later = texts
+        self._change_text(first, recache, recache_sink)
+        self._texts = [(embeds, recache, recache_sink) for embeds in later]
+        if new_shot:
+            for each in self.branches.branches:
+                cache = each.stream.cache
+                cache.window = cache.window.shot(self.position[1])
+
+    def _change_text(self, embeds: Tensor, recache: bool, recache_sink: bool) -> None:
+        branch = self.branches.branch(CONDITIONAL)
+        if branch is None:
+            return
+        if not recache or (not recache_sink and self._newest_is_sink(branch)):
+            branch.commit()
+        branch.stream.set_text(embeds)
+        if recache:
+            self._recompute(branch, with_sink=recache_sink)
+
+    def rewind(self, chunks: int, embeds: Tensor) -> bool:
+        """Takes the last chunks back.
+
+        Args:
+            chunks: how many, at most `chunks_made`.
+            embeds: the text that held when the chunk before them was made.
+
+        Returns:
+            Whether the stream is as it was, bit for bit. If not, its cache was computed anew from the clean latents
+            that are kept.
+
+        Raises:
+            ConfigError: no latents are kept from which to go on.
+        """
+        first = self.position[0] - chunks
+        before, start = self._rewind_to(first)
+        self._texts = []
+        self.kept.drop(start)
+        self.next_chunk, exact = self.chunk_at(first, start), True
+        conditional = self.branches.branch(CONDITIONAL)
+        if conditional is not None:
+            conditional.stream.set_text(embeds)
+        for branch in self.branches.branches:
+            stream = branch.stream
+            window = stream.cache.window.before(start)
+            if before is not None and stream.cache.can_rewind(before.chunk):
+                branch.rewind(before, window)
+            else:
+                exact = before is None
+                stream.cache.window = window.since(0, 0)  # all that is kept can be written again
+                self._recompute(branch, with_sink=True)
+        return exact
+
+    def check_rewind(self, chunks: int) -> None:
+        """Raises ConfigError if so many chunks cannot be taken back."""
+        self._rewind_to(self.position[0] - chunks)
+
+    def newest_latents(self, first: int, most: int) -> Tensor:
+        """Returns the newest clean latents that are kept, (B, F, C, H, W), whole, on every rank. All ranks must call.
+
+        Args:
+            first: the global time index before which none are wanted.
+            most: the most frames to return.
+        """
+        parts = list(self.kept.newest())
+        tokens = torch.cat([part.tokens_BFSE for part in parts], 1)[:, -most:]
+        tokens = tokens[:, -max(1, parts[-1].chunk.stop - first) :]
+        grid = self.context.grid
+        return grid.unpatchify(self.parallel.gather_tokens(tokens.contiguous(), grid))
+
+    def _rewind_to(self, first: int) -> tuple[Part | None, int]:
+        """The chunk before the chunk `first`, and where that one starts."""
+        if first == 0:
+            return None, 0
+        before = self.kept.part(first - 1)
+        if before is None:
+            raise ConfigError(f"cannot rewind to chunk {first - self.first_chunk}: its latents are not kept any more")
+        return before, before.chunk.stop
+
+    def fork(self, noise: Noise | None = None) -> SteeredLoop:
+        """Returns a stream that goes on from here by itself.
+
+        Args:
+            noise: its noise; None takes this stream's.
+        """
+        fork = copy.copy(self)
+        fork.branches, fork.kept, fork._texts = self.branches.fork(), self.kept.fork(), list(self._texts)
+        if noise is not None:
+            fork.noise, fork.drawn = noise, False
+        return fork
+
+    def _newest_is_sink(self, branch: GuidanceBranch) -> bool:
+        """Whether frames of the newest chunk stay in the window as its sink."""
+        last = self.kept.last
+        if last is None:
+            return False
+        return last.chunk.start < branch.stream.cache.window.sink_at(last.chunk.stop).stop
+
+    def _recompute(self, branch: GuidanceBranch, *, with_sink: bool) -> None:
+        """Computes the cache of a branch anew from what is kept of its window; the newest chunk stays pending."""
+        window, stop = branch.stream.cache.window, self.position[1]
+        parts = self.kept.within(window, stop, with_sink=with_sink)
+        branch.recompute(parts, window.since(oldest_of(parts, window, stop), stop), stop)
