@@ -7,7 +7,8 @@ shot begins; all other frames share the ring of the remaining slots, where the n
 from __future__ import annotations
 
 from bisect import bisect_right
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import accumulate, pairwise
 
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.grid import Chunk
@@ -34,10 +35,13 @@ class SlidingWindow:
     shots: tuple[int, ...] = (0,)
     oldest: int = 0
     kept_shot: int = 0
+    _sink_frames: tuple[int, ...] = field(init=False, repr=False, compare=False)  # up to each shot, its own included
 
     def __post_init__(self) -> None:
         if self.frames < 1 or self.sink < 0 or self.sink >= self.frames:
             raise ConfigError(f"a window of {self.frames} latent frames cannot hold a sink of {self.sink}")
+        before = accumulate((min(self.sink, end - begun) for begun, end in pairwise(self.shots)), initial=0)
+        object.__setattr__(self, "_sink_frames", tuple(count + self.sink for count in before))
 
     @property
     def ring(self) -> int:
@@ -67,7 +71,7 @@ class SlidingWindow:
         of_shot = frame - self.shots[shots - 1]
         if of_shot < self.sink:
             return of_shot
-        return self.sink + (frame - shots * self.sink) % self.ring
+        return self.sink + (frame - self._sink_frames[shots - 1]) % self.ring
 
     def slots(self, chunk: Chunk) -> list[int]:
         """Returns the slots that a chunk's frames own, in order of time.

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import TypeVar
 
 import torch
 
-from causalrope_sp.checks import check_whole
+from causalrope_sp.checks import check_flag, check_whole
+from causalrope_sp.diffusion.noise import Noise
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.pipeline.generation_options import LARGEST_SEED, Embeds
 from causalrope_sp.pipeline.open_stream import OpenStream, PromptChange
 from causalrope_sp.sampling.steered_loop import SteeredLoop
 
+T = TypeVar("T")
+MOST_CHUNKS = 2**10  # over which a prompt may change
 WARMING = 12  # latent frames that a decoder reads again where none is kept; what older ones left in it is negligible
 
 
@@ -54,17 +58,29 @@ class Session(OpenStream):
             PromptError: the text encoder does not know the prompt's words.
             ConfigError: there are neither or both of a prompt and embeddings, or an option is wrong.
         """
-        over_chunks = check_whole("over_chunks", over_chunks)
-        with self._operation("changes its prompt"):
+
+        def checked() -> int:
+            for name, flag in (("recache", recache), ("recache_sink", recache_sink), ("new_shot", new_shot)):
+                check_flag(name, flag)
+            return check_whole("over_chunks", over_chunks, most=MOST_CHUNKS)
+
+        asked = prompt, over_chunks, recache, recache_sink, new_shot
+        with self._operation("changes its prompt", checked, asked) as count:
             embeds = self._generation.encode_prompt(prompt, prompt_embeds)
             loop, last = self._begun(), self.prompts[-1]
             parts = [
-                torch.lerp(last.embeds.double(), embeds.double(), number / over_chunks).to(embeds.dtype)
-                for number in range(1, over_chunks)
+                torch.lerp(last.embeds.double(), embeds.double(), number / count).to(embeds.dtype)
+                for number in range(1, count)
             ]
-            loop.set_text([*parts, embeds], recache=recache, recache_sink=recache_sink, new_shot=new_shot)
+            none_made = loop.chunks_made == 0  # then nothing was made under the prompt before
+            loop.set_text(
+                [*parts, embeds],
+                recache=recache or none_made,
+                recache_sink=recache_sink or none_made,
+                new_shot=new_shot and not none_made,
+            )
             change = PromptChange(last.prompt_id + 1, loop.chunks_made, prompt, embeds)
-            self.prompts.append(change)
+            self.prompts[:] = [*(p for p in self.prompts if p.first_chunk < change.first_chunk), change]
         return change.prompt_id
 
     def rewind(self, chunks: int) -> bool:
@@ -81,14 +97,18 @@ class Session(OpenStream):
         Raises:
             ConfigError: fewer chunks were made, or the latents from which to go on are not kept any more.
         """
-        chunks = check_whole("chunks", chunks)
-        if chunks > self._index:
-            raise ConfigError(f"chunks must be at most {self._index}, which were made, not {chunks}")
-        with self._operation("is taken back"):
-            assert self._source is not None, "an operation begins the session"
-            assert self._decoder is not None, "an operation begins the session"
+
+        def checked() -> int:
+            if check_whole("chunks", chunks) > self._index:
+                raise ConfigError(f"chunks must be at most {self._index}, which were made, not {chunks}")
             loop, target = self._begun(), self._index - chunks
             loop.check_rewind(loop.chunks_made - target)
+            return target
+
+        with self._operation("is taken back", checked, chunks) as target:
+            assert self._source is not None, "an operation begins the session"
+            assert self._decoder is not None, "an operation begins the session"
+            loop = self._begun()
             self.prompts[:] = [p for p in self.prompts if p.first_chunk < max(1, target)]
             self._source.drop()
             exact = loop.rewind(loop.chunks_made - target, self.prompts[-1].embeds)
@@ -108,8 +128,11 @@ class Session(OpenStream):
             ConfigError: the seed is out of range.
         """
         generation = self._generation
-        noise = None if seed is None else generation.noise(check_whole("seed", seed, 0, LARGEST_SEED))
-        with self._operation("is forked"):
+
+        def checked() -> Noise | None:
+            return None if seed is None else generation.noise(check_whole("seed", seed, 0, LARGEST_SEED))
+
+        with self._operation("is forked", checked, seed) as noise:
             assert self._source is not None, "an operation begins the session"
             assert self._decoder is not None, "an operation begins the session"
             fork = Session(generation, self._parallel.open_stream(generation.works_ahead))
@@ -122,8 +145,17 @@ class Session(OpenStream):
         return fork
 
     @contextmanager
-    def _operation(self, what: str) -> Iterator[None]:
-        """Runs the body, which changes the session, when all ranks are about to change it so."""
+    def _operation(self, what: str, check: Callable[[], T], arguments: object) -> Iterator[T]:
+        """Runs the body, which changes the session, when all ranks are about to change it so.
+
+        Args:
+            what: what happens to the session.
+            check: checks the arguments; an error of one rank ends the call on all, before anything has changed.
+            arguments: what must be the same on all ranks.
+
+        Yields:
+            What `check` returned.
+        """
         if self._parallel.mesh.decode:
             raise ConfigError(f"a session with decode ranks goes on as it began: none of them {what}")
         if self._generation.is_parallel:
@@ -132,7 +164,9 @@ class Session(OpenStream):
             self._begin()
             assert self._source is not None, "`_begin` opens it"
             self._source.settle()
-            yield
+            checked = self._parallel.denoisers.run_collectively(check)
+            self._parallel.denoisers.agree({what: arguments})
+            yield checked
 
     def _begun(self) -> SteeredLoop:
         assert self._loop is not None, "an operation begins the session"

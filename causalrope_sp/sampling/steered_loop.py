@@ -105,9 +105,9 @@ class SteeredLoop(ChunkLoop):
             if before is not None and stream.cache.can_rewind(before.chunk):
                 branch.rewind(before, window)
             else:
-                exact = before is None
                 stream.cache.window = window.since(0, 0)  # all that is kept can be written again
-                self._recompute(branch, with_sink=True)
+                whole = self._recompute(branch, with_sink=True)
+                exact &= whole and first == self.first_chunk
         return exact
 
     def check_rewind(self, chunks: int) -> None:
@@ -155,8 +155,13 @@ class SteeredLoop(ChunkLoop):
             return False
         return last.chunk.start < branch.stream.cache.window.sink_at(last.chunk.stop).stop
 
-    def _recompute(self, branch: GuidanceBranch, *, with_sink: bool) -> None:
-        """Computes the cache of a branch anew from what is kept of its window; the newest chunk stays pending."""
+    def _recompute(self, branch: GuidanceBranch, *, with_sink: bool) -> bool:
+        """Computes the cache of a branch anew from what is kept of its window; the newest chunk stays pending.
+
+        Returns:
+            Whether that are all frames so far.
+        """
         window, stop = branch.stream.cache.window, self.position[1]
         parts = self.kept.within(window, stop, with_sink=with_sink)
         branch.recompute(parts, window.since(oldest_of(parts, window, stop), stop), stop)
+        return sum(part.chunk.frames for part in parts) == stop

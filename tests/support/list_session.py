@@ -51,7 +51,7 @@ class ListSession:
         """The frames that stay once all before `stop` came in, and those that stayed in the shots before."""
         *old, shot = [shot for shot in self.shots if shot < stop] or [0]
         length = self.stream.sink
-        return set(range(shot, shot + length)), {f for begun in old for f in range(begun, begun + length)}
+        return set(range(shot, shot + length)), {f for begun in old for f in range(begun, min(shot, begun + length))}
 
     def next_chunk(self) -> Chunk:
         index, start = (self.chunks[-1][0].index + 1, self.chunks[-1][0].stop) if self.chunks else (0, 0)
