@@ -24,6 +24,8 @@ from causalrope_sp.siblings import Siblings
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+    from causalrope_sp.pipeline.timings import Timings
+
 
 @click.command()
 @click.argument("prompt", required=False)
@@ -88,6 +90,11 @@ def _check(model: str, prompt: str | None, text_embeds: str | None, out: str, op
     from causalrope_sp.checks import check_whole
 
     check_whole("--frames", options["num_frames"])
+    given = click.get_current_context().get_parameter_source("num_frames") is not click.core.ParameterSource.DEFAULT
+    if options.pop("endless"):
+        if given:
+            raise ConfigError("give either --frames or --endless, not both")
+        options["num_frames"] = None
     _check_conditioning(options)
     parallel_chunks = options["parallel_chunks"] is not None
     others = {name: options[name] for name in ("reuse", "image", "video", "guidance_parallel", "decode_ranks")}
@@ -130,15 +137,17 @@ def _check_text(model: str, prompt: str | None, embeds: str | None, negative: st
             parse_prompt(text)
 
 
-def _write_video(items: Iterator[Any], out: str, frames: int, silent: bool) -> dict[str, Any]:
+def _write_video(items: Iterator[Any], out: str, frames: int | None, silent: bool) -> dict[str, Any]:
     """Takes the pipeline and then its chunks from `items`, writes the chunks on rank 0, and returns --json's fields."""
     from causalrope_sp.distributed.comm_stats import CommStats
+    from causalrope_sp.pipeline.timings import quantiles
 
     pipe = next(items)
     size = pipe.height, pipe.width
     if shares_rank_0_disk():
         check_output(out, *size)
-    started, first_frame_s, chunk_ms, moved = time.perf_counter(), 0.0, list[float](), CommStats()
+    started, first_frame_s, moved = time.perf_counter(), 0.0, CommStats()
+    timings: list[Timings] = []
     with contextlib.ExitStack() as stack:
         video, progress = None, None
         if rank() == 0:
@@ -150,7 +159,7 @@ def _write_video(items: Iterator[Any], out: str, frames: int, silent: bool) -> d
         try:
             for chunk in items:
                 first_frame_s = first_frame_s or time.perf_counter() - started
-                chunk_ms.append(round(1000 * chunk.timings.total, 2))
+                timings.append(chunk.timings)
                 moved.include(chunk.comm_stats)
                 if video is None or progress is None:
                     continue
@@ -175,7 +184,8 @@ def _write_video(items: Iterator[Any], out: str, frames: int, silent: bool) -> d
         "ranks": pipe.parallel.size,
         "strategy": pipe.strategy,
         "out": out,
-        "chunks": chunk_ms,
+        "chunks": [round(1000 * each.total, 2) for each in timings],
+        "timings": quantiles(timings),
         "communication": moved.as_json(),
         "stored_bytes": moved.stored_bytes,
     }
@@ -207,17 +217,18 @@ def _name_lost_rank(siblings: Siblings) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _report_kept_frames(video: VideoWriter, frames: int) -> Iterator[None]:
+def _report_kept_frames(video: VideoWriter, frames: int | None) -> Iterator[None]:
     """Prints how many frames the file has if the body is interrupted or fails."""
+    of = "" if frames is None else f"of {frames} "
     try:
         yield
     except CausalRopeError as error:
         partial = video.partial
         if partial is not None and video.frames and partial not in str(error):
-            click.echo(escaped_line(f"stopped: {video.frames} of {frames} frames are in {partial}"), err=True)
+            click.echo(escaped_line(f"stopped: {video.frames} {of}frames are in {partial}"), err=True)
         raise
     except (KeyboardInterrupt, Exception):
-        kept = f"{video.frames} of {frames} frames are in {video.path}" if video.frames else "no frame was made yet"
+        kept = f"{video.frames} {of}frames are in {video.path}" if video.frames else "no frame was made yet"
         click.echo(escaped_line(f"stopped: {kept}"), err=True)
         raise
 

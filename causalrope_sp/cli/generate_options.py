@@ -65,6 +65,11 @@ OPTIONS = (
         show_default=True,
         help="Generate this many pixel frames.",
     ),
+    click.option(
+        "--endless",
+        is_flag=True,
+        help="Generate until Ctrl-C, which needs a window. The default is to stop after --frames.",
+    ),
     HEIGHT,
     WIDTH,
     click.option(

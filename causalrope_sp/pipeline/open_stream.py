@@ -16,8 +16,9 @@ from causalrope_sp.distributed.stream_turns import StreamTurns
 from causalrope_sp.errors import CausalRopeError, ConfigError
 from causalrope_sp.pipeline.decoding import frames_of, run_decode_worker
 from causalrope_sp.pipeline.numerics import own_numerics
-from causalrope_sp.pipeline.output import ChunkDecoder, Timings, VideoChunk
+from causalrope_sp.pipeline.output import ChunkDecoder, VideoChunk
 from causalrope_sp.pipeline.prefetch import OnDemand, Prefetch
+from causalrope_sp.pipeline.timings import Timings
 from causalrope_sp.sampling.chunk import LatentChunk
 
 if TYPE_CHECKING:

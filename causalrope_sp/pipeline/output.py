@@ -15,25 +15,8 @@ from causalrope_sp.distributed.comm_stats import CommStats
 from causalrope_sp.grid import Chunk
 from causalrope_sp.pipeline.conditioning import Conditioning
 from causalrope_sp.pipeline.decoding import Frames, SideStream
+from causalrope_sp.pipeline.timings import Timings
 from causalrope_sp.sampling.chunk import LatentChunk
-
-
-@dataclass(frozen=True)
-class Timings:
-    """Where the time of a chunk went, in seconds.
-
-    Args:
-        denoise: the passes of the transformer. On CUDA they may end while the chunk is decoded, and a chunk that was
-            made ahead is denoised while the one before is decoded.
-        decode: the decoder, and the way of the frames to the host.
-        wait: the time until all ranks had come to make the chunk.
-        total: from the call for the chunk to its frames.
-    """
-
-    denoise: float
-    decode: float
-    wait: float
-    total: float
 
 
 @dataclass(frozen=True)

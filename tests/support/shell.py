@@ -34,7 +34,7 @@ def run(*words: object, command: tuple[str, ...] = (sys.executable, "-m", "causa
 def launch_endless(
     out: Path, command: list[str], words: list[str], started: list[subprocess.Popen[str]]
 ) -> subprocess.Popen[str]:
-    line = [*command, "-m", "causalrope_sp", "generate", *words, "--frames", "100000", "--window", "9"]
+    line = [*command, "-m", "causalrope_sp", "generate", *words, "--endless", "--window", "9"]
     line += ["--model", MODEL, "--out", str(out)]
     process = subprocess.Popen(
         line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True

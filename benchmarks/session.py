@@ -1,0 +1,90 @@
+"""Measures what can be done to a live session between two chunks, in processor time of one thread, against the time of
+a chunk and of loading the model in the same run.
+
+    python benchmarks/session.py [--model toybox] [--rounds 9]
+
+Gate: a prompt that is set again to what it was changes no pixel by more than rounding, and chunks that are taken back
+come again bit for bit. Medians follow; the last line is JSON.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from printed import finish, print_table
+
+from causalrope_sp import CausalVideoPipeline
+from causalrope_sp.pipeline.session import Session
+
+RED, BLUE = "a red circle slides right", "a blue circle slides right"
+FILLED = 7  # chunks after which toybox's window is full
+
+
+def spent(run: Callable[[], Any]) -> float:
+    """Seconds of the processor."""
+    started = time.process_time()
+    run()
+    return time.process_time() - started
+
+
+def opened(pipe: CausalVideoPipeline, chunks: int, **options: Any) -> Session:
+    session = pipe.open(RED, seed=3, **options)
+    for _ in range(chunks):
+        session.step()
+    return session
+
+
+def check(pipe: CausalVideoPipeline) -> None:
+    plain, again = opened(pipe, FILLED), opened(pipe, FILLED, history=2)
+    again.set_prompt(RED, recache=False)
+    expected = plain.step().frames
+    apart = np.abs(expected.astype(int) - again.step().frames).max()  # type: ignore[union-attr]
+    assert apart <= 1, f"the same text again changed a pixel by {apart}"
+    assert again.rewind(1), "a chunk within the history was not taken back exactly"
+    retaken = np.abs(expected.astype(int) - again.step().frames).max()  # type: ignore[union-attr]
+    assert retaken <= 1, f"a chunk that was taken back came again otherwise, by {retaken}"
+
+
+def change(pipe: CausalVideoPipeline, recache: bool) -> tuple[float, float]:
+    """Seconds of a chunk, and those from a new prompt to the frames of the chunk under it."""
+    session = opened(pipe, FILLED)
+    usual = spent(session.step)
+    return usual, spent(lambda: (session.set_prompt(BLUE, recache=recache), session.step()))
+
+
+@click.command()
+@click.option("--model", default="toybox", show_default=True)
+@click.option("--rounds", default=9, show_default=True)
+def main(model: str, rounds: int) -> None:
+    torch.set_num_threads(1)
+    loads = [spent(lambda: CausalVideoPipeline.from_pretrained(model)) for _ in range(3)]
+    pipe = CausalVideoPipeline.from_pretrained(model)
+    check(pipe)
+    rows: dict[str, list[float]] = {}
+    for _ in range(rounds):
+        for name, recache in (("a new prompt, window computed anew", True), ("a new prompt alone", False)):
+            usual, changed = change(pipe, recache)
+            rows.setdefault("a chunk", []).append(usual)
+            rows.setdefault(name, []).append(changed - usual)
+        rows.setdefault("opening a second session", []).append(spent(lambda: pipe.open(BLUE).close()))
+        rows.setdefault("first frames of a second session", []).append(spent(lambda: pipe.open(BLUE).step()))
+        session = opened(pipe, FILLED, history=3)
+        rows.setdefault("taking 2 chunks back within the history", []).append(spent(lambda s=session: s.rewind(2)))
+        bare = opened(pipe, FILLED)
+        rows.setdefault("taking 2 chunks back without", []).append(spent(lambda s=bare: s.rewind(2)))
+        rows.setdefault("a fork", []).append(spent(lambda s=session: s.fork().close()))
+    found = {name: statistics.median(values) for name, values in rows.items()}
+    chunk, load = found["a chunk"], statistics.median(loads)
+    table = [(name, f"{1e3 * s:.1f}", f"{s / chunk:.2f}", f"{s / load:.2f}") for name, s in found.items()]
+    print_table(["", "ms of the processor", "of a chunk", "of loading"], table)
+    finish("session", model=model, rounds=rounds, load_s=load, seconds=found)
+
+
+if __name__ == "__main__":
+    main()
