@@ -34,7 +34,7 @@ EVERY, JUDGED = 200, 48  # pixel frames
 
 def prompts() -> list[str]:
     """Single objects whose colour changes from each to the next."""
-    shapes, motions = ("circle", "square"), ("slides right", "bounces", "orbits")
+    shapes, motions = ("circle", "square"), ("slides right", "bounces", "orbits clockwise")
     return [f"a {color} {shapes[n % 2]} {motions[n % 3]}" for n, color in enumerate(COLORS)]
 
 

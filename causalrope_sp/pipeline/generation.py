@@ -256,7 +256,7 @@ class Generation:
             layout=self._layout,
             graphs=pipe.parts.options.graphs,
             on_step=None if self._request.callback_on_step_end is None else self._step,
-            history=self._request.history,
+            history=self.history and self.history + self.works_ahead,
             kept_chunks=self._request.kept_chunks,
         )
         frames = self.frame_range.latent_frames(self._stream)

@@ -99,6 +99,7 @@ class Session(OpenStream):
         """
 
         def checked() -> int:
+            self._check_source("taken back")
             if check_whole("chunks", chunks) > self._index:
                 raise ConfigError(f"chunks must be at most {self._index}, which were made, not {chunks}")
             loop, target = self._begun(), self._index - chunks
@@ -130,6 +131,7 @@ class Session(OpenStream):
         generation = self._generation
 
         def checked() -> Noise | None:
+            self._check_source("forked")
             return None if seed is None else generation.noise(check_whole("seed", seed, 0, LARGEST_SEED))
 
         with self._operation("is forked", checked, seed) as noise:
@@ -167,6 +169,11 @@ class Session(OpenStream):
             checked = self._parallel.denoisers.run_collectively(check)
             self._parallel.denoisers.agree({what: arguments})
             yield checked
+
+    def _check_source(self, what: str) -> None:
+        """Raises ConfigError if the session redraws a video, which is read once."""
+        if self._generation.conditioning.source is not None:
+            raise ConfigError(f"a session that redraws a video cannot be {what}: the video is read once")
 
     def _begun(self) -> SteeredLoop:
         assert self._loop is not None, "an operation begins the session"

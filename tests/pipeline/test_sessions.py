@@ -224,6 +224,30 @@ def test_a_call_needs_an_end(pipe: CausalVideoPipeline) -> None:
         pipe(RED, num_frames=None)
 
 
+def test_a_session_that_redraws_a_video_goes_forwards_alone() -> None:
+    pipe = CausalVideoPipeline.from_pretrained("toybox")
+    video = list(np.random.default_rng(0).integers(0, 255, (30, 64, 64, 3), np.uint8))
+    with opened(pipe, num_frames=81, video=video, strength=0.5) as session:
+        session.step()
+        for call, what in ((lambda: session.rewind(1), "taken back"), (session.fork, "forked")):
+            with pytest.raises(ConfigError, match=f"redraws a video cannot be {what}: the video is read once"):
+                call()
+        session.set_prompt(BLUE)
+        assert [chunk.prompt_id for chunk in session] == [1, 1]
+        assert session.is_complete
+
+
+def test_sessions_take_images_and_guidance(pipe: CausalVideoPipeline) -> None:
+    image = np.full((64, 64, 3), 90, np.uint8)
+    options: dict[str, Any] = {"image": image, "guidance_scale": 1.5, "negative_prompt": BLUE}
+    stream = list(pipe.stream(RED, seed=3, num_frames=45, **OPTIONS, **options))
+    session = opened(pipe, history=1, **options)
+    made = take(session, 3)
+    assert session.rewind(1)
+    made[2:] = take(session, 1)
+    assert same(made, stream[:3])
+
+
 def steered(pipe: CausalVideoPipeline, pause: float = 0.0) -> list[Any]:
     """Everything that can be done to a session, once."""
     session = pipe.open(RED, seed=3, history=2, guidance_scale=2.0, negative_prompt=BLUE, **OPTIONS)
