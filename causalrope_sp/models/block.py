@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from causalrope_kernels import Affine, Keys, Modulation, PassOperations, Projection, Rotation, rms_norm
+from causalrope_kernels.arguments import Norm
 from causalrope_sp.config import DiTConfig
 from causalrope_sp.reuse.output_store import OutputOf, computed
 
@@ -22,12 +23,58 @@ Attend = Callable[[int, Projection], Tensor]
 TextContext = list[Keys]  # the keys and values of the text, one entry per layer's cross-attention
 
 
+class BlockModulation(NamedTuple):
+    """The norms before self-attention and the feed-forward, and the gates, (…, F, D), after them."""
+
+    norm_1: Norm
+    gate_1: Tensor
+    norm_2: Norm
+    gate_2: Tensor
+
+
+@dataclass(frozen=True)
+class PassModulation:
+    """What the model computes of the timesteps of a pass, and of nothing else.
+
+    Args:
+        blocks_L6FD: shift, factor (one plus the scale) and gate of self-attention, then of the feed-forward, of every
+            block, (L, 6, …, F, D), in float32 or wider.
+        head_2FD: shift and factor of the head, (2, …, F, D).
+        eps: the epsilon of the norms.
+    """
+
+    blocks_L6FD: Tensor
+    head_2FD: Tensor
+    eps: float
+
+    @cached_property
+    def blocks(self) -> list[BlockModulation]:
+        """Norms and gates block by block."""
+        return [self._block(*vectors_6FD.unbind(0)) for vectors_6FD in self.blocks_L6FD.unbind(0)]
+
+    @cached_property
+    def head(self) -> Norm:
+        """The norm of the head for all frames."""
+        return self.norm(*self.head_2FD)
+
+    def _block(self, shift_1: Tensor, factor_1: Tensor, gate_1: Tensor, *last: Tensor) -> BlockModulation:
+        shift_2, factor_2, gate_2 = last
+        return BlockModulation(self.norm(shift_1, factor_1), gate_1, self.norm(shift_2, factor_2), gate_2)
+
+    def norm(self, shift: Tensor, factor: Tensor) -> Norm:
+        """Returns the norm that these vectors, (…, F, D), modulate: with F = 1 all tokens share them."""
+        if shift.shape[:-1] == (1,):
+            return Affine(factor[0], shift[0], self.eps)
+        return Modulation(shift, factor, self.eps)
+
+
 @dataclass(frozen=True)
 class ForwardPass:
     """Describes one forward: the timesteps of its frames, their rotation, and what they attend.
 
     Args:
-        timesteps_F: the timestep of every frame in [0, 1000], (F,), or (B, F) in training, where batch entries differ.
+        timesteps_F: the timestep of every frame in [0, 1000], (F,), or (B, F) in training, where batch entries differ;
+            or of every group of equally many consecutive frames, which are then the F of all that depends on them.
         predicted_frames: how many of the last frames the velocity is computed for.
         rotation: the rotary angles of the tokens.
         text: the keys and values of the text, for every layer.
@@ -37,6 +84,7 @@ class ForwardPass:
         blocks: the blocks as `CausalDiT.settled` returns them for these operations; None settles them for this pass.
         output: takes a layer's number, the kind of a module ("self", "cross" or "mlp") and a function that computes
             its output. It returns that output, or the stored output of an earlier pass (`reuse`).
+        modulation: what `CausalDiT.modulation` returns for these timesteps; None computes it in this pass.
     """
 
     timesteps_F: Tensor
@@ -47,6 +95,12 @@ class ForwardPass:
     operations: PassOperations = field(default_factory=PassOperations.checked)
     blocks: Sequence[BlockForward] | None = None
     output: OutputOf = computed
+    modulation: PassModulation | None = None
+
+    @property
+    def frames(self) -> int:
+        """The frames of the pass."""
+        return self.rotation.query_times_F.shape[0]
 
 
 class Residual(NamedTuple):
@@ -64,16 +118,16 @@ class Residual(NamedTuple):
     branch_BTD: Tensor | None = None
     gate: Tensor | None = None
 
-    def last(self, tokens: int, frames: int) -> Residual:
-        """Returns the residual of the last `frames` frames, which have `tokens` tokens in all."""
+    def last(self, tokens: int, groups: int) -> Residual:
+        """Returns the residual of the last `tokens` tokens, which are those of the last `groups` gates."""
         branch = None if self.branch_BTD is None else self.branch_BTD[:, -tokens:]
-        gate = None if self.gate is None else self.gate[..., -frames:, :]
+        gate = None if self.gate is None else self.gate[..., -groups:, :]
         return Residual(self.x_BTD[:, -tokens:], branch, gate)
 
 
-BlockForward = Callable[[Residual, Tensor, int, ForwardPass, Tensor | None], Residual]
-"""Computes a block: from the residual before it, its shifts, factors and gates, (6, …, F, D), its number, the pass, and
-memory for the norms, (B, T, D), or None where a gradient is computed, to the residual after it."""
+BlockForward = Callable[[Residual, BlockModulation, int, ForwardPass, Tensor | None], Residual]
+"""Computes a block: from the residual before it, its modulation, its number, the pass, and memory for the norms,
+(B, T, D), or None where a gradient is computed, to the residual after it."""
 
 
 class SelfAttention(nn.Module):
@@ -94,7 +148,7 @@ class SelfAttention(nn.Module):
 
         def attended(x_BTD: Tensor, layer: int, step: ForwardPass) -> Tensor:
             batch, tokens, _ = x_BTD.shape
-            frames = step.timesteps_F.shape[-1]
+            frames = step.frames
             qkv_BFSN = qkv(x_BTD).view(batch, frames, tokens // frames, -1)
             projection = Projection(qkv_BFSN, q_weight, k_weight, step.rotation, heads, eps)
             return out(step.attend(layer, projection).flatten(2))
@@ -165,20 +219,20 @@ class Block(nn.Module):
         """Returns the function that computes the block by these operations, with all weights looked up."""
         attended, attended_text = self.self_attn.settled(operations), self.cross_attn.settled(operations)
         computed = self.ffn.settled(operations)
-        add_norm, eps = operations.add_norm, self.eps
-        cross_norm = Affine(self.cross_norm.weight, self.cross_norm.bias, eps)
+        add_norm = operations.add_norm
+        cross_norm = Affine(self.cross_norm.weight, self.cross_norm.bias, self.eps)
 
         def forward(
-            residual: Residual, modulation_6FD: Tensor, layer: int, step: ForwardPass, normed: Tensor | None
+            residual: Residual, modulation: BlockModulation, layer: int, step: ForwardPass, normed: Tensor | None
         ) -> Residual:
-            shift_1, factor_1, gate_1, shift_2, factor_2, gate_2 = modulation_6FD.unbind(0)
+            norm_1, gate_1, norm_2, gate_2 = modulation
             output = step.output
             x, branch, gate = residual
-            x, y = add_norm(x, branch, gate, Modulation(shift_1, factor_1, eps), normed)
+            x, y = add_norm(x, branch, gate, norm_1, normed)
             branch = output(layer, "self", partial(attended, y, layer, step))
             x, y = add_norm(x, branch, gate_1, cross_norm, normed)
             branch = output(layer, "cross", partial(attended_text, y, step.text[layer]))
-            x, y = add_norm(x, branch, None, Modulation(shift_2, factor_2, eps), normed)
+            x, y = add_norm(x, branch, None, norm_2, normed)
             return Residual(x, output(layer, "mlp", partial(computed, y)), gate_2)
 
         return forward

@@ -16,7 +16,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from causalrope_kernels import Modulation, PassOperations
+from causalrope_kernels import PassOperations
+from causalrope_kernels.arguments import Norm
 from causalrope_kernels.reference import wide
 from causalrope_sp.config import DiTConfig
 from causalrope_sp.models.block import (
@@ -24,6 +25,7 @@ from causalrope_sp.models.block import (
     BlockForward,
     CrossAttention,
     ForwardPass,
+    PassModulation,
     Residual,
     TextContext,
     linear,
@@ -36,14 +38,11 @@ class Head(nn.Module):
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
-        self.eps = config.eps
         self.modulation = modulation_table(2, config.dim)
         self.linear = nn.Linear(config.dim, config.token_dim)
 
-    def forward(self, residual: Residual, time_FD: Tensor, step: ForwardPass) -> Tensor:
-        """Computes the velocity of the tokens, (B, T, E), from the residual and the embedded timesteps."""
-        shift, scale = (wide(time_FD) + wide(learned) for learned in self.modulation)
-        norm = Modulation(shift, 1 + scale, self.eps)
+    def forward(self, residual: Residual, norm: Norm, step: ForwardPass) -> Tensor:
+        """Computes the velocity of the tokens, (B, T, E), from the residual and the norm of their frames."""
         normed = step.operations.add_norm(residual.x_BTD, residual.branch_BTD, residual.gate, norm)[1]
         return linear(self.linear, step.operations)(normed)
 
@@ -104,18 +103,19 @@ class CausalDiT(nn.Module):
         Returns:
             The velocity of this rank's tokens of the last `step.predicted_frames` frames, (B, s·predicted_frames, E).
         """
-        waves = sinusoid(step.timesteps_F, self.config.freq_dim).to(next(self.time_embedding.parameters()).dtype)
-        time_FD = self.time_embedding(waves).to(self.dtype)  # its weights may be float32 where the model's are not
-        modulation_L6FD = self._modulation(time_FD)
+        modulation = step.modulation or self.modulation(step.timesteps_F)
         x_BTD = self.patch_embedding(tokens_BTE)
         normed = torch.empty_like(x_BTD) if step.operations.in_place else None
         residual = Residual(wide(x_BTD) if x_BTD.device.type == "cpu" else x_BTD)
         blocks = step.blocks or self.settled(step.operations)
-        for layer, (block, modulation_6FD) in enumerate(zip(blocks, modulation_L6FD.unbind(0), strict=True)):
-            residual = block(residual, modulation_6FD, layer, step, normed)
-        frames = step.predicted_frames
-        tokens = tokens_BTE.shape[1] // time_FD.shape[-2] * frames
-        return self.head(residual.last(tokens, frames), time_FD[..., -frames:, :], step)
+        for layer, (block, vectors) in enumerate(zip(blocks, modulation.blocks, strict=True)):
+            residual = block(residual, vectors, layer, step, normed)
+        if step.predicted_frames == step.frames:
+            return self.head(residual, modulation.head, step)
+        tokens = x_BTD.shape[1] * step.predicted_frames // step.frames
+        groups = max(1, step.timesteps_F.shape[-1] * step.predicted_frames // step.frames)
+        norm = modulation.norm(*modulation.head_2FD[..., -groups:, :])
+        return self.head(residual.last(tokens, groups), norm, step)
 
     def settled(self, operations: PassOperations) -> list[BlockForward]:
         """Settles for all passes of a stream by which operations and with which weights the blocks are computed.
@@ -128,14 +128,21 @@ class CausalDiT(nn.Module):
         """
         return [cast(Block, block).settled(operations) for block in self.blocks]
 
-    def _modulation(self, time_FD: Tensor) -> Tensor:
-        """Computes all blocks' shifts, factors (one plus the scale) and gates, (L, 6, …, F, D), in float32 or wider."""
+    def modulation(self, timesteps_F: Tensor) -> PassModulation:
+        """Computes what blocks and head take from timesteps: their shifts, factors and gates.
+
+        Args:
+            timesteps_F: the timesteps in [0, 1000], (F,), or (B, F) where batch entries differ.
+        """
+        waves = sinusoid(timesteps_F, self.config.freq_dim).to(next(self.time_embedding.parameters()).dtype)
+        time_FD = self.time_embedding(waves).to(self.dtype)  # its weights may be float32 where the model's are not
         time_F6D = wide(self.time_projection(time_FD)).unflatten(-1, (6, -1))
         learned_L6D = wide(torch.stack([cast(Block, block).modulation for block in self.blocks]))
         learned_L6D = learned_L6D.view(len(self.blocks), *(1,) * (time_FD.ndim - 1), *learned_L6D.shape[1:])
-        modulation_LF6D = time_F6D + learned_L6D
-        modulation_LF6D[..., 1::3, :] += 1  # scales become factors
-        return modulation_LF6D.movedim(-2, 1)
+        blocks_LF6D = time_F6D + learned_L6D
+        blocks_LF6D[..., 1::3, :] += 1  # scales become factors
+        shift, scale = (wide(time_FD) + wide(learned) for learned in self.head.modulation)
+        return PassModulation(blocks_LF6D.movedim(-2, 1), torch.stack([shift, 1 + scale]), self.config.eps)
 
 
 def sinusoid(timesteps_F: Tensor, width: int) -> Tensor:

@@ -102,7 +102,7 @@ class Recorder:
         self._steps[stream] = number, timestep
         if number == len(self._timesteps):
             self._timesteps.append(timestep)
-        self._current = stream, number, step.predicted_frames / step.timesteps_F.shape[-1]
+        self._current = stream, number, step.predicted_frames / step.frames
 
     def note(self, kind: Kind, layer: int, output_BTD: Tensor) -> None:
         """Compares an output of the current pass with those of earlier passes."""

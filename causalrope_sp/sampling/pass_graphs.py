@@ -1,6 +1,6 @@
 """CUDA graphs of a stream's passes: one launch from Python a pass once the window slides.
 
-A pass of one kind differs from the next in numbers alone: its tokens, timesteps, positions in time, slots and bounds. A
+A pass of one kind differs from the next in numbers alone: tokens, modulation, positions in time, slots and bounds. A
 graph reads them from tensors of its own, into which the current ones are copied before every replay. A kind is captured
 when it returns in a later chunk, so a window that fills runs eagerly, and attention keeps the backend that was chosen
 for the keys of the kind.

@@ -19,12 +19,16 @@ from causalrope_sp.cache.kv_cache import KVCache
 from causalrope_sp.cache.window import SlidingWindow
 from causalrope_sp.devices import send
 from causalrope_sp.grid import Chunk, LatentGrid, Shard
-from causalrope_sp.models.block import ForwardPass
+from causalrope_sp.models.block import ForwardPass, PassModulation
 from causalrope_sp.models.causal_dit import CausalDiT
 from causalrope_sp.models.rope import RotaryTables
 from causalrope_sp.reuse.output_store import OutputOf, OutputStore, computed
 from causalrope_sp.reuse.policy import ReusePlan
 from causalrope_sp.sampling.pass_graphs import PassGraphs
+
+MOST_TIMES = 8  # of a stream that are kept: all of a few-step model's
+
+Time = tuple[Tensor, PassModulation]  # the timesteps of a pass on the device, and what the model computes of them
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,7 @@ class CausalStream:
         self._rope = RotaryTables(config.head_dim, config.theta, shard, model.device, compute)
         self._relative = relative
         self._rotation: tuple[tuple[Chunk, ...], Rotation] | None = None
+        self._times: dict[tuple[float, ...], Time] = {}
         self._broken = False
         self._unchecked = PassOperations.unchecked(model.patch_embedding.weight, strategy.backend)
         self._blocks = model.settled(self._unchecked)
@@ -207,17 +212,15 @@ class CausalStream:
         if self._broken:
             raise RuntimeError("a forward of this stream was cut short, its cache is half written: cancel the chunk")
         model, chunks = self._model, tuple(part.chunk for part in parts)
-        timesteps = [part.timestep for part in parts for _ in range(part.chunk.frames)]
-        # in float32, as Self-Forcing's schedule holds them: at 833.33 the difference shows as 1e-6 in the latents
-        timesteps_F = send(torch.tensor(timesteps, dtype=torch.float32), model.device)
+        time = self._time(parts)
         tokens_BTE = torch.cat([part.tokens_BFSE for part in parts], 1).flatten(1, 2).to(model.dtype)
         compute = partial(self._compute, chunks, self._operations(tuple(chunk.frames for chunk in chunks)), output)
         self._broken = True
         hooked = model._forward_pre_hooks or model._forward_hooks  # a hook sees passes, which a graph hides
         if self._graphs is None or hooked:
-            velocity = compute(tokens_BTE, timesteps_F, self._rotate(chunks))
+            velocity = compute(tokens_BTE, time, self._rotate(chunks))
         else:
-            velocity = self._by_graph(chunks, compute, tokens_BTE, timesteps_F)
+            velocity = self._by_graph(chunks, compute, tokens_BTE, time)
         self._broken = False
         last = parts[-1].tokens_BFSE
         return velocity.view(last.shape).to(last.dtype)
@@ -228,7 +231,7 @@ class CausalStream:
         operations: PassOperations,
         output: OutputOf,
         tokens_BTE: Tensor,
-        timesteps_F: Tensor,
+        time: Time,
         rotation: Rotation,
     ) -> Tensor:
         """Runs the model on the tokens of some chunks; returns the velocity of the last one."""
@@ -237,7 +240,7 @@ class CausalStream:
             return self._strategy.attend(projection, self.cache.layer(layer), chunks, operations).flatten(1, 2)
 
         step = ForwardPass(
-            timesteps_F=timesteps_F,
+            timesteps_F=time[0],
             predicted_frames=chunks[-1].frames,
             rotation=rotation,
             text=self._text,
@@ -245,29 +248,33 @@ class CausalStream:
             operations=operations,
             blocks=self._blocks if operations is self._unchecked else None,
             output=output,
+            modulation=time[1],
         )
         return self._model(tokens_BTE, step)
 
     def _by_graph(
         self,
         chunks: tuple[Chunk, ...],
-        compute: Callable[[Tensor, Tensor, Rotation], Tensor],
+        compute: Callable[[Tensor, Time, Rotation], Tensor],
         tokens_BTE: Tensor,
-        timesteps_F: Tensor,
+        time: Time,
     ) -> Tensor:
         """Runs a pass by a captured graph, if its kind has one."""
         rotation = self._rotate(chunks)
         if self.cache.evicts(chunks[0]):  # its clean keys and values are saved layer by layer as they are written
-            return compute(tokens_BTE, timesteps_F, rotation)
+            return compute(tokens_BTE, time, rotation)
         times = rotation.query_times_F, rotation.key_times_F
-        inputs = [tokens_BTE, timesteps_F, *times, *self.cache.begin_graph(chunks)]
+        timesteps_F, modulation = time
+        vectors = modulation.blocks_L6FD, modulation.head_2FD
+        inputs = [tokens_BTE, *vectors, *times, *self.cache.begin_graph(chunks)]
 
         def forward(inputs: Sequence[Tensor]) -> Tensor:
-            tokens, timesteps, query_times, key_times, *slots = inputs
+            tokens, blocks, head, query_times, key_times, *slots = inputs
             key_times = query_times if times[0] is times[1] else key_times
             with self.cache.reading(chunks, slots):
                 own_rotation = replace(rotation, query_times_F=query_times, key_times_F=key_times)
-                return compute(tokens, timesteps, own_rotation)
+                own_modulation = replace(modulation, blocks_L6FD=blocks, head_2FD=head)
+                return compute(tokens, (timesteps_F, own_modulation), own_rotation)
 
         assert self._graphs is not None, "only a stream with graphs runs passes by them"
         rows = tuple(self.cache.attended_rows(chunk) for chunk in chunks)
@@ -282,6 +289,23 @@ class CausalStream:
             return self._unchecked
         self._checked_kinds.add(kind)
         return PassOperations.checked(self._strategy.backend, in_place=True)
+
+    def _time(self, parts: list[Part]) -> Time:
+        """Returns the timesteps of a pass, one of each chunk if all have the same length, with their modulation.
+
+        A sampler has few of them, so they are kept.
+        """
+        timesteps = tuple(part.timestep for part in parts)
+        if any(part.chunk.frames != parts[0].chunk.frames for part in parts):
+            timesteps = tuple(part.timestep for part in parts for _ in range(part.chunk.frames))
+        found = self._times.get(timesteps)
+        if found is None:
+            # in float32, as Self-Forcing's schedule holds them: at 833.33 the difference shows as 1e-6 in the latents
+            timesteps_F = send(torch.tensor(timesteps, dtype=torch.float32), self._model.device)
+            found = timesteps_F, self._model.modulation(timesteps_F)
+            if len(self._times) < MOST_TIMES and not torch.is_grad_enabled():
+                self._times[timesteps] = found
+        return found
 
     def _rotate(self, chunks: tuple[Chunk, ...]) -> Rotation:
         """Returns the rotation of the tokens of a pass, remembered until the chunks change."""

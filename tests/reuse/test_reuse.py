@@ -162,10 +162,10 @@ def test_flops_of_a_chunk_are_those_that_torch_counts() -> None:
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         for step, t in enumerate(TIMESTEPS):
             stream.denoise(Chunk(4, 8, 2), x, t, Part(Chunk(3, 6, 2), x, 0.0) if step == 0 else None)
-    frames = 2 * (len(TIMESTEPS) + 1)
-    a_frame = 2 * CONFIG.dim * (CONFIG.freq_dim + CONFIG.dim + 6 * CONFIG.dim)
+    timesteps = len(TIMESTEPS) + 1  # each is embedded once, and not frame by frame
+    a_timestep = 2 * CONFIG.dim * (CONFIG.freq_dim + CONFIG.dim + 6 * CONFIG.dim)
     alone = parse_strategy("ulysses", 1)
-    assert counter.get_total_flops() == chunk_flops(alone, work_of(MIXED), 0) + frames * a_frame
+    assert counter.get_total_flops() == chunk_flops(alone, work_of(MIXED), 0) + timesteps * a_timestep
     assert chunk_flops(alone, work_of(MIXED), 0) < chunk_flops(alone, work_of(None), 0)
     assert stream.stored_bytes == stored_bytes(alone, work_of(MIXED), 0) > 0
 

@@ -200,6 +200,20 @@ def test_initial_frames_take_one_pass_a_chunk(forwards: list[int], fuse: bool, f
     assert len(forwards) == total
 
 
+def test_timesteps_are_embedded_once_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two steps: the first one alone, the other, and the first one beside a context pass."""
+    embedded: list[list[float]] = []
+    modulation = CausalDiT.modulation
+
+    def noted(self: CausalDiT, timesteps_F: Tensor) -> Any:
+        embedded.append(timesteps_F.tolist())
+        return modulation(self, timesteps_F)
+
+    monkeypatch.setattr(CausalDiT, "modulation", noted)
+    sample(8, stream=StreamConfig(window=6, chunk_frames=2), sampler=SamplerConfig(steps=(1000, 500), shift=1))
+    assert embedded == [[1000], [500], [0, 1000]]
+
+
 def test_an_abandoned_generator_stops_at_once(forwards: list[int]) -> None:
     chunks = run_chunks(MODEL, text(1), noise_of(1), GRID, 9)
     next(chunks)
