@@ -81,5 +81,5 @@ def by_triton(architecture: int = 90, launched: Callable[..., None] | None = Non
         inference = getattr(causalrope_kernels, "inference", None)  # which the build before does not have
         if inference is not None:  # as on a GPU: cuBLASLt's call, and not oneDNN
             patches.enter_context(patch.object(inference, "by_onednn", lambda dtype: False))
-            patches.enter_context(patch.object(inference, "linear_gelu", inference.linear_gelu_by_cublas))
+            patches.enter_context(patch.object(inference, "_linear_gelu", inference.linear_gelu_by_cublas))
         yield

@@ -66,31 +66,18 @@ class Strategy:
         Returns:
             What this rank's queries attend, (B, F, s, h, d).
         """
-        return joined(attend_cached(source, cache, chunks, operations))
+        if len(chunks) == 1:
+            return attend_chunk(source, cache, chunks[0], operations)
+        # in order of time, since a later chunk may overwrite slots that an earlier one still reads
+        return joined(
+            [attend_chunk(source.part(frames), cache, chunk, operations) for chunk, frames in by_chunk(chunks)]
+        )
 
 
-def attend_cached(
-    source: Source, cache: LayerCache, chunks: Sequence[Chunk], operations: PassOperations
-) -> list[Tensor]:
-    """Writes each chunk's keys and values to the cache, then attends with its queries.
-
-    Chunks are processed in order of time, since a later chunk may overwrite slots that an earlier one still reads.
-
-    Args:
-        source: q, k and v of the pass.
-        cache: the cache of the layer.
-        chunks: the chunks of the pass, in order of time.
-        operations: the operations of the pass.
-
-    Returns:
-        What the queries of every chunk attend, (B, F, s, h, d) each.
-    """
-    outputs = []
-    for chunk, frames in by_chunk(chunks):
-        q = write_chunk(source if len(chunks) == 1 else source.part(frames), cache, chunk, operations)
-        attended = operations.attention(q.flatten(1, 2), cache.keys(chunk), reuse_q=operations.in_place)
-        outputs.append(attended.view(q.shape))
-    return outputs
+def attend_chunk(source: Source, cache: LayerCache, chunk: Chunk, operations: PassOperations) -> Tensor:
+    """Writes a chunk's keys and values to the cache and returns what its queries attend, (B, F, s, h, d)."""
+    q = write_chunk(source, cache, chunk, operations)
+    return operations.attention(q.flatten(1, 2), cache.keys(chunk), reuse_q=operations.in_place).view(q.shape)
 
 
 def write_chunk(source: Source, cache: LayerCache, chunk: Chunk, operations: PassOperations) -> Tensor:

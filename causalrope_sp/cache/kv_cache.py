@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -37,13 +37,19 @@ class _ChunkPlan:
 
     Args:
         slots_F: the slot of each of its frames, on the device.
+        first: the first of the slots, if they follow each other and are known on the host.
         rotate_on_read: the rotation of the keys on read, or None.
         ranges: the rows that are attended, by `since` and `old` of `KVCache.keys`, on the host and on the device.
+        slots: the slots of keys and values, by layer.
+        keys: what is attended, by layer, `since` and `old`.
     """
 
     slots_F: Tensor
+    first: int | None
     rotate_on_read: RotateOnRead | None
-    ranges: dict[tuple[int, bool], tuple[Ranges, Tensor]]
+    ranges: dict[tuple[int, bool], tuple[Ranges, Tensor]] = field(default_factory=dict)
+    slots: dict[int, tuple[Slots, Slots]] = field(default_factory=dict)
+    keys: dict[tuple[int, int, bool], Keys] = field(default_factory=dict)
 
 
 class KVCache:
@@ -90,7 +96,7 @@ class KVCache:
         self._undo: UndoBuffer | None = None  # of the open chunk
         self._history = UndoHistory(history)
         self._written: dict[int, int] = {}  # slot -> frame, as the first layer writes them
-        self._plans: dict[Chunk, _ChunkPlan] = {}
+        self._plans: dict[int, _ChunkPlan] = {}  # by the number of the chunk
         self._sharers = [1]  # how many caches share the storage
         self._restarted = 0  # the next frame at the last restart
         shape = (layers, 2, batch, window.frames, tokens, heads, head_dim)
@@ -102,6 +108,7 @@ class KVCache:
         self._layers = [LayerCache(self, index) for index in range(len(storage_L2BKSHD))]
         self._rings = [(k, v) for k, v in storage_L2BKSHD]
         self._rows = [(k.flatten(1, 2), v.flatten(1, 2)) for k, v in self._rings]
+        self._plans.clear()  # they hold views of the storage before
 
     @property
     def bytes(self) -> int:
@@ -232,9 +239,14 @@ class KVCache:
             self.note_written(chunk)
         if self._undo is not None and chunk == self.open_chunk and layer not in self._undo.layers:
             self._undo.save(self.storage_L2BKSHD, range(layer, layer + 1))
-        slots_F = self._plan(chunk).slots_F
-        k, v = self._rings[layer]
-        return Slots(k, slots_F), Slots(v, slots_F)
+        plan = self._plan(chunk)
+        found = plan.slots.get(layer)
+        if found is None:
+            first, (k, v) = plan.first, self._rings[layer]
+            rows = None if first is None else slice(first, first + chunk.frames)
+            k, v = (Slots(x, plan.slots_F, None if rows is None else x[:, rows]) for x in (k, v))
+            found = plan.slots[layer] = k, v
+        return found
 
     def note_written(self, chunk: Chunk) -> None:
         """Notes that a chunk's keys and values lie in its slots."""
@@ -274,11 +286,11 @@ class KVCache:
         own, each = dict(self._plans), len(tensors) // len(chunks)
         for number, chunk in enumerate(chunks):
             slots_F, bounds_N2, *angles = tensors[number * each : (number + 1) * each]
-            plan = own[chunk]
+            plan = own[chunk.index]
             rotate = plan.rotate_on_read
             rotate = None if rotate is None else replace(rotate, table=angles[0])
             ranges = {(0, False): (plan.ranges[0, False][0], bounds_N2)}
-            self._plans[chunk] = _ChunkPlan(slots_F, rotate, ranges)
+            self._plans[chunk.index] = _ChunkPlan(slots_F, None, rotate, ranges)
         try:
             yield
         finally:
@@ -298,18 +310,23 @@ class KVCache:
             old: whether to return the frames before `since`, or the others.
         """
         plan = self._plan(chunk)
-        ranges = plan.ranges.get((since, old))
-        if ranges is None:
-            ranges = plan.ranges[since, old] = self._ranges(chunk, since, old)
-        return Keys(*self._rows[layer], *ranges, plan.rotate_on_read)
+        found = plan.keys.get((layer, since, old))
+        if found is None:
+            ranges = plan.ranges.get((since, old))
+            if ranges is None:
+                ranges = plan.ranges[since, old] = self._ranges(chunk, since, old)
+            found = plan.keys[layer, since, old] = Keys(*self._rows[layer], *ranges, plan.rotate_on_read)
+        return found
 
     def _plan(self, chunk: Chunk) -> _ChunkPlan:
         """What all layers and passes share for a chunk, made at its first use."""
-        plan = self._plans.get(chunk)
+        plan = self._plans.get(chunk.index)
         if plan is None:
-            slots_F = send(torch.tensor(self.window.slots(chunk)), self.storage_L2BKSHD.device)
+            slots = self.window.slots(chunk)
+            first = slots[0] if slots == list(range(slots[0], slots[0] + len(slots))) else None
+            slots_F = send(torch.tensor(slots), self.storage_L2BKSHD.device)
             rotate = None if self._rotate_on_read is None else self._rotate_on_read(self.window.positions(chunk))
-            plan = self._plans[chunk] = _ChunkPlan(slots_F, rotate, {})
+            plan = self._plans[chunk.index] = _ChunkPlan(slots_F, first, rotate)
         return plan
 
     def _ranges(self, chunk: Chunk, since: int, old: bool) -> tuple[Ranges, Tensor]:

@@ -246,11 +246,10 @@ def linear(module: nn.Linear, operations: PassOperations, gelu: bool = False) ->
         operations: the operations of the pass.
         gelu: whether GELU, in its tanh form, follows.
     """
+    if type(module) is nn.Linear:
+        return operations.settled_linear(module.weight, module.bias, gelu)
     compute, bias = operations.linear_gelu if gelu else operations.linear, module.bias
-    if type(module) is not nn.Linear:  # a quantized weight is dequantized at every use
-        return lambda x: compute(x.to(bias.dtype), module.weight, bias)
-    weight, dtype = module.weight, module.weight.dtype
-    return lambda x: compute(x if x.dtype == dtype else x.to(dtype), weight, bias)
+    return lambda x: compute(x.to(bias.dtype), module.weight, bias)  # a quantized weight is dequantized at every use
 
 
 def modulation_table(rows: int, dim: int) -> nn.Parameter:

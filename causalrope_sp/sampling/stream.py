@@ -26,6 +26,7 @@ from causalrope_sp.reuse.output_store import OutputOf, OutputStore, computed
 from causalrope_sp.reuse.policy import ReusePlan
 from causalrope_sp.sampling.pass_graphs import PassGraphs
 
+MOST_PACKED = 1 << 26  # bytes of a model whose weights a stream on a CPU copies to a faster layout: 64 MiB
 MOST_TIMES = 8  # of a stream that are kept: all of a few-step model's
 
 Time = tuple[Tensor, PassModulation]  # the timesteps of a pass on the device, and what the model computes of them
@@ -86,7 +87,8 @@ class CausalStream:
         self._rotation: tuple[tuple[Chunk, ...], Rotation] | None = None
         self._times: dict[tuple[float, ...], Time] = {}
         self._broken = False
-        self._unchecked = PassOperations.unchecked(model.patch_embedding.weight, strategy.backend)
+        packed = sum(parameter.nbytes for parameter in model.parameters()) <= MOST_PACKED
+        self._unchecked = PassOperations.unchecked(model.patch_embedding.weight, strategy.backend, packed=packed)
         self._blocks = model.settled(self._unchecked)
         self._checked_kinds: set[tuple[int, ...]] = set()  # of passes, by the frames of their chunks
         self._graphs = graphs if reuse is None and type(strategy) is Strategy else None

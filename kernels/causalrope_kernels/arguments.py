@@ -91,10 +91,23 @@ class Slots:
         x: a tensor (B, F, s, h, d), such as a view of a send buffer. With `slots_F` it is a ring (B, K, s, h, d).
         slots_F: the slot of the ring that each frame is written to, int64 on the device, all different and in [0, K).
             They are not checked, since a kernel cannot read them on the host.
+        memory: the same slots as a view (B, F, s, h, d), if they follow each other. It saves a CPU an indexed copy.
     """
 
     x: Tensor
     slots_F: Tensor | None = None
+    memory: Tensor | None = None
+
+    @cached_property
+    def pairs(self) -> Tensor | None:
+        """The channel pairs of all slots as complex numbers in the same memory; None for slots that are scattered."""
+        plain = self.x if self.slots_F is None else self.memory
+        return None if plain is None else as_complex(plain)
+
+
+def as_complex(x: Tensor) -> Tensor:
+    """Returns channel pairs (2i, 2i+1) as complex numbers that share the memory of the pairs."""
+    return torch.view_as_complex(x.view(*x.shape[:-1], x.shape[-1] // 2, 2))
 
 
 @dataclass(frozen=True)
@@ -128,6 +141,12 @@ class Keys:
     ranges: tuple[tuple[int, int], ...] | None = None
     bounds_N2: Tensor | None = None
     rotate_on_read: RotateOnRead | None = None
+
+    @cached_property
+    def plain(self) -> list[tuple[Tensor, Tensor]]:
+        """The keys, as they are stored, and the values of every range that is not empty."""
+        ranges = self.ranges if self.ranges is not None else ((0, self.k.shape[1]),)
+        return [(self.k[:, first:stop], self.v[:, first:stop]) for first, stop in ranges if stop > first]
 
     def heads(self, part: slice) -> Keys:
         """Returns the keys and values of some of the heads."""

@@ -65,10 +65,8 @@ def attention_parts(q_BTHD: Tensor, keys: Keys, backend: str = "auto") -> list[P
 
 def attention_by(chosen: str, q_BTHD: Tensor, keys: Keys, *, reuse_q: bool = False) -> Tensor:
     """Computes `attention` by the backend that `choose` returned, without checks."""
-    if chosen == "torch" and keys.k.shape[1]:
-        ranges = reference.ranges(keys)
-        if len(ranges) == 1:
-            return reference.attention(q_BTHD, *ranges[0])
+    if chosen == "torch" and len(keys.plain) == 1:
+        return reference.attention(q_BTHD, *reference.ranges(keys)[0])
     parts = parts_by(chosen, q_BTHD, keys, reuse_q=reuse_q)
     return parts[0][0] if len(parts) == 1 else merge(parts)[0]
 

@@ -8,6 +8,7 @@ Shapes: B batch, T tokens, F frames (T = F·s), H heads, d head width, D = H·d,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from causalrope_kernels import reference
-from causalrope_kernels.arguments import Affine, Norm, Projection, SlotsByHeads, Source
+from causalrope_kernels.arguments import Affine, Norm, Projection, SlotsByHeads, Source, as_complex
 from causalrope_kernels.backend import DTYPES
 from causalrope_kernels.reference import by_frame, put, wide
 
@@ -32,13 +33,17 @@ def add_norm(
     if y_BTD is not None:
         if gate is None:
             x_BTD.add_(y_BTD)
+        elif gate.shape[:-1] == (1,):
+            x_BTD.addcmul_(y_BTD, gate)
         else:
             by_frame(x_BTD, gate).addcmul_(by_frame(y_BTD, gate), gate.unsqueeze(-2))
-    dim = x_BTD.shape[-1:]
     if isinstance(norm, Affine):
-        normed = torch.layer_norm(x_BTD, dim, norm.weight.to(x_BTD.dtype), norm.bias.to(x_BTD.dtype), norm.eps)
+        weight, bias = norm.weight, norm.bias
+        if weight.dtype != x_BTD.dtype:
+            weight, bias = weight.to(x_BTD.dtype), bias.to(x_BTD.dtype)
+        normed = torch.layer_norm(x_BTD, weight.shape, weight, bias, norm.eps)
         return x_BTD, normed if normed.dtype == out.dtype else out.copy_(normed)
-    normed = by_frame(torch.layer_norm(x_BTD, dim, eps=norm.eps), norm.shift)
+    normed = by_frame(torch.layer_norm(x_BTD, x_BTD.shape[-1:], eps=norm.eps), norm.shift)
     torch.addcmul(norm.shift.unsqueeze(-2), normed, norm.factor.unsqueeze(-2), out=by_frame(out, norm.shift))
     return x_BTD, out
 
@@ -57,30 +62,29 @@ def norm_rope_store(source: Source, q: SlotsByHeads = (), k: SlotsByHeads = (), 
     """Writes q, k and v to their slots; see `operations.norm_rope_store`, which checks the arguments."""
     if not isinstance(source, Projection):
         return reference.norm_rope_store(source, q, k, v)
-    shape = source.shape
-    first, stop = (0 if q else 1), (2 if k else 1)  # of q and k
-    if first < stop:
-        rotated = _normed_and_rotated(source, first, stop).to(source.like.dtype)
-        for number, outputs in enumerate((q, k)[first:stop]):
-            _put(outputs, rotated[:, :, number].view(shape))
+    shape = batch, frames, tokens, heads, width = source.shape
+    dim, first, count = heads * width, 0 if q else 1, bool(q) + bool(k)  # of q and k
+    if count:
+        qk_BFSN = source.qkv_BFSN[..., first * dim : (first + count) * dim]
+        qk_BFSND = wide(qk_BFSN).view(batch, frames, tokens, count, dim)
+        # channel pairs are complex numbers, so that one product rotates by the angles and divides by the norm
+        factor = source.rotation.complex_TNE[:, first : first + count].view(frames, tokens, count, -1)
+        factor = (factor * _inverse_rms(qk_BFSND, source.eps)).unsqueeze(-2)
+        both = ((q, source.q_weight), (k, source.k_weight))[first : first + count]
+        for number, (outputs, weight) in enumerate(both):
+            pairs = as_complex((qk_BFSND[..., number, :] * weight).view(shape))
+            _put_product(outputs, pairs, factor[..., number, :, :], source.like.dtype)
     if v:
-        _put(v, source.qkv_BFSN[..., 2 * shape[3] * shape[4] :].view(shape))
+        _put(v, source.qkv_BFSN[..., 2 * dim :].view(shape))
 
 
-def _normed_and_rotated(projection: Projection, first: int, stop: int) -> Tensor:
-    """q, k or both, normed over all of D and rotated, (B, T, N, H, d), in the dtype of the computation.
-
-    Channel pairs are complex numbers, so that one product rotates by the angles and divides by the root mean square.
-    """
-    batch, frames, tokens, heads, width = projection.shape
-    dim, count, tokens = heads * width, stop - first, frames * tokens
-    x_BTND = wide(projection.qkv_BFSN[..., first * dim : stop * dim]).view(batch, tokens, count, dim)
-    scaled = x_BTND.new_empty(batch, tokens, count, dim)
-    for number, weight in enumerate((projection.q_weight, projection.k_weight)[first:stop]):
-        torch.mul(x_BTND[:, :, number], weight, out=scaled[:, :, number])
-    pairs = torch.view_as_complex(scaled.view(batch, tokens, count, heads, width // 2, 2))
-    factor = projection.rotation.complex_TNE[:, first:stop] * _inverse_rms(x_BTND, projection.eps)
-    return torch.view_as_real(pairs.mul_(factor.unsqueeze(-2))).view(batch, tokens, count, heads, width)
+def _put_product(outputs: SlotsByHeads, pairs: Tensor, factor: Tensor, dtype: torch.dtype) -> None:
+    """Writes the product of complex numbers, (B, F, s, H, d/2), to the slots of all heads."""
+    out = outputs[0].pairs if len(outputs) == 1 and dtype.itemsize >= 4 else None
+    if out is None:
+        _put(outputs, torch.view_as_real(pairs * factor).flatten(-2).to(dtype))
+    else:
+        torch.mul(pairs, factor, out=out)
 
 
 def _inverse_rms(x: Tensor, eps: float) -> Tensor:
@@ -99,17 +103,48 @@ def _put(outputs: SlotsByHeads, value_BFSHD: Tensor) -> None:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Computes a linear layer; on a CPU by oneDNN, which is up to twice as fast in float32 as what torch calls."""
-    if x.device.type == "cpu" and by_onednn(x.dtype) and x.numel() * len(weight) >= FEW_PRODUCTS:
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return functional.linear(x, weight, bias)
+    return settled_linear(weight, bias)(x)
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Computes GELU, in its tanh form, of a linear layer, by one call of oneDNN or cuBLASLt where there is one."""
-    if x.is_cuda and x.dtype in DTYPES:
-        return linear_gelu_by_cublas(x, weight, bias)
-    if x.device.type == "cpu" and by_onednn(x.dtype) and x.numel() * len(weight) >= FEW_PRODUCTS:
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "tanh")
+    return settled_linear(weight, bias, gelu=True)(x)
+
+
+def settled_linear(
+    weight: Tensor, bias: Tensor | None, gelu: bool = False, packed: bool = False
+) -> Callable[[Tensor], Tensor]:
+    """Returns the function that computes a linear layer, in the dtype of its weight.
+
+    Args:
+        weight: (N, K).
+        bias: (N,), or None.
+        gelu: whether GELU, in its tanh form, follows.
+        packed: whether a copy of the weight in the layout of oneDNN's kernels may be made, which the function keeps.
+            With few rows it saves oneDNN a tenth of its time.
+    """
+    dtype, plain = weight.dtype, _plain_linear(weight, gelu)
+    if weight.device.type != "cpu" or not by_onednn(dtype):
+        return lambda x: plain(x if x.dtype == dtype else x.to(dtype), weight, bias)
+    kept = torch.ops.mkldnn._reorder_linear_weight(weight) if packed else weight
+    few = FEW_PRODUCTS // max(1, weight.shape[0])
+    pointwise, (after, form) = torch.ops.mkldnn._linear_pointwise.default, ("gelu", "tanh") if gelu else ("none", "")
+
+    def compute(x: Tensor) -> Tensor:
+        x = x if x.dtype == dtype else x.to(dtype)
+        return plain(x, weight, bias) if x.numel() < few else pointwise(x, kept, bias, after, [], form)
+
+    return compute
+
+
+def _plain_linear(weight: Tensor, gelu: bool) -> Callable[..., Tensor]:
+    """The function of x, weight and bias without oneDNN."""
+    if not gelu:
+        return functional.linear
+    return linear_gelu_by_cublas if weight.is_cuda and weight.dtype in DTYPES else _linear_gelu
+
+
+def _linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.ops.aten.gelu_(functional.linear(x, weight, bias), approximate="tanh")
 
 

@@ -5,7 +5,7 @@ Shapes: B batch, T tokens, F frames (T = F·s), L keys, H heads, d head width, D
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 from torch.nn import functional
@@ -169,3 +169,22 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, backend: str = "auto") 
     if needs_gradient(x, weight, bias):
         return reference.linear_gelu(x, weight, bias)
     return inference.linear_gelu(x, weight, bias) if backend == "auto" else reference.linear_gelu(x, weight, bias)
+
+
+def settled_linear(weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Callable[[Tensor], Tensor]:
+    """Returns the function that computes `linear`, or `linear_gelu`, of a tensor cast to the dtype of the weight.
+
+    Args:
+        weight: (N, K).
+        bias: (N,), or None.
+        gelu: whether GELU, in its tanh form, follows.
+    """
+
+    def compute(x: Tensor) -> Tensor:
+        x = x.to(weight.dtype)
+        if not gelu:
+            return linear(x, weight, bias)
+        assert bias is not None, "GELU follows a linear layer with a bias"
+        return linear_gelu(x, weight, bias)
+
+    return compute

@@ -41,6 +41,12 @@ class Store(Protocol):
     def __call__(self, source: Source, *, q: SlotsByHeads = (), k: SlotsByHeads = (), v: SlotsByHeads = ()) -> None: ...
 
 
+class SettledLinear(Protocol):
+    """`inference.settled_linear`."""
+
+    def __call__(self, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Callable[[Tensor], Tensor]: ...
+
+
 class Attention(Protocol):
     """`attention.attention`."""
 
@@ -61,6 +67,7 @@ class PassOperations:
     split_tokens: Callable[[Tensor, Sequence[Tensor]], None]
     linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     linear_gelu: Callable[[Tensor, Tensor, Tensor], Tensor]
+    settled_linear: SettledLinear
     attention: Attention
     attention_parts: Callable[[Tensor, Keys], list[Partial]]
     merge: Callable[[Sequence[Partial]], Partial]
@@ -81,6 +88,7 @@ class PassOperations:
             operations.split_tokens,
             operations.linear,
             operations.linear_gelu,
+            operations.settled_linear,
             partial(attend, backend=attention),
             partial(attention_parts, backend=attention),
             merge,
@@ -88,24 +96,33 @@ class PassOperations:
         )
 
     @classmethod
-    def unchecked(cls, like: Tensor, attention: str = "auto") -> PassOperations:
+    def unchecked(cls, like: Tensor, attention: str = "auto", *, packed: bool = False) -> PassOperations:
         """Returns operations without checks and gradients, by the backend for the device and dtype of a tensor.
 
         Args:
             like: a tensor of the pass, such as a weight of the model.
             attention: the attention backend, one of `ATTENTION_BACKENDS`.
+            packed: whether a settled linear layer may keep a copy of its weight in a faster layout (on a CPU).
         """
+        chosen: dict[tuple[object, ...], str] = {}
+
+        def backend(q_BTHD: Tensor, keys: Keys) -> str:
+            shapes = q_BTHD.shape, keys.k.shape, keys.rotate_on_read is None
+            found = chosen.get(shapes)
+            if found is None:
+                found = chosen[shapes] = choose(attention, q_BTHD, keys)
+            return found
 
         def attended(q_BTHD: Tensor, keys: Keys, *, reuse_q: bool = False) -> Tensor:
-            return attention_by(choose(attention, q_BTHD, keys), q_BTHD, keys, reuse_q=reuse_q)
+            return attention_by(backend(q_BTHD, keys), q_BTHD, keys, reuse_q=reuse_q)
 
         def parts(q_BTHD: Tensor, keys: Keys) -> list[Partial]:
-            return parts_by(choose(attention, q_BTHD, keys), q_BTHD, keys)
+            return parts_by(backend(q_BTHD, keys), q_BTHD, keys)
 
         def merged(parts: Sequence[Partial]) -> Partial:
             return parts[0] if len(parts) == 1 else merge_several(parts)
 
-        linears = inference.linear, inference.linear_gelu
+        settled = partial(inference.settled_linear, packed=packed)
         if use_triton("auto", like.detach()):
             from causalrope_kernels import add_norm_kernel, merge_kernel, norm_rope_store_kernel, rms_norm_kernel
 
@@ -114,4 +131,15 @@ class PassOperations:
         else:
             norms, store = (inference.add_norm, inference.rms_norm), inference.norm_rope_store
             split, merge_several = reference.split_tokens, reference.merge
-        return cls(*norms, store, split, *linears, attended, parts, merged, in_place=True)
+        return cls(
+            *norms,
+            store,
+            split,
+            inference.linear,
+            inference.linear_gelu,
+            settled,
+            attended,
+            parts,
+            merged,
+            in_place=True,
+        )

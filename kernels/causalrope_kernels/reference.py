@@ -108,6 +108,8 @@ def put(slots: Slots, value_BFSHD: Tensor) -> None:
     """Writes q, k or v of some heads to their slots."""
     if slots.slots_F is None:
         slots.x.copy_(value_BFSHD)
+    elif slots.memory is not None:
+        slots.memory.copy_(value_BFSHD)
     else:
         slots.x.index_copy_(1, slots.slots_F, value_BFSHD)
 
@@ -149,11 +151,12 @@ def rotated(k_BLHD: Tensor, rotate_on_read: RotateOnRead, first: int = 0) -> Ten
 
 def ranges(keys: Keys) -> list[tuple[Tensor, Tensor]]:
     """Returns the keys, rotated, and the values of every range that is not empty."""
+    if keys.rotate_on_read is None:
+        return keys.plain
     parts = []
     for first, stop in keys.ranges if keys.ranges is not None else ((0, keys.k.shape[1]),):
         if stop > first:
-            k, v = keys.k[:, first:stop], keys.v[:, first:stop]
-            parts.append((k if keys.rotate_on_read is None else rotated(k, keys.rotate_on_read, first), v))
+            parts.append((rotated(keys.k[:, first:stop], keys.rotate_on_read, first), keys.v[:, first:stop]))
     return parts
 
 

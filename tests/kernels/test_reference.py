@@ -10,11 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional
 
 from causalrope_kernels import (
     Affine,
     Keys,
     Modulation,
+    PassOperations,
     Pieces,
     Projection,
     RotateOnRead,
@@ -23,6 +25,7 @@ from causalrope_kernels import (
     add_norm,
     attention,
     attention_parts,
+    linear,
     linear_gelu,
     merge,
     norm_rope_store,
@@ -164,6 +167,30 @@ def test_a_source_writes_frames_and_heads_where_they_are_wanted() -> None:
     norm_rope_store(kv, k=[Slots(ring[0, :, :F])], v=[Slots(ring[1, :, 2:])])
     assert torch.equal(ring[0, :, :F], whole[1])
     assert torch.equal(ring[1, :, 2:], whole[2])
+
+
+def test_slots_that_follow_each_other_are_written_as_slots_that_are_scattered() -> None:
+    projection = Projection(random(B, F, S, 3 * WIDTH), *random(2, WIDTH, seed=1), a_rotation(), H, EPS)
+    slots = torch.arange(1, 1 + F)
+    scattered, together = torch.full((2, 3, B, F + 2, S, H, D), math.nan, dtype=torch.float64)
+    q, k, v = ([Slots(x, slots)] for x in scattered)
+    norm_rope_store(projection, q=q, k=k, v=v)
+    q, k, v = ([Slots(x, slots, x[:, 1:-1])] for x in together)
+    norm_rope_store(projection, q=q, k=k, v=v)
+    assert torch.equal(together[:, :, 1:-1], scattered[:, :, 1:-1])
+    assert together[:, :, [0, -1]].isnan().all()
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_settled_linear_layer_with_a_copy_of_its_weight_is_the_layer(gelu: bool, dtype: torch.dtype) -> None:
+    """With so few rows that oneDNN is left out, and with more."""
+    weight, bias, x = (random(*shape).to(dtype) for shape in ((96, 64), (96,), (1, 256, 64)))
+    compute = PassOperations.unchecked(weight, packed=True).settled_linear(weight, bias, gelu)
+    for rows in (x[:, :2], x):
+        expected = (linear_gelu if gelu else linear)(rows.double(), weight.double(), bias.double())
+        plain = (reference.linear_gelu if gelu else functional.linear)(rows, weight, bias)
+        assert (compute(rows.double()) - expected).norm() <= 2 * (plain - expected).norm()
 
 
 @pytest.mark.parametrize("carrier", [(F, WIDTH), (B, F, WIDTH)], ids=["frame", "batch and frame"])
