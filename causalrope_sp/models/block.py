@@ -6,7 +6,7 @@ width, L text tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import NamedTuple
@@ -81,7 +81,7 @@ class ForwardPass:
         attend: takes a layer's number and the projection of its tokens to q, k and v, and returns what the tokens
             attend, (B, T, H, d).
         operations: the operations between the matrix products.
-        blocks: the blocks as `CausalDiT.settled` returns them for these operations; None settles them for this pass.
+        settled: what `CausalDiT.settled` returns for these operations; None settles them for this pass.
         output: takes a layer's number, the kind of a module ("self", "cross" or "mlp") and a function that computes
             its output. It returns that output, or the stored output of an earlier pass (`reuse`).
         modulation: what `CausalDiT.modulation` returns for these timesteps; None computes it in this pass.
@@ -93,7 +93,7 @@ class ForwardPass:
     text: TextContext
     attend: Attend
     operations: PassOperations = field(default_factory=PassOperations.checked)
-    blocks: Sequence[BlockForward] | None = None
+    settled: SettledModel | None = None
     output: OutputOf = computed
     modulation: PassModulation | None = None
 
@@ -128,6 +128,13 @@ class Residual(NamedTuple):
 BlockForward = Callable[[Residual, BlockModulation, int, ForwardPass, Tensor | None], Residual]
 """Computes a block: from the residual before it, its modulation, its number, the pass, and memory for the norms,
 (B, T, D), or None where a gradient is computed, to the residual after it."""
+
+
+class SettledModel(NamedTuple):
+    """The functions of all blocks, and that of the head's linear layer."""
+
+    blocks: list[BlockForward]
+    head: Callable[[Tensor], Tensor]
 
 
 class SelfAttention(nn.Module):
@@ -178,7 +185,7 @@ class CrossAttention(nn.Module):
         """Returns the function that attends the text's keys and projects the result, (B, T, D)."""
         q, out = (linear(module, operations) for module in (self.q, self.out))
         q_weight, heads, eps, in_place = self.norm_q.weight, self.heads, self.eps, operations.in_place
-        rms_norm, attention = operations.rms_norm, operations.attention
+        rms_norm, attention = operations.settled_rms_norm(), operations.attention
 
         def attended(x_BTD: Tensor, keys: Keys) -> Tensor:
             q_BTD = q(x_BTD)
@@ -219,7 +226,7 @@ class Block(nn.Module):
         """Returns the function that computes the block by these operations, with all weights looked up."""
         attended, attended_text = self.self_attn.settled(operations), self.cross_attn.settled(operations)
         computed = self.ffn.settled(operations)
-        add_norm = operations.add_norm
+        add_norm_1, add_norm_2, add_norm_3 = (operations.settled_add_norm() for _ in range(3))
         cross_norm = Affine(self.cross_norm.weight, self.cross_norm.bias, self.eps)
 
         def forward(
@@ -228,11 +235,11 @@ class Block(nn.Module):
             norm_1, gate_1, norm_2, gate_2 = modulation
             output = step.output
             x, branch, gate = residual
-            x, y = add_norm(x, branch, gate, norm_1, normed)
+            x, y = add_norm_1(x, branch, gate, norm_1, normed)
             branch = output(layer, "self", partial(attended, y, layer, step))
-            x, y = add_norm(x, branch, gate_1, cross_norm, normed)
+            x, y = add_norm_2(x, branch, gate_1, cross_norm, normed)
             branch = output(layer, "cross", partial(attended_text, y, step.text[layer]))
-            x, y = add_norm(x, branch, None, norm_2, normed)
+            x, y = add_norm_3(x, branch, None, norm_2, normed)
             return Residual(x, output(layer, "mlp", partial(computed, y)), gate_2)
 
         return forward

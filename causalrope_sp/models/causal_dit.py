@@ -10,7 +10,7 @@ D model width, H heads, d head width, L text tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import cast
 
 import torch
@@ -22,11 +22,11 @@ from causalrope_kernels.reference import wide
 from causalrope_sp.config import DiTConfig
 from causalrope_sp.models.block import (
     Block,
-    BlockForward,
     CrossAttention,
     ForwardPass,
     PassModulation,
     Residual,
+    SettledModel,
     TextContext,
     linear,
     modulation_table,
@@ -41,10 +41,13 @@ class Head(nn.Module):
         self.modulation = modulation_table(2, config.dim)
         self.linear = nn.Linear(config.dim, config.token_dim)
 
-    def forward(self, residual: Residual, norm: Norm, step: ForwardPass) -> Tensor:
-        """Computes the velocity of the tokens, (B, T, E), from the residual and the norm of their frames."""
-        normed = step.operations.add_norm(residual.x_BTD, residual.branch_BTD, residual.gate, norm)[1]
-        return linear(self.linear, step.operations)(normed)
+    def forward(
+        self, residual: Residual, norm: Norm, compute: Callable[[Tensor], Tensor], operations: PassOperations
+    ) -> Tensor:
+        """Computes the velocity of the tokens, (B, T, E), from the residual, the norm of their frames and the function
+        of the linear layer."""
+        normed = operations.add_norm(residual.x_BTD, residual.branch_BTD, residual.gate, norm)[1]
+        return compute(normed)
 
 
 class CausalDiT(nn.Module):
@@ -78,6 +81,11 @@ class CausalDiT(nn.Module):
         """The device that the model lives on."""
         return self.patch_embedding.weight.device
 
+    @property
+    def first_block(self) -> Block:
+        """The first block."""
+        return cast(Block, self.blocks[0])
+
     def _cross_attentions(self) -> Iterator[CrossAttention]:
         return (module for module in self.modules() if isinstance(module, CrossAttention))
 
@@ -107,26 +115,27 @@ class CausalDiT(nn.Module):
         x_BTD = self.patch_embedding(tokens_BTE)
         normed = torch.empty_like(x_BTD) if step.operations.in_place else None
         residual = Residual(wide(x_BTD) if x_BTD.device.type == "cpu" else x_BTD)
-        blocks = step.blocks or self.settled(step.operations)
+        blocks, compute_head = step.settled or self.settled(step.operations)
         for layer, (block, vectors) in enumerate(zip(blocks, modulation.blocks, strict=True)):
             residual = block(residual, vectors, layer, step, normed)
-        if step.predicted_frames == step.frames:
-            return self.head(residual, modulation.head, step)
-        tokens = x_BTD.shape[1] * step.predicted_frames // step.frames
-        groups = max(1, step.timesteps_F.shape[-1] * step.predicted_frames // step.frames)
-        norm = modulation.norm(*modulation.head_2FD[..., -groups:, :])
-        return self.head(residual.last(tokens, groups), norm, step)
+        norm = modulation.head
+        if step.predicted_frames < step.frames:
+            tokens = x_BTD.shape[1] * step.predicted_frames // step.frames
+            groups = max(1, step.timesteps_F.shape[-1] * step.predicted_frames // step.frames)
+            residual, norm = residual.last(tokens, groups), modulation.norm(*modulation.head_2FD[..., -groups:, :])
+        return self.head(residual, norm, compute_head, step.operations)
 
-    def settled(self, operations: PassOperations) -> list[BlockForward]:
-        """Settles for all passes of a stream by which operations and with which weights the blocks are computed.
+    def settled(self, operations: PassOperations) -> SettledModel:
+        """Settles for all passes of a stream by which operations and with which weights the model is computed.
 
         Args:
             operations: the operations between the matrix products.
 
         Returns:
-            A function for each block. It keeps the weights of now: a weight that is replaced later is not seen.
+            Functions of blocks and head. They keep the weights of now: a weight that is replaced later is not seen.
         """
-        return [cast(Block, block).settled(operations) for block in self.blocks]
+        blocks = [cast(Block, block).settled(operations) for block in self.blocks]
+        return SettledModel(blocks, linear(self.head.linear, operations))
 
     def modulation(self, timesteps_F: Tensor) -> PassModulation:
         """Computes what blocks and head take from timesteps: their shifts, factors and gates.
@@ -142,7 +151,7 @@ class CausalDiT(nn.Module):
         blocks_LF6D = time_F6D + learned_L6D
         blocks_LF6D[..., 1::3, :] += 1  # scales become factors
         shift, scale = (wide(time_FD) + wide(learned) for learned in self.head.modulation)
-        return PassModulation(blocks_LF6D.movedim(-2, 1), torch.stack([shift, 1 + scale]), self.config.eps)
+        return PassModulation(blocks_LF6D.movedim(-2, 1).contiguous(), torch.stack([shift, 1 + scale]), self.config.eps)
 
 
 def sinusoid(timesteps_F: Tensor, width: int) -> Tensor:

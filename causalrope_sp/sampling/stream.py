@@ -89,7 +89,7 @@ class CausalStream:
         self._broken = False
         packed = sum(parameter.nbytes for parameter in model.parameters()) <= MOST_PACKED
         self._unchecked = PassOperations.unchecked(model.patch_embedding.weight, strategy.backend, packed=packed)
-        self._blocks = model.settled(self._unchecked)
+        self._settled = model.settled(self._unchecked)
         self._checked_kinds: set[tuple[int, ...]] = set()  # of passes, by the frames of their chunks
         self._graphs = graphs if reuse is None and type(strategy) is Strategy else None
         self.outputs = None if reuse is None else OutputStore(reuse)
@@ -236,10 +236,19 @@ class CausalStream:
         time: Time,
         rotation: Rotation,
     ) -> Tensor:
-        """Runs the model on the tokens of some chunks; returns the velocity of the last one."""
+        """Runs the model on the tokens of some chunks; returns the velocity of the last one.
+
+        Without gradients the operations are those of the first block; the others have the same shapes and no checks.
+        """
+        later, settled = self._unchecked, self._settled
+        if operations is not later:
+            settled = settled._replace(blocks=[self._model.first_block.settled(operations), *settled.blocks[1:]])
+            if torch.is_grad_enabled():
+                later, settled = operations, self._model.settled(operations)
 
         def attend(layer: int, projection: Projection) -> Tensor:
-            return self._strategy.attend(projection, self.cache.layer(layer), chunks, operations).flatten(1, 2)
+            own = later if layer else operations
+            return self._strategy.attend(projection, self.cache.layer(layer), chunks, own).flatten(1, 2)
 
         step = ForwardPass(
             timesteps_F=time[0],
@@ -248,7 +257,7 @@ class CausalStream:
             text=self._text,
             attend=attend,
             operations=operations,
-            blocks=self._blocks if operations is self._unchecked else None,
+            settled=settled,
             output=output,
             modulation=time[1],
         )

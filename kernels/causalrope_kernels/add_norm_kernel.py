@@ -9,7 +9,9 @@ Shapes: B batch, T tokens, F frames, s tokens of a frame, D model width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -85,22 +87,54 @@ def add_norm(
     total = x_BTD if y_BTD is None or out is not None else torch.empty_like(normed)
     if normed.numel() == 0:
         return total, normed
+    tensors = _tensors(x_BTD, y_BTD, total, normed, gate, norm)
+    numbers, constants, grid, warps = _sizes(x_BTD, y_BTD, gate, tensors, norm.eps)
+    KERNEL.launch(grid, tensors, numbers, constants, num_warps=warps)
+    return total, normed
+
+
+def settled_add_norm() -> Callable[..., tuple[Tensor, Tensor]]:
+    """Returns `add_norm` for one place of a model, in place. At every call the tensors are contiguous and of the same
+    dtypes, and y and gate are there or not.
+    """
+    launches: dict[tuple[torch.Size, torch.Size], Callable[..., None]] = {}
+
+    def add_norm(
+        x_BTD: Tensor, y_BTD: Tensor | None, gate: Tensor | None, norm: Norm, out: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        tensors = _tensors(x_BTD, y_BTD, x_BTD, out, gate, norm)
+        key = x_BTD.shape, (tensors[5] if gate is None else gate).shape
+        launch = launches.get(key)
+        if launch is not None:
+            launch(*tensors)
+        elif x_BTD.numel():
+            numbers, constants, grid, warps = _sizes(x_BTD, y_BTD, gate, tensors, norm.eps)
+            launches[key] = KERNEL.prepared(grid, tensors, numbers, constants, num_warps=warps)
+        return x_BTD, out
+
+    return add_norm
+
+
+def _tensors(
+    x_BTD: Tensor, y_BTD: Tensor | None, total: Tensor, normed: Tensor, gate: Tensor | None, norm: Norm
+) -> tuple[Tensor, ...]:
+    """The first arguments of the kernel."""
     factor, shift = (norm.weight, norm.bias) if isinstance(norm, Affine) else (norm.factor, norm.shift)
+    return x_BTD, x_BTD if y_BTD is None else y_BTD, total, normed, x_BTD if gate is None else gate, factor, shift
+
+
+def _sizes(
+    x_BTD: Tensor, y_BTD: Tensor | None, gate: Tensor | None, tensors: tuple[Tensor, ...], eps: float
+) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[int, int], int]:
+    """The numbers and constants of the kernel, its grid, and its warps."""
+    batch, count, width = x_BTD.shape
+    _, y, _, _, _, factor, shift = tensors
     vectors = factor if gate is None else gate
     frames = 1 if vectors.ndim == 1 else vectors.shape[-2]
-    y = x_BTD if y_BTD is None else y_BTD
     grid, rows, block, warps = _blocks(batch, frames, count // frames, width)
-    KERNEL.launch(
-        grid,
-        (x_BTD, y, total, normed, x_BTD if gate is None else gate, factor, shift),
-        (
-            count // frames, frames, norm.eps,
-            *x_BTD.stride()[:2], *y.stride()[:2], *_strides(gate), *_strides(factor), *_strides(shift),
-        ),
-        (width, y_BTD is not None, gate is not None, rows, block),
-        num_warps=warps,
-    )  # fmt: skip
-    return total, normed
+    strides = *x_BTD.stride()[:2], *y.stride()[:2], *_strides(gate), *_strides(factor), *_strides(shift)
+    constants = width, y_BTD is not None, gate is not None, rows, block
+    return (count // frames, frames, eps, *strides), constants, grid, warps
 
 
 @cache

@@ -13,6 +13,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from causalrope_kernels.tables import is_aligned, on_device
+
 
 @dataclass(frozen=True)
 class Rotation:
@@ -44,6 +46,12 @@ class Rotation:
     start: int
     tokens: int
     columns: int
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """The numbers of the rotation that a kernel takes."""
+        pairs = (table.shape[2] for table in (self.time, self.row, self.column))
+        return self.start, self.tokens, self.columns, *pairs
 
     def part(self, frames: slice) -> Rotation:
         """Returns the rotation of some of the frames. It is made once, since every layer needs it."""
@@ -99,6 +107,11 @@ class Slots:
     memory: Tensor | None = None
 
     @cached_property
+    def layout(self) -> tuple[object, ...]:
+        """What a kernel takes from the memory besides its address."""
+        return self.x.shape[3], self.x.stride(), self.slots_F is None, is_aligned(self.x)
+
+    @cached_property
     def pairs(self) -> Tensor | None:
         """The channel pairs of all slots as complex numbers in the same memory; None for slots that are scattered."""
         plain = self.x if self.slots_F is None else self.memory
@@ -141,6 +154,22 @@ class Keys:
     ranges: tuple[tuple[int, int], ...] | None = None
     bounds_N2: Tensor | None = None
     rotate_on_read: RotateOnRead | None = None
+
+    @cached_property
+    def bounds(self) -> Tensor:
+        """The ranges on the device, (N, 2)."""
+        if self.bounds_N2 is not None:
+            return self.bounds_N2
+        ranges = self.ranges if self.ranges is not None else ((0, self.k.shape[1]),)
+        return on_device(tuple(map(tuple, ranges)), self.k.device, torch.int32)
+
+    @cached_property
+    def layout(self) -> tuple[object, ...]:
+        """What a kernel takes from the memory besides its addresses."""
+        k, v, rotate = self.k, self.v, self.rotate_on_read
+        on_read = None if rotate is None else (rotate.tokens, rotate.table.shape[2])
+        own = k.shape, k.stride(), v.stride(), is_aligned(k), is_aligned(v)
+        return k.device, k.dtype, own, self.bounds.shape[0], on_read
 
     @cached_property
     def plain(self) -> list[tuple[Tensor, Tensor]]:

@@ -11,7 +11,8 @@ The kernel computes 4·T·L·H·d FLOPs. Shapes: B batch, T queries, L keys, H h
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -19,10 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from causalrope_kernels.arguments import Keys
+from causalrope_kernels.arguments import Keys, RotateOnRead
 from causalrope_kernels.launch import Kernel, blocks_of, padded
 from causalrope_kernels.reference import Partial, rotated
-from causalrope_kernels.tables import on_device
+from causalrope_kernels.tables import is_aligned
 
 LOG2_E = 1.4426950408889634
 PROCESSORS = 132  # multiprocessors of an H100 or H200
@@ -260,35 +261,73 @@ def attend(q_BTHD: Tensor, keys: Keys, *, reuse_q: bool = False) -> list[Partial
     Returns:
         For every share of the keys the output, (B, T, H, d), and its log-sum-exp in float32, (B, T, H).
     """
-    batch, queries, heads, width = q_BTHD.shape
     if q_BTHD.numel() == 0:
-        return [(torch.empty_like(q_BTHD), q_BTHD.new_empty(batch, queries, heads, dtype=torch.float32))]
-    k, rotate_on_read, bounds = keys.k, keys.rotate_on_read, keys.bounds_N2
-    if bounds is None:
-        ranges = keys.ranges if keys.ranges is not None else ((0, k.shape[1]),)
-        bounds = on_device(tuple(map(tuple, ranges)), q_BTHD.device, torch.int32)
+        return [(torch.empty_like(q_BTHD), q_BTHD.new_empty(q_BTHD.shape[:3], dtype=torch.float32))]
+    rotate_on_read = keys.rotate_on_read
+    if rotate_on_read is not None and not rotates(q_BTHD, rotate_on_read):
+        keys = replace(keys, k=rotated(keys.k, rotate_on_read), rotate_on_read=None)
+        rotate_on_read = None
+    key = q_BTHD.shape, q_BTHD.stride(), is_aligned(q_BTHD), reuse_q, keys.layout
+    plan = PLANS.get(key)
+    if plan is None:
+        plan = PLANS[key] = _plan(q_BTHD, keys, reuse_q)
+    out = q_BTHD if plan.overwrites else q_BTHD.new_empty(plan.out_shape)
+    lse = torch.empty(plan.out_shape[:-1], dtype=torch.float32, device=q_BTHD.device)
+    tensors = q_BTHD, keys.k, keys.v, out, lse, keys.bounds, None if rotate_on_read is None else rotate_on_read.table
+    if plan.launch is None:
+        plan.launch = KERNEL.prepared(plan.grid, tensors, plan.numbers, plan.constants, **plan.options)
+    else:
+        plan.launch(*tensors)
+    return [(out, lse)] if plan.grid[2] == 1 else list(zip(out, lse, strict=True))
+
+
+def rotates(q_BTHD: Tensor, rotate_on_read: RotateOnRead) -> bool:
+    """Returns whether the kernel rotates queries: in float32 no registers are left to do so, and the channels that
+    rotate in time must be half of a head's at most."""
+    return q_BTHD.dtype != torch.float32 and 4 * rotate_on_read.table.shape[2] <= max(32, padded(q_BTHD.shape[3]))
+
+
+@dataclass
+class _Plan:
+    """How queries and keys of a layout are attended.
+
+    Args:
+        grid: the programs of the kernel; the last number is that of the shares.
+        numbers: its numbers.
+        constants: its constants.
+        options: its warps and stages.
+        out_shape: the shape of the outputs.
+        overwrites: whether the output overwrites the queries.
+        launch: launches it again, once it was launched.
+    """
+
+    grid: tuple[int, int, int]
+    numbers: tuple[float, ...]
+    constants: tuple[int, ...]
+    options: dict[str, int]
+    out_shape: tuple[int, ...]
+    overwrites: bool
+    launch: Callable[..., None] | None = None
+
+
+PLANS: dict[tuple[object, ...], _Plan] = {}
+
+
+def _plan(q_BTHD: Tensor, keys: Keys, reuse_q: bool) -> _Plan:
+    batch, queries, heads, width = q_BTHD.shape
+    rotate_on_read = keys.rotate_on_read
+    tokens, pairs = (1, 0) if rotate_on_read is None else (rotate_on_read.tokens, rotate_on_read.table.shape[2])
     block = max(16 if rotate_on_read is None else 32, padded(width))
-    if rotate_on_read is not None and (q_BTHD.dtype == torch.float32 or 4 * rotate_on_read.table.shape[2] > block):
-        # no registers are left to rotate queries in, or more than half of a head's channels rotate in time
-        k, rotate_on_read = rotated(k, rotate_on_read), None
     size = tile(queries, width, q_BTHD.dtype, rotate_on_read is not None, architecture(q_BTHD.device))
-    programs = blocks_of(queries, size.queries) * batch * heads
-    count = shares(programs, k.shape[1], q_BTHD.device)
-    overwrite = reuse_q and count == 1 and q_BTHD.is_contiguous()
-    out = q_BTHD.unsqueeze(0) if overwrite else q_BTHD.new_empty(count, batch, queries, heads, width)
-    lse = torch.empty(count, batch, queries, heads, dtype=torch.float32, device=q_BTHD.device)
-    table, tokens, pairs = None, 1, 0
-    if rotate_on_read is not None:
-        table, tokens, pairs = rotate_on_read.table, rotate_on_read.tokens, rotate_on_read.table.shape[2]
-    KERNEL.launch(
-        (blocks_of(queries, size.queries), batch * heads, count),
-        (q_BTHD, k, keys.v, out, lse, bounds, table),
-        (
-            queries, heads, tokens, width**-0.5 * LOG2_E,
-            *q_BTHD.stride()[:3], *k.stride()[:3], *keys.v.stride()[:3],
-        ),
-        (len(bounds), count, pairs, width, block, min(size.channels or block, block), size.queries, size.keys),
-        num_warps=size.warps,
-        num_stages=size.stages,
-    )  # fmt: skip
-    return list(zip(out, lse, strict=True))
+    blocks = blocks_of(queries, size.queries)
+    count = shares(blocks * batch * heads, keys.k.shape[1], q_BTHD.device)
+    strides = *q_BTHD.stride()[:3], *keys.k.stride()[:3], *keys.v.stride()[:3]
+    channels = min(size.channels or block, block)
+    return _Plan(
+        (blocks, batch * heads, count),
+        (queries, heads, tokens, width**-0.5 * LOG2_E, *strides),
+        (keys.bounds.shape[0], count, pairs, width, block, channels, size.queries, size.keys),
+        {"num_warps": size.warps, "num_stages": size.stages},
+        (batch, queries, heads, width) if count == 1 else (count, batch, queries, heads, width),
+        reuse_q and count == 1 and q_BTHD.is_contiguous(),
+    )

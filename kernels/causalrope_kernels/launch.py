@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ALIGNMENT = 16  # bytes; Triton compiles another binary for pointers that these do not divide
+from causalrope_kernels.tables import is_aligned
+
 _NO_SWITCH = nullcontext()
 
 
@@ -26,7 +27,7 @@ class Kernel:
 
     def __init__(self, function: Any) -> None:
         self.function = function
-        self._runners: dict[tuple[Any, ...], Callable[..., None]] = {}
+        self._launches: dict[tuple[Any, ...], Callable[..., None]] = {}
 
     def launch(
         self,
@@ -45,16 +46,42 @@ class Kernel:
             constants: the constants, in the order of the parameters.
             options: `num_warps` and `num_stages`, which depend on `numbers` and `constants` alone.
         """
+        key = grid, _first(tensors).device, numbers, constants, *[_kind(x) for x in tensors]
+        again = self._launches.get(key)
+        if again is None:
+            self._launches[key] = self.prepared(grid, tensors, numbers, constants, **options)
+        else:
+            again(*tensors)
+
+    def prepared(
+        self,
+        grid: tuple[int, ...],
+        tensors: tuple[Any, ...],
+        numbers: tuple[Any, ...],
+        constants: tuple[Any, ...],
+        **options: int,
+    ) -> Callable[..., None]:
+        """Launches the kernel; the arguments are those of `launch`.
+
+        Returns:
+            A function that launches it again on other tensors of the same device, dtypes and alignments to 16 bytes.
+        """
         device = _first(tensors).device
-        key = grid, device, numbers, constants, *[_kind(x) for x in tensors]
-        runner = self._runners.get(key)
         with on(device):
-            if runner is not None:
-                runner(*tensors, *numbers, *constants)
-                return
             binary = self.function[grid](*tensors, *numbers, *constants, **options)
-        if binary is not None:  # the interpreter returns none
-            self._runners[key] = binary[grid + (1,) * (3 - len(grid))]
+        rest = numbers + constants
+        if binary is None:  # by the interpreter
+            return lambda *tensors: self.function[grid](*tensors, *rest, **options)
+        runner = binary[grid + (1,) * (3 - len(grid))]
+
+        def again(*tensors: Any) -> None:
+            if device.type == "cuda" and torch.cuda.current_device() != device.index:
+                with torch.cuda.device(device):
+                    runner(*tensors, *rest)
+            else:
+                runner(*tensors, *rest)
+
+        return again
 
 
 def _first(tensors: tuple[Any, ...]) -> Tensor:
@@ -68,7 +95,7 @@ def _kind(x: Any) -> Any:
         return None
     if x.__class__ is tuple:
         return tuple(map(_kind, x))
-    return x.dtype, x.data_ptr() % ALIGNMENT == 0
+    return x.dtype, is_aligned(x)
 
 
 def on(device: torch.device) -> AbstractContextManager[object]:

@@ -9,7 +9,7 @@ Shapes: B batch, F frames, s tokens of a frame, T = F·s, H heads, d head width,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 from causalrope_kernels.add_norm_kernel import warps_of
 from causalrope_kernels.arguments import Pieces, Projection, Slots, SlotsByHeads, Source
 from causalrope_kernels.launch import Kernel, padded
-from causalrope_kernels.tables import Lines, on_device
+from causalrope_kernels.tables import Lines, is_aligned, on_device
 
 FIELDS = tl.constexpr(4)  # of a head's line in an output's table: its first row, and the steps of batch, frame, token
 
@@ -177,22 +177,48 @@ PROJECTION, PIECES, SPLIT = Kernel(projection_kernel), Kernel(pieces_kernel), Ke
 def store_projection(projection: Projection, q: SlotsByHeads, k: SlotsByHeads, v: SlotsByHeads) -> None:
     """Launches `projection_kernel`; see `operations.norm_rope_store`, which checks the arguments."""
     qkv, rotation = projection.qkv_BFSN, projection.rotation
-    batch, frames, tokens, heads, width = projection.shape
-    outputs, present = _outputs(q, k, v, qkv, width)
     if qkv.numel() == 0 or not (q or k or v):
         return
-    time, row, column = rotation.time, rotation.row, rotation.column
+    weights = projection.q_weight, projection.k_weight
+    times = rotation.time, rotation.row, rotation.column, rotation.query_times_F, rotation.key_times_F
+    if max(len(q), len(k), len(v)) > 1:
+        outputs, present = _outputs(q, k, v, qkv, projection.shape[4])
+        grid, numbers, constants, warps = _sizes(projection, present)
+        return PROJECTION.launch(grid, (qkv, *weights, *outputs, *times), numbers, constants, num_warps=warps)
+    own = qkv.shape, qkv.stride(), qkv.dtype, qkv.device, is_aligned(qkv), *map(_kind, weights)
+    layouts = [outputs[0].layout if outputs else None for outputs in (q, k, v)]
+    key = projection.heads, projection.eps, rotation.sizes, own, *layouts
+    found = _STORES.get(key)
+    if found is None:
+        outputs, present = _outputs(q, k, v, qkv, projection.shape[4])
+        grid, numbers, constants, warps = _sizes(projection, present)
+        tensors = qkv, *weights, *outputs, *times
+        launch = PROJECTION.prepared(grid, tensors, numbers, constants, num_warps=warps)
+        _STORES[key] = launch, outputs[3:6]
+        return
+    launch, tables = found
+    first = [outputs[0].x if outputs else qkv for outputs in (q, k, v)]
+    slots = [qkv if not outputs or outputs[0].slots_F is None else outputs[0].slots_F for outputs in (q, k, v)]
+    launch(qkv, *weights, *first, *tables, *slots, *times)
+
+
+_STORES: dict[tuple[object, ...], tuple[Callable[..., None], tuple[Tensor, ...]]] = {}  # by layout: launch and tables
+
+
+def _sizes(
+    projection: Projection, present: tuple[bool, ...]
+) -> tuple[tuple[int, int], tuple[float, ...], tuple[int, ...], int]:
+    """The grid of `projection_kernel`, its numbers, constants and warps."""
+    batch, frames, tokens, heads, width = projection.shape
+    start, _, columns, *pairs = projection.rotation.sizes
     block, tile = padded(width), padded(heads)
-    PROJECTION.launch(
-        (tokens, batch * frames),
-        (
-            qkv, projection.q_weight, projection.k_weight, *outputs, time, row, column,
-            rotation.query_times_F, rotation.key_times_F,
-        ),
-        (rotation.start, tokens, frames, rotation.columns, projection.eps, *qkv.stride()[:3]),
-        (*present, time.shape[2], row.shape[2], column.shape[2], heads, width, tile, block),
-        num_warps=warps_of(2 * tile * block),
-    )  # fmt: skip
+    numbers = start, tokens, frames, columns, projection.eps, *projection.qkv_BFSN.stride()[:3]
+    constants = *present, *pairs, heads, width, tile, block
+    return (tokens, batch * frames), numbers, constants, warps_of(2 * tile * block)
+
+
+def _kind(weight: Tensor) -> tuple[torch.dtype, bool]:
+    return weight.dtype, is_aligned(weight)
 
 
 def store_pieces(pieces: Sequence[Tensor], q: SlotsByHeads, k: SlotsByHeads, v: SlotsByHeads) -> None:

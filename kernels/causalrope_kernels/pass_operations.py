@@ -57,6 +57,9 @@ class Attention(Protocol):
 class PassOperations:
     """The operations of a forward; each takes the arguments of the public function of its name but for the backend.
 
+    A settled operation is made for one place of a model, such as a norm of a block, and keeps what does not change from
+    call to call.
+
     Args:
         in_place: whether no gradient is computed, so that an operation may overwrite its input.
     """
@@ -68,6 +71,8 @@ class PassOperations:
     linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     linear_gelu: Callable[[Tensor, Tensor, Tensor], Tensor]
     settled_linear: SettledLinear
+    settled_add_norm: Callable[[], AddNorm]
+    settled_rms_norm: Callable[[], RMSNorm]
     attention: Attention
     attention_parts: Callable[[Tensor, Keys], list[Partial]]
     merge: Callable[[Sequence[Partial]], Partial]
@@ -89,6 +94,8 @@ class PassOperations:
             operations.linear,
             operations.linear_gelu,
             operations.settled_linear,
+            lambda: operations.add_norm,
+            lambda: operations.rms_norm,
             partial(attend, backend=attention),
             partial(attention_parts, backend=attention),
             merge,
@@ -122,22 +129,25 @@ class PassOperations:
         def merged(parts: Sequence[Partial]) -> Partial:
             return parts[0] if len(parts) == 1 else merge_several(parts)
 
-        settled = partial(inference.settled_linear, packed=packed)
+        add_norm, rms_norm, store = inference.add_norm, inference.rms_norm, inference.norm_rope_store
+        split, merge_several = reference.split_tokens, reference.merge
+        settled_add_norm, settled_rms_norm = lambda: add_norm, lambda: rms_norm
         if use_triton("auto", like.detach()):
             from causalrope_kernels import add_norm_kernel, merge_kernel, norm_rope_store_kernel, rms_norm_kernel
 
-            norms, store = (add_norm_kernel.add_norm, rms_norm_kernel.rms_norm), norm_rope_store_kernel.store
+            add_norm, rms_norm, store = add_norm_kernel.add_norm, rms_norm_kernel.rms_norm, norm_rope_store_kernel.store
             split, merge_several = norm_rope_store_kernel.split_tokens, merge_kernel.merge
-        else:
-            norms, store = (inference.add_norm, inference.rms_norm), inference.norm_rope_store
-            split, merge_several = reference.split_tokens, reference.merge
+            settled_add_norm, settled_rms_norm = add_norm_kernel.settled_add_norm, rms_norm_kernel.settled_rms_norm
         return cls(
-            *norms,
+            add_norm,
+            rms_norm,
             store,
             split,
             inference.linear,
             inference.linear_gelu,
-            settled,
+            partial(inference.settled_linear, packed=packed),
+            settled_add_norm,
+            settled_rms_norm,
             attended,
             parts,
             merged,

@@ -170,7 +170,8 @@ def test_a_source_writes_frames_and_heads_where_they_are_wanted() -> None:
 
 
 def test_slots_that_follow_each_other_are_written_as_slots_that_are_scattered() -> None:
-    projection = Projection(random(B, F, S, 3 * WIDTH), *random(2, WIDTH, seed=1), a_rotation(), H, EPS)
+    q_weight, k_weight = random(2, WIDTH, seed=1)
+    projection = Projection(random(B, F, S, 3 * WIDTH), q_weight, k_weight, a_rotation(), H, EPS)
     slots = torch.arange(1, 1 + F)
     scattered, together = torch.full((2, 3, B, F + 2, S, H, D), math.nan, dtype=torch.float64)
     q, k, v = ([Slots(x, slots)] for x in scattered)

@@ -66,6 +66,7 @@ def test_keys_are_turned_on_read(width: int, dtype: torch.dtype) -> None:
 def test_shares_of_the_keys_add_up(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of every stretch, and of slots; some get none."""
     monkeypatch.setattr(attention_kernel, "shares", lambda *shape: count)
+    monkeypatch.setattr(attention_kernel, "PLANS", {})
     q, (k, v) = random(2, 5, 2, 20), random(2, 2, 300, 2, 20, seed=1)
     assert len(attention_parts(q.float(), as_dtype(Keys(k, v), torch.float32), "triton")) == count
     for dtype in (torch.float32, torch.bfloat16):
@@ -87,6 +88,7 @@ def test_few_queries_get_shares_that_fill_a_gpu() -> None:
 def test_bounds_are_read_on_the_device(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same launch with other numbers in the same tensor: what a captured graph does from chunk to chunk."""
     monkeypatch.setattr(attention_kernel, "shares", lambda *shape: count)
+    monkeypatch.setattr(attention_kernel, "PLANS", {})
     q, (k, v) = random(1, 5, 2, 20).float(), random(2, 1, 60, 2, 20, seed=1).float()
     bounds = torch.tensor([[0, 60]], dtype=torch.int32, device=DEVICE)
     keys = Keys(k, v, ((0, 60),), bounds)

@@ -231,7 +231,7 @@ def order_of_events(group: dist.ProcessGroup, device: str, strategy: str) -> lis
         noted = replace(operations, attention=attend, attention_parts=parts)
         patch.setattr(stream, "_unchecked", noted)
         patch.setattr(stream, "_operations", lambda _: noted)
-        patch.setattr(stream, "_blocks", model.settled(operations))  # these attend the text, which is not noted
+        patch.setattr(stream, "_settled", model.settled(operations))  # these attend the text, which is not noted
         stream.denoise(Chunk(1, 2, 2), x, 1000.0)
     return events
 
