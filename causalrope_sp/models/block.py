@@ -57,6 +57,12 @@ class PassModulation:
         """The norm of the head for all frames."""
         return self.norm(*self.head_2FD)
 
+    def last(self, groups: int) -> tuple[BlockModulation, Norm]:
+        """Returns what the last block and the head take for the last `groups` timesteps; norm_1 is that of all."""
+        vectors_6FD = self.blocks_L6FD[-1][..., -groups:, :]
+        block = self._block(*vectors_6FD.unbind(0))._replace(norm_1=self.blocks[-1].norm_1)
+        return block, self.norm(*self.head_2FD[..., -groups:, :])
+
     def _block(self, shift_1: Tensor, factor_1: Tensor, gate_1: Tensor, *last: Tensor) -> BlockModulation:
         shift_2, factor_2, gate_2 = last
         return BlockModulation(self.norm(shift_1, factor_1), gate_1, self.norm(shift_2, factor_2), gate_2)
@@ -118,16 +124,11 @@ class Residual(NamedTuple):
     branch_BTD: Tensor | None = None
     gate: Tensor | None = None
 
-    def last(self, tokens: int, groups: int) -> Residual:
-        """Returns the residual of the last `tokens` tokens, which are those of the last `groups` gates."""
-        branch = None if self.branch_BTD is None else self.branch_BTD[:, -tokens:]
-        gate = None if self.gate is None else self.gate[..., -groups:, :]
-        return Residual(self.x_BTD[:, -tokens:], branch, gate)
 
-
-BlockForward = Callable[[Residual, BlockModulation, int, ForwardPass, Tensor | None], Residual]
-"""Computes a block: from the residual before it, its modulation, its number, the pass, and memory for the norms,
-(B, T, D), or None where a gradient is computed, to the residual after it."""
+BlockForward = Callable[[Residual, BlockModulation, int, ForwardPass, Tensor | None, int | None], Residual]
+"""Computes a block, from the residual before it to the residual after it: its modulation, its number, the pass, memory
+for the norms, (B, T, D), or None where a gradient is computed, and how many of the last tokens go on after
+self-attention, or None for all."""
 
 
 class SettledModel(NamedTuple):
@@ -148,17 +149,19 @@ class SelfAttention(nn.Module):
         self.norm_k = nn.RMSNorm(config.dim, config.eps)
         self.out = nn.Linear(config.dim, config.dim)
 
-    def settled(self, operations: PassOperations) -> Callable[[Tensor, int, ForwardPass], Tensor]:
-        """Returns the function that projects tokens to q, k and v, attends, and projects the result, (B, T, D)."""
+    def settled(self, operations: PassOperations) -> Callable[[Tensor, int, ForwardPass, int | None], Tensor]:
+        """Returns the function that projects tokens to q, k and v, attends, and projects the result, (B, T, D), of all
+        tokens or of so many of the last ones."""
         qkv, out = (linear(module, operations) for module in (self.qkv, self.out))
         q_weight, k_weight, heads, eps = self.norm_q.weight, self.norm_k.weight, self.heads, self.eps
 
-        def attended(x_BTD: Tensor, layer: int, step: ForwardPass) -> Tensor:
+        def attended(x_BTD: Tensor, layer: int, step: ForwardPass, kept: int | None) -> Tensor:
             batch, tokens, _ = x_BTD.shape
             frames = step.frames
             qkv_BFSN = qkv(x_BTD).view(batch, frames, tokens // frames, -1)
             projection = Projection(qkv_BFSN, q_weight, k_weight, step.rotation, heads, eps)
-            return out(step.attend(layer, projection).flatten(2))
+            attended_BTD = step.attend(layer, projection).flatten(2)
+            return out(attended_BTD if kept is None else attended_BTD[:, -kept:])
 
         return attended
 
@@ -230,13 +233,21 @@ class Block(nn.Module):
         cross_norm = Affine(self.cross_norm.weight, self.cross_norm.bias, self.eps)
 
         def forward(
-            residual: Residual, modulation: BlockModulation, layer: int, step: ForwardPass, normed: Tensor | None
+            residual: Residual,
+            modulation: BlockModulation,
+            layer: int,
+            step: ForwardPass,
+            normed: Tensor | None,
+            kept: int | None,
         ) -> Residual:
             norm_1, gate_1, norm_2, gate_2 = modulation
             output = step.output
             x, branch, gate = residual
             x, y = add_norm_1(x, branch, gate, norm_1, normed)
-            branch = output(layer, "self", partial(attended, y, layer, step))
+            branch = output(layer, "self", partial(attended, y, layer, step, kept))
+            if kept is not None:
+                x = x[:, -kept:].contiguous()
+                normed = None if normed is None else torch.empty_like(x, dtype=normed.dtype)
             x, y = add_norm_2(x, branch, gate_1, cross_norm, normed)
             branch = output(layer, "cross", partial(attended_text, y, step.text[layer]))
             x, y = add_norm_3(x, branch, None, norm_2, normed)

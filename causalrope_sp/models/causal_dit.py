@@ -116,13 +116,14 @@ class CausalDiT(nn.Module):
         normed = torch.empty_like(x_BTD) if step.operations.in_place else None
         residual = Residual(wide(x_BTD) if x_BTD.device.type == "cpu" else x_BTD)
         blocks, compute_head = step.settled or self.settled(step.operations)
-        for layer, (block, vectors) in enumerate(zip(blocks, modulation.blocks, strict=True)):
-            residual = block(residual, vectors, layer, step, normed)
-        norm = modulation.head
-        if step.predicted_frames < step.frames:
-            tokens = x_BTD.shape[1] * step.predicted_frames // step.frames
+        modulations, norm, kept = modulation.blocks, modulation.head, None
+        if step.predicted_frames < step.frames:  # of the other frames the last block needs keys and values alone
+            kept = x_BTD.shape[1] * step.predicted_frames // step.frames
             groups = max(1, step.timesteps_F.shape[-1] * step.predicted_frames // step.frames)
-            residual, norm = residual.last(tokens, groups), modulation.norm(*modulation.head_2FD[..., -groups:, :])
+            last, norm = modulation.last(groups)
+            modulations = [*modulations[:-1], last]
+        for layer, (block, vectors) in enumerate(zip(blocks, modulations, strict=True)):
+            residual = block(residual, vectors, layer, step, normed, kept if layer == len(blocks) - 1 else None)
         return self.head(residual, norm, compute_head, step.operations)
 
     def settled(self, operations: PassOperations) -> SettledModel:

@@ -147,7 +147,7 @@ def chunk_flops(layout: Layout, work: Workload, rank: int, branch: int = 0) -> i
     """Returns the FLOPs of a rank in a steady chunk, whose first pass is fused with the chunk before's context pass."""
     layers = work.config.num_layers
     tokens = work.batch * work.chunk_frames * _tokens(work.grid, layout.ranks)[rank]
-    total = -work.patch_flops * tokens  # a context pass has no head
+    total = -work.left_out_flops * tokens
     for step in range(work.passes[branch]):
         chunks, computed = 2 if step == 0 else 1, work.computed(step, branch)
         attention = attention_flops(layout, work, rank, chunks * work.chunk_frames, work.window)

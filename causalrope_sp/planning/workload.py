@@ -106,6 +106,12 @@ class Workload:
         """FLOPs a token of the patch embedding, or of the head."""
         return 2 * self.config.dim * self.config.token_dim
 
+    @property
+    def left_out_flops(self) -> int:
+        """FLOPs a token that a context pass leaves out: the last layer after self-attention, and the head."""
+        c = self.config
+        return 2 * c.dim * (3 * c.dim + 2 * c.ffn_dim) + 4 * c.text_len * c.dim + self.patch_flops
+
     @cached_property
     def parameters(self) -> int:
         """The parameters of the model."""

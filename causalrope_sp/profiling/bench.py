@@ -208,7 +208,7 @@ def _denoise_flops(pipe: CausalVideoPipeline, chunk: Chunk) -> int:
 
     def context(rank: int, frames: int, keys: int) -> int:
         tokens = frames * Shard(grid, rank, layout.ranks).tokens
-        linear = (work.linear_flops - work.patch_flops) * tokens  # a context pass has no head
+        linear = (work.linear_flops - work.left_out_flops) * tokens
         return linear + cross_flops(work, tokens) + attention_flops(layout, work, rank, frames, keys)
 
     def branch_flops(rank: int, branch: int) -> int:

@@ -84,7 +84,7 @@ class Recorder:
         # keyed by the text that is attended, since with guidance the passes of two streams alternate
         self._steps: dict[int, tuple[int, float]] = {}
         self._last_BTD: dict[tuple[int, Kind, int], deque[Tensor]] = defaultdict(partial(deque, maxlen=reach))
-        self._current: tuple[int, int, float] | None = None  # stream, step, share of the tokens that are denoised
+        self._current: tuple[int, int, int] | None = None  # stream, step, tokens that are denoised
 
     def forget_streams(self) -> None:
         """Drops the outputs of earlier videos, before another video begins."""
@@ -102,14 +102,14 @@ class Recorder:
         self._steps[stream] = number, timestep
         if number == len(self._timesteps):
             self._timesteps.append(timestep)
-        self._current = stream, number, step.predicted_frames / step.frames
+        self._current = stream, number, step.predicted_frames * step.rotation.tokens
 
     def note(self, kind: Kind, layer: int, output_BTD: Tensor) -> None:
         """Compares an output of the current pass with those of earlier passes."""
         if self._current is None:
             return
-        stream, step, share = self._current
-        output = output_BTD[:, -round(output_BTD.shape[1] * share) :]
+        stream, step, tokens = self._current
+        output = output_BTD[:, -tokens:]
         last = self._last_BTD[stream, kind, layer]
         if step == 0:
             last.clear()

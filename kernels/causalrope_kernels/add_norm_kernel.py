@@ -20,6 +20,7 @@ from torch import Tensor
 
 from causalrope_kernels.arguments import Affine, Norm
 from causalrope_kernels.launch import Kernel, blocks_of, padded
+from causalrope_kernels.tables import is_aligned
 
 NUMBERS = 16_384  # a program holds about this many numbers at most
 PROGRAMS = 512  # about this many programs keep a GPU busy
@@ -97,13 +98,14 @@ def settled_add_norm() -> Callable[..., tuple[Tensor, Tensor]]:
     """Returns `add_norm` for one place of a model, in place. At every call the tensors are contiguous and of the same
     dtypes, and y and gate are there or not.
     """
-    launches: dict[tuple[torch.Size, torch.Size], Callable[..., None]] = {}
+    launches: dict[tuple[object, ...], Callable[..., None]] = {}
 
     def add_norm(
         x_BTD: Tensor, y_BTD: Tensor | None, gate: Tensor | None, norm: Norm, out: Tensor
     ) -> tuple[Tensor, Tensor]:
         tensors = _tensors(x_BTD, y_BTD, x_BTD, out, gate, norm)
-        key = x_BTD.shape, (tensors[5] if gate is None else gate).shape
+        vectors = tensors[5] if gate is None else gate
+        key = x_BTD.shape, vectors.shape, is_aligned(x_BTD), is_aligned(vectors)
         launch = launches.get(key)
         if launch is not None:
             launch(*tensors)

@@ -242,7 +242,8 @@ class Projection:
 
     def part(self, frames: slice) -> Projection:
         """Returns the projection of some of the frames."""
-        return replace(self, qkv_BFSN=self.qkv_BFSN[:, frames], rotation=self.rotation.part(frames))
+        own, rotation = self.qkv_BFSN[:, frames], self.rotation.part(frames)
+        return Projection(own, self.q_weight, self.k_weight, rotation, self.heads, self.eps)
 
 
 @dataclass(frozen=True)

@@ -65,10 +65,10 @@ def test_flops_are_those_that_torch_counts() -> None:
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         stream.denoise(Chunk(3, 6, 2), x, 1000.0)
     tokens = 2 * grid.tokens
-    a_frame = 2 * CONFIG.dim * (CONFIG.freq_dim + CONFIG.dim + 6 * CONFIG.dim)
+    a_timestep = 2 * CONFIG.dim * (CONFIG.freq_dim + CONFIG.dim + 6 * CONFIG.dim)
     alone = parse_strategy("ulysses", 1)
     expected = WORK.linear_flops * tokens + cross_flops(WORK, tokens) + attention_flops(alone, WORK, 0, 2, 6)
-    assert counter.get_total_flops() == expected + 2 * a_frame
+    assert counter.get_total_flops() == expected + a_timestep
 
 
 def test_the_design_has_the_same_flops() -> None:
