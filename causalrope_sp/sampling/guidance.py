@@ -61,19 +61,25 @@ class GuidanceBranch:
         self._pending = self._finished is not None
 
     def recompute(self, parts: Sequence[Part], window: SlidingWindow, committed: int) -> None:
-        """Computes the cache anew from clean tokens; the context pass of the last part stays pending.
+        """Computes the cache anew from clean tokens; the context pass of the part right before the next chunk stays
+        pending.
 
         Args:
             parts: the chunks, in order of time; they need not be adjacent.
             window: the window, which holds nothing that is not in `parts` or kept before them.
-            committed: the global time index of the next chunk, if there are no parts.
+            committed: the global time index of the next chunk.
         """
         self.stream.restart(window, committed)
-        for number, part in enumerate(parts):
-            self.stream.cache.committed = part.chunk.start
-            if number + 1 < len(parts):
+        cache, newest = self.stream.cache, None
+        for part in parts:
+            cache.committed = part.chunk.start
+            if part.chunk.stop == committed:
+                newest = part
+            else:
                 self.stream.commit(part)
-        self.finish(parts[-1] if parts else None)
+        if newest is None:
+            cache.committed = committed
+        self.finish(newest)
 
     def rewind(self, part: Part, window: SlidingWindow) -> None:
         """Takes chunks back until the context pass of `part` is pending; its chunk must be in the cache's history."""

@@ -133,7 +133,10 @@ class ListSession:
             for _, run in groupby(enumerate(frames), lambda numbered: numbered[1] - numbered[0]):
                 adjacent = [f for _, f in run]
                 part = Chunk(chunk.index, adjacent[0], len(adjacent))
+                later = [f for f in self.seen if f >= part.stop]  # a sink that stays, of a shot that begins later
+                self.seen = [f for f in self.seen if f not in later]
                 self.commit(part, clean[:, [f - chunk.start for f in adjacent]])
+                self.seen += later
 
     def rewind(self, chunks: int, exact: bool) -> None:
         """Goes back to right after a chunk; if that is not to be exact, the cache is computed anew."""
