@@ -94,7 +94,7 @@ class KVCache:
         self.committed = 0
         self.open_chunk: Chunk | None = None
         self._undo: UndoBuffer | None = None  # of the open chunk
-        self._history = UndoHistory(history)
+        self._history = UndoHistory(history and history + 1)  # the chunk before the open one may be open again
         self._written: dict[int, int] = {}  # slot -> frame, as the first layer writes them
         self._plans: dict[int, _ChunkPlan] = {}  # by the number of the chunk
         self._sharers = [1]  # how many caches share the storage
@@ -129,8 +129,8 @@ class KVCache:
             raise ConfigError(f"chunk {self.open_chunk.index} is still open; commit or cancel it first")
         if chunk.start != self.committed:
             raise ConfigError(f"the cache stands at latent frame {self.committed}, the chunk starts at {chunk.start}")
-        frames = self.window.evicted(chunk)
-        slots = [self.window.slot(frame) for frame in frames]
+        slots = [slot for slot in self.window.slots(chunk) if slot in self._written]
+        frames = [self._written[slot] for slot in slots]  # of the window, or of a sink whose shot is over
         self._undo = self._history.buffer(chunk, frames, slots, self.storage_L2BKSHD)
         self.open_chunk = chunk
         self._plans.clear()
@@ -223,10 +223,15 @@ class KVCache:
 
     def _own(self) -> None:
         """Copies the storage if a fork shares it, before it is written."""
-        if self._sharers[0] > 1:
-            self._sharers[0] -= 1
-            self._sharers = [1]
+        sharers = self._sharers
+        if sharers[0] > 1:
             self._bind(self.storage_L2BKSHD.clone())
+            self._sharers = [1]
+            sharers[0] -= 1  # only now may another thread write what was copied
+
+    def release(self) -> None:
+        """Tells the caches that share the storage that this one will neither read nor write it any more."""
+        self._sharers[0] -= 1
 
     def layer(self, index: int) -> LayerCache:
         """Returns the view of one layer."""

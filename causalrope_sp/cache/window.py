@@ -115,11 +115,6 @@ class SlidingWindow:
         position = {frame: number for number, frame in enumerate(sorted(held.values()))}
         return [position[held[slot]] if slot in held else 0 for slot in range(self.frames)]
 
-    def evicted(self, chunk: Chunk) -> list[int]:
-        """Returns the global time indices of the frames whose slots a chunk overwrites."""
-        held = self.held(chunk.start)
-        return [held[slot] for slot in self.slots(chunk) if slot in held]
-
     def held(self, stop: int) -> dict[int, int]:
         """Returns the global time index of the frame in each slot once all frames before `stop` are written.
 
@@ -127,12 +122,12 @@ class SlidingWindow:
         """
         sink, shot = self.sink, self.sink_at(stop).start
         frames = list(range(shot, min(stop, shot + sink))) if shot >= self.kept_shot else []
-        room, frame = self.ring, stop - 1
-        while room and frame >= self.oldest:
+        more, frame = self.ring, stop - 1
+        while more and frame >= self.oldest:
             begun = self.shots[bisect_right(self.shots, frame) - 1]
             if frame < begun + sink:  # a sink, of this shot or an earlier one
                 frame = begun - 1
                 continue
             frames.append(frame)
-            room, frame = room - 1, frame - 1
+            more, frame = more - 1, frame - 1
         return dict(sorted((self.slot(frame), frame) for frame in frames))

@@ -81,7 +81,8 @@ class NoticeBoard:
     def __init__(self, store: Store, rank: int, size: int, holder: str = "another rank") -> None:
         self._store: Any = store  # its type stubs lack half of its methods
         self._rank, self._holder = rank, holder
-        self._lock, self._own, self._answers = threading.Lock(), Notice(), True
+        self._lock = threading.RLock()  # a stream that garbage collection closes may post within a post
+        self._own, self._answers = Notice(), True
         self.others = [other for other in range(size) if other != rank]
         self.last: dict[int, Notice] = {}  # what was last read of each rank
 

@@ -42,7 +42,6 @@ class OnDemand(Generic[T]):
 
     def put_back(self, item: Ready[T]) -> None:
         """Makes an item that was taken the next one again."""
-        self.settle()
         self._held.appendleft(item)
 
     def settle(self) -> list[T]:
@@ -58,8 +57,16 @@ class OnDemand(Generic[T]):
         self.settle()
         self._held.clear()
 
-    def close(self) -> None:
-        """Ends the work, after the item that is being made."""
+    def is_made_here(self) -> bool:
+        """Whether the calling thread is the one that makes items ahead."""
+        return False
+
+    def close(self, wait: bool = True) -> None:
+        """Ends the work, after the item that is being made.
+
+        Args:
+            wait: whether to wait until then.
+        """
 
 
 class Prefetch(OnDemand[T]):
@@ -88,14 +95,14 @@ class Prefetch(OnDemand[T]):
 
     def take(self) -> Ready[T] | None:
         """Returns the next item and orders the one after it; see `OnDemand.take`."""
-        self.settle()
         if not self._held:
-            self._order()
+            if not self._ordered:
+                self._order()
             self.settle()
         if not self._held:
             return None
         item = self._held.popleft()
-        if not self._held:
+        if not self._held and not self._ordered:
             self._order()
         return item
 
@@ -106,8 +113,6 @@ class Prefetch(OnDemand[T]):
             BaseException: whatever `make` raised. The item will be made again.
         """
         if self._ordered:
-            if threading.current_thread() is self._thread:
-                raise RuntimeError("an item that is being made cannot wait for itself")
             result = self._ready.get()
             self._ordered = False
             if isinstance(result, BaseException):
@@ -116,11 +121,18 @@ class Prefetch(OnDemand[T]):
                 self._held.append(result)
         return super().settle()
 
-    def close(self) -> None:
-        """Ends the thread after the item that it makes."""
+    def is_made_here(self) -> bool:
+        """Whether the calling thread is the one that makes items ahead."""
+        return threading.current_thread() is self._thread
+
+    def close(self, wait: bool = True) -> None:
+        """Ends the thread after the item that it makes; see `OnDemand.close`."""
         self._stops.discard(self._stop)
         atexit.unregister(self._stop)
-        self._stop()
+        if wait:
+            self._stop()
+        else:
+            self._wanted.put(False)
 
     def _order(self) -> None:
         self._wanted.put(True)

@@ -36,9 +36,11 @@ class GuidanceBranch:
         self.stream = stream
         self._finished: Part | None = None
         self._pending = False  # whether the context pass of the finished chunk has yet to run
+        self._shared = False  # whether it began in a forward of the next chunk
 
     def denoise(self, chunk: Chunk, x_BFSE: Tensor, timestep: float) -> Tensor:
         """Returns the velocity of a chunk's tokens, (B, F, s, E); runs the pending context pass in the same forward."""
+        self._shared |= self._pending
         velocity = self.stream.denoise(chunk, x_BFSE, timestep, self._finished if self._pending else None)
         self._pending = False
         return velocity
@@ -52,13 +54,14 @@ class GuidanceBranch:
 
     def finish(self, part: Part | None) -> None:
         """Takes a chunk's clean tokens for its context pass; None where no chunk is before the next one."""
-        self._finished, self._pending = part, part is not None
+        self._finished, self._pending, self._shared = part, part is not None, False
 
     def cancel(self) -> None:
-        """Discards the chunk that is denoised. The context pass of the one before runs again, with the next chunk's
-        first pass, so that the result is the same bit for bit."""
-        self.stream.cancel(None if self._finished is None else self._finished.chunk)
-        self._pending = self._finished is not None
+        """Discards the chunk that is denoised. The context pass of the one before runs again, if it ran with the
+        discarded chunk's first pass, so that the result is the same bit for bit."""
+        again = self._finished if self._pending or self._shared else None
+        self.stream.cancel(None if again is None else again.chunk)
+        self._pending, self._shared = again is not None, False
 
     def recompute(self, parts: Sequence[Part], window: SlidingWindow, committed: int) -> None:
         """Computes the cache anew from clean tokens; the context pass of the part right before the next chunk stays
@@ -89,7 +92,7 @@ class GuidanceBranch:
     def fork(self) -> GuidanceBranch:
         """Returns a branch that goes on from here by itself."""
         fork = GuidanceBranch(self.stream.fork())
-        fork._finished, fork._pending = self._finished, self._pending
+        fork._finished, fork._pending, fork._shared = self._finished, self._pending, self._shared
         return fork
 
     @property
@@ -187,6 +190,11 @@ class GuidanceBranches:
     def branch(self, which: int) -> GuidanceBranch | None:
         """Returns the branch `CONDITIONAL` or `UNCONDITIONAL`; None if this rank does not compute it."""
         return self.branches[self._local.index(which)] if which in self._local else None
+
+    def close(self) -> None:
+        """Tells forks that these branches make no more passes."""
+        for branch in self.branches:
+            branch.stream.close()
 
     def fork(self) -> GuidanceBranches:
         """Returns branches that go on from here by themselves."""

@@ -25,11 +25,17 @@ class KeptLatents:
         self._parts.append(part)
         if self._frames is None:
             return
-        oldest = part.chunk.stop - self._frames
+        oldest, held = part.chunk.stop - self._frames, set(window.held(part.chunk.stop).values())
         ends = [*window.shots[1:], part.chunk.stop + 1]
         begun = [shot for shot, end in zip(window.shots, ends, strict=True) if end > oldest]
         sinks = [range(shot, shot + window.sink) for shot in begun]
-        self._parts = [p for p in self._parts if p.chunk.stop > oldest or any(_overlap(p.chunk, s) for s in sinks)]
+        self._parts = [
+            p
+            for p in self._parts
+            if p.chunk.stop > oldest
+            or any(_overlap(p.chunk, sink) for sink in sinks)
+            or not held.isdisjoint(range(p.chunk.start, p.chunk.stop))
+        ]
 
     def drop(self, start: int) -> None:
         """Forgets the chunks from the frame `start` on."""

@@ -80,7 +80,7 @@ class CausalStream:
         config = model.config
         self._model = model
         self._strategy = strategy
-        self._text = model.encode_text(embeds_BLE)
+        self._text, self.embeds_BLE = model.encode_text(embeds_BLE), embeds_BLE
         compute = torch.float64 if model.dtype == torch.float64 else torch.float32
         self._rope = RotaryTables(config.head_dim, config.theta, shard, model.device, compute)
         self._relative = relative
@@ -146,9 +146,10 @@ class CausalStream:
             pending: the chunk whose context pass ran with the open chunk's first pass and must run again; None if
                 the stream is to be as it was after the last commit.
         """
-        if pending is None or self.cache.committed == pending.stop:
+        begun = pending is not None and self.cache.committed == pending.stop
+        if pending is None or begun:
             self.cache.cancel()
-        if pending is not None and self.cache.open_chunk is None:
+        if pending is not None and begun:
             self.cache.reopen(pending)
         self._forget_chunk()
 
@@ -178,7 +179,7 @@ class CausalStream:
         Args:
             embeds_BLE: text embeddings, (B, text_len, text_dim).
         """
-        text = self._model.encode_text(embeds_BLE)
+        text, self.embeds_BLE = self._model.encode_text(embeds_BLE), embeds_BLE
         if self._graphs is None:
             self._text = text
             return
@@ -195,6 +196,10 @@ class CausalStream:
             fork._graphs = self._graphs.fork()
             fork._text = [replace(keys, k=keys.k.clone(), v=keys.v.clone()) for keys in self._text]
         return fork
+
+    def close(self) -> None:
+        """Tells forks that this stream makes no more passes."""
+        self.cache.release()
 
     def _forget_chunk(self) -> None:
         self._broken, self._rotation = False, None
