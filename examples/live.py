@@ -8,6 +8,7 @@ q (end). Where stdin is no terminal, its lines are prompts, one a chunk, and an 
 
 from __future__ import annotations
 
+import os
 import select
 import sys
 import time
@@ -38,30 +39,36 @@ def keys() -> Iterator[None]:
 
 def pressed() -> str:
     """The key that was pressed since the last call; "" for none."""
-    return sys.stdin.read(1) if select.select([sys.stdin], [], [], 0)[0] else ""
+    return os.read(sys.stdin.fileno(), 1).decode(errors="replace") if select.select([sys.stdin], [], [], 0)[0] else ""
 
 
 def by_keys(out: str) -> None:
-    color, shape, motion, chunks = "red", "circle", "slides right", 0
+    scene, chunks, key = ("red", "circle", "slides right"), 0, ""
     pipe = CausalVideoPipeline.from_pretrained("toybox")
     with (
-        pipe.open(f"a {color} {shape} {motion}", history=4) as session,
+        pipe.open("a {} {} {}".format(*scene), history=4) as session,
         VideoWriter(out, pipe.height, pipe.width, pipe.fps) as video,
         keys(),
     ):
-        while (key := pressed()) != "q":
-            before = color, shape, motion
-            color, shape, motion = COLORS.get(key, color), SHAPES.get(key, shape), MOTIONS.get(key, motion)
-            if (color, shape, motion) != before:
-                session.set_prompt(f"a {color} {shape} {motion}")
+        while key != "q":
+            changed = COLORS.get(key, scene[0]), SHAPES.get(key, scene[1]), MOTIONS.get(key, scene[2])
+            if changed != scene:
+                scene = changed
+                session.set_prompt("a {} {} {}".format(*scene))
             if key == "u" and chunks >= 2:
                 chunks, exact = chunks - 2, session.rewind(2)
+                words = (session.prompts[-1].prompt or "").split(maxsplit=3)
+                scene = words[1], words[2], words[3]
                 print(f"\ntaken back, {'as it was' if exact else 'window computed anew'}")
-            while key == " " and pressed() != " ":
-                time.sleep(0.05)
+            if key == " ":
+                while (key := pressed()) not in (" ", "q"):
+                    time.sleep(0.05)
+                key = key.strip()
+                continue
             chunk, chunks = session.step(), chunks + 1
             video.write(chunk.frames)
             print(f"\r{video.frames} frames, {session.prompts[-1].prompt}   ", end="", flush=True)
+            key = pressed()
     print(f"\n{video.frames} frames in {out}")
 
 

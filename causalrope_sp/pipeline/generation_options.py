@@ -54,7 +54,7 @@ class GenerationOptions:
             a JSON file (see `find_policy`).
         callback_on_step_end: a function that is called on every rank after each denoising step as (pipe, step,
             timestep, kwargs). kwargs has "chunk", "num_steps" and, with parallel chunks, "preview", a `PreviewFrame` or
-            None. Its result is ignored. What it raises on some ranks alone ends the programs of the others.
+            None. Its result is ignored. What it raises on one rank ends the chunk on all ranks.
         history: how many chunks a session takes back bit for bit. The keys and values that they evict, and the state of
             the decoder at each of them, are kept.
         kept_chunks: of how many chunks beyond the window the clean latents are kept, from which a session that is taken
