@@ -25,6 +25,7 @@ from causalrope_sp.codec.wan_vae import frames_together
 from causalrope_sp.codec.wan_vae_config import WanVaeConfig
 from causalrope_sp.codec.wan_vae_model import WanVae
 from causalrope_sp.codec.wan_vae_weights import vae_on_meta
+from causalrope_sp.devices import on_meta
 
 _ITEM = 4  # bytes of a number
 _MANY = 2  # latent frames of a stream whose state grows no more
@@ -82,7 +83,7 @@ def codec_footprint(
 
 def wan_2_1_footprint(height: int, width: int, frames: int) -> CodecFootprint:
     """Computes the footprint of Wan 2.1's VAE, whose sizes are the defaults; see `codec_footprint`."""
-    with torch.device("meta"):
+    with on_meta():
         return wan_footprint(WanVae(WanVaeConfig()), height, width, frames)
 
 
