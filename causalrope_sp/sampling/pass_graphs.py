@@ -120,7 +120,7 @@ class PassGraphs:
         """
         found = self._graphs.get(kind)
         if found is not None and obstacle is None:
-            self._copy(inputs, found.inputs)
+            torch._foreach_copy_(_bytes_of(found.inputs), _bytes_of(inputs))  # in one call, whatever their dtypes
             with on(self._device):
                 self._replay(found)
             self.replays += 1
@@ -197,16 +197,6 @@ class PassGraphs:
         refusals = (f"{fields['why']} (on rank {rank})" for rank, fields in enumerate(by_rank) if fields)
         return next(refusals, None)
 
-    @staticmethod
-    def _copy(inputs: Sequence[Tensor], own: Sequence[Tensor]) -> None:
-        by_dtype: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
-        for to, x in zip(own, inputs, strict=True):
-            targets, sources = by_dtype.setdefault(x.dtype, ([], []))
-            targets.append(to)
-            sources.append(x)
-        for targets, sources in by_dtype.values():
-            torch._foreach_copy_(targets, sources)
-
 
 def stream_graphs(device: torch.device, communicator: Communicator | None = None) -> PassGraphs | None:
     """Returns the graphs of a video on a device; None where there are none, as on a CPU.
@@ -216,3 +206,7 @@ def stream_graphs(device: torch.device, communicator: Communicator | None = None
         communicator: the ranks that share a pass; None for one rank.
     """
     return PassGraphs(CudaCapture(device), device, communicator) if device.type == "cuda" else None
+
+
+def _bytes_of(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [x.view(torch.uint8) for x in tensors]
