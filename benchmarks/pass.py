@@ -10,13 +10,8 @@ passes with their noise and updates, where the first also runs the context pass 
 forwards ("separate"). With an empty window a pass is that of the first chunk and a step that of the second chunk, which
 is the first that has a chunk to commit. With a full window every chunk evicts as many frames as it adds.
 
-A graph holds `CausalDiT.forward` alone: tokens, timesteps, rotation, slots and bounds are on the device already, and
-the stream's work on the host is not timed. With "bounds on the device", as the cache returns them, one graph could
-serve other windows, and attention is Triton's. With "fixed bounds" it is valid for this window alone, and attends as
-eager does.
-
-Gate: the velocities of a small model, by every variant that is timed, against one masked forward over all frames on the
-CPU in float64. Their error is at most twice that of the same forward on the CPU in the dtype that is timed.
+"graph" is the same stream with `PassGraphs`: its inputs are copied, and one launch replays the pass. Only a full window
+has graphs. Gate: see `pass_cases.py`; and nothing is reported if a graph's velocity differs from the eager one.
 
 Shapes: B batch, F frames, s tokens of a frame, E numbers in a token, L text tokens.
 """
@@ -26,7 +21,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain
@@ -35,180 +29,29 @@ from typing import Any
 
 import click
 import torch
+from pass_cases import FRAMES, Setup, differ, gate, random_model, variants
 from printed import finish, print_table, stop
 from torch import Tensor
 
-from causalrope_kernels import PassOperations, Projection, attention
 from causalrope_kernels.attention_choice import Shape, measure
-from causalrope_sp import CausalDiT, DiTConfig, LatentGrid, SamplerConfig, SequenceParallel, StreamConfig
-from causalrope_sp.attention.base import Strategy, write_chunk
+from causalrope_sp import DiTConfig, LatentGrid, SamplerConfig, SequenceParallel, StreamConfig
 from causalrope_sp.cache.window import SlidingWindow
 from causalrope_sp.config import PRESETS
 from causalrope_sp.diffusion.noise import seeded_noise
 from causalrope_sp.distributed.layout import SINGLE, parse_strategy
-from causalrope_sp.grid import Chunk, Shard, split_into_chunks
-from causalrope_sp.models.block import ForwardPass
-from causalrope_sp.models.rope import RotaryTables
+from causalrope_sp.grid import Chunk
 from causalrope_sp.planning.cost import attention_flops, cross_flops
 from causalrope_sp.planning.workload import Workload
 from causalrope_sp.sampling.chunk import LatentChunk
 from causalrope_sp.sampling.chunk_loop import ChunkLoop
-from causalrope_sp.sampling.stream import CausalStream, Part
 from causalrope_sp.sampling.stream_options import StreamOptions
-from causalrope_sp.verification.reference import block_causal_velocity
 
-GRID, FRAMES, WINDOW = LatentGrid(30, 52), 3, 21
-SMALL = DiTConfig(dim=256, ffn_dim=384, num_heads=2, num_layers=2, text_dim=32, text_len=9, freq_dim=32)  # the gate's
+GRID, WINDOW = LatentGrid(30, 52), 21
 TINY = DiTConfig(dim=48, ffn_dim=64, num_heads=2, num_layers=2, text_dim=16, text_len=5, freq_dim=32)  # of a smoke run
-TIMESTEP = 937.5
 RUNS = 5
+CAPTURED = 2  # chunks behind a full window until every kind of pass has a graph
 SIDE = 8192  # of the matrices that the matrix rate is measured with
 PASS, STEP = "one denoise pass", "autoregressive step"
-
-
-@dataclass(frozen=True)
-class Setup:
-    """The arguments of a stream: model, grid, window and text embeddings."""
-
-    model: CausalDiT
-    grid: LatentGrid
-    window: SlidingWindow
-    embeds_BLE: Tensor
-
-    @classmethod
-    def random(cls, model: CausalDiT, grid: LatentGrid, window: SlidingWindow) -> Setup:
-        c = model.config
-        embeds = torch.randn(1, c.text_len, c.text_dim, generator=torch.Generator().manual_seed(1))
-        return cls(model, grid, window, embeds.to(model.device, model.dtype))
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
-
-    def stream(self, clean_BFSE: Tensor) -> CausalStream:
-        """Makes a stream whose cache holds these frames."""
-        strategy = Strategy(self.grid.tokens, self.model.config.num_heads)
-        stream = CausalStream(self.model, self.embeds_BLE, self.grid, self.window, Shard(self.grid), strategy)
-        for chunk in split_into_chunks(clean_BFSE.shape[1], FRAMES):
-            stream.commit(Part(chunk, clean_BFSE[:, chunk.start : chunk.stop], 0.0))
-        return stream
-
-    def tokens(self, frames: int) -> Tensor:
-        draw = torch.Generator().manual_seed(frames)
-        shape = 1, frames, self.grid.tokens, self.model.config.token_dim
-        return torch.randn(shape, generator=draw).to(self.device)
-
-
-def random_model(config: DiTConfig, device: torch.device, dtype: torch.dtype) -> CausalDiT:
-    """Makes a model with random weights directly on its device and in its dtype; 14B in float32 would fill most
-    hosts."""
-    torch.manual_seed(0)
-    torch.set_default_dtype(dtype)
-    try:
-        with device:
-            model = CausalDiT(config)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    return model.eval().requires_grad_(False)
-
-
-def prepared(setup: Setup, stream: CausalStream, chunk: Chunk, fixed: bool) -> ForwardPass:
-    """Makes the denoise pass of the open chunk as `CausalStream` does, with all its tensors on the device.
-
-    `fixed` takes the bounds of the keys' ranges from the host. Otherwise Triton's attention is named explicitly: "auto"
-    would choose the fastest one before capture and Triton's under capture, which the warm-up would not have compiled.
-    """
-    config, device = setup.model.config, setup.device
-    tables = RotaryTables(config.head_dim, config.theta, Shard(setup.grid), device, torch.float32)
-
-    operations = PassOperations.unchecked(setup.model.patch_embedding.weight)
-
-    def attend(layer: int, projection: Projection) -> Tensor:
-        cache = stream.cache.layer(layer)
-        q_BFSHD = write_chunk(projection, cache, chunk, operations)
-        q, keys = q_BFSHD.flatten(1, 2), cache.keys(chunk)
-        return attention(q, replace(keys, bounds_N2=None)) if fixed else attention(q, keys, backend="triton")
-
-    return ForwardPass(
-        timesteps_F=torch.full((chunk.frames,), TIMESTEP, device=device),
-        predicted_frames=chunk.frames,
-        rotation=tables.rotation(list(range(chunk.start, chunk.stop))),
-        text=setup.model.encode_text(setup.embeds_BLE),
-        attend=attend,
-        operations=operations,
-    )
-
-
-def captured(setup: Setup, stream: CausalStream, chunk: Chunk, x_BFSE: Tensor, fixed: bool) -> Callable[[], Tensor]:
-    """Captures the pass of a chunk that was denoised before in a CUDA graph; returns a function that replays it and
-    returns the velocity."""
-    run = partial(setup.model, x_BFSE.flatten(1, 2).to(setup.model.dtype), prepared(setup, stream, chunk, fixed))
-    warm_up = torch.cuda.Stream()
-    warm_up.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(warm_up):
-        for _ in range(2):
-            run()
-    torch.cuda.current_stream().wait_stream(warm_up)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        velocity = run()
-
-    def replay() -> Tensor:
-        graph.replay()
-        return velocity.view(x_BFSE.shape)
-
-    return replay
-
-
-def variants(setup: Setup, before_BFSE: Tensor, x_BFSE: Tensor) -> Iterator[tuple[str, Callable[[], Tensor]]]:
-    """Yields a denoise pass of the chunk after the frames `before_BFSE`, by every variant that the device has."""
-    stream = setup.stream(before_BFSE)
-    start, frames = before_BFSE.shape[1], x_BFSE.shape[1]
-    chunk = Chunk(start // FRAMES, start, frames)
-    yield "eager", partial(stream.denoise, chunk, x_BFSE, TIMESTEP)
-    if setup.device.type == "cuda":
-        yield "graph, bounds on the device", captured(setup, stream, chunk, x_BFSE, fixed=False)
-        yield "graph, fixed bounds", captured(setup, stream, chunk, x_BFSE, fixed=True)
-
-
-@dataclass(frozen=True)
-class Gate:
-    """Relative errors against float64: of the reference in the dtype that is timed, and of each variant by its name."""
-
-    reference: float
-    errors: dict[str, float]
-
-    @property
-    def bound(self) -> float:
-        return 2 * self.reference
-
-    @property
-    def passed(self) -> bool:
-        return all(error <= self.bound for error in self.errors.values())
-
-
-def gate(device: torch.device, dtype: torch.dtype) -> Gate:
-    """Runs the gate on the fifth chunk of a stream with a sink, whose ring of seven frames has wrapped."""
-    rough = Setup.random(random_model(SMALL, torch.device("cpu"), dtype), LatentGrid(3, 5), SlidingWindow(7, 1))
-    chunks = list(split_into_chunks(5 * FRAMES, FRAMES))
-    clean, noisy = (torch.randn(1, 5 * FRAMES, 16, 6, 10, generator=torch.Generator().manual_seed(n)) for n in (0, 1))
-    clean, noisy = clean.to(dtype).float(), noisy.to(dtype).float()
-
-    def velocity(model: CausalDiT) -> Tensor:
-        args = model, rough.embeds_BLE, rough.grid, chunks, clean.to(model.dtype), noisy.to(model.dtype), TIMESTEP
-        return rough.grid.patchify(block_causal_velocity(*args, window=7, sink=1))[:, -FRAMES:]
-
-    truth = velocity(deepcopy(rough.model).double())
-
-    def error(found: Tensor) -> float:
-        return ((found.cpu().double() - truth).norm() / truth.norm()).item()
-
-    on_device = replace(rough, model=deepcopy(rough.model).to(device), embeds_BLE=rough.embeds_BLE.to(device))
-    before, x = (rough.grid.patchify(latents).to(device) for latents in (clean[:, :-FRAMES], noisy[:, -FRAMES:]))
-    errors = {name: error(run()) for name, run in variants(on_device, before, x)}
-    context = Part(chunks[-2], before[:, -FRAMES:], 0.0)
-    fused = on_device.stream(before[:, :-FRAMES]).denoise(chunks[-1], x, TIMESTEP, context)
-    return Gate(error(velocity(rough.model)), errors | {"fused": error(fused)})
 
 
 @dataclass(frozen=True)
@@ -271,7 +114,12 @@ class Row:
 
 def time_passes(setup: Setup, case: Case) -> Iterator[Row]:
     before, x = setup.tokens(case.chunk.start), setup.tokens(FRAMES)
+    eager: Tensor | None = None
     for variant, run in variants(setup, before, x):
+        velocity = run()
+        eager = velocity if eager is None else eager
+        if differ(velocity, eager, setup.model.dtype):
+            stop(f"no times: the velocity by {variant} differs from the eager one")
         yield Row.of(case, variant, 1e3 * median(seconds(run, setup.device) for _ in range(RUNS + 2)))
 
 
@@ -283,9 +131,12 @@ def time_steps(setup: Setup, empty: Case, full: Case) -> Iterator[Row]:
         yield Row.of(empty, variant, 1e3 * median(second[1:]))
         later = step_seconds(setup, fused, full.chunk.index + RUNS)
         yield Row.of(full, variant, 1e3 * median(later[full.chunk.index :]))
+    if setup.device.type == "cuda":
+        first = full.chunk.index + CAPTURED
+        yield Row.of(full, "fused, graph", 1e3 * median(step_seconds(setup, True, first + RUNS, graphs=True)[first:]))
 
 
-def step_seconds(setup: Setup, fused: bool, chunks: int) -> list[float]:
+def step_seconds(setup: Setup, fused: bool, chunks: int, graphs: bool = False) -> list[float]:
     """Measures the seconds of every chunk of a new stream, from the output of the chunk before to its own output."""
     config, grid = setup.model.config, setup.grid
     loop = ChunkLoop(
@@ -295,7 +146,7 @@ def step_seconds(setup: Setup, fused: bool, chunks: int) -> list[float]:
         grid,
         None,
         SequenceParallel.single(device=setup.device),
-        StreamOptions(stream=StreamConfig(setup.window.frames, setup.window.sink, FRAMES)),
+        StreamOptions(stream=StreamConfig(setup.window.frames, setup.window.sink, FRAMES), graphs=graphs),
     )
 
     @torch.inference_mode()

@@ -1,9 +1,15 @@
-"""Devices: their check, the default one, that of a rank, and copies to them that do not block the host."""
+"""Devices: their check, the default one, that of a rank, copies to them that do not block the host, and the meta device
+for models whose weights are not read yet."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from causalrope_sp.checks import shown
 from causalrope_sp.errors import ConfigError
@@ -65,3 +71,21 @@ def device_of_rank(device: torch.device | str | None, local_rank: int) -> torch.
         raise ConfigError(f"local rank {local} has no GPU: this machine has {torch.cuda.device_count()}")
     torch.cuda.set_device(local)
     return torch.device("cuda", local)
+
+
+class _Uninitialized(TorchFunctionMode):
+    """Lets the functions of `torch.nn.init` return their tensor as it is."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def on_meta() -> Iterator[None]:
+    """Builds modules without memory and without drawing their weights, for which torch would import much on meta."""
+    with torch.device("meta"), _Uninitialized():
+        yield

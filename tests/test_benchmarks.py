@@ -12,6 +12,11 @@ from typing import Any
 import pytest
 import torch
 
+from causalrope_sp import LatentGrid
+from causalrope_sp.cache.window import SlidingWindow
+from causalrope_sp.sampling.pass_graphs import PassGraphs
+from tests.support.cpu_graph import capture_on_cpu
+
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 
@@ -77,6 +82,23 @@ def test_a_pass_and_a_step_run() -> None:
         assert (window, "one denoise pass", "eager") in rows
         assert {(window, "autoregressive step", way) for way in ("fused", "separate")} <= rows.keys()
     assert all(row["ms"] > 0 and row["of_roofline"] is None for row in rows.values())
+
+
+def test_a_pass_by_a_graph_is_timed_behind_a_full_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the stand-in of the tests, in place of CUDA's graphs."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import pass_cases
+
+    graphs = [PassGraphs(capture_on_cpu, torch.device("cpu")) for _ in range(2)]
+    monkeypatch.setattr(pass_cases, "stream_graphs", lambda device: graphs.pop())
+    assert pass_cases.gate(torch.device("cpu"), torch.float32).errors.keys() == {"eager", "graph", "fused"}
+    model = pass_cases.random_model(pass_cases.SMALL, torch.device("cpu"), torch.float32)
+    setup = pass_cases.Setup.random(model, LatentGrid(2, 2), SlidingWindow(6))
+    assert [name for name, _ in pass_cases.variants(setup, setup.tokens(0), setup.tokens(3))] == ["eager"]
+    x = setup.tokens(3)
+    assert not pass_cases.differ(x, x + 1e-8, torch.float32)
+    assert pass_cases.differ(x, x + 1e-3, torch.float32)
+    assert pass_cases.differ(x * torch.nan, x, torch.float32)
 
 
 def test_every_way_to_decode_passes_its_gate() -> None:

@@ -54,6 +54,10 @@ class Strategy:
         """
         return x_BLHD
 
+    def splits_at(self, chunks: Sequence[Chunk]) -> int:
+        """Returns the global time index at which a pass splits the frames that it attends in two; 0 for no split."""
+        return 0
+
     def attend(self, source: Source, cache: LayerCache, chunks: Sequence[Chunk], operations: PassOperations) -> Tensor:
         """Writes the keys and values of a pass to the cache and attends with its queries.
 

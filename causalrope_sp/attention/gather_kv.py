@@ -41,6 +41,9 @@ class GatherKV(Strategy):
     def stored_tokens(self) -> int:
         return sum(self._tokens)
 
+    def splits_at(self, chunks: Sequence[Chunk]) -> int:
+        return chunks[0].start if self._overlap else 0  # the frames before it are attended while the new are in flight
+
     def attend(self, source: Source, cache: LayerCache, chunks: Sequence[Chunk], operations: PassOperations) -> Tensor:
         batch, frames, _, _, width = source.shape
         shapes = [(2, batch, frames, tokens, self.heads, width) for tokens in self._tokens]
@@ -52,9 +55,8 @@ class GatherKV(Strategy):
         operations.norm_rope_store(source, q=[Slots(q)])
         parts = by_chunk(chunks)
         before: list[list[Partial]] = [[] for _ in chunks]
-        since = 0  # frames before this global time index are attended while the new keys and values are in flight
-        if self._overlap and chunks[0].start:
-            since = chunks[0].start
+        since = self.splits_at(chunks)
+        if since:
             before = [parts_of(q[:, part], cache.keys_before(chunk, since), operations) for chunk, part in parts]
         received = Pieces(handle.wait())
         outputs = []

@@ -56,6 +56,9 @@ class Ulysses(Strategy):
     def stored(self, x_BLHD: Tensor) -> Tensor:
         return self._inner.stored(x_BLHD[:, :, _ranges(self._heads)[self._communicator.rank]])
 
+    def splits_at(self, chunks: Sequence[Chunk]) -> int:
+        return self._inner.splits_at(chunks)
+
     def attend(self, source: Source, cache: LayerCache, chunks: Sequence[Chunk], operations: PassOperations) -> Tensor:
         batch, frames, own_tokens, _, width = source.shape
         sent = self._communicator.buffer(

@@ -73,6 +73,7 @@ class KVCache:
         committed: the number of latent frames whose clean keys and values are stored, which is the global time index at
             which the next chunk starts.
         open_chunk: the chunk that denoise passes write, or None.
+        storages: how many storages it has had; a captured graph has the addresses of one.
     """
 
     def __init__(
@@ -98,6 +99,7 @@ class KVCache:
         self._written: dict[int, int] = {}  # slot -> frame, as the first layer writes them
         self._plans: dict[int, _ChunkPlan] = {}  # by the number of the chunk
         self._sharers = [1]  # how many caches share the storage
+        self.storages = 0
         self._restarted = 0  # the next frame at the last restart
         shape = (layers, 2, batch, window.frames, tokens, heads, head_dim)
         self._bind(torch.empty(shape, dtype=dtype, device=device))
@@ -105,6 +107,7 @@ class KVCache:
     def _bind(self, storage_L2BKSHD: Tensor) -> None:
         """Takes a storage. Views are made once, since each costs the host as much as a launch."""
         self.storage_L2BKSHD = storage_L2BKSHD
+        self.storages += 1
         self._layers = [LayerCache(self, index) for index in range(len(storage_L2BKSHD))]
         self._rings = [(k, v) for k, v in storage_L2BKSHD]
         self._rows = [(k.flatten(1, 2), v.flatten(1, 2)) for k, v in self._rings]
@@ -263,15 +266,16 @@ class KVCache:
             return False
         return self._undo is not None and any(frame >= chunk.start for frame in self._undo.frames)
 
-    def begin_graph(self, chunks: Sequence[Chunk]) -> list[Tensor]:
+    def begin_graph(self, chunks: Sequence[Chunk], since: int) -> list[Tensor]:
         """Prepares a pass that a captured graph may run, whose forward then does nothing on the host for the cache.
 
         Args:
             chunks: the chunks of the pass; the last one is open.
+            since: the global time index that attention splits the frames at (see `keys`); 0 for no split.
 
         Returns:
-            For every chunk its slots, the bounds of the rows that it attends and, in the `relative` policy, the angles
-            of its slots, as tensors on the device.
+            For every chunk its slots, the bounds of the rows that it attends (of the frames before `since`, then of the
+            others) and, in the `relative` policy, the angles of its slots, as tensors on the device.
         """
         self._own()
         if self._undo is not None and len(self._undo.layers) < len(self._layers):
@@ -279,31 +283,36 @@ class KVCache:
         tensors = []
         for chunk in chunks:
             self.note_written(chunk)
-            keys, plan = self.keys(0, chunk, since=0, old=False), self._plan(chunk)
-            assert keys.bounds_N2 is not None, "a ring's bounds are on the device"
-            tensors += [plan.slots_F, keys.bounds_N2]
+            plan = self._plan(chunk)
+            tensors += [plan.slots_F, *(bounds_N2 for _, bounds_N2 in self._sides(chunk, since).values())]
             tensors += [] if plan.rotate_on_read is None else [plan.rotate_on_read.table]
         return tensors
 
     @contextmanager
-    def reading(self, chunks: Sequence[Chunk], tensors: Sequence[Tensor]) -> Iterator[None]:
+    def reading(self, chunks: Sequence[Chunk], since: int, tensors: Sequence[Tensor]) -> Iterator[None]:
         """Lets a forward read tensors of the form that `begin_graph` returns in place of the chunks' own."""
-        own, each = dict(self._plans), len(tensors) // len(chunks)
-        for number, chunk in enumerate(chunks):
-            slots_F, bounds_N2, *angles = tensors[number * each : (number + 1) * each]
-            plan = own[chunk.index]
-            rotate = plan.rotate_on_read
-            rotate = None if rotate is None else replace(rotate, table=angles[0])
-            ranges = {(0, False): (plan.ranges[0, False][0], bounds_N2)}
+        own, given = dict(self._plans), iter(tensors)
+        for chunk in chunks:
+            plan, slots_F = own[chunk.index], next(given)
+            ranges = {side: (rows, next(given)) for side, (rows, _) in self._sides(chunk, since).items()}
+            rotate = None if plan.rotate_on_read is None else replace(plan.rotate_on_read, table=next(given))
             self._plans[chunk.index] = _ChunkPlan(slots_F, None, rotate, ranges)
         try:
             yield
         finally:
             self._plans = own
 
-    def attended_rows(self, chunk: Chunk) -> Ranges:
-        """Returns the rows of the ring that a chunk's queries attend."""
-        return self.keys(0, chunk, since=0, old=False).ranges or ()
+    def attended_rows(self, chunk: Chunk, since: int) -> tuple[Ranges, ...]:
+        """Returns the rows of the ring that a chunk's queries attend: before `since`, then since then; 0 for all."""
+        return tuple(rows for rows, _ in self._sides(chunk, since).values())
+
+    def _sides(self, chunk: Chunk, since: int) -> dict[tuple[int, bool], tuple[Ranges, Tensor]]:
+        """The ranges of a chunk that attention reads, on the host and on the device, as its plan has them."""
+        sides = [(since, True), (since, False)] if since else [(0, False)]
+        for time, old in sides:
+            self.keys(0, chunk, time, old)
+        ranges = self._plan(chunk).ranges
+        return {side: ranges[side] for side in sides}
 
     def keys(self, layer: int, chunk: Chunk, since: int, old: bool) -> Keys:
         """Returns the keys and values of a layer that a chunk's queries attend.

@@ -219,9 +219,9 @@ OPTIONS = (
     ),
     click.option(
         "--graphs/--no-graphs",
-        default=False,
+        default=True,
         show_default=True,
-        help="Run the passes of a stream on one GPU by CUDA graphs once its window slides. Not yet run on a GPU.",
+        help="Run the passes of a stream on GPUs by CUDA graphs once its window slides. Not yet run on a GPU.",
     ),
     click.option(
         "--out",

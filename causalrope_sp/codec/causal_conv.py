@@ -99,6 +99,11 @@ class CausalConv(nn.Conv3d):
             return self._by_taps(window, padding, call.batch, residual_NCHW)
         return self._by_points(window, padding, m, call, (height, width), residual_NCHW)
 
+    def derived(self, rate: int) -> int:
+        """Returns how many numbers a CPU derives from the weights and keeps, where a latent frame has `rate` frames."""
+        m = block_of(rate) if self.stride[0] == 1 else 1
+        return 0 if m == 1 else (m + 2) * self.weight[:, :, 0].numel()
+
     def remember(self, x_NCHW: Tensor, call: ConvCall) -> None:
         """Keeps the last of these frames for the next call, which has none before them."""
         call.state.frames[self.key] = to_video(x_NCHW[len(x_NCHW) - self.kept * call.batch :].clone(), call.batch)
@@ -204,6 +209,10 @@ class UpsampleConv(nn.Conv2d):
     def __init__(self, channels: int, out: int) -> None:
         super().__init__(channels, out, 3, padding=1)
         self._mixed = Derived()
+
+    def derived(self, rate: int) -> int:
+        """Returns how many numbers a CPU derives from the weights and keeps: four kernels of 2×2, at any `rate`."""
+        return 16 * self.weight[:, :, 0, 0].numel()
 
     def upsample(self, x_NCHW: Tensor, call: ConvCall) -> Tensor:
         """Returns frames (N, out, 2·H, 2·W)."""

@@ -1,10 +1,10 @@
-"""Device memory of a codec, from its file's headers: exact for the weights and for the state of a decoder, estimated
-for the activations.
+"""Device memory of a codec, from its file's headers: exact for the weights, for those that a decoder derives from them
+on a CPU and for the state of a decoder, estimated for the activations.
 
 The activations are a measured factor times the widest frames that a decoder makes of the latent frames that it decodes
 together, plus the pixel frames of the call that are decoded already. The factor is the number of such tensors that are
-alive at once, counted at several sizes; the tests count again. A CPU also keeps weights that it has derived from those
-of the Wan VAE, about 0.2 GB for Wan 2.1's. Workspaces of cuDNN are not included. Encoding takes less than decoding.
+alive at once, counted at several sizes; the tests count again. Workspaces of cuDNN are not included. Encoding takes
+less than decoding; on a CPU an encoder derives weights of its own, which are not counted (0.11 GB for Wan 2.1's).
 
 Bytes are those of float32, in which codecs run.
 """
@@ -19,12 +19,15 @@ from os import PathLike
 
 import torch
 
+from causalrope_sp.codec.causal_conv import CausalConv, UpsampleConv
 from causalrope_sp.codec.codec_loader import open_codec
 from causalrope_sp.codec.taehv_model import Taehv, taehv_on_meta
 from causalrope_sp.codec.wan_vae import frames_together
 from causalrope_sp.codec.wan_vae_config import WanVaeConfig
-from causalrope_sp.codec.wan_vae_model import WanVae
+from causalrope_sp.codec.wan_vae_layers import UpBlock
+from causalrope_sp.codec.wan_vae_model import WanDecoder, WanVae
 from causalrope_sp.codec.wan_vae_weights import vae_on_meta
+from causalrope_sp.devices import on_meta
 
 _ITEM = 4  # bytes of a number
 _MANY = 2  # latent frames of a stream whose state grows no more
@@ -37,12 +40,14 @@ class CodecFootprint:
 
     Attributes:
         weights: bytes of the weights.
+        derived: bytes of weights that a decoder computes from these on a CPU, at its first chunk, and keeps.
         state: bytes that a decoder keeps between chunks.
         activations: bytes that a decoder needs in addition while it decodes.
         stride: pixels per side of a latent pixel.
     """
 
     weights: int
+    derived: int
     state: int
     activations: int
     stride: int
@@ -82,7 +87,7 @@ def codec_footprint(
 
 def wan_2_1_footprint(height: int, width: int, frames: int) -> CodecFootprint:
     """Computes the footprint of Wan 2.1's VAE, whose sizes are the defaults; see `codec_footprint`."""
-    with torch.device("meta"):
+    with on_meta():
         return wan_footprint(WanVae(WanVaeConfig()), height, width, frames)
 
 
@@ -96,7 +101,8 @@ def wan_footprint(vae: WanVae, height: int, width: int, frames: int) -> CodecFoo
     widest = decoder.conv_out.in_channels * config.scale_factor_temporal * positions
     widest *= min(frames, frames_together(config, prod(latent)))
     pixels = _earlier_pixels(height, width, frames, config.scale_factor_temporal)
-    return CodecFootprint(_bytes_of(vae), state_bytes(shapes), round(_WAN_ALIVE * widest * _ITEM) + pixels, stride)
+    activations = round(_WAN_ALIVE * widest * _ITEM) + pixels
+    return CodecFootprint(_bytes_of(vae), _derived_bytes(decoder), state_bytes(shapes), activations, stride)
 
 
 def taehv_footprint(model: Taehv, height: int, width: int, frames: int) -> CodecFootprint:
@@ -111,7 +117,7 @@ def taehv_footprint(model: Taehv, height: int, width: int, frames: int) -> Codec
         rate *= grow
         widest = max(widest, rate * max(wide, narrow) * 4 * positions)
     pixels = _earlier_pixels(height, width, frames, prod(config.grows))
-    return CodecFootprint(_bytes_of(model), state, round(_TAEHV_ALIVE * widest * _ITEM) + pixels, stride)
+    return CodecFootprint(_bytes_of(model), 0, state, round(_TAEHV_ALIVE * widest * _ITEM) + pixels, stride)
 
 
 def state_bytes(shapes: Mapping[str, tuple[int, ...]], item: int = _ITEM) -> int:
@@ -122,6 +128,15 @@ def state_bytes(shapes: Mapping[str, tuple[int, ...]], item: int = _ITEM) -> int
         item: bytes of a number.
     """
     return item * sum(map(prod, shapes.values()))
+
+
+def _derived_bytes(decoder: WanDecoder) -> int:
+    """Returns the bytes of the weights that a decoder derives from its own on a CPU."""
+    derived, rate = 0, 1  # numbers; frames of a latent frame
+    for part in (decoder.conv_in, decoder.mid_block, *decoder.up_blocks, decoder.conv_out):
+        derived += sum(x.derived(rate) for x in part.modules() if isinstance(x, CausalConv | UpsampleConv))
+        rate *= part.time_factor if isinstance(part, UpBlock) else 1
+    return derived * _ITEM
 
 
 def _earlier_pixels(height: int, width: int, frames: int, stride: int) -> int:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from causalrope_sp.codec.codec_tensors import read_exactly, shape_of
+from causalrope_sp.devices import on_meta
 from causalrope_sp.errors import CheckpointError
 from causalrope_sp.weights.tensor_files import WeightFiles
 
@@ -153,7 +154,7 @@ def taehv_on_meta(files: WeightFiles) -> Taehv:
         raise CheckpointError(
             f"{files.path}: encodes {prod(config.pools)} frames into one and decodes {prod(config.grows)} from it"
         )
-    with torch.device("meta"):
+    with on_meta():
         return Taehv(config)
 
 

@@ -10,11 +10,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
-
 from causalrope_sp.codec.codec_tensors import read_exactly, shape_of
 from causalrope_sp.codec.wan_vae_config import WanVaeConfig
 from causalrope_sp.codec.wan_vae_model import WanVae
+from causalrope_sp.devices import on_meta
 from causalrope_sp.errors import CheckpointError, ConfigError, first_line
 from causalrope_sp.weights.tensor_files import WeightFiles
 
@@ -176,7 +175,7 @@ def _on_meta(config: dict[str, Any], files: WeightFiles) -> WanVae:
             raise ConfigError(
                 f"num_res_blocks: {sizes.num_res_blocks} a stage, and the file has {len(files.tensors)} tensors"
             )
-        with torch.device("meta"):
+        with on_meta():
             return WanVae(sizes)
     except (ConfigError, RuntimeError, TypeError, OverflowError) as reason:  # a size that no tensor can have too
         raise CheckpointError(f"{files.path}: declares a VAE that cannot be built: {first_line(reason)}") from reason

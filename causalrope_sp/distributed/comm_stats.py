@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict, deque
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -42,8 +44,24 @@ class Entry:
         return self
 
 
+@dataclass
+class CapturedCollectives:
+    """The collectives of a function that was captured in a graph.
+
+    Attributes:
+        entries: kind, layer and what one of them receives, in order.
+        buffers: the memory that they read and write, which must live as long as the graph.
+    """
+
+    entries: list[tuple[str, int, Entry]] = field(default_factory=list)
+    buffers: list[Tensor] = field(default_factory=list)
+
+
 class CommStats:
     """Counts collectives by kind and layer. Any thread may add to it.
+
+    A captured collective is counted at every replay of its graph, when the device reaches the graph. How long it was
+    waited for is not measured there.
 
     Attention has the kinds "qkv", "output", "kv", "q" and "partial". Decoding has "halo", "mid" (the decoder's own
     attention), "pixels", "decoder state" (for a saved session) and "to decode" (latents that are sent to decode ranks).
@@ -59,6 +77,7 @@ class CommStats:
         self._begun = self.stored_bytes = 0
         self._lock = threading.Lock()
         self._starting: deque[tuple[str, torch.cuda.Event]] = deque()
+        self._capturing: tuple[int, CapturedCollectives] | None = None  # in the thread of this number
 
     def begin(self, kind: str, layer: int, elements: int, like: Tensor) -> None:
         """Counts a collective that is about to start.
@@ -69,13 +88,42 @@ class CommStats:
             elements: how many numbers this rank will receive.
             like: a tensor of the same dtype and device.
         """
-        self.add(kind, layer, Entry(1, elements, elements * like.element_size()))
-        if like.is_cuda:
+        entry = Entry(1, elements, elements * like.element_size())
+        captured = self.captured
+        if captured is not None:
+            captured.entries.append((kind, layer, entry))
+        else:
+            self._begin([(kind, layer, entry)], like.device)
+
+    @property
+    def captured(self) -> CapturedCollectives | None:
+        """The collectives of the function that this thread captures now; None if it captures none."""
+        capturing = self._capturing
+        return capturing[1] if capturing is not None and capturing[0] == threading.get_ident() else None
+
+    @contextmanager
+    def capturing(self) -> Iterator[CapturedCollectives]:
+        """Collects the collectives that this thread captures in the body, and counts none of them."""
+        self._capturing = threading.get_ident(), CapturedCollectives()
+        try:
+            yield self._capturing[1]
+        finally:
+            self._capturing = None
+
+    def replay(self, captured: CapturedCollectives, device: torch.device) -> None:
+        """Counts the collectives of a graph that is about to be replayed on a device."""
+        self._begin(captured.entries, device)
+
+    def _begin(self, entries: list[tuple[str, int, Entry]], device: torch.device) -> None:
+        for kind, layer, entry in entries:
+            self.add(kind, layer, entry)
+        if device.type == "cuda" and entries:
             event = torch.cuda.Event()
             event.record()
-            self._starting.append((kind, event))
+            self._starting.extend((kind, event) for kind, _, _ in entries)
         else:
-            self.reach(kind)
+            for kind, _, _ in entries:
+                self.reach(kind)
 
     @property
     def started(self) -> int:

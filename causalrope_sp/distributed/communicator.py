@@ -46,7 +46,9 @@ class AsyncHandle:
             RankLostError: the collective failed; the message names the lost rank if the watchdog knows it.
         """
         comm_stats, kind, layer = self._communicator.comm_stats, self._kind, self._layer
-        if self._pieces[0].is_cuda:
+        if comm_stats.captured is not None:
+            self._work.wait()
+        elif self._pieces[0].is_cuda:
             began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             began.record()
             self._finish()
@@ -238,6 +240,8 @@ class Communicator:
         try:
             work = collective(*args, **options)
         except RuntimeError as error:
+            if self.comm_stats.captured is not None:  # nothing is sent while a graph is captured, so no rank is lost
+                raise
             raise self.lost(kind, error) from error
         assert work is not None, "an asynchronous call returns a handle"
         return work
@@ -249,6 +253,8 @@ class Communicator:
             with torch.inference_mode(False):  # or the next stream could not write it outside inference mode
                 buffer = torch.empty(size, dtype=like.dtype, device=like.device)
             self.buffers[use, like.dtype] = buffer
+        if (captured := self.comm_stats.captured) is not None:  # another stream may replace the buffer by a larger one
+            captured.buffers.append(buffer)
         return buffer[:size]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from causalrope_sp.devices import on_meta
 from causalrope_sp.errors import CheckpointError, ConfigError
 from causalrope_sp.latte.latte_config import LatteConfig
 from causalrope_sp.latte.latte_dit import LatteDiT
@@ -43,7 +44,7 @@ def load_latte(
     if config.num_layers != layers:
         raise CheckpointError(f"{path} (Latte): declares {config.num_layers} layers, its weights have {layers}")
     try:
-        with torch.device("meta"):
+        with on_meta():
             model = LatteDiT(config)
     except (RuntimeError, TypeError, OverflowError) as error:
         raise CheckpointError(f"{path} (Latte): declares a model that cannot be built: {one_line(error)}") from error

@@ -56,7 +56,8 @@ class LoadOptions:
         codec_weights: the file or folder of the codec; None takes the model's own.
         decode: "inline", "overlap" or "spatial" (see `pipeline.decoding`).
         preflight: whether a run that is predicted not to fit into memory is refused before weights are read.
-        graphs: whether a stream on one GPU runs its passes by CUDA graphs once its window slides; not yet run on a GPU.
+        graphs: whether a stream on GPUs runs its passes by CUDA graphs once its window slides (not yet run on a GPU);
+            nothing changes on a CPU.
         parallel_chunks: "vin" denoises all chunks of a video at once with the model's Video Interface Network; None
             generates a stream.
 
@@ -90,7 +91,7 @@ class LoadOptions:
     codec_weights: str | os.PathLike[str] | None = None
     decode: Decode = "inline"
     preflight: bool = True
-    graphs: bool = False
+    graphs: bool = True
     parallel_chunks: Literal["vin"] | None = None
 
     def __post_init__(self) -> None:

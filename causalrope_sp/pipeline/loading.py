@@ -115,8 +115,8 @@ def plan_run(config: ModelConfig, options: LoadOptions, parallel: SequenceParall
         ConfigError: the run is predicted not to fit, or the strategy cannot use these ranks.
     """
     ranks, itemsize = parallel.everyone, dtype_of(options, parallel.device).itemsize
-    offload, decode, codec = offload_of(options), options.decode, options.codec
-    run = ranks.run_collectively(lambda: describe_run(config, parallel, offload, decode, itemsize, codec))
+    offload, decode, codec, graphs = offload_of(options), options.decode, options.codec, options.graphs
+    run = ranks.run_collectively(lambda: describe_run(config, parallel, offload, decode, itemsize, codec, graphs))
     if options.preflight and config.vin is None:  # parallel chunks have no KV cache
         ranks.run_collectively(lambda: check_memory(run, parallel, loaded))
     chosen = choose_strategy(run.work, run.machine, parallel, run.auxiliary)

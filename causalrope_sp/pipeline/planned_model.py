@@ -163,7 +163,7 @@ class PlannedModel:
         return replace(work, wide=self.wide)
 
     def auxiliary(self, work: Workload, offload: Offload, on_cpu: bool) -> AuxiliaryMemory:
-        """Returns the memory of the text encoder and the codec.
+        """Returns the memory of the text encoder and the codec; on a GPU passes run by graphs.
 
         Args:
             work: the work of the stream.

@@ -43,7 +43,7 @@ PHASES = {
 class Run:
     """Everything that the memory of a rank depends on. `ranks` counts the mesh axis `sp`; `strategy` may be "auto";
     `text` is the bytes of UMT5's weights, 0 on a rank without UMT5; `least_window` is the smallest possible window in
-    latent frames; `cfg` is the size of that mesh axis."""
+    latent frames; `cfg` is the size of that mesh axis; `graphs` says whether a GPU runs passes by graphs."""
 
     work: Workload
     ranks: int
@@ -56,19 +56,19 @@ class Run:
     on_cpu: bool
     decodes_concurrently: bool = False
     cfg: int = 1
+    graphs: bool = True
 
     @property
     def auxiliary(self) -> AuxiliaryMemory:
-        """The memory of the text encoder, the codec and the workspace."""
-        return replace(
-            auxiliary(self.text, self.codec, self.offload, self.on_cpu), decodes_concurrently=self.decodes_concurrently
-        )
+        """The memory of the text encoder, the codec, the workspace and graphs."""
+        made = auxiliary(self.text, self.codec, self.offload, self.on_cpu, self.graphs)
+        return replace(made, decodes_concurrently=self.decodes_concurrently)
 
     @property
     def loaded_bytes(self) -> int:
         """The bytes that stay on the device between two streams."""
         other = self.auxiliary
-        text, codec = other.text_stays * other.text, other.codec_stays * other.codec
+        text, codec = other.text_stays * other.text, other.codec_stays * self.codec.weights
         return self.work.weights_bytes + text + codec
 
     def plans(self, ranks: int) -> list[Plan]:
@@ -82,18 +82,19 @@ class Run:
         return named or next(cost for cost in costs if cost.chosen)
 
 
-def auxiliary(text: int, codec: CodecFootprint, offload: Offload, on_cpu: bool) -> AuxiliaryMemory:
-    """Returns the memory of a text encoder of `text` bytes, a codec and the workspace. On a CPU, UMT5 is in memory or
-    only in its file, and an offloaded codec is in memory twice while it is used."""
+def auxiliary(text: int, codec: CodecFootprint, offload: Offload, on_cpu: bool, graphs: bool = True) -> AuxiliaryMemory:
+    """Returns the memory of a text encoder of `text` bytes, a codec, the workspace and graphs. On a CPU, UMT5 is in
+    memory or only in its file, an offloaded codec is in memory twice while it is used, and there are no graphs."""
     twice = codec.weights if on_cpu and offload.codec else 0
     return AuxiliaryMemory(
         text=text,
-        codec=codec.weights,
+        codec=codec.weights + (codec.derived if on_cpu else 0),
         codec_state=codec.state,
         codec_activations=codec.activations + twice,
         workspace=0 if on_cpu else CUDA_WORKSPACE,
         text_stays=offload.text == "device" or (on_cpu and offload.text == "cpu"),
         codec_stays=on_cpu or not offload.codec,
+        graphs=graphs and not on_cpu,
     )
 
 
@@ -113,7 +114,7 @@ def check_memory(run: Run, parallel: SequenceParallel, loaded: bool = False) -> 
         free += run.codec.weights if parallel.decodes else run.loaded_bytes
     if not parallel.decodes:
         return check_fits(run, free, parallel.device)
-    needs = run.codec.weights + run.codec.state + run.codec.activations + run.auxiliary.workspace
+    needs = run.auxiliary.codec + run.codec.state + run.codec.activations + run.auxiliary.workspace
     if free is not None and needs > free:
         raise ConfigError(
             f"decode rank {parallel.rank} needs {_gb(needs)} GB on {parallel.device}, {_gb(free)} GB are free: short "
@@ -128,6 +129,7 @@ def describe_run(
     decode: Decode = "inline",
     itemsize: int = 2,
     codec: str | None = None,
+    graphs: bool = True,
 ) -> Run:
     """Describes what this rank will load and run, from the headers of the files. A stream without a window counts with
     the smallest one, because its length is not known yet.
@@ -138,7 +140,7 @@ def describe_run(
         offload: which weights leave the device.
         decode: which ranks decode.
         itemsize: bytes of a number of the transformer.
-        codec: the kind of codec that the file must hold; None for any.
+        codec, graphs: of `LoadOptions`.
 
     Raises:
         CheckpointError: a file cannot be read.
@@ -165,6 +167,7 @@ def describe_run(
         parallel.device.type == "cpu",
         decode == "overlap" and parallel.rank == 0,
         parallel.mesh.cfg,
+        graphs,
     )
 
 
@@ -219,8 +222,9 @@ def check_fits(run: Run, free: int | None, device: object) -> None:
         "weights": cost.weights_bytes,
         "cache": cost.cache_bytes,
         "activations": cost.activation_bytes,
+        "graphs": cost.activation_bytes if cost.auxiliary.graphs else 0,
         "text encoder": run.text,
-        "codec": run.codec.weights,
+        "codec": cost.auxiliary.codec,
         "its state": run.codec.state,
         "its activations": run.codec.activations,
         "workspace": cost.auxiliary.workspace,
@@ -239,15 +243,16 @@ def remedies(run: Run, free: int) -> list[str]:
     else all options that save memory, and with them a shorter window or more ranks."""
     offloads = [(f"--offload {other}", replace(run, offload=other)) for other in _more_offload(run)]
     quantized = replace(run, work=replace(run.work, fp8=True))
-    quantizing = [] if run.work.fp8 else [("--weights fp8", quantized)]
+    smaller = [] if run.work.fp8 else [("--weights fp8", quantized)]
+    smaller += [("--no-graphs", replace(run, graphs=False))] if run.auxiliary.graphs else []
     found = [words for words, other in offloads if _fits(other, free)][:1]
-    found += [words for words, other in quantizing if _fits(other, free)]
+    found += [words for words, other in smaller if _fits(other, free)]
     found += _strategies(run, free) + _windows(run, free) + _ranks(run, free)
     if found:
         return found
-    every = [*offloads[-1:], *quantizing]
+    every = [*offloads[-1:], *smaller]
     words = " ".join(words for words, _ in every)
-    smallest = replace(quantized, offload=offloads[-1][1].offload if offloads else run.offload)
+    smallest = replace(quantized, offload=offloads[-1][1].offload if offloads else run.offload, graphs=False)
     if _fits(smallest, free):
         return [words]
     return [f"{words} {more}".strip() for more in (*_windows(smallest, free), *_ranks(smallest, free))]

@@ -121,9 +121,11 @@ def cache_bytes(layout: Layout, work: Workload, rank: int) -> int:
     return 2 * work.config.num_layers * work.batch * frames * tokens * heads * work.config.head_dim * work.itemsize
 
 
-def stored_bytes(layout: Layout, work: Workload, rank: int, branch: int = 0) -> int:
-    """Returns the bytes of the outputs that a rank stores for later passes of a chunk: its own shard of each."""
-    outputs = work.reuse[branch].stored if work.reuse else 0
+def stored_bytes(layout: Layout, work: Workload, rank: int, branch: int = 0, stays: bool = False) -> int:
+    """Returns the bytes of the outputs that a rank stores for later passes of a chunk: its own shard of each. With
+    `stays`, the memory of an output is its own, as graphs need it, and not freed after the last reuse."""
+    reuse = work.reuse[branch] if work.reuse else None
+    outputs = 0 if reuse is None else reuse.kept if stays else reuse.stored
     tokens = _tokens(work.grid, layout.ranks)[rank]
     return outputs * work.batch * work.chunk_frames * tokens * work.config.dim * work.itemsize
 
@@ -212,7 +214,7 @@ def _cost(layout: Layout, cfg: int, work: Workload, on: Machine, auxiliary: Auxi
     calls_layer = len(received(layout, work, 0, chunk))
     attended = branches * layers + sum(computed["self"] for computed in later_passes)  # layers, of all passes
     cache = branches * max(cache_bytes(layout, work, r) for r in every)
-    stored = max(sum(stored_bytes(layout, work, r, branch) for branch in range(branches)) for r in every)
+    stored = max(sum(stored_bytes(layout, work, r, b, auxiliary.graphs) for b in range(branches)) for r in every)
     activations = max(_activation_bytes(layout, work, r) for r in every)
     return Plan(
         strategy=layout.name,

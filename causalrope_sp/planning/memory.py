@@ -15,13 +15,14 @@ class AuxiliaryMemory:
 
     Args:
         text: the weights of the text encoder.
-        codec: the weights of the codec.
+        codec: the weights of the codec, with those that it derives from them on a CPU.
         codec_state: what the decoder stores between chunks.
         codec_activations: what the decoder needs while it decodes a chunk.
         workspace: what libraries allocate for themselves.
         text_stays: whether the text encoder stays on the device, or is there only while it is used.
         codec_stays: whether the codec stays on the device, or is there only while it is used.
         decodes_concurrently: whether the next chunk is denoised while one is decoded.
+        graphs: whether passes run by CUDA graphs, which keep a pass' activations in a pool of their own.
     """
 
     text: int = 0
@@ -32,6 +33,7 @@ class AuxiliaryMemory:
     text_stays: bool = False
     codec_stays: bool = True
     decodes_concurrently: bool = False
+    graphs: bool = False
 
     def by_time(self, weights: int, cache: int, activations: int) -> dict[str, int]:
         """Returns the bytes in all at the times "text" (a prompt is encoded), "denoise" and "decode".
@@ -43,7 +45,8 @@ class AuxiliaryMemory:
         """
         resident = weights + self.workspace + (self.text if self.text_stays else 0)
         resident += self.codec if self.codec_stays else 0
-        streaming = resident + cache + self.codec_state
+        # a pass of a kind that has no graph yet runs beside the pool
+        streaming = resident + cache + self.codec_state + (activations if self.graphs else 0)
         decoding = (0 if self.codec_stays else self.codec) + self.codec_activations
         return {
             "text": resident + (0 if self.text_stays else self.text),

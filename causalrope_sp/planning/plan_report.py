@@ -104,6 +104,7 @@ def _memory_in_words(cost: Plan) -> str:
         "weights": cost.weights_bytes,
         "cache": cost.cache_bytes,
         "activations": cost.activation_bytes,
+        "graphs": cost.activation_bytes if auxiliary.graphs else 0,
         "UMT5": auxiliary.text,
         "codec": auxiliary.codec,
         "codec state": auxiliary.codec_state,

@@ -8,7 +8,7 @@ Shapes: B batch, T tokens of a pass on this rank, D model width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import partial
 
 from torch import Tensor
@@ -37,12 +37,14 @@ class OutputStore:
 
     Args:
         plan: which outputs are reused.
+        stays: whether outputs are copied to memory that stays where it is, and is not freed, so that captured graphs
+            may write and read it.
     """
 
-    def __init__(self, plan: ReusePlan) -> None:
-        self.plan = plan
+    def __init__(self, plan: ReusePlan, stays: bool = False) -> None:
+        self.plan, self._stays = plan, stays
         self._chunk: Chunk | None = None
-        self._passes = 0
+        self._passes = self._most_tokens = 0
         self.kept_BTD: dict[tuple[int, Kind], Tensor] = {}
         self.bytes = self.most_bytes = 0  # held now, and the most held at any time
 
@@ -67,25 +69,49 @@ class OutputStore:
         if step >= len(self.plan.timesteps):
             raise ConfigError(f"chunk {chunk.index} has more passes than the {step} that reuse was planned for")
         self._passes += 1
+        self._most_tokens = max(self._most_tokens, tokens)
         return partial(self._output, step, tokens)
 
+    @property
+    def pattern(self) -> Hashable:
+        """What the pass that was begun last reuses and keeps, and how large the memory is; equal where a captured graph
+        of one such pass serves another."""
+        return self.plan.patterns[self._passes - 1], self._most_tokens
+
     def clear(self) -> None:
-        """Forgets the chunk and frees all outputs."""
-        self.kept_BTD.clear()
-        self._chunk, self._passes, self.bytes = None, 0, 0
+        """Forgets the chunk and frees all outputs, unless their memory stays."""
+        self._chunk, self._passes = None, 0
+        if not self._stays:
+            self.kept_BTD.clear()
+            self.bytes = 0
 
     def _output(self, step: int, tokens: int, layer: int, kind: Kind, compute: Compute) -> Tensor:
         """Returns a kept output, and frees it after its last reuse; or computes it, and keeps it if it is reused."""
         if self.plan.reuses(step, layer, kind):
             kept = self.kept_BTD[layer, kind]
-            if not self.plan.reuses(step + 1, layer, kind):
+            if not self._stays and not self.plan.reuses(step + 1, layer, kind):
                 del self.kept_BTD[layer, kind]
                 self.bytes -= kept.nbytes
-            return kept
+            return kept[:, :tokens] if self._stays else kept
         output = compute()
         if self.plan.keeps(step, layer, kind):
-            whole = output.shape[1] == tokens
-            kept = self.kept_BTD[layer, kind] = output if whole else output[:, -tokens:].clone()
-            self.bytes += kept.nbytes
-            self.most_bytes = max(self.most_bytes, self.bytes)
+            own = output[:, -tokens:]
+            if self._stays:
+                self._memory(layer, kind, output)[:, :tokens] = own
+            else:
+                self._keep(layer, kind, output if output.shape[1] == tokens else own.clone())
+        return output
+
+    def _memory(self, layer: int, kind: Kind, like: Tensor) -> Tensor:
+        """The memory of an output, which is large enough for the largest chunk so far."""
+        kept = self.kept_BTD.get((layer, kind))
+        if kept is None or kept.shape[1] < self._most_tokens:
+            self.bytes -= 0 if kept is None else kept.nbytes
+            kept = self._keep(layer, kind, like.new_empty(len(like), self._most_tokens, like.shape[2]))
+        return kept
+
+    def _keep(self, layer: int, kind: Kind, output: Tensor) -> Tensor:
+        self.kept_BTD[layer, kind] = output
+        self.bytes += output.nbytes
+        self.most_bytes = max(self.most_bytes, self.bytes)
         return output

@@ -190,6 +190,24 @@ class ReusePlan:
             most = max(most, kept)
         return most
 
+    @property
+    def kept(self) -> int:
+        """How many outputs are kept in a chunk, at once or one after the other."""
+        return sum(
+            any(self.keeps(step, layer, kind) for step in range(len(self.timesteps)))
+            for layer, kind in product(range(self.layers), self.kinds)
+        )
+
+    @cached_property
+    def patterns(self) -> Sequence[int]:
+        """A number for each pass, which is that of the first pass that reuses and keeps the same outputs."""
+        outputs = list(product(range(self.layers), self.kinds))
+        found = [
+            [(self.reuses(step, *output), self.keeps(step, *output)) for output in outputs]
+            for step in range(len(self.timesteps))
+        ]
+        return [found.index(pattern) for pattern in found]
+
     @cached_property
     def _counts(self) -> Mapping[tuple[int, Kind], int]:
         """In how many layers each pass reuses each kind."""

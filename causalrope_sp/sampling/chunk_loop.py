@@ -89,17 +89,21 @@ class ChunkLoop:
         batch, itemsize = len(embeds), model.dtype.itemsize
         work = Workload.of(config, grid, stream, sampler, window.frames, batch, itemsize, reuse)
         agreed: dict[str, object] = {"sampler": sampler, "reuse": reuse, "frames": self._frames, "stream": stream}
+        agreed["graphs"] = options.graphs
         if self.parallel.denoisers.size > 1:  # two streams that are taken in another order on one rank differ in these
             tensors = {"text": embeds, "negative text": options.negative_embeds, "latents": options.initial_latents}
             agreed |= {name: digest(x) for name, x in tensors.items() if x is not None}
         strategy = agree_on_strategy(self.parallel, work, options.layout, agreed)
         relative = stream.rope == "relative"
+        graphs = None
+        if options.graphs:
+            sharing = self.parallel.sp_communicator() if self.parallel.mesh.sp > 1 else None
+            graphs = stream_graphs(model.device, sharing)
 
         def open_stream(prompt: Tensor, branch: int) -> CausalStream:
             passes = branch_timesteps(sampler, branch == UNCONDITIONAL, self._first_step)
             plan = None if reuse is None else ReusePlan.of_causal(reuse, passes, config.num_layers)
             shard = self.context.shard
-            graphs = stream_graphs(model.device) if options.graphs else None
             return CausalStream(
                 model,
                 prompt,

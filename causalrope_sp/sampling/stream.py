@@ -6,7 +6,7 @@ Shapes: B batch, F frames of a chunk, s tokens of a frame that this rank owns, E
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from causalrope_kernels import PassOperations, Projection, Rotation
+from causalrope_kernels.backend import use_triton
 from causalrope_sp.attention.base import Strategy
 from causalrope_sp.cache.kv_cache import KVCache
 from causalrope_sp.cache.window import SlidingWindow
@@ -59,7 +60,7 @@ class CausalStream:
         strategy: how attention crosses ranks.
         relative: rotate by a frame's position within the window instead of its global time index.
         reuse: which outputs a chunk's denoise passes take over from earlier ones; None computes all of them.
-        graphs: runs passes by captured graphs, on one rank and without reuse; None runs them eagerly.
+        graphs: runs passes by captured graphs; None runs them eagerly.
         history: how many committed chunks `rewind` can take back.
     """
 
@@ -91,8 +92,13 @@ class CausalStream:
         self._unchecked = PassOperations.unchecked(model.patch_embedding.weight, strategy.backend, packed=packed)
         self._settled = model.settled(self._unchecked)
         self._checked_kinds: set[tuple[int, ...]] = set()  # of passes, by the frames of their chunks
-        self._graphs = graphs if reuse is None and type(strategy) is Strategy else None
-        self.outputs = None if reuse is None else OutputStore(reuse)
+        self._graphs = graphs
+        # Triton reads on the device which keys are attended, so one graph serves a window that fills or rotates
+        rows_on_device = (
+            relative and strategy.backend == "auto" and use_triton("auto", model.patch_embedding.weight.detach())
+        )
+        self._rows_on_device = rows_on_device or strategy.backend == "triton"
+        self.outputs = None if reuse is None else OutputStore(reuse, stays=graphs is not None)
         self.cache = KVCache(
             config.num_layers,
             len(embeds_BLE),
@@ -130,13 +136,16 @@ class CausalStream:
             self.cache.commit()
         self._open(chunk)
         noisy = Part(chunk, x_BFSE, timestep)
-        output = computed if self.outputs is None else self.outputs.next_pass(chunk, x_BFSE.shape[1] * x_BFSE.shape[2])
-        return self._forward([noisy] if context is None else [context, noisy], output)
+        parts = [noisy] if context is None else [context, noisy]
+        if self.outputs is None:
+            return self._forward(parts)
+        output = self.outputs.next_pass(chunk, x_BFSE.shape[1] * x_BFSE.shape[2])
+        return self._forward(parts, output, self.outputs.pattern)
 
     def commit(self, context: Part) -> None:
         """Runs a context pass in a forward of its own: writes a chunk's clean keys and values and commits them."""
         self._open(context.chunk)
-        self._forward([context], computed)
+        self._forward([context])
         self.cache.commit()
 
     def cancel(self, pending: Chunk | None = None) -> None:
@@ -191,7 +200,7 @@ class CausalStream:
         """Returns a stream that goes on from here by itself, between two chunks. The caches share what both keep."""
         fork = copy.copy(self)
         fork.cache, fork._rotation = self.cache.fork(), None
-        fork.outputs = None if self.outputs is None else OutputStore(self.outputs.plan)
+        fork.outputs = None if self.outputs is None else OutputStore(self.outputs.plan, stays=self._graphs is not None)
         if self._graphs is not None:
             fork._graphs = self._graphs.fork()
             fork._text = [replace(keys, k=keys.k.clone(), v=keys.v.clone()) for keys in self._text]
@@ -215,7 +224,7 @@ class CausalStream:
         if self.cache.open_chunk != chunk:
             self.cache.open(chunk)
 
-    def _forward(self, parts: list[Part], output: OutputOf) -> Tensor:
+    def _forward(self, parts: list[Part], output: OutputOf = computed, pattern: Hashable = None) -> Tensor:
         if self._broken:
             raise RuntimeError("a forward of this stream was cut short, its cache is half written: cancel the chunk")
         model, chunks = self._model, tuple(part.chunk for part in parts)
@@ -223,11 +232,10 @@ class CausalStream:
         tokens_BTE = torch.cat([part.tokens_BFSE for part in parts], 1).flatten(1, 2).to(model.dtype)
         compute = partial(self._compute, chunks, self._operations(tuple(chunk.frames for chunk in chunks)), output)
         self._broken = True
-        hooked = model._forward_pre_hooks or model._forward_hooks  # a hook sees passes, which a graph hides
-        if self._graphs is None or hooked:
+        if self._graphs is None:
             velocity = compute(tokens_BTE, time, self._rotate(chunks))
         else:
-            velocity = self._by_graph(chunks, compute, tokens_BTE, time)
+            velocity = self._by_graph(self._graphs, chunks, compute, tokens_BTE, time, pattern)
         self._broken = False
         last = parts[-1].tokens_BFSE
         return velocity.view(last.shape).to(last.dtype)
@@ -270,32 +278,39 @@ class CausalStream:
 
     def _by_graph(
         self,
+        graphs: PassGraphs,
         chunks: tuple[Chunk, ...],
         compute: Callable[[Tensor, Time, Rotation], Tensor],
         tokens_BTE: Tensor,
         time: Time,
+        pattern: Hashable,
     ) -> Tensor:
-        """Runs a pass by a captured graph, if its kind has one."""
-        rotation = self._rotate(chunks)
+        """Runs a pass by a captured graph, if its kind has one; `pattern` says which outputs it reuses and keeps."""
+        rotation, since = self._rotate(chunks), self._strategy.splits_at(chunks)
         if self.cache.evicts(chunks[0]):  # its clean keys and values are saved layer by layer as they are written
+            graphs.refuse("a chunk overwrites the frames of the chunk before it, whose context pass it shares")
             return compute(tokens_BTE, time, rotation)
         times = rotation.query_times_F, rotation.key_times_F
         timesteps_F, modulation = time
         vectors = modulation.blocks_L6FD, modulation.head_2FD
-        inputs = [tokens_BTE, *vectors, *times, *self.cache.begin_graph(chunks)]
+        inputs = [tokens_BTE, *vectors, *times, *self.cache.begin_graph(chunks, since)]
 
         def forward(inputs: Sequence[Tensor]) -> Tensor:
             tokens, blocks, head, query_times, key_times, *slots = inputs
             key_times = query_times if times[0] is times[1] else key_times
-            with self.cache.reading(chunks, slots):
+            with self.cache.reading(chunks, since, slots):
                 own_rotation = replace(rotation, query_times_F=query_times, key_times_F=key_times)
                 own_modulation = replace(modulation, blocks_L6FD=blocks, head_2FD=head)
                 return compute(tokens, (timesteps_F, own_modulation), own_rotation)
 
-        assert self._graphs is not None, "only a stream with graphs runs passes by them"
-        rows = tuple(self.cache.attended_rows(chunk) for chunk in chunks)
-        kind = rows, tuple(tokens_BTE.shape), rotation.time.data_ptr(), self.cache.storage_L2BKSHD.data_ptr()
-        return self._graphs.run(kind, chunks[-1].index, inputs, forward, self.cache.restore_evicted)
+        rows = tuple(self.cache.attended_rows(chunk, since) for chunk in chunks)
+        attended = tuple(tuple(map(len, sides)) for sides in rows) if self._rows_on_device else rows
+        frames = tuple(chunk.frames for chunk in chunks)
+        # the table of times is replaced by a longer one when the stream outgrows it
+        kind = self.cache, self.cache.storages, attended, frames, tokens_BTE.shape, len(rotation.time), pattern
+        # a hook sees passes, which a graph hides
+        hooked = "the model has hooks" if self._model._forward_pre_hooks or self._model._forward_hooks else None
+        return graphs.run(kind, chunks[-1].index, inputs, forward, self.cache.restore_evicted, hooked)
 
     def _operations(self, kind: tuple[int, ...]) -> PassOperations:
         """Returns operations that check their arguments for the first pass of a kind, and others for later ones."""

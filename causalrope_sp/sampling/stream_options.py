@@ -41,7 +41,7 @@ class StreamOptions:
         reuse: which attention outputs later steps of a chunk take over from earlier ones (Pyramid Attention Broadcast,
             arXiv 2408.12588). It changes the result, equally on any number of ranks. None computes all outputs.
         layout: how the ranks share attention; None takes what `choose_strategy` returns.
-        graphs: whether the passes of one rank run by CUDA graphs once the window slides; nothing changes on a CPU.
+        graphs: whether passes run by CUDA graphs once the window slides; nothing changes on a CPU.
         on_step: called on every rank after each denoising step with the chunk, the step's number within it and the
             timestep that the model was called with. If it raises on one rank, the chunk ends on all of them.
         history: how many chunks can be taken back bit for bit; the keys and values that they evict are kept.
@@ -55,7 +55,7 @@ class StreamOptions:
     negative_embeds: Tensor | None = None
     reuse: ReusePolicy | None = None
     layout: Layout | None = None
-    graphs: bool = False
+    graphs: bool = True
     on_step: OnStep | None = None
     history: int = 0
     kept_chunks: int = 0

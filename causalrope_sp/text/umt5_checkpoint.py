@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from causalrope_sp.devices import on_meta
 from causalrope_sp.errors import CheckpointError, first_line
 from causalrope_sp.text.umt5_keys import ATTENTION, BLOCK, FEED_FORWARD, LAYOUTS, TRANSFORMERS, T5Layout
 from causalrope_sp.weights.finite import all_finite, refuse_broken
@@ -212,7 +213,7 @@ def _build(sizes: Mapping[str, Any], path: Path) -> UMT5EncoderModel:
     # "eager" adds and rounds in the order of Wan's own code in every release of transformers
     try:
         config = UMT5Config(**sizes, feed_forward_proj=_GATE, dropout_rate=0.0, attn_implementation="eager")
-        with torch.device("meta"):
+        with on_meta():
             model = UMT5EncoderModel(config)
     except Exception as error:  # transformers raises whatever its code meets
         raise CheckpointError(f"{path}: declares an encoder that cannot be built: {first_line(error)}") from error

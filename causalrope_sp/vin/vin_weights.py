@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from causalrope_sp.config import DiTConfig
+from causalrope_sp.devices import on_meta
 from causalrope_sp.errors import CheckpointError
 from causalrope_sp.io.json_files import parse_object
 from causalrope_sp.io.output_files import check_replaceable
@@ -82,7 +83,7 @@ def load_vin(
                 f"{name} {stored.get(name)}, not {x}" for name, x in sizes(dit).items() if stored.get(name) != x
             ]:
                 raise CheckpointError(f"{path}: for another DiT than this one: {'; '.join(wrong)}")
-            with torch.device("meta"):
+            with on_meta():
                 vin = VideoInterfaceNetwork(config, dit)
             _check_shapes(path, vin, {name: file.get_slice(name).get_shape() for name in file.keys()})
             state = {name: file.get_tensor(name) for name in file.keys()}

@@ -18,7 +18,7 @@ from causalrope_sp.models.causal_dit import CausalDiT
 from causalrope_sp.weights.checkpoint_report import CheckpointReport
 from causalrope_sp.weights.digest import fingerprint
 from causalrope_sp.weights.examine import Examined, examine
-from causalrope_sp.weights.finite import all_finite, refuse_broken
+from causalrope_sp.weights.finite import all_finite, copy_finite, refuse_broken
 from causalrope_sp.weights.fp8 import PARTS, STORED, largest_numbers, quantize_blocks, quantized, to_fp8
 from causalrope_sp.weights.key_layout import arrange
 from causalrope_sp.weights.lora import Lora, LoraMerge
@@ -163,14 +163,12 @@ def _fill(
             for merge in merges:
                 stored = merge.into(stored, parameter, number, several[0].device)
             if len(pieces) == 1:
-                pieces[0].copy_(stored)
-                stored = pieces[0]
+                finite = copy_finite(pieces[0], stored)
             else:
                 for piece, made in zip(pieces, to_fp8(stored.to(several[0].device), dtype), strict=True):
                     piece.copy_(made)
-                largest = largest_numbers(pieces[0], pieces[1], dtype)
-                stored = stored if all_finite(largest) else largest
-            if not all_finite(stored):
+                finite = all_finite(largest_numbers(pieces[0], pieces[1], dtype)) and all_finite(stored)
+            if not finite:
                 broken.append(name)
     refuse_broken(checkpoint.report.path, broken, dtype)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from causalrope_sp.config import DiTConfig
+from causalrope_sp.devices import on_meta
 from causalrope_sp.errors import CheckpointError, printable
 from causalrope_sp.models.causal_dit import CausalDiT
 from causalrope_sp.weights.checkpoint_report import CheckpointReport, most_common_dtype
@@ -150,7 +151,7 @@ def _detect(files: WeightFiles, part: str | None) -> _Found:
 def _on_meta(config: DiTConfig, path: Path) -> CausalDiT:
     """Builds the model without memory; sizes that torch refuses raise CheckpointError."""
     try:
-        with torch.device("meta"):
+        with on_meta():
             return CausalDiT(config)
     except (RuntimeError, TypeError, OverflowError) as error:
         raise CheckpointError(f"{path}: declares a model that cannot be built: {str(error).splitlines()[0]}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from math import isfinite
 from pathlib import Path
 
 import torch
@@ -11,13 +12,36 @@ from torch import Tensor
 from causalrope_sp.errors import CheckpointError
 from causalrope_sp.weights.messages import some
 
+BLOCK = 1 << 19  # numbers that are copied at once, so that they fit into a processor's cache
+
 
 def all_finite(tensor: Tensor) -> bool:
     """Returns whether no number of a tensor is NaN or infinite.
 
-    It looks at the least and the greatest number: a mask of all of them takes memory, and 40 times as long.
+    A sum with a number that is not finite is not finite either. Where the sum is not, for such a number or because
+    it overflows, the least and the greatest number decide. A mask of all numbers takes memory, and 40 times as long.
     """
-    return bool(torch.stack(tensor.aminmax()).isfinite().all())
+    return isfinite(tensor.sum().item()) or bool(torch.stack(tensor.aminmax()).isfinite().all())
+
+
+def copy_finite(to: Tensor, x: Tensor) -> bool:
+    """Copies a tensor into another one, which is contiguous and has as many numbers.
+
+    On a CPU it goes block by block, so that numbers are checked while they are in the processor's cache.
+
+    Args:
+        to: what is written, of any dtype.
+        x: what is read.
+
+    Returns:
+        Whether no number of `to` is NaN or infinite now.
+    """
+    if to.device.type != "cpu":
+        return all_finite(to.copy_(x))
+    total = 0.0
+    for target, part in zip(to.view(-1).split(BLOCK), x.reshape(-1).split(BLOCK), strict=True):
+        total += target.copy_(part).sum().item()
+    return isfinite(total) or all_finite(to)
 
 
 def refuse_broken(path: Path, broken: Collection[str], dtype: torch.dtype) -> None:

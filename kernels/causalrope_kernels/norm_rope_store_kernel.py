@@ -10,7 +10,7 @@ Shapes: B batch, F frames, s tokens of a frame, T = F·s, H heads, d head width,
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cache
 
 import torch
 import triton
@@ -273,7 +273,7 @@ def _table(outputs: Sequence[Slots], width: int) -> Tensor:
     return _table_of(parts, width, first.element_size(), first.device)
 
 
-@lru_cache(maxsize=1024)
+@cache
 def _table_of(
     outputs: tuple[tuple[int, int, tuple[int, ...]], ...], width: int, itemsize: int, device: torch.device
 ) -> Tensor:
@@ -310,7 +310,7 @@ def _offsets(pieces: Sequence[Tensor]) -> Tensor:
     return _token_by_token(tuple(lines), first.device)
 
 
-@lru_cache(maxsize=256)
+@cache
 def _token_by_token(pieces: Lines, device: torch.device) -> Tensor:
     """The table of `_offsets` on the device, from a line for every piece."""
     lines = [(begin + token * step, by_frame) for begin, step, count, by_frame in pieces for token in range(count)]

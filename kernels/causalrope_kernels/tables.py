@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -11,9 +11,12 @@ ALIGNMENT = 16  # bytes; Triton compiles another binary for pointers that these 
 Lines = tuple[tuple[int, ...], ...]
 
 
-@lru_cache(maxsize=1024)
+@cache
 def on_device(lines: Lines, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
-    """Returns a table on a device, copied once from pinned memory, so that the host never waits for the device."""
+    """Returns a table on a device, copied once from pinned memory, so that the host never waits for the device.
+
+    It is never freed, since a captured graph may read it. There are a few for each shape, of some kilobytes.
+    """
     table = torch.tensor(lines, dtype=dtype)
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
 

@@ -137,7 +137,7 @@ def test_a_step_and_a_steady_chunk_are_what_is_timed(
 @pytest.mark.parametrize("graphs", [True, False])
 def test_the_warm_up_captures_graphs_only_if_the_videos_do(graphs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = list[torch.device]()
-    monkeypatch.setattr("causalrope_sp.sampling.chunk_loop.stream_graphs", asked.append)
+    monkeypatch.setattr("causalrope_sp.sampling.chunk_loop.stream_graphs", lambda device, _: asked.append(device))
     CausalVideoPipeline.from_pretrained("toybox", device="cpu", graphs=graphs).warm_up()
     assert asked == [torch.device("cpu")] * graphs
 

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from causalrope_sp.codec import Codec, load_codec
+from causalrope_sp.codec.causal_conv import CausalConv, UpsampleConv
 from causalrope_sp.codec.codec_footprint import CodecFootprint, taehv_footprint, wan_2_1_footprint, wan_footprint
 from causalrope_sp.codec.taehv import TaehvCodec
 from causalrope_sp.codec.taehv_model import Taehv, TaehvConfig
@@ -61,6 +62,29 @@ def footprint(codec: Codec, size: tuple[int, int], frames: int) -> CodecFootprin
         return wan_footprint(codec.vae, *size, frames)
     assert isinstance(codec, TaehvCodec)
     return taehv_footprint(codec.model, *size, frames)
+
+
+@pytest.mark.parametrize("codec", [small_wan, lambda: load_codec(WEIGHTS / "codec"), tiny])
+@torch.inference_mode()
+def test_what_a_cpu_derives_is_counted(codec: Any) -> None:
+    loaded = codec()
+    stream = loaded.decoder()
+    for _ in range(2):  # a stream's first latent frame is decoded otherwise
+        stream.decode(torch.randn(1, 3, 16, 4, 6))
+    module: nn.Module = getattr(loaded, "vae", None) or loaded.model
+    kept = [layer._mixed for layer in module.modules() if isinstance(layer, CausalConv | UpsampleConv)]
+    made = [tensor for each in kept for _, _, tensor in each._made.values()]
+    predicted = footprint(loaded, (32, 48), 3).derived
+    assert predicted == sum(tensor.nbytes for tensor in made)
+    assert (predicted > 0) == (codec is not tiny)
+
+
+def test_what_wan_2_1_derives() -> None:
+    """By hand: the blocks at 2 and at 4 frames, in convolutions of two dimensions, and three layers that upsample."""
+    at_2 = 4 * 9 * (192 * 384 + 5 * 384 * 384) + 4 * 384 * 768
+    at_4 = 6 * 9 * (6 * 192 * 192 + 6 * 96 * 96 + 96 * 3)
+    upsampling = 16 * (384 * 192 + 384 * 192 + 192 * 96)
+    assert wan_2_1_footprint(480, 832, 3).derived == 4 * (at_2 + at_4 + upsampling)
 
 
 @pytest.mark.parametrize(

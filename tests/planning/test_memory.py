@@ -27,12 +27,14 @@ from causalrope_sp.pipeline.preflight import Run, available_memory, check_fits, 
 from causalrope_sp.planning.cost import plan
 from causalrope_sp.planning.machines import machine
 from causalrope_sp.planning.workload import Workload
+from causalrope_sp.reuse.policy import ReusePlan
 from causalrope_sp.text import TextSource
 from causalrope_sp.text.text_footprint import text_bytes, umt5_parameters, umt5_xxl_bytes
 from causalrope_sp.toybox import WEIGHTS
 from causalrope_sp.weights import load_model
 from tests.support import text_files as files
 from tests.support.paths import ROOT
+from tests.support.reuse_cases import MIXED
 from tests.support.videos import video_of
 from tests.support.watching import noted
 
@@ -160,6 +162,22 @@ def test_the_message_says_by_how_much_and_what_helps() -> None:
         check_fits(ALONE, GB, "cuda:0")
 
 
+def test_graphs_keep_the_activations_of_a_pass() -> None:
+    by_graphs, eager = PRESET.plan(), replace(PRESET, graphs=False).plan()
+    for time, size in by_graphs.bytes_by_time.items():
+        expected = 0 if time == "text" else by_graphs.activation_bytes
+        assert size - eager.bytes_by_time[time] == expected
+    assert replace(PRESET, on_cpu=True).plan() == replace(PRESET, on_cpu=True, graphs=False).plan()
+    assert "--no-graphs" in remedies(PRESET, PRESET.plan().memory_bytes - 1)
+    with pytest.raises(ConfigError, match=f"graphs {by_graphs.activation_bytes / 1e9:.3g}, "):
+        check_fits(ALONE, 24 * GB, "cuda:0")
+    reuse = ReusePlan.of_causal(MIXED, tuple(1000 - 125.0 * n for n in range(8)), WORK.config.num_layers)
+    assert reuse.kept > reuse.stored
+    reusing = replace(PRESET, work=replace(WORK, reuse=(reuse,), steps=8))
+    stored = reusing.plan().stored_bytes, replace(reusing, graphs=False).plan().stored_bytes
+    assert stored[0] * reuse.stored == stored[1] * reuse.kept
+
+
 def changed(run: Run, words: str) -> Run:
     """The run that a suggestion asks for."""
     for option, value in re.findall(r"--(\w+) (\S+)", words):
@@ -171,6 +189,7 @@ def changed(run: Run, words: str) -> Run:
             run = replace(run, work=replace(run.work, window=int(value)))
         if option == "strategy":
             run = replace(run, strategy=value)
+    run = replace(run, graphs=run.graphs and "--no-graphs" not in words)
     more = re.search(r"(\d+) ranks", words)
     return replace(run, ranks=int(more[1])) if more else run
 
@@ -195,7 +214,7 @@ def test_options_that_do_not_help_are_not_suggested() -> None:
     assert said[0] == "--weights fp8"
     assert any(words.startswith("--window 20") for words in said)
     assert not any("codec" in words for words in said)
-    little = replace(PRESET, codec=CodecFootprint(GB, 0, 0, 8))  # and here it is at denoising
+    little = replace(PRESET, codec=CodecFootprint(GB, 0, 0, 0, 8))  # and here it is at denoising
     assert remedies(little, little.plan().memory_bytes - 1)[0] == "--offload text,codec"
 
 
@@ -223,8 +242,8 @@ def test_a_run_is_refused_before_anything_is_loaded(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(preflight, "free_bytes", lambda device: 25 * 10**6)
     result = CliRunner().invoke(cli, ["generate", PROMPT, "--frames", "1"])
     assert result.exit_code == 2, result.output
-    assert re.fullmatch(r"error: this run needs 0\.0313 GB on cpu .* fit: .*--weights fp8.*\n", result.output)
-    with pytest.raises(ConfigError, match=r"this run needs 0\.0313 GB"):
+    assert re.fullmatch(r"error: this run needs 0\.0324 GB on cpu .* fit: .*--weights fp8.*\n", result.output)
+    with pytest.raises(ConfigError, match=r"this run needs 0\.0324 GB"):
         CausalVideoPipeline.from_pretrained("toybox", device="cpu")
     assert not loaded
     CausalVideoPipeline.from_pretrained("toybox", device="cpu", weights="fp8")

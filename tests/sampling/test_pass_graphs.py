@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import pytest
@@ -11,39 +12,22 @@ import torch
 from torch import Tensor
 
 from causalrope_sp import CausalVideoPipeline, SamplerConfig, StreamConfig
-from causalrope_sp.diffusion.noise import seeded_noise
-from causalrope_sp.sampling import chunk_loop
-from causalrope_sp.sampling.pass_graphs import PassGraphs
+from causalrope_sp.grid import Chunk
+from causalrope_sp.reuse.policy import ReusePlan, ReusePolicy
 from tests.support.cpu_graph import RecordedGraph, capture_on_cpu
-from tests.support.reuse_cases import CONFIG, GRID, make_model, random
-from tests.support.streams import run_chunks
-
-FRAMES, STEPS = 16, (1000.0, 750.0, 400.0)
-NOISE = seeded_noise(0, (1, CONFIG.in_channels, GRID.latent_height, GRID.latent_width))
-
-
-def video(stream: StreamConfig, **options: Any) -> Tensor:
-    embeds, negative = random(2, 1, CONFIG.text_len, CONFIG.text_dim)
-    options = {"sampler": SamplerConfig(steps=STEPS), "negative_embeds": negative, "graphs": True} | options
-    chunks = run_chunks(make_model(), embeds, NOISE, GRID, FRAMES, stream=stream, **options)
-    return torch.cat([chunk.latents for chunk in chunks], 1)
+from tests.support.graph_runs import FRAMES, STEPS, Install, install, video
+from tests.support.reuse_cases import CONFIG, MIXED, SAMPLER, SHARED, TIMESTEPS, make_model
 
 
 @pytest.fixture
-def graphs(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[PassGraphs]]:
-    """Lets streams capture graphs on the CPU, and returns those that they made."""
+def graphs(monkeypatch: pytest.MonkeyPatch) -> Install:
+    return partial(install, monkeypatch)
 
-    def install(capture: Any = capture_on_cpu) -> list[PassGraphs]:
-        made: list[PassGraphs] = []
 
-        def stream_graphs(device: torch.device) -> PassGraphs:
-            made.append(PassGraphs(capture, device))
-            return made[-1]
-
-        monkeypatch.setattr(chunk_loop, "stream_graphs", stream_graphs)
-        return made
-
-    return install
+def capture_into(captured: list[RecordedGraph], run: Callable[[], Tensor]) -> tuple[RecordedGraph, Tensor]:
+    graph, output = capture_on_cpu(run)
+    captured.append(graph)
+    return graph, output
 
 
 @pytest.mark.parametrize("rope", ["absolute", "relative"])
@@ -52,31 +36,25 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[PassGraphs]]:
     ids=["window", "sink", "guided", "a window of one chunk"],
 )  # fmt: skip
 def test_a_stream_by_graphs_is_the_eager_one(
-    window: int, sink: int, scale: float, rope: Literal["absolute", "relative"], graphs: Callable[..., list[PassGraphs]]
+    window: int, sink: int, scale: float, rope: Literal["absolute", "relative"], graphs: Install
 ) -> None:
     stream = StreamConfig(window=window, sink=sink, chunk_frames=2, rope=rope)
     guided = SamplerConfig(steps=STEPS, guidance_scale=scale)
     eager = video(stream, sampler=guided)
     made = graphs()
     assert torch.equal(video(stream, sampler=guided), eager)
-    assert len(made) == 1 + (scale > 1)
+    (made_once,) = made  # both branches of guidance share the graphs' memory
     # eight chunks; the window is full in chunk `full`, whose kinds are captured one chunk later, and replayed from then
     full = -(-window // 2) - 1
     fused = 0 if window == 2 else 1  # which a window of one chunk saves layer by layer, and not by a graph
     later = 8 - (full + 1)
     expected = (len(STEPS) - 1) * later - 1 + fused * (later - 1)
-    assert [each.replays for each in made] == [pytest.approx(expected, abs=2)] * len(made)
+    assert made_once.replays == pytest.approx(expected * (1 + (scale > 1)), abs=2)
 
 
-def test_a_graph_copies_nothing_from_the_host_and_asks_it_nothing(graphs: Callable[..., list[PassGraphs]]) -> None:
+def test_a_graph_copies_nothing_from_the_host_and_asks_it_nothing(graphs: Install) -> None:
     captured: list[RecordedGraph] = []
-
-    def capture(run: Callable[[], Tensor]) -> tuple[RecordedGraph, Tensor]:
-        graph, output = capture_on_cpu(run)
-        captured.append(graph)
-        return graph, output
-
-    graphs(capture)
+    graphs(partial(capture_into, captured))
     video(StreamConfig(window=6, chunk_frames=2))
     assert len(captured) == 2, "a graph for denoise passes, and one for those with a context pass"
     for graph in captured:
@@ -84,9 +62,7 @@ def test_a_graph_copies_nothing_from_the_host_and_asks_it_nothing(graphs: Callab
         assert not asked & set(graph.names)
 
 
-def test_a_failed_capture_leaves_eager_passes_and_one_line(
-    graphs: Callable[..., list[PassGraphs]], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_failed_capture_leaves_eager_passes_and_one_line(graphs: Install, caplog: pytest.LogCaptureFixture) -> None:
     stream = StreamConfig(window=6, chunk_frames=2)
     eager = video(stream)
 
@@ -100,9 +76,7 @@ def test_a_failed_capture_leaves_eager_passes_and_one_line(
     assert made[0].replays == 0
 
 
-def test_a_graph_whose_output_differs_is_not_used(
-    graphs: Callable[..., list[PassGraphs]], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_graph_whose_output_differs_is_not_used(graphs: Install, caplog: pytest.LogCaptureFixture) -> None:
     stream = StreamConfig(window=6, chunk_frames=2)
     eager = video(stream)
 
@@ -117,20 +91,67 @@ def test_a_graph_whose_output_differs_is_not_used(
     assert made[0].replays == 0
 
 
-def test_the_pipeline_passes_the_option_on(graphs: Callable[..., list[PassGraphs]]) -> None:
+def test_passes_run_by_graphs_unless_an_option_says_not(graphs: Install) -> None:
     made = graphs()
-    for expected, wanted in ((0, False), (1, True)):
-        options: dict[str, Any] = {"graphs": True} if wanted else {}
+    every: list[dict[str, Any]] = [{"graphs": False}, {}]
+    for expected, options in enumerate(every):
         pipe = CausalVideoPipeline.from_pretrained("toybox", device="cpu", **options)
         pipe("a red circle slides right", num_frames=9, output_type="latent")
         assert len(made) == expected
+    video(StreamConfig(window=6, chunk_frames=2), graphs=False)
+    assert len(made) == 1
 
 
-def test_graphs_are_left_out_by_option_and_with_reuse(graphs: Callable[..., list[PassGraphs]]) -> None:
-    from causalrope_sp.reuse import Broadcast, ReusePolicy
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_a_chunk_that_overwrites_its_own_context_is_refused_by_name(
+    scale: float, graphs: Install, caplog: pytest.LogCaptureFixture
+) -> None:
+    graphs()
+    with caplog.at_level(logging.INFO):
+        video(StreamConfig(window=2, chunk_frames=2), sampler=SamplerConfig(steps=STEPS, guidance_scale=scale))
+    (line,) = [line for line in caplog.messages if "graphs" in line]
+    assert line.endswith("a chunk overwrites the frames of the chunk before it, whose context pass it shares")
 
-    stream, made = StreamConfig(window=6, chunk_frames=2), graphs()
-    video(stream, graphs=False)
-    assert not made
-    video(stream, reuse=ReusePolicy((Broadcast("cross", 2),)))
-    assert [each.replays for each in made] == [0]
+
+@pytest.mark.parametrize(("policy", "kinds"), [(MIXED, 8), (SHARED, 4)], ids=["mixed", "shared"])
+def test_passes_that_reuse_outputs_are_graphs_of_their_own(policy: ReusePolicy, kinds: int, graphs: Install) -> None:
+    stream = StreamConfig(window=6, chunk_frames=2)
+    eager = video(stream, sampler=SAMPLER, reuse=policy)
+    captured: list[RecordedGraph] = []
+    made = graphs(partial(capture_into, captured))
+    assert torch.equal(video(stream, sampler=SAMPLER, reuse=policy), eager)
+    assert len(set(ReusePlan.of_causal(policy, TIMESTEPS, CONFIG.num_layers).patterns)) == kinds
+    assert len(captured) == kinds
+    # chunk 3 is the second behind a full window and captures all kinds but that with a context pass, which chunk 4 does
+    assert made[0].replays == 5 * len(TIMESTEPS) - kinds - 1
+
+
+def test_a_hook_sees_every_pass(graphs: Install, caplog: pytest.LogCaptureFixture) -> None:
+    stream, seen = StreamConfig(window=6, chunk_frames=2), []
+    eager = video(stream)
+    model = make_model()
+    model.register_forward_hook(lambda *_: seen.append(1))
+    made = graphs()
+    with caplog.at_level(logging.WARNING):
+        assert torch.equal(video(stream, model), eager)
+    assert caplog.messages == ["passes run without CUDA graphs: the model has hooks"]
+    assert made[0].replays == 0
+    assert len(seen) == 3 * FRAMES // 2 + 1, "one pass was run again"
+
+
+def test_a_hook_that_comes_later_sees_passes_that_were_captured(graphs: Install) -> None:
+    """Also where an eager pass reuses what a replayed one kept."""
+    stream = StreamConfig(window=6, chunk_frames=2)
+    eager = video(stream, sampler=SAMPLER, reuse=SHARED)
+    made, model, seen = graphs(), make_model(), []
+
+    def on_step(chunk: Chunk, step: int, timestep: float) -> None:
+        if (chunk.index, step) == (6, 3):
+            handles.append(model.register_forward_hook(lambda *_: seen.append(1)))
+        if (chunk.index, step) == (6, 5):
+            handles.pop().remove()
+
+    handles: list[Any] = []
+    assert torch.equal(video(stream, model, sampler=SAMPLER, reuse=SHARED, on_step=on_step), eager)
+    assert made[0].replays > 0
+    assert len(seen) == 2

@@ -1,0 +1,166 @@
+"""What can be known of CUDA graphs without a GPU: later passes of a kind ask for the same launches on the same memory,
+allocate nothing that outlives them, copy nothing from the host, and ask the device nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from causalrope_sp import CausalDiT, SequenceParallel
+from causalrope_sp.attention.base import Strategy
+from causalrope_sp.attention.build import build_strategy
+from causalrope_sp.cache.window import SlidingWindow
+from causalrope_sp.distributed.layout import parse_strategy
+from causalrope_sp.grid import Chunk, Shard
+from causalrope_sp.reuse.policy import ReusePlan, ReusePolicy
+from causalrope_sp.sampling.stream import CausalStream, Part
+from causalrope_sp.weights.fp8 import quantize_blocks
+from tests.support.launch_recorder import RecordedPasses, as_on_a_gpu
+from tests.support.reuse_cases import CONFIG, GRID, MIXED, SHARED, make_model, random
+
+FRAMES, CHUNKS = 2, 8
+TIMESTEPS = (1000.0, 900.0, 800.0, 700.0, 600.0, 500.0)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A stream, and how many kinds of passes were recorded at least twice."""
+
+    kinds: int
+    strategy: str = "alone"
+    ranks: int = 1
+    attention: str = "auto"
+    window: int = 6
+    sink: int = 0
+    relative: bool = False
+    fp8: bool = False
+    reuse: ReusePolicy | None = None
+    head_groups: int = 1
+    guided: bool = False
+    fused: bool = True
+    dtype: torch.dtype = torch.bfloat16
+
+
+CASES = {
+    "rows on the host": Case(3),
+    "rows on the device": Case(2, attention="triton"),
+    "a library's attention": Case(3, attention="torch", dtype=torch.float32),
+    "relative": Case(2, relative=True),
+    "relative in float32": Case(2, relative=True, dtype=torch.float32),
+    "sink": Case(2, attention="triton", window=7, sink=1),
+    "fp8": Case(2, attention="triton", fp8=True),
+    "guided": Case(4, attention="triton", guided=True),
+    "mixed reuse": Case(6, attention="triton", reuse=MIXED),
+    "shared reuse": Case(4, attention="triton", reuse=SHARED),
+    "ulysses": Case(2, "ulysses", 2, "triton"),
+    "ulysses in head groups": Case(2, "ulysses", 2, "triton", head_groups=3),
+    "shard-kv": Case(2, "shard-kv", 2, "triton"),
+    "shard-kv, a library's attention": Case(3, "shard-kv", 2, "torch", dtype=torch.float32),
+    "context passes alone": Case(1, attention="triton", fused=False),
+    "gather-kv, a library's attention": Case(4, "gather-kv", 2, "torch", dtype=torch.float32),
+    "gather-kv": Case(2, "gather-kv", 2, "triton"),
+    "gather-kv, relative": Case(2, "gather-kv", 2, relative=True),
+    "ulysses×gather-kv": Case(2, "ulysses2xgather-kv2", 4, "triton"),
+    "ulysses×shard-kv": Case(2, "ulysses2xshard-kv2", 4, "triton"),
+    "reuse on ranks": Case(4, "ulysses", 2, "triton", reuse=SHARED),
+}
+
+
+@pytest.fixture
+def ranks() -> Iterator[Any]:
+    """Makes the group of a rank whose collectives are recorded and do nothing."""
+
+    def make(count: int, case: Case) -> SequenceParallel:
+        dist.init_process_group("fake", rank=0, world_size=count, store=FakeStore())
+        membership: Any = SimpleNamespace(board=None, cause=lambda: None)
+        return SequenceParallel(
+            dist.group.WORLD,
+            case.strategy,
+            attention=case.attention,
+            head_groups=case.head_groups,
+            membership=membership,
+        )
+
+    yield make
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def model_of(case: Case) -> CausalDiT:
+    model = make_model(case.dtype)
+    if case.fp8:
+        quantize_blocks(model)
+        for name, parameter in model.named_parameters():
+            if name.endswith((".numbers", ".scale")):
+                parameter.data = torch.ones_like(parameter, dtype=torch.float32).to(parameter.dtype)
+    return model
+
+
+def open_stream(case: Case, ranks: Any, model: CausalDiT) -> tuple[list[CausalStream], RecordedPasses, Tensor]:
+    """The streams of both branches or of one, what records their passes, and the tokens of a chunk."""
+    shard, strategy, sharing = Shard(GRID), Strategy(GRID.tokens, CONFIG.num_heads, case.attention), None
+    if case.ranks > 1:
+        parallel: SequenceParallel = ranks(case.ranks, case)
+        layout = parse_strategy(case.strategy, case.ranks)
+        strategy, shard = build_strategy(parallel, layout, GRID, CONFIG.num_heads), parallel.shard(GRID)
+        sharing = parallel.sp_communicator()
+    passes = RecordedPasses(sharing)
+    plan = None if case.reuse is None else ReusePlan.of_causal(case.reuse, TIMESTEPS, CONFIG.num_layers)
+    embeds = random(1, CONFIG.text_len, CONFIG.text_dim)
+    graphs: Any = passes
+    streams = [
+        CausalStream(
+            model, embeds, GRID, SlidingWindow(case.window, case.sink), shard, strategy,
+            relative=case.relative, reuse=plan, graphs=graphs,
+        )
+        for _ in range(1 + case.guided)
+    ]  # fmt: skip
+    return streams, passes, random(1, FRAMES, shard.tokens, CONFIG.token_dim).float()
+
+
+@torch.inference_mode()
+def make_passes(streams: list[CausalStream], x: Tensor, fused: bool) -> None:
+    """Chunks whose window fills, and then slides around the ring."""
+    finished = None
+    for chunk in (Chunk(number, number * FRAMES, FRAMES) for number in range(CHUNKS)):
+        for timestep in TIMESTEPS:
+            for stream in streams:
+                stream.denoise(chunk, x, timestep, finished)
+            finished = None
+        finished = Part(chunk, x, 0.0)
+        if not fused:
+            streams[0].commit(finished)
+            finished = None
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_later_passes_of_a_kind_are_the_same_launches(name: str, ranks: Any) -> None:
+    case = CASES[name]
+    with as_on_a_gpu():
+        streams, passes, x = open_stream(case, ranks, model_of(case))
+        make_passes(streams, x, case.fused)
+    recorded = passes.check()
+    assert sum(count > 1 for count in recorded) == case.kinds
+    names = {event[0] for records in passes.records.values() for record in records for event in record}
+    assert {"projection_kernel", "add_norm_kernel"} <= names or case.ranks > 1
+    assert ("attention_kernel" in names) == (case.attention != "torch")
+    assert any(each.startswith("c10d::") for each in names) == (case.ranks > 1)
+    assert not passes.refused
+
+
+def test_a_pass_that_cannot_be_captured_is_refused_by_name() -> None:
+    case = Case(0, attention="triton", window=FRAMES)
+    with as_on_a_gpu():
+        streams, passes, x = open_stream(case, None, model_of(case))
+        make_passes(streams, x, case.fused)
+    (why,) = passes.refused
+    assert "overwrites the frames of the chunk before it" in why
+    assert sum(passes.check()) == (CHUNKS - 1) * (len(TIMESTEPS) - 1) - 1, "passes without a context pass are recorded"
