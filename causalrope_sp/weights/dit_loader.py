@@ -4,6 +4,7 @@ fp8, and written to its device. Ranks that load the same model read a part of it
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -25,6 +26,8 @@ from causalrope_sp.weights.lora import Lora, LoraMerge
 from causalrope_sp.weights.readers import Alone, Readers, owners
 
 Weights = Literal["full", "fp8"]
+
+_log = logging.getLogger(__name__)
 
 
 def inspect_checkpoint(
@@ -99,6 +102,9 @@ def load_model(
     checkpoint, merges = readers.run_collectively(lambda: _open(Path(path), config, part, loras))
     if readers.size > 1:
         _agree(checkpoint, merges, readers)
+    if readers.rank == 0:
+        for merge in merges:
+            _log.info("%s, weight %g", merge.report(), merge.lora.weight)
     model, target = checkpoint.model, torch.device(device)
     to_quantize = frozenset(quantized(model)) if weights == "fp8" else frozenset[str]()
     kind = dtype or checkpoint.report.dtype
@@ -135,7 +141,7 @@ def _agree(checkpoint: Examined, merges: Sequence[LoraMerge], readers: Readers) 
     compared = {"checkpoint": (report.layout, report.config), "dtype of the checkpoint": report.dtype}
     stored = [name for several in checkpoint.names.values() for name in several]
     compared["weights"] = fingerprint(checkpoint.files, stored)
-    compared["LoRAs"] = [(fingerprint(merge.files, merge.files.tensors), merge.lora.weight) for merge in merges]
+    compared["LoRAs"] = [(fingerprint(m.files, m.files.tensors), m.lora.weight, m.lora.alpha) for m in merges]
     readers.agree(compared)
 
 

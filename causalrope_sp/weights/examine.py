@@ -13,6 +13,7 @@ import torch
 from causalrope_sp.config import DiTConfig
 from causalrope_sp.errors import CheckpointError, printable
 from causalrope_sp.models.causal_dit import CausalDiT
+from causalrope_sp.weights.adapter_names import is_adapter
 from causalrope_sp.weights.checkpoint_report import CheckpointReport, most_common_dtype
 from causalrope_sp.weights.diffusers_keys import DIFFUSERS
 from causalrope_sp.weights.infer import infer_config
@@ -123,8 +124,13 @@ def _is_wide(layout: Layout, names: Sequence[str], tensors: Mapping[str, Stored]
 def _detect(files: WeightFiles, part: str | None) -> _Found:
     """Finds the layout, and the prefix of the model that is asked for."""
     names = bare_names(files.tensors, files.path)
-    if names and all(".lora" in name or name.startswith("lora_") or name.endswith(".alpha") for name in names):
+    if is_adapter(names, [layout.marker for layout in LAYOUTS]):
         raise CheckpointError(f"{files.path}: a LoRA, to be given to load_model as one of `loras` beside its model")
+    if inside := next((name for name in names if ".base_layer." in name), None):
+        raise CheckpointError(
+            f"{files.path}: a model with a LoRA that is not merged ({printable(inside)}); save it after PEFT's "
+            "merge_and_unload"
+        )
     for layout in LAYOUTS:
         prefixes = layout.prefixes_in(names)
         if not prefixes:

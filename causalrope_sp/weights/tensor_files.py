@@ -58,6 +58,8 @@ class WeightFiles:
         metadata: that of the first safetensors file which has any.
         parts: the keys of the nested dictionaries that were opened, outermost first.
         auxiliary: the keys of dictionaries next to those, which were not opened.
+        beside: the numbers, texts and settings next to the tensors: a safetensors file's metadata, or what lies beside
+            the opened dictionaries of a torch file.
 
     Raises:
         CheckpointError: there is nothing at `path`, it is no checkpoint, is truncated, or is a pickle that holds
@@ -70,6 +72,7 @@ class WeightFiles:
         self.metadata: Mapping[str, str] = {}
         self.parts: tuple[str, ...] = ()
         self.auxiliary: tuple[str, ...] = ()
+        self.beside: Mapping[str, Any] = {}
         try:
             if not path.exists():
                 raise CheckpointError(f"{path}: no such file or folder")
@@ -154,10 +157,11 @@ class WeightFiles:
         for name, (shape, dtype) in described.items():
             self._add(file, name, Stored(shape, DTYPES.get(dtype, dtype), home))
         self.metadata = self.metadata or home.metadata() or {}
+        self.beside = self.metadata
 
     def _open_torch(self, file: Path, part: str | None, parts: tuple[str, ...]) -> None:
         nested = open_tensors(file, part, parts)
-        self.parts, self.auxiliary = nested.parts, nested.auxiliary
+        self.parts, self.auxiliary, self.beside = nested.parts, nested.auxiliary, nested.beside
         for name, tensor in nested.content.items():
             self._add(file, name, Stored(tuple(tensor.shape), tensor.dtype, nested.content))
 

@@ -42,7 +42,7 @@ def open_tensors(file: Path, part: str | None, parts: tuple[str, ...]) -> Nested
     if sum(tensor.numel() * tensor.element_size() for tensor in state.values()) > file.stat().st_size:
         raise CheckpointError(f"{file}: declares more numbers than the file can hold")
     state = {name: tensor.detach() for name, tensor in state.items()}  # parameters would record what is done to them
-    return Nested(state, nested.parts, nested.auxiliary)
+    return Nested(state, nested.parts, nested.auxiliary, nested.beside)
 
 
 def _is_sound_archive(file: Path) -> bool:

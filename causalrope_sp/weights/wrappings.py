@@ -55,11 +55,13 @@ class Nested:
         content: what it holds.
         parts: the keys that led to it, outermost first.
         auxiliary: the keys of dictionaries next to those, which were not opened.
+        beside: the numbers, texts and dictionaries of such that lie next to those, by key.
     """
 
     content: Any
     parts: tuple[str, ...]
     auxiliary: tuple[str, ...]
+    beside: Mapping[str, Any]
 
 
 def innermost(content: Any, wanted: str | None, parts: Sequence[str]) -> Nested:
@@ -75,6 +77,7 @@ def innermost(content: Any, wanted: str | None, parts: Sequence[str]) -> Nested:
     """
     taken: list[str] = []
     auxiliary: list[str] = []
+    beside: dict[str, Any] = {}
     while isinstance(content, dict) and len(taken) < DEEPEST:
         inner = [key for key, value in content.items() if isinstance(key, str) and isinstance(value, dict) and value]
         key = wanted if wanted in inner else next((part for part in parts if part in inner), None)
@@ -82,8 +85,16 @@ def innermost(content: Any, wanted: str | None, parts: Sequence[str]) -> Nested:
             break
         taken.append(key)
         auxiliary += [other for other in inner if other != key]
+        beside |= {str(other): value for other, value in content.items() if _is_setting(value)}
         content = content[key]
-    return Nested(content, tuple(taken), tuple(auxiliary))
+    return Nested(content, tuple(taken), tuple(auxiliary), beside)
+
+
+def _is_setting(value: Any, deep: int = 3) -> bool:
+    """Whether a value is a number, a text, or a dictionary of such, and holds no tensors."""
+    if isinstance(value, dict):
+        return deep > 0 and all(_is_setting(inner, deep - 1) for inner in value.values())
+    return value is None or isinstance(value, str | int | float)
 
 
 def bare_names(names: Iterable[str], where: object) -> dict[str, str]:
