@@ -76,6 +76,7 @@ def examine(path: str, part: str | None, preset: str | None, changes: Mapping[st
     from causalrope_sp.diffusion.schedule import timesteps
     from causalrope_sp.pipeline.model_source import SCHEDULER_FILE
     from causalrope_sp.weights import Preset, find_preset, inspect_checkpoint
+    from causalrope_sp.weights.models_beside import refuse_experts
     from causalrope_sp.weights.scheduler_file import with_scheduler
 
     named = None if preset is None else replace(find_preset(preset), evidence=("named by --preset",))
@@ -85,6 +86,8 @@ def examine(path: str, part: str | None, preset: str | None, changes: Mapping[st
     except OSError as reason:
         raise CheckpointError(f"{path}: {first_line(reason)}") from reason
     if file is None:
+        if whole:
+            refuse_experts(Path(path))
         transformer = Path(path) / "transformer" if whole else Path(path)
         report = inspect_checkpoint(transformer, part=part)
         chosen = named or with_scheduler(report.preset, Path(path) / SCHEDULER_FILE)
@@ -123,6 +126,7 @@ def report_fields(report: CheckpointReport) -> dict[str, Any]:
         "missing": report.missing,
         "unexpected": report.unexpected,
         "misshapen": report.misshapen,
+        "beside": list(report.beside),
     }
 
 

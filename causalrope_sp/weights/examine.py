@@ -20,6 +20,7 @@ from causalrope_sp.weights.infer import infer_config
 from causalrope_sp.weights.key_layout import Layout, Names, stored_shape
 from causalrope_sp.weights.messages import some
 from causalrope_sp.weights.model_presets import guess_preset
+from causalrope_sp.weights.models_beside import models_beside
 from causalrope_sp.weights.quantized_formats import refuse_quantized
 from causalrope_sp.weights.tensor_files import DTYPES, Stored, WeightFiles
 from causalrope_sp.weights.wan_keys import WAN
@@ -106,6 +107,7 @@ def examine(path: Path, config: DiTConfig | None, part: str | None) -> Examined:
             printable(n) for n in (*(s for b, s in found.stored.items() if b not in expected), *found.rest)
         ),
         misshapen=misshapen,
+        beside=models_beside(path),
     )
     stored = {
         parameter: tuple(found.stored.get(name, name) for name in several) for parameter, several in names.items()

@@ -19,6 +19,7 @@ from torch import Tensor
 from causalrope_sp.errors import CheckpointError, printable
 from causalrope_sp.io.json_files import parse_object, read_object
 from causalrope_sp.weights.messages import one_line, some
+from causalrope_sp.weights.models_beside import refuse_experts
 from causalrope_sp.weights.torch_files import open_tensors
 from causalrope_sp.weights.wrappings import PARTS
 
@@ -178,6 +179,7 @@ def _weight_files(path: Path) -> Sequence[Path]:
     """
     if path.is_file():
         return _shards(path) if path.name.endswith(INDEX) else [path]
+    refuse_experts(path)
     choices = _choices(path)
     if not choices and (path / "transformer").is_dir():
         choices = _choices(path / "transformer")
