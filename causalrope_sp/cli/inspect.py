@@ -127,6 +127,7 @@ def report_fields(report: CheckpointReport) -> dict[str, Any]:
         "unexpected": report.unexpected,
         "misshapen": report.misshapen,
         "beside": list(report.beside),
+        "passed_by": list(report.passed_by),
     }
 
 

@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from causalrope_sp.errors import CheckpointError, printable
-from causalrope_sp.weights.tensor_files import WeightFiles, json_object
+from causalrope_sp.weights.tensor_files import WeightFiles
+from causalrope_sp.weights.weight_paths import json_object
 
 ADAPTER_CONFIG = "adapter_config.json"
 _CONFIGS = ("lora_adapter_metadata", "adapter_config", "peft_config", "lora_config")  # entries of a header

@@ -34,6 +34,7 @@ class CheckpointReport:
         unexpected: the keys that belong to no parameter of the model.
         misshapen: "KEY is SHAPE, expected SHAPE" for each key of a wrong shape.
         beside: models beside it that are not used, as texts.
+        passed_by: what the file holds that is no weight, by name.
     """
 
     path: Path
@@ -50,6 +51,7 @@ class CheckpointReport:
     unexpected: list[str]
     misshapen: list[str] = field(default_factory=list)
     beside: tuple[str, ...] = ()
+    passed_by: tuple[str, ...] = ()
 
     @property
     def parameters(self) -> int:

@@ -20,7 +20,7 @@ from causalrope_sp.weights.checkpoint_report import CheckpointReport
 from causalrope_sp.weights.digest import fingerprint
 from causalrope_sp.weights.examine import Examined, examine
 from causalrope_sp.weights.finite import all_finite, refuse_broken
-from causalrope_sp.weights.fp8 import PARTS, STORED, largest_numbers, quantize_blocks, quantized, to_fp8
+from causalrope_sp.weights.fp8 import PARTS, STORED, keep_fp8, largest_numbers, quantize_blocks, quantized, to_fp8
 from causalrope_sp.weights.key_layout import arrange
 from causalrope_sp.weights.lora import Lora, LoraMerge
 from causalrope_sp.weights.readers import Alone, Readers, owners
@@ -165,6 +165,9 @@ def _fill(
         names = checkpoint.names[parameter]
         parts = zip(*(tensor.chunk(len(names)) for tensor in several), strict=True)
         for number, (pieces, name) in enumerate(zip(parts, names, strict=True)):
+            unmerged = len(pieces) == 2 and not any(parameter in merge.changes for merge in merges)
+            if unmerged and keep_fp8(checkpoint.files.fp8(name), pieces, dtype):
+                continue
             stored = arrange(parameter, checkpoint.files.take(name))
             for merge in merges:
                 stored = merge.into(stored, parameter, number, several[0].device)

@@ -21,10 +21,11 @@ from causalrope_sp.weights.key_layout import Layout, Names, stored_shape
 from causalrope_sp.weights.messages import some
 from causalrope_sp.weights.model_presets import guess_preset
 from causalrope_sp.weights.models_beside import models_beside
+from causalrope_sp.weights.networks import network
 from causalrope_sp.weights.quantized_formats import refuse_quantized
 from causalrope_sp.weights.tensor_files import DTYPES, Stored, WeightFiles
 from causalrope_sp.weights.wan_keys import WAN
-from causalrope_sp.weights.wrappings import Wrapping, bare_names, choose_prefix, without, wrapping_modules
+from causalrope_sp.weights.wrappings import Wrapping, bare_names, choose_prefix, wrapping_modules
 
 LAYOUTS = (WAN, DIFFUSERS)
 
@@ -108,6 +109,7 @@ def examine(path: Path, config: DiTConfig | None, part: str | None) -> Examined:
         ),
         misshapen=misshapen,
         beside=models_beside(path),
+        passed_by=tuple(printable(name) for name in files.passed_by),
     )
     stored = {
         parameter: tuple(found.stored.get(name, name) for name in several) for parameter, several in names.items()
@@ -143,16 +145,16 @@ def _detect(files: WeightFiles, part: str | None) -> _Found:
             raise CheckpointError(
                 f"{files.path}: has no part {printable(part)}; it has: {some(available) or 'one model alone'}"
             )
-        stored, rest = without(prefix, names, prefixes)
-        auxiliary = (*files.auxiliary, *(other for other in prefixes if other != prefix))
-        example = next(name for name in stored.values() if f".{layout.marker}." in name)
-        why = f"its blocks have {layout.marker}: {printable(example)}"
-        return _Found(
-            layout, Wrapping(files.parts, prefix, wrapping_modules(files.tensors), auxiliary), why, stored, rest
+        found = network(prefix, names)
+        wrapping = Wrapping(
+            files.parts, prefix, wrapping_modules(files.tensors), (*files.auxiliary, *filter(None, found.others))
         )
+        example = next(name for name in found.own.values() if f".{layout.marker}." in name)
+        why = f"its blocks have {layout.marker}: {printable(example)}"
+        return _Found(layout, wrapping, why, found.own, found.rest)
     known = " or ".join(f"{layout.name} (blocks.0.{layout.marker}...)" for layout in LAYOUTS)
-    found = some(list(files.tensors)) or "none"
-    raise CheckpointError(f"{files.path}: not a Wan transformer: none of its keys ({found}) is of the layout {known}")
+    keys = some(list(files.tensors)) or "none"
+    raise CheckpointError(f"{files.path}: not a Wan transformer: none of its keys ({keys}) is of the layout {known}")
 
 
 def _on_meta(config: DiTConfig, path: Path) -> CausalDiT:
