@@ -54,6 +54,22 @@ class Lora:
             if not isinstance(value, int | float) or not math.isfinite(value):
                 raise ConfigError(f"the {name} of a LoRA must be a finite number, not {value!r}")
 
+    @classmethod
+    def of(cls, text: str | PathLike[str]) -> Lora:
+        """Makes a LoRA from FILE, or from FILE:WEIGHT; a file of the whole name comes first.
+
+        Raises:
+            ConfigError: the weight is not a finite number.
+        """
+        path, colon, weight = str(text).rpartition(":")
+        try:
+            named = not colon or not path or Path(text).exists()
+            return cls(text) if named else cls(path, float(weight))
+        except ValueError:
+            raise ConfigError(
+                f"a LoRA is FILE or FILE:WEIGHT with a finite number, and there is no file {printable(text)}"
+            ) from None
+
 
 @dataclass(frozen=True)
 class _Target:

@@ -9,8 +9,17 @@ from typing import Any
 import pytest
 import torch
 
-from causalrope_sp import CausalVideoPipeline, ConfigError, SamplerConfig, StreamConfig, sample_chunks
+from causalrope_sp import (
+    CausalVideoPipeline,
+    ConfigError,
+    SamplerConfig,
+    SequenceParallel,
+    StreamConfig,
+    sample_chunks,
+)
 from causalrope_sp.sampling.finite_chunks import FiniteCheck
+from causalrope_sp.sampling.steered_loop import SteeredLoop
+from causalrope_sp.sampling.stream_options import StreamOptions
 from tests.support.sampler_cases import FRAME, GRID, MODEL, make_model, noise_of, text
 from tests.support.shell import shell
 
@@ -65,6 +74,26 @@ def test_a_check_is_read_after_the_next_chunk_has_been_denoised(monkeypatch: pyt
     sample(sampler=sampler, on_step=lambda chunk, step, _: order.append(f"step {chunk.index}"))
     chunks = [["step 0"] * 2, ["step 1"] * 2, ["read 0"], ["step 2"] * 2, ["read 1"], ["read 2"]]
     assert order == [event for part in chunks for event in part]
+
+
+def test_a_broken_chunk_that_is_taken_back_is_forgotten() -> None:
+    broken = {1}
+
+    def noise(chunk: Any, step: int) -> torch.Tensor:
+        drawn = noise_of(1)(chunk, step)
+        return drawn * math.nan if chunk.index in broken else drawn
+
+    options = StreamOptions(stream=StreamConfig(6, chunk_frames=2), history=1, kept_chunks=4)
+    loop = SteeredLoop(MODEL, text(1), noise, GRID, None, SequenceParallel.single(device="cpu"), options)
+    with torch.inference_mode():
+        for _ in range(2):
+            loop.step()
+        with pytest.raises(ConfigError, match="chunk 1 has latents that are not finite"):
+            loop.step()
+        broken.clear()
+        loop.rewind(1, text(1))
+        assert loop.step().latents.isfinite().all()
+        assert loop.step().chunk.index == 2
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -309,3 +309,15 @@ def test_a_dora_without_magnitudes_is_refused(tmp_path: Path) -> None:
 def test_a_weight_is_a_number(weight: float) -> None:
     with pytest.raises(ConfigError, match="weight of a LoRA"):
         Lora("lora.safetensors", weight)
+
+
+def test_a_weight_behind_the_file(tmp_path: Path) -> None:
+    """FILE:WEIGHT, unless a file has the whole name."""
+    assert Lora.of("a.safetensors") == Lora("a.safetensors")
+    assert Lora.of("a.safetensors:0.8") == Lora("a.safetensors", 0.8)
+    assert Lora.of(f"{tmp_path}/b:c.safetensors:-1") == Lora(f"{tmp_path}/b:c.safetensors", -1.0)
+    (tmp_path / "odd:2").touch()
+    assert Lora.of(f"{tmp_path}/odd:2") == Lora(f"{tmp_path}/odd:2")
+    for wrong in ("a.safetensors:", "a.safetensors:much", "a.safetensors:nan"):
+        with pytest.raises(ConfigError, match=f"a LoRA is FILE or FILE:WEIGHT with a finite number, .* file {wrong}"):
+            Lora.of(wrong)
