@@ -112,16 +112,70 @@ def load_model(
         name: _allocate(shaped.shape, checkpoint.dtype_of(name, kind), target, name in to_quantize)
         for name, shaped in model.named_parameters()
     }
-    owner = owners([sum(buffer.nbytes for buffer in several) for several in buffers.values()], readers.size)
-    own = [name for name, rank in zip(buffers, owner, strict=True) if rank == readers.rank]
-    readers.run_collectively(lambda: _fill(checkpoint, {name: buffers[name] for name in own}, merges, kind))
-    for several, rank in zip(buffers.values(), owner, strict=True):
-        for buffer in several:
-            readers.broadcast("weights", buffer, rank)
+    _fill_on_ranks(checkpoint, buffers, merges, kind, readers)
     if to_quantize:
         quantize_blocks(model)
     model.load_state_dict(_state(buffers, to_quantize), strict=True, assign=True)
     return model.eval().requires_grad_(False)
+
+
+def remerge(
+    model: CausalDiT,
+    path: str | PathLike[str],
+    loras: Sequence[str | PathLike[str] | Lora],
+    changed: Collection[str],
+    readers: Readers = Alone(),
+) -> frozenset[str]:
+    """Reads those parameters of a loaded model again that LoRAs change, in place, and merges other LoRAs into them.
+
+    What earlier LoRAs changed has the bits of the checkpoint again where the new ones do not change it. On an error
+    the model is in between: call it again with the earlier LoRAs.
+
+    Args:
+        model: the model, as `load_model` made it of the checkpoint, perhaps cast or moved since.
+        path: the checkpoint.
+        loras: the LoRAs that the model is to have, in this order.
+        changed: the parameters that its present LoRAs change.
+        readers: as for `load_model`.
+
+    Returns:
+        The parameters that the LoRAs change.
+
+    Raises:
+        CheckpointError, ConfigError: as `load_model` raises them.
+    """
+    checkpoint, merges = readers.run_collectively(lambda: _open(Path(path), model.config, None, loras))
+    if readers.size > 1:
+        _agree(checkpoint, merges, readers)
+    now = frozenset(parameter for merge in merges for parameter in merge.changes)
+    state = model.state_dict()
+    buffers = {
+        name: [state[key] for key in _keys(name, state)] for name in checkpoint.names if name in now | {*changed}
+    }
+    _fill_on_ranks(checkpoint, buffers, merges, model.dtype, readers)
+    return now
+
+
+def _fill_on_ranks(
+    checkpoint: Examined,
+    buffers: Mapping[str, Sequence[Tensor]],
+    merges: Sequence[LoraMerge],
+    dtype: torch.dtype,
+    readers: Readers,
+) -> None:
+    """Fills buffers on every rank: each parameter is read by one of them and broadcast."""
+    owner = owners([sum(buffer.nbytes for buffer in several) for several in buffers.values()], readers.size)
+    own = [name for name, rank in zip(buffers, owner, strict=True) if rank == readers.rank]
+    readers.run_collectively(lambda: _fill(checkpoint, {name: buffers[name] for name in own}, merges, dtype))
+    for several, rank in zip(buffers.values(), owner, strict=True):
+        for buffer in several:
+            readers.broadcast("weights", buffer, rank)
+
+
+def _keys(parameter: str, state: Mapping[str, Tensor]) -> list[str]:
+    """The keys of a model's state that hold a parameter: its own, or those of its numbers and scales in fp8."""
+    parts = [f"{parameter.removesuffix('weight')}{part}" for part in PARTS]
+    return [parameter] if parameter in state else parts
 
 
 def _open(
