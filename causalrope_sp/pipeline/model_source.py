@@ -34,7 +34,7 @@ _NEEDED = (  # settings that change the video of a model: where they are kept, t
     ("sampler", "solver", "solver"),
     ("sampler", "shift", "shift"),
 )
-_LOCAL_SUFFIXES = (".pt", ".pth", ".safetensors", ".json")
+_LOCAL_SUFFIXES = (".pt", ".pth", ".safetensors", ".gguf", ".json")
 _REPOSITORY = re.compile(r"([\w.-]+/[\w.-]+)(?:/(.+))?")
 _FOLDERS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 _OF_DIFFUSERS = [MODEL_INDEX, PIPELINE_FILE, *(f"{folder}/*" for folder in _FOLDERS)]

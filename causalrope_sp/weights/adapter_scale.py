@@ -91,10 +91,10 @@ class AdapterScale:
         declared = files.declared_config(ADAPTER_CONFIG) if _is_alone(files) else {}
         for name in _CONFIGS:
             found = files.beside.get(name)
-            if isinstance(found, str):
+            if isinstance(found, str) and found.lstrip().startswith("{"):
                 found = json_object(found, f"{self._path}: {name} in its header")
             if isinstance(found, dict):
-                own = {key.removeprefix(_COMPONENT): value for key, value in found.items()}
+                own = {str(key).removeprefix(_COMPONENT): value for key, value in found.items()}
                 declared = {**declared, **own}
         return declared
 
@@ -104,7 +104,7 @@ class AdapterScale:
         if not isinstance(patterns, Mapping):
             raise CheckpointError(f"{self._path}: declares an {field} that is no JSON object")
         compiled = []
-        for key, value in patterns.items():
+        for key, value in ((str(key), value) for key, value in patterns.items()):
             try:
                 if len(key) > _LONGEST_PATTERN:
                     raise re.error(f"longer than {_LONGEST_PATTERN} characters")
@@ -123,11 +123,12 @@ def _first_match(patterns: list[tuple[re.Pattern[str], Any]], module: str) -> An
 def _is_alone(files: WeightFiles) -> bool:
     """Whether adapter_config.json in the file's folder can only be this file's."""
     file = files.files[0]
-    return (
-        files.path.is_dir()
-        or file.name.startswith("adapter_model")
-        or sum(other.suffix in (".safetensors", ".bin", ".pt") for other in file.parent.iterdir()) == 1
-    )
+    if files.path.is_dir() or file.name.startswith("adapter_model"):
+        return True
+    try:
+        return sum(other.suffix in (".safetensors", ".bin", ".pt") for other in file.parent.iterdir()) == 1
+    except OSError:  # a folder that cannot be listed
+        return False
 
 
 def _number(value: Any) -> float | None:

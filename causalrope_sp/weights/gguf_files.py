@@ -7,6 +7,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,7 +45,8 @@ class GgufHome:
         if stored.tensor_type.name in _PLAIN:
             return self.raw(name).reshape(shape)
         try:
-            numbers = gguf.quants.dequantize(stored.data, stored.tensor_type)
+            with np.errstate(all="ignore"):  # what is not finite is looked for by whoever reads weights
+                numbers = gguf.quants.dequantize(stored.data, stored.tensor_type)
         except (NotImplementedError, ValueError) as error:
             kind = stored.tensor_type.name
             raise CheckpointError(f"{self.file}: {printable(name)} is stored as {kind}, which is not read") from error

@@ -13,8 +13,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,6 +29,7 @@ _EIGHT_BITS = {**_FP8, "I8": torch.int8}
 _SCALES = ("scale_weight", "weight_scale")
 _HIDDEN = ("scale_input", "input_scale", "comfy_quant")  # beside a weight that is dequantized
 _MARKER = "scaled_fp8"
+_LONGEST_NOTE = 4096  # bytes
 KNOWN_FORMATS = {"float8_e4m3fn", "float8_e5m2"}  # as ComfyUI names them
 # Last words of names: a tokenizer's file, states of Transformer Engine, counters of averages and of norms, tables
 _NO_WEIGHTS = (
@@ -90,11 +93,20 @@ def dequantized(numbers: Tensor, scale: Tensor | None) -> Tensor:
     """Returns numbers times their scale, in float32.
 
     Args:
-        numbers: (N, ...), of 8 bits.
+        numbers: (N, ...), of 8 bits, on the CPU.
         scale: one number or one for each of the N outputs; None for 1.
     """
-    wide = numbers.to(torch.float32)
+    if numbers.dtype in _FP8.values():  # by a table, which takes a third of the time of torch's cast
+        wide = torch.from_numpy(np.take(_values(numbers.dtype), numbers.view(torch.uint8).numpy()))
+    else:
+        wide = numbers.to(torch.float32)
     return wide if scale is None else wide.mul_(scale.to(torch.float32).reshape(-1, *(1 for _ in wide.shape[1:])))
+
+
+@cache
+def _values(dtype: torch.dtype) -> np.ndarray:
+    """The float32 values of the 256 numbers of 8 bits."""
+    return torch.arange(256, dtype=torch.uint8).view(dtype).float().numpy()
 
 
 def is_no_weight(name: str) -> bool:
@@ -116,9 +128,12 @@ def _is_known(start: str, others: Iterable[str], read: Callable[[str], Tensor]) 
     """Whether ComfyUI's note beside a weight, if there is one, names a format whose numbers need a scale alone."""
     if "comfy_quant" not in others:
         return True
+    noted = read(f"{start}comfy_quant").flatten()
+    if noted.dtype != torch.uint8 or len(noted) > _LONGEST_NOTE:
+        return False
     try:
-        note: Any = json.loads(bytes(read(f"{start}comfy_quant").flatten().to(torch.uint8).tolist()))
-    except ValueError:
+        note: Any = json.loads(bytes(noted.tolist()))
+    except (ValueError, RecursionError):
         return False
     return isinstance(note, dict) and note.get("format") in KNOWN_FORMATS
 
