@@ -367,3 +367,55 @@ def test_inspect_shows_whose_names_an_adapter_has(tmp_path: Path) -> None:
     assert "lora_unet__ (VideoX-Fun)" in shown.output
     assert "LoRA = 1" in shown.output
     assert "difference = 1" in shown.output
+
+
+MODULES = [f"blocks.{n}.{side}_attn.{letter}" for n in range(2) for side in ("self", "cross") for letter in "qkvo"]
+MODULES += [f"blocks.{n}.ffn.{layer}" for n in range(2) for layer in (0, 2)]
+
+
+@pytest.mark.parametrize("alpha", [None, 3.0])
+@pytest.mark.parametrize("spelling", ["lora_unet_{}", "diffusion_model.{}"])
+def test_other_trainers_files_as_diffusers_converts_and_merges_them(
+    tmp_path: Path, spelling: str, alpha: float | None
+) -> None:
+    """musubi-tuner's and ComfyUI's names, by diffusers' own converter and PEFT."""
+    from diffusers.loaders.lora_pipeline import WanLoraLoaderMixin
+
+    torch.manual_seed(0)
+    stored: dict[str, Tensor] = {}
+    for module in MODULES:
+        out, into = wan_state()[f"{module}.weight"].shape
+        name = spelling.format(module if "." in spelling else module.replace(".", "_"))
+        stored |= {f"{name}.lora_down.weight": torch.randn(R, into), f"{name}.lora_up.weight": torch.randn(out, R)}
+        if alpha is not None or "." not in spelling:  # musubi-tuner's files have alpha, and diffusers asks for it
+            stored[f"{name}.alpha"] = torch.tensor(alpha or float(R))
+    save_file(stored, tmp_path / "lora.safetensors")
+    theirs: Any = diffusers_model(torch.float64)
+    theirs.load_lora_adapter(WanLoraLoaderMixin.lora_state_dict(tmp_path / "lora.safetensors"), prefix="transformer")
+    theirs.double().fuse_lora()
+    theirs.unload_lora()
+    wanted = {wan_name(name): tensor.contiguous() for name, tensor in theirs.state_dict().items()}
+    check(tmp_path, tmp_path / "lora.safetensors", wanted, tolerance=1e-5)  # diffusers scales in float32
+
+
+def test_what_diffusers_saves_with_its_metadata(tmp_path: Path) -> None:
+    """`save_lora_weights` puts PEFT's configuration, with its patterns, into the file's header."""
+    from diffusers import WanPipeline
+    from peft.utils import get_peft_model_state_dict
+
+    config = PEFT_CONFIGS["LoRA by patterns"]
+    theirs: Any = diffusers_model(torch.float64)
+    theirs.add_adapter(config)
+    randomized(theirs.double())
+    metadata = {**config.to_dict(), "target_modules": LINEARS}
+    WanPipeline.save_lora_weights(
+        tmp_path, get_peft_model_state_dict(theirs), transformer_lora_adapter_metadata=metadata
+    )
+    theirs.fuse_lora()
+    theirs.unload_lora()
+    wanted = {wan_name(name): tensor.contiguous() for name, tensor in theirs.state_dict().items()}
+    check(tmp_path, tmp_path / "pytorch_lora_weights.safetensors", wanted)
+    report = inspect_adapter(tmp_path / "pytorch_lora_weights.safetensors")
+    assert report is not None
+    assert {source for _, source in report.scales} == {"the adapter's configuration"}
+    assert len(report.scales) > 2

@@ -22,7 +22,7 @@ from causalrope_sp.weights.fp8 import Fp8Linear
 from causalrope_sp.weights.key_layout import stored_tensors
 from causalrope_sp.weights.wan_keys import WAN
 from tests.support import text_files
-from tests.support.checkpoints import CONFIG, save_wan, wan_state
+from tests.support.checkpoints import CONFIG, run, save_wan, wan_state
 from tests.support.shell import shell
 from tests.support.stored_files import Type, save_scaled_fp8, write_gguf
 
@@ -163,6 +163,32 @@ def test_gguf(tmp_path: Path, kind: Any) -> None:
 def test_gguf_with_five_axes_as_they_are(tmp_path: Path) -> None:
     exact = write_gguf(tmp_path / "m.gguf", wide_state(), Type.Q8_0, flat="")
     check(load_model(tmp_path / "m.gguf", dtype=torch.float32), exact, tmp_path)
+
+
+def test_diffusers_computes_the_same_from_the_same_gguf_file(tmp_path: Path) -> None:
+    """Its own reader, dequantization and model, against ours in float32."""
+    from diffusers import GGUFQuantizationConfig, WanTransformer3DModel
+
+    write_gguf(tmp_path / "m.gguf", wide_state(), Type.Q8_0, flat="")
+    (tmp_path / "config" / "transformer").mkdir(parents=True)
+    sizes = {"num_attention_heads": WIDE.num_heads, "attention_head_dim": WIDE.head_dim, "text_dim": WIDE.text_dim}
+    sizes |= {"in_channels": WIDE.in_channels, "out_channels": WIDE.in_channels, "ffn_dim": WIDE.ffn_dim}
+    sizes |= {"freq_dim": WIDE.freq_dim, "num_layers": WIDE.num_layers}
+    for folder in (tmp_path / "config", tmp_path / "config" / "transformer"):
+        (folder / "config.json").write_text(json.dumps({"_class_name": "WanTransformer3DModel", **sizes}))
+    theirs = WanTransformer3DModel.from_single_file(
+        str(tmp_path / "m.gguf"),
+        quantization_config=GGUFQuantizationConfig(compute_dtype=torch.float32),
+        config=str(tmp_path / "config"),
+        subfolder="transformer",
+        torch_dtype=torch.float32,
+    )
+    torch.manual_seed(0)
+    latents, text = torch.randn(1, WIDE.in_channels, 2, 4, 4), torch.randn(1, WIDE.text_len, WIDE.text_dim)
+    with torch.no_grad():
+        expected = theirs(latents, torch.tensor([500.0]), text, return_dict=False)[0]
+    made = run(load_model(tmp_path / "m.gguf", dtype=torch.float32), latents, torch.tensor([500.0, 500.0]), text)
+    torch.testing.assert_close(made, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
 
 
 def test_a_broken_gguf_file_is_one_sentence(tmp_path: Path) -> None:
