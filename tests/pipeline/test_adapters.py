@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
-from causalrope_sp import CausalVideoPipeline, CheckpointError, ConfigError
+from causalrope_sp import CausalVideoPipeline, CheckpointError, ConfigError, SequenceParallel
+from causalrope_sp.distributed.launch import RankPool
 from causalrope_sp.weights import Lora
+from causalrope_sp.weights.digest import digest
 
 PROMPT = "a red circle slides right"
 
@@ -118,3 +121,23 @@ def test_wrong_names_and_open_streams_are_refused(loras: tuple[Path, Path]) -> N
         pipe.unload_lora_weights()
     stream.close()  # type: ignore[attr-defined]
     pipe.unload_lora_weights()
+
+
+def change_on_ranks(group: dist.ProcessGroup | None, device: str, first: Path, second: Path) -> list[str]:
+    """The weights' digest as opened, with a LoRA, after ranks that give different files, and without it."""
+    parallel = SequenceParallel(group, "gather-kv", device)
+    pipe = CausalVideoPipeline.from_pretrained("toybox", parallel=parallel)
+    seen = [digest(pipe.model)]
+    pipe.load_lora_weights(first)
+    seen.append(digest(pipe.model))
+    try:
+        pipe.load_lora_weights(second if parallel.rank else first)
+    except ConfigError as error:
+        seen += [digest(pipe.model), "LoRAs" if "LoRAs" in str(error) else str(error)]
+    pipe.unload_lora_weights()
+    return [*seen, digest(pipe.model)]
+
+
+def test_ranks_change_their_loras_together(pool: RankPool, loras: tuple[Path, Path]) -> None:
+    plain, with_first = digest(opened().model), digest(opened(loras=[loras[0]]).model)
+    assert pool.run(change_on_ranks, 2, *loras) == [plain, with_first, with_first, "LoRAs", plain]

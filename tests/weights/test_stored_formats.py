@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -267,3 +268,10 @@ def test_a_model_of_this_library_is_no_less_strict(tmp_path: Path) -> None:
     save_wan(tmp_path / "b.safetensors", wan_state() | {"blocks.0.extra.weight": torch.zeros(1)})
     with pytest.raises(CheckpointError, match=r"1 unexpected: blocks\.0\.extra\.weight"):
         load_model(tmp_path / "b.safetensors")
+
+
+def test_without_the_package_gguf_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_gguf(tmp_path / "m.gguf", wide_state(), Type.Q8_0)
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(CheckpointError, match="a GGUF file, which needs the package gguf: pip install gguf"):
+        load_model(tmp_path / "m.gguf")
