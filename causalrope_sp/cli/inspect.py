@@ -44,7 +44,7 @@ def inspect(path: str, part: str | None, preset: str | None, steps: str | None, 
     Of a LoRA it reports the kind, whose names it has, ranks and scales. The exit status is 1 if the file cannot be
     loaded.
     """
-    adapter = _adapter(path)
+    adapter = None if part is not None else _adapter(path)
     if adapter is not None:
         if rank() == 0:
             fields = adapter_fields(adapter)

@@ -14,9 +14,9 @@ from causalrope_sp.errors import CheckpointError, printable
 from causalrope_sp.weights.adapter_math import kind_of, lacking, rank_of
 from causalrope_sp.weights.adapter_names import is_adapter, parse_key, unmerged_kind, writers
 from causalrope_sp.weights.adapter_scale import AdapterScale
-from causalrope_sp.weights.messages import some
+from causalrope_sp.weights.messages import SHOWN, some
 from causalrope_sp.weights.tensor_files import WeightFiles
-from causalrope_sp.weights.wrappings import LORA_PARTS, bare_names
+from causalrope_sp.weights.wrappings import LORA_PARTS, PARTS, bare_names
 
 _DIFFERENCES = {"diff", "diff_b", "diff_m"}
 
@@ -70,12 +70,23 @@ class AdapterReport:
     unknown: tuple[str, ...]
 
     def __str__(self) -> str:
-        kinds = ", ".join(f"{kind} on {count} modules" for kind, count in self.kinds.items())
-        ranks = f"; rank {' and '.join(map(str, self.ranks))}" if self.ranks else ""
-        scales = "".join(
-            f"; scale {scale:g} ({source}) on {count} modules" for (scale, source), count in self.scales.items()
-        )
-        return f"{self.path}: {kinds}{ranks}{scales}"
+        kinds = ", ".join(f"{kind} on {_modules(count)}" for kind, count in self.kinds.items())
+        ranks = f"; rank {_span(self.ranks)}" if self.ranks else ""
+        scales = [f"scale {scale:g} ({source}) on {_modules(count)}" for (scale, source), count in self.scales.items()]
+        if len(scales) > SHOWN:  # ranks that were chosen module by module
+            values, sources = zip(*self.scales, strict=True)
+            scales = [f"scale {_span(sorted(values))} ({', '.join(dict.fromkeys(sources))})"]
+        return "; ".join([f"{self.path}: {kinds}{ranks}", *scales])
+
+
+def _span(numbers: Sequence[float]) -> str:
+    """Sorted numbers as text, of many the first and the last."""
+    shown = [f"{number:g}" for number in numbers]
+    return " and ".join(shown) if len(shown) <= SHOWN else f"{shown[0]} to {shown[-1]}"
+
+
+def _modules(count: int) -> str:
+    return "1 module" if count == 1 else f"{count} modules"
 
 
 def inspect_adapter(path: str | PathLike[str]) -> AdapterReport | None:
@@ -90,7 +101,7 @@ def inspect_adapter(path: str | PathLike[str]) -> AdapterReport | None:
     Raises:
         CheckpointError: the file cannot be read, or is an adapter that cannot be merged.
     """
-    files = WeightFiles(Path(path), parts=LORA_PARTS)
+    files = WeightFiles(Path(path), parts=(*PARTS, *LORA_PARTS))  # of a file that has a model too, the model counts
     if not is_adapter(bare_names(files.tensors, path), ("self_attn", "attn1")):
         return None
     return AdapterFile(Path(path)).report()

@@ -103,7 +103,7 @@ def parse_key(name: str) -> AdapterKey | None:
 
 def writers(prefix: str) -> str:
     """Returns whose files have a prefix, as text."""
-    first = next((known for known in PREFIXES if known and prefix.startswith(known)), None)
+    first = next((known for known in PREFIXES if prefix.startswith(known)), None)
     return "no prefix: Wan's or diffusers' own names" if first is None else f"{prefix} ({PREFIXES[first]})"
 
 

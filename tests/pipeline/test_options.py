@@ -251,8 +251,8 @@ def test_the_weight_of_a_lora_is_given_everywhere(tmp_path: Path, how: str) -> N
     if how == "command line":
         args = ["--lora", f"{file}:0.25", "--lora", file, "--frames", 1, "--device", "cpu", "--out", tmp_path / "v.mp4"]
         said = shell("generate", PROMPT, *args).stderr
-        assert f"{file}: LoRA on 1 modules; rank 2; scale 1 (no alpha: 1) on 1 modules, weight 0.25" in said
-        assert "on 1 modules, weight 1\n" in said
+        assert f"{file}: LoRA on 1 module; rank 2; scale 1 (no alpha: 1) on 1 module, weight 0.25" in said
+        assert "on 1 module, weight 1\n" in said
         return
     made = CausalVideoPipeline.from_pretrained(source, device="cpu", **options).model.state_dict()
     key = "blocks.0.self_attn.qkv.weight"

@@ -203,7 +203,7 @@ def test_the_log_at_loading_says_the_scale(tmp_path: Path, caplog: pytest.LogCap
     with caplog.at_level("INFO", "causalrope_sp"):
         load_model(base(tmp_path), loras=[Lora(tmp_path / "lora.safetensors", 0.7)])
     (line,) = [record.getMessage() for record in caplog.records if "lora.safetensors" in record.getMessage()]
-    told = "LoRA on 1 modules; rank 8; scale 0.5 (alpha in its header) on 1 modules, weight 0.7"
+    told = "LoRA on 1 module; rank 8; scale 0.5 (alpha in its header) on 1 module, weight 0.7"
     assert line == f"{tmp_path / 'lora.safetensors'}: {told}"
 
 
@@ -419,3 +419,20 @@ def test_what_diffusers_saves_with_its_metadata(tmp_path: Path) -> None:
     assert report is not None
     assert {source for _, source in report.scales} == {"the adapter's configuration"}
     assert len(report.scales) > 2
+
+
+def test_many_ranks_and_scales_are_spans(tmp_path: Path) -> None:
+    """As of LoRAs whose ranks were chosen module by module."""
+    state: dict[str, Tensor] = {}
+    for number, module in enumerate(MODULES[:8], 1):
+        state |= pair(module, number)
+    save_file(state, tmp_path / "lora.safetensors", {"alpha": "4"})
+    told = "LoRA on 8 modules; rank 1 to 8; scale 0.5 to 4 (alpha in its header)"
+    assert str(inspect_adapter(tmp_path / "lora.safetensors")) == f"{tmp_path / 'lora.safetensors'}: {told}"
+
+
+def test_a_file_that_has_a_model_too_is_a_model(tmp_path: Path) -> None:
+    torch.save({"generator": wan_state(), "generator_lora": pair("blocks.0.self_attn.q")}, tmp_path / "m.pt")
+    assert inspect_adapter(tmp_path / "m.pt") is None
+    torch.save({"generator_lora": pair("blocks.0.self_attn.q"), "critic_lora": {}}, tmp_path / "lora.pt")
+    assert inspect_adapter(tmp_path / "lora.pt") is not None
