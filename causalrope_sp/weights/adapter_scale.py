@@ -22,6 +22,9 @@ _CONFIGS = ("lora_adapter_metadata", "adapter_config", "peft_config", "lora_conf
 _ALPHAS = ("alpha", "lora_alpha", "network_alpha")  # likewise
 _COMPONENT = "transformer."  # diffusers' prefix of the fields that are meant for the DiT
 _LONGEST_PATTERN = 1000  # characters
+# Starts of PEFT's training that leave another base model: what is saved is the difference from that one
+_CHANGE_THE_BASE = ("pissa", "corda", "olora", "mica", "loftq", "lora_ga")
+_VARIANTS = ("alora_invocation_tokens", "arrow_config", "use_qalora", "kasa_config")  # fields of PEFT's LoraConfig
 
 
 class AdapterScale:
@@ -38,6 +41,7 @@ class AdapterScale:
     def __init__(self, files: WeightFiles, alpha: float | None) -> None:
         self._path, self._given = files.path, alpha
         self.declared = self._declared(files)
+        self._refuse_other_bases()
         self._header = {name: files.beside[name] for name in _ALPHAS if name in files.beside}
         self._alphas, self._ranks = self._patterns("alpha_pattern"), self._patterns("rank_pattern")
 
@@ -68,6 +72,18 @@ class AdapterScale:
             )
         rank_stabilized = source == "the adapter's configuration" and self.declared.get("use_rslora")
         return value / (math.sqrt(rank) if rank_stabilized else rank), source
+
+    def _refuse_other_bases(self) -> None:
+        """Raises CheckpointError for an adapter whose sum with the checkpoint is not what was trained."""
+        start = self.declared.get("init_lora_weights")
+        if isinstance(start, str) and start.lower().startswith(_CHANGE_THE_BASE):
+            raise CheckpointError(
+                f"{self._path}: its training changed the base model at its start (init_lora_weights {printable(start)}); "
+                "save it converted, by PEFT's path_initial_model_for_weight_conversion"
+            )
+        variant = next((name for name in _VARIANTS if self.declared.get(name)), None)
+        if variant is not None:
+            raise CheckpointError(f"{self._path}: a variant of LoRA that is not merged (it declares {variant})")
 
     def _alpha(self, module: str, stored: float | None) -> tuple[Any, str]:
         if self._given is not None:

@@ -436,3 +436,19 @@ def test_a_file_that_has_a_model_too_is_a_model(tmp_path: Path) -> None:
     assert inspect_adapter(tmp_path / "m.pt") is None
     torch.save({"generator_lora": pair("blocks.0.self_attn.q"), "critic_lora": {}}, tmp_path / "lora.pt")
     assert inspect_adapter(tmp_path / "lora.pt") is not None
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora"])
+def test_a_lora_of_another_base_model_is_refused(tmp_path: Path, start: str) -> None:
+    """PEFT takes a part out of the base weights when training begins, so the adapter belongs to what is left."""
+    config = LoraConfig(r=R, lora_alpha=R, target_modules=LINEARS, init_lora_weights=start)
+    get_peft_model(diffusers_model(), config).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(CheckpointError, match=rf"changed the base model at its start \(init_lora_weights {start}\)"):
+        load_model(base(tmp_path), loras=[tmp_path / "adapter"])
+
+
+def test_a_variant_of_lora_is_refused(tmp_path: Path) -> None:
+    header = {"lora_adapter_metadata": json.dumps({"transformer.alora_invocation_tokens": [1, 2]})}
+    save_file(pair("blocks.0.self_attn.q"), tmp_path / "lora.safetensors", header)
+    with pytest.raises(CheckpointError, match=r"a variant of LoRA .* \(it declares alora_invocation_tokens\)"):
+        load_model(base(tmp_path), loras=[tmp_path / "lora.safetensors"])
