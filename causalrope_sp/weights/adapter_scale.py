@@ -78,8 +78,8 @@ class AdapterScale:
         start = self.declared.get("init_lora_weights")
         if isinstance(start, str) and start.lower().startswith(_CHANGE_THE_BASE):
             raise CheckpointError(
-                f"{self._path}: its training changed the base model at its start (init_lora_weights {printable(start)}); "
-                "save it converted, by PEFT's path_initial_model_for_weight_conversion"
+                f"{self._path}: its training changed the base model at the start (init_lora_weights "
+                f"{printable(start)}); save it converted, by PEFT's path_initial_model_for_weight_conversion"
             )
         variant = next((name for name in _VARIANTS if self.declared.get(name)), None)
         if variant is not None:

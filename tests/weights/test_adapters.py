@@ -443,7 +443,7 @@ def test_a_lora_of_another_base_model_is_refused(tmp_path: Path, start: str) -> 
     """PEFT takes a part out of the base weights when training begins, so the adapter belongs to what is left."""
     config = LoraConfig(r=R, lora_alpha=R, target_modules=LINEARS, init_lora_weights=start)
     get_peft_model(diffusers_model(), config).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(CheckpointError, match=rf"changed the base model at its start \(init_lora_weights {start}\)"):
+    with pytest.raises(CheckpointError, match=rf"changed the base model at the start \(init_lora_weights {start}\)"):
         load_model(base(tmp_path), loras=[tmp_path / "adapter"])
 
 
