@@ -52,6 +52,13 @@ def test_wide_parameters_embed_the_time_better() -> None:
     assert all(row["time_wide"] < row["time_narrow"] for row in found["rows"])
 
 
+def test_a_format_loads_in_the_memory_of_the_model(tmp_path: Path) -> None:
+    options = "--layers", "1", "--runs", "1", "--folder", str(tmp_path), "--format", "scaled fp8"
+    (row,) = last_line(run("load_formats.py", *options))["rows"]
+    assert row["memory_of_model"] < 1.5  # of one layer of 30, so a matrix weighs more
+    assert row["ratio"] > 0
+
+
 @without_cuda
 @pytest.mark.parametrize("script", ["kernel_suite.py", "pass.py"])
 def test_times_need_cuda(script: str) -> None:

@@ -65,8 +65,9 @@ def _load_weights(home: Path, path: Path) -> None:
 
 
 def _merge_lora(home: Path, path: Path) -> None:
-    from causalrope_sp.weights import load_model
+    from causalrope_sp.weights import inspect_adapter, load_model
 
+    inspect_adapter(path)
     load_model(home / "transformer", loras=[path])
 
 

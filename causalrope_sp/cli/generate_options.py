@@ -47,9 +47,8 @@ OPTIONS = (
         "--lora",
         "loras",
         multiple=True,
-        metavar="FILE",
-        type=click.Path(exists=True),
-        help="Merge this LoRA into the transformer; it can be given several times. The default is none.",
+        metavar="FILE[:WEIGHT]",
+        help="Merge this LoRA into the transformer, times WEIGHT (1); several can be given. The default is none.",
     ),
     click.option("--revision", help="Load this branch, tag or commit from the Hub. The default is the main branch."),
     click.option(

@@ -16,7 +16,7 @@ from causalrope_sp.cli.runtime import rank
 from causalrope_sp.errors import CheckpointError, escaped_line, first_line
 
 if TYPE_CHECKING:
-    from causalrope_sp.weights import CheckpointReport
+    from causalrope_sp.weights import AdapterReport, CheckpointReport
 
 
 @click.command()
@@ -41,8 +41,15 @@ if TYPE_CHECKING:
 def inspect(path: str, part: str | None, preset: str | None, steps: str | None, as_json: bool, **run: Any) -> int:
     """Reports the layout of the checkpoint at PATH, the evidence for it, missing tensors, and its preset.
 
-    The exit status is 1 if the checkpoint cannot be loaded.
+    Of a LoRA it reports the kind, whose names it has, ranks and scales. The exit status is 1 if the file cannot be
+    loaded.
     """
+    adapter = None if part is not None else _adapter(path)
+    if adapter is not None:
+        if rank() == 0:
+            fields = adapter_fields(adapter)
+            click.echo(json.dumps(fields) if as_json else _as_text(fields, ()))
+        return 1 if adapter.unknown else 0
     changes = {name: value for name, value in (run | {"steps": parse_steps(steps)}).items() if value is not None}
     report = examine(path, part, preset, changes)
     if rank() == 0:
@@ -69,6 +76,7 @@ def examine(path: str, part: str | None, preset: str | None, changes: Mapping[st
     from causalrope_sp.diffusion.schedule import timesteps
     from causalrope_sp.pipeline.model_source import SCHEDULER_FILE
     from causalrope_sp.weights import Preset, find_preset, inspect_checkpoint
+    from causalrope_sp.weights.models_beside import refuse_experts
     from causalrope_sp.weights.scheduler_file import with_scheduler
 
     named = None if preset is None else replace(find_preset(preset), evidence=("named by --preset",))
@@ -78,6 +86,8 @@ def examine(path: str, part: str | None, preset: str | None, changes: Mapping[st
     except OSError as reason:
         raise CheckpointError(f"{path}: {first_line(reason)}") from reason
     if file is None:
+        if whole:
+            refuse_experts(Path(path))
         transformer = Path(path) / "transformer" if whole else Path(path)
         report = inspect_checkpoint(transformer, part=part)
         chosen = named or with_scheduler(report.preset, Path(path) / SCHEDULER_FILE)
@@ -116,6 +126,8 @@ def report_fields(report: CheckpointReport) -> dict[str, Any]:
         "missing": report.missing,
         "unexpected": report.unexpected,
         "misshapen": report.misshapen,
+        "beside": list(report.beside),
+        "passed_by": list(report.passed_by),
     }
 
 
@@ -123,6 +135,39 @@ def report_text(report: CheckpointReport) -> str:
     """Returns the report as lines with a name and a value each; a value that is assumed says so."""
     fields = report_fields(report) | {"wrapping": str(report.wrapping)}
     assumed = fields.pop("assumed")
+    return _as_text(fields, assumed)
+
+
+def adapter_fields(report: AdapterReport) -> dict[str, Any]:
+    """Returns the report on an adapter as values that JSON can represent."""
+    return {
+        "path": str(report.path),
+        "adapter": report.kinds,
+        "names": list(report.writers),
+        "ranks": list(report.ranks),
+        "scales": [
+            {"scale": scale, "alpha": source, "modules": count} for (scale, source), count in report.scales.items()
+        ],
+        "unknown": list(report.unknown),
+    }
+
+
+def _adapter(path: str) -> AdapterReport | None:
+    """The report on an adapter; None if there is no file or folder of weights at the path, or it is no adapter."""
+    from causalrope_sp.toybox import EMBEDDED
+    from causalrope_sp.weights import inspect_adapter
+
+    try:
+        whole = path in EMBEDDED or path.endswith(".json") or (Path(path) / "model_index.json").is_file()
+        if whole or (Path(path) / "pipeline.json").is_file():
+            return None
+    except OSError as reason:
+        raise CheckpointError(f"{path}: {first_line(reason)}") from reason
+    return inspect_adapter(path)
+
+
+def _as_text(fields: Mapping[str, Any], assumed: Collection[str]) -> str:
+    """Lines with a name and a value each."""
     lines = []
     for name, value in fields.items():
         for line in _readable(value, assumed):

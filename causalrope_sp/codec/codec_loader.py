@@ -74,7 +74,7 @@ def open_codec(path: str | PathLike[str], kind: str | None = None) -> tuple[Weig
     if kind is not None and kind not in KINDS:
         raise ConfigError(f"unknown codec {kind!r}; this version has: {', '.join(KINDS)}")
     try:
-        files = WeightFiles(Path(path))
+        files = WeightFiles(Path(path)).of_network("codec")
         refuse_quantized(files)
         found = next((found for marker, found in _LAYOUTS.items() if marker in files.tensors), None)
         if found is None:

@@ -3,8 +3,8 @@
 Size: a frame is scaled to cover the model's frame (by the larger of the two ratios, bicubic, antialiased), then cropped
 around the centre; a frame that has the size already is not changed. Rate: each output frame is the source frame that a
 player would show after a quarter of the output frame's duration, so that at equal, halved and doubled rates it is not
-taken at the time when frames change. An image is rotated by its EXIF orientation, a video by its display matrix; a
-transparent image is composited on black.
+taken at the time when frames change. An image is rotated by its EXIF orientation, a video by its display matrix; what
+is transparent is composited on black (`pixel_formats` converts every mode and format).
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from causalrope_sp.errors import InputError, first_line
+from causalrope_sp.io.pixel_formats import frame_on_black, picture_on_black
 
 if TYPE_CHECKING:
-    import av
     from PIL import Image
 
 Picture = Union[str, os.PathLike[str], np.ndarray, Tensor, "Image.Image"]
@@ -59,7 +59,9 @@ def read_picture(source: Picture, height: int, width: int) -> np.ndarray:
         with Image.open(source, formats=[kind for kind in PICTURES if kind in Image.OPEN]) as picture:
             check_size(*picture.size)
             picture.draft("RGB", (2 * width, 2 * height))  # JPEG alone: it is decoded at a fraction of its size
-            return fit(_on_black(ImageOps.exif_transpose(picture), height, width), height, width)
+            kind = picture.format
+            upright = ImageOps.exif_transpose(picture)
+            return fit(picture_on_black(upright, kind, height, width), height, width)
     except InputError as error:
         raise InputError(f"cannot read {os.fspath(source)}: {error}") from error
     except UnidentifiedImageError as error:
@@ -67,15 +69,6 @@ def read_picture(source: Picture, height: int, width: int) -> np.ndarray:
         raise InputError(f"cannot read {os.fspath(source)}: not a picture of a known kind ({kinds})") from error
     except Exception as error:  # Pillow's decoders raise whatever their format's code does
         raise InputError(f"cannot read {os.fspath(source)}: {first_line(error)}") from error
-
-
-def _on_black(picture: Image.Image, height: int, width: int) -> np.ndarray:
-    """Returns a picture as RGB on black, reduced by a whole factor where it is more than four times too large."""
-    factor = min(picture.height // (4 * height), picture.width // (4 * width))
-    clear = picture.mode not in ("RGB", "L", "CMYK", "YCbCr")
-    picture = picture.convert("RGBA" if clear else "RGB")
-    picture = picture.reduce(factor) if factor > 1 else picture
-    return np.asarray(picture.convert("RGBa"))[..., :3] if clear else np.asarray(picture)  # RGBa is RGB times alpha
 
 
 def is_picture(value: object) -> bool:
@@ -104,7 +97,9 @@ def _to_uint8(frame: object, height: int, width: int) -> np.ndarray:
     if isinstance(frame, Image.Image):
         check_size(*frame.size)
         try:
-            return _on_black(ImageOps.exif_transpose(frame), height, width)
+            return picture_on_black(ImageOps.exif_transpose(frame), frame.format, height, width)
+        except InputError as error:
+            raise InputError(f"cannot read a PIL image: {error}") from error
         except Exception as error:  # a lazily opened image is decoded here
             raise InputError(f"cannot read a PIL image: {first_line(error)}") from error
     if isinstance(frame, Tensor):
@@ -241,10 +236,13 @@ def _file_frames(path: str | os.PathLike[str]) -> Iterator[TimedFrame]:
             stream, first = container.streams.video[0], None
             check_size(stream.width, stream.height)
             mean_duration, tick = 1 / (stream.average_rate or Fraction(25)), stream.time_base or Fraction(1)
+            aspect = stream.sample_aspect_ratio
+            check_size(round(stream.width * (aspect or 1)), stream.height)
             for n, frame in enumerate(container.decode(stream)):
                 time = n * mean_duration if frame.pts is None else frame.pts * tick
                 first = time if first is None else first
-                yield time - first, time - first + (frame.duration * tick or mean_duration), _upright(frame)
+                pixels = frame_on_black(frame, aspect)
+                yield time - first, time - first + (frame.duration * tick or mean_duration), pixels
     except InputError as error:
         raise InputError(f"cannot read {name}: {str(error).removeprefix(f'cannot read {name}: ')}") from error
     except Exception as error:  # decoders raise whatever their format's code does
@@ -259,12 +257,7 @@ def _animated_picture(name: str) -> Iterator[TimedFrame]:
     with Image.open(name, formats=["WEBP"]) as picture:
         check_size(*picture.size)
         for frame in ImageSequence.Iterator(picture):
-            pixels = np.asarray(frame.convert("RGB"))
+            pixels = picture_on_black(frame, "WEBP", *frame.size[::-1])
             end = start + Fraction(frame.info.get("duration") or 40, 1000)
             yield start, end, pixels
             start = end
-
-
-def _upright(frame: av.VideoFrame) -> np.ndarray:
-    """Returns a frame as RGB, rotated by the video's display matrix."""
-    return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90))

@@ -34,6 +34,7 @@ def whole_latents(call: Generation) -> Tensor:
                     part = next(chunks)
                 generated.append(part.latents)
                 done = call.frame_range.stop(part.chunk.stop)
+            part.check_finite()
         except CausalRopeError:
             decoder.close()  # an error of all ranks; decode ranks wait for the end of the video
             raise

@@ -49,7 +49,8 @@ class LoadOptions:
         num_inference_steps: how many evenly spaced denoising steps, or their unshifted timesteps in (0, 1000].
         solver, timestep_rule, shift, guidance_scale, guidance_interval: of the sampler (see `SamplerConfig`).
         weights: "full", or "fp8" for the blocks' matrices in 8 bits (see `load_model`).
-        loras: LoRA files that are merged into the transformer, in this order; a `Lora` gives a file a weight.
+        loras: LoRA files that are merged into the transformer, in this order, after those of a pipeline.json; a `Lora`
+            or FILE:WEIGHT gives a file a weight.
         offload: which weights are on the device only while they are used: "text" (UMT5, read again for every prompt),
             "codec", both, or "none". An `Offload` has more settings. None keeps UMT5 on the CPU between two prompts.
         codec: the kind of codec that the file must hold, "wan" or "taehv"; None accepts both.
@@ -117,19 +118,26 @@ class LoadOptions:
         """Returns these options with some of them replaced.
 
         Args:
-            changes: fields of `LoadOptions`; `torch_dtype` is accepted for `dtype`, as in diffusers.
+            changes: fields of `LoadOptions`; `torch_dtype` is accepted for `dtype`, as in diffusers, and `lora` for
+                `loras` of one file.
 
         Raises:
             ConfigError: an option does not exist, or its value is wrong.
         """
         if "torch_dtype" in changes:
             changes["dtype"] = changes.pop("torch_dtype")
+        if "lora" in changes:
+            if "loras" in changes:
+                raise ConfigError("give either lora, with one file, or loras")
+            changes["loras"] = [changes.pop("lora")]
         check_names(type(self), changes)
         return replace(self, **changes)
 
 
-def _check_loras(name: str, value: object) -> tuple[str | os.PathLike[str] | Lora, ...]:
+def _check_loras(name: str, value: object) -> tuple[Lora, ...]:
     """The LoRAs as a tuple."""
     if isinstance(value, str | os.PathLike | Lora) or not isinstance(value, Sequence):
         raise ConfigError(f"{name} must be a list of files or of Lora objects, not {shown(value)}")
-    return tuple(lora if isinstance(lora, Lora) else check_path(f"{name}[{n}]", lora) for n, lora in enumerate(value))
+    return tuple(
+        lora if isinstance(lora, Lora) else Lora.of(check_path(f"{name}[{n}]", lora)) for n, lora in enumerate(value)
+    )

@@ -182,7 +182,7 @@ def _load_transformer(config: ModelConfig, options: LoadOptions, parallel: Seque
         config.transformer,
         dtype=dtype_of(options, parallel.device),
         device=parallel.device,
-        loras=options.loras,
+        loras=(*config.loras, *options.loras),
         weights=config.weights,
         readers=parallel.denoisers,
     )

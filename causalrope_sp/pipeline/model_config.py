@@ -17,6 +17,7 @@ from causalrope_sp.text import TextSource
 from causalrope_sp.toybox import WEIGHTS
 from causalrope_sp.toybox.toybox_text import ToyboxText
 from causalrope_sp.weights.dit_loader import Weights
+from causalrope_sp.weights.lora import Lora
 
 TEXT_ENCODERS = {"toybox": ToyboxText}
 PIPELINE_FILE = "pipeline.json"
@@ -37,6 +38,8 @@ class ModelConfig:
         stream: chunks and window, in latent frames.
         sampler: steps, solver and guidance.
         weights: how `load_model` keeps the weights, "full" or "fp8".
+        loras: LoRA files that are merged into the DiT. In a pipeline.json a list of FILE, FILE:WEIGHT or {"path": ...,
+            "weight": ..., "alpha": ...}.
         vin: the file of the Video Interface Network of a model that samples chunks in parallel; None for a stream.
         inferred: settings that no file has and that were inferred from the checkpoint's content, as texts.
         assumed: the loading options whose settings are guesses, because neither the files nor a preset say them.
@@ -54,6 +57,7 @@ class ModelConfig:
     stream: StreamConfig
     sampler: SamplerConfig
     weights: Weights = "full"
+    loras: tuple[Lora, ...] = ()
     vin: Path | None = None
     inferred: tuple[str, ...] = field(default=(), compare=False)
     assumed: tuple[str, ...] = field(default=(), compare=False)
@@ -162,9 +166,16 @@ def read_fields(path: Path) -> dict[str, Any]:
         resolved = {name: path.parent / fields[name] for name in PATHS if name in fields}
         if "text" in fields:
             resolved["text"] = TextSource.from_json(fields["text"], path.parent)
+        if "loras" in fields:
+            resolved["loras"] = tuple(_lora_of(entry, path.parent) for entry in fields["loras"])
         return {**fields, **resolved}
-    except (OSError, ValueError, TypeError) as reason:
+    except (OSError, ValueError, TypeError, KeyError) as reason:
         raise CheckpointError(f"{path} is not a model's {PIPELINE_FILE}: {printable(reason)}") from reason
+
+
+def _lora_of(entry: Any, folder: Path) -> Lora:
+    """A LoRA of a pipeline.json, whose path is relative to its folder."""
+    return Lora(**{**entry, "path": folder / entry["path"]}) if isinstance(entry, dict) else Lora.of(folder / entry)
 
 
 def embedded_config(name: str) -> ModelConfig:

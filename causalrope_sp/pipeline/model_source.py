@@ -18,8 +18,8 @@ from causalrope_sp.toybox import EMBEDDED
 from causalrope_sp.weights import find_preset, inspect_checkpoint
 from causalrope_sp.weights.infer import WAN_HEAD_DIM
 from causalrope_sp.weights.model_presets import Preset
+from causalrope_sp.weights.models_beside import models_beside, parts_left_out, refuse_experts
 from causalrope_sp.weights.scheduler_file import with_scheduler
-from causalrope_sp.weights.tensor_files import read_json
 
 MODEL_INDEX = "model_index.json"  # the file that only diffusers folders have
 VAE_FILE = "Wan2.1_VAE.pth"  # in a folder of Wan's own layout
@@ -34,7 +34,7 @@ _NEEDED = (  # settings that change the video of a model: where they are kept, t
     ("sampler", "solver", "solver"),
     ("sampler", "shift", "shift"),
 )
-_LOCAL_SUFFIXES = (".pt", ".pth", ".safetensors", ".json")
+_LOCAL_SUFFIXES = (".pt", ".pth", ".safetensors", ".gguf", ".json")
 _REPOSITORY = re.compile(r"([\w.-]+/[\w.-]+)(?:/(.+))?")
 _FOLDERS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 _OF_DIFFUSERS = [MODEL_INDEX, PIPELINE_FILE, *(f"{folder}/*" for folder in _FOLDERS)]
@@ -156,7 +156,8 @@ def _config_of(path: Path, options: LoadOptions) -> ModelConfig:
     if (path / MODEL_INDEX).is_file():
         fields["transformer"] = path / "transformer"
         if "transformer" not in own:
-            inferred += _left_out(path / MODEL_INDEX)
+            inferred += parts_left_out(path / MODEL_INDEX, _FOLDERS)
+            refuse_experts(path)
     elif not own:
         fields["transformer"] = path
     fields |= own
@@ -166,6 +167,7 @@ def _config_of(path: Path, options: LoadOptions) -> ModelConfig:
         vae = " and VAE" if options.codec_weights is None else ""
         inferred.append(f"text encoder{vae} of {os.fspath(options.base)}")
     _check_complete(fields, path, source_file)
+    inferred += models_beside(Path(fields["transformer"]))
     if not {"stream", "sampler"} <= own.keys() or options.preset is not None:
         fields, reasons, guesses = _with_preset(fields, own, options, path)
         inferred = reasons + inferred
@@ -190,26 +192,6 @@ def _check_complete(fields: dict[str, Any], path: Path, source_file: Path) -> No
         if "transformer" in fields
         else f"{source_file} names no transformer"
     )
-
-
-def _left_out(index: Path) -> list[str]:
-    """The parts in a model_index.json that are not run, as texts.
-
-    Raises:
-        CheckpointError: the video depends on one of them: a second transformer, or another encoder.
-    """
-    parts = [
-        name
-        for name, kind in read_json(index).items()
-        if isinstance(kind, list) and any(kind) and name not in _FOLDERS and not name.startswith("_")
-    ]
-    needed = [name for name in parts if "transformer" in name or "encoder" in name]
-    if needed:
-        raise CheckpointError(
-            f"{index} has {' and '.join(needed)}, which this version does not run; it runs the transformer alone, and "
-            "that would make another video"
-        )
-    return [f"{name} is not used" for name in parts]
 
 
 def _frames_of(codec: str | os.PathLike[str]) -> dict[str, Any]:

@@ -186,6 +186,8 @@ class OpenStream:
         made, ready = taken
         first, decoding = self._decoder.shown, time.perf_counter()
         try:
+            if self._decoder.frame_range.stop(made.part.chunk.stop) == self._decoder.frame_range.length:
+                made.part.check_finite()  # of every other chunk that is known once the next one has been denoised
             pixels = self._decoder.decode(made.part, ready)
         except BaseException:
             self._source.put_back(taken)

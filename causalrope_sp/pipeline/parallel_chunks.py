@@ -22,6 +22,7 @@ from causalrope_sp.grid import Chunk, LatentGrid
 from causalrope_sp.models.causal_dit import CausalDiT
 from causalrope_sp.pipeline.preflight import free_bytes
 from causalrope_sp.sampling.chunk import LatentChunk
+from causalrope_sp.sampling.finite_chunks import FiniteCheck
 from causalrope_sp.vin.chunks import AssignedChunks, cut
 from causalrope_sp.vin.network import VideoInterfaceNetwork
 from causalrope_sp.vin.parallel_sampler import StepOutput, sample_parallel_chunks
@@ -130,13 +131,16 @@ class ParallelChunks:
                 on_step(output, _preview(output, codec, shown, rank))
             if output.last:
                 assert output.latents is not None, "the last step has the video"
-                yield from self._own_frames(output.latents, 0 if initial is None else initial.shape[1])
+                yield from self._own_frames(output.latents, 0 if initial is None else initial.shape[1], model.dtype)
 
-    def _own_frames(self, latents: torch.Tensor, first: int) -> Generator[LatentChunk]:
+    def _own_frames(self, latents: torch.Tensor, first: int, dtype: torch.dtype) -> Generator[LatentChunk]:
         cuts = cut(latents.shape[1], self.chunks, first)
         for n in range(len(cuts)):
             own = AssignedChunks(cuts, self.chunks, n, len(cuts)).owned
-            yield LatentChunk(Chunk(n, own.start, len(own)), latents[:, own.start - first : own.stop - first])
+            frames = latents[:, own.start - first : own.stop - first]
+            chunk = LatentChunk(Chunk(n, own.start, len(own)), frames, FiniteCheck(n, frames, dtype))
+            chunk.check_finite()  # all chunks are there
+            yield chunk
 
 
 def _preview(output: StepOutput, codec: Codec, shown: int, rank: int) -> PreviewFrame | None:

@@ -12,6 +12,7 @@ from causalrope_sp.devices import check_device
 from causalrope_sp.distributed import SequenceParallel
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.grid import LatentGrid
+from causalrope_sp.pipeline.adapters import WithAdapters
 from causalrope_sp.pipeline.generation import Generation, StreamSettings
 from causalrope_sp.pipeline.generation_options import GenerationOptions
 from causalrope_sp.pipeline.latent_video import whole_latents
@@ -28,7 +29,7 @@ from causalrope_sp.pipeline.warm_up import warm_up
 from causalrope_sp.weights.fp8 import is_fp8
 
 
-class CausalVideoPipeline:
+class CausalVideoPipeline(WithAdapters):
     """A model that is ready to run. Under torchrun every rank builds one and makes the same calls.
 
     Attributes:

@@ -15,6 +15,7 @@ from causalrope_sp.devices import send
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.grid import Chunk, LatentGrid, Shard
 from causalrope_sp.models.causal_dit import CausalDiT
+from causalrope_sp.sampling.finite_chunks import FiniteCheck, check_finite
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,16 @@ class LatentChunk:
     Args:
         chunk: its number, start and length.
         latents: whole latent frames, (B, F, C, H, W), on every rank.
+        finite: the pending check of its latents.
     """
 
     chunk: Chunk
     latents: Tensor
+    finite: FiniteCheck
+
+    def check_finite(self) -> None:
+        """Waits for the latents. Raises ConfigError on every rank if they hold NaN or infinity."""
+        self.finite.read()
 
 
 @dataclass(frozen=True)
@@ -80,11 +87,12 @@ class ShardContext:
         return self.tokens(latents_BFCHW)
 
     def check_initial(self, latents: Tensor | None) -> None:
-        """Raises ConfigError unless the initial latents are whole frames of this batch and grid."""
+        """Raises ConfigError unless the initial latents are whole frames of this batch and grid, and finite."""
         if latents is not None and (latents.ndim != 5 or latents.shape != self.shape(latents.shape[1])):
             batch, _, *frame = self.shape(0)
             expected = ", ".join(map(str, (batch, "frames", *frame)))
             raise ConfigError(f"initial latents have shape {tuple(latents.shape)}, expected ({expected})")
+        check_finite("initial latents", latents)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -93,7 +101,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def check_text(model: CausalDiT, embeds: Tensor, grid: LatentGrid) -> None:
-    """Raises ConfigError unless the text embeddings and the grid fit the model."""
+    """Raises ConfigError unless the text embeddings and the grid fit the model, and the embeddings are finite."""
     config = model.config
     if embeds.ndim != 3 or embeds.shape[1:] != (config.text_len, config.text_dim):
         raise ConfigError(
@@ -101,3 +109,4 @@ def check_text(model: CausalDiT, embeds: Tensor, grid: LatentGrid) -> None:
         )
     if grid.patch != config.patch_size[1:]:
         raise ConfigError(f"the grid's patch is {grid.patch}, the model's {config.patch_size[1:]}")
+    check_finite("text embeddings", embeds)

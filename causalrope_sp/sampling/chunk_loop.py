@@ -24,6 +24,7 @@ from causalrope_sp.planning.workload import Workload
 from causalrope_sp.reuse.policy import ReusePlan
 from causalrope_sp.sampling.agreement import agree_on_strategy, digest
 from causalrope_sp.sampling.chunk import LatentChunk, ShardContext, check_text
+from causalrope_sp.sampling.finite_chunks import FiniteCheck, check_finite
 from causalrope_sp.sampling.guidance import UNCONDITIONAL, GuidanceBranches, check_guidance
 from causalrope_sp.sampling.kept_latents import KeptLatents
 from causalrope_sp.sampling.pass_graphs import stream_graphs
@@ -57,6 +58,7 @@ class ChunkLoop:
     ) -> None:
         _check_length(frames, options.stream)
         check_text(model, embeds, grid)
+        check_finite("negative text embeddings", options.negative_embeds)
         self.model, self._opened_with = model, (model.device, model.dtype)
         self.parallel, self._options, self.noise, self._frames = parallel, options, noise, frames
         self.context = ShardContext.of(model, grid, parallel.shard(grid), len(embeds))
@@ -73,6 +75,7 @@ class ChunkLoop:
             raise ConfigError(f"chunk {parallel.mesh.chunk} of the mesh is for chunks made in parallel alone")
         self.branches = self._open(model, embeds)
         self.drawn = False
+        self.unread: FiniteCheck | None = None  # of the newest chunk
         window, more = options.stream.window, max(options.history, options.kept_chunks) * options.stream.chunk_frames
         self.kept = KeptLatents(None if window is None else window + more)
         self.next_chunk = self.chunk_at(0, 0)
@@ -138,7 +141,8 @@ class ChunkLoop:
 
         Raises:
             StopIteration: the video is complete.
-            ConfigError: noise or source do not fit, or the model was moved or cast.
+            ConfigError: noise or source do not fit, the model was moved or cast, or the latents of the chunk before are
+                not finite.
         """
         chunk = self.next_chunk
         if chunk is None:
@@ -170,6 +174,8 @@ class ChunkLoop:
             if self._options.on_step is not None:
                 on_step = partial(self._options.on_step, chunk, step, self._timesteps[step])
                 self.parallel.denoisers.run_collectively(on_step)
+        if self.unread is not None:
+            self.unread.read()
         return x
 
     def _check_model(self) -> None:
@@ -183,7 +189,9 @@ class ChunkLoop:
         """Gathers the whole latents of a chunk on every rank."""
         self.parallel.comm_stats.keep(self.branches.stored_bytes)
         grid = self.context.grid
-        return LatentChunk(chunk, grid.unpatchify(self.parallel.gather_tokens(tokens_BFSE, grid)))
+        latents = grid.unpatchify(self.parallel.gather_tokens(tokens_BFSE, grid))
+        self.unread = FiniteCheck(chunk.index, latents, self.model.dtype)
+        return LatentChunk(chunk, latents, self.unread)
 
     def finish(self, chunk: Chunk, tokens_BFSE: Tensor) -> None:
         """Keeps a chunk's clean tokens for its context pass, which runs with the next chunk's first denoise pass."""

@@ -49,7 +49,9 @@ def sample_chunks(
     Raises:
         ConfigError: `frames` is below 1, an endless video has no window, a shape does not fit the model or the grid,
             the strategy cannot use the ranks, `source` starts at a step that the sampler does not have, guidance lacks
-            `negative_embeds` or applies to no step, a mesh axis has no use, or ranks make different calls.
+            `negative_embeds` or applies to no step, a mesh axis has no use, ranks make different calls, or embeddings
+            or latents are not finite. Of a chunk's latents that is known once the next chunk has been denoised, and
+            of the last chunk's when the generator ends.
         RankLostError: another rank has ended, failed, or left the stream.
     """
     parallel = parallel or SequenceParallel.single()
@@ -63,6 +65,7 @@ def sample_chunks(
                 output = next(chunks)
             made += output.chunk.frames
             yield output
+        output.check_finite()
 
 
 @torch.inference_mode()

@@ -93,7 +93,7 @@ class SteeredLoop(ChunkLoop):
         """
         first = self.position[0] - chunks
         before, start = self._rewind_to(first)
-        self._texts = []
+        self._texts, self.unread = [], None
         self.kept.drop(start)
         self.next_chunk, exact = self.chunk_at(first, start), True
         conditional = self.branches.branch(CONDITIONAL)

@@ -27,7 +27,8 @@ from causalrope_sp.sessions.session_metadata import CACHE, fields_of, layer_name
 from causalrope_sp.sessions.tensor_writer import TensorPlan, write_tensors
 from causalrope_sp.weights.finite import all_finite
 from causalrope_sp.weights.messages import one_line, problem, some
-from causalrope_sp.weights.tensor_files import WeightFiles, json_object
+from causalrope_sp.weights.tensor_files import WeightFiles
+from causalrope_sp.weights.weight_paths import json_object
 
 FORMAT, VERSION = "causalrope_sp session", 1
 

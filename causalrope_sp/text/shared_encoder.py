@@ -125,7 +125,11 @@ def share_embeds(
                 f"text embeddings must be a dense floating-point tensor, not {embeds.dtype} {embeds.device}"
             )
         if not embeds.to(dtype).isfinite().all():
-            raise ConfigError(f"text embeddings must be finite in {str(dtype).removeprefix('torch.')}")
+            name = str(dtype).removeprefix("torch.")
+            raise ConfigError(
+                f"text embeddings must be finite in {name}, and hold NaN or numbers beyond its range; in float16 load "
+                "the model with dtype bfloat16 or float32"
+            )
         return embeds
 
     return parallel.denoisers.from_first("text", made, shape, dtype, parallel.device)

@@ -73,7 +73,7 @@ class T5Checkpoint:
             CheckpointError: it cannot be read, has no known layout, lacks a key, or has one too many or of a wrong
                 shape.
         """
-        files = WeightFiles(path)
+        files = WeightFiles(path).of_network("text encoder")
         refuse_quantized(files)
         layout, prefix = _detect(files)
         sizes = _sizes(files, layout, prefix)

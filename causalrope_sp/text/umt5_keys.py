@@ -1,6 +1,6 @@
-"""The two key layouts of a UMT5 encoder: transformers', as in a diffusers folder, and Wan's own.
+"""The key layouts of a UMT5 encoder: transformers', as in a diffusers folder, Wan's own, and llama.cpp's.
 
-The tensors are the same in both: projections are stored output × input, the relative positions' bias bucket × head.
+The tensors are the same in all: projections are stored output × input, the relative positions' bias bucket × head.
 The output of Wan's `gate.0` goes through GELU (`wi_0`) and multiplies that of `fc1` (`wi_1`).
 """
 
@@ -28,7 +28,7 @@ class T5Layout:
     """The names that a kind of checkpoint uses for the tensors of a UMT5 encoder.
 
     Attributes:
-        name: "wan" or "transformers".
+        name: "wan", "transformers" or "llama.cpp".
         blocks: what stands before the number of a block.
         marker: a module that every block has in this layout and in no other.
         outer: the parameters outside the blocks.
@@ -103,4 +103,23 @@ WAN = T5Layout(
     },
 )
 
-LAYOUTS = (WAN, TRANSFORMERS)
+LLAMA_CPP = T5Layout(  # of encoders in GGUF
+    name="llama.cpp",
+    blocks="enc.blk",
+    marker="attn_q",
+    outer={
+        "shared.weight": ("token_embd.weight",),
+        "encoder.final_layer_norm.weight": ("enc.output_norm.weight",),
+    },
+    block={
+        "layer.0.layer_norm.weight": ("attn_norm.weight",),
+        **{f"{ATTENTION}.{part}.weight": (f"attn_{part}.weight",) for part in ("q", "k", "v", "o")},
+        f"{ATTENTION}.relative_attention_bias.weight": ("attn_rel_b.weight",),
+        "layer.1.layer_norm.weight": ("ffn_norm.weight",),
+        f"{FEED_FORWARD}.wi_0.weight": ("ffn_gate.weight",),
+        f"{FEED_FORWARD}.wi_1.weight": ("ffn_up.weight",),
+        f"{FEED_FORWARD}.wo.weight": ("ffn_down.weight",),
+    },
+)
+
+LAYOUTS = (WAN, TRANSFORMERS, LLAMA_CPP)

@@ -33,6 +33,8 @@ class CheckpointReport:
         missing: the keys that the model needs and the checkpoint lacks.
         unexpected: the keys that belong to no parameter of the model.
         misshapen: "KEY is SHAPE, expected SHAPE" for each key of a wrong shape.
+        beside: models beside it that are not used, as texts.
+        passed_by: what the file holds that is no weight, by name.
     """
 
     path: Path
@@ -48,6 +50,8 @@ class CheckpointReport:
     missing: list[str]
     unexpected: list[str]
     misshapen: list[str] = field(default_factory=list)
+    beside: tuple[str, ...] = ()
+    passed_by: tuple[str, ...] = ()
 
     @property
     def parameters(self) -> int:

@@ -48,7 +48,7 @@ def fingerprint(files: WeightFiles, names: Iterable[str]) -> str:
     """
     total = hashlib.blake2b(digest_size=8)
     for name in sorted(names):
-        numbers = files.read(name).flatten()
+        numbers = files.raw(name).flatten()
         sampled = numbers[:: max(1, len(numbers) // _SAMPLES)].contiguous()
         total.update(f"{name} {files.tensors[name].shape} {sampled.dtype}".encode())
         total.update(sampled.view(torch.uint8).numpy().tobytes())

@@ -4,6 +4,7 @@ fp8, and written to its device. Ranks that load the same model read a part of it
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -19,12 +20,14 @@ from causalrope_sp.weights.checkpoint_report import CheckpointReport
 from causalrope_sp.weights.digest import fingerprint
 from causalrope_sp.weights.examine import Examined, examine
 from causalrope_sp.weights.finite import all_finite, copy_finite, refuse_broken
-from causalrope_sp.weights.fp8 import PARTS, STORED, largest_numbers, quantize_blocks, quantized, to_fp8
+from causalrope_sp.weights.fp8 import PARTS, STORED, keep_fp8, largest_numbers, quantize_blocks, quantized, to_fp8
 from causalrope_sp.weights.key_layout import arrange
 from causalrope_sp.weights.lora import Lora, LoraMerge
 from causalrope_sp.weights.readers import Alone, Readers, owners
 
 Weights = Literal["full", "fp8"]
+
+_log = logging.getLogger(__name__)
 
 
 def inspect_checkpoint(
@@ -99,6 +102,9 @@ def load_model(
     checkpoint, merges = readers.run_collectively(lambda: _open(Path(path), config, part, loras))
     if readers.size > 1:
         _agree(checkpoint, merges, readers)
+    if readers.rank == 0:
+        for merge in merges:
+            _log.info("%s, weight %g", merge.report(), merge.lora.weight)
     model, target = checkpoint.model, torch.device(device)
     to_quantize = frozenset(quantized(model)) if weights == "fp8" else frozenset[str]()
     kind = dtype or checkpoint.report.dtype
@@ -106,16 +112,70 @@ def load_model(
         name: _allocate(shaped.shape, checkpoint.dtype_of(name, kind), target, name in to_quantize)
         for name, shaped in model.named_parameters()
     }
-    owner = owners([sum(buffer.nbytes for buffer in several) for several in buffers.values()], readers.size)
-    own = [name for name, rank in zip(buffers, owner, strict=True) if rank == readers.rank]
-    readers.run_collectively(lambda: _fill(checkpoint, {name: buffers[name] for name in own}, merges, kind))
-    for several, rank in zip(buffers.values(), owner, strict=True):
-        for buffer in several:
-            readers.broadcast("weights", buffer, rank)
+    _fill_on_ranks(checkpoint, buffers, merges, kind, readers)
     if to_quantize:
         quantize_blocks(model)
     model.load_state_dict(_state(buffers, to_quantize), strict=True, assign=True)
     return model.eval().requires_grad_(False)
+
+
+def remerge(
+    model: CausalDiT,
+    path: str | PathLike[str],
+    loras: Sequence[str | PathLike[str] | Lora],
+    changed: Collection[str],
+    readers: Readers = Alone(),
+) -> frozenset[str]:
+    """Reads those parameters of a loaded model again that LoRAs change, in place, and merges other LoRAs into them.
+
+    What earlier LoRAs changed has the bits of the checkpoint again where the new ones do not change it. On an error
+    the model is in between: call it again with the earlier LoRAs.
+
+    Args:
+        model: the model, as `load_model` made it of the checkpoint, perhaps cast or moved since.
+        path: the checkpoint.
+        loras: the LoRAs that the model is to have, in this order.
+        changed: the parameters that its present LoRAs change.
+        readers: as for `load_model`.
+
+    Returns:
+        The parameters that the LoRAs change.
+
+    Raises:
+        CheckpointError, ConfigError: as `load_model` raises them.
+    """
+    checkpoint, merges = readers.run_collectively(lambda: _open(Path(path), model.config, None, loras))
+    if readers.size > 1:
+        _agree(checkpoint, merges, readers)
+    now = frozenset(parameter for merge in merges for parameter in merge.changes)
+    state = model.state_dict()
+    buffers = {
+        name: [state[key] for key in _keys(name, state)] for name in checkpoint.names if name in now | {*changed}
+    }
+    _fill_on_ranks(checkpoint, buffers, merges, model.dtype, readers)
+    return now
+
+
+def _fill_on_ranks(
+    checkpoint: Examined,
+    buffers: Mapping[str, Sequence[Tensor]],
+    merges: Sequence[LoraMerge],
+    dtype: torch.dtype,
+    readers: Readers,
+) -> None:
+    """Fills buffers on every rank: each parameter is read by one of them and broadcast."""
+    owner = owners([sum(buffer.nbytes for buffer in several) for several in buffers.values()], readers.size)
+    own = [name for name, rank in zip(buffers, owner, strict=True) if rank == readers.rank]
+    readers.run_collectively(lambda: _fill(checkpoint, {name: buffers[name] for name in own}, merges, dtype))
+    for several, rank in zip(buffers.values(), owner, strict=True):
+        for buffer in several:
+            readers.broadcast("weights", buffer, rank)
+
+
+def _keys(parameter: str, state: Mapping[str, Tensor]) -> list[str]:
+    """The keys of a model's state that hold a parameter: its own, or those of its numbers and scales in fp8."""
+    parts = [f"{parameter.removesuffix('weight')}{part}" for part in PARTS]
+    return [parameter] if parameter in state else parts
 
 
 def _open(
@@ -135,7 +195,7 @@ def _agree(checkpoint: Examined, merges: Sequence[LoraMerge], readers: Readers) 
     compared = {"checkpoint": (report.layout, report.config), "dtype of the checkpoint": report.dtype}
     stored = [name for several in checkpoint.names.values() for name in several]
     compared["weights"] = fingerprint(checkpoint.files, stored)
-    compared["LoRAs"] = [(fingerprint(merge.files, merge.files.tensors), merge.lora.weight) for merge in merges]
+    compared["LoRAs"] = [(fingerprint(m.files, m.files.tensors), m.lora.weight, m.lora.alpha) for m in merges]
     readers.agree(compared)
 
 
@@ -159,6 +219,9 @@ def _fill(
         names = checkpoint.names[parameter]
         parts = zip(*(tensor.chunk(len(names)) for tensor in several), strict=True)
         for number, (pieces, name) in enumerate(zip(parts, names, strict=True)):
+            unmerged = len(pieces) == 2 and not any(parameter in merge.changes for merge in merges)
+            if unmerged and keep_fp8(checkpoint.files.fp8(name), pieces, dtype):
+                continue
             stored = arrange(parameter, checkpoint.files.take(name))
             for merge in merges:
                 stored = merge.into(stored, parameter, number, several[0].device)

@@ -14,16 +14,19 @@ from causalrope_sp.config import DiTConfig
 from causalrope_sp.devices import on_meta
 from causalrope_sp.errors import CheckpointError, printable
 from causalrope_sp.models.causal_dit import CausalDiT
+from causalrope_sp.weights.adapter_names import is_adapter
 from causalrope_sp.weights.checkpoint_report import CheckpointReport, most_common_dtype
 from causalrope_sp.weights.diffusers_keys import DIFFUSERS
 from causalrope_sp.weights.infer import infer_config
 from causalrope_sp.weights.key_layout import Layout, Names, stored_shape
 from causalrope_sp.weights.messages import some
 from causalrope_sp.weights.model_presets import guess_preset
+from causalrope_sp.weights.models_beside import models_beside
+from causalrope_sp.weights.networks import network
 from causalrope_sp.weights.quantized_formats import refuse_quantized
 from causalrope_sp.weights.tensor_files import DTYPES, Stored, WeightFiles
 from causalrope_sp.weights.wan_keys import WAN
-from causalrope_sp.weights.wrappings import Wrapping, bare_names, choose_prefix, without, wrapping_modules
+from causalrope_sp.weights.wrappings import Wrapping, bare_names, choose_prefix, wrapping_modules
 
 LAYOUTS = (WAN, DIFFUSERS)
 
@@ -106,6 +109,8 @@ def examine(path: Path, config: DiTConfig | None, part: str | None) -> Examined:
             printable(n) for n in (*(s for b, s in found.stored.items() if b not in expected), *found.rest)
         ),
         misshapen=misshapen,
+        beside=models_beside(path),
+        passed_by=tuple(printable(name) for name in files.passed_by),
     )
     stored = {
         parameter: tuple(found.stored.get(name, name) for name in several) for parameter, several in names.items()
@@ -124,8 +129,13 @@ def _is_wide(layout: Layout, names: Sequence[str], tensors: Mapping[str, Stored]
 def _detect(files: WeightFiles, part: str | None) -> _Found:
     """Finds the layout, and the prefix of the model that is asked for."""
     names = bare_names(files.tensors, files.path)
-    if names and all(".lora" in name or name.startswith("lora_") or name.endswith(".alpha") for name in names):
+    if is_adapter(names, [layout.marker for layout in LAYOUTS]):
         raise CheckpointError(f"{files.path}: a LoRA, to be given to load_model as one of `loras` beside its model")
+    if inside := next((name for name in names if ".base_layer." in name), None):
+        raise CheckpointError(
+            f"{files.path}: a model with a LoRA that is not merged ({printable(inside)}); save it after PEFT's "
+            "merge_and_unload"
+        )
     for layout in LAYOUTS:
         prefixes = layout.prefixes_in(names)
         if not prefixes:
@@ -136,16 +146,16 @@ def _detect(files: WeightFiles, part: str | None) -> _Found:
             raise CheckpointError(
                 f"{files.path}: has no part {printable(part)}; it has: {some(available) or 'one model alone'}"
             )
-        stored, rest = without(prefix, names, prefixes)
-        auxiliary = (*files.auxiliary, *(other for other in prefixes if other != prefix))
-        example = next(name for name in stored.values() if f".{layout.marker}." in name)
-        why = f"its blocks have {layout.marker}: {printable(example)}"
-        return _Found(
-            layout, Wrapping(files.parts, prefix, wrapping_modules(files.tensors), auxiliary), why, stored, rest
+        found = network(prefix, names)
+        wrapping = Wrapping(
+            files.parts, prefix, wrapping_modules(files.tensors), (*files.auxiliary, *filter(None, found.others))
         )
+        example = next(name for name in found.own.values() if f".{layout.marker}." in name)
+        why = f"its blocks have {layout.marker}: {printable(example)}"
+        return _Found(layout, wrapping, why, found.own, found.rest)
     known = " or ".join(f"{layout.name} (blocks.0.{layout.marker}...)" for layout in LAYOUTS)
-    found = some(list(files.tensors)) or "none"
-    raise CheckpointError(f"{files.path}: not a Wan transformer: none of its keys ({found}) is of the layout {known}")
+    keys = some(list(files.tensors)) or "none"
+    raise CheckpointError(f"{files.path}: not a Wan transformer: none of its keys ({keys}) is of the layout {known}")
 
 
 def _on_meta(config: DiTConfig, path: Path) -> CausalDiT:

@@ -9,6 +9,7 @@ Shapes: N output channels, K input channels.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -73,9 +74,32 @@ def to_fp8(weight_NK: Tensor, computes_in: torch.dtype) -> tuple[Tensor, Tensor]
     return scaled.to(STORED), scale.float()
 
 
+def keep_fp8(stored: tuple[Tensor, Tensor] | None, pieces: Sequence[Tensor], computes_in: torch.dtype) -> bool:
+    """Copies a matrix that is stored in fp8 as it is, which costs no rounding.
+
+    Args:
+        stored: its e4m3 numbers, (N, K), and the float32 scales of its rows, (N,); None if it is stored otherwise.
+        pieces: where numbers and scales go.
+        computes_in: the dtype that the weight is dequantized to.
+
+    Returns:
+        Whether it was copied: not if a scale, or a number once dequantized, has no finite value in `computes_in`.
+    """
+    if stored is None:
+        return False
+    numbers, scale = stored
+    usable = scale.to(computes_in).isfinite() & (scale.to(computes_in) != 0)
+    if not usable.all() or not largest_numbers(numbers, scale, computes_in).isfinite().all():
+        return False
+    for piece, made in zip(pieces, stored, strict=True):
+        piece.copy_(made)
+    return True
+
+
 def largest_numbers(numbers_NK: Tensor, scale_N: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns the largest magnitude of each row once it is dequantized to `dtype`, (N,)."""
-    return numbers_NK.to(dtype).abs().amax(1) * scale_N.to(dtype)
+    largest = (numbers_NK.view(torch.uint8) & 127).amax(1)  # without its sign an e4m3 number is ordered as its bits are
+    return largest.view(STORED).to(dtype) * scale_N.to(dtype)
 
 
 def _exponents(dtype: torch.dtype) -> tuple[int, int]:

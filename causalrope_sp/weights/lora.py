@@ -1,57 +1,44 @@
-"""LoRA files (arXiv 2106.09685), merged into the weights as these are loaded: W + weight · alpha / r · up @ down.
+"""LoRA files and their relatives, merged into the weights as these are loaded: W + weight · alpha / r · up @ down.
 
-Three sets of names are read, each over either key layout: those of PEFT
-(`base_model.model.blocks.0.self_attn.q.lora_A.default.weight`), of diffusers
-(`transformer.blocks.0.attn1.to_q.lora_A.weight`) and of kohya's trainers
-(`lora_unet_blocks_0_self_attn_q.lora_down.weight`, `.alpha`). Projections that the model fuses may be adapted one by
-one or as one (`to_qkv`).
-
-Shapes: r the LoRA's rank; `down` is (r, in, ...), `up` is (out, r, ...).
+`adapter_names` lists the names that are read, each over either key layout, and `adapter_math` the arithmetic of LoHa,
+LoKr and DoRA. Projections that the model fuses may be adapted one by one or as one (`to_qkv`).
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from causalrope_sp.errors import CheckpointError, ConfigError, printable
 from causalrope_sp.models.causal_dit import CausalDiT
+from causalrope_sp.weights.adapter_file import AdapterFile, AdapterReport, Change
+from causalrope_sp.weights.adapter_math import factors_of, product, with_magnitudes
+from causalrope_sp.weights.adapter_names import flat
 from causalrope_sp.weights.diffusers_keys import DIFFUSERS
 from causalrope_sp.weights.finite import all_finite
 from causalrope_sp.weights.key_layout import Shape, arrange, stored_shape
 from causalrope_sp.weights.messages import some
-from causalrope_sp.weights.tensor_files import DTYPES, WeightFiles, json_object
+from causalrope_sp.weights.tensor_files import DTYPES
 from causalrope_sp.weights.wan_keys import WAN
-from causalrope_sp.weights.wrappings import LORA_PARTS, bare_names
 
-PREFIXES = ("base_model", "diffusion_model", "generator", "model", "net", "transformer")
-KOHYA = "lora_unet_"
 FUSED = {"self_attn.qkv": ("self_attn.to_qkv", "attn1.to_qkv"), "cross_attn.kv": ("attn2.to_kv",)}
-_KEY = re.compile(
-    r"(?P<module>.+?)\.(?:"
-    r"(?P<down>lora_A|lora_down|lora\.down)(?:\.\w+)?\.weight|"
-    r"(?P<up>lora_B|lora_up|lora\.up)(?:\.\w+)?\.weight|"
-    r"(?P<up_bias>lora_B|lora_up)(?:\.\w+)?\.bias|"
-    r"(?P<alpha>alpha)|(?P<diff>diff)|(?P<diff_b>diff_b))"
-)
+_BIASES = ("up_bias", "diff_b")
 
 
 @dataclass(frozen=True)
 class Lora:
-    """A LoRA to merge, and how strongly.
+    """A LoRA, DoRA, LoHa or LoKr to merge, and how strongly.
 
     Attributes:
         path: its file or folder.
-        weight: the factor of its change; 1 merges it as trained.
+        weight: the factor of its change of the weights; 1 merges it as trained.
         alpha: replaces the alpha that the file declares; a file that declares none has alpha = r.
 
     Raises:
@@ -67,6 +54,22 @@ class Lora:
             if not isinstance(value, int | float) or not math.isfinite(value):
                 raise ConfigError(f"the {name} of a LoRA must be a finite number, not {value!r}")
 
+    @classmethod
+    def of(cls, text: str | PathLike[str]) -> Lora:
+        """Makes a LoRA from FILE, or from FILE:WEIGHT; a file of the whole name comes first.
+
+        Raises:
+            ConfigError: the weight is not a finite number.
+        """
+        path, colon, weight = str(text).rpartition(":")
+        try:
+            named = not colon or not path or Path(text).exists()
+            return cls(text) if named else cls(path, float(weight))
+        except ValueError:
+            raise ConfigError(
+                f"a LoRA is FILE or FILE:WEIGHT with a finite number, and there is no file {printable(text)}"
+            ) from None
+
 
 @dataclass(frozen=True)
 class _Target:
@@ -77,14 +80,6 @@ class _Target:
     shape: Shape
 
 
-@dataclass
-class _Change:
-    """What a file holds for one module: role -> the name of the tensor that has it."""
-
-    module: str
-    keys: dict[str, str] = field(default_factory=dict)
-
-
 class LoraMerge:
     """An open LoRA, matched to the parameters of a model.
 
@@ -92,18 +87,20 @@ class LoraMerge:
         lora: the file, its weight and its alpha.
         model: the model to match; it may be on the meta device.
 
+    Attributes:
+        files: the open files.
+
     Raises:
         CheckpointError: the file cannot be read, is of an unknown kind, or has keys that fit no parameter.
     """
 
     def __init__(self, lora: Lora, model: CausalDiT) -> None:
         self.lora, self.path = lora, Path(lora.path)
-        self.files = WeightFiles(self.path, parts=LORA_PARTS)
-        self.declared = self._declared()
-        self.changes: dict[str, list[tuple[_Target, _Change]]] = {}
-        targets = dict(_targets(model))
-        unknown: list[str] = []
-        for change in self._read_keys(unknown).values():
+        self._adapter = AdapterFile(self.path, lora.alpha)
+        self.files = self._adapter.files
+        self.changes: dict[str, list[tuple[_Target, Change]]] = {}
+        targets, unknown = dict(_targets(model)), list(self._adapter.unknown)
+        for change in self._adapter.changes.values():
             unknown += self._assign(change, targets)
         if unknown:
             raise CheckpointError(
@@ -111,6 +108,10 @@ class LoraMerge:
             )
         if not self.changes:
             raise CheckpointError(f"{self.path}: holds no LoRA ({some(self.files.tensors) or 'no tensors at all'})")
+
+    def report(self) -> AdapterReport:
+        """Describes the file: its kinds, ranks and scales."""
+        return self._adapter.report()
 
     def into(self, stored: Tensor, parameter: str, number: int, device: torch.device) -> Tensor:
         """Merges this LoRA into one piece of a parameter.
@@ -130,147 +131,104 @@ class LoraMerge:
         for target, change in self.changes.get(parameter, ()):
             if target.number not in (None, number):
                 continue
-            wide = torch.promote_types(stored.dtype, torch.float32)
-            delta = self._delta(target, change, wide, device)
+            stored = stored.to(device, torch.promote_types(stored.dtype, torch.float32))
+            delta = self._delta(target, change, stored, number)
             if not all_finite(delta):
                 raise CheckpointError(f"{self.path}: NaN or infinite for {parameter}: {some(change.keys.values())}")
-            if target.number is None:
-                delta = delta[number * len(stored) : (number + 1) * len(stored)]
-            stored = stored.to(device, wide) + delta
+            stored = stored + self.lora.weight * delta
         return stored
 
-    def _delta(self, target: _Target, change: _Change, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Returns what is added to the parameter, in the model's shape."""
+    def _delta(self, target: _Target, change: Change, stored: Tensor, number: int) -> Tensor:
+        """Returns what is added at weight 1 to a piece of the parameter, in the model's shape."""
 
-        def read(role: str) -> Tensor:
-            return self.files.read(change.keys[role]).to(device, dtype)
+        def read(*roles: str) -> dict[str, Tensor]:
+            return {role: tensor.to(stored) for role, tensor in self._adapter.read(change, roles).items()}
 
-        bias = target.parameter.endswith(".bias")
-        if "diff_b" in change.keys and bias:
-            return self.lora.weight * read("diff_b")
-        if "up_bias" in change.keys and bias:
-            return self._scale(change) * read("up_bias")
-        if "diff" in change.keys:
-            return self.lora.weight * arrange(target.parameter, read("diff"))
-        delta = self._scale(change) * (read("up").flatten(1) @ read("down").flatten(1))
-        return arrange(target.parameter, delta.unflatten(1, target.shape[1:]))
+        rows = slice(None) if target.number is not None else slice(number * len(stored), (number + 1) * len(stored))
+        delta = torch.zeros((), dtype=stored.dtype, device=stored.device)
+        if target.parameter.endswith(".bias"):
+            for role, tensor in read(*(role for role in _BIASES if role in change.keys)).items():
+                delta = delta + (tensor if role == "diff_b" else self._adapter.scale(change)[0] * tensor)
+            return delta[rows]
+        for tensor in read(*({"diff", "diff_m"} & change.keys.keys())).values():
+            delta = delta + arrange(target.parameter, tensor.reshape(target.shape))[rows]
+        if factors := read(*factors_of(change.keys)):
+            low_rank = self._adapter.scale(change)[0] * product(factors).reshape(target.shape)
+            delta = delta + arrange(target.parameter, low_rank)[rows]
+        if change.magnitude is None:
+            return delta
+        magnitudes = self.files.read(change.magnitude).to(stored)
+        by_row = "magnitude" in change.keys or magnitudes.numel() == len(magnitudes)  # else of shape (1, inputs)
+        magnitudes = magnitudes.reshape(-1, 1)[rows] if by_row else magnitudes.reshape(1, -1)
+        return with_magnitudes(stored + delta, magnitudes) - stored
 
-    def _scale(self, change: _Change) -> float:
-        """Returns the factor of up @ down: weight · alpha / r, or with rsLoRA weight · alpha / √r."""
-        rank = self.files.tensors[change.keys["down"]].shape[0]
-        alpha = self.lora.alpha
-        if alpha is None and "alpha" in change.keys:
-            alpha = float(self.files.read(change.keys["alpha"]))
-        if alpha is None:
-            patterns = self.declared.get("alpha_pattern") or {}
-            matching = (a for name, a in patterns.items() if change.module.endswith(name))
-            alpha = next(matching, self.declared.get("lora_alpha", rank))
-        if not isinstance(alpha, int | float) or not math.isfinite(alpha):
-            raise CheckpointError(f"{self.path}: declares alpha of {printable(change.module)} as {printable(alpha)}")
-        return self.lora.weight * alpha / (math.sqrt(rank) if self.declared.get("use_rslora") else rank)
-
-    def _declared(self) -> dict[str, Any]:
-        """Returns PEFT's configuration of the adapter, from its folder or from the file's metadata."""
-        declared: dict[str, Any] = {}
-        if self.path.is_dir() or self.path.name.startswith("adapter_model"):
-            declared = self.files.declared_config("adapter_config.json")
-        if "lora_adapter_metadata" in self.files.metadata:
-            found = json_object(self.files.metadata["lora_adapter_metadata"], f"{self.path}: metadata of the adapter")
-            declared = {key.removeprefix("transformer."): value for key, value in found.items()}
-        if declared.get("use_dora"):
-            raise CheckpointError(f"{self.path}: a DoRA, which is not merged here; only LoRA is")
-        if not isinstance(declared.get("alpha_pattern") or {}, dict):
-            raise CheckpointError(f"{self.path}: declares an alpha_pattern that is no JSON object")
-        return declared
-
-    def _read_keys(self, unknown: list[str]) -> dict[str, _Change]:
-        """Groups the file's keys by module; adds those of no known form to `unknown`."""
-        changes: dict[str, _Change] = {}
-        for bare, name in bare_names(self.files.tensors, self.path).items():
-            match = _KEY.fullmatch(bare)
-            if match is None:
-                unknown.append(name)
-                continue
-            role = next(role for role, found in match.groupdict().items() if found and role != "module")
-            change = changes.setdefault(match["module"], _Change(match["module"]))
-            if role in change.keys:
-                raise CheckpointError(
-                    f"{self.path}: {printable(change.keys[role])} and {printable(name)} are the same twice"
-                )
-            change.keys[role] = name
-        return changes
-
-    def _assign(self, change: _Change, targets: Mapping[str, _Target]) -> list[str]:
-        """Adds a change to the parameters that it changes; returns its keys if there are none."""
-        module = _plain_name(change.module)
+    def _assign(self, change: Change, targets: Mapping[str, _Target]) -> list[str]:
+        """Adds a change to the parameters that it changes; returns its keys that fit none."""
+        module = flat(change.module)
         weight, bias = targets.get(f"{module}.weight", targets.get(module)), targets.get(f"{module}.bias")
-        roles = {"down", "up", "diff"} & change.keys.keys()
-        biases = change.keys.keys() & {"up_bias", "diff_b"}
-        if (weight is None and (roles or not biases)) or (bias is None and biases):
+        if "diff_m" in change.keys:
+            weight = targets.get(f"{module}_modulation", weight)
+        biases = [role for role in _BIASES if role in change.keys]
+        others = [role for role in change.keys if role not in (*_BIASES, "alpha")]
+        if (weight is None and (others or not biases)) or (bias is None and biases):
             return list(change.keys.values())
-        pair = {"down", "up"} & roles
-        lone_bias = "up_bias" in biases and len(pair) < 2  # its scale is that of the pair
-        if len(pair) == 1 or lone_bias or (not roles and "diff_b" not in change.keys):
-            raise CheckpointError(
-                f"{self.path}: {printable(change.module)} has only {some(change.keys)} of down and up"
-            )
-        for target, present in ((weight, roles), (bias, biases)):
+        for target, present in ((weight, others), (bias, biases)):
             if target is not None and present:
-                self._check_shapes(target, change)
+                self._check(target, change, present)
                 self.changes.setdefault(target.parameter, []).append((target, change))
         return []
 
-    def _check_shapes(self, target: _Target, change: _Change) -> None:
-        """Raises CheckpointError if a tensor of a change has a shape or dtype that does not fit its target."""
-        shapes = {role: self.files.tensors[key].shape for role, key in change.keys.items()}
-        rank = shapes["down"][0] if shapes.get("down") else 0
-        rows, columns = target.shape[0], prod(target.shape[1:])
-        fits = {
-            "down": lambda s: len(s) > 1 and s[0] > 0 and prod(s[1:]) == columns,
-            "up": lambda s: len(s) > 1 and s[:2] == (rows, rank) and prod(s[2:]) == 1,
-            "diff": lambda s: s == target.shape,
-            "up_bias": lambda s: s == (rows,),
-            "diff_b": lambda s: s == (rows,),
-            "alpha": lambda s: prod(s) == 1,
-        }
-        for role, key in change.keys.items():
-            if role in ("down", "up", "diff") and target.parameter.endswith(".bias"):
-                continue
-            if not fits[role](shapes[role]):
-                raise CheckpointError(
-                    f"{self.path}: {printable(key)} is {shapes[role]}, which does not fit {target.shape} at rank {rank}"
-                )
-            if role != "alpha" and self.files.tensors[key].dtype not in DTYPES.values():
-                raise CheckpointError(f"{self.path}: {printable(key)} is stored as {self.files.tensors[key].dtype}")
+    def _check(self, target: _Target, change: Change, roles: list[str]) -> None:
+        """Raises CheckpointError if tensors of a change have shapes or dtypes that do not fit its target."""
+        shapes = {role: self.files.tensors[change.keys[role]].shape for role in roles}
+        for role in roles:
+            dtype = self.files.tensors[change.keys[role]].dtype
+            if dtype not in DTYPES.values():
+                raise CheckpointError(f"{self.path}: {printable(change.keys[role])} is stored as {dtype}")
+        if factors_of(roles):
+            self._adapter.scale(change)  # raises for a rank of 0 and for an alpha that is none
+        wrong = [role for role in roles if not _fits(role, shapes, target)]
+        if wrong:
+            described = ", ".join(f"{printable(change.keys[role])} is {shapes[role]}" for role in wrong)
+            raise CheckpointError(f"{self.path}: {described}, which does not fit {target.shape}")
+
+
+def _fits(role: str, shapes: Mapping[str, Shape], target: _Target) -> bool:
+    """Returns whether the tensor of a role fits its target; the factors of a product fit together or not at all."""
+    shape, rows = shapes[role], target.shape[0]
+    if role in ("diff", "diff_m"):
+        return shape == target.shape
+    if role in _BIASES:
+        return shape == (rows,)
+    if role == "magnitude":
+        return prod(shape) == rows
+    if role == "dora_scale":  # a norm for each row, or for each column of a matrix that is stored in one piece
+        of_columns = shape == (1, *target.shape[1:]) and target.number is not None and len(shape) == 2
+        return (len(shape) > 0 and shape[0] == rows == prod(shape)) or of_columns
+    try:
+        made = product({r: torch.empty(shapes[r], device="meta") for r in factors_of(shapes)})
+    except (RuntimeError, IndexError, ValueError):
+        return False
+    return made.ndim > 1 and made.shape[0] == rows and made.numel() == prod(target.shape)
 
 
 def _targets(model: CausalDiT) -> Iterator[tuple[str, _Target]]:
-    """Yields every name that a LoRA may use, of either layout, with dots and in kohya's form with underscores."""
+    """Yields every name that a LoRA may use, of either layout, in the one spelling of `flat`."""
     for parameter, shaped in model.named_parameters():
         for layout in (WAN, DIFFUSERS):
             stored = layout.names(model.config.num_layers)[parameter]
             shape = stored_shape(parameter, tuple(shaped.shape), len(stored), model.config)
             for number, name in enumerate(stored):
-                yield from _spelled(name, _Target(parameter, number, shape))
+                yield _flat_parameter(name), _Target(parameter, number, shape)
         module, _, end = parameter.rpartition(".")
         fused = next((whole for whole in FUSED if module.endswith(whole)), None)
         if fused is not None:
             for alias in (fused, *FUSED[fused]):
                 name = f"{module.removesuffix(fused)}{alias}.{end}"
-                yield from _spelled(name, _Target(parameter, None, tuple(shaped.shape)))
+                yield _flat_parameter(name), _Target(parameter, None, tuple(shaped.shape))
 
 
-def _spelled(name: str, target: _Target) -> Iterator[tuple[str, _Target]]:
-    """Yields a stored name as it is and in kohya's form."""
-    yield name, target
-    module, dot, end = name.rpartition(".")
-    if end in ("weight", "bias"):
-        yield KOHYA + module.replace(".", "_") + dot + end, target
-
-
-def _plain_name(module: str) -> str:
-    """Returns a module's name without the prefixes that trainers add."""
-    words = module.split(".")
-    while len(words) > 1 and words[0] in PREFIXES:
-        words = words[1:]
-    return ".".join(words)
+def _flat_parameter(name: str) -> str:
+    """Returns a parameter's name with its module in the spelling of `flat`; one that is no module's is flat itself."""
+    module, _, end = name.rpartition(".")
+    return f"{flat(module)}.{end}" if end in ("weight", "bias") else flat(name)

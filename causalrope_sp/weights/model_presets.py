@@ -15,7 +15,7 @@ from typing import Any
 from causalrope_sp.config import PRESETS as SIZES
 from causalrope_sp.config import DiTConfig, SamplerConfig, StreamConfig
 from causalrope_sp.errors import CheckpointError, ConfigError
-from causalrope_sp.weights.tensor_files import read_json
+from causalrope_sp.weights.weight_paths import read_json
 from causalrope_sp.weights.wrappings import Wrapping
 
 # Without `local_attn_size` the authors' code attends over all frames, in a cache of 32760 tokens: 21 latent frames of

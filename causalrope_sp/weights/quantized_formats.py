@@ -1,4 +1,4 @@
-"""Names the formats of quantized checkpoints, none of which is read, by what their writers leave in them."""
+"""Names the formats of quantized checkpoints that are not read, by what their writers leave in them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from causalrope_sp.errors import CheckpointError, printable
+from causalrope_sp.io.json_files import parse_object
+from causalrope_sp.weights.stored_formats import KNOWN_FORMATS
 
 if TYPE_CHECKING:
     from causalrope_sp.weights.tensor_files import WeightFiles
@@ -21,17 +23,17 @@ _SUFFIXES = {
     ".wscales": "nunchaku (SVDQuant)",
     ".qzeros": "GPTQ or AWQ",
     ".comfy_quant": "ComfyUI",
-    ".scale_weight": "ComfyUI (scaled fp8)",
-    "scaled_fp8": "ComfyUI (scaled fp8)",
-    ".weight_scale": "scaled fp8 or int8 of ComfyUI or compressed-tensors",
+    ".scale_weight": "ComfyUI, in another form than fp8 with one scale for a tensor or an output",
+    ".weight_scale": "ComfyUI or others, in another form than 8 bits with one scale for a tensor or an output",
+    ".weight_scale_inv": "fp8 in blocks",
 }
-_METADATA = {"_quantization_metadata": "ComfyUI", "quantization_config": "nunchaku (SVDQuant)"}
+_METADATA = {"quantization_config": "nunchaku (SVDQuant)"}
 _MODULES = {"torchao": "torchao", "optimum": "optimum-quanto", "bitsandbytes": "bitsandbytes"}
 _ADVICE = "a format that is not read; save the model before it is quantized, and load it with weights='fp8' for 8 bits"
 
 
 def refuse_quantized(files: WeightFiles) -> None:
-    """Refuses a checkpoint that another library has quantized.
+    """Refuses a checkpoint that another library has quantized in a format that is not read (see `stored_formats`).
 
     A config.json's `quantization_config` counts only if a tensor is not one of floating point of 16 bits or more.
 
@@ -67,6 +69,16 @@ def _by_names(names: Iterable[str]) -> str | None:
 
 
 def _by_metadata(metadata: Mapping[str, str]) -> str | None:
+    noted = metadata.get("_quantization_metadata")
+    if noted is not None:
+        try:
+            layers: Any = parse_object(noted).get("layers")
+        except ValueError:
+            layers = None
+        known = isinstance(layers, dict) and all(isinstance(layer, dict) for layer in layers.values())
+        formats = {str(layer.get("format")) for layer in layers.values()} if known else {"an unknown form"}
+        if other := sorted(formats - KNOWN_FORMATS):
+            return f"ComfyUI as {printable(other[0])} (its metadata has _quantization_metadata)"
     return next((f"{writer} (its metadata has {key})" for key, writer in _METADATA.items() if key in metadata), None)
 
 

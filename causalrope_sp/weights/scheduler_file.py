@@ -10,7 +10,7 @@ from typing import Any
 from causalrope_sp.checks import shown
 from causalrope_sp.errors import CheckpointError
 from causalrope_sp.weights.model_presets import Preset
-from causalrope_sp.weights.tensor_files import read_json
+from causalrope_sp.weights.weight_paths import read_json
 
 _SPACED_OTHERWISE = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "shift_terminal")
 

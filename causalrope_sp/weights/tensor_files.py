@@ -1,13 +1,14 @@
-"""The tensors of a checkpoint by name, from one safetensors file, several with an index, or torch files.
+"""The tensors of a checkpoint by name, from one safetensors file, several with an index, torch files, or GGUF.
 
-Names, shapes and dtypes come from the headers; a tensor's data is read on request.
+Names, shapes and dtypes come from the headers; a tensor's data is read, and dequantized, on request.
 """
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from causalrope_sp.errors import CheckpointError, printable
-from causalrope_sp.io.json_files import parse_object, read_object
-from causalrope_sp.weights.messages import one_line, some
+from causalrope_sp.weights.gguf_files import GgufHome, open_gguf
+from causalrope_sp.weights.messages import one_line
+from causalrope_sp.weights.networks import network, prefixes_of
+from causalrope_sp.weights.stored_formats import NOMINAL, dequantized, find_quantized, is_no_weight
 from causalrope_sp.weights.torch_files import open_tensors
-from causalrope_sp.weights.wrappings import PARTS
+from causalrope_sp.weights.weight_paths import json_object, kind_of, read_json, weight_files
+from causalrope_sp.weights.wrappings import PARTS, bare_names, choose_prefix
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-INDEX = ".index.json"
-SAFETENSORS = (".safetensors",)
-TORCH = (".pt", ".pth", ".bin", ".ckpt")
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class Stored:
 
     Attributes:
         shape: its shape.
-        dtype: its dtype; safetensors' name of it where it is none of DTYPES.
+        dtype: the dtype in which it is read, of quantized numbers bfloat16; safetensors' name of one that is none of
+            DTYPES.
         home: the open file, or dictionary of tensors, that holds it.
     """
 
@@ -54,10 +56,13 @@ class WeightFiles:
     Attributes:
         path: as passed.
         files: the files of weights, shards in order.
-        tensors: the tensors by their stored names.
+        tensors: the tensors by their stored names, without scales of others and what is no weight.
+        passed_by: what the file holds that is no weight, by name: counters, tables, a tokenizer.
         metadata: that of the first safetensors file which has any.
         parts: the keys of the nested dictionaries that were opened, outermost first.
         auxiliary: the keys of dictionaries next to those, which were not opened.
+        beside: the numbers, texts and settings next to the tensors: a safetensors file's metadata, or what lies beside
+            the opened dictionaries of a torch file.
 
     Raises:
         CheckpointError: there is nothing at `path`, it is no checkpoint, is truncated, or is a pickle that holds
@@ -70,30 +75,95 @@ class WeightFiles:
         self.metadata: Mapping[str, str] = {}
         self.parts: tuple[str, ...] = ()
         self.auxiliary: tuple[str, ...] = ()
+        self.beside: Mapping[str, Any] = {}
+        self.passed_by: list[str] = []
+        self._names: dict[str, str] = {}  # of those that are called otherwise than in the file
         try:
             if not path.exists():
                 raise CheckpointError(f"{path}: no such file or folder")
-            self.files = _weight_files(path)
+            self.files = weight_files(path)
             for file in self.files:
-                if _is_safetensors(file):
-                    self._open_safetensors(file)
-                else:
-                    self._open_torch(file, part, parts)
+                match kind_of(file):
+                    case "safetensors":
+                        self._open_safetensors(file)
+                    case "torch":
+                        self._open_torch(file, part, parts)
+                    case "gguf":
+                        self._open_gguf(file)
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+        self._stored = dict(self.tensors)
+        self._quantized, hidden = find_quantized(self.tensors, self.raw)
+        self.passed_by += [name for name in self.tensors if is_no_weight(name)]
+        for name in {*hidden, *self.passed_by} & self.tensors.keys():
+            del self.tensors[name]
+        for name in self._quantized.keys() & self.tensors.keys():
+            self.tensors[name] = replace(self.tensors[name], dtype=NOMINAL)
 
     def read(self, name: str) -> Tensor:
-        """Returns a tensor as a view of its file.
+        """Returns a tensor as a view of its file, or dequantized to float32.
 
         Raises:
             CheckpointError: it cannot be read.
         """
-        home = self.tensors[name].home
+        quantized = self._quantized.get(name)
+        if quantized is not None:
+            scale = None if quantized.scale is None else self.raw(quantized.scale)
+            return dequantized(self.raw(name), scale)
+        home = self._stored[name].home
+        return home.get_tensor(self._names.get(name, name)) if isinstance(home, GgufHome) else self.raw(name)
+
+    def raw(self, name: str) -> Tensor:
+        """Returns a tensor as it is stored, scales included, as a view of its file.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
+        home, name = self._stored[name].home, self._names.get(name, name)
+        if isinstance(home, GgufHome):
+            return home.raw(name)
         try:
             tensor: Tensor = home[name] if isinstance(home, dict) else home.get_tensor(name)
         except SafetensorError as error:
             raise CheckpointError(f"{self.path}: {printable(name)} cannot be read ({one_line(error)})") from error
         return tensor
+
+    def fp8(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """Returns the e4m3 numbers of a matrix, (N, K), and the float32 scale of each row, as they are stored.
+
+        Returns:
+            None if it is stored otherwise.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
+        quantized, shape = self._quantized.get(name), self.tensors[name].shape
+        if quantized is None or quantized.dtype != torch.float8_e4m3fn or len(shape) != 2:
+            return None
+        scale = torch.ones(1) if quantized.scale is None else self.raw(quantized.scale).float()
+        return self.raw(name), scale.flatten().expand(shape[0])
+
+    def of_network(self, kind: str) -> WeightFiles:
+        """Returns the files as those of one network alone, its tensors under their names without prefix and wrappings.
+
+        Args:
+            kind: one of `networks.MARKS`; files without such a network are returned as they are.
+
+        Raises:
+            CheckpointError: they hold several such networks.
+        """
+        names = bare_names(self.tensors, self.path)
+        prefixes = prefixes_of(kind, names)
+        if not prefixes:
+            return self
+        found = network(choose_prefix(prefixes, None, self.path), names)
+        renamed = {**found.own, **{name: name for name in found.rest}}
+        files = copy.copy(self)
+        files.tensors = {short: self.tensors[name] for short, name in renamed.items()}
+        files._stored = {**self._stored, **{short: self._stored[name] for short, name in renamed.items()}}
+        files._quantized = {short: self._quantized[name] for short, name in renamed.items() if name in self._quantized}
+        files._names = renamed
+        return files
 
     def take(self, name: str) -> Tensor:
         """Returns a tensor and forgets it, so that a file that was read whole gives its memory back piece by piece.
@@ -101,9 +171,9 @@ class WeightFiles:
         Raises:
             CheckpointError: it cannot be read.
         """
-        tensor, home = self.read(name), self.tensors[name].home
+        tensor, home = self.read(name), self._stored[name].home
         if isinstance(home, dict):
-            del home[name]
+            del home[self._names.get(name, name)]
         return tensor
 
     def numbers(self, names: Iterable[str]) -> Counter[torch.dtype]:
@@ -154,115 +224,22 @@ class WeightFiles:
         for name, (shape, dtype) in described.items():
             self._add(file, name, Stored(shape, DTYPES.get(dtype, dtype), home))
         self.metadata = self.metadata or home.metadata() or {}
+        self.beside = self.metadata
 
     def _open_torch(self, file: Path, part: str | None, parts: tuple[str, ...]) -> None:
         nested = open_tensors(file, part, parts)
-        self.parts, self.auxiliary = nested.parts, nested.auxiliary
+        self.parts, self.auxiliary, self.beside = nested.parts, nested.auxiliary, nested.beside
+        self.passed_by += nested.passed_by
         for name, tensor in nested.content.items():
             self._add(file, name, Stored(tuple(tensor.shape), tensor.dtype, nested.content))
+
+    def _open_gguf(self, file: Path) -> None:
+        home = open_gguf(file)
+        for name, (shape, dtype) in home.described.items():
+            self._add(file, name, Stored(shape, dtype, home))
+        self.metadata = self.metadata or home.metadata
 
     def _add(self, file: Path, name: str, stored: Stored) -> None:
         if name in self.tensors:
             raise CheckpointError(f"{file}: {printable(name)} is in another file of {self.path} too")
         self.tensors[name] = stored
-
-
-def _weight_files(path: Path) -> Sequence[Path]:
-    """Returns the files that hold the weights at `path`, shards in order.
-
-    A pipeline folder of diffusers keeps its DiT in the folder `transformer`.
-    """
-    if path.is_file():
-        return _shards(path) if path.name.endswith(INDEX) else [path]
-    choices = _choices(path)
-    if not choices and (path / "transformer").is_dir():
-        choices = _choices(path / "transformer")
-    if not choices:
-        other = ", only GGUF files, which are not read" if next(path.glob("*.gguf"), None) else ""
-        raise CheckpointError(f"{path}: holds no weights (no {', no '.join((*SAFETENSORS, *TORCH))}){other}")
-    if len(choices) > 1:
-        raise CheckpointError(f"{path}: holds several checkpoints, name one of them: {some(choices)}")
-    return next(iter(choices.values()))
-
-
-def _choices(folder: Path) -> dict[str, Sequence[Path]]:
-    """Returns the checkpoints in a folder by name; torch files only if it holds no safetensors."""
-    for suffixes in (SAFETENSORS, TORCH):
-        indexes = sorted(file for suffix in suffixes for file in folder.glob(f"*{suffix}{INDEX}"))
-        choices = {index.name: _shards(index) for index in indexes}
-        sharded = {shard for shards in choices.values() for shard in shards}
-        singles = sorted({file for suffix in suffixes for file in folder.glob(f"*{suffix}")} - sharded)
-        choices |= {file.name: [file] for file in singles}
-        if choices:
-            return choices
-    return {}
-
-
-def _shards(index: Path) -> Sequence[Path]:
-    """Returns the files that an index names, sorted."""
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index}: has no weight_map")
-    names = sorted({str(name) for name in weight_map.values()})
-    for name in names:
-        if not _lies_in(index.parent, name):
-            raise CheckpointError(f"{index}: names {printable(name)}, which is not a file in {index.parent}")
-    return [index.parent / name for name in names]
-
-
-def _lies_in(folder: Path, name: str) -> bool:
-    """Returns whether `name` is a file of the folder itself, reached through no path or link into another folder.
-
-    Links of the Hub's cache are allowed, from snapshots/REVISION into the blobs of the same repository.
-    """
-    try:
-        if Path(name).name != name or "\\" in name or not (folder / name).is_file():
-            return False
-        target, home = (folder / name).resolve(strict=True), folder.resolve(strict=True)
-        repository = next((above.parent for above in home.parents if above.name == "snapshots"), None)
-        return target.parent == home or (repository is not None and target.parent == repository / "blobs")
-    except (OSError, ValueError):  # a name that no file can have
-        return False
-
-
-def _is_safetensors(file: Path) -> bool:
-    """Tells by the first bytes: a length of 8 bytes and a JSON header, or what torch.save writes."""
-    with file.open("rb") as stream:
-        start = stream.read(9)
-    if start.startswith(b"GGUF"):
-        raise CheckpointError(f"{file}: a GGUF file, a format that is not read; name what it was made of")
-    if start[8:] == b"{":
-        return True
-    if start.startswith((b"PK\x03\x04", b"\x80")):
-        return False
-    if file.suffix == ".safetensors":
-        return True
-    raise CheckpointError(f"{file}: neither a safetensors file nor one of torch.save")
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Reads a JSON object from a file.
-
-    Raises:
-        CheckpointError: the file cannot be read, is longer than 64 MiB, or is not a JSON object.
-    """
-    try:
-        return read_object(file)
-    except ValueError as error:
-        raise CheckpointError(f"{file}: {one_line(error)}") from error
-
-
-def json_object(text: str | bytes, where: str) -> dict[str, Any]:
-    """Parses a JSON object.
-
-    Args:
-        text: the JSON text.
-        where: its origin, for messages.
-
-    Raises:
-        CheckpointError: it is not JSON, or not an object.
-    """
-    try:
-        return parse_object(text)
-    except ValueError as error:
-        raise CheckpointError(f"{where}: {one_line(error)}") from error

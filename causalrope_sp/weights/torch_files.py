@@ -15,7 +15,7 @@ from torch import Tensor
 from causalrope_sp.errors import CheckpointError, printable
 from causalrope_sp.weights.messages import one_line
 from causalrope_sp.weights.quantized_formats import quantized_class
-from causalrope_sp.weights.wrappings import Nested, innermost
+from causalrope_sp.weights.wrappings import Nested, innermost, is_setting
 
 
 def open_tensors(file: Path, part: str | None, parts: tuple[str, ...]) -> Nested:
@@ -36,13 +36,15 @@ def open_tensors(file: Path, part: str | None, parts: tuple[str, ...]) -> Nested
     nested = innermost(_load_tensors_only(file, mapped), part, parts)
     if not isinstance(nested.content, dict):
         raise CheckpointError(f"{file}: holds a {type(nested.content).__name__}, not tensors by name")
-    state = {str(name): value for name, value in nested.content.items()}
+    found = {str(name): value for name, value in nested.content.items()}
+    state = {name: value for name, value in found.items() if not is_setting(value)}
     for name, value in state.items():
         _check_tensor(file, name, value)
     if sum(tensor.numel() * tensor.element_size() for tensor in state.values()) > file.stat().st_size:
         raise CheckpointError(f"{file}: declares more numbers than the file can hold")
     state = {name: tensor.detach() for name, tensor in state.items()}  # parameters would record what is done to them
-    return Nested(state, nested.parts, nested.auxiliary)
+    passed_by = {name: value for name, value in found.items() if name not in state}
+    return Nested(state, nested.parts, nested.auxiliary, {**nested.beside, **passed_by}, tuple(passed_by))
 
 
 def _is_sound_archive(file: Path) -> bool:

@@ -18,7 +18,10 @@ from causalrope_sp.weights.messages import some
 PARTS = ("generator_ema", "generator", "state_dict", "model", "module", "net", "transformer")
 LORA_PARTS = ("generator_lora", "lora", *PARTS)
 # Other networks of the same training run, which are never the model that is asked for.
-AUXILIARY_PARTS = ("critic", "critic_lora", "discriminator", "fake_score", "real_score", "text_encoder", "vae")
+AUXILIARY_PARTS = (
+    *("critic", "critic_lora", "discriminator", "fake_score", "real_score", "text_encoder", "text_encoders", "vae"),
+    *("cond_stage_model", "conditioner", "first_stage_model", "clip_vision", "image_encoder"),
+)
 WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod", "_forward_module", "module")
 DEEPEST = 8  # nested dictionaries; a pickle can hold one that contains itself
 
@@ -55,11 +58,15 @@ class Nested:
         content: what it holds.
         parts: the keys that led to it, outermost first.
         auxiliary: the keys of dictionaries next to those, which were not opened.
+        beside: the numbers, texts and dictionaries of such that lie next to those, by key.
+        passed_by: the keys within `content` whose values are no tensors.
     """
 
     content: Any
     parts: tuple[str, ...]
     auxiliary: tuple[str, ...]
+    beside: Mapping[str, Any]
+    passed_by: tuple[str, ...] = ()
 
 
 def innermost(content: Any, wanted: str | None, parts: Sequence[str]) -> Nested:
@@ -75,15 +82,28 @@ def innermost(content: Any, wanted: str | None, parts: Sequence[str]) -> Nested:
     """
     taken: list[str] = []
     auxiliary: list[str] = []
+    beside: dict[str, Any] = {}
     while isinstance(content, dict) and len(taken) < DEEPEST:
         inner = [key for key, value in content.items() if isinstance(key, str) and isinstance(value, dict) and value]
         key = wanted if wanted in inner else next((part for part in parts if part in inner), None)
+        holding = [other for other, value in content.items() if not is_setting(value)]
+        if key is None and len(holding) == 1 and holding[0] in inner and holding[0] not in AUXILIARY_PARTS:
+            key = holding[0]  # another name, which a trainer chose
         if key is None:
             break
         taken.append(key)
         auxiliary += [other for other in inner if other != key]
+        beside |= {str(other): value for other, value in content.items() if is_setting(value)}
         content = content[key]
-    return Nested(content, tuple(taken), tuple(auxiliary))
+    return Nested(content, tuple(taken), tuple(auxiliary), beside)
+
+
+def is_setting(value: Any, deep: int = 3) -> bool:
+    """Returns whether a value is a number, a text, bytes, or a list or dictionary of such, and holds no tensors."""
+    if isinstance(value, dict | list | tuple):
+        inner = value.values() if isinstance(value, dict) else value
+        return deep > 0 and len(value) < 1000 and all(is_setting(each, deep - 1) for each in inner)
+    return value is None or isinstance(value, str | bytes | int | float)
 
 
 def bare_names(names: Iterable[str], where: object) -> dict[str, str]:
@@ -142,22 +162,3 @@ def choose_prefix(prefixes: Sequence[str], wanted: str | None, where: object) ->
     if len(prefixes) > 1:
         raise CheckpointError(f"{where}: holds several models, under {some(prefixes)}; say which one as `part`")
     return prefixes[0]
-
-
-def without(prefix: str, names: Mapping[str, str], others: Iterable[str]) -> tuple[dict[str, str], list[str]]:
-    """Selects the names of one model and removes its prefix.
-
-    Args:
-        prefix: the model's prefix.
-        names: bare name -> stored name, of all tensors.
-        others: the prefixes of other models in the file; their names are dropped.
-
-    Returns:
-        Layout's name -> stored name, and the stored names that belong to no model of the file.
-    """
-    others = [other for other in others if other and other != prefix]
-    words = {*AUXILIARY_PARTS, *(other.split(".")[0] for other in others)}
-    dropped = (*others, *(f"{word}." for word in words if not prefix.startswith(f"{word}.")))
-    names = {short: name for short, name in names.items() if not short.startswith(dropped)}
-    own = {short.removeprefix(prefix): name for short, name in names.items() if short.startswith(prefix)}
-    return own, [name for short, name in names.items() if not short.startswith(prefix)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from safetensors.torch import save_file
 
 from causalrope_sp import CausalVideoPipeline, ConfigError, GenerationOptions, LoadOptions, PromptError, load_model
 from causalrope_sp.toybox import WEIGHTS
+from causalrope_sp.weights import Lora
+from tests.support.shell import shell
 from tests.support.videos import video_of
 
 PROMPT = "a red circle slides right"
@@ -227,6 +230,33 @@ def test_a_lora_is_merged_as_load_model_merges_it(tmp_path: Path) -> None:
     assert not torch.equal(plain.state_dict()[key], expected.state_dict()[key])
     with pytest.raises(ConfigError, match=r"loras must be a list of files or of Lora objects, not 'a'"):
         LoadOptions(loras="a")
+
+
+@pytest.mark.parametrize("how", ["lora", "loras", "pipeline.json", "both", "command line"])
+def test_the_weight_of_a_lora_is_given_everywhere(tmp_path: Path, how: str) -> None:
+    torch.manual_seed(0)
+    name, file = "blocks.0.self_attn.q", tmp_path / "lora.safetensors"
+    state = {f"{name}.lora_down.weight": torch.randn(2, 192), f"{name}.lora_up.weight": torch.randn(192, 2)}
+    save_file(state, file)
+    wanted = load_model(WEIGHTS / "toybox.safetensors", dtype=torch.float32, loras=[Lora(file, 0.25)])
+    source: Path | str = "toybox"
+    options: dict[str, Any] = {"lora": f"{file}:0.25"} if how == "lora" else {"loras": [f"{file}:0.25"]}
+    if how in ("pipeline.json", "both"):
+        content = json.loads((WEIGHTS / "toybox.json").read_text())
+        content |= {key: str(WEIGHTS / content[key]) for key in ("transformer", "codec")}
+        entry: Any = {"path": "lora.safetensors", "weight": 0.5} if how == "both" else "lora.safetensors:0.25"
+        (tmp_path / "pipeline.json").write_text(json.dumps(content | {"loras": [entry]}))
+        source = tmp_path / "pipeline.json"
+        options = {"loras": [Lora(file, -0.25)]} if how == "both" else {}
+    if how == "command line":
+        args = ["--lora", f"{file}:0.25", "--lora", file, "--frames", 1, "--device", "cpu", "--out", tmp_path / "v.mp4"]
+        said = shell("generate", PROMPT, *args).stderr
+        assert f"{file}: LoRA on 1 module; rank 2; scale 1 (no alpha: 1) on 1 module, weight 0.25" in said
+        assert "on 1 module, weight 1\n" in said
+        return
+    made = CausalVideoPipeline.from_pretrained(source, device="cpu", **options).model.state_dict()
+    key = "blocks.0.self_attn.qkv.weight"
+    torch.testing.assert_close(made[key], wanted.state_dict()[key], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300])

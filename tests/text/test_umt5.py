@@ -127,6 +127,27 @@ def test_float16_keeps_wide_what_transformers_keeps_wide(tmp_path: Path) -> None
     assert text_bytes(TextSource.of(tmp_path / "half", tmp_path / "tokenizer")) == stored
 
 
+def test_float16_beyond_its_range_errs_as_transformers_errs(tmp_path: Path) -> None:
+    """Feed-forward outputs beyond 65504, stored in float16, in transformers' layout and in Wan's."""
+    from transformers import UMT5EncoderModel
+
+    encoder = files.make_encoder()
+    with torch.no_grad():
+        for name, parameter in encoder.named_parameters():
+            parameter.mul_(20 if ".wi_" in name else 300 if ".wo." in name else 1)
+    for each in ("transformers", "wan"):
+        (files.save_diffusers if each == "transformers" else files.save_wan)(tmp_path / each, encoder.half())
+    theirs = UMT5EncoderModel.from_pretrained(
+        tmp_path / "transformers" / "text_encoder", dtype=torch.float16, attn_implementation="eager"
+    )
+    ids = torch.tensor([tokens(CLEANED)])
+    exact, expected = encoder.float()(ids).last_hidden_state, theirs(ids).last_hidden_state
+    assert (expected - exact).norm() < 0.01 * exact.norm()
+    for each in ("transformers", "wan"):
+        made = UMT5TextEncoder.from_pretrained(tmp_path / each, dtype=torch.float16).encode(CLEANED)
+        assert torch.equal(made[0, : ids.shape[1]], expected[0].half())
+
+
 def test_the_stored_dtype_is_kept(tmp_path: Path) -> None:
     files.save_wan(tmp_path, files.make_encoder(torch.bfloat16))
     assert UMT5TextEncoder.from_pretrained(tmp_path).encode("a dog").dtype == torch.bfloat16

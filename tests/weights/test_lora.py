@@ -217,6 +217,10 @@ def another_kind(lora: dict[str, Tensor]) -> None:
     lora["blocks.0.ffn.0.hada_w1_a"] = torch.zeros(2)
 
 
+def unmerged(lora: dict[str, Tensor]) -> None:
+    lora["blocks.0.ffn.0.oft_blocks"] = torch.zeros(2)
+
+
 def half_a_pair(lora: dict[str, Tensor]) -> None:
     del lora["base_model.model.blocks.0.ffn.2.lora_B.weight"]
 
@@ -262,12 +266,13 @@ def nothing(lora: dict[str, Tensor]) -> None:
             "2 keys of the LoRA fit no parameter of the model: base_model.model.blocks.0.cross_attn.k_img",
         ),
         (unknown_layer, "2 keys of the LoRA fit no parameter of the model: blocks.7.ffn.0.lora_A.weight"),
-        (another_kind, "1 keys of the LoRA fit no parameter of the model: blocks.0.ffn.0.hada_w1_a"),
+        (another_kind, "blocks.0.ffn.0 has only hada_w1_a of hada_w1_a, hada_w1_b, hada_w2_a, hada_w2_b"),
+        (unmerged, "holds an adapter of the kind OFT (blocks.0.ffn.0.oft_blocks), which is not merged"),
         (half_a_pair, "has only down of down and up"),
         (alone, "has only alpha of down and up"),
-        (wrong_width, "is (2, 7), which does not fit"),
+        (wrong_width, "lora_A.weight is (2, 7), base_model.model.blocks.0.ffn.2.lora_B.weight is (36, 2), which does"),
         (wrong_rank, "which does not fit"),
-        (no_rank, "which does not fit"),
+        (no_rank, "blocks.0.ffn.2 has rank 0, expected at least 1"),
         (whole_numbers, "is stored as I8"),
         (nan, "NaN or infinite for blocks.0.ffn.down.weight"),
         (two_adapters, "are the same twice"),
@@ -293,10 +298,10 @@ def test_a_lora_is_no_model(tmp_path: Path) -> None:
         load_model(tmp_path / "lora.safetensors")
 
 
-def test_a_dora_is_refused(tmp_path: Path) -> None:
+def test_a_dora_without_magnitudes_is_refused(tmp_path: Path) -> None:
     metadata = {"lora_adapter_metadata": json.dumps({"transformer.use_dora": True})}
     save_file(spell("diffusers", pairs()), tmp_path / "lora", metadata)
-    with pytest.raises(CheckpointError, match="a DoRA"):
+    with pytest.raises(CheckpointError, match="declares use_dora and holds no magnitudes"):
         load_model(base(tmp_path), loras=[tmp_path / "lora"])
 
 
@@ -304,3 +309,15 @@ def test_a_dora_is_refused(tmp_path: Path) -> None:
 def test_a_weight_is_a_number(weight: float) -> None:
     with pytest.raises(ConfigError, match="weight of a LoRA"):
         Lora("lora.safetensors", weight)
+
+
+def test_a_weight_behind_the_file(tmp_path: Path) -> None:
+    """FILE:WEIGHT, unless a file has the whole name."""
+    assert Lora.of("a.safetensors") == Lora("a.safetensors")
+    assert Lora.of("a.safetensors:0.8") == Lora("a.safetensors", 0.8)
+    assert Lora.of(f"{tmp_path}/b:c.safetensors:-1") == Lora(f"{tmp_path}/b:c.safetensors", -1.0)
+    (tmp_path / "odd:2").touch()
+    assert Lora.of(f"{tmp_path}/odd:2") == Lora(f"{tmp_path}/odd:2")
+    for wrong in ("a.safetensors:", "a.safetensors:much", "a.safetensors:nan"):
+        with pytest.raises(ConfigError, match=f"a LoRA is FILE or FILE:WEIGHT with a finite number, .* file {wrong}"):
+            Lora.of(wrong)

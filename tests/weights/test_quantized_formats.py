@@ -23,6 +23,7 @@ from tests.support.shell import shell
 
 FILES = ROOT / "tests" / "quantized_files"
 BLOCK = "blocks.0.self_attn.q"
+NVFP4 = json.dumps({"format_version": "1.0", "layers": {BLOCK: {"format": "nvfp4"}}})
 
 
 @pytest.mark.parametrize(
@@ -59,13 +60,15 @@ def test_config_json_names_the_format_where_no_tensor_does(folder: str, tmp_path
 @pytest.mark.parametrize(
     ("more", "metadata", "told"),
     [
-        ({f"{BLOCK}.scale_weight": torch.ones(1)}, {}, "ComfyUI (scaled fp8) (it has blocks.0.self_attn.q.scale_weig"),
-        ({"scaled_fp8": torch.ones(2).to(torch.float8_e4m3fn)}, {}, "ComfyUI (scaled fp8) (it has scaled_fp8)"),
+        ({f"{BLOCK}.scale_weight": torch.ones(1)}, {}, "ComfyUI, in another form than fp8 with one scale for"),
+        ({f"{BLOCK}.weight_scale": torch.ones(3, 2)}, {}, "in another form than 8 bits with one scale for a tensor"),
+        ({f"{BLOCK}.weight_scale_inv": torch.ones(3, 2)}, {}, "fp8 in blocks (it has blocks.0.self_attn.q.weight_sca"),
         ({f"{BLOCK}.comfy_quant": torch.ones(1).byte()}, {}, "ComfyUI (it has blocks.0.self_attn.q.comfy_quant)"),
         ({f"{BLOCK}.wscales": torch.ones(1)}, {}, "nunchaku (SVDQuant) (it has blocks.0.self_attn.q.wscales)"),
         ({f"{BLOCK}.qzeros": torch.ones(1).int()}, {}, "GPTQ or AWQ (it has blocks.0.self_attn.q.qzeros)"),
         ({}, {"quantization_config": "{}"}, "nunchaku (SVDQuant) (its metadata has quantization_config)"),
-        ({}, {"_quantization_metadata": "{}"}, "ComfyUI (its metadata has _quantization_metadata)"),
+        ({}, {"_quantization_metadata": NVFP4}, "ComfyUI as nvfp4 (its metadata has _quantization_metadata)"),
+        ({}, {"_quantization_metadata": "{}"}, "ComfyUI as an unknown form (its metadata has _quantization_metadat"),
     ],
 )
 def test_other_writers_are_named(tmp_path: Path, more: dict[str, Tensor], metadata: dict[str, str], told: str) -> None:
@@ -75,12 +78,18 @@ def test_other_writers_are_named(tmp_path: Path, more: dict[str, Tensor], metada
     assert told in str(caught.value)
 
 
-def test_a_gguf_file_is_named(tmp_path: Path) -> None:
-    (tmp_path / "m.gguf").write_bytes(b"GGUF\x03\0\0\0" + bytes(64))
-    with pytest.raises(CheckpointError, match="a GGUF file, a format that is not read"):
-        load_model(tmp_path / "m.gguf")
-    with pytest.raises(CheckpointError, match=r"holds no weights .*, only GGUF files, which are not read"):
-        load_model(tmp_path)
+def test_eight_bits_of_no_known_scale_are_refused(tmp_path: Path) -> None:
+    """Numbers beside a scale that is not understood would be taken for a plain cast."""
+    state = wan_state()
+    numbers = state[f"{BLOCK}.weight"].to(torch.float8_e4m3fn)
+    for end, scale in (
+        ("weight_scale", torch.ones(3, 2)),
+        ("scale_inv", torch.ones(1)),
+        ("weight_zero", torch.ones(1)),
+    ):
+        save_wan(tmp_path / "m.safetensors", state | {f"{BLOCK}.weight": numbers, f"{BLOCK}.{end}": scale})
+        with pytest.raises(CheckpointError, match=r"another form than 8 bits|stored as F8_E4M3"):
+            load_model(tmp_path / "m.safetensors")
 
 
 class Subclass(Tensor):

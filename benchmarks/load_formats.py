@@ -1,0 +1,131 @@
+"""Measures what loading takes from files of each format, against safetensors' own reading of the same bytes.
+
+    OMP_NUM_THREADS=1 python benchmarks/load_formats.py --folder /tmp
+
+Writes one random model in each format into a temporary folder there. For each a process of its own loads it, after
+`safetensors.torch.load_file` has read and copied a file of as many bytes, which is the floor. Seconds are those of the
+processor, and all files are in the page cache. Gate: the weights must be those that the format's own arithmetic gives.
+The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import click
+import gguf
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from causalrope_sp.config import PRESETS, DiTConfig
+from causalrope_sp.models.causal_dit import CausalDiT
+from causalrope_sp.weights import load_model
+from causalrope_sp.weights.key_layout import stored_tensors
+from causalrope_sp.weights.wan_keys import WAN
+
+GGUF = {"GGUF Q8_0": gguf.GGMLQuantizationType.Q8_0, "GGUF Q4_0": gguf.GGMLQuantizationType.Q4_0}
+FORMATS = ("bfloat16", "scaled fp8", "scaled fp8, kept", *GGUF)
+GATED = "blocks.0.ffn.0.weight"
+
+
+def random_state(config: DiTConfig) -> dict[str, Tensor]:
+    with torch.device("meta"):
+        model = CausalDiT(config).to(torch.bfloat16)
+    model.to_empty(device="cpu")
+    pattern = torch.randn(1 << 20).to(torch.bfloat16)
+    for parameter in model.parameters():
+        flat = parameter.data.view(-1)
+        for start in range(0, len(flat), len(pattern)):
+            flat[start : start + len(pattern)] = pattern[: len(flat) - start]
+    return stored_tensors(WAN, config, model.state_dict())
+
+
+def write(name: str, file: Path, state: dict[str, Tensor], config: DiTConfig) -> Tensor:
+    """Writes a model in a format; returns the gated matrix as the format's own arithmetic gives it."""
+    declared = {"config": json.dumps(asdict(config))}
+    matrices = [key for key, tensor in state.items() if key.startswith("blocks") and tensor.ndim == 2]
+    if name in GGUF:
+        writer, kind, exact = gguf.GGUFWriter(file, "wan"), GGUF[name], Tensor()
+        for key, tensor in state.items():
+            if key not in matrices:
+                writer.add_tensor(key, tensor.float().numpy())
+                continue
+            data = gguf.quants.quantize(tensor.float().numpy(), kind)
+            writer.add_tensor(key, data, raw_dtype=kind)
+            if key == GATED:
+                exact = torch.from_numpy(gguf.quants.dequantize(data, kind))
+        for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+            step()
+        writer.close()
+        return exact
+    if name == "bfloat16":
+        save_file(state, file, declared)
+        return state[GATED]
+    scale = torch.tensor(0.01)
+    numbers = {key: (state[key].float() / scale).to(torch.float8_e4m3fn) for key in matrices}
+    scales = {f"{key.removesuffix('weight')}scale_weight": scale.clone() for key in matrices}
+    save_file(state | numbers | scales, file, declared)
+    return numbers[GATED].float() * scale
+
+
+def own_memory() -> int:
+    """The bytes that only this process can free."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon:"))
+
+
+def measure(name: str, file: Path, exact: Path, as_bytes: Path) -> dict[str, float]:
+    """Loads a file once, after its floor, and checks the gate; seconds, and bytes of the model and of the memory."""
+    started = time.process_time()
+    copied = {key: tensor.clone() for key, tensor in load_file(as_bytes).items()}
+    floor = time.process_time() - started
+    del copied
+    before, started = own_memory(), time.process_time()
+    model = load_model(file, dtype=torch.bfloat16, weights="fp8" if name.endswith("kept") else "full")
+    seconds, memory = time.process_time() - started, own_memory() - before
+    wanted = load_file(exact)["exact"].to(torch.bfloat16)
+    assert torch.equal(model.get_submodule("blocks.0.ffn.up").weight, wanted) or name.endswith("kept"), "wrong weights"
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    return {"floor_s": floor, "seconds": seconds, "memory": memory, "model": size, "file": file.stat().st_size}
+
+
+@click.command()
+@click.option("--folder", type=click.Path(exists=True, file_okay=False), help="Folder of the files [default: temp].")
+@click.option("--layers", default=6, show_default=True, help="Blocks of the size of Wan 2.1 1.3B.")
+@click.option("--runs", default=3, show_default=True)
+@click.option("--format", "names", multiple=True, default=FORMATS, type=click.Choice(FORMATS), show_default=True)
+@click.option("--one", nargs=4, hidden=True)
+def main(folder: str | None, layers: int, runs: int, names: tuple[str, ...], one: tuple[str, ...] | None) -> None:
+    if one:
+        print(json.dumps(measure(one[0], *map(Path, one[1:]))))
+        return
+    config, rows = replace(PRESETS["wan2.1-1.3b"], num_layers=layers), list[dict[str, Any]]()
+    print(f"{'format':<20}{'file MB':>9}{'floor s':>9}{'load s':>8}{'ratio':>7}{'memory of model':>17}")
+    for name in names:
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            file, exact, as_bytes = (
+                Path(temporary) / part for part in ("file", "exact.safetensors", "bytes.safetensors")
+            )
+            save_file({"exact": write(name, file, random_state(config), config).contiguous()}, exact)
+            save_file({"bytes": torch.ones(file.stat().st_size, dtype=torch.uint8)}, as_bytes)
+            command = [sys.executable, __file__, "--one", name, *map(str, (file, exact, as_bytes))]
+            made = [json.loads(subprocess.check_output(command, text=True).splitlines()[-1]) for _ in range(runs)]
+        best = min(made, key=lambda figures: figures["seconds"])
+        floor, memory = min(each["floor_s"] for each in made), max(each["memory"] for each in made) / best["model"]
+        row = {"format": name, "file_mb": round(best["file"] / 1e6), "floor_s": round(floor, 3)}
+        row |= {"seconds": round(best["seconds"], 3), "ratio": round(best["seconds"] / floor, 2)}
+        rows.append(row | {"memory_of_model": round(memory, 2)})
+        print("{:<20}{:>9}{:>9}{:>8}{:>7}{:>17}".format(*rows[-1].values()))
+    print(json.dumps({"layers": layers, "runs": runs, "threads": torch.get_num_threads(), "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""Models that lie beside the one that is read, without which a video would be another one: Wan 2.2's two experts.
+
+Wan 2.2's A14B models denoise noisy latents by one transformer and clean ones by another. diffusers has them in
+`transformer/` and `transformer_2/`, Wan's own folder in `high_noise_model/` and `low_noise_model/`, and ComfyUI in two
+files whose names say high or low noise.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from pathlib import Path
+
+from causalrope_sp.errors import CheckpointError
+from causalrope_sp.io.json_files import read_object
+from causalrope_sp.weights.messages import one_line
+
+EXPERTS = (("transformer", "transformer_2"), ("high_noise_model", "low_noise_model"))
+_NOISE = re.compile(r"(high|low)(?=[ _-]?noise)", re.IGNORECASE)
+_OTHER = {"high": "low", "low": "high"}
+
+
+def refuse_experts(folder: Path) -> None:
+    """Refuses a folder that holds two experts where one model is asked for.
+
+    Raises:
+        CheckpointError: it does; the message names both.
+    """
+    for pair in EXPERTS:
+        if all((folder / name).is_dir() for name in pair):
+            first, second = pair
+            raise CheckpointError(
+                f"{folder}: holds two models, {first}/ and {second}/ (two experts by noise level, as Wan 2.2's A14B), "
+                f"which this version does not run together; one of them makes other videos: name it as {folder / first}"
+            )
+
+
+def parts_left_out(index: Path, known: Collection[str]) -> list[str]:
+    """Returns the parts in a diffusers folder that are not run, as texts.
+
+    Args:
+        index: its model_index.json.
+        known: the parts that are read.
+
+    Raises:
+        CheckpointError: the video depends on one of them: a second transformer, or another encoder.
+    """
+    try:
+        content = read_object(index)
+    except ValueError as error:
+        raise CheckpointError(f"{index}: {one_line(error)}") from error
+    parts = [
+        name
+        for name, kind in content.items()
+        if isinstance(kind, list) and any(kind) and name not in known and not name.startswith("_")
+    ]
+    needed = [name for name in parts if "transformer" in name or "encoder" in name]
+    if needed:
+        raise CheckpointError(
+            f"{index} has {' and '.join(needed)}, which this version does not run; it runs the transformer alone, and "
+            "that would make another video"
+        )
+    return [f"{name} is not used" for name in parts]
+
+
+def models_beside(path: Path) -> tuple[str, ...]:
+    """Returns the other expert of a model that was named itself, as text; empty if it is no expert by its name.
+
+    Args:
+        path: the file or folder of the model.
+    """
+    name = path.name
+    for pair in EXPERTS:
+        other = next((b for a, b in (pair, pair[::-1]) if a == name), None)
+        if other is not None and (path.parent / other).is_dir():
+            return (f"{other}/ beside it: the other expert by noise level, not used",)
+    partner = _NOISE.sub(lambda match: _matching_case(match[0]), name)
+    if partner == name:
+        return ()
+    there = "beside it" if (path.parent / partner).exists() else "not beside it"
+    return (f"{partner}, {there}: its name says that it is one of two experts by noise level; the other is not used",)
+
+
+def _matching_case(word: str) -> str:
+    other = _OTHER[word.lower()]
+    return other.upper() if word.isupper() else other.capitalize() if word[0].isupper() else other
