@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from causalrope_sp.codec import Codec
-from causalrope_sp.config import SamplerConfig
 from causalrope_sp.diffusion.noise import Noise, seeded_noise
 from causalrope_sp.diffusion.schedule import guided_steps
 from causalrope_sp.distributed.layout import Layout
@@ -27,31 +26,14 @@ from causalrope_sp.pipeline.parallel_chunks import PreviewFrame, check_call
 from causalrope_sp.pipeline.session import Session
 from causalrope_sp.pipeline.texts import encode_all
 from causalrope_sp.reuse import find_policy
-from causalrope_sp.sampling.chunk import LatentChunk
+from causalrope_sp.sampling.chunk import LatentChunk, compute_dtype
 from causalrope_sp.sampling.guidance import check_guidance
 from causalrope_sp.sampling.steered_loop import SteeredLoop
-from causalrope_sp.sampling.stream_options import Source, StreamOptions
+from causalrope_sp.sampling.stream_options import Resumed, Source, StreamOptions
 from causalrope_sp.vin.parallel_sampler import StepOutput
 
 if TYPE_CHECKING:
     from causalrope_sp.pipeline.pipeline import CausalVideoPipeline
-
-
-@dataclass(frozen=True)
-class StreamSettings:
-    """The size of a call's frames and how they are denoised.
-
-    Args:
-        height: pixels of a frame.
-        width: pixels of a frame.
-        grid: the size of its latent in tokens.
-        sampler: steps, solver and guidance.
-    """
-
-    height: int
-    width: int
-    grid: LatentGrid
-    sampler: SamplerConfig
 
 
 class Generation:
@@ -109,6 +91,11 @@ class Generation:
     def history(self) -> int:
         """How many chunks can be taken back bit for bit."""
         return self._request.history
+
+    @property
+    def seed(self) -> int:
+        """The seed of the noise."""
+        return self._seed
 
     @property
     def is_parallel(self) -> bool:
@@ -250,6 +237,7 @@ class Generation:
             stream=self._stream,
             sampler=self._settings.sampler,
             initial_latents=self._initial(),
+            resumed=self._resumed(),
             source=redrawn,
             negative_embeds=self._texts[1] if self._guided else None,
             reuse=self._policy,
@@ -260,9 +248,38 @@ class Generation:
             kept_chunks=self._request.kept_chunks,
         )
         frames = self.frame_range.latent_frames(self._stream)
-        return SteeredLoop(
-            pipe.model, self._texts[0], self.noise(self._seed), self.grid, frames, self.parallel, options
-        )
+        return SteeredLoop(pipe.model, self._texts[0], self.noise(self.seed), self.grid, frames, self.parallel, options)
+
+    def _resumed(self) -> Resumed | None:
+        """What the stream has made already; None if it begins."""
+        return None
+
+    def saved_fields(self, seed: int) -> dict[str, Any]:
+        """Returns the fields of a `SavedSession` that the call determines.
+
+        Args:
+            seed: of the session's noise.
+        """
+        request, settings, given = self._request, self._settings, self.conditioning
+        latents = None if given.latents is None else given.latents.cpu().to(compute_dtype(self._pipe.model.dtype))
+        return {
+            "model_digest": self._pipe.parts.model_digest,
+            "height": settings.height,
+            "width": settings.width,
+            "dtype": str(self._pipe.model.dtype).removeprefix("torch."),
+            "stream": self._stream,
+            "sampler": settings.sampler,
+            "seed": seed,
+            "text_seed": self._seed,
+            "num_frames": request.num_frames,
+            "negative_prompt": request.negative_prompt,
+            "negative_embeds": self._texts[1].cpu() if self._guided else None,
+            "conditioning": latents,
+            "context_frames": given.context_frames,
+            "reuse": None if self._policy is None else repr(self._policy),
+            "history": request.history,
+            "kept_chunks": request.kept_chunks,
+        }
 
     def parallel_chunks(self) -> Generator[LatentChunk]:
         """Samples a video whose chunks are made in parallel."""

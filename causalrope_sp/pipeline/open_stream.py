@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from causalrope_sp.pipeline.generation import Generation
     from causalrope_sp.sampling.steered_loop import SteeredLoop
 
-WARMING = 12  # latent frames that a decoder reads again where none is kept; what older ones left in it is negligible
-
 
 @dataclass(frozen=True)
 class PromptChange:
@@ -36,22 +34,27 @@ class PromptChange:
         prompt_id: its number, from 0 on.
         first_chunk: the number of the first chunk that is made under it.
         prompt: its text; None if it was given as embeddings.
-        embeds: its embeddings, (1, L, E).
+        embeds: its embeddings, (1, L, E); None in a resumed session for a prompt that it cannot be taken back to.
     """
 
     prompt_id: int
     first_chunk: int
     prompt: str | None
-    embeds: Tensor
+    embeds: Tensor | None
 
 
 @dataclass(frozen=True)
-class _Made:
+class Made:
     """A chunk of latents, the prompt that it was made under, and the seconds that its passes took."""
 
     part: LatentChunk
     prompt_id: int
     seconds: float
+
+
+def prompt_at(prompts: Sequence[PromptChange], chunk: int) -> PromptChange:
+    """Returns the prompt under which the chunk of this number is made."""
+    return [prompt for prompt in prompts if prompt.first_chunk <= chunk][-1]
 
 
 class OpenStreams:
@@ -85,7 +88,7 @@ class OpenStream:
         self._worker: Generator[int] | None = None  # on a rank that only decodes
         self._shown = 0  # pixel frames that it has decoded
         self._loop: SteeredLoop | None = None  # from the first call on, on a rank that denoises
-        self._source: OnDemand[_Made] | None = None  # likewise
+        self._source: OnDemand[Made] | None = None  # likewise
         self._decoder: ChunkDecoder | None = None  # likewise
         self._index, self._closed, self._ended, self._busy = 0, False, False, False
         self.prompts: list[PromptChange] = generation.first_prompt()
@@ -221,10 +224,10 @@ class OpenStream:
             self._loop = generation.open_loop()
         self._source = self._open_source(chunks)
 
-    def _open_source(self, chunks: Generator[LatentChunk] | None) -> OnDemand[_Made]:
+    def _open_source(self, chunks: Generator[LatentChunk] | None) -> OnDemand[Made]:
         loop, prompts = self._loop, self.prompts  # not the session, which a thread would keep
 
-        def make() -> _Made | None:
+        def make() -> Made | None:
             begun = time.perf_counter()
             if loop is None:
                 assert chunks is not None, "a stream without a loop is a generator"
@@ -233,8 +236,7 @@ class OpenStream:
                 number, part = loop.chunks_made, None if loop.next_chunk is None else loop.step()
             if part is None:
                 return None
-            prompt_id = max(p.prompt_id for p in prompts if p.first_chunk <= number)
-            return _Made(part, prompt_id, time.perf_counter() - begun)
+            return Made(part, prompt_at(prompts, number).prompt_id, time.perf_counter() - begun)
 
         if self._generation.works_ahead:
             return Prefetch(torch.inference_mode()(make), self._parallel.device, self._parallel.turns.stops)

@@ -10,11 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from causalrope_sp.codec.conv_state import ConvState
 from causalrope_sp.config import StreamConfig
 from causalrope_sp.distributed.comm_stats import CommStats
 from causalrope_sp.grid import Chunk
 from causalrope_sp.pipeline.conditioning import Conditioning
-from causalrope_sp.pipeline.decoding import Frames, SideStream
+from causalrope_sp.pipeline.decoding import Frames
+from causalrope_sp.pipeline.side_stream import SideStream
 from causalrope_sp.pipeline.timings import Timings
 from causalrope_sp.sampling.chunk import LatentChunk
 
@@ -134,7 +136,7 @@ class ChunkDecoder:
         before = _Before(part.chunk, self.frames.fork(), self.shown)
         with self._side.after(ready, part.latents):
             latents, skip = part.latents, 0
-            if self._is_first(part.chunk) and conditioning.latents is not None:
+            if part.chunk.start == self._first and conditioning.latents is not None:
                 latents = torch.cat([conditioning.latents.to(latents), latents], 1)
                 skip = conditioning.context_frames
             try:
@@ -161,10 +163,21 @@ class ChunkDecoder:
             self.frames, self.shown = before.frames, before.shown
             return
         self._before.clear()
-        self.frames = self.frames.restarted()
-        first = self._is_first(chunk)
-        self.shown = 0 if first else self.frame_range.stop(chunk.start)
-        if not first:
+        self.resume(chunk.start, None, latents_before)
+
+    def resume(self, start: int, state: ConvState | None, latents_before: Callable[[], Tensor]) -> None:
+        """Goes on where another decoder has stood.
+
+        Args:
+            start: the global time index of the next frame to decode.
+            state: what that decoder had kept, of whole pictures; None without.
+            latents_before: returns the latent frames right before it, (B, F, C, H, W). Without a state they are decoded
+                again and discarded.
+        """
+        self.frames = self.frames.restarted(state)
+        first = start == self._first
+        self.shown = 0 if first else self.frame_range.stop(start)
+        if not first and state is None:
             self.frames.decode(latents_before(), 0, 0)
 
     def fork(self) -> ChunkDecoder:
@@ -175,6 +188,7 @@ class ChunkDecoder:
         fork._side = self._side
         return fork
 
-    def _is_first(self, chunk: Chunk) -> bool:
-        """Whether a chunk is the first one that was not given."""
-        return chunk.start == self.frame_range.prefix + self.frame_range.conditioning.latent_frames
+    @property
+    def _first(self) -> int:
+        """The global time index of the first frame that was not given."""
+        return self.frame_range.prefix + self.frame_range.conditioning.latent_frames

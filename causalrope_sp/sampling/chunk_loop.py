@@ -7,6 +7,7 @@ E numbers in a token.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 from torch import Tensor
@@ -20,6 +21,8 @@ from causalrope_sp.distributed import SequenceParallel
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.grid import Chunk, LatentGrid, split_into_chunks
 from causalrope_sp.models.causal_dit import CausalDiT
+from causalrope_sp.planning.machines import default_machine
+from causalrope_sp.planning.strategy import choose_strategy
 from causalrope_sp.planning.workload import Workload
 from causalrope_sp.reuse.policy import ReusePlan
 from causalrope_sp.sampling.agreement import agree_on_strategy, digest
@@ -28,7 +31,7 @@ from causalrope_sp.sampling.guidance import UNCONDITIONAL, GuidanceBranches, che
 from causalrope_sp.sampling.kept_latents import KeptLatents
 from causalrope_sp.sampling.pass_graphs import stream_graphs
 from causalrope_sp.sampling.stream import CausalStream, Part
-from causalrope_sp.sampling.stream_options import StreamOptions
+from causalrope_sp.sampling.stream_options import Resumed, StreamOptions
 
 
 class ChunkLoop:
@@ -38,6 +41,7 @@ class ChunkLoop:
         model: the DiT.
         noise: starting and fresh noise; `drawn` tells whether ranks have compared it.
         parallel: the ranks.
+        layout: how they share attention.
         context: converts latents to this rank's tokens.
         branches: the streams of guidance.
         first_chunk: the number of the first chunk that was not given as initial latents.
@@ -62,6 +66,8 @@ class ChunkLoop:
         self.context = ShardContext.of(model, grid, parallel.shard(grid), len(embeds))
         self.context.check_initial(options.initial_latents)
         self._initial = 0 if options.initial_latents is None else options.initial_latents.shape[1]
+        if options.resumed is not None:
+            self._initial = options.resumed.initial_frames
         self._levels, self._timesteps = sigmas(options.sampler), model_timesteps(options.sampler)
         self._first_step = 0 if options.source is None else options.source.first_step
         if not 0 <= self._first_step < len(self._levels):
@@ -76,9 +82,11 @@ class ChunkLoop:
         window, more = options.stream.window, max(options.history, options.kept_chunks) * options.stream.chunk_frames
         self.kept = KeptLatents(None if window is None else window + more)
         self.next_chunk = self.chunk_at(0, 0)
-        if options.initial_latents is not None:
+        self.first_chunk = len(list(self._cut(self._initial, 0, 0)))
+        if options.resumed is not None:
+            self._take_over(options.resumed)
+        elif options.initial_latents is not None:
             self._commit_initial(options.initial_latents)
-        self.first_chunk = 0 if self.next_chunk is None else self.next_chunk.index
 
     def _open(self, model: CausalDiT, embeds: Tensor) -> GuidanceBranches:
         """Chooses the strategy, checks that all ranks chose the same, and opens the conditional and, with guidance, the
@@ -92,7 +100,8 @@ class ChunkLoop:
         if self.parallel.denoisers.size > 1:  # two streams that are taken in another order on one rank differ in these
             tensors = {"text": embeds, "negative text": options.negative_embeds, "latents": options.initial_latents}
             agreed |= {name: digest(x) for name, x in tensors.items() if x is not None}
-        strategy = agree_on_strategy(self.parallel, work, options.layout, agreed)
+        self.layout = options.layout or choose_strategy(work, default_machine(self.parallel.device), self.parallel)
+        strategy = agree_on_strategy(self.parallel, work, self.layout, agreed)
         relative = stream.rope == "relative"
 
         def open_stream(prompt: Tensor, branch: int) -> CausalStream:
@@ -202,6 +211,15 @@ class ChunkLoop:
         for chunk in self._cut(self._initial, 0, 0):
             self.commit()
             self.finish(chunk, self.context.tokens(latents_BFCHW[:, chunk.start : chunk.stop]))
+
+    def _take_over(self, resumed: Resumed) -> None:
+        """Keeps what was made before; the caches hold nothing of it."""
+        for branch in self.branches.branches:
+            branch.stream.cache.window = replace(branch.stream.cache.window, shots=resumed.shots)
+        for made in resumed.kept:
+            part = Part(made.chunk, self.context.tokens(made.latents), 0.0)
+            self.kept.add(part, self.branches.branches[0].stream.cache.window)
+        self.next_chunk = self.chunk_at(*self.position)
 
     def chunk_at(self, index: int, start: int) -> Chunk | None:
         """The chunk with this number, which starts at a global time index; None behind the end of the video."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from causalrope_sp.diffusion.noise import Noise
 from causalrope_sp.errors import ConfigError
+from causalrope_sp.grid import Chunk
+from causalrope_sp.models.causal_dit import CausalDiT
 from causalrope_sp.sampling.chunk import LatentChunk, check_text
 from causalrope_sp.sampling.chunk_loop import ChunkLoop
 from causalrope_sp.sampling.guidance import CONDITIONAL, GuidanceBranch
@@ -22,17 +25,24 @@ from causalrope_sp.sampling.stream import Part
 
 
 class SteeredLoop(ChunkLoop):
-    """A `ChunkLoop` whose text can change, whose chunks can be taken back, and that can be forked."""
+    """A `ChunkLoop` whose text can change, whose chunks can be taken back, and that can be forked.
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self._texts: list[tuple[Tensor, bool, bool]] = []  # of the chunks after the next one
+    Attributes:
+        text: the embeddings that the next chunk is made under.
+        later_texts: those of the chunks after it while the text changes over several, each with `recache` and
+            `recache_sink` of `set_text`.
+    """
+
+    def __init__(self, model: CausalDiT, embeds: Tensor, *arguments: Any) -> None:
+        super().__init__(model, embeds, *arguments)
+        self.text = embeds
+        self.later_texts: list[tuple[Tensor, bool, bool]] = []
 
     def step(self) -> LatentChunk:
         """Makes the next chunk; see `ChunkLoop.step`."""
         output = super().step()
-        if self._texts:
-            self._change_text(*self._texts.pop(0))
+        if self.later_texts:
+            self._change_text(*self.later_texts.pop(0))
         return output
 
     def set_text(
@@ -61,14 +71,14 @@ class SteeredLoop(ChunkLoop):
             self.agree("text", embeds)
         first, *later = texts
         self._change_text(first, recache, recache_sink)
-        self._texts = [(embeds, recache, recache_sink) for embeds in later]
+        self.later_texts = [(embeds, recache, recache_sink) for embeds in later]
         if new_shot:
             for each in self.branches.branches:
                 cache = each.stream.cache
                 cache.window = cache.window.shot(self.position[1])
 
     def _change_text(self, embeds: Tensor, recache: bool, recache_sink: bool) -> None:
-        branch = self.branches.branch(CONDITIONAL)
+        self.text, branch = embeds, self.branches.branch(CONDITIONAL)
         if branch is None:
             return
         if not recache or (not recache_sink and self._newest_is_sink(branch)):
@@ -93,7 +103,7 @@ class SteeredLoop(ChunkLoop):
         """
         first = self.position[0] - chunks
         before, start = self._rewind_to(first)
-        self._texts = []
+        self.text, self.later_texts = embeds, []
         self.kept.drop(start)
         self.next_chunk, exact = self.chunk_at(first, start), True
         conditional = self.branches.branch(CONDITIONAL)
@@ -105,10 +115,34 @@ class SteeredLoop(ChunkLoop):
             if before is not None and stream.cache.can_rewind(before.chunk):
                 branch.rewind(before, window)
             else:
-                stream.cache.window = window.since(0, 0)  # all that is kept can be written again
-                whole = self._recompute(branch, with_sink=True)
+                stream.cache.window = window
+                whole = self._compute_anew(branch)
                 exact &= whole and first == self.first_chunk
         return exact
+
+    def compute_anew(self) -> None:
+        """Computes the caches anew from the latents that are kept, under the present text."""
+        for branch in self.branches.branches:
+            self._compute_anew(branch)
+
+    def resume(self, branch: GuidanceBranch, oldest: int, kept_shot: int, pending: tuple[int, int] | None) -> None:
+        """Lets a branch of a resumed stream stand where it stood, before its cache is filled.
+
+        Args:
+            branch: one of `branches`.
+            oldest: frames before this global time index are not in its window, but for a sink.
+            kept_shot: where a shot begins; the sinks of shots before it are not in the window.
+            pending: the first frame of the newest chunk whose context pass has yet to run, and the frame after its last
+                one; None if all were written.
+        """
+        part, last = None, self.kept.last
+        if pending is not None:
+            assert last is not None, "what is pending is of the newest chunk"
+            start, stop = pending
+            chunk = Chunk(last.chunk.index, start, stop - start)
+            part = Part(chunk, last.tokens_BFSE[:, start - last.chunk.start :], last.timestep)
+        window = replace(branch.stream.cache.window, oldest=oldest, kept_shot=kept_shot)
+        branch.resume(window, self.position[1], part)
 
     def check_rewind(self, chunks: int) -> None:
         """Raises ConfigError if so many chunks cannot be taken back."""
@@ -143,7 +177,7 @@ class SteeredLoop(ChunkLoop):
             noise: its noise; None takes this stream's.
         """
         fork = copy.copy(self)
-        fork.branches, fork.kept, fork._texts = self.branches.fork(), self.kept.fork(), list(self._texts)
+        fork.branches, fork.kept, fork.later_texts = self.branches.fork(), self.kept.fork(), list(self.later_texts)
         if noise is not None:
             fork.noise, fork.drawn = noise, False
         return fork
@@ -154,6 +188,11 @@ class SteeredLoop(ChunkLoop):
         if last is None:
             return False
         return last.chunk.start < branch.stream.cache.window.sink_at(last.chunk.stop).stop
+
+    def _compute_anew(self, branch: GuidanceBranch) -> bool:
+        cache = branch.stream.cache
+        cache.window = cache.window.since(0, 0)  # all that is kept can be written again
+        return self._recompute(branch, with_sink=True)
 
     def _recompute(self, branch: GuidanceBranch, *, with_sink: bool) -> bool:
         """Computes the cache of a branch anew from what is kept of its window; the newest chunk stays pending.
