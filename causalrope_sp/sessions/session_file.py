@@ -80,6 +80,8 @@ def read_session(path: str | PathLike[str]) -> SavedSession:
         CheckpointError: the file cannot be read, is no saved session, is one of a later version, is truncated, or holds
             what no session has: fields or tensors that are missing, unknown, contradict each other, or are not finite.
     """
+    if Path(path).is_dir():
+        raise CheckpointError(f"{path}: a folder, not a saved session")
     files = WeightFiles(Path(path))
     metadata = files.metadata
     if len(files.files) > 1 or metadata.get("format") != FORMAT or not re.fullmatch("[1-9][0-9]{0,8}", _version(files)):

@@ -129,8 +129,9 @@ def test_a_video_with_an_end_ends(pipe: CausalVideoPipeline, tmp_path: Path) -> 
     steps(session, 2)
     session.save(tmp_path / "s")
     resumed = pipe.resume(tmp_path / "s")
-    rest = [chunk.frames for chunk in resumed]
-    assert all(np.array_equal(one, other.frames) for one, other in zip(rest, session, strict=True))
+    rest, expected = [chunk.frames for chunk in resumed], [chunk.frames for chunk in session]
+    assert len(rest) == len(expected) == 2
+    assert all(torch.equal(torch.tensor(one), torch.tensor(other)) for one, other in zip(rest, expected, strict=True))
     assert resumed.is_complete
     session.save(tmp_path / "s")
     assert list(pipe.resume(tmp_path / "s")) == []
@@ -237,11 +238,7 @@ def test_what_cannot_be_resumed_is_one_sentence(pipe: CausalVideoPipeline, tmp_p
             pipe.resume(changed(**fields))
         assert "\n" not in str(caught.value)
     path.write_bytes(content[:-1])
-    for wrong, says in (
-        (path, "truncated"),
-        (tmp_path, "holds no weights|not a saved session"),
-        (tmp_path / "n", "no s"),
-    ):
+    for wrong, says in ((path, "truncated"), (tmp_path, "a folder, not a saved session"), (tmp_path / "n", "no such")):
         with pytest.raises(CheckpointError, match=says):
             pipe.resume(wrong)
     assert len(pipe._streams) == 1, "what was refused is not open"

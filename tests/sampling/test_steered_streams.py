@@ -171,6 +171,25 @@ def test_a_chunk_that_is_cut_short_comes_again_bit_for_bit(
         assert torch.equal(loop.step().latents, undisturbed.step().latents)
 
 
+@torch.inference_mode()
+def test_a_chunk_that_is_cut_short_under_a_new_text_comes_again_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The chunk before it was written under the old text and is not written again under the new one."""
+    undisturbed, loop = (open_loop(StreamConfig(6, 1, 2)) for _ in range(2))
+    for each in (undisturbed, loop):
+        for _ in range(4):
+            each.step()
+        each.set_text([TEXTS[1]], recache=False)
+
+    def interrupt(*_: Any) -> Tensor:
+        raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Strategy, "attend", interrupt)
+        with pytest.raises(Stop):
+            loop.step()
+    assert all(torch.equal(loop.step().latents, undisturbed.step().latents) for _ in range(3))
+
+
 def test_a_stream_without_latents_cannot_be_taken_back() -> None:
     loop = open_loop(StreamConfig(4, 0, 2))
     with torch.inference_mode():

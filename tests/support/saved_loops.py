@@ -78,7 +78,7 @@ def resume_loop(
 Case = tuple[str, str, int, bool]  # stream, script, the operation before which it is saved, and whether with the cache
 
 
-def cases() -> list[Case]:
+def every_case() -> list[Case]:
     """Right after the last change of a script, one chunk later, and before the window is full."""
     found = []
     for script, operations in SCRIPTS.items():
@@ -92,9 +92,14 @@ def cases() -> list[Case]:
 
 def some_cases() -> list[Case]:
     """One of each script, with and without the cache; the streams and the places take turns."""
-    by_script = [[case for case in cases() if case[1] == script and case[3]] for script in SCRIPTS]
+    by_script = [[case for case in every_case() if case[1] == script and case[3]] for script in SCRIPTS]
     chosen = [of_script[(4 * number) % len(of_script)] for number, of_script in enumerate(by_script)]
     return [(*case[:3], cache) for case in chosen for cache in (True, False)]
+
+
+def cases() -> list[Case]:
+    """Those, and every fifth of the others."""
+    return list(dict.fromkeys([*some_cases(), *every_case()[::5]]))
 
 
 def strategies_of(ranks: int) -> list[str]:
@@ -156,7 +161,7 @@ def saved_and_resumed(group: dist.ProcessGroup, device: str, folder: Path) -> di
 
 def resumed_elsewhere(group: dist.ProcessGroup, device: str, folder: Path, of: str) -> dict[Any, list[Tensor]]:
     """The cases that other ranks saved, resumed with every strategy of these."""
-    made = {}
+    made = dict[Any, list[Tensor]]()
     for strategy in strategies_of(group.size()):
         parallel = SequenceParallel(group, strategy, device)
         made |= {(strategy, case): go_on(folder / of / name_of(case), parallel, case) for case in some_cases()}
