@@ -3,7 +3,10 @@ the ranks, and a rank that cannot write."""
 
 from __future__ import annotations
 
+import os
 import resource
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from causalrope_sp.distributed.launch import RankPool
 from causalrope_sp.errors import CausalRopeError, CheckpointError, OutputError
 from causalrope_sp.pipeline.saved_cache import KIND
 from causalrope_sp.pipeline.session import Session
+from tests.support.paths import ROOT
 
 RED, BLUE = "a red circle slides right", "a blue square bounces"
 GUIDED: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 2.0}
@@ -169,3 +173,16 @@ def test_decode_ranks_neither_save_nor_resume(pool: RankPool, saved: tuple[Path,
     said = pool.run(decode_ranks, 2, saved[0] / "plain-1")
     assert len(said) == 2
     assert all("a session with decode ranks goes on as it began" in each for each in said)
+
+
+def test_the_example_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    for words, says in (
+        ((), "begins s (ranks: 1): chunks up to 1"),
+        (torchrun, "goes on with s (ranks: 2): chunks up to 3"),
+    ):
+        command = (sys.executable, *words, ROOT / "examples" / "resume.py", "s", "v.mp4", "2")
+        environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
+        assert done.stdout == f"{says} are saved\n", done.stderr
+        assert (tmp_path / "v.mp4").stat().st_size > 1000
