@@ -13,6 +13,7 @@ from torch import Tensor
 from causalrope_sp.pipeline.open_stream import PromptChange, prompt_at
 from causalrope_sp.pipeline.output import ChunkDecoder
 from causalrope_sp.pipeline.saved_cache import describe_cache, gather_layers
+from causalrope_sp.sampling.guidance import CONDITIONAL
 from causalrope_sp.sampling.steered_loop import SteeredLoop
 from causalrope_sp.sessions import PromptUse, SavedDecoder, SavedSession, SavedTexts, write_session
 
@@ -99,5 +100,8 @@ def _texts_of(loop: SteeredLoop) -> SavedTexts | None:
     """The texts of a change over several chunks that is not over."""
     if not loop.later_texts:
         return None
+    conditional = loop.branches.branch(CONDITIONAL)
+    assert conditional is not None, "rank 0 has this branch"
     later, (_, recache, recache_sink) = [text for text, *_ in loop.later_texts], loop.later_texts[0]
-    return SavedTexts(tuple(text.cpu() for text in (loop.text, *later)), recache, recache_sink)
+    texts = tuple(text.cpu() for text in (conditional.stream.embeds_BLE, *later))
+    return SavedTexts(texts, recache, recache_sink)

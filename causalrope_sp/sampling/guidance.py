@@ -50,7 +50,7 @@ class GuidanceBranch:
         if self._pending:
             assert self._finished is not None, "a pending context pass is of a finished chunk"
             self.stream.commit(self._finished)
-            self.finish(None)  # it stays written even if the next chunk is cut short: the text may change before that
+            self._pending = False
 
     def finish(self, part: Part | None) -> None:
         """Takes a chunk's clean tokens for its context pass; None where no chunk is before the next one."""

@@ -16,7 +16,6 @@ from torch import Tensor
 from causalrope_sp.diffusion.noise import Noise
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.grid import Chunk
-from causalrope_sp.models.causal_dit import CausalDiT
 from causalrope_sp.sampling.chunk import LatentChunk, check_text
 from causalrope_sp.sampling.chunk_loop import ChunkLoop
 from causalrope_sp.sampling.guidance import CONDITIONAL, GuidanceBranch
@@ -28,14 +27,12 @@ class SteeredLoop(ChunkLoop):
     """A `ChunkLoop` whose text can change, whose chunks can be taken back, and that can be forked.
 
     Attributes:
-        text: the embeddings that the next chunk is made under.
-        later_texts: those of the chunks after it while the text changes over several, each with `recache` and
-            `recache_sink` of `set_text`.
+        later_texts: the embeddings of the chunks after the next one while the text changes over several, each with
+            `recache` and `recache_sink` of `set_text`.
     """
 
-    def __init__(self, model: CausalDiT, embeds: Tensor, *arguments: Any) -> None:
-        super().__init__(model, embeds, *arguments)
-        self.text = embeds
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
         self.later_texts: list[tuple[Tensor, bool, bool]] = []
 
     def step(self) -> LatentChunk:
@@ -78,7 +75,7 @@ class SteeredLoop(ChunkLoop):
                 cache.window = cache.window.shot(self.position[1])
 
     def _change_text(self, embeds: Tensor, recache: bool, recache_sink: bool) -> None:
-        self.text, branch = embeds, self.branches.branch(CONDITIONAL)
+        branch = self.branches.branch(CONDITIONAL)
         if branch is None:
             return
         if not recache or (not recache_sink and self._newest_is_sink(branch)):
@@ -103,7 +100,7 @@ class SteeredLoop(ChunkLoop):
         """
         first = self.position[0] - chunks
         before, start = self._rewind_to(first)
-        self.text, self.later_texts = embeds, []
+        self.later_texts = []
         self.kept.drop(start)
         self.next_chunk, exact = self.chunk_at(first, start), True
         conditional = self.branches.branch(CONDITIONAL)
