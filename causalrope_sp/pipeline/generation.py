@@ -14,7 +14,7 @@ from causalrope_sp.diffusion.noise import Noise, seeded_noise
 from causalrope_sp.diffusion.schedule import guided_steps
 from causalrope_sp.distributed.layout import Layout
 from causalrope_sp.errors import ConfigError
-from causalrope_sp.grid import Chunk, LatentGrid
+from causalrope_sp.grid import LatentGrid
 from causalrope_sp.pipeline.conditioning import condition_of
 from causalrope_sp.pipeline.decoding import Decode
 from causalrope_sp.pipeline.generation_options import Embeds, GenerationOptions
@@ -22,15 +22,15 @@ from causalrope_sp.pipeline.loading import plan_run
 from causalrope_sp.pipeline.numerics import own_numerics
 from causalrope_sp.pipeline.open_stream import OpenStreams, PromptChange
 from causalrope_sp.pipeline.output import FrameRange
-from causalrope_sp.pipeline.parallel_chunks import PreviewFrame, check_call
+from causalrope_sp.pipeline.parallel_chunks import check_call
 from causalrope_sp.pipeline.session import Session
+from causalrope_sp.pipeline.step_callback import StepCalls
 from causalrope_sp.pipeline.texts import encode_all
 from causalrope_sp.reuse import find_policy
 from causalrope_sp.sampling.chunk import LatentChunk, compute_dtype
 from causalrope_sp.sampling.guidance import check_guidance
 from causalrope_sp.sampling.steered_loop import SteeredLoop
 from causalrope_sp.sampling.stream_options import Resumed, Source, StreamOptions
-from causalrope_sp.vin.parallel_sampler import StepOutput
 
 if TYPE_CHECKING:
     from causalrope_sp.pipeline.pipeline import CausalVideoPipeline
@@ -58,10 +58,12 @@ class Generation:
     def __init__(self, pipe: CausalVideoPipeline, request: GenerationOptions, streams: OpenStreams) -> None:
         self._pipe, self._request, self.streams = pipe, request, streams
         self.parallel, self._chunks = pipe.parallel, pipe.parts.parallel_chunks
-        self._first_chunk: int | None = None
+        self._calls: StepCalls | None = None
         with own_numerics(), self.parallel.turn("opens a stream"):
             self.turns = self.parallel.open_stream(self.works_ahead)
             self.parallel.everyone.run_collectively(self._prepare)  # an error of one rank ends the call on all
+            if request.callback_on_step_end is not None:
+                self._calls = StepCalls(pipe, request.callback_on_step_end, len(self._settings.sampler.steps))
             self.parallel.everyone.agree(self._described())
             self._layout = self._choose_layout()
             self._texts = self._open()
@@ -243,7 +245,7 @@ class Generation:
             reuse=self._policy,
             layout=self._layout,
             graphs=pipe.parts.options.graphs,
-            on_step=None if self._request.callback_on_step_end is None else self._step,
+            on_step=None if self._calls is None else self._calls.after_step,
             history=self.history and self.history + self.works_ahead,
             kept_chunks=self._request.kept_chunks,
         )
@@ -299,7 +301,7 @@ class Generation:
             layout=self._layout,
             initial_latents=self._initial(),
             codec=pipe.codec,
-            on_step=None if self._request.callback_on_step_end is None else self._parallel_step,
+            on_step=None if self._calls is None else self._calls.after_parallel_step,
             preview_every=self._request.preview_every,
             shown=shown,
         )
@@ -308,16 +310,3 @@ class Generation:
         """The latent frames that the stream goes on from."""
         initial = [part.cpu() for part in (self._prefix(), self.conditioning.latents) if part is not None]
         return torch.cat(initial, 1) if initial else None
-
-    def _step(self, chunk: Chunk, step: int, timestep: float) -> None:
-        callback = self._request.callback_on_step_end
-        assert callback is not None, "only called if there is a callback"
-        self._first_chunk = chunk.index if self._first_chunk is None else self._first_chunk
-        number = chunk.index - self._first_chunk  # that of the `VideoChunk`: chunks of initial latents are not counted
-        callback(self._pipe, step, timestep, {"chunk": number, "num_steps": len(self._settings.sampler.steps)})
-
-    def _parallel_step(self, output: StepOutput, preview: PreviewFrame | None) -> None:
-        callback = self._request.callback_on_step_end
-        assert callback is not None, "only called if there is a callback"
-        kwargs = {"chunk": None, "num_steps": output.steps, "preview": preview}
-        callback(self._pipe, output.step - 1, output.timestep, kwargs)

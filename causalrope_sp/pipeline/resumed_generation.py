@@ -155,7 +155,8 @@ class ResumedGeneration(Generation):
     def open_loop(self) -> SteeredLoop:
         """Makes the stream of latents as it was. All ranks that denoise must call it, in a turn."""
         saved, loop = self._saved, super().open_loop()
-        self._first_chunk = loop.first_chunk
+        if self._calls is not None:
+            self._calls.first_chunk = loop.first_chunk
         if loop.first_chunk != saved.first_chunk:
             raise ConfigError(
                 f"the saved session has {saved.first_chunk} chunks that were given, the model begins with "
