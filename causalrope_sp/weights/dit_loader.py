@@ -143,7 +143,7 @@ def _identity(checkpoint: Examined, merges: Sequence[LoraMerge]) -> dict[str, ob
         "checkpoint": (report.layout, report.config),
         "dtype of the checkpoint": report.dtype,
         "weights": fingerprint(checkpoint.files, stored),
-        "LoRAs": [(fingerprint(merge.files, merge.files.tensors), merge.lora.weight) for merge in merges],
+        "LoRAs": [(fingerprint(m.files, m.files.tensors), m.lora.weight, m.lora.alpha) for m in merges],
     }
 
 
