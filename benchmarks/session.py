@@ -3,8 +3,8 @@ a chunk and of loading the model in the same run.
 
     python benchmarks/session.py [--model toybox] [--rounds 9]
 
-Gate: a prompt that is set again to what it was changes no pixel by more than rounding, and chunks that are taken back
-come again bit for bit. Medians follow; the last line is JSON.
+Gate: a prompt that is set again to what it was changes no pixel by more than rounding, chunks that are taken back come
+again bit for bit, and a saved session goes on bit for bit. Medians follow; the last line is JSON.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import click
@@ -49,6 +51,22 @@ def check(pipe: CausalVideoPipeline) -> None:
     assert again.rewind(1), "a chunk within the history was not taken back exactly"
     retaken = np.abs(expected.astype(int) - again.step().frames).max()  # type: ignore[union-attr]
     assert retaken <= 1, f"a chunk that was taken back came again otherwise, by {retaken}"
+    with TemporaryDirectory() as folder:
+        plain.save(Path(folder) / "s")
+        resumed = pipe.resume(Path(folder) / "s")
+    assert np.array_equal(plain.step().frames, resumed.step().frames), "a saved session went on otherwise"  # type: ignore[arg-type]
+
+
+def saved(pipe: CausalVideoPipeline, file: Path, rows: dict[str, list[float]], elapsed: list[float]) -> None:
+    """Saves a session in both forms and goes on with them; `elapsed` gets what a chunk and saving take on the clock."""
+    session = opened(pipe, FILLED)
+    for name, cache in (("saving", True), ("saving without keys and values", False)):
+        started = time.perf_counter()
+        rows.setdefault(name, []).append(spent(lambda c=cache: session.save(file, cache=c)))
+        elapsed.append(time.perf_counter() - started)
+        resuming = name.replace("saving", "resuming")
+        rows.setdefault(resuming, []).append(spent(lambda: pipe.resume(file).close()))
+    elapsed.append(session.step().timings.total)
 
 
 def change(pipe: CausalVideoPipeline, recache: bool) -> tuple[float, float]:
@@ -67,7 +85,8 @@ def main(model: str, rounds: int) -> None:
     pipe = CausalVideoPipeline.from_pretrained(model)
     check(pipe)
     rows: dict[str, list[float]] = {}
-    for _ in range(rounds):
+    elapsed: list[list[float]] = [[] for _ in range(rounds)]
+    for number in range(rounds):
         for name, recache in (("a new prompt, window computed anew", True), ("a new prompt alone", False)):
             usual, changed = change(pipe, recache)
             rows.setdefault("a chunk", []).append(usual)
@@ -79,11 +98,15 @@ def main(model: str, rounds: int) -> None:
         bare = opened(pipe, FILLED)
         rows.setdefault("taking 2 chunks back without", []).append(spent(lambda s=bare: s.rewind(2)))
         rows.setdefault("a fork", []).append(spent(lambda s=session: s.fork().close()))
+        with TemporaryDirectory() as folder:
+            saved(pipe, Path(folder) / "s", rows, elapsed[number])
     found = {name: statistics.median(values) for name, values in rows.items()}
     chunk, load = found["a chunk"], statistics.median(loads)
     table = [(name, f"{1e3 * s:.1f}", f"{s / chunk:.2f}", f"{s / load:.2f}") for name, s in found.items()]
     print_table(["", "ms of the processor", "of a chunk", "of loading"], table)
-    finish("session", model=model, rounds=rounds, load_s=load, seconds=found)
+    whole, small, clock = (statistics.median(times) for times in zip(*elapsed, strict=True))
+    print(f"\nOn the clock saving takes {whole / clock:.2f} of a chunk, without keys and values {small / clock:.2f}.")
+    finish("session", model=model, rounds=rounds, load_s=load, seconds=found, elapsed_s=[whole, small, clock])
 
 
 if __name__ == "__main__":

@@ -78,17 +78,18 @@ def _read_embeds(home: Path, path: Path) -> None:
 
 
 def _read_session(home: Path, path: Path) -> None:
-    from causalrope_sp.config import SamplerConfig, StreamConfig
+    from causalrope_sp.config import DiTConfig
     from causalrope_sp.sessions import check_fits, read_session
 
     saved = read_session(path)
-    stream = StreamConfig(window=7, sink=1, chunk_frames=2, rope="relative")
-    sampler, digest = SamplerConfig(steps=(1000, 500), guidance_scale=3.0), "0123456789abcdef"
-    check_fits(saved, model_digest=digest, height=16, width=24, stream=stream, sampler=sampler, codec="wan")
+    model = DiTConfig(
+        dim=30, ffn_dim=8, num_heads=3, num_layers=2, text_dim=4, text_len=5, in_channels=3, patch_size=(1, 1, 1)
+    )
+    check_fits(saved, model_digest="0123456789abcdef", model=model, stride=8, codec="wan")
     if saved.cache is not None:
         for branch in saved.cache.branches:
             for layer in range(saved.cache.layers):
-                saved.cache.layer(branch, layer, slice(1, 3), slice(0, 2))
+                saved.cache.layer(branch.name, layer, slice(1, 3), slice(0, 2))
 
 
 def _load_codec(home: Path, path: Path) -> None:

@@ -8,7 +8,7 @@ from causalrope_sp.attention.shard_kv import ShardKV
 from causalrope_sp.attention.ulysses import Ulysses
 from causalrope_sp.distributed import SequenceParallel
 from causalrope_sp.distributed.layout import Layout
-from causalrope_sp.grid import LatentGrid
+from causalrope_sp.grid import LatentGrid, Shard
 
 
 def build_strategy(parallel: SequenceParallel, layout: Layout, grid: LatentGrid, heads: int) -> Strategy:
@@ -43,6 +43,26 @@ def build_strategy(parallel: SequenceParallel, layout: Layout, grid: LatentGrid,
     communicator = parallel.communicator_among(group[row * layout.ulysses : (row + 1) * layout.ulysses])
     assert communicator is not None, "ulysses needs several ranks"
     return Ulysses(communicator, rows[row], split, inner, head_groups(parallel, layout))
+
+
+def stored_part(layout: Layout, grid: LatentGrid, heads: int, rank: int) -> tuple[slice, slice]:
+    """Returns which keys and values a rank caches, of every frame.
+
+    Args:
+        layout: how the ranks of the `sp` axis share the work.
+        grid: the latent frame in tokens.
+        heads: the attention heads of the model.
+        rank: its number on the `sp` axis.
+
+    Returns:
+        The tokens of a frame, and the heads.
+    """
+    rows = [sum(row) for row in layout.rows([shard.tokens for shard in Shard(grid, 0, layout.ranks).all])]
+    row, column = layout.coordinates(rank)
+    split = layout.heads(heads)
+    own_heads = slice(sum(split[:column]), sum(split[: column + 1]))
+    own_tokens = slice(sum(rows[:row]), sum(rows[: row + 1])) if layout.inner == ShardKV.name else slice(0, grid.tokens)
+    return own_tokens, own_heads
 
 
 def describe_strategy(parallel: SequenceParallel, layout: Layout) -> str:

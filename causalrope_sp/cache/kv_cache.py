@@ -178,7 +178,8 @@ class KVCache:
         assert self.open_chunk is None, "only one chunk is open"
         assert self.committed == chunk.stop, "only the chunk that was committed last can be opened again"
         undo = self._history.pop()
-        self._undo = undo or UndoBuffer(chunk, [], [], self.storage_L2BKSHD[:, :, :, :0], set(range(len(self._layers))))
+        nothing = self.storage_L2BKSHD[:, :, :, :0].clone()  # not a view: the memory of a buffer is used again
+        self._undo = undo or UndoBuffer(chunk, [], [], nothing, set(range(len(self._layers))))
         self.committed, self.open_chunk = chunk.start, chunk
         self._plans.clear()
 
@@ -213,6 +214,18 @@ class KVCache:
         self._plans.clear()
         self.window, self.committed, self._restarted = window, committed, committed
         self._written = window.held(committed)
+
+    def resume(self, window: SlidingWindow, committed: int, pending: Chunk | None) -> None:
+        """Stands where another cache stood, whose frames are going to be put into their slots.
+
+        Args:
+            window: its window, of the same size.
+            committed: the global time index at which the next chunk starts.
+            pending: the chunk right before it, whose context pass must run; None if it is written.
+        """
+        self.restart(window, committed)
+        if pending is not None:
+            self.reopen(pending)
 
     def fork(self) -> KVCache:
         """Returns a cache that goes on from here by itself. Both share the storage until one of them writes."""

@@ -217,6 +217,11 @@ class Communicator:
         out[0].copy_(sent)
         return self.all_to_all(kind, LAYERLESS, shapes if self.rank == 0 else [none] * self.size, out).wait()
 
+    def forget_buffers(self, kind: str) -> None:
+        """Frees the buffers of a kind of collective that is seldom made."""
+        for use in [use for use in self.buffers if use[0] in (f"{kind} out", f"{kind} in")]:
+            del self.buffers[use]
+
     def everyone(self, fields: dict[str, str]) -> list[dict[str, str]]:
         """Gathers `fields` of every rank, in order of rank. `CommStats` has no entry of it, as no stream runs yet.
 

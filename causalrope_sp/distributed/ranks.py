@@ -99,6 +99,12 @@ class Ranks:
                 sides = "; ".join(f"{value} on {', '.join(ranks)}" for value, ranks in ranks_by_value.items())
                 raise ConfigError(f"ranks differ in {name}: {sides}")
 
+    def all_say(self, flag: bool) -> bool:
+        """Returns on every rank whether `flag` is true on all of them."""
+        return (
+            flag if self.size == 1 else all(said["flag"] for said in self._communicator.everyone({"flag": "x" * flag}))
+        )
+
     def first_says(self, text: str) -> str:
         """Returns the `text` of the first rank on every rank."""
         return text if self.size == 1 else self._communicator.everyone({"text": text})[0]["text"]

@@ -13,8 +13,7 @@ Shapes: B batch, F latent frames, C latent channels, T pixel frames, H×W size.
 from __future__ import annotations
 
 import copy
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Generator
 from typing import Literal, Protocol, get_args
 
 import numpy as np
@@ -22,7 +21,9 @@ import torch
 from torch import Tensor
 
 from causalrope_sp.codec import Codec
+from causalrope_sp.codec.conv_state import ConvState
 from causalrope_sp.codec.pixels import to_uint8
+from causalrope_sp.codec.sharded_state import cut_state, gather_state
 from causalrope_sp.distributed import SequenceParallel
 from causalrope_sp.distributed.halo import SpatialShards
 from causalrope_sp.distributed.stream_turns import StreamTurns
@@ -68,8 +69,19 @@ class Frames(Protocol):
         """Returns a decoder that goes on from here by itself; decode ranks go on with one video alone."""
         ...
 
-    def restarted(self) -> Frames:
-        """Returns a decoder that has decoded nothing yet.
+    def restarted(self, state: ConvState | None = None) -> Frames:
+        """Returns a decoder that has decoded nothing yet, or that goes on from a state.
+
+        Args:
+            state: what a decoder of whole pictures has kept, as `gather_state` returns it.
+
+        Raises:
+            ConfigError: the decoder runs on decode ranks.
+        """
+        ...
+
+    def gather_state(self) -> ConvState | None:
+        """Returns on rank 0 what a decoder of whole pictures would have kept, in host memory; None on the others.
 
         Raises:
             ConfigError: the decoder runs on decode ranks.
@@ -100,30 +112,6 @@ def frames_of(codec: Codec, parallel: SequenceParallel, grid: LatentGrid, decode
     return LocalFrames(codec, shards, parallel.rank == 0)
 
 
-class SideStream:
-    """A second CUDA stream, in which one chunk is decoded while the next is denoised; without effect on the CPU."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-
-    @contextmanager
-    def after(self, ready: torch.cuda.Event | None, latents: Tensor) -> Iterator[None]:
-        """Runs the body in the second CUDA stream once the event has occurred, or in the current one without an event.
-
-        Args:
-            ready: the event after which `latents` are ready, or None.
-            latents: the tensor that the body reads.
-        """
-        if self._stream is None or ready is None:
-            yield
-            return
-        self._stream.wait_event(ready)
-        latents.record_stream(self._stream)
-        with torch.cuda.stream(self._stream):
-            yield
-
-
 class LocalFrames:
     """Frames that the denoising ranks decode: one spatial shard a rank, or all on rank 0.
 
@@ -131,11 +119,14 @@ class LocalFrames:
         codec: the VAE.
         spatial_shards: the shards of the picture; None to decode whole frames on one rank.
         first: whether this rank is the one that gets the frames.
+        state: of this rank's spatial shard, to go on from; None starts a video.
     """
 
-    def __init__(self, codec: Codec, spatial_shards: SpatialShards | None, first: bool) -> None:
+    def __init__(
+        self, codec: Codec, spatial_shards: SpatialShards | None, first: bool, state: ConvState | None = None
+    ) -> None:
         self._codec, self._spatial_shards, self._first = codec, spatial_shards, first
-        self._stream = codec.decoder(spatial_shards) if first or spatial_shards is not None else None
+        self._stream = codec.decoder(spatial_shards, state) if first or spatial_shards is not None else None
 
     @torch.inference_mode()
     def decode(self, latents_BFCHW: Tensor, skip: int, stop: int) -> np.ndarray | None:
@@ -153,9 +144,15 @@ class LocalFrames:
         fork._stream = None if self._stream is None else self._stream.fork()
         return fork
 
-    def restarted(self) -> LocalFrames:
-        """Returns a decoder that has decoded nothing yet; see `Frames.restarted`."""
-        return LocalFrames(self._codec, self._spatial_shards, self._first)
+    def restarted(self, state: ConvState | None = None) -> LocalFrames:
+        """Returns a decoder that has decoded nothing yet, or that goes on from a state; see `Frames.restarted`."""
+        own = None if state is None or self._stream is None else cut_state(self._spatial_shards, state)
+        own = None if own is None else own.to(self._codec.device, self._codec.dtype)
+        return LocalFrames(self._codec, self._spatial_shards, self._first, own)
+
+    def gather_state(self) -> ConvState | None:
+        """Gathers the decoder's state; see `Frames.gather_state`."""
+        return None if self._stream is None else gather_state(self._spatial_shards, self._stream.state)
 
     def close(self) -> None:
         """Does nothing, because no other rank waits."""
@@ -184,9 +181,13 @@ class RemoteFrames:
         """Returns this decoder: the decode ranks go on with one video alone."""
         return self
 
-    def restarted(self) -> RemoteFrames:
+    def restarted(self, state: ConvState | None = None) -> RemoteFrames:
         """Raises ConfigError; see `Frames.restarted`."""
         raise ConfigError("decode ranks go on with one video alone: they cannot go back in it")
+
+    def gather_state(self) -> ConvState:
+        """Raises ConfigError; see `Frames.gather_state`."""
+        raise ConfigError("decode ranks go on with one video alone: their state stays with them")
 
     def close(self) -> None:
         """Sends the decode ranks the end of the video."""

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from causalrope_sp.codec import Codec
-from causalrope_sp.config import SamplerConfig
 from causalrope_sp.diffusion.noise import Noise, seeded_noise
 from causalrope_sp.diffusion.schedule import guided_steps
 from causalrope_sp.distributed.layout import Layout
 from causalrope_sp.errors import ConfigError
-from causalrope_sp.grid import Chunk, LatentGrid
+from causalrope_sp.grid import LatentGrid
 from causalrope_sp.pipeline.conditioning import condition_of
 from causalrope_sp.pipeline.decoding import Decode
 from causalrope_sp.pipeline.generation_options import Embeds, GenerationOptions
@@ -23,35 +22,18 @@ from causalrope_sp.pipeline.loading import plan_run
 from causalrope_sp.pipeline.numerics import own_numerics
 from causalrope_sp.pipeline.open_stream import OpenStreams, PromptChange
 from causalrope_sp.pipeline.output import FrameRange
-from causalrope_sp.pipeline.parallel_chunks import PreviewFrame, check_call
+from causalrope_sp.pipeline.parallel_chunks import check_call
 from causalrope_sp.pipeline.session import Session
+from causalrope_sp.pipeline.step_callback import StepCalls
 from causalrope_sp.pipeline.texts import encode_all
 from causalrope_sp.reuse import find_policy
-from causalrope_sp.sampling.chunk import LatentChunk
+from causalrope_sp.sampling.chunk import LatentChunk, compute_dtype
 from causalrope_sp.sampling.guidance import check_guidance
 from causalrope_sp.sampling.steered_loop import SteeredLoop
-from causalrope_sp.sampling.stream_options import Source, StreamOptions
-from causalrope_sp.vin.parallel_sampler import StepOutput
+from causalrope_sp.sampling.stream_options import Resumed, Source, StreamOptions
 
 if TYPE_CHECKING:
     from causalrope_sp.pipeline.pipeline import CausalVideoPipeline
-
-
-@dataclass(frozen=True)
-class StreamSettings:
-    """The size of a call's frames and how they are denoised.
-
-    Args:
-        height: pixels of a frame.
-        width: pixels of a frame.
-        grid: the size of its latent in tokens.
-        sampler: steps, solver and guidance.
-    """
-
-    height: int
-    width: int
-    grid: LatentGrid
-    sampler: SamplerConfig
 
 
 class Generation:
@@ -76,10 +58,12 @@ class Generation:
     def __init__(self, pipe: CausalVideoPipeline, request: GenerationOptions, streams: OpenStreams) -> None:
         self._pipe, self._request, self.streams = pipe, request, streams
         self.parallel, self._chunks = pipe.parallel, pipe.parts.parallel_chunks
-        self._first_chunk: int | None = None
+        self._calls: StepCalls | None = None
         with own_numerics(), self.parallel.turn("opens a stream"):
             self.turns = self.parallel.open_stream(self.works_ahead)
             self.parallel.everyone.run_collectively(self._prepare)  # an error of one rank ends the call on all
+            if request.callback_on_step_end is not None:
+                self._calls = StepCalls(pipe, request.callback_on_step_end, len(self._settings.sampler.steps))
             self.parallel.everyone.agree(self._described())
             self._layout = self._choose_layout()
             self._texts = self._open()
@@ -109,6 +93,16 @@ class Generation:
     def history(self) -> int:
         """How many chunks can be taken back bit for bit."""
         return self._request.history
+
+    @property
+    def seed(self) -> int:
+        """The seed of the noise."""
+        return self._seed
+
+    @property
+    def can_go_back(self) -> bool:
+        """Whether the stream keeps what it needs to make a chunk again."""
+        return self._request.history > 0 or self._request.kept_chunks > 0
 
     @property
     def is_parallel(self) -> bool:
@@ -250,19 +244,49 @@ class Generation:
             stream=self._stream,
             sampler=self._settings.sampler,
             initial_latents=self._initial(),
+            resumed=self._resumed(),
             source=redrawn,
             negative_embeds=self._texts[1] if self._guided else None,
             reuse=self._policy,
             layout=self._layout,
             graphs=pipe.parts.options.graphs,
-            on_step=None if self._request.callback_on_step_end is None else self._step,
+            on_step=None if self._calls is None else self._calls.after_step,
             history=self.history and self.history + self.works_ahead,
             kept_chunks=self._request.kept_chunks,
         )
         frames = self.frame_range.latent_frames(self._stream)
-        return SteeredLoop(
-            pipe.model, self._texts[0], self.noise(self._seed), self.grid, frames, self.parallel, options
-        )
+        return SteeredLoop(pipe.model, self._texts[0], self.noise(self.seed), self.grid, frames, self.parallel, options)
+
+    def _resumed(self) -> Resumed | None:
+        """What the stream has made already; None if it begins."""
+        return None
+
+    def saved_fields(self, seed: int) -> dict[str, Any]:
+        """Returns the fields of a `SavedSession` that the call determines.
+
+        Args:
+            seed: of the session's noise.
+        """
+        request, settings, given = self._request, self._settings, self.conditioning
+        latents = None if given.latents is None else given.latents.cpu().to(compute_dtype(self._pipe.model.dtype))
+        return {
+            "model_digest": self._pipe.parts.model_digest,
+            "height": settings.height,
+            "width": settings.width,
+            "dtype": str(self._pipe.model.dtype).removeprefix("torch."),
+            "stream": self._stream,
+            "sampler": settings.sampler,
+            "seed": seed,
+            "text_seed": self._seed,
+            "num_frames": request.num_frames,
+            "negative_prompt": request.negative_prompt,
+            "negative_embeds": self._texts[1].cpu() if self._guided else None,
+            "conditioning": latents,
+            "context_frames": given.context_frames,
+            "reuse": None if self._policy is None else repr(self._policy),
+            "history": request.history,
+            "kept_chunks": request.kept_chunks,
+        }
 
     def parallel_chunks(self) -> Generator[LatentChunk]:
         """Samples a video whose chunks are made in parallel."""
@@ -282,7 +306,7 @@ class Generation:
             layout=self._layout,
             initial_latents=self._initial(),
             codec=pipe.codec,
-            on_step=None if self._request.callback_on_step_end is None else self._parallel_step,
+            on_step=None if self._calls is None else self._calls.after_parallel_step,
             preview_every=self._request.preview_every,
             shown=shown,
         )
@@ -291,16 +315,3 @@ class Generation:
         """The latent frames that the stream goes on from."""
         initial = [part.cpu() for part in (self._prefix(), self.conditioning.latents) if part is not None]
         return torch.cat(initial, 1) if initial else None
-
-    def _step(self, chunk: Chunk, step: int, timestep: float) -> None:
-        callback = self._request.callback_on_step_end
-        assert callback is not None, "only called if there is a callback"
-        self._first_chunk = chunk.index if self._first_chunk is None else self._first_chunk
-        number = chunk.index - self._first_chunk  # that of the `VideoChunk`: chunks of initial latents are not counted
-        callback(self._pipe, step, timestep, {"chunk": number, "num_steps": len(self._settings.sampler.steps)})
-
-    def _parallel_step(self, output: StepOutput, preview: PreviewFrame | None) -> None:
-        callback = self._request.callback_on_step_end
-        assert callback is not None, "only called if there is a callback"
-        kwargs = {"chunk": None, "num_steps": output.steps, "preview": preview}
-        callback(self._pipe, output.step - 1, output.timestep, kwargs)

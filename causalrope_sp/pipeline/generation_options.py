@@ -185,6 +185,13 @@ class GenerationOptions:
         device = self.generator.device
         return int(torch.randint(LARGEST_SEED, (), generator=self.generator, device=device))
 
+    def check_streamed(self) -> None:
+        """Raises ConfigError for what a call of the pipeline has and a stream has not."""
+        if isinstance(self.prompt, tuple):
+            raise ConfigError("a stream has one prompt: call the pipeline for a list of prompts")
+        if self.output_type == "latent":
+            raise ConfigError("a stream yields frames: call the pipeline for output_type latent")
+
     @property
     def prompts(self) -> list[str | None]:
         """One text a video; None for a video whose text is given as embeddings."""

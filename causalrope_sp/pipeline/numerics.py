@@ -7,7 +7,7 @@ caller's other threads see float32 too, and must not set another.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TypeVar
 
@@ -26,20 +26,3 @@ def own_numerics() -> Iterator[None]:
         for kind in ("cpu", "cuda"):
             stack.enter_context(torch.autocast(kind, enabled=False))
         yield
-
-
-def steady(items: Iterator[T]) -> Generator[T]:
-    """Yields the items, each made under `own_numerics`; `items` is closed at the end."""
-    done = object()
-    try:
-        while True:
-            with own_numerics():
-                item = next(items, done)
-            if item is done:
-                return
-            yield item  # type: ignore[misc]  # it is no `done`
-    finally:
-        close = getattr(items, "close", None)
-        if close is not None:
-            with own_numerics():
-                close()

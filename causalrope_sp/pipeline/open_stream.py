@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 from weakref import WeakSet
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from causalrope_sp.pipeline.generation import Generation
     from causalrope_sp.sampling.steered_loop import SteeredLoop
 
-WARMING = 12  # latent frames that a decoder reads again where none is kept; what older ones left in it is negligible
-
 
 @dataclass(frozen=True)
 class PromptChange:
@@ -36,22 +35,27 @@ class PromptChange:
         prompt_id: its number, from 0 on.
         first_chunk: the number of the first chunk that is made under it.
         prompt: its text; None if it was given as embeddings.
-        embeds: its embeddings, (1, L, E).
+        embeds: its embeddings, (1, L, E); None in a resumed session for a prompt that it cannot be taken back to.
     """
 
     prompt_id: int
     first_chunk: int
     prompt: str | None
-    embeds: Tensor
+    embeds: Tensor | None
 
 
 @dataclass(frozen=True)
-class _Made:
+class Made:
     """A chunk of latents, the prompt that it was made under, and the seconds that its passes took."""
 
     part: LatentChunk
     prompt_id: int
     seconds: float
+
+
+def prompt_at(prompts: Sequence[PromptChange], chunk: int) -> PromptChange:
+    """Returns the prompt under which the chunk of this number is made."""
+    return [prompt for prompt in prompts if prompt.first_chunk <= chunk][-1]
 
 
 class OpenStreams:
@@ -85,7 +89,7 @@ class OpenStream:
         self._worker: Generator[int] | None = None  # on a rank that only decodes
         self._shown = 0  # pixel frames that it has decoded
         self._loop: SteeredLoop | None = None  # from the first call on, on a rank that denoises
-        self._source: OnDemand[_Made] | None = None  # likewise
+        self._source: OnDemand[Made] | None = None  # likewise
         self._decoder: ChunkDecoder | None = None  # likewise
         self._index, self._closed, self._ended, self._busy = 0, False, False, False
         self.prompts: list[PromptChange] = generation.first_prompt()
@@ -137,7 +141,13 @@ class OpenStream:
         return not (self._closed or self.is_complete)
 
     def close(self) -> None:
-        """Ends the session and frees what it holds. A closed session stays closed."""
+        """Ends the session and frees what it holds. A closed session stays closed.
+
+        Raises:
+            ConfigError: a callback of the session calls it.
+        """
+        if not self._closed:
+            self._check_caller()
         self._leave(None)
 
     def __enter__(self) -> Self:
@@ -147,8 +157,8 @@ class OpenStream:
         self.close()
 
     def __del__(self) -> None:
-        if getattr(self, "_taken", None) is not None:
-            self._leave(None)
+        if getattr(self, "_taken", None) is not None or getattr(self, "_source", None) is not None:
+            self._leave(None, wait=False)
 
     def frames(self) -> Generator[VideoChunk]:
         """Yields the remaining chunks and closes the session."""
@@ -160,15 +170,20 @@ class OpenStream:
             raise
         self._leave(None)
 
+    def _check_caller(self) -> None:
+        """Raises ConfigError while another call of the session runs, in this thread or another one."""
+        if self._busy or (self._source is not None and self._source.is_made_here()):
+            raise ConfigError("a callback cannot call its session: call it between two chunks")
+
     @contextmanager
     def _working(self) -> Iterator[None]:
         if self._closed:
             raise ConfigError("the session is closed")
-        if self._busy:
-            raise ConfigError("a callback cannot call its session: call it between two chunks")
+        self._check_caller()
         if self._taken is None and not self._parallel.decodes:
-            self._taken = self._turns.taken()
-            self._taken.__enter__()
+            taken = self._turns.taken()
+            taken.__enter__()
+            self._taken = taken
         self._busy = True
         try:
             with own_numerics(), torch.inference_mode():
@@ -185,13 +200,20 @@ class OpenStream:
             return None
         made, ready = taken
         first, decoding = self._decoder.shown, time.perf_counter()
-        try:
-            if self._decoder.frame_range.stop(made.part.chunk.stop) == self._decoder.frame_range.length:
+        decoder = self._decoder
+
+        def decode() -> np.ndarray | None:
+            if decoder.frame_range.stop(made.part.chunk.stop) == decoder.frame_range.length:
                 made.part.check_finite()  # of every other chunk that is known once the next one has been denoised
-            pixels = self._decoder.decode(made.part, ready)
+            return decoder.decode(made.part, ready)
+
+        try:  # a thread that makes chunks has the ranks' collectives for itself
+            pixels = decode() if self._generation.works_ahead else self._parallel.denoisers.run_collectively(decode)
         except BaseException:
+            decoder.refuse()
             self._source.put_back(taken)
             raise
+        decoder.accept()
         now = time.perf_counter()
         timings = Timings(made.seconds, now - decoding, entered - started, now - started)
         self._index += 1
@@ -216,33 +238,39 @@ class OpenStream:
             return
         generation, chunks = self._generation, None
         frames = frames_of(generation.codec, self._parallel, generation.grid, generation.decode, self._turns)
-        self._decoder = ChunkDecoder(frames, generation.frame_range, self._parallel.device, generation.history)
+        self._decoder = ChunkDecoder(
+            frames,
+            generation.frame_range,
+            self._parallel.device,
+            generation.history,
+            keeps=generation.can_go_back,
+        )
         if generation.is_parallel:
             chunks = generation.parallel_chunks()
         else:
             self._loop = generation.open_loop()
         self._source = self._open_source(chunks)
 
-    def _open_source(self, chunks: Generator[LatentChunk] | None) -> OnDemand[_Made]:
+    def _open_source(self, chunks: Generator[LatentChunk] | None) -> OnDemand[Made]:
         loop, prompts = self._loop, self.prompts  # not the session, which a thread would keep
 
-        def make() -> _Made | None:
+        def make() -> Made | None:
             begun = time.perf_counter()
             if loop is None:
                 assert chunks is not None, "a stream without a loop is a generator"
                 number, part = 0, next(chunks, None)
             else:
-                number, part = loop.chunks_made, None if loop.next_chunk is None else loop.step()
+                part = None if loop.next_chunk is None else loop.step()
+                number = 0 if part is None else part.chunk.index - loop.first_chunk
             if part is None:
                 return None
-            prompt_id = max(p.prompt_id for p in prompts if p.first_chunk <= number)
-            return _Made(part, prompt_id, time.perf_counter() - begun)
+            return Made(part, prompt_at(prompts, number).prompt_id, time.perf_counter() - begun)
 
         if self._generation.works_ahead:
             return Prefetch(torch.inference_mode()(make), self._parallel.device, self._parallel.turns.stops)
         return OnDemand(make)
 
-    def _leave(self, error: BaseException | None) -> None:
+    def _leave(self, error: BaseException | None, wait: bool = True) -> None:
         """Ends the work, tells decode ranks the end of the video, and the other ranks if it is left before its end."""
         if self._closed:
             return
@@ -250,7 +278,9 @@ class OpenStream:
         if self._worker is not None:
             self._worker.close()
         if self._source is not None:
-            self._source.close()
+            self._source.close(wait)
+        if self._loop is not None:
+            self._loop.branches.close()
         if self._decoder is not None and (error is None or isinstance(error, GeneratorExit | CausalRopeError)):
             self._decoder.frames.close()
         if self._taken is not None:

@@ -10,11 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from causalrope_sp.codec.conv_state import ConvState
 from causalrope_sp.config import StreamConfig
 from causalrope_sp.distributed.comm_stats import CommStats
 from causalrope_sp.grid import Chunk
 from causalrope_sp.pipeline.conditioning import Conditioning
-from causalrope_sp.pipeline.decoding import Frames, SideStream
+from causalrope_sp.pipeline.decoding import Frames
+from causalrope_sp.pipeline.side_stream import SideStream
 from causalrope_sp.pipeline.timings import Timings
 from causalrope_sp.sampling.chunk import LatentChunk
 
@@ -110,18 +112,22 @@ class ChunkDecoder:
         frame_range: which pixel frames are the video.
         device: the device that decodes.
         history: how many chunks `rewind` can take back without decoding anything again.
+        keeps: whether the state before a chunk is kept while it is decoded, so that it can be decoded again.
 
     Attributes:
         shown: how many pixel frames of the video were decoded.
     """
 
-    def __init__(self, frames: Frames, frame_range: FrameRange, device: torch.device, history: int = 0) -> None:
-        self.frames, self.frame_range, self.shown = frames, frame_range, 0
+    def __init__(
+        self, frames: Frames, frame_range: FrameRange, device: torch.device, history: int = 0, *, keeps: bool = False
+    ) -> None:
+        self.frames, self.frame_range, self.shown, self._keeps = frames, frame_range, 0, keeps
         self._side = SideStream(device)
         self._before: deque[_Before] = deque(maxlen=history)
+        self._last: _Before | None = None  # until the chunk that was decoded last is accepted
 
     def decode(self, part: LatentChunk, ready: torch.cuda.Event | None = None) -> np.ndarray | None:
-        """Decodes the next chunk. If that is cut short, the chunk can be decoded again.
+        """Decodes the next chunk; `accept` or `refuse` follows.
 
         Args:
             part: the chunk.
@@ -131,50 +137,75 @@ class ChunkDecoder:
             Its pixel frames on rank 0, uint8 (T, H, W, 3); None elsewhere.
         """
         conditioning, stop = self.frame_range.conditioning, self.frame_range.stop(part.chunk.stop)
-        before = _Before(part.chunk, self.frames.fork(), self.shown)
+        before = _Before(part.chunk, self.frames.fork() if self._keeps else self.frames, self.shown)
         with self._side.after(ready, part.latents):
             latents, skip = part.latents, 0
-            if self._is_first(part.chunk) and conditioning.latents is not None:
+            if part.chunk.start == self._first and conditioning.latents is not None:
                 latents = torch.cat([conditioning.latents.to(latents), latents], 1)
                 skip = conditioning.context_frames
-            try:
-                pixels = self.frames.decode(latents, skip, skip + stop - self.shown)
-            except BaseException:
-                self.frames = before.frames
-                raise
-        self._before.append(before)
+            self._last = before
+            pixels = self.frames.decode(latents, skip, skip + stop - self.shown)
         self.shown = stop
         return pixels
 
-    def rewind(self, chunk: Chunk, latents_before: Callable[[], Tensor]) -> None:
+    def accept(self) -> None:
+        """Keeps what the last call of `decode` did."""
+        if self._last is not None:
+            self._before.append(self._last)
+        self._last = None
+
+    def refuse(self) -> None:
+        """Takes back what the last call of `decode` did, so that a decoder that `keeps` can decode the chunk again."""
+        if self._last is not None:
+            self.frames, self.shown = self._last.frames, self._last.shown
+        self._last = None
+
+    def rewind(self, chunk: Chunk, latents_before: Callable[[], Tensor]) -> bool:
         """Goes back to before a chunk.
 
         Args:
             chunk: the chunk to decode next.
             latents_before: returns the latent frames right before it, (B, F, C, H, W). They are decoded again and
                 discarded unless the decoder of that time is kept.
+
+        Returns:
+            Whether the decoder is as it was.
         """
         while self._before and self._before[-1].chunk.index > chunk.index:
             self._before.pop()
         if self._before and self._before[-1].chunk == chunk:
             before = self._before.pop()
             self.frames, self.shown = before.frames, before.shown
-            return
+            return True
         self._before.clear()
-        self.frames = self.frames.restarted()
-        first = self._is_first(chunk)
-        self.shown = 0 if first else self.frame_range.stop(chunk.start)
-        if not first:
+        self.resume(chunk.start, None, latents_before)
+        return chunk.start == self._first
+
+    def resume(self, start: int, state: ConvState | None, latents_before: Callable[[], Tensor]) -> None:
+        """Goes on where another decoder has stood.
+
+        Args:
+            start: the global time index of the next frame to decode.
+            state: what that decoder had kept, of whole pictures; None without.
+            latents_before: returns the latent frames right before it, (B, F, C, H, W). Without a state they are decoded
+                again and discarded.
+        """
+        self.frames = self.frames.restarted(state)
+        first = start == self._first
+        self.shown = 0 if first else self.frame_range.stop(start)
+        if not first and state is None:
             self.frames.decode(latents_before(), 0, 0)
 
     def fork(self) -> ChunkDecoder:
         """Returns a decoder that goes on from here by itself."""
-        fork = ChunkDecoder(self.frames.fork(), self.frame_range, self._side.device, self._before.maxlen or 0)
+        history = self._before.maxlen or 0
+        fork = ChunkDecoder(self.frames.fork(), self.frame_range, self._side.device, history, keeps=self._keeps)
         fork.shown = self.shown
         fork._before.extend(_Before(b.chunk, b.frames.fork(), b.shown) for b in self._before)
         fork._side = self._side
         return fork
 
-    def _is_first(self, chunk: Chunk) -> bool:
-        """Whether a chunk is the first one that was not given."""
-        return chunk.start == self.frame_range.prefix + self.frame_range.conditioning.latent_frames
+    @property
+    def _first(self) -> int:
+        """The global time index of the first frame that was not given."""
+        return self.frame_range.prefix + self.frame_range.conditioning.latent_frames

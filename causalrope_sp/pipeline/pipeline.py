@@ -13,7 +13,7 @@ from causalrope_sp.distributed import SequenceParallel
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.grid import LatentGrid
 from causalrope_sp.pipeline.adapters import WithAdapters
-from causalrope_sp.pipeline.generation import Generation, StreamSettings
+from causalrope_sp.pipeline.generation import Generation
 from causalrope_sp.pipeline.generation_options import GenerationOptions
 from causalrope_sp.pipeline.latent_video import whole_latents
 from causalrope_sp.pipeline.load_options import LoadOptions
@@ -22,9 +22,11 @@ from causalrope_sp.pipeline.open_stream import OpenStreams
 from causalrope_sp.pipeline.option_checks import check_dtype
 from causalrope_sp.pipeline.output import VideoChunk
 from causalrope_sp.pipeline.results import CausalVideoPipelineOutput, as_output, collect
+from causalrope_sp.pipeline.resumed_generation import ResumedGeneration, read_resumed
 from causalrope_sp.pipeline.same_model import agree_on_model, open_text
 from causalrope_sp.pipeline.saving import save_parts
 from causalrope_sp.pipeline.session import Session
+from causalrope_sp.pipeline.stream_settings import StreamSettings
 from causalrope_sp.pipeline.warm_up import warm_up
 from causalrope_sp.weights.fp8 import is_fp8
 
@@ -149,11 +151,30 @@ class CausalVideoPipeline(WithAdapters):
         self, call: str, prompt: str | None, options: GenerationOptions | None, overrides: dict[str, Any]
     ) -> Session:
         request = self._request(call, prompt, options, overrides)
-        if isinstance(request.prompt, tuple):
-            raise ConfigError("a stream has one prompt: call the pipeline for a list of prompts")
-        if request.output_type == "latent":
-            raise ConfigError("a stream yields frames: call the pipeline for output_type latent")
+        request.check_streamed()
         return Generation(self, request, self._streams).session()
+
+    def resume(self, path: str | os.PathLike[str], **overrides: Any) -> Session:
+        """Goes on with a session that `Session.save` wrote, on any number of ranks, with any strategy and dtype.
+
+        The session keeps its own size, window, steps, seed and prompts, whatever the pipeline's are. Every rank reads
+        the file, its own part of the keys and values alone.
+
+        Args:
+            path: the file.
+            overrides: `history`, `kept_chunks` and `callback_on_step_end` of `GenerationOptions`; the first two are
+                those of the saved session by default. A session with `reuse` needs the same policy again.
+
+        Returns:
+            The session, where it was.
+
+        Raises:
+            CheckpointError: the file cannot be read, or is no saved session.
+            ConfigError: the session is of another model or codec, does not fit into memory, or an option is unknown.
+        """
+        with self.parallel.turn("resumes a session"):
+            saved = self.parallel.everyone.run_collectively(lambda: read_resumed(path, overrides))
+        return ResumedGeneration(self, saved, overrides, self._streams).session()
 
     @torch.inference_mode()
     def __call__(

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
-from typing import TypeVar
+from itertools import pairwise
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
+from torch import Tensor
 
-from causalrope_sp.checks import check_flag, check_whole
+from causalrope_sp.checks import check_flag, check_text, check_whole
+from causalrope_sp.codec.conv_state import ConvState
 from causalrope_sp.diffusion.noise import Noise
+from causalrope_sp.distributed.stream_turns import StreamTurns
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.pipeline.generation_options import LARGEST_SEED, Embeds
-from causalrope_sp.pipeline.open_stream import OpenStream, PromptChange
+from causalrope_sp.pipeline.open_stream import Made, OpenStream, PromptChange
+from causalrope_sp.pipeline.option_checks import check_path
+from causalrope_sp.pipeline.session_saving import save_session
 from causalrope_sp.sampling.steered_loop import SteeredLoop
 
+if TYPE_CHECKING:
+    from causalrope_sp.pipeline.generation import Generation
+
 T = TypeVar("T")
-MOST_CHUNKS = 2**10  # over which a prompt may change
+MOST_CHUNKS = 2**6  # over which a prompt may change
 WARMING = 12  # latent frames that a decoder reads again where none is kept; what older ones left in it is negligible
 
 
@@ -27,6 +38,10 @@ class Session(OpenStream):
     What is called between two chunks takes effect with the next one; where a chunk is made ahead (`decode="overlap"`),
     with the one after it. A call that fails leaves the session where it was.
     """
+
+    def __init__(self, generation: Generation, turns: StreamTurns | None = None) -> None:
+        super().__init__(generation, turns)
+        self._seed = generation.seed
 
     def set_prompt(
         self,
@@ -62,14 +77,18 @@ class Session(OpenStream):
         def checked() -> int:
             for name, flag in (("recache", recache), ("recache_sink", recache_sink), ("new_shot", new_shot)):
                 check_flag(name, flag)
+            if prompt is not None:
+                check_text("prompt", prompt)
+            if (prompt is None) == (prompt_embeds is None):
+                raise ConfigError("give either a prompt or its embeddings (prompt_embeds)")
             return check_whole("over_chunks", over_chunks, most=MOST_CHUNKS)
 
-        asked = prompt, over_chunks, recache, recache_sink, new_shot
+        asked = prompt, prompt_embeds is not None, over_chunks, recache, recache_sink, new_shot
         with self._operation("changes its prompt", checked, asked) as count:
             embeds = self._generation.encode_prompt(prompt, prompt_embeds)
             loop, last = self._begun(), self.prompts[-1]
             parts = [
-                torch.lerp(last.embeds.double(), embeds.double(), number / count).to(embeds.dtype)
+                torch.lerp(loop.text.to(embeds.device).double(), embeds.double(), number / count).to(embeds.dtype)
                 for number in range(1, count)
             ]
             none_made = loop.chunks_made == 0  # then nothing was made under the prompt before
@@ -81,7 +100,15 @@ class Session(OpenStream):
             )
             change = PromptChange(last.prompt_id + 1, loop.chunks_made, prompt, embeds)
             self.prompts[:] = [*(p for p in self.prompts if p.first_chunk < change.first_chunk), change]
+            self._forget_embeds(loop)
         return change.prompt_id
+
+    def _forget_embeds(self, loop: SteeredLoop) -> None:
+        """Lets the embeddings go of prompts that the session cannot be taken back to."""
+        oldest = min((part.chunk.index for part in loop.kept.newest()), default=0) - loop.first_chunk
+        for number, (prompt, later) in enumerate(pairwise(self.prompts)):
+            if later.first_chunk < oldest:
+                self.prompts[number] = replace(prompt, embeds=None)
 
     def rewind(self, chunks: int) -> bool:
         """Takes the last chunks back. The next chunk is made again, under the prompt of the chunk before it.
@@ -109,15 +136,16 @@ class Session(OpenStream):
         with self._operation("is taken back", checked, chunks) as target:
             assert self._source is not None, "an operation begins the session"
             assert self._decoder is not None, "an operation begins the session"
-            loop = self._begun()
-            self.prompts[:] = [p for p in self.prompts if p.first_chunk < max(1, target)]
+            loop, decoder = self._begun(), self._decoder.fork()
+            prompts = [p for p in self.prompts if p.first_chunk < max(1, target)]
+            embeds = prompts[-1].embeds
+            assert embeds is not None, "those of the prompts of the latents that are kept are kept too"
+            chunk, first = loop.chunk_before(loop.chunks_made - target), decoder.frame_range.prefix
+            decoded = decoder.rewind(chunk, partial(loop.latents_before, chunk.start, first, WARMING))
+            exact = loop.rewind(loop.chunks_made - target, embeds)
             self._source.drop()
-            exact = loop.rewind(loop.chunks_made - target, self.prompts[-1].embeds)
-            self._index, self._ended = target, False
-            assert loop.next_chunk is not None, "a chunk was taken back"
-            first = self._decoder.frame_range.prefix
-            self._decoder.rewind(loop.next_chunk, partial(loop.newest_latents, first, WARMING))
-        return exact
+            self._decoder, self.prompts[:], self._index, self._ended = decoder, prompts, target, False
+        return self._parallel.denoisers.all_say(exact and decoded)
 
     def fork(self, seed: int | None = None) -> Session:
         """Returns a session that goes on from here by itself. Both share the cache until one of them writes it.
@@ -140,11 +168,66 @@ class Session(OpenStream):
             fork = Session(generation, self._parallel.open_stream(generation.works_ahead))
             fork._loop, fork._decoder = self._begun().fork(noise), self._decoder.fork()
             fork.prompts[:], fork._index = self.prompts, self._index
+            fork._seed = self._seed if seed is None else seed
             fork._source = fork._open_source(None)
             for made in reversed(self._source.settle()):
                 fork._source.put_back((made, None))
         generation.streams.add(fork)
         return fork
+
+    def save(self, path: str | os.PathLike[str], *, cache: bool = True) -> None:
+        """Writes the session to a file, from which `CausalVideoPipeline.resume` goes on; this one goes on as well.
+
+        All ranks call it, and rank 0 writes. The chunks that follow are those of an uninterrupted session, bit for bit
+        on as many ranks with the same strategy and dtype. What `history` keeps is not saved.
+
+        Args:
+            path: the file. One that is there is replaced when the new one is complete.
+            cache: whether keys and values are saved too. The file is several times larger with them; without, whoever
+                resumes computes them anew from the clean latents, under the present prompt.
+
+        Raises:
+            OutputError: the file cannot be written; the session goes on.
+            ConfigError: no chunk was made yet, a video is redrawn, or the session is closed.
+        """
+
+        def checked() -> str:
+            self._check_source("saved")
+            check_flag("cache", cache)
+            if not self._index:
+                raise ConfigError("a session can be saved once a chunk was made, and none was")
+            return check_path("path", path)
+
+        with self._operation("is saved", checked, cache) as file:
+            assert self._decoder is not None, "an operation begins the session"
+            codec, fields = self._generation.codec.name, partial(self._generation.saved_fields, self._seed)
+            loop, prompts = self._begun(), self.prompts
+            save_session(file, loop, self._decoder, codec, prompts, fields, self._index, cache=cache)
+
+    def go_on(
+        self,
+        shown: int,
+        ahead: Sequence[Made],
+        start: int,
+        state: ConvState | None,
+        latents_before: Callable[[], Tensor],
+    ) -> None:
+        """Goes on where a saved session was, before the first call of this one.
+
+        Args:
+            shown: how many chunks that one had shown.
+            ahead: the chunks that it had made and not shown.
+            start: the global time index of the next frame to decode.
+            state: what its decoder had kept; None without.
+            latents_before: returns the latent frames before `start`, (B, F, C, H, W), for a decoder without a state.
+        """
+        with self._operation("is resumed", lambda: None, shown):
+            assert self._source is not None, "an operation begins the session"
+            assert self._decoder is not None, "an operation begins the session"
+            self._decoder.resume(start, state, latents_before)
+            self._index = shown
+            for made in reversed(ahead):
+                self._source.put_back((made, None))
 
     @contextmanager
     def _operation(self, what: str, check: Callable[[], T], arguments: object) -> Iterator[T]:

@@ -7,6 +7,7 @@ E numbers in a token.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 from torch import Tensor
@@ -20,6 +21,8 @@ from causalrope_sp.distributed import SequenceParallel
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.grid import Chunk, LatentGrid, split_into_chunks
 from causalrope_sp.models.causal_dit import CausalDiT
+from causalrope_sp.planning.machines import default_machine
+from causalrope_sp.planning.strategy import choose_strategy
 from causalrope_sp.planning.workload import Workload
 from causalrope_sp.reuse.policy import ReusePlan
 from causalrope_sp.sampling.agreement import agree_on_strategy, digest
@@ -29,7 +32,7 @@ from causalrope_sp.sampling.guidance import UNCONDITIONAL, GuidanceBranches, che
 from causalrope_sp.sampling.kept_latents import KeptLatents
 from causalrope_sp.sampling.pass_graphs import stream_graphs
 from causalrope_sp.sampling.stream import CausalStream, Part
-from causalrope_sp.sampling.stream_options import StreamOptions
+from causalrope_sp.sampling.stream_options import Resumed, StreamOptions
 
 
 class ChunkLoop:
@@ -38,7 +41,9 @@ class ChunkLoop:
     Attributes:
         model: the DiT.
         noise: starting and fresh noise; `drawn` tells whether ranks have compared it.
+        options: the options of the stream.
         parallel: the ranks.
+        layout: how they share attention.
         context: converts latents to this rank's tokens.
         branches: the streams of guidance.
         first_chunk: the number of the first chunk that was not given as initial latents.
@@ -60,10 +65,12 @@ class ChunkLoop:
         check_text(model, embeds, grid)
         check_finite("negative text embeddings", options.negative_embeds)
         self.model, self._opened_with = model, (model.device, model.dtype)
-        self.parallel, self._options, self.noise, self._frames = parallel, options, noise, frames
+        self.parallel, self.options, self.noise, self._frames = parallel, options, noise, frames
         self.context = ShardContext.of(model, grid, parallel.shard(grid), len(embeds))
         self.context.check_initial(options.initial_latents)
         self._initial = 0 if options.initial_latents is None else options.initial_latents.shape[1]
+        if options.resumed is not None:
+            self._initial = options.resumed.initial_frames
         self._levels, self._timesteps = sigmas(options.sampler), model_timesteps(options.sampler)
         self._first_step = 0 if options.source is None else options.source.first_step
         if not 0 <= self._first_step < len(self._levels):
@@ -79,14 +86,16 @@ class ChunkLoop:
         window, more = options.stream.window, max(options.history, options.kept_chunks) * options.stream.chunk_frames
         self.kept = KeptLatents(None if window is None else window + more)
         self.next_chunk = self.chunk_at(0, 0)
-        if options.initial_latents is not None:
+        self.first_chunk = len(list(self._cut(self._initial, 0, 0)))
+        if options.resumed is not None:
+            self._take_over(options.resumed)
+        elif options.initial_latents is not None:
             self._commit_initial(options.initial_latents)
-        self.first_chunk = 0 if self.next_chunk is None else self.next_chunk.index
 
     def _open(self, model: CausalDiT, embeds: Tensor) -> GuidanceBranches:
         """Chooses the strategy, checks that all ranks chose the same, and opens the conditional and, with guidance, the
         unconditional stream."""
-        options, grid, config = self._options, self.context.grid, model.config
+        options, grid, config = self.options, self.context.grid, model.config
         stream, sampler, reuse = options.stream, options.sampler, options.reuse
         window = _window(stream, self._frames, self._initial)
         batch, itemsize = len(embeds), model.dtype.itemsize
@@ -96,7 +105,8 @@ class ChunkLoop:
         if self.parallel.denoisers.size > 1:  # two streams that are taken in another order on one rank differ in these
             tensors = {"text": embeds, "negative text": options.negative_embeds, "latents": options.initial_latents}
             agreed |= {name: digest(x) for name, x in tensors.items() if x is not None}
-        strategy = agree_on_strategy(self.parallel, work, options.layout, agreed)
+        self.layout = options.layout or choose_strategy(work, default_machine(self.parallel.device), self.parallel)
+        strategy = agree_on_strategy(self.parallel, work, self.layout, agreed)
         relative = stream.rope == "relative"
         graphs = None
         if options.graphs:
@@ -161,18 +171,18 @@ class ChunkLoop:
         levels = self._levels
         self._check_model()
         x = self._draw(chunk, self._first_step)
-        if self._options.source is not None:
-            clean = self._options.source.latents(chunk)
+        if self.options.source is not None:
+            clean = self.options.source.latents(chunk)
             self.agree(f"source of chunk {chunk.index}", clean)
             clean = self.context.checked_tokens(f"the source of chunk {chunk.index}", chunk.frames, clean)
             x = add_noise(clean, x, levels[self._first_step])
-        solve = start_solver(self._options.sampler, self._first_step)
+        solve = start_solver(self.options.sampler, self._first_step)
         for step, sigma in enumerate(levels[self._first_step :], self._first_step):
             velocity = self.branches.velocity(chunk, x, step)
             to = levels[step + 1] if step + 1 < len(levels) else 0.0
             x = solve(x, velocity, sigma, to, partial(self._draw, chunk, step + 1))
-            if self._options.on_step is not None:
-                on_step = partial(self._options.on_step, chunk, step, self._timesteps[step])
+            if self.options.on_step is not None:
+                on_step = partial(self.options.on_step, chunk, step, self._timesteps[step])
                 self.parallel.denoisers.run_collectively(on_step)
         if self.unread is not None:
             self.unread.read()
@@ -215,6 +225,15 @@ class ChunkLoop:
             self.commit()
             self.finish(chunk, self.context.tokens(latents_BFCHW[:, chunk.start : chunk.stop]))
 
+    def _take_over(self, resumed: Resumed) -> None:
+        """Keeps what was made before; the caches hold nothing of it."""
+        for branch in self.branches.branches:
+            branch.stream.cache.window = replace(branch.stream.cache.window, shots=resumed.shots)
+        for made in resumed.kept:
+            part = Part(made.chunk, self.context.tokens(made.latents), 0.0)
+            self.kept.add(part, self.branches.branches[0].stream.cache.window)
+        self.next_chunk = self.chunk_at(*self.position)
+
     def chunk_at(self, index: int, start: int) -> Chunk | None:
         """The chunk with this number, which starts at a global time index; None behind the end of the video."""
         stop = None if self._frames is None else self._initial + self._frames
@@ -233,9 +252,9 @@ class ChunkLoop:
             self.parallel.denoisers.agree({name: digest(x)})
 
     def _cut(self, frames: int | None, index: int, start: int) -> Iterator[Chunk]:
-        lone = self._options.stream.independent_first_frame
+        lone = self.options.stream.independent_first_frame
         return split_into_chunks(
-            frames, self._options.stream.chunk_frames, independent_first_frame=lone, index=index, start=start
+            frames, self.options.stream.chunk_frames, independent_first_frame=lone, index=index, start=start
         )
 
 

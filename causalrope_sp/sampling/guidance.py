@@ -63,6 +63,25 @@ class GuidanceBranch:
         self.stream.cancel(None if again is None else again.chunk)
         self._pending, self._shared = again is not None, False
 
+    @property
+    def pending(self) -> Part | None:
+        """The finished chunk, or part of one, whose context pass has yet to run; None if there is none."""
+        return self._finished if self._pending else None
+
+    def held(self, stop: int) -> dict[int, int]:
+        """Returns the slots of the frames that were written and that later passes read, by frame, between two chunks.
+
+        Args:
+            stop: the global time index at which the next chunk starts.
+        """
+        written = stop if self.pending is None else self.pending.chunk.start
+        return {frame: slot for slot, frame in self.stream.cache.window.held(stop).items() if frame < written}
+
+    def resume(self, window: SlidingWindow, committed: int, pending: Part | None) -> None:
+        """Stands where another branch stood, between two chunks; see `KVCache.resume`."""
+        self.stream.cache.resume(window, committed, None if pending is None else pending.chunk)
+        self.finish(pending)
+
     def recompute(self, parts: Sequence[Part], window: SlidingWindow, committed: int) -> None:
         """Computes the cache anew from clean tokens; the context pass of the part right before the next chunk stays
         pending.

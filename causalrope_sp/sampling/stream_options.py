@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -11,6 +11,7 @@ from causalrope_sp.config import SamplerConfig, StreamConfig
 from causalrope_sp.distributed.layout import Layout
 from causalrope_sp.grid import Chunk
 from causalrope_sp.reuse.policy import ReusePolicy
+from causalrope_sp.sampling.chunk import LatentChunk
 
 OnStep = Callable[[Chunk, int, float], object]
 
@@ -29,6 +30,21 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Resumed:
+    """What a stream that goes on has made.
+
+    Args:
+        kept: its newest chunks and those of its sinks, in order of time.
+        shots: the global time indices at which shots begin.
+        initial_frames: how many latent frames it began with that were given.
+    """
+
+    kept: Sequence[LatentChunk]
+    shots: tuple[int, ...]
+    initial_frames: int
+
+
+@dataclass(frozen=True)
 class StreamOptions:
     """Options of `sample_chunks`.
 
@@ -36,6 +52,8 @@ class StreamOptions:
         stream: chunk length, window, sink and positions in time.
         sampler: steps, solver and guidance.
         initial_latents: latent frames to continue, (B, F0, C, H, W); they are not yielded again.
+        resumed: what the stream has made already, without `initial_latents`; None begins it. Whoever opens it gives its
+            caches what they held, or has them computed anew.
         source: a video to start each chunk from, instead of from noise alone.
         negative_embeds: embeddings of the negative prompt, (B, text_len, text_dim); ignored if the guidance scale is 1.
         reuse: which attention outputs later steps of a chunk take over from earlier ones (Pyramid Attention Broadcast,
@@ -51,6 +69,7 @@ class StreamOptions:
     stream: StreamConfig = field(default_factory=StreamConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     initial_latents: Tensor | None = None
+    resumed: Resumed | None = None
     source: Source | None = None
     negative_embeds: Tensor | None = None
     reuse: ReusePolicy | None = None

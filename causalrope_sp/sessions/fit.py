@@ -2,52 +2,53 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-
 from causalrope_sp.checks import shown
-from causalrope_sp.config import SamplerConfig, StreamConfig
+from causalrope_sp.config import DiTConfig
+from causalrope_sp.diffusion.schedule import guided_steps
 from causalrope_sp.errors import ConfigError
+from causalrope_sp.grid import LatentGrid
+from causalrope_sp.sessions.saved_parts import BRANCHES
 from causalrope_sp.sessions.saved_session import SavedSession
 
 
-def check_fits(
-    saved: SavedSession,
-    *,
-    model_digest: str,
-    height: int,
-    width: int,
-    stream: StreamConfig,
-    sampler: SamplerConfig,
-    codec: str | None,
-) -> None:
-    """Checks that a session was made by the same model, of the same size and with the same configuration.
+def check_fits(saved: SavedSession, *, model_digest: str, model: DiTConfig, stride: int, codec: str) -> None:
+    """Checks that a session was made by the same model, and has the tensors that it needs.
 
-    The number of ranks, the strategy and the dtype may differ.
+    The number of ranks, the strategy and the dtype may differ. The session goes on with its own size, window and steps.
 
     Args:
         saved: the session.
-        model_digest: `weights.digest.digest` of the model.
-        height: of a pixel frame, in pixels.
-        width: of a pixel frame, in pixels.
-        stream: the stream's configuration.
-        sampler: the sampler's.
-        codec: the name of the codec that decodes; None if nothing is decoded, or the decoder's state is not gone on
-            from.
+        model_digest: `weights.checkpoint_digest` of the model's files.
+        model: the model's configuration.
+        stride: the codec's spatial stride, in pixels a latent pixel.
+        codec: the codec's name.
 
     Raises:
         ConfigError: something differs; the message is one sentence that names all of it.
     """
-    differences = []
-    if saved.model_digest != model_digest:
-        differences.append(f"the model's digest is {saved.model_digest} in the file and {model_digest} here")
-    if (saved.height, saved.width) != (height, width):
-        differences.append(f"frames are {saved.height}×{saved.width} pixels in the file and {height}×{width} here")
-    for kept, here in ((saved.stream, stream), (saved.sampler, sampler)):
-        for name in (field.name for field in fields(kept)):
-            ways = getattr(kept, name), getattr(here, name)
-            if ways[0] != ways[1]:
-                differences.append(f"{name} is {shown(ways[0])} in the file and {shown(ways[1])} here")
-    if codec is not None and saved.decoder is not None and saved.decoder.codec != codec:
-        differences.append(f"the codec is {shown(saved.decoder.codec)} in the file and {codec!r} here")
+    grid = LatentGrid.from_pixels(saved.height, saved.width, stride, model.patch_size[1:])
+    guided = any(guided_steps(saved.sampler))
+    embeds = next(iter(saved.embeds.values()))
+    compared: list[tuple[str, object, object]] = [
+        ("the model's digest is", saved.model_digest, model_digest),
+        (
+            "a latent frame is",
+            (len(saved.latents), *saved.latents.shape[2:]),
+            (1, model.in_channels, grid.latent_height, grid.latent_width),
+        ),
+        ("embeddings are", tuple(embeds.shape[1:]), (model.text_len, model.text_dim)),
+        ("guidance with negative embeddings is", saved.negative_embeds is not None, guided),
+    ]
+    if saved.decoder is not None:
+        compared.append(("the codec is", saved.decoder.codec, codec))
+    if (cache := saved.cache) is not None:
+        found = cache.layers, cache.tokens, cache.heads, cache.head_dim
+        expected = model.num_layers, grid.tokens, model.num_heads, model.head_dim
+        compared.append(("layers, tokens, heads and head width are", found, expected))
+        branches = [branch.name for branch in cache.branches]
+        compared.append(("branches are", branches, list(BRANCHES[: 1 + guided])))
+    differences = [
+        f"{what} {shown(ours)} in the file and {shown(here)} here" for what, ours, here in compared if ours != here
+    ]
     if differences:
         raise ConfigError(f"the saved session does not fit: {', '.join(differences)}")

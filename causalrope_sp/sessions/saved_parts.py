@@ -1,6 +1,6 @@
 """The parts of a saved session. Their fields are checked when they are made.
 
-Shapes: B batch, K slots, S tokens of a frame, N heads, D head width.
+Shapes: B batch, K saved frames, S tokens of a frame, N heads, D head width, L tokens of a text, E its width.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from causalrope_sp.checks import check_fields, check_text, check_whole, shown
+from causalrope_sp.checks import check_choice, check_fields, check_flag, check_text, check_whole, shown
 from causalrope_sp.codec.conv_state import ConvState
 from causalrope_sp.config import DTYPE_NAMES
 from causalrope_sp.errors import CheckpointError, ConfigError, printable
@@ -47,14 +47,48 @@ class PromptUse:
 
 
 @dataclass(frozen=True)
+class SavedBranch:
+    """What the cache of a branch of guidance holds.
+
+    Args:
+        name: of the branch, of `BRANCHES`.
+        frames: the global time indices of the latent frames whose clean keys and values are saved, in their order in
+            the file.
+        oldest: frames before this global time index are not in the window, but for a sink.
+        kept_shot: where a shot begins; the sinks of shots before it are not in the window.
+        pending: the first frame of the newest chunk, or of a part of it, whose context pass has yet to run, and the
+            frame after its last one; None if all were written.
+    """
+
+    name: str
+    frames: tuple[int, ...]
+    oldest: int = 0
+    kept_shot: int = 0
+    pending: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("the name of a branch", self.name, BRANCHES)
+        check_fields(self, ["oldest", "kept_shot"], least=0, most=LARGEST_INDEX)
+        held = [check_whole("a frame in the cache", frame, 0, LARGEST_INDEX) for frame in self.frames]
+        if len(set(held)) < len(held):
+            raise ConfigError(f"the cache's frames must be different ones, not {shown(self.frames)}")
+        if self.pending is None:
+            return
+        bounds = [check_whole("a bound of the pending frames", bound, 0, LARGEST_INDEX) for bound in self.pending]
+        if len(bounds) != 2 or bounds[0] >= bounds[1] or any(frame >= bounds[0] for frame in held):
+            raise ConfigError(
+                f"pending frames must be two bounds behind the frames that are written, not {shown(self.pending)}"
+            )
+
+
+@dataclass(frozen=True)
 class SavedCache:
     """The keys and values of a session, whole, of all ranks. A rank reads its own part of each layer.
 
     Args:
-        branches: those of guidance that have a cache, of `BRANCHES`.
+        branches: those of guidance.
         layers: of the model.
         batch: B.
-        frames: the global time index of the frame in each slot; None for a slot that holds none.
         tokens: S.
         heads: N.
         head_dim: D.
@@ -62,10 +96,9 @@ class SavedCache:
         reader: reads from the file that holds them; None before they are written.
     """
 
-    branches: tuple[str, ...]
+    branches: tuple[SavedBranch, ...]
     layers: int
     batch: int
-    frames: tuple[int | None, ...]
     tokens: int
     heads: int
     head_dim: int
@@ -73,46 +106,59 @@ class SavedCache:
     reader: ReadLayer | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        if not self.branches or list(self.branches) != [name for name in BRANCHES if name in self.branches]:
-            raise ConfigError(f"the cache's branches must be of {', '.join(BRANCHES)}, not {shown(self.branches)}")
+        names = [branch.name for branch in self.branches]
+        if not names or names != [name for name in BRANCHES if name in names]:
+            raise ConfigError(f"the cache's branches must be of {', '.join(BRANCHES)}, not {shown(names)}")
         check_fields(self, ["layers"], most=_LARGEST_LAYERS)
         check_fields(self, ["batch", "tokens", "heads", "head_dim"], most=LARGEST_INDEX)
         if self.dtype not in DTYPES.values():
             raise ConfigError(f"the cache's dtype must be one of {', '.join(DTYPES)}, not {shown(self.dtype)}")
-        held = [check_whole("a frame in the cache", f, 0, LARGEST_INDEX) for f in self.frames if f is not None]
-        if not held or len(set(held)) < len(held):
-            raise ConfigError(f"the cache's slots must hold frames, each a different one, not {shown(self.frames)}")
 
-    @property
-    def layer_shape(self) -> tuple[int, ...]:
-        """The shape of a layer's keys and values, (2, B, K, S, N, D)."""
-        return 2, self.batch, len(self.frames), self.tokens, self.heads, self.head_dim
-
-    @property
-    def filled(self) -> list[int]:
-        """The slots that hold a frame."""
-        return [slot for slot, frame in enumerate(self.frames) if frame is not None]
+    def layer_shape(self, branch: SavedBranch) -> tuple[int, ...]:
+        """Returns the shape of a layer's keys and values, (2, B, K, S, N, D)."""
+        return 2, self.batch, len(branch.frames), self.tokens, self.heads, self.head_dim
 
     def layer(self, branch: str, layer: int, tokens: slice = slice(None), heads: slice = slice(None)) -> Tensor:
         """Reads the keys and values of a layer, or some tokens or heads of them, and nothing else.
 
         Args:
-            branch: one of `branches`.
+            branch: the name of one of `branches`.
             layer: its number.
             tokens: of a frame.
             heads: of the model.
 
         Returns:
-            Keys and values, (2, B, K, s, n, D). What the slots without a frame hold is not defined.
+            Keys and values, (2, B, K, s, n, D), of the branch's `frames`.
 
         Raises:
             CheckpointError: they cannot be read, or hold NaN or infinity.
         """
         assert self.reader is not None, "keys and values are read after they were written"
         part = self.reader(branch, layer, tokens, heads)
-        if not all(all_finite(part[:, :, slot]) for slot in self.filled):
+        if part.numel() and not all_finite(part):
             raise CheckpointError(f"the saved keys and values of layer {layer}, {branch}, hold NaN or infinity")
         return part
+
+
+@dataclass(frozen=True)
+class SavedTexts:
+    """The texts of a change of the prompt over several chunks that is not over.
+
+    Args:
+        embeds: that of the next chunk, and those of the chunks after it, (B, L, E) each.
+        recache: whether the window is computed anew under each of the later ones.
+        recache_sink: whether those of the sink are.
+    """
+
+    embeds: tuple[Tensor, ...]
+    recache: bool
+    recache_sink: bool
+
+    def __post_init__(self) -> None:
+        check_flag("recache of the saved texts", self.recache)
+        check_flag("recache_sink of the saved texts", self.recache_sink)
+        if len(self.embeds) < 2:
+            raise ConfigError(f"a change of the prompt that is not over has two texts and more, not {len(self.embeds)}")
 
 
 @dataclass(frozen=True)

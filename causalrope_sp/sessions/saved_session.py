@@ -21,8 +21,10 @@ from causalrope_sp.sessions.saved_parts import (
     DTYPES,
     LARGEST_INDEX,
     PromptUse,
+    SavedBranch,
     SavedCache,
     SavedDecoder,
+    SavedTexts,
     check_rising,
     check_tensor,
     writable,
@@ -30,6 +32,7 @@ from causalrope_sp.sessions.saved_parts import (
 from causalrope_sp.version import __version__
 
 _LARGEST_SIDE = 2**16  # pixels
+_LONGEST_HISTORY = 2**20  # chunks
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,24 +40,32 @@ class SavedSession:
     """What a session is between two chunks.
 
     Args:
-        model_digest: `weights.digest.digest` of the model.
+        model_digest: `weights.checkpoint_digest` of the model's files.
         height: of a pixel frame, in pixels.
         width: of a pixel frame, in pixels.
         dtype: the name of the model's dtype.
         stream: the stream's configuration.
         sampler: the sampler's.
         seed: of the noise.
+        text_seed: from which a text encoder draws what a prompt leaves open.
+        num_frames: pixel frames of the video; None for one without end.
+        first_chunk: the number of the first chunk that was generated.
+        shown: how many chunks were decoded; those after them are the newest kept ones.
         next_chunk: the number of the next chunk.
         next_frame: the global time index of its first latent frame.
         prompts: the history of prompts, in order.
         embeds: embeddings, (B, L, E), by the id of each prompt that is still needed, the newest among them.
+        texts: the texts of a change of the prompt that is not over; None without.
         latents: the clean latents that are kept, (B, F, C, H, W), in float32 or float64.
         chunks: the chunks, or parts of chunks, that these are, in order of time; the last one ends before `next_frame`.
         negative_prompt: the negative prompt; None without one.
         negative_embeds: its embeddings, (B, L, E); None without guidance.
         shots: the global time indices at which shots begin, in order.
-        oldest: frames before this global time index are not in the window, but for a sink.
-        kept_shot: where a shot begins; the sinks of shots before it are not in the window.
+        conditioning: the latents of an image or a video that the session began with, (B, F, C, H, W); None without.
+        context_frames: how many pixel frames of these are no part of the video.
+        reuse: the policy of reuse between steps, in words; None without.
+        history: how many chunks could be taken back bit for bit.
+        kept_chunks: of how many chunks beyond the window latents were kept.
         cache: the keys and values; None to compute them from the latents.
         decoder: the codec's state; None without.
         library: the version of the library that wrote it.
@@ -70,17 +81,25 @@ class SavedSession:
     stream: StreamConfig
     sampler: SamplerConfig
     seed: int
+    text_seed: int
+    num_frames: int | None
+    first_chunk: int
+    shown: int
     next_chunk: int
     next_frame: int
     prompts: tuple[PromptUse, ...]
     embeds: Mapping[int, Tensor]
     latents: Tensor
     chunks: tuple[Chunk, ...]
+    texts: SavedTexts | None = None
     negative_prompt: str | None = None
     negative_embeds: Tensor | None = None
     shots: tuple[int, ...] = (0,)
-    oldest: int = 0
-    kept_shot: int = 0
+    conditioning: Tensor | None = None
+    context_frames: int = 0
+    reuse: str | None = None
+    history: int = 0
+    kept_chunks: int = 0
     cache: SavedCache | None = None
     decoder: SavedDecoder | None = None
     library: str = __version__
@@ -90,14 +109,25 @@ class SavedSession:
             raise ConfigError(f"the model's digest must be 16 hexadecimal digits, not {shown(self.model_digest)}")
         check_fields(self, ["height", "width"], most=_LARGEST_SIDE)
         check_choice("the model's dtype", self.dtype, DTYPE_NAMES)
-        check_fields(self, ["seed"], least=-(LARGEST_INDEX**2), most=LARGEST_INDEX**2)
-        check_fields(self, ["next_chunk", "next_frame"], least=0, most=LARGEST_INDEX)
+        check_fields(self, ["seed", "text_seed"], least=-(LARGEST_INDEX**2), most=LARGEST_INDEX**2)
+        check_fields(self, ["next_chunk", "next_frame", "context_frames"], least=0, most=LARGEST_INDEX)
+        check_fields(self, ["history", "kept_chunks"], least=0, most=_LONGEST_HISTORY)
+        check_fields(self, ["first_chunk"], least=0, most=self.next_chunk)
+        check_fields(self, ["shown"], least=0, most=self.next_chunk - self.first_chunk)
+        if self.num_frames is not None:
+            check_fields(self, ["num_frames"], most=LARGEST_INDEX)
         check_text("the version of the library", self.library)
         object.__setattr__(self, "negative_prompt", writable("the negative prompt", self.negative_prompt))
+        object.__setattr__(self, "reuse", writable("the policy of reuse", self.reuse))
         self._check_latents()
-        self._check_window()
+        check_rising("shots must begin", self.shots, self.next_frame)
         self._check_prompts()
         self._check_parts()
+
+    @property
+    def ahead(self) -> int:
+        """How many chunks were made and not decoded."""
+        return self.next_chunk - self.first_chunk - self.shown
 
     def _check_latents(self) -> None:
         check_tensor("latents", self.latents, "B F C H W", (torch.float32, torch.float64), empty="F")
@@ -118,10 +148,15 @@ class SavedSession:
                 f"chunk {self.next_chunk} at latent frame {self.next_frame} does not follow the last kept one, "
                 f"{index} up to frame {stop}"
             )
-
-    def _check_window(self) -> None:
-        check_fields(self, ["oldest", "kept_shot"], least=0, most=self.next_frame)
-        check_rising("shots must begin", self.shots, self.next_frame)
+        ahead = [chunk.index for chunk in self.chunks[len(self.chunks) - self.ahead :]]
+        if ahead != list(range(self.next_chunk - self.ahead, self.next_chunk)):
+            raise ConfigError(
+                f"latents must be kept of the {self.ahead} newest chunks, which are not decoded, not of {shown(ahead)}"
+            )
+        if self.conditioning is not None:
+            check_tensor("the latents of the conditioning", self.conditioning, "B F C H W", (self.latents.dtype,))
+            if self.conditioning[:, 0].shape != (len(self.latents), *self.latents.shape[2:]):
+                raise ConfigError(f"the conditioning of shape {tuple(self.conditioning.shape)} is not that of latents")
 
     def _check_prompts(self) -> None:
         check_rising("prompts must hold from", [use.first_chunk for use in self.prompts], self.next_chunk)
@@ -132,6 +167,8 @@ class SavedSession:
         held = {f"the embeddings of prompt {number}": embeds for number, embeds in self.embeds.items()}
         if self.negative_embeds is not None:
             held["the negative embeddings"] = self.negative_embeds
+        if self.texts is not None:
+            held |= {f"text {number} of the change": embeds for number, embeds in enumerate(self.texts.embeds)}
         expected = (len(self.latents), *next(iter(held.values())).shape[1:])
         for what, embeds in held.items():
             check_tensor(what, embeds, "B L E", DTYPES.values())
@@ -146,7 +183,21 @@ class SavedSession:
                     f"a cache of batch {cache.batch} with {cache.tokens} tokens a frame is not that of latents "
                     f"{tuple(self.latents.shape)}"
                 )
-            if any(frame >= self.next_frame for frame in cache.frames if frame is not None):
-                raise ConfigError(f"the cache holds frames from {self.next_frame} on, which are still to be made")
+            for branch in cache.branches:
+                self._check_branch(branch)
+        ahead = self.chunks[len(self.chunks) - self.ahead :]
+        kept_before = not ahead or any(chunk.stop == ahead[0].start for chunk in self.chunks)
+        if self.decoder is None and self.shown and not kept_before:
+            raise ConfigError("the latents before the next frames to decode are not kept: save the cache as well")
         if self.decoder is not None and self.decoder.frames > self.next_frame:
             raise ConfigError(f"the decoder has had {self.decoder.frames} of {self.next_frame} latent frames")
+
+    def _check_branch(self, branch: SavedBranch) -> None:
+        check_fields(branch, ["oldest", "kept_shot"], least=0, most=self.next_frame)
+        if any(frame >= self.next_frame for frame in branch.frames):
+            raise ConfigError(f"the cache holds frames from {self.next_frame} on, which are still to be made")
+        if branch.pending is None:
+            return
+        start, stop = branch.pending
+        if not self.chunks or start < self.chunks[-1].start or stop != self.next_frame:
+            raise ConfigError(f"the pending frames {start} to {stop} are not those of the newest chunk")

@@ -5,7 +5,8 @@
     library   the version of the library that wrote it
     session   the fields, a JSON object
 
-Its tensors are `latents`, `embeds/ID`, `negative_embeds`, `cache/BRANCH/LAYER` and `decoder/LAYER`.
+Its tensors are `latents`, `embeds/ID`, `negative_embeds`, `texts/NUMBER`, `conditioning`, `cache/BRANCH/LAYER` and
+`decoder/LAYER`.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def write_session(path: str | PathLike[str], saved: SavedSession, layers: Iterab
     tensors, cache = tensors_of(saved), saved.cache
     plans = [TensorPlan(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()]
     if cache is not None:
-        plans += [TensorPlan(name, cache.layer_shape, cache.dtype) for name in _layer_names(cache)]
+        plans += [TensorPlan(name, shape, cache.dtype) for name, shape in _layer_shapes(cache).items()]
     plans.sort(key=lambda plan: -plan.dtype.itemsize)  # those of equal width keep their order
     more = iter(layers)
 
@@ -80,6 +81,8 @@ def read_session(path: str | PathLike[str]) -> SavedSession:
         CheckpointError: the file cannot be read, is no saved session, is one of a later version, is truncated, or holds
             what no session has: fields or tensors that are missing, unknown, contradict each other, or are not finite.
     """
+    if Path(path).is_dir():
+        raise CheckpointError(f"{path}: a folder, not a saved session")
     files = WeightFiles(Path(path))
     metadata = files.metadata
     if len(files.files) > 1 or metadata.get("format") != FORMAT or not re.fullmatch("[1-9][0-9]{0,8}", _version(files)):
@@ -114,20 +117,22 @@ def _read(files: WeightFiles, name: str) -> Tensor:
     return files.read(name)
 
 
-def _layer_names(cache: SavedCache) -> list[str]:
-    return [layer_name(branch, layer) for branch in cache.branches for layer in range(cache.layers)]
+def _layer_shapes(cache: SavedCache) -> dict[str, tuple[int, ...]]:
+    """The shape of each layer's keys and values by their name in the file, in the order in which they are written."""
+    shapes = {branch.name: cache.layer_shape(branch) for branch in cache.branches}
+    return {layer_name(branch, layer): shape for branch, shape in shapes.items() for layer in range(cache.layers)}
 
 
 def _check_layers(files: WeightFiles, held: Iterable[str], cache: SavedCache | None) -> None:
     """Checks that the tensors which are no others are the layers of the cache."""
-    names, found = [] if cache is None else _layer_names(cache), set(held)
+    shapes, found = {} if cache is None else _layer_shapes(cache), set(held)
     misshapen = []
-    for name in found & set(names):
+    for name in found & shapes.keys():
         stored = files.tensors[name]
-        if cache is not None and (stored.shape, stored.dtype) != (cache.layer_shape, cache.dtype):
-            expected = f"{cache.layer_shape} in {cache.dtype}"
+        if cache is not None and (stored.shape, stored.dtype) != (shapes[name], cache.dtype):
+            expected = f"{shapes[name]} in {cache.dtype}"
             misshapen.append(f"{name} is {stored.shape} in {stored.dtype}, expected {expected}")
-    wrong = problem(sorted(set(names) - found), sorted(found - set(names)), sorted(misshapen))
+    wrong = problem(sorted(shapes.keys() - found), sorted(found - shapes.keys()), sorted(misshapen))
     if wrong:
         raise CheckpointError(f"{files.path}: tensors are wrong: {wrong}")
 

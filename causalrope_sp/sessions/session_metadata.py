@@ -13,18 +13,27 @@ from causalrope_sp.codec.conv_state import ConvState
 from causalrope_sp.config import SamplerConfig, StreamConfig
 from causalrope_sp.errors import ConfigError, printable
 from causalrope_sp.grid import Chunk
-from causalrope_sp.sessions.saved_parts import DTYPES, PromptUse, ReadLayer, SavedCache, SavedDecoder
+from causalrope_sp.sessions.saved_parts import (
+    DTYPES,
+    PromptUse,
+    ReadLayer,
+    SavedBranch,
+    SavedCache,
+    SavedDecoder,
+    SavedTexts,
+)
 from causalrope_sp.sessions.saved_session import SavedSession
 from causalrope_sp.weights.messages import some
 
 T = TypeVar("T")
 _PLAIN = (
-    *("model_digest", "height", "width", "dtype", "seed", "next_chunk", "next_frame", "negative_prompt"),
-    *("oldest", "kept_shot", "library"),
+    *("model_digest", "height", "width", "dtype", "seed", "text_seed", "num_frames", "first_chunk", "shown"),
+    *("next_chunk", "next_frame", "negative_prompt", "context_frames", "reuse", "history", "kept_chunks", "library"),
 )
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_LATENTS, _NEGATIVE, _EMBEDS, _DECODER, CACHE = "latents", "negative_embeds", "embeds/", "decoder/", "cache/"
-_FOLDERS = _EMBEDS, _DECODER
+_LATENTS, _NEGATIVE, _CONDITIONING = _SINGLE = ("latents", "negative_embeds", "conditioning")
+_EMBEDS, _TEXTS, _DECODER, CACHE = "embeds/", "texts/", "decoder/", "cache/"
+_FOLDERS = _EMBEDS, _TEXTS, _DECODER
 
 
 def layer_name(branch: str, layer: int) -> str:
@@ -34,13 +43,14 @@ def layer_name(branch: str, layer: int) -> str:
 
 def fields_of(saved: SavedSession) -> dict[str, Any]:
     """Returns the fields of a session, but for tensors, as JSON has them."""
-    cache, decoder = saved.cache, saved.decoder
+    cache, decoder, texts = saved.cache, saved.decoder, saved.texts
     return {name: getattr(saved, name) for name in _PLAIN} | {
         "stream": asdict(saved.stream),
         "sampler": asdict(saved.sampler),
         "prompts": [asdict(use) for use in saved.prompts],
         "chunks": [[chunk.index, chunk.start, chunk.frames] for chunk in saved.chunks],
         "shots": list(saved.shots),
+        "texts": None if texts is None else {"recache": texts.recache, "recache_sink": texts.recache_sink},
         "cache": None if cache is None else _cache_fields(cache),
         "decoder": None if decoder is None else {"codec": decoder.codec, "frames": decoder.frames},
     }
@@ -48,12 +58,13 @@ def fields_of(saved: SavedSession) -> dict[str, Any]:
 
 def tensors_of(saved: SavedSession) -> dict[str, Tensor]:
     """Returns the tensors of a session by their names in a file, but for keys and values."""
-    negative = {} if saved.negative_embeds is None else {_NEGATIVE: saved.negative_embeds}
+    single = {_LATENTS: saved.latents, _NEGATIVE: saved.negative_embeds, _CONDITIONING: saved.conditioning}
+    texts = () if saved.texts is None else saved.texts.embeds
     state = {} if saved.decoder is None else saved.decoder.state.frames
     return {
-        _LATENTS: saved.latents,
+        **{name: tensor for name, tensor in single.items() if tensor is not None},
         **{f"{_EMBEDS}{number}": embeds for number, embeds in saved.embeds.items()},
-        **negative,
+        **{f"{_TEXTS}{number}": embeds for number, embeds in enumerate(texts)},
         **{f"{_DECODER}{name}": frames for name, frames in state.items()},
     }
 
@@ -69,23 +80,26 @@ def session_of(given: Mapping[str, Any], tensors: Mapping[str, Tensor], reader: 
     Raises:
         ConfigError: a field or tensor is missing, unknown, of a wrong kind, or contradicts another one.
     """
-    known = {*_PLAIN, "stream", "sampler", "prompts", "chunks", "shots", "cache", "decoder"}
+    known = {*_PLAIN, "stream", "sampler", "prompts", "chunks", "shots", "texts", "cache", "decoder"}
     _check_names("a saved session", given, known, known)
     if _LATENTS not in tensors:
         raise ConfigError("there are no latents")
-    unknown = [name for name in tensors if name not in (_LATENTS, _NEGATIVE) and not name.startswith(_FOLDERS)]
+    unknown = [name for name in tensors if name not in _SINGLE and not name.startswith(_FOLDERS)]
     if unknown:
         raise ConfigError(f"no saved session has {some(unknown)}")
-    decoder = {n.removeprefix(_DECODER): tensor for n, tensor in tensors.items() if n.startswith(_DECODER)}
-    if given["decoder"] is None and decoder:
-        raise ConfigError("there are tensors of a decoder that no field describes")
+    decoder, texts = ({n: tensor for n, tensor in tensors.items() if n.startswith(of)} for of in (_DECODER, _TEXTS))
+    for name, held in (("decoder", decoder), ("texts", texts)):
+        if given[name] is None and held:
+            raise ConfigError(f"there are tensors {name}/ that no field describes")
     return SavedSession(
         **{name: given[name] for name in _PLAIN},
         stream=config_of(StreamConfig, given["stream"]),
         sampler=config_of(SamplerConfig, given["sampler"]),
         prompts=tuple(_prompt(use) for use in _list("prompts", given["prompts"])),
-        embeds={_id(name): tensor for name, tensor in tensors.items() if name.startswith(_EMBEDS)},
+        embeds={_id(name, _EMBEDS): tensor for name, tensor in tensors.items() if name.startswith(_EMBEDS)},
+        texts=None if given["texts"] is None else _texts(given["texts"], texts),
         negative_embeds=tensors.get(_NEGATIVE),
+        conditioning=tensors.get(_CONDITIONING),
         latents=tensors[_LATENTS],
         chunks=tuple(_chunk(numbers) for numbers in _list("chunks", given["chunks"])),
         shots=tuple(_list("shots", given["shots"])),
@@ -129,21 +143,43 @@ def _number(name: str, value: Any) -> Any:
 
 def _cache_fields(cache: SavedCache) -> dict[str, Any]:
     sizes = {name: getattr(cache, name) for name in ("layers", "batch", "tokens", "heads", "head_dim")}
-    return {"branches": list(cache.branches), "frames": list(cache.frames), "dtype": _NAMES[cache.dtype], **sizes}
+    return {"branches": [asdict(branch) for branch in cache.branches], "dtype": _NAMES[cache.dtype], **sizes}
 
 
 def _cache(given: Any, reader: ReadLayer) -> SavedCache:
-    names = ("branches", "layers", "batch", "frames", "tokens", "heads", "head_dim", "dtype")
+    names = ("branches", "layers", "batch", "tokens", "heads", "head_dim", "dtype")
     _check_names("the cache", given, names, names)
-    branches, frames = (tuple(_list(f"the cache's {name}", given[name])) for name in ("branches", "frames"))
+    branches = tuple(branch_of(branch) for branch in _list("the cache's branches", given["branches"]))
     dtype = DTYPES[check_choice("the cache's dtype", given["dtype"], DTYPES)]
-    return SavedCache(**{**given, "branches": branches, "frames": frames, "dtype": dtype}, reader=reader)
+    return SavedCache(**{**given, "branches": branches, "dtype": dtype}, reader=reader)
+
+
+def branch_of(given: Any) -> SavedBranch:
+    """Makes what the cache of a branch holds of a JSON object.
+
+    Raises:
+        ConfigError: a field is missing, unknown or wrong.
+    """
+    names = ("name", "frames", "oldest", "kept_shot", "pending")
+    _check_names("a branch of the cache", given, names, names)
+    lists = {n: tuple(_list(f"the cache's {n}", given[n])) for n in ("frames", "pending") if given[n] is not None}
+    return SavedBranch(**{**given, **lists})
+
+
+def _texts(given: Any, embeds: dict[str, Tensor]) -> SavedTexts:
+    names = ("recache", "recache_sink")
+    _check_names("the texts", given, names, names)
+    numbered = {_id(name, _TEXTS): tensor for name, tensor in embeds.items()}
+    if sorted(numbered) != list(range(len(numbered))):
+        raise ConfigError(f"texts must be numbered from 0 on, not {shown(sorted(numbered))}")
+    return SavedTexts(tuple(numbered[number] for number in range(len(numbered))), **given)
 
 
 def _decoder(given: Any, frames: dict[str, Tensor]) -> SavedDecoder:
     names = ("codec", "frames")
     _check_names("the decoder", given, names, names)
-    return SavedDecoder(given["codec"], given["frames"], ConvState(frames))
+    state = ConvState({name.removeprefix(_DECODER): tensor for name, tensor in frames.items()})
+    return SavedDecoder(given["codec"], given["frames"], state)
 
 
 def _prompt(given: Any) -> PromptUse:
@@ -159,10 +195,10 @@ def _chunk(given: Any) -> Chunk:
     return Chunk(*numbers)
 
 
-def _id(name: str) -> int:
-    number = name.removeprefix(_EMBEDS)
+def _id(name: str, folder: str) -> int:
+    number = name.removeprefix(folder)
     if not (number.isascii() and number.isdigit() and len(number) <= 16 and number == str(int(number))):
-        raise ConfigError(f"{printable(name)} is not the name of a prompt's embeddings")
+        raise ConfigError(f"{printable(name)} is not the name of embeddings")
     return int(number)
 
 

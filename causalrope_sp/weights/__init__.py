@@ -2,7 +2,7 @@
 
 from causalrope_sp.weights.adapter_file import AdapterReport, inspect_adapter
 from causalrope_sp.weights.checkpoint_report import CheckpointReport
-from causalrope_sp.weights.dit_loader import inspect_checkpoint, load_model, outline_model
+from causalrope_sp.weights.dit_loader import checkpoint_digest, inspect_checkpoint, load_model, outline_model
 from causalrope_sp.weights.lora import Lora
 from causalrope_sp.weights.model_presets import FAMILY, Preset, find_preset
 from causalrope_sp.weights.save import save_diffusers, save_model
@@ -13,6 +13,7 @@ __all__ = [
     "CheckpointReport",
     "Lora",
     "Preset",
+    "checkpoint_digest",
     "find_preset",
     "inspect_adapter",
     "inspect_checkpoint",

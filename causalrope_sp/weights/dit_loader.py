@@ -4,6 +4,7 @@ fp8, and written to its device. Ranks that load the same model read a part of it
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from os import PathLike
@@ -191,12 +192,36 @@ def _open(
 
 def _agree(checkpoint: Examined, merges: Sequence[LoraMerge], readers: Readers) -> None:
     """Raises ConfigError if ranks opened different files: parts of those would make a model that nobody trained."""
+    readers.agree(_identity(checkpoint, merges))
+
+
+def _identity(checkpoint: Examined, merges: Sequence[LoraMerge]) -> dict[str, object]:
+    """What tells files apart, by name."""
     report = checkpoint.report
-    compared = {"checkpoint": (report.layout, report.config), "dtype of the checkpoint": report.dtype}
     stored = [name for several in checkpoint.names.values() for name in several]
-    compared["weights"] = fingerprint(checkpoint.files, stored)
-    compared["LoRAs"] = [(fingerprint(m.files, m.files.tensors), m.lora.weight, m.lora.alpha) for m in merges]
-    readers.agree(compared)
+    return {
+        "checkpoint": (report.layout, report.config),
+        "dtype of the checkpoint": report.dtype,
+        "weights": fingerprint(checkpoint.files, stored),
+        "LoRAs": [(fingerprint(m.files, m.files.tensors), m.lora.weight, m.lora.alpha) for m in merges],
+    }
+
+
+def checkpoint_digest(path: str | PathLike[str], loras: Sequence[str | PathLike[str] | Lora] = ()) -> str:
+    """Computes a hash of the files of a model, in whatever dtype and on however many ranks it runs.
+
+    Args:
+        path: as for `load_model`.
+        loras: LoRA files that are merged.
+
+    Returns:
+        16 hexadecimal digits.
+
+    Raises:
+        CheckpointError: as `load_model` raises it for files that cannot be read.
+    """
+    checkpoint, merges = _open(Path(path), None, None, loras)
+    return hashlib.blake2b(str(_identity(checkpoint, merges)).encode(), digest_size=8).hexdigest()
 
 
 def _allocate(shape: torch.Size, dtype: torch.dtype, device: torch.device, fp8: bool) -> list[Tensor]:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
 
 from causalrope_sp import CausalVideoPipeline
-from causalrope_sp.pipeline.numerics import own_numerics, steady
+from causalrope_sp.pipeline.numerics import own_numerics
 
 PROMPT = "a red circle slides right"
 
@@ -46,23 +44,11 @@ def test_autocast_of_the_caller(pipe: CausalVideoPipeline, expected: np.ndarray)
     assert np.array_equal(np.concatenate(streamed), np.round(expected * 255).astype(np.uint8))
 
 
-def test_settings_are_the_librarys_only_while_it_works() -> None:
-    closed = []
-
-    def items() -> Iterator[torch.dtype]:
-        try:
-            while True:
-                yield torch.get_default_dtype()
-        finally:
-            closed.append(torch.get_default_dtype())
-
+def test_the_callers_dtype_comes_back_after_an_error() -> None:
     torch.set_default_dtype(torch.float64)
     try:
-        stream = steady(items())
-        assert next(stream) == torch.float32
-        assert torch.get_default_dtype() == torch.float64
-        stream.close()
-        assert closed == [torch.float32]
+        with own_numerics():
+            assert torch.get_default_dtype() == torch.float32
         with pytest.raises(ZeroDivisionError), own_numerics():
             _ = 1 / 0
         assert torch.get_default_dtype() == torch.float64

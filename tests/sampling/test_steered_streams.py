@@ -16,8 +16,10 @@ from causalrope_sp.attention.base import Strategy
 from causalrope_sp.distributed.launch import RankPool
 from causalrope_sp.sampling.steered_loop import SteeredLoop
 from causalrope_sp.sampling.stream_options import StreamOptions
+from tests.support import steered_runs
 from tests.support.list_session import SAMPLER, ListSession
 from tests.support.sampler_cases import CONFIG, GRID, MODEL, noise_of, relative
+from tests.support.saved_loops import resume_loop, save_loop
 from tests.support.steered_runs import SCRIPTS, STREAMS, by_lists, by_loop, on_ranks
 
 TEXTS = [
@@ -46,12 +48,15 @@ def lists(stream: StreamConfig) -> ListSession:
 @given(windows(), st.integers(0, 3), st.data())
 @settings(deadline=None, max_examples=40)
 @torch.inference_mode()
-def test_any_operations_give_what_lists_give(stream: StreamConfig, history: int, data: st.DataObject) -> None:
+def test_any_operations_give_what_lists_give(
+    tmp_path_factory: pytest.TempPathFactory, stream: StreamConfig, history: int, data: st.DataObject
+) -> None:
     pairs = [(open_loop(stream, history=history, kept_chunks=9), lists(stream))]
+    file = tmp_path_factory.getbasetemp() / "loop.safetensors"
     for _ in range(data.draw(st.integers(3, 12))):
         number = data.draw(st.integers(0, len(pairs) - 1))
         loop, expected = pairs[number]
-        match data.draw(st.sampled_from(["step", "step", "step", "text", "rewind", "fork"])):
+        match data.draw(st.sampled_from(["step", "step", "step", "text", "rewind", "fork", "save"])):
             case "step":
                 assert relative(loop.step().latents, expected.step()) < 1e-11
             case "text":
@@ -65,6 +70,13 @@ def test_any_operations_give_what_lists_give(stream: StreamConfig, history: int,
                 exact = loop.rewind(chunks, TEXTS[held.text_made])
                 expected.rewind(chunks, exact)
                 assert loop.chunks_made == len(expected.chunks)
+            case "save" if expected.chunks:
+                cache = data.draw(st.booleans())
+                save_loop(file, loop, TEXTS[expected.text], None, cache=cache)
+                pairs[number] = resume_loop(file, MODEL, noise_of(1), GRID, loop.parallel, loop.options), expected
+                if not cache:
+                    expected.recompute(True)
+                    expected.made = expected.copy()
             case "fork" if len(pairs) < 3:
                 pairs.append((loop.fork(), expected.copy()))
         for each, _ in pairs:
@@ -77,7 +89,7 @@ def test_any_operations_give_what_lists_give(stream: StreamConfig, history: int,
 def test_ranks_give_what_lists_give(pool: RankPool, expected: dict[tuple[str, str], list[Tensor]], ranks: int) -> None:
     if ranks == 1:
         parallel = SequenceParallel.single(device="cpu")
-        found = [{("one", *case): by_loop(parallel, *case) for case in expected}]
+        found = [{("one", *case): by_loop(steered_runs.open_loop(parallel, case[0]), case[1]) for case in expected}]
     else:
         found = pool.run(on_ranks, ranks)
     for results in found:
@@ -157,6 +169,25 @@ def test_a_chunk_that_is_cut_short_comes_again_bit_for_bit(
                 with pytest.raises(Stop):
                     loop.step()
         assert torch.equal(loop.step().latents, undisturbed.step().latents)
+
+
+@torch.inference_mode()
+def test_a_chunk_that_is_cut_short_under_a_new_text_comes_again_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The chunk before it was written under the old text and is not written again under the new one."""
+    undisturbed, loop = (open_loop(StreamConfig(6, 1, 2)) for _ in range(2))
+    for each in (undisturbed, loop):
+        for _ in range(4):
+            each.step()
+        each.set_text([TEXTS[1]], recache=False)
+
+    def interrupt(*_: Any) -> Tensor:
+        raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Strategy, "attend", interrupt)
+        with pytest.raises(Stop):
+            loop.step()
+    assert all(torch.equal(loop.step().latents, undisturbed.step().latents) for _ in range(3))
 
 
 def test_a_stream_without_latents_cannot_be_taken_back() -> None:

@@ -15,9 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from causalrope_sp import CheckpointError, ConfigError
+from causalrope_sp import CheckpointError, Chunk, ConfigError, SamplerConfig
 from causalrope_sp.sessions import check_fits, read_session, write_session
-from tests.support.sessions import HERE, small_session, whole_session, write_whole
+from tests.support.sessions import HERE, MODEL, small_cache, small_decoder, small_session, write_whole
 
 Change = Callable[[dict[str, Any], dict[str, Tensor], dict[str, str]], object]
 
@@ -40,7 +40,7 @@ def put(name: str, value: Any) -> Change:
     def change(given: dict[str, Any], tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
         *parts, last = name.split(".")
         for part in parts:
-            given = given[part]
+            given = given[int(part) if isinstance(given, list) else part]
         given[last] = value
 
     return change
@@ -88,30 +88,61 @@ NEWER = "a saved session of version 2, written by causalrope_sp 9.1; this causal
         (put("prompts", [{"first_chunk": 0, "prompt": 3, "id": 1}]), "the prompt must be a text or none, not 3"),
         (put("prompts", [{"first_chunk": 0, "prompt": "", "id": 1}]), "embeddings must be those of prompts \\[1\\]"),
         (put("shots", [0, 13]), "a number of those that shots must begin must be a whole number"),
-        (put("oldest", 13), "SavedSession.oldest must be a whole number of at least 0 and at most 12, not 13"),
+        (put("text_seed", None), "SavedSession.text_seed must be a whole number"),
+        (put("num_frames", 0), "SavedSession.num_frames must be a whole number of at least 1"),
+        (put("first_chunk", 7), "SavedSession.first_chunk must be a whole number of at least 0 and at most 6, not 7"),
+        (put("shown", 6), "SavedSession.shown must be a whole number of at least 0 and at most 5, not 6"),
+        (
+            put("shown", 1),
+            "latents must be kept of the 4 newest chunks, which are not decoded, not of \\[0, 3, 4, 5\\]",
+        ),
+        (put("history", 2**21), "SavedSession.history must be a whole number of at least 0 and at most 1048576"),
+        (put("reuse", 1), "the policy of reuse must be a text or none, not 1"),
+        (put("texts", None), "there are tensors texts/ that no field describes"),
+        (put("texts.recache", 1), "recache of the saved texts must be"),
+        (put("texts", {"recache": True}), "the texts has no recache_sink"),
+        (drop("texts/1"), "texts must be numbered from 0 on, not \\[0, 2\\]"),
+        (store("texts/2", torch.ones(1, 5, 3)), "text 2 of the change are \\(1, 5, 3\\), expected \\(1, 5, 4\\)"),
+        (
+            store("conditioning", torch.ones(1, 1, 3, 2, 2)),
+            "the conditioning of shape \\(1, 1, 3, 2, 2\\) is not that of",
+        ),
+        (put("cache.branches.0.oldest", 13), "SavedBranch.oldest must be a whole number of at least 0 and at most 12"),
+        (put("cache.branches.0.pending", [9, 12]), "pending frames must be two bounds behind the frames that are"),
+        (put("cache.branches.0.pending", [10]), "pending frames must be two bounds"),
+        (put("cache.branches.0.pending", [10, 11]), "the pending frames 10 to 11 are not those of the newest chunk"),
         (put("cache", None), "tensors are wrong: 4 unexpected: cache/conditional/0"),
         (put("cache.layers", 3), "tensors are wrong: 2 missing: cache/conditional/2, cache/unconditional/2"),
         (put("cache.layers", 10**30), "SavedCache.layers must be a whole number of at least 1 and at most 4096"),
         (put("cache.head_dim", 6), "tensors are wrong: 4 of a wrong shape: cache/conditional/0 is"),
-        (put("cache.frames", [0, 8, 9, None, 6, 12]), "the cache holds frames from 12 on, which are still to be made"),
-        (put("cache.frames", [0, 8, 9, None, 6, 6]), "the cache's slots must hold frames, each a different one"),
-        (put("cache.branches", ["other"]), "the cache's branches must be of conditional, unconditional, not"),
+        (
+            put("cache.branches.1.frames", [0, 8, 9, 6, 12]),
+            "the cache holds frames from 12 on, which are still to be m",
+        ),
+        (put("cache.branches.1.frames", [0, 8, 9, 6, 6]), "the cache's frames must be different ones"),
+        (put("cache.branches.1.frames", [0, 8, 9, 6]), "tensors are wrong: 2 of a wrong shape: cache/unconditional/0"),
+        (put("cache.branches.1.name", "other"), "the name of a branch must be one of conditional, unconditional, not"),
+        (
+            put("cache.branches.1.name", "conditional"),
+            "the cache's branches must be of conditional, unconditional, not",
+        ),
+        (put("cache.branches", ["other"]), "a branch of the cache must be a JSON object, not 'other'"),
         (put("cache.dtype", "float32"), "tensors are wrong: 4 of a wrong shape"),
         (put("cache.tokens", 4), "a cache of batch 1 with 4 tokens a frame is not that of latents"),
-        (put("decoder", None), "there are tensors of a decoder that no field describes"),
+        (put("decoder", None), "there are tensors decoder/ that no field describes"),
         (put("decoder.frames", 0), "a decoder of 0 frames has a state of 2 layers"),
         (put("decoder.frames", 13), "the decoder has had 13 of 12 latent frames"),
         (put("decoder.codec", 1), "the codec's name must be a text that is not empty, not 1"),
         (drop("latents"), "there are no latents"),
-        (drop("embeds/1"), "embeddings must be those of prompts \\[0, 3, 1\\], the last among them, not of \\[3\\]"),
+        (drop("embeds/4"), "embeddings must be those of prompts \\[0, 3, 4\\], the last among them, not of \\[3\\]"),
         (drop("cache/conditional/1"), "tensors are wrong: 1 missing: cache/conditional/1"),
         (store("other", torch.ones(1)), "no saved session has other"),
-        (store("embeds/01", torch.ones(1)), "embeds/01 is not the name of a prompt's embeddings"),
+        (store("embeds/01", torch.ones(1)), "embeds/01 is not the name of embeddings"),
         (
-            store("embeds/1", torch.ones(1, 4, 4)),
+            store("embeds/4", torch.ones(1, 4, 4)),
             r"the embeddings of prompt \d are \(1, \d, 4\), expected \(1, \d, 4\)",
         ),
-        (store("embeds/1", torch.ones(4, 4)), r"the embeddings of prompt 1 must be of shape \(B, L, E\), not \(4, 4\)"),
+        (store("embeds/4", torch.ones(4, 4)), r"the embeddings of prompt 4 must be of shape \(B, L, E\), not \(4, 4\)"),
         (store("latents", torch.ones(1, 7, 3, 2, 3).half()), "latents must be in float32, float64, not float16"),
         (store("latents", torch.ones(1, 7, 0, 2, 3)), "latents must be of shape \\(B, F, C, H, W\\), not"),
         (store("latents", torch.full((1, 7, 3, 2, 3), torch.inf)), "1 with NaN or infinity: latents"),
@@ -151,17 +182,24 @@ def test_what_is_elsewhere_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("here", "says"),
     [
-        ({"model_digest": "f" * 16}, "the model's digest is 0123456789abcdef in the file and ffffffffffffffff here"),
-        ({"height": 32}, "frames are 16×24 pixels in the file and 32×24 here"),
-        ({"stream": replace(HERE["stream"], window=9)}, "window is 7 in the file and 9 here"),
         (
-            {"sampler": replace(HERE["sampler"], steps=(1000,))},
-            r"steps is \(1000, 500\) in the file and \(1000,\) h",
+            {"model_digest": "f" * 16},
+            "the model's digest is '0123456789abcdef' in the file and 'ffffffffffffffff' here",
+        ),
+        ({"stride": 4}, r"a latent frame is \(1, 3, 2, 3\) in the file and \(1, 3, 4, 6\) here"),
+        (
+            {"model": replace(MODEL, in_channels=4)},
+            r"a latent frame is \(1, 3, 2, 3\) in the file and \(1, 4, 2, 3\) here",
+        ),
+        ({"model": replace(MODEL, text_len=7)}, r"embeddings are \(5, 4\) in the file and \(7, 4\) here"),
+        (
+            {"model": replace(MODEL, num_layers=3, num_heads=5, dim=50)},
+            r"layers, tokens, heads and head width are \(2, 6, 3, 10\) in the file and \(3, 6, 5, 10\) here",
         ),
         ({"codec": "taehv"}, "the codec is 'wan' in the file and 'taehv' here"),
         (
-            {"width": 48, "sampler": replace(HERE["sampler"], shift=3.0)},
-            "frames are 16×24 pixels in the file and 16×48 here, shift is 5.0 in the file and 3.0 here",
+            {"model_digest": "f" * 16, "codec": "taehv"},
+            "the model's digest is '0123456789abcdef' in the file and 'ffffffffffffffff' here, the codec is 'wan' in",
         ),
     ],
 )
@@ -173,9 +211,37 @@ def test_what_differs_is_told_in_one_sentence(here: dict[str, Any], says: str, t
         check_fits(saved, **{**HERE, **here})
 
 
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"negative_embeds": None}, "guidance with negative embeddings is False in the file and True here"),
+        ({"sampler": SamplerConfig()}, "guidance with negative embeddings is True in the file and False here"),
+        (
+            {"cache": replace(small_cache(), branches=small_cache().branches[:1])},
+            r"branches are \['conditional'\] in the file and \['conditional', 'unconditional'\] here",
+        ),
+    ],
+)
+def test_what_a_session_lacks_is_told_in_one_sentence(changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=f"^the saved session does not fit: {says}"):
+        check_fits(small_session(**changes), **HERE)
+
+
 def test_a_codec_matters_where_its_state_is_gone_on_from() -> None:
-    check_fits(whole_session(), **{**HERE, "codec": None})
     check_fits(small_session(), **{**HERE, "codec": "taehv"})
+
+
+def test_a_size_of_no_whole_tokens_is_refused() -> None:
+    with pytest.raises(ConfigError, match="height 16 is not divisible by 32"):
+        check_fits(small_session(), **{**HERE, "stride": 32})
+
+
+def test_chunks_that_are_not_decoded_need_the_latents_before_them_or_the_state() -> None:
+    gap: dict[str, Any] = {"chunks": (Chunk(0, 0, 1), Chunk(4, 5, 1), Chunk(5, 7, 5))}
+    with pytest.raises(ConfigError, match="the latents before the next frames to decode are not kept: save the cache"):
+        small_session(**gap)
+    small_session(**gap, decoder=replace(small_decoder(), frames=7))
+    small_session(**gap, shown=5)
 
 
 @pytest.mark.parametrize("shape", [[2**40, 1, 3, 2, 3], [2**63, 2, 3, 2, 3], [1, 2**31, 3, 2, 3]], ids=str)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,12 +40,14 @@ SCRIPTS: dict[str, list[tuple[Any, ...]]] = {
 }
 
 
-def by_lists(stream: str, script: str) -> list[Tensor]:
-    """The chunks that a script makes."""
+def by_lists(stream: str, script: str, recomputed_at: int | None = None) -> list[Tensor]:
+    """The chunks that a script makes; before the operation `recomputed_at` the window is computed anew."""
     session = ListSession(make_model(), TEXTS, NOISE, GRID, STREAMS[stream])
     made = []
     with torch.inference_mode():
-        for what, *arguments in SCRIPTS[script]:
+        for number, (what, *arguments) in enumerate(SCRIPTS[script]):
+            if number == recomputed_at:
+                session.recompute(True)
             if what == "step":
                 made.append(session.step())
             elif what == "text":
@@ -54,13 +57,24 @@ def by_lists(stream: str, script: str) -> list[Tensor]:
     return made
 
 
+def options_of(stream: str) -> StreamOptions:
+    return StreamOptions(stream=STREAMS[stream], sampler=SAMPLER, history=4, kept_chunks=8)
+
+
+Before = dict[int, Callable[[SteeredLoop], object]]
+
+
+def open_loop(parallel: SequenceParallel, stream: str) -> SteeredLoop:
+    return SteeredLoop(make_model(), TEXTS[0], NOISE, GRID, None, parallel, options_of(stream))
+
+
 @torch.inference_mode()
-def by_loop(parallel: SequenceParallel, stream: str, script: str) -> list[Tensor]:
-    """The same by a `SteeredLoop`."""
-    options = StreamOptions(stream=STREAMS[stream], sampler=SAMPLER, history=4, kept_chunks=8)
-    loop = SteeredLoop(make_model(), TEXTS[0], NOISE, GRID, None, parallel, options)
+def by_loop(loop: SteeredLoop, script: str, before: Before | None = None, first: int = 0) -> list[Tensor]:
+    """The same by a `SteeredLoop`, from the operation `first` on; `before` are calls before operations."""
     made, text = [], [0]
-    for what, *arguments in SCRIPTS[script]:
+    for number, (what, *arguments) in enumerate(SCRIPTS[script][first:], first):
+        if before is not None and number in before:
+            before[number](loop)
         if what == "step":
             made.append(loop.step().latents)
             text.append(text[-1])
@@ -77,7 +91,7 @@ def by_loop(parallel: SequenceParallel, stream: str, script: str) -> list[Tensor
 def on_ranks(group: dist.ProcessGroup, device: str) -> list[dict[tuple[str, str, str], list[Tensor]]]:
     """Every script on every stream with every strategy, rank by rank."""
     mine = {
-        (strategy, stream, script): by_loop(SequenceParallel(group, strategy, device), stream, script)
+        (strategy, stream, script): by_loop(open_loop(SequenceParallel(group, strategy, device), stream), script)
         for strategy in strategies(group.size(), CONFIG.num_heads)
         for stream in list(STREAMS)[: 3 if group.size() < 4 else 1]
         for script in SCRIPTS

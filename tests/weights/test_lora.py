@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from causalrope_sp.errors import CheckpointError, ConfigError
-from causalrope_sp.weights import Lora, load_model
+from causalrope_sp.weights import Lora, checkpoint_digest, load_model
 from tests.support.checkpoints import CONFIG, diffusers_model, save_wan, wan_name, wan_state
 
 RANK, ALPHA = 2, 6.0
@@ -23,10 +23,10 @@ TO_DIFFUSERS = {wan_name(name): name for name in diffusers_model().state_dict()}
 
 def pairs(seed: int = 0) -> dict[str, tuple[Tensor, Tensor]]:
     """(down, up) by Wan's names of the modules, the patch convolution's as a convolution."""
+    made, state = {}, wan_state()  # which seeds the generator too
     torch.manual_seed(seed)
-    made = {}
     for module in MODULES:
-        out, *rest = wan_state()[f"{module}.weight"].shape
+        out, *rest = state[f"{module}.weight"].shape
         made[module] = torch.randn(RANK, *rest), torch.randn(out, RANK, *(1 for _ in rest[1:]))
     return made
 
@@ -118,6 +118,19 @@ def test_longlive_keeps_it_under_a_part(tmp_path: Path) -> None:
     torch.save({"generator_lora": spell("peft", pairs()), "critic_lora": spell("peft", pairs(1))}, tmp_path / "lora.pt")
     model = load_model(base(tmp_path), loras=[tmp_path / "lora.pt"])
     check(model, adapted(pairs(), 1.0, wan_state(torch.float64)), tmp_path)
+
+
+def test_a_digest_tells_adapters_and_their_weights_apart(tmp_path: Path) -> None:
+    file, checkpoint = tmp_path / "lora.safetensors", base(tmp_path)
+    save_file(spell("comfy", pairs()), file)
+    save_file(spell("comfy", pairs(1)), tmp_path / "other.safetensors")
+    ways: list[list[Path | Lora]] = [[], [file], [tmp_path / "other.safetensors"]]
+    ways += [[Lora(file, weight=0.5)], [Lora(file, alpha=3.0)], [file, file]]
+    assert len({checkpoint_digest(checkpoint, loras) for loras in ways}) == len(ways)
+    assert checkpoint_digest(checkpoint, [Lora(file, weight=0.5)]) == checkpoint_digest(checkpoint, ways[3])
+    assert checkpoint_digest(save_wan(tmp_path / "copy.safetensors", wan_state(torch.float64))) == checkpoint_digest(
+        checkpoint
+    )
 
 
 def test_several_are_merged(tmp_path: Path) -> None:

@@ -1,0 +1,148 @@
+"""The keys and values of a session: gathered whole from all ranks, layer by layer, and read by each rank in its part.
+
+Shapes: B batch, K saved frames, S tokens of a frame, N heads of the model, s and n those of one rank, D head width.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+
+import torch
+from torch import Tensor
+
+from causalrope_sp.attention.build import stored_part
+from causalrope_sp.errors import ConfigError
+from causalrope_sp.sampling.chunk_loop import ChunkLoop
+from causalrope_sp.sampling.guidance import GuidanceBranch
+from causalrope_sp.sampling.steered_loop import SteeredLoop
+from causalrope_sp.sessions import SavedBranch, SavedCache
+from causalrope_sp.sessions.saved_parts import BRANCHES
+from causalrope_sp.sessions.session_metadata import branch_of
+
+KIND = "saved keys and values"  # of the collective, for `CommStats`
+
+
+def describe_cache(loop: ChunkLoop) -> SavedCache:
+    """Describes the cache of a stream between two chunks. All ranks that denoise must call it.
+
+    Args:
+        loop: the stream.
+    """
+    config, stop = loop.model.config, loop.position[1]
+    local = [(name, loop.branches.branch(number)) for number, name in enumerate(BRANCHES)]
+    found = {name: _describe(name, branch, stop) for name, branch in local if branch is not None}
+    if loop.parallel.mesh.cfg > 1:  # each half of that axis has one branch
+        ranks = loop.parallel.communicator_among(loop.parallel.mesh.denoising)
+        assert ranks is not None, "the axis has two ranks"
+        mine = json.dumps([asdict(branch) for branch in found.values()])
+        for fields in ranks.everyone({"branches": mine}):
+            found |= {each["name"]: branch_of(each) for each in json.loads(fields["branches"])}
+    branches = tuple(found[name] for name in BRANCHES if name in found)
+    grid, batch = loop.context.grid, loop.context.batch
+    sizes = config.num_layers, batch, grid.tokens, config.num_heads, config.head_dim
+    return SavedCache(branches, *sizes, loop.model.dtype)
+
+
+def _describe(name: str, branch: GuidanceBranch, stop: int) -> SavedBranch:
+    window, pending = branch.stream.cache.window, branch.pending
+    bounds = None if pending is None else (pending.chunk.start, pending.chunk.stop)
+    return SavedBranch(name, tuple(sorted(branch.held(stop))), window.oldest, window.kept_shot, bounds)
+
+
+def gather_layers(loop: ChunkLoop, cache: SavedCache) -> Iterator[Tensor]:
+    """Gathers keys and values. All ranks that denoise must take all of them.
+
+    Args:
+        loop: the stream.
+        cache: what `describe_cache` returned.
+
+    Yields:
+        On rank 0 those of each layer of each branch, (2, B, K, S, N, D), in host memory; nothing on the others.
+    """
+    parallel = loop.parallel
+    ranks = parallel.communicator_among(parallel.mesh.denoising)
+    for number, described in enumerate(cache.branches):
+        branch = loop.branches.branch(BRANCHES.index(described.name))
+        parts = _parts(loop, number)
+        for layer in range(cache.layers):
+            own = _own_part(loop, branch, layer) if branch is not None else None
+            if ranks is None:
+                assert own is not None, "one rank has all branches"
+                yield own.cpu()
+                continue
+            shapes = [_shape(cache, described, part) for part in parts]
+            like = loop.branches.branches[0].stream.cache.storage_L2BKSHD
+            sent = like.new_empty(0) if own is None or parts[parallel.rank] is None else own
+            received = ranks.gather_to_first(KIND, shapes, sent)
+            if parallel.rank == 0:
+                yield _joined(cache, described, parts, received)
+    if ranks is not None:
+        ranks.forget_buffers(KIND)
+
+
+def _parts(loop: ChunkLoop, branch: int) -> list[tuple[slice, slice] | None]:
+    """The tokens and heads of a branch that each rank sends; None for one that has none of it, or the same as another.
+
+    With the mesh's axis `cfg` each half has one branch.
+    """
+    parallel, parts = loop.parallel, list[tuple[slice, slice] | None]()
+    for rank in parallel.mesh.denoising:
+        cfg, _, sp = parallel.mesh.coordinates(rank)
+        part = stored_part(loop.layout, loop.context.grid, loop.model.config.num_heads, sp)
+        has_it = parallel.mesh.cfg == 1 or cfg == branch
+        parts.append(part if has_it and part not in parts else None)
+    return parts
+
+
+def _own_part(loop: ChunkLoop, branch: GuidanceBranch, layer: int) -> Tensor:
+    """This rank's keys and values of the saved frames of a layer, (2, B, K, s, n, D)."""
+    slots = [slot for _, slot in sorted(branch.held(loop.position[1]).items())]
+    return branch.stream.cache.storage_L2BKSHD[layer][:, :, slots]
+
+
+def _shape(cache: SavedCache, branch: SavedBranch, part: tuple[slice, slice] | None) -> tuple[int, ...]:
+    if part is None:
+        return (0,)
+    tokens, heads = (each.stop - each.start for each in part)
+    return 2, cache.batch, len(branch.frames), tokens, heads, cache.head_dim
+
+
+def _joined(
+    cache: SavedCache, branch: SavedBranch, parts: list[tuple[slice, slice] | None], received: list[Tensor]
+) -> Tensor:
+    whole = torch.empty(cache.layer_shape(branch), dtype=cache.dtype)
+    for part, piece in zip(parts, received, strict=True):
+        if part is not None:
+            whole[:, :, :, part[0], part[1]] = piece.cpu()
+    return whole
+
+
+def restore_cache(loop: SteeredLoop, cache: SavedCache) -> None:
+    """Gives this rank's branches of a resumed stream what they held; reads nothing but this rank's tokens and heads.
+
+    Args:
+        loop: the stream, of the same size.
+        cache: the saved keys and values.
+
+    Raises:
+        CheckpointError: they cannot be read, or are not finite.
+        ConfigError: they are not those of the frames in the stream's window.
+    """
+    config, parallel = loop.model.config, loop.parallel
+    tokens, heads = stored_part(loop.layout, loop.context.grid, config.num_heads, parallel.sp_rank)
+    for saved in cache.branches:
+        branch = loop.branches.branch(BRANCHES.index(saved.name))
+        if branch is None:
+            continue
+        loop.resume(branch, saved.oldest, saved.kept_shot, saved.pending)
+        held = branch.held(loop.position[1])
+        if sorted(held) != sorted(saved.frames):
+            raise ConfigError(
+                f"the saved cache holds the frames {sorted(saved.frames)}, but its window those of {sorted(held)}"
+            )
+        slots = [held[frame] for frame in saved.frames]
+        storage = branch.stream.cache.storage_L2BKSHD
+        for layer in range(cache.layers):
+            storage[layer][:, :, slots] = cache.layer(saved.name, layer, tokens, heads).to(storage)

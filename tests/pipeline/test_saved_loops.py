@@ -1,0 +1,106 @@
+"""A stream that was saved goes on as if nothing had been, on the same ranks bit for bit, and on others to rounding."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from causalrope_sp import SequenceParallel
+from causalrope_sp.attention.build import build_strategy, stored_part
+from causalrope_sp.distributed.launch import RankPool
+from causalrope_sp.distributed.layout import parse_strategy, strategies
+from causalrope_sp.grid import LatentGrid
+from tests.support.saved_loops import (
+    Case,
+    cases,
+    go_on,
+    name_of,
+    resumed_elsewhere,
+    saved_and_resumed,
+    some_cases,
+    strategies_of,
+    uninterrupted,
+)
+from tests.support.steered_runs import by_lists
+from tests.support.strategy_runs import relative
+
+SINGLE = SequenceParallel.single(device="cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every case as one rank saves it."""
+    home = tmp_path_factory.mktemp("saved")
+    (home / "1").mkdir()
+    for case in cases():
+        expected = uninterrupted(home / "1", SINGLE, case)
+        found = go_on(home / "1" / name_of(case), SINGLE, case)
+        if case[3]:
+            assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True)), case
+    return home
+
+
+@pytest.fixture(scope="module")
+def judge() -> dict[Case, list[Tensor]]:
+    """What plain lists make of each case; without the cache the window is computed anew."""
+    found = {}
+    for case in cases():
+        stream, script, number, cache = case
+        found[case] = by_lists(stream, script, None if cache else number)
+    return found
+
+
+def check(found: dict[tuple[str, Case], list[Tensor]], judge: dict[Case, list[Tensor]]) -> None:
+    for (strategy, case), chunks in found.items():
+        for chunk, expected in zip(chunks, judge[case][-len(chunks) :], strict=True):
+            assert relative(chunk, expected) < 1e-11, (strategy, case)
+
+
+def test_one_rank_goes_on_with_what_it_saved(folder: Path, judge: dict[Case, list[Tensor]]) -> None:
+    check({("one", case): go_on(folder / "1" / name_of(case), SINGLE, case) for case in cases()}, judge)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_ranks_go_on_with_what_they_and_others_saved(
+    pool: RankPool, folder: Path, judge: dict[Case, list[Tensor]], ranks: int
+) -> None:
+    """With every strategy; one rank goes on with theirs."""
+    same = pool.run(saved_and_resumed, ranks, folder)
+    assert same
+    assert [key for key, equal in same.items() if not equal] == []
+    check(pool.run(resumed_elsewhere, ranks, folder, "1"), judge)
+    for strategy in strategies_of(ranks):
+        saved = folder / f"{ranks}-{strategy}"
+        check({(strategy, case): go_on(saved / name_of(case), SINGLE, case) for case in some_cases()}, judge)
+    if ranks == 3:
+        check(pool.run(resumed_elsewhere, 2, folder, "3-shard-kv"), judge)
+        check(pool.run(resumed_elsewhere, 3, folder, "2-ulysses"), judge)
+
+
+@pytest.mark.parametrize("ranks", range(1, 7))
+def test_the_stored_parts_of_all_ranks_are_everything(ranks: int) -> None:
+    grid, heads = LatentGrid(3, 5), 6
+    for name in strategies(ranks, heads):
+        layout, covered = parse_strategy(name, ranks), torch.zeros(grid.tokens, heads, dtype=torch.int64)
+        for rank in range(ranks):
+            tokens, own = stored_part(layout, grid, heads, rank)
+            covered[tokens, own] += 1
+        assert (covered == (layout.sharing if layout.inner == "gather-kv" else 1)).all(), name
+
+
+def check_stored_parts(group: dist.ProcessGroup, device: str) -> int:
+    grid, names = LatentGrid(3, 5), strategies(4, 6)
+    for name in names:
+        parallel, layout = SequenceParallel(group, name, device), parse_strategy(name, 4)
+        strategy = build_strategy(parallel, layout, grid, 6)
+        sizes = tuple(part.stop - part.start for part in stored_part(layout, grid, 6, parallel.sp_rank))
+        assert sizes == (strategy.stored_tokens, strategy.stored_heads), (name, parallel.rank)
+    return len(names)
+
+
+def test_stored_parts_are_as_large_as_what_the_strategies_cache(pool: RankPool) -> None:
+    assert pool.run(check_stored_parts, 4) == 5
