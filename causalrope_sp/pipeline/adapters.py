@@ -12,7 +12,7 @@ from causalrope_sp.errors import CausalRopeError, ConfigError
 from causalrope_sp.pipeline.loading import Parts
 from causalrope_sp.pipeline.open_stream import OpenStreams
 from causalrope_sp.weights.digest import digest
-from causalrope_sp.weights.dit_loader import remerge
+from causalrope_sp.weights.dit_loader import checkpoint_digest, remerge
 from causalrope_sp.weights.lora import Lora
 
 
@@ -32,6 +32,18 @@ class WithAdapters:
     _streams: OpenStreams
     _adapters: Mapping[str, tuple[Lora, bool]] = {}  # in order, each with whether it is merged
     _changed: frozenset[str] = frozenset()
+    _digest: str | None = None
+
+    @property
+    def model_digest(self) -> str:
+        """A hash of the transformer's files with the LoRAs that are merged, which does not depend on dtype and ranks.
+
+        Raises:
+            CheckpointError: the files cannot be read any more.
+        """
+        if self._digest is None:
+            self._digest = checkpoint_digest(self.parts.config.transformer, self._merged(self._adapters))
+        return self._digest
 
     def load_lora_weights(self, path: str | os.PathLike[str] | Lora, adapter_name: str | None = None) -> None:
         """Adds a LoRA, DoRA, LoHa or LoKr to the transformer. Those that were loaded before stay.
@@ -102,12 +114,16 @@ class WithAdapters:
             except CausalRopeError:
                 self._remerge(self._adapters)
                 raise
-        self._adapters, self._changed = dict(adapters), changed
+        self._adapters, self._changed, self._digest = dict(adapters), changed, None
+
+    def _merged(self, adapters: Mapping[str, tuple[Lora, bool]]) -> list[str | os.PathLike[str] | Lora]:
+        """The LoRAs that are merged, in order."""
+        active = [lora for lora, merged in adapters.values() if merged]
+        return [*self.parts.config.loras, *self.parts.options.loras, *active]
 
     def _remerge(self, adapters: Mapping[str, tuple[Lora, bool]]) -> frozenset[str]:
         parts, denoisers = self.parts, self.parallel.denoisers
-        active = [lora for lora, merged in adapters.values() if merged]
-        loras = [*parts.config.loras, *parts.options.loras, *active]
+        loras = self._merged(adapters)
 
         def merge() -> frozenset[str]:
             if self.parallel.decodes:

@@ -270,7 +270,7 @@ class Generation:
         request, settings, given = self._request, self._settings, self.conditioning
         latents = None if given.latents is None else given.latents.cpu().to(compute_dtype(self._pipe.model.dtype))
         return {
-            "model_digest": self._pipe.parts.model_digest,
+            "model_digest": self._pipe.model_digest,
             "height": settings.height,
             "width": settings.width,
             "dtype": str(self._pipe.model.dtype).removeprefix("torch."),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -26,7 +25,7 @@ from causalrope_sp.pipeline.parallel_chunks import ParallelChunks, check_request
 from causalrope_sp.pipeline.preflight import check_memory, describe_run
 from causalrope_sp.planning.strategy import choose_strategy
 from causalrope_sp.sampling.guidance import check_guidance
-from causalrope_sp.weights import checkpoint_digest, load_model, outline_model
+from causalrope_sp.weights import load_model, outline_model
 
 _log = logging.getLogger(__name__)
 
@@ -55,11 +54,6 @@ class Parts:
     def offload(self) -> Offload:
         """Which weights leave the device between two uses."""
         return offload_of(self.options)
-
-    @cached_property
-    def model_digest(self) -> str:
-        """A hash of the transformer's files with its LoRAs, which does not depend on dtype and ranks."""
-        return checkpoint_digest(self.config.transformer, self.options.loras)
 
     def moved_to(self, device: torch.device, dtype: torch.dtype) -> Parts:
         """Returns the parts on another device, with transformer and Video Interface Network in another dtype."""

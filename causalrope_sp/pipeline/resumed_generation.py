@@ -71,10 +71,7 @@ class ResumedGeneration(Generation):
     ) -> None:
         self._saved = saved
         latents = saved.latents.split([chunk.frames for chunk in saved.chunks], 1)
-        self._chunks_kept = [
-            LatentChunk(chunk, x.clone(), FiniteCheck(chunk.index, x, pipe.model.dtype))
-            for chunk, x in zip(saved.chunks, latents, strict=True)
-        ]
+        self._kept = [(chunk, whole.clone()) for chunk, whole in zip(saved.chunks, latents, strict=True)]
         kept = {"history": saved.history, "kept_chunks": saved.kept_chunks, "num_frames": saved.num_frames}
         embeds = saved.embeds[saved.prompts[-1].id]
         super().__init__(pipe, GenerationOptions.of(prompt_embeds=embeds, **{**kept, **overrides}), streams)
@@ -86,14 +83,16 @@ class ResumedGeneration(Generation):
     def session(self) -> Session:
         """Opens the stream where it was. All ranks that denoise must call it."""
         session, saved = Session(self), self._saved
-        made = self._chunks_kept[len(self._chunks_kept) - saved.ahead :]
-        shown = [
-            Made(part, prompt_at(session.prompts, part.chunk.index - saved.first_chunk).prompt_id, 0.0) for part in made
-        ]
-        start = made[0].chunk.start if made else saved.next_frame
+        ahead, dtype = self._kept[len(self._kept) - saved.ahead :], self._pipe.model.dtype
+        made = []
+        for chunk, latents in ahead:
+            prompt = prompt_at(session.prompts, chunk.index - saved.first_chunk)
+            part = LatentChunk(chunk, latents, FiniteCheck(chunk.index, latents, dtype))
+            made.append(Made(part, prompt.prompt_id, 0.0))
+        start = ahead[0][0].start if ahead else saved.next_frame
         try:
             state = None if saved.decoder is None else saved.decoder.state
-            session.go_on(saved.shown, shown, start, state, partial(self._latents_before, start))
+            session.go_on(saved.shown, made, start, state, partial(self._latents_before, start))
         except BaseException:
             session.close()
             raise
@@ -103,7 +102,7 @@ class ResumedGeneration(Generation):
     def _prepare(self) -> None:
         saved, request, codec = self._saved, self._request, self.codec
         model, stride = self._pipe.model.config, codec.spatial_stride
-        model_digest = self._pipe.parts.model_digest
+        model_digest = self._pipe.model_digest
         check_fits(saved, model_digest=model_digest, model=model, stride=stride, codec=codec.name)
         grid = LatentGrid.from_pixels(saved.height, saved.width, stride, model.patch_size[1:])
         self._settings = StreamSettings(saved.height, saved.width, grid, saved.sampler)
@@ -181,14 +180,14 @@ class ResumedGeneration(Generation):
     def _resumed(self) -> Resumed:
         prefix = self._prefix()
         given = self.conditioning.latent_frames + (0 if prefix is None else prefix.shape[1])
-        return Resumed(self._chunks_kept, self._saved.shots, given)
+        return Resumed(self._kept, self._saved.shots, given)
 
     def _latents_before(self, start: int) -> Tensor:
         """The newest latent frames right before a frame, as many as a decoder reads again."""
         parts, first = list[Tensor](), start
-        for kept in reversed(self._chunks_kept):
-            if kept.chunk.stop == first:
-                parts.insert(0, kept.latents)
-                first = kept.chunk.start
+        for chunk, whole in reversed(self._kept):
+            if chunk.stop == first:
+                parts.insert(0, whole)
+                first = chunk.start
         latents = torch.cat(parts, 1)[:, -WARMING:]
         return latents[:, -max(1, start - self.frame_range.prefix) :]

@@ -229,8 +229,8 @@ class ChunkLoop:
         """Keeps what was made before; the caches hold nothing of it."""
         for branch in self.branches.branches:
             branch.stream.cache.window = replace(branch.stream.cache.window, shots=resumed.shots)
-        for made in resumed.kept:
-            part = Part(made.chunk, self.context.tokens(made.latents), 0.0)
+        for chunk, latents in resumed.kept:
+            part = Part(chunk, self.context.tokens(latents), 0.0)
             self.kept.add(part, self.branches.branches[0].stream.cache.window)
         self.next_chunk = self.chunk_at(*self.position)
 

@@ -11,7 +11,6 @@ from causalrope_sp.config import SamplerConfig, StreamConfig
 from causalrope_sp.distributed.layout import Layout
 from causalrope_sp.grid import Chunk
 from causalrope_sp.reuse.policy import ReusePolicy
-from causalrope_sp.sampling.chunk import LatentChunk
 
 OnStep = Callable[[Chunk, int, float], object]
 
@@ -34,12 +33,12 @@ class Resumed:
     """What a stream that goes on has made.
 
     Args:
-        kept: its newest chunks and those of its sinks, in order of time.
+        kept: its newest chunks and those of its sinks, in order of time, with their whole latents, (B, F, C, H, W).
         shots: the global time indices at which shots begin.
         initial_frames: how many latent frames it began with that were given.
     """
 
-    kept: Sequence[LatentChunk]
+    kept: Sequence[tuple[Chunk, Tensor]]
     shots: tuple[int, ...]
     initial_frames: int
 

@@ -246,6 +246,6 @@ def test_what_cannot_be_resumed_is_one_sentence(pipe: CausalVideoPipeline, tmp_p
 
 def test_a_model_is_known_by_its_files_whatever_its_dtype(pipe: CausalVideoPipeline) -> None:
     half = CausalVideoPipeline.from_pretrained("toybox", device="cpu", dtype="bfloat16")
-    assert half.parts.model_digest == pipe.parts.model_digest == checkpoint_digest(pipe.config.transformer)
+    assert half.model_digest == pipe.model_digest == checkpoint_digest(pipe.config.transformer)
     flow = CausalVideoPipeline.from_pretrained("toybox-flow", device="cpu")
-    assert flow.parts.model_digest != pipe.parts.model_digest
+    assert flow.model_digest != pipe.model_digest

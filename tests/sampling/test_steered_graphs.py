@@ -16,7 +16,7 @@ from causalrope_sp.sampling.steered_loop import SteeredLoop
 from causalrope_sp.sampling.stream_options import StreamOptions
 from tests.support.graph_runs import Install, install
 from tests.support.list_session import SAMPLER
-from tests.support.steered_runs import GRID, NOISE, SCRIPTS, STREAMS, TEXTS, by_loop, open_loop
+from tests.support.steered_runs import GRID, NOISE, SCRIPTS, STREAMS, TEXTS, by_loop
 from tests.support.strategy_runs import make_model
 
 
@@ -36,8 +36,8 @@ def alike(made: list[Tensor], expected: list[Tensor]) -> bool:
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("stream", STREAMS)
 def test_scripts_by_graphs_are_the_eager_ones(stream: str, script: str, graphs: Install) -> None:
-    eager = by_loop(open_loop(single(), stream), script)
-    (made, found) = graphs(), by_loop(open_loop(single(), stream), script)
+    eager = by_loop(single(), stream, script)
+    (made, found) = graphs(), by_loop(single(), stream, script)
     assert alike(found, eager)
     assert sum(each.replays for each in made) > 0
 
@@ -47,10 +47,10 @@ def scripts_on_ranks(group: dist.ProcessGroup, device: str, strategy: str) -> li
     same = True
     for stream in STREAMS:
         for script in SCRIPTS:
-            eager = by_loop(open_loop(SequenceParallel(group, strategy, device), stream), script)
+            eager = by_loop(SequenceParallel(group, strategy, device), stream, script)
             with pytest.MonkeyPatch.context() as patch:
                 install(patch)
-                same &= alike(by_loop(open_loop(SequenceParallel(group, strategy, device), stream), script), eager)
+                same &= alike(by_loop(SequenceParallel(group, strategy, device), stream, script), eager)
     everyone: list[Any] = [None] * group.size()
     dist.all_gather_object(everyone, same)
     return everyone

@@ -16,7 +16,6 @@ from causalrope_sp.attention.base import Strategy
 from causalrope_sp.distributed.launch import RankPool
 from causalrope_sp.sampling.steered_loop import SteeredLoop
 from causalrope_sp.sampling.stream_options import StreamOptions
-from tests.support import steered_runs
 from tests.support.list_session import SAMPLER, ListSession
 from tests.support.sampler_cases import CONFIG, GRID, MODEL, noise_of, relative
 from tests.support.saved_loops import resume_loop, save_loop
@@ -89,7 +88,7 @@ def test_any_operations_give_what_lists_give(
 def test_ranks_give_what_lists_give(pool: RankPool, expected: dict[tuple[str, str], list[Tensor]], ranks: int) -> None:
     if ranks == 1:
         parallel = SequenceParallel.single(device="cpu")
-        found = [{("one", *case): by_loop(steered_runs.open_loop(parallel, case[0]), case[1]) for case in expected}]
+        found = [{("one", *case): by_loop(parallel, *case) for case in expected}]
     else:
         found = pool.run(on_ranks, ranks)
     for results in found:

@@ -17,13 +17,11 @@ from causalrope_sp.models.causal_dit import CausalDiT
 from causalrope_sp.pipeline.open_stream import PromptChange
 from causalrope_sp.pipeline.saved_cache import restore_cache
 from causalrope_sp.pipeline.session_saving import save_session
-from causalrope_sp.sampling.chunk import LatentChunk
-from causalrope_sp.sampling.finite_chunks import FiniteCheck
 from causalrope_sp.sampling.steered_loop import SteeredLoop
 from causalrope_sp.sampling.stream_options import Resumed, StreamOptions
 from causalrope_sp.sessions import read_session
 from tests.support import steered_runs
-from tests.support.steered_runs import GRID, NOISE, SCRIPTS, STREAMS, TEXTS, by_loop, options_of
+from tests.support.steered_runs import GRID, NOISE, SCRIPTS, STREAMS, TEXTS, go_through, options_of
 from tests.support.strategy_runs import CONFIG, make_model
 
 
@@ -65,10 +63,7 @@ def resume_loop(
     """Goes on with a stream that `save_loop` saved."""
     saved = read_session(path)
     latents = saved.latents.split([chunk.frames for chunk in saved.chunks], 1)
-    kept = [
-        LatentChunk(chunk, x, FiniteCheck(chunk.index, x, x.dtype))
-        for chunk, x in zip(saved.chunks, latents, strict=True)
-    ]
+    kept = list(zip(saved.chunks, latents, strict=True))
     resumed = replace(options, resumed=Resumed(kept, saved.shots, 0), negative_embeds=saved.negative_embeds)
     text = saved.embeds[0].clone()  # a product of what lies elsewhere in memory may differ in its last bits
     loop = SteeredLoop(model, text, noise, grid, None, parallel, resumed)
@@ -124,7 +119,7 @@ def go_on(file: Path, parallel: SequenceParallel, case: Case, dtype: torch.dtype
     model = make_model().to(dtype)
     with torch.inference_mode():
         loop = resume_loop(file, model, NOISE, GRID, parallel, options_of(stream))
-    return by_loop(loop, script, first=number)
+    return go_through(loop, script, first=number)
 
 
 def uninterrupted(folder: Path, parallel: SequenceParallel, case: Case) -> list[Tensor]:
@@ -137,7 +132,7 @@ def uninterrupted(folder: Path, parallel: SequenceParallel, case: Case) -> list[
         save_loop(folder / name_of(case), loop, TEXTS[text_of(script, number)], None, cache=cache)
 
     steps = [what for what, *_ in SCRIPTS[script][number:]].count("step")
-    return by_loop(loop, script, {number: save})[-steps:]
+    return go_through(loop, script, {number: save})[-steps:]
 
 
 def name_of(case: Case) -> str:

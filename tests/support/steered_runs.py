@@ -68,9 +68,14 @@ def open_loop(parallel: SequenceParallel, stream: str) -> SteeredLoop:
     return SteeredLoop(make_model(), TEXTS[0], NOISE, GRID, None, parallel, options_of(stream))
 
 
+def by_loop(parallel: SequenceParallel, stream: str, script: str) -> list[Tensor]:
+    """The same by a `SteeredLoop`."""
+    return go_through(open_loop(parallel, stream), script)
+
+
 @torch.inference_mode()
-def by_loop(loop: SteeredLoop, script: str, before: Before | None = None, first: int = 0) -> list[Tensor]:
-    """The same by a `SteeredLoop`, from the operation `first` on; `before` are calls before operations."""
+def go_through(loop: SteeredLoop, script: str, before: Before | None = None, first: int = 0) -> list[Tensor]:
+    """The chunks that a script makes from the operation `first` on; `before` are calls before operations."""
     made, text = [], [0]
     for number, (what, *arguments) in enumerate(SCRIPTS[script][first:], first):
         if before is not None and number in before:
@@ -91,7 +96,7 @@ def by_loop(loop: SteeredLoop, script: str, before: Before | None = None, first:
 def on_ranks(group: dist.ProcessGroup, device: str) -> list[dict[tuple[str, str, str], list[Tensor]]]:
     """Every script on every stream with every strategy, rank by rank."""
     mine = {
-        (strategy, stream, script): by_loop(open_loop(SequenceParallel(group, strategy, device), stream), script)
+        (strategy, stream, script): by_loop(SequenceParallel(group, strategy, device), stream, script)
         for strategy in strategies(group.size(), CONFIG.num_heads)
         for stream in list(STREAMS)[: 3 if group.size() < 4 else 1]
         for script in SCRIPTS
