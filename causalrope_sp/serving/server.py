@@ -1,0 +1,179 @@
+"""What the parts of a server share: the engine, the open sessions, the folder, and the facts about the model."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from causalrope_sp.errors import OutputError, first_line
+from causalrope_sp.pipeline.pipeline import CausalVideoPipeline
+from causalrope_sp.serving.commands import Commands
+from causalrope_sp.serving.engine import Engine
+from causalrope_sp.serving.live import FlowLimits, LiveSession, Receiver
+from causalrope_sp.serving.messages import LONGEST_PROMPT, Refused
+from causalrope_sp.serving.metrics import Metrics
+from causalrope_sp.serving.server_options import ServerOptions
+from causalrope_sp.toybox.prompts import BACKGROUNDS, COLORS, GRAMMAR, MOTIONS, SHAPES
+from causalrope_sp.toybox.toybox_text import ToyboxText
+
+T = TypeVar("T")
+
+
+class Server:
+    """A server of one pipeline, on rank 0.
+
+    Args:
+        pipe: the pipeline.
+        model: its name, as clients see it.
+        options: of the server.
+        on_failure: called from the engine's thread with the error that ended the engine.
+
+    Attributes:
+        pipe, options: as given.
+        engine: the thread that calls the pipeline.
+        metrics: the counters.
+        facts: about the model and the ranks, for JSON.
+
+    Raises:
+        OutputError: the folder cannot be made.
+    """
+
+    def __init__(
+        self,
+        pipe: CausalVideoPipeline,
+        model: str,
+        options: ServerOptions,
+        on_failure: Callable[[BaseException], None],
+    ) -> None:
+        self.pipe, self.options = pipe, options
+        self.metrics = Metrics(pipe.strategy, pipe.fps, pipe.parallel.size)
+        self.engine = Engine(Commands(pipe), on_failure)
+        self._sessions: dict[str, LiveSession] = {}
+        self._opening = 0
+        self._limits = FlowLimits(options.lead_seconds * pipe.fps, options.grace_seconds)
+        self.saved = options.folder / "sessions"
+        try:
+            self.saved.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"cannot make the folder {self.saved}: {first_line(error)}") from error
+        self.facts = {
+            "model": model,
+            "height": pipe.height,
+            "width": pipe.width,
+            "fps": pipe.fps,
+            "ranks": pipe.parallel.size,
+            "strategy": pipe.strategy,
+            "lead_seconds": options.lead_seconds,
+            "longest_prompt": LONGEST_PROMPT,
+            "grammar": _grammar(pipe),
+        }
+
+    async def call(self, call: Callable[[], T]) -> T:
+        """Runs a function in the engine's thread, between two chunks, and returns its result."""
+        return await asyncio.wrap_future(self.engine.submit(call))
+
+    async def open(self, fields: dict[str, Any], receiver: Receiver) -> tuple[LiveSession, dict[str, Any]]:
+        """Opens a session, or finds an open one, and attaches its viewer.
+
+        Args:
+            fields: of a message "open", checked.
+            receiver: takes what the session sends.
+
+        Returns:
+            The session and its state, for JSON.
+
+        Raises:
+            Refused: there is no such session, or there are too many.
+            CausalRopeError: the session cannot be opened.
+        """
+        if "session" in fields:
+            if (found := self._sessions.get(fields["session"])) is None:
+                raise Refused("no_session", "there is no session of this name: it has ended, or never was")
+            return await self.call(lambda: _attached(found, receiver))
+        most = self.options.max_sessions
+        if len(self._sessions) + self._opening >= most:
+            raise Refused("too_many_sessions", f"{most} sessions are open, which is the most: try again later")
+        if "saved" in fields:
+            path = self._saved_path(fields["saved"])
+            if not path.is_file():
+                raise Refused("not_saved", "there is no saved session of this name")
+            arguments: dict[str, Any] = {"path": str(path)}
+        else:
+            arguments = {**fields, "history": self.options.history}
+        self._opening += 1
+        try:
+            opened = partial(LiveSession, self.engine, self._limits, self.metrics, self._forget, arguments)
+            return await self.call(lambda: _attached(self._remember(opened()), receiver))
+        finally:
+            self._opening -= 1
+
+    async def save(self, live: LiveSession, cache: bool = True) -> dict[str, Any]:
+        """Writes a session to the server's folder.
+
+        Args:
+            live: the session.
+            cache: whether keys and values are written too.
+
+        Returns:
+            The name by which it can be opened, and the next chunk.
+
+        Raises:
+            Refused: the folder holds as many as it may, or the session cannot be saved.
+        """
+        if len(list(self.saved.glob("*.safetensors"))) >= self.options.max_saved:
+            raise Refused("too_many_saved", f"{self.options.max_saved} sessions are saved, which is the most")
+        name = secrets.token_hex(12)
+        try:
+            done = await self.call(lambda: live.save(str(self._saved_path(name)), cache))
+        except OutputError as error:
+            raise Refused("not_saved", "the session could not be written: see the server's log") from error
+        return {"saved": name, **done}
+
+    def remove_saved(self, name: str) -> bool:
+        """Removes a saved session. Returns whether there was one.
+
+        Args:
+            name: letters and digits, as `save` returned it.
+        """
+        if not name.isalnum():
+            return False
+        try:
+            self._saved_path(name).unlink()
+        except FileNotFoundError:
+            return False
+        return True
+
+    @property
+    def open_sessions(self) -> int:
+        """How many live sessions are open."""
+        return len(self._sessions)
+
+    def _saved_path(self, name: str) -> Path:
+        return self.saved / f"{name}.safetensors"
+
+    def _remember(self, live: LiveSession) -> LiveSession:
+        self._sessions[live.key] = live
+        self.metrics.sessions.set(len(self._sessions))
+        return live
+
+    def _forget(self, live: LiveSession) -> None:
+        self._sessions.pop(live.key, None)
+        self.metrics.sessions.set(len(self._sessions))
+
+
+def _attached(live: LiveSession, receiver: Receiver) -> tuple[LiveSession, dict[str, Any]]:
+    if live.has_ended:
+        raise Refused("no_session", "the session has just ended")
+    return live, live.attach(receiver)
+
+
+def _grammar(pipe: CausalVideoPipeline) -> dict[str, Any] | None:
+    """What a prompt may be, if the text encoder knows a grammar."""
+    if not isinstance(pipe.text, ToyboxText):
+        return None
+    words = {"colors": list(COLORS), "shapes": list(SHAPES), "motions": list(MOTIONS), "backgrounds": list(BACKGROUNDS)}
+    return {"text": GRAMMAR, **words}
