@@ -56,6 +56,10 @@ def build_app(server: Server) -> AccessControl:
     async def health() -> dict[str, Any]:
         return {"status": "ok", "version": __version__}
 
+    @app.get("/v1/info")
+    async def info() -> dict[str, Any]:
+        return server.facts
+
     @app.get("/metrics", response_class=Response)
     async def metrics() -> Response:
         return Response(server.metrics.as_text(), media_type="text/plain; version=0.0.4; charset=utf-8")
