@@ -44,6 +44,8 @@ TOKEN_VARIABLE = "CAUSALROPE_SP_TOKEN"
     help="Let scripts of pages of this origin connect too, such as https://example.org. The default is none.",
 )
 @click.option("--max-sessions", type=IntRange(1), default=4, show_default=True, help="Keep this many sessions open.")
+@click.option("--max-jobs", type=IntRange(1), default=100, show_default=True, help="Let this many jobs wait.")
+@click.option("--max-saved", type=IntRange(1), default=100, show_default=True, help="Keep this many saved sessions.")
 @click.option(
     "--lead-seconds",
     type=FLOAT,

@@ -10,7 +10,9 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
 from starlette.exceptions import HTTPException
 
+from causalrope_sp.errors import RankLostError
 from causalrope_sp.serving.access import AccessControl, error_response
+from causalrope_sp.serving.jobs_api import jobs_router
 from causalrope_sp.serving.realtime import Connection
 from causalrope_sp.serving.server import Server
 from causalrope_sp.version import __version__
@@ -48,6 +50,10 @@ def build_app(server: Server) -> AccessControl:
         first = error.errors()[0]
         return error_response(422, f"{'.'.join(map(str, first['loc'][1:]))}: {first['msg']}")
 
+    @app.exception_handler(RankLostError)
+    async def refuse_stopped(_: Request, __: RankLostError) -> JSONResponse:
+        return error_response(503, "the server is stopping")
+
     @app.get("/", response_class=HTMLResponse)
     async def page() -> HTMLResponse:
         return HTMLResponse(_PAGE.read_text(), headers=_PAGE_HEADERS)
@@ -69,6 +75,8 @@ def build_app(server: Server) -> AccessControl:
         if not server.remove_saved(name):
             raise HTTPException(404, "there is no saved session of this name")
         return {"saved": name, "deleted": True}
+
+    app.include_router(jobs_router(server))
 
     @app.websocket("/v1/realtime")
     async def realtime(socket: WebSocket) -> None:

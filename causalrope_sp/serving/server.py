@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import secrets
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from causalrope_sp.errors import OutputError, first_line
 from causalrope_sp.pipeline.pipeline import CausalVideoPipeline
 from causalrope_sp.serving.commands import Commands
 from causalrope_sp.serving.engine import Engine
+from causalrope_sp.serving.job_store import JobStore
+from causalrope_sp.serving.jobs import JobRunner
 from causalrope_sp.serving.live import FlowLimits, LiveSession, Receiver
 from causalrope_sp.serving.messages import LONGEST_PROMPT, Refused
 from causalrope_sp.serving.metrics import Metrics
 from causalrope_sp.serving.server_options import ServerOptions
-from causalrope_sp.toybox.prompts import BACKGROUNDS, COLORS, GRAMMAR, MOTIONS, SHAPES
+from causalrope_sp.toybox.prompts import BACKGROUNDS, COLORS, GRAMMAR, MOTIONS, SHAPES, parse_prompt
 from causalrope_sp.toybox.toybox_text import ToyboxText
 
 T = TypeVar("T")
@@ -36,10 +39,11 @@ class Server:
         pipe, options: as given.
         engine: the thread that calls the pipeline.
         metrics: the counters.
+        jobs: the videos that were ordered.
         facts: about the model and the ranks, for JSON.
 
     Raises:
-        OutputError: the folder cannot be made.
+        OutputError: the folder cannot be made, or another server uses it.
     """
 
     def __init__(
@@ -56,10 +60,8 @@ class Server:
         self._opening = 0
         self._limits = FlowLimits(options.lead_seconds * pipe.fps, options.grace_seconds)
         self.saved = options.folder / "sessions"
-        try:
-            self.saved.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"cannot make the folder {self.saved}: {first_line(error)}") from error
+        self._lock = _take_folder(options.folder, self.saved)
+        self.jobs = JobRunner(self.engine, JobStore(options.folder / "jobs"), self.metrics)
         self.facts = {
             "model": model,
             "height": pipe.height,
@@ -147,10 +149,10 @@ class Server:
             return False
         return True
 
-    @property
-    def open_sessions(self) -> int:
-        """How many live sessions are open."""
-        return len(self._sessions)
+    def check_prompt(self, prompt: str) -> None:
+        """Raises PromptError for a prompt that the model's grammar lacks, before anything is made of it."""
+        if self.facts["grammar"] is not None:
+            parse_prompt(prompt)
 
     def _saved_path(self, name: str) -> Path:
         return self.saved / f"{name}.safetensors"
@@ -163,6 +165,19 @@ class Server:
     def _forget(self, live: LiveSession) -> None:
         self._sessions.pop(live.key, None)
         self.metrics.sessions.set(len(self._sessions))
+
+
+def _take_folder(folder: Path, saved: Path) -> IO[bytes]:
+    """Makes the server's folders and locks them; returns what holds the lock as long as it is open."""
+    try:
+        saved.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = open(folder / "lock", "ab")  # noqa: SIM115
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise OutputError(f"another server uses the folder {folder}: give this one another --folder") from None
+    except OSError as error:
+        raise OutputError(f"cannot use the folder {folder}: {first_line(error)}") from error
+    return lock
 
 
 def _attached(live: LiveSession, receiver: Receiver) -> tuple[LiveSession, dict[str, Any]]:

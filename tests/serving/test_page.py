@@ -199,7 +199,7 @@ def test_a_lost_connection_comes_back(context: BrowserContext, server: RunningSe
 def test_it_fits_a_phone_in_light_and_dark(browser: Browser, server: RunningServer) -> None:
     seen = []
     for scheme in ("light", "dark"):
-        context = browser.new_context(viewport={"width": 360, "height": 740}, color_scheme=scheme)  # type: ignore[arg-type]
+        context = browser.new_context(viewport={"width": 360, "height": 740}, color_scheme=scheme)
         page = context.new_page()
         page.goto(server.url)
         expect(page.locator("#words button").first).to_be_visible()
