@@ -146,6 +146,7 @@ def test_a_reload_goes_on_and_a_click_on_the_history_goes_back(page: Page) -> No
 
 
 def test_the_keyboard_pauses_and_a_wrong_prompt_is_explained(page: Page) -> None:
+    expect(page.locator("#ask")).to_be_hidden()  # there is no token
     start(page)
     wait_until(page, lambda: moves(page))
     page.locator("h1").click()
