@@ -124,12 +124,12 @@ def read_message(text: str) -> Message:
     if not isinstance(fields, dict):
         raise WrongMessage("a message must be a JSON object")
     kind, number = fields.pop("type", None), fields.pop("id", None)
-    if not isinstance(kind, str) or kind not in FIELDS:
-        raise WrongMessage(f"type must be one of {', '.join(FIELDS)}, not {shown(kind)}")
     try:
         number = None if number is None else check_whole("id", number, 0, _LARGEST_NUMBER)
     except ConfigError as error:
-        raise WrongMessage(str(error), kind) from None
+        raise WrongMessage(str(error)) from None
+    if not isinstance(kind, str) or kind not in FIELDS:
+        raise WrongMessage(f"type must be one of {', '.join(FIELDS)}, not {shown(kind)}", None, number)
     try:
         return Message(kind, number, _checked(kind, fields))
     except ConfigError as error:

@@ -51,6 +51,13 @@ def test_wrong_messages_are_refused_in_a_sentence(message: Any, reason: str) -> 
     assert reason in str(refused.value)
 
 
+def test_a_wrong_message_keeps_its_number() -> None:
+    for text in ('{"type": "nothing", "id": 7}', '{"type": "seek", "id": 7}'):
+        with pytest.raises(WrongMessage) as refused:
+            read_message(text)
+        assert refused.value.id == 7
+
+
 def test_a_right_message_is_read_with_its_number() -> None:
     text = json.dumps({"type": "prompt", "id": 4, "prompt": "a red circle", "recache": False, "over_chunks": 3})
     assert read_message(text) == Message("prompt", 4, {"prompt": "a red circle", "recache": False, "over_chunks": 3})

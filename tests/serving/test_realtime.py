@@ -5,9 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from websockets.exceptions import ConnectionClosed
 
 from causalrope_sp.pipeline.pipeline import CausalVideoPipeline
@@ -156,3 +159,38 @@ def test_ctrl_c_ends_the_server_and_its_viewers(tmp_path: Path) -> None:
         with pytest.raises(ConnectionClosed):
             viewer.read_all()
         assert server.process.wait(60) == 130
+
+
+PROMPT = st.sampled_from([RED, GREEN, "a pink cat", "", "é\x00"])
+MESSAGES = st.one_of(
+    st.fixed_dictionaries({"type": st.just("prompt"), "prompt": PROMPT}, optional={"recache": st.booleans()}),
+    st.fixed_dictionaries({"type": st.just("seek"), "chunk": st.integers(-1, 9)}),
+    st.fixed_dictionaries({"type": st.sampled_from(["pause", "resume", "open", "nothing"])}),
+    st.fixed_dictionaries({"type": st.just("played"), "sequence": st.integers(-1, 20) | st.none()}),
+)
+
+
+@settings(max_examples=12)
+@given(st.lists(MESSAGES | st.none() | st.text(max_size=20), max_size=12))
+def test_any_messages_are_each_answered_and_the_session_goes_on(
+    server: RunningServer, messages: list[dict[str, Any] | str | None]
+) -> None:
+    with Viewer(server.socket_url) as viewer:
+        while (opened := viewer.ask("open", prompt=RED)).get("code") == "too_many_sessions":
+            time.sleep(0.1)  # that of the example before is being closed
+        assert opened["type"] == "ack"
+        for message in messages:
+            if message is None:
+                time.sleep(0.1)  # a chunk may come in between
+            elif isinstance(message, str):
+                viewer.socket.send(message)
+                assert viewer.answer(None)["code"] == "wrong_message"
+            elif message["type"] != "played":
+                viewer.ask(message["type"], **{k: v for k, v in message.items() if k != "type"})
+            else:
+                viewer.send("played", sequence=message["sequence"])
+        assert viewer.ask("resume")["type"] == "ack"
+        viewer.chunks.clear()
+        viewer.send("played", sequence=10**6)
+        viewer.next_chunk()
+        assert viewer.ask("close")["type"] == "ack"
