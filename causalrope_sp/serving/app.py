@@ -37,7 +37,7 @@ def build_app(server: Server) -> AccessControl:
     Args:
         server: what it serves.
     """
-    app = FastAPI(title="causalrope_sp", version=__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(title="causalrope_sp", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
 
     @app.exception_handler(HTTPException)
     async def refuse(_: Request, error: HTTPException) -> JSONResponse:
