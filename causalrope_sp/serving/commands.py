@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import ctypes
 import io
 import json
 from contextlib import suppress
@@ -91,7 +92,8 @@ class SessionTable:
             self._sessions[number] = self._open(**arguments)
             return self._sessions[number]
         if operation == "close":
-            return self._sessions.pop(number).close()
+            self._sessions.pop(number).close()
+            return return_freed_memory()
         return getattr(self._sessions[number], operation)(**arguments)
 
     def _open(self, image: str | None = None, **arguments: Any) -> Session:
@@ -163,6 +165,13 @@ def follow(pipe: CausalVideoPipeline) -> None:
             return
         with suppress(CausalRopeError, StopIteration):  # rank 0 raises the same, and tells its client
             table.run(operation, number, arguments)
+
+
+def return_freed_memory() -> None:
+    """Gives the heap that sessions have freed back to the system, where the C library is glibc. It keeps freed memory
+    in pieces between what is in use, so that a server would grow by some 0.2 MB with each session of toybox."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def png_pixels(text: str) -> np.ndarray:
