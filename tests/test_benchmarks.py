@@ -46,6 +46,13 @@ def test_every_operation_passes_its_gate() -> None:
     assert {(name, 3) for name in (*across, "merge of 3 as they arrive")} <= judged
 
 
+def test_a_server_is_measured() -> None:
+    found = last_line(run("serve.py", "--seconds", "1", "--opened", "2", "--nonsense", "20", "--most", "1"))
+    assert found["sustained"][0][2] > 0
+    assert found["malformed"]["message refused"] == 10
+    assert found["latency_lead_0.1_s"]["changes"] > 0
+
+
 def test_wide_parameters_embed_the_time_better() -> None:
     found = last_line(run("mixed_dtypes.py", "--seeds", "1", "--layers", "1"))
     assert len(found["rows"]) == 3

@@ -79,7 +79,7 @@ def generate(
         parallel.close()
 
     siblings, background = Siblings(), Background(generated)
-    with _name_lost_rank(siblings):
+    with name_lost_rank(siblings):
         summary = _write_video(iter(background), out, options["num_frames"], silent=as_json)
     if rank() == 0:
         _print_summary(summary, out, as_json)
@@ -204,7 +204,7 @@ def _print_summary(summary: dict[str, Any], out: str, as_json: bool) -> None:
 
 
 @contextlib.contextmanager
-def _name_lost_rank(siblings: Siblings) -> Iterator[None]:
+def name_lost_rank(siblings: Siblings) -> Iterator[None]:
     """Names the rank for which a launcher ends all others with SIGTERM. After Ctrl-C every rank ends by itself, in any
     order, and none is lost."""
     try:

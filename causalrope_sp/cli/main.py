@@ -14,6 +14,7 @@ from causalrope_sp.cli.inspect import inspect
 from causalrope_sp.cli.plan import plan
 from causalrope_sp.cli.profile_reuse import profile_reuse
 from causalrope_sp.cli.runtime import CommandLine, run
+from causalrope_sp.cli.serve import serve
 from causalrope_sp.cli.threads import settle_threads
 from causalrope_sp.cli.verify import verify
 from causalrope_sp.siblings import end_with_launcher
@@ -33,7 +34,7 @@ def cli() -> None:
     """
 
 
-for command in (generate, encode, inspect, verify, plan, profile_reuse, bench):
+for command in (generate, encode, inspect, verify, plan, profile_reuse, bench, serve):
     cli.add_command(command)
 
 

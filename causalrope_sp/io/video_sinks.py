@@ -94,12 +94,14 @@ class PngFolder:
 
 
 class AvFile:
-    """One container with one video stream, in a file or in a binary stream."""
+    """One container with one video stream, in a file or in a binary stream; its first frame has the number `first`."""
 
-    def __init__(self, target: Path | BinaryIO, kind: Format, height: int, width: int, fps: float) -> None:
+    def __init__(
+        self, target: Path | BinaryIO, kind: Format, height: int, width: int, fps: float, first: int = 0
+    ) -> None:
         import av
 
-        self._rate, self._count = Fraction(fps).limit_denominator(1001), 0
+        self._rate, self._count = Fraction(fps).limit_denominator(1001), first
         where = str(target) if isinstance(target, Path) else target
         self._container = av.open(where, "w", format=kind.container, options=dict(kind.container_options))
         stream = self._container.add_stream(kind.codec, rate=self._rate, options=dict(kind.codec_options))

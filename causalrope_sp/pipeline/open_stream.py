@@ -140,6 +140,11 @@ class OpenStream:
         """Whether more chunks can be made."""
         return not (self._closed or self.is_complete)
 
+    @property
+    def next_index(self) -> int:
+        """The number of the next chunk."""
+        return self._index
+
     def close(self) -> None:
         """Ends the session and frees what it holds. A closed session stays closed.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 HEAVY = {
     "accelerate", "diffusers", "huggingface_hub", "jinja2", "matplotlib", "networkx", "scipy", "sympy", "transformers",
-    "triton",
+    "triton", "fastapi", "prometheus_client", "starlette", "uvicorn", "websockets",
 }  # fmt: skip
 CODE = """
 import sys

@@ -1,0 +1,1 @@
+"""The server: one engine that owns the pipeline, live sessions over WebSockets, jobs, and the page."""

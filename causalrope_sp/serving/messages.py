@@ -1,0 +1,153 @@
+"""The JSON messages of a viewer: which fields they have, and what each field may be."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from causalrope_sp.checks import check_choice, check_flag, check_text, check_whole, shown
+from causalrope_sp.errors import ConfigError
+from causalrope_sp.pipeline.generation_options import LARGEST_SEED
+
+LONGEST_PROMPT = 2000  # characters
+LONGEST_MESSAGE = 64 * 1024  # bytes
+_LARGEST_NUMBER = 2**53 - 1  # that JavaScript counts exactly
+
+
+def check_prompt(name: str, value: object) -> str:
+    """Checks a prompt and returns it.
+
+    Raises:
+        ConfigError: it is no text, is empty or too long, or holds half of a character.
+    """
+    text = check_text(name, value)
+    if len(text) > LONGEST_PROMPT:
+        raise ConfigError(f"{name} must have at most {LONGEST_PROMPT} characters, not {len(text)}")
+    if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+        raise ConfigError(f"{name} must be Unicode text, and holds half of a surrogate pair")
+    return text
+
+
+def _name(name: str, value: object) -> str:
+    text = check_text(name, value)
+    if len(text) > 64 or not text.isascii() or not text.replace("-", "").replace("_", "").isalnum():
+        raise ConfigError(f"{name} must be what the server has given, letters, digits, - and _, not {shown(value)}")
+    return text
+
+
+Check = Callable[[str, object], Any]
+_WHOLE: Check = partial(check_whole, least=0, most=_LARGEST_NUMBER)
+_MEDIA: Check = partial(check_choice, known=("mp4", "jpeg"))
+FIELDS: dict[str, dict[str, Check]] = {
+    "open": {
+        "prompt": check_prompt,
+        "seed": partial(check_whole, least=0, most=LARGEST_SEED),
+        "media": _MEDIA,
+        "session": _name,
+    },
+    "prompt": {
+        "prompt": check_prompt,
+        "recache": check_flag,
+        "recache_sink": check_flag,
+        "new_shot": check_flag,
+        "over_chunks": partial(check_whole, most=1000),
+    },
+    "played": {"sequence": _WHOLE},
+    "pause": {},
+    "resume": {},
+    "seek": {"chunk": _WHOLE},
+    "close": {},
+}
+REQUIRED = {"prompt": "prompt", "played": "sequence", "seek": "chunk"}
+
+
+@dataclass(frozen=True)
+class Message:
+    """A message of a viewer.
+
+    Args:
+        kind: its "type".
+        id: the number that its answer repeats; None without one.
+        fields: its other fields, checked.
+    """
+
+    kind: str
+    id: int | None
+    fields: Mapping[str, Any]
+
+
+class WrongMessage(ConfigError):
+    """A message cannot be read.
+
+    Args:
+        reason: a sentence.
+        kind: the type of the message, as far as it was read.
+        id: its number, likewise.
+    """
+
+    def __init__(self, reason: str, kind: str | None = None, id: int | None = None) -> None:
+        super().__init__(reason)
+        self.kind, self.id = kind, id
+
+
+class Refused(Exception):
+    """A message that cannot be obeyed.
+
+    Args:
+        code: a word for programs.
+        reason: a sentence.
+    """
+
+    def __init__(self, code: str, reason: str) -> None:
+        super().__init__(reason)
+        self.code = code
+
+
+def read_message(text: str) -> Message:
+    """Reads a message.
+
+    Args:
+        text: JSON.
+
+    Raises:
+        WrongMessage: it is no JSON object, its type is unknown, a field is missing, unknown or wrong.
+    """
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError):
+        raise WrongMessage("a message must be a JSON object") from None
+    if not isinstance(fields, dict):
+        raise WrongMessage("a message must be a JSON object")
+    kind, number = fields.pop("type", None), fields.pop("id", None)
+    try:
+        number = None if number is None else check_whole("id", number, 0, _LARGEST_NUMBER)
+    except ConfigError as error:
+        raise WrongMessage(str(error)) from None
+    if not isinstance(kind, str) or kind not in FIELDS:
+        raise WrongMessage(f"type must be one of {', '.join(FIELDS)}, not {shown(kind)}", None, number)
+    try:
+        return Message(kind, number, _checked(kind, fields))
+    except ConfigError as error:
+        raise WrongMessage(str(error), kind, number) from None
+
+
+def _checked(kind: str, fields: dict[str, Any]) -> dict[str, Any]:
+    known, required = FIELDS[kind], REQUIRED.get(kind)
+    if unknown := sorted(fields.keys() - known.keys()):
+        raise ConfigError(f"{kind} has no field {shown(unknown[0])}; its fields are {', '.join(known) or 'none'}")
+    if required is not None and required not in fields:
+        raise ConfigError(f"{kind} needs the field {required}")
+    if kind == "open":
+        _check_open(fields)
+    return {name: known[name](name, value) for name, value in fields.items()}
+
+
+def _check_open(fields: dict[str, Any]) -> None:
+    """Raises ConfigError unless a message says in one way what to open."""
+    if len({"prompt", "session"} & fields.keys()) != 1:
+        raise ConfigError("open needs one of the fields prompt and session")
+    if "seed" in fields and "prompt" not in fields:
+        raise ConfigError("seed goes with a prompt: a session has its seed already")

@@ -1,0 +1,147 @@
+"""What the parts of a server share: the engine, the open sessions, the folder, and the facts about the model."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+from causalrope_sp.errors import OutputError, first_line
+from causalrope_sp.pipeline.pipeline import CausalVideoPipeline
+from causalrope_sp.serving.commands import Commands
+from causalrope_sp.serving.engine import Engine
+from causalrope_sp.serving.job_store import JobStore
+from causalrope_sp.serving.jobs import JobRunner
+from causalrope_sp.serving.live import FlowLimits, LiveSession, Receiver
+from causalrope_sp.serving.messages import LONGEST_PROMPT, Refused
+from causalrope_sp.serving.metrics import Metrics
+from causalrope_sp.serving.server_options import ServerOptions
+from causalrope_sp.toybox.prompts import BACKGROUNDS, COLORS, GRAMMAR, MOTIONS, SHAPES, parse_prompt
+from causalrope_sp.toybox.toybox_text import ToyboxText
+
+T = TypeVar("T")
+
+
+class Server:
+    """A server of one pipeline, on rank 0.
+
+    Args:
+        pipe: the pipeline.
+        model: its name, as clients see it.
+        options: of the server.
+        on_failure: called from the engine's thread with the error that ended the engine.
+
+    Attributes:
+        pipe, options: as given.
+        engine: the thread that calls the pipeline.
+        metrics: the counters.
+        jobs: the videos that were ordered.
+        facts: about the model and the ranks, for JSON.
+
+    Raises:
+        OutputError: the folder cannot be made, or another server uses it.
+    """
+
+    def __init__(
+        self,
+        pipe: CausalVideoPipeline,
+        model: str,
+        options: ServerOptions,
+        on_failure: Callable[[BaseException], None],
+    ) -> None:
+        self.pipe, self.options = pipe, options
+        self.metrics = Metrics(pipe.strategy, pipe.fps, pipe.parallel.size)
+        self.engine = Engine(Commands(pipe), on_failure)
+        self._sessions: dict[str, LiveSession] = {}
+        self._opening = 0
+        self._limits = FlowLimits(options.lead_seconds * pipe.fps, options.grace_seconds)
+        self._lock = _take_folder(options.folder)
+        self.jobs = JobRunner(self.engine, JobStore(options.folder / "jobs"), self.metrics)
+        self.facts = {
+            "model": model,
+            "height": pipe.height,
+            "width": pipe.width,
+            "fps": pipe.fps,
+            "ranks": pipe.parallel.size,
+            "strategy": pipe.strategy,
+            "lead_seconds": options.lead_seconds,
+            "longest_prompt": LONGEST_PROMPT,
+            "grammar": _grammar(pipe),
+        }
+
+    async def call(self, call: Callable[[], T]) -> T:
+        """Runs a function in the engine's thread, between two chunks, and returns its result."""
+        return await asyncio.wrap_future(self.engine.submit(call))
+
+    async def open(self, fields: dict[str, Any], receiver: Receiver) -> tuple[LiveSession, dict[str, Any]]:
+        """Opens a session, or finds an open one, and attaches its viewer.
+
+        Args:
+            fields: of a message "open", checked.
+            receiver: takes what the session sends.
+
+        Returns:
+            The session and its state, for JSON.
+
+        Raises:
+            Refused: there is no such session, or there are too many.
+            CausalRopeError: the session cannot be opened.
+        """
+        if "session" in fields:
+            if (found := self._sessions.get(fields["session"])) is None:
+                raise Refused("no_session", "there is no session of this name: it has ended, or never was")
+            return await self.call(lambda: _attached(found, receiver))
+        most = self.options.max_sessions
+        if len(self._sessions) + self._opening >= most:
+            raise Refused("too_many_sessions", f"{most} sessions are open, which is the most: try again later")
+        arguments = {**fields, "history": self.options.history}
+        self._opening += 1
+        try:
+            opened = partial(LiveSession, self.engine, self._limits, self.metrics, self._forget, arguments)
+            return await self.call(lambda: _attached(self._remember(opened()), receiver))
+        finally:
+            self._opening -= 1
+
+    def check_prompt(self, prompt: str) -> None:
+        """Raises PromptError for a prompt that the model's grammar lacks, before anything is made of it."""
+        if self.facts["grammar"] is not None:
+            parse_prompt(prompt)
+
+    def _remember(self, live: LiveSession) -> LiveSession:
+        self._sessions[live.key] = live
+        self.metrics.sessions.set(len(self._sessions))
+        return live
+
+    def _forget(self, live: LiveSession) -> None:
+        self._sessions.pop(live.key, None)
+        self.metrics.sessions.set(len(self._sessions))
+
+
+def _take_folder(folder: Path) -> IO[bytes]:
+    """Makes the server's folder and locks it; returns what holds the lock as long as it is open."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = open(folder / "lock", "ab")  # noqa: SIM115
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise OutputError(f"another server uses the folder {folder}: give this one another --folder") from None
+    except OSError as error:
+        raise OutputError(f"cannot use the folder {folder}: {first_line(error)}") from error
+    return lock
+
+
+def _attached(live: LiveSession, receiver: Receiver) -> tuple[LiveSession, dict[str, Any]]:
+    if live.has_ended:
+        raise Refused("no_session", "the session has just ended")
+    return live, live.attach(receiver)
+
+
+def _grammar(pipe: CausalVideoPipeline) -> dict[str, Any] | None:
+    """What a prompt may be, if the text encoder knows a grammar."""
+    if not isinstance(pipe.text, ToyboxText):
+        return None
+    words = {"colors": list(COLORS), "shapes": list(SHAPES), "motions": list(MOTIONS), "backgrounds": list(BACKGROUNDS)}
+    return {"text": GRAMMAR, **words}
