@@ -167,7 +167,7 @@ def noise_message(numbers: random.Random) -> str:
 
 def noise_request(numbers: random.Random) -> tuple[str, str, bytes]:
     name = "".join(numbers.choices(string.ascii_letters + "%./_-", k=numbers.randrange(1, 30)))
-    path = numbers.choice(["v1/videos", f"v1/videos/{name}", name, f"v1/videos/{name}/content"])
+    path = numbers.choice(["v1/videos", f"v1/videos/{name}", f"v1/sessions/{name}", name, f"v1/videos/{name}/content"])
     body = numbers.randbytes(numbers.randrange(100))
     return numbers.choice(["GET", "POST", "DELETE", "PUT", "PATCH", "OPTIONS"]), path, body
 

@@ -45,6 +45,7 @@ TOKEN_VARIABLE = "CAUSALROPE_SP_TOKEN"
 )
 @click.option("--max-sessions", type=IntRange(1), default=4, show_default=True, help="Keep this many sessions open.")
 @click.option("--max-jobs", type=IntRange(1), default=100, show_default=True, help="Let this many jobs wait.")
+@click.option("--max-saved", type=IntRange(1), default=100, show_default=True, help="Keep this many saved sessions.")
 @click.option(
     "--lead-seconds",
     type=FLOAT,
@@ -67,7 +68,7 @@ TOKEN_VARIABLE = "CAUSALROPE_SP_TOKEN"
 @click.option(
     "--folder",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Keep jobs and their videos here. The default is causalrope-sp in the user's state folder.",
+    help="Keep jobs, videos and saved sessions here. The default is causalrope-sp in the user's state folder.",
 )
 def serve(model: str, device: str | None, timeout: float, verbose: bool, log_file: str | None, **options: Any) -> None:
     """Serves live video at http://HOST:PORT/: a page, a WebSocket, and jobs. Ctrl-C ends it.

@@ -70,6 +70,12 @@ def build_app(server: Server) -> AccessControl:
     async def metrics() -> Response:
         return Response(server.metrics.as_text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
+    @app.delete("/v1/sessions/{name}")
+    async def remove_saved(name: str) -> dict[str, Any]:
+        if not server.remove_saved(name):
+            raise HTTPException(404, "there is no saved session of this name")
+        return {"saved": name, "deleted": True}
+
     app.include_router(jobs_router(server))
 
     @app.websocket("/v1/realtime")

@@ -80,7 +80,8 @@ class SessionTable:
         Args:
             operation: "open", or the name of a method of a session.
             number: of the session.
-            arguments: keyword arguments, which JSON can hold; an image of "open" is a PNG in base64.
+            arguments: keyword arguments, which JSON can hold. "open" takes those of `CausalVideoPipeline.open`, an
+                image as a PNG in base64, or the `path` of a saved session.
 
         Returns:
             What the method returns; for "open" the session.
@@ -96,7 +97,9 @@ class SessionTable:
             return return_freed_memory()
         return getattr(self._sessions[number], operation)(**arguments)
 
-    def _open(self, image: str | None = None, **arguments: Any) -> Session:
+    def _open(self, path: str | None = None, image: str | None = None, **arguments: Any) -> Session:
+        if path is not None:
+            return self._pipe.resume(path)
         return self._pipe.open(image=None if image is None else png_pixels(image), **arguments)
 
     def close_all(self) -> None:

@@ -75,7 +75,7 @@ class LiveSession:
         limits: how far it may go without its viewer.
         metrics: where it counts.
         on_end: called once it has ended.
-        arguments: of `CausalVideoPipeline.open`.
+        arguments: of `CausalVideoPipeline.open`, or `path` of a saved session.
 
     Attributes:
         key: the secret by which a viewer comes back.
@@ -184,6 +184,19 @@ class LiveSession:
         dropped = sum(delivery.dropped for delivery in self._unplayed)
         self._unplayed = deque(delivery for delivery in self._unplayed if not delivery.dropped)
         return {"from_chunk": chunk, "exact": exact, "dropped_chunks": dropped, "prompts": self.prompts}
+
+    def save(self, path: str, cache: bool) -> dict[str, Any]:
+        """Writes the session to a file.
+
+        Args:
+            path: of the file.
+            cache: whether keys and values are written too.
+
+        Raises:
+            CausalRopeError: the file cannot be written.
+        """
+        self._commands.call("save", self.number, path=path, cache=cache)
+        return {"from_chunk": self.next_chunk}
 
     def close(self) -> dict[str, Any]:
         """Ends the session at its viewer's wish."""

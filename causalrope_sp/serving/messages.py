@@ -47,6 +47,7 @@ FIELDS: dict[str, dict[str, Check]] = {
         "seed": partial(check_whole, least=0, most=LARGEST_SEED),
         "media": _MEDIA,
         "session": _name,
+        "saved": _name,
     },
     "prompt": {
         "prompt": check_prompt,
@@ -59,6 +60,7 @@ FIELDS: dict[str, dict[str, Check]] = {
     "pause": {},
     "resume": {},
     "seek": {"chunk": _WHOLE},
+    "save": {"cache": check_flag},
     "close": {},
 }
 REQUIRED = {"prompt": "prompt", "played": "sequence", "seek": "chunk"}
@@ -147,7 +149,7 @@ def _checked(kind: str, fields: dict[str, Any]) -> dict[str, Any]:
 
 def _check_open(fields: dict[str, Any]) -> None:
     """Raises ConfigError unless a message says in one way what to open."""
-    if len({"prompt", "session"} & fields.keys()) != 1:
-        raise ConfigError("open needs one of the fields prompt and session")
+    if len({"prompt", "session", "saved"} & fields.keys()) != 1:
+        raise ConfigError("open needs one of the fields prompt, session and saved")
     if "seed" in fields and "prompt" not in fields:
         raise ConfigError("seed goes with a prompt: a session has its seed already")

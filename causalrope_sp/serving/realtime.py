@@ -170,6 +170,8 @@ class Connection:
         if kind == "played":
             await self._call(lambda live: live.played(fields["sequence"]))
             return None
+        if kind == "save":
+            return await self._server.save(self._live, **fields)
         calls = {
             "prompt": lambda live: live.set_prompt(dict(fields)),
             "pause": lambda live: live.pause(True),

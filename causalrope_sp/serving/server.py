@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import secrets
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -58,7 +59,8 @@ class Server:
         self._sessions: dict[str, LiveSession] = {}
         self._opening = 0
         self._limits = FlowLimits(options.lead_seconds * pipe.fps, options.grace_seconds)
-        self._lock = _take_folder(options.folder)
+        self.saved = options.folder / "sessions"
+        self._lock = _take_folder(options.folder, self.saved)
         self.jobs = JobRunner(self.engine, JobStore(options.folder / "jobs"), self.metrics)
         self.facts = {
             "model": model,
@@ -97,7 +99,13 @@ class Server:
         most = self.options.max_sessions
         if len(self._sessions) + self._opening >= most:
             raise Refused("too_many_sessions", f"{most} sessions are open, which is the most: try again later")
-        arguments = {**fields, "history": self.options.history}
+        if "saved" in fields:
+            path = self._saved_path(fields["saved"])
+            if not path.is_file():
+                raise Refused("not_saved", "there is no saved session of this name")
+            arguments: dict[str, Any] = {"path": str(path)}
+        else:
+            arguments = {**fields, "history": self.options.history}
         self._opening += 1
         try:
             opened = partial(LiveSession, self.engine, self._limits, self.metrics, self._forget, arguments)
@@ -105,10 +113,49 @@ class Server:
         finally:
             self._opening -= 1
 
+    async def save(self, live: LiveSession, cache: bool = True) -> dict[str, Any]:
+        """Writes a session to the server's folder.
+
+        Args:
+            live: the session.
+            cache: whether keys and values are written too.
+
+        Returns:
+            The name by which it can be opened, and the next chunk.
+
+        Raises:
+            Refused: the folder holds as many as it may, or the session cannot be saved.
+        """
+        if len(list(self.saved.glob("*.safetensors"))) >= self.options.max_saved:
+            raise Refused("too_many_saved", f"{self.options.max_saved} sessions are saved, which is the most")
+        name = secrets.token_hex(12)
+        try:
+            done = await self.call(lambda: live.save(str(self._saved_path(name)), cache))
+        except OutputError as error:
+            raise Refused("not_saved", "the session could not be written: see the server's log") from error
+        return {"saved": name, **done}
+
+    def remove_saved(self, name: str) -> bool:
+        """Removes a saved session. Returns whether there was one.
+
+        Args:
+            name: letters and digits, as `save` returned it.
+        """
+        if not name.isalnum():
+            return False
+        try:
+            self._saved_path(name).unlink()
+        except FileNotFoundError:
+            return False
+        return True
+
     def check_prompt(self, prompt: str) -> None:
         """Raises PromptError for a prompt that the model's grammar lacks, before anything is made of it."""
         if self.facts["grammar"] is not None:
             parse_prompt(prompt)
+
+    def _saved_path(self, name: str) -> Path:
+        return self.saved / f"{name}.safetensors"
 
     def _remember(self, live: LiveSession) -> LiveSession:
         self._sessions[live.key] = live
@@ -120,10 +167,10 @@ class Server:
         self.metrics.sessions.set(len(self._sessions))
 
 
-def _take_folder(folder: Path) -> IO[bytes]:
-    """Makes the server's folder and locks it; returns what holds the lock as long as it is open."""
+def _take_folder(folder: Path, saved: Path) -> IO[bytes]:
+    """Makes the server's folders and locks them; returns what holds the lock as long as it is open."""
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        saved.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = open(folder / "lock", "ab")  # noqa: SIM115
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

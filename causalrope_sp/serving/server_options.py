@@ -32,12 +32,13 @@ class ServerOptions:
         token: what clients must show; None for no token, which is allowed on a loopback address alone.
         origins: of pages on other servers whose scripts may connect, such as "https://example.org".
         max_sessions: how many live sessions may be open at once.
+        max_saved: how many saved sessions the folder may hold.
         max_jobs: how many jobs may wait.
         lead_seconds: no chunk is begun while so much video is made and not yet played.
         grace_seconds: how long a session waits for its viewer to come back.
         history: how many chunks a session takes back bit for bit.
         upload_mib: the largest body of a request, in MiB.
-        folder: where jobs and their videos are.
+        folder: where jobs, videos and saved sessions are.
 
     Raises:
         ConfigError: a value has the wrong type or is outside its range, or a token is missing.
@@ -48,6 +49,7 @@ class ServerOptions:
     token: str | None = None
     origins: tuple[str, ...] = ()
     max_sessions: int = 4
+    max_saved: int = 100
     max_jobs: int = 100
     lead_seconds: float = 1.0
     grace_seconds: float = 30.0
@@ -57,7 +59,7 @@ class ServerOptions:
 
     def __post_init__(self) -> None:
         check_text("host", self.host)
-        check_fields(self, ("max_sessions", "max_jobs", "upload_mib"), most=100_000)
+        check_fields(self, ("max_sessions", "max_saved", "max_jobs", "upload_mib"), most=100_000)
         replace_checked(self, "port", partial(check_whole, least=0, most=65535))
         replace_checked(self, "history", partial(check_whole, least=0, most=1000))
         check_number("lead_seconds", self.lead_seconds, above=0, most=3600)

@@ -181,6 +181,21 @@ def test_the_download_can_be_played(page: Page, tmp_path: Path) -> None:
     assert len(times) >= 9 + 3 * 12
 
 
+def test_a_saved_session_is_opened_again(page: Page) -> None:
+    start(page)
+    wait_until(page, lambda: is_red(page))
+    page.click("#save")
+    expect(page.locator("#message")).to_contain_text("Saved")
+    page.click("#close")
+    expect(page.locator("#state")).to_have_text("not connected")
+    page.select_option("#saved", index=1)
+    page.click("#send")
+    expect(page.locator("#state")).to_have_text("live")
+    expect(page.locator("#history button")).to_have_text(re.compile(f"0: {RED}"))
+    wait_until(page, lambda: moves(page))
+    page.click("#close")
+
+
 def test_a_lost_connection_comes_back(context: BrowserContext, server: RunningServer) -> None:
     with closing(Proxy(server.url)) as proxy:
         page = context.new_page()

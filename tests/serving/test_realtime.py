@@ -113,6 +113,7 @@ def test_what_cannot_be_obeyed_is_answered_and_the_session_goes_on(server: Runni
         wrong = viewer.ask("open", prompt="a pink circle slides right")
         assert (wrong["code"], "unknown word 'pink'" in wrong["message"]) == ("wrong_prompt", True)
         assert "counterclockwise" in wrong["message"]  # the grammar to its end
+        assert viewer.ask("open", saved="0123abc")["code"] == "not_saved"
         viewer.ask("open", prompt=RED)
         assert viewer.ask("open", prompt=RED)["code"] == "already_open"
         viewer.next_chunk()

@@ -51,6 +51,10 @@ class RunningServer:
         """Asks for a path below the page."""
         return httpx.get(self.url + path, headers=headers, timeout=60)
 
+    def delete(self, path: str) -> httpx.Response:
+        """Removes what is at a path below the page."""
+        return httpx.delete(self.url + path, timeout=60)
+
     def events(self, name: str) -> list[dict[str, Any]]:
         """The events of this name in its log."""
         told = [json.loads(line) for line in list(self.log) if line.startswith('{"event"')]
