@@ -1,4 +1,4 @@
-"""A session that is driven from the keyboard, into a file that can be played while it grows:
+"""A session that is driven from the keyboard, into a file; while it runs, OUT.partial.mp4 grows and can be played:
 
 python examples/live.py [OUT.mp4]
 
@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from causalrope_sp import CausalVideoPipeline
+from causalrope_sp import CausalVideoPipeline, PromptError
 from causalrope_sp.io.video_writer import VideoWriter
 
 COLORS = {"r": "red", "g": "green", "b": "blue", "y": "yellow", "p": "purple", "o": "orange"}
@@ -80,7 +80,10 @@ def by_lines(out: str) -> None:
     ):
         for line in sys.stdin:
             if line.strip():
-                session.set_prompt(line.strip())
+                try:
+                    session.set_prompt(line.strip())
+                except PromptError as error:
+                    print(error)
             chunk = session.step()
             video.write(chunk.frames)
             print(f"chunk {chunk.index}, prompt {chunk.prompt_id}: {len(chunk.frames)} frames", flush=True)

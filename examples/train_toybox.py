@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from toybox_training.codec import channel_weights, save_codec, save_decoder, train_codec, tune_decoder
 from toybox_training.dit import SAMPLER, TeacherForcing, new_model
-from toybox_training.latents import encode_scenes
+from toybox_training.latents import encode_changes, encode_scenes
 from toybox_training.made import make_videos
 from toybox_training.stages import DiTTraining
 from toybox_training.training import processes, rank
@@ -34,6 +34,7 @@ from causalrope_sp.grid import LatentGrid
 from causalrope_sp.weights import load_model, save_model
 
 OPENING_SEED, LONG_SEED = 62_000_000, 64_000_000
+CHANGE_SEED = 77_000_000
 FLOW_SAMPLER = SamplerConfig(steps=tuple(62.5 * n for n in range(16, 0, -1)), shift=1.0, solver="euler")
 
 
@@ -53,6 +54,7 @@ FLOW_SAMPLER = SamplerConfig(steps=tuple(62.5 * n for n in range(16, 0, -1)), sh
 @click.option("--made-minutes", default=36.0, show_default=True, help="The decoder, on what the DiT makes.")
 @click.option("--openings", default=12288, show_default=True, help="Scenes of 9 frames, for the first chunk alone.")
 @click.option("--long", "long_clips", default=2560, show_default=True, help="Scenes of 129 frames.")
+@click.option("--changes", default=1024, show_default=True, help="Scenes before and after a change of their text.")
 def main(
     out: Path,
     init: Path | None,
@@ -65,6 +67,7 @@ def main(
     made_minutes: float,
     openings: int,
     long_clips: int,
+    changes: int,
 ) -> None:
     place = torch.device(device)
     if "WORLD_SIZE" in os.environ:
@@ -92,12 +95,9 @@ def main(
     model = new_model() if init is None else load_model(init / "toybox.safetensors", dtype=torch.float32)
     rate = 3e-3 if init is None else 1.2e-3  # more undoes what the end of the run before had gained
     weights_C = channel_weights(codec, long_scenes.latents[:8, :6].float())
-    training = DiTTraining(TeacherForcing(grid, place), opening_scenes, long_scenes, weights_C)
+    scenes = encode_changes(codec, out / "changes", changes, size, CHANGE_SEED)
+    training = DiTTraining(TeacherForcing(grid, place), opening_scenes, long_scenes, scenes, weights_C)
     dit = training.train(out / "dit.pt", model, dit_steps, rate)
-    if init is not None:  # halfway between two ends of one training errs less than either
-        begun = load_model(init / "toybox.safetensors", dtype=torch.float32)
-        for trained, before in zip(dit.parameters(), begun.to(place).parameters(), strict=True):
-            trained.data.lerp_(before, 0.5)
     if rank() == 0:
         save_model(copy.deepcopy(dit).to(torch.bfloat16), weights / "toybox.safetensors")
     if made_minutes:

@@ -123,7 +123,7 @@ def main(out: Path, device: str, count: int, minutes: float, rate: float) -> Non
     out.mkdir(parents=True, exist_ok=True)
     codec = load_codec(WEIGHTS / "codec", "wan", on).vae.float()
     scenes = encode_scenes(codec, out / "scenes", count, PIXEL_FRAMES, size, SCENE_SEED)
-    pair = new_pair(WEIGHTS / "toybox-flow.safetensors").to(on)
+    pair = new_pair(WEIGHTS / "toybox.safetensors").to(on)
     forcing = TogetherForcing(LatentGrid.from_pixels(size, size, codec.config.scale_factor_spatial), CHUNKS, pair, on)
     trained = train(out, pair, scenes, forcing, minutes, rate).to(torch.bfloat16)
     if rank():

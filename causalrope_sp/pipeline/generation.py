@@ -198,13 +198,18 @@ class Generation:
             (request.prompt, request.prompt_embeds),
             (request.negative_prompt, request.negative_prompt_embeds),
         ][: 1 + self._guided]
-        return encode_all(self._pipe, self._seed, wanted)
+        return encode_all(self._pipe, self._seed, self._pictured, wanted)
 
     def first_prompt(self) -> list[PromptChange]:
         """The prompt of the call as the first one of a session; none on a rank that only decodes."""
         prompt = self._request.prompt
         assert not isinstance(prompt, Sequence) or isinstance(prompt, str), "a stream has one prompt"
         return [PromptChange(0, 0, prompt, embeds) for embeds in self._texts[:1]]
+
+    @property
+    def _pictured(self) -> bool:
+        """Whether an image is the first frame of the video."""
+        return self.conditioning.latents is not None and not self.conditioning.context_frames
 
     def encode_prompt(self, prompt: str | None, embeds: Embeds | None) -> Tensor:
         """Encodes another prompt, (1, L, E). All ranks that denoise must call it.
@@ -220,7 +225,7 @@ class Generation:
 
         def encode() -> Tensor:
             GenerationOptions.of(prompt=prompt, prompt_embeds=embeds)
-            return encode_all(self._pipe, self._seed, [(prompt, embeds)])[0]
+            return encode_all(self._pipe, self._seed, self._pictured, [(prompt, embeds)])[0]
 
         return self.parallel.denoisers.run_collectively(encode)
 

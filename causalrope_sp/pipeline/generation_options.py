@@ -23,6 +23,7 @@ OutputType = Literal["np", "pil", "pt", "latent"]
 StepCallback = Callable[[Any, int, float, dict[str, Any]], object]
 LARGEST_SEED = 2**63 - 1
 LONGEST_HISTORY = 2**20  # chunks
+MOST_CHUNKS = 2**6  # over which a prompt may change
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from causalrope_sp.codec.conv_state import ConvState
 from causalrope_sp.diffusion.noise import Noise
 from causalrope_sp.distributed.stream_turns import StreamTurns
 from causalrope_sp.errors import ConfigError
-from causalrope_sp.pipeline.generation_options import LARGEST_SEED, Embeds
+from causalrope_sp.pipeline.generation_options import LARGEST_SEED, MOST_CHUNKS, Embeds
 from causalrope_sp.pipeline.open_stream import Made, OpenStream, PromptChange
 from causalrope_sp.pipeline.option_checks import check_path
 from causalrope_sp.pipeline.session_saving import save_session
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from causalrope_sp.pipeline.generation import Generation
 
 T = TypeVar("T")
-MOST_CHUNKS = 2**6  # over which a prompt may change
 WARMING = 12  # latent frames that a decoder reads again where none is kept; what older ones left in it is negligible
 
 

@@ -16,18 +16,21 @@ if TYPE_CHECKING:
     from causalrope_sp.pipeline.pipeline import CausalVideoPipeline
 
 
-def encode_all(pipe: CausalVideoPipeline, seed: int, wanted: Sequence[tuple[Any, Embeds | None]]) -> list[Tensor]:
+def encode_all(
+    pipe: CausalVideoPipeline, seed: int, pictured: bool, wanted: Sequence[tuple[Any, Embeds | None]]
+) -> list[Tensor]:
     """Encodes texts, or takes over embeddings of rank 0. All ranks that denoise must call it.
 
     Args:
         pipe: the pipeline.
         seed: that of the video, from which a text encoder may draw what a prompt leaves open.
+        pictured: whether an image is the first frame of the video.
         wanted: for each a text, or embeddings in its place.
 
     Returns:
         The embeddings of each, (1, L, E).
     """
-    texts = iter(pipe.text.encode_all([text for text, embeds in wanted if embeds is None], seed))
+    texts = iter(pipe.text.encode_all([text for text, embeds in wanted if embeds is None], seed, pictured))
     share = partial(share_embeds, parallel=pipe.parallel, config=pipe.model.config, dtype=pipe.model.dtype)
     return [next(texts) if embeds is None else share(partial(_loaded, embeds)) for _, embeds in wanted]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from causalrope_sp.checks import check_choice, check_flag, check_text, check_whole, shown
 from causalrope_sp.errors import ConfigError
-from causalrope_sp.pipeline.generation_options import LARGEST_SEED
+from causalrope_sp.pipeline.generation_options import LARGEST_SEED, MOST_CHUNKS
 
 LONGEST_PROMPT = 2000  # characters
 LONGEST_MESSAGE = 64 * 1024  # bytes
@@ -54,7 +54,7 @@ FIELDS: dict[str, dict[str, Check]] = {
         "recache": check_flag,
         "recache_sink": check_flag,
         "new_shot": check_flag,
-        "over_chunks": partial(check_whole, most=1000),
+        "over_chunks": partial(check_whole, most=MOST_CHUNKS),
     },
     "played": {"sequence": _WHOLE},
     "pause": {},

@@ -60,12 +60,13 @@ class SharedUMT5:
         """
         return self.encode_all([prompt], seed)[0]
 
-    def encode_all(self, prompts: Sequence[str | None], seed: int) -> list[Tensor]:
+    def encode_all(self, prompts: Sequence[str | None], seed: int, pictured: bool = False) -> list[Tensor]:
         """Encodes several prompts at once, so that an encoder that is freed between prompts is read only once.
 
         Args:
             prompts: the prompts; None is the empty prompt.
             seed: has no effect.
+            pictured: has no effect.
 
         Returns:
             The embeddings of each prompt on every rank, (1, L, E).

@@ -46,12 +46,13 @@ class ToyboxText:
         places = torch.rand(PLACE_VARIABLES, generator=keyed_generator(seed), dtype=torch.float32)
         return encode_scene(parse_prompt(prompt), places).unsqueeze(0)
 
-    def encode_all(self, prompts: Sequence[str | None], seed: int) -> list[Tensor]:
-        """Encodes several prompts. None becomes zeros, on which the embedded weights have not been trained.
+    def encode_all(self, prompts: Sequence[str | None], seed: int, pictured: bool = False) -> list[Tensor]:
+        """Encodes several prompts. None becomes zeros, as for dropped texts in training.
 
         Args:
             prompts: sentences of the grammar, or None.
             seed: the seed of each, as for `encode`.
+            pictured: whether an image is the first frame, which then tells where objects are.
 
         Returns:
             One tensor (1, L, E) a prompt.
@@ -60,7 +61,8 @@ class ToyboxText:
             PromptError: a prompt is not in the grammar.
         """
         nothing = torch.zeros(1, TEXT_LEN, TEXT_DIM, dtype=torch.float32)
-        return [nothing if prompt is None else self.encode(prompt, seed) for prompt in prompts]
+        found = [nothing if prompt is None else self.encode(prompt, seed) for prompt in prompts]
+        return [leave_open(embeds, places=True) for embeds in found] if pictured else found
 
     def opening(self, channels: int, height: int, width: int) -> Tensor:
         """Returns the initial latent frame of every stream, the chart, (1, 1, channels, height, width)."""

@@ -6,7 +6,8 @@ Shapes: N videos, F latent frames, C channels, X latent width = height, L text t
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import random
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from causalrope_sp.codec.wan_vae import WanEncoderStream
 from causalrope_sp.codec.wan_vae_model import WanVae
-from causalrope_sp.toybox.prompts import BACKGROUNDS, SceneSpec
+from causalrope_sp.toybox.prompts import BACKGROUNDS, COLORS, MOTIONS, SHAPES, SIZES, SceneSpec
 from causalrope_sp.toybox.scenes import PLACE_VARIABLES, random_scene, render, tracks
 from causalrope_sp.toybox.toybox_text import encode_scene
 
@@ -47,6 +48,58 @@ class Latents:
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         return torch.multinomial(self.share, count, replacement=True, generator=generator)
+
+
+@dataclass(frozen=True)
+class Changes:
+    """Scenes before and after a change of their text, at the same places: latents `before` (N, 13, C, X, X) and `after`
+    (N, 16, C, X, X) in float16, and of `after` the text embeddings (N, L, E) and where objects are (N, 16, X, X)."""
+
+    before: Tensor
+    after: Tensor
+    embeds: Tensor
+    objects: Tensor
+
+
+def other_scene(scene: SceneSpec, rng: random.Random) -> SceneSpec:
+    """A scene of as many objects, most of them of another colour, some of another shape, motion or size."""
+    free = [color for color in COLORS if color not in [o.color for o in scene.objects]]
+    rng.shuffle(free)
+    objects = []
+    for o, color in zip(scene.objects, free, strict=False):
+        changes = {"color": color} if rng.random() < 0.85 else {}
+        for name, options, chance in (("shape", SHAPES, 0.35), ("motion", MOTIONS, 0.25), ("size", SIZES, 0.2)):
+            if rng.random() < chance:
+                changes[name] = rng.choice([option for option in options if option != getattr(o, name)])
+        objects.append(replace(o, **changes))
+    backgrounds = [word for word in BACKGROUNDS if word != scene.background]
+    return SceneSpec(tuple(objects), rng.choice(backgrounds) if rng.random() < 0.25 else scene.background)
+
+
+@torch.inference_mode()
+def encode_changes(codec: WanVae, path: Path, videos: int, size: int, seed: int) -> Changes:
+    """Renders and encodes scenes before and after a change of their text, or reads them from `path`."""
+    path = path.with_suffix(f".{rank()}.pt")
+    if path.exists():
+        return Changes(**torch.load(path, weights_only=True))
+    device = next(codec.parameters()).device
+    rng, parts = random.Random(seed + rank()), list[tuple[Tensor, ...]]()
+
+    def encode(scenes: list[SceneSpec], places: Tensor, frames: int) -> Tensor:
+        pixels = render(scenes, places, torch.arange(frames), size).transpose(1, 2).to(device) * 2 - 1
+        return WanEncoderStream(codec).encode(pixels).cpu()
+
+    empty = {word: encode([SceneSpec((), word)], torch.zeros(1, PLACE_VARIABLES), 61)[0] for word in BACKGROUNDS}
+    for batch in range(rank(), videos // BATCH, processes()):
+        scenes, places = draw_scenes(seed + batch)
+        before = encode([other_scene(scene, rng) for scene in scenes], places, 49)
+        after = encode(scenes, places, 61)
+        behind = torch.stack([empty[scene.background] for scene in scenes])
+        embeds = torch.stack([encode_scene(scene, p) for scene, p in zip(scenes, places, strict=True)])
+        parts.append((before.half(), after.half(), embeds, (after - behind).abs().mean(2) > VISIBLE))
+    found = [torch.cat(each).clone() for each in zip(*parts, strict=True)]
+    torch.save(dict(zip(("before", "after", "embeds", "objects"), found, strict=True)), path)
+    return Changes(*found)
 
 
 def draw_scenes(seed: int) -> tuple[list[SceneSpec], Tensor]:

@@ -17,11 +17,10 @@ from causalrope_sp.grid import Chunk
 from causalrope_sp.models.causal_dit import CausalDiT
 from causalrope_sp.sampling.sampler import sample_chunks
 from causalrope_sp.toybox.chart import chart
-from causalrope_sp.toybox.scenes import PLACE_VARIABLES
-from causalrope_sp.toybox.toybox_text import encode_scene
+from causalrope_sp.toybox.toybox_text import leave_open
 
 from .dit import CHUNK, RING, SAMPLER, STREAM, TIMES, Batch, TeacherForcing
-from .latents import Latents
+from .latents import Changes, Latents
 from .training import Training, processes, rank
 
 SEED = 60_000_000
@@ -36,13 +35,15 @@ DROPPED = 0.1  # how often the text is left out, for guidance
 
 
 class DiTTraining:
-    """Teaches a DiT first chunks from `openings` and later ones from `long`.
+    """Teaches a DiT first chunks from `openings`, later ones from `long`, and those after a new text from `changes`.
 
     `weights_C` says how much an error of each latent channel counts, 1 on average.
     """
 
-    def __init__(self, forcing: TeacherForcing, openings: Latents, long: Latents, weights_C: Tensor) -> None:
-        self._forcing, self._openings, self._long = forcing, openings, long
+    def __init__(
+        self, forcing: TeacherForcing, openings: Latents, long: Latents, changes: Changes, weights_C: Tensor
+    ) -> None:
+        self._forcing, self._openings, self._long, self._changes = forcing, openings, long, changes
         self._weights_C = weights_C.to(forcing.device)
         self._pool: list[tuple[int, Tensor]] = []
 
@@ -78,11 +79,16 @@ class DiTTraining:
         """The chunks right after the start, whole windows, any time of a long stream, on the truth's history or on one
         that the DiT made; and what follows on a picture."""
         whole = [CHUNK] * 4
-        if turn in (0, 3):
+        if turn in (1, 2) and torch.rand((), generator=generator) < 0.5:
+            return "changed", self._after_a_change(8, generator)
+        if turn == 0:
             return "second", _batch(self._long, 10, [CHUNK], [0, 1], generator)
         if turn in (1, 4):
-            return "later", _batch(self._long, 5, whole, [1, 2, 3, 4], generator)
-        if turn == 5:
+            batch = _batch(self._long, 5, whole, [1, 2, 3, 4], generator)
+            if turn == 4:  # as after a picture
+                batch.embeds[:] = leave_open(batch.embeds, places=True)
+            return "later", batch
+        if turn in (3, 5):
             return "image", self._on_a_picture(10, generator)
         offset, start = (0, 1) if turn == 6 else self._somewhere(generator)
         if turn == 7:
@@ -130,13 +136,33 @@ class DiTTraining:
         return offset, 1 + offset + PERIOD * int(torch.randint(LONGEST, (), generator=generator))
 
     def _on_a_picture(self, size: int, generator: torch.Generator) -> Batch:
-        """What follows on a first frame that, in half of the videos, other places than the text's have led to."""
+        """What follows on a first frame, which in most of the videos alone tells the places."""
         batch = _batch(self._long, size, [1, CHUNK], [1, 2], generator)
-        for n, number in enumerate(batch.picked):
-            if torch.rand((), generator=generator) < 0.5 and batch.embeds[n].any():
-                places = torch.rand(PLACE_VARIABLES, generator=generator)
-                batch.embeds[n] = encode_scene(self._long.scenes[number], places)
+        for n in range(size):
+            if torch.rand((), generator=generator) < 0.75:
+                batch.embeds[n] = leave_open(batch.embeds[n], places=True)
         return batch
+
+    def _after_a_change(self, size: int, generator: torch.Generator) -> Batch:
+        """What follows on chunks of the same places under another text: all chunks, or all but the newest ones."""
+        found = self._changes
+        past = int(torch.randint(1, 5, (), generator=generator))
+        pick = torch.randint(len(found.before), (size,), generator=generator)
+        offset = CHUNK * int(torch.randint(5 - past, (), generator=generator))
+        periods = int(torch.randint(LONGEST, (), generator=generator)) * int(torch.randint(2, (), generator=generator))
+        after = found.after[pick, offset:].float()
+        history = found.before[pick, offset : offset + CHUNK * past].float()
+        newer = int(torch.randint(past, (), generator=generator))  # chunks that follow the new text already
+        if newer and torch.rand((), generator=generator) < 0.6:
+            history[:, -CHUNK * newer :] = after[:, CHUNK * (past - newer) : CHUNK * past]
+        next_chunk = slice(CHUNK * past, CHUNK * (past + 1))
+        objects = found.objects[pick, offset:][:, next_chunk]
+        amount = torch.rand(size, 1, 1, 1, 1, generator=generator) * 0.15
+        amount = amount * (torch.rand(size, 1, 1, 1, 1, generator=generator) < 0.5)
+        history = (1 - amount) * history + amount * torch.randn(history.shape, generator=generator)
+        times, embeds = _times(size, 1, generator), found.embeds[pick].clone()
+        start = 1 + offset + PERIOD * periods
+        return Batch(history, [CHUNK] * past, after[:, next_chunk], objects, [past], times, embeds, pick, start)
 
     def _on_its_own(
         self, size: int, sizes: list[int], numbers: list[int], generator: torch.Generator, offset: int, start: int
