@@ -14,6 +14,7 @@ WHOLE = {
     "verify": ["verify", "--ranks", "1"],
     "plan": ["plan", "--model", "toybox"],
     "profile-reuse": ["profile-reuse", PROMPT, "--frames", "1"],
+    "serve": ["serve", "--port", "0", "--folder", "served"],
     "bench": ["bench", PROMPT, "--frames", "1", "--runs", "1"],
 }  # lines that work, one a command
 # No device is among them: a command that writes to a name may replace what has it, and root may replace /dev/null.

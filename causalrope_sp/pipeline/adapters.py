@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from causalrope_sp.checks import check_text
+from causalrope_sp.checks import check_number, check_text, shown
 from causalrope_sp.distributed import SequenceParallel
 from causalrope_sp.errors import CausalRopeError, ConfigError
 from causalrope_sp.pipeline.loading import Parts
@@ -76,7 +76,11 @@ class WithAdapters:
         Raises:
             ConfigError: a name is not loaded, a weight is no finite number, or a stream is open.
         """
+        if not isinstance(adapter_names, Sequence):
+            raise ConfigError(f"adapter_names must be a name or several, not {shown(adapter_names)}")
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        if len(set(map(str, names))) < len(names):
+            raise ConfigError(f"adapter_names must be different ones, not {shown(adapter_names)}")
         unknown = [name for name in names if name not in self._adapters]
         if unknown:
             raise ConfigError(f"adapter_names must be of {', '.join(self._adapters) or 'none'}, not {unknown[0]!r}")
@@ -86,6 +90,7 @@ class WithAdapters:
         chosen = {name: (lora, False) for name, (lora, _) in self._adapters.items()}
         for name, weight in zip(names, weights, strict=True):
             lora = chosen[name][0]
+            weight = None if weight is None else check_number("adapter_weights", weight)
             chosen[name] = (lora if weight is None else replace(lora, weight=weight), True)
         self._change(chosen)
 

@@ -62,7 +62,7 @@ class Generation:
         with own_numerics(), self.parallel.turn("opens a stream"):
             self.turns = self.parallel.open_stream(self.works_ahead)
             self.parallel.everyone.run_collectively(self._prepare)  # an error of one rank ends the call on all
-            if request.callback_on_step_end is not None:
+            if not self.parallel.everyone.all_say(request.callback_on_step_end is None):  # those of some ranks call too
                 self._calls = StepCalls(pipe, request.callback_on_step_end, len(self._settings.sampler.steps))
             self.parallel.everyone.agree(self._described())
             self._layout = self._choose_layout()
@@ -168,6 +168,9 @@ class Generation:
             "size": (settings.height, settings.width),
             "sampler": settings.sampler,
             "output_type": request.output_type == "latent",
+            "window": self._stream,
+            "history": request.history,
+            "kept_chunks": request.kept_chunks,
             "conditioning": self.conditioning.digest,
         }
 

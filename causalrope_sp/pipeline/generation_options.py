@@ -102,7 +102,7 @@ class GenerationOptions:
             replace_checked(self, name, check_whole)
         replace_checked(self, "sink", partial(check_whole, least=0))
         for name in ("history", "kept_chunks"):
-            replace_checked(self, name, partial(check_whole, least=0, most=LONGEST_HISTORY))
+            object.__setattr__(self, name, check_whole(name, getattr(self, name), 0, LONGEST_HISTORY))
         if isinstance(self.prompt, str):
             check_text("prompt", self.prompt)
         elif self.prompt is not None:

@@ -26,6 +26,8 @@ def check_path(name: str, value: object) -> str:
         raise ConfigError(f"{name} must be a path, not {shown(value)}")
     try:
         os.lstat(value)
+    except UnicodeEncodeError:
+        raise ConfigError(f"{name} must be a path, not {shown(value)}") from None
     except OSError as reason:
         if reason.errno in (errno.ENAMETOOLONG, errno.ELOOP):  # whoever reads a missing or forbidden file says so
             raise ConfigError(f"{name} must be a path, not {shown(value)}: {reason.strerror}") from reason

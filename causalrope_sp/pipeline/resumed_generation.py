@@ -74,7 +74,9 @@ class ResumedGeneration(Generation):
         self._kept = [(chunk, whole.clone()) for chunk, whole in zip(saved.chunks, latents, strict=True)]
         kept = {"history": saved.history, "kept_chunks": saved.kept_chunks, "num_frames": saved.num_frames}
         embeds = saved.embeds[saved.prompts[-1].id]
-        super().__init__(pipe, GenerationOptions.of(prompt_embeds=embeds, **{**kept, **overrides}), streams)
+        options = {**kept, **overrides}
+        request = pipe.parallel.everyone.run_collectively(lambda: GenerationOptions.of(prompt_embeds=embeds, **options))
+        super().__init__(pipe, request, streams)
 
     @property
     def seed(self) -> int:

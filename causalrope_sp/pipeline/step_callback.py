@@ -17,13 +17,13 @@ class StepCalls:
 
     Args:
         pipe: the pipeline, which the callback is given.
-        callback: the callback.
+        callback: the callback; None on a rank that has none where another one has.
         steps: denoising steps of a chunk.
         first_chunk: the number in its stream of the first chunk that has a `VideoChunk`; None for the first one made.
     """
 
     pipe: Any
-    callback: StepCallback
+    callback: StepCallback | None
     steps: int
     first_chunk: int | None = None
 
@@ -31,9 +31,11 @@ class StepCalls:
         """Calls it after a step of a chunk."""
         self.first_chunk = chunk.index if self.first_chunk is None else self.first_chunk
         number = chunk.index - self.first_chunk  # that of the `VideoChunk`: chunks of initial latents are not counted
-        self.callback(self.pipe, step, timestep, {"chunk": number, "num_steps": self.steps})
+        if self.callback is not None:
+            self.callback(self.pipe, step, timestep, {"chunk": number, "num_steps": self.steps})
 
     def after_parallel_step(self, output: StepOutput, preview: PreviewFrame | None) -> None:
         """Calls it after a step of all chunks, which are made in parallel."""
         kwargs = {"chunk": None, "num_steps": output.steps, "preview": preview}
-        self.callback(self.pipe, output.step - 1, output.timestep, kwargs)
+        if self.callback is not None:
+            self.callback(self.pipe, output.step - 1, output.timestep, kwargs)

@@ -136,7 +136,7 @@ def test_an_interrupted_rank_0_ends_with_130_though_rank_1_ended_first(
     shared = ["MASTER_ADDR=127.0.0.1", f"MASTER_PORT={port}", "WORLD_SIZE=2", "LOCAL_WORLD_SIZE=2"]
     commands = [["env", *shared, f"RANK={rank}", f"LOCAL_RANK={rank}", sys.executable] for rank in (0, 1)]
     out = tmp_path / "a.mp4"
-    words = ["-m", "causalrope_sp", "generate", PROMPT, "--frames", "100000", "--window", "9", "--model", MODEL]
+    words = ["-m", "causalrope_sp", "generate", PROMPT, "--endless", "--window", "9", "--model", MODEL]
     with subprocess.Popen([*commands[1], *words, "--out", out], stderr=subprocess.PIPE, text=True, cwd=ROOT) as other:
         try:
             process = start_endless(out, commands[0])

@@ -387,6 +387,34 @@ def failing_on_one_rank(group: Any, device: str, failing: int) -> list[Any]:
     return ranks
 
 
+def differing(group: Any, device: str) -> list[Any]:
+    """Options that only rank 1 has."""
+    torch.use_deterministic_algorithms(True)
+    parallel = SequenceParallel(group, device=device)
+    pipe = CausalVideoPipeline.from_pretrained("toybox", parallel=parallel)
+    mine, said, calls = parallel.rank == 1, [], list[int]()
+    for name, value in (("history", 3), ("kept_chunks", 9), ("history", None)):
+        try:
+            opened(pipe, **{name: value} if mine else {})
+            said.append("nothing")
+        except ConfigError as error:
+            said.append(str(error))
+    options = {"callback_on_step_end": lambda *given: calls.append(given[1])} if mine else {}
+    chunk = opened(pipe, **options).step()
+    ranks: list[Any] = [None] * group.size()
+    all_gather_object(ranks, (said, calls, chunk.first_frame_index), group)
+    return ranks
+
+
+def test_options_of_one_rank_alone_are_refused_and_its_callback_is_called(pool: RankPool) -> None:
+    first, second = pool.run(differing, 2)
+    assert "ranks differ in history" in first[0][0]
+    assert "ranks differ in kept_chunks" in first[0][1]
+    assert "history must be a whole number" in first[0][2]
+    assert [text.removesuffix(" (on rank 1)") for text in first[0]] == second[0]
+    assert (first[1], second[1]) == ([], [0, 1])
+
+
 def test_an_error_of_one_rank_ends_the_call_on_all_and_the_session_goes_on(pool: RankPool) -> None:
     plain = [c.frames for c in take(opened(CausalVideoPipeline.from_pretrained("toybox")), 4)]
     first, second = pool.run(failing_on_one_rank, 2, 1)
