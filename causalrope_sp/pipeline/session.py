@@ -18,6 +18,7 @@ from causalrope_sp.codec.conv_state import ConvState
 from causalrope_sp.diffusion.noise import Noise
 from causalrope_sp.distributed.stream_turns import StreamTurns
 from causalrope_sp.errors import ConfigError
+from causalrope_sp.grid import Chunk
 from causalrope_sp.pipeline.generation_options import LARGEST_SEED, MOST_CHUNKS, Embeds
 from causalrope_sp.pipeline.open_stream import Made, OpenStream, PromptChange
 from causalrope_sp.pipeline.option_checks import check_path
@@ -103,10 +104,10 @@ class Session(OpenStream):
         return change.prompt_id
 
     def _forget_embeds(self, loop: SteeredLoop) -> None:
-        """Lets the embeddings go of prompts that the session cannot be taken back to."""
+        """Lets the embeddings go of prompts that the session cannot be taken back to; it can to its very beginning."""
         oldest = min((part.chunk.index for part in loop.kept.newest()), default=0) - loop.first_chunk
         for number, (prompt, later) in enumerate(pairwise(self.prompts)):
-            if later.first_chunk < oldest:
+            if number and later.first_chunk < oldest:
                 self.prompts[number] = replace(prompt, embeds=None)
 
     def rewind(self, chunks: int) -> bool:
@@ -124,23 +125,22 @@ class Session(OpenStream):
             ConfigError: fewer chunks were made, or the latents from which to go on are not kept any more.
         """
 
-        def checked() -> int:
+        def checked() -> Chunk:
             self._check_source("taken back")
             if check_whole("chunks", chunks) > self._index:
                 raise ConfigError(f"chunks must be at most {self._index}, which were made, not {chunks}")
-            loop, target = self._begun(), self._index - chunks
-            loop.check_rewind(loop.chunks_made - target)
-            return target
+            loop = self._begun()
+            return loop.chunk_before(loop.chunks_made - self._index + chunks)
 
-        with self._operation("is taken back", checked, chunks) as target:
+        with self._operation("is taken back", checked, chunks) as chunk:
             assert self._source is not None, "an operation begins the session"
             assert self._decoder is not None, "an operation begins the session"
-            loop, decoder = self._begun(), self._decoder.fork()
+            loop, decoder, target = self._begun(), self._decoder.fork(), self._index - chunks
             prompts = [p for p in self.prompts if p.first_chunk < max(1, target)]
             embeds = prompts[-1].embeds
             assert embeds is not None, "those of the prompts of the latents that are kept are kept too"
-            chunk, first = loop.chunk_before(loop.chunks_made - target), decoder.frame_range.prefix
-            decoded = decoder.rewind(chunk, partial(loop.latents_before, chunk.start, first, WARMING))
+            before = partial(loop.latents_before, chunk.start, decoder.frame_range.prefix, WARMING)
+            decoded = decoder.rewind(chunk, before)
             exact = loop.rewind(loop.chunks_made - target, embeds)
             self._source.drop()
             self._decoder, self.prompts[:], self._index, self._ended = decoder, prompts, target, False

@@ -13,7 +13,6 @@ from torch import Tensor
 from causalrope_sp.pipeline.open_stream import PromptChange, prompt_at
 from causalrope_sp.pipeline.output import ChunkDecoder
 from causalrope_sp.pipeline.saved_cache import describe_cache, gather_layers
-from causalrope_sp.sampling.guidance import CONDITIONAL
 from causalrope_sp.sampling.steered_loop import SteeredLoop
 from causalrope_sp.sessions import PromptUse, SavedDecoder, SavedSession, SavedTexts, write_session
 
@@ -54,24 +53,15 @@ def save_session(
     def describe() -> SavedSession | None:
         if not first:
             return None
-        chunks = tuple(part.chunk for part in loop.kept)
-        next_shown = next((c.start for c in chunks if c.index == loop.first_chunk + shown), loop.position[1])
-        made = {chunk.index - loop.first_chunk for chunk in chunks}
-        needed = {0, prompts[-1].prompt_id, *(prompt_at(prompts, n).prompt_id for n in made if n >= 0)}
+        starts = {part.chunk.index: part.chunk.start for part in loop.kept}
+        decoded = starts.get(loop.first_chunk + shown, loop.position[1]) - decoder.frame_range.prefix
         return SavedSession(
             **fields(),
+            **_fields_of(loop, prompts),
             shown=shown,
-            first_chunk=loop.first_chunk,
-            next_chunk=loop.position[0],
-            next_frame=loop.position[1],
-            prompts=tuple(PromptUse(p.first_chunk, p.prompt, p.prompt_id) for p in prompts),
-            embeds={p.prompt_id: p.embeds.cpu() for p in prompts if p.prompt_id in needed and p.embeds is not None},
-            texts=_texts_of(loop),
             latents=torch.cat(latents, 1),
-            chunks=chunks,
-            shots=loop.branches.branches[0].stream.cache.window.shots,
             cache=described,
-            decoder=None if state is None else SavedDecoder(codec, next_shown - decoder.frame_range.prefix, state),
+            decoder=None if state is None else SavedDecoder(codec, decoded, state),
         )
 
     saved = ranks.run_collectively(describe)
@@ -84,6 +74,23 @@ def save_session(
             write_session(path, saved, layers)
 
     ranks.run_collectively(write)
+
+
+def _fields_of(loop: SteeredLoop, prompts: Sequence[PromptChange]) -> dict[str, Any]:
+    """The fields of a `SavedSession` that say where the stream stands, and its texts."""
+    chunks = tuple(part.chunk for part in loop.kept)
+    made = {chunk.index - loop.first_chunk for chunk in chunks}
+    needed = {0, prompts[-1].prompt_id, *(prompt_at(prompts, n).prompt_id for n in made if n >= 0)}
+    return {
+        "first_chunk": loop.first_chunk,
+        "next_chunk": loop.position[0],
+        "next_frame": loop.position[1],
+        "prompts": tuple(PromptUse(p.first_chunk, p.prompt, p.prompt_id) for p in prompts),
+        "embeds": {p.prompt_id: p.embeds.cpu() for p in prompts if p.prompt_id in needed and p.embeds is not None},
+        "texts": _texts_of(loop),
+        "chunks": chunks,
+        "shots": loop.branches.branches[0].stream.cache.window.shots,
+    }
 
 
 def _gather_latents(loop: SteeredLoop) -> list[Tensor]:
@@ -100,8 +107,6 @@ def _texts_of(loop: SteeredLoop) -> SavedTexts | None:
     """The texts of a change over several chunks that is not over."""
     if not loop.later_texts:
         return None
-    conditional = loop.branches.branch(CONDITIONAL)
-    assert conditional is not None, "rank 0 has this branch"
     later, (_, recache, recache_sink) = [text for text, *_ in loop.later_texts], loop.later_texts[0]
-    texts = tuple(text.cpu() for text in (conditional.stream.embeds_BLE, *later))
+    texts = tuple(text.cpu() for text in (loop.text, *later))
     return SavedTexts(texts, recache, recache_sink)

@@ -194,15 +194,15 @@ class SteeredLoop(ChunkLoop):
         branch.resume(window, self.position[1], part)
 
     def chunk_before(self, chunks: int) -> Chunk:
-        """Returns the chunk that comes next once so many are taken back."""
+        """Returns the chunk that comes next once so many are taken back.
+
+        Raises:
+            ConfigError: no latents are kept from which to go on.
+        """
         first = self.position[0] - chunks
         chunk = self.chunk_at(first, self._rewind_to(first)[1])
         assert chunk is not None, "a chunk that was made comes again"
         return chunk
-
-    def check_rewind(self, chunks: int) -> None:
-        """Raises ConfigError if so many chunks cannot be taken back."""
-        self._rewind_to(self.position[0] - chunks)
 
     def latents_before(self, stop: int, first: int, most: int) -> Tensor:
         """Returns clean latents that are kept, (B, F, C, H, W), whole, on every rank. All ranks must call.

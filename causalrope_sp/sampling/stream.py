@@ -81,7 +81,7 @@ class CausalStream:
         config = model.config
         self._model = model
         self._strategy = strategy
-        self._text, self.embeds_BLE = model.encode_text(embeds_BLE), embeds_BLE
+        self._text = model.encode_text(embeds_BLE)
         compute = torch.float64 if model.dtype == torch.float64 else torch.float32
         self._rope = RotaryTables(config.head_dim, config.theta, shard, model.device, compute)
         self._relative = relative
@@ -188,7 +188,7 @@ class CausalStream:
         Args:
             embeds_BLE: text embeddings, (B, text_len, text_dim).
         """
-        text, self.embeds_BLE = self._model.encode_text(embeds_BLE), embeds_BLE
+        text = self._model.encode_text(embeds_BLE)
         if self._graphs is None:
             self._text = text
             return
@@ -343,7 +343,8 @@ class CausalStream:
         if self._rotation is None or self._rotation[0] != chunks:
             if self._relative:  # keys are rotated in time on read
                 window = self.cache.window
-                positions = [window.positions(chunk)[slot] for chunk in chunks for slot in window.slots(chunk)]
+                by_chunk = [(window.positions(chunk), window.slots(chunk)) for chunk in chunks]
+                positions = [by_slot[slot] for by_slot, slots in by_chunk for slot in slots]
                 rotation = self._rope.rotation(positions, [0] * len(positions))
             else:
                 rotation = self._rope.rotation([f for chunk in chunks for f in range(chunk.start, chunk.stop)])

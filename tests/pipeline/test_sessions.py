@@ -122,6 +122,17 @@ def test_chunks_that_are_taken_back_come_again(pipe: CausalVideoPipeline) -> Non
     assert same(take(session, 1), chunks[6:])
 
 
+def test_after_many_prompts_the_very_beginning_can_still_be_gone_back_to(pipe: CausalVideoPipeline) -> None:
+    session = opened(pipe, kept_chunks=1)
+    first = take(session, 2)
+    for color in ("blue", "green", "yellow", "purple", "orange"):
+        session.set_prompt(f"a {color} circle slides right")
+        take(session, 2)
+    assert session.rewind(12)
+    assert [prompt.prompt for prompt in session.prompts] == [RED]
+    assert same(take(session, 2), first)
+
+
 def test_further_back_the_window_is_computed_anew(pipe: CausalVideoPipeline) -> None:
     session = opened(pipe)
     chunks = take(session, 6)
