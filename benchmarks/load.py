@@ -22,6 +22,7 @@ from statistics import median
 
 import click
 import torch
+from large_model import large_model
 from printed import finish, print_table
 from safetensors import safe_open
 
@@ -31,15 +32,7 @@ from causalrope_sp.weights import load_model, save_model
 
 
 def write_random(file: Path, size: str) -> None:
-    with torch.device("meta"):
-        model = CausalDiT(PRESETS[size]).to(torch.bfloat16)
-    model.to_empty(device="cpu")
-    pattern = torch.randn(1 << 20).to(torch.bfloat16)
-    for parameter in model.parameters():
-        flat = parameter.data.view(-1)
-        for start in range(0, len(flat), len(pattern)):
-            flat[start : start + len(pattern)] = pattern[: len(flat) - start]
-    save_model(model.requires_grad_(False), file)
+    save_model(large_model(PRESETS[size]), file)
 
 
 def status(field: str) -> int:

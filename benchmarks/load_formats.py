@@ -22,11 +22,11 @@ from typing import Any
 import click
 import gguf
 import torch
+from large_model import large_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from causalrope_sp.config import PRESETS, DiTConfig
-from causalrope_sp.models.causal_dit import CausalDiT
 from causalrope_sp.weights import load_model
 from causalrope_sp.weights.key_layout import stored_tensors
 from causalrope_sp.weights.wan_keys import WAN
@@ -37,15 +37,7 @@ GATED = "blocks.0.ffn.0.weight"
 
 
 def random_state(config: DiTConfig) -> dict[str, Tensor]:
-    with torch.device("meta"):
-        model = CausalDiT(config).to(torch.bfloat16)
-    model.to_empty(device="cpu")
-    pattern = torch.randn(1 << 20).to(torch.bfloat16)
-    for parameter in model.parameters():
-        flat = parameter.data.view(-1)
-        for start in range(0, len(flat), len(pattern)):
-            flat[start : start + len(pattern)] = pattern[: len(flat) - start]
-    return stored_tensors(WAN, config, model.state_dict())
+    return stored_tensors(WAN, config, large_model(config).state_dict())
 
 
 def write(name: str, file: Path, state: dict[str, Tensor], config: DiTConfig) -> Tensor:
