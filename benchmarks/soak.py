@@ -1,7 +1,7 @@
 """Runs one endless toybox session for many frames, with a new prompt every 200, and looks at what grows or drifts.
 
     python benchmarks/soak.py [--frames 20000] [--rope relative]
-    torchrun --nproc-per-node 2 benchmarks/soak.py --rope relative --out two.json      # frames' hashes, to compare
+    torchrun --nproc-per-node 2 benchmarks/soak.py --dtype float64 --out two.json      # frames' hashes, to compare
 
 Latency is the processor time of a chunk without a new prompt: the median of the last tenth over that of the first.
 Memory is the resident set of this process, from frame 500 on. Colour is the judge's, over the last 48 frames under each
@@ -41,11 +41,12 @@ def prompts() -> list[str]:
 @click.command()
 @click.option("--frames", default=20_000, show_default=True)
 @click.option("--rope", default="absolute", show_default=True)
+@click.option("--dtype", help="Of the model and the codec.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write a hash of every chunk's frames here.")
-def main(frames: int, rope: Any, out: Path | None) -> None:
+def main(frames: int, rope: Any, dtype: str | None, out: Path | None) -> None:
     torch.set_num_threads(1)
     parallel = SequenceParallel.from_env()
-    pipe = CausalVideoPipeline.from_pretrained("toybox", rope=rope, parallel=parallel)
+    pipe = CausalVideoPipeline.from_pretrained("toybox", rope=rope, dtype=dtype, parallel=parallel)
     texts, process = prompts(), psutil.Process(os.getpid())
     session = pipe.open(texts[0], seed=0, kept_chunks=16)
     times: list[float] = []

@@ -13,43 +13,19 @@ this rank stores.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
 from causalrope_kernels import Keys, RotateOnRead, Slots
 from causalrope_sp.cache.layer_cache import LayerCache
+from causalrope_sp.cache.read_plans import Ranges, ReadPlans
 from causalrope_sp.cache.undo import UndoBuffer, UndoHistory
 from causalrope_sp.cache.window import SlidingWindow
-from causalrope_sp.devices import send
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.grid import Chunk
-
-Ranges = tuple[tuple[int, int], ...]
-
-
-@dataclass(frozen=True)
-class _ChunkPlan:
-    """A chunk's slots and what its queries attend.
-
-    Args:
-        slots_F: the slot of each of its frames, on the device.
-        first: the first of the slots, if they follow each other and are known on the host.
-        rotate_on_read: the rotation of the keys on read, or None.
-        ranges: the rows that are attended, by `since` and `old` of `KVCache.keys`, on the host and on the device.
-        slots: the slots of keys and values, by layer.
-        keys: what is attended, by layer, `since` and `old`.
-    """
-
-    slots_F: Tensor
-    first: int | None
-    rotate_on_read: RotateOnRead | None
-    ranges: dict[tuple[int, bool], tuple[Ranges, Tensor]] = field(default_factory=dict)
-    slots: dict[int, tuple[Slots, Slots]] = field(default_factory=dict)
-    keys: dict[tuple[int, int, bool], Keys] = field(default_factory=dict)
 
 
 class KVCache:
@@ -97,7 +73,6 @@ class KVCache:
         self._undo: UndoBuffer | None = None  # of the open chunk
         self._history = UndoHistory(history and history + 1)  # the chunk before the open one may be open again
         self._written: dict[int, int] = {}  # slot -> frame, as the first layer writes them
-        self._plans: dict[int, _ChunkPlan] = {}  # by the number of the chunk
         self._sharers = [1]  # how many caches share the storage
         self.storages = 0
         self._restarted = 0  # the next frame at the last restart
@@ -109,9 +84,7 @@ class KVCache:
         self.storage_L2BKSHD = storage_L2BKSHD
         self.storages += 1
         self._layers = [LayerCache(self, index) for index in range(len(storage_L2BKSHD))]
-        self._rings = [(k, v) for k, v in storage_L2BKSHD]
-        self._rows = [(k.flatten(1, 2), v.flatten(1, 2)) for k, v in self._rings]
-        self._plans.clear()  # they hold views of the storage before
+        self._plans = ReadPlans(storage_L2BKSHD, self.window, self._rotate_on_read)
 
     @property
     def bytes(self) -> int:
@@ -136,7 +109,7 @@ class KVCache:
         frames = [self._written[slot] for slot in slots]  # of the window, or of a sink whose shot is over
         self._undo = self._history.buffer(chunk, frames, slots, self.storage_L2BKSHD)
         self.open_chunk = chunk
-        self._plans.clear()
+        self._plans.restart(self.window)
 
     def commit(self) -> None:
         """Commits the open chunk.
@@ -181,7 +154,7 @@ class KVCache:
         nothing = self.storage_L2BKSHD[:, :, :, :0].clone()  # not a view: the memory of a buffer is used again
         self._undo = undo or UndoBuffer(chunk, [], [], nothing, set(range(len(self._layers))))
         self.committed, self.open_chunk = chunk.start, chunk
-        self._plans.clear()
+        self._plans.restart(self.window)
 
     def can_rewind(self, chunk: Chunk) -> bool:
         """Returns whether `rewind` can make a chunk the open one again, with all as it was."""
@@ -200,7 +173,7 @@ class KVCache:
             self._take_back(undo)
         assert undo is not None, "the history must reach the chunk"
         self._undo, self.open_chunk, self.committed, self.window = undo, chunk, chunk.start, window
-        self._plans.clear()
+        self._plans.restart(self.window)
 
     def restart(self, window: SlidingWindow, committed: int) -> None:
         """Forgets all frames that a window does not hold, to write others from a frame on. No chunk can be taken back.
@@ -211,8 +184,8 @@ class KVCache:
         """
         self._undo, self.open_chunk = None, None
         self._history.clear()
-        self._plans.clear()
         self.window, self.committed, self._restarted = window, committed, committed
+        self._plans.restart(window)
         self._written = window.held(committed)
 
     def resume(self, window: SlidingWindow, committed: int, pending: Chunk | None) -> None:
@@ -232,7 +205,7 @@ class KVCache:
         fork = copy.copy(self)
         if self._undo is not None:
             self._undo.shared = True
-        fork._history, fork._written, fork._plans = self._history.fork(), dict(self._written), {}
+        fork._history, fork._written = self._history.fork(), dict(self._written)
         fork._bind(self.storage_L2BKSHD)
         self._sharers[0] += 1
         return fork
@@ -260,14 +233,7 @@ class KVCache:
             self.note_written(chunk)
         if self._undo is not None and chunk == self.open_chunk and layer not in self._undo.layers:
             self._undo.save(self.storage_L2BKSHD, range(layer, layer + 1))
-        plan = self._plan(chunk)
-        found = plan.slots.get(layer)
-        if found is None:
-            first, (k, v) = plan.first, self._rings[layer]
-            rows = None if first is None else slice(first, first + chunk.frames)
-            k, v = (Slots(x, plan.slots_F, None if rows is None else x[:, rows]) for x in (k, v))
-            found = plan.slots[layer] = k, v
-        return found
+        return self._plans.slots(layer, chunk)
 
     def note_written(self, chunk: Chunk) -> None:
         """Notes that a chunk's keys and values lie in its slots."""
@@ -296,74 +262,20 @@ class KVCache:
         tensors = []
         for chunk in chunks:
             self.note_written(chunk)
-            plan = self._plan(chunk)
-            tensors += [plan.slots_F, *(bounds_N2 for _, bounds_N2 in self._sides(chunk, since).values())]
-            tensors += [] if plan.rotate_on_read is None else [plan.rotate_on_read.table]
+            tensors += self._plans.tensors(chunk, since)
         return tensors
 
-    @contextmanager
-    def reading(self, chunks: Sequence[Chunk], since: int, tensors: Sequence[Tensor]) -> Iterator[None]:
+    def reading(self, chunks: Sequence[Chunk], since: int, tensors: Sequence[Tensor]) -> AbstractContextManager[None]:
         """Lets a forward read tensors of the form that `begin_graph` returns in place of the chunks' own."""
-        own, given = dict(self._plans), iter(tensors)
-        for chunk in chunks:
-            plan, slots_F = own[chunk.index], next(given)
-            ranges = {side: (rows, next(given)) for side, (rows, _) in self._sides(chunk, since).items()}
-            rotate = None if plan.rotate_on_read is None else replace(plan.rotate_on_read, table=next(given))
-            self._plans[chunk.index] = _ChunkPlan(slots_F, None, rotate, ranges)
-        try:
-            yield
-        finally:
-            self._plans = own
+        return self._plans.reading(chunks, since, tensors)
 
     def attended_rows(self, chunk: Chunk, since: int) -> tuple[Ranges, ...]:
         """Returns the rows of the ring that a chunk's queries attend: before `since`, then since then; 0 for all."""
-        return tuple(rows for rows, _ in self._sides(chunk, since).values())
-
-    def _sides(self, chunk: Chunk, since: int) -> dict[tuple[int, bool], tuple[Ranges, Tensor]]:
-        """The ranges of a chunk that attention reads, on the host and on the device, as its plan has them."""
-        sides = [(since, True), (since, False)] if since else [(0, False)]
-        for time, old in sides:
-            self.keys(0, chunk, time, old)
-        ranges = self._plan(chunk).ranges
-        return {side: ranges[side] for side in sides}
+        return self._plans.attended_rows(chunk, since)
 
     def keys(self, layer: int, chunk: Chunk, since: int, old: bool) -> Keys:
-        """Returns the keys and values of a layer that a chunk's queries attend.
-
-        Args:
-            layer: the layer.
-            chunk: the chunk of the queries; its keys and values are written.
-            since: a global time index that splits the frames in two.
-            old: whether to return the frames before `since`, or the others.
-        """
-        plan = self._plan(chunk)
-        found = plan.keys.get((layer, since, old))
-        if found is None:
-            ranges = plan.ranges.get((since, old))
-            if ranges is None:
-                ranges = plan.ranges[since, old] = self._ranges(chunk, since, old)
-            found = plan.keys[layer, since, old] = Keys(*self._rows[layer], *ranges, plan.rotate_on_read)
-        return found
-
-    def _plan(self, chunk: Chunk) -> _ChunkPlan:
-        """What all layers and passes share for a chunk, made at its first use."""
-        plan = self._plans.get(chunk.index)
-        if plan is None:
-            slots = self.window.slots(chunk)
-            first = slots[0] if slots == list(range(slots[0], slots[0] + len(slots))) else None
-            slots_F = send(torch.tensor(slots), self.storage_L2BKSHD.device)
-            rotate = None if self._rotate_on_read is None else self._rotate_on_read(self.window.positions(chunk))
-            plan = self._plans[chunk.index] = _ChunkPlan(slots_F, first, rotate)
-        return plan
-
-    def _ranges(self, chunk: Chunk, since: int, old: bool) -> tuple[Ranges, Tensor]:
-        """The rows of the ring that a chunk's queries attend, and the same on the device; see `keys`."""
-        tokens = self.storage_L2BKSHD.shape[4]
-        slots = self.window.ranges(chunk, since)[not old]
-        if since:  # at least two ranges, of which the second may be empty, since a captured graph has a fixed number
-            slots += [(0, 0)] * (2 - len(slots))
-        rows = tuple((first * tokens, stop * tokens) for first, stop in slots)
-        return rows, send(torch.tensor(rows, dtype=torch.int32).view(-1, 2), self.storage_L2BKSHD.device)
+        """Returns the keys and values of a layer that a chunk's queries attend; see `ReadPlans.keys`."""
+        return self._plans.keys(layer, chunk, since, old)
 
     def check_integrity(self) -> None:
         """Checks that cursor, slots and storage agree, and that every committed number is finite.

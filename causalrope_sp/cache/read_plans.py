@@ -1,0 +1,157 @@
+"""What the passes over a chunk write and read of a KV cache: slots, ranges and views, made once and used by all layers.
+
+A view or a number on the device costs the host as much as a launch, so each is made at its first use and kept until the
+window moves. A captured graph reads the same numbers from tensors of its own.
+
+Shapes: L layers, B batch, K slots, S tokens of a frame, H heads, d head width, F frames of a chunk, N ranges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from causalrope_kernels import Keys, RotateOnRead, Slots
+from causalrope_sp.cache.window import SlidingWindow
+from causalrope_sp.devices import send
+from causalrope_sp.grid import Chunk
+
+Ranges = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class _ChunkPlan:
+    """A chunk's slots and what its queries attend.
+
+    Args:
+        slots_F: the slot of each of its frames, on the device.
+        first: the first of the slots, if they follow each other and are known on the host.
+        rotate_on_read: the rotation of the keys on read, or None.
+        ranges: the rows that are attended, by `since` and `old` of `ReadPlans.keys`, on the host and on the device.
+        slots: the slots of keys and values, by layer.
+        keys: what is attended, by layer, `since` and `old`.
+    """
+
+    slots_F: Tensor
+    first: int | None
+    rotate_on_read: RotateOnRead | None
+    ranges: dict[tuple[int, bool], tuple[Ranges, Tensor]] = field(default_factory=dict)
+    slots: dict[int, tuple[Slots, Slots]] = field(default_factory=dict)
+    keys: dict[tuple[int, int, bool], Keys] = field(default_factory=dict)
+
+
+class ReadPlans:
+    """The plans of the chunks of a pass.
+
+    Args:
+        storage_L2BKSHD: the cache's storage.
+        window: the sliding window.
+        rotate_on_read: makes the rotation of the keys on read from the position of every slot's frame within the
+            window; None if keys are stored rotated.
+    """
+
+    def __init__(
+        self,
+        storage_L2BKSHD: Tensor,
+        window: SlidingWindow,
+        rotate_on_read: Callable[[Sequence[int]], RotateOnRead] | None,
+    ) -> None:
+        self._window, self._rotate_on_read = window, rotate_on_read
+        self._device, self._tokens = storage_L2BKSHD.device, storage_L2BKSHD.shape[4]
+        self._rings = [(k, v) for k, v in storage_L2BKSHD]
+        self._rows = [(k.flatten(1, 2), v.flatten(1, 2)) for k, v in self._rings]
+        self._plans: dict[int, _ChunkPlan] = {}  # by the number of the chunk
+
+    def restart(self, window: SlidingWindow) -> None:
+        """Forgets all plans, to make others for a window."""
+        self._window = window
+        self._plans.clear()
+
+    def slots(self, layer: int, chunk: Chunk) -> tuple[Slots, Slots]:
+        """Returns the slots of a layer that a chunk's keys and values are written to."""
+        plan = self._plan(chunk)
+        found = plan.slots.get(layer)
+        if found is None:
+            first, (k, v) = plan.first, self._rings[layer]
+            rows = None if first is None else slice(first, first + chunk.frames)
+            k, v = (Slots(x, plan.slots_F, None if rows is None else x[:, rows]) for x in (k, v))
+            found = plan.slots[layer] = k, v
+        return found
+
+    def keys(self, layer: int, chunk: Chunk, since: int, old: bool) -> Keys:
+        """Returns the keys and values of a layer that a chunk's queries attend.
+
+        Args:
+            layer: the layer.
+            chunk: the chunk of the queries; its keys and values are written.
+            since: a global time index that splits the frames in two; 0 for no split.
+            old: whether to return the frames before `since`, or the others.
+        """
+        plan = self._plan(chunk)
+        found = plan.keys.get((layer, since, old))
+        if found is None:
+            ranges = plan.ranges.get((since, old))
+            if ranges is None:
+                ranges = plan.ranges[since, old] = self._ranges(chunk, since, old)
+            found = plan.keys[layer, since, old] = Keys(*self._rows[layer], *ranges, plan.rotate_on_read)
+        return found
+
+    def tensors(self, chunk: Chunk, since: int) -> list[Tensor]:
+        """Returns the numbers of a chunk's passes on the device.
+
+        Returns:
+            Its slots, the bounds of the rows that it attends (of the frames before `since`, then of the others) and, in
+            the `relative` policy, the angles of its slots.
+        """
+        plan = self._plan(chunk)
+        bounds = [bounds_N2 for _, bounds_N2 in self._sides(chunk, since).values()]
+        angles = [] if plan.rotate_on_read is None else [plan.rotate_on_read.table]
+        return [plan.slots_F, *bounds, *angles]
+
+    @contextmanager
+    def reading(self, chunks: Sequence[Chunk], since: int, tensors: Sequence[Tensor]) -> Iterator[None]:
+        """Lets a forward read tensors of the form that `tensors` returns, chunk by chunk, in place of the own ones."""
+        own, given = dict(self._plans), iter(tensors)
+        for chunk in chunks:
+            plan, slots_F = own[chunk.index], next(given)
+            ranges = {side: (rows, next(given)) for side, (rows, _) in self._sides(chunk, since).items()}
+            rotate = None if plan.rotate_on_read is None else replace(plan.rotate_on_read, table=next(given))
+            self._plans[chunk.index] = _ChunkPlan(slots_F, None, rotate, ranges)
+        try:
+            yield
+        finally:
+            self._plans = own
+
+    def attended_rows(self, chunk: Chunk, since: int) -> tuple[Ranges, ...]:
+        """Returns the rows of the ring that a chunk's queries attend: before `since`, then since then; 0 for all."""
+        return tuple(rows for rows, _ in self._sides(chunk, since).values())
+
+    def _sides(self, chunk: Chunk, since: int) -> dict[tuple[int, bool], tuple[Ranges, Tensor]]:
+        """The ranges of a chunk that attention reads, on the host and on the device, as its plan has them."""
+        sides = [(since, True), (since, False)] if since else [(0, False)]
+        for time, old in sides:
+            self.keys(0, chunk, time, old)
+        ranges = self._plan(chunk).ranges
+        return {side: ranges[side] for side in sides}
+
+    def _plan(self, chunk: Chunk) -> _ChunkPlan:
+        """What all layers and passes share for a chunk, made at its first use."""
+        plan = self._plans.get(chunk.index)
+        if plan is None:
+            slots = self._window.slots(chunk)
+            first = slots[0] if slots == list(range(slots[0], slots[0] + len(slots))) else None
+            rotate = None if self._rotate_on_read is None else self._rotate_on_read(self._window.positions(chunk))
+            plan = self._plans[chunk.index] = _ChunkPlan(send(torch.tensor(slots), self._device), first, rotate)
+        return plan
+
+    def _ranges(self, chunk: Chunk, since: int, old: bool) -> tuple[Ranges, Tensor]:
+        """The rows of the ring that a chunk's queries attend, and the same on the device; see `keys`."""
+        slots = self._window.ranges(chunk, since)[not old]
+        if since:  # at least two ranges, of which the second may be empty, since a captured graph has a fixed number
+            slots += [(0, 0)] * (2 - len(slots))
+        rows = tuple((first * self._tokens, stop * self._tokens) for first, stop in slots)
+        return rows, send(torch.tensor(rows, dtype=torch.int32).view(-1, 2), self._device)
