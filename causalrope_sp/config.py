@@ -81,6 +81,7 @@ PRESETS = {
 
 
 LONGEST_WINDOW = 2**31 - 1  # latent frames; a thousand years of video
+WindowPolicy = Literal["sliding", "multi-shot", "recomputed"]
 
 
 @dataclass(frozen=True)
@@ -96,9 +97,15 @@ class StreamConfig:
         rope: a frame's position in time. "absolute" is its global time index, as in training; "relative" is its
             position within the window, so that a stream of hours stays within the trained range and its sink stays
             near. Without a sink both give the same result.
+        window_policy: what happens to the window as the stream goes on. "sliding" keeps the sink and the newest frames
+            (Self-Forcing, LongLive). "multi-shot" does so too, and a change of prompt begins a shot with a sink of its
+            own, unless it says otherwise (LongLive). "recomputed" computes the keys and values of the window anew from
+            its clean latents before every chunk, once frames have left it, so that they hold nothing of those frames:
+            the newest frames read the sink and each other again (Krea Realtime).
 
     Raises:
-        ConfigError: a length is below its minimum, the window is smaller than chunk + sink, or `rope` is unknown.
+        ConfigError: a length is below its minimum, the window is smaller than chunk + sink, or `rope` or
+            `window_policy` is unknown.
     """
 
     window: int | None = None
@@ -106,11 +113,16 @@ class StreamConfig:
     chunk_frames: int = 3
     independent_first_frame: bool = False
     rope: Literal["absolute", "relative"] = "absolute"
+    window_policy: WindowPolicy = "sliding"
 
     def __post_init__(self) -> None:
         check_fields(self, ["chunk_frames"], most=LONGEST_WINDOW)
         if self.rope not in ("absolute", "relative"):
             raise ConfigError(f"rope must be absolute or relative, not {self.rope!r}")
+        if self.window_policy not in get_args(WindowPolicy):
+            raise ConfigError(
+                f"window_policy must be one of {', '.join(get_args(WindowPolicy))}, not {self.window_policy!r}"
+            )
         check_fields(self, ["sink"], least=0, most=LONGEST_WINDOW)
         if self.window is None:
             return

@@ -9,7 +9,17 @@ from typing import Any, get_args
 
 import click
 
-from causalrope_sp.cli.model_options import CHUNK_FRAMES, GUIDANCE_INTERVAL, HEIGHT, OFFLOAD, SHIFT, SINK, WIDTH, WINDOW
+from causalrope_sp.cli.model_options import (
+    CHUNK_FRAMES,
+    GUIDANCE_INTERVAL,
+    HEIGHT,
+    OFFLOAD,
+    SHIFT,
+    SINK,
+    WIDTH,
+    WINDOW,
+    WINDOW_POLICY,
+)
 from causalrope_sp.cli.numbers import FLOAT, INTEGER, SEED, IntRange
 from causalrope_sp.cli.options import complete_model, complete_preset, complete_strategy
 from causalrope_sp.config import DTYPE_NAMES, Solver, TimestepRule
@@ -20,7 +30,16 @@ EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 RANKS = ("strategy", "cfg", "chunk", "decode_ranks", "overlap", "head_groups", "attention")
 LOADING = (
     *("loras", "base", "preset", "revision", "dtype", "height", "width", "window", "sink", "chunk_frames"),
-    *("rope", "num_inference_steps", "solver", "timestep_rule", "shift", "guidance_scale", "guidance_interval"),
+    *(
+        "window_policy",
+        "rope",
+        "num_inference_steps",
+        "solver",
+        "timestep_rule",
+        "shift",
+        "guidance_scale",
+        "guidance_interval",
+    ),
     *("weights", "offload", "codec", "codec_weights", "decode", "preflight", "graphs", "parallel_chunks"),
 )
 SOURCES = ("image", "video", "strength")
@@ -81,6 +100,7 @@ OPTIONS = (
     WINDOW,
     SINK,
     CHUNK_FRAMES,
+    WINDOW_POLICY,
     click.option(
         "--rope",
         type=click.Choice(["absolute", "relative"]),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import click
 
 from causalrope_sp.cli.numbers import FLOAT, INTEGER
+from causalrope_sp.config import WindowPolicy
 
 HEIGHT = click.option("--height", type=INTEGER, help="Set the height of a frame in pixels. The default is the model's.")
 WIDTH = click.option("--width", type=INTEGER, help="Set the width of a frame in pixels. The default is the model's.")
@@ -15,6 +18,11 @@ WINDOW = click.option(
 )
 SINK = click.option(
     "--sink", type=INTEGER, help="Keep this many of the first latent frames in the window. The default is the model's."
+)
+WINDOW_POLICY = click.option(
+    "--window-policy",
+    type=click.Choice(get_args(WindowPolicy)),
+    help="Slide the window, begin a sink at each prompt, or compute the window anew. The default is the model's.",
 )
 CHUNK_FRAMES = click.option(
     "--chunk-frames", type=INTEGER, help="Put this many latent frames into a chunk. The default is the model's."

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from causalrope_sp.cli.model_options import CHUNK_FRAMES, GUIDANCE_INTERVAL, HEIGHT, OFFLOAD, SINK, WIDTH, WINDOW
+from causalrope_sp.cli.model_options import (
+    CHUNK_FRAMES,
+    GUIDANCE_INTERVAL,
+    HEIGHT,
+    OFFLOAD,
+    SINK,
+    WIDTH,
+    WINDOW,
+    WINDOW_POLICY,
+)
 from causalrope_sp.cli.numbers import FLOAT, INTEGER, IntRange
 from causalrope_sp.cli.options import complete_model
 from causalrope_sp.errors import ConfigError, printable
@@ -18,7 +27,17 @@ from causalrope_sp.io.json_files import read_object
 if TYPE_CHECKING:
     from causalrope_sp.planning.machines import Machine
 
-OVERRIDES = ("height", "width", "window", "sink", "chunk_frames", "steps", "guidance_scale", "guidance_interval")
+OVERRIDES = (
+    "height",
+    "width",
+    "window",
+    "sink",
+    "chunk_frames",
+    "window_policy",
+    "steps",
+    "guidance_scale",
+    "guidance_interval",
+)
 
 
 @click.command()
@@ -34,6 +53,7 @@ OVERRIDES = ("height", "width", "window", "sink", "chunk_frames", "steps", "guid
 @WINDOW
 @SINK
 @CHUNK_FRAMES
+@WINDOW_POLICY
 @click.option("--steps", type=INTEGER, help="Make this many denoise passes per chunk. The default is the model's.")
 @click.option(
     "--guidance",

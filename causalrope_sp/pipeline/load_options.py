@@ -10,7 +10,7 @@ from typing import Any, Literal, Self, get_args
 import torch
 
 from causalrope_sp.checks import check_choice, check_flag, check_text, check_whole, shown
-from causalrope_sp.config import Solver, TimestepRule
+from causalrope_sp.config import Solver, TimestepRule, WindowPolicy
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.pipeline.decoding import Decode
 from causalrope_sp.pipeline.offload import Offload
@@ -46,6 +46,7 @@ class LoadOptions:
         sink: how many of the first latent frames never leave the window.
         chunk_frames: latent frames in a chunk.
         rope: "absolute" or "relative" (see `StreamConfig`).
+        window_policy: "sliding", "multi-shot" or "recomputed" (see `StreamConfig`).
         num_inference_steps: how many evenly spaced denoising steps, or their unshifted timesteps in (0, 1000].
         solver, timestep_rule, shift, guidance_scale, guidance_interval: of the sampler (see `SamplerConfig`).
         weights: "full", or "fp8" for the blocks' matrices in 8 bits (see `load_model`).
@@ -79,6 +80,7 @@ class LoadOptions:
     sink: int | None = None
     chunk_frames: int | None = None
     rope: Literal["absolute", "relative"] | None = None
+    window_policy: WindowPolicy | None = None
     num_inference_steps: Steps | None = None
     solver: Solver | None = None
     timestep_rule: TimestepRule | None = None
@@ -99,6 +101,7 @@ class LoadOptions:
         for name, least in (("height", 1), ("width", 1), ("window", 1), ("sink", 0), ("chunk_frames", 1)):
             replace_checked(self, name, check_whole, least)
         replace_checked(self, "rope", check_choice, ("absolute", "relative"))
+        replace_checked(self, "window_policy", check_choice, get_args(WindowPolicy))
         replace_checked(self, "parallel_chunks", check_choice, ("vin",))
         replace_checked(self, "weights", check_choice, get_args(Weights))
         check_choice("decode", self.decode, get_args(Decode))

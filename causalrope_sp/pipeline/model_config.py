@@ -114,7 +114,7 @@ class ModelConfig:
         Raises:
             ConfigError: the values contradict each other.
         """
-        names = ("window", "sink", "chunk_frames", "rope")
+        names = ("window", "sink", "chunk_frames", "rope", "window_policy")
         changes = {name: getattr(options, name) for name in names}
         stream = replace(self.stream, **{name: value for name, value in changes.items() if value is not None})
         return replace(

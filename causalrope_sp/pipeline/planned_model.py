@@ -115,14 +115,14 @@ class PlannedModel:
         """Returns this model with some settings replaced.
 
         Args:
-            changes: height, width, window, sink, chunk_frames, steps, guidance_scale or guidance_interval; None keeps
-                the model's own.
+            changes: height, width, window, sink, chunk_frames, window_policy, steps, guidance_scale or
+                guidance_interval; None keeps the model's own.
 
         Raises:
             ConfigError: the settings contradict each other.
         """
         new = {name: value for name, value in changes.items() if value is not None}
-        stream = {name: new[name] for name in ("window", "sink", "chunk_frames") if name in new}
+        stream = {name: new[name] for name in ("window", "sink", "chunk_frames", "window_policy") if name in new}
         sampler = {name: new[name] for name in ("steps", "guidance_scale", "guidance_interval") if name in new}
         size = {name: new[name] for name in ("height", "width") if name in new}
         return replace(

@@ -50,7 +50,7 @@ class Session(OpenStream):
         prompt_embeds: Embeds | None = None,
         recache: bool = True,
         recache_sink: bool = False,
-        new_shot: bool = False,
+        new_shot: bool | None = None,
         over_chunks: int = 1,
     ) -> int:
         """Changes the prompt of the following chunks.
@@ -62,7 +62,8 @@ class Session(OpenStream):
                 latents, as in LongLive and Krea: one context pass for each of its chunks. Without, only the text that
                 the following chunks attend changes.
             recache_sink: whether those of the sink are computed anew too.
-            new_shot: whether the next frames become the sink, in place of the present one.
+            new_shot: whether the next frames become the sink, in place of the present one; None says yes in a stream
+                whose `window_policy` is "multi-shot", and no in others.
             over_chunks: over how many chunks the embeddings move from the present prompt's to the new one's, in equal
                 parts. With `recache` the window is computed anew for each of them.
 
@@ -75,7 +76,8 @@ class Session(OpenStream):
         """
 
         def checked() -> int:
-            for name, flag in (("recache", recache), ("recache_sink", recache_sink), ("new_shot", new_shot)):
+            shot = False if new_shot is None else new_shot
+            for name, flag in (("recache", recache), ("recache_sink", recache_sink), ("new_shot", shot)):
                 check_flag(name, flag)
             if prompt is not None:
                 check_text("prompt", prompt)
@@ -91,12 +93,13 @@ class Session(OpenStream):
                 torch.lerp(loop.text.to(embeds.device).double(), embeds.double(), number / count).to(embeds.dtype)
                 for number in range(1, count)
             ]
+            multi_shot = loop.options.stream.window_policy == "multi-shot"
             none_made = loop.chunks_made == 0  # then nothing was made under the prompt before
             loop.set_text(
                 [*parts, embeds],
                 recache=recache or none_made,
                 recache_sink=recache_sink or none_made,
-                new_shot=new_shot and not none_made,
+                new_shot=(multi_shot if new_shot is None else new_shot) and not none_made,
             )
             change = PromptChange(last.prompt_id + 1, loop.chunks_made, prompt, embeds)
             self.prompts[:] = [*(p for p in self.prompts if p.first_chunk < change.first_chunk), change]

@@ -156,6 +156,12 @@ def chunk_flops(layout: Layout, work: Workload, rank: int, branch: int = 0) -> i
         total += work.linear_flops_of(computed) * chunks * tokens
         total += computed["self"] * attention // layers
         total += computed["cross"] * cross_flops(work, chunks * tokens) // layers
+    if work.recomputed is not None:  # the chunk before attends what is left for the next one
+        total -= attention_flops(layout, work, rank, work.chunk_frames, work.chunk_frames)
+    for frames, keys in work.recomputed or ():
+        again = tokens // work.chunk_frames * frames
+        total += work.linear_flops * again + cross_flops(work, again)
+        total += attention_flops(layout, work, rank, frames, keys)
     return total
 
 
@@ -199,13 +205,18 @@ def _cost(layout: Layout, cfg: int, work: Workload, on: Machine, auxiliary: Auxi
         later = [[count * seconds for seconds in slowest(chunk, keys, dict(c))] for c, count in alike.items()]
         return [sum(each) for each in zip(first, *later, strict=True)]
 
+    def recomputing() -> list[float]:
+        passes = [slowest(frames, keys, full) for frames, keys in work.recomputed or ()]
+        return [branches * sum(each) for each in zip((0.0, 0.0, 0.0), *passes, strict=True)]
+
     # collectives outside the layers: a chunk's latents once, and velocities across the `cfg` axis after every pass
     latents, velocities = received_latents(work, layout.ranks), received_guidance(work, layout.ranks) if cfg > 1 else 0
     crossings = work.steps if cfg > 1 else 0
     rest = (layout.ranks > 1) + crossings
     rest_bytes = 4 * (latents + crossings * velocities)
     gather = rest * on.latency + rest_bytes / on.link
-    compute, communication, exposed = all_passes(2 * chunk, window)
+    again = recomputing()
+    compute, communication, exposed = (x + y for x, y in zip(all_passes(2 * chunk, window), again, strict=True))
     seconds = compute + exposed + gather
     opening = all_passes(chunk, chunk)
     first = opening[0] + opening[2] + gather
@@ -213,6 +224,8 @@ def _cost(layout: Layout, cfg: int, work: Workload, on: Machine, auxiliary: Auxi
     bytes_layer = max(sum(received(layout, work, r, chunk).values()) for r in every) * work.itemsize
     calls_layer = len(received(layout, work, 0, chunk))
     attended = branches * layers + sum(computed["self"] for computed in later_passes)  # layers, of all passes
+    renewed = [frames for frames, _ in work.recomputed or ()]
+    renewed_bytes = branches * bytes_layer * layers * sum(renewed) // chunk
     cache = branches * max(cache_bytes(layout, work, r) for r in every)
     stored = max(sum(stored_bytes(layout, work, r, b, auxiliary.graphs) for b in range(branches)) for r in every)
     activations = max(_activation_bytes(layout, work, r) for r in every)
@@ -222,8 +235,8 @@ def _cost(layout: Layout, cfg: int, work: Workload, on: Machine, auxiliary: Auxi
         cfg=cfg,
         collectives_per_pass=calls_layer * layers,
         bytes_per_pass=bytes_layer * layers,
-        collectives_per_chunk=calls_layer * attended + rest,
-        bytes_per_chunk=bytes_layer * (attended + branches * layers) + rest_bytes,
+        collectives_per_chunk=calls_layer * (attended + branches * layers * len(renewed)) + rest,
+        bytes_per_chunk=bytes_layer * (attended + branches * layers) + renewed_bytes + rest_bytes,
         flops_per_chunk=max(sum(chunk_flops(layout, work, r, branch) for branch in range(branches)) for r in every),
         weights_bytes=work.weights_bytes,
         cache_bytes=cache,

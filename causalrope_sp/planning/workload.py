@@ -28,6 +28,8 @@ class Workload:
             pass too.
         reuse: the reuse plan of each branch, or empty.
         wide: how many of the parameters are float32 if the others have 16 bits.
+        recomputed: the context passes before each chunk that compute its window anew: the frames of each, and those
+            that it attends; None if the window only slides.
     """
 
     config: DiTConfig
@@ -41,6 +43,7 @@ class Workload:
     guided: int = 0
     reuse: tuple[ReusePlan, ...] = ()
     wide: int = 0
+    recomputed: tuple[tuple[int, int], ...] | None = None
 
     @classmethod
     def of(
@@ -72,7 +75,9 @@ class Workload:
             branches = (False, True) if guided else (False,)  # conditional, unconditional
             timesteps = [branch_timesteps(sampler, unconditional) for unconditional in branches]
             plans = tuple(ReusePlan.of_causal(reuse, each, config.num_layers) for each in timesteps)
-        return cls(config, grid, window, chunk, len(sampler.steps), batch, itemsize, guided=guided, reuse=plans)
+        again = _recomputed(window, stream.sink, chunk) if stream.window_policy == "recomputed" else None
+        steps = len(sampler.steps)
+        return cls(config, grid, window, chunk, steps, batch, itemsize, guided=guided, reuse=plans, recomputed=again)
 
     @property
     def passes(self) -> list[int]:
@@ -137,3 +142,14 @@ class Workload:
         c, full = self.config, self.parameters * self.itemsize + (2 * self.wide if self.itemsize == 2 else 0)
         scales = 4 * c.num_layers * (9 * c.dim + c.ffn_dim)
         return full - (self.itemsize - 1) * self.matrices + scales if self.fp8 else full
+
+
+def _recomputed(window: int, sink: int, chunk: int) -> tuple[tuple[int, int], ...]:
+    """The frames of each context pass before a chunk of a steady stream, and those that it attends. The frames that
+    stay are those of the sink and the newest ones; the newest chunk's pass is fused with the next chunk's first."""
+    passes, stop = [], window - 2 * chunk  # in the ring, and the sink before it
+    while stop > sink:
+        frames = min(stop - sink, chunk)
+        passes.append((frames, stop))
+        stop -= frames
+    return tuple(reversed(passes))

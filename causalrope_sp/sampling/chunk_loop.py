@@ -31,6 +31,7 @@ from causalrope_sp.sampling.finite_chunks import FiniteCheck, check_finite
 from causalrope_sp.sampling.guidance import UNCONDITIONAL, GuidanceBranches, check_guidance
 from causalrope_sp.sampling.kept_latents import KeptLatents
 from causalrope_sp.sampling.pass_graphs import stream_graphs
+from causalrope_sp.sampling.recompute import recompute_all, recompute_for
 from causalrope_sp.sampling.stream import CausalStream, Part
 from causalrope_sp.sampling.stream_options import Resumed, StreamOptions
 
@@ -170,6 +171,7 @@ class ChunkLoop:
         """Denoises a chunk and returns its clean tokens on this rank, (B, F, s, E)."""
         levels = self._levels
         self._check_model()
+        self._renew_window(chunk)
         x = self._draw(chunk, self._first_step)
         if self.options.source is not None:
             clean = self.options.source.latents(chunk)
@@ -187,6 +189,18 @@ class ChunkLoop:
         if self.unread is not None:
             self.unread.read()
         return x
+
+    def _renew_window(self, chunk: Chunk) -> None:
+        """Computes anew what a chunk will attend, if the stream's policy is to. If that is cut short, all that is kept
+        is computed anew, so that the stream can go on."""
+        if self.options.stream.window_policy != "recomputed":
+            return
+        for branch in self.branches.branches:
+            try:
+                recompute_for(branch, self.kept, chunk)
+            except BaseException:
+                recompute_all(branch, self.kept, chunk.start)
+                raise
 
     def _check_model(self) -> None:
         """Raises ConfigError if the model was moved or cast under the stream."""

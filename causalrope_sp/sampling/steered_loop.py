@@ -19,7 +19,7 @@ from causalrope_sp.grid import Chunk
 from causalrope_sp.sampling.chunk import LatentChunk, check_text
 from causalrope_sp.sampling.chunk_loop import ChunkLoop
 from causalrope_sp.sampling.guidance import CONDITIONAL, GuidanceBranch
-from causalrope_sp.sampling.kept_latents import oldest_of
+from causalrope_sp.sampling.recompute import newest_is_sink, recompute_all, recompute_window
 from causalrope_sp.sampling.stream import Part
 
 
@@ -95,11 +95,11 @@ class SteeredLoop(ChunkLoop):
         branch = self.branches.branch(CONDITIONAL)
         if branch is not None:
             try:
-                if not recache or (not recache_sink and self._newest_is_sink(branch)):
+                if not recache or (not recache_sink and newest_is_sink(branch, self.kept)):
                     branch.commit()
                 branch.stream.set_text(embeds)
                 if recache:
-                    self._recompute(branch, with_sink=recache_sink)
+                    recompute_window(branch, self.kept, self.position[1], with_sink=recache_sink)
             except BaseException:
                 branch.stream.set_text(self.text)
                 self._compute_anew(branch)
@@ -242,25 +242,5 @@ class SteeredLoop(ChunkLoop):
             fork.noise, fork.drawn = noise, False
         return fork
 
-    def _newest_is_sink(self, branch: GuidanceBranch) -> bool:
-        """Whether frames of the newest chunk stay in the window as its sink."""
-        last = self.kept.last
-        if last is None:
-            return False
-        return last.chunk.start < branch.stream.cache.window.sink_at(last.chunk.stop).stop
-
     def _compute_anew(self, branch: GuidanceBranch) -> bool:
-        cache = branch.stream.cache
-        cache.window = cache.window.since(0, 0)  # all that is kept can be written again
-        return self._recompute(branch, with_sink=True)
-
-    def _recompute(self, branch: GuidanceBranch, *, with_sink: bool) -> bool:
-        """Computes the cache of a branch anew from what is kept of its window; the newest chunk stays pending.
-
-        Returns:
-            Whether that are all frames so far.
-        """
-        window, stop = branch.stream.cache.window, self.position[1]
-        parts = self.kept.within(window, stop, with_sink=with_sink)
-        branch.recompute(parts, window.since(oldest_of(parts, window, stop), stop), stop)
-        return sum(part.chunk.frames for part in parts) == stop
+        return recompute_all(branch, self.kept, self.position[1])

@@ -32,7 +32,8 @@ def windows(draw: st.DrawFn) -> StreamConfig:
     chunk, sink = draw(st.integers(1, 3)), draw(st.integers(0, 2))
     window = draw(st.integers(chunk + sink, chunk + sink + 4))
     rope: Any = draw(st.sampled_from(["absolute", "relative"]))
-    return StreamConfig(window, sink, chunk, draw(st.booleans()), rope)
+    policy: Any = draw(st.sampled_from(["sliding", "recomputed"]))
+    return StreamConfig(window, sink, chunk, draw(st.booleans()), rope, policy)
 
 
 def open_loop(stream: StreamConfig, **options: Any) -> SteeredLoop:

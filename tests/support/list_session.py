@@ -63,6 +63,10 @@ class ListSession:
     def step(self) -> Tensor:
         self.before.append(self.made)
         self.text_made, chunk = self.text, self.next_chunk()
+        if self.stream.window_policy == "recomputed" and len(self.seen) < chunk.start:
+            stay = self.seen_with(chunk)
+            self.seen = [frame for frame in self.seen if frame in stay]
+            self.recompute(False)
         x, levels = self.fresh(chunk, 0), sigmas(SAMPLER)
         solve = start_solver(SAMPLER, 0)
         for step, (sigma, to) in enumerate(zip(levels, [*levels[1:], 0.0], strict=True)):

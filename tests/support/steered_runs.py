@@ -27,6 +27,7 @@ STREAMS = {
     "sink within a chunk": StreamConfig(6, 1, 2),
     "relative": StreamConfig(7, 2, 3, rope="relative"),
     "lone first frame": StreamConfig(5, 1, 2, independent_first_frame=True),
+    "recomputed": StreamConfig(7, 2, 2, rope="relative", window_policy="recomputed"),
 }
 STEPS = [("step",)] * 4
 SCRIPTS: dict[str, list[tuple[Any, ...]]] = {
@@ -53,12 +54,17 @@ def by_lists(stream: str, script: str, recomputed_at: int | None = None) -> list
             elif what == "text":
                 session.set_text(*arguments)
             else:
-                session.rewind(arguments[0], exact=script == "taken back exactly")
+                session.rewind(arguments[0], exact=is_exact(STREAMS[stream], script))
     return made
 
 
 def options_of(stream: str) -> StreamOptions:
     return StreamOptions(stream=STREAMS[stream], sampler=SAMPLER, history=4, kept_chunks=8)
+
+
+def is_exact(stream: StreamConfig, script: str) -> bool:
+    """Whether what a script takes back is as it was; a window that is computed anew keeps nothing of before."""
+    return script == "taken back exactly" and stream.window_policy != "recomputed"
 
 
 Before = dict[int, Callable[[SteeredLoop], object]]
@@ -89,7 +95,7 @@ def go_through(loop: SteeredLoop, script: str, before: Before | None = None, fir
         else:
             text = text[: -arguments[0]]
             text[-1] = text[-2] if len(text) > 1 else 0
-            assert loop.rewind(arguments[0], TEXTS[text[-1]]) == (script == "taken back exactly")
+            assert loop.rewind(arguments[0], TEXTS[text[-1]]) == is_exact(loop.options.stream, script)
     return made
 
 
