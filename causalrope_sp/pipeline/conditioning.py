@@ -74,6 +74,10 @@ class VideoLatents:
         self._ready = [ready[:, count:]]
         return ready[:, :count]
 
+    def restart(self) -> None:
+        """Encodes the following frames as those of another video."""
+        self._encoder, self._started, self._ready = self._codec.encoder(), False, []
+
     def _frame(self) -> np.ndarray:
         if self._next is not None:
             self._last = self._next

@@ -1,0 +1,107 @@
+"""The codebook: atoms that an encoder adds up to a chunk's noise, and the noise of a frame without any.
+
+All numbers are whole and made from counted bits of Philox, whose output is fixed, so that every machine has the same
+codebook to the last bit. An atom's number is half the count of ones in 16 bits less 8, that of plain noise a quarter of
+the count in 64 bits less 32: both have mean 0 and variance 1.
+
+Shapes: K atoms, N numbers of a latent frame, F latent frames, C channels, H×W latent size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+MOST_NUMBERS = 1 << 24  # of atoms that are in memory at a time
+_PLAIN = 1 << 32  # in the key of plain noise, in place of a block's number
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The atoms of one latent frame at one step.
+
+    Args:
+        atoms: their numbers, rising.
+        signs: for each whether it is subtracted.
+    """
+
+    atoms: tuple[int, ...] = ()
+    signs: tuple[bool, ...] = ()
+
+
+class Codebook:
+    """The atoms of every latent frame and step of a video.
+
+    Args:
+        seed: of the video.
+        segment: the number of the chunk at which its segment begins.
+        size: K, a power of two.
+        shape: (C, H, W) of a latent frame.
+    """
+
+    def __init__(self, seed: int, segment: int, size: int, shape: tuple[int, int, int]) -> None:
+        self.seed, self.segment, self.size, self.shape = seed, segment, size, shape
+        self._numbers = math.prod(shape)
+
+    def blocks(self, frame: int, step: int) -> Iterator[Tensor]:
+        """Yields the atoms of a latent frame at a step in order, block by block, int8 (K of the block, C, H, W)."""
+        for block in range(-(-self.size // self._atoms_of_a_block)):
+            yield self._block(frame, step, block)
+
+    def noise(self, frame: int, step: int, choice: Choice) -> Tensor:
+        """Returns the noise of a latent frame at a step, float64 (C, H, W), with the mean square 1 if it has atoms.
+
+        Args:
+            frame: the global time index of the frame.
+            step: the number of the step that the noise is added before.
+            choice: the atoms that are added up; none gives noise without information.
+        """
+        if not choice.atoms:
+            words = self._words(frame, step, _PLAIN, self._numbers)
+            counts = np.bitwise_count(words).astype(np.int8) - 32
+            return torch.from_numpy(counts / 4).view(self.shape)
+        total = torch.zeros(self.shape, dtype=torch.int64)
+        per_block, held = self._atoms_of_a_block, (-1, torch.empty(0))
+        for atom, negative in zip(choice.atoms, choice.signs, strict=True):
+            if held[0] != atom // per_block:
+                held = atom // per_block, self._block(frame, step, atom // per_block)
+            total += held[1][atom % per_block].long() * (-1 if negative else 1)
+        power = int(total.square().sum())
+        return total.double() * math.sqrt(self._numbers / power) if power else total.double()
+
+    @property
+    def _atoms_of_a_block(self) -> int:
+        return max(1, min(self.size, MOST_NUMBERS // self._numbers))
+
+    def _block(self, frame: int, step: int, block: int) -> Tensor:
+        count = min(self._atoms_of_a_block, self.size - block * self._atoms_of_a_block)
+        numbers = count * self._numbers
+        words = self._words(frame, step, block, -(-numbers // 4)).astype("<u8", copy=False)
+        counts = np.bitwise_count(words.view("<u2")[:numbers]).astype(np.int8) - 8
+        return torch.from_numpy(counts).view(count, *self.shape)
+
+    def _words(self, frame: int, step: int, block: int, count: int) -> np.ndarray:
+        """Philox' output for a key that no other frame, step or block has."""
+        bits = np.random.Philox(key=[self.seed, frame << 16 | step], counter=[0, 0, block, self.segment])
+        return np.asarray(bits.random_raw(count))
+
+
+def chosen(products_K: Tensor, most: Sequence[int]) -> list[Choice]:
+    """Returns the atoms that point along a direction, for each number of atoms wanted.
+
+    Args:
+        products_K: the inner products of all atoms with the direction, float64.
+        most: how many atoms each choice has.
+    """
+    order = products_K.abs().argsort(descending=True, stable=True)[: max(most, default=0)].tolist()
+    negative = (products_K < 0).tolist()
+    found = []
+    for count in most:
+        atoms = sorted(order[:count])
+        found.append(Choice(tuple(atoms), tuple(negative[atom] for atom in atoms)))
+    return found

@@ -1,0 +1,133 @@
+"""The streams of latents of a compressed video: one for each segment, from a refresh to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields, replace
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
+
+import torch
+from torch import Tensor
+
+from causalrope_sp.compression.bitstream import Header
+from causalrope_sp.compression.codebook import Codebook
+from causalrope_sp.compression.coded_loop import CodedLoop
+from causalrope_sp.config import SamplerConfig, StreamConfig
+from causalrope_sp.errors import ConfigError, InputError
+from causalrope_sp.grid import Chunk
+from causalrope_sp.pipeline.loading import plan_run
+from causalrope_sp.pipeline.numerics import own_numerics
+from causalrope_sp.pipeline.texts import encode_all
+from causalrope_sp.sampling.chunk import LatentChunk
+from causalrope_sp.sampling.stream_options import StreamOptions
+from causalrope_sp.sessions.session_metadata import config_of
+
+if TYPE_CHECKING:
+    from causalrope_sp.pipeline.pipeline import CausalVideoPipeline
+
+Loop = TypeVar("Loop", bound=CodedLoop)
+
+
+class Segments(Generic[Loop]):
+    """Makes the chunks of a video, segment after segment. All ranks make the same calls.
+
+    Attributes:
+        begins: whether the newest chunk is the first one of a segment.
+
+    Args:
+        pipe: the pipeline.
+        kind: the class of the loops.
+        header: the header of the video.
+
+    Raises:
+        ConfigError: the pipeline cannot code videos, or its memory does not suffice.
+        InputError: the settings in the header are wrong.
+    """
+
+    def __init__(self, pipe: CausalVideoPipeline, kind: type[Loop], header: Header) -> None:
+        if pipe.parallel.mesh.decode:
+            raise ConfigError("decode_ranks of the mesh must be 0: rank 0 decodes compressed videos")
+        if header.exact and (pipe.device.type != "cpu" or {pipe.model.dtype, pipe.codec.dtype} != {torch.float64}):
+            raise ConfigError("exact compression is computed in float64 on a CPU: load the pipeline with both")
+        stream, sampler = parse_settings(header.settings)
+        config = replace(pipe.config, stream=stream, sampler=sampler)
+        if config.sampler.solver != "renoise" or config.sampler.guidance_scale != 1:
+            raise ConfigError("compression puts bits into fresh noise: the solver must be renoise, without guidance")
+        if config.stream.window is None:
+            raise ConfigError("compression needs a model with a window: load it with window=")
+        layout = plan_run(config, pipe.parts.options, pipe.parallel, loaded=True)
+        self._pipe, self._kind, self._header, self._grid = pipe, kind, header, pipe.settings().grid
+        self._size = pipe.model.config.in_channels, self._grid.latent_height, self._grid.latent_width
+        self._options = StreamOptions(
+            stream=config.stream,
+            sampler=config.sampler,
+            initial_latents=pipe.text.opening(*self._size),
+            layout=layout,
+            graphs=pipe.parts.options.graphs,
+        )
+        self._turns, self._made = pipe.parallel.open_stream(), 0
+        self._loop: Loop | None = None
+        self.begins = True
+
+    def __enter__(self) -> Self:
+        self._taken = self._turns.taken()
+        self._taken.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._taken.__exit__(kind, error, trace)
+
+    def step(self, prepare: Callable[[Loop], None]) -> tuple[Loop, LatentChunk]:
+        """Makes the next chunk.
+
+        Args:
+            prepare: is called with the loop that makes it.
+
+        Returns:
+            The loop and the chunk.
+        """
+        with own_numerics(), torch.inference_mode(), self._turns.chunk():
+            self.begins = not self._made % self._header.refresh if self._header.refresh else not self._made
+            if self._loop is None or self.begins:
+                self._loop = self._open()
+            self._made += 1
+            prepare(self._loop)
+            return self._loop, self._loop.step()
+
+    def _open(self) -> Loop:
+        header, pipe = self._header, self._pipe
+        later = self._made > 0  # then the text's places are not those where the segment begins
+        (embeds,) = encode_all(pipe, header.text_seed, later, [(header.prompt, None)])
+        codebook = Codebook(header.seed, self._made, header.atoms, self._size)
+        arguments = pipe.model, embeds, _no_noise, self._grid, None, pipe.parallel, self._options
+        return self._kind(codebook, header.residual, *arguments)
+
+
+def settings_of(stream: StreamConfig, sampler: SamplerConfig) -> dict[str, Any]:
+    """Returns the fields that do not have their default."""
+    found = [(config, each) for config in (stream, sampler) for each in fields(config)]
+    return {
+        each.name: getattr(config, each.name) for config, each in found if getattr(config, each.name) != each.default
+    }
+
+
+def parse_settings(settings: dict[str, Any]) -> tuple[StreamConfig, SamplerConfig]:
+    """Returns the configurations that `settings_of` was given.
+
+    Raises:
+        InputError: they are no such settings.
+    """
+    of_stream = {each.name for each in fields(StreamConfig)}
+    stream = {name: value for name, value in settings.items() if name in of_stream}
+    try:
+        rest = {name: value for name, value in settings.items() if name not in of_stream}
+        return config_of(StreamConfig, stream), config_of(SamplerConfig, rest)
+    except ConfigError as reason:
+        raise InputError(f"the settings in the header are wrong: {reason}") from None
+
+
+def _no_noise(chunk: Chunk, step: int) -> Tensor:
+    raise AssertionError("a coded loop draws its own noise")
