@@ -8,6 +8,7 @@ from __future__ import annotations
 import click
 
 from causalrope_sp.cli.bench import bench
+from causalrope_sp.cli.compress import compress, decompress
 from causalrope_sp.cli.encode import encode
 from causalrope_sp.cli.generate import generate
 from causalrope_sp.cli.inspect import inspect
@@ -34,7 +35,7 @@ def cli() -> None:
     """
 
 
-for command in (generate, encode, inspect, verify, plan, profile_reuse, bench, serve):
+for command in (generate, encode, inspect, verify, plan, profile_reuse, bench, serve, compress, decompress):
     cli.add_command(command)
 
 

@@ -48,8 +48,8 @@ class Segments(Generic[Loop]):
     def __init__(self, pipe: CausalVideoPipeline, kind: type[Loop], header: Header) -> None:
         if pipe.parallel.mesh.decode:
             raise ConfigError("decode_ranks of the mesh must be 0: rank 0 decodes compressed videos")
-        if header.exact and (pipe.device.type != "cpu" or {pipe.model.dtype, pipe.codec.dtype} != {torch.float64}):
-            raise ConfigError("exact compression is computed in float64 on a CPU: load the pipeline with both")
+        if header.exact and (pipe.device.type, pipe.model.dtype) != ("cpu", torch.float64):
+            raise ConfigError("exact compression is computed in float64 on a CPU: load the pipeline so")
         stream, sampler = parse_settings(header.settings)
         config = replace(pipe.config, stream=stream, sampler=sampler)
         if config.sampler.solver != "renoise" or config.sampler.guidance_scale != 1:

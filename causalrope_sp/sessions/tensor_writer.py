@@ -6,22 +6,18 @@ dtype, shape and place of each tensor, and a dictionary of texts.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from os import PathLike
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from causalrope_sp.errors import ConfigError, OutputError, first_line
-from causalrope_sp.io.output_files import check_replaceable
-from causalrope_sp.io.partial_files import PartialFile
+from causalrope_sp.errors import ConfigError, OutputError
+from causalrope_sp.io.whole_files import whole_file
 from causalrope_sp.weights.tensor_files import DTYPES
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -59,29 +55,15 @@ def write_tensors(
         OutputError: the file cannot be written, another process is writing it, or its path is no regular file's. What
             was written is removed.
     """
-    target = Path(os.path.abspath(path))
     try:
-        check_replaceable(path)
-        partial = PartialFile(target, folder=False)
-        try:
-            with open(partial.path, "wb") as stream:
-                stream.write(_header(plans, metadata))
-                for plan in plans:
-                    stream.write(_bytes_of(plan, next(tensors, None)))
-                stream.flush()
-                os.fsync(stream.fileno())
+        with whole_file(path) as stream:
+            stream.write(_header(plans, metadata))
+            for plan in plans:
+                stream.write(_bytes_of(plan, next(tensors, None)))
             if next(tensors, None) is not None:
                 raise ConfigError(f"there are more tensors than the {len(plans)} that were to be written")
-            os.replace(partial.path, target)
-            partial.release()
-        except BaseException:
-            with contextlib.suppress(OSError):
-                partial.remove()
-            raise
-    except (OSError, ValueError) as error:
+    except (OutputError, ValueError):
         deque(tensors, maxlen=0)
-        if isinstance(error, OSError):
-            raise OutputError(f"cannot write {path}: {first_line(error)}") from error
         raise
 
 
