@@ -210,11 +210,16 @@ def split(data: bytes) -> Iterator[bytes]:
     least, scanning = 0, False
     while at < len(data):
         packet = read_packet(data, at, least, scanning)
-        if packet is None:
+        if packet is None or (scanning and not _goes_on(data, packet)):
             at, scanning = at + 1, True
             continue
         yield data[at : packet.stop]
         at, least, scanning = packet.stop, packet.number + 1, False
+
+
+def _goes_on(data: bytes, packet: Packet) -> bool:
+    """Whether another packet or the end follows; a CRC-16 alone is right by chance once in 65536 places."""
+    return packet.stop == len(data) or read_packet(data, packet.stop, packet.number + 1) is not None
 
 
 def _check(number: int, content: bytes) -> int:

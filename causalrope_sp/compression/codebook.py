@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 MOST_NUMBERS = 1 << 24  # of atoms that are in memory at a time
-_PLAIN = 1 << 32  # in the key of plain noise, in place of a block's number
 
 
 @dataclass(frozen=True)
@@ -50,8 +49,9 @@ class Codebook:
 
     def blocks(self, frame: int, step: int) -> Iterator[Tensor]:
         """Yields the atoms of a latent frame at a step in order, block by block, int8 (K of the block, C, H, W)."""
-        for block in range(-(-self.size // self._atoms_of_a_block)):
-            yield self._block(frame, step, block)
+        count = max(1, MOST_NUMBERS // self._numbers)
+        for first in range(0, self.size, count):
+            yield self._atoms(frame, step, first, min(count, self.size - first))
 
     def noise(self, frame: int, step: int, choice: Choice) -> Tensor:
         """Returns the noise of a latent frame at a step, float64 (C, H, W), with the mean square 1 if it has atoms.
@@ -62,32 +62,28 @@ class Codebook:
             choice: the atoms that are added up; none gives noise without information.
         """
         if not choice.atoms:
-            words = self._words(frame, step, _PLAIN, self._numbers)
-            counts = np.bitwise_count(words).astype(np.int8) - 32
+            counts = np.bitwise_count(self._words(frame, step, 0, 1, self._numbers)).astype(np.int8) - 32
             return torch.from_numpy(counts / 4).view(self.shape)
         total = torch.zeros(self.shape, dtype=torch.int64)
-        per_block, held = self._atoms_of_a_block, (-1, torch.empty(0))
         for atom, negative in zip(choice.atoms, choice.signs, strict=True):
-            if held[0] != atom // per_block:
-                held = atom // per_block, self._block(frame, step, atom // per_block)
-            total += held[1][atom % per_block].long() * (-1 if negative else 1)
+            total += self._atoms(frame, step, atom, 1)[0].long() * (-1 if negative else 1)
         power = int(total.square().sum())
         return total.double() * math.sqrt(self._numbers / power) if power else total.double()
 
+    def _atoms(self, frame: int, step: int, first: int, count: int) -> Tensor:
+        words_of_one = 4 * self._draws_of_one
+        words = self._words(frame, step, first * self._draws_of_one, 0, count * words_of_one).astype("<u8", copy=False)
+        counts = np.bitwise_count(words.view("<u2")).astype(np.int8) - 8
+        return torch.from_numpy(counts).view(count, 4 * words_of_one)[:, : self._numbers].reshape(count, *self.shape)
+
     @property
-    def _atoms_of_a_block(self) -> int:
-        return max(1, min(self.size, MOST_NUMBERS // self._numbers))
+    def _draws_of_one(self) -> int:
+        """Philox' draws, of four words each, that an atom takes."""
+        return -(-self._numbers // 16)
 
-    def _block(self, frame: int, step: int, block: int) -> Tensor:
-        count = min(self._atoms_of_a_block, self.size - block * self._atoms_of_a_block)
-        numbers = count * self._numbers
-        words = self._words(frame, step, block, -(-numbers // 4)).astype("<u8", copy=False)
-        counts = np.bitwise_count(words.view("<u2")[:numbers]).astype(np.int8) - 8
-        return torch.from_numpy(counts).view(count, *self.shape)
-
-    def _words(self, frame: int, step: int, block: int, count: int) -> np.ndarray:
-        """Philox' output for a key that no other frame, step or block has."""
-        bits = np.random.Philox(key=[self.seed, frame << 16 | step], counter=[0, 0, block, self.segment])
+    def _words(self, frame: int, step: int, first: int, kind: int, count: int) -> np.ndarray:
+        """Words of Philox from a draw on, for a key that no other frame, step or segment has."""
+        bits = np.random.Philox(key=[self.seed, frame << 16 | step], counter=[first, kind, 0, self.segment])
         return np.asarray(bits.random_raw(count))
 
 

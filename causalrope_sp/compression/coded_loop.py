@@ -7,6 +7,7 @@ a token.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from causalrope_sp.distributed.comm_stats import LAYERLESS
 from causalrope_sp.grid import Chunk
 from causalrope_sp.sampling.chunk_loop import ChunkLoop
 
+RATES, BISECTIONS = (1e-9, 1e6), 60  # between which a budget's rate is found, and how often the range is halved
 Choices = list[list[Choice]]
 """The choices of a chunk, frame by frame and within a frame step by step from the second step on."""
 
@@ -100,6 +102,8 @@ class EncodingLoop(CodedLoop):
             video's; what comes behind its end costs no bits.
         most: the top of the ladder.
         rate: λ, how much mean square error of the latents a bit a number is worth.
+        budget: the bits of the next chunk; each step gets an equal share of what is left, at whatever rate that takes.
+            None keeps to `rate`.
         sent: the newest chunk as it is sent.
         error: the mean square error of its latents.
     """
@@ -107,6 +111,7 @@ class EncodingLoop(CodedLoop):
     target: Callable[[Chunk], tuple[Tensor, int]]
     most: int
     rate: float
+    budget: float | None = None
     sent: CodedChunk
     error: float
 
@@ -117,10 +122,13 @@ class EncodingLoop(CodedLoop):
         latents, wanted = self.target(chunk)
         target, levels = self.context.tokens(latents), self._levels
         frames: Choices = [[] for _ in range(chunk.frames)]
+        left = self.budget
         x = self.context.tokens(self.drawn_noise(chunk, 0, [Choice()] * chunk.frames))
         x0 = self._clean(chunk, x, 0)
         for step in range(1, len(levels)):
-            x0, choices = self._choose(chunk, step, x0, target, wanted)
+            share = None if left is None else left / (len(levels) - step)
+            x0, choices = self._choose(chunk, step, x0, target, wanted, share)
+            left = None if left is None else left - sum(self._bits(len(choice.atoms)) for choice in choices)
             for own, choice in zip(frames, choices, strict=True):
                 own.append(choice)
         levels_FCHW = None
@@ -134,23 +142,42 @@ class EncodingLoop(CodedLoop):
             self.unread.read()
         return x0
 
-    def _choose(self, chunk: Chunk, step: int, x0: Tensor, target: Tensor, wanted: int) -> tuple[Tensor, list[Choice]]:
+    def _choose(
+        self, chunk: Chunk, step: int, x0: Tensor, target: Tensor, wanted: int, budget: float | None
+    ) -> tuple[Tensor, list[Choice]]:
         """The clean latents that the pass of a step predicts, and the choices before it."""
-        rungs, size = ladder(self.most), self.codebook.size
+        rungs = ladder(self.most)
         by_frame = [chosen(products_K, rungs) for products_K in self._products(chunk, step, target - x0)]
-        numbers = target.shape[-1] * self.context.grid.tokens
-        tried, costs = [], []
-        for rung, count in enumerate(rungs):
+        tried, errors = [], []
+        for rung in range(len(rungs)):
             x = self._noised(chunk, step, x0, [found[rung] for found in by_frame])
             tried.append((x, self._clean(chunk, x, step)))
-            bits = choice_bits(count, size, len(rungs)) / numbers
-            costs.append(self._errors(tried[-1][1], target) + self.rate * bits)
-        best = [*torch.stack(costs).argmin(0).tolist()[:wanted], *[0] * (chunk.frames - wanted)]
+            errors.append(self._errors(tried[-1][1], target)[:wanted])
+        best = self._rungs(torch.stack(errors), budget) + [0] * (chunk.frames - wanted)
         choices = [found[rung] for found, rung in zip(by_frame, best, strict=True)]
         if len(set(best)) == 1:
             return tried[best[0]][1], choices
         x = torch.cat([tried[rung][0][:, n : n + 1] for n, rung in enumerate(best)], 1)
         return self._clean(chunk, x, step), choices
+
+    def _rungs(self, errors_RF: Tensor, budget: float | None) -> list[int]:
+        """The rung of each frame that costs least, at the rate or at the least rate that keeps to a budget."""
+        numbers = float(math.prod(self.codebook.shape))
+        bits_R = torch.tensor([self._bits(count) for count in ladder(self.most)], dtype=torch.float64)
+
+        def best(rate: float) -> Tensor:
+            return (errors_RF + rate * bits_R[:, None] / numbers).argmin(0)
+
+        if budget is None:
+            return list(best(self.rate).tolist())
+        low, high = RATES
+        for _ in range(BISECTIONS):
+            middle = math.sqrt(low * high)
+            low, high = (low, middle) if float(bits_R[best(middle)].sum()) <= budget else (middle, high)
+        return list(best(high).tolist())
+
+    def _bits(self, count: int) -> float:
+        return choice_bits(count, self.codebook.size, len(ladder(self.most)))
 
     def _noised(self, chunk: Chunk, step: int, x0: Tensor, choices: Sequence[Choice]) -> Tensor:
         return add_noise(x0, self.context.tokens(self.drawn_noise(chunk, step, choices)), self._levels[step])

@@ -34,8 +34,7 @@ from causalrope_sp.pipeline.numerics import own_numerics
 if TYPE_CHECKING:
     from causalrope_sp.pipeline.pipeline import CausalVideoPipeline
 
-RATES = 1e-6, 100.0  # the least and the largest rate that a budget leads to
-GAIN = 0.7  # how fast a budget is met: the power of the spent share by which the rate changes after each chunk
+FRAMING = 8 * 5  # bits of a packet beside its choices
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class EncodingOptions:
     Args:
         rate: λ, how much mean square error of the latents a bit for each of a frame's numbers is worth. Smaller values
             give more bits and less error.
-        bpp: bits a pixel of the output to keep to, all of it counted but the header; it moves `rate`. None leaves it.
+        bpp: bits a pixel of the output to keep to, in place of `rate`, all of it counted but header and residual.
         atoms: K, the atoms of the codebook, a power of two.
         most: the most atoms of a frame and step, a power of two; 0 sends nothing but the prompt.
         seed: of the codebook.
@@ -125,18 +124,18 @@ def encode(
     source = _Source(pipe, video)
 
     def prepare(loop: EncodingLoop) -> None:
-        loop.most, loop.rate = header.most, rate
+        loop.most, loop.rate = header.most, chosen.rate
+        if chosen.bpp is not None:  # what was not spent so far is kept
+            loop.budget = max(0.0, chosen.bpp * pixels * (source.covered + source.longest(segments)) - spent - FRAMING)
         loop.target = partial(source.target, segments)
 
-    rate = chosen.rate
+    spent, pixels = 0, header.height * header.width
     with Segments(pipe, EncodingLoop, header) as segments:
         yield header.pack()
         for number in count():
             loop, _ = segments.step(prepare)
             packet = pack_chunk(number, _pack(loop.sent, header), source.last)
-            if chosen.bpp is not None:
-                spent = 8 * len(packet) / (chosen.bpp * header.height * header.width * source.shown)
-                rate = min(max(rate * spent**GAIN, RATES[0]), RATES[1])
+            spent += 8 * len(packet)
             yield packet
             if source.last is not None:
                 return
@@ -207,27 +206,31 @@ class _Source:
     """The latents of the video that is encoded.
 
     Attributes:
-        shown: the pixel frames of the newest chunk that are the video's.
-        last: the same once the video has ended; None before.
+        covered: the pixel frames of the chunks so far.
+        last: those of the newest chunk once the video has ended; None before.
     """
 
     def __init__(self, pipe: CausalVideoPipeline, video: Video) -> None:
         self._latents = VideoLatents(pipe.codec, read_video(video, pipe.height, pipe.width, pipe.fps))
-        self._stride, self._covered = pipe.codec.temporal_stride, 0
-        self.shown = 0
+        self._stride, self._frames = pipe.codec.temporal_stride, pipe.config.stream.chunk_frames
+        self.covered = 0
         self.last: int | None = None
+
+    def longest(self, segments: Segments[EncodingLoop]) -> int:
+        """Returns the most pixel frames of the next chunk."""
+        return self._stride * self._frames - (self._stride - 1 if segments.begins else 0)
 
     def target(self, segments: Segments[EncodingLoop], chunk: Chunk) -> tuple[Tensor, int]:
         """Returns the latents of the next chunk; see `EncodingLoop.target`."""
-        if segments.begins and self._covered:
+        if segments.begins and self.covered:
             self._latents.restart()
         latents, first = self._latents.take(chunk.frames), 1 if segments.begins else 0
-        whole = first + self._stride * (chunk.frames - first)
-        length = self._latents.length
-        self.shown = whole if length is None else min(whole, length - self._covered)
-        self._covered += self.shown
-        self.last = self.shown if self._covered == length else None
-        return latents, first + -(-(self.shown - first) // self._stride)
+        shown, length = first + self._stride * (chunk.frames - first), self._latents.length
+        if length is not None:
+            shown = min(shown, length - self.covered)
+        self.covered += shown
+        self.last = shown if self.covered == length else None
+        return latents, first + -(-(shown - first) // self._stride)
 
 
 def _check_decoder(pipe: CausalVideoPipeline, header: Header) -> None:

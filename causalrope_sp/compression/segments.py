@@ -107,11 +107,12 @@ class Segments(Generic[Loop]):
 
 
 def settings_of(stream: StreamConfig, sampler: SamplerConfig) -> dict[str, Any]:
-    """Returns the fields that do not have their default."""
-    found = [(config, each) for config in (stream, sampler) for each in fields(config)]
-    return {
-        each.name: getattr(config, each.name) for config, each in found if getattr(config, each.name) != each.default
+    """Returns the fields that do not have their default, as JSON has them."""
+    found = {
+        each.name: (getattr(config, each.name), each.default) for config in (stream, sampler) for each in fields(config)
     }
+    changed = {name: value for name, (value, default) in found.items() if value != default}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in changed.items()}
 
 
 def parse_settings(settings: dict[str, Any]) -> tuple[StreamConfig, SamplerConfig]:
