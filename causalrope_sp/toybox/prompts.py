@@ -1,6 +1,8 @@
 """The toybox grammar: one or two objects, each with a colour, a shape and a motion.
 
-a [small|large] COLOR SHAPE MOTION [and a [small|large] COLOR SHAPE MOTION] [on a dark|light background]
+a [small|large] COLOR SHAPE MOTION [and a [small|large] COLOR SHAPE MOTION] [on a dark|light background] [at N N N ...]
+
+What a prompt leaves open, three numbers an object, may be given in hundredths: where it starts, and its phase.
 """
 
 from __future__ import annotations
@@ -34,12 +36,14 @@ MOTIONS = (
 BACKGROUNDS = {"dark": (18, 18, 24), "light": (236, 236, 230)}  # dark unless the prompt says otherwise
 
 GRAMMAR = (
-    "a [small|large] COLOR SHAPE MOTION [and a [small|large] COLOR SHAPE MOTION] [on a dark|light background]; "
+    "a [small|large] COLOR SHAPE MOTION [and a [small|large] COLOR SHAPE MOTION] [on a dark|light background] "
+    "[at N N N, or six of them]; "
     f"COLOR: {', '.join(COLORS)}; SHAPE: {', '.join(SHAPES)}; MOTION: {', '.join(MOTIONS)}"
 )
 
 _OBJECT = r"(?:(?:an?|the) )?(?:(small|large) )?([a-z]+) ([a-z]+) ([a-z]+(?: [a-z]+)??)"
 _PROMPT = re.compile(rf"{_OBJECT}(?: and {_OBJECT})?(?: on (?:an? |the )?([a-z]+) background)?")
+_PLACES = re.compile(r"(.*) at ((?:\d{1,2} ){2}\d{1,2}(?: (?:\d{1,2} ){2}\d{1,2})?)")
 _WORDS = frozenset(
     ["a", "an", "the", "and", "on", "background", "small", "large", *COLORS, *SHAPES, *BACKGROUNDS]
     + [word for motion in MOTIONS for word in motion.split()]
@@ -83,7 +87,7 @@ def parse_prompt(prompt: str) -> SceneSpec:
     Raises:
         PromptError: a word is not in the grammar, or the order of the words is not.
     """
-    words = re.sub(r"[\s,.]+", " ", prompt.lower()).strip()
+    words, _ = _split(prompt)
     unknown = [word for word in words.split() if word not in _WORDS]
     if unknown:
         raise PromptError(f"unknown word {unknown[0]!r} in the prompt {prompt!r}; toybox knows: {GRAMMAR}")
@@ -100,3 +104,28 @@ def parse_prompt(prompt: str) -> SceneSpec:
                     f"{word!r} is in the wrong position in the prompt {prompt!r}; toybox knows: {GRAMMAR}"
                 )
     return SceneSpec(tuple(ObjectSpec(s or "medium", c, sh, m) for s, c, sh, m in phrases), background)
+
+
+def parse_places(prompt: str) -> tuple[float, ...] | None:
+    """Returns what a prompt says of where its objects start, three numbers in [0, 1) an object; None if nothing.
+
+    Args:
+        prompt: a sentence of the grammar.
+
+    Raises:
+        PromptError: there are not three numbers for each object.
+    """
+    _, places = _split(prompt)
+    objects = len(parse_prompt(prompt).objects)
+    if places is not None and len(places) != 3 * objects:
+        raise PromptError(f"the prompt {prompt!r} has {len(places)} numbers for {objects} objects, three each expected")
+    return places
+
+
+def _split(prompt: str) -> tuple[str, tuple[float, ...] | None]:
+    """The words of a prompt and its numbers."""
+    words = re.sub(r"[\s,.]+", " ", prompt.lower()).strip()
+    match = _PLACES.fullmatch(words)
+    if match is None:
+        return words, None
+    return match[1], tuple((int(number) + 0.5) / 100 for number in match[2].split())

@@ -14,7 +14,16 @@ from torch import Tensor
 
 from causalrope_sp.diffusion.noise import keyed_generator
 from causalrope_sp.toybox.chart import chart, waves
-from causalrope_sp.toybox.prompts import BACKGROUNDS, COLORS, MOTIONS, SHAPES, SIZES, SceneSpec, parse_prompt
+from causalrope_sp.toybox.prompts import (
+    BACKGROUNDS,
+    COLORS,
+    MOTIONS,
+    SHAPES,
+    SIZES,
+    SceneSpec,
+    parse_places,
+    parse_prompt,
+)
 from causalrope_sp.toybox.scenes import PLACE_VARIABLES, tracks
 
 _WORDS = [*("first object", "second object", "background"), *SIZES, *COLORS, *SHAPES, *MOTIONS, *BACKGROUNDS]
@@ -44,6 +53,8 @@ class ToyboxText:
             PromptError: the prompt is not in the grammar.
         """
         places = torch.rand(PLACE_VARIABLES, generator=keyed_generator(seed), dtype=torch.float32)
+        told = parse_places(prompt) or ()
+        places[: len(told)] = torch.tensor(told)
         return encode_scene(parse_prompt(prompt), places).unsqueeze(0)
 
     def encode_all(self, prompts: Sequence[str | None], seed: int, pictured: bool = False) -> list[Tensor]:
