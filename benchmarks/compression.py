@@ -33,7 +33,7 @@ from causalrope_sp.toybox.scenes import PLACE_VARIABLES, random_scene, render
 
 SEED, SIZE, FPS = 24_000, 64, 16
 RATES = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03)
-CRFS, SVT_CRFS = (28, 32, 36, 40, 44, 48), (30, 38, 46, 54, 60, 63)
+CRFS, SVT_CRFS = (28, 32, 36, 40, 44, 48, 51), (30, 38, 46, 54, 60, 63)
 QUIET = {"preset": "placebo", "x265-params": "log-level=none"}
 PEERS = {  # encoder: its options, pixel formats and qualities
     "libx264": ({"preset": "placebo"}, ("yuv420p", "yuv444p"), CRFS),
@@ -41,7 +41,7 @@ PEERS = {  # encoder: its options, pixel formats and qualities
     "libsvtav1": ({"preset": "0"}, ("yuv420p",), SVT_CRFS),
 }
 LARGEST = 1 << 14  # of a quantized latent
-AT = 25.0  # dB at which rates are compared
+AT = (25.0, 28.0, 30.0)  # dB at which rates are compared
 
 
 Scenes = list[tuple[SceneSpec, str, np.ndarray]]
@@ -86,6 +86,15 @@ def by_prior(pipe: CausalVideoPipeline, prompt: str, video: np.ndarray, **option
     return size, size, np.concatenate([np.asarray(chunk.frames) for chunk in decode(pipe, packets)])
 
 
+def coded_bytes(encoder: str, data: bytes) -> int:
+    """The bytes of a packet or of parameter sets, but for what x264 and x265 tell of themselves (SEI)."""
+    if encoder == "libsvtav1" or b"\0\0\1" not in data:
+        return len(data)
+    units = data.split(b"\0\0\1")[1:]
+    kinds = [unit[0] & 31 if encoder == "libx264" else unit[0] >> 1 & 63 for unit in units]
+    return sum(3 + len(unit.rstrip(b"\0")) for unit, kind in zip(units, kinds, strict=True) if kind not in (6, 39, 40))
+
+
 def by_peer(encoder: str, options: dict[str, str], pixels: str, crf: int, video: np.ndarray) -> Result:
     file, bare = io.BytesIO(), 0
     with av.open(file, "w", "mp4") as container:
@@ -98,8 +107,9 @@ def by_peer(encoder: str, options: dict[str, str], pixels: str, crf: int, video:
                 frame = av.VideoFrame.from_ndarray(video[number], "rgb24")
                 frame = frame.reformat(format=pixels, dst_colorspace="ITU709")
             for packet in stream.encode(frame):
-                bare += packet.size
+                bare += coded_bytes(encoder, bytes(packet))
                 container.mux(packet)
+        bare += coded_bytes(encoder, bytes(stream.codec_context.extradata or b""))
     file.seek(0)
     with av.open(file) as container:
         found = [f.reformat(format="rgb24", src_colorspace="ITU709").to_ndarray() for f in container.decode(video=0)]
@@ -189,11 +199,13 @@ def main(scenes: int, frames: int, plot: str | None) -> None:
         tell("quantized latents", f"step {step:g}", measured(given, lambda p, v, s=step: by_latents(pipe, s, v)))
     columns = ["coder", "setting", "bpp", "without container", "PSNR", "SSIM", "colour", "shape", "motion", "seconds"]
     print_table(columns, lines)
-    at = {name: [rate_at(curve, key, AT) for key in ("bpp", "bare")] for name, curve in curves.items()}
-    print({name: rates for name, rates in at.items() if any(rates)})
+    at = {name: [rate_at(curve, key, db) for db in AT for key in ("bpp", "bare")] for name, curve in curves.items()}
+    heads = [f"{db:g} dB, {kind}" for db in AT for kind in ("whole", "bare")]
+    shown = ((name, *(f"{rate:.4f}" if rate else None for rate in rates)) for name, rates in at.items() if any(rates))
+    print_table(["bits a pixel at", *heads], shown)
     if plot is not None:
         draw(plot, curves, pipe, given[1])
-    finish("compression", scenes=scenes, frames=frames, curves=curves, rate_at_25_db=at)
+    finish("compression", scenes=scenes, frames=frames, curves=curves, rates=at)
 
 
 def draw(path: str, curves: dict[str, list[dict[str, float]]], pipe: CausalVideoPipeline, scene: Any) -> None:

@@ -36,7 +36,11 @@ def _options(names: set[str]) -> list[click.Parameter]:
 @click.command(params=_options({*_MODEL_OPTIONS, *OF_THE_STREAM, "steps"}))
 @click.argument("video", type=click.Path(exists=True, dir_okay=False))
 @click.argument("out", type=click.Path(dir_okay=False))
-@click.option("--prompt", required=True, help="Tell the model what the video shows; the text is sent too.")
+@click.option(
+    "--prompt",
+    required=True,
+    help="Tell the model what the video shows; the text is sent too. auto finds it, for scenes of toybox.",
+)
 @click.option(
     "--rate",
     type=FLOAT,
@@ -89,8 +93,10 @@ def compress(video: str, out: str, prompt: str, as_json: bool, **options: Any) -
     if rank() == 0:
         check_replaceable(out)
     pipe = _load(chosen.exact, {name: options.pop(name) for name in OF_THE_STREAM}, **options)
+    from causalrope_sp.compression.auto_prompt import find_prompt
     from causalrope_sp.compression.coding import encode
 
+    prompt = find_prompt(pipe, video) if prompt == "auto" else prompt
     started, packets = time.perf_counter(), 0
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(whole_file(out)) if rank() == 0 else None
@@ -101,7 +107,7 @@ def compress(video: str, out: str, prompt: str, as_json: bool, **options: Any) -
                 file.write(packet)
     pipe.parallel.close()
     fields = {"bytes": sent, "chunks": packets - 1, "seconds": round(time.perf_counter() - started, 3), "out": out}
-    _print(fields, f"{out}: {sent} bytes in {packets - 1} chunks, {fields['seconds']} s", as_json)
+    _print(fields | {"prompt": prompt}, f"{out}: {sent} bytes, {packets - 1} chunks, {prompt!r}", as_json)
 
 
 @click.command(params=_options(_MODEL_OPTIONS))
