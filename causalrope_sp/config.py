@@ -28,6 +28,7 @@ class DiTConfig:
         patch_size: latent frames, height and width of a token, in latent pixels.
         eps: of the norms.
         theta: base of the rotary frequencies.
+        control_channels: channels of the control that the model takes beside the latents; 0 for none.
 
     Raises:
         ConfigError: a size is below 1, `num_heads` does not divide `dim`, the head width is odd or below 6, `freq_dim`
@@ -45,10 +46,12 @@ class DiTConfig:
     patch_size: tuple[int, int, int] = (1, 2, 2)
     eps: float = 1e-6
     theta: float = 10000.0
+    control_channels: int = 0
 
     def __post_init__(self) -> None:
         sizes = ("dim", "ffn_dim", "num_heads", "num_layers", "text_dim", "text_len", "freq_dim", "in_channels")
         check_fields(self, sizes)
+        check_fields(self, ["control_channels"], least=0)
         if self.dim % self.num_heads:
             raise ConfigError(f"dim {self.dim} is not divisible by num_heads {self.num_heads}")
         if self.head_dim % 2 or self.head_dim < 6:
@@ -68,8 +71,18 @@ class DiTConfig:
 
     @property
     def token_dim(self) -> int:
-        """E, the numbers in one token before embedding, and in one output of the model's head."""
+        """E, the numbers in one token of latents, and in one output of the model's head."""
         return self.in_channels * self.patch_size[0] * self.patch_size[1] * self.patch_size[2]
+
+    @property
+    def embedded_channels(self) -> int:
+        """Channels that the patch embedding reads: those of the latents, then those of the control."""
+        return self.in_channels + self.control_channels
+
+    @property
+    def embedded_dim(self) -> int:
+        """The numbers in one token that the patch embedding reads."""
+        return self.token_dim // self.in_channels * self.embedded_channels
 
 
 VAE_STRIDE = (4, 8, 8)  # of Wan 2.1: pixel frames a latent frame, then pixels a latent pixel in height and width

@@ -35,13 +35,16 @@ class StreamTurns:
         return self._turns.leaving(self._number, lambda: self.next, self._ahead)
 
     @contextmanager
-    def chunk(self) -> Iterator[None]:
+    def chunk(self, how: str = "") -> Iterator[None]:
         """Runs the body, which makes the next chunk, as soon as all ranks that denoise are about to make it.
+
+        Args:
+            how: words that follow those of the call, in which ranks must not differ.
 
         Raises:
             ConfigError, RankLostError: as `Turns.take` raises them.
         """
-        with self._turns.take(self._call, self._ranks, self._number, self.next):
+        with self._turns.take(self._call + how, self._ranks, self._number, self.next):
             yield
         self.next += 1
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -19,7 +20,9 @@ from torch import Tensor, nn
 from causalrope_kernels import PassOperations
 from causalrope_kernels.arguments import Norm
 from causalrope_kernels.reference import wide
+from causalrope_sp.checks import check_whole
 from causalrope_sp.config import DiTConfig
+from causalrope_sp.devices import on_meta
 from causalrope_sp.models.block import (
     Block,
     CrossAttention,
@@ -53,6 +56,10 @@ class Head(nn.Module):
 class CausalDiT(nn.Module):
     """Wan 2.1's text-to-video transformer at any size. A token holds its patch as (patch height, patch width, channel).
 
+    A model with `control_channels` reads them behind the channels of the latents, as the control models of Wan-Fun
+    (github.com/aigc-apps/VideoX-Fun) and Wan 2.2's image-to-video models do. Its patch embedding is the sum of one of
+    the latents and one of the control, so the control is what is added to the tokens.
+
     Time embedding, modulation tables and the norm before cross-attention may be float32 in a model of 16 bits, which
     then casts the embedded timesteps alone: the operations on the others compute in float32 anyway.
 
@@ -64,7 +71,7 @@ class CausalDiT(nn.Module):
         super().__init__()
         self.config = config
         dim = config.dim
-        self.patch_embedding = nn.Linear(config.token_dim, dim)
+        self.patch_embedding = nn.Linear(config.embedded_dim, dim)
         self.text_embedding = nn.Sequential(nn.Linear(config.text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
         self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
@@ -86,6 +93,26 @@ class CausalDiT(nn.Module):
         """The first block."""
         return cast(Block, self.blocks[0])
 
+    def with_control(self, channels: int) -> CausalDiT:
+        """Returns a model that takes so many channels of control more and shares all other parameters with this one.
+
+        Their weights are zero, so that it computes what this model computes until they are trained.
+
+        Args:
+            channels: how many.
+
+        Raises:
+            ConfigError: there are fewer than 1.
+        """
+        own, added = self.config, check_whole("channels", channels)
+        with on_meta():
+            wider = CausalDiT(replace(own, control_channels=own.control_channels + added))
+        state = self.state_dict()
+        weight = state["patch_embedding.weight"].unflatten(1, (-1, own.embedded_channels))
+        state["patch_embedding.weight"] = nn.functional.pad(weight, (0, added)).flatten(1)
+        wider.load_state_dict(state, assign=True)
+        return wider.train(self.training).requires_grad_(self.patch_embedding.weight.requires_grad)
+
     def _cross_attentions(self) -> Iterator[CrossAttention]:
         return (module for module in self.modules() if isinstance(module, CrossAttention))
 
@@ -105,7 +132,7 @@ class CausalDiT(nn.Module):
         """Computes the velocity of the last frames of a pass.
 
         Args:
-            tokens_BTE: this rank's tokens of all frames of the pass.
+            tokens_BTE: this rank's tokens of all frames of the pass, with their control, if the model takes one.
             step: the pass.
 
         Returns:

@@ -20,17 +20,20 @@ from causalrope_sp.pipeline.decoding import Decode
 from causalrope_sp.pipeline.generation_options import Embeds, GenerationOptions
 from causalrope_sp.pipeline.loading import plan_run
 from causalrope_sp.pipeline.numerics import own_numerics
-from causalrope_sp.pipeline.open_stream import OpenStreams, PromptChange
+from causalrope_sp.pipeline.open_stream import OpenStreams
 from causalrope_sp.pipeline.output import FrameRange
 from causalrope_sp.pipeline.parallel_chunks import check_call
+from causalrope_sp.pipeline.prompt_changes import PromptChange
 from causalrope_sp.pipeline.session import Session
 from causalrope_sp.pipeline.step_callback import StepCalls
 from causalrope_sp.pipeline.texts import encode_all
 from causalrope_sp.reuse import find_policy
+from causalrope_sp.sampling.agreement import digest
 from causalrope_sp.sampling.chunk import LatentChunk, compute_dtype
+from causalrope_sp.sampling.chunk_control import check_taken, control_by_chunk
 from causalrope_sp.sampling.guidance import check_guidance
 from causalrope_sp.sampling.steered_loop import SteeredLoop
-from causalrope_sp.sampling.stream_options import Resumed, Source, StreamOptions
+from causalrope_sp.sampling.stream_options import Control, Resumed, Source, StreamOptions
 
 if TYPE_CHECKING:
     from causalrope_sp.pipeline.pipeline import CausalVideoPipeline
@@ -124,6 +127,7 @@ class Generation:
     def _open(self) -> list[Tensor]:
         """Checks the memory of a video whose chunks are sampled in parallel; returns the encoded texts."""
         self.frame_range = self._frame_range_of(self._request.num_frames)
+        self.parallel.everyone.run_collectively(self._control)
         if self._chunks is not None:
             model, grid, chunks = self._pipe.model, self._settings.grid, self._chunks
             latent_frames = self.frame_range.latent_frames(None)
@@ -154,10 +158,15 @@ class Generation:
         if negative and not self._guided:
             raise ConfigError("a negative prompt needs guidance: a scale other than 1")
         check_guidance(self._settings.sampler, self.parallel.mesh.cfg)
+        if request.control is not None:
+            check_taken(self._pipe.model.config.control_channels, request.control)
+
+    def _control(self) -> Control | None:
+        return control_by_chunk(self._request.control, self.frame_range.latent_frames(self._stream))
 
     def _described(self) -> dict[str, object]:
         """Everything that determines the video; it must be equal on all ranks."""
-        request, settings = self._request, self._settings
+        request, settings, control = self._request, self._settings, self._request.control
         return {
             "num_frames": request.num_frames,
             "seed": self._seed,
@@ -172,6 +181,7 @@ class Generation:
             "history": request.history,
             "kept_chunks": request.kept_chunks,
             "conditioning": self.conditioning.digest,
+            "control": digest(control) if isinstance(control, Tensor) else control is not None,
         }
 
     def _choose_layout(self) -> Layout:
@@ -253,6 +263,7 @@ class Generation:
             sampler=self._settings.sampler,
             initial_latents=self._initial(),
             resumed=self._resumed(),
+            control=self._control(),
             source=redrawn,
             negative_embeds=self._texts[1] if self._guided else None,
             reuse=self._policy,

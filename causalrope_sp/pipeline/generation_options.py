@@ -17,6 +17,7 @@ from causalrope_sp.errors import ConfigError
 from causalrope_sp.io.media_reader import Picture, Video, is_picture
 from causalrope_sp.pipeline.option_checks import Steps, check_names, check_sampling, replace_checked
 from causalrope_sp.reuse import ReusePolicy
+from causalrope_sp.sampling.stream_options import Control
 
 Embeds = Tensor | str | os.PathLike[str]
 OutputType = Literal["np", "pil", "pt", "latent"]
@@ -51,6 +52,12 @@ class GenerationOptions:
             are the context of the stream, and the output begins after them. With `strength` it is a video to redraw.
         strength: the share of the denoising steps, rounded up, that redraw `video`, in (0, 1]. A smaller one changes
             less. The output has as many frames as `video`, up to `num_frames`.
+        control: for a model that takes one (`DiTConfig.control_channels`), the control of every latent frame that is
+            generated, such as a camera, an action or a mask: a tensor (1, F, channels, H, W), where H×W is the size of
+            a latent frame or 1×1 for a control that is the same all over it; or a function that returns that of a
+            `Chunk`, whose number and frames are counted from the first one that is generated. It is asked again for a
+            chunk that is made again. `Session.step` takes the control of one chunk in its place. The control of what
+            the stream begins with, such as an image, is zero.
         reuse: which attention outputs of a denoising step later steps reuse: a policy, a preset such as "pab:latte", or
             a JSON file (see `find_policy`).
         callback_on_step_end: a function that is called on every rank after each denoising step as (pipe, step,
@@ -90,6 +97,7 @@ class GenerationOptions:
     image: Picture | None = None
     video: Video | None = None
     strength: float | None = None
+    control: Tensor | Control | None = None
     reuse: ReusePolicy | str | os.PathLike[str] | None = None
     callback_on_step_end: StepCallback | None = None
     preview_every: int | None = None
@@ -116,6 +124,8 @@ class GenerationOptions:
             raise ConfigError(f"callback_on_step_end must be callable, not {shown(self.callback_on_step_end)}")
         if self.reuse is not None and not isinstance(self.reuse, ReusePolicy | str | os.PathLike):
             raise ConfigError(f"reuse must be a policy, a preset's name or a file, not {shown(self.reuse)}")
+        if not (self.control is None or isinstance(self.control, Tensor) or callable(self.control)):
+            raise ConfigError(f"control must be a tensor or a function of a chunk, not {shown(self.control)}")
         check_sampling(self)
         self._check_texts()
         self._check_conditioning()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
@@ -19,6 +19,7 @@ from causalrope_sp.pipeline.decoding import frames_of, run_decode_worker
 from causalrope_sp.pipeline.numerics import own_numerics
 from causalrope_sp.pipeline.output import ChunkDecoder, VideoChunk
 from causalrope_sp.pipeline.prefetch import OnDemand, Prefetch
+from causalrope_sp.pipeline.prompt_changes import PromptChange, prompt_at
 from causalrope_sp.pipeline.timings import Timings
 from causalrope_sp.sampling.chunk import LatentChunk
 
@@ -28,34 +29,12 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class PromptChange:
-    """A prompt of a session.
-
-    Args:
-        prompt_id: its number, from 0 on.
-        first_chunk: the number of the first chunk that is made under it.
-        prompt: its text; None if it was given as embeddings.
-        embeds: its embeddings, (1, L, E); None in a resumed session for a prompt that it cannot be taken back to.
-    """
-
-    prompt_id: int
-    first_chunk: int
-    prompt: str | None
-    embeds: Tensor | None
-
-
-@dataclass(frozen=True)
 class Made:
     """A chunk of latents, the prompt that it was made under, and the seconds that its passes took."""
 
     part: LatentChunk
     prompt_id: int
     seconds: float
-
-
-def prompt_at(prompts: Sequence[PromptChange], chunk: int) -> PromptChange:
-    """Returns the prompt under which the chunk of this number is made."""
-    return [prompt for prompt in prompts if prompt.first_chunk <= chunk][-1]
 
 
 class OpenStreams:
@@ -94,31 +73,37 @@ class OpenStream:
         self._index, self._closed, self._ended, self._busy = 0, False, False, False
         self.prompts: list[PromptChange] = generation.first_prompt()
 
-    def step(self) -> VideoChunk:
+    def step(self, control: Tensor | None = None) -> VideoChunk:
         """Makes the next chunk.
+
+        Args:
+            control: the control of the chunk's latent frames, (1, F, channels, H, W), for a model that takes one; see
+                `GenerationOptions.control`, in whose place it stands for this chunk. All ranks give the same.
 
         Returns:
             The chunk, with frames on rank 0.
 
         Raises:
             StopIteration: the video is complete.
-            ConfigError: the session is closed, or ranks make different calls.
+            ConfigError: the session is closed, ranks make different calls, or the model takes no such control.
             RankLostError: another rank has ended or failed.
         """
-        made = self._step()
+        made = self._step(control)
         if made is None:
             raise StopIteration
         return made
 
-    def _step(self) -> VideoChunk | None:
+    def _step(self, control: Tensor | None = None) -> VideoChunk | None:
         """Makes the next chunk; returns None if the video is complete."""
+        if control is not None and self._generation.works_ahead:
+            raise ConfigError("control must be a function given to `open` where chunks are made ahead of their `step`")
         started, made = time.perf_counter(), None
         with self._working():
             if self._parallel.decodes:
                 made = self._follow(started)
             elif not self.is_complete:
-                with self._turns.chunk():
-                    made = self._next(started, time.perf_counter())
+                with self._turns.chunk("" if control is None else " with a control"):
+                    made = self._next(started, time.perf_counter(), control)
         self._ended = made is None
         return made
 
@@ -196,11 +181,11 @@ class OpenStream:
         finally:
             self._busy = False
 
-    def _next(self, started: float, entered: float) -> VideoChunk | None:
+    def _next(self, started: float, entered: float, control: Tensor | None) -> VideoChunk | None:
         self._begin()
         assert self._source is not None, "`_begin` opens it"
         assert self._decoder is not None, "`_begin` opens it"
-        taken = self._source.take()
+        taken = self._source.take() if control is None else self._take_under(control)
         if taken is None:
             return None
         made, ready = taken
@@ -223,6 +208,15 @@ class OpenStream:
         timings = Timings(made.seconds, now - decoding, entered - started, now - started)
         self._index += 1
         return VideoChunk(self._index - 1, first, pixels, made.prompt_id, timings, self._parallel.comm_stats.take())
+
+    def _take_under(self, control: Tensor) -> tuple[Made, torch.cuda.Event | None] | None:
+        """Takes the next chunk, which is made under a control, or was by a call that failed later."""
+        assert self._source is not None, "`_begin` opens it"
+        if self._loop is None:
+            raise ConfigError("control must be None: chunks that are made in parallel take none")
+        if held := self._source.settle():
+            self._loop.check_made_under(held[0].part.chunk, control)
+        return self._source.take(control)
 
     def _follow(self, started: float) -> VideoChunk | None:
         """Decodes the next chunk on a rank that only decodes."""
@@ -259,13 +253,13 @@ class OpenStream:
     def _open_source(self, chunks: Generator[LatentChunk] | None) -> OnDemand[Made]:
         loop, prompts = self._loop, self.prompts  # not the session, which a thread would keep
 
-        def make() -> Made | None:
+        def make(control: Tensor | None = None) -> Made | None:
             begun = time.perf_counter()
             if loop is None:
                 assert chunks is not None, "a stream without a loop is a generator"
                 number, part = 0, next(chunks, None)
             else:
-                part = None if loop.next_chunk is None else loop.step()
+                part = None if loop.next_chunk is None else loop.step(control)
                 number = 0 if part is None else part.chunk.index - loop.first_chunk
             if part is None:
                 return None

@@ -60,6 +60,8 @@ class CausalVideoPipeline(WithAdapters):
         channels = self.model.config.in_channels
         if self.codec.channels != channels:
             raise ConfigError(f"the codec's latents have {self.codec.channels} channels, the model's {channels}")
+        if parts.parallel_chunks is not None and self.model.config.control_channels:
+            raise ConfigError("a model that makes its chunks in parallel takes no control: control_channels must be 0")
         self._streams = OpenStreams()
         parallel.check(self.settings().grid, self.model.config.num_heads)
         with parallel.turn("opens a pipeline"):
@@ -162,8 +164,8 @@ class CausalVideoPipeline(WithAdapters):
 
         Args:
             path: the file.
-            overrides: `history`, `kept_chunks` and `callback_on_step_end` of `GenerationOptions`; the first two are
-                those of the saved session by default. A session with `reuse` needs the same policy again.
+            overrides: `history`, `kept_chunks`, `control` and `callback_on_step_end` of `GenerationOptions`; the first
+                two are those of the saved session by default. A session with `reuse` needs the same policy again.
 
         Returns:
             The session, where it was.

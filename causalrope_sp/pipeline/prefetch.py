@@ -19,15 +19,18 @@ class OnDemand(Generic[T]):
     """Items that are made when they are asked for.
 
     Args:
-        make: makes the next item; returns None when there are no more.
+        make: makes the next item of what `take` is given; returns None when there are no more.
     """
 
-    def __init__(self, make: Callable[[], T | None]) -> None:
+    def __init__(self, make: Callable[..., T | None]) -> None:
         self._make = make
         self._held: deque[Ready[T]] = deque()
 
-    def take(self) -> Ready[T] | None:
+    def take(self, *given: object) -> Ready[T] | None:
         """Returns the next item.
+
+        Args:
+            given: what `make` is given, unless the item is made already.
 
         Returns:
             The item with the CUDA event after which it is ready, or None if it is; None if there are no more items.
@@ -37,7 +40,7 @@ class OnDemand(Generic[T]):
         """
         if self._held:
             return self._held.popleft()
-        item = self._make()
+        item = self._make(*given)
         return None if item is None else (item, None)
 
     def put_back(self, item: Ready[T]) -> None:
@@ -93,8 +96,9 @@ class Prefetch(OnDemand[T]):
         stops.add(self._stop)
         atexit.register(self._stop)  # a thread that computes while Python ends would abort the process
 
-    def take(self) -> Ready[T] | None:
+    def take(self, *given: object) -> Ready[T] | None:
         """Returns the next item and orders the one after it; see `OnDemand.take`."""
+        assert not given, "items that are made ahead are made of nothing"
         if not self._held:
             if not self._ordered:
                 self._order()

@@ -16,8 +16,9 @@ from causalrope_sp.grid import LatentGrid
 from causalrope_sp.pipeline.conditioning import Conditioning
 from causalrope_sp.pipeline.generation import Generation
 from causalrope_sp.pipeline.generation_options import GenerationOptions
-from causalrope_sp.pipeline.open_stream import Made, OpenStreams, PromptChange, prompt_at
+from causalrope_sp.pipeline.open_stream import Made, OpenStreams
 from causalrope_sp.pipeline.option_checks import check_path
+from causalrope_sp.pipeline.prompt_changes import PromptChange, prompt_at
 from causalrope_sp.pipeline.saved_cache import restore_cache
 from causalrope_sp.pipeline.session import WARMING, Session
 from causalrope_sp.pipeline.stream_settings import StreamSettings
@@ -33,7 +34,7 @@ from causalrope_sp.weights.messages import some
 if TYPE_CHECKING:
     from causalrope_sp.pipeline.pipeline import CausalVideoPipeline
 
-OPTIONS = ("history", "kept_chunks", "callback_on_step_end", "reuse")  # that a resumed session takes
+OPTIONS = ("history", "kept_chunks", "callback_on_step_end", "control", "reuse")  # that a resumed session takes
 
 
 def read_resumed(path: str | PathLike[str], overrides: Collection[str]) -> SavedSession:
@@ -182,7 +183,7 @@ class ResumedGeneration(Generation):
     def _resumed(self) -> Resumed:
         prefix = self._prefix()
         given = self.conditioning.latent_frames + (0 if prefix is None else prefix.shape[1])
-        return Resumed(self._kept, self._saved.shots, given)
+        return Resumed(self._kept, self._saved.shots, given, self._saved.control)
 
     def _latents_before(self, start: int) -> Tensor:
         """The newest latent frames right before a frame, as many as a decoder reads again."""

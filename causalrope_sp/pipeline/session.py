@@ -20,8 +20,9 @@ from causalrope_sp.distributed.stream_turns import StreamTurns
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.grid import Chunk
 from causalrope_sp.pipeline.generation_options import LARGEST_SEED, MOST_CHUNKS, Embeds
-from causalrope_sp.pipeline.open_stream import Made, OpenStream, PromptChange
+from causalrope_sp.pipeline.open_stream import Made, OpenStream
 from causalrope_sp.pipeline.option_checks import check_path
+from causalrope_sp.pipeline.prompt_changes import PromptChange
 from causalrope_sp.pipeline.session_saving import save_session
 from causalrope_sp.sampling.steered_loop import SteeredLoop
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from causalrope_sp.pipeline.open_stream import PromptChange, prompt_at
 from causalrope_sp.pipeline.output import ChunkDecoder
+from causalrope_sp.pipeline.prompt_changes import PromptChange, prompt_at
 from causalrope_sp.pipeline.saved_cache import describe_cache, gather_layers
 from causalrope_sp.sampling.steered_loop import SteeredLoop
 from causalrope_sp.sessions import PromptUse, SavedDecoder, SavedSession, SavedTexts, write_session
@@ -46,7 +46,9 @@ def save_session(
         CheckpointError: the model's files cannot be read any more.
     """
     ranks, first = loop.parallel.denoisers, loop.parallel.rank == 0
-    latents = _gather_latents(loop)
+    latents = _gather(loop, [part.tokens_BFSE for part in loop.kept])
+    controls = [part.control_BFSE for part in loop.kept]
+    control = _gather(loop, [own for own in controls if own is not None])
     described = describe_cache(loop) if cache else None
     state = decoder.frames.gather_state() if cache else None
 
@@ -60,6 +62,7 @@ def save_session(
             **_fields_of(loop, prompts),
             shown=shown,
             latents=torch.cat(latents, 1),
+            control=torch.cat(control, 1) if control else None,
             cache=described,
             decoder=None if state is None else SavedDecoder(codec, decoded, state),
         )
@@ -93,11 +96,11 @@ def _fields_of(loop: SteeredLoop, prompts: Sequence[PromptChange]) -> dict[str, 
     }
 
 
-def _gather_latents(loop: SteeredLoop) -> list[Tensor]:
-    """The clean latents that are kept, whole, chunk by chunk, in host memory on rank 0."""
+def _gather(loop: SteeredLoop, parts: Sequence[Tensor]) -> list[Tensor]:
+    """Tokens of chunks as whole latent frames, chunk by chunk, in host memory on rank 0."""
     found, grid = list[Tensor](), loop.context.grid
-    for part in loop.kept:
-        whole = grid.unpatchify(loop.parallel.gather_tokens(part.tokens_BFSE, grid))
+    for tokens_BFSE in parts:
+        whole = grid.unpatchify(loop.parallel.gather_tokens(tokens_BFSE, grid))
         if loop.parallel.rank == 0:
             found.append(whole.cpu())
     return found

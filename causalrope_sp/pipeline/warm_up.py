@@ -15,7 +15,7 @@ from causalrope_sp.pipeline.decoding import frames_of, run_decode_worker
 from causalrope_sp.pipeline.generation_options import GenerationOptions
 from causalrope_sp.sampling.chunk import LatentChunk
 from causalrope_sp.sampling.sampler import sample_within_turns
-from causalrope_sp.sampling.stream_options import OnStep
+from causalrope_sp.sampling.stream_options import Control, OnStep
 
 if TYPE_CHECKING:
     from causalrope_sp.pipeline.pipeline import CausalVideoPipeline
@@ -72,6 +72,7 @@ def sample_without_text(
         sampler=sampler,
         parallel=pipe.parallel,
         initial_latents=pipe.text.opening(config.in_channels, latent_height, latent_width),
+        control=_no_control(config.control_channels) if config.control_channels else None,
         negative_embeds=text,
         layout=pipe.parts.layout,
         graphs=pipe.parts.options.graphs,
@@ -82,6 +83,10 @@ def sample_without_text(
 def no_text(pipe: CausalVideoPipeline) -> torch.Tensor:
     """Returns text embeddings of zeros, (1, text_len, text_dim)."""
     return torch.zeros(1, pipe.model.config.text_len, pipe.model.config.text_dim)
+
+
+def _no_control(channels: int) -> Control:
+    return lambda chunk: torch.zeros(1, chunk.frames, channels, 1, 1)
 
 
 def _warm_up_stream(pipe: CausalVideoPipeline, turns: StreamTurns) -> None:

@@ -104,18 +104,18 @@ class Workload:
         c = self.config
         weights = {"self": 4 * c.dim, "cross": 2 * c.dim, "mlp": 2 * c.ffn_dim}  # a layer's, by output of width `dim`
         layers = sum(2 * c.dim * weights[kind] * count for kind, count in computed.items())
-        return layers + 2 * self.patch_flops  # the embedding, and the head
+        return layers + 2 * c.dim * c.embedded_dim + self.head_flops
 
     @property
-    def patch_flops(self) -> int:
-        """FLOPs a token of the patch embedding, or of the head."""
+    def head_flops(self) -> int:
+        """FLOPs a token of the head."""
         return 2 * self.config.dim * self.config.token_dim
 
     @property
     def left_out_flops(self) -> int:
         """FLOPs a token that a context pass leaves out: the last layer after self-attention, and the head."""
         c = self.config
-        return 2 * c.dim * (3 * c.dim + 2 * c.ffn_dim) + 4 * c.text_len * c.dim + self.patch_flops
+        return 2 * c.dim * (3 * c.dim + 2 * c.ffn_dim) + 4 * c.text_len * c.dim + self.head_flops
 
     @cached_property
     def parameters(self) -> int:
@@ -125,7 +125,7 @@ class Workload:
         layer += 3 * d * d + 3 * d + d * d + d + 2 * d  # self-attention with its norms
         layer += d * d + d + 2 * d * d + 2 * d + d * d + d + 2 * d  # cross-attention
         layer += 2 * d + 2 * d * c.ffn_dim + c.ffn_dim + d + 6 * d  # its norm, the feed-forward, the modulation
-        outer = (c.token_dim + c.text_dim + c.freq_dim) * d + 3 * d  # embeddings of patch, text and time,
+        outer = (c.embedded_dim + c.text_dim + c.freq_dim) * d + 3 * d  # embeddings of patch, text and time,
         outer += 2 * (d * d + d) + 6 * d * d + 6 * d  # the second layers of two of them, the projection of time,
         outer += c.token_dim * d + c.token_dim + 2 * d  # and the head
         return c.num_layers * layer + outer

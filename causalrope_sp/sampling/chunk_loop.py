@@ -12,8 +12,6 @@ from functools import partial
 
 from torch import Tensor
 
-from causalrope_sp.cache.window import SlidingWindow
-from causalrope_sp.config import StreamConfig
 from causalrope_sp.diffusion.noise import Noise
 from causalrope_sp.diffusion.schedule import add_noise, branch_timesteps, model_timesteps, sigmas
 from causalrope_sp.diffusion.solvers import start_solver
@@ -27,13 +25,14 @@ from causalrope_sp.planning.workload import Workload
 from causalrope_sp.reuse.policy import ReusePlan
 from causalrope_sp.sampling.agreement import agree_on_strategy, digest
 from causalrope_sp.sampling.chunk import LatentChunk, ShardContext, check_text
+from causalrope_sp.sampling.chunk_control import check_taken, checked_control
 from causalrope_sp.sampling.finite_chunks import FiniteCheck, check_finite
 from causalrope_sp.sampling.guidance import UNCONDITIONAL, GuidanceBranches, check_guidance
 from causalrope_sp.sampling.kept_latents import KeptLatents
 from causalrope_sp.sampling.pass_graphs import stream_graphs
 from causalrope_sp.sampling.recompute import recompute_all, recompute_for
 from causalrope_sp.sampling.stream import CausalStream, Part
-from causalrope_sp.sampling.stream_options import Resumed, StreamOptions
+from causalrope_sp.sampling.stream_options import Resumed, StreamOptions, check_length, window_of
 
 
 class ChunkLoop:
@@ -62,9 +61,11 @@ class ChunkLoop:
         parallel: SequenceParallel,
         options: StreamOptions,
     ) -> None:
-        _check_length(frames, options.stream)
+        check_length(frames, options.stream)
         check_text(model, embeds, grid)
         check_finite("negative text embeddings", options.negative_embeds)
+        if options.control is not None:
+            check_taken(model.config.control_channels, options.control)
         self.model, self._opened_with = model, (model.device, model.dtype)
         self.parallel, self.options, self.noise, self._frames = parallel, options, noise, frames
         self.context = ShardContext.of(model, grid, parallel.shard(grid), len(embeds))
@@ -98,7 +99,7 @@ class ChunkLoop:
         unconditional stream."""
         options, grid, config = self.options, self.context.grid, model.config
         stream, sampler, reuse = options.stream, options.sampler, options.reuse
-        window = _window(stream, self._frames, self._initial)
+        window = window_of(stream, self._frames, self._initial)
         batch, itemsize = len(embeds), model.dtype.itemsize
         work = Workload.of(config, grid, stream, sampler, window.frames, batch, itemsize, reuse)
         agreed: dict[str, object] = {"sampler": sampler, "reuse": reuse, "frames": self._frames, "stream": stream}
@@ -144,30 +145,50 @@ class ChunkLoop:
         last = self.kept.last
         return (0, 0) if last is None else (last.chunk.index + 1, last.chunk.stop)
 
-    def step(self) -> LatentChunk:
+    def step(self, control: Tensor | None = None) -> LatentChunk:
         """Makes the next chunk. If this is cut short, by an error or by the user, the stream is where it was.
+
+        Args:
+            control: the control of the chunk, of the shape that `StreamOptions.control` returns; None takes what that
+                returns.
 
         Returns:
             The chunk, on every rank.
 
         Raises:
             StopIteration: the video is complete.
-            ConfigError: noise or source do not fit, the model was moved or cast, or the latents of the chunk before are
-                not finite.
+            ConfigError: control, noise or source do not fit, the model was moved or cast, or the latents of the chunk
+                before are not finite.
         """
         chunk = self.next_chunk
         if chunk is None:
             raise StopIteration
+        control_BFSE = self.control_of(chunk, control)
         try:
-            tokens = self.denoise(chunk)
+            tokens = self.denoise(chunk, control_BFSE)
             output = self.output(chunk, tokens)
         except BaseException:
             self.cancel()
             raise
-        self.finish(chunk, tokens)
+        self.finish(chunk, tokens, control_BFSE)
         return output
 
-    def denoise(self, chunk: Chunk) -> Tensor:
+    def control_of(self, chunk: Chunk, given: Tensor | None) -> Tensor | None:
+        """Returns this rank's control of a chunk, (B, F, s, E); None for a model that takes none. See `step`."""
+        channels, source = self.model.config.control_channels, self.options.control
+        if not channels and given is None:
+            return None
+        generated = Chunk(chunk.index - self.first_chunk, chunk.start - self._initial, chunk.frames)
+
+        def checked() -> Tensor:
+            control = source(generated) if given is None and source is not None else given
+            return checked_control(self.context, channels, chunk.frames, control)
+
+        control = self.parallel.denoisers.run_collectively(checked)
+        self.agree("control", control)
+        return self.context.tokens(control)
+
+    def denoise(self, chunk: Chunk, control_BFSE: Tensor | None) -> Tensor:
         """Denoises a chunk and returns its clean tokens on this rank, (B, F, s, E)."""
         levels = self._levels
         self._check_model()
@@ -180,7 +201,7 @@ class ChunkLoop:
             x = add_noise(clean, x, levels[self._first_step])
         solve = start_solver(self.options.sampler, self._first_step)
         for step, sigma in enumerate(levels[self._first_step :], self._first_step):
-            velocity = self.branches.velocity(chunk, x, step)
+            velocity = self.branches.velocity(chunk, x, step, control_BFSE)
             to = levels[step + 1] if step + 1 < len(levels) else 0.0
             x = solve(x, velocity, sigma, to, partial(self._draw, chunk, step + 1))
             if self.options.on_step is not None:
@@ -217,9 +238,9 @@ class ChunkLoop:
         self.unread = FiniteCheck(chunk.index, latents, self.model.dtype)
         return LatentChunk(chunk, latents, self.unread)
 
-    def finish(self, chunk: Chunk, tokens_BFSE: Tensor) -> None:
+    def finish(self, chunk: Chunk, tokens_BFSE: Tensor, control_BFSE: Tensor | None) -> None:
         """Keeps a chunk's clean tokens for its context pass, which runs with the next chunk's first denoise pass."""
-        part = Part(chunk, tokens_BFSE, 0.0)
+        part = Part(chunk, tokens_BFSE, 0.0, control_BFSE)
         self.branches.finish(part)
         self.kept.add(part, self.branches.branches[0].stream.cache.window)
         self.next_chunk = self.chunk_at(chunk.index + 1, chunk.stop)
@@ -235,16 +256,23 @@ class ChunkLoop:
 
     def _commit_initial(self, latents_BFCHW: Tensor) -> None:
         """Runs the context passes of the initial latents; that of the last chunk stays pending."""
+        config = self.model.config
         for chunk in self._cut(self._initial, 0, 0):
             self.commit()
-            self.finish(chunk, self.context.tokens(latents_BFCHW[:, chunk.start : chunk.stop]))
+            tokens = self.context.tokens(latents_BFCHW[:, chunk.start : chunk.stop])
+            zeros = tokens.new_zeros(*tokens.shape[:3], config.embedded_dim - config.token_dim)
+            self.finish(chunk, tokens, zeros if config.control_channels else None)
 
     def _take_over(self, resumed: Resumed) -> None:
         """Keeps what was made before; the caches hold nothing of it."""
         for branch in self.branches.branches:
             branch.stream.cache.window = replace(branch.stream.cache.window, shots=resumed.shots)
-        for chunk, latents in resumed.kept:
-            part = Part(chunk, self.context.tokens(latents), 0.0)
+        lengths = [chunk.frames for chunk, _ in resumed.kept]
+        controls = [None] * len(lengths) if resumed.control is None else resumed.control.split(lengths, 1)
+        for (chunk, latents), control in zip(resumed.kept, controls, strict=True):
+            part = Part(
+                chunk, self.context.tokens(latents), 0.0, None if control is None else self.context.tokens(control)
+            )
             self.kept.add(part, self.branches.branches[0].stream.cache.window)
         self.next_chunk = self.chunk_at(*self.position)
 
@@ -270,19 +298,3 @@ class ChunkLoop:
         return split_into_chunks(
             frames, self.options.stream.chunk_frames, independent_first_frame=lone, index=index, start=start
         )
-
-
-def _window(stream: StreamConfig, frames: int | None, initial: int) -> SlidingWindow:
-    """Returns the stream's window, or one that holds the whole video if that is shorter, so that nothing is evicted."""
-    total = None if frames is None else initial + frames
-    if total is not None and (stream.window is None or stream.window >= total):
-        return SlidingWindow(total)
-    assert stream.window is not None, "`_check_length` has checked that an endless video has a window"
-    return SlidingWindow(stream.window, stream.sink)
-
-
-def _check_length(frames: int | None, stream: StreamConfig) -> None:
-    if frames is None and stream.window is None:
-        raise ConfigError("an endless video needs a window")
-    if frames is not None and frames < 1:
-        raise ConfigError(f"frames must be at least 1, not {frames}")

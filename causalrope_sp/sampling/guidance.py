@@ -38,10 +38,11 @@ class GuidanceBranch:
         self._pending = False  # whether the context pass of the finished chunk has yet to run
         self._shared = False  # whether it began in a forward of the next chunk
 
-    def denoise(self, chunk: Chunk, x_BFSE: Tensor, timestep: float) -> Tensor:
+    def denoise(self, chunk: Chunk, x_BFSE: Tensor, timestep: float, control_BFSE: Tensor | None) -> Tensor:
         """Returns the velocity of a chunk's tokens, (B, F, s, E); runs the pending context pass in the same forward."""
         self._shared |= self._pending
-        velocity = self.stream.denoise(chunk, x_BFSE, timestep, self._finished if self._pending else None)
+        context = self._finished if self._pending else None
+        velocity = self.stream.denoise(chunk, x_BFSE, timestep, context, control_BFSE)
         self._pending = False
         return velocity
 
@@ -161,31 +162,35 @@ class GuidanceBranches:
         self._local = tuple(local)
         self.branches = [GuidanceBranch(open_stream(prompts[branch], branch)) for branch in local]
 
-    def velocity(self, chunk: Chunk, x_BFSE: Tensor, step: int) -> Tensor:
+    def velocity(self, chunk: Chunk, x_BFSE: Tensor, step: int, control_BFSE: Tensor | None = None) -> Tensor:
         """Returns the velocity of the chunk's tokens at a step, (B, F, s, E); it is guided if the step is.
 
         Args:
             chunk: the open chunk.
             x_BFSE: its noisy tokens on this rank.
             step: the step's number, counted from 0.
+            control_BFSE: the control of the chunk, of both branches; None for a model that takes none.
         """
         guided, timestep = self._guided[step], self._timesteps[step]
         if self._parallel.mesh.cfg > 1:
-            velocities = self._from_both_ranks(chunk, x_BFSE, timestep, guided)
+            velocities = self._from_both_ranks(chunk, x_BFSE, timestep, guided, control_BFSE)
         else:
-            velocities = [branch.denoise(chunk, x_BFSE, timestep) for branch in self.branches[: 1 + guided]]
+            branches = self.branches[: 1 + guided]
+            velocities = [branch.denoise(chunk, x_BFSE, timestep, control_BFSE) for branch in branches]
         return (
             guide(velocities[CONDITIONAL], velocities[UNCONDITIONAL], self._scale)
             if guided
             else velocities[CONDITIONAL]
         )
 
-    def _from_both_ranks(self, chunk: Chunk, x_BFSE: Tensor, timestep: float, guided: bool) -> list[Tensor]:
+    def _from_both_ranks(
+        self, chunk: Chunk, x_BFSE: Tensor, timestep: float, guided: bool, control_BFSE: Tensor | None
+    ) -> list[Tensor]:
         """Gathers the velocities of both halves of the `cfg` axis. At a step that is not guided the unconditional half
         runs its pending context pass instead, and what it sends is not used."""
         (branch,) = self.branches
         if guided or self._parallel.cfg_rank == CONDITIONAL:
-            velocity = branch.denoise(chunk, x_BFSE, timestep)
+            velocity = branch.denoise(chunk, x_BFSE, timestep, control_BFSE)
         else:
             branch.commit()
             velocity = x_BFSE

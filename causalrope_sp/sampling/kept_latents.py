@@ -10,7 +10,7 @@ from causalrope_sp.sampling.stream import Part
 
 
 class KeptLatents:
-    """This rank's clean tokens of chunks, in order of time.
+    """This rank's clean tokens of chunks with their control, in order of time.
 
     Args:
         frames: latent frames that are kept, the sink not counted; None keeps all.
@@ -101,9 +101,7 @@ def _some_frames(part: Part, wanted: list[int]) -> Iterator[Part]:
         else:
             runs.append([frame])
     for run in runs:
-        first = run[0] - chunk.start
-        tokens_BFSE = part.tokens_BFSE[:, first : first + len(run)]
-        yield Part(Chunk(chunk.index, run[0], len(run)), tokens_BFSE, part.timestep)
+        yield part.cut(run[0], len(run))
 
 
 def _overlap(chunk: Chunk, frames: range) -> bool:

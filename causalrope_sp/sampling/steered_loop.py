@@ -39,12 +39,14 @@ class SteeredLoop(ChunkLoop):
         self._unreturned: LatentChunk | None = None  # a chunk that was made before its step was cut short
         self._texts_at: dict[int, tuple[Tensor, list[tuple[Tensor, bool, bool]]]] = {}  # by chunk: its text, later ones
 
-    def step(self) -> LatentChunk:
+    def step(self, control: Tensor | None = None) -> LatentChunk:
         """Makes the next chunk; see `ChunkLoop.step`."""
+        if self._unreturned is not None and control is not None:
+            self.check_made_under(self._unreturned.chunk, control)
         output, self._unreturned = self._unreturned, None
         if output is None:
             made_under = self.text, list(self.later_texts)
-            output = super().step()
+            output = super().step(control)
             oldest = min(part.chunk.index for part in self.kept.newest())
             self._texts_at = {index: at for index, at in self._texts_at.items() if index >= oldest}
             self._texts_at[output.chunk.index] = made_under
@@ -56,6 +58,18 @@ class SteeredLoop(ChunkLoop):
                 raise
             self.later_texts.pop(0)
         return output
+
+    def check_made_under(self, chunk: Chunk, control: Tensor) -> None:
+        """Raises ConfigError unless a chunk that was made already, by a call that failed later, has this control."""
+        given, part = self.control_of(chunk, control), self.kept.part(chunk.index)
+        assert given is not None, "`control_of` refuses a control that the model does not take"
+        assert part is not None, "the newest chunk is kept"
+        assert part.control_BFSE is not None, "every chunk of the model has one"
+        if not self.parallel.denoisers.all_say(torch.equal(given, part.control_BFSE)):
+            raise ConfigError(
+                f"control must be the one that chunk {chunk.index - self.first_chunk} was made under before the call "
+                "failed, or None: the chunk is made already"
+            )
 
     def set_text(
         self,
@@ -188,8 +202,7 @@ class SteeredLoop(ChunkLoop):
         if pending is not None:
             assert last is not None, "what is pending is of the newest chunk"
             start, stop = pending
-            chunk = Chunk(last.chunk.index, start, stop - start)
-            part = Part(chunk, last.tokens_BFSE[:, start - last.chunk.start :], last.timestep)
+            part = last.cut(start, stop - start)
         window = replace(branch.stream.cache.window, oldest=oldest, kept_shot=kept_shot)
         branch.resume(window, self.position[1], part)
 

@@ -6,6 +6,7 @@ Shapes: B batch, F frames of a chunk, s tokens of a frame that this rank owns, E
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -41,11 +42,22 @@ class Part:
         chunk: its number, start and length.
         tokens_BFSE: its tokens on this rank.
         timestep: their noise level, in [0, 1000]; 0 for a context pass.
+        control_BFSE: the control of these tokens, for a model that takes one.
     """
 
     chunk: Chunk
     tokens_BFSE: Tensor
     timestep: float
+    control_BFSE: Tensor | None = None
+
+    def cut(self, start: int, frames: int) -> Part:
+        """Returns so many frames of this part, from the global time index `start` on."""
+        first = start - self.chunk.start
+        tokens, control = (
+            None if x is None else x[:, first : first + frames] for x in (self.tokens_BFSE, self.control_BFSE)
+        )
+        assert tokens is not None, "a part has tokens"
+        return Part(Chunk(self.chunk.index, start, frames), tokens, self.timestep, control)
 
 
 class CausalStream:
@@ -112,7 +124,14 @@ class CausalStream:
             rotate_on_read=partial(self._rope.rotate_on_read, tokens=strategy.stored_tokens) if relative else None,
         )
 
-    def denoise(self, chunk: Chunk, x_BFSE: Tensor, timestep: float, context: Part | None = None) -> Tensor:
+    def denoise(
+        self,
+        chunk: Chunk,
+        x_BFSE: Tensor,
+        timestep: float,
+        context: Part | None = None,
+        control_BFSE: Tensor | None = None,
+    ) -> Tensor:
         """Predicts the velocity of the open chunk's tokens.
 
         With `context` the chunk before it is committed in the same forward: its clean tokens attend the window up to
@@ -124,6 +143,7 @@ class CausalStream:
             x_BFSE: its noisy tokens on this rank.
             timestep: their noise level, in [0, 1000].
             context: the clean tokens of the chunk before, if its context pass is pending.
+            control_BFSE: the control of the chunk, for a model that takes one.
 
         Returns:
             The velocity, (B, F, s, E), in the dtype of `x_BFSE`.
@@ -135,7 +155,7 @@ class CausalStream:
             self._open(context.chunk)
             self.cache.commit()
         self._open(chunk)
-        noisy = Part(chunk, x_BFSE, timestep)
+        noisy = Part(chunk, x_BFSE, timestep, control_BFSE)
         parts = [noisy] if context is None else [context, noisy]
         if self.outputs is None:
             return self._forward(parts)
@@ -229,7 +249,7 @@ class CausalStream:
             raise RuntimeError("a forward of this stream was cut short, its cache is half written: cancel the chunk")
         model, chunks = self._model, tuple(part.chunk for part in parts)
         time = self._time(parts)
-        tokens_BTE = torch.cat([part.tokens_BFSE for part in parts], 1).flatten(1, 2).to(model.dtype)
+        tokens_BTE = torch.cat([self._embedded(part) for part in parts], 1).flatten(1, 2).to(model.dtype)
         compute = partial(self._compute, chunks, self._operations(tuple(chunk.frames for chunk in chunks)), output)
         self._broken = True
         if self._graphs is None:
@@ -239,6 +259,14 @@ class CausalStream:
         self._broken = False
         last = parts[-1].tokens_BFSE
         return velocity.view(last.shape).to(last.dtype)
+
+    def _embedded(self, part: Part) -> Tensor:
+        """What the patch embedding reads of a part: its tokens, with the control behind the latents' channels."""
+        if part.control_BFSE is None:
+            return part.tokens_BFSE
+        pixels = math.prod(self._model.config.patch_size)
+        both = [x.unflatten(-1, (pixels, -1)) for x in (part.tokens_BFSE, part.control_BFSE)]
+        return torch.cat(both, -1).flatten(-2)
 
     def _compute(
         self,

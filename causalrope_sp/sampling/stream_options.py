@@ -7,12 +7,15 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from causalrope_sp.cache.window import SlidingWindow
 from causalrope_sp.config import SamplerConfig, StreamConfig
 from causalrope_sp.distributed.layout import Layout
+from causalrope_sp.errors import ConfigError
 from causalrope_sp.grid import Chunk
 from causalrope_sp.reuse.policy import ReusePolicy
 
 OnStep = Callable[[Chunk, int, float], object]
+Control = Callable[[Chunk], Tensor]
 
 
 @dataclass(frozen=True)
@@ -36,11 +39,13 @@ class Resumed:
         kept: its newest chunks and those of its sinks, in order of time, with their whole latents, (B, F, C, H, W).
         shots: the global time indices at which shots begin.
         initial_frames: how many latent frames it began with that were given.
+        control: the control of all these frames, in order, (B, F, control channels, H, W), for a model that takes one.
     """
 
     kept: Sequence[tuple[Chunk, Tensor]]
     shots: tuple[int, ...]
     initial_frames: int
+    control: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,9 @@ class StreamOptions:
         initial_latents: latent frames to continue, (B, F0, C, H, W); they are not yielded again.
         resumed: what the stream has made already, without `initial_latents`; None begins it. Whoever opens it gives its
             caches what they held, or has them computed anew.
+        control: returns the control of a chunk, (B, F, control channels, H, W), for a model that takes one; H×W is the
+            size of a latent frame, or 1×1 for a control that is the same all over it. The chunk's number and frames are
+            counted from the first one that is generated. The control of initial latents is zero.
         source: a video to start each chunk from, instead of from noise alone.
         negative_embeds: embeddings of the negative prompt, (B, text_len, text_dim); ignored if the guidance scale is 1.
         reuse: which attention outputs later steps of a chunk take over from earlier ones (Pyramid Attention Broadcast,
@@ -69,6 +77,7 @@ class StreamOptions:
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     initial_latents: Tensor | None = None
     resumed: Resumed | None = None
+    control: Control | None = None
     source: Source | None = None
     negative_embeds: Tensor | None = None
     reuse: ReusePolicy | None = None
@@ -77,3 +86,20 @@ class StreamOptions:
     on_step: OnStep | None = None
     history: int = 0
     kept_chunks: int = 0
+
+
+def window_of(stream: StreamConfig, frames: int | None, initial: int) -> SlidingWindow:
+    """Returns the stream's window, or one that holds the whole video if that is shorter, so that nothing is evicted."""
+    total = None if frames is None else initial + frames
+    if total is not None and (stream.window is None or stream.window >= total):
+        return SlidingWindow(total)
+    assert stream.window is not None, "`check_length` has checked that an endless video has a window"
+    return SlidingWindow(stream.window, stream.sink)
+
+
+def check_length(frames: int | None, stream: StreamConfig) -> None:
+    """Raises ConfigError for a stream of no frames, or one without end and without a window."""
+    if frames is None and stream.window is None:
+        raise ConfigError("an endless video needs a window")
+    if frames is not None and frames < 1:
+        raise ConfigError(f"frames must be at least 1, not {frames}")

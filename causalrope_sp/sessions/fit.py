@@ -36,6 +36,7 @@ def check_fits(saved: SavedSession, *, model_digest: str, model: DiTConfig, stri
             (len(saved.latents), *saved.latents.shape[2:]),
             (1, model.in_channels, grid.latent_height, grid.latent_width),
         ),
+        ("channels of control are", 0 if saved.control is None else saved.control.shape[2], model.control_channels),
         ("embeddings are", tuple(embeds.shape[1:]), (model.text_len, model.text_dim)),
         ("guidance with negative embeddings is", saved.negative_embeds is not None, guided),
     ]

@@ -56,6 +56,7 @@ class SavedSession:
         prompts: the history of prompts, in order.
         embeds: embeddings, (B, L, E), by the id of each prompt that is still needed, the newest among them.
         texts: the texts of a change of the prompt that is not over; None without.
+        control: the control of the frames of `latents`, (B, F, control channels, H, W); None for a model without.
         latents: the clean latents that are kept, (B, F, C, H, W), in float32 or float64.
         chunks: the chunks, or parts of chunks, that these are, in order of time; the last one ends before `next_frame`.
         negative_prompt: the negative prompt; None without one.
@@ -92,6 +93,7 @@ class SavedSession:
     latents: Tensor
     chunks: tuple[Chunk, ...]
     texts: SavedTexts | None = None
+    control: Tensor | None = None
     negative_prompt: str | None = None
     negative_embeds: Tensor | None = None
     shots: tuple[int, ...] = (0,)
@@ -153,6 +155,10 @@ class SavedSession:
             raise ConfigError(
                 f"latents must be kept of the {self.ahead} newest chunks, which are not decoded, not of {shown(ahead)}"
             )
+        if self.control is not None:
+            check_tensor("the control", self.control, "B F C H W", (self.latents.dtype,), empty="F")
+            if self.control[:, :, 0].shape != self.latents[:, :, 0].shape:
+                raise ConfigError(f"the control of shape {tuple(self.control.shape)} is not that of the latents")
         if self.conditioning is not None:
             check_tensor("the latents of the conditioning", self.conditioning, "B F C H W", (self.latents.dtype,))
             if self.conditioning[:, 0].shape != (len(self.latents), *self.latents.shape[2:]):

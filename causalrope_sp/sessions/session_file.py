@@ -5,8 +5,8 @@
     library   the version of the library that wrote it
     session   the fields, a JSON object
 
-Its tensors are `latents`, `embeds/ID`, `negative_embeds`, `texts/NUMBER`, `conditioning`, `cache/BRANCH/LAYER` and
-`decoder/LAYER`.
+Its tensors are `latents`, `control`, `embeds/ID`, `negative_embeds`, `texts/NUMBER`, `conditioning`,
+`cache/BRANCH/LAYER` and `decoder/LAYER`.
 """
 
 from __future__ import annotations

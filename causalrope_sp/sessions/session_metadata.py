@@ -31,7 +31,7 @@ _PLAIN = (
     *("next_chunk", "next_frame", "negative_prompt", "context_frames", "reuse", "history", "kept_chunks", "library"),
 )
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_LATENTS, _NEGATIVE, _CONDITIONING = _SINGLE = ("latents", "negative_embeds", "conditioning")
+_LATENTS, _CONTROL, _NEGATIVE, _CONDITIONING = _SINGLE = "latents", "control", "negative_embeds", "conditioning"
 _EMBEDS, _TEXTS, _DECODER, CACHE = "embeds/", "texts/", "decoder/", "cache/"
 _FOLDERS = _EMBEDS, _TEXTS, _DECODER
 
@@ -58,7 +58,7 @@ def fields_of(saved: SavedSession) -> dict[str, Any]:
 
 def tensors_of(saved: SavedSession) -> dict[str, Tensor]:
     """Returns the tensors of a session by their names in a file, but for keys and values."""
-    single = {_LATENTS: saved.latents, _NEGATIVE: saved.negative_embeds, _CONDITIONING: saved.conditioning}
+    single = {name: getattr(saved, name) for name in _SINGLE}
     texts = () if saved.texts is None else saved.texts.embeds
     state = {} if saved.decoder is None else saved.decoder.state.frames
     return {
@@ -101,6 +101,7 @@ def session_of(given: Mapping[str, Any], tensors: Mapping[str, Tensor], reader: 
         negative_embeds=tensors.get(_NEGATIVE),
         conditioning=tensors.get(_CONDITIONING),
         latents=tensors[_LATENTS],
+        control=tensors.get(_CONTROL),
         chunks=tuple(_chunk(numbers) for numbers in _list("chunks", given["chunks"])),
         shots=tuple(_list("shots", given["shots"])),
         cache=None if given["cache"] is None else _cache(given["cache"], reader),

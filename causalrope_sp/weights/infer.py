@@ -14,6 +14,7 @@ from causalrope_sp.weights.key_layout import Layout
 from causalrope_sp.weights.tensor_files import Stored
 
 WAN_HEAD_DIM = 128  # that of every published Wan; assumed where a checkpoint does not declare it
+_LATENTS = ("out_channels", "out_dim")  # what declares the channels of latents; `in_channels` has control's too
 LONGEST_TEXT = 1 << 16  # tokens; buffers of this length are allocated, so a declared length has a limit
 
 
@@ -69,10 +70,12 @@ def _shaped_fields(tensors: dict[str, Stored], layout: Layout, where: Path) -> d
             raise CheckpointError(f"{where} ({layout.name} layout): {name} is {found}, expected {rank} axes")
         return found
 
-    dim, in_channels, *patch = shape("patch_embedding.weight", 5)
+    dim, embedded, *patch = shape("patch_embedding.weight", 5)
+    in_channels = shape("head.linear.weight", 2)[0] // max(1, math.prod(patch))
     return {
         "dim": dim,
         "in_channels": in_channels,
+        "control_channels": max(0, embedded - in_channels),
         "patch_size": tuple(patch),
         "ffn_dim": shape("blocks.0.ffn.up.weight", 2)[0],
         "text_dim": shape("text_embedding.0.weight", 2)[1],
@@ -97,6 +100,9 @@ def _declared_fields(declared: dict[str, Any], layout: Layout, where: Path) -> d
                 f"{'three numbers' if several else 'a number'}"
             )
         values[name] = tuple(value) if several else value
+    latents = next((declared[word] for word in _LATENTS if _is_number(declared.get(word))), None)
+    if latents is not None and "in_channels" in values and "control_channels" not in values:
+        values["in_channels"], values["control_channels"] = latents, values["in_channels"] - latents
     head_dim = declared.get("attention_head_dim")
     if "dim" not in values and "num_heads" in values and isinstance(head_dim, int):
         values["dim"] = values["num_heads"] * head_dim

@@ -4,7 +4,7 @@ Layouts differ in names alone. Stored tensors become a parameter in the same man
 the model fuses are concatenated, the patch convolution becomes a Linear over (pt, ph, pw, C), and tables lose their
 leading axis of length 1.
 
-Shapes: D model width, C latent channels, pt, ph, pw the patch.
+Shapes: D model width, C channels of latents and control, pt, ph, pw the patch.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def stored_shape(parameter: str, shape: Shape, pieces: int, config: DiTConfig) -
         config: the model's configuration.
     """
     if parameter == "patch_embedding.weight":
-        return (config.dim, config.in_channels, *config.patch_size)
+        return (config.dim, config.embedded_channels, *config.patch_size)
     if parameter.endswith("modulation"):
         return (1, *shape)
     return (shape[0] // pieces, *shape[1:])
@@ -110,7 +110,7 @@ def stored_tensors(layout: Layout, config: DiTConfig, state: Mapping[str, Tensor
     for parameter, stored in layout.names(config.num_layers).items():
         tensor = state[parameter]
         if parameter == "patch_embedding.weight":
-            tensor = tensor.unflatten(1, (*config.patch_size, config.in_channels)).permute(0, 4, 1, 2, 3)
+            tensor = tensor.unflatten(1, (*config.patch_size, config.embedded_channels)).permute(0, 4, 1, 2, 3)
         pieces = [tensor.unsqueeze(0)] if parameter.endswith("modulation") else tensor.chunk(len(stored))
         every |= {name: piece.contiguous() for name, piece in zip(stored, pieces, strict=True)}
     return every

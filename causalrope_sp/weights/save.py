@@ -47,7 +47,7 @@ def save_diffusers(model: CausalDiT, folder: str | PathLike[str]) -> None:
         "patch_size": list(config.patch_size),
         "num_attention_heads": config.num_heads,
         "attention_head_dim": config.head_dim,
-        "in_channels": config.in_channels,
+        "in_channels": config.embedded_channels,
         "out_channels": config.in_channels,
         "text_dim": config.text_dim,
         "freq_dim": config.freq_dim,

@@ -36,22 +36,34 @@ def windows(draw: st.DrawFn) -> StreamConfig:
     return StreamConfig(window, sink, chunk, draw(st.booleans()), rope, policy)
 
 
-def open_loop(stream: StreamConfig, **options: Any) -> SteeredLoop:
-    every = StreamOptions(stream=stream, sampler=SAMPLER, **options)
-    return SteeredLoop(MODEL, TEXTS[0], noise_of(1), GRID, None, SequenceParallel.single(device="cpu"), every)
+def draws(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def lists(stream: StreamConfig) -> ListSession:
-    return ListSession(MODEL, TEXTS, noise_of(1), GRID, stream)
+CONTROLLED = MODEL.with_control(2)
+CONTROLLED.patch_embedding.weight.copy_(draws(4, *CONTROLLED.patch_embedding.weight.shape))
+CONTROL = draws(5, 1, 60, 2, GRID.latent_height, GRID.latent_width)
 
 
-@given(windows(), st.integers(0, 3), st.data())
+def open_loop(stream: StreamConfig, controlled: bool = False, **options: Any) -> SteeredLoop:
+    control = (lambda chunk: CONTROL[:, chunk.start : chunk.stop]) if controlled else None
+    every = StreamOptions(stream=stream, sampler=SAMPLER, control=control, **options)
+    model, single = CONTROLLED if controlled else MODEL, SequenceParallel.single(device="cpu")
+    return SteeredLoop(model, TEXTS[0], noise_of(1), GRID, None, single, every)
+
+
+def lists(stream: StreamConfig, controlled: bool = False) -> ListSession:
+    model, control = (CONTROLLED, CONTROL) if controlled else (MODEL, None)
+    return ListSession(model, TEXTS, noise_of(1), GRID, stream, control)
+
+
+@given(windows(), st.integers(0, 3), st.booleans(), st.data())
 @settings(deadline=None, max_examples=40)
 @torch.inference_mode()
 def test_any_operations_give_what_lists_give(
-    tmp_path_factory: pytest.TempPathFactory, stream: StreamConfig, history: int, data: st.DataObject
+    tmp_path_factory: pytest.TempPathFactory, stream: StreamConfig, history: int, controlled: bool, data: st.DataObject
 ) -> None:
-    pairs = [(open_loop(stream, history=history, kept_chunks=9), lists(stream))]
+    pairs = [(open_loop(stream, controlled, history=history, kept_chunks=9), lists(stream, controlled))]
     file = tmp_path_factory.getbasetemp() / "loop.safetensors"
     for _ in range(data.draw(st.integers(3, 12))):
         number = data.draw(st.integers(0, len(pairs) - 1))
@@ -73,7 +85,7 @@ def test_any_operations_give_what_lists_give(
             case "save" if expected.chunks:
                 cache = data.draw(st.booleans())
                 save_loop(file, loop, TEXTS[expected.text], None, cache=cache)
-                pairs[number] = resume_loop(file, MODEL, noise_of(1), GRID, loop.parallel, loop.options), expected
+                pairs[number] = resume_loop(file, loop.model, noise_of(1), GRID, loop.parallel, loop.options), expected
                 if not cache:
                     expected.recompute(True)
                     expected.made = expected.copy()

@@ -107,6 +107,9 @@ NEWER = "a saved session of version 2, written by causalrope_sp 9.1; this causal
             store("conditioning", torch.ones(1, 1, 3, 2, 2)),
             "the conditioning of shape \\(1, 1, 3, 2, 2\\) is not that of",
         ),
+        (store("control", torch.ones(1, 6, 2, 2, 3)), "the control of shape \\(1, 6, 2, 2, 3\\) is not that of the"),
+        (store("control", torch.ones(1, 7, 2, 2, 2)), "the control of shape \\(1, 7, 2, 2, 2\\) is not that of the"),
+        (store("control", torch.ones(1, 7, 2, 2, 3).bfloat16()), "the control must be in float32, not bfloat16"),
         (put("cache.branches.0.oldest", 13), "SavedBranch.oldest must be a whole number of at least 0 and at most 12"),
         (put("cache.branches.0.pending", [9, 12]), "pending frames must be two bounds behind the frames that are"),
         (put("cache.branches.0.pending", [10]), "pending frames must be two bounds"),
@@ -196,6 +199,7 @@ def test_what_is_elsewhere_is_refused(tmp_path: Path) -> None:
             {"model": replace(MODEL, num_layers=3, num_heads=5, dim=50)},
             r"layers, tokens, heads and head width are \(2, 6, 3, 10\) in the file and \(3, 6, 5, 10\) here",
         ),
+        ({"model": replace(MODEL, control_channels=2)}, "channels of control are 0 in the file and 2 here"),
         ({"codec": "taehv"}, "the codec is 'wan' in the file and 'taehv' here"),
         (
             {"model_digest": "f" * 16, "codec": "taehv"},

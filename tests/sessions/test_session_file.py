@@ -26,7 +26,7 @@ from causalrope_sp.sessions.session_metadata import tensors_of
 from tests.support.sessions import layers_of, small_cache, small_session, write_whole
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
-TENSORS = ("embeds", "texts", "latents", "conditioning", "negative_embeds", "decoder")
+TENSORS = ("embeds", "texts", "latents", "control", "conditioning", "negative_embeds", "decoder")
 
 
 def assert_same(found: SavedSession, expected: SavedSession) -> None:
@@ -66,6 +66,7 @@ def test_a_session_is_read_as_it_was_written(dtype: torch.dtype, tmp_path: Path)
         {},
         {"negative_prompt": None, "negative_embeds": None},
         {"texts": None, "conditioning": None, "reuse": None, "num_frames": 81},
+        {"control": torch.ones(1, 7, 4, 2, 3)},
         {"negative_prompt": "half a \ud800 pair"},
         {"sampler": SamplerConfig(steps=(999.5, 20), solver="unipc", guidance_interval=(10, 900.5))},
         {"stream": StreamConfig(), "shots": (0,)},

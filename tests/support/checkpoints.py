@@ -69,6 +69,15 @@ def diffusers_model(dtype: torch.dtype = torch.float32) -> WanTransformer3DModel
     return model.eval()
 
 
+class Sinusoid64(nn.Module):
+    """diffusers computes this embedding in float32 only."""
+
+    def forward(self, timesteps: Tensor) -> Tensor:
+        half = CONFIG.freq_dim // 2
+        angles = timesteps.double()[:, None] * 10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
+        return torch.cat([angles.cos(), angles.sin()], 1)
+
+
 def wan_state(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     return {wan_name(name): tensor.contiguous() for name, tensor in diffusers_model(dtype).state_dict().items()}
 

@@ -31,11 +31,19 @@ class ListSession:
 
     Args:
         texts: the embeddings of each text, by number.
+        control: that of every frame, (B, F, C, H, W), or None.
     """
 
     def __init__(
-        self, model: CausalDiT, texts: Sequence[Tensor], noise: Noise, grid: LatentGrid, stream: StreamConfig
+        self,
+        model: CausalDiT,
+        texts: Sequence[Tensor],
+        noise: Noise,
+        grid: LatentGrid,
+        stream: StreamConfig,
+        control: Tensor | None = None,
     ) -> None:
+        self.control = control
         self.model, self.texts, self.noise, self.grid, self.stream = model, texts, noise, grid, stream
         self.text = self.text_made = 0  # the text of the next chunk, and of the newest one
         self.shots = [0]
@@ -116,7 +124,8 @@ class ListSession:
             text=self.model.encode_text(self.texts[self.text]),
             attend=attend,
         )
-        velocity = self.model(self.grid.patchify(x).flatten(1, 2), step)
+        added = [] if self.control is None else [self.control[:, chunk.start : chunk.stop]]
+        velocity = self.model(self.grid.patchify(torch.cat([x, *added], 2)).flatten(1, 2), step)
         return self.grid.unpatchify(velocity.unflatten(1, (len(own), -1)))
 
     def set_text(self, number: int, recache: bool, recache_sink: bool, new_shot: bool) -> None:

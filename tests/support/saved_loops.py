@@ -14,15 +14,15 @@ from causalrope_sp.codec.conv_state import ConvState
 from causalrope_sp.diffusion.noise import Noise
 from causalrope_sp.distributed import SequenceParallel, strategies
 from causalrope_sp.models.causal_dit import CausalDiT
-from causalrope_sp.pipeline.open_stream import PromptChange
+from causalrope_sp.pipeline.prompt_changes import PromptChange
 from causalrope_sp.pipeline.saved_cache import restore_cache
 from causalrope_sp.pipeline.session_saving import save_session
 from causalrope_sp.sampling.steered_loop import SteeredLoop
 from causalrope_sp.sampling.stream_options import Resumed, StreamOptions
 from causalrope_sp.sessions import read_session
 from tests.support import steered_runs
-from tests.support.steered_runs import GRID, NOISE, SCRIPTS, STREAMS, TEXTS, go_through, options_of
-from tests.support.strategy_runs import CONFIG, make_model
+from tests.support.steered_runs import GRID, NOISE, SCRIPTS, STREAMS, TEXTS, go_through, model_of, options_of
+from tests.support.strategy_runs import CONFIG
 
 
 class NoDecoder:
@@ -64,7 +64,9 @@ def resume_loop(
     saved = read_session(path)
     latents = saved.latents.split([chunk.frames for chunk in saved.chunks], 1)
     kept = list(zip(saved.chunks, latents, strict=True))
-    resumed = replace(options, resumed=Resumed(kept, saved.shots, 0), negative_embeds=saved.negative_embeds)
+    resumed = replace(
+        options, resumed=Resumed(kept, saved.shots, 0, saved.control), negative_embeds=saved.negative_embeds
+    )
     text = saved.embeds[0].clone()  # a product of what lies elsewhere in memory may differ in its last bits
     loop = SteeredLoop(model, text, noise, grid, None, parallel, resumed)
     if saved.cache is None:
@@ -91,8 +93,11 @@ def every_case() -> list[Case]:
 
 def some_cases() -> list[Case]:
     """One of each script, with and without the cache; the streams and the places take turns."""
-    by_script = [[case for case in every_case() if case[1] == script and case[3]] for script in SCRIPTS]
-    chosen = [of_script[(4 * number) % len(of_script)] for number, of_script in enumerate(by_script)]
+    chosen = []
+    for number, script in enumerate(SCRIPTS):
+        stream = list(STREAMS)[(number + 2) % len(STREAMS)]
+        places = [case for case in every_case() if case[0] == stream and case[1] == script and case[3]]
+        chosen.append(places[number % len(places)])
     return [(*case[:3], cache) for case in chosen for cache in (True, False)]
 
 
@@ -116,7 +121,7 @@ def text_of(script: str, number: int) -> int:
 def go_on(file: Path, parallel: SequenceParallel, case: Case, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     """The chunks that follow, of a stream that goes on from its file."""
     stream, script, number, _ = case
-    model = make_model().to(dtype)
+    model = model_of(stream).to(dtype)
     with torch.inference_mode():
         loop = resume_loop(file, model, NOISE, GRID, parallel, options_of(stream))
     return go_through(loop, script, first=number)

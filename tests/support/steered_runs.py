@@ -12,6 +12,7 @@ from torch import Tensor
 from causalrope_sp import LatentGrid, SequenceParallel, StreamConfig
 from causalrope_sp.diffusion.noise import seeded_noise
 from causalrope_sp.distributed import strategies
+from causalrope_sp.models.causal_dit import CausalDiT
 from causalrope_sp.sampling.steered_loop import SteeredLoop
 from causalrope_sp.sampling.stream_options import StreamOptions
 from tests.support.list_session import SAMPLER, ListSession
@@ -28,7 +29,11 @@ STREAMS = {
     "relative": StreamConfig(7, 2, 3, rope="relative"),
     "lone first frame": StreamConfig(5, 1, 2, independent_first_frame=True),
     "recomputed": StreamConfig(7, 2, 2, rope="relative", window_policy="recomputed"),
+    "controlled": StreamConfig(6, 1, 2),
 }
+CONTROL = torch.randn(
+    1, 40, 3, GRID.latent_height, GRID.latent_width, generator=torch.Generator().manual_seed(4), dtype=torch.float64
+)
 STEPS = [("step",)] * 4
 SCRIPTS: dict[str, list[tuple[Any, ...]]] = {
     "new text, window computed anew": [*STEPS, ("text", 1, True, False, False), *STEPS],
@@ -43,7 +48,7 @@ SCRIPTS: dict[str, list[tuple[Any, ...]]] = {
 
 def by_lists(stream: str, script: str, recomputed_at: int | None = None) -> list[Tensor]:
     """The chunks that a script makes; before the operation `recomputed_at` the window is computed anew."""
-    session = ListSession(make_model(), TEXTS, NOISE, GRID, STREAMS[stream])
+    session = ListSession(model_of(stream), TEXTS, NOISE, GRID, STREAMS[stream], control_of(stream))
     made = []
     with torch.inference_mode():
         for number, (what, *arguments) in enumerate(SCRIPTS[script]):
@@ -58,8 +63,17 @@ def by_lists(stream: str, script: str, recomputed_at: int | None = None) -> list
     return made
 
 
+def control_of(stream: str) -> Tensor | None:
+    return CONTROL if stream == "controlled" else None
+
+
+def model_of(stream: str) -> CausalDiT:
+    return make_model(control_channels=3 if stream == "controlled" else 0)
+
+
 def options_of(stream: str) -> StreamOptions:
-    return StreamOptions(stream=STREAMS[stream], sampler=SAMPLER, history=4, kept_chunks=8)
+    control = None if control_of(stream) is None else lambda chunk: CONTROL[:, chunk.start : chunk.stop]
+    return StreamOptions(stream=STREAMS[stream], sampler=SAMPLER, history=4, kept_chunks=8, control=control)
 
 
 def is_exact(stream: StreamConfig, script: str) -> bool:
@@ -71,7 +85,7 @@ Before = dict[int, Callable[[SteeredLoop], object]]
 
 
 def open_loop(parallel: SequenceParallel, stream: str) -> SteeredLoop:
-    return SteeredLoop(make_model(), TEXTS[0], NOISE, GRID, None, parallel, options_of(stream))
+    return SteeredLoop(model_of(stream), TEXTS[0], NOISE, GRID, None, parallel, options_of(stream))
 
 
 def by_loop(parallel: SequenceParallel, stream: str, script: str) -> list[Tensor]:
@@ -104,7 +118,7 @@ def on_ranks(group: dist.ProcessGroup, device: str) -> list[dict[tuple[str, str,
     mine = {
         (strategy, stream, script): by_loop(SequenceParallel(group, strategy, device), stream, script)
         for strategy in strategies(group.size(), CONFIG.num_heads)
-        for stream in list(STREAMS)[: 3 if group.size() < 4 else 1]
+        for stream in (STREAMS if group.size() < 4 else ["sink within a chunk", "controlled"])
         for script in SCRIPTS
     }
     ranks: list[Any] = [None] * group.size()

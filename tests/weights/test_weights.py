@@ -13,13 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 
 from causalrope_sp.config import DiTConfig
 from causalrope_sp.errors import CheckpointError
 from causalrope_sp.models.causal_dit import CausalDiT
 from causalrope_sp.weights import inspect_checkpoint, load_model, save_model, tensor_files
-from tests.support.checkpoints import CONFIG, diffusers_model, run, save_wan, wan_state
+from tests.support.checkpoints import CONFIG, Sinusoid64, diffusers_model, run, save_wan, wan_state
 
 
 @pytest.fixture
@@ -27,15 +26,6 @@ def exact_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     """diffusers drops to float32 inside norms, gates and rotary tables; keep float64 throughout."""
     to_float32 = torch.Tensor.float
     monkeypatch.setattr(torch.Tensor, "float", lambda x: x if x.dtype == torch.float64 else to_float32(x))
-
-
-class Sinusoid64(nn.Module):
-    """diffusers computes this embedding in float32 only."""
-
-    def forward(self, timesteps: Tensor) -> Tensor:
-        half = CONFIG.freq_dim // 2
-        angles = timesteps.double()[:, None] * 10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
-        return torch.cat([angles.cos(), angles.sin()], 1)
 
 
 @pytest.mark.usefixtures("exact_float64")
@@ -141,6 +131,7 @@ def test_heads_of_128_are_assumed_only_where_the_width_allows(tmp_path: Path) ->
         "blocks.0.ffn.0.weight": (8, 256),
         "text_embedding.0.weight": (256, 4),
         "time_embedding.0.weight": (256, 4),
+        "head.head.weight": (8, 256),
     }
     state |= {name: torch.zeros(shape) for name, shape in sizes.items()}
     assert inspect_checkpoint(save_wan(tmp_path / "w", state, num_heads=None)).config == config
