@@ -3,7 +3,7 @@ for models whose weights are not read yet."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,6 +25,12 @@ def send(x: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> T
     """
     x = x if dtype is None else x.to(dtype=dtype)
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and not x.is_cuda else x.to(device)
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Returns the bytes of the memory that tensors refer to; what some of them share counts once."""
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+    return sum(storages.values())
 
 
 def check_device(value: object) -> torch.device:

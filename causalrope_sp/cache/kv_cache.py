@@ -13,7 +13,7 @@ this rank stores.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -24,6 +24,7 @@ from causalrope_sp.cache.layer_cache import LayerCache
 from causalrope_sp.cache.read_plans import Ranges, ReadPlans
 from causalrope_sp.cache.undo import UndoBuffer, UndoHistory
 from causalrope_sp.cache.window import SlidingWindow
+from causalrope_sp.devices import storage_bytes
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.grid import Chunk
 
@@ -89,8 +90,14 @@ class KVCache:
     @property
     def bytes(self) -> int:
         """The bytes that the cache holds on the device, undo buffers included."""
-        undo = 0 if self._undo is None else self._undo.storage_L2BFSHD.untyped_storage().nbytes()
-        return self.storage_L2BKSHD.nbytes + undo + self._history.bytes
+        return storage_bytes(self.tensors())
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Yields what the cache holds on the device: its storage, and undo buffers."""
+        yield self.storage_L2BKSHD
+        yield from self._history.tensors()
+        if self._undo is not None:
+            yield self._undo.storage_L2BFSHD
 
     def open(self, chunk: Chunk) -> None:
         """Opens a chunk, so that denoise passes write it.

@@ -6,6 +6,7 @@ Shapes: L layers, B batch, F evicted frames, S tokens of a frame, H heads, d hea
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import prod
 
@@ -60,10 +61,9 @@ class UndoHistory:
         self._buffers: deque[UndoBuffer] = deque(maxlen=length)
         self._free: list[Tensor] = []
 
-    @property
-    def bytes(self) -> int:
-        """The bytes of all buffers, free ones included."""
-        return sum(x.untyped_storage().nbytes() for x in [*self._free, *(b.storage_L2BFSHD for b in self._buffers)])
+    def tensors(self) -> Iterator[Tensor]:
+        """Yields the memory of all buffers, free ones included."""
+        yield from (*self._free, *(buffer.storage_L2BFSHD for buffer in self._buffers))
 
     def buffer(self, chunk: Chunk, frames: list[int], slots: list[int], ring_L2BKSHD: Tensor) -> UndoBuffer:
         """Returns an empty buffer for the frames that a chunk overwrites, in memory of an old one if there is some."""

@@ -66,6 +66,27 @@ OVERRIDES = (
     "--reuse",
     help="Reuse attention outputs between steps by this policy: pab:latte, ... or a JSON file. The default is off.",
 )
+@click.option(
+    "--sessions",
+    default=1,
+    show_default=True,
+    type=IntRange(1, 4096),
+    help="Plan for this many open sessions, whose chunks are made in turn.",
+)
+@click.option(
+    "--history",
+    default=0,
+    show_default=True,
+    type=IntRange(0, 2**20),
+    help="Plan for sessions that can be taken back this many chunks bit for bit.",
+)
+@click.option(
+    "--kept-chunks",
+    default=0,
+    show_default=True,
+    type=IntRange(0, 2**20),
+    help="Plan for sessions that keep the clean latents of this many chunks beyond the window.",
+)
 @click.option("--ranks", default=8, show_default=True, type=IntRange(1, 4096), help="Plan for this many ranks.")
 @click.option(
     "--gpu",
@@ -104,6 +125,9 @@ OVERRIDES = (
 def plan(
     model: str,
     reuse: str | None,
+    sessions: int,
+    history: int,
+    kept_chunks: int,
     ranks: int,
     gpu: str,
     link: str | None,
@@ -121,10 +145,12 @@ def plan(
 
     policy, offload = None if reuse is None else find_policy(reuse), Offload.of(options["offload"])
     planned = PlannedModel.open(model).override(**{name: options[name] for name in OVERRIDES})
-    work = dataclasses.replace(planned.workload(policy), fp8=options["weights"] == "fp8")
+    fp8 = options["weights"] == "fp8"
+    work = dataclasses.replace(planned.workload(policy), fp8=fp8, history=history, kept_chunks=kept_chunks)
     on = describe_machine(gpu, link, measured)
     auxiliary = planned.auxiliary(work, offload, gpu == "cpu")
-    costs = cost.plan(work, ranks, on, cfg_sizes=possible_cfg_sizes(work.guided > 0, ranks), auxiliary=auxiliary)
+    sizes = possible_cfg_sizes(work.guided > 0, ranks)
+    costs = cost.plan(work, ranks, on, cfg_sizes=sizes, auxiliary=auxiliary, sessions=sessions)
     decoding = planned.decoding(work, ranks, on)
     if plot is not None:
         plan_report.plot_plan(work, on, plot, auxiliary)

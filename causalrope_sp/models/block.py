@@ -182,6 +182,7 @@ class CrossAttention(nn.Module):
         """Computes the keys and values of the embedded text, (B, L, H, d) each."""
         k, v = self.kv(text_BLD).chunk(2, -1)
         k = rms_norm(k, self.norm_k.weight, self.eps)
+        v = v.contiguous()  # not a view, which would keep the unnormed keys
         return Keys(k.unflatten(-1, (self.heads, -1)), v.unflatten(-1, (self.heads, -1)))
 
     def settled(self, operations: PassOperations) -> Callable[[Tensor, Keys], Tensor]:

@@ -10,7 +10,7 @@ from causalrope_sp.checks import check_number, check_text, shown
 from causalrope_sp.distributed import SequenceParallel
 from causalrope_sp.errors import CausalRopeError, ConfigError
 from causalrope_sp.pipeline.loading import Parts
-from causalrope_sp.pipeline.open_stream import OpenStreams
+from causalrope_sp.pipeline.open_streams import OpenStreams
 from causalrope_sp.weights.digest import digest
 from causalrope_sp.weights.dit_loader import checkpoint_digest, remerge
 from causalrope_sp.weights.lora import Lora

@@ -13,7 +13,7 @@ Shapes: B batch, F latent frames, C latent channels, T pixel frames, H×W size.
 from __future__ import annotations
 
 import copy
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from typing import Literal, Protocol, get_args
 
 import numpy as np
@@ -88,6 +88,10 @@ class Frames(Protocol):
         """
         ...
 
+    def tensors(self) -> Iterable[Tensor]:
+        """Returns what the decoder keeps on this rank between two calls."""
+        ...
+
     def close(self) -> None:
         """Tells the decoder that no latent frames follow. Every denoising rank must call it once."""
         ...
@@ -154,6 +158,10 @@ class LocalFrames:
         """Gathers the decoder's state; see `Frames.gather_state`."""
         return None if self._stream is None else gather_state(self._spatial_shards, self._stream.state)
 
+    def tensors(self) -> Iterable[Tensor]:
+        """Returns the decoder's state; see `Frames.tensors`."""
+        return () if self._stream is None else self._stream.state.frames.values()
+
     def close(self) -> None:
         """Does nothing, because no other rank waits."""
 
@@ -188,6 +196,10 @@ class RemoteFrames:
     def gather_state(self) -> ConvState:
         """Raises ConfigError; see `Frames.gather_state`."""
         raise ConfigError("decode ranks go on with one video alone: their state stays with them")
+
+    def tensors(self) -> Iterable[Tensor]:
+        """Returns nothing; see `Frames.tensors`."""
+        return ()
 
     def close(self) -> None:
         """Sends the decode ranks the end of the video."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,11 +19,12 @@ from causalrope_sp.grid import LatentGrid
 from causalrope_sp.pipeline.conditioning import condition_of
 from causalrope_sp.pipeline.decoding import Decode
 from causalrope_sp.pipeline.generation_options import Embeds, GenerationOptions
-from causalrope_sp.pipeline.loading import plan_run
+from causalrope_sp.pipeline.loading import choose_layout, describe_for
 from causalrope_sp.pipeline.numerics import own_numerics
-from causalrope_sp.pipeline.open_stream import OpenStreams
+from causalrope_sp.pipeline.open_streams import OpenStreams
 from causalrope_sp.pipeline.output import FrameRange
 from causalrope_sp.pipeline.parallel_chunks import check_call
+from causalrope_sp.pipeline.preflight import check_memory
 from causalrope_sp.pipeline.prompt_changes import PromptChange
 from causalrope_sp.pipeline.session import Session
 from causalrope_sp.pipeline.step_callback import StepCalls
@@ -188,16 +190,42 @@ class Generation:
         """The layout chosen at loading, or for another size or guidance a new one, with a new check of memory."""
         pipe, parts, own, settings = self._pipe, self._pipe.parts, self._pipe.settings(), self._settings
         guided, stream = any(guided_steps(own.sampler)), pipe.config.stream
-        if own.grid == settings.grid and guided == self._guided and stream == self._stream:
+        same = own.grid == settings.grid and guided == self._guided and stream == self._stream
+        if same and parts.run is not None:
+            run = parts.run
+        else:
+            config = replace(
+                pipe.config,
+                height=settings.height,
+                width=settings.width,
+                sampler=settings.sampler,
+                stream=self._stream,
+            )
+            run = describe_for(config, parts.options, self.parallel)
+        if self.is_parallel:
             return parts.layout
-        config = replace(
-            pipe.config,
-            height=settings.height,
-            width=settings.width,
-            sampler=settings.sampler,
-            stream=self._stream,
-        )
-        return plan_run(config, parts.options, self.parallel, loaded=True)
+        request = self._request
+        history = request.history and request.history + self.works_ahead
+        work = replace(run.work, history=history, kept_chunks=request.kept_chunks)
+        self._run = replace(run, work=work, strategy=parts.layout.name if same else run.strategy)
+        if not same or self.can_go_back or self.streams:
+            self.parallel.everyone.run_collectively(self.check_memory)
+        return parts.layout if same else choose_layout(self._run, self.parallel)
+
+    def check_memory(self) -> None:
+        """Checks that a session of this call fits into the memory of this rank beside the open ones.
+
+        Raises:
+            ConfigError: it does not.
+        """
+        if self._pipe.parts.options.preflight:
+            run = replace(self._run, other_sessions=self.streams.planned_bytes)
+            check_memory(run, self.parallel, self.streams.held_bytes)
+
+    @cached_property
+    def session_bytes(self) -> int:
+        """What a session of this call keeps on this rank between two chunks, in bytes, as `plan` predicts it."""
+        return 0 if self.is_parallel or self.parallel.decodes else self._run.plan().session.bytes
 
     def _frame_range_of(self, frames: int | None) -> FrameRange:
         prefix = self._prefix()
@@ -272,6 +300,7 @@ class Generation:
             on_step=None if self._calls is None else self._calls.after_step,
             history=self.history and self.history + self.works_ahead,
             kept_chunks=self._request.kept_chunks,
+            settled=self.streams.settled,
         )
         frames = self.frame_range.latent_frames(self._stream)
         return SteeredLoop(pipe.model, self._texts[0], self.noise(self.seed), self.grid, frames, self.parallel, options)

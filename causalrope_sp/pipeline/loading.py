@@ -22,7 +22,7 @@ from causalrope_sp.pipeline.model_source import describe_inferred, find_model, i
 from causalrope_sp.pipeline.offload import Offload
 from causalrope_sp.pipeline.option_checks import check_dtype
 from causalrope_sp.pipeline.parallel_chunks import ParallelChunks, check_requested
-from causalrope_sp.pipeline.preflight import check_memory, describe_run
+from causalrope_sp.pipeline.preflight import Run, check_memory, describe_run
 from causalrope_sp.planning.strategy import choose_strategy
 from causalrope_sp.sampling.guidance import check_guidance
 from causalrope_sp.weights import load_model, outline_model
@@ -41,6 +41,7 @@ class Parts:
         parallel_chunks: the Video Interface Network; None for a model that generates a stream.
         layout: how the ranks share attention.
         options: how the model was loaded.
+        run: what was planned; None after a move to another device.
     """
 
     config: ModelConfig
@@ -49,6 +50,7 @@ class Parts:
     parallel_chunks: ParallelChunks | None
     layout: Layout
     options: LoadOptions
+    run: Run | None = None
 
     @property
     def offload(self) -> Offload:
@@ -65,6 +67,7 @@ class Parts:
             codec=load_codec(self.config.codec, self.codec.name, device, offload=self.offload.codec),
             parallel_chunks=chunks and replace(chunks, vin=chunks.vin.to(device, dtype)),
             options=replace(self.options, dtype=dtype),
+            run=None,
         )
 
 
@@ -87,7 +90,10 @@ def load_parts(model: str | os.PathLike[str], options: LoadOptions, parallel: Se
     config = _find_on_every_rank(model, options, parallel)
     _check_settings(config, options, parallel)
     ranks, device, dtype = parallel.everyone, parallel.device, dtype_of(options, parallel.device)
-    layout = plan_run(config, options, parallel)
+    run = describe_for(config, options, parallel)
+    if options.preflight and config.vin is None:  # parallel chunks have no KV cache
+        ranks.run_collectively(lambda: check_memory(run, parallel))
+    layout = choose_layout(run, parallel)
     dit = _load_transformer(config, options, parallel)
     chunks = None
     if (vin := config.vin) is not None:
@@ -96,31 +102,27 @@ def load_parts(model: str | os.PathLike[str], options: LoadOptions, parallel: Se
     codec = ranks.run_collectively(lambda: load_codec(config.codec, options.codec, device, offload=offload))
     if parallel.rank == 0 and (inferred := describe_inferred(model, config)):
         _log.log(logging.WARNING if config.assumed else logging.INFO, "%s", inferred)
-    return Parts(config, dit, codec, chunks, layout, options)
+    return Parts(config, dit, codec, chunks, layout, options, run)
 
 
-def plan_run(config: ModelConfig, options: LoadOptions, parallel: SequenceParallel, loaded: bool = False) -> Layout:
-    """Checks that a run fits into memory, and chooses how its ranks share attention. Every rank must call it.
+def describe_for(config: ModelConfig, options: LoadOptions, parallel: SequenceParallel) -> Run:
+    """Describes what this rank runs; see `describe_run`. Every rank must call it."""
+    itemsize = dtype_of(options, parallel.device).itemsize
+    offload, decode, codec, graphs = offload_of(options), options.decode, options.codec, options.graphs
+    return parallel.everyone.run_collectively(
+        lambda: describe_run(config, parallel, offload, decode, itemsize, codec, graphs)
+    )
 
-    Args:
-        config: the files of the model and its settings.
-        options: how the model is loaded.
-        parallel: the ranks.
-        loaded: whether the weights are in memory already.
 
-    Returns:
-        The layout of the attention strategy, the same on every rank.
+def choose_layout(run: Run, parallel: SequenceParallel) -> Layout:
+    """Chooses how the ranks share attention, the same on every rank, all of which must call it.
 
     Raises:
-        ConfigError: the run is predicted not to fit, or the strategy cannot use these ranks.
+        ConfigError: the strategy cannot use these ranks.
     """
-    ranks, itemsize = parallel.everyone, dtype_of(options, parallel.device).itemsize
-    offload, decode, codec, graphs = offload_of(options), options.decode, options.codec, options.graphs
-    run = ranks.run_collectively(lambda: describe_run(config, parallel, offload, decode, itemsize, codec, graphs))
-    if options.preflight and config.vin is None:  # parallel chunks have no KV cache
-        ranks.run_collectively(lambda: check_memory(run, parallel, loaded))
     chosen = choose_strategy(run.work, run.machine, parallel, run.auxiliary)
-    return parse_strategy(ranks.first_says(chosen.name), parallel.mesh.sp)  # rank 0 has the text encoder as well
+    name = parallel.everyone.first_says(chosen.name)  # rank 0 has the text encoder as well
+    return parse_strategy(name, parallel.mesh.sp)
 
 
 def dtype_of(options: LoadOptions, device: torch.device) -> torch.dtype:

@@ -7,7 +7,6 @@ from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
-from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -22,6 +21,7 @@ from causalrope_sp.pipeline.prefetch import OnDemand, Prefetch
 from causalrope_sp.pipeline.prompt_changes import PromptChange, prompt_at
 from causalrope_sp.pipeline.timings import Timings
 from causalrope_sp.sampling.chunk import LatentChunk
+from causalrope_sp.sampling.stream import SettledWeights
 
 if TYPE_CHECKING:
     from causalrope_sp.pipeline.generation import Generation
@@ -35,20 +35,6 @@ class Made:
     part: LatentChunk
     prompt_id: int
     seconds: float
-
-
-class OpenStreams:
-    """The open streams of a pipeline, as long as they are referred to and neither complete nor closed."""
-
-    def __init__(self) -> None:
-        self._streams: WeakSet[OpenStream] = WeakSet()
-
-    def add(self, stream: OpenStream) -> None:
-        """Adds a stream."""
-        self._streams.add(stream)
-
-    def __len__(self) -> int:
-        return sum(stream.is_open for stream in self._streams)
 
 
 class OpenStream:
@@ -124,6 +110,25 @@ class OpenStream:
     def is_open(self) -> bool:
         """Whether more chunks can be made."""
         return not (self._closed or self.is_complete)
+
+    @property
+    def planned_bytes(self) -> int:
+        """What the stream keeps on this rank between two chunks once its window is full, in bytes, as `plan` predicts
+        it."""
+        return self._generation.session_bytes
+
+    @property
+    def settled(self) -> SettledWeights | None:
+        """How the stream computes the model; None before it begins."""
+        return None if self._loop is None else self._loop.settled
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Yields what the stream keeps on this rank between two chunks. Some may share their memory."""
+        if self._loop is not None:
+            yield from self._loop.tensors()
+            yield from (prompt.embeds for prompt in self.prompts if prompt.embeds is not None)
+        if self._decoder is not None:
+            yield from self._decoder.tensors()
 
     @property
     def next_index(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -195,6 +195,11 @@ class ChunkDecoder:
         self.shown = 0 if first else self.frame_range.stop(start)
         if not first and state is None:
             self.frames.decode(latents_before(), 0, 0)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Yields what the decoder keeps between two chunks."""
+        for frames in (self.frames, *(before.frames for before in self._before)):
+            yield from frames.tensors()
 
     def fork(self) -> ChunkDecoder:
         """Returns a decoder that goes on from here by itself."""

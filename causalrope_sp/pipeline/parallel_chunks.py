@@ -20,7 +20,7 @@ from causalrope_sp.distributed import SequenceParallel
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.grid import Chunk, LatentGrid
 from causalrope_sp.models.causal_dit import CausalDiT
-from causalrope_sp.pipeline.preflight import free_bytes
+from causalrope_sp.pipeline.free_memory import free_bytes
 from causalrope_sp.sampling.chunk import LatentChunk
 from causalrope_sp.sampling.finite_chunks import FiniteCheck
 from causalrope_sp.vin.chunks import AssignedChunks, cut

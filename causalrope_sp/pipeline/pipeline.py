@@ -18,7 +18,7 @@ from causalrope_sp.pipeline.generation_options import GenerationOptions
 from causalrope_sp.pipeline.latent_video import whole_latents
 from causalrope_sp.pipeline.load_options import LoadOptions
 from causalrope_sp.pipeline.loading import Parts, load_parts
-from causalrope_sp.pipeline.open_stream import OpenStreams
+from causalrope_sp.pipeline.open_streams import OpenStreams
 from causalrope_sp.pipeline.option_checks import check_dtype
 from causalrope_sp.pipeline.output import VideoChunk
 from causalrope_sp.pipeline.results import CausalVideoPipelineOutput, as_output, collect

@@ -9,9 +9,6 @@ from __future__ import annotations
 from bisect import bisect_left
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from pathlib import Path
-
-import torch
 
 from causalrope_sp.codec.codec_footprint import CodecFootprint, codec_footprint
 from causalrope_sp.config import Keep
@@ -19,13 +16,13 @@ from causalrope_sp.distributed import SequenceParallel
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.grid import LatentGrid
 from causalrope_sp.pipeline.decoding import Decode
+from causalrope_sp.pipeline.free_memory import free_bytes
 from causalrope_sp.pipeline.model_config import ModelConfig
 from causalrope_sp.pipeline.offload import Offload
 from causalrope_sp.planning.cost import Plan, plan
 from causalrope_sp.planning.machines import Machine, default_machine
 from causalrope_sp.planning.memory import AuxiliaryMemory
 from causalrope_sp.planning.workload import Workload
-from causalrope_sp.rank_environment import RankEnvironment
 from causalrope_sp.text import TextSource
 from causalrope_sp.text.text_footprint import text_bytes
 from causalrope_sp.weights import inspect_checkpoint
@@ -43,7 +40,8 @@ PHASES = {
 class Run:
     """Everything that the memory of a rank depends on. `ranks` counts the mesh axis `sp`; `strategy` may be "auto";
     `text` is the bytes of UMT5's weights, 0 on a rank without UMT5; `least_window` is the smallest possible window in
-    latent frames; `cfg` is the size of that mesh axis; `graphs` says whether a GPU runs passes by graphs."""
+    latent frames; `cfg` is the size of that mesh axis; `graphs` says whether a GPU runs passes by graphs;
+    `other_sessions` is what the other open streams keep, in bytes."""
 
     work: Workload
     ranks: int
@@ -57,12 +55,13 @@ class Run:
     decodes_concurrently: bool = False
     cfg: int = 1
     graphs: bool = True
+    other_sessions: int = 0
 
     @property
     def auxiliary(self) -> AuxiliaryMemory:
         """The memory of the text encoder, the codec, the workspace and graphs."""
         made = auxiliary(self.text, self.codec, self.offload, self.on_cpu, self.graphs)
-        return replace(made, decodes_concurrently=self.decodes_concurrently)
+        return replace(made, decodes_concurrently=self.decodes_concurrently, other_sessions=self.other_sessions)
 
     @property
     def loaded_bytes(self) -> int:
@@ -98,20 +97,21 @@ def auxiliary(text: int, codec: CodecFootprint, offload: Offload, on_cpu: bool, 
     )
 
 
-def check_memory(run: Run, parallel: SequenceParallel, loaded: bool = False) -> None:
+def check_memory(run: Run, parallel: SequenceParallel, held: int | None = None) -> None:
     """Checks that a run fits into the memory of this rank's device. A decode rank holds the codec alone.
 
     Args:
         run: the run, as `describe_run` describes it.
         parallel: the ranks.
-        loaded: whether the weights are in memory already; the free memory then excludes them.
+        held: what open streams hold, if the weights are in memory already; the free memory then excludes both. None
+            before loading.
 
     Raises:
         ConfigError: the run does not fit.
     """
     free = free_bytes(parallel.device)
-    if free is not None and loaded:
-        free += run.codec.weights if parallel.decodes else run.loaded_bytes
+    if free is not None and held is not None:
+        free += held + (run.codec.weights if parallel.decodes else run.loaded_bytes)
     if not parallel.decodes:
         return check_fits(run, free, parallel.device)
     needs = run.auxiliary.codec + run.codec.state + run.codec.activations + run.auxiliary.workspace
@@ -180,37 +180,6 @@ def decode_share(parallel: SequenceParallel, decode: Decode) -> Fraction:
     return Fraction(int(parallel.rank == 0))
 
 
-def free_bytes(device: torch.device) -> int | None:
-    """Returns the free memory of a device in bytes, or None if it cannot be read. On a CPU it is this rank's share of
-    the memory that is available without swapping."""
-    if device.type == "cuda":
-        own = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + own
-    limits = [available_memory(Path("/proc/meminfo")), left_in_cgroup(Path("/sys/fs/cgroup"))]
-    free = min((limit for limit in limits if limit is not None), default=None)
-    # the ranks on this machine share its memory
-    return None if free is None else free // RankEnvironment.read().local_world_size
-
-
-def available_memory(meminfo: Path) -> int | None:
-    """Returns the bytes of MemAvailable in a file such as /proc/meminfo, or None if it cannot be read."""
-    try:
-        lines = meminfo.read_text().splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration, ValueError, IndexError):
-        return None
-
-
-def left_in_cgroup(cgroup: Path) -> int | None:
-    """Returns the bytes that a container's limit leaves, reclaimable page cache included, or None without a limit."""
-    try:
-        limit, used = (int((cgroup / f"memory.{name}").read_text()) for name in ("max", "current"))
-        fields = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
-        return max(0, limit - used + int(fields.get("inactive_file", 0)))
-    except (OSError, ValueError):  # no such group, or no limit: "max"
-        return None
-
-
 def check_fits(run: Run, free: int | None, device: object) -> None:
     """Raises ConfigError if a run needs more than `free` bytes; None means unlimited."""
     cost = run.plan()
@@ -220,12 +189,16 @@ def check_fits(run: Run, free: int | None, device: object) -> None:
     phase = max(by_time, key=lambda time: by_time[time])
     parts = {
         "weights": cost.weights_bytes,
-        "cache": cost.cache_bytes,
+        "cache": cost.session.cache,
+        "history": cost.session.history,
+        "text": cost.session.text,
+        "latents": cost.session.latents,
+        "other sessions": run.other_sessions,
         "activations": cost.activation_bytes,
-        "graphs": cost.activation_bytes if cost.auxiliary.graphs else 0,
+        "graphs": cost.session.graphs,
         "text encoder": run.text,
         "codec": cost.auxiliary.codec,
-        "its state": run.codec.state,
+        "its state": cost.session.decoder,
         "its activations": run.codec.activations,
         "workspace": cost.auxiliary.workspace,
     }
@@ -247,7 +220,7 @@ def remedies(run: Run, free: int) -> list[str]:
     smaller += [("--no-graphs", replace(run, graphs=False))] if run.auxiliary.graphs else []
     found = [words for words, other in offloads if _fits(other, free)][:1]
     found += [words for words, other in smaller if _fits(other, free)]
-    found += _strategies(run, free) + _windows(run, free) + _ranks(run, free)
+    found += _strategies(run, free) + _windows(run, free) + _sessions(run, free) + _ranks(run, free)
     if found:
         return found
     every = [*offloads[-1:], *smaller]
@@ -283,6 +256,17 @@ def _windows(run: Run, free: int) -> list[str]:
         shorter, True, key=lambda window: _fits(replace(run, work=replace(run.work, window=window)), free)
     )
     return [f"--window {shorter[fitting]}"] if fitting < len(shorter) else []
+
+
+def _sessions(run: Run, free: int) -> list[str]:
+    """A shorter `history` that fits, or that other sessions are closed, if either is enough."""
+    shorter = range(run.work.history - 1, -1, -1)
+    fitting = bisect_left(
+        shorter, True, key=lambda history: _fits(replace(run, work=replace(run.work, history=history)), free)
+    )
+    found = [f"a history of {shorter[fitting]}"] if fitting < len(shorter) else []
+    alone = run.other_sessions and _fits(replace(run, other_sessions=0), free)
+    return [*found, *(["closing other sessions"] if alone else [])]
 
 
 def _ranks(run: Run, free: int) -> list[str]:

@@ -157,12 +157,13 @@ class Session(OpenStream):
             seed: of its noise from here on; None makes the same chunks.
 
         Raises:
-            ConfigError: the seed is out of range.
+            ConfigError: the seed is out of range, or another session does not fit into memory.
         """
         generation = self._generation
 
         def checked() -> Noise | None:
             self._check_source("forked")
+            generation.check_memory()
             return None if seed is None else generation.noise(check_whole("seed", seed, 0, LARGEST_SEED))
 
         with self._operation("is forked", checked, seed) as noise:

@@ -22,6 +22,7 @@ from causalrope_sp.distributed.layout import Layout, parse_strategy, strategies
 from causalrope_sp.grid import LatentGrid, Shard
 from causalrope_sp.planning.machines import Machine
 from causalrope_sp.planning.memory import NO_AUXILIARY, AuxiliaryMemory
+from causalrope_sp.planning.session_memory import SessionMemory, latents_bytes, text_bytes, undo_frames
 from causalrope_sp.planning.workload import Workload
 from causalrope_sp.reuse.policy import Kind
 
@@ -38,7 +39,8 @@ class Plan:
     branch. `stored_bytes` are the outputs that passes reuse, `exposed_ms` is the part of `communication_ms` during
     which nothing is computed, `first_frame_ms` excludes loading, text and decoding. `efficiency` is one rank's time for
     a chunk divided by `ranks` times that of all ranks, `imbalance` the slowest rank's computing divided by the mean.
-    `fits` says whether the memory suffices, `chosen` whether "auto" uses this strategy.
+    `session` is what one of the `sessions` keeps between two chunks, `decoding_bytes` what is kept in addition while a
+    chunk is decoded. `fits` says whether the memory suffices, `chosen` whether "auto" uses this strategy.
     """
 
     strategy: str
@@ -53,6 +55,7 @@ class Plan:
     cache_bytes: int
     stored_bytes: int
     activation_bytes: int
+    session: SessionMemory
     compute_ms: float
     communication_ms: float
     exposed_ms: float
@@ -64,11 +67,15 @@ class Plan:
     fits: bool
     chosen: bool = False
     auxiliary: AuxiliaryMemory = NO_AUXILIARY
+    sessions: int = 1
+    decoding_bytes: int = 0
 
     @property
     def bytes_by_time(self) -> dict[str, int]:
         """The bytes of a rank's memory while it encodes text, denoises and decodes."""
-        return self.auxiliary.by_time(self.weights_bytes, self.cache_bytes + self.stored_bytes, self.activation_bytes)
+        others = (self.sessions - 1) * self.session.bytes
+        session, activations, decoding = self.session.bytes, self.activation_bytes, self.decoding_bytes
+        return self.auxiliary.by_time(self.weights_bytes, session, activations, decoding, others)
 
     @property
     def name(self) -> str:
@@ -172,22 +179,23 @@ def plan(
     *,
     cfg_sizes: Sequence[int] = (1,),
     auxiliary: AuxiliaryMemory = NO_AUXILIARY,
+    sessions: int = 1,
 ) -> list[Plan]:
     """Predicts the cost of every strategy on `ranks` ranks of the machine `on`, for each size of the `cfg` axis.
 
-    `auxiliary` is memory besides the DiT's. The plan that is `chosen` has the fastest chunk of those that fit, and the
-    least memory of equally fast ones. The result is the same on every rank.
+    `auxiliary` is memory besides the DiT's, `sessions` how many streams are open. The plan that is `chosen` has the
+    fastest chunk of those that fit, and the least memory of equally fast ones. The result is the same on every rank.
     """
-    one_rank, costs = _cost(parse_strategy("ulysses", 1), 1, work, on, auxiliary), []
+    one_rank, costs = _cost(parse_strategy("ulysses", 1), 1, work, on, auxiliary, sessions), []
     for cfg in cfg_sizes:
         names = strategies(ranks // cfg, work.config.num_heads)[: 1 if ranks == cfg else None]
-        costs += [_cost(parse_strategy(name, ranks // cfg), cfg, work, on, auxiliary) for name in names]
+        costs += [_cost(parse_strategy(name, ranks // cfg), cfg, work, on, auxiliary, sessions) for name in names]
     costs = [replace(c, efficiency=one_rank.chunk_ms / (ranks * c.chunk_ms)) for c in costs]
     best = min(range(len(costs)), key=lambda n: (not costs[n].fits, round(costs[n].chunk_ms, 3), costs[n].memory_bytes))
     return [replace(c, chosen=n == best) for n, c in enumerate(costs)]
 
 
-def _cost(layout: Layout, cfg: int, work: Workload, on: Machine, auxiliary: AuxiliaryMemory) -> Plan:
+def _cost(layout: Layout, cfg: int, work: Workload, on: Machine, auxiliary: AuxiliaryMemory, sessions: int) -> Plan:
     """The plan of one strategy with a `cfg` axis of this size; its `efficiency` is not known yet."""
     passes = work.passes if cfg == 1 else work.passes[:1]  # of each branch that runs on a rank
     every, branches, layers = range(layout.ranks), len(passes), work.config.num_layers
@@ -229,7 +237,16 @@ def _cost(layout: Layout, cfg: int, work: Workload, on: Machine, auxiliary: Auxi
     cache = branches * max(cache_bytes(layout, work, r) for r in every)
     stored = max(sum(stored_bytes(layout, work, r, b, auxiliary.graphs) for b in range(branches)) for r in every)
     activations = max(_activation_bytes(layout, work, r) for r in every)
-    return Plan(
+    session = SessionMemory(
+        cache=cache,
+        history=cache // (window + chunk) * undo_frames(work),
+        text=text_bytes(work, branches),
+        latents=latents_bytes(work, max(_tokens(work.grid, layout.ranks))),
+        decoder=auxiliary.codec_state * (1 + work.history),
+        outputs=stored,
+        graphs=activations if auxiliary.graphs else 0,
+    )
+    made = Plan(
         strategy=layout.name,
         ranks=cfg * layout.ranks,
         cfg=cfg,
@@ -250,9 +267,13 @@ def _cost(layout: Layout, cfg: int, work: Workload, on: Machine, auxiliary: Auxi
         fps=VAE_STRIDE[0] * chunk / seconds,
         efficiency=1.0,
         imbalance=max(steady) * layout.ranks / sum(steady),
-        fits=max(auxiliary.by_time(work.weights_bytes, cache + stored, activations).values()) <= on.memory,
+        fits=True,
         auxiliary=auxiliary,
+        session=session,
+        sessions=sessions,
+        decoding_bytes=auxiliary.codec_state if work.history or work.kept_chunks else 0,
     )
+    return replace(made, fits=made.memory_bytes <= on.memory)
 
 
 def _pass_times(

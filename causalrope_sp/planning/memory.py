@@ -23,6 +23,7 @@ class AuxiliaryMemory:
         codec_stays: whether the codec stays on the device, or is there only while it is used.
         decodes_concurrently: whether the next chunk is denoised while one is decoded.
         graphs: whether passes run by CUDA graphs, which keep a pass' activations in a pool of their own.
+        other_sessions: what open streams of other sizes keep between two chunks.
     """
 
     text: int = 0
@@ -34,20 +35,22 @@ class AuxiliaryMemory:
     codec_stays: bool = True
     decodes_concurrently: bool = False
     graphs: bool = False
+    other_sessions: int = 0
 
-    def by_time(self, weights: int, cache: int, activations: int) -> dict[str, int]:
+    def by_time(self, weights: int, session: int, activations: int, decoding: int, others: int = 0) -> dict[str, int]:
         """Returns the bytes in all at the times "text" (a prompt is encoded), "denoise" and "decode".
 
         Args:
             weights: the bytes of the DiT's weights.
-            cache: the bytes of the KV cache, which exists only after the prompt is encoded.
-            activations: the bytes of a pass' activations.
+            session: what a session keeps, which exists only after its prompt is encoded.
+            activations: the bytes of a pass' activations; a pass of a kind that has no graph yet runs beside the pool.
+            decoding: what is kept while a chunk is decoded, beside the decoder's activations.
+            others: what further sessions keep, beside `other_sessions`.
         """
         resident = weights + self.workspace + (self.text if self.text_stays else 0)
-        resident += self.codec if self.codec_stays else 0
-        # a pass of a kind that has no graph yet runs beside the pool
-        streaming = resident + cache + self.codec_state + (activations if self.graphs else 0)
-        decoding = (0 if self.codec_stays else self.codec) + self.codec_activations
+        resident += (self.codec if self.codec_stays else 0) + self.other_sessions + others
+        streaming = resident + session
+        decoding += (0 if self.codec_stays else self.codec) + self.codec_activations
         return {
             "text": resident + (0 if self.text_stays else self.text),
             "denoise": streaming + activations,

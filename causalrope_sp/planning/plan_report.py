@@ -102,18 +102,23 @@ def _memory_in_words(cost: Plan) -> str:
     auxiliary, by_time = cost.auxiliary, cost.bytes_by_time
     parts = {
         "weights": cost.weights_bytes,
-        "cache": cost.cache_bytes,
+        "cache": cost.session.cache,
+        "history": cost.session.history,
+        "text": cost.session.text,
+        "latents": cost.session.latents,
         "activations": cost.activation_bytes,
-        "graphs": cost.activation_bytes if auxiliary.graphs else 0,
+        "graphs": cost.session.graphs,
         "UMT5": auxiliary.text,
         "codec": auxiliary.codec,
-        "codec state": auxiliary.codec_state,
+        "codec state": cost.session.decoder,
         "codec activations": auxiliary.codec_activations,
         "workspace": auxiliary.workspace,
     }
     by_part = ", ".join(f"{name} {_short(size / 1e9)}" for name, size in parts.items() if size)
     times = ", ".join(f"{time} {_short(size / 1e9)}" for time, size in by_time.items())
-    return f"GB on rank 0 with {cost.strategy}: {times}; parts: {by_part}."
+    further = f"; each further session {_short(cost.session.bytes / 1e9)}"
+    further += f" (with {cost.sessions} sessions above)" if cost.sessions > 1 else ""
+    return f"GB on rank 0 with {cost.strategy}: {times}; parts: {by_part}{further}."
 
 
 def _reuse_in_words(work: Workload, costs: list[Plan]) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import takewhile
 
 from causalrope_sp.config import DiTConfig, SamplerConfig, StreamConfig
 from causalrope_sp.diffusion.schedule import branch_timesteps, guided_steps
-from causalrope_sp.grid import LatentGrid
+from causalrope_sp.grid import LatentGrid, split_into_chunks
 from causalrope_sp.reuse.policy import CAUSAL_KINDS, Kind, ReusePlan, ReusePolicy
 
 
@@ -28,6 +29,9 @@ class Workload:
             pass too.
         reuse: the reuse plan of each branch, or empty.
         wide: how many of the parameters are float32 if the others have 16 bits.
+        sink_frames: the latent frames of the chunks that have frames of the sink.
+        history: how many chunks can be taken back bit for bit, those that are made ahead counted.
+        kept_chunks: of how many chunks beyond the window clean latents are kept.
         recomputed: the context passes before each chunk that compute its window anew: the frames of each, and those
             that it attends; None if the window only slides.
     """
@@ -44,6 +48,9 @@ class Workload:
     reuse: tuple[ReusePlan, ...] = ()
     wide: int = 0
     recomputed: tuple[tuple[int, int], ...] | None = None
+    sink_frames: int = 0
+    history: int = 0
+    kept_chunks: int = 0
 
     @classmethod
     def of(
@@ -77,7 +84,19 @@ class Workload:
             plans = tuple(ReusePlan.of_causal(reuse, each, config.num_layers) for each in timesteps)
         again = _recomputed(window, stream.sink, chunk) if stream.window_policy == "recomputed" else None
         steps = len(sampler.steps)
-        return cls(config, grid, window, chunk, steps, batch, itemsize, guided=guided, reuse=plans, recomputed=again)
+        return cls(
+            config,
+            grid,
+            window,
+            chunk,
+            steps,
+            batch,
+            itemsize,
+            guided=guided,
+            reuse=plans,
+            recomputed=again,
+            sink_frames=_sink_frames(stream),
+        )
 
     @property
     def passes(self) -> list[int]:
@@ -153,3 +172,8 @@ def _recomputed(window: int, sink: int, chunk: int) -> tuple[tuple[int, int], ..
         passes.append((frames, stop))
         stop -= frames
     return tuple(reversed(passes))
+
+
+def _sink_frames(stream: StreamConfig) -> int:
+    chunks = split_into_chunks(None, stream.chunk_frames, independent_first_frame=stream.independent_first_frame)
+    return sum(chunk.frames for chunk in takewhile(lambda chunk: chunk.start < stream.sink, chunks))

@@ -31,7 +31,7 @@ from causalrope_sp.sampling.guidance import UNCONDITIONAL, GuidanceBranches, che
 from causalrope_sp.sampling.kept_latents import KeptLatents
 from causalrope_sp.sampling.pass_graphs import stream_graphs
 from causalrope_sp.sampling.recompute import recompute_all, recompute_for
-from causalrope_sp.sampling.stream import CausalStream, Part
+from causalrope_sp.sampling.stream import CausalStream, Part, settle
 from causalrope_sp.sampling.stream_options import Resumed, StreamOptions, check_length, window_of
 
 
@@ -49,6 +49,7 @@ class ChunkLoop:
         first_chunk: the number of the first chunk that was not given as initial latents.
         next_chunk: the chunk that `step` makes next; None after the last one.
         kept: the clean latents from which the cache can be computed anew.
+        settled: how the model is computed.
     """
 
     def __init__(
@@ -110,6 +111,7 @@ class ChunkLoop:
         self.layout = options.layout or choose_strategy(work, default_machine(self.parallel.device), self.parallel)
         strategy = agree_on_strategy(self.parallel, work, self.layout, agreed)
         relative = stream.rope == "relative"
+        self.settled = options.settled or settle(model, strategy.backend)
         graphs = None
         if options.graphs:
             sharing = self.parallel.sp_communicator() if self.parallel.mesh.sp > 1 else None
@@ -130,6 +132,7 @@ class ChunkLoop:
                 reuse=plan,
                 graphs=graphs,
                 history=options.history,
+                settled=self.settled,
             )
 
         return GuidanceBranches(open_stream, embeds, options.negative_embeds, sampler, self.parallel)
@@ -244,6 +247,13 @@ class ChunkLoop:
         self.branches.finish(part)
         self.kept.add(part, self.branches.branches[0].stream.cache.window)
         self.next_chunk = self.chunk_at(chunk.index + 1, chunk.stop)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Yields what the stream keeps between two chunks."""
+        for branch in self.branches.branches:
+            yield from branch.stream.tensors()
+        yield from (x for part in self.kept for x in (part.tokens_BFSE, part.control_BFSE) if x is not None)
+        yield from () if self.options.negative_embeds is None else (self.options.negative_embeds,)
 
     def commit(self) -> None:
         """Runs the pending context pass now, in a forward of its own. The result is the same."""

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from causalrope_sp.cache.kv_cache import KVCache
 from causalrope_sp.cache.window import SlidingWindow
 from causalrope_sp.devices import send
 from causalrope_sp.grid import Chunk, LatentGrid, Shard
-from causalrope_sp.models.block import ForwardPass, PassModulation
+from causalrope_sp.models.block import ForwardPass, PassModulation, SettledModel
 from causalrope_sp.models.causal_dit import CausalDiT
 from causalrope_sp.models.rope import RotaryTables
 from causalrope_sp.reuse.output_store import OutputOf, OutputStore, computed
@@ -32,6 +33,26 @@ MOST_PACKED = 1 << 26  # bytes of a model whose weights a stream on a CPU copies
 MOST_TIMES = 8  # of a stream that are kept: all of a few-step model's
 
 Time = tuple[Tensor, PassModulation]  # the timesteps of a pass on the device, and what the model computes of them
+
+
+class SettledWeights(NamedTuple):
+    """The operations of all passes but the first of a kind, and the model settled for them."""
+
+    operations: PassOperations
+    model: SettledModel
+
+
+def settle(model: CausalDiT, backend: str) -> SettledWeights:
+    """Settles how a model is computed without gradients. Streams of one model share the result, which on a CPU may hold
+    a copy of its weights.
+
+    Args:
+        model: the DiT.
+        backend: of attention.
+    """
+    packed = sum(parameter.nbytes for parameter in model.parameters()) <= MOST_PACKED
+    operations = PassOperations.unchecked(model.patch_embedding.weight, backend, packed=packed)
+    return SettledWeights(operations, model.settled(operations))
 
 
 @dataclass(frozen=True)
@@ -74,6 +95,7 @@ class CausalStream:
         reuse: which outputs a chunk's denoise passes take over from earlier ones; None computes all of them.
         graphs: runs passes by captured graphs; None runs them eagerly.
         history: how many committed chunks `rewind` can take back.
+        settled: what `settle` returns for the model and the strategy's backend; None calls it.
     """
 
     def __init__(
@@ -89,6 +111,7 @@ class CausalStream:
         reuse: ReusePlan | None = None,
         graphs: PassGraphs | None = None,
         history: int = 0,
+        settled: SettledWeights | None = None,
     ) -> None:
         config = model.config
         self._model = model
@@ -100,9 +123,7 @@ class CausalStream:
         self._rotation: tuple[tuple[Chunk, ...], Rotation] | None = None
         self._times: dict[tuple[float, ...], Time] = {}
         self._broken = False
-        packed = sum(parameter.nbytes for parameter in model.parameters()) <= MOST_PACKED
-        self._unchecked = PassOperations.unchecked(model.patch_embedding.weight, strategy.backend, packed=packed)
-        self._settled = model.settled(self._unchecked)
+        self._unchecked, self._settled = settled or settle(model, strategy.backend)
         self._checked_kinds: set[tuple[int, ...]] = set()  # of passes, by the frames of their chunks
         self._graphs = graphs
         # Triton reads on the device which keys are attended, so one graph serves a window that fills or rotates
@@ -225,6 +246,11 @@ class CausalStream:
             fork._graphs = self._graphs.fork()
             fork._text = [replace(keys, k=keys.k.clone(), v=keys.v.clone()) for keys in self._text]
         return fork
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Yields what the stream keeps between two chunks: its cache, and the keys and values of the text."""
+        yield from self.cache.tensors()
+        yield from (x for keys in self._text for x in (keys.k, keys.v))
 
     def close(self) -> None:
         """Tells forks that this stream makes no more passes."""

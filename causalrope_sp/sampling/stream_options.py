@@ -13,6 +13,7 @@ from causalrope_sp.distributed.layout import Layout
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.grid import Chunk
 from causalrope_sp.reuse.policy import ReusePolicy
+from causalrope_sp.sampling.stream import SettledWeights
 
 OnStep = Callable[[Chunk, int, float], object]
 Control = Callable[[Chunk], Tensor]
@@ -70,6 +71,7 @@ class StreamOptions:
         on_step: called on every rank after each denoising step with the chunk, the step's number within it and the
             timestep that the model was called with. If it raises on one rank, the chunk ends on all of them.
         history: how many chunks can be taken back bit for bit; the keys and values that they evict are kept.
+        settled: how another stream of the model on the same ranks computes it; None settles it anew.
         kept_chunks: of how many more chunks than those in the window the clean latents are kept, at least `history`.
     """
 
@@ -86,6 +88,7 @@ class StreamOptions:
     on_step: OnStep | None = None
     history: int = 0
     kept_chunks: int = 0
+    settled: SettledWeights | None = None
 
 
 def window_of(stream: StreamConfig, frames: int | None, initial: int) -> SlidingWindow:

@@ -20,10 +20,11 @@ from causalrope_sp.codec import load_codec
 from causalrope_sp.codec.codec_footprint import CodecFootprint, wan_2_1_footprint
 from causalrope_sp.codec.offloaded_codec import OffloadedCodec
 from causalrope_sp.config import PRESETS
-from causalrope_sp.pipeline import loading, preflight
+from causalrope_sp.pipeline import free_memory, loading, preflight
+from causalrope_sp.pipeline.free_memory import available_memory, left_in_cgroup
 from causalrope_sp.pipeline.model_config import ModelConfig
 from causalrope_sp.pipeline.offload import Offload
-from causalrope_sp.pipeline.preflight import Run, available_memory, check_fits, left_in_cgroup, remedies
+from causalrope_sp.pipeline.preflight import Run, check_fits, remedies
 from causalrope_sp.planning.cost import plan
 from causalrope_sp.planning.machines import machine
 from causalrope_sp.planning.workload import Workload
@@ -242,8 +243,8 @@ def test_a_run_is_refused_before_anything_is_loaded(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(preflight, "free_bytes", lambda device: 25 * 10**6)
     result = CliRunner().invoke(cli, ["generate", PROMPT, "--frames", "1"])
     assert result.exit_code == 2, result.output
-    assert re.fullmatch(r"error: this run needs 0\.0324 GB on cpu .* fit: .*--weights fp8.*\n", result.output)
-    with pytest.raises(ConfigError, match=r"this run needs 0\.0324 GB"):
+    assert re.fullmatch(r"error: this run needs 0\.0325 GB on cpu .* fit: .*--weights fp8.*\n", result.output)
+    with pytest.raises(ConfigError, match=r"this run needs 0\.0325 GB"):
         CausalVideoPipeline.from_pretrained("toybox", device="cpu")
     assert not loaded
     CausalVideoPipeline.from_pretrained("toybox", device="cpu", weights="fp8")
@@ -275,12 +276,12 @@ def test_what_is_free_is_shared_by_the_ranks_of_a_machine(tmp_path: Path, monkey
     assert left_in_cgroup(tmp_path) is None  # no limit
     (tmp_path / "memory.max").write_text("4000\n")
     assert left_in_cgroup(tmp_path) == 1200
-    monkeypatch.setattr(preflight, "available_memory", lambda _: 4001)
-    monkeypatch.setattr(preflight, "left_in_cgroup", lambda _: 4002)
+    monkeypatch.setattr(free_memory, "available_memory", lambda _: 4001)
+    monkeypatch.setattr(free_memory, "left_in_cgroup", lambda _: 4002)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    assert preflight.free_bytes(torch.device("cpu")) == 4001
+    assert free_memory.free_bytes(torch.device("cpu")) == 4001
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert preflight.free_bytes(torch.device("cpu")) == 2000
+    assert free_memory.free_bytes(torch.device("cpu")) == 2000
 
 
 @pytest.mark.parametrize("guided", [False, True])

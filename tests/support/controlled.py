@@ -27,7 +27,9 @@ def controlled_toybox(parallel: SequenceParallel | None = None, **options: Any) 
     model = pipe.model.with_control(channels)
     weight = model.patch_embedding.weight.unflatten(1, (-1, 2 * channels))
     weight[..., channels:] = weight[..., :channels]
-    return CausalVideoPipeline(replace(pipe.parts, model=model), parallel)
+    assert pipe.parts.run is not None
+    run = replace(pipe.parts.run, work=replace(pipe.parts.run.work, config=model.config))
+    return CausalVideoPipeline(replace(pipe.parts, model=model, run=run), parallel)
 
 
 def circle_at(pipe: CausalVideoPipeline, x: float, y: float, frames: int = CHUNK) -> Tensor:

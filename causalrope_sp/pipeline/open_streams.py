@@ -1,0 +1,41 @@
+"""The open streams of a pipeline, and what they hold together."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+from weakref import WeakSet
+
+from causalrope_sp.devices import storage_bytes
+from causalrope_sp.sampling.stream import SettledWeights
+
+if TYPE_CHECKING:
+    from causalrope_sp.pipeline.open_stream import OpenStream
+
+
+class OpenStreams:
+    """The open streams of a pipeline, as long as they are referred to and neither complete nor closed."""
+
+    def __init__(self) -> None:
+        self._streams: WeakSet[OpenStream] = WeakSet()
+
+    def add(self, stream: OpenStream) -> None:
+        """Adds a stream."""
+        self._streams.add(stream)
+
+    def __len__(self) -> int:
+        return sum(stream.is_open for stream in self._streams)
+
+    @property
+    def planned_bytes(self) -> int:
+        """What these streams keep between two chunks once their windows are full, in bytes."""
+        return sum(stream.planned_bytes for stream in self._streams if stream.is_open)
+
+    @property
+    def held_bytes(self) -> int:
+        """What they hold now, in bytes; what forks share counts once."""
+        return storage_bytes(tensor for stream in self._streams for tensor in stream.tensors())
+
+    @property
+    def settled(self) -> SettledWeights | None:
+        """How one of these streams computes the model, to be shared by another one; None if none has begun."""
+        return next((found for stream in self._streams if (found := stream.settled) is not None), None)
