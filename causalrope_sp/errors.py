@@ -4,7 +4,13 @@ from __future__ import annotations
 
 
 class CausalRopeError(ValueError):
-    """Base of every error that wrong input causes; the command line turns it into one line and status 2."""
+    """Base of every error that wrong input causes; the command line turns it into one line and status 2.
+
+    Attributes:
+        of_rank: for an error of another rank that this one raises too, its message there and the number of that rank.
+    """
+
+    of_rank: tuple[str, str] | None = None
 
 
 class ConfigError(CausalRopeError):
@@ -29,6 +35,8 @@ class OutputError(CausalRopeError):
 
 class RankLostError(RuntimeError):
     """Another rank of the stream exited, was stopped or does not respond. It is not caused by wrong input."""
+
+    of_rank: tuple[str, str] | None = None  # as for `CausalRopeError`
 
 
 def first_line(error: BaseException) -> str:

@@ -188,4 +188,6 @@ class NoticeBoard:
 
 def raised(error: BaseException) -> str:
     """Returns what a rank raised, in words that follow its name."""
+    if isinstance(error, KeyboardInterrupt):
+        return f"was interrupted ({type(error).__name__})"
     return f"raised {type(error).__name__}: {printable(first_line(error))}"

@@ -17,10 +17,11 @@ T = TypeVar("T")
 
 
 def _described(error: Exception) -> dict[str, str]:
-    """The message of an error, and its kind if it is one of the library's own."""
-    if isinstance(error, CausalRopeError):
-        return {"kind": type(error).__name__, "message": str(error)}
-    return {"message": raised(error)}
+    """The message of an error, its kind if it is one of the library's own, and the rank that another call has named."""
+    ours = isinstance(error, CausalRopeError)
+    own = str(error) if ours else raised(error), ""
+    message, rank = (error.of_rank or own) if isinstance(error, CausalRopeError | RankLostError) else own
+    return {**({"kind": type(error).__name__} if ours else {}), "message": message, "rank": rank}
 
 
 class Ranks:
@@ -63,21 +64,28 @@ class Ranks:
         error: Exception | None = None
         try:
             result = work()
-        except RankLostError:
-            raise  # no collective can follow
         except Exception as caught:
+            if isinstance(caught, RankLostError) and caught.of_rank is None:
+                raise  # no collective can follow
             error = caught
         own = {} if error is None else _described(error)
         by_rank = self._communicator.everyone(own)
         first = next((rank for rank, fields in enumerate(by_rank) if fields), None)
         if first is None:
             return result
-        if error is not None and (by_rank[first] == own or not isinstance(error, CausalRopeError)):
+        told = by_rank[first]
+        alike = (told.get("kind"), told["message"]) == (own.get("kind"), own.get("message"))
+        if error is not None and (alike or not isinstance(error, CausalRopeError)):
             raise error
-        message, number = by_rank[first]["message"], self._numbers[first]
-        if "kind" not in by_rank[first]:
-            raise RankLostError(f"rank {number} {message}")
-        raise getattr(errors, by_rank[first]["kind"], CausalRopeError)(f"{message} (on rank {number})")
+        message, number = told["message"], told.get("rank") or str(self._numbers[first])
+        again: CausalRopeError | RankLostError = RankLostError(f"rank {number} {message}")
+        if "kind" in told:
+            again = getattr(errors, told["kind"], CausalRopeError)(f"{message} (on rank {number})")
+        again.of_rank = (
+            message,
+            number,
+        )  # a call around this one, which raises it once more, does not name the rank again
+        raise again
 
     def agree(self, on: Mapping[str, object]) -> None:
         """Checks that all ranks have the same options.

@@ -59,6 +59,7 @@ class Turns:
         self.ahead: int | None = None
         self.stops: set[Callable[[], None]] = set()
         self._closed = False
+        self._cut: str | None = None  # how this rank left a call in the middle of its collectives
 
     @property
     def board(self) -> NoticeBoard:
@@ -78,17 +79,19 @@ class Turns:
         Raises:
             ConfigError: the ranks are about to make different calls, another stream works ahead, the call is made
                 within another one, or the group is closed. No rank has begun.
-            RankLostError: a rank has ended or failed, and will not come.
+            RankLostError: a rank has ended or failed, and will not come, or this one was interrupted before.
         """
         if self._closed:
             raise ConfigError(f"rank {self.rank} {DONE}: make another one, and its pipeline")
         if self._board is None:
             yield
             return
+        if self._cut is not None:
+            raise RankLostError(self._cut)
         with self._alone(stream):
             number = self.number = self.number + 1
             self._meet(self._board, number, call, ranks, stream, chunk)
-            with self._failing(self._board, Turn(number, stream, chunk)):
+            with self._failing(self._board, Turn(number, stream, chunk), call):
                 yield
 
     def close(self) -> None:
@@ -100,7 +103,7 @@ class Turns:
     @contextmanager
     def follow(self, stream: int, chunk: int) -> Iterator[None]:
         """Runs the body as part of the turn that other ranks have taken, on a rank that only decodes."""
-        with self._failing(self.board, Turn(self.number, stream, chunk)):
+        with self._failing(self.board, Turn(self.number, stream, chunk), "decodes a chunk"):
             yield
 
     def new_stream(self) -> int:
@@ -168,11 +171,16 @@ class Turns:
             raise ConfigError("another stream is open and works ahead: finish it, or call its close(), first")
 
     @contextmanager
-    def _failing(self, board: NoticeBoard, turn: Turn) -> Iterator[None]:
+    def _failing(self, board: NoticeBoard, turn: Turn, call: str) -> Iterator[None]:
         self.open = turn
         try:
             yield
         except BaseException as error:
+            if not isinstance(error, Exception):  # anywhere, even within a collective
+                self._cut = (
+                    f"rank {self.rank} {raised(error)} in a call of all ranks ({call}), from which none can "
+                    "go on: end the program on every rank"
+                )
             board.fail(Failure(turn.number, self._started(), raised(error)))
             raise
         finally:

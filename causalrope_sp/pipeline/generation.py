@@ -16,7 +16,7 @@ from causalrope_sp.diffusion.schedule import guided_steps
 from causalrope_sp.distributed.layout import Layout
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.grid import LatentGrid
-from causalrope_sp.pipeline.conditioning import condition_of
+from causalrope_sp.pipeline.conditioning import Conditioning, condition_of
 from causalrope_sp.pipeline.decoding import Decode
 from causalrope_sp.pipeline.generation_options import Embeds, GenerationOptions
 from causalrope_sp.pipeline.loading import choose_layout, describe_for
@@ -28,7 +28,7 @@ from causalrope_sp.pipeline.preflight import check_memory
 from causalrope_sp.pipeline.prompt_changes import PromptChange
 from causalrope_sp.pipeline.session import Session
 from causalrope_sp.pipeline.step_callback import StepCalls
-from causalrope_sp.pipeline.texts import encode_all
+from causalrope_sp.pipeline.texts import described_embeds, encode_all
 from causalrope_sp.reuse import find_policy
 from causalrope_sp.sampling.agreement import digest
 from causalrope_sp.sampling.chunk import LatentChunk, compute_dtype
@@ -66,11 +66,14 @@ class Generation:
         self._calls: StepCalls | None = None
         with own_numerics(), self.parallel.turn("opens a stream"):
             self.turns = self.parallel.open_stream(self.works_ahead)
-            self.parallel.everyone.run_collectively(self._prepare)  # an error of one rank ends the call on all
-            if not self.parallel.everyone.all_say(request.callback_on_step_end is None):  # those of some ranks call too
+            everyone = self.parallel.everyone
+            everyone.run_collectively(self._prepare)  # an error of one rank ends the call on all
+            if not everyone.all_say(request.callback_on_step_end is None):  # those of some ranks call too
                 self._calls = StepCalls(pipe, request.callback_on_step_end, len(self._settings.sampler.steps))
-            self.parallel.everyone.agree(self._described())
+            everyone.agree(everyone.run_collectively(self._described))
             self._layout = self._choose_layout()
+            self.conditioning = everyone.run_collectively(self._condition)
+            everyone.agree({"conditioning": self.conditioning.digest})
             self._texts = self._open()
 
     @property
@@ -121,10 +124,12 @@ class Generation:
         self._stream = request.stream_of(self._pipe.config.stream)
         self._check()
         self._policy = None if request.reuse is None else find_policy(request.reuse)
-        prefix, size = self._prefix(), (self._settings.height, self._settings.width)
-        given = 0 if prefix is None else prefix.shape[1]
-        steps = len(self._settings.sampler.steps)
-        self.conditioning = condition_of(self.codec, request, size, self._pipe.fps, self._stream, steps, given)
+
+    def _condition(self) -> Conditioning:
+        """Reads and encodes what the stream starts from, once its size is known to fit into memory."""
+        size, steps = (self._settings.height, self._settings.width), len(self._settings.sampler.steps)
+        given = self._prefix_frames()
+        return condition_of(self.codec, self._request, size, self._pipe.fps, self._stream, steps, given)
 
     def _open(self) -> list[Tensor]:
         """Checks the memory of a video whose chunks are sampled in parallel; returns the encoded texts."""
@@ -173,16 +178,15 @@ class Generation:
             "num_frames": request.num_frames,
             "seed": self._seed,
             "prompt": request.prompt,
-            "prompt_embeds": request.prompt_embeds is not None,
+            "prompt_embeds": described_embeds(request.prompt_embeds),
             "negative_prompt": request.negative_prompt,
-            "negative_prompt_embeds": request.negative_prompt_embeds is not None,
+            "negative_prompt_embeds": described_embeds(request.negative_prompt_embeds),
             "size": (settings.height, settings.width),
             "sampler": settings.sampler,
             "output_type": request.output_type == "latent",
             "window": self._stream,
             "history": request.history,
             "kept_chunks": request.kept_chunks,
-            "conditioning": self.conditioning.digest,
             "control": digest(control) if isinstance(control, Tensor) else control is not None,
         }
 
@@ -228,9 +232,7 @@ class Generation:
         return 0 if self.is_parallel or self.parallel.decodes else self._run.plan().session.bytes
 
     def _frame_range_of(self, frames: int | None) -> FrameRange:
-        prefix = self._prefix()
-        prefix_frames = 0 if prefix is None else prefix.shape[1]
-        return FrameRange(frames, self.codec.temporal_stride, prefix_frames, self.conditioning)
+        return FrameRange(frames, self.codec.temporal_stride, self._prefix_frames(), self.conditioning)
 
     def _encode(self) -> list[Tensor]:
         """The embeddings of the prompt and, under guidance, of the negative prompt, each (1, L, E)."""
@@ -279,6 +281,11 @@ class Generation:
         """The latent frames that the model starts every stream with and that are not decoded; None for most models."""
         grid = self._settings.grid
         return self._pipe.text.opening(self._pipe.model.config.in_channels, grid.latent_height, grid.latent_width)
+
+    def _prefix_frames(self) -> int:
+        """How many latent frames these are."""
+        prefix = self._pipe.text.opening(self._pipe.model.config.in_channels, 1, 1)  # whatever the size
+        return 0 if prefix is None else prefix.shape[1]
 
     def open_loop(self) -> SteeredLoop:
         """Makes the stream of latents. All ranks that denoise must call it, in a turn."""

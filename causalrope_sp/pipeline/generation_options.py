@@ -36,7 +36,7 @@ class GenerationOptions:
         negative_prompt: the text of the unconditional branch of guidance; None is UMT5's embeddings of an empty text,
             or zeros for toybox.
         prompt_embeds, negative_prompt_embeds: embeddings in place of the text, (1, text_len, text_dim), or a file that
-            `save_embeds` wrote. Those of rank 0 are used on all ranks.
+            `save_embeds` wrote. All ranks give the same; a file is read on rank 0.
         num_frames: pixel frames of the video. Whole chunks are generated, and the last one is trimmed. None goes on for
             ever, which needs a window, and which a call of the pipeline cannot return.
         window, sink: of the stream, in latent frames (see `StreamConfig`).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -26,6 +27,9 @@ from causalrope_sp.sampling.stream import SettledWeights
 if TYPE_CHECKING:
     from causalrope_sp.pipeline.generation import Generation
     from causalrope_sp.sampling.steered_loop import SteeredLoop
+
+
+BUSY = "another thread is in a call of this session: let one thread at a time call it"
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,9 @@ class OpenStream:
         self._loop: SteeredLoop | None = None  # from the first call on, on a rank that denoises
         self._source: OnDemand[Made] | None = None  # likewise
         self._decoder: ChunkDecoder | None = None  # likewise
-        self._index, self._closed, self._ended, self._busy = 0, False, False, False
+        self._index, self._closed, self._ended = 0, False, False
+        self._lock = threading.Lock()  # held during a call
+        self._caller: int | None = None  # the thread that holds it
         self.prompts: list[PromptChange] = generation.first_prompt()
 
     def step(self, control: Tensor | None = None) -> VideoChunk:
@@ -84,12 +90,15 @@ class OpenStream:
         if control is not None and self._generation.works_ahead:
             raise ConfigError("control must be a function given to `open` where chunks are made ahead of their `step`")
         started, made = time.perf_counter(), None
-        with self._working():
-            if self._parallel.decodes:
-                made = self._follow(started)
-            elif not self.is_complete:
-                with self._turns.chunk("" if control is None else " with a control"):
-                    made = self._next(started, time.perf_counter(), control)
+        try:
+            with self._working():
+                if self._parallel.decodes:
+                    made = self._follow(started)
+                elif not self.is_complete:
+                    with self._turns.chunk("" if control is None else " with a control"):
+                        made = self._next(started, time.perf_counter(), control)
+        except StopIteration as error:  # to whoever iterates it would be the end of the video
+            raise RuntimeError("a function of the caller raised StopIteration while a chunk was made") from error
         self._ended = made is None
         return made
 
@@ -167,24 +176,29 @@ class OpenStream:
 
     def _check_caller(self) -> None:
         """Raises ConfigError while another call of the session runs, in this thread or another one."""
-        if self._busy or (self._source is not None and self._source.is_made_here()):
+        if self._caller == threading.get_ident() or (self._source is not None and self._source.is_made_here()):
             raise ConfigError("a callback cannot call its session: call it between two chunks")
+        if self._lock.locked():
+            raise ConfigError(BUSY)
 
     @contextmanager
     def _working(self) -> Iterator[None]:
         if self._closed:
             raise ConfigError("the session is closed")
         self._check_caller()
-        if self._taken is None and not self._parallel.decodes:
-            taken = self._turns.taken()
-            taken.__enter__()
-            self._taken = taken
-        self._busy = True
+        if not self._lock.acquire(blocking=False):
+            raise ConfigError(BUSY)
+        self._caller = threading.get_ident()
         try:
+            if self._taken is None and not self._parallel.decodes:
+                taken = self._turns.taken()
+                taken.__enter__()
+                self._taken = taken
             with own_numerics(), torch.inference_mode():
                 yield
         finally:
-            self._busy = False
+            self._caller = None
+            self._lock.release()
 
     def _next(self, started: float, entered: float, control: Tensor | None) -> VideoChunk | None:
         self._begin()

@@ -119,8 +119,10 @@ class ResumedGeneration(Generation):
             raise ConfigError(f"reuse must be that of the saved session, {saved.reuse}, not {reuse}")
         if saved.decoder is not None:
             self._check_decoder(saved)
-        latents = None if saved.conditioning is None else saved.conditioning.clone()
-        self.conditioning = Conditioning(latents, saved.context_frames)
+
+    def _condition(self) -> Conditioning:
+        latents = None if self._saved.conditioning is None else self._saved.conditioning.clone()
+        return Conditioning(latents, self._saved.context_frames)
 
     def _check_decoder(self, saved: SavedSession) -> None:
         """Raises ConfigError unless the state is one of the codec for pictures of this size."""
@@ -182,8 +184,7 @@ class ResumedGeneration(Generation):
         """None: what the stream began with is among what it has made."""
 
     def _resumed(self) -> Resumed:
-        prefix = self._prefix()
-        given = self.conditioning.latent_frames + (0 if prefix is None else prefix.shape[1])
+        given = self.conditioning.latent_frames + self._prefix_frames()
         return Resumed(self._kept, self._saved.shots, given, self._saved.control)
 
     def _latents_before(self, start: int) -> Tensor:

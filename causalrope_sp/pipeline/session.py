@@ -24,6 +24,7 @@ from causalrope_sp.pipeline.open_stream import Made, OpenStream
 from causalrope_sp.pipeline.option_checks import check_path
 from causalrope_sp.pipeline.prompt_changes import PromptChange
 from causalrope_sp.pipeline.session_saving import save_session
+from causalrope_sp.pipeline.texts import described_embeds
 from causalrope_sp.sampling.steered_loop import SteeredLoop
 
 if TYPE_CHECKING:
@@ -84,9 +85,10 @@ class Session(OpenStream):
                 check_text("prompt", prompt)
             if (prompt is None) == (prompt_embeds is None):
                 raise ConfigError("give either a prompt or its embeddings (prompt_embeds)")
+            asked.append(described_embeds(prompt_embeds))
             return check_whole("over_chunks", over_chunks, most=MOST_CHUNKS)
 
-        asked = prompt, prompt_embeds is not None, over_chunks, recache, recache_sink, new_shot
+        asked: list[object] = [prompt, over_chunks, recache, recache_sink, new_shot]
         with self._operation("changes its prompt", checked, asked) as count:
             embeds = self._generation.encode_prompt(prompt, prompt_embeds)
             loop, last = self._begun(), self.prompts[-1]
@@ -192,7 +194,8 @@ class Session(OpenStream):
 
         Raises:
             OutputError: the file cannot be written; the session goes on.
-            ConfigError: no chunk was made yet, a video is redrawn, or the session is closed.
+            ConfigError: no chunk was made yet, the newest one is not finite, a video is redrawn, or the session is
+                closed.
         """
 
         def checked() -> str:
@@ -200,6 +203,8 @@ class Session(OpenStream):
             check_flag("cache", cache)
             if not self._index:
                 raise ConfigError("a session can be saved once a chunk was made, and none was")
+            if (newest := self._begun().unread) is not None:
+                newest.read()
             return check_path("path", path)
 
         with self._operation("is saved", checked, cache) as file:

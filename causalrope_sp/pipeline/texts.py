@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from causalrope_sp.pipeline.generation_options import Embeds
+from causalrope_sp.sampling.agreement import digest
 from causalrope_sp.text import load_embeds
 from causalrope_sp.text.shared_encoder import share_embeds
 
@@ -33,6 +34,13 @@ def encode_all(
     texts = iter(pipe.text.encode_all([text for text, embeds in wanted if embeds is None], seed, pictured))
     share = partial(share_embeds, parallel=pipe.parallel, config=pipe.model.config, dtype=pipe.model.dtype)
     return [next(texts) if embeds is None else share(partial(_loaded, embeds)) for _, embeds in wanted]
+
+
+def described_embeds(embeds: Embeds | None) -> str:
+    """Returns a text that differs for different embeddings; a file, which is read on rank 0 alone, is a file."""
+    if embeds is None:
+        return "none"
+    return digest(embeds) if isinstance(embeds, Tensor) else "a file"
 
 
 def _loaded(embeds: Embeds) -> Tensor:

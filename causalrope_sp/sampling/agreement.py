@@ -19,7 +19,7 @@ from causalrope_sp.planning.workload import Workload
 
 def digest(x: Tensor) -> str:
     """Returns a short text that differs for tensors that differ in dtype, shape or any bit."""
-    data = x.detach().cpu().contiguous().view(torch.uint8).numpy()
+    data = x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
     return hashlib.blake2b(f"{x.dtype} {tuple(x.shape)}".encode() + data.tobytes(), digest_size=8).hexdigest()
 
 

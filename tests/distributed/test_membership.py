@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -84,6 +86,26 @@ time.sleep(1)
 next(stream)
 """
 )
+INTERRUPTED_WITHIN_A_CHUNK = """
+import os, signal, sys, time
+from causalrope_sp import CausalVideoPipeline, SequenceParallel
+
+parallel = SequenceParallel.from_env(device="cpu")
+pipe = CausalVideoPipeline.from_pretrained("toybox", parallel=parallel)
+
+def callback(pipe, step, timestep, kwargs):
+    if str(parallel.rank) in sys.argv[1] and kwargs["chunk"] == 1 and step == parallel.rank:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)  # the signal arrives at once
+
+session = pipe.open("a red circle slides right", callback_on_step_end=callback, num_inference_steps=2)
+session.step()
+print(time.monotonic(), flush=True)
+try:
+    session.step()
+except KeyboardInterrupt:
+    session.step()
+"""
 
 
 def run(program: str, decode: str, folder: Path) -> list[tuple[int, str, str]]:
@@ -147,3 +169,19 @@ def test_a_rank_that_is_gone_is_named_without_a_launcher(tmp_path: Path, program
     assert ranks[gone][0] in (1, -9)
     last = said.strip().splitlines()[-1]
     assert last.startswith(("error: ", "causalrope_sp.errors.RankLostError: ", "[rank")), said
+
+
+@pytest.mark.parametrize("interrupted", ["0", "1", "01"])
+def test_ctrl_c_within_a_chunk_ends_all_ranks_with_a_sentence(tmp_path: Path, interrupted: str) -> None:
+    """Also where the program catches it and goes on: collectives may be cut off anywhere."""
+    ranks = run(INTERRUPTED_WITHIN_A_CHUNK, interrupted, tmp_path)
+    began = max(float(said) for _, said, _ in ranks)
+    assert time.monotonic() - began < 10
+    for rank, (status, _, errors) in enumerate(ranks):
+        assert status == 1
+        last = errors.strip().splitlines()[-1]
+        if str(rank) == interrupted:
+            call = "in a call of all ranks \\(asks for chunk 1 of stream 1\\), from which none can go on"
+            assert re.search(f"rank {rank} was interrupted \\(KeyboardInterrupt\\) {call}: end the program on ", last)
+        else:
+            assert re.search(f"rank [{interrupted}] was interrupted \\(KeyboardInterrupt\\)", last)
