@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from dataclasses import replace
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,14 +17,13 @@ from causalrope_sp.grid import LatentGrid
 from causalrope_sp.pipeline.conditioning import Conditioning, condition_of
 from causalrope_sp.pipeline.decoding import Decode
 from causalrope_sp.pipeline.generation_options import Embeds, GenerationOptions
-from causalrope_sp.pipeline.loading import choose_layout, describe_for
 from causalrope_sp.pipeline.numerics import own_numerics
 from causalrope_sp.pipeline.open_streams import OpenStreams
 from causalrope_sp.pipeline.output import FrameRange
 from causalrope_sp.pipeline.parallel_chunks import check_call
-from causalrope_sp.pipeline.preflight import check_memory
 from causalrope_sp.pipeline.prompt_changes import PromptChange
 from causalrope_sp.pipeline.session import Session
+from causalrope_sp.pipeline.session_plan import SessionPlan
 from causalrope_sp.pipeline.step_callback import StepCalls
 from causalrope_sp.pipeline.texts import described_embeds, encode_all
 from causalrope_sp.reuse import find_policy
@@ -55,6 +52,7 @@ class Generation:
         streams: the open streams of the pipeline.
         conditioning: what the stream starts from.
         frame_range: which pixel frames of the stream are the video.
+        plan: its plan; None for a video whose chunks are made in parallel.
 
     Raises:
         CausalRopeError: what `CausalVideoPipeline.stream` raises.
@@ -64,6 +62,7 @@ class Generation:
         self._pipe, self._request, self.streams = pipe, request, streams
         self.parallel, self._chunks = pipe.parallel, pipe.parts.parallel_chunks
         self._calls: StepCalls | None = None
+        self.plan: SessionPlan | None = None
         with own_numerics(), self.parallel.turn("opens a stream"):
             self.turns = self.parallel.open_stream(self.works_ahead)
             everyone = self.parallel.everyone
@@ -191,45 +190,13 @@ class Generation:
         }
 
     def _choose_layout(self) -> Layout:
-        """The layout chosen at loading, or for another size or guidance a new one, with a new check of memory."""
-        pipe, parts, own, settings = self._pipe, self._pipe.parts, self._pipe.settings(), self._settings
-        guided, stream = any(guided_steps(own.sampler)), pipe.config.stream
-        same = own.grid == settings.grid and guided == self._guided and stream == self._stream
-        if same and parts.run is not None:
-            run = parts.run
-        else:
-            config = replace(
-                pipe.config,
-                height=settings.height,
-                width=settings.width,
-                sampler=settings.sampler,
-                stream=self._stream,
-            )
-            run = describe_for(config, parts.options, self.parallel)
         if self.is_parallel:
-            return parts.layout
+            return self._pipe.parts.layout
         request = self._request
         history = request.history and request.history + self.works_ahead
-        work = replace(run.work, history=history, kept_chunks=request.kept_chunks)
-        self._run = replace(run, work=work, strategy=parts.layout.name if same else run.strategy)
-        if not same or self.can_go_back or self.streams:
-            self.parallel.everyone.run_collectively(self.check_memory)
-        return parts.layout if same else choose_layout(self._run, self.parallel)
-
-    def check_memory(self) -> None:
-        """Checks that a session of this call fits into the memory of this rank beside the open ones.
-
-        Raises:
-            ConfigError: it does not.
-        """
-        if self._pipe.parts.options.preflight:
-            run = replace(self._run, other_sessions=self.streams.planned_bytes)
-            check_memory(run, self.parallel, self.streams.held_bytes)
-
-    @cached_property
-    def session_bytes(self) -> int:
-        """What a session of this call keeps on this rank between two chunks, in bytes, as `plan` predicts it."""
-        return 0 if self.is_parallel or self.parallel.decodes else self._run.plan().session.bytes
+        kept = history, request.kept_chunks
+        self.plan = SessionPlan.of(self._pipe, self.streams, self._settings, self._stream, *kept)
+        return self.plan.layout
 
     def _frame_range_of(self, frames: int | None) -> FrameRange:
         return FrameRange(frames, self.codec.temporal_stride, self._prefix_frames(), self.conditioning)

@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
@@ -17,12 +16,12 @@ from causalrope_sp.distributed.stream_turns import StreamTurns
 from causalrope_sp.errors import CausalRopeError, ConfigError
 from causalrope_sp.pipeline.decoding import frames_of, run_decode_worker
 from causalrope_sp.pipeline.numerics import own_numerics
-from causalrope_sp.pipeline.output import ChunkDecoder, VideoChunk
+from causalrope_sp.pipeline.output import ChunkDecoder, Made, VideoChunk
 from causalrope_sp.pipeline.prefetch import OnDemand, Prefetch
 from causalrope_sp.pipeline.prompt_changes import PromptChange, prompt_at
 from causalrope_sp.pipeline.timings import Timings
 from causalrope_sp.sampling.chunk import LatentChunk
-from causalrope_sp.sampling.stream import SettledWeights
+from causalrope_sp.sampling.settled import SettledWeights
 
 if TYPE_CHECKING:
     from causalrope_sp.pipeline.generation import Generation
@@ -30,15 +29,6 @@ if TYPE_CHECKING:
 
 
 BUSY = "another thread is in a call of this session: let one thread at a time call it"
-
-
-@dataclass(frozen=True)
-class Made:
-    """A chunk of latents, the prompt that it was made under, and the seconds that its passes took."""
-
-    part: LatentChunk
-    prompt_id: int
-    seconds: float
 
 
 class OpenStream:
@@ -124,7 +114,8 @@ class OpenStream:
     def planned_bytes(self) -> int:
         """What the stream keeps on this rank between two chunks once its window is full, in bytes, as `plan` predicts
         it."""
-        return self._generation.session_bytes
+        plan = self._generation.plan
+        return 0 if plan is None else plan.bytes
 
     @property
     def settled(self) -> SettledWeights | None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from weakref import WeakSet
 
 from causalrope_sp.devices import storage_bytes
-from causalrope_sp.sampling.stream import SettledWeights
+from causalrope_sp.sampling.settled import SettledWeights
 
 if TYPE_CHECKING:
     from causalrope_sp.pipeline.open_stream import OpenStream

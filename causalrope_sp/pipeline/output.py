@@ -43,6 +43,15 @@ class VideoChunk:
 
 
 @dataclass(frozen=True)
+class Made:
+    """A chunk of latents, the prompt that it was made under, and the seconds that its passes took."""
+
+    part: LatentChunk
+    prompt_id: int
+    seconds: float
+
+
+@dataclass(frozen=True)
 class FrameRange:
     """Which pixel frames of a stream are the output video.
 

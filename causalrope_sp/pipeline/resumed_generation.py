@@ -16,9 +16,9 @@ from causalrope_sp.grid import LatentGrid
 from causalrope_sp.pipeline.conditioning import Conditioning
 from causalrope_sp.pipeline.generation import Generation
 from causalrope_sp.pipeline.generation_options import GenerationOptions
-from causalrope_sp.pipeline.open_stream import Made
 from causalrope_sp.pipeline.open_streams import OpenStreams
 from causalrope_sp.pipeline.option_checks import check_path
+from causalrope_sp.pipeline.output import Made
 from causalrope_sp.pipeline.prompt_changes import PromptChange, prompt_at
 from causalrope_sp.pipeline.saved_cache import restore_cache
 from causalrope_sp.pipeline.session import WARMING, Session

@@ -20,8 +20,9 @@ from causalrope_sp.distributed.stream_turns import StreamTurns
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.grid import Chunk
 from causalrope_sp.pipeline.generation_options import LARGEST_SEED, MOST_CHUNKS, Embeds
-from causalrope_sp.pipeline.open_stream import Made, OpenStream
+from causalrope_sp.pipeline.open_stream import OpenStream
 from causalrope_sp.pipeline.option_checks import check_path
+from causalrope_sp.pipeline.output import Made
 from causalrope_sp.pipeline.prompt_changes import PromptChange
 from causalrope_sp.pipeline.session_saving import save_session
 from causalrope_sp.pipeline.texts import described_embeds
@@ -165,7 +166,8 @@ class Session(OpenStream):
 
         def checked() -> Noise | None:
             self._check_source("forked")
-            generation.check_memory()
+            if generation.plan is not None:
+                generation.plan.check()
             return None if seed is None else generation.noise(check_whole("seed", seed, 0, LARGEST_SEED))
 
         with self._operation("is forked", checked, seed) as noise:

@@ -7,10 +7,14 @@ rank, E numbers of control in a token.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from causalrope_sp.checks import shown
+from causalrope_sp.distributed import SequenceParallel
 from causalrope_sp.errors import ConfigError
+from causalrope_sp.sampling.agreement import digest
 from causalrope_sp.sampling.chunk import ShardContext
 from causalrope_sp.sampling.finite_chunks import check_finite
 from causalrope_sp.sampling.stream_options import Control
@@ -50,6 +54,28 @@ def checked_control(context: ShardContext, channels: int, frames: int, control_B
         raise ConfigError(f"control has shape {tuple(control_BFCHW.shape)}, expected {whole} or {uniform}")
     check_finite("control", control_BFCHW)
     return control_BFCHW.expand(whole)
+
+
+def shared_control(
+    parallel: SequenceParallel, context: ShardContext, channels: int, frames: int, ask: Callable[[], object]
+) -> Tensor:
+    """Returns this rank's part of the control of some latent frames, (B, F, s, E). All ranks that denoise must call it.
+
+    Args:
+        parallel: the ranks.
+        context: of the stream.
+        channels: C of the model.
+        frames: F.
+        ask: returns what the caller gives; see `checked_control`.
+
+    Raises:
+        ConfigError: it does not fit on some rank, or differs between ranks.
+    """
+    ranks = parallel.denoisers
+    control = ranks.run_collectively(lambda: checked_control(context, channels, frames, ask()))
+    if ranks.size > 1:
+        ranks.agree({"control": digest(control)})
+    return context.tokens(control)
 
 
 def control_by_chunk(control: Tensor | Control | None, frames: int | None) -> Control | None:

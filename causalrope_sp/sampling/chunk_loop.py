@@ -25,13 +25,14 @@ from causalrope_sp.planning.workload import Workload
 from causalrope_sp.reuse.policy import ReusePlan
 from causalrope_sp.sampling.agreement import agree_on_strategy, digest
 from causalrope_sp.sampling.chunk import LatentChunk, ShardContext, check_text
-from causalrope_sp.sampling.chunk_control import check_taken, checked_control
+from causalrope_sp.sampling.chunk_control import check_taken, shared_control
 from causalrope_sp.sampling.finite_chunks import FiniteCheck, check_finite
 from causalrope_sp.sampling.guidance import UNCONDITIONAL, GuidanceBranches, check_guidance
 from causalrope_sp.sampling.kept_latents import KeptLatents
 from causalrope_sp.sampling.pass_graphs import stream_graphs
 from causalrope_sp.sampling.recompute import recompute_all, recompute_for
-from causalrope_sp.sampling.stream import CausalStream, Part, settle
+from causalrope_sp.sampling.settled import settle
+from causalrope_sp.sampling.stream import CausalStream, Part
 from causalrope_sp.sampling.stream_options import Resumed, StreamOptions, check_length, window_of
 
 
@@ -182,14 +183,8 @@ class ChunkLoop:
         if not channels and given is None:
             return None
         generated = Chunk(chunk.index - self.first_chunk, chunk.start - self._initial, chunk.frames)
-
-        def checked() -> Tensor:
-            control = source(generated) if given is None and source is not None else given
-            return checked_control(self.context, channels, chunk.frames, control)
-
-        control = self.parallel.denoisers.run_collectively(checked)
-        self.agree("control", control)
-        return self.context.tokens(control)
+        ask = None if given is not None or source is None else partial(source, generated)
+        return shared_control(self.parallel, self.context, channels, chunk.frames, ask or (lambda: given))
 
     def denoise(self, chunk: Chunk, control_BFSE: Tensor | None) -> Tensor:
         """Denoises a chunk and returns its clean tokens on this rank, (B, F, s, E)."""

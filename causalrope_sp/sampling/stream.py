@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,37 +21,17 @@ from causalrope_sp.cache.kv_cache import KVCache
 from causalrope_sp.cache.window import SlidingWindow
 from causalrope_sp.devices import send
 from causalrope_sp.grid import Chunk, LatentGrid, Shard
-from causalrope_sp.models.block import ForwardPass, PassModulation, SettledModel
+from causalrope_sp.models.block import ForwardPass, PassModulation
 from causalrope_sp.models.causal_dit import CausalDiT
 from causalrope_sp.models.rope import RotaryTables
 from causalrope_sp.reuse.output_store import OutputOf, OutputStore, computed
 from causalrope_sp.reuse.policy import ReusePlan
 from causalrope_sp.sampling.pass_graphs import PassGraphs
+from causalrope_sp.sampling.settled import SettledWeights, settle
 
-MOST_PACKED = 1 << 26  # bytes of a model whose weights a stream on a CPU copies to a faster layout: 64 MiB
 MOST_TIMES = 8  # of a stream that are kept: all of a few-step model's
 
 Time = tuple[Tensor, PassModulation]  # the timesteps of a pass on the device, and what the model computes of them
-
-
-class SettledWeights(NamedTuple):
-    """The operations of all passes but the first of a kind, and the model settled for them."""
-
-    operations: PassOperations
-    model: SettledModel
-
-
-def settle(model: CausalDiT, backend: str) -> SettledWeights:
-    """Settles how a model is computed without gradients. Streams of one model share the result, which on a CPU may hold
-    a copy of its weights.
-
-    Args:
-        model: the DiT.
-        backend: of attention.
-    """
-    packed = sum(parameter.nbytes for parameter in model.parameters()) <= MOST_PACKED
-    operations = PassOperations.unchecked(model.patch_embedding.weight, backend, packed=packed)
-    return SettledWeights(operations, model.settled(operations))
 
 
 @dataclass(frozen=True)

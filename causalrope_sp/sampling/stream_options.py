@@ -13,7 +13,7 @@ from causalrope_sp.distributed.layout import Layout
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.grid import Chunk
 from causalrope_sp.reuse.policy import ReusePolicy
-from causalrope_sp.sampling.stream import SettledWeights
+from causalrope_sp.sampling.settled import SettledWeights
 
 OnStep = Callable[[Chunk, int, float], object]
 Control = Callable[[Chunk], Tensor]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.distributed import all_gather_object
 
-from causalrope_sp import CausalVideoPipeline, ConfigError, SequenceParallel
+from causalrope_sp import CausalVideoPipeline, ConfigError, SequenceParallel, VideoChunk
 from causalrope_sp.distributed.launch import RankPool
 from causalrope_sp.errors import RankLostError
 from causalrope_sp.pipeline import conditioning
@@ -55,13 +55,14 @@ def test_a_stop_iteration_of_a_callback_does_not_end_the_video(decode: Any) -> N
             next(iter(()))
 
     plain = [chunk.frames for chunk in pipe.stream(RED, num_frames=45, **OPTIONS)]
-    made = []
+    made: list[VideoChunk] = []
     with pipe.open(RED, num_frames=45, callback_on_step_end=callback, **OPTIONS) as session:
         with pytest.raises(RuntimeError, match="a function of the caller raised StopIteration while a chunk was made"):
             made.extend(session)
         made.extend(session)
     assert len(made) == len(plain)
-    assert all(np.array_equal(one.frames, other) for one, other in zip(made, plain, strict=True))
+    for one, other in zip(made, plain, strict=True):
+        assert np.array_equal(one.frames, other)  # type: ignore[arg-type]
 
 
 def test_a_stop_iteration_of_a_control_does_not_end_the_video() -> None:

@@ -100,9 +100,9 @@ def test_only_guided_steps_cost_a_second_pass(monkeypatch: pytest.MonkeyPatch) -
     passes: list[tuple[int, int, float, bool]] = []
     denoise = CausalStream.denoise
 
-    def noting(self: CausalStream, chunk: Any, x: Tensor, timestep: float, context: Any = None) -> Tensor:
+    def noting(self: CausalStream, chunk: Any, x: Tensor, timestep: float, context: Any, control: Any) -> Tensor:
         passes.append((id(self), chunk.index, timestep, context is not None))
-        return denoise(self, chunk, x, timestep, context)
+        return denoise(self, chunk, x, timestep, context, control)
 
     monkeypatch.setattr(CausalStream, "denoise", noting)
     sampler = replace(GUIDED, shift=1.0, guidance_interval=(400, 700))
