@@ -57,7 +57,7 @@ class _Surprise(CodedLoop):
     latents: Tensor
     error = 0.0
 
-    def denoise(self, chunk: Chunk) -> Tensor:
+    def denoise(self, chunk: Chunk, control_BFSE: Tensor | None = None) -> Tensor:
         """Returns the true tokens of the chunk, (1, F, s, E)."""
         first = chunk.start - self._initial
         target = self.context.tokens(self.latents[:, first : first + chunk.frames])

@@ -83,14 +83,14 @@ class DecodingLoop(CodedLoop):
     receive: Callable[[Chunk], CodedChunk | None]
     lost = False
 
-    def denoise(self, chunk: Chunk) -> Tensor:
+    def denoise(self, chunk: Chunk, control_BFSE: Tensor | None = None) -> Tensor:
         """Denoises a chunk; see `ChunkLoop.denoise`."""
         received = self.receive(chunk)
         self.lost = received is None
         sent = received or CodedChunk([[Choice()] * self.coded_steps for _ in range(chunk.frames)])
         columns = [[Choice()] * chunk.frames, *map(list, zip(*sent.choices, strict=True))]
         self.noise = lambda chunk, step: self.drawn_noise(chunk, step, columns[step])
-        return self.add_residual(super().denoise(chunk), sent.levels)
+        return self.add_residual(super().denoise(chunk, control_BFSE), sent.levels)
 
 
 class EncodingLoop(CodedLoop):
@@ -115,7 +115,7 @@ class EncodingLoop(CodedLoop):
     sent: CodedChunk
     error: float
 
-    def denoise(self, chunk: Chunk) -> Tensor:
+    def denoise(self, chunk: Chunk, control_BFSE: Tensor | None = None) -> Tensor:
         """Encodes a chunk and returns its tokens as the decoder has them, (1, F, s, E)."""
         self._check_model()
         self._renew_window(chunk)

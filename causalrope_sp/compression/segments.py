@@ -56,7 +56,9 @@ class Segments(Generic[Loop]):
             raise ConfigError("compression puts bits into fresh noise: the solver must be renoise, without guidance")
         if config.stream.window is None:
             raise ConfigError("compression needs a model with a window: load it with window=")
-        layout = plan_run(config, pipe.parts.options, pipe.parallel, loaded=True)
+        if pipe.model.config.control_channels:
+            raise ConfigError("compression needs a model that takes no control: control_channels must be 0")
+        _, layout = plan_run(config, pipe.parts.options, pipe.parallel, held=0)
         self._pipe, self._kind, self._header, self._grid = pipe, kind, header, pipe.settings().grid
         self._size = pipe.model.config.in_channels, self._grid.latent_height, self._grid.latent_width
         self._options = StreamOptions(

@@ -90,10 +90,7 @@ def load_parts(model: str | os.PathLike[str], options: LoadOptions, parallel: Se
     config = _find_on_every_rank(model, options, parallel)
     _check_settings(config, options, parallel)
     ranks, device, dtype = parallel.everyone, parallel.device, dtype_of(options, parallel.device)
-    run = describe_for(config, options, parallel)
-    if options.preflight and config.vin is None:  # parallel chunks have no KV cache
-        ranks.run_collectively(lambda: check_memory(run, parallel))
-    layout = choose_layout(run, parallel)
+    run, layout = plan_run(config, options, parallel)
     dit = _load_transformer(config, options, parallel)
     chunks = None
     if (vin := config.vin) is not None:
@@ -103,6 +100,29 @@ def load_parts(model: str | os.PathLike[str], options: LoadOptions, parallel: Se
     if parallel.rank == 0 and (inferred := describe_inferred(model, config)):
         _log.log(logging.WARNING if config.assumed else logging.INFO, "%s", inferred)
     return Parts(config, dit, codec, chunks, layout, options, run)
+
+
+def plan_run(
+    config: ModelConfig, options: LoadOptions, parallel: SequenceParallel, held: int | None = None
+) -> tuple[Run, Layout]:
+    """Checks that a run fits into memory, and chooses how its ranks share attention. Every rank must call it.
+
+    Args:
+        config: the files of the model and its settings.
+        options: how the model is loaded.
+        parallel: the ranks.
+        held: what open streams hold, if the weights are in memory already; see `check_memory`.
+
+    Returns:
+        The run, and the layout of the attention strategy, the same on every rank.
+
+    Raises:
+        ConfigError: the run is predicted not to fit, or the strategy cannot use these ranks.
+    """
+    run = describe_for(config, options, parallel)
+    if options.preflight and config.vin is None:  # parallel chunks have no KV cache
+        parallel.everyone.run_collectively(lambda: check_memory(run, parallel, held))
+    return run, choose_layout(run, parallel)
 
 
 def describe_for(config: ModelConfig, options: LoadOptions, parallel: SequenceParallel) -> Run:

@@ -186,7 +186,7 @@ class ChunkLoop:
         ask = None if given is not None or source is None else partial(source, generated)
         return shared_control(self.parallel, self.context, channels, chunk.frames, ask or (lambda: given))
 
-    def denoise(self, chunk: Chunk, control_BFSE: Tensor | None) -> Tensor:
+    def denoise(self, chunk: Chunk, control_BFSE: Tensor | None = None) -> Tensor:
         """Denoises a chunk and returns its clean tokens on this rank, (B, F, s, E)."""
         levels = self._levels
         self._check_model()

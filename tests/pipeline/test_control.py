@@ -11,6 +11,7 @@ import torch
 from torch.distributed import all_gather_object
 
 from causalrope_sp import CausalVideoPipeline, Chunk, ConfigError, SequenceParallel, VideoChunk
+from causalrope_sp.compression import encode
 from causalrope_sp.distributed.launch import RankPool
 from causalrope_sp.errors import RankLostError
 from causalrope_sp.pipeline.decoding import LocalFrames
@@ -185,6 +186,11 @@ def test_wrong_options_are_refused_before_anything_is_made(pipe: CausalVideoPipe
         ahead.open(RED).step(control=GIVEN)
     made_ahead = ahead.open(RED, control=noise_control, **OPTIONS)
     assert same([made_ahead.step() for _ in range(3)], take(pipe.open(RED, **OPTIONS), 3))
+
+
+def test_compression_takes_no_control(pipe: CausalVideoPipeline) -> None:
+    with pytest.raises(ConfigError, match="compression needs a model that takes no control"):
+        list(encode(pipe, [np.zeros((64, 64, 3), np.uint8)] * 13, RED, rate=1.0))
 
 
 def steered(pipe: CausalVideoPipeline) -> list[Any]:
