@@ -31,8 +31,12 @@ class Source(Protocol):
         """Is called several times a second, for a source to end itself."""
         ...
 
+    def keep(self) -> object:
+        """Writes what a server needs to go on with the source later, because the engine stops."""
+        ...
+
     def end(self, reason: str) -> None:
-        """Ends the source, because the engine stops."""
+        """Ends the source, because the engine stops. Nothing can be called of the pipeline any more."""
         ...
 
 
@@ -94,6 +98,8 @@ class Engine:
         try:
             while not self._stopping:
                 self._turn()
+            for source in list(self._sources):
+                source.keep()
             self._end(STOPPING)
             self.commands.stop()
         except BaseException as error:

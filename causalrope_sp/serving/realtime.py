@@ -12,7 +12,8 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 from causalrope_sp.errors import CausalRopeError, ConfigError, PromptError, RankLostError, escaped_line
 from causalrope_sp.serving.access import SUBPROTOCOL
 from causalrope_sp.serving.event_log import log_event
-from causalrope_sp.serving.live import Delivery, Ended, Item
+from causalrope_sp.serving.live import Ended, Item
+from causalrope_sp.serving.live_state import Delivery
 from causalrope_sp.serving.media import Media, check_media, encode
 from causalrope_sp.serving.messages import Message, Refused, WrongMessage, read_message
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 OPEN_WITHIN_S = 30.0
 CLOSED = 1000  # codes of RFC 6455
 REFUSED = 1008
+RESTARTS = 1012
 
 _log = logging.getLogger(__name__)
 
@@ -40,6 +42,7 @@ class Connection:
         self._items: asyncio.Queue[Item | dict[str, Any]] = asyncio.Queue()  # no more chunks than the session's lead
         self._live: LiveSession | None = None
         self._media: Media = "mp4"
+        self._code = CLOSED
         self._loop = asyncio.get_running_loop()
 
     async def run(self) -> None:
@@ -47,6 +50,7 @@ class Connection:
         offered = self._socket.scope.get("subprotocols", [])
         await self._socket.accept(SUBPROTOCOL if SUBPROTOCOL in offered else None)
         tasks = []
+        self._server.viewers += 1
         try:
             if not await self._open():
                 return
@@ -61,7 +65,8 @@ class Connection:
             if self._live is not None:
                 with contextlib.suppress(RankLostError, Refused):  # it has ended
                     await self._call(lambda live: live.detach(self._receiver))
-            await self._close(CLOSED)
+            await self._close(self._code)
+            self._server.viewers -= 1
 
     async def _open(self) -> bool:
         """Answers messages until one opens a session. Returns whether one did in time."""
@@ -95,6 +100,7 @@ class Connection:
                     await self._send_chunk(item)
                 elif isinstance(item, Ended):
                     await self._socket.send_json({"type": "ended", "code": item.code, "message": item.reason})
+                    self._code = RESTARTS if item.code == "stopped" else CLOSED
                     return
                 else:
                     await self._socket.send_json(item)

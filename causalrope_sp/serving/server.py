@@ -6,17 +6,18 @@ import asyncio
 import fcntl
 import secrets
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from causalrope_sp.errors import OutputError, first_line
 from causalrope_sp.pipeline.pipeline import CausalVideoPipeline
+from causalrope_sp.serving.checkpoints import Checkpoints
 from causalrope_sp.serving.commands import Commands
 from causalrope_sp.serving.engine import Engine
 from causalrope_sp.serving.job_store import JobStore
 from causalrope_sp.serving.jobs import JobRunner
-from causalrope_sp.serving.live import FlowLimits, LiveSession, Receiver
+from causalrope_sp.serving.live import FlowLimits, Keeping, LiveSession, Receiver
+from causalrope_sp.serving.live_state import LiveState
 from causalrope_sp.serving.messages import LONGEST_PROMPT, Refused
 from causalrope_sp.serving.metrics import Metrics
 from causalrope_sp.serving.server_options import ServerOptions
@@ -40,6 +41,7 @@ class Server:
         engine: the thread that calls the pipeline.
         metrics: the counters.
         jobs: the videos that were ordered.
+        viewers: how many connections there are.
         facts: about the model and the ranks, for JSON.
 
     Raises:
@@ -56,11 +58,12 @@ class Server:
         self.pipe, self.options = pipe, options
         self.metrics = Metrics(pipe.strategy, pipe.fps, pipe.parallel.size)
         self.engine = Engine(Commands(pipe), on_failure)
+        self.viewers = 0
         self._sessions: dict[str, LiveSession] = {}
-        self._opening = 0
         self._limits = FlowLimits(options.lead_seconds * pipe.fps, options.grace_seconds)
         self.saved = options.folder / "sessions"
         self._lock = _take_folder(options.folder, self.saved)
+        self._keeping = Keeping(Checkpoints(options.folder / "live", options.keep_cache), options.keep_every_change)
         self.jobs = JobRunner(self.engine, JobStore(options.folder / "jobs"), self.metrics)
         self.facts = {
             "model": model,
@@ -93,12 +96,7 @@ class Server:
             CausalRopeError: the session cannot be opened.
         """
         if "session" in fields:
-            if (found := self._sessions.get(fields["session"])) is None:
-                raise Refused("no_session", "there is no session of this name: it has ended, or never was")
-            return await self.call(lambda: _attached(found, receiver))
-        most = self.options.max_sessions
-        if len(self._sessions) + self._opening >= most:
-            raise Refused("too_many_sessions", f"{most} sessions are open, which is the most: try again later")
+            return await self._come_back(fields["session"], fields.get("played"), receiver)
         if "saved" in fields:
             path = self._saved_path(fields["saved"])
             if not path.is_file():
@@ -106,12 +104,39 @@ class Server:
             arguments: dict[str, Any] = {"path": str(path)}
         else:
             arguments = {**fields, "history": self.options.history}
-        self._opening += 1
-        try:
-            opened = partial(LiveSession, self.engine, self._limits, self.metrics, self._forget, arguments)
-            return await self.call(lambda: _attached(self._remember(opened()), receiver))
-        finally:
-            self._opening -= 1
+        return await self.call(lambda: _attached(self._opened(arguments), receiver))
+
+    async def _come_back(self, key: str, played: int | None, receiver: Receiver) -> tuple[LiveSession, dict[str, Any]]:
+        """Attaches a viewer to an open session, or to one that was kept, which is opened again."""
+
+        def find() -> tuple[LiveSession, dict[str, Any]]:
+            checkpoints, live = self._keeping.checkpoints, self._sessions.get(key)
+            if live is not None and checkpoints.is_taken(key):  # its viewer was at another server in between
+                live.give_up()
+                live = None
+            if live is None:
+                self._check_room()
+                if (kept := checkpoints.take(key)) is None:
+                    raise Refused("no_session", "there is no session of this name: it has ended, or never was")
+                live = self._opened(kept[0], (key, kept[1]))
+            if played is not None and not live.has_ended:
+                live.played(played)
+            return _attached(live, receiver)
+
+        return await self.call(find)
+
+    def _opened(self, arguments: dict[str, Any], restored: tuple[str, LiveState] | None = None) -> LiveSession:
+        """Opens a session, in the engine's thread."""
+        self._check_room()
+        live = LiveSession(self.engine, self._limits, self.metrics, self._forget, arguments, self._keeping, restored)
+        self._sessions[live.key] = live
+        self.metrics.sessions.set(len(self._sessions))
+        return live
+
+    def _check_room(self) -> None:
+        most = self.options.max_sessions
+        if len(self._sessions) >= most:
+            raise Refused("too_many_sessions", f"{most} sessions are open, which is the most: try again later")
 
     async def save(self, live: LiveSession, cache: bool = True) -> dict[str, Any]:
         """Writes a session to the server's folder.
@@ -156,11 +181,6 @@ class Server:
 
     def _saved_path(self, name: str) -> Path:
         return self.saved / f"{name}.safetensors"
-
-    def _remember(self, live: LiveSession) -> LiveSession:
-        self._sessions[live.key] = live
-        self.metrics.sessions.set(len(self._sessions))
-        return live
 
     def _forget(self, live: LiveSession) -> None:
         self._sessions.pop(live.key, None)
