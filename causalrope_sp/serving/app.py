@@ -76,7 +76,8 @@ def build_app(server: Server) -> AccessControl:
             raise HTTPException(404, "there is no saved session of this name")
         return {"saved": name, "deleted": True}
 
-    app.include_router(jobs_router(server))
+    if server.jobs is not None:
+        app.include_router(jobs_router(server, server.jobs))
 
     @app.websocket("/v1/realtime")
     async def realtime(socket: WebSocket) -> None:

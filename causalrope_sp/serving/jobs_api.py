@@ -20,6 +20,7 @@ from causalrope_sp.serving.messages import check_prompt
 
 if TYPE_CHECKING:
     from causalrope_sp.serving.job_store import Job
+    from causalrope_sp.serving.jobs import JobRunner
     from causalrope_sp.serving.server import Server
 
 MOST_SECONDS = 60
@@ -27,11 +28,12 @@ DEFAULT_SECONDS = 4  # as in that API
 FIELDS = ("prompt", "model", "seconds", "size", "seed", "input_reference")
 
 
-def jobs_router(server: Server) -> APIRouter:
+def jobs_router(server: Server, runner: JobRunner) -> APIRouter:
     """Makes the routes.
 
     Args:
-        server: whose jobs they are.
+        server: the server.
+        runner: of its jobs.
     """
     router = APIRouter(prefix="/v1/videos")
 
@@ -42,10 +44,10 @@ def jobs_router(server: Server) -> APIRouter:
             fields, image = _fields(server, body), await _image(server, body.get("input_reference"))
         except CausalRopeError as error:
             raise HTTPException(400, str(error)) from error
-        if server.jobs.waiting >= server.options.max_jobs:
+        if runner.waiting >= server.options.max_jobs:
             raise HTTPException(429, f"{server.options.max_jobs} jobs wait, which is the most: try again later")
         try:
-            return (await server.call(lambda: server.jobs.create(image, fields))).as_json()
+            return (await server.call(lambda: runner.create(image, fields))).as_json()
         except OutputError as error:
             raise HTTPException(507, "the server cannot keep any more jobs") from error
 
@@ -55,7 +57,7 @@ def jobs_router(server: Server) -> APIRouter:
         limit: Annotated[int, Query(ge=1, le=100)] = 20,
         order: Literal["asc", "desc"] = "desc",
     ) -> dict[str, Any]:
-        jobs = list(server.jobs.store.jobs.values())
+        jobs = list(runner.store.jobs.values())
         jobs = jobs if order == "asc" else jobs[::-1]
         names = [job.id for job in jobs]
         if after is not None:
@@ -66,26 +68,26 @@ def jobs_router(server: Server) -> APIRouter:
 
     @router.get("/{name}")
     async def retrieve(name: str) -> dict[str, Any]:
-        return _found(server, name).as_json()
+        return _found(runner, name).as_json()
 
     @router.get("/{name}/content", response_class=FileResponse)
     async def content(name: str, variant: Literal["video"] = "video") -> FileResponse:
-        job = _found(server, name)
+        job = _found(runner, name)
         if job.status != "completed":
             raise HTTPException(409, f"the video is not there: its status is {job.status}")
-        return FileResponse(server.jobs.store.video(job), media_type="video/mp4", filename=f"{job.id}.mp4")
+        return FileResponse(runner.store.video(job), media_type="video/mp4", filename=f"{job.id}.mp4")
 
     @router.delete("/{name}")
     async def delete(name: str) -> dict[str, Any]:
-        if not await server.call(lambda: server.jobs.remove(name)):
+        if not await server.call(lambda: runner.remove(name)):
             raise HTTPException(404, "there is no video of this id")
         return {"id": name, "object": "video.deleted", "deleted": True}
 
     return router
 
 
-def _found(server: Server, name: str) -> Job:
-    job = server.jobs.store.jobs.get(name)
+def _found(runner: JobRunner, name: str) -> Job:
+    job = runner.store.jobs.get(name)
     if job is None:
         raise HTTPException(404, "there is no video of this id")
     return job

@@ -35,12 +35,13 @@ class Server:
         model: its name, as clients see it.
         options: of the server.
         on_failure: called from the engine's thread with the error that ended the engine.
+        shared: whether other servers use the folder too; then there are no jobs.
 
     Attributes:
         pipe, options: as given.
         engine: the thread that calls the pipeline.
         metrics: the counters.
-        jobs: the videos that were ordered.
+        jobs: the videos that were ordered; None in a shared folder.
         viewers: how many connections there are.
         facts: about the model and the ranks, for JSON.
 
@@ -54,6 +55,7 @@ class Server:
         model: str,
         options: ServerOptions,
         on_failure: Callable[[BaseException], None],
+        shared: bool = False,
     ) -> None:
         self.pipe, self.options = pipe, options
         self.metrics = Metrics(pipe.strategy, pipe.fps, pipe.parallel.size)
@@ -62,9 +64,10 @@ class Server:
         self._sessions: dict[str, LiveSession] = {}
         self._limits = FlowLimits(options.lead_seconds * pipe.fps, options.grace_seconds)
         self.saved = options.folder / "sessions"
-        self._lock = _take_folder(options.folder, self.saved)
+        self._lock = _take_folder(options.folder, self.saved, shared)
         self._keeping = Keeping(Checkpoints(options.folder / "live", options.keep_cache), options.keep_every_change)
-        self.jobs = JobRunner(self.engine, JobStore(options.folder / "jobs"), self.metrics)
+        jobs = None if shared else JobStore(options.folder / "jobs")
+        self.jobs = None if jobs is None else JobRunner(self.engine, jobs, self.metrics)
         self.facts = {
             "model": model,
             "height": pipe.height,
@@ -187,10 +190,12 @@ class Server:
         self.metrics.sessions.set(len(self._sessions))
 
 
-def _take_folder(folder: Path, saved: Path) -> IO[bytes]:
-    """Makes the server's folders and locks them; returns what holds the lock as long as it is open."""
+def _take_folder(folder: Path, saved: Path, shared: bool) -> IO[bytes] | None:
+    """Makes the server's folders, and locks them unless others share them; returns what holds the lock."""
     try:
         saved.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if shared:
+            return None
         lock = open(folder / "lock", "ab")  # noqa: SIM115
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
