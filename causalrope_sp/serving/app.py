@@ -83,4 +83,8 @@ def build_app(server: Server) -> AccessControl:
     async def realtime(socket: WebSocket) -> None:
         await Connection(server, socket).run()
 
+    if server.facts["webrtc"]:
+        from causalrope_sp.serving.webrtc import webrtc_router
+
+        app.include_router(webrtc_router(server))
     return AccessControl(app, server.options)

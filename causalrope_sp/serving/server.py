@@ -6,6 +6,7 @@ import asyncio
 import fcntl
 import secrets
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -42,7 +43,7 @@ class Server:
         engine: the thread that calls the pipeline.
         metrics: the counters.
         jobs: the videos that were ordered; None in a shared folder.
-        viewers: how many connections there are.
+        viewers: how many conversations there are.
         facts: about the model and the ranks, for JSON.
 
     Raises:
@@ -75,6 +76,7 @@ class Server:
             "fps": pipe.fps,
             "ranks": pipe.parallel.size,
             "strategy": pipe.strategy,
+            "webrtc": not shared and find_spec("aiortc") is not None,
             "lead_seconds": options.lead_seconds,
             "longest_prompt": LONGEST_PROMPT,
             "grammar": _grammar(pipe),

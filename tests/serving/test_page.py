@@ -112,7 +112,7 @@ def moves(page: Page) -> bool:
     return bool(np.abs(picture(page) - first).mean() > 1)
 
 
-@pytest.mark.parametrize("media", ["mp4", "jpeg"])
+@pytest.mark.parametrize("media", ["mp4", "jpeg", "webrtc"])
 def test_a_prompt_moves_and_another_one_changes_the_colour(page: Page, media: str) -> None:
     start(page, RED, media)
     wait_until(page, lambda: is_red(page))
