@@ -68,6 +68,11 @@ class Engine:
             self._changed.notify()
         self._thread.join(wait_s)
 
+    @property
+    def is_stopping(self) -> bool:
+        """Whether it has been told to stop, or has failed."""
+        return self._stopping
+
     def submit(self, call: Callable[[], T]) -> Future[T]:
         """Runs a function in the engine's thread, between two chunks.
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import io
+import json
 import re
+import time
+from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
-from fastapi.responses import FileResponse
+from fastapi.responses import FileResponse, StreamingResponse
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
@@ -16,6 +19,8 @@ from causalrope_sp.checks import check_whole, shown
 from causalrope_sp.errors import CausalRopeError, ConfigError, InputError, OutputError
 from causalrope_sp.io.media_reader import PICTURES, read_picture
 from causalrope_sp.pipeline.generation_options import LARGEST_SEED
+from causalrope_sp.serving.engine import LOOK_S
+from causalrope_sp.serving.jobs import UNFINISHED
 from causalrope_sp.serving.messages import check_prompt
 
 if TYPE_CHECKING:
@@ -24,6 +29,8 @@ if TYPE_CHECKING:
     from causalrope_sp.serving.server import Server
 
 MOST_SECONDS = 60
+SIGN_OF_LIFE_S = 15.0  # between two lines of a stream of events
+_NOT_STORED = {"Cache-Control": "no-store"}
 DEFAULT_SECONDS = 4  # as in that API
 FIELDS = ("prompt", "model", "seconds", "size", "seed", "input_reference")
 
@@ -77,6 +84,11 @@ def jobs_router(server: Server, runner: JobRunner) -> APIRouter:
             raise HTTPException(409, f"the video is not there: its status is {job.status}")
         return FileResponse(runner.store.video(job), media_type="video/mp4", filename=f"{job.id}.mp4")
 
+    @router.get("/{name}/events", response_class=StreamingResponse)
+    async def events(name: str) -> StreamingResponse:
+        _found(runner, name)
+        return StreamingResponse(_events(server, runner, name), media_type="text/event-stream", headers=_NOT_STORED)
+
     @router.delete("/{name}")
     async def delete(name: str) -> dict[str, Any]:
         if not await server.call(lambda: runner.remove(name)):
@@ -84,6 +96,30 @@ def jobs_router(server: Server, runner: JobRunner) -> APIRouter:
         return {"id": name, "object": "video.deleted", "deleted": True}
 
     return router
+
+
+async def _events(server: Server, runner: JobRunner, name: str) -> AsyncIterator[str]:
+    """Makes server-sent events of a job's changes: `progress` and then `completed`, `failed` or `deleted`."""
+    told, told_at = None, time.monotonic()
+    while not server.engine.is_stopping:
+        job = runner.store.jobs.get(name)
+        if job is None:
+            yield _event("deleted", {"id": name, "object": "video.deleted", "deleted": True})
+            return
+        if job != told:
+            finished = job.status not in UNFINISHED
+            yield _event(job.status if finished else "progress", job.as_json())
+            if finished:
+                return
+            told, told_at = job, time.monotonic()
+        elif time.monotonic() > told_at + SIGN_OF_LIFE_S:
+            yield ": the job is as it was\n\n"  # a comment, so that a proxy does not take the connection for dead
+            told_at = time.monotonic()
+        await asyncio.sleep(LOOK_S)
+
+
+def _event(kind: str, fields: dict[str, Any]) -> str:
+    return f"event: {kind}\ndata: {json.dumps(fields)}\n\n"
 
 
 def _found(runner: JobRunner, name: str) -> Job:
