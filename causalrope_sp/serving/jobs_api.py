@@ -21,7 +21,7 @@ from causalrope_sp.io.media_reader import PICTURES, read_picture
 from causalrope_sp.pipeline.generation_options import LARGEST_SEED
 from causalrope_sp.serving.engine import LOOK_S
 from causalrope_sp.serving.jobs import UNFINISHED
-from causalrope_sp.serving.messages import check_prompt
+from causalrope_sp.serving.messages import LONGEST_PROMPT, check_prompt
 
 if TYPE_CHECKING:
     from causalrope_sp.serving.job_store import Job
@@ -30,6 +30,22 @@ if TYPE_CHECKING:
 
 MOST_SECONDS = 60
 SIGN_OF_LIFE_S = 15.0  # between two lines of a stream of events
+_BODY: dict[str, Any] = {
+    "application/json": {
+        "schema": {
+            "type": "object",
+            "required": ["prompt"],
+            "additionalProperties": False,
+            "properties": {
+                "prompt": {"type": "string", "maxLength": LONGEST_PROMPT},
+                "seconds": {"type": ["integer", "string"], "minimum": 1, "maximum": MOST_SECONDS},
+                "seed": {"type": ["integer", "string"], "minimum": 0, "maximum": LARGEST_SEED},
+                "model": {"type": "string"},
+                "size": {"type": "string"},
+            },
+        }
+    }
+}
 _NOT_STORED = {"Cache-Control": "no-store"}
 DEFAULT_SECONDS = 4  # as in that API
 FIELDS = ("prompt", "model", "seconds", "size", "seed", "input_reference")
@@ -44,7 +60,7 @@ def jobs_router(server: Server, runner: JobRunner) -> APIRouter:
     """
     router = APIRouter(prefix="/v1/videos")
 
-    @router.post("")
+    @router.post("", openapi_extra={"requestBody": {"required": True, "content": _BODY}})
     async def create(request: Request) -> dict[str, Any]:
         try:
             body = await _body(request)
