@@ -22,10 +22,15 @@ from causalrope_sp.pipeline.pipeline import CausalVideoPipeline
 from tests.support.paths import ROOT
 from tests.support.servers import SeenChunk, Viewer
 
-pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore::DeprecationWarning")]  # of Ray's own
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.timeout(600),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]  # of Ray's own
 RED, GREEN = "a large red circle slides right", "a large green circle slides right"
 LOADING: dict[str, Any] = {"num_inference_steps": 1, "window": 7}
 WITHIN_S = 60.0
+PATIENCE_S = 180.0  # for a replica to start on a busy machine
 DEPLOYMENT = yaml.safe_load((ROOT / "docs" / "ray_serve.yaml").read_text())
 APPLICATION = DEPLOYMENT["applications"][0]
 
@@ -60,7 +65,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 def opened(url: str, **fields: Any) -> tuple[Viewer, dict[str, Any]]:
     """Opens a session, as soon as some replica lets it."""
-    deadline = time.monotonic() + WITHIN_S
+    deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline:
         viewer = Viewer(url)
         with suppress(WebSocketException, OSError):
@@ -75,7 +80,7 @@ def opened(url: str, **fields: Any) -> tuple[Viewer, dict[str, Any]]:
 
 def opened_elsewhere(url: str, replicas: set[str], **fields: Any) -> tuple[Viewer, dict[str, Any]]:
     """Opens a session at another replica than these, as soon as there is one."""
-    deadline = time.monotonic() + WITHIN_S
+    deadline = time.monotonic() + PATIENCE_S
     while (new := opened(url, **fields))[1]["replica"] in replicas:
         assert time.monotonic() < deadline, "no other replica comes"
         new[0].ask("close")
