@@ -22,11 +22,8 @@ from causalrope_sp.pipeline.pipeline import CausalVideoPipeline
 from tests.support.paths import ROOT
 from tests.support.servers import SeenChunk, Viewer
 
-pytestmark = [
-    pytest.mark.ray,
-    pytest.mark.timeout(600),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-]  # of Ray's own
+OWN_WARNINGS = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Ray's own code
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600), OWN_WARNINGS]
 RED, GREEN = "a large red circle slides right", "a large green circle slides right"
 LOADING: dict[str, Any] = {"num_inference_steps": 1, "window": 7}
 WITHIN_S = 60.0
