@@ -47,10 +47,13 @@ def test_every_operation_passes_its_gate() -> None:
 
 
 def test_a_server_is_measured() -> None:
-    found = last_line(run("serve.py", "--seconds", "1", "--opened", "2", "--nonsense", "20", "--most", "1"))
+    short = ("--seconds", "1", "--opened", "2", "--nonsense", "20", "--most", "1", "--lead", "0.1")
+    found = last_line(run("serve.py", *short, "--rounds", "1", "--chunks", "4"))
     assert found["sustained"][0][2] > 0
-    assert found["malformed"]["message refused"] == 10
-    assert found["latency_lead_0.1_s"]["changes"] > 0
+    assert found["malformed"]["messages_refused"] == 10
+    assert 0 < found["processor_s"]["session"] < 2 * found["processor_s"]["served"]
+    for carrier in ("websocket", "webrtc"):
+        assert found[f"{carrier}_lead_0.1_s"]["changes"] > 0
 
 
 def test_wide_parameters_embed_the_time_better() -> None:

@@ -13,6 +13,7 @@ this rank stores.
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 
@@ -84,7 +85,8 @@ class KVCache:
         """Takes a storage. Views are made once, since each costs the host as much as a launch."""
         self.storage_L2BKSHD = storage_L2BKSHD
         self.storages += 1
-        self._layers = [LayerCache(self, index) for index in range(len(storage_L2BKSHD))]
+        own = weakref.proxy(self)  # no cycle: a cache that nobody needs goes at once, not when Python looks for cycles
+        self._layers = [LayerCache(own, index) for index in range(len(storage_L2BKSHD))]
         self._plans = ReadPlans(storage_L2BKSHD, self.window, self._rotate_on_read)
 
     @property

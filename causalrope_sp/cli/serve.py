@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,18 @@ TOKEN_VARIABLE = "CAUSALROPE_SP_TOKEN"
 @click.option(
     "--folder",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Keep jobs, videos and saved sessions here. The default is causalrope-sp in the user's state folder.",
+    help="Keep jobs, videos and sessions here. The default is causalrope-sp in the user's state folder.",
+)
+@click.option(
+    "--keep-every-change",
+    is_flag=True,
+    help="Keep live sessions on disk after every chunk and change, and not only when the server ends.",
+)
+@click.option(
+    "--keep-cache/--no-keep-cache",
+    default=True,
+    show_default=True,
+    help="Keep live sessions with their keys and values, so that they go on bit for bit.",
 )
 def serve(model: str, device: str | None, timeout: float, verbose: bool, log_file: str | None, **options: Any) -> None:
     """Serves live video at http://HOST:PORT/: a page, a WebSocket, and jobs. Ctrl-C ends it.
@@ -105,6 +117,8 @@ def serve(model: str, device: str | None, timeout: float, verbose: bool, log_fil
         )
         pipe = CausalVideoPipeline.from_pretrained(model, LoadOptions(**loading), parallel=parallel)
         if listening is None:
+            for number in (signal.SIGINT, signal.SIGTERM):  # torchrun sends them to all ranks; rank 0 tells the others
+                signal.signal(number, signal.SIG_IGN)
             follow(pipe)
         else:
             run_server(pipe, Path(model).name, wanted, listening)

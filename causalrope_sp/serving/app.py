@@ -76,10 +76,15 @@ def build_app(server: Server) -> AccessControl:
             raise HTTPException(404, "there is no saved session of this name")
         return {"saved": name, "deleted": True}
 
-    app.include_router(jobs_router(server))
+    if server.jobs is not None:
+        app.include_router(jobs_router(server, server.jobs))
 
     @app.websocket("/v1/realtime")
     async def realtime(socket: WebSocket) -> None:
         await Connection(server, socket).run()
 
+    if server.facts["webrtc"]:
+        from causalrope_sp.serving.webrtc import webrtc_router
+
+        app.include_router(webrtc_router(server))
     return AccessControl(app, server.options)

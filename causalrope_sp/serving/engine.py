@@ -31,8 +31,12 @@ class Source(Protocol):
         """Is called several times a second, for a source to end itself."""
         ...
 
+    def keep(self) -> object:
+        """Writes what a server needs to go on with the source later, because the engine stops."""
+        ...
+
     def end(self, reason: str) -> None:
-        """Ends the source, because the engine stops."""
+        """Ends the source, because the engine stops. Nothing can be called of the pipeline any more."""
         ...
 
 
@@ -64,6 +68,11 @@ class Engine:
             self._changed.notify()
         self._thread.join(wait_s)
 
+    @property
+    def is_stopping(self) -> bool:
+        """Whether it has been told to stop, or has failed."""
+        return self._stopping
+
     def submit(self, call: Callable[[], T]) -> Future[T]:
         """Runs a function in the engine's thread, between two chunks.
 
@@ -94,6 +103,8 @@ class Engine:
         try:
             while not self._stopping:
                 self._turn()
+            for source in list(self._sources):
+                source.keep()
             self._end(STOPPING)
             self.commands.stop()
         except BaseException as error:

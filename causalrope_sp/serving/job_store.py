@@ -99,7 +99,7 @@ class JobStore:
         job = Job(f"video_{secrets.token_hex(12)}", ordered_ns=time.time_ns(), has_image=image is not None, **fields)
         try:
             if image is not None:
-                _replace(self.image(job), image)
+                replace_file(self.image(job), image)
             self._write(job)
         except OSError as error:
             raise OutputError(f"cannot keep a job in {self._folder}: {first_line(error)}") from error
@@ -136,10 +136,10 @@ class JobStore:
         return job
 
     def _write(self, job: Job) -> None:
-        _replace(self._path(job), json.dumps(asdict(job)).encode())
+        replace_file(self._path(job), json.dumps(asdict(job)).encode())
 
 
-def _replace(path: Path, data: bytes) -> None:
+def replace_file(path: Path, data: bytes) -> None:
     """Writes a file such that there is the old one or the new one at any moment."""
     part = path.with_suffix(".part")
     with open(part, "wb") as file:

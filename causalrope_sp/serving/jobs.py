@@ -106,6 +106,9 @@ class JobRunner:
     def look(self) -> None:
         """Does nothing: jobs do not expire."""
 
+    def keep(self) -> None:
+        """Does nothing: jobs are on disk."""
+
     def end(self, reason: str) -> None:
         """Leaves the job in progress; it is made again after a restart."""
         if self._running is not None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import io
+import json
 import re
+import time
+from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
-from fastapi.responses import FileResponse
+from fastapi.responses import FileResponse, StreamingResponse
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
@@ -16,36 +19,58 @@ from causalrope_sp.checks import check_whole, shown
 from causalrope_sp.errors import CausalRopeError, ConfigError, InputError, OutputError
 from causalrope_sp.io.media_reader import PICTURES, read_picture
 from causalrope_sp.pipeline.generation_options import LARGEST_SEED
-from causalrope_sp.serving.messages import check_prompt
+from causalrope_sp.serving.engine import LOOK_S
+from causalrope_sp.serving.jobs import UNFINISHED
+from causalrope_sp.serving.messages import LONGEST_PROMPT, check_prompt
 
 if TYPE_CHECKING:
     from causalrope_sp.serving.job_store import Job
+    from causalrope_sp.serving.jobs import JobRunner
     from causalrope_sp.serving.server import Server
 
 MOST_SECONDS = 60
+SIGN_OF_LIFE_S = 15.0  # between two lines of a stream of events
+_BODY: dict[str, Any] = {
+    "application/json": {
+        "schema": {
+            "type": "object",
+            "required": ["prompt"],
+            "additionalProperties": False,
+            "properties": {
+                "prompt": {"type": "string", "maxLength": LONGEST_PROMPT},
+                "seconds": {"type": ["integer", "string"], "minimum": 1, "maximum": MOST_SECONDS},
+                "seed": {"type": ["integer", "string"], "minimum": 0, "maximum": LARGEST_SEED},
+                "model": {"type": "string"},
+                "size": {"type": "string"},
+            },
+        }
+    }
+}
+_NOT_STORED = {"Cache-Control": "no-store"}
 DEFAULT_SECONDS = 4  # as in that API
 FIELDS = ("prompt", "model", "seconds", "size", "seed", "input_reference")
 
 
-def jobs_router(server: Server) -> APIRouter:
+def jobs_router(server: Server, runner: JobRunner) -> APIRouter:
     """Makes the routes.
 
     Args:
-        server: whose jobs they are.
+        server: the server.
+        runner: of its jobs.
     """
     router = APIRouter(prefix="/v1/videos")
 
-    @router.post("")
+    @router.post("", openapi_extra={"requestBody": {"required": True, "content": _BODY}})
     async def create(request: Request) -> dict[str, Any]:
         try:
             body = await _body(request)
             fields, image = _fields(server, body), await _image(server, body.get("input_reference"))
         except CausalRopeError as error:
             raise HTTPException(400, str(error)) from error
-        if server.jobs.waiting >= server.options.max_jobs:
+        if runner.waiting >= server.options.max_jobs:
             raise HTTPException(429, f"{server.options.max_jobs} jobs wait, which is the most: try again later")
         try:
-            return (await server.call(lambda: server.jobs.create(image, fields))).as_json()
+            return (await server.call(lambda: runner.create(image, fields))).as_json()
         except OutputError as error:
             raise HTTPException(507, "the server cannot keep any more jobs") from error
 
@@ -55,7 +80,7 @@ def jobs_router(server: Server) -> APIRouter:
         limit: Annotated[int, Query(ge=1, le=100)] = 20,
         order: Literal["asc", "desc"] = "desc",
     ) -> dict[str, Any]:
-        jobs = list(server.jobs.store.jobs.values())
+        jobs = list(runner.store.jobs.values())
         jobs = jobs if order == "asc" else jobs[::-1]
         names = [job.id for job in jobs]
         if after is not None:
@@ -66,26 +91,55 @@ def jobs_router(server: Server) -> APIRouter:
 
     @router.get("/{name}")
     async def retrieve(name: str) -> dict[str, Any]:
-        return _found(server, name).as_json()
+        return _found(runner, name).as_json()
 
     @router.get("/{name}/content", response_class=FileResponse)
     async def content(name: str, variant: Literal["video"] = "video") -> FileResponse:
-        job = _found(server, name)
+        job = _found(runner, name)
         if job.status != "completed":
             raise HTTPException(409, f"the video is not there: its status is {job.status}")
-        return FileResponse(server.jobs.store.video(job), media_type="video/mp4", filename=f"{job.id}.mp4")
+        return FileResponse(runner.store.video(job), media_type="video/mp4", filename=f"{job.id}.mp4")
+
+    @router.get("/{name}/events", response_class=StreamingResponse)
+    async def events(name: str) -> StreamingResponse:
+        _found(runner, name)
+        return StreamingResponse(_events(server, runner, name), media_type="text/event-stream", headers=_NOT_STORED)
 
     @router.delete("/{name}")
     async def delete(name: str) -> dict[str, Any]:
-        if not await server.call(lambda: server.jobs.remove(name)):
+        if not await server.call(lambda: runner.remove(name)):
             raise HTTPException(404, "there is no video of this id")
         return {"id": name, "object": "video.deleted", "deleted": True}
 
     return router
 
 
-def _found(server: Server, name: str) -> Job:
-    job = server.jobs.store.jobs.get(name)
+async def _events(server: Server, runner: JobRunner, name: str) -> AsyncIterator[str]:
+    """Makes server-sent events of a job's changes: `progress` and then `completed`, `failed` or `deleted`."""
+    told, told_at = None, time.monotonic()
+    while not server.engine.is_stopping:
+        job = runner.store.jobs.get(name)
+        if job is None:
+            yield _event("deleted", {"id": name, "object": "video.deleted", "deleted": True})
+            return
+        if job != told:
+            finished = job.status not in UNFINISHED
+            yield _event(job.status if finished else "progress", job.as_json())
+            if finished:
+                return
+            told, told_at = job, time.monotonic()
+        elif time.monotonic() > told_at + SIGN_OF_LIFE_S:
+            yield ": the job is as it was\n\n"  # a comment, so that a proxy does not take the connection for dead
+            told_at = time.monotonic()
+        await asyncio.sleep(LOOK_S)
+
+
+def _event(kind: str, fields: dict[str, Any]) -> str:
+    return f"event: {kind}\ndata: {json.dumps(fields)}\n\n"
+
+
+def _found(runner: JobRunner, name: str) -> Job:
+    job = runner.store.jobs.get(name)
     if job is None:
         raise HTTPException(404, "there is no video of this id")
     return job

@@ -5,35 +5,20 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from causalrope_sp.errors import CausalRopeError, ConfigError, RankLostError
+from causalrope_sp.serving.checkpoints import Checkpoints
 from causalrope_sp.serving.event_log import log_event
+from causalrope_sp.serving.live_state import Delivery, LiveState
 from causalrope_sp.serving.metrics import Metrics
 
 if TYPE_CHECKING:
-    from causalrope_sp.pipeline.output import VideoChunk
     from causalrope_sp.serving.engine import Engine
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass
-class Delivery:
-    """A chunk on its way to the viewer.
-
-    Args:
-        sequence: its number among all deliveries of the session, from 0 on.
-        chunk: the chunk.
-        dropped: whether it was taken back before it was played.
-    """
-
-    sequence: int
-    chunk: VideoChunk
-    dropped: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,6 +51,20 @@ class FlowLimits:
     grace_s: float
 
 
+@dataclass(frozen=True)
+class Keeping:
+    """Where sessions are kept for another server to go on with, and when.
+
+    Args:
+        checkpoints: where.
+        every_change: whether they are after every chunk and every change, before the viewer learns of it; otherwise
+            only when the server stops.
+    """
+
+    checkpoints: Checkpoints
+    every_change: bool
+
+
 class LiveSession:
     """An open session of the pipeline and the chunks that its viewer has not played yet. The engine's thread alone
     calls it.
@@ -76,6 +75,8 @@ class LiveSession:
         metrics: where it counts.
         on_end: called once it has ended.
         arguments: of `CausalVideoPipeline.open`, or `path` of a saved session.
+        keeping: where it is kept for another server to go on with, and when; None for nowhere.
+        restored: the key and the state of a session that was kept, for one to go on with.
 
     Attributes:
         key: the secret by which a viewer comes back.
@@ -93,19 +94,21 @@ class LiveSession:
         metrics: Metrics,
         on_end: Callable[[LiveSession], None],
         arguments: dict[str, Any],
+        keeping: Keeping | None = None,
+        restored: tuple[str, LiveState] | None = None,
     ) -> None:
         self._engine, self._commands, self._limits, self._metrics = engine, engine.commands, limits, metrics
-        self._on_end = on_end
-        self.key = secrets.token_urlsafe(18)
+        self._on_end, self._keeping = on_end, keeping
+        self.key, self._state = restored or (secrets.token_urlsafe(18), LiveState(arguments))
         opened = time.monotonic()
         self.number, self.session = self._commands.open(**arguments)
         self._opened: float | None = opened
-        self.next_chunk, self._sequence = self.session.next_index, 0
-        self._unplayed: deque[Delivery] = deque()
+        self.next_chunk = self.session.next_index
         self._receiver: Receiver | None = None
-        self._left_at, self._paused, self._ended = opened, False, False
+        self._left_at, self._ended = opened, False
         engine.add(self)
-        log_event(_log, "session opened", session=self.number)
+        self._keep_change()
+        log_event(_log, "session opened" if restored is None else "session restored", session=self.number)
 
     @property
     def prompts(self) -> list[dict[str, Any]]:
@@ -123,7 +126,7 @@ class LiveSession:
     @property
     def ahead(self) -> int:
         """Pixel frames that are made and not yet played."""
-        return sum(len(delivery.chunk.frames) for delivery in self._unplayed if delivery.chunk.frames is not None)
+        return self._state.ahead
 
     def attach(self, receiver: Receiver) -> dict[str, Any]:
         """Sends all that was not played to a viewer, and what is made from now on. A former viewer gets an end.
@@ -134,9 +137,9 @@ class LiveSession:
         if self._receiver is not None:
             self._receiver(Ended("replaced", "another connection has taken the session over"))
         self._receiver = receiver
-        for delivery in self._unplayed:
+        for delivery in self._state.unplayed:
             receiver(delivery)
-        return {"from_chunk": self.next_chunk, "paused": self._paused, "prompts": self.prompts}
+        return {"from_chunk": self.next_chunk, "paused": self._state.paused, "prompts": self.prompts}
 
     def detach(self, receiver: Receiver) -> None:
         """Waits for the viewer to come back, unless another one has taken over."""
@@ -146,12 +149,12 @@ class LiveSession:
 
     def played(self, sequence: int) -> None:
         """Notes that the viewer has played all deliveries up to this one."""
-        while self._unplayed and self._unplayed[0].sequence <= sequence:
-            self._unplayed.popleft()
+        self._state.played(sequence)
 
     def pause(self, paused: bool) -> dict[str, Any]:
         """Makes no more chunks until the viewer resumes, or makes them again."""
-        self._paused = paused
+        self._state.paused = paused
+        self._keep_change()
         return {"from_chunk": self.next_chunk}
 
     def set_prompt(self, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -166,6 +169,7 @@ class LiveSession:
         started = time.perf_counter()
         number = self._commands.call("set_prompt", self.number, **arguments)
         log_event(_log, "prompt changed", session=self.number, seconds=round(time.perf_counter() - started, 4))
+        self._keep_change()
         return {"from_chunk": self.session.prompts[-1].first_chunk, "prompt_id": number}
 
     def seek(self, chunk: int) -> dict[str, Any]:
@@ -179,10 +183,8 @@ class LiveSession:
             raise ConfigError(f"chunk must be one that was made, {made}, not {chunk}")
         exact = self._commands.call("rewind", self.number, chunks=self.next_chunk - chunk)
         self.next_chunk = chunk
-        for delivery in self._unplayed:
-            delivery.dropped = delivery.chunk.index >= chunk
-        dropped = sum(delivery.dropped for delivery in self._unplayed)
-        self._unplayed = deque(delivery for delivery in self._unplayed if not delivery.dropped)
+        dropped = self._state.take_back(chunk)
+        self._keep_change()
         return {"from_chunk": chunk, "exact": exact, "dropped_chunks": dropped, "prompts": self.prompts}
 
     def save(self, path: str, cache: bool) -> dict[str, Any]:
@@ -206,7 +208,7 @@ class LiveSession:
 
     def needs_chunk(self) -> bool:
         """Whether its viewer is there, has not paused, and has little left to play."""
-        here = self._receiver is not None and not (self._paused or self._ended)
+        here = self._receiver is not None and not (self._state.paused or self._ended)
         return here and self.session.is_open and self.ahead < self._limits.lead_frames
 
     def make_chunk(self) -> None:
@@ -223,10 +225,10 @@ class LiveSession:
         self.next_chunk = chunk.index + 1
         self._metrics.count_chunk(chunk, self._opened)
         self._opened = None
-        delivery = Delivery(self._sequence, chunk)
-        self._sequence += 1
-        self._unplayed.append(delivery)
-        if self._receiver is not None:
+        delivery = self._state.add(chunk)
+        if not self._keep_change():
+            self.give_up()
+        elif self._receiver is not None:
             self._receiver(delivery)
 
     def look(self) -> None:
@@ -234,8 +236,32 @@ class LiveSession:
         if self._receiver is None and time.monotonic() - self._left_at > self._limits.grace_s:
             self._finish(Ended("expired", "the viewer did not come back in time"))
 
+    def keep(self) -> bool:
+        """Writes the session for another server to go on with. One that cannot be written goes on here as before.
+
+        Returns:
+            Whether no other server has taken it.
+        """
+        made, state = self.next_chunk > 0, self._state
+        if self._keeping is None or not (made or "prompt" in state.opening):
+            return True
+        if not made:
+            state.opening = {**state.opening, "prompt": self.session.prompts[-1].prompt}
+        try:
+            return self._keeping.checkpoints.write(self.key, state, made, self.save)
+        except CausalRopeError as error:
+            log_event(_log, "session not kept", session=self.number, message=str(error))
+            return True
+
+    def give_up(self) -> None:
+        """Ends the session here, since another server has taken it."""
+        self._finish(Ended("replaced", "another server has taken the session over"))
+
+    def _keep_change(self) -> bool:
+        return self._keeping is None or not self._keeping.every_change or self.keep()
+
     def end(self, reason: str) -> None:
-        """Tells the viewer that the server stops. Nothing is called of the pipeline any more."""
+        """Tells the viewer that the server stops."""
         self._ended = True
         if self._receiver is not None:
             self._receiver(Ended("stopped", reason))
@@ -246,7 +272,9 @@ class LiveSession:
         if ended is not None and self._receiver is not None:
             self._receiver(ended)
         self._receiver = None
-        self._unplayed.clear()
+        self._state.unplayed.clear()
+        if self._keeping is not None:
+            self._keeping.checkpoints.remove(self.key)
         try:
             self._commands.call("close", self.number)
         except CausalRopeError as error:

@@ -47,6 +47,7 @@ FIELDS: dict[str, dict[str, Check]] = {
         "seed": partial(check_whole, least=0, most=LARGEST_SEED),
         "media": _MEDIA,
         "session": _name,
+        "played": _WHOLE,
         "saved": _name,
     },
     "prompt": {
@@ -153,3 +154,5 @@ def _check_open(fields: dict[str, Any]) -> None:
         raise ConfigError("open needs one of the fields prompt, session and saved")
     if "seed" in fields and "prompt" not in fields:
         raise ConfigError("seed goes with a prompt: a session has its seed already")
+    if "played" in fields and "session" not in fields:
+        raise ConfigError("played goes with a session: nothing has been played of another one")

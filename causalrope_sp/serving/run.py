@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import socket
+import time
 from typing import TYPE_CHECKING
 
+import uvicorn
+
 from causalrope_sp.errors import ConfigError, first_line
+from causalrope_sp.serving.app import build_app
 from causalrope_sp.serving.event_log import log_event
 from causalrope_sp.serving.messages import LONGEST_MESSAGE
+from causalrope_sp.serving.server import Server
 from causalrope_sp.serving.server_options import ServerOptions
 
 if TYPE_CHECKING:
@@ -33,6 +39,28 @@ def listen(options: ServerOptions) -> socket.socket:
         raise ConfigError(f"cannot listen at {options.host}, port {options.port}: {first_line(error)}") from error
 
 
+class _Web(uvicorn.Server):
+    """A web server that ends the live sessions, and lets their viewers know, before it closes connections.
+
+    Args:
+        config: of uvicorn.
+        server: whose sessions they are.
+    """
+
+    def __init__(self, config: uvicorn.Config, server: Server) -> None:
+        super().__init__(config)
+        self._live = server
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Ends the server."""
+        log_event(_log, "stopping", message="the server ends, and keeps its live sessions on disk")
+        await asyncio.to_thread(self._live.engine.stop)
+        until = time.monotonic() + GOODBYE_S
+        while self._live.viewers and time.monotonic() < until:
+            await asyncio.sleep(0.05)
+        await super().shutdown(sockets)
+
+
 def serve(pipe: CausalVideoPipeline, model: str, options: ServerOptions, listening: socket.socket) -> None:
     """Serves until the process is told to stop.
 
@@ -45,11 +73,6 @@ def serve(pipe: CausalVideoPipeline, model: str, options: ServerOptions, listeni
     Raises:
         Exception: what ended the engine.
     """
-    import uvicorn
-
-    from causalrope_sp.serving.app import build_app
-    from causalrope_sp.serving.server import Server
-
     failures: list[BaseException] = []
 
     def fail(error: BaseException) -> None:
@@ -57,7 +80,7 @@ def serve(pipe: CausalVideoPipeline, model: str, options: ServerOptions, listeni
         web.should_exit = True
 
     server = Server(pipe, model, options, fail)
-    web = uvicorn.Server(
+    web = _Web(
         uvicorn.Config(
             build_app(server),
             log_config=None,
@@ -68,7 +91,8 @@ def serve(pipe: CausalVideoPipeline, model: str, options: ServerOptions, listeni
             ws_ping_timeout=PING_S,
             ws_per_message_deflate=False,  # video does not get any smaller
             timeout_graceful_shutdown=GOODBYE_S,
-        )
+        ),
+        server,
     )
     server.engine.start()
     host, port = listening.getsockname()[:2]

@@ -6,17 +6,19 @@ import asyncio
 import fcntl
 import secrets
 from collections.abc import Callable
-from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from causalrope_sp.errors import OutputError, first_line
 from causalrope_sp.pipeline.pipeline import CausalVideoPipeline
+from causalrope_sp.serving.checkpoints import Checkpoints
 from causalrope_sp.serving.commands import Commands
 from causalrope_sp.serving.engine import Engine
 from causalrope_sp.serving.job_store import JobStore
 from causalrope_sp.serving.jobs import JobRunner
-from causalrope_sp.serving.live import FlowLimits, LiveSession, Receiver
+from causalrope_sp.serving.live import FlowLimits, Keeping, LiveSession, Receiver
+from causalrope_sp.serving.live_state import LiveState
 from causalrope_sp.serving.messages import LONGEST_PROMPT, Refused
 from causalrope_sp.serving.metrics import Metrics
 from causalrope_sp.serving.server_options import ServerOptions
@@ -34,12 +36,14 @@ class Server:
         model: its name, as clients see it.
         options: of the server.
         on_failure: called from the engine's thread with the error that ended the engine.
+        shared: whether other servers use the folder too; then there are no jobs.
 
     Attributes:
         pipe, options: as given.
         engine: the thread that calls the pipeline.
         metrics: the counters.
-        jobs: the videos that were ordered.
+        jobs: the videos that were ordered; None in a shared folder.
+        viewers: how many conversations there are.
         facts: about the model and the ranks, for JSON.
 
     Raises:
@@ -52,16 +56,19 @@ class Server:
         model: str,
         options: ServerOptions,
         on_failure: Callable[[BaseException], None],
+        shared: bool = False,
     ) -> None:
         self.pipe, self.options = pipe, options
         self.metrics = Metrics(pipe.strategy, pipe.fps, pipe.parallel.size)
         self.engine = Engine(Commands(pipe), on_failure)
+        self.viewers = 0
         self._sessions: dict[str, LiveSession] = {}
-        self._opening = 0
         self._limits = FlowLimits(options.lead_seconds * pipe.fps, options.grace_seconds)
         self.saved = options.folder / "sessions"
-        self._lock = _take_folder(options.folder, self.saved)
-        self.jobs = JobRunner(self.engine, JobStore(options.folder / "jobs"), self.metrics)
+        self._lock = _take_folder(options.folder, self.saved, shared)
+        self._keeping = Keeping(Checkpoints(options.folder / "live", options.keep_cache), options.keep_every_change)
+        jobs = None if shared else JobStore(options.folder / "jobs")
+        self.jobs = None if jobs is None else JobRunner(self.engine, jobs, self.metrics)
         self.facts = {
             "model": model,
             "height": pipe.height,
@@ -69,6 +76,7 @@ class Server:
             "fps": pipe.fps,
             "ranks": pipe.parallel.size,
             "strategy": pipe.strategy,
+            "webrtc": not shared and find_spec("aiortc") is not None,
             "lead_seconds": options.lead_seconds,
             "longest_prompt": LONGEST_PROMPT,
             "grammar": _grammar(pipe),
@@ -93,12 +101,7 @@ class Server:
             CausalRopeError: the session cannot be opened.
         """
         if "session" in fields:
-            if (found := self._sessions.get(fields["session"])) is None:
-                raise Refused("no_session", "there is no session of this name: it has ended, or never was")
-            return await self.call(lambda: _attached(found, receiver))
-        most = self.options.max_sessions
-        if len(self._sessions) + self._opening >= most:
-            raise Refused("too_many_sessions", f"{most} sessions are open, which is the most: try again later")
+            return await self._come_back(fields["session"], fields.get("played"), receiver)
         if "saved" in fields:
             path = self._saved_path(fields["saved"])
             if not path.is_file():
@@ -106,12 +109,39 @@ class Server:
             arguments: dict[str, Any] = {"path": str(path)}
         else:
             arguments = {**fields, "history": self.options.history}
-        self._opening += 1
-        try:
-            opened = partial(LiveSession, self.engine, self._limits, self.metrics, self._forget, arguments)
-            return await self.call(lambda: _attached(self._remember(opened()), receiver))
-        finally:
-            self._opening -= 1
+        return await self.call(lambda: _attached(self._opened(arguments), receiver))
+
+    async def _come_back(self, key: str, played: int | None, receiver: Receiver) -> tuple[LiveSession, dict[str, Any]]:
+        """Attaches a viewer to an open session, or to one that was kept, which is opened again."""
+
+        def find() -> tuple[LiveSession, dict[str, Any]]:
+            checkpoints, live = self._keeping.checkpoints, self._sessions.get(key)
+            if live is not None and checkpoints.is_taken(key):  # its viewer was at another server in between
+                live.give_up()
+                live = None
+            if live is None:
+                self._check_room()
+                if (kept := checkpoints.take(key)) is None:
+                    raise Refused("no_session", "there is no session of this name: it has ended, or never was")
+                live = self._opened(kept[0], (key, kept[1]))
+            if played is not None and not live.has_ended:
+                live.played(played)
+            return _attached(live, receiver)
+
+        return await self.call(find)
+
+    def _opened(self, arguments: dict[str, Any], restored: tuple[str, LiveState] | None = None) -> LiveSession:
+        """Opens a session, in the engine's thread."""
+        self._check_room()
+        live = LiveSession(self.engine, self._limits, self.metrics, self._forget, arguments, self._keeping, restored)
+        self._sessions[live.key] = live
+        self.metrics.sessions.set(len(self._sessions))
+        return live
+
+    def _check_room(self) -> None:
+        most = self.options.max_sessions
+        if len(self._sessions) >= most:
+            raise Refused("too_many_sessions", f"{most} sessions are open, which is the most: try again later")
 
     async def save(self, live: LiveSession, cache: bool = True) -> dict[str, Any]:
         """Writes a session to the server's folder.
@@ -157,20 +187,17 @@ class Server:
     def _saved_path(self, name: str) -> Path:
         return self.saved / f"{name}.safetensors"
 
-    def _remember(self, live: LiveSession) -> LiveSession:
-        self._sessions[live.key] = live
-        self.metrics.sessions.set(len(self._sessions))
-        return live
-
     def _forget(self, live: LiveSession) -> None:
         self._sessions.pop(live.key, None)
         self.metrics.sessions.set(len(self._sessions))
 
 
-def _take_folder(folder: Path, saved: Path) -> IO[bytes]:
-    """Makes the server's folders and locks them; returns what holds the lock as long as it is open."""
+def _take_folder(folder: Path, saved: Path, shared: bool) -> IO[bytes] | None:
+    """Makes the server's folders, and locks them unless others share them; returns what holds the lock."""
     try:
         saved.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if shared:
+            return None
         lock = open(folder / "lock", "ab")  # noqa: SIM115
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from causalrope_sp.checks import check_fields, check_number, check_text, check_whole
+from causalrope_sp.checks import check_fields, check_flag, check_number, check_text, check_whole
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.pipeline.option_checks import replace_checked
 
@@ -38,7 +38,10 @@ class ServerOptions:
         grace_seconds: how long a session waits for its viewer to come back.
         history: how many chunks a session takes back bit for bit.
         upload_mib: the largest body of a request, in MiB.
-        folder: where jobs, videos and saved sessions are.
+        folder: where jobs, videos, and saved and kept sessions are.
+        keep_every_change: whether live sessions are kept on disk after every chunk and change, and not only when the
+            server stops.
+        keep_cache: whether they are kept with keys and values, so that they go on bit for bit.
 
     Raises:
         ConfigError: a value has the wrong type or is outside its range, or a token is missing.
@@ -56,10 +59,14 @@ class ServerOptions:
     history: int = 4
     upload_mib: int = 16
     folder: Path = field(default_factory=default_folder)
+    keep_every_change: bool = False
+    keep_cache: bool = True
 
     def __post_init__(self) -> None:
         check_text("host", self.host)
         check_fields(self, ("max_sessions", "max_saved", "max_jobs", "upload_mib"), most=100_000)
+        for name in ("keep_every_change", "keep_cache"):
+            check_flag(name, getattr(self, name))
         replace_checked(self, "port", partial(check_whole, least=0, most=65535))
         replace_checked(self, "history", partial(check_whole, least=0, most=1000))
         check_number("lead_seconds", self.lead_seconds, above=0, most=3600)

@@ -56,6 +56,8 @@ class Rotation:
     def part(self, frames: slice) -> Rotation:
         """Returns the rotation of some of the frames. It is made once, since every layer needs it."""
         which = frames.indices(len(self.query_times_F))
+        if which == (0, len(self.query_times_F), 1):
+            return self
         if which not in self._parts:
             frames = slice(*which)
             queries = self.query_times_F[frames]
@@ -65,7 +67,7 @@ class Rotation:
 
     @cached_property
     def _parts(self) -> dict[tuple[int, int, int], Rotation]:
-        return {(0, len(self.query_times_F), 1): self}
+        return {}
 
     @cached_property
     def complex_TNE(self) -> Tensor:

@@ -27,7 +27,7 @@ class Counting:
 
     def __init__(self, name: str, needs: int, order: list[str], error: BaseException | None = None) -> None:
         self.name, self.needs, self.order, self.error = name, needs, order, error
-        self.ended, self.looks = "", 0
+        self.ended, self.looks, self.kept = "", 0, False
 
     def needs_chunk(self) -> bool:
         return self.needs > 0
@@ -41,6 +41,9 @@ class Counting:
 
     def look(self) -> None:
         self.looks += 1
+
+    def keep(self) -> None:
+        self.kept = not self.ended
 
     def end(self, reason: str) -> None:
         self.ended = reason
@@ -115,6 +118,7 @@ def test_a_lost_rank_ends_all_sources_and_the_engine(engine: Engine, failures: l
     assert failures == [lost]
     assert other.ended == failing.ended == "a rank of the server is lost"
     assert not cast(Any, engine.commands).stopped
+    assert not other.kept, "its ranks cannot be asked for anything"
     with pytest.raises(RankLostError, match="the server is stopping"):
         engine.submit(lambda: 7).result(10)
 
@@ -124,6 +128,6 @@ def test_a_stopped_engine_ends_its_sources_and_stops_the_ranks(engine: Engine, f
     engine.add(source)
     engine.start()
     engine.stop()
-    assert source.ended == "the server is stopping"
+    assert (source.kept, source.ended) == (True, "the server is stopping")
     assert cast(Any, engine.commands).stopped
     assert failures == []

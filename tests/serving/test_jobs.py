@@ -6,6 +6,7 @@ import io
 import json
 import os
 import signal
+import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -155,6 +156,31 @@ def test_no_more_jobs_wait_than_allowed_and_a_viewer_has_its_turn(client: openai
     assert {client.videos.retrieve(name).status for name in names} == {"in_progress", "queued"}
     for name in names:
         client.videos.delete(name)
+
+
+def events_of(server: RunningServer, name: str) -> list[tuple[str, dict[str, Any]]]:
+    """The server-sent events of a job to their end: kinds and data."""
+    url, headers = f"{server.url}v1/videos/{name}/events", {"authorization": f"Bearer {TOKEN}"}
+    with httpx.stream("GET", url, headers=headers, timeout=120) as answer:
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        told = "".join(answer.iter_text()).split("\n\n")
+    assert told.pop() == ""
+    fields = [dict(line.split(": ", 1) for line in event.splitlines()) for event in told]
+    return [(each["event"], json.loads(each["data"])) for each in fields]
+
+
+def test_progress_is_told_as_events(client: openai.OpenAI, server: RunningServer) -> None:
+    first, second = order(client, seconds=20), order(client, seconds=60)
+    told = events_of(server, first.id)
+    assert [kind for kind, _ in told] == ["progress"] * (len(told) - 1) + ["completed"]
+    assert [job["progress"] for _, job in told] == sorted(job["progress"] for _, job in told)
+    assert len({job["progress"] for _, job in told}) > 2
+    assert told[-1][1] == client.videos.retrieve(first.id).model_dump(exclude_unset=True)
+    threading.Timer(0.5, client.videos.delete, (second.id,)).start()
+    assert events_of(server, second.id)[-1][0] == "deleted"
+    answer = server.get(f"v1/videos/{second.id}/events", authorization=f"Bearer {TOKEN}")
+    assert answer.status_code == 404
+    client.videos.delete(first.id)
 
 
 def test_jobs_survive_a_server_that_is_killed(tmp_path: Path) -> None:

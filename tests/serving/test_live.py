@@ -13,7 +13,8 @@ from causalrope_sp.errors import ConfigError, PromptError
 from causalrope_sp.pipeline.pipeline import CausalVideoPipeline
 from causalrope_sp.serving.commands import Commands
 from causalrope_sp.serving.engine import Engine
-from causalrope_sp.serving.live import Delivery, Ended, FlowLimits, Item, LiveSession
+from causalrope_sp.serving.live import Ended, FlowLimits, Item, LiveSession
+from causalrope_sp.serving.live_state import Delivery
 from causalrope_sp.serving.metrics import Metrics
 
 RED, BLUE = "a red circle slides right", "a blue square stays still"

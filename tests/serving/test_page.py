@@ -112,7 +112,7 @@ def moves(page: Page) -> bool:
     return bool(np.abs(picture(page) - first).mean() > 1)
 
 
-@pytest.mark.parametrize("media", ["mp4", "jpeg"])
+@pytest.mark.parametrize("media", ["mp4", "jpeg", "webrtc"])
 def test_a_prompt_moves_and_another_one_changes_the_colour(page: Page, media: str) -> None:
     start(page, RED, media)
     wait_until(page, lambda: is_red(page))
@@ -209,6 +209,23 @@ def test_a_lost_connection_comes_back(context: BrowserContext, server: RunningSe
         before = int(page.locator("#timeline").get_attribute("max") or 0)
         wait_until(page, lambda: int(page.locator("#timeline").get_attribute("max") or 0) > before + 1)
         wait_until(page, lambda: moves(page))
+        page.click("#close")
+
+
+def test_a_server_that_starts_again_goes_on(context: BrowserContext, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    page = context.new_page()
+    with running_server(tmp_path, *ONE_STEP, port=port) as server:
+        page.goto(server.url)
+        start(page)
+        wait_until(page, lambda: is_red(page))
+    expect(page.locator("#state")).to_have_text("connection lost: trying again")
+    before = int(page.locator("#timeline").get_attribute("max") or 0)
+    with running_server(tmp_path, *ONE_STEP, port=port):
+        expect(page.locator("#state")).to_have_text("live")
+        wait_until(page, lambda: int(page.locator("#timeline").get_attribute("max") or 0) > before + 1)
+        wait_until(page, lambda: moves(page) and is_red(page))
         page.click("#close")
 
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from websockets.exceptions import ConnectionClosed
 
 from causalrope_sp.pipeline.pipeline import CausalVideoPipeline
+from tests.support.nonsense import STEERING
 from tests.support.servers import ONE_STEP, RunningServer, Viewer, mean_color, running_server
 
 RED, GREEN = "a large red circle slides right", "a large green circle slides right"
@@ -161,17 +162,8 @@ def test_ctrl_c_ends_the_server_and_its_viewers(tmp_path: Path) -> None:
         assert server.process.wait(60) == 130
 
 
-PROMPT = st.sampled_from([RED, GREEN, "a pink cat", "", "é\x00"])
-MESSAGES = st.one_of(
-    st.fixed_dictionaries({"type": st.just("prompt"), "prompt": PROMPT}, optional={"recache": st.booleans()}),
-    st.fixed_dictionaries({"type": st.just("seek"), "chunk": st.integers(-1, 9)}),
-    st.fixed_dictionaries({"type": st.sampled_from(["pause", "resume", "open", "nothing"])}),
-    st.fixed_dictionaries({"type": st.just("played"), "sequence": st.integers(-1, 20) | st.none()}),
-)
-
-
 @settings(max_examples=12)
-@given(st.lists(MESSAGES | st.none() | st.text(max_size=20), max_size=12))
+@given(st.lists(STEERING | st.none() | st.text(max_size=20), max_size=12))
 def test_any_messages_are_each_answered_and_the_session_goes_on(
     server: RunningServer, messages: list[dict[str, Any] | str | None]
 ) -> None:
