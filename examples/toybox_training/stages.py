@@ -30,6 +30,7 @@ POOL = 160  # self-made videos that the DiT learns from at a time; made anew whe
 NEW, EVERY = 8, 60  # as many are made new after as many steps
 STRAYED = 0.6  # the mean square error, on objects, from which on a self-made history teaches nothing
 PERIOD = 16  # latent frames after which every motion repeats itself
+LATE = 2  # periods by which a video that the DiT made is longer than its scene
 LONGEST = 24  # periods by which a scene is made older than it is, so that a stream can go on for minutes
 DROPPED = 0.1  # how often the text is left out, for guidance
 
@@ -173,7 +174,9 @@ class DiTTraining:
         pick = torch.tensor([number for number, _ in chosen])
         batch = _batch(self._long, size, sizes[: max(numbers)], numbers, generator, offset, start, pick)
         seen = slice(offset, offset + batch.history.shape[1])
-        own = torch.stack([video for _, video in chosen])[:, seen]
+        late = PERIOD * int(torch.randint(LATE + 1, (), generator=generator)) if offset else 0
+        seen_late = slice(seen.start + late, seen.stop + late)  # the truth repeats itself
+        own = torch.stack([video for _, video in chosen])[:, seen_late]
         truth, objects = self._long.latents[pick, seen].float(), self._long.objects[pick, seen]
         error = (own - truth).square().mean(2)
         before = [number - 1 for number in numbers]
@@ -197,7 +200,7 @@ class DiTTraining:
                 text,
                 noise,
                 self._forcing.grid,
-                frames,
+                frames + LATE * PERIOD,
                 stream=STREAM,
                 sampler=SAMPLER,
                 initial_latents=opening,
