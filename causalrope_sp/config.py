@@ -85,11 +85,10 @@ class DiTConfig:
         return self.token_dim // self.in_channels * self.embedded_channels
 
 
-VAE_STRIDE = (4, 8, 8)  # of Wan 2.1: pixel frames a latent frame, then pixels a latent pixel in height and width
-
 PRESETS = {
     "wan2.1-1.3b": DiTConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30),
     "wan2.1-14b": DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),
+    "wan2.2-ti2v-5b": DiTConfig(dim=3072, ffn_dim=14336, num_heads=24, num_layers=30, in_channels=48),
 }
 
 

@@ -22,11 +22,11 @@ from causalrope_sp.weights.models_beside import models_beside, parts_left_out, r
 from causalrope_sp.weights.scheduler_file import with_scheduler
 
 MODEL_INDEX = "model_index.json"  # the file that only diffusers folders have
-VAE_FILE = "Wan2.1_VAE.pth"  # in a folder of Wan's own layout
+VAE_FILES = ("Wan2.1_VAE.pth", "Wan2.2_VAE.pth")  # in folders of Wan's own layout
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
 # Settings of models whose files have none: of Wan 2.1, and by the VAE's stride of others (Wan 2.2 5B has 16).
 WAN = {"height": 480, "width": 832, "fps": 16}
-_BY_STRIDE = {16: {"height": 704, "width": 1280, "fps": 24}}
+BY_STRIDE = {16: {"height": 704, "width": 1280, "fps": 24}}
 _NEEDED = (  # settings that change the video of a model: where they are kept, the field, and the option
     ("stream", "window", "window"),
     ("stream", "chunk_frames", "chunk_frames"),
@@ -200,13 +200,13 @@ def _frames_of(codec: str | os.PathLike[str]) -> dict[str, Any]:
         stride = codec_footprint(codec, None, WAN["height"], WAN["width"], 1).stride
     except CheckpointError:  # loading the codec will say why
         return WAN
-    return _BY_STRIDE.get(stride, WAN)
+    return BY_STRIDE.get(stride, WAN)
 
 
 def _parts_in(folder: Path) -> dict[str, Any]:
     """The fields `codec` and `text` of those parts that a folder of diffusers' or Wan's own layout has."""
     found: dict[str, Any] = {}
-    codec = next((path for path in (folder / "vae", folder / VAE_FILE) if path.exists()), None)
+    codec = next((path for path in (folder / "vae", *(folder / name for name in VAE_FILES)) if path.exists()), None)
     if codec is not None:
         found["codec"] = codec
     text = TextSource(folder)

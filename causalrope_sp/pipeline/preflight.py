@@ -156,7 +156,9 @@ def describe_run(
     least = stream.chunk_frames + stream.sink
     work = Workload.of(config, grid, stream, model_config.sampler, stream.window or least, itemsize=itemsize)
     return Run(
-        replace(work, fp8=model_config.weights == "fp8", wide=report.wide_parameters),
+        replace(
+            work, fp8=model_config.weights == "fp8", wide=report.wide_parameters, temporal_stride=found.temporal_stride
+        ),
         parallel.mesh.sp,
         parallel.strategy,
         default_machine(parallel.device),

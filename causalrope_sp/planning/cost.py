@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 from causalrope_sp.attention.base import lse_elements
-from causalrope_sp.config import VAE_STRIDE
 from causalrope_sp.distributed.layout import Layout, parse_strategy, strategies
 from causalrope_sp.grid import LatentGrid, Shard
 from causalrope_sp.planning.machines import Machine
@@ -264,7 +263,7 @@ def _cost(layout: Layout, cfg: int, work: Workload, on: Machine, auxiliary: Auxi
         exposed_ms=1e3 * (exposed + gather),
         chunk_ms=1e3 * seconds,
         first_frame_ms=1e3 * first,
-        fps=VAE_STRIDE[0] * chunk / seconds,
+        fps=work.temporal_stride * chunk / seconds,
         efficiency=1.0,
         imbalance=max(steady) * layout.ranks / sum(steady),
         fits=True,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import takewhile
 
+from causalrope_sp.codec.wan_vae_config import WAN_2_1
 from causalrope_sp.config import DiTConfig, SamplerConfig, StreamConfig
 from causalrope_sp.diffusion.schedule import branch_timesteps, guided_steps
 from causalrope_sp.grid import LatentGrid, split_into_chunks
@@ -34,6 +35,7 @@ class Workload:
         kept_chunks: of how many chunks beyond the window clean latents are kept.
         recomputed: the context passes before each chunk that compute its window anew: the frames of each, and those
             that it attends; None if the window only slides.
+        temporal_stride: the pixel frames of a latent frame, which only the frame rate depends on.
     """
 
     config: DiTConfig
@@ -51,6 +53,7 @@ class Workload:
     sink_frames: int = 0
     history: int = 0
     kept_chunks: int = 0
+    temporal_stride: int = WAN_2_1.scale_factor_temporal
 
     @classmethod
     def of(
