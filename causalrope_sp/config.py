@@ -114,6 +114,8 @@ class StreamConfig:
             own, unless it says otherwise (LongLive). "recomputed" computes the keys and values of the window anew from
             its clean latents before every chunk, once frames have left it, so that they hold nothing of those frames:
             the newest frames read the sink and each other again (Krea Realtime).
+        image_in_chunk: whether a given image is the first frame of the first chunk, at timestep 0 in each of its
+            passes, as Wan 2.2's TI2V models are trained. Without, it is a chunk of its own before the first one.
 
     Raises:
         ConfigError: a length is below its minimum, the window is smaller than chunk + sink, or `rope` or
@@ -126,6 +128,7 @@ class StreamConfig:
     independent_first_frame: bool = False
     rope: Literal["absolute", "relative"] = "absolute"
     window_policy: WindowPolicy = "sliding"
+    image_in_chunk: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self, ["chunk_frames"], most=LONGEST_WINDOW)

@@ -166,8 +166,8 @@ def taehv_on_meta(files: WeightFiles) -> Taehv:
         )
     if config.unscaled and config.channels not in STATISTICS:
         raise CheckpointError(
-            f"{files.path}: has {config.channels} latent channels that are not normalized, and mean and deviation are known "
-            f"of {' and '.join(map(str, STATISTICS))} channels alone"
+            f"{files.path}: has {config.channels} latent channels that are not normalized; mean and deviation are "
+            f"known of {' and '.join(map(str, STATISTICS))} channels alone"
         )
     with on_meta():
         return Taehv(config)

@@ -96,6 +96,7 @@ class Conditioning:
             output.
         source: the video to redraw; None without one.
         first_step: the index of the denoising step at which redrawing starts.
+        in_chunk: an image that is the first latent frame of the first chunk, in place of `latents`, (1, 1, C, H, W).
         digest: a text that is the same on all ranks that have the same conditioning.
     """
 
@@ -103,7 +104,13 @@ class Conditioning:
     context_frames: int = 0
     source: VideoLatents | None = None
     first_step: int = 0
+    in_chunk: Tensor | None = None
     digest: str = "nothing"
+
+    @property
+    def pictured(self) -> bool:
+        """Whether an image is the first frame of the video."""
+        return self.in_chunk is not None or (self.latents is not None and not self.context_frames)
 
     @property
     def latent_frames(self) -> int:
@@ -138,7 +145,7 @@ def condition_of(
         InputError: it cannot be read.
     """
     if request.image is not None:
-        return condition_on_image(codec, request.image, *size)
+        return condition_on_image(codec, request.image, *size, in_chunk=stream.image_in_chunk)
     if request.video is None:
         return NOTHING
     if request.strength is not None:
@@ -146,7 +153,9 @@ def condition_of(
     return condition_on_video_end(codec, request.video, *size, fps, stream, prefix)
 
 
-def condition_on_image(codec: Codec, image: Picture, height: int, width: int) -> Conditioning:
+def condition_on_image(
+    codec: Codec, image: Picture, height: int, width: int, *, in_chunk: bool = False
+) -> Conditioning:
     """Makes an image the first frame of the video.
 
     Args:
@@ -154,6 +163,7 @@ def condition_on_image(codec: Codec, image: Picture, height: int, width: int) ->
         image: a file, a PIL image, an array or a tensor (see `read_picture`).
         height: pixels of a frame.
         width: pixels of a frame.
+        in_chunk: whether it is the first frame of the first chunk (see `StreamConfig.image_in_chunk`).
 
     Returns:
         Conditioning with one latent frame, which is part of the output.
@@ -162,7 +172,8 @@ def condition_on_image(codec: Codec, image: Picture, height: int, width: int) ->
         InputError: the image cannot be read.
     """
     frame = read_picture(image, height, width)
-    return Conditioning(VideoLatents(codec, iter([frame])).take(1), digest=_digest("image", [frame]))
+    latents, digest = VideoLatents(codec, iter([frame])).take(1), _digest("image", [frame])
+    return Conditioning(in_chunk=latents, digest=digest) if in_chunk else Conditioning(latents, digest=digest)
 
 
 def condition_on_video_end(

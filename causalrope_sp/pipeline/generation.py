@@ -208,18 +208,13 @@ class Generation:
             (request.prompt, request.prompt_embeds),
             (request.negative_prompt, request.negative_prompt_embeds),
         ][: 1 + self._guided]
-        return encode_all(self._pipe, self._seed, self._pictured, wanted)
+        return encode_all(self._pipe, self._seed, self.conditioning.pictured, wanted)
 
     def first_prompt(self) -> list[PromptChange]:
         """The prompt of the call as the first one of a session; none on a rank that only decodes."""
         prompt = self._request.prompt
         assert not isinstance(prompt, Sequence) or isinstance(prompt, str), "a stream has one prompt"
         return [PromptChange(0, 0, prompt, embeds) for embeds in self._texts[:1]]
-
-    @property
-    def _pictured(self) -> bool:
-        """Whether an image is the first frame of the video."""
-        return self.conditioning.latents is not None and not self.conditioning.context_frames
 
     def encode_prompt(self, prompt: str | None, embeds: Embeds | None) -> Tensor:
         """Encodes another prompt, (1, L, E). All ranks that denoise must call it.
@@ -235,7 +230,7 @@ class Generation:
 
         def encode() -> Tensor:
             GenerationOptions.of(prompt=prompt, prompt_embeds=embeds)
-            return encode_all(self._pipe, self._seed, self._pictured, [(prompt, embeds)])[0]
+            return encode_all(self._pipe, self._seed, self.conditioning.pictured, [(prompt, embeds)])[0]
 
         return self.parallel.denoisers.run_collectively(encode)
 
@@ -264,6 +259,7 @@ class Generation:
             stream=self._stream,
             sampler=self._settings.sampler,
             initial_latents=self._initial(),
+            given_frames=self.conditioning.in_chunk,
             resumed=self._resumed(),
             control=self._control(),
             source=redrawn,
@@ -290,7 +286,8 @@ class Generation:
             seed: of the session's noise.
         """
         request, settings, given = self._request, self._settings, self.conditioning
-        latents = None if given.latents is None else given.latents.cpu().to(compute_dtype(self._pipe.model.dtype))
+        conditioning = given.latents if given.in_chunk is None else given.in_chunk
+        latents = None if conditioning is None else conditioning.cpu().to(compute_dtype(self._pipe.model.dtype))
         return {
             "model_digest": self._pipe.model_digest,
             "height": settings.height,

@@ -19,7 +19,7 @@ from causalrope_sp.weights import find_preset, inspect_checkpoint
 from causalrope_sp.weights.infer import WAN_HEAD_DIM
 from causalrope_sp.weights.model_presets import Preset
 from causalrope_sp.weights.models_beside import models_beside, parts_left_out, refuse_experts
-from causalrope_sp.weights.scheduler_file import with_scheduler
+from causalrope_sp.weights.scheduler_file import with_index, with_scheduler
 
 MODEL_INDEX = "model_index.json"  # the file that only diffusers folders have
 VAE_FILES = ("Wan2.1_VAE.pth", "Wan2.2_VAE.pth")  # in folders of Wan's own layout
@@ -243,7 +243,7 @@ def _with_preset(
     if options.preset is not None:
         preset, why = find_preset(options.preset), "named"
     else:
-        preset = report.preset
+        preset = with_index(report.preset, path / MODEL_INDEX)
         kept = {name: own[name] for name in ("stream", "sampler") if name in own}
         if "sampler" not in kept:
             preset = with_scheduler(preset, path / SCHEDULER_FILE)

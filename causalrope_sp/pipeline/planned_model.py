@@ -98,8 +98,8 @@ class PlannedModel:
         report = inspect_checkpoint(local_path(name))
         if report.config.in_channels not in PUBLISHED:
             raise ConfigError(
-                f"{name} has {report.config.in_channels} latent channels, and a lone transformer is planned with the VAE "
-                f"that Wan published for {' or '.join(map(str, PUBLISHED))}: name a folder that has the VAE as well"
+                f"{name} has {report.config.in_channels} latent channels, and a lone transformer is planned with the "
+                f"VAE that Wan published for {' or '.join(map(str, PUBLISHED))}: name a folder that has the VAE as well"
             )
         size = _frame_of(report.config)
         assumed = _GUESSED

@@ -121,8 +121,11 @@ class ResumedGeneration(Generation):
             self._check_decoder(saved)
 
     def _condition(self) -> Conditioning:
-        latents = None if self._saved.conditioning is None else self._saved.conditioning.clone()
-        return Conditioning(latents, self._saved.context_frames)
+        saved = self._saved
+        latents = None if saved.conditioning is None else saved.conditioning.clone()
+        if latents is not None and saved.stream.image_in_chunk and not saved.context_frames:
+            return Conditioning(in_chunk=latents)
+        return Conditioning(latents, saved.context_frames)
 
     def _check_decoder(self, saved: SavedSession) -> None:
         """Raises ConfigError unless the state is one of the codec for pictures of this size."""

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from causalrope_sp.diffusion.noise import Noise
@@ -72,6 +73,7 @@ class ChunkLoop:
         self.parallel, self.options, self.noise, self._frames = parallel, options, noise, frames
         self.context = ShardContext.of(model, grid, parallel.shard(grid), len(embeds))
         self.context.check_initial(options.initial_latents)
+        self._given = self._given_tokens()
         self._initial = 0 if options.initial_latents is None else options.initial_latents.shape[1]
         if options.resumed is not None:
             self._initial = options.resumed.initial_frames
@@ -108,6 +110,7 @@ class ChunkLoop:
         agreed["graphs"] = options.graphs
         if self.parallel.denoisers.size > 1:  # two streams that are taken in another order on one rank differ in these
             tensors = {"text": embeds, "negative text": options.negative_embeds, "latents": options.initial_latents}
+            tensors["given frames"] = options.given_frames
             agreed |= {name: digest(x) for name, x in tensors.items() if x is not None}
         self.layout = options.layout or choose_strategy(work, default_machine(self.parallel.device), self.parallel)
         strategy = agree_on_strategy(self.parallel, work, self.layout, agreed)
@@ -134,6 +137,7 @@ class ChunkLoop:
                 graphs=graphs,
                 history=options.history,
                 settled=self.settled,
+                given=0 if self._given is None else self._given.shape[1],
             )
 
         return GuidanceBranches(open_stream, embeds, options.negative_embeds, sampler, self.parallel)
@@ -199,6 +203,7 @@ class ChunkLoop:
             x = add_noise(clean, x, levels[self._first_step])
         solve = start_solver(self.options.sampler, self._first_step)
         for step, sigma in enumerate(levels[self._first_step :], self._first_step):
+            x = self._with_given(chunk, x)
             velocity = self.branches.velocity(chunk, x, step, control_BFSE)
             to = levels[step + 1] if step + 1 < len(levels) else 0.0
             x = solve(x, velocity, sigma, to, partial(self._draw, chunk, step + 1))
@@ -207,7 +212,26 @@ class ChunkLoop:
                 self.parallel.denoisers.run_collectively(on_step)
         if self.unread is not None:
             self.unread.read()
-        return x
+        return self._with_given(chunk, x)
+
+    def _given_tokens(self) -> Tensor | None:
+        """Returns this rank's tokens of the frames that are given within the first chunk, (B, F, s, E)."""
+        given, options = self.options.given_frames, self.options
+        if given is None:
+            return None
+        self.context.check_initial(given)
+        if options.initial_latents is not None or (options.resumed is not None and options.resumed.initial_frames):
+            raise ConfigError("given_frames are the first of the stream: there can be no initial latents before them")
+        first = next(self._cut(None, 0, 0)).frames
+        if given.shape[1] > first:
+            raise ConfigError(f"given_frames must be at most the {first} of the first chunk, not {given.shape[1]}")
+        return self.context.tokens(given)
+
+    def _with_given(self, chunk: Chunk, x_BFSE: Tensor) -> Tensor:
+        """Puts the given frames into the tokens of the first chunk."""
+        if self._given is None or chunk.start > 0:
+            return x_BFSE
+        return torch.cat([self._given, x_BFSE[:, self._given.shape[1] :]], 1)
 
     def _renew_window(self, chunk: Chunk) -> None:
         """Computes anew what a chunk will attend, if the stream's policy is to. If that is cut short, all that is kept

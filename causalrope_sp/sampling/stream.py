@@ -75,6 +75,7 @@ class CausalStream:
         graphs: runs passes by captured graphs; None runs them eagerly.
         history: how many committed chunks `rewind` can take back.
         settled: what `settle` returns for the model and the strategy's backend; None calls it.
+        given: the frames whose global time index is below this number are clean in every pass, at timestep 0.
     """
 
     def __init__(
@@ -91,8 +92,10 @@ class CausalStream:
         graphs: PassGraphs | None = None,
         history: int = 0,
         settled: SettledWeights | None = None,
+        given: int = 0,
     ) -> None:
         config = model.config
+        self._given = given
         self._model = model
         self._strategy = strategy
         self._text = model.encode_text(embeds_BLE)
@@ -355,13 +358,15 @@ class CausalStream:
         return PassOperations.checked(self._strategy.backend, in_place=True)
 
     def _time(self, parts: list[Part]) -> Time:
-        """Returns the timesteps of a pass, one of each chunk if all have the same length, with their modulation.
+        """Returns the timesteps of a pass, one of each chunk if all have the same length and nothing in them is given,
+        with their modulation.
 
         A sampler has few of them, so they are kept.
         """
         timesteps = tuple(part.timestep for part in parts)
-        if any(part.chunk.frames != parts[0].chunk.frames for part in parts):
-            timesteps = tuple(part.timestep for part in parts for _ in range(part.chunk.frames))
+        if any(p.chunk.frames != parts[0].chunk.frames or p.chunk.start < self._given for p in parts):
+            frames = [(part, frame) for part in parts for frame in range(part.chunk.start, part.chunk.stop)]
+            timesteps = tuple(0.0 if frame < self._given else part.timestep for part, frame in frames)
         found = self._times.get(timesteps)
         if found is None:
             # in float32, as Self-Forcing's schedule holds them: at 833.33 the difference shows as 1e-6 in the latents

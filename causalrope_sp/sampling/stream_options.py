@@ -57,6 +57,8 @@ class StreamOptions:
         stream: chunk length, window, sink and positions in time.
         sampler: steps, solver and guidance.
         initial_latents: latent frames to continue, (B, F0, C, H, W); they are not yielded again.
+        given_frames: latent frames that are the first of the first chunk, (B, F0, C, H, W). They are clean in each of
+            its passes, at timestep 0, and are yielded as they are. They go without `initial_latents`.
         resumed: what the stream has made already, without `initial_latents`; None begins it. Whoever opens it gives its
             caches what they held, or has them computed anew.
         control: returns the control of a chunk, (B, F, control channels, H, W), for a model that takes one; H×W is the
@@ -78,6 +80,7 @@ class StreamOptions:
     stream: StreamConfig = field(default_factory=StreamConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     initial_latents: Tensor | None = None
+    given_frames: Tensor | None = None
     resumed: Resumed | None = None
     control: Control | None = None
     source: Source | None = None

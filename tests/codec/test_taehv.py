@@ -187,7 +187,7 @@ def test_light_files_have_latents_that_are_not_normalized(channels: int, tmp_pat
 def test_light_files_of_other_channels_are_one_line(tmp_path: Path) -> None:
     torch.save(make(NARROW).state_dict(), tmp_path / "LightTAE.pth")
     with pytest.raises(
-        CheckpointError, match=r"has 5 latent channels that are not normalized, .* of 16 and 48 channels alone"
+        CheckpointError, match=r"has 5 latent channels that are not normalized; .* 16 and 48 channels alone"
     ):
         load_codec(tmp_path / "LightTAE.pth")
 

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
+from causalrope_sp.codec.wan_vae_config import WAN_2_2
 from tests.support.checkpoints import wan_name
 from tests.support.text_files import WIDTH, make_encoder, save_tokenizer
 
@@ -31,6 +33,42 @@ def wan_pipeline(folder: Path, flow_shift: float = 5.0) -> Any:
     )
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=flow_shift)
     return WanPipeline(tokenizer, make_encoder(), vae, scheduler, transformer)
+
+
+def ti2v_pipeline(folder: Path) -> Any:
+    """diffusers' own pipeline of small random parts, in the shapes of Wan 2.2's TI2V-5B: 48 channels and stride 16."""
+    from diffusers import AutoencoderKLWan, WanTransformer3DModel
+
+    pipe = wan_pipeline(folder)
+    torch.manual_seed(1)
+    transformer = WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=48,
+        out_channels=48,
+        text_dim=WIDTH,
+        freq_dim=16,
+        ffn_dim=48,
+        num_layers=2,
+    )
+    for parameter in transformer.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    vae = AutoencoderKLWan.from_config({**WAN_2_2.as_json(), "base_dim": 4, "decoder_base_dim": 6, "num_res_blocks": 1})
+    return type(pipe)(pipe.tokenizer, pipe.text_encoder, vae, pipe.scheduler, transformer, expand_timesteps=True)
+
+
+def save_wan_folder(pipe: Any, folder: Path, **config: Any) -> Path:
+    """Saves a pipeline's parts as Wan's own folders have them: its names, files and config.json."""
+    from tests.codec.test_codec_weights import under_wan_names
+
+    folder.mkdir()
+    state = {wan_name(name): tensor.contiguous() for name, tensor in pipe.transformer.state_dict().items()}
+    save_file(state, folder / "diffusion_pytorch_model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    torch.save(under_wan_names(pipe.vae), folder / "Wan2.2_VAE.pth")
+    pipe.text_encoder.save_pretrained(folder / "text_encoder")
+    pipe.tokenizer.save_pretrained(folder / "tokenizer")
+    return folder
 
 
 def save_checkpoint(folder: Path) -> Path:
