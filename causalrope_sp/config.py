@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal, get_args
 
 from causalrope_sp.checks import check_fields
@@ -170,6 +171,8 @@ class SamplerConfig:
         timestep_rule: how "unipc" spaces a number of steps: "wan" from 999 to 0, as Wan's own code; "diffusers" from
             1000 to 1, as diffusers' UniPCMultistepScheduler since 0.37. The update is infinite at noise level 1: "wan"
             refuses a first step of 1000, "diffusers" lowers that level by 1e-6. Other solvers ignore it.
+        first_steps: the steps of a stream's first chunk, where they are others than those of later ones
+            (Causal-Forcing++, arXiv 2605.15141, makes it in 4 and later ones in 1 or 2); empty for the same.
 
     Raises:
         ConfigError: there are no steps, steps are outside (0, 1000] or not falling, `shift` or `guidance_scale` is out
@@ -182,12 +185,14 @@ class SamplerConfig:
     guidance_scale: float = 1.0
     guidance_interval: tuple[float, float] = (0, 1000)
     timestep_rule: TimestepRule = "wan"
+    first_steps: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.steps or not all(0 < s <= 1000 for s in self.steps):
-            raise ConfigError(f"steps must be timesteps above 0 and up to 1000, not {self.steps}")
-        if any(later >= earlier for earlier, later in zip(self.steps, self.steps[1:])):
-            raise ConfigError(f"steps must fall from noise to data, not {self.steps}")
+        for name, steps in (("steps", self.steps), ("first_steps", self.first_steps or self.steps)):
+            if not steps or not all(0 < s <= 1000 for s in steps):
+                raise ConfigError(f"{name} must be timesteps above 0 and up to 1000, not {steps}")
+            if any(later >= earlier for earlier, later in pairwise(steps)):
+                raise ConfigError(f"{name} must fall from noise to data, not {steps}")
         if not 1 / LARGEST <= self.shift <= LARGEST:
             raise ConfigError(f"shift must be from {1 / LARGEST:g} to {LARGEST:g}, not {self.shift}")
         if self.solver not in get_args(Solver):
@@ -196,7 +201,7 @@ class SamplerConfig:
             raise ConfigError(
                 f"timestep_rule must be one of {', '.join(get_args(TimestepRule))}, not {self.timestep_rule!r}"
             )
-        if self.solver == "unipc" and self.timestep_rule == "wan" and self.steps[0] == 1000:
+        if self.solver == "unipc" and self.timestep_rule == "wan" and 1000 in (*self.steps, *self.first_steps):
             raise ConfigError(
                 "solver unipc cannot start at 1000, where its logarithms are infinite: with timestep_rule wan it "
                 "starts at 999, with diffusers it lowers the noise level"
@@ -205,3 +210,8 @@ class SamplerConfig:
             raise ConfigError(f"the guidance scale must be from 0 to {LARGEST:g}, not {self.guidance_scale}")
         if len(self.guidance_interval) != 2 or not 0 <= self.guidance_interval[0] <= self.guidance_interval[1] <= 1000:
             raise ConfigError(f"guidance is within an interval of timesteps 0 to 1000, not {self.guidance_interval}")
+
+    @property
+    def first_chunk(self) -> SamplerConfig:
+        """The sampler of a stream's first chunk."""
+        return replace(self, steps=self.first_steps or self.steps, first_steps=())

@@ -68,7 +68,7 @@ class Generation:
             everyone = self.parallel.everyone
             everyone.run_collectively(self._prepare)  # an error of one rank ends the call on all
             if not everyone.all_say(request.callback_on_step_end is None):  # those of some ranks call too
-                self._calls = StepCalls(pipe, request.callback_on_step_end, len(self._settings.sampler.steps))
+                self._calls = StepCalls(pipe, request.callback_on_step_end, self._settings.sampler)
             everyone.agree(everyone.run_collectively(self._described))
             self._layout = self._choose_layout()
             self.conditioning = everyone.run_collectively(self._condition)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from causalrope_sp.diffusion.noise import Noise
-from causalrope_sp.diffusion.schedule import add_noise, branch_timesteps, model_timesteps, sigmas
+from causalrope_sp.diffusion.schedule import add_noise, branch_timesteps, guided_steps, model_timesteps, sigmas
 from causalrope_sp.diffusion.solvers import start_solver
 from causalrope_sp.distributed import SequenceParallel
 from causalrope_sp.errors import ConfigError
@@ -73,16 +73,16 @@ class ChunkLoop:
         self.parallel, self.options, self.noise, self._frames = parallel, options, noise, frames
         self.context = ShardContext.of(model, grid, parallel.shard(grid), len(embeds))
         self.context.check_initial(options.initial_latents)
-        self._given = self._given_tokens()
         self._initial = 0 if options.initial_latents is None else options.initial_latents.shape[1]
         if options.resumed is not None:
             self._initial = options.resumed.initial_frames
-        self._levels, self._timesteps = sigmas(options.sampler), model_timesteps(options.sampler)
+        self._given = self._given_tokens(options)
         self._first_step = 0 if options.source is None else options.source.first_step
-        if not 0 <= self._first_step < len(self._levels):
-            raise ConfigError(
-                f"a source starts at one of the steps 0 to {len(self._levels) - 1}, not at {self._first_step}"
-            )
+        steps = len(options.sampler.steps)
+        if not 0 <= self._first_step < steps:
+            raise ConfigError(f"a source starts at one of the steps 0 to {steps - 1}, not at {self._first_step}")
+        if options.sampler.first_steps and (options.source is not None or options.reuse is not None):
+            raise ConfigError("a sampler with first_steps redraws no video and reuses no outputs: give `steps` alone")
         check_guidance(options.sampler, parallel.mesh.cfg)
         if parallel.mesh.chunk > 1:
             raise ConfigError(f"chunk {parallel.mesh.chunk} of the mesh is for chunks made in parallel alone")
@@ -192,7 +192,11 @@ class ChunkLoop:
 
     def denoise(self, chunk: Chunk, control_BFSE: Tensor | None = None) -> Tensor:
         """Denoises a chunk and returns its clean tokens on this rank, (B, F, s, E)."""
-        levels = self._levels
+        sampler = self.options.sampler
+        guided = any(guided_steps(sampler))
+        if chunk.index == self.first_chunk:
+            sampler = sampler.first_chunk
+        levels, timesteps = sigmas(sampler), model_timesteps(sampler)
         self._check_model()
         self._renew_window(chunk)
         x = self._draw(chunk, self._first_step)
@@ -201,30 +205,28 @@ class ChunkLoop:
             self.agree(f"source of chunk {chunk.index}", clean)
             clean = self.context.checked_tokens(f"the source of chunk {chunk.index}", chunk.frames, clean)
             x = add_noise(clean, x, levels[self._first_step])
-        solve = start_solver(self.options.sampler, self._first_step)
+        solve = start_solver(sampler, self._first_step)
+        is_guided = [guided and each for each in guided_steps(sampler)]
         for step, sigma in enumerate(levels[self._first_step :], self._first_step):
             x = self._with_given(chunk, x)
-            velocity = self.branches.velocity(chunk, x, step, control_BFSE)
+            velocity = self.branches.velocity(chunk, x, timesteps[step], is_guided[step], control_BFSE)
             to = levels[step + 1] if step + 1 < len(levels) else 0.0
             x = solve(x, velocity, sigma, to, partial(self._draw, chunk, step + 1))
             if self.options.on_step is not None:
-                on_step = partial(self.options.on_step, chunk, step, self._timesteps[step])
+                on_step = partial(self.options.on_step, chunk, step, timesteps[step])
                 self.parallel.denoisers.run_collectively(on_step)
         if self.unread is not None:
             self.unread.read()
         return self._with_given(chunk, x)
 
-    def _given_tokens(self) -> Tensor | None:
+    def _given_tokens(self, options: StreamOptions) -> Tensor | None:
         """Returns this rank's tokens of the frames that are given within the first chunk, (B, F, s, E)."""
-        given, options = self.options.given_frames, self.options
+        given, most = options.given_frames, next(self._cut(None, 0, 0)).frames
         if given is None:
             return None
         self.context.check_initial(given)
-        if options.initial_latents is not None or (options.resumed is not None and options.resumed.initial_frames):
-            raise ConfigError("given_frames are the first of the stream: there can be no initial latents before them")
-        first = next(self._cut(None, 0, 0)).frames
-        if given.shape[1] > first:
-            raise ConfigError(f"given_frames must be at most the {first} of the first chunk, not {given.shape[1]}")
+        if self._initial or given.shape[1] > most:
+            raise ConfigError(f"given_frames must be at most {most}, after no initial latents, not {given.shape[1]}")
         return self.context.tokens(given)
 
     def _with_given(self, chunk: Chunk, x_BFSE: Tensor) -> Tensor:

@@ -147,10 +147,9 @@ class GuidanceBranches:
         sampler: SamplerConfig,
         parallel: SequenceParallel,
     ) -> None:
-        self._scale, self._guided = sampler.guidance_scale, guided_steps(sampler)
-        self._timesteps, self._parallel = model_timesteps(sampler), parallel
+        self._scale, self._parallel = sampler.guidance_scale, parallel
         prompts = [conditional]
-        if any(self._guided):
+        if any(guided_steps(sampler)):
             if negative is None:
                 raise ConfigError(f"a guidance scale of {self._scale:g} needs the embeddings of a negative prompt")
             if negative.shape != conditional.shape:
@@ -162,16 +161,18 @@ class GuidanceBranches:
         self._local = tuple(local)
         self.branches = [GuidanceBranch(open_stream(prompts[branch], branch)) for branch in local]
 
-    def velocity(self, chunk: Chunk, x_BFSE: Tensor, step: int, control_BFSE: Tensor | None = None) -> Tensor:
-        """Returns the velocity of the chunk's tokens at a step, (B, F, s, E); it is guided if the step is.
+    def velocity(
+        self, chunk: Chunk, x_BFSE: Tensor, timestep: float, guided: bool, control_BFSE: Tensor | None = None
+    ) -> Tensor:
+        """Returns the velocity of the chunk's tokens at a step, (B, F, s, E).
 
         Args:
             chunk: the open chunk.
             x_BFSE: its noisy tokens on this rank.
-            step: the step's number, counted from 0.
+            timestep: what the model is called with at this step.
+            guided: whether the step is guided.
             control_BFSE: the control of the chunk, of both branches; None for a model that takes none.
         """
-        guided, timestep = self._guided[step], self._timesteps[step]
         if self._parallel.mesh.cfg > 1:
             velocities = self._from_both_ranks(chunk, x_BFSE, timestep, guided, control_BFSE)
         else:

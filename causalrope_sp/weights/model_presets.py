@@ -121,6 +121,17 @@ FAMILY = {
             "wan2.1-1.3b",
             "thu-ml/Causal-Forcing, configs/causal_forcing_dmd_framewise.yaml",
         ),
+        *(
+            Preset(
+                f"causal-forcing-framewise-{len(steps)}step",
+                _SINGLE,
+                replace(_FOUR, steps=steps, first_steps=_FOUR.steps),
+                "wan2.1-1.3b",
+                f"thu-ml/Causal-Forcing, configs/causal_forcing_dmd_framewise_{len(steps)}step.yaml "
+                "(Causal-Forcing++): its first chunk has 4 steps",
+            )
+            for steps in ((1000.0,), (1000.0, 500.0))
+        ),
         Preset(
             "longlive-1.3b",
             StreamConfig(window=12, sink=3, chunk_frames=3),
@@ -221,6 +232,8 @@ _BY_NAME = (
     (r"long-?live-?2", "longlive-2.0-5b"),
     (r"long-?live", "longlive-1.3b"),
     (r"long-?live", "longlive-2.0-5b"),
+    (r"frame-?wise-1-?step", "causal-forcing-framewise-1step"),
+    (r"frame-?wise-2-?step", "causal-forcing-framewise-2step"),
     (r"causal-?forcing", "causal-forcing"),
     (r"warp-4step-cfg2", "causvid-4step"),
     (r"causvid|autoregressive-checkpoint|wan-causal-dmd", "causvid"),

@@ -63,6 +63,58 @@ def from_one_forward(
     return x
 
 
+def test_the_first_chunk_has_steps_of_its_own() -> None:
+    """It is that of a sampler with its steps, and later ones are those of a stream that goes on from it."""
+    stream = StreamConfig(window=5, sink=1, chunk_frames=2)
+    few, many = SamplerConfig((1000,)), SamplerConfig((1000, 750, 500))
+    streamed = sample(6, stream=stream, sampler=replace(few, first_steps=many.steps))
+    first = sample(2, stream=stream, sampler=many)
+    assert torch.equal(streamed[:, :2], first)
+    later = sample(4, stream=stream, sampler=few, initial_latents=first)
+    assert relative(streamed[:, 2:], later) < 1e-10
+    assert relative(streamed[:, 2:], sample(6, stream=stream, sampler=few)[:, 2:]) > 1e-3
+
+
+def test_given_frames_are_clean_in_every_pass_of_the_first_chunk() -> None:
+    """Against one forward over all frames, in which they have timestep 0."""
+    stream, given = StreamConfig(window=6, chunk_frames=3), torch.randn(1, 2, *FRAME).double()
+    streamed = sample(3, stream=stream, sampler=SamplerConfig((1000,)), given_frames=given)
+    assert torch.equal(streamed[:, :2], given)
+    x = noise_of(1)(Chunk(0, 0, 3), 0).double()
+    x[:, :2] = given
+    step = ForwardPass(
+        timesteps_F=torch.tensor([0.0, 0.0, 1000.0]),
+        predicted_frames=3,
+        rotation=RotaryTables(CONFIG.head_dim, CONFIG.theta, Shard(GRID), MODEL.device, MODEL.dtype).rotation(range(3)),
+        text=MODEL.encode_text(text(1)),
+        attend=lambda layer, projection: attention(*project(projection)),
+    )
+    velocity = GRID.unpatchify(MODEL(GRID.patchify(x).flatten(1, 2), step).unflatten(1, (3, -1)))
+    assert relative(streamed[:, 2:], (x - velocity)[:, 2:]) < 1e-10
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            {"given_frames": torch.zeros(1, 4, *FRAME)},
+            "given_frames must be at most 3, after no initial latents, not 4",
+        ),
+        (
+            {"given_frames": torch.zeros(1, 1, *FRAME), "initial_latents": torch.zeros(1, 3, *FRAME)},
+            "given_frames must be at most 3, after no initial latents, not 1",
+        ),
+        (
+            {"source": Source(lambda _: torch.zeros(1, 3, *FRAME), 0), "sampler": SamplerConfig(first_steps=(500,))},
+            "a sampler with first_steps redraws no video",
+        ),
+    ],
+)
+def test_what_a_first_chunk_cannot_have_is_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        sample(3, **options)
+
+
 samplers = st.builds(
     SamplerConfig,
     st.sampled_from([(1000,), (1000, 500), (900, 400, 100)]),

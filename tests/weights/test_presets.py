@@ -30,6 +30,8 @@ PUBLISHED = {
     "causvid-4step": (21, 0, 3, (1000, 960, 888.889, 727.273)),
     "causal-forcing": (21, 0, 3, (1000, 937.5, 833.333, 625)),
     "causal-forcing-framewise": (21, 0, 1, (1000, 937.5, 833.333, 625)),
+    "causal-forcing-framewise-1step": (21, 0, 1, (1000,)),
+    "causal-forcing-framewise-2step": (21, 0, 1, (1000, 833.333)),
     "longlive-1.3b": (12, 3, 3, (1000, 937.5, 833.333, 625)),
     "krea-realtime-14b": (6, 0, 3, (1000, 937.5, 833.333, 625)),
     "sfwan": (21, 0, 3, (1000, 937.5, 833.333, 625)),
@@ -43,6 +45,8 @@ def test_published_figures(name: str) -> None:
     window, sink, chunk, timesteps = PUBLISHED[name]
     assert (preset.stream.window, preset.stream.sink, preset.stream.chunk_frames) == (window, sink, chunk)
     assert [1000 * sigma for sigma in sigmas(preset.sampler)] == pytest.approx(timesteps, abs=1e-3)
+    opening = (1000, 937.5, 833.333, 625) if name.endswith(("1step", "2step")) else timesteps
+    assert [1000 * sigma for sigma in sigmas(preset.sampler.first_chunk)] == pytest.approx(opening, abs=1e-3)
     assert preset.source
 
 
@@ -60,6 +64,8 @@ def checkpoint(folder: Path, name: str) -> Path:
         ("causvid/autoregressive_checkpoint_warp_4step_cfg2/model.pt", "causvid-4step"),
         ("chunkwise/causal_forcing.pt", "causal-forcing"),
         ("framewise/causal_forcing.pt", "causal-forcing-framewise"),
+        ("causal-forcing++/framewise-2step.pt", "causal-forcing-framewise-2step"),
+        ("causal-forcing++/framewise-1step.pt", "causal-forcing-framewise-1step"),
         ("LongLive-1.3B/models/longlive_base.pt", "longlive-1.3b"),
         ("LongLive-2.0-5B/model_bf16.pt", "longlive-2.0-5b"),
         ("krea-realtime-video-14b.safetensors", "krea-realtime-14b"),
@@ -176,7 +182,14 @@ def test_inspect_says_what_why_and_how(tmp_path: Path) -> None:
     assert (report["preset"], report["evidence"][0]) == ("longlive-1.3b", "named by --preset")
     assert (report["stream"]["window"], report["stream"]["sink"]) == (9, 3)
     guidance = {"guidance_scale": 1.0, "guidance_interval": [0, 1000]}
-    expected = {"steps": [1000, 500], "shift": 3, "solver": "renoise", "timestep_rule": "wan", **guidance}
+    expected = {
+        "steps": [1000, 500],
+        "shift": 3,
+        "solver": "renoise",
+        "timestep_rule": "wan",
+        "first_steps": [],
+        **guidance,
+    }
     assert report["sampler"] == expected
     assert report["wrapping"]["parts"] == ["generator_ema"]
     assert report["wrapping"]["auxiliary"] == ["critic"]
