@@ -28,7 +28,7 @@ from causalrope_sp.sampling.agreement import agree_on_strategy, digest
 from causalrope_sp.sampling.chunk import LatentChunk, ShardContext, check_text
 from causalrope_sp.sampling.chunk_control import check_taken, shared_control
 from causalrope_sp.sampling.finite_chunks import FiniteCheck, check_finite
-from causalrope_sp.sampling.guidance import UNCONDITIONAL, GuidanceBranches, check_guidance
+from causalrope_sp.sampling.guidance import UNCONDITIONAL, GuidanceBranches, Step, check_guidance
 from causalrope_sp.sampling.kept_latents import KeptLatents
 from causalrope_sp.sampling.pass_graphs import stream_graphs
 from causalrope_sp.sampling.recompute import recompute_all, recompute_for
@@ -83,6 +83,8 @@ class ChunkLoop:
             raise ConfigError(f"a source starts at one of the steps 0 to {steps - 1}, not at {self._first_step}")
         if options.sampler.first_steps and (options.source is not None or options.reuse is not None):
             raise ConfigError("a sampler with first_steps redraws no video and reuses no outputs: give `steps` alone")
+        if options.low_noise is not None and options.reuse is not None:
+            raise ConfigError("reuse must be None where two models share the steps: neither makes all of them")
         check_guidance(options.sampler, parallel.mesh.cfg)
         if parallel.mesh.chunk > 1:
             raise ConfigError(f"chunk {parallel.mesh.chunk} of the mesh is for chunks made in parallel alone")
@@ -121,12 +123,14 @@ class ChunkLoop:
             sharing = self.parallel.sp_communicator() if self.parallel.mesh.sp > 1 else None
             graphs = stream_graphs(model.device, sharing)
 
-        def open_stream(prompt: Tensor, branch: int) -> CausalStream:
+        models = [model] if options.low_noise is None else [model, options.low_noise.model]
+
+        def open_stream(prompt: Tensor, branch: int, number: int) -> CausalStream:
             passes = branch_timesteps(sampler, branch == UNCONDITIONAL, self._first_step)
             plan = None if reuse is None else ReusePlan.of_causal(reuse, passes, config.num_layers)
             shard = self.context.shard
             return CausalStream(
-                model,
+                models[number],
                 prompt,
                 grid,
                 window,
@@ -140,7 +144,7 @@ class ChunkLoop:
                 given=0 if self._given is None else self._given.shape[1],
             )
 
-        return GuidanceBranches(open_stream, embeds, options.negative_embeds, sampler, self.parallel)
+        return GuidanceBranches(open_stream, embeds, options.negative_embeds, sampler, self.parallel, len(models))
 
     @property
     def chunks_made(self) -> int:
@@ -209,7 +213,8 @@ class ChunkLoop:
         is_guided = [guided and each for each in guided_steps(sampler)]
         for step, sigma in enumerate(levels[self._first_step :], self._first_step):
             x = self._with_given(chunk, x)
-            velocity = self.branches.velocity(chunk, x, timesteps[step], is_guided[step], control_BFSE)
+            of = Step(timesteps[step], is_guided[step], self._model_of(timesteps[step]))
+            velocity = self.branches.velocity(chunk, x, of, control_BFSE)
             to = levels[step + 1] if step + 1 < len(levels) else 0.0
             x = solve(x, velocity, sigma, to, partial(self._draw, chunk, step + 1))
             if self.options.on_step is not None:
@@ -217,6 +222,7 @@ class ChunkLoop:
                 self.parallel.denoisers.run_collectively(on_step)
         if self.unread is not None:
             self.unread.read()
+        self.commit()  # of a model that made none of the steps
         return self._with_given(chunk, x)
 
     def _given_tokens(self, options: StreamOptions) -> Tensor | None:
@@ -228,6 +234,11 @@ class ChunkLoop:
         if self._initial or given.shape[1] > most:
             raise ConfigError(f"given_frames must be at most {most}, after no initial latents, not {given.shape[1]}")
         return self.context.tokens(given)
+
+    def _model_of(self, timestep: float) -> int:
+        """Returns the number of the model that makes a step."""
+        low_noise = self.options.low_noise
+        return int(low_noise is not None and timestep < low_noise.boundary)
 
     def _with_given(self, chunk: Chunk, x_BFSE: Tensor) -> Tensor:
         """Puts the given frames into the tokens of the first chunk."""

@@ -12,6 +12,7 @@ from causalrope_sp.config import SamplerConfig, StreamConfig
 from causalrope_sp.distributed.layout import Layout
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.grid import Chunk
+from causalrope_sp.models.causal_dit import CausalDiT
 from causalrope_sp.reuse.policy import ReusePolicy
 from causalrope_sp.sampling.settled import SettledWeights
 
@@ -30,6 +31,23 @@ class Source:
 
     latents: Callable[[Chunk], Tensor]
     first_step: int
+
+
+@dataclass(frozen=True)
+class LowNoiseExpert:
+    """The second of two models that share the steps by noise level, as Wan 2.2's A14B does.
+
+    Each has a cache of its own, which its own context passes write: keys and values of one model mean nothing to the
+    other. So does FastVideo's CausalBlockStrategy for SFWan2.2. A context pass shares a forward with the first pass
+    that the same model makes of the next chunk.
+
+    Args:
+        model: the model, of the configuration of the first one.
+        boundary: the timestep in [0, 1000] below which it makes the steps; at and above it the first model does.
+    """
+
+    model: CausalDiT
+    boundary: float
 
 
 @dataclass(frozen=True)
@@ -65,6 +83,8 @@ class StreamOptions:
             size of a latent frame, or 1×1 for a control that is the same all over it. The chunk's number and frames are
             counted from the first one that is generated. The control of initial latents is zero.
         source: a video to start each chunk from, instead of from noise alone.
+        low_noise: the model of the steps at low noise, where another one makes those at high noise; it reuses no
+            outputs. None for one model.
         negative_embeds: embeddings of the negative prompt, (B, text_len, text_dim); ignored if the guidance scale is 1.
         reuse: which attention outputs later steps of a chunk take over from earlier ones (Pyramid Attention Broadcast,
             arXiv 2408.12588). It changes the result, equally on any number of ranks. None computes all outputs.
@@ -84,6 +104,7 @@ class StreamOptions:
     resumed: Resumed | None = None
     control: Control | None = None
     source: Source | None = None
+    low_noise: LowNoiseExpert | None = None
     negative_embeds: Tensor | None = None
     reuse: ReusePolicy | None = None
     layout: Layout | None = None

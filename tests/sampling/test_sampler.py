@@ -22,8 +22,9 @@ from causalrope_sp.grid import Shard, split_into_chunks
 from causalrope_sp.models.block import ForwardPass
 from causalrope_sp.models.causal_dit import CausalDiT
 from causalrope_sp.models.rope import RotaryTables
+from causalrope_sp.reuse import find_policy
 from causalrope_sp.sampling.stream import CausalStream, Part
-from causalrope_sp.sampling.stream_options import Source
+from causalrope_sp.sampling.stream_options import LowNoiseExpert, Source
 from causalrope_sp.verification.reference import block_causal_velocity, visible_past
 from tests.support.sampler_cases import CONFIG, FRAME, GRID, MODEL, make_model, noise_of, relative, stream_configs, text
 from tests.support.streams import run_chunks
@@ -61,6 +62,39 @@ def from_one_forward(
         else:
             x = add_noise(x0, noise(step + 1), to) if to else x0
     return x
+
+
+@pytest.mark.parametrize("boundary", [875.0, 500.0, 1001.0])
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
+def test_two_models_share_the_steps_by_noise_level(boundary: float, guidance_scale: float) -> None:
+    """Each velocity is that of one forward of the step's own model, which has computed the clean past itself. At 1001
+    the second model makes all steps, at 500 the last one alone."""
+    other = make_model()
+    for parameter in other.parameters():
+        parameter.mul_(0.9)
+    stream, sampler = StreamConfig(window=5, sink=1, chunk_frames=2), SamplerConfig((1000, 750, 300), shift=1.0)
+    sampler = replace(sampler, guidance_scale=guidance_scale)
+    negative = text(2)[1:]
+    streamed = sample(
+        7, stream=stream, sampler=sampler, low_noise=LowNoiseExpert(other, boundary), negative_embeds=negative
+    )
+    chunks, draw = list(split_into_chunks(7, 2)), noise_of(1)
+    x = torch.cat([draw(chunk, 0) for chunk in chunks], 1).double()
+    levels = sigmas(sampler)
+    for step, (sigma, to) in enumerate(zip(levels, [*levels[1:], 0.0])):
+        model = other if 1000 * sigma < boundary else MODEL
+        with_text, without = (
+            block_causal_velocity(
+                model, prompt, GRID, chunks, streamed, x, 1000 * sigma, window=stream.window, sink=stream.sink
+            )
+            for prompt in (text(1), negative)
+        )
+        x0 = predict_x0(x, without + guidance_scale * (with_text - without), sigma)
+        fresh = torch.cat([draw(chunk, step + 1) for chunk in chunks], 1).double()
+        x = add_noise(x0, fresh, to) if to else x0
+    assert relative(streamed, x) < 1e-10
+    alone = sample(7, stream=stream, sampler=sampler, negative_embeds=negative)
+    assert relative(streamed, alone) > 1e-3
 
 
 def test_the_first_chunk_has_steps_of_its_own() -> None:
@@ -107,6 +141,10 @@ def test_given_frames_are_clean_in_every_pass_of_the_first_chunk() -> None:
         (
             {"source": Source(lambda _: torch.zeros(1, 3, *FRAME), 0), "sampler": SamplerConfig(first_steps=(500,))},
             "a sampler with first_steps redraws no video",
+        ),
+        (
+            {"low_noise": LowNoiseExpert(MODEL, 900.0), "reuse": find_policy("pab:latte")},
+            "reuse must be None where two models share the steps",
         ),
     ],
 )
