@@ -86,8 +86,7 @@ def examine(path: str, part: str | None, preset: str | None, changes: Mapping[st
     except OSError as reason:
         raise CheckpointError(f"{path}: {first_line(reason)}") from reason
     if file is None:
-        if whole:
-            refuse_experts(Path(path))
+        refuse_experts(Path(path))
         transformer = Path(path) / "transformer" if whole else Path(path)
         report = inspect_checkpoint(transformer, part=part)
         own = with_index(report.preset, Path(path) / MODEL_INDEX)

@@ -112,6 +112,11 @@ class Generation:
         return self._request.history > 0 or self._request.kept_chunks > 0
 
     @property
+    def two_models(self) -> bool:
+        """Whether two transformers share the steps."""
+        return self._pipe.parts.low_noise is not None
+
+    @property
     def is_parallel(self) -> bool:
         """Whether the chunks of the video are made in parallel."""
         return self._chunks is not None
@@ -263,6 +268,7 @@ class Generation:
             resumed=self._resumed(),
             control=self._control(),
             source=redrawn,
+            low_noise=pipe.parts.low_noise,
             negative_embeds=self._texts[1] if self._guided else None,
             reuse=self._policy,
             layout=self._layout,

@@ -18,7 +18,7 @@ from causalrope_sp.toybox import EMBEDDED
 from causalrope_sp.weights import find_preset, inspect_checkpoint
 from causalrope_sp.weights.infer import WAN_HEAD_DIM
 from causalrope_sp.weights.model_presets import Preset
-from causalrope_sp.weights.models_beside import models_beside, parts_left_out, refuse_experts
+from causalrope_sp.weights.models_beside import EXPERTS, find_experts, models_beside, parts_left_out
 from causalrope_sp.weights.scheduler_file import with_index, with_scheduler
 
 MODEL_INDEX = "model_index.json"  # the file that only diffusers folders have
@@ -37,8 +37,8 @@ _NEEDED = (  # settings that change the video of a model: where they are kept, t
 _LOCAL_SUFFIXES = (".pt", ".pth", ".safetensors", ".gguf", ".json")
 _REPOSITORY = re.compile(r"([\w.-]+/[\w.-]+)(?:/(.+))?")
 _FOLDERS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
-_OF_DIFFUSERS = [MODEL_INDEX, PIPELINE_FILE, *(f"{folder}/*" for folder in _FOLDERS)]
-_OF_WAN = ["*.json", "*.safetensors", "*.pth", "google/*"]
+_OF_DIFFUSERS = [MODEL_INDEX, PIPELINE_FILE, *(f"{folder}/*" for folder in (*_FOLDERS, "transformer_2"))]
+_OF_WAN = ["*.json", "*.safetensors", "*.pth", "google/*", *(f"{folder}/*" for folder in EXPERTS[1])]
 
 
 def find_model(model: str | os.PathLike[str], options: LoadOptions) -> ModelConfig:
@@ -156,10 +156,12 @@ def _config_of(path: Path, options: LoadOptions) -> ModelConfig:
     if (path / MODEL_INDEX).is_file():
         fields["transformer"] = path / "transformer"
         if "transformer" not in own:
-            inferred += parts_left_out(path / MODEL_INDEX, _FOLDERS)
-            refuse_experts(path)
+            known = [name for name in (*_FOLDERS, "transformer_2") if (path / name).is_dir()]
+            inferred += parts_left_out(path / MODEL_INDEX, known)
     elif not own:
         fields["transformer"] = path
+    if "transformer" not in own and path.is_dir():
+        fields |= _experts_in(path, inferred)
     fields |= own
     if options.base is not None:
         base = _base_fields(options)
@@ -167,7 +169,8 @@ def _config_of(path: Path, options: LoadOptions) -> ModelConfig:
         vae = " and VAE" if options.codec_weights is None else ""
         inferred.append(f"text encoder{vae} of {os.fspath(options.base)}")
     _check_complete(fields, path, source_file)
-    inferred += models_beside(Path(fields["transformer"]))
+    if "transformer_2" not in fields:
+        inferred += models_beside(Path(fields["transformer"]))
     if not {"stream", "sampler"} <= own.keys() or options.preset is not None:
         fields, reasons, guesses = _with_preset(fields, own, options, path)
         inferred = reasons + inferred
@@ -178,6 +181,26 @@ def _config_of(path: Path, options: LoadOptions) -> ModelConfig:
         inferred.append(f"{', '.join(guessed)} by the stride of its VAE")
         fields = {**frames, **fields}
     return replace(ModelConfig.of(fields, source_file), inferred=tuple(inferred), assumed=tuple(guesses))
+
+
+def _experts_in(folder: Path, inferred: list[str]) -> dict[str, Any]:
+    """The fields of two experts in a folder, if there are, with what they are added to the texts."""
+    experts = find_experts(folder, folder / MODEL_INDEX)
+    if experts is None:
+        return {}
+    sizes = [inspect_checkpoint(path).config for path in (experts.high_noise, experts.low_noise)]
+    if sizes[0] != sizes[1]:
+        raise CheckpointError(f"{experts.high_noise} and {experts.low_noise} are models of different sizes")
+    boundary = f"{1000 * experts.boundary_ratio:g}"
+    inferred.append(
+        f"{experts.low_noise.name} makes the steps below timestep {boundary} ({experts.evidence}); each of the two "
+        "models has a cache of its own"
+    )
+    return {
+        "transformer": experts.high_noise,
+        "transformer_2": experts.low_noise,
+        "boundary_ratio": experts.boundary_ratio,
+    }
 
 
 def _check_complete(fields: dict[str, Any], path: Path, source_file: Path) -> None:

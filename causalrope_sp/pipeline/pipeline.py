@@ -248,8 +248,10 @@ class CausalVideoPipeline(WithAdapters):
     @property
     def components(self) -> dict[str, Any]:
         """The parts of the pipeline by diffusers' names."""
+        expert = self.parts.low_noise
         return {
             "transformer": self.model,
+            **({} if expert is None else {"transformer_2": expert.model}),
             "vae": getattr(self.codec, "vae", self.codec),
             "text_encoder": self.text,
             "tokenizer": getattr(self.text, "tokenizer", None),

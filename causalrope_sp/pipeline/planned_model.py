@@ -159,7 +159,8 @@ class PlannedModel:
         codec = self._codec(WAN["height"], WAN["width"], 1)  # the model's own size is not checked yet
         grid = LatentGrid.from_pixels(self.height, self.width, codec.stride, self.dit.patch_size[1:])
         work = Workload.of(self.dit, grid, self.stream, self.sampler, self.stream.window, reuse=reuse)
-        return replace(work, wide=self.wide, temporal_stride=codec.temporal_stride)
+        models = 1 + (self.parts is not None and self.parts.transformer_2 is not None)
+        return replace(work, wide=self.wide, temporal_stride=codec.temporal_stride, models=models)
 
     def auxiliary(self, work: Workload, offload: Offload, on_cpu: bool) -> AuxiliaryMemory:
         """Returns the memory of the text encoder and the codec; on a GPU passes run by graphs.

@@ -32,7 +32,7 @@ def save_parts(parts: Parts, folder: str | os.PathLike[str]) -> None:
         ConfigError: `folder` is no path, or the weights are fp8, which the diffusers layout does not have.
         OutputError: the folder cannot be written.
     """
-    if is_fp8(parts.model):
+    if any(map(is_fp8, parts.models)):
         raise ConfigError("a model with fp8 weights cannot be saved; load it with weights='full'")
     home = local_path(check_path("folder", folder))
     try:
@@ -41,6 +41,9 @@ def save_parts(parts: Parts, folder: str | os.PathLike[str]) -> None:
         home.mkdir(parents=True, exist_ok=True)
         save_diffusers(parts.model, home / "transformer")
         index: dict[str, Any] = {"transformer": ["diffusers", "WanTransformer3DModel"]}
+        if parts.low_noise is not None:
+            save_diffusers(parts.low_noise.model, home / "transformer_2")
+            index |= {"transformer_2": index["transformer"], "boundary_ratio": parts.config.boundary_ratio}
         codec = _save_codec(parts, home)
         index |= {"vae": ["diffusers", "AutoencoderKLWan"]} if codec == "vae" else {}
         index |= _save_scheduler(parts, home) | _save_text(parts, home)
@@ -93,6 +96,8 @@ def _settings(parts: Parts, home: Path, codec: str) -> dict[str, Any]:
     config = parts.config
     text = config.text if isinstance(config.text, str) else "./"
     settings = {"transformer": "transformer", "codec": codec, "text": text, **config.as_json()}
+    if config.transformer_2 is not None:
+        settings["transformer_2"] = "transformer_2"
     if config.vin is not None:
         _copy(config.vin, home / Path(config.vin).name)
         settings["vin"] = Path(config.vin).name

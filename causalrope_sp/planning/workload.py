@@ -35,6 +35,8 @@ class Workload:
         kept_chunks: of how many chunks beyond the window clean latents are kept.
         recomputed: the context passes before each chunk that compute its window anew: the frames of each, and those
             that it attends; None if the window only slides.
+        models: how many models share the steps by noise level, each with weights, a cache and context passes of its
+            own.
         temporal_stride: the pixel frames of a latent frame, which only the frame rate depends on.
     """
 
@@ -53,6 +55,7 @@ class Workload:
     sink_frames: int = 0
     history: int = 0
     kept_chunks: int = 0
+    models: int = 1
     temporal_stride: int = WAN_2_1.scale_factor_temporal
 
     @classmethod
@@ -100,6 +103,13 @@ class Workload:
             recomputed=again,
             sink_frames=_sink_frames(stream),
         )
+
+    @property
+    def more_context(self) -> tuple[tuple[int, int], ...]:
+        """The context passes of a chunk beside the one that its first pass shares: the frames of each, and those that
+        it attends. Every further model has one, and each computes its window anew where the stream does."""
+        again = (self.recomputed or ()) * self.models
+        return again + ((self.chunk_frames, self.window),) * (self.models - 1)
 
     @property
     def passes(self) -> list[int]:
@@ -159,8 +169,13 @@ class Workload:
         return c.num_layers * c.dim * (8 * c.dim + 2 * c.ffn_dim)
 
     @property
+    def all_weights_bytes(self) -> int:
+        """The bytes of the weights of all models on the device."""
+        return self.models * self.weights_bytes
+
+    @property
     def weights_bytes(self) -> int:
-        """The bytes of the model's weights on the device."""
+        """The bytes of one model's weights on the device."""
         c, full = self.config, self.parameters * self.itemsize + (2 * self.wide if self.itemsize == 2 else 0)
         scales = 4 * c.num_layers * (9 * c.dim + c.ffn_dim)
         return full - (self.itemsize - 1) * self.matrices + scales if self.fp8 else full

@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from diffusers import WanImageToVideoPipeline
 from torch import Tensor
 
-from causalrope_sp import CausalVideoPipeline
+from causalrope_sp import CausalVideoPipeline, SequenceParallel
 from causalrope_sp.diffusion.noise import seeded_noise
+from causalrope_sp.distributed.launch import RankPool
 from causalrope_sp.grid import Chunk
 from causalrope_sp.pipeline.session import Session
 from tests.support.published_folders import save_wan_folder, ti2v_pipeline
@@ -105,6 +107,20 @@ def test_wans_own_folder_makes_the_same_video(
     assert own.config.stream.image_in_chunk
     ours, again = (each(PROMPT, image=image, **WHOLE).frames for each in (pipe, own))
     assert np.array_equal(ours, again)
+
+
+def latents_on_ranks(group: dist.ProcessGroup, device: str, folder: str, image: np.ndarray) -> Any:
+    options = {name: value for name, value in ONE_CHUNK.items() if name != "device"}
+    parallel = SequenceParallel(group, "auto", device)
+    pipe = CausalVideoPipeline.from_pretrained(folder, parallel=parallel, **{**options, "window": 6})
+    return pipe(PROMPT, image=image, output_type="latent", **{**WHOLE, "num_frames": 21}).frames
+
+
+def test_an_image_in_the_first_chunk_on_two_ranks(pool: RankPool, folder: Path, image: np.ndarray) -> None:
+    made = pool.run(latents_on_ranks, 2, str(folder), image)
+    pipe = CausalVideoPipeline.from_pretrained(folder, **{**ONE_CHUNK, "window": 6})
+    alone = pipe(PROMPT, image=image, output_type="latent", **{**WHOLE, "num_frames": 21}).frames
+    torch.testing.assert_close(made, alone, rtol=1e-4, atol=1e-4)
 
 
 def chunks_of(pipe: CausalVideoPipeline, **options: Any) -> Iterator[np.ndarray]:

@@ -281,6 +281,21 @@ def test_wan_2_2s_strides_are_those_of_its_vae(tmp_path: Path) -> None:
     assert (alone.height, alone.width, alone.workload().grid) == (704, 1280, work.grid)
 
 
+def test_two_models_are_counted_with_all_that_each_has() -> None:
+    """Twice the weights and the cache, and one context pass more, which shares its forward with another pass."""
+    (one,), (two,) = plan(WAN, 1, H100), plan(replace(WAN, models=2), 1, H100)
+    assert (two.weights_bytes, two.cache_bytes) == (2 * one.weights_bytes, 2 * one.cache_bytes)
+    assert two.activation_bytes == one.activation_bytes
+    tokens, alone = 3 * WAN.grid.tokens, parse_strategy("ulysses", 1)
+    context = WAN.linear_flops * tokens + cross_flops(WAN, tokens) + attention_flops(alone, WAN, 0, 3, 21)
+    assert two.flops_per_chunk - one.flops_per_chunk == context - WAN.left_out_flops * tokens
+    assert two.chunk_ms > one.chunk_ms
+    costs = {n: {c.strategy: c for c in plan(replace(WAN, models=n), 8, H100)} for n in (1, 2)}
+    for name, single in costs[1].items():
+        assert costs[2][name].collectives_per_chunk == single.collectives_per_chunk
+        assert costs[2][name].bytes_per_chunk > single.bytes_per_chunk or not single.bytes_per_pass
+
+
 def test_the_rate_is_that_of_the_codecs_stride() -> None:
     """With twice the pixel frames a latent frame, twice the frames a second."""
     (four,), (eight,) = plan(WAN, 1, H100), plan(replace(WAN, temporal_stride=8), 1, H100)

@@ -57,6 +57,16 @@ def ti2v_pipeline(folder: Path) -> Any:
     return type(pipe)(pipe.tokenizer, pipe.text_encoder, vae, pipe.scheduler, transformer, expand_timesteps=True)
 
 
+def experts_pipeline(folder: Path, boundary_ratio: float = 0.9) -> Any:
+    """diffusers' own pipeline of small random parts with two transformers, as Wan 2.2's A14B has them."""
+    pipe = wan_pipeline(folder)
+    torch.manual_seed(2)
+    second = type(pipe.transformer)(**pipe.transformer.config)
+    for parameter in second.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return type(pipe)(**{**pipe.components, "transformer_2": second}, boundary_ratio=boundary_ratio)
+
+
 def save_wan_folder(pipe: Any, folder: Path, **config: Any) -> Path:
     """Saves a pipeline's parts as Wan's own folders have them: its names, files and config.json."""
     from tests.codec.test_codec_weights import under_wan_names
