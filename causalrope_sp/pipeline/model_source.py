@@ -114,7 +114,7 @@ def download(name: str, options: LoadOptions, folders: tuple[str, ...] = ()) -> 
 
     Raises:
         CheckpointError: the repository, file or revision does not exist, or has not been downloaded and
-            `local_files_only` is set.
+            `local_files_only` is set; or its index names a part that is not run, before its weights are downloaded.
     """
     match = _REPOSITORY.fullmatch(name)
     assert match is not None, "is_on_hub has matched the name"
@@ -125,14 +125,23 @@ def download(name: str, options: LoadOptions, folders: tuple[str, ...] = ()) -> 
     }
     from huggingface_hub import hf_hub_download, snapshot_download
 
+    def fetch(patterns: list[str]) -> Path:
+        return Path(snapshot_download(match[1], allow_patterns=patterns, **hub_options))
+
     try:
         if match[2]:
             return Path(hf_hub_download(match[1], match[2], **hub_options))
-        wanted = [f"{folder}/*" for folder in folders] or _OF_DIFFUSERS
-        path = Path(snapshot_download(match[1], allow_patterns=wanted, **hub_options))
-        if folders or (path / MODEL_INDEX).is_file() or (path / PIPELINE_FILE).is_file():
-            return path
-        return Path(snapshot_download(match[1], allow_patterns=_OF_WAN, **hub_options))
+        if folders:
+            return fetch([f"{folder}/*" for folder in folders])
+        path = fetch([MODEL_INDEX, PIPELINE_FILE])
+        if (path / PIPELINE_FILE).is_file():
+            return fetch(_OF_DIFFUSERS)
+        if not (path / MODEL_INDEX).is_file():
+            return fetch(_OF_WAN)
+        parts_left_out(path / MODEL_INDEX, (*_FOLDERS, "transformer_2"))
+        return fetch(_OF_DIFFUSERS)
+    except CheckpointError as reason:
+        raise CheckpointError(f"{name} was not downloaded: {reason}") from reason
     except (OSError, ValueError) as reason:  # huggingface_hub's errors are of these two kinds
         hub_message = " ".join(str(reason).split())[:300]
         raise CheckpointError(

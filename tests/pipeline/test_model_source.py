@@ -233,3 +233,25 @@ def test_a_lone_transformer_of_another_vae_has_no_plan(monkeypatch: pytest.Monke
 def test_what_is_no_model_is_one_sentence(model: Any, said: str) -> None:
     with pytest.raises(CausalRopeError, match=said):
         CausalVideoPipeline.from_pretrained(model)
+
+
+def test_a_repository_that_is_refused_is_not_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its index alone is: the weights of an A14B are 110 GB. One that runs is fetched with both transformers."""
+    asked: list[list[str]] = []
+
+    def snapshot_download(name: str, allow_patterns: list[str], **options: Any) -> str:
+        asked.append(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    index = {"transformer": ["diffusers", "WanTransformer3DModel"], "audio_encoder": ["transformers", "Wav2Vec2Model"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(
+        CheckpointError, match=r"people/s2v was not downloaded: .* has audio_encoder, which this version"
+    ):
+        find_model("people/s2v", LoadOptions())
+    assert asked == [["model_index.json", "pipeline.json"]]
+    (tmp_path / "model_index.json").write_text(json.dumps({"transformer_2": index["transformer"]}))
+    with pytest.raises(CheckpointError):
+        find_model("people/a14b", LoadOptions())
+    assert "transformer_2/*" in asked[-1]
