@@ -27,6 +27,7 @@ from causalrope_sp.config import StreamConfig
 from causalrope_sp.errors import InputError
 from causalrope_sp.io.media_reader import Picture, Video, read_picture, read_video
 from causalrope_sp.pipeline.generation_options import GenerationOptions
+from causalrope_sp.pipeline.image_control import ImageControl
 
 
 class VideoLatents:
@@ -96,6 +97,7 @@ class Conditioning:
             output.
         source: the video to redraw; None without one.
         first_step: the index of the denoising step at which redrawing starts.
+        control: an image that every chunk of an image-to-video model is controlled by.
         in_chunk: an image that is the first latent frame of the first chunk, in place of `latents`, (1, 1, C, H, W).
         digest: a text that is the same on all ranks that have the same conditioning.
     """
@@ -105,6 +107,7 @@ class Conditioning:
     source: VideoLatents | None = None
     first_step: int = 0
     in_chunk: Tensor | None = None
+    control: ImageControl | None = None
     digest: str = "nothing"
 
     @property
@@ -151,6 +154,22 @@ def condition_of(
     if request.strength is not None:
         return condition_on_source(codec, request.video, *size, fps, steps, request.strength)
     return condition_on_video_end(codec, request.video, *size, fps, stream, prefix)
+
+
+def condition_by_control(codec: Codec, image: Picture, height: int, width: int) -> Conditioning:
+    """Makes an image the control of an image-to-video model.
+
+    Args:
+        codec: the VAE that encodes it.
+        image: a file, a PIL image, an array or a tensor (see `read_picture`).
+        height: pixels of a frame.
+        width: pixels of a frame.
+
+    Raises:
+        InputError: the image cannot be read.
+    """
+    frame = read_picture(image, height, width)
+    return Conditioning(control=ImageControl(codec, frame), digest=_digest("image", [frame]))
 
 
 def condition_on_image(

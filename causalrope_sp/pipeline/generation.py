@@ -14,9 +14,10 @@ from causalrope_sp.diffusion.schedule import guided_steps
 from causalrope_sp.distributed.layout import Layout
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.grid import LatentGrid
-from causalrope_sp.pipeline.conditioning import Conditioning, condition_of
+from causalrope_sp.pipeline.conditioning import Conditioning, condition_by_control, condition_of
 from causalrope_sp.pipeline.decoding import Decode
 from causalrope_sp.pipeline.generation_options import Embeds, GenerationOptions
+from causalrope_sp.pipeline.image_control import takes_image
 from causalrope_sp.pipeline.numerics import own_numerics
 from causalrope_sp.pipeline.open_streams import OpenStreams
 from causalrope_sp.pipeline.output import FrameRange
@@ -132,8 +133,27 @@ class Generation:
     def _condition(self) -> Conditioning:
         """Reads and encodes what the stream starts from, once its size is known to fit into memory."""
         size, steps = (self._settings.height, self._settings.width), len(self._settings.sampler.steps)
+        if self._takes_image:
+            return self._controlled(size)
         given = self._prefix_frames()
         return condition_of(self.codec, self._request, size, self._pipe.fps, self._stream, steps, given)
+
+    @property
+    def _takes_image(self) -> bool:
+        """Whether the control of the model is an image."""
+        return takes_image(self._pipe.model.config, self.codec)
+
+    def _controlled(self, size: tuple[int, int]) -> Conditioning:
+        """The conditioning of an image-to-video model."""
+        request, config = self._request, self._pipe.model.config
+        if request.video is not None:
+            raise ConfigError("video must be None: an image-to-video model goes on from an image alone")
+        if (request.image is None) == (request.control is None):
+            raise ConfigError(
+                f"image or control must be given, one of them: the model is image-to-video, {config.embedded_channels} "
+                f"channels in, {config.control_channels} of them of a mask and an image"
+            )
+        return Conditioning() if request.image is None else condition_by_control(self.codec, request.image, *size)
 
     def _open(self) -> list[Tensor]:
         """Checks the memory of a video whose chunks are sampled in parallel; returns the encoded texts."""
@@ -173,7 +193,8 @@ class Generation:
             check_taken(self._pipe.model.config.control_channels, request.control)
 
     def _control(self) -> Control | None:
-        return control_by_chunk(self._request.control, self.frame_range.latent_frames(self._stream))
+        given = self.conditioning.control or self._request.control
+        return control_by_chunk(given, self.frame_range.latent_frames(self._stream))
 
     def _described(self) -> dict[str, object]:
         """Everything that determines the video; it must be equal on all ranks."""

@@ -47,7 +47,8 @@ class GenerationOptions:
         generator: a generator from which the seed is drawn; it replaces `seed`.
         output_type: "np", "pil", "pt" or "latent" (see `CausalVideoPipelineOutput`).
         image: the first frame of the video: a file, a PIL image, an array (H, W, 3), uint8 or float in [0, 1], or a
-            tensor (3, H, W), float in [0, 1]. It is one of the `num_frames`.
+            tensor (3, H, W), float in [0, 1]. It is one of the `num_frames`. An image-to-video model makes that frame
+            like the others, and reads the image in every chunk.
         video: a video to continue: a file, or frames that are PIL images, such arrays or such tensors. Its last frames
             are the context of the stream, and the output begins after them. With `strength` it is a video to redraw.
         strength: the share of the denoising steps, rounded up, that redraw `video`, in (0, 1]. A smaller one changes

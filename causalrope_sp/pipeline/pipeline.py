@@ -164,8 +164,9 @@ class CausalVideoPipeline(WithAdapters):
 
         Args:
             path: the file.
-            overrides: `history`, `kept_chunks`, `control` and `callback_on_step_end` of `GenerationOptions`; the first
-                two are those of the saved session by default. A session with `reuse` needs the same policy again.
+            overrides: `history`, `kept_chunks`, `control`, `image` and `callback_on_step_end` of `GenerationOptions`;
+                the first two are those of the saved session by default. A session with `reuse` needs the same policy
+                again, and one of an image-to-video model its image.
 
         Returns:
             The session, where it was.

@@ -35,7 +35,14 @@ from causalrope_sp.weights.messages import some
 if TYPE_CHECKING:
     from causalrope_sp.pipeline.pipeline import CausalVideoPipeline
 
-OPTIONS = ("history", "kept_chunks", "callback_on_step_end", "control", "reuse")  # that a resumed session takes
+OPTIONS = (
+    "history",
+    "kept_chunks",
+    "callback_on_step_end",
+    "control",
+    "image",
+    "reuse",
+)  # that a resumed session takes
 
 
 def read_resumed(path: str | PathLike[str], overrides: Collection[str]) -> SavedSession:
@@ -122,6 +129,8 @@ class ResumedGeneration(Generation):
 
     def _condition(self) -> Conditioning:
         saved = self._saved
+        if self._takes_image:
+            return self._controlled((saved.height, saved.width))
         latents = None if saved.conditioning is None else saved.conditioning.clone()
         if latents is not None and saved.stream.image_in_chunk and not saved.context_frames:
             return Conditioning(in_chunk=latents)

@@ -67,6 +67,22 @@ def experts_pipeline(folder: Path, boundary_ratio: float = 0.9) -> Any:
     return type(pipe)(**{**pipe.components, "transformer_2": second}, boundary_ratio=boundary_ratio)
 
 
+def i2v_pipeline(folder: Path, experts: bool) -> Any:
+    """diffusers' own image-to-video pipeline of small random parts, in the shapes of Wan 2.2's I2V-A14B."""
+    from diffusers import WanImageToVideoPipeline, WanTransformer3DModel
+
+    pipe, transformers = wan_pipeline(folder), []
+    for seed in range(1 + experts):
+        torch.manual_seed(seed)
+        model = WanTransformer3DModel(**{**pipe.transformer.config, "in_channels": 36, "out_channels": 16})
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=0.2)
+        transformers.append(model)
+    parts = {**pipe.components, "transformer": transformers[0], "image_encoder": None, "image_processor": None}
+    second = {"transformer_2": transformers[1], "boundary_ratio": 0.9} if experts else {}
+    return WanImageToVideoPipeline(**{**parts, **second})
+
+
 def save_wan_folder(pipe: Any, folder: Path, **config: Any) -> Path:
     """Saves a pipeline's parts as Wan's own folders have them: its names, files and config.json."""
     from tests.codec.test_codec_weights import under_wan_names

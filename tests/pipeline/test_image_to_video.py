@@ -1,0 +1,152 @@
+"""Image-to-video by channels: 36 in, of which 4 are a mask and 16 an image's latents. diffusers is the judge.
+
+A stream of one chunk attends within the chunk alone, which is what diffusers' pipelines do with a whole video.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from diffusers import WanImageToVideoPipeline
+from PIL import Image
+from torch import Tensor
+
+from causalrope_sp import CausalVideoPipeline, ConfigError, SequenceParallel
+from causalrope_sp.codec import load_codec
+from causalrope_sp.diffusion.noise import seeded_noise
+from causalrope_sp.distributed.launch import RankPool
+from causalrope_sp.grid import Chunk
+from causalrope_sp.pipeline.image_control import ImageControl
+from causalrope_sp.pipeline.session import Session
+from causalrope_sp.weights import inspect_checkpoint
+from tests.support.codecs import small_codec
+from tests.support.published_folders import i2v_pipeline
+
+PROMPT = "the quick brown fox jumps over the lazy dog"
+HEIGHT, WIDTH = 32, 48
+ONE_CHUNK: dict[str, Any] = {"device": "cpu", "chunk_frames": 3, "window": 3, "num_inference_steps": 4}
+CALL: dict[str, Any] = {"height": HEIGHT, "width": WIDTH, "num_frames": 9, "seed": 3}
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory: pytest.TempPathFactory) -> WanImageToVideoPipeline:
+    """With two transformers, as Wan 2.2's I2V-A14B has them."""
+    return i2v_pipeline(tmp_path_factory.mktemp("words"), experts=True)
+
+
+@pytest.fixture(scope="module")
+def folder(theirs: WanImageToVideoPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("published") / "i2v-a14b"
+    theirs.save_pretrained(home)
+    return home
+
+
+@pytest.fixture(scope="module")
+def image() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+
+
+def judged(theirs: Any, image: np.ndarray, **options: Any) -> Tensor:
+    noise = seeded_noise(3, (1, 16, HEIGHT // 8, WIDTH // 8))(Chunk(0, 0, 3), 0).transpose(1, 2)
+    theirs.set_progress_bar_config(disable=True)
+    call = {"prompt": PROMPT, "height": HEIGHT, "width": WIDTH, "num_frames": 9, "num_inference_steps": 4, **options}
+    made = theirs(image=Image.fromarray(image), **call, latents=noise, output_type="latent").frames
+    assert isinstance(made, Tensor)
+    return made
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_a_video_from_an_image_is_diffusers_own(
+    theirs: Any, folder: Path, image: np.ndarray, guidance_scale: float
+) -> None:
+    pipe = CausalVideoPipeline.from_pretrained(
+        folder, solver="unipc", timestep_rule="diffusers", guidance_scale=guidance_scale, **ONE_CHUNK
+    )
+    assert (pipe.model.config.in_channels, pipe.model.config.control_channels) == (16, 20)
+    negative: dict[str, Any] = {"negative_prompt": "quick"} if guidance_scale > 1 else {}
+    made = pipe(PROMPT, image=image, output_type="latent", **CALL, **negative).frames
+    expected = judged(theirs, image, guidance_scale=guidance_scale, negative_prompt="quick")
+    torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-4)
+    other = pipe(PROMPT, image=255 - image, output_type="latent", **CALL, **negative).frames
+    assert isinstance(made, Tensor)
+    assert float((made - other).abs().max()) > 0.05
+
+
+@pytest.mark.parametrize("kind", ["wan", "wan with shortcuts", "taehv"])
+def test_the_control_of_any_chunk_is_that_of_the_whole_video(kind: str) -> None:
+    """However chunks are asked for, and also once the encoder holds nothing of the image any more."""
+    codec = small_codec(kind, torch.float32)
+    side, frames = codec.spatial_stride, 24
+    image = np.random.default_rng(1).integers(0, 256, (2 * side, 3 * side, 3), dtype=np.uint8)
+    video = torch.zeros(1, 1 + 4 * frames, 3, 2 * side, 3 * side)
+    video[:, 0] = torch.from_numpy(image).movedim(2, 0) / 127.5 - 1
+    latents = codec.encoder().encode(video)[:, :frames]
+    control = ImageControl(codec, image)
+    for start, count in ((0, 3), (3, 2), (5, 19), (1, 4), (0, 24)):
+        part = control(Chunk(0, start, count))
+        assert part.shape[:3] == (1, count, 4 + codec.channels)
+        assert torch.equal(part[:, :, 4:], latents[:, start : start + count])
+        mask = torch.zeros_like(part[:, :, :4])
+        mask[:, : start == 0] = 1
+        assert torch.equal(part[:, :, :4], mask)
+    assert control._settled
+    assert len(control._latents) < frames
+    assert torch.equal(control(Chunk(0, 500, 1))[:, :, 4:], latents[:, -1:])
+
+
+def shown(session: Session) -> np.ndarray:
+    frames = next(session).frames
+    assert frames is not None
+    return frames
+
+
+def test_a_stream_from_an_image_goes_on_is_taken_back_and_resumed(
+    folder: Path, image: np.ndarray, tmp_path: Path
+) -> None:
+    pipe = CausalVideoPipeline.from_pretrained(folder, **{**ONE_CHUNK, "window": 6, "num_inference_steps": 2})
+    size: dict[str, Any] = {"height": HEIGHT, "width": WIDTH, "seed": 3, "num_frames": None, "kept_chunks": 9}
+    session = pipe.open(PROMPT, image=image, history=2, **size)
+    made = [shown(session) for _ in range(4)]
+    assert [len(part) for part in made] == [9, 12, 12, 12]
+    assert session.rewind(2)
+    assert all(np.array_equal(shown(session), part) for part in made[2:])
+    session.save(tmp_path / "s", cache=False)
+    resumed = pipe.resume(tmp_path / "s", image=image)
+    assert np.abs(shown(resumed).astype(int) - shown(session)).max() <= 2
+    with pytest.raises(ConfigError, match="image or control must be given, one of them: the model is image-to-video"):
+        pipe.resume(tmp_path / "s")
+
+
+def latents_on_ranks(group: dist.ProcessGroup, device: str, folder: str, image: np.ndarray) -> Any:
+    options = {name: value for name, value in ONE_CHUNK.items() if name != "device"}
+    parallel = SequenceParallel(group, "auto", device)
+    pipe = CausalVideoPipeline.from_pretrained(folder, parallel=parallel, **{**options, "window": 6})
+    return pipe(PROMPT, image=image, output_type="latent", **{**CALL, "num_frames": 21}).frames
+
+
+def test_on_two_ranks_it_makes_the_same_video(pool: RankPool, folder: Path, image: np.ndarray) -> None:
+    made = pool.run(latents_on_ranks, 2, str(folder), image)
+    pipe = CausalVideoPipeline.from_pretrained(folder, **{**ONE_CHUNK, "window": 6})
+    alone = pipe(PROMPT, image=image, output_type="latent", **{**CALL, "num_frames": 21}).frames
+    torch.testing.assert_close(made, alone, rtol=1e-4, atol=1e-4)
+
+
+def test_what_an_image_to_video_model_needs_is_one_sentence(folder: Path, image: np.ndarray) -> None:
+    pipe = CausalVideoPipeline.from_pretrained(folder, **ONE_CHUNK)
+    told = "the model is image-to-video, 36 channels in, 20 of them of a mask and an image"
+    given: dict[str, Any]
+    for given in ({}, {"image": image, "control": torch.zeros(1, 3, 20, 4, 6)}):
+        with pytest.raises(ConfigError, match=told):
+            pipe(PROMPT, **CALL, **given)
+    with pytest.raises(ConfigError, match="video must be None: an image-to-video model goes on from an image alone"):
+        pipe(PROMPT, video=np.stack([image]), **CALL)
+
+
+def test_the_codec_of_a_folder_is_the_one_that_encodes(folder: Path) -> None:
+    assert inspect_checkpoint(folder / "transformer").config.embedded_channels == 36
+    assert load_codec(folder / "vae").channels == 16
