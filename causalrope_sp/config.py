@@ -30,6 +30,8 @@ class DiTConfig:
         eps: of the norms.
         theta: base of the rotary frequencies.
         control_channels: channels of the control that the model takes beside the latents; 0 for none.
+        image_dim: width of the image tokens that cross-attention reads beside the text, as Wan 2.1's image-to-video
+            models do; 0 for none.
 
     Raises:
         ConfigError: a size is below 1, `num_heads` does not divide `dim`, the head width is odd or below 6, `freq_dim`
@@ -48,11 +50,12 @@ class DiTConfig:
     eps: float = 1e-6
     theta: float = 10000.0
     control_channels: int = 0
+    image_dim: int = 0
 
     def __post_init__(self) -> None:
         sizes = ("dim", "ffn_dim", "num_heads", "num_layers", "text_dim", "text_len", "freq_dim", "in_channels")
         check_fields(self, sizes)
-        check_fields(self, ["control_channels"], least=0)
+        check_fields(self, ["control_channels", "image_dim"], least=0)
         if self.dim % self.num_heads:
             raise ConfigError(f"dim {self.dim} is not divisible by num_heads {self.num_heads}")
         if self.head_dim % 2 or self.head_dim < 6:

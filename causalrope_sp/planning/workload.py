@@ -156,17 +156,20 @@ class Workload:
         d, layer = c.dim, 0
         layer += 3 * d * d + 3 * d + d * d + d + 2 * d  # self-attention with its norms
         layer += d * d + d + 2 * d * d + 2 * d + d * d + d + 2 * d  # cross-attention
+        layer += (2 * d * d + 3 * d) * (c.image_dim > 0)  # its keys and values of image tokens
         layer += 2 * d + 2 * d * c.ffn_dim + c.ffn_dim + d + 6 * d  # its norm, the feed-forward, the modulation
         outer = (c.embedded_dim + c.text_dim + c.freq_dim) * d + 3 * d  # embeddings of patch, text and time,
         outer += 2 * (d * d + d) + 6 * d * d + 6 * d  # the second layers of two of them, the projection of time,
-        outer += c.token_dim * d + c.token_dim + 2 * d  # and the head
+        outer += c.token_dim * d + c.token_dim + 2 * d  # the head,
+        i = c.image_dim
+        outer += i * i + 3 * i + i * d + 3 * d if i else 0  # and the embedding of image tokens
         return c.num_layers * layer + outer
 
     @property
     def matrices(self) -> int:
         """The parameters in all matrices of the blocks."""
         c = self.config
-        return c.num_layers * c.dim * (8 * c.dim + 2 * c.ffn_dim)
+        return c.num_layers * c.dim * ((10 if c.image_dim else 8) * c.dim + 2 * c.ffn_dim)
 
     @property
     def all_weights_bytes(self) -> int:
@@ -177,7 +180,7 @@ class Workload:
     def weights_bytes(self) -> int:
         """The bytes of one model's weights on the device."""
         c, full = self.config, self.parameters * self.itemsize + (2 * self.wide if self.itemsize == 2 else 0)
-        scales = 4 * c.num_layers * (9 * c.dim + c.ffn_dim)
+        scales = 4 * c.num_layers * ((11 if c.image_dim else 9) * c.dim + c.ffn_dim)
         return full - (self.itemsize - 1) * self.matrices + scales if self.fp8 else full
 
 

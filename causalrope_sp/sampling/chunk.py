@@ -110,3 +110,14 @@ def check_text(model: CausalDiT, embeds: Tensor, grid: LatentGrid) -> None:
     if grid.patch != config.patch_size[1:]:
         raise ConfigError(f"the grid's patch is {grid.patch}, the model's {config.patch_size[1:]}")
     check_finite("text embeddings", embeds)
+
+
+def check_image(model: CausalDiT, embeds: Tensor | None, batch: int) -> None:
+    """Raises ConfigError unless the image tokens fit the model, and are finite; None fits one without."""
+    width = model.config.image_dim
+    if (embeds is None) != (width == 0):
+        expected = f"(batch, tokens, {width}), which the model reads" if width else "None, which the model takes"
+        raise ConfigError(f"image embeddings must be {expected}, not {None if embeds is None else tuple(embeds.shape)}")
+    if embeds is not None and (embeds.ndim != 3 or embeds.shape[::2] != (batch, width) or not embeds.shape[1]):
+        raise ConfigError(f"image embeddings have shape {tuple(embeds.shape)}, expected ({batch}, tokens, {width})")
+    check_finite("image embeddings", embeds)

@@ -25,7 +25,7 @@ from causalrope_sp.planning.strategy import choose_strategy
 from causalrope_sp.planning.workload import Workload
 from causalrope_sp.reuse.policy import ReusePlan
 from causalrope_sp.sampling.agreement import agree_on_strategy, digest
-from causalrope_sp.sampling.chunk import LatentChunk, ShardContext, check_text
+from causalrope_sp.sampling.chunk import LatentChunk, ShardContext, check_image, check_text
 from causalrope_sp.sampling.chunk_control import check_taken, shared_control
 from causalrope_sp.sampling.finite_chunks import FiniteCheck, check_finite
 from causalrope_sp.sampling.guidance import UNCONDITIONAL, GuidanceBranches, Step, check_guidance
@@ -67,6 +67,7 @@ class ChunkLoop:
         check_length(frames, options.stream)
         check_text(model, embeds, grid)
         check_finite("negative text embeddings", options.negative_embeds)
+        check_image(model, options.image_embeds, len(embeds))
         if options.control is not None:
             check_taken(model.config.control_channels, options.control)
         self.model, self._opened_with = model, (model.device, model.dtype)
@@ -112,7 +113,7 @@ class ChunkLoop:
         agreed["graphs"] = options.graphs
         if self.parallel.denoisers.size > 1:  # two streams that are taken in another order on one rank differ in these
             tensors = {"text": embeds, "negative text": options.negative_embeds, "latents": options.initial_latents}
-            tensors["given frames"] = options.given_frames
+            tensors |= {"given frames": options.given_frames, "image tokens": options.image_embeds}
             agreed |= {name: digest(x) for name, x in tensors.items() if x is not None}
         self.layout = options.layout or choose_strategy(work, default_machine(self.parallel.device), self.parallel)
         strategy = agree_on_strategy(self.parallel, work, self.layout, agreed)
@@ -141,6 +142,7 @@ class ChunkLoop:
                 graphs=graphs,
                 history=options.history,
                 settled=self.settled,
+                image_BNI=options.image_embeds,
                 given=0 if self._given is None else self._given.shape[1],
             )
 

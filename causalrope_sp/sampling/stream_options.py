@@ -85,6 +85,8 @@ class StreamOptions:
         source: a video to start each chunk from, instead of from noise alone.
         low_noise: the model of the steps at low noise, where another one makes those at high noise; it reuses no
             outputs. None for one model.
+        image_embeds: image tokens, (B, N, image_dim), that every branch attends beside its text, for a model that has
+            them.
         negative_embeds: embeddings of the negative prompt, (B, text_len, text_dim); ignored if the guidance scale is 1.
         reuse: which attention outputs later steps of a chunk take over from earlier ones (Pyramid Attention Broadcast,
             arXiv 2408.12588). It changes the result, equally on any number of ranks. None computes all outputs.
@@ -105,6 +107,7 @@ class StreamOptions:
     control: Control | None = None
     source: Source | None = None
     low_noise: LowNoiseExpert | None = None
+    image_embeds: Tensor | None = None
     negative_embeds: Tensor | None = None
     reuse: ReusePolicy | None = None
     layout: Layout | None = None

@@ -216,7 +216,7 @@ def _targets(model: CausalDiT) -> Iterator[tuple[str, _Target]]:
     """Yields every name that a LoRA may use, of either layout, in the one spelling of `flat`."""
     for parameter, shaped in model.named_parameters():
         for layout in (WAN, DIFFUSERS):
-            stored = layout.names(model.config.num_layers)[parameter]
+            stored = layout.names(model.config.num_layers, model.config.image_dim > 0)[parameter]
             shape = stored_shape(parameter, tuple(shaped.shape), len(stored), model.config)
             for number, name in enumerate(stored):
                 yield _flat_parameter(name), _Target(parameter, number, shape)

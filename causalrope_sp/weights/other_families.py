@@ -19,6 +19,7 @@ MISSING = {
     "a reference picture (as Wan-Fun's control models have it)": r"ref_conv",
     "control blocks (as VACE has them)": r"vace_blocks|vace_patch_embedding",
     "pose and face conditioning (as Wan-Animate has it)": r"face_adapter|motion_encoder|pose_patch_embedding",
+    "a last frame (as Wan's first-and-last-frame models have it)": r"emb_pos|pos_embed",
     "audio conditioning (as Wan S2V has it)": r"casual_audio_encoder|audio_injector|audio_proj",
 }
 

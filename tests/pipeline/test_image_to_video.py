@@ -139,8 +139,8 @@ def test_on_two_ranks_it_makes_the_same_video(pool: RankPool, folder: Path, imag
 def test_what_an_image_to_video_model_needs_is_one_sentence(folder: Path, image: np.ndarray) -> None:
     pipe = CausalVideoPipeline.from_pretrained(folder, **ONE_CHUNK)
     told = "the model is image-to-video, 36 channels in, 20 of them of a mask and an image"
-    given: dict[str, Any]
-    for given in ({}, {"image": image, "control": torch.zeros(1, 3, 20, 4, 6)}):
+    both: dict[str, Any] = {"image": image, "control": torch.zeros(1, 3, 20, 4, 6)}
+    for given in (dict[str, Any](), both):
         with pytest.raises(ConfigError, match=told):
             pipe(PROMPT, **CALL, **given)
     with pytest.raises(ConfigError, match="video must be None: an image-to-video model goes on from an image alone"):

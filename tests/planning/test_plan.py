@@ -49,7 +49,7 @@ def strategies_of(output: str) -> list[dict[str, Any]]:
     return json.loads(output)["strategies"]
 
 
-@pytest.mark.parametrize("config", [CONFIG, *PRESETS.values()])
+@pytest.mark.parametrize("config", [CONFIG, replace(CONFIG, image_dim=7, control_channels=3), *PRESETS.values()])
 def test_parameters_are_the_models(config: DiTConfig) -> None:
     with torch.device("meta"):
         counted = sum(parameter.numel() for parameter in CausalDiT(config).parameters())

@@ -27,6 +27,7 @@ LAYERS = {
     "a reference picture": ("ref_conv.weight",),
     "control blocks (as VACE": ("vace_blocks.0.after_proj.bias", "vace_patch_embedding.weight"),
     "pose and face conditioning": ("face_adapter.fuser_blocks.0.k_norm.weight", "motion_encoder.dec.direction.weight"),
+    "a last frame": ("img_emb.emb_pos", "condition_embedder.image_embedder.pos_embed"),
     "audio conditioning": ("casual_audio_encoder.weights", "audio_injector.injector.0.q.weight"),
 }
 
