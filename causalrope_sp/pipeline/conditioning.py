@@ -98,6 +98,7 @@ class Conditioning:
         source: the video to redraw; None without one.
         first_step: the index of the denoising step at which redrawing starts.
         control: an image that every chunk of an image-to-video model is controlled by.
+        picture: that image, uint8 (H, W, 3).
         in_chunk: an image that is the first latent frame of the first chunk, in place of `latents`, (1, 1, C, H, W).
         digest: a text that is the same on all ranks that have the same conditioning.
     """
@@ -108,6 +109,7 @@ class Conditioning:
     first_step: int = 0
     in_chunk: Tensor | None = None
     control: ImageControl | None = None
+    picture: np.ndarray | None = None
     digest: str = "nothing"
 
     @property
@@ -169,7 +171,7 @@ def condition_by_control(codec: Codec, image: Picture, height: int, width: int) 
         InputError: the image cannot be read.
     """
     frame = read_picture(image, height, width)
-    return Conditioning(control=ImageControl(codec, frame), digest=_digest("image", [frame]))
+    return Conditioning(control=ImageControl(codec, frame), picture=frame, digest=_digest("image", [frame]))
 
 
 def condition_on_image(

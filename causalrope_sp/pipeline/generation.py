@@ -18,6 +18,7 @@ from causalrope_sp.pipeline.conditioning import Conditioning, condition_by_contr
 from causalrope_sp.pipeline.decoding import Decode
 from causalrope_sp.pipeline.generation_options import Embeds, GenerationOptions
 from causalrope_sp.pipeline.image_control import takes_image
+from causalrope_sp.pipeline.image_tokens import share_image_tokens
 from causalrope_sp.pipeline.numerics import own_numerics
 from causalrope_sp.pipeline.open_streams import OpenStreams
 from causalrope_sp.pipeline.output import FrameRange
@@ -166,6 +167,10 @@ class Generation:
             self.parallel.everyone.run_collectively(
                 lambda: chunks.check_memory_for(model, grid, latent_frames, self.parallel)
             )
+        if not self.parallel.decodes:
+            config, width = self._pipe.config, self._pipe.model.config.image_dim
+            picture = self.conditioning.picture
+            self._image = share_image_tokens(self._request, config.image_encoder, picture, width, self.parallel)
         return self.parallel.everyone.run_collectively(
             lambda: [] if self.parallel.decodes else self._encode()  # decode ranks raise for wrong input too
         )
@@ -290,6 +295,7 @@ class Generation:
             control=self._control(),
             source=redrawn,
             low_noise=pipe.parts.low_noise,
+            image_embeds=self._image,
             negative_embeds=self._texts[1] if self._guided else None,
             reuse=self._policy,
             layout=self._layout,

@@ -21,7 +21,13 @@ from causalrope_sp.weights.lora import Lora
 
 TEXT_ENCODERS = {"toybox": ToyboxText}
 PIPELINE_FILE = "pipeline.json"
-PATHS = ("transformer", "codec", "vin", "transformer_2")  # fields of the file that are paths, relative to its folder
+PATHS = (
+    "transformer",
+    "codec",
+    "vin",
+    "transformer_2",
+    "image_encoder",
+)  # fields of the file that are paths, relative to its folder
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,8 @@ class ModelConfig:
             "weight": ..., "alpha": ...}.
         transformer_2: the file or folder of the DiT of the steps at low noise, where there are two; `transformer` is
             then that of the steps at high noise.
+        image_encoder: the folder of the CLIP vision encoder of a model that reads image tokens, beside the folder
+            `image_processor`.
         boundary_ratio: the timestep, divided by 1000, below which `transformer_2` makes the steps.
         vin: the file of the Video Interface Network of a model that samples chunks in parallel; None for a stream.
         inferred: settings that no file has and that were inferred from the checkpoint's content, as texts.
@@ -64,6 +72,7 @@ class ModelConfig:
     vin: Path | None = None
     transformer_2: Path | None = None
     boundary_ratio: float | None = None
+    image_encoder: Path | None = None
     inferred: tuple[str, ...] = field(default=(), compare=False)
     assumed: tuple[str, ...] = field(default=(), compare=False)
 

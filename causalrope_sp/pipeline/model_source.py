@@ -37,7 +37,8 @@ _NEEDED = (  # settings that change the video of a model: where they are kept, t
 _LOCAL_SUFFIXES = (".pt", ".pth", ".safetensors", ".gguf", ".json")
 _REPOSITORY = re.compile(r"([\w.-]+/[\w.-]+)(?:/(.+))?")
 _FOLDERS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
-_OF_DIFFUSERS = [MODEL_INDEX, PIPELINE_FILE, *(f"{folder}/*" for folder in (*_FOLDERS, "transformer_2"))]
+_MORE = ("transformer_2", "image_encoder", "image_processor")  # that some models have
+_OF_DIFFUSERS = [MODEL_INDEX, PIPELINE_FILE, *(f"{folder}/*" for folder in (*_FOLDERS, *_MORE))]
 _OF_WAN = ["*.json", "*.safetensors", "*.pth", "google/*", *(f"{folder}/*" for folder in EXPERTS[1])]
 
 
@@ -138,7 +139,7 @@ def download(name: str, options: LoadOptions, folders: tuple[str, ...] = ()) -> 
             return fetch(_OF_DIFFUSERS)
         if not (path / MODEL_INDEX).is_file():
             return fetch(_OF_WAN)
-        parts_left_out(path / MODEL_INDEX, (*_FOLDERS, "transformer_2"))
+        parts_left_out(path / MODEL_INDEX, (*_FOLDERS, *_MORE))
         return fetch(_OF_DIFFUSERS)
     except CheckpointError as reason:
         raise CheckpointError(f"{name} was not downloaded: {reason}") from reason
@@ -165,7 +166,7 @@ def _config_of(path: Path, options: LoadOptions) -> ModelConfig:
     if (path / MODEL_INDEX).is_file():
         fields["transformer"] = path / "transformer"
         if "transformer" not in own:
-            known = [name for name in (*_FOLDERS, "transformer_2") if (path / name).is_dir()]
+            known = [name for name in (*_FOLDERS, *_MORE) if (path / name).is_dir()]
             inferred += parts_left_out(path / MODEL_INDEX, known)
     elif not own:
         fields["transformer"] = path
@@ -244,6 +245,8 @@ def _parts_in(folder: Path) -> dict[str, Any]:
     text = TextSource(folder)
     if text.is_here():
         found["text"] = text
+    if (folder / "image_encoder").is_dir():
+        found["image_encoder"] = folder / "image_encoder"
     return found
 
 

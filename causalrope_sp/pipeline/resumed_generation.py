@@ -41,6 +41,7 @@ OPTIONS = (
     "callback_on_step_end",
     "control",
     "image",
+    "image_embeds",
     "reuse",
 )  # that a resumed session takes
 

@@ -74,6 +74,7 @@ def sample_without_text(
         initial_latents=pipe.text.opening(config.in_channels, latent_height, latent_width),
         control=_no_control(config.control_channels) if config.control_channels else None,
         low_noise=pipe.parts.low_noise,
+        image_embeds=torch.zeros(1, 1, config.image_dim) if config.image_dim else None,
         negative_embeds=text,
         layout=pipe.parts.layout,
         graphs=pipe.parts.options.graphs,

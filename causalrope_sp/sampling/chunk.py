@@ -118,6 +118,12 @@ def check_image(model: CausalDiT, embeds: Tensor | None, batch: int) -> None:
     if (embeds is None) != (width == 0):
         expected = f"(batch, tokens, {width}), which the model reads" if width else "None, which the model takes"
         raise ConfigError(f"image embeddings must be {expected}, not {None if embeds is None else tuple(embeds.shape)}")
-    if embeds is not None and (embeds.ndim != 3 or embeds.shape[::2] != (batch, width) or not embeds.shape[1]):
+    if embeds is not None:
+        check_image_embeds(embeds, batch, width)
+
+
+def check_image_embeds(embeds: Tensor, batch: int, width: int) -> None:
+    """Raises ConfigError unless image tokens are finite and of this batch and width."""
+    if embeds.ndim != 3 or embeds.shape[::2] != (batch, width) or not embeds.shape[1]:
         raise ConfigError(f"image embeddings have shape {tuple(embeds.shape)}, expected ({batch}, tokens, {width})")
     check_finite("image embeddings", embeds)

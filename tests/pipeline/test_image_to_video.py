@@ -150,3 +150,67 @@ def test_what_an_image_to_video_model_needs_is_one_sentence(folder: Path, image:
 def test_the_codec_of_a_folder_is_the_one_that_encodes(folder: Path) -> None:
     assert inspect_checkpoint(folder / "transformer").config.embedded_channels == 36
     assert load_codec(folder / "vae").channels == 16
+
+
+@pytest.fixture(scope="module")
+def with_tokens(tmp_path_factory: pytest.TempPathFactory) -> WanImageToVideoPipeline:
+    """With a CLIP encoder, as Wan 2.1's I2V has it."""
+    return i2v_pipeline(tmp_path_factory.mktemp("words"), image_tokens=True)
+
+
+@pytest.fixture(scope="module")
+def token_folder(with_tokens: WanImageToVideoPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("published") / "i2v-14b"
+    with_tokens.save_pretrained(home)
+    return home
+
+
+def test_image_tokens_are_diffusers_own(
+    with_tokens: Any, token_folder: Path, image: np.ndarray, tmp_path: Path
+) -> None:
+    pipe = CausalVideoPipeline.from_pretrained(token_folder, solver="unipc", timestep_rule="diffusers", **ONE_CHUNK)
+    made = pipe(PROMPT, image=image, output_type="latent", **CALL).frames
+    torch.testing.assert_close(made, judged(with_tokens, image, guidance_scale=1.0), rtol=1e-4, atol=1e-4)
+    tokens = with_tokens.encode_image(Image.fromarray(image), "cpu")
+    same = pipe(PROMPT, image=image, image_embeds=tokens, output_type="latent", **CALL).frames
+    other = pipe(PROMPT, image=image, image_embeds=-tokens, output_type="latent", **CALL).frames
+    assert isinstance(made, Tensor)
+    torch.testing.assert_close(same, made, rtol=1e-4, atol=1e-4)
+    assert float((other - made).abs().max()) > 0.05
+    pipe.save_pretrained(tmp_path / "saved")
+    again = CausalVideoPipeline.from_pretrained(tmp_path / "saved", **ONE_CHUNK)
+    assert torch.equal(again(PROMPT, image=image, output_type="latent", **CALL).frames, made)
+    assert isinstance(WanImageToVideoPipeline.from_pretrained(tmp_path / "saved"), WanImageToVideoPipeline)
+
+
+def test_image_tokens_on_two_ranks_and_in_a_session(
+    pool: RankPool, token_folder: Path, image: np.ndarray, tmp_path: Path
+) -> None:
+    made = pool.run(latents_on_ranks, 2, str(token_folder), image)
+    pipe = CausalVideoPipeline.from_pretrained(token_folder, **{**ONE_CHUNK, "window": 6})
+    alone = pipe(PROMPT, image=image, output_type="latent", **{**CALL, "num_frames": 21}).frames
+    torch.testing.assert_close(made, alone, rtol=1e-4, atol=1e-4)
+    size: dict[str, Any] = {"height": HEIGHT, "width": WIDTH, "seed": 3, "num_frames": None, "kept_chunks": 9}
+    session = pipe.open(PROMPT, image=image, **size)
+    first = shown(session)
+    fork = session.fork()
+    fork.set_prompt("the lazy dog")
+    session.save(tmp_path / "s")
+    assert np.array_equal(shown(pipe.resume(tmp_path / "s", image=image)), shown(session))
+    assert len(shown(fork)) == len(first) + 3
+
+
+def test_what_image_tokens_cannot_be_is_one_sentence(folder: Path, token_folder: Path, image: np.ndarray) -> None:
+    pipe = CausalVideoPipeline.from_pretrained(token_folder, **ONE_CHUNK)
+    with pytest.raises(ConfigError, match=r"image embeddings have shape \(1, 5, 9\), expected \(1, tokens, 20\)"):
+        pipe(PROMPT, image=image, image_embeds=torch.zeros(1, 5, 9), **CALL)
+    with pytest.raises(ConfigError, match=r"image_embeds must be given: .* of 20 numbers, and no image is given"):
+        pipe(PROMPT, control=torch.zeros(1, 3, 20, 4, 6), **CALL)
+    with pytest.raises(ConfigError, match="image_embeds must be a tensor, not 'tokens'"):
+        pipe(PROMPT, image=image, image_embeds="tokens", **CALL)
+    without = CausalVideoPipeline.from_pretrained(token_folder / "transformer", base=folder, **ONE_CHUNK)
+    with pytest.raises(ConfigError, match="and its folder has no image_encoder/ in diffusers' layout"):
+        without(PROMPT, image=image, **CALL)
+    plain = CausalVideoPipeline.from_pretrained(folder, **ONE_CHUNK)
+    with pytest.raises(ConfigError, match="image_embeds must be None: the model reads no image tokens"):
+        plain(PROMPT, image=image, image_embeds=torch.zeros(1, 5, 20), **CALL)

@@ -67,18 +67,31 @@ def experts_pipeline(folder: Path, boundary_ratio: float = 0.9) -> Any:
     return type(pipe)(**{**pipe.components, "transformer_2": second}, boundary_ratio=boundary_ratio)
 
 
-def i2v_pipeline(folder: Path, experts: bool) -> Any:
-    """diffusers' own image-to-video pipeline of small random parts, in the shapes of Wan 2.2's I2V-A14B."""
-    from diffusers import WanImageToVideoPipeline, WanTransformer3DModel
+def i2v_pipeline(folder: Path, *, experts: bool = False, image_tokens: bool = False) -> Any:
+    """diffusers' own image-to-video pipeline of small random parts.
 
-    pipe, transformers = wan_pipeline(folder), []
+    Args:
+        folder: where the words of the tokenizer are saved.
+        experts: with two transformers, in the shapes of Wan 2.2's I2V-A14B.
+        image_tokens: with a CLIP encoder whose tokens cross-attention reads, as Wan 2.1's I2V models have it.
+    """
+    from diffusers import WanImageToVideoPipeline, WanTransformer3DModel
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
+    pipe, transformers, size = wan_pipeline(folder), [], {"in_channels": 36, "out_channels": 16}
+    encoder, processor = None, None
+    if image_tokens:
+        small = {"hidden_size": 20, "intermediate_size": 28, "num_hidden_layers": 3, "num_attention_heads": 2}
+        encoder = CLIPVisionModel(CLIPVisionConfig(**small, image_size=16, patch_size=8)).eval()
+        processor = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+        size |= {"image_dim": 20, "added_kv_proj_dim": 24}
     for seed in range(1 + experts):
         torch.manual_seed(seed)
-        model = WanTransformer3DModel(**{**pipe.transformer.config, "in_channels": 36, "out_channels": 16})
+        model = WanTransformer3DModel(**{**pipe.transformer.config, **size})
         for parameter in model.parameters():
             nn.init.normal_(parameter, std=0.2)
         transformers.append(model)
-    parts = {**pipe.components, "transformer": transformers[0], "image_encoder": None, "image_processor": None}
+    parts = {**pipe.components, "transformer": transformers[0], "image_encoder": encoder, "image_processor": processor}
     second = {"transformer_2": transformers[1], "boundary_ratio": 0.9} if experts else {}
     return WanImageToVideoPipeline(**{**parts, **second})
 
