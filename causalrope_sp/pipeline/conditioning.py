@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from causalrope_sp.codec import Codec
-from causalrope_sp.config import StreamConfig
-from causalrope_sp.errors import InputError
+from causalrope_sp.config import DiTConfig, StreamConfig
+from causalrope_sp.errors import ConfigError, InputError
 from causalrope_sp.io.media_reader import Picture, Video, read_picture, read_video
 from causalrope_sp.pipeline.generation_options import GenerationOptions
 from causalrope_sp.pipeline.image_control import ImageControl
@@ -158,19 +158,31 @@ def condition_of(
     return condition_on_video_end(codec, request.video, *size, fps, stream, prefix)
 
 
-def condition_by_control(codec: Codec, image: Picture, height: int, width: int) -> Conditioning:
-    """Makes an image the control of an image-to-video model.
+def condition_by_control(
+    codec: Codec, request: GenerationOptions, size: tuple[int, int], model: DiTConfig
+) -> Conditioning:
+    """Makes the image of a call the control of an image-to-video model; nothing, if it has a control itself.
 
     Args:
         codec: the VAE that encodes it.
-        image: a file, a PIL image, an array or a tensor (see `read_picture`).
-        height: pixels of a frame.
-        width: pixels of a frame.
+        request: the options of the call.
+        size: height and width of a frame, in pixels.
+        model: the sizes of the model.
 
     Raises:
+        ConfigError: the call has a video, or neither or both of an image and a control.
         InputError: the image cannot be read.
     """
-    frame = read_picture(image, height, width)
+    if request.video is not None:
+        raise ConfigError("video must be None: an image-to-video model goes on from an image alone")
+    if (request.image is None) == (request.control is None):
+        raise ConfigError(
+            f"image or control must be given, one of them: the model is image-to-video, {model.embedded_channels} "
+            f"channels in, {model.control_channels} of them of a mask and an image"
+        )
+    if request.image is None:
+        return Conditioning()
+    frame = read_picture(request.image, *size)
     return Conditioning(control=ImageControl(codec, frame), picture=frame, digest=_digest("image", [frame]))
 
 

@@ -134,27 +134,10 @@ class Generation:
     def _condition(self) -> Conditioning:
         """Reads and encodes what the stream starts from, once its size is known to fit into memory."""
         size, steps = (self._settings.height, self._settings.width), len(self._settings.sampler.steps)
-        if self._takes_image:
-            return self._controlled(size)
-        given = self._prefix_frames()
+        config, given = self._pipe.model.config, self._prefix_frames()
+        if takes_image(config, self.codec):
+            return condition_by_control(self.codec, self._request, size, config)
         return condition_of(self.codec, self._request, size, self._pipe.fps, self._stream, steps, given)
-
-    @property
-    def _takes_image(self) -> bool:
-        """Whether the control of the model is an image."""
-        return takes_image(self._pipe.model.config, self.codec)
-
-    def _controlled(self, size: tuple[int, int]) -> Conditioning:
-        """The conditioning of an image-to-video model."""
-        request, config = self._request, self._pipe.model.config
-        if request.video is not None:
-            raise ConfigError("video must be None: an image-to-video model goes on from an image alone")
-        if (request.image is None) == (request.control is None):
-            raise ConfigError(
-                f"image or control must be given, one of them: the model is image-to-video, {config.embedded_channels} "
-                f"channels in, {config.control_channels} of them of a mask and an image"
-            )
-        return Conditioning() if request.image is None else condition_by_control(self.codec, request.image, *size)
 
     def _open(self) -> list[Tensor]:
         """Checks the memory of a video whose chunks are sampled in parallel; returns the encoded texts."""

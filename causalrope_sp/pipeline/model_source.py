@@ -10,6 +10,7 @@ from typing import Any
 
 from causalrope_sp.codec.codec_footprint import codec_footprint
 from causalrope_sp.errors import CheckpointError, ConfigError
+from causalrope_sp.pipeline.experts import experts_in
 from causalrope_sp.pipeline.load_options import LoadOptions
 from causalrope_sp.pipeline.model_config import PATHS, PIPELINE_FILE, ModelConfig, embedded_config, read_fields
 from causalrope_sp.pipeline.option_checks import check_path
@@ -18,7 +19,7 @@ from causalrope_sp.toybox import EMBEDDED
 from causalrope_sp.weights import find_preset, inspect_checkpoint
 from causalrope_sp.weights.infer import WAN_HEAD_DIM
 from causalrope_sp.weights.model_presets import Preset
-from causalrope_sp.weights.models_beside import EXPERTS, find_experts, models_beside, parts_left_out
+from causalrope_sp.weights.models_beside import EXPERTS, models_beside, parts_left_out
 from causalrope_sp.weights.scheduler_file import with_index, with_scheduler
 
 MODEL_INDEX = "model_index.json"  # the file that only diffusers folders have
@@ -171,7 +172,7 @@ def _config_of(path: Path, options: LoadOptions) -> ModelConfig:
     elif not own:
         fields["transformer"] = path
     if "transformer" not in own and path.is_dir():
-        fields |= _experts_in(path, inferred)
+        fields |= experts_in(path, path / MODEL_INDEX, inferred)
     fields |= own
     if options.base is not None:
         base = _base_fields(options)
@@ -191,26 +192,6 @@ def _config_of(path: Path, options: LoadOptions) -> ModelConfig:
         inferred.append(f"{', '.join(guessed)} by the stride of its VAE")
         fields = {**frames, **fields}
     return replace(ModelConfig.of(fields, source_file), inferred=tuple(inferred), assumed=tuple(guesses))
-
-
-def _experts_in(folder: Path, inferred: list[str]) -> dict[str, Any]:
-    """The fields of two experts in a folder, if there are, with what they are added to the texts."""
-    experts = find_experts(folder, folder / MODEL_INDEX)
-    if experts is None:
-        return {}
-    sizes = [inspect_checkpoint(path).config for path in (experts.high_noise, experts.low_noise)]
-    if sizes[0] != sizes[1]:
-        raise CheckpointError(f"{experts.high_noise} and {experts.low_noise} are models of different sizes")
-    boundary = f"{1000 * experts.boundary_ratio:g}"
-    inferred.append(
-        f"{experts.low_noise.name} makes the steps below timestep {boundary} ({experts.evidence}); each of the two "
-        "models has a cache of its own"
-    )
-    return {
-        "transformer": experts.high_noise,
-        "transformer_2": experts.low_noise,
-        "boundary_ratio": experts.boundary_ratio,
-    }
 
 
 def _check_complete(fields: dict[str, Any], path: Path, source_file: Path) -> None:

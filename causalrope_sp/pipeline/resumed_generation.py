@@ -16,6 +16,7 @@ from causalrope_sp.grid import LatentGrid
 from causalrope_sp.pipeline.conditioning import Conditioning
 from causalrope_sp.pipeline.generation import Generation
 from causalrope_sp.pipeline.generation_options import GenerationOptions
+from causalrope_sp.pipeline.image_control import takes_image
 from causalrope_sp.pipeline.open_streams import OpenStreams
 from causalrope_sp.pipeline.option_checks import check_path
 from causalrope_sp.pipeline.output import Made
@@ -130,8 +131,8 @@ class ResumedGeneration(Generation):
 
     def _condition(self) -> Conditioning:
         saved = self._saved
-        if self._takes_image:
-            return self._controlled((saved.height, saved.width))
+        if takes_image(self._pipe.model.config, self.codec):
+            return super()._condition()
         latents = None if saved.conditioning is None else saved.conditioning.clone()
         if latents is not None and saved.stream.image_in_chunk and not saved.context_frames:
             return Conditioning(in_chunk=latents)

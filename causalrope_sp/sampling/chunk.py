@@ -86,6 +86,24 @@ class ShardContext:
             raise ConfigError(f"{what} has shape {tuple(latents_BFCHW.shape)}, expected {self.shape(frames)}")
         return self.tokens(latents_BFCHW)
 
+    def given_tokens(self, given: Tensor | None, initial: int, most: int) -> Tensor | None:
+        """Checks the frames that are given within the first chunk and returns this rank's tokens of them.
+
+        Args:
+            given: `StreamOptions.given_frames`.
+            initial: latent frames before the first chunk.
+            most: latent frames of the first chunk.
+
+        Raises:
+            ConfigError: the latents do not fit, or not into the first chunk of the stream.
+        """
+        if given is None:
+            return None
+        self.check_initial(given)
+        if initial or given.shape[1] > most:
+            raise ConfigError(f"given_frames must be at most {most}, after no initial latents, not {given.shape[1]}")
+        return self.tokens(given)
+
     def check_initial(self, latents: Tensor | None) -> None:
         """Raises ConfigError unless the initial latents are whole frames of this batch and grid, and finite."""
         if latents is not None and (latents.ndim != 5 or latents.shape != self.shape(latents.shape[1])):

@@ -77,7 +77,8 @@ class ChunkLoop:
         self._initial = 0 if options.initial_latents is None else options.initial_latents.shape[1]
         if options.resumed is not None:
             self._initial = options.resumed.initial_frames
-        self._given = self._given_tokens(options)
+        most = next(self._cut(None, 0, 0)).frames
+        self._given = self.context.given_tokens(options.given_frames, self._initial, most)
         self._first_step = 0 if options.source is None else options.source.first_step
         steps = len(options.sampler.steps)
         if not 0 <= self._first_step < steps:
@@ -215,7 +216,7 @@ class ChunkLoop:
         is_guided = [guided and each for each in guided_steps(sampler)]
         for step, sigma in enumerate(levels[self._first_step :], self._first_step):
             x = self._with_given(chunk, x)
-            of = Step(timesteps[step], is_guided[step], self._model_of(timesteps[step]))
+            of = Step(timesteps[step], is_guided[step], self.options.model_of(timesteps[step]))
             velocity = self.branches.velocity(chunk, x, of, control_BFSE)
             to = levels[step + 1] if step + 1 < len(levels) else 0.0
             x = solve(x, velocity, sigma, to, partial(self._draw, chunk, step + 1))
@@ -226,21 +227,6 @@ class ChunkLoop:
             self.unread.read()
         self.commit()  # of a model that made none of the steps
         return self._with_given(chunk, x)
-
-    def _given_tokens(self, options: StreamOptions) -> Tensor | None:
-        """Returns this rank's tokens of the frames that are given within the first chunk, (B, F, s, E)."""
-        given, most = options.given_frames, next(self._cut(None, 0, 0)).frames
-        if given is None:
-            return None
-        self.context.check_initial(given)
-        if self._initial or given.shape[1] > most:
-            raise ConfigError(f"given_frames must be at most {most}, after no initial latents, not {given.shape[1]}")
-        return self.context.tokens(given)
-
-    def _model_of(self, timestep: float) -> int:
-        """Returns the number of the model that makes a step."""
-        low_noise = self.options.low_noise
-        return int(low_noise is not None and timestep < low_noise.boundary)
 
     def _with_given(self, chunk: Chunk, x_BFSE: Tensor) -> Tensor:
         """Puts the given frames into the tokens of the first chunk."""

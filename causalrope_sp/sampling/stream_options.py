@@ -117,6 +117,10 @@ class StreamOptions:
     kept_chunks: int = 0
     settled: SettledWeights | None = None
 
+    def model_of(self, timestep: float) -> int:
+        """Returns the number of the model that makes a step."""
+        return int(self.low_noise is not None and timestep < self.low_noise.boundary)
+
 
 def window_of(stream: StreamConfig, frames: int | None, initial: int) -> SlidingWindow:
     """Returns the stream's window, or one that holds the whole video if that is shorter, so that nothing is evicted."""

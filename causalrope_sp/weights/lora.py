@@ -63,8 +63,8 @@ class Lora:
 
     @classmethod
     def of(cls, text: str | PathLike[str]) -> Lora:
-        """Makes a LoRA from FILE or FILE:WEIGHT, with :no-image behind either for `leave_out_image`; a file of the whole
-        name comes first.
+        """Makes a LoRA from FILE or FILE:WEIGHT, with :no-image behind either for `leave_out_image`; a file of the
+        whole name comes first.
 
         Raises:
             ConfigError: the weight is not a finite number.
@@ -118,8 +118,8 @@ class LoraMerge:
                 unknown += self._assign(change, targets)
         if of_image and not lora.leave_out_image:
             raise CheckpointError(
-                f"{self.path}: an image-to-video LoRA: {len(of_image)} of its keys are of layers that read an image, which "
-                f"the model has not ({some(sorted(of_image))}); FILE{_NO_IMAGE} merges the others"
+                f"{self.path}: an image-to-video LoRA: {len(of_image)} of its keys are of layers that read an image, "
+                f"which the model has not ({some(sorted(of_image))}); FILE{_NO_IMAGE} merges the others"
             )
         if unknown:
             raise CheckpointError(

@@ -286,7 +286,7 @@ def test_an_image_to_video_lora_is_merged_without_its_image_on_request(tmp_path:
             "condition_embedder.image_embedder.ff.net.2",
         ),
     }[spelling]
-    lora = {}
+    lora = dict[str, Tensor]()
     for module, (down, up) in changes.items():
         lora |= {f"{both(module)}.lora_A.weight": down, f"{both(module)}.lora_B.weight": up}
     save_file(lora, tmp_path / "plain.safetensors")
@@ -312,7 +312,7 @@ def test_an_image_to_video_lora_is_merged_without_its_image_on_request(tmp_path:
     [
         (
             unknown_module,
-            "an image-to-video LoRA: 2 of its keys are of layers that read an image, which the model has not (base_model.",
+            "an image-to-video LoRA: 2 of its keys are of layers that read an image, which the model has not",
         ),
         (unknown_layer, "2 keys of the LoRA fit no parameter of the model: blocks.7.ffn.0.lora_A.weight"),
         (another_kind, "blocks.0.ffn.0 has only hada_w1_a of hada_w1_a, hada_w1_b, hada_w2_a, hada_w2_b"),
