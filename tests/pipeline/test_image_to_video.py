@@ -11,24 +11,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from diffusers import WanImageToVideoPipeline
 from PIL import Image
 from torch import Tensor
 
-from causalrope_sp import CausalVideoPipeline, ConfigError, SequenceParallel
+from causalrope_sp import CausalVideoPipeline, ConfigError
 from causalrope_sp.codec import load_codec
 from causalrope_sp.diffusion.noise import seeded_noise
 from causalrope_sp.distributed.launch import RankPool
 from causalrope_sp.grid import Chunk
 from causalrope_sp.pipeline.image_control import ImageControl
-from causalrope_sp.pipeline.session import Session
 from causalrope_sp.weights import inspect_checkpoint
 from tests.support.codecs import small_codec
-from tests.support.published_folders import i2v_pipeline
+from tests.support.published_folders import i2v_pipeline, latents_on_ranks, shown
 
 PROMPT = "the quick brown fox jumps over the lazy dog"
 HEIGHT, WIDTH = 32, 48
+ON_RANKS: dict[str, Any] = {"chunk_frames": 3, "window": 6, "num_inference_steps": 4}
 ONE_CHUNK: dict[str, Any] = {"device": "cpu", "chunk_frames": 3, "window": 3, "num_inference_steps": 4}
 CALL: dict[str, Any] = {"height": HEIGHT, "width": WIDTH, "num_frames": 9, "seed": 3}
 
@@ -99,12 +98,6 @@ def test_the_control_of_any_chunk_is_that_of_the_whole_video(kind: str) -> None:
     assert torch.equal(control(Chunk(0, 500, 1))[:, :, 4:], latents[:, -1:])
 
 
-def shown(session: Session) -> np.ndarray:
-    frames = next(session).frames
-    assert frames is not None
-    return frames
-
-
 def test_a_stream_from_an_image_goes_on_is_taken_back_and_resumed(
     folder: Path, image: np.ndarray, tmp_path: Path
 ) -> None:
@@ -122,15 +115,10 @@ def test_a_stream_from_an_image_goes_on_is_taken_back_and_resumed(
         pipe.resume(tmp_path / "s")
 
 
-def latents_on_ranks(group: dist.ProcessGroup, device: str, folder: str, image: np.ndarray) -> Any:
-    options = {name: value for name, value in ONE_CHUNK.items() if name != "device"}
-    parallel = SequenceParallel(group, "auto", device)
-    pipe = CausalVideoPipeline.from_pretrained(folder, parallel=parallel, **{**options, "window": 6})
-    return pipe(PROMPT, image=image, output_type="latent", **{**CALL, "num_frames": 21}).frames
-
-
 def test_on_two_ranks_it_makes_the_same_video(pool: RankPool, folder: Path, image: np.ndarray) -> None:
-    made = pool.run(latents_on_ranks, 2, str(folder), image)
+    made = pool.run(
+        latents_on_ranks, 2, str(folder), ON_RANKS, {"prompt": PROMPT, "image": image, **CALL, "num_frames": 21}
+    )
     pipe = CausalVideoPipeline.from_pretrained(folder, **{**ONE_CHUNK, "window": 6})
     alone = pipe(PROMPT, image=image, output_type="latent", **{**CALL, "num_frames": 21}).frames
     torch.testing.assert_close(made, alone, rtol=1e-4, atol=1e-4)
@@ -186,7 +174,9 @@ def test_image_tokens_are_diffusers_own(
 def test_image_tokens_on_two_ranks_and_in_a_session(
     pool: RankPool, token_folder: Path, image: np.ndarray, tmp_path: Path
 ) -> None:
-    made = pool.run(latents_on_ranks, 2, str(token_folder), image)
+    made = pool.run(
+        latents_on_ranks, 2, str(token_folder), ON_RANKS, {"prompt": PROMPT, "image": image, **CALL, "num_frames": 21}
+    )
     pipe = CausalVideoPipeline.from_pretrained(token_folder, **{**ONE_CHUNK, "window": 6})
     alone = pipe(PROMPT, image=image, output_type="latent", **{**CALL, "num_frames": 21}).frames
     torch.testing.assert_close(made, alone, rtol=1e-4, atol=1e-4)

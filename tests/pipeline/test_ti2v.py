@@ -12,20 +12,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from diffusers import WanImageToVideoPipeline
 from torch import Tensor
 
-from causalrope_sp import CausalVideoPipeline, SequenceParallel
+from causalrope_sp import CausalVideoPipeline
 from causalrope_sp.diffusion.noise import seeded_noise
 from causalrope_sp.distributed.launch import RankPool
 from causalrope_sp.grid import Chunk
-from causalrope_sp.pipeline.session import Session
-from tests.support.published_folders import save_wan_folder, ti2v_pipeline
+from tests.support.published_folders import latents_on_ranks, save_wan_folder, shown, ti2v_pipeline
 
 PROMPT = "the quick brown fox jumps over the lazy dog"
 HEIGHT, WIDTH, FRAMES = 64, 96, 9
 WHOLE: dict[str, Any] = {"height": HEIGHT, "width": WIDTH, "num_frames": FRAMES, "seed": 3}
+ON_RANKS: dict[str, Any] = {"chunk_frames": 3, "window": 6, "num_inference_steps": 4}
 ONE_CHUNK: dict[str, Any] = {"device": "cpu", "chunk_frames": 3, "window": 3, "sink": 0, "num_inference_steps": 4}
 
 
@@ -109,15 +108,10 @@ def test_wans_own_folder_makes_the_same_video(
     assert np.array_equal(ours, again)
 
 
-def latents_on_ranks(group: dist.ProcessGroup, device: str, folder: str, image: np.ndarray) -> Any:
-    options = {name: value for name, value in ONE_CHUNK.items() if name != "device"}
-    parallel = SequenceParallel(group, "auto", device)
-    pipe = CausalVideoPipeline.from_pretrained(folder, parallel=parallel, **{**options, "window": 6})
-    return pipe(PROMPT, image=image, output_type="latent", **{**WHOLE, "num_frames": 21}).frames
-
-
 def test_an_image_in_the_first_chunk_on_two_ranks(pool: RankPool, folder: Path, image: np.ndarray) -> None:
-    made = pool.run(latents_on_ranks, 2, str(folder), image)
+    made = pool.run(
+        latents_on_ranks, 2, str(folder), ON_RANKS, {"prompt": PROMPT, "image": image, **WHOLE, "num_frames": 21}
+    )
     pipe = CausalVideoPipeline.from_pretrained(folder, **{**ONE_CHUNK, "window": 6})
     alone = pipe(PROMPT, image=image, output_type="latent", **{**WHOLE, "num_frames": 21}).frames
     torch.testing.assert_close(made, alone, rtol=1e-4, atol=1e-4)
@@ -127,12 +121,6 @@ def chunks_of(pipe: CausalVideoPipeline, **options: Any) -> Iterator[np.ndarray]
     for chunk in pipe.stream(PROMPT, **{**WHOLE, "num_frames": 29, **options}):
         assert chunk.frames is not None
         yield chunk.frames
-
-
-def shown(session: Session) -> np.ndarray:
-    frames = next(session).frames
-    assert frames is not None
-    return frames
 
 
 def test_a_stream_with_an_image_in_its_first_chunk(folder: Path, image: np.ndarray) -> None:

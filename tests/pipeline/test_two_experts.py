@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from causalrope_sp import CausalVideoPipeline, CheckpointError, ConfigError, SequenceParallel
@@ -26,13 +25,13 @@ from causalrope_sp.pipeline.model_source import find_model
 from causalrope_sp.pipeline.offload import Offload
 from causalrope_sp.pipeline.planned_model import PlannedModel
 from causalrope_sp.pipeline.preflight import describe_run
-from causalrope_sp.pipeline.session import Session
 from tests.support.checkpoints import wan_name
-from tests.support.published_folders import experts_pipeline
+from tests.support.published_folders import experts_pipeline, latents_on_ranks, shown
 from tests.support.shell import shell
 
 PROMPT = "the quick brown fox jumps over the lazy dog"
 HEIGHT, WIDTH = 32, 48
+ON_RANKS: dict[str, Any] = {"chunk_frames": 3, "window": 6, "num_inference_steps": 4}
 ONE_CHUNK: dict[str, Any] = {"device": "cpu", "chunk_frames": 3, "window": 3, "num_inference_steps": 4}
 CALL: dict[str, Any] = {"height": HEIGHT, "width": WIDTH, "num_frames": 9, "seed": 3}
 
@@ -103,12 +102,6 @@ def test_wans_own_folder_has_the_boundary_of_its_models(theirs: Any, folder: Pat
         find_model(home, LoadOptions(base=folder))
 
 
-def shown(session: Session) -> np.ndarray:
-    frames = next(session).frames
-    assert frames is not None
-    return frames
-
-
 def test_a_session_of_two_models_is_steered_and_goes_on(folder: Path, tmp_path: Path) -> None:
     pipe = CausalVideoPipeline.from_pretrained(folder, **{**ONE_CHUNK, "window": 6})
     size: dict[str, Any] = {"height": HEIGHT, "width": WIDTH, "seed": 3, "num_frames": None, "kept_chunks": 9}
@@ -128,19 +121,16 @@ def test_a_session_of_two_models_is_steered_and_goes_on(folder: Path, tmp_path: 
     assert not np.array_equal(shown(fork), shown(session))
 
 
-def latents_on_ranks(group: dist.ProcessGroup, device: str, folder: str, cfg: int) -> Any:
-    parallel = SequenceParallel(group, "auto", device, cfg=cfg)
-    options = {name: value for name, value in ONE_CHUNK.items() if name != "device"}
-    pipe = CausalVideoPipeline.from_pretrained(
-        folder, parallel=parallel, **{**options, "window": 6, "guidance_scale": 2.0}
-    )
-    return pipe(PROMPT, output_type="latent", **{**CALL, "num_frames": 21}).frames
-
-
 @pytest.mark.parametrize("cfg", [1, 2])
 def test_on_two_ranks_it_makes_the_same_video(pool: RankPool, folder: Path, cfg: int) -> None:
     """With the sequence shared, and with the branches of guidance on one rank each."""
-    made = pool.run(latents_on_ranks, 2, str(folder), cfg)
+    made = pool.run(
+        latents_on_ranks,
+        2,
+        str(folder),
+        {**ON_RANKS, "cfg": cfg, "guidance_scale": 2.0},
+        {"prompt": PROMPT, **CALL, "num_frames": 21},
+    )
     pipe = CausalVideoPipeline.from_pretrained(folder, **{**ONE_CHUNK, "window": 6, "guidance_scale": 2.0})
     alone = pipe(PROMPT, output_type="latent", **{**CALL, "num_frames": 21}).frames
     torch.testing.assert_close(made, alone, rtol=1e-4, atol=1e-4)

@@ -6,11 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import nn
 
+from causalrope_sp import CausalVideoPipeline, SequenceParallel
 from causalrope_sp.codec.wan_vae_config import WAN_2_2
+from causalrope_sp.pipeline.session import Session
 from tests.support.checkpoints import wan_name
 from tests.support.text_files import WIDTH, make_encoder, save_tokenizer
 
@@ -94,6 +98,28 @@ def i2v_pipeline(folder: Path, *, experts: bool = False, image_tokens: bool = Fa
     parts = {**pipe.components, "transformer": transformers[0], "image_encoder": encoder, "image_processor": processor}
     second = {"transformer_2": transformers[1], "boundary_ratio": 0.9} if experts else {}
     return WanImageToVideoPipeline(**{**parts, **second})
+
+
+def latents_on_ranks(group: dist.ProcessGroup, device: str, folder: str, load: Any, call: Any) -> Any:
+    """The latents of a call on every rank.
+
+    Args:
+        group: the ranks.
+        device: where they compute.
+        folder: the model's folder.
+        load: options of loading, and `cfg` of the mesh.
+        call: the prompt and the options of the call.
+    """
+    parallel = SequenceParallel(group, "auto", device, cfg=load.pop("cfg", 1))
+    pipe = CausalVideoPipeline.from_pretrained(folder, parallel=parallel, **load)
+    return pipe(output_type="latent", **call).frames
+
+
+def shown(session: Session) -> np.ndarray:
+    """The frames of the next chunk."""
+    frames = next(session).frames
+    assert frames is not None
+    return frames
 
 
 def save_wan_folder(pipe: Any, folder: Path, **config: Any) -> Path:
