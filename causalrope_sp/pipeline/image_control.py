@@ -35,7 +35,7 @@ class ImageControl:
 
     def __init__(self, codec: Codec, image: np.ndarray) -> None:
         self._codec, self._encoder = codec, codec.encoder()
-        first = torch.from_numpy(image).movedim(2, 0)[None, None].to(codec.device, codec.dtype) / 127.5 - 1
+        first = torch.tensor(image).movedim(2, 0)[None, None].to(codec.device, codec.dtype) / 127.5 - 1
         self._next, self._settled = first, False
         self._latents = list[Tensor]()  # of each latent frame, (1, 1, C, H, W)
 

@@ -16,7 +16,7 @@ from causalrope_sp import CausalVideoPipeline, SequenceParallel
 from causalrope_sp.codec.wan_vae_config import WAN_2_2
 from causalrope_sp.pipeline.session import Session
 from tests.support.checkpoints import wan_name
-from tests.support.text_files import WIDTH, make_encoder, save_tokenizer
+from tests.support.text_files import WIDTH, make_encoder, save_tokenizer, save_wan
 
 
 def wan_pipeline(folder: Path, flow_shift: float = 5.0) -> Any:
@@ -123,16 +123,16 @@ def shown(session: Session) -> np.ndarray:
 
 
 def save_wan_folder(pipe: Any, folder: Path, **config: Any) -> Path:
-    """Saves a pipeline's parts as Wan's own folders have them: its names, files and config.json."""
+    """Saves the parts of a TI2V pipeline as Wan's own folder has them: its names, files and config.json."""
     from tests.codec.test_codec_weights import under_wan_names
 
     folder.mkdir()
+    save_wan(folder, pipe.text_encoder)  # with stand-ins of the other files
+    (folder / "Wan2.1_VAE.pth").unlink()
     state = {wan_name(name): tensor.contiguous() for name, tensor in pipe.transformer.state_dict().items()}
     save_file(state, folder / "diffusion_pytorch_model.safetensors")
     (folder / "config.json").write_text(json.dumps(config))
     torch.save(under_wan_names(pipe.vae), folder / "Wan2.2_VAE.pth")
-    pipe.text_encoder.save_pretrained(folder / "text_encoder")
-    pipe.tokenizer.save_pretrained(folder / "tokenizer")
     return folder
 
 
