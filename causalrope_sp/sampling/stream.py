@@ -346,7 +346,8 @@ class CausalStream:
         attended = tuple(tuple(map(len, sides)) for sides in rows) if self._rows_on_device else rows
         frames = tuple(chunk.frames for chunk in chunks)
         # the table of times is replaced by a longer one when the stream outgrows it
-        kind = self.cache, self.cache.storages, attended, frames, tokens_BTE.shape, len(rotation.time), pattern
+        shapes = tokens_BTE.shape, vectors[0].shape  # timesteps differ within a chunk where frames of it are given
+        kind = self.cache, self.cache.storages, attended, frames, shapes, len(rotation.time), pattern
         # a hook sees passes, which a graph hides
         hooked = "the model has hooks" if self._model._forward_pre_hooks or self._model._forward_hooks else None
         return graphs.run(kind, chunks[-1].index, inputs, forward, self.cache.restore_evicted, hooked)
