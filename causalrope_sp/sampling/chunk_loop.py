@@ -51,7 +51,7 @@ class ChunkLoop:
         first_chunk: the number of the first chunk that was not given as initial latents.
         next_chunk: the chunk that `step` makes next; None after the last one.
         kept: the clean latents from which the cache can be computed anew.
-        settled: how the model is computed.
+        settled: how each model is computed.
     """
 
     def __init__(
@@ -119,13 +119,12 @@ class ChunkLoop:
         self.layout = options.layout or choose_strategy(work, default_machine(self.parallel.device), self.parallel)
         strategy = agree_on_strategy(self.parallel, work, self.layout, agreed)
         relative = stream.rope == "relative"
-        self.settled = options.settled or settle(model, strategy.backend)
+        models = [model] if options.low_noise is None else [model, options.low_noise.model]
+        self.settled = options.settled or tuple(settle(each, strategy.backend) for each in models)
         graphs = None
         if options.graphs:
             sharing = self.parallel.sp_communicator() if self.parallel.mesh.sp > 1 else None
             graphs = stream_graphs(model.device, sharing)
-
-        models = [model] if options.low_noise is None else [model, options.low_noise.model]
 
         def open_stream(prompt: Tensor, branch: int, number: int) -> CausalStream:
             passes = branch_timesteps(sampler, branch == UNCONDITIONAL, self._first_step)
@@ -142,7 +141,7 @@ class ChunkLoop:
                 reuse=plan,
                 graphs=graphs,
                 history=options.history,
-                settled=self.settled,
+                settled=self.settled[number],
                 image_BNI=options.image_embeds,
                 given=0 if self._given is None else self._given.shape[1],
             )

@@ -95,7 +95,8 @@ class StreamOptions:
         on_step: called on every rank after each denoising step with the chunk, the step's number within it and the
             timestep that the model was called with. If it raises on one rank, the chunk ends on all of them.
         history: how many chunks can be taken back bit for bit; the keys and values that they evict are kept.
-        settled: how another stream of the model on the same ranks computes it; None settles it anew.
+        settled: how another stream of the model, or of each of the two, on the same ranks computes it; None settles it
+            anew.
         kept_chunks: of how many more chunks than those in the window the clean latents are kept, at least `history`.
     """
 
@@ -115,7 +116,7 @@ class StreamOptions:
     on_step: OnStep | None = None
     history: int = 0
     kept_chunks: int = 0
-    settled: SettledWeights | None = None
+    settled: tuple[SettledWeights, ...] | None = None
 
     def model_of(self, timestep: float) -> int:
         """Returns the number of the model that makes a step."""
