@@ -27,7 +27,8 @@ from printed import finish, print_table, stop
 from videos import video_of
 
 from causalrope_sp import CausalVideoPipeline, LatentGrid, SamplerConfig, StreamConfig
-from causalrope_sp.config import PRESETS, VAE_STRIDE
+from causalrope_sp.codec.wan_vae_config import PUBLISHED
+from causalrope_sp.config import PRESETS
 from causalrope_sp.diffusion.schedule import timesteps
 from causalrope_sp.planning.cost import plan
 from causalrope_sp.planning.machines import H100
@@ -81,7 +82,7 @@ def full_size(named: dict[str, ReusePolicy]) -> list[dict[str, Any]]:
     rows = []
     for name, steps in FULL_SIZE:
         config = PRESETS[name]
-        grid = LatentGrid.from_pixels(480, 832, VAE_STRIDE[1])
+        grid = LatentGrid.from_pixels(480, 832, PUBLISHED[config.in_channels].scale_factor_spatial)
         sampler = SamplerConfig(tuple(timesteps(steps)), shift=5.0)
         work = Workload.of(config, grid, StreamConfig(21, 0, 3), sampler, 21)
         for label, policy in named.items():

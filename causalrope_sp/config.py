@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal, get_args
 
 from causalrope_sp.checks import check_fields
@@ -29,6 +30,8 @@ class DiTConfig:
         eps: of the norms.
         theta: base of the rotary frequencies.
         control_channels: channels of the control that the model takes beside the latents; 0 for none.
+        image_dim: width of the image tokens that cross-attention reads beside the text, as Wan 2.1's image-to-video
+            models do; 0 for none.
 
     Raises:
         ConfigError: a size is below 1, `num_heads` does not divide `dim`, the head width is odd or below 6, `freq_dim`
@@ -47,11 +50,12 @@ class DiTConfig:
     eps: float = 1e-6
     theta: float = 10000.0
     control_channels: int = 0
+    image_dim: int = 0
 
     def __post_init__(self) -> None:
         sizes = ("dim", "ffn_dim", "num_heads", "num_layers", "text_dim", "text_len", "freq_dim", "in_channels")
         check_fields(self, sizes)
-        check_fields(self, ["control_channels"], least=0)
+        check_fields(self, ["control_channels", "image_dim"], least=0)
         if self.dim % self.num_heads:
             raise ConfigError(f"dim {self.dim} is not divisible by num_heads {self.num_heads}")
         if self.head_dim % 2 or self.head_dim < 6:
@@ -85,11 +89,10 @@ class DiTConfig:
         return self.token_dim // self.in_channels * self.embedded_channels
 
 
-VAE_STRIDE = (4, 8, 8)  # of Wan 2.1: pixel frames a latent frame, then pixels a latent pixel in height and width
-
 PRESETS = {
     "wan2.1-1.3b": DiTConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30),
     "wan2.1-14b": DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),
+    "wan2.2-ti2v-5b": DiTConfig(dim=3072, ffn_dim=14336, num_heads=24, num_layers=30, in_channels=48),
 }
 
 
@@ -115,6 +118,8 @@ class StreamConfig:
             own, unless it says otherwise (LongLive). "recomputed" computes the keys and values of the window anew from
             its clean latents before every chunk, once frames have left it, so that they hold nothing of those frames:
             the newest frames read the sink and each other again (Krea Realtime).
+        image_in_chunk: whether a given image is the first frame of the first chunk, at timestep 0 in each of its
+            passes, as Wan 2.2's TI2V models are trained. Without, it is a chunk of its own before the first one.
 
     Raises:
         ConfigError: a length is below its minimum, the window is smaller than chunk + sink, or `rope` or
@@ -127,6 +132,7 @@ class StreamConfig:
     independent_first_frame: bool = False
     rope: Literal["absolute", "relative"] = "absolute"
     window_policy: WindowPolicy = "sliding"
+    image_in_chunk: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self, ["chunk_frames"], most=LONGEST_WINDOW)
@@ -168,6 +174,8 @@ class SamplerConfig:
         timestep_rule: how "unipc" spaces a number of steps: "wan" from 999 to 0, as Wan's own code; "diffusers" from
             1000 to 1, as diffusers' UniPCMultistepScheduler since 0.37. The update is infinite at noise level 1: "wan"
             refuses a first step of 1000, "diffusers" lowers that level by 1e-6. Other solvers ignore it.
+        first_steps: the steps of a stream's first chunk, where they are others than those of later ones
+            (Causal-Forcing++, arXiv 2605.15141, makes it in 4 and later ones in 1 or 2); empty for the same.
 
     Raises:
         ConfigError: there are no steps, steps are outside (0, 1000] or not falling, `shift` or `guidance_scale` is out
@@ -180,12 +188,14 @@ class SamplerConfig:
     guidance_scale: float = 1.0
     guidance_interval: tuple[float, float] = (0, 1000)
     timestep_rule: TimestepRule = "wan"
+    first_steps: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.steps or not all(0 < s <= 1000 for s in self.steps):
-            raise ConfigError(f"steps must be timesteps above 0 and up to 1000, not {self.steps}")
-        if any(later >= earlier for earlier, later in zip(self.steps, self.steps[1:])):
-            raise ConfigError(f"steps must fall from noise to data, not {self.steps}")
+        for name, steps in (("steps", self.steps), ("first_steps", self.first_steps or self.steps)):
+            if not steps or not all(0 < s <= 1000 for s in steps):
+                raise ConfigError(f"{name} must be timesteps above 0 and up to 1000, not {steps}")
+            if any(later >= earlier for earlier, later in pairwise(steps)):
+                raise ConfigError(f"{name} must fall from noise to data, not {steps}")
         if not 1 / LARGEST <= self.shift <= LARGEST:
             raise ConfigError(f"shift must be from {1 / LARGEST:g} to {LARGEST:g}, not {self.shift}")
         if self.solver not in get_args(Solver):
@@ -194,7 +204,7 @@ class SamplerConfig:
             raise ConfigError(
                 f"timestep_rule must be one of {', '.join(get_args(TimestepRule))}, not {self.timestep_rule!r}"
             )
-        if self.solver == "unipc" and self.timestep_rule == "wan" and self.steps[0] == 1000:
+        if self.solver == "unipc" and self.timestep_rule == "wan" and 1000 in (*self.steps, *self.first_steps):
             raise ConfigError(
                 "solver unipc cannot start at 1000, where its logarithms are infinite: with timestep_rule wan it "
                 "starts at 999, with diffusers it lowers the noise level"
@@ -203,3 +213,8 @@ class SamplerConfig:
             raise ConfigError(f"the guidance scale must be from 0 to {LARGEST:g}, not {self.guidance_scale}")
         if len(self.guidance_interval) != 2 or not 0 <= self.guidance_interval[0] <= self.guidance_interval[1] <= 1000:
             raise ConfigError(f"guidance is within an interval of timesteps 0 to 1000, not {self.guidance_interval}")
+
+    @property
+    def first_chunk(self) -> SamplerConfig:
+        """The sampler of a stream's first chunk."""
+        return replace(self, steps=self.first_steps or self.steps, first_steps=())

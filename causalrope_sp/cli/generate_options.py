@@ -66,8 +66,9 @@ OPTIONS = (
         "--lora",
         "loras",
         multiple=True,
-        metavar="FILE[:WEIGHT]",
-        help="Merge this LoRA into the transformer, times WEIGHT (1); several can be given. The default is none.",
+        metavar="FILE[:WEIGHT][:no-image]",
+        help="Merge this LoRA into the transformer, times WEIGHT (1); with :no-image, leave out what only models that "
+        "read an image have. Several can be given. The default is none.",
     ),
     click.option("--revision", help="Load this branch, tag or commit from the Hub. The default is the main branch."),
     click.option(

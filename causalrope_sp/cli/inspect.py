@@ -74,10 +74,10 @@ def examine(path: str, part: str | None, preset: str | None, changes: Mapping[st
         ConfigError: the preset does not exist, or the changes contradict each other.
     """
     from causalrope_sp.diffusion.schedule import timesteps
-    from causalrope_sp.pipeline.model_source import SCHEDULER_FILE
+    from causalrope_sp.pipeline.model_source import MODEL_INDEX, SCHEDULER_FILE
     from causalrope_sp.weights import Preset, find_preset, inspect_checkpoint
     from causalrope_sp.weights.models_beside import refuse_experts
-    from causalrope_sp.weights.scheduler_file import with_scheduler
+    from causalrope_sp.weights.scheduler_file import with_index, with_scheduler
 
     named = None if preset is None else replace(find_preset(preset), evidence=("named by --preset",))
     try:
@@ -86,11 +86,11 @@ def examine(path: str, part: str | None, preset: str | None, changes: Mapping[st
     except OSError as reason:
         raise CheckpointError(f"{path}: {first_line(reason)}") from reason
     if file is None:
-        if whole:
-            refuse_experts(Path(path))
+        refuse_experts(Path(path))
         transformer = Path(path) / "transformer" if whole else Path(path)
         report = inspect_checkpoint(transformer, part=part)
-        chosen = named or with_scheduler(report.preset, Path(path) / SCHEDULER_FILE)
+        own = with_index(report.preset, Path(path) / MODEL_INDEX)
+        chosen = named or with_scheduler(own, Path(path) / SCHEDULER_FILE)
     else:
         from causalrope_sp.pipeline.load_options import LoadOptions
         from causalrope_sp.pipeline.model_source import find_model
@@ -123,6 +123,7 @@ def report_fields(report: CheckpointReport) -> dict[str, Any]:
         "source": preset.source,
         "stream": asdict(preset.stream),
         "sampler": asdict(preset.sampler),
+        "not_run": report.not_run,
         "missing": report.missing,
         "unexpected": report.unexpected,
         "misshapen": report.misshapen,

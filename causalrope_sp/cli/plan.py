@@ -46,7 +46,7 @@ OVERRIDES = (
     default="wan2.1-1.3b",
     show_default=True,
     shell_complete=complete_model,
-    help="Plan for this model: wan2.1-1.3b, wan2.1-14b, toybox or a PATH.",
+    help="Plan for this model: wan2.1-1.3b, wan2.1-14b, wan2.2-ti2v-5b, toybox or a PATH.",
 )
 @HEIGHT
 @WIDTH

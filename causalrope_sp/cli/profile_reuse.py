@@ -79,8 +79,10 @@ def profile_reuse(
 
     check_bound(bound)
     report.check_files(out, plot)
-    if find_model(model, LoadOptions()).vin is not None:
-        raise ConfigError(f"{model} makes its chunks in parallel, where nothing is reused")
+    config = find_model(model, LoadOptions())
+    if config.vin is not None or config.transformer_2 is not None:
+        why = "makes its chunks in parallel" if config.vin is not None else "has two transformers"
+        raise ConfigError(f"{model} {why}, where nothing is reused")
     parallel = SequenceParallel.from_env()
     pipe = CausalVideoPipeline.from_pretrained(model, parallel=parallel, num_inference_steps=parse_steps(steps))
     with recording(pipe.model, max_range - 1) as recorder:

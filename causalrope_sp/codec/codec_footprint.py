@@ -31,7 +31,8 @@ from causalrope_sp.devices import on_meta
 
 _ITEM = 4  # bytes of a number
 _MANY = 2  # latent frames of a stream whose state grows no more
-_WAN_ALIVE, _TAEHV_ALIVE = 5.2, 2.3  # tensors of the widest size that are alive at once
+# tensors of the widest size that are alive at once; of a Wan VAE by whether its stages have shortcuts
+_WAN_ALIVE, _TAEHV_ALIVE = {False: 5.2, True: 9.6}, 2.3
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class CodecFootprint:
         state: bytes that a decoder keeps between chunks.
         activations: bytes that a decoder needs in addition while it decodes.
         stride: pixels per side of a latent pixel.
+        temporal_stride: pixel frames of every latent frame but the first.
     """
 
     weights: int
@@ -51,6 +53,7 @@ class CodecFootprint:
     state: int
     activations: int
     stride: int
+    temporal_stride: int
 
     def share(self, of: Fraction) -> CodecFootprint:
         """Returns the footprint on a rank that decodes a part of the picture.
@@ -85,10 +88,10 @@ def codec_footprint(
     return taehv_footprint(taehv_on_meta(files), height, width, frames)
 
 
-def wan_2_1_footprint(height: int, width: int, frames: int) -> CodecFootprint:
-    """Computes the footprint of Wan 2.1's VAE, whose sizes are the defaults; see `codec_footprint`."""
+def published_footprint(config: WanVaeConfig, height: int, width: int, frames: int) -> CodecFootprint:
+    """Computes the footprint of a Wan VAE of these sizes, such as `wan_vae_config.WAN_2_1`; see `codec_footprint`."""
     with on_meta():
-        return wan_footprint(WanVae(WanVaeConfig()), height, width, frames)
+        return wan_footprint(WanVae(config), height, width, frames)
 
 
 def wan_footprint(vae: WanVae, height: int, width: int, frames: int) -> CodecFootprint:
@@ -101,8 +104,9 @@ def wan_footprint(vae: WanVae, height: int, width: int, frames: int) -> CodecFoo
     widest = decoder.conv_out.in_channels * config.scale_factor_temporal * positions
     widest *= min(frames, frames_together(config, prod(latent)))
     pixels = _earlier_pixels(height, width, frames, config.scale_factor_temporal)
-    activations = round(_WAN_ALIVE * widest * _ITEM) + pixels
-    return CodecFootprint(_bytes_of(vae), _derived_bytes(decoder), state_bytes(shapes), activations, stride)
+    activations = round(_WAN_ALIVE[config.is_residual] * widest * _ITEM) + pixels
+    own = _bytes_of(vae), _derived_bytes(decoder), state_bytes(shapes)
+    return CodecFootprint(*own, activations, stride, config.scale_factor_temporal)
 
 
 def taehv_footprint(model: Taehv, height: int, width: int, frames: int) -> CodecFootprint:
@@ -117,7 +121,8 @@ def taehv_footprint(model: Taehv, height: int, width: int, frames: int) -> Codec
         rate *= grow
         widest = max(widest, rate * max(wide, narrow) * 4 * positions)
     pixels = _earlier_pixels(height, width, frames, prod(config.grows))
-    return CodecFootprint(_bytes_of(model), 0, state, round(_TAEHV_ALIVE * widest * _ITEM) + pixels, stride)
+    activations = round(_TAEHV_ALIVE * widest * _ITEM) + pixels
+    return CodecFootprint(_bytes_of(model), 0, state, activations, stride, prod(config.grows))
 
 
 def state_bytes(shapes: Mapping[str, tuple[int, ...]], item: int = _ITEM) -> int:

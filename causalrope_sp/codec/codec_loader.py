@@ -34,7 +34,8 @@ def load_codec(
     """Loads the codec in a file or folder, in float32.
 
     Args:
-        path: a Wan VAE as diffusers' folder or as Wan's own file (`Wan2.1_VAE.pth`), or a TAEHV file (`taew2_1.pth`).
+        path: a Wan VAE as diffusers' folder or as Wan's own file (`Wan2.1_VAE.pth`, `Wan2.2_VAE.pth`), or a TAEHV file
+            (`taew2_1.pth`, `taew2_2.pth`, `lighttaew2_2.pth`).
         kind: the kind that it must be, "wan" or "taehv"; None accepts either.
         device: the device that computes.
         offload: keep the weights on the CPU and copy them to the device for each call (see `OffloadedCodec`).

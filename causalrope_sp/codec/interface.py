@@ -50,7 +50,16 @@ class DecoderStream(Protocol):
 
 
 class EncoderStream(Protocol):
-    """Encodes one video piece by piece, in constant memory, to the same bits as in one call."""
+    """Encodes one video piece by piece, in constant memory, to the same bits as in one call.
+
+    Where two calls are given the same pixels and leave the same state, the next one with these pixels gives the same
+    latents.
+    """
+
+    @property
+    def state(self) -> ConvState:
+        """What the stream's layers keep between two calls, which the next call replaces."""
+        ...
 
     def encode(self, pixels_BT3HW: Tensor) -> Tensor:
         """Encodes the next pixel frames.

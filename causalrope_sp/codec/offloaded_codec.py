@@ -87,6 +87,10 @@ class _Encoder:
     def __init__(self, codec: OffloadedCodec, stream: EncoderStream) -> None:
         self._codec, self._stream = codec, stream
 
+    @property
+    def state(self) -> ConvState:
+        return self._stream.state
+
     def encode(self, pixels_BT3HW: Tensor) -> Tensor:
         with self._codec.on_device():
             return self._stream.encode(pixels_BT3HW)

@@ -19,7 +19,7 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from causalrope_sp.codec.conv_state import ConvState, ForkableStream
 from causalrope_sp.codec.interface import stream_pieces
 from causalrope_sp.codec.sharded_decoder import sharing_weights, split_convolutions
-from causalrope_sp.codec.taehv_model import STAGES, MemoryBlock, Taehv
+from causalrope_sp.codec.taehv_model import STAGES, MemoryBlock, Taehv, TaehvConfig
 from causalrope_sp.distributed.halo import SpatialShards
 
 
@@ -91,6 +91,9 @@ class TaehvDecoderStream(ForkableStream):
         if self._spatial_shards is not None:
             latents_BFCHW = self._spatial_shards.mine(latents_BFCHW)
         self.check_state(latents_BFCHW)
+        statistics = _statistics(config, latents_BFCHW)
+        if statistics is not None:
+            latents_BFCHW = latents_BFCHW * statistics[1] + statistics[0]
         pieces = []
         for frame in latents_BFCHW.split(1, dim=1):
             started = self.state.started
@@ -121,7 +124,13 @@ class TaehvEncoderStream:
         made = [_walk(self._model.encoder, group, self.state) for group in groups]
         batch, _, _, height, width = pixels.shape
         empty = pixels.new_empty(batch, 0, config.channels, height // 2**STAGES, width // 2**STAGES)
-        return torch.cat([empty, *made], 1)
+        latents, statistics = torch.cat([empty, *made], 1), _statistics(config, pixels)
+        return latents if statistics is None else (latents - statistics[0]) / statistics[1]
+
+
+def _statistics(config: TaehvConfig, like: Tensor) -> Tensor | None:
+    """Returns mean and deviation of each latent channel, (2, C, 1, 1); None if the latents need none."""
+    return None if config.statistics is None else like.new_tensor(config.statistics).view(2, -1, 1, 1)
 
 
 def _walk(layers: nn.Sequential, x_BTCHW: Tensor, state: ConvState) -> Tensor:

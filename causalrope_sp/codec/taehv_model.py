@@ -1,9 +1,10 @@
-"""TAEHV, the tiny autoencoder (madebyollin/taehv; `taew2_1` is for Wan 2.1's latents), as a module; its streams are in
-`taehv`.
+"""TAEHV, the tiny autoencoder (madebyollin/taehv; `taew2_1` is for Wan 2.1's latents, `taew2_2` for Wan 2.2's 48
+channels), as a module; its streams are in `taehv`.
 
 All convolutions are two-dimensional. Frames meet in three layers: a memory block also reads its own input of the frame
 before, a pool makes one frame of several, a grow makes several frames of one. Its latents are those of the DiT, without
-a mean and deviation.
+a mean and deviation. LightX2V's `lighttaew2_1` and `lighttaew2_2` have the same layout and the Wan VAE's own latents,
+before normalization; only their names tell (LightX2V's `need_scaled` goes by the name too).
 
 Shapes: B batch, F latent frames, C channels, N frames, H×W size; pixels are in [0, 1].
 """
@@ -17,11 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from causalrope_sp.codec.codec_tensors import read_exactly, shape_of
+from causalrope_sp.codec.wan_vae_config import STATISTICS
 from causalrope_sp.devices import on_meta
 from causalrope_sp.errors import CheckpointError
 from causalrope_sp.weights.tensor_files import WeightFiles
 
 MARKER = "decoder.3.conv.0.weight"  # the first memory block
+UNSCALED = "lighttae"  # in the name of a file whose latents are not normalized
 STAGES = 3
 _MEMORIES = 3  # memory blocks in a stage
 
@@ -37,6 +40,7 @@ class TaehvConfig:
         pools: strides in time of the encoder's stages.
         grows: strides in time of the decoder's stages.
         patch: side, in pixels, of the square that the outermost layers treat as one position.
+        unscaled: whether its latents are those of the Wan VAE before they are normalized.
     """
 
     channels: int
@@ -45,6 +49,12 @@ class TaehvConfig:
     pools: tuple[int, ...]
     grows: tuple[int, ...]
     patch: int = 1
+    unscaled: bool = False
+
+    @property
+    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+        """The mean and deviation that the DiT's latents are normalized by; None if this model takes them so."""
+        return STATISTICS[self.channels] if self.unscaled else None
 
 
 class Bound(nn.Module):
@@ -154,6 +164,11 @@ def taehv_on_meta(files: WeightFiles) -> Taehv:
         raise CheckpointError(
             f"{files.path}: encodes {prod(config.pools)} frames into one and decodes {prod(config.grows)} from it"
         )
+    if config.unscaled and config.channels not in STATISTICS:
+        raise CheckpointError(
+            f"{files.path}: has {config.channels} latent channels that are not normalized; mean and deviation are "
+            f"known of {' and '.join(map(str, STATISTICS))} channels alone"
+        )
     with on_meta():
         return Taehv(config)
 
@@ -173,6 +188,7 @@ def _infer(files: WeightFiles) -> TaehvConfig:
         pools=tuple(max(1, shape[1] // shape[0]) for shape in pools),
         grows=tuple(max(1, shape[0] // shape[1]) for shape in grows),
         patch=max(1, isqrt(pixels // 3)),
+        unscaled=UNSCALED in files.files[0].name.lower(),
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from causalrope_sp.errors import ConfigError
 
-# Wan 2.1's statistics of its 16 latent channels, as published with its VAE
+# Statistics of the latent channels, as published with each VAE: Wan 2.1's 16 and Wan 2.2's 48
 _MEAN = (
     *(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508),
     *(0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921),
@@ -17,6 +17,23 @@ _STD = (
     *(2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743),
     *(3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160),
 )
+_MEAN_48 = (
+    *(-0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557),
+    *(-0.1382, 0.0542, 0.2813, 0.0891, 0.1570, -0.0098, 0.0375, -0.1825),
+    *(-0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502),
+    *(-0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230),
+    *(-0.0313, -0.1649, 0.0117, 0.0723, -0.2839, -0.2083, -0.0520, 0.3748),
+    *(0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667),
+)
+_STD_48 = (
+    *(0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013),
+    *(0.8158, 1.0344, 0.5894, 1.0901, 0.6885, 0.6165, 0.8454, 0.4978),
+    *(0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659),
+    *(0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093),
+    *(0.5709, 0.6065, 0.6415, 0.4944, 0.5726, 1.2042, 0.5458, 1.6887),
+    *(0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744),
+)
+STATISTICS = {16: (_MEAN, _STD), 48: (_MEAN_48, _STD_48)}  # latent channels -> mean and deviation of each
 
 
 @dataclass(frozen=True)
@@ -152,3 +169,19 @@ def _is_count(value: Any) -> bool:
 
 def _numbers(values: Any) -> bool:
     return all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+
+
+WAN_2_1 = WanVaeConfig()
+WAN_2_2 = WanVaeConfig(
+    base_dim=160,
+    decoder_base_dim=256,
+    z_dim=48,
+    latents_mean=_MEAN_48,
+    latents_std=_STD_48,
+    is_residual=True,
+    in_channels=12,
+    out_channels=12,
+    patch_size=2,
+    scale_factor_spatial=16,
+)
+PUBLISHED = {vae.z_dim: vae for vae in (WAN_2_1, WAN_2_2)}  # latent channels -> the VAE that Wan published for them

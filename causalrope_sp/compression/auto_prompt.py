@@ -62,7 +62,7 @@ class _Surprise(CodedLoop):
         first = chunk.start - self._initial
         target = self.context.tokens(self.latents[:, first : first + chunk.frames])
         x = self.context.tokens(self.drawn_noise(chunk, 0, [Choice()] * chunk.frames))
-        expected = x - self._levels[0] * self.branches.velocity(chunk, x, 0)
+        expected = x - self.levels[0] * self.velocity(chunk, x, 0)
         self.error += float((expected - target).double().square().sum())
         return target
 

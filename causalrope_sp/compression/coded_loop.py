@@ -17,10 +17,11 @@ from torch import Tensor
 
 from causalrope_sp.compression.choice_code import choice_bits, ladder
 from causalrope_sp.compression.codebook import Choice, Codebook, chosen
-from causalrope_sp.diffusion.schedule import add_noise, predict_x0
+from causalrope_sp.diffusion.schedule import add_noise, model_timesteps, predict_x0, sigmas
 from causalrope_sp.distributed.comm_stats import LAYERLESS
 from causalrope_sp.grid import Chunk
 from causalrope_sp.sampling.chunk_loop import ChunkLoop
+from causalrope_sp.sampling.guidance import Step
 
 RATES, BISECTIONS = (1e-9, 1e6), 60  # between which a budget's rate is found, and how often the range is halved
 Choices = list[list[Choice]]
@@ -57,7 +58,17 @@ class CodedLoop(ChunkLoop):
     @property
     def coded_steps(self) -> int:
         """The steps of a chunk before which fresh noise is drawn."""
-        return len(self._levels) - 1
+        return len(self.levels) - 1
+
+    @property
+    def levels(self) -> list[float]:
+        """The noise levels of the steps."""
+        return sigmas(self.options.sampler)
+
+    def velocity(self, chunk: Chunk, x_BFSE: Tensor, step: int) -> Tensor:
+        """Returns the velocity of a chunk's tokens at a step, (1, F, s, E)."""
+        of = Step(model_timesteps(self.options.sampler)[step], guided=False)
+        return self.branches.velocity(chunk, x_BFSE, of)
 
     def drawn_noise(self, chunk: Chunk, step: int, choices: Sequence[Choice]) -> Tensor:
         """Returns the noise of a chunk at a step, float64 (1, F, C, H, W), from one choice a frame."""
@@ -120,7 +131,7 @@ class EncodingLoop(CodedLoop):
         self._check_model()
         self._renew_window(chunk)
         latents, wanted = self.target(chunk)
-        target, levels = self.context.tokens(latents), self._levels
+        target, levels = self.context.tokens(latents), self.levels
         frames: Choices = [[] for _ in range(chunk.frames)]
         left = self.budget
         x = self.context.tokens(self.drawn_noise(chunk, 0, [Choice()] * chunk.frames))
@@ -180,10 +191,10 @@ class EncodingLoop(CodedLoop):
         return choice_bits(count, self.codebook.size, len(ladder(self.most)))
 
     def _noised(self, chunk: Chunk, step: int, x0: Tensor, choices: Sequence[Choice]) -> Tensor:
-        return add_noise(x0, self.context.tokens(self.drawn_noise(chunk, step, choices)), self._levels[step])
+        return add_noise(x0, self.context.tokens(self.drawn_noise(chunk, step, choices)), self.levels[step])
 
     def _clean(self, chunk: Chunk, x: Tensor, step: int) -> Tensor:
-        return predict_x0(x, self.branches.velocity(chunk, x, step), self._levels[step])
+        return predict_x0(x, self.velocity(chunk, x, step), self.levels[step])
 
     def _products(self, chunk: Chunk, step: int, direction_1FSE: Tensor) -> Tensor:
         """The inner products of each frame's direction with all atoms, float64 (F, K), the same on all ranks."""

@@ -54,6 +54,8 @@ class Segments(Generic[Loop]):
         config = replace(pipe.config, stream=stream, sampler=sampler)
         if config.sampler.solver != "renoise" or config.sampler.guidance_scale != 1:
             raise ConfigError("compression puts bits into fresh noise: the solver must be renoise, without guidance")
+        if config.sampler.first_steps or pipe.parts.low_noise is not None:
+            raise ConfigError("compression needs the same steps in all chunks, of one transformer")
         if config.stream.window is None:
             raise ConfigError("compression needs a model with a window: load it with window=")
         if pipe.model.config.control_channels:

@@ -62,8 +62,8 @@ def with_overrides(
 
     Args:
         config: the sampler.
-        steps: their number, or unshifted timesteps. If only `solver` or `timestep_rule` changes, it takes as many
-            steps as before, evenly spaced.
+        steps: their number, or unshifted timesteps, of all chunks: `first_steps` are dropped. If only `solver` or
+            `timestep_rule` changes, it takes as many steps as before, evenly spaced.
         solver: see `SamplerConfig`.
         timestep_rule: see `SamplerConfig`.
         shift: see `SamplerConfig`.
@@ -88,6 +88,8 @@ def with_overrides(
         "guidance_interval": guidance_interval,
     }
     changes: dict[str, Any] = {name: value for name, value in overrides.items() if value is not None}
+    if steps is not None:
+        changes["first_steps"] = ()
     changed = replace(config, **changes)
     if guidance_interval is not None and changed.guidance_scale == 1:
         raise ConfigError("a guidance interval says nothing without a guidance scale other than 1")

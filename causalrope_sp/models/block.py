@@ -20,7 +20,16 @@ from causalrope_sp.config import DiTConfig
 from causalrope_sp.reuse.output_store import OutputOf, computed
 
 Attend = Callable[[int, Projection], Tensor]
-TextContext = list[Keys]  # the keys and values of the text, one entry per layer's cross-attention
+
+
+class ContextKeys(NamedTuple):
+    """What a layer's cross-attention reads: the keys and values of the text, and of the image tokens if there are."""
+
+    text: Keys
+    image: Keys | None = None
+
+
+TextContext = list[ContextKeys]  # one entry per layer
 
 
 class BlockModulation(NamedTuple):
@@ -83,7 +92,7 @@ class ForwardPass:
             or of every group of equally many consecutive frames, which are then the F of all that depends on them.
         predicted_frames: how many of the last frames the velocity is computed for.
         rotation: the rotary angles of the tokens.
-        text: the keys and values of the text, for every layer.
+        text: the keys and values of the text and of image tokens, for every layer.
         attend: takes a layer's number and the projection of its tokens to q, k and v, and returns what the tokens
             attend, (B, T, H, d).
         operations: the operations between the matrix products.
@@ -167,7 +176,8 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """The weights of attention on the text, with an RMSNorm of q and k over all of D."""
+    """The weights of attention on the text, with an RMSNorm of q and k over all of D. A model with image tokens attends
+    them with the same queries and adds both results."""
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -177,25 +187,35 @@ class CrossAttention(nn.Module):
         self.norm_q = nn.RMSNorm(config.dim, config.eps)
         self.norm_k = nn.RMSNorm(config.dim, config.eps)
         self.out = nn.Linear(config.dim, config.dim)
+        if config.image_dim:
+            self.kv_image = nn.Linear(config.dim, 2 * config.dim)
+            self.norm_k_image = nn.RMSNorm(config.dim, config.eps)
 
-    def keys(self, text_BLD: Tensor) -> Keys:
-        """Computes the keys and values of the embedded text, (B, L, H, d) each."""
-        k, v = self.kv(text_BLD).chunk(2, -1)
-        k = rms_norm(k, self.norm_k.weight, self.eps)
+    def keys(self, text_BLD: Tensor, image_BND: Tensor | None = None) -> ContextKeys:
+        """Computes the keys and values of the embedded text, (B, L, H, d) each, and of the embedded image tokens."""
+        image = None if image_BND is None else self._keys(self.kv_image(image_BND), self.norm_k_image)
+        return ContextKeys(self._keys(self.kv(text_BLD), self.norm_k), image)
+
+    def _keys(self, kv_BLE: Tensor, norm: nn.RMSNorm) -> Keys:
+        k, v = kv_BLE.chunk(2, -1)
+        k = rms_norm(k, norm.weight, self.eps)
         v = v.contiguous()  # not a view, which would keep the unnormed keys
         return Keys(k.unflatten(-1, (self.heads, -1)), v.unflatten(-1, (self.heads, -1)))
 
-    def settled(self, operations: PassOperations) -> Callable[[Tensor, Keys], Tensor]:
+    def settled(self, operations: PassOperations) -> Callable[[Tensor, ContextKeys], Tensor]:
         """Returns the function that attends the text's keys and projects the result, (B, T, D)."""
         q, out = (linear(module, operations) for module in (self.q, self.out))
         q_weight, heads, eps, in_place = self.norm_q.weight, self.heads, self.eps, operations.in_place
         rms_norm, attention = operations.settled_rms_norm(), operations.attention
 
-        def attended(x_BTD: Tensor, keys: Keys) -> Tensor:
+        def attended(x_BTD: Tensor, keys: ContextKeys) -> Tensor:
             q_BTD = q(x_BTD)
             q_BTD = rms_norm(q_BTD, q_weight, eps, q_BTD if in_place else None)
             q_BTHD = q_BTD.view(*q_BTD.shape[:2], heads, -1)
-            return out(attention(q_BTHD, keys, reuse_q=in_place).flatten(2))
+            if keys.image is None:
+                return out(attention(q_BTHD, keys.text, reuse_q=in_place).flatten(2))
+            of_image = attention(q_BTHD, keys.image, reuse_q=False)
+            return out((attention(q_BTHD, keys.text, reuse_q=in_place) + of_image).flatten(2))
 
         return attended
 

@@ -73,6 +73,8 @@ class CausalDiT(nn.Module):
         dim = config.dim
         self.patch_embedding = nn.Linear(config.embedded_dim, dim)
         self.text_embedding = nn.Sequential(nn.Linear(config.text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
+        if config.image_dim:
+            self.image_embedding = image_embedding(config.image_dim, dim)
         self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
@@ -116,17 +118,25 @@ class CausalDiT(nn.Module):
     def _cross_attentions(self) -> Iterator[CrossAttention]:
         return (module for module in self.modules() if isinstance(module, CrossAttention))
 
-    def encode_text(self, embeds_BLE: Tensor) -> TextContext:
+    def encode_text(self, embeds_BLE: Tensor, image_BNI: Tensor | None = None) -> TextContext:
         """Computes the keys and values of every layer's cross-attention, once per prompt.
 
         Args:
             embeds_BLE: the embeddings of the text, (B, text_len, text_dim), with zeros after the end of the text.
+            image_BNI: image tokens, (B, N, image_dim), of a model that has them; None for another model.
 
         Returns:
             The keys and values, layer by layer.
         """
         text = self.text_embedding(embeds_BLE.to(self.device, self.dtype))
-        return [cross_attn.keys(text) for cross_attn in self._cross_attentions()]
+        image = None if image_BNI is None else self._embed_image(image_BNI.to(self.device))
+        return [cross_attn.keys(text, image) for cross_attn in self._cross_attentions()]
+
+    def _embed_image(self, image_BNI: Tensor) -> Tensor:
+        """Embeds image tokens, (B, N, D); norms compute in float32 or wider, whatever the model's dtype."""
+        norm_1, up, gelu, down, norm_2 = self.image_embedding
+        hidden = down(gelu(up(_layer_norm(image_BNI, norm_1).to(self.dtype))))
+        return _layer_norm(hidden, norm_2).to(self.dtype)
 
     def forward(self, tokens_BTE: Tensor, step: ForwardPass) -> Tensor:
         """Computes the velocity of the last frames of a pass.
@@ -180,6 +190,25 @@ class CausalDiT(nn.Module):
         blocks_LF6D[..., 1::3, :] += 1  # scales become factors
         shift, scale = (wide(time_FD) + wide(learned) for learned in self.head.modulation)
         return PassModulation(blocks_LF6D.movedim(-2, 1).contiguous(), torch.stack([shift, 1 + scale]), self.config.eps)
+
+
+def image_embedding(image_dim: int, dim: int) -> nn.Sequential:
+    """The weights of Wan's embedding of image tokens: a norm, two linear layers with GELU between them, a norm."""
+    return nn.Sequential(
+        nn.LayerNorm(image_dim),
+        nn.Linear(image_dim, image_dim),
+        nn.GELU(),
+        nn.Linear(image_dim, dim),
+        nn.LayerNorm(dim),
+    )
+
+
+def _layer_norm(x: Tensor, norm: nn.Module) -> Tensor:
+    """Norms in float32 or wider."""
+    assert isinstance(norm, nn.LayerNorm), "image_embedding begins and ends with one"
+    x = wide(x)
+    weight, bias = (wide(each).to(x.dtype) for each in (norm.weight, norm.bias))
+    return nn.functional.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)
 
 
 def sinusoid(timesteps_F: Tensor, width: int) -> Tensor:

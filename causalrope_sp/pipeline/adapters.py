@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -42,7 +43,11 @@ class WithAdapters:
             CheckpointError: the files cannot be read any more.
         """
         if self._digest is None:
-            self._digest = checkpoint_digest(self.parts.config.transformer, self._merged(self._adapters))
+            config, merged = self.parts.config, self._merged(self._adapters)
+            self._digest = checkpoint_digest(config.transformer, merged)
+            if config.transformer_2 is not None:
+                both = f"{self._digest} {checkpoint_digest(config.transformer_2)}"
+                self._digest = hashlib.blake2b(both.encode(), digest_size=8).hexdigest()
         return self._digest
 
     def load_lora_weights(self, path: str | os.PathLike[str] | Lora, adapter_name: str | None = None) -> None:
@@ -108,6 +113,8 @@ class WithAdapters:
 
     def _change(self, adapters: Mapping[str, tuple[Lora, bool]]) -> None:
         """Merges other adapters; on an error the model is as it was."""
+        if self.parts.low_noise is not None:
+            raise ConfigError("a pipeline of two transformers takes no LoRA: each of the two has LoRAs of its own")
         if self._streams:
             raise ConfigError(
                 f"the LoRAs of a pipeline cannot change under an open stream, and {len(self._streams)} are open: "

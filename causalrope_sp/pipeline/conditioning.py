@@ -23,10 +23,11 @@ import torch
 from torch import Tensor
 
 from causalrope_sp.codec import Codec
-from causalrope_sp.config import StreamConfig
-from causalrope_sp.errors import InputError
+from causalrope_sp.config import DiTConfig, StreamConfig
+from causalrope_sp.errors import ConfigError, InputError
 from causalrope_sp.io.media_reader import Picture, Video, read_picture, read_video
 from causalrope_sp.pipeline.generation_options import GenerationOptions
+from causalrope_sp.pipeline.image_control import ImageControl
 
 
 class VideoLatents:
@@ -96,6 +97,9 @@ class Conditioning:
             output.
         source: the video to redraw; None without one.
         first_step: the index of the denoising step at which redrawing starts.
+        control: an image that every chunk of an image-to-video model is controlled by.
+        picture: that image, uint8 (H, W, 3).
+        in_chunk: an image that is the first latent frame of the first chunk, in place of `latents`, (1, 1, C, H, W).
         digest: a text that is the same on all ranks that have the same conditioning.
     """
 
@@ -103,7 +107,15 @@ class Conditioning:
     context_frames: int = 0
     source: VideoLatents | None = None
     first_step: int = 0
+    in_chunk: Tensor | None = None
+    control: ImageControl | None = None
+    picture: np.ndarray | None = None
     digest: str = "nothing"
+
+    @property
+    def pictured(self) -> bool:
+        """Whether an image is the first frame of the video."""
+        return self.in_chunk is not None or (self.latents is not None and not self.context_frames)
 
     @property
     def latent_frames(self) -> int:
@@ -138,7 +150,7 @@ def condition_of(
         InputError: it cannot be read.
     """
     if request.image is not None:
-        return condition_on_image(codec, request.image, *size)
+        return condition_on_image(codec, request.image, *size, in_chunk=stream.image_in_chunk)
     if request.video is None:
         return NOTHING
     if request.strength is not None:
@@ -146,7 +158,37 @@ def condition_of(
     return condition_on_video_end(codec, request.video, *size, fps, stream, prefix)
 
 
-def condition_on_image(codec: Codec, image: Picture, height: int, width: int) -> Conditioning:
+def condition_by_control(
+    codec: Codec, request: GenerationOptions, size: tuple[int, int], model: DiTConfig
+) -> Conditioning:
+    """Makes the image of a call the control of an image-to-video model; nothing, if it has a control itself.
+
+    Args:
+        codec: the VAE that encodes it.
+        request: the options of the call.
+        size: height and width of a frame, in pixels.
+        model: the sizes of the model.
+
+    Raises:
+        ConfigError: the call has a video, or neither or both of an image and a control.
+        InputError: the image cannot be read.
+    """
+    if request.video is not None:
+        raise ConfigError("video must be None: an image-to-video model goes on from an image alone")
+    if (request.image is None) == (request.control is None):
+        raise ConfigError(
+            f"image or control must be given, one of them: the model is image-to-video, {model.embedded_channels} "
+            f"channels in, {model.control_channels} of them of a mask and an image"
+        )
+    if request.image is None:
+        return Conditioning()
+    frame = read_picture(request.image, *size)
+    return Conditioning(control=ImageControl(codec, frame), picture=frame, digest=_digest("image", [frame]))
+
+
+def condition_on_image(
+    codec: Codec, image: Picture, height: int, width: int, *, in_chunk: bool = False
+) -> Conditioning:
     """Makes an image the first frame of the video.
 
     Args:
@@ -154,6 +196,7 @@ def condition_on_image(codec: Codec, image: Picture, height: int, width: int) ->
         image: a file, a PIL image, an array or a tensor (see `read_picture`).
         height: pixels of a frame.
         width: pixels of a frame.
+        in_chunk: whether it is the first frame of the first chunk (see `StreamConfig.image_in_chunk`).
 
     Returns:
         Conditioning with one latent frame, which is part of the output.
@@ -162,7 +205,8 @@ def condition_on_image(codec: Codec, image: Picture, height: int, width: int) ->
         InputError: the image cannot be read.
     """
     frame = read_picture(image, height, width)
-    return Conditioning(VideoLatents(codec, iter([frame])).take(1), digest=_digest("image", [frame]))
+    latents, digest = VideoLatents(codec, iter([frame])).take(1), _digest("image", [frame])
+    return Conditioning(in_chunk=latents, digest=digest) if in_chunk else Conditioning(latents, digest=digest)
 
 
 def condition_on_video_end(

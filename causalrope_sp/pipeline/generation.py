@@ -14,9 +14,11 @@ from causalrope_sp.diffusion.schedule import guided_steps
 from causalrope_sp.distributed.layout import Layout
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.grid import LatentGrid
-from causalrope_sp.pipeline.conditioning import Conditioning, condition_of
+from causalrope_sp.pipeline.conditioning import Conditioning, condition_by_control, condition_of
 from causalrope_sp.pipeline.decoding import Decode
 from causalrope_sp.pipeline.generation_options import Embeds, GenerationOptions
+from causalrope_sp.pipeline.image_control import takes_image
+from causalrope_sp.pipeline.image_tokens import share_image_tokens
 from causalrope_sp.pipeline.numerics import own_numerics
 from causalrope_sp.pipeline.open_streams import OpenStreams
 from causalrope_sp.pipeline.output import FrameRange
@@ -68,7 +70,7 @@ class Generation:
             everyone = self.parallel.everyone
             everyone.run_collectively(self._prepare)  # an error of one rank ends the call on all
             if not everyone.all_say(request.callback_on_step_end is None):  # those of some ranks call too
-                self._calls = StepCalls(pipe, request.callback_on_step_end, len(self._settings.sampler.steps))
+                self._calls = StepCalls(pipe, request.callback_on_step_end, self._settings.sampler)
             everyone.agree(everyone.run_collectively(self._described))
             self._layout = self._choose_layout()
             self.conditioning = everyone.run_collectively(self._condition)
@@ -112,6 +114,11 @@ class Generation:
         return self._request.history > 0 or self._request.kept_chunks > 0
 
     @property
+    def two_models(self) -> bool:
+        """Whether two transformers share the steps."""
+        return self._pipe.parts.low_noise is not None
+
+    @property
     def is_parallel(self) -> bool:
         """Whether the chunks of the video are made in parallel."""
         return self._chunks is not None
@@ -127,7 +134,9 @@ class Generation:
     def _condition(self) -> Conditioning:
         """Reads and encodes what the stream starts from, once its size is known to fit into memory."""
         size, steps = (self._settings.height, self._settings.width), len(self._settings.sampler.steps)
-        given = self._prefix_frames()
+        config, given = self._pipe.model.config, self._prefix_frames()
+        if takes_image(config, self.codec):
+            return condition_by_control(self.codec, self._request, size, config)
         return condition_of(self.codec, self._request, size, self._pipe.fps, self._stream, steps, given)
 
     def _open(self) -> list[Tensor]:
@@ -141,6 +150,10 @@ class Generation:
             self.parallel.everyone.run_collectively(
                 lambda: chunks.check_memory_for(model, grid, latent_frames, self.parallel)
             )
+        if not self.parallel.decodes:
+            config, width = self._pipe.config, self._pipe.model.config.image_dim
+            picture = self.conditioning.picture
+            self._image = share_image_tokens(self._request, config.image_encoder, picture, width, self.parallel)
         return self.parallel.everyone.run_collectively(
             lambda: [] if self.parallel.decodes else self._encode()  # decode ranks raise for wrong input too
         )
@@ -168,7 +181,8 @@ class Generation:
             check_taken(self._pipe.model.config.control_channels, request.control)
 
     def _control(self) -> Control | None:
-        return control_by_chunk(self._request.control, self.frame_range.latent_frames(self._stream))
+        given = self.conditioning.control or self._request.control
+        return control_by_chunk(given, self.frame_range.latent_frames(self._stream))
 
     def _described(self) -> dict[str, object]:
         """Everything that determines the video; it must be equal on all ranks."""
@@ -208,18 +222,13 @@ class Generation:
             (request.prompt, request.prompt_embeds),
             (request.negative_prompt, request.negative_prompt_embeds),
         ][: 1 + self._guided]
-        return encode_all(self._pipe, self._seed, self._pictured, wanted)
+        return encode_all(self._pipe, self._seed, self.conditioning.pictured, wanted)
 
     def first_prompt(self) -> list[PromptChange]:
         """The prompt of the call as the first one of a session; none on a rank that only decodes."""
         prompt = self._request.prompt
         assert not isinstance(prompt, Sequence) or isinstance(prompt, str), "a stream has one prompt"
         return [PromptChange(0, 0, prompt, embeds) for embeds in self._texts[:1]]
-
-    @property
-    def _pictured(self) -> bool:
-        """Whether an image is the first frame of the video."""
-        return self.conditioning.latents is not None and not self.conditioning.context_frames
 
     def encode_prompt(self, prompt: str | None, embeds: Embeds | None) -> Tensor:
         """Encodes another prompt, (1, L, E). All ranks that denoise must call it.
@@ -235,7 +244,7 @@ class Generation:
 
         def encode() -> Tensor:
             GenerationOptions.of(prompt=prompt, prompt_embeds=embeds)
-            return encode_all(self._pipe, self._seed, self._pictured, [(prompt, embeds)])[0]
+            return encode_all(self._pipe, self._seed, self.conditioning.pictured, [(prompt, embeds)])[0]
 
         return self.parallel.denoisers.run_collectively(encode)
 
@@ -264,9 +273,12 @@ class Generation:
             stream=self._stream,
             sampler=self._settings.sampler,
             initial_latents=self._initial(),
+            given_frames=self.conditioning.in_chunk,
             resumed=self._resumed(),
             control=self._control(),
             source=redrawn,
+            low_noise=pipe.parts.low_noise,
+            image_embeds=self._image,
             negative_embeds=self._texts[1] if self._guided else None,
             reuse=self._policy,
             layout=self._layout,
@@ -290,7 +302,8 @@ class Generation:
             seed: of the session's noise.
         """
         request, settings, given = self._request, self._settings, self.conditioning
-        latents = None if given.latents is None else given.latents.cpu().to(compute_dtype(self._pipe.model.dtype))
+        conditioning = given.latents if given.in_chunk is None else given.in_chunk
+        latents = None if conditioning is None else conditioning.cpu().to(compute_dtype(self._pipe.model.dtype))
         return {
             "model_digest": self._pipe.model_digest,
             "height": settings.height,

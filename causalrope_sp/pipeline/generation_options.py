@@ -47,7 +47,10 @@ class GenerationOptions:
         generator: a generator from which the seed is drawn; it replaces `seed`.
         output_type: "np", "pil", "pt" or "latent" (see `CausalVideoPipelineOutput`).
         image: the first frame of the video: a file, a PIL image, an array (H, W, 3), uint8 or float in [0, 1], or a
-            tensor (3, H, W), float in [0, 1]. It is one of the `num_frames`.
+            tensor (3, H, W), float in [0, 1]. It is one of the `num_frames`. An image-to-video model makes that frame
+            like the others, and reads the image in every chunk.
+        image_embeds: image tokens, (1, N, width), in place of those that the model's own encoder makes of `image`, for
+            a model that reads them (`DiTConfig.image_dim`).
         video: a video to continue: a file, or frames that are PIL images, such arrays or such tensors. Its last frames
             are the context of the stream, and the output begins after them. With `strength` it is a video to redraw.
         strength: the share of the denoising steps, rounded up, that redraw `video`, in (0, 1]. A smaller one changes
@@ -97,6 +100,7 @@ class GenerationOptions:
     image: Picture | None = None
     video: Video | None = None
     strength: float | None = None
+    image_embeds: Tensor | None = None
     control: Tensor | Control | None = None
     reuse: ReusePolicy | str | os.PathLike[str] | None = None
     callback_on_step_end: StepCallback | None = None
@@ -147,6 +151,8 @@ class GenerationOptions:
             raise ConfigError(f"image must be a file, a PIL image, an array or a tensor, not {shown(self.image)}")
         if not (self.video is None or isinstance(self.video, str | os.PathLike | Iterable)):
             raise ConfigError(f"video must be a file, or PIL images, arrays or tensors, not {shown(self.video)}")
+        if not (self.image_embeds is None or isinstance(self.image_embeds, Tensor)):
+            raise ConfigError(f"image_embeds must be a tensor, not {shown(self.image_embeds)}")
         if self.strength is None:
             return
         if self.video is None:

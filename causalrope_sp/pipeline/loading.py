@@ -25,6 +25,7 @@ from causalrope_sp.pipeline.parallel_chunks import ParallelChunks, check_request
 from causalrope_sp.pipeline.preflight import Run, check_memory, describe_run
 from causalrope_sp.planning.strategy import choose_strategy
 from causalrope_sp.sampling.guidance import check_guidance
+from causalrope_sp.sampling.stream_options import LowNoiseExpert
 from causalrope_sp.weights import load_model, outline_model
 
 _log = logging.getLogger(__name__)
@@ -36,7 +37,8 @@ class Parts:
 
     Args:
         config: the files of the model and its settings.
-        model: the transformer; without weights on a decode rank.
+        model: the transformer; without weights on a decode rank. Of two, that of the steps at high noise.
+        low_noise: the transformer of the steps at low noise; None where there is one.
         codec: the VAE.
         parallel_chunks: the Video Interface Network; None for a model that generates a stream.
         layout: how the ranks share attention.
@@ -51,6 +53,12 @@ class Parts:
     layout: Layout
     options: LoadOptions
     run: Run | None = None
+    low_noise: LowNoiseExpert | None = None
+
+    @property
+    def models(self) -> list[CausalDiT]:
+        """The transformers, one or two."""
+        return [self.model] if self.low_noise is None else [self.model, self.low_noise.model]
 
     @property
     def offload(self) -> Offload:
@@ -59,11 +67,13 @@ class Parts:
 
     def moved_to(self, device: torch.device, dtype: torch.dtype) -> Parts:
         """Returns the parts on another device, with transformer and Video Interface Network in another dtype."""
-        chunks = self.parallel_chunks
+        chunks, expert = self.parallel_chunks, self.low_noise
+        # a cast to its own dtype would narrow what is kept in float32
+        models = [m.to(device) if dtype == m.dtype else m.to(device, dtype) for m in self.models]
         return replace(
             self,
-            # a cast to its own dtype would narrow what is kept in float32
-            model=self.model.to(device) if dtype == self.model.dtype else self.model.to(device, dtype),
+            model=models[0],
+            low_noise=expert and replace(expert, model=models[-1]),
             codec=load_codec(self.config.codec, self.codec.name, device, offload=self.offload.codec),
             parallel_chunks=chunks and replace(chunks, vin=chunks.vin.to(device, dtype)),
             options=replace(self.options, dtype=dtype),
@@ -91,7 +101,11 @@ def load_parts(model: str | os.PathLike[str], options: LoadOptions, parallel: Se
     _check_settings(config, options, parallel)
     ranks, device, dtype = parallel.everyone, parallel.device, dtype_of(options, parallel.device)
     run, layout = plan_run(config, options, parallel)
-    dit = _load_transformer(config, options, parallel)
+    dit, expert = _load_transformer(config.transformer, config, options, parallel), None
+    if config.transformer_2 is not None:
+        assert config.boundary_ratio is not None, "the configuration checks that both are given"
+        second = _load_transformer(config.transformer_2, config, options, parallel)
+        expert = LowNoiseExpert(second, 1000 * config.boundary_ratio)
     chunks = None
     if (vin := config.vin) is not None:
         chunks = ranks.run_collectively(lambda: ParallelChunks.load(vin, dit.config, dtype, device))
@@ -99,7 +113,7 @@ def load_parts(model: str | os.PathLike[str], options: LoadOptions, parallel: Se
     codec = ranks.run_collectively(lambda: load_codec(config.codec, options.codec, device, offload=offload))
     if parallel.rank == 0 and (inferred := describe_inferred(model, config)):
         _log.log(logging.WARNING if config.assumed else logging.INFO, "%s", inferred)
-    return Parts(config, dit, codec, chunks, layout, options, run)
+    return Parts(config, dit, codec, chunks, layout, options, run, expert)
 
 
 def plan_run(
@@ -178,6 +192,8 @@ def _check_settings(config: ModelConfig, options: LoadOptions, parallel: Sequenc
     if config.sampler.guidance_scale != 1:
         changes.append("guidance")
     check_requested(options.parallel_chunks, config.vin, changes)
+    if config.transformer_2 is not None and options.loras:
+        raise ConfigError("loras must be empty for a model of two transformers, which have LoRAs of their own")
     check_mesh(config.sampler, parallel, config.vin is not None)
 
 
@@ -197,12 +213,12 @@ def check_mesh(sampler: SamplerConfig, parallel: SequenceParallel, parallel_chun
         raise ConfigError(f"chunk {parallel.mesh.chunk} of the mesh is for chunks made in parallel alone")
 
 
-def _load_transformer(config: ModelConfig, options: LoadOptions, parallel: SequenceParallel) -> CausalDiT:
-    """The transformer, or on a decode rank a model without weights."""
+def _load_transformer(path: Path, config: ModelConfig, options: LoadOptions, parallel: SequenceParallel) -> CausalDiT:
+    """A transformer, or on a decode rank a model without weights."""
     if parallel.decodes:
-        return outline_model(Path(config.transformer))
+        return outline_model(Path(path))
     return load_model(
-        config.transformer,
+        path,
         dtype=dtype_of(options, parallel.device),
         device=parallel.device,
         loras=(*config.loras, *options.loras),

@@ -21,7 +21,13 @@ from causalrope_sp.weights.lora import Lora
 
 TEXT_ENCODERS = {"toybox": ToyboxText}
 PIPELINE_FILE = "pipeline.json"
-PATHS = ("transformer", "codec", "vin")  # fields of the file that are paths, relative to its folder
+PATHS = (
+    "transformer",
+    "codec",
+    "vin",
+    "transformer_2",
+    "image_encoder",
+)  # fields of the file that are paths, relative to its folder
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,11 @@ class ModelConfig:
         weights: how `load_model` keeps the weights, "full" or "fp8".
         loras: LoRA files that are merged into the DiT. In a pipeline.json a list of FILE, FILE:WEIGHT or {"path": ...,
             "weight": ..., "alpha": ...}.
+        transformer_2: the file or folder of the DiT of the steps at low noise, where there are two; `transformer` is
+            then that of the steps at high noise.
+        image_encoder: the folder of the CLIP vision encoder of a model that reads image tokens, beside the folder
+            `image_processor`.
+        boundary_ratio: the timestep, divided by 1000, below which `transformer_2` makes the steps.
         vin: the file of the Video Interface Network of a model that samples chunks in parallel; None for a stream.
         inferred: settings that no file has and that were inferred from the checkpoint's content, as texts.
         assumed: the loading options whose settings are guesses, because neither the files nor a preset say them.
@@ -59,6 +70,9 @@ class ModelConfig:
     weights: Weights = "full"
     loras: tuple[Lora, ...] = ()
     vin: Path | None = None
+    transformer_2: Path | None = None
+    boundary_ratio: float | None = None
+    image_encoder: Path | None = None
     inferred: tuple[str, ...] = field(default=(), compare=False)
     assumed: tuple[str, ...] = field(default=(), compare=False)
 
@@ -71,8 +85,19 @@ class ModelConfig:
                 f"unknown text encoder {self.text!r}; this version has: {', '.join(TEXT_ENCODERS)}; a path to UMT5 has "
                 "a / or a dot in it"
             )
+        self._check_experts()
         if self.weights not in get_args(Weights):
             raise ConfigError(f"weights must be {' or '.join(get_args(Weights))}, not {self.weights!r}")
+
+    def _check_experts(self) -> None:
+        """Raises ConfigError unless two transformers have a boundary, one has none, and two take no LoRA."""
+        ratio = self.boundary_ratio
+        if ratio is not None:
+            object.__setattr__(self, "boundary_ratio", check_number("boundary_ratio", ratio, above=0, most=1))
+        if (self.transformer_2 is None) != (ratio is None):
+            raise ConfigError("transformer_2 and boundary_ratio must be given together, or neither")
+        if self.transformer_2 is not None and (self.loras or self.vin is not None):
+            raise ConfigError("a model of two transformers takes no LoRA and makes no chunks in parallel")
 
     @classmethod
     def load(cls, path: Path) -> ModelConfig:
@@ -145,7 +170,9 @@ class ModelConfig:
 
     def as_json(self) -> dict[str, Any]:
         """Returns all settings except paths, in the form that `read_fields` reads."""
+        boundary = {} if self.boundary_ratio is None else {"boundary_ratio": self.boundary_ratio}
         return {
+            **boundary,
             "height": self.height,
             "width": self.width,
             "fps": self.fps,

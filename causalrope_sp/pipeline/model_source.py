@@ -10,6 +10,7 @@ from typing import Any
 
 from causalrope_sp.codec.codec_footprint import codec_footprint
 from causalrope_sp.errors import CheckpointError, ConfigError
+from causalrope_sp.pipeline.experts import experts_in
 from causalrope_sp.pipeline.load_options import LoadOptions
 from causalrope_sp.pipeline.model_config import PATHS, PIPELINE_FILE, ModelConfig, embedded_config, read_fields
 from causalrope_sp.pipeline.option_checks import check_path
@@ -18,15 +19,15 @@ from causalrope_sp.toybox import EMBEDDED
 from causalrope_sp.weights import find_preset, inspect_checkpoint
 from causalrope_sp.weights.infer import WAN_HEAD_DIM
 from causalrope_sp.weights.model_presets import Preset
-from causalrope_sp.weights.models_beside import models_beside, parts_left_out, refuse_experts
-from causalrope_sp.weights.scheduler_file import with_scheduler
+from causalrope_sp.weights.models_beside import EXPERTS, models_beside, parts_left_out
+from causalrope_sp.weights.scheduler_file import with_index, with_scheduler
 
 MODEL_INDEX = "model_index.json"  # the file that only diffusers folders have
-VAE_FILE = "Wan2.1_VAE.pth"  # in a folder of Wan's own layout
+VAE_FILES = ("Wan2.1_VAE.pth", "Wan2.2_VAE.pth")  # in folders of Wan's own layout
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
 # Settings of models whose files have none: of Wan 2.1, and by the VAE's stride of others (Wan 2.2 5B has 16).
 WAN = {"height": 480, "width": 832, "fps": 16}
-_BY_STRIDE = {16: {"height": 704, "width": 1280, "fps": 24}}
+BY_STRIDE = {16: {"height": 704, "width": 1280, "fps": 24}}
 _NEEDED = (  # settings that change the video of a model: where they are kept, the field, and the option
     ("stream", "window", "window"),
     ("stream", "chunk_frames", "chunk_frames"),
@@ -37,8 +38,9 @@ _NEEDED = (  # settings that change the video of a model: where they are kept, t
 _LOCAL_SUFFIXES = (".pt", ".pth", ".safetensors", ".gguf", ".json")
 _REPOSITORY = re.compile(r"([\w.-]+/[\w.-]+)(?:/(.+))?")
 _FOLDERS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
-_OF_DIFFUSERS = [MODEL_INDEX, PIPELINE_FILE, *(f"{folder}/*" for folder in _FOLDERS)]
-_OF_WAN = ["*.json", "*.safetensors", "*.pth", "google/*"]
+_MORE = ("transformer_2", "image_encoder", "image_processor")  # that some models have
+_OF_DIFFUSERS = [MODEL_INDEX, PIPELINE_FILE, *(f"{folder}/*" for folder in (*_FOLDERS, *_MORE))]
+_OF_WAN = ["*.json", "*.safetensors", "*.pth", "google/*", *(f"{folder}/*" for folder in EXPERTS[1])]
 
 
 def find_model(model: str | os.PathLike[str], options: LoadOptions) -> ModelConfig:
@@ -114,7 +116,7 @@ def download(name: str, options: LoadOptions, folders: tuple[str, ...] = ()) -> 
 
     Raises:
         CheckpointError: the repository, file or revision does not exist, or has not been downloaded and
-            `local_files_only` is set.
+            `local_files_only` is set; or its index names a part that is not run, before its weights are downloaded.
     """
     match = _REPOSITORY.fullmatch(name)
     assert match is not None, "is_on_hub has matched the name"
@@ -125,14 +127,23 @@ def download(name: str, options: LoadOptions, folders: tuple[str, ...] = ()) -> 
     }
     from huggingface_hub import hf_hub_download, snapshot_download
 
+    def fetch(patterns: list[str]) -> Path:
+        return Path(snapshot_download(match[1], allow_patterns=patterns, **hub_options))
+
     try:
         if match[2]:
             return Path(hf_hub_download(match[1], match[2], **hub_options))
-        wanted = [f"{folder}/*" for folder in folders] or _OF_DIFFUSERS
-        path = Path(snapshot_download(match[1], allow_patterns=wanted, **hub_options))
-        if folders or (path / MODEL_INDEX).is_file() or (path / PIPELINE_FILE).is_file():
-            return path
-        return Path(snapshot_download(match[1], allow_patterns=_OF_WAN, **hub_options))
+        if folders:
+            return fetch([f"{folder}/*" for folder in folders])
+        path = fetch([MODEL_INDEX, PIPELINE_FILE])
+        if (path / PIPELINE_FILE).is_file():
+            return fetch(_OF_DIFFUSERS)
+        if not (path / MODEL_INDEX).is_file():
+            return fetch(_OF_WAN)
+        parts_left_out(path / MODEL_INDEX, (*_FOLDERS, *_MORE))
+        return fetch(_OF_DIFFUSERS)
+    except CheckpointError as reason:
+        raise CheckpointError(f"{name} was not downloaded: {reason}") from reason
     except (OSError, ValueError) as reason:  # huggingface_hub's errors are of these two kinds
         hub_message = " ".join(str(reason).split())[:300]
         raise CheckpointError(
@@ -156,10 +167,12 @@ def _config_of(path: Path, options: LoadOptions) -> ModelConfig:
     if (path / MODEL_INDEX).is_file():
         fields["transformer"] = path / "transformer"
         if "transformer" not in own:
-            inferred += parts_left_out(path / MODEL_INDEX, _FOLDERS)
-            refuse_experts(path)
+            known = [name for name in (*_FOLDERS, *_MORE) if (path / name).is_dir()]
+            inferred += parts_left_out(path / MODEL_INDEX, known)
     elif not own:
         fields["transformer"] = path
+    if "transformer" not in own and path.is_dir():
+        fields |= experts_in(path, path / MODEL_INDEX, inferred)
     fields |= own
     if options.base is not None:
         base = _base_fields(options)
@@ -167,7 +180,8 @@ def _config_of(path: Path, options: LoadOptions) -> ModelConfig:
         vae = " and VAE" if options.codec_weights is None else ""
         inferred.append(f"text encoder{vae} of {os.fspath(options.base)}")
     _check_complete(fields, path, source_file)
-    inferred += models_beside(Path(fields["transformer"]))
+    if "transformer_2" not in fields:
+        inferred += models_beside(Path(fields["transformer"]))
     if not {"stream", "sampler"} <= own.keys() or options.preset is not None:
         fields, reasons, guesses = _with_preset(fields, own, options, path)
         inferred = reasons + inferred
@@ -200,18 +214,20 @@ def _frames_of(codec: str | os.PathLike[str]) -> dict[str, Any]:
         stride = codec_footprint(codec, None, WAN["height"], WAN["width"], 1).stride
     except CheckpointError:  # loading the codec will say why
         return WAN
-    return _BY_STRIDE.get(stride, WAN)
+    return BY_STRIDE.get(stride, WAN)
 
 
 def _parts_in(folder: Path) -> dict[str, Any]:
     """The fields `codec` and `text` of those parts that a folder of diffusers' or Wan's own layout has."""
     found: dict[str, Any] = {}
-    codec = next((path for path in (folder / "vae", folder / VAE_FILE) if path.exists()), None)
+    codec = next((path for path in (folder / "vae", *(folder / name for name in VAE_FILES)) if path.exists()), None)
     if codec is not None:
         found["codec"] = codec
     text = TextSource(folder)
     if text.is_here():
         found["text"] = text
+    if (folder / "image_encoder").is_dir():
+        found["image_encoder"] = folder / "image_encoder"
     return found
 
 
@@ -243,7 +259,7 @@ def _with_preset(
     if options.preset is not None:
         preset, why = find_preset(options.preset), "named"
     else:
-        preset = report.preset
+        preset = with_index(report.preset, path / MODEL_INDEX)
         kept = {name: own[name] for name in ("stream", "sampler") if name in own}
         if "sampler" not in kept:
             preset = with_scheduler(preset, path / SCHEDULER_FILE)

@@ -118,7 +118,7 @@ class OpenStream:
         return 0 if plan is None else plan.bytes
 
     @property
-    def settled(self) -> SettledWeights | None:
+    def settled(self) -> tuple[SettledWeights, ...] | None:
         """How the stream computes the model; None before it begins."""
         return None if self._loop is None else self._loop.settled
 

@@ -36,6 +36,6 @@ class OpenStreams:
         return storage_bytes(tensor for stream in self._streams for tensor in stream.tensors())
 
     @property
-    def settled(self) -> SettledWeights | None:
+    def settled(self) -> tuple[SettledWeights, ...] | None:
         """How one of these streams computes the model, to be shared by another one; None if none has begun."""
         return next((found for stream in self._streams if (found := stream.settled) is not None), None)

@@ -164,8 +164,9 @@ class CausalVideoPipeline(WithAdapters):
 
         Args:
             path: the file.
-            overrides: `history`, `kept_chunks`, `control` and `callback_on_step_end` of `GenerationOptions`; the first
-                two are those of the saved session by default. A session with `reuse` needs the same policy again.
+            overrides: `history`, `kept_chunks`, `control`, `image` and `callback_on_step_end` of `GenerationOptions`;
+                the first two are those of the saved session by default. A session with `reuse` needs the same policy
+                again, and one of an image-to-video model its image.
 
         Returns:
             The session, where it was.
@@ -248,8 +249,10 @@ class CausalVideoPipeline(WithAdapters):
     @property
     def components(self) -> dict[str, Any]:
         """The parts of the pipeline by diffusers' names."""
+        expert = self.parts.low_noise
         return {
             "transformer": self.model,
+            **({} if expert is None else {"transformer_2": expert.model}),
             "vae": getattr(self.codec, "vae", self.codec),
             "text_encoder": self.text,
             "tokenizer": getattr(self.text, "tokenizer", None),

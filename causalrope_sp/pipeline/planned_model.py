@@ -5,16 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from causalrope_sp.codec.codec_footprint import codec_footprint, wan_2_1_footprint
+from causalrope_sp.codec.codec_footprint import CodecFootprint, codec_footprint, published_footprint
 from causalrope_sp.codec.codec_loader import open_codec
+from causalrope_sp.codec.wan_vae_config import PUBLISHED
 from causalrope_sp.codec.wan_vae_weights import vae_on_meta
-from causalrope_sp.config import PRESETS, VAE_STRIDE, DiTConfig, SamplerConfig, StreamConfig
+from causalrope_sp.config import PRESETS, DiTConfig, SamplerConfig, StreamConfig
 from causalrope_sp.diffusion.schedule import with_overrides
 from causalrope_sp.errors import CheckpointError, ConfigError
 from causalrope_sp.grid import LatentGrid
 from causalrope_sp.pipeline.load_options import LoadOptions
 from causalrope_sp.pipeline.model_config import PIPELINE_FILE, ModelConfig
-from causalrope_sp.pipeline.model_source import MODEL_INDEX, find_model, local_path
+from causalrope_sp.pipeline.model_source import BY_STRIDE, MODEL_INDEX, WAN, find_model, local_path
 from causalrope_sp.pipeline.offload import Offload
 from causalrope_sp.pipeline.option_checks import check_path
 from causalrope_sp.pipeline.preflight import auxiliary
@@ -29,15 +30,10 @@ from causalrope_sp.text.text_footprint import text_bytes, umt5_xxl_bytes
 from causalrope_sp.toybox import EMBEDDED
 from causalrope_sp.weights import CheckpointReport, inspect_checkpoint
 
-WAN = (
-    StreamConfig(window=21, chunk_frames=3),
-    SamplerConfig(),
-    (480, 832),
-)  # settings of a lone size
+_STREAM, _SAMPLER = StreamConfig(window=21, chunk_frames=3), SamplerConfig()  # settings of a lone size
 _GUESSED: tuple[str, ...] = ("window", "chunk_frames", "steps")  # what a plan needs and a model may not say
 _OPTIONS = {"steps": "num_inference_steps"}  # their names as loading options, where the two differ
 _BESIDE = ("UMT5-XXL in bfloat16", "the Wan VAE")  # of a transformer alone
-WAN_2_2_CHANNELS = 48  # of the latents of Wan 2.2 5B, whose VAE has a stride of 16
 
 
 @dataclass(frozen=True)
@@ -52,7 +48,7 @@ class PlannedModel:
         height: pixels of a frame.
         width: pixels of a frame.
         parts: the files of a whole model. None for a size or a checkpoint of the transformer alone, which are planned
-            with UMT5-XXL in bfloat16 and the Wan VAE.
+            with UMT5-XXL in bfloat16 and the VAE that Wan published for their latent channels.
         wide: how many parameters stay in float32 (see `Workload`).
         assumed: the names of what neither the model nor the caller says.
     """
@@ -79,11 +75,12 @@ class PlannedModel:
 
         Raises:
             CheckpointError: the model cannot be read.
-            ConfigError: the model makes its chunks in parallel, or is a lone transformer for another VAE than Wan
-                2.1's; neither can be planned.
+            ConfigError: the model makes its chunks in parallel, or is a lone transformer for a VAE that is none of
+                Wan's; neither can be planned.
         """
-        stream, sampler, size = WAN
+        stream, sampler = _STREAM, _SAMPLER
         if name in PRESETS:
+            size = _frame_of(PRESETS[name])
             return cls(name, PRESETS[name], stream, sampler, *size, assumed=("height", "width", *_GUESSED, *_BESIDE))
         check_path("model", name)
         parts = _whole_model(name)
@@ -99,11 +96,12 @@ class PlannedModel:
                 f"no model {name!r}: not one of {', '.join(PRESETS)}, toybox, not a file, not a folder"
             )
         report = inspect_checkpoint(local_path(name))
-        if report.config.in_channels == WAN_2_2_CHANNELS:
+        if report.config.in_channels not in PUBLISHED:
             raise ConfigError(
-                f"{name} has latents of Wan 2.2's VAE, and a lone transformer is planned with Wan 2.1's: name a folder "
-                "that has the VAE as well"
+                f"{name} has {report.config.in_channels} latent channels, and a lone transformer is planned with the "
+                f"VAE that Wan published for {' or '.join(map(str, PUBLISHED))}: name a folder that has the VAE as well"
             )
+        size = _frame_of(report.config)
         assumed = _GUESSED
         if report.preset.stream.window is not None:
             stream, sampler = report.preset.stream, report.preset.sampler
@@ -158,9 +156,11 @@ class PlannedModel:
         check_guidance(self.sampler, cfg=1)
         if self.stream.window is None:
             raise ConfigError(f"{self.name} looks back over everything: give --window, the latent frames of the video")
-        grid = LatentGrid.from_pixels(self.height, self.width, self._stride(), self.dit.patch_size[1:])
+        codec = self._codec(WAN["height"], WAN["width"], 1)  # the model's own size is not checked yet
+        grid = LatentGrid.from_pixels(self.height, self.width, codec.stride, self.dit.patch_size[1:])
         work = Workload.of(self.dit, grid, self.stream, self.sampler, self.stream.window, reuse=reuse)
-        return replace(work, wide=self.wide)
+        models = 1 + (self.parts is not None and self.parts.transformer_2 is not None)
+        return replace(work, wide=self.wide, temporal_stride=codec.temporal_stride, models=models)
 
     def auxiliary(self, work: Workload, offload: Offload, on_cpu: bool) -> AuxiliaryMemory:
         """Returns the memory of the text encoder and the codec; on a GPU passes run by graphs.
@@ -173,18 +173,17 @@ class PlannedModel:
         Raises:
             CheckpointError: the model's codec or text encoder cannot be read.
         """
-        stride = self._stride()
-        size = stride * work.grid.latent_height, stride * work.grid.latent_width
+        codec = self._codec(self.height, self.width, work.chunk_frames)
         if self.parts is None:
-            return auxiliary(umt5_xxl_bytes(), wan_2_1_footprint(*size, work.chunk_frames), offload, on_cpu)
+            return auxiliary(umt5_xxl_bytes(), codec, offload, on_cpu)
         text = text_bytes(self.parts.text) if isinstance(self.parts.text, TextSource) else 0
-        return auxiliary(text, codec_footprint(self.parts.codec, None, *size, work.chunk_frames), offload, on_cpu)
+        return auxiliary(text, codec, offload, on_cpu)
 
-    def _stride(self) -> int:
-        """Pixels per side of a latent pixel: of the model's own codec, or of the Wan VAE."""
+    def _codec(self, height: int, width: int, frames: int) -> CodecFootprint:
+        """The memory and the strides of the model's own codec, or of the published Wan VAE."""
         if self.parts is None:
-            return VAE_STRIDE[1]
-        return codec_footprint(self.parts.codec, None, *WAN[2], 1).stride  # the model's own size is not checked yet
+            return published_footprint(PUBLISHED[self.dit.in_channels], height, width, frames)
+        return codec_footprint(self.parts.codec, None, height, width, frames)
 
     def decoding(self, work: Workload, ranks: int, on: Machine) -> DecodePlan | None:
         """Plans how many of the ranks only decode.
@@ -200,13 +199,16 @@ class PlannedModel:
         Raises:
             CheckpointError: the model's codec cannot be read.
         """
-        vae = VaeSize()
-        if self.parts is not None:
-            files, kind = open_codec(self.parts.codec)
-            if kind != "wan":
-                return None
-            vae = VaeSize.of(vae_on_meta(files).config)
-        return plan_decoding(vae, work, ranks, on)
+        if self.parts is None:
+            return plan_decoding(VaeSize.of(PUBLISHED[self.dit.in_channels]), work, ranks, on)
+        files, kind = open_codec(self.parts.codec)
+        return plan_decoding(VaeSize.of(vae_on_meta(files).config), work, ranks, on) if kind == "wan" else None
+
+
+def _frame_of(dit: DiTConfig) -> tuple[int, int]:
+    """Height and width, in pixels, of the frames of a transformer alone."""
+    frames = BY_STRIDE.get(PUBLISHED[dit.in_channels].scale_factor_spatial, WAN)
+    return frames["height"], frames["width"]
 
 
 def _heads(report: CheckpointReport) -> tuple[str, ...]:

@@ -68,7 +68,7 @@ class Run:
         """The bytes that stay on the device between two streams."""
         other = self.auxiliary
         text, codec = other.text_stays * other.text, other.codec_stays * self.codec.weights
-        return self.work.weights_bytes + text + codec
+        return self.work.all_weights_bytes + text + codec
 
     def plans(self, ranks: int) -> list[Plan]:
         """Plans the run with every strategy for `ranks` ranks on the mesh axis `sp`."""
@@ -156,7 +156,13 @@ def describe_run(
     least = stream.chunk_frames + stream.sink
     work = Workload.of(config, grid, stream, model_config.sampler, stream.window or least, itemsize=itemsize)
     return Run(
-        replace(work, fp8=model_config.weights == "fp8", wide=report.wide_parameters),
+        replace(
+            work,
+            fp8=model_config.weights == "fp8",
+            wide=report.wide_parameters,
+            temporal_stride=found.temporal_stride,
+            models=1 + (model_config.transformer_2 is not None),
+        ),
         parallel.mesh.sp,
         parallel.strategy,
         default_machine(parallel.device),

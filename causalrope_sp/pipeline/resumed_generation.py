@@ -16,6 +16,7 @@ from causalrope_sp.grid import LatentGrid
 from causalrope_sp.pipeline.conditioning import Conditioning
 from causalrope_sp.pipeline.generation import Generation
 from causalrope_sp.pipeline.generation_options import GenerationOptions
+from causalrope_sp.pipeline.image_control import takes_image
 from causalrope_sp.pipeline.open_streams import OpenStreams
 from causalrope_sp.pipeline.option_checks import check_path
 from causalrope_sp.pipeline.output import Made
@@ -35,7 +36,15 @@ from causalrope_sp.weights.messages import some
 if TYPE_CHECKING:
     from causalrope_sp.pipeline.pipeline import CausalVideoPipeline
 
-OPTIONS = ("history", "kept_chunks", "callback_on_step_end", "control", "reuse")  # that a resumed session takes
+OPTIONS = (
+    "history",
+    "kept_chunks",
+    "callback_on_step_end",
+    "control",
+    "image",
+    "image_embeds",
+    "reuse",
+)  # that a resumed session takes
 
 
 def read_resumed(path: str | PathLike[str], overrides: Collection[str]) -> SavedSession:
@@ -121,8 +130,13 @@ class ResumedGeneration(Generation):
             self._check_decoder(saved)
 
     def _condition(self) -> Conditioning:
-        latents = None if self._saved.conditioning is None else self._saved.conditioning.clone()
-        return Conditioning(latents, self._saved.context_frames)
+        saved = self._saved
+        if takes_image(self._pipe.model.config, self.codec):
+            return super()._condition()
+        latents = None if saved.conditioning is None else saved.conditioning.clone()
+        if latents is not None and saved.stream.image_in_chunk and not saved.context_frames:
+            return Conditioning(in_chunk=latents)
+        return Conditioning(latents, saved.context_frames)
 
     def _check_decoder(self, saved: SavedSession) -> None:
         """Raises ConfigError unless the state is one of the codec for pictures of this size."""

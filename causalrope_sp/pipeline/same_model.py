@@ -53,5 +53,5 @@ def agree_on_model(parts: Parts, parallel: SequenceParallel, text_encoder: str) 
         }
     )
     if not parallel.decodes and parallel.denoisers.size > 1:
-        networks = digest(model), chunks and digest(chunks.vin)
+        networks = tuple(map(digest, parts.models)), chunks and digest(chunks.vin)
         parallel.denoisers.agree({"dtype": model.dtype, "weights": networks})

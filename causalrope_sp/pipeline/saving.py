@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from causalrope_sp.codec.wan_vae import wan_vae_of
 from causalrope_sp.errors import ConfigError, OutputError, printable
+from causalrope_sp.pipeline.image_control import takes_image
 from causalrope_sp.pipeline.model_config import PIPELINE_FILE
 from causalrope_sp.pipeline.model_source import local_path
 from causalrope_sp.pipeline.option_checks import check_path
@@ -32,7 +33,7 @@ def save_parts(parts: Parts, folder: str | os.PathLike[str]) -> None:
         ConfigError: `folder` is no path, or the weights are fp8, which the diffusers layout does not have.
         OutputError: the folder cannot be written.
     """
-    if is_fp8(parts.model):
+    if any(map(is_fp8, parts.models)):
         raise ConfigError("a model with fp8 weights cannot be saved; load it with weights='full'")
     home = local_path(check_path("folder", folder))
     try:
@@ -41,10 +42,15 @@ def save_parts(parts: Parts, folder: str | os.PathLike[str]) -> None:
         home.mkdir(parents=True, exist_ok=True)
         save_diffusers(parts.model, home / "transformer")
         index: dict[str, Any] = {"transformer": ["diffusers", "WanTransformer3DModel"]}
+        if parts.low_noise is not None:
+            save_diffusers(parts.low_noise.model, home / "transformer_2")
+            index |= {"transformer_2": index["transformer"], "boundary_ratio": parts.config.boundary_ratio}
         codec = _save_codec(parts, home)
         index |= {"vae": ["diffusers", "AutoencoderKLWan"]} if codec == "vae" else {}
         index |= _save_scheduler(parts, home) | _save_text(parts, home)
-        _write(home / "model_index.json", {"_class_name": "WanPipeline", **index})
+        index |= _save_image_encoder(parts, home)
+        kind = "WanImageToVideoPipeline" if takes_image(parts.model.config, parts.codec) else "WanPipeline"
+        _write(home / "model_index.json", {"_class_name": kind, **index})
         _write(home / PIPELINE_FILE, _settings(parts, home, codec))
     except OSError as reason:
         raise OutputError(f"cannot write {printable(home)}: {reason.strerror or reason}") from reason
@@ -88,11 +94,28 @@ def _save_text(parts: Parts, home: Path) -> dict[str, Any]:
     return {}
 
 
+def _save_image_encoder(parts: Parts, home: Path) -> dict[str, Any]:
+    """Copies of the folders of the image encoder and its processor, if there are."""
+    encoder = parts.config.image_encoder
+    if encoder is None:
+        return {}
+    _copy(encoder, home / "image_encoder")
+    _copy(encoder.parent / "image_processor", home / "image_processor")
+    return {
+        "image_encoder": ["transformers", "CLIPVisionModel"],
+        "image_processor": ["transformers", "CLIPImageProcessor"],
+    }
+
+
 def _settings(parts: Parts, home: Path, codec: str) -> dict[str, Any]:
     """The fields of the pipeline.json; the file of a Video Interface Network is copied into the folder."""
     config = parts.config
     text = config.text if isinstance(config.text, str) else "./"
     settings = {"transformer": "transformer", "codec": codec, "text": text, **config.as_json()}
+    if config.transformer_2 is not None:
+        settings["transformer_2"] = "transformer_2"
+    if config.image_encoder is not None:
+        settings["image_encoder"] = "image_encoder"
     if config.vin is not None:
         _copy(config.vin, home / Path(config.vin).name)
         settings["vin"] = Path(config.vin).name

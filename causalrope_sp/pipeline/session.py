@@ -203,6 +203,8 @@ class Session(OpenStream):
         def checked() -> str:
             self._check_source("saved")
             check_flag("cache", cache)
+            if cache and self._generation.two_models:
+                raise ConfigError("cache must be False for a model of two transformers, whose caches are not saved")
             if not self._index:
                 raise ConfigError("a session can be saved once a chunk was made, and none was")
             if (newest := self._begun().unread) is not None:

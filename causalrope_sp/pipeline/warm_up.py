@@ -73,6 +73,8 @@ def sample_without_text(
         parallel=pipe.parallel,
         initial_latents=pipe.text.opening(config.in_channels, latent_height, latent_width),
         control=_no_control(config.control_channels) if config.control_channels else None,
+        low_noise=pipe.parts.low_noise,
+        image_embeds=torch.zeros(1, 1, config.image_dim) if config.image_dim else None,
         negative_embeds=text,
         layout=pipe.parts.layout,
         graphs=pipe.parts.options.graphs,
@@ -91,7 +93,8 @@ def _no_control(channels: int) -> Control:
 
 def _warm_up_stream(pipe: CausalVideoPipeline, turns: StreamTurns) -> None:
     stream = pipe.config.stream
-    sampler = SamplerConfig(steps=(1000,), guidance_scale=pipe.config.sampler.guidance_scale)
+    steps: tuple[float, ...] = (1000,) if pipe.parts.low_noise is None else (1000, 1)  # one of each model
+    sampler = SamplerConfig(steps=steps, guidance_scale=pipe.config.sampler.guidance_scale)
     chunks = sample_without_text(pipe, (stream.window or 0) + 2 * stream.chunk_frames, sampler)
     frames = frames_of(pipe.codec, pipe.parallel, pipe.settings().grid, pipe.parts.options.decode, turns)
     for number, part in enumerate(chunks):

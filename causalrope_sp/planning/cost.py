@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 from causalrope_sp.attention.base import lse_elements
-from causalrope_sp.config import VAE_STRIDE
 from causalrope_sp.distributed.layout import Layout, parse_strategy, strategies
 from causalrope_sp.grid import LatentGrid, Shard
 from causalrope_sp.planning.machines import Machine
@@ -156,7 +155,7 @@ def chunk_flops(layout: Layout, work: Workload, rank: int, branch: int = 0) -> i
     """Returns the FLOPs of a rank in a steady chunk, whose first pass is fused with the chunk before's context pass."""
     layers = work.config.num_layers
     tokens = work.batch * work.chunk_frames * _tokens(work.grid, layout.ranks)[rank]
-    total = -work.left_out_flops * tokens
+    total = -work.models * work.left_out_flops * tokens
     for step in range(work.passes[branch]):
         chunks, computed = 2 if step == 0 else 1, work.computed(step, branch)
         attention = attention_flops(layout, work, rank, chunks * work.chunk_frames, work.window)
@@ -165,7 +164,7 @@ def chunk_flops(layout: Layout, work: Workload, rank: int, branch: int = 0) -> i
         total += computed["cross"] * cross_flops(work, chunks * tokens) // layers
     if work.recomputed is not None:  # the chunk before attends what is left for the next one
         total -= attention_flops(layout, work, rank, work.chunk_frames, work.chunk_frames)
-    for frames, keys in work.recomputed or ():
+    for frames, keys in work.more_context:
         again = tokens // work.chunk_frames * frames
         total += work.linear_flops * again + cross_flops(work, again)
         total += attention_flops(layout, work, rank, frames, keys)
@@ -214,7 +213,7 @@ def _cost(layout: Layout, cfg: int, work: Workload, on: Machine, auxiliary: Auxi
         return [sum(each) for each in zip(first, *later, strict=True)]
 
     def recomputing() -> list[float]:
-        passes = [slowest(frames, keys, full) for frames, keys in work.recomputed or ()]
+        passes = [slowest(frames, keys, full) for frames, keys in work.more_context]
         return [branches * sum(each) for each in zip((0.0, 0.0, 0.0), *passes, strict=True)]
 
     # collectives outside the layers: a chunk's latents once, and velocities across the `cfg` axis after every pass
@@ -232,15 +231,15 @@ def _cost(layout: Layout, cfg: int, work: Workload, on: Machine, auxiliary: Auxi
     bytes_layer = max(sum(received(layout, work, r, chunk).values()) for r in every) * work.itemsize
     calls_layer = len(received(layout, work, 0, chunk))
     attended = branches * layers + sum(computed["self"] for computed in later_passes)  # layers, of all passes
-    renewed = [frames for frames, _ in work.recomputed or ()]
+    renewed = [frames for frames, _ in work.more_context]
     renewed_bytes = branches * bytes_layer * layers * sum(renewed) // chunk
-    cache = branches * max(cache_bytes(layout, work, r) for r in every)
+    cache = work.models * branches * max(cache_bytes(layout, work, r) for r in every)
     stored = max(sum(stored_bytes(layout, work, r, b, auxiliary.graphs) for b in range(branches)) for r in every)
     activations = max(_activation_bytes(layout, work, r) for r in every)
     session = SessionMemory(
         cache=cache,
         history=cache // (window + chunk) * undo_frames(work),
-        text=text_bytes(work, branches),
+        text=work.models * text_bytes(work, branches),
         latents=latents_bytes(work, max(_tokens(work.grid, layout.ranks))),
         decoder=auxiliary.codec_state * (1 + work.history),
         outputs=stored,
@@ -252,10 +251,10 @@ def _cost(layout: Layout, cfg: int, work: Workload, on: Machine, auxiliary: Auxi
         cfg=cfg,
         collectives_per_pass=calls_layer * layers,
         bytes_per_pass=bytes_layer * layers,
-        collectives_per_chunk=calls_layer * (attended + branches * layers * len(renewed)) + rest,
+        collectives_per_chunk=calls_layer * (attended + branches * layers * (len(renewed) - work.models + 1)) + rest,
         bytes_per_chunk=bytes_layer * (attended + branches * layers) + renewed_bytes + rest_bytes,
         flops_per_chunk=max(sum(chunk_flops(layout, work, r, branch) for branch in range(branches)) for r in every),
-        weights_bytes=work.weights_bytes,
+        weights_bytes=work.all_weights_bytes,
         cache_bytes=cache,
         stored_bytes=stored,
         activation_bytes=activations,
@@ -264,7 +263,7 @@ def _cost(layout: Layout, cfg: int, work: Workload, on: Machine, auxiliary: Auxi
         exposed_ms=1e3 * (exposed + gather),
         chunk_ms=1e3 * seconds,
         first_frame_ms=1e3 * first,
-        fps=VAE_STRIDE[0] * chunk / seconds,
+        fps=work.temporal_stride * chunk / seconds,
         efficiency=1.0,
         imbalance=max(steady) * layout.ranks / sum(steady),
         fits=True,

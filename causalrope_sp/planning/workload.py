@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import takewhile
 
+from causalrope_sp.codec.wan_vae_config import WAN_2_1
 from causalrope_sp.config import DiTConfig, SamplerConfig, StreamConfig
 from causalrope_sp.diffusion.schedule import branch_timesteps, guided_steps
 from causalrope_sp.grid import LatentGrid, split_into_chunks
@@ -34,6 +35,9 @@ class Workload:
         kept_chunks: of how many chunks beyond the window clean latents are kept.
         recomputed: the context passes before each chunk that compute its window anew: the frames of each, and those
             that it attends; None if the window only slides.
+        models: how many models share the steps by noise level, each with weights, a cache and context passes of its
+            own.
+        temporal_stride: the pixel frames of a latent frame, which only the frame rate depends on.
     """
 
     config: DiTConfig
@@ -51,6 +55,8 @@ class Workload:
     sink_frames: int = 0
     history: int = 0
     kept_chunks: int = 0
+    models: int = 1
+    temporal_stride: int = WAN_2_1.scale_factor_temporal
 
     @classmethod
     def of(
@@ -99,6 +105,13 @@ class Workload:
         )
 
     @property
+    def more_context(self) -> tuple[tuple[int, int], ...]:
+        """The context passes of a chunk beside the one that its first pass shares: the frames of each, and those that
+        it attends. Every further model has one, and each computes its window anew where the stream does."""
+        again = (self.recomputed or ()) * self.models
+        return again + ((self.chunk_frames, self.window),) * (self.models - 1)
+
+    @property
     def passes(self) -> list[int]:
         """The denoise passes of a chunk in each branch of guidance."""
         return [self.steps, self.guided] if self.guided else [self.steps]
@@ -143,23 +156,31 @@ class Workload:
         d, layer = c.dim, 0
         layer += 3 * d * d + 3 * d + d * d + d + 2 * d  # self-attention with its norms
         layer += d * d + d + 2 * d * d + 2 * d + d * d + d + 2 * d  # cross-attention
+        layer += (2 * d * d + 3 * d) * (c.image_dim > 0)  # its keys and values of image tokens
         layer += 2 * d + 2 * d * c.ffn_dim + c.ffn_dim + d + 6 * d  # its norm, the feed-forward, the modulation
         outer = (c.embedded_dim + c.text_dim + c.freq_dim) * d + 3 * d  # embeddings of patch, text and time,
         outer += 2 * (d * d + d) + 6 * d * d + 6 * d  # the second layers of two of them, the projection of time,
-        outer += c.token_dim * d + c.token_dim + 2 * d  # and the head
+        outer += c.token_dim * d + c.token_dim + 2 * d  # the head,
+        i = c.image_dim
+        outer += i * i + 3 * i + i * d + 3 * d if i else 0  # and the embedding of image tokens
         return c.num_layers * layer + outer
 
     @property
     def matrices(self) -> int:
         """The parameters in all matrices of the blocks."""
         c = self.config
-        return c.num_layers * c.dim * (8 * c.dim + 2 * c.ffn_dim)
+        return c.num_layers * c.dim * ((10 if c.image_dim else 8) * c.dim + 2 * c.ffn_dim)
+
+    @property
+    def all_weights_bytes(self) -> int:
+        """The bytes of the weights of all models on the device."""
+        return self.models * self.weights_bytes
 
     @property
     def weights_bytes(self) -> int:
-        """The bytes of the model's weights on the device."""
+        """The bytes of one model's weights on the device."""
         c, full = self.config, self.parameters * self.itemsize + (2 * self.wide if self.itemsize == 2 else 0)
-        scales = 4 * c.num_layers * (9 * c.dim + c.ffn_dim)
+        scales = 4 * c.num_layers * ((11 if c.image_dim else 9) * c.dim + c.ffn_dim)
         return full - (self.itemsize - 1) * self.matrices + scales if self.fp8 else full
 
 

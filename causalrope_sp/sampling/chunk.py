@@ -86,6 +86,24 @@ class ShardContext:
             raise ConfigError(f"{what} has shape {tuple(latents_BFCHW.shape)}, expected {self.shape(frames)}")
         return self.tokens(latents_BFCHW)
 
+    def given_tokens(self, given: Tensor | None, initial: int, most: int) -> Tensor | None:
+        """Checks the frames that are given within the first chunk and returns this rank's tokens of them.
+
+        Args:
+            given: `StreamOptions.given_frames`.
+            initial: latent frames before the first chunk.
+            most: latent frames of the first chunk.
+
+        Raises:
+            ConfigError: the latents do not fit, or not into the first chunk of the stream.
+        """
+        if given is None:
+            return None
+        self.check_initial(given)
+        if initial or given.shape[1] > most:
+            raise ConfigError(f"given_frames must be at most {most}, after no initial latents, not {given.shape[1]}")
+        return self.tokens(given)
+
     def check_initial(self, latents: Tensor | None) -> None:
         """Raises ConfigError unless the initial latents are whole frames of this batch and grid, and finite."""
         if latents is not None and (latents.ndim != 5 or latents.shape != self.shape(latents.shape[1])):
@@ -110,3 +128,20 @@ def check_text(model: CausalDiT, embeds: Tensor, grid: LatentGrid) -> None:
     if grid.patch != config.patch_size[1:]:
         raise ConfigError(f"the grid's patch is {grid.patch}, the model's {config.patch_size[1:]}")
     check_finite("text embeddings", embeds)
+
+
+def check_image(model: CausalDiT, embeds: Tensor | None, batch: int) -> None:
+    """Raises ConfigError unless the image tokens fit the model, and are finite; None fits one without."""
+    width = model.config.image_dim
+    if (embeds is None) != (width == 0):
+        expected = f"(batch, tokens, {width}), which the model reads" if width else "None, which the model takes"
+        raise ConfigError(f"image embeddings must be {expected}, not {None if embeds is None else tuple(embeds.shape)}")
+    if embeds is not None:
+        check_image_embeds(embeds, batch, width)
+
+
+def check_image_embeds(embeds: Tensor, batch: int, width: int) -> None:
+    """Raises ConfigError unless image tokens are finite and of this batch and width."""
+    if embeds.ndim != 3 or embeds.shape[::2] != (batch, width) or not embeds.shape[1]:
+        raise ConfigError(f"image embeddings have shape {tuple(embeds.shape)}, expected ({batch}, tokens, {width})")
+    check_finite("image embeddings", embeds)

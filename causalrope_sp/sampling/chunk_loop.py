@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from causalrope_sp.diffusion.noise import Noise
-from causalrope_sp.diffusion.schedule import add_noise, branch_timesteps, model_timesteps, sigmas
+from causalrope_sp.diffusion.schedule import add_noise, branch_timesteps, guided_steps, model_timesteps, sigmas
 from causalrope_sp.diffusion.solvers import start_solver
 from causalrope_sp.distributed import SequenceParallel
 from causalrope_sp.errors import ConfigError
@@ -24,10 +25,10 @@ from causalrope_sp.planning.strategy import choose_strategy
 from causalrope_sp.planning.workload import Workload
 from causalrope_sp.reuse.policy import ReusePlan
 from causalrope_sp.sampling.agreement import agree_on_strategy, digest
-from causalrope_sp.sampling.chunk import LatentChunk, ShardContext, check_text
+from causalrope_sp.sampling.chunk import LatentChunk, ShardContext, check_image, check_text
 from causalrope_sp.sampling.chunk_control import check_taken, shared_control
 from causalrope_sp.sampling.finite_chunks import FiniteCheck, check_finite
-from causalrope_sp.sampling.guidance import UNCONDITIONAL, GuidanceBranches, check_guidance
+from causalrope_sp.sampling.guidance import UNCONDITIONAL, GuidanceBranches, Step, check_guidance
 from causalrope_sp.sampling.kept_latents import KeptLatents
 from causalrope_sp.sampling.pass_graphs import stream_graphs
 from causalrope_sp.sampling.recompute import recompute_all, recompute_for
@@ -50,7 +51,7 @@ class ChunkLoop:
         first_chunk: the number of the first chunk that was not given as initial latents.
         next_chunk: the chunk that `step` makes next; None after the last one.
         kept: the clean latents from which the cache can be computed anew.
-        settled: how the model is computed.
+        settled: how each model is computed.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class ChunkLoop:
         check_length(frames, options.stream)
         check_text(model, embeds, grid)
         check_finite("negative text embeddings", options.negative_embeds)
+        check_image(model, options.image_embeds, len(embeds))
         if options.control is not None:
             check_taken(model.config.control_channels, options.control)
         self.model, self._opened_with = model, (model.device, model.dtype)
@@ -75,12 +77,16 @@ class ChunkLoop:
         self._initial = 0 if options.initial_latents is None else options.initial_latents.shape[1]
         if options.resumed is not None:
             self._initial = options.resumed.initial_frames
-        self._levels, self._timesteps = sigmas(options.sampler), model_timesteps(options.sampler)
+        most = next(self._cut(None, 0, 0)).frames
+        self._given = self.context.given_tokens(options.given_frames, self._initial, most)
         self._first_step = 0 if options.source is None else options.source.first_step
-        if not 0 <= self._first_step < len(self._levels):
-            raise ConfigError(
-                f"a source starts at one of the steps 0 to {len(self._levels) - 1}, not at {self._first_step}"
-            )
+        steps = len(options.sampler.steps)
+        if not 0 <= self._first_step < steps:
+            raise ConfigError(f"a source starts at one of the steps 0 to {steps - 1}, not at {self._first_step}")
+        if options.sampler.first_steps and (options.source is not None or options.reuse is not None):
+            raise ConfigError("a sampler with first_steps redraws no video and reuses no outputs: give `steps` alone")
+        if options.low_noise is not None and options.reuse is not None:
+            raise ConfigError("reuse must be None where two models share the steps: neither makes all of them")
         check_guidance(options.sampler, parallel.mesh.cfg)
         if parallel.mesh.chunk > 1:
             raise ConfigError(f"chunk {parallel.mesh.chunk} of the mesh is for chunks made in parallel alone")
@@ -108,22 +114,24 @@ class ChunkLoop:
         agreed["graphs"] = options.graphs
         if self.parallel.denoisers.size > 1:  # two streams that are taken in another order on one rank differ in these
             tensors = {"text": embeds, "negative text": options.negative_embeds, "latents": options.initial_latents}
+            tensors |= {"given frames": options.given_frames, "image tokens": options.image_embeds}
             agreed |= {name: digest(x) for name, x in tensors.items() if x is not None}
         self.layout = options.layout or choose_strategy(work, default_machine(self.parallel.device), self.parallel)
         strategy = agree_on_strategy(self.parallel, work, self.layout, agreed)
         relative = stream.rope == "relative"
-        self.settled = options.settled or settle(model, strategy.backend)
+        models = [model] if options.low_noise is None else [model, options.low_noise.model]
+        self.settled = options.settled or tuple(settle(each, strategy.backend) for each in models)
         graphs = None
         if options.graphs:
             sharing = self.parallel.sp_communicator() if self.parallel.mesh.sp > 1 else None
             graphs = stream_graphs(model.device, sharing)
 
-        def open_stream(prompt: Tensor, branch: int) -> CausalStream:
+        def open_stream(prompt: Tensor, branch: int, number: int) -> CausalStream:
             passes = branch_timesteps(sampler, branch == UNCONDITIONAL, self._first_step)
             plan = None if reuse is None else ReusePlan.of_causal(reuse, passes, config.num_layers)
             shard = self.context.shard
             return CausalStream(
-                model,
+                models[number],
                 prompt,
                 grid,
                 window,
@@ -133,10 +141,12 @@ class ChunkLoop:
                 reuse=plan,
                 graphs=graphs,
                 history=options.history,
-                settled=self.settled,
+                settled=self.settled[number],
+                image_BNI=options.image_embeds,
+                given=0 if self._given is None else self._given.shape[1],
             )
 
-        return GuidanceBranches(open_stream, embeds, options.negative_embeds, sampler, self.parallel)
+        return GuidanceBranches(open_stream, embeds, options.negative_embeds, sampler, self.parallel, len(models))
 
     @property
     def chunks_made(self) -> int:
@@ -188,7 +198,11 @@ class ChunkLoop:
 
     def denoise(self, chunk: Chunk, control_BFSE: Tensor | None = None) -> Tensor:
         """Denoises a chunk and returns its clean tokens on this rank, (B, F, s, E)."""
-        levels = self._levels
+        sampler = self.options.sampler
+        guided = any(guided_steps(sampler))
+        if chunk.index == self.first_chunk:
+            sampler = sampler.first_chunk
+        levels, timesteps = sigmas(sampler), model_timesteps(sampler)
         self._check_model()
         self._renew_window(chunk)
         x = self._draw(chunk, self._first_step)
@@ -197,17 +211,27 @@ class ChunkLoop:
             self.agree(f"source of chunk {chunk.index}", clean)
             clean = self.context.checked_tokens(f"the source of chunk {chunk.index}", chunk.frames, clean)
             x = add_noise(clean, x, levels[self._first_step])
-        solve = start_solver(self.options.sampler, self._first_step)
+        solve = start_solver(sampler, self._first_step)
+        is_guided = [guided and each for each in guided_steps(sampler)]
         for step, sigma in enumerate(levels[self._first_step :], self._first_step):
-            velocity = self.branches.velocity(chunk, x, step, control_BFSE)
+            x = self._with_given(chunk, x)
+            of = Step(timesteps[step], is_guided[step], self.options.model_of(timesteps[step]))
+            velocity = self.branches.velocity(chunk, x, of, control_BFSE)
             to = levels[step + 1] if step + 1 < len(levels) else 0.0
             x = solve(x, velocity, sigma, to, partial(self._draw, chunk, step + 1))
             if self.options.on_step is not None:
-                on_step = partial(self.options.on_step, chunk, step, self._timesteps[step])
+                on_step = partial(self.options.on_step, chunk, step, timesteps[step])
                 self.parallel.denoisers.run_collectively(on_step)
         if self.unread is not None:
             self.unread.read()
-        return x
+        self.commit()  # of a model that made none of the steps
+        return self._with_given(chunk, x)
+
+    def _with_given(self, chunk: Chunk, x_BFSE: Tensor) -> Tensor:
+        """Puts the given frames into the tokens of the first chunk."""
+        if self._given is None or chunk.start > 0:
+            return x_BFSE
+        return torch.cat([self._given, x_BFSE[:, self._given.shape[1] :]], 1)
 
     def _renew_window(self, chunk: Chunk) -> None:
         """Computes anew what a chunk will attend, if the stream's policy is to. If that is cut short, all that is kept

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -23,6 +24,20 @@ from causalrope_sp.grid import Chunk
 from causalrope_sp.sampling.stream import CausalStream, Part
 
 CONDITIONAL, UNCONDITIONAL = range(2)  # also the ranks on the mesh's `cfg` axis
+
+
+class Step(NamedTuple):
+    """A denoising step of a chunk.
+
+    Args:
+        timestep: what the model is called with.
+        guided: whether it is guided.
+        model: the number of the model that makes it.
+    """
+
+    timestep: float
+    guided: bool
+    model: int = 0
 
 
 class GuidanceBranch:
@@ -125,15 +140,16 @@ class GuidanceBranches:
     """Computes a chunk's velocity from the conditional and, at guided steps, the unconditional stream.
 
     Attributes:
-        branches: the branches that run on this rank.
+        branches: the branches that run on this rank; with two models those of the second one follow the first's.
 
     Args:
-        open_stream: makes a stream from a prompt's embeddings and `CONDITIONAL` or `UNCONDITIONAL`; it is called only
-            for the streams that run on this rank.
+        open_stream: makes a stream from a prompt's embeddings, `CONDITIONAL` or `UNCONDITIONAL`, and the number of the
+            model; it is called only for the streams that run on this rank.
         conditional: embeddings of the prompt, (B, text_len, text_dim).
         negative: embeddings of the negative prompt, of the same shape; ignored if no step is guided.
         sampler: steps and guidance.
         parallel: the ranks and their mesh.
+        models: how many models share the steps.
 
     Raises:
         ConfigError: a step is guided, but `negative` is missing or of another shape.
@@ -141,16 +157,16 @@ class GuidanceBranches:
 
     def __init__(
         self,
-        open_stream: Callable[[Tensor, int], CausalStream],
+        open_stream: Callable[[Tensor, int, int], CausalStream],
         conditional: Tensor,
         negative: Tensor | None,
         sampler: SamplerConfig,
         parallel: SequenceParallel,
+        models: int = 1,
     ) -> None:
-        self._scale, self._guided = sampler.guidance_scale, guided_steps(sampler)
-        self._timesteps, self._parallel = model_timesteps(sampler), parallel
+        self._scale, self._parallel = sampler.guidance_scale, parallel
         prompts = [conditional]
-        if any(self._guided):
+        if any(guided_steps(sampler)):
             if negative is None:
                 raise ConfigError(f"a guidance scale of {self._scale:g} needs the embeddings of a negative prompt")
             if negative.shape != conditional.shape:
@@ -160,37 +176,39 @@ class GuidanceBranches:
             prompts.append(negative)
         local = range(len(prompts)) if parallel.mesh.cfg == 1 else [parallel.cfg_rank]
         self._local = tuple(local)
-        self.branches = [GuidanceBranch(open_stream(prompts[branch], branch)) for branch in local]
+        self.branches = [
+            GuidanceBranch(open_stream(prompts[branch], branch, model)) for model in range(models) for branch in local
+        ]
 
-    def velocity(self, chunk: Chunk, x_BFSE: Tensor, step: int, control_BFSE: Tensor | None = None) -> Tensor:
-        """Returns the velocity of the chunk's tokens at a step, (B, F, s, E); it is guided if the step is.
+    def velocity(self, chunk: Chunk, x_BFSE: Tensor, step: Step, control_BFSE: Tensor | None = None) -> Tensor:
+        """Returns the velocity of the chunk's tokens at a step, (B, F, s, E).
 
         Args:
             chunk: the open chunk.
             x_BFSE: its noisy tokens on this rank.
-            step: the step's number, counted from 0.
+            step: the step.
             control_BFSE: the control of the chunk, of both branches; None for a model that takes none.
         """
-        guided, timestep = self._guided[step], self._timesteps[step]
+        first = step.model * len(self._local)
+        own = self.branches[first : first + len(self._local)]
         if self._parallel.mesh.cfg > 1:
-            velocities = self._from_both_ranks(chunk, x_BFSE, timestep, guided, control_BFSE)
+            velocities = self._from_both_ranks(own[0], chunk, x_BFSE, step, control_BFSE)
         else:
-            branches = self.branches[: 1 + guided]
-            velocities = [branch.denoise(chunk, x_BFSE, timestep, control_BFSE) for branch in branches]
+            branches = own[: 1 + step.guided]
+            velocities = [branch.denoise(chunk, x_BFSE, step.timestep, control_BFSE) for branch in branches]
         return (
             guide(velocities[CONDITIONAL], velocities[UNCONDITIONAL], self._scale)
-            if guided
+            if step.guided
             else velocities[CONDITIONAL]
         )
 
     def _from_both_ranks(
-        self, chunk: Chunk, x_BFSE: Tensor, timestep: float, guided: bool, control_BFSE: Tensor | None
+        self, branch: GuidanceBranch, chunk: Chunk, x_BFSE: Tensor, step: Step, control_BFSE: Tensor | None
     ) -> list[Tensor]:
         """Gathers the velocities of both halves of the `cfg` axis. At a step that is not guided the unconditional half
         runs its pending context pass instead, and what it sends is not used."""
-        (branch,) = self.branches
-        if guided or self._parallel.cfg_rank == CONDITIONAL:
-            velocity = branch.denoise(chunk, x_BFSE, timestep, control_BFSE)
+        if step.guided or self._parallel.cfg_rank == CONDITIONAL:
+            velocity = branch.denoise(chunk, x_BFSE, step.timestep, control_BFSE)
         else:
             branch.commit()
             velocity = x_BFSE
@@ -211,9 +229,13 @@ class GuidanceBranches:
         for branch in self.branches:
             branch.finish(part)
 
+    def of(self, which: int) -> list[GuidanceBranch]:
+        """Returns the branch `CONDITIONAL` or `UNCONDITIONAL` of every model; none if this rank does not compute it."""
+        return self.branches[self._local.index(which) :: len(self._local)] if which in self._local else []
+
     def branch(self, which: int) -> GuidanceBranch | None:
-        """Returns the branch `CONDITIONAL` or `UNCONDITIONAL`; None if this rank does not compute it."""
-        return self.branches[self._local.index(which)] if which in self._local else None
+        """Returns a branch of the one model, or of the first of two; None if this rank does not compute it."""
+        return next(iter(self.of(which)), None)
 
     def close(self) -> None:
         """Tells forks that these branches make no more passes."""

@@ -106,18 +106,19 @@ class SteeredLoop(ChunkLoop):
     def _change_text(self, embeds: Tensor, recache: bool, recache_sink: bool) -> None:
         """Changes the text from the next chunk on. If that is cut short, the text before holds again, and the cache is
         computed anew under it."""
-        branch = self.branches.branch(CONDITIONAL)
-        if branch is not None:
-            try:
+        branches = self.branches.of(CONDITIONAL)
+        try:
+            for branch in branches:
                 if not recache or (not recache_sink and newest_is_sink(branch, self.kept)):
                     branch.commit()
                 branch.stream.set_text(embeds)
                 if recache:
                     recompute_window(branch, self.kept, self.position[1], with_sink=recache_sink)
-            except BaseException:
+        except BaseException:
+            for branch in branches:
                 branch.stream.set_text(self.text)
                 self._compute_anew(branch)
-                raise
+            raise
         self.text = embeds
 
     def rewind(self, chunks: int, embeds: Tensor) -> bool:
@@ -158,8 +159,7 @@ class SteeredLoop(ChunkLoop):
         return self.parallel.denoisers.all_say(exact)
 
     def _set_text(self, embeds: Tensor) -> None:
-        branch = self.branches.branch(CONDITIONAL)
-        if branch is not None:
+        for branch in self.branches.of(CONDITIONAL):
             branch.stream.set_text(embeds)
 
     def _take_back(self, first: int, before: Part | None, start: int) -> bool:

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from causalrope_kernels import PassOperations, Projection, Rotation
+from causalrope_kernels import Keys, PassOperations, Projection, Rotation
 from causalrope_kernels.backend import use_triton
 from causalrope_sp.attention.base import Strategy
 from causalrope_sp.cache.kv_cache import KVCache
@@ -75,6 +75,8 @@ class CausalStream:
         graphs: runs passes by captured graphs; None runs them eagerly.
         history: how many committed chunks `rewind` can take back.
         settled: what `settle` returns for the model and the strategy's backend; None calls it.
+        image_BNI: image tokens, (B, N, image_dim), for a model that has them.
+        given: the frames whose global time index is below this number are clean in every pass, at timestep 0.
     """
 
     def __init__(
@@ -91,11 +93,15 @@ class CausalStream:
         graphs: PassGraphs | None = None,
         history: int = 0,
         settled: SettledWeights | None = None,
+        image_BNI: Tensor | None = None,
+        given: int = 0,
     ) -> None:
         config = model.config
+        self._given = given
         self._model = model
         self._strategy = strategy
-        self._text = model.encode_text(embeds_BLE)
+        self._text = model.encode_text(embeds_BLE, image_BNI)
+        self._image_BNI = image_BNI
         compute = torch.float64 if model.dtype == torch.float64 else torch.float32
         self._rope = RotaryTables(config.head_dim, config.theta, shard, model.device, compute)
         self._relative = relative
@@ -208,13 +214,13 @@ class CausalStream:
         Args:
             embeds_BLE: text embeddings, (B, text_len, text_dim).
         """
-        text = self._model.encode_text(embeds_BLE)
+        text = self._model.encode_text(embeds_BLE, self._image_BNI)
         if self._graphs is None:
             self._text = text
             return
         for own, new in zip(self._text, text, strict=True):  # captured graphs read the text where it is
-            own.k.copy_(new.k)
-            own.v.copy_(new.v)
+            own.text.k.copy_(new.text.k)
+            own.text.v.copy_(new.text.v)
 
     def fork(self) -> CausalStream:
         """Returns a stream that goes on from here by itself, between two chunks. The caches share what both keep."""
@@ -223,13 +229,13 @@ class CausalStream:
         fork.outputs = None if self.outputs is None else OutputStore(self.outputs.plan, stays=self._graphs is not None)
         if self._graphs is not None:
             fork._graphs = self._graphs.fork()
-            fork._text = [replace(keys, k=keys.k.clone(), v=keys.v.clone()) for keys in self._text]
+            fork._text = [own._replace(text=_copied(own.text)) for own in self._text]
         return fork
 
     def tensors(self) -> Iterator[Tensor]:
         """Yields what the stream keeps between two chunks: its cache, and the keys and values of the text."""
         yield from self.cache.tensors()
-        yield from (x for keys in self._text for x in (keys.k, keys.v))
+        yield from (x for own in self._text for keys in own if keys is not None for x in (keys.k, keys.v))
 
     def close(self) -> None:
         """Tells forks that this stream makes no more passes."""
@@ -340,7 +346,8 @@ class CausalStream:
         attended = tuple(tuple(map(len, sides)) for sides in rows) if self._rows_on_device else rows
         frames = tuple(chunk.frames for chunk in chunks)
         # the table of times is replaced by a longer one when the stream outgrows it
-        kind = self.cache, self.cache.storages, attended, frames, tokens_BTE.shape, len(rotation.time), pattern
+        shapes = tokens_BTE.shape, vectors[0].shape  # timesteps differ within a chunk where frames of it are given
+        kind = self.cache, self.cache.storages, attended, frames, shapes, len(rotation.time), pattern
         # a hook sees passes, which a graph hides
         hooked = "the model has hooks" if self._model._forward_pre_hooks or self._model._forward_hooks else None
         return graphs.run(kind, chunks[-1].index, inputs, forward, self.cache.restore_evicted, hooked)
@@ -355,13 +362,15 @@ class CausalStream:
         return PassOperations.checked(self._strategy.backend, in_place=True)
 
     def _time(self, parts: list[Part]) -> Time:
-        """Returns the timesteps of a pass, one of each chunk if all have the same length, with their modulation.
+        """Returns the timesteps of a pass, one of each chunk if all have the same length and nothing in them is given,
+        with their modulation.
 
         A sampler has few of them, so they are kept.
         """
         timesteps = tuple(part.timestep for part in parts)
-        if any(part.chunk.frames != parts[0].chunk.frames for part in parts):
-            timesteps = tuple(part.timestep for part in parts for _ in range(part.chunk.frames))
+        if any(p.chunk.frames != parts[0].chunk.frames or p.chunk.start < self._given for p in parts):
+            frames = [(part, frame) for part in parts for frame in range(part.chunk.start, part.chunk.stop)]
+            timesteps = tuple(0.0 if frame < self._given else part.timestep for part, frame in frames)
         found = self._times.get(timesteps)
         if found is None:
             # in float32, as Self-Forcing's schedule holds them: at 833.33 the difference shows as 1e-6 in the latents
@@ -383,3 +392,7 @@ class CausalStream:
                 rotation = self._rope.rotation([f for chunk in chunks for f in range(chunk.start, chunk.stop)])
             self._rotation = chunks, rotation
         return self._rotation[1]
+
+
+def _copied(keys: Keys) -> Keys:
+    return replace(keys, k=keys.k.clone(), v=keys.v.clone())

@@ -12,6 +12,7 @@ from causalrope_sp.config import SamplerConfig, StreamConfig
 from causalrope_sp.distributed.layout import Layout
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.grid import Chunk
+from causalrope_sp.models.causal_dit import CausalDiT
 from causalrope_sp.reuse.policy import ReusePolicy
 from causalrope_sp.sampling.settled import SettledWeights
 
@@ -30,6 +31,23 @@ class Source:
 
     latents: Callable[[Chunk], Tensor]
     first_step: int
+
+
+@dataclass(frozen=True)
+class LowNoiseExpert:
+    """The second of two models that share the steps by noise level, as Wan 2.2's A14B does.
+
+    Each has a cache of its own, which its own context passes write: keys and values of one model mean nothing to the
+    other. So does FastVideo's CausalBlockStrategy for SFWan2.2. A context pass shares a forward with the first pass
+    that the same model makes of the next chunk.
+
+    Args:
+        model: the model, of the configuration of the first one.
+        boundary: the timestep in [0, 1000] below which it makes the steps; at and above it the first model does.
+    """
+
+    model: CausalDiT
+    boundary: float
 
 
 @dataclass(frozen=True)
@@ -57,12 +75,18 @@ class StreamOptions:
         stream: chunk length, window, sink and positions in time.
         sampler: steps, solver and guidance.
         initial_latents: latent frames to continue, (B, F0, C, H, W); they are not yielded again.
+        given_frames: latent frames that are the first of the first chunk, (B, F0, C, H, W). They are clean in each of
+            its passes, at timestep 0, and are yielded as they are. They go without `initial_latents`.
         resumed: what the stream has made already, without `initial_latents`; None begins it. Whoever opens it gives its
             caches what they held, or has them computed anew.
         control: returns the control of a chunk, (B, F, control channels, H, W), for a model that takes one; H×W is the
             size of a latent frame, or 1×1 for a control that is the same all over it. The chunk's number and frames are
             counted from the first one that is generated. The control of initial latents is zero.
         source: a video to start each chunk from, instead of from noise alone.
+        low_noise: the model of the steps at low noise, where another one makes those at high noise; it reuses no
+            outputs. None for one model.
+        image_embeds: image tokens, (B, N, image_dim), that every branch attends beside its text, for a model that has
+            them.
         negative_embeds: embeddings of the negative prompt, (B, text_len, text_dim); ignored if the guidance scale is 1.
         reuse: which attention outputs later steps of a chunk take over from earlier ones (Pyramid Attention Broadcast,
             arXiv 2408.12588). It changes the result, equally on any number of ranks. None computes all outputs.
@@ -71,16 +95,20 @@ class StreamOptions:
         on_step: called on every rank after each denoising step with the chunk, the step's number within it and the
             timestep that the model was called with. If it raises on one rank, the chunk ends on all of them.
         history: how many chunks can be taken back bit for bit; the keys and values that they evict are kept.
-        settled: how another stream of the model on the same ranks computes it; None settles it anew.
+        settled: how another stream of the model, or of each of the two, on the same ranks computes it; None settles it
+            anew.
         kept_chunks: of how many more chunks than those in the window the clean latents are kept, at least `history`.
     """
 
     stream: StreamConfig = field(default_factory=StreamConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     initial_latents: Tensor | None = None
+    given_frames: Tensor | None = None
     resumed: Resumed | None = None
     control: Control | None = None
     source: Source | None = None
+    low_noise: LowNoiseExpert | None = None
+    image_embeds: Tensor | None = None
     negative_embeds: Tensor | None = None
     reuse: ReusePolicy | None = None
     layout: Layout | None = None
@@ -88,7 +116,11 @@ class StreamOptions:
     on_step: OnStep | None = None
     history: int = 0
     kept_chunks: int = 0
-    settled: SettledWeights | None = None
+    settled: tuple[SettledWeights, ...] | None = None
+
+    def model_of(self, timestep: float) -> int:
+        """Returns the number of the model that makes a step."""
+        return int(self.low_noise is not None and timestep < self.low_noise.boundary)
 
 
 def window_of(stream: StreamConfig, frames: int | None, initial: int) -> SlidingWindow:

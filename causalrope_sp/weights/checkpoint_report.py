@@ -12,6 +12,7 @@ import torch
 from causalrope_sp.config import DiTConfig
 from causalrope_sp.weights.messages import problem
 from causalrope_sp.weights.model_presets import Preset
+from causalrope_sp.weights.other_families import what_is_missing
 from causalrope_sp.weights.wrappings import Wrapping
 
 
@@ -61,7 +62,13 @@ class CheckpointReport:
     @property
     def problem(self) -> str | None:
         """All problems in one line; None if the checkpoint can be loaded."""
-        return problem(self.missing, self.unexpected, self.misshapen)
+        found = problem(self.missing, self.unexpected, self.misshapen)
+        return None if found is None else "; ".join([*self.not_run, found])
+
+    @property
+    def not_run(self) -> list[str]:
+        """What its model does and this library does not, as texts."""
+        return what_is_missing(self.unexpected)
 
 
 def most_common_dtype(sizes: Counter[torch.dtype]) -> torch.dtype:

@@ -32,6 +32,16 @@ DIFFUSERS = Layout(
         **linear("ffn.up", "ffn.net.0.proj"),
         **linear("ffn.down", "ffn.net.2"),
     },
+    image_outer={
+        **linear("image_embedding.0", "condition_embedder.image_embedder.norm1"),
+        **linear("image_embedding.1", "condition_embedder.image_embedder.ff.net.0.proj"),
+        **linear("image_embedding.3", "condition_embedder.image_embedder.ff.net.2"),
+        **linear("image_embedding.4", "condition_embedder.image_embedder.norm2"),
+    },
+    image_block={
+        **linear("cross_attn.kv_image", "attn2.add_k_proj", "attn2.add_v_proj"),
+        "cross_attn.norm_k_image.weight": ("attn2.norm_added_k.weight",),
+    },
     config_names={"num_heads": "num_attention_heads"},
     # `WanTransformer3DModel._keep_in_fp32_modules`, copied because importing diffusers takes seconds; a test compares
     wide_modules=frozenset({"rope", "time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"}),

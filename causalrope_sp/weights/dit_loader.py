@@ -203,8 +203,14 @@ def _identity(checkpoint: Examined, merges: Sequence[LoraMerge]) -> dict[str, ob
         "checkpoint": (report.layout, report.config),
         "dtype of the checkpoint": report.dtype,
         "weights": fingerprint(checkpoint.files, stored),
-        "LoRAs": [(fingerprint(m.files, m.files.tensors), m.lora.weight, m.lora.alpha) for m in merges],
+        "LoRAs": [_identity_of(merge) for merge in merges],
     }
+
+
+def _identity_of(merge: LoraMerge) -> tuple[object, ...]:
+    lora = merge.lora
+    without = ("no image",) if lora.leave_out_image else ()
+    return fingerprint(merge.files, merge.files.tensors), lora.weight, lora.alpha, *without
 
 
 def checkpoint_digest(path: str | PathLike[str], loras: Sequence[str | PathLike[str] | Lora] = ()) -> str:

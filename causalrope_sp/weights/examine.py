@@ -89,7 +89,7 @@ def examine(path: Path, config: DiTConfig | None, part: str | None) -> Examined:
     declared = files.declared_config()
     config, assumed = (config, ()) if config else infer_config(tensors, declared, found.layout, path)
     model = _on_meta(config, path)
-    names = found.layout.names(config.num_layers)
+    names = found.layout.names(config.num_layers, config.image_dim > 0)
     missing, misshapen, sizes = _compare(model, names, tensors, path)
     wide = frozenset(p for p, several in names.items() if _is_wide(found.layout, several, tensors))
     expected = {name for several in names.values() for name in several}

@@ -59,7 +59,7 @@ def infer_config(
 
 def _shaped_fields(tensors: dict[str, Stored], layout: Layout, where: Path) -> dict[str, Any]:
     """Returns the fields of `DiTConfig` that the shapes of tensors show."""
-    outer_and_first = layout.names(1)
+    outer_and_first = layout.names(1, image=True)
 
     def shape(parameter: str, rank: int) -> tuple[int, ...]:
         name = outer_and_first[parameter][0]
@@ -81,7 +81,13 @@ def _shaped_fields(tensors: dict[str, Stored], layout: Layout, where: Path) -> d
         "text_dim": shape("text_embedding.0.weight", 2)[1],
         "freq_dim": shape("time_embedding.0.weight", 2)[1],
         "num_layers": _count_layers(tensors),
+        "image_dim": shape("image_embedding.1.weight", 2)[1] if _has_image(tensors, layout) else 0,
     }
+
+
+def _has_image(tensors: dict[str, Stored], layout: Layout) -> bool:
+    """Returns whether a checkpoint has any of the parameters that a model with image tokens alone has."""
+    return any(name in tensors for names in layout.image_outer.values() for name in names)
 
 
 def _declared_fields(declared: dict[str, Any], layout: Layout, where: Path) -> dict[str, Any]:

@@ -43,6 +43,8 @@ class Layout:
         marker: a module that every block has in this layout and in no other.
         outer: the parameters outside the blocks.
         block: the parameters of a block, without `blocks.N.` in front.
+        image_outer: those outside the blocks of a model with image tokens alone.
+        image_block: those of a block of such a model.
         config_names: field of `DiTConfig` -> its name in the layout's config.json, where the two differ.
         wide_modules: the modules, by the layout's names, whose parameters stay in float32 in a model of 16 bits.
     """
@@ -51,6 +53,8 @@ class Layout:
     marker: str
     outer: Names
     block: Names
+    image_outer: Names
+    image_block: Names
     config_names: Mapping[str, str] = field(default_factory=dict)
     wide_modules: frozenset[str] = frozenset()
 
@@ -70,11 +74,17 @@ class Layout:
         pattern = re.compile(rf"((?:.*\.)?)blocks\.\d+\.{re.escape(self.marker)}\.")
         return sorted({match[1] for name in names if (match := pattern.match(name))})
 
-    def names(self, num_layers: int) -> Names:
-        """Returns every parameter of a model with `num_layers` blocks, with its stored names."""
-        every = dict(self.outer)
+    def names(self, num_layers: int, image: bool = False) -> Names:
+        """Returns every parameter of a model with `num_layers` blocks, with its stored names.
+
+        Args:
+            num_layers: how many blocks it has.
+            image: whether it has image tokens (`DiTConfig.image_dim`).
+        """
+        every = {**self.outer, **(self.image_outer if image else {})}
+        block = {**self.block, **(self.image_block if image else {})}
         for n in range(num_layers):
-            for parameter, stored in self.block.items():
+            for parameter, stored in block.items():
                 every[f"blocks.{n}.{parameter}"] = tuple(f"blocks.{n}.{s}" for s in stored)
         return every
 
@@ -107,7 +117,7 @@ def stored_tensors(layout: Layout, config: DiTConfig, state: Mapping[str, Tensor
         The tensors by their stored names, each contiguous.
     """
     every: dict[str, Tensor] = {}
-    for parameter, stored in layout.names(config.num_layers).items():
+    for parameter, stored in layout.names(config.num_layers, config.image_dim > 0).items():
         tensor = state[parameter]
         if parameter == "patch_embedding.weight":
             tensor = tensor.unflatten(1, (*config.patch_size, config.embedded_channels)).permute(0, 4, 1, 2, 3)

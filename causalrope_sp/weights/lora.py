@@ -7,8 +7,9 @@ LoKr and DoRA. Projections that the model fuses may be adapted one by one or as 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from os import PathLike
 from pathlib import Path
@@ -30,6 +31,9 @@ from causalrope_sp.weights.wan_keys import WAN
 
 FUSED = {"self_attn.qkv": ("self_attn.to_qkv", "attn1.to_qkv"), "cross_attn.kv": ("attn2.to_kv",)}
 _BIASES = ("up_bias", "diff_b")
+# modules that only models with image tokens have, in the spelling of `flat`
+_OF_IMAGE = re.compile(r"(?:^|_)(?:(?:norm_)?[kv]_img|img_emb_.+|add_[kv]_proj|norm_added_k|image_embedder_.+)$")
+_NO_IMAGE = ":no-image"
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,8 @@ class Lora:
         path: its file or folder.
         weight: the factor of its change of the weights; 1 merges it as trained.
         alpha: replaces the alpha that the file declares; a file that declares none has alpha = r.
+        leave_out_image: of an image-to-video LoRA, merges all but what a model without an image has not: the modules of
+            image tokens, and a patch embedding of more channels. Without, such a file is refused by such a model.
 
     Raises:
         ConfigError: `weight` or `alpha` is not a finite number.
@@ -48,6 +54,7 @@ class Lora:
     path: str | PathLike[str]
     weight: float = 1.0
     alpha: float | None = None
+    leave_out_image: bool = False
 
     def __post_init__(self) -> None:
         for name, value in (("weight", self.weight), ("alpha", 0.0 if self.alpha is None else self.alpha)):
@@ -56,11 +63,14 @@ class Lora:
 
     @classmethod
     def of(cls, text: str | PathLike[str]) -> Lora:
-        """Makes a LoRA from FILE, or from FILE:WEIGHT; a file of the whole name comes first.
+        """Makes a LoRA from FILE or FILE:WEIGHT, with :no-image behind either for `leave_out_image`; a file of the
+        whole name comes first.
 
         Raises:
             ConfigError: the weight is not a finite number.
         """
+        if str(text).endswith(_NO_IMAGE) and not Path(text).exists():
+            return replace(cls.of(str(text).removesuffix(_NO_IMAGE)), leave_out_image=True)
         path, colon, weight = str(text).rpartition(":")
         try:
             named = not colon or not path or Path(text).exists()
@@ -100,8 +110,17 @@ class LoraMerge:
         self.files = self._adapter.files
         self.changes: dict[str, list[tuple[_Target, Change]]] = {}
         targets, unknown = dict(_targets(model)), list(self._adapter.unknown)
+        of_image = list[str]()
         for change in self._adapter.changes.values():
-            unknown += self._assign(change, targets)
+            if self._is_of_image(change, targets, model):
+                of_image += change.keys.values()
+            else:
+                unknown += self._assign(change, targets)
+        if of_image and not lora.leave_out_image:
+            raise CheckpointError(
+                f"{self.path}: an image-to-video LoRA: {len(of_image)} of its keys are of layers that read an image, "
+                f"which the model has not ({some(sorted(of_image))}); FILE{_NO_IMAGE} merges the others"
+            )
         if unknown:
             raise CheckpointError(
                 f"{self.path}: {len(unknown)} keys of the LoRA fit no parameter of the model: {some(sorted(unknown))}"
@@ -162,6 +181,19 @@ class LoraMerge:
         magnitudes = magnitudes.reshape(-1, 1)[rows] if by_row else magnitudes.reshape(1, -1)
         return with_magnitudes(stored + delta, magnitudes) - stored
 
+    def _is_of_image(self, change: Change, targets: Mapping[str, _Target], model: CausalDiT) -> bool:
+        """Returns whether a change is of a module that only image-to-video models have, or of their patch embedding."""
+        module = flat(change.module)
+        if not model.config.image_dim and _OF_IMAGE.search(module):
+            return True
+        target = targets.get(f"{module}.weight")
+        if target is None or target.parameter != "patch_embedding.weight":
+            return False
+        shapes = {role: self.files.tensors[name].shape for role, name in change.keys.items()}
+        columns = prod(target.shape[1:])
+        read = [prod(shape[1:]) for role, shape in shapes.items() if role in ("down", "diff")]
+        return any(count > columns and count * target.shape[1] % columns == 0 for count in read)
+
     def _assign(self, change: Change, targets: Mapping[str, _Target]) -> list[str]:
         """Adds a change to the parameters that it changes; returns its keys that fit none."""
         module = flat(change.module)
@@ -216,7 +248,7 @@ def _targets(model: CausalDiT) -> Iterator[tuple[str, _Target]]:
     """Yields every name that a LoRA may use, of either layout, in the one spelling of `flat`."""
     for parameter, shaped in model.named_parameters():
         for layout in (WAN, DIFFUSERS):
-            stored = layout.names(model.config.num_layers)[parameter]
+            stored = layout.names(model.config.num_layers, model.config.image_dim > 0)[parameter]
             shape = stored_shape(parameter, tuple(shaped.shape), len(stored), model.config)
             for number, name in enumerate(stored):
                 yield _flat_parameter(name), _Target(parameter, number, shape)

@@ -14,6 +14,7 @@ from typing import Any
 
 from causalrope_sp.config import PRESETS as SIZES
 from causalrope_sp.config import DiTConfig, SamplerConfig, StreamConfig
+from causalrope_sp.diffusion.schedule import timesteps
 from causalrope_sp.errors import CheckpointError, ConfigError
 from causalrope_sp.weights.weight_paths import read_json
 from causalrope_sp.weights.wrappings import Wrapping
@@ -120,6 +121,17 @@ FAMILY = {
             "wan2.1-1.3b",
             "thu-ml/Causal-Forcing, configs/causal_forcing_dmd_framewise.yaml",
         ),
+        *(
+            Preset(
+                f"causal-forcing-framewise-{len(steps)}step",
+                _SINGLE,
+                replace(_FOUR, steps=steps, first_steps=_FOUR.steps),
+                "wan2.1-1.3b",
+                f"thu-ml/Causal-Forcing, configs/causal_forcing_dmd_framewise_{len(steps)}step.yaml "
+                "(Causal-Forcing++): its first chunk has 4 steps",
+            )
+            for steps in ((1000.0,), (1000.0, 500.0))
+        ),
         Preset(
             "longlive-1.3b",
             StreamConfig(window=12, sink=3, chunk_frames=3),
@@ -142,6 +154,15 @@ FAMILY = {
             _FOUR,
             "wan2.1-1.3b",
             "hao-ai-lab/FastVideo, SelfForcingWanT2V480PConfig: chunk and window are the defaults of its causal DiT",
+        ),
+        Preset(
+            "longlive-2.0-5b",
+            StreamConfig(window=32, sink=8, chunk_frames=8, image_in_chunk=True),
+            SamplerConfig(timesteps(4, "unipc"), shift=5.0, solver="unipc"),
+            "wan2.2-ti2v-5b",
+            "NVlabs/LongLive, configs/inference.yaml of LongLive 2.0 (4 steps of UniPC, no guidance, 704×1280) and its "
+            "causal_diffusion_inference.py, which keeps an image in the first chunk; its sinks and offsets for several "
+            "shots are not part of it",
         ),
     )
 }
@@ -179,8 +200,13 @@ def guess_preset(path: Path, file: Path, wrapping: Wrapping, declared: Mapping[s
     Returns:
         The preset with the evidence for it; UNKNOWN, with evidence, if nothing names one.
     """
-    name, reason = next(_signs(path, file, wrapping, declared), ("none", "nothing in its path or files names a preset"))
+    signs = list(_signs(path, file, wrapping, declared)) or [("none", "nothing in its path or files names a preset")]
+    fitting = (sign for sign in signs if config == _size_of(FAMILY.get(sign[0], UNKNOWN)))
+    name, reason = next(fitting, signs[0])
     preset, evidence = FAMILY.get(name, UNKNOWN), [reason]
+    if declared.get("model_type") == "ti2v" and not preset.stream.image_in_chunk:
+        preset = replace(preset, stream=replace(preset.stream, image_in_chunk=True))
+        evidence.append("config.json says ti2v, so that an image is in the first chunk, at timestep 0")
     values = {ours: declared[theirs] for theirs, ours in _DECLARED if _counts(declared.get(theirs))}
     known = {ours for theirs, ours in _DECLARED if theirs in declared}
     assumed = tuple(name for name in preset.assumed if name not in known)
@@ -203,13 +229,22 @@ _DECLARED = (
 _BY_NAME = (
     (r"sf-?wan", "sfwan"),
     (r"krea", "krea-realtime-14b"),
+    (r"long-?live-?2", "longlive-2.0-5b"),
     (r"long-?live", "longlive-1.3b"),
+    (r"long-?live", "longlive-2.0-5b"),
+    (r"frame-?wise-1-?step", "causal-forcing-framewise-1step"),
+    (r"frame-?wise-2-?step", "causal-forcing-framewise-2step"),
     (r"causal-?forcing", "causal-forcing"),
     (r"warp-4step-cfg2", "causvid-4step"),
     (r"causvid|autoregressive-checkpoint|wan-causal-dmd", "causvid"),
     (r"self-?forcing", "self-forcing"),
 )
 _FRAMEWISE = r"frame-?wise"
+
+
+def _size_of(preset: Preset) -> DiTConfig | None:
+    """The size of the DiT that a preset is for."""
+    return None if preset.size is None else SIZES[preset.size]
 
 
 def _counts(value: Any) -> bool:

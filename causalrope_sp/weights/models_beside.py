@@ -1,4 +1,4 @@
-"""Models that lie beside the one that is read, without which a video would be another one: Wan 2.2's two experts.
+"""Models that lie beside one another and make a video together: Wan 2.2's two experts.
 
 Wan 2.2's A14B models denoise noisy latents by one transformer and clean ones by another. diffusers has them in
 `transformer/` and `transformer_2/`, Wan's own folder in `high_noise_model/` and `low_noise_model/`, and ComfyUI in two
@@ -9,15 +9,72 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from causalrope_sp.checks import shown
 from causalrope_sp.errors import CheckpointError
 from causalrope_sp.io.json_files import read_object
 from causalrope_sp.weights.messages import one_line
 
 EXPERTS = (("transformer", "transformer_2"), ("high_noise_model", "low_noise_model"))
+_BOUNDARIES = {"t2v": 0.875, "i2v": 0.9}  # wan/configs/wan_t2v_A14B.py and wan_i2v_A14B.py of Wan-Video/Wan2.2
 _NOISE = re.compile(r"(high|low)(?=[ _-]?noise)", re.IGNORECASE)
 _OTHER = {"high": "low", "low": "high"}
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Two models that share the denoising steps by noise level.
+
+    Attributes:
+        high_noise: the folder of the model of the steps at high noise.
+        low_noise: the folder of the other one.
+        boundary_ratio: the timestep, divided by 1000, below which the second one makes the steps.
+        evidence: what says the boundary.
+    """
+
+    high_noise: Path
+    low_noise: Path
+    boundary_ratio: float
+    evidence: str
+
+
+def find_experts(folder: Path, index: Path) -> Experts | None:
+    """Returns the two experts in a folder of diffusers' or Wan's own layout; None if there are not two.
+
+    Args:
+        folder: the folder.
+        index: its model_index.json, which need not exist.
+
+    Raises:
+        CheckpointError: nothing says at which noise level they take turns, or a file cannot be read.
+    """
+    pair = next((pair for pair in EXPERTS if all((folder / name).is_dir() for name in pair)), None)
+    if pair is None:
+        return None
+    high, low = (folder / name for name in pair)
+    ratio = _read(index).get("boundary_ratio") if index.is_file() else None
+    evidence = f"{index.name} says boundary_ratio {ratio}"
+    if ratio is None:
+        own = high / "config.json"
+        kind = _read(own).get("model_type") if own.is_file() and pair == EXPERTS[1] else None
+        ratio = _BOUNDARIES.get(kind) if isinstance(kind, str) else None
+        evidence = f"boundary_ratio {ratio} is that of Wan 2.2's {kind} models"
+    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio < 1:
+        raise CheckpointError(
+            f"{folder}: holds two experts by noise level, {pair[0]}/ and {pair[1]}/, whose boundary_ratio must be a "
+            f"number in (0, 1) in model_index.json or a pipeline.json, not {shown(ratio)}"
+        )
+    return Experts(high, low, float(ratio), evidence)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return read_object(file)
+    except ValueError as error:
+        raise CheckpointError(f"{file}: {one_line(error)}") from error
 
 
 def refuse_experts(folder: Path) -> None:
@@ -31,7 +88,7 @@ def refuse_experts(folder: Path) -> None:
             first, second = pair
             raise CheckpointError(
                 f"{folder}: holds two models, {first}/ and {second}/ (two experts by noise level, as Wan 2.2's A14B), "
-                f"which this version does not run together; one of them makes other videos: name it as {folder / first}"
+                f"which a pipeline runs together; one of them makes other videos: name it as {folder / first}"
             )
 
 
@@ -43,12 +100,9 @@ def parts_left_out(index: Path, known: Collection[str]) -> list[str]:
         known: the parts that are read.
 
     Raises:
-        CheckpointError: the video depends on one of them: a second transformer, or another encoder.
+        CheckpointError: the video depends on one of them: a further transformer, or another encoder.
     """
-    try:
-        content = read_object(index)
-    except ValueError as error:
-        raise CheckpointError(f"{index}: {one_line(error)}") from error
+    content = _read(index)
     parts = [
         name
         for name, kind in content.items()

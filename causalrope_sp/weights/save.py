@@ -53,6 +53,8 @@ def save_diffusers(model: CausalDiT, folder: str | PathLike[str]) -> None:
         "freq_dim": config.freq_dim,
         "ffn_dim": config.ffn_dim,
         "num_layers": config.num_layers,
+        "image_dim": config.image_dim or None,
+        "added_kv_proj_dim": config.dim if config.image_dim else None,
         "cross_attn_norm": True,
         "qk_norm": "rms_norm_across_heads",
         "eps": config.eps,

@@ -1,4 +1,4 @@
-"""The settings of a sampler that the scheduler_config.json of a diffusers folder says."""
+"""The settings that the scheduler_config.json and the model_index.json of a diffusers folder say."""
 
 from __future__ import annotations
 
@@ -63,3 +63,20 @@ def with_scheduler(preset: Preset, file: Path) -> Preset:
         evidence=(*preset.evidence, f"{file.parent.name}/{file.name} says {values}"),
         assumed=tuple(name for name in preset.assumed if name not in settings),
     )
+
+
+def with_index(preset: Preset, file: Path) -> Preset:
+    """Returns the preset with what the index of a diffusers folder says: whether an image is within the first chunk.
+
+    Args:
+        preset: the preset.
+        file: the model_index.json, which need not exist.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    if preset.stream.image_in_chunk or not file.is_file() or read_json(file).get("expand_timesteps") is not True:
+        return preset
+    evidence = f"{file.name} says expand_timesteps, so that an image is in the first chunk, at timestep 0"
+    stream = replace(preset.stream, image_in_chunk=True)
+    return replace(preset, stream=stream, evidence=(*preset.evidence, evidence))

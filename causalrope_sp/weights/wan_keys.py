@@ -32,5 +32,15 @@ WAN = Layout(
         **linear("ffn.up", "ffn.0"),
         **linear("ffn.down", "ffn.2"),
     },
+    image_outer={
+        **linear("image_embedding.0", "img_emb.proj.0"),
+        **linear("image_embedding.1", "img_emb.proj.1"),
+        **linear("image_embedding.3", "img_emb.proj.3"),
+        **linear("image_embedding.4", "img_emb.proj.4"),
+    },
+    image_block={
+        **linear("cross_attn.kv_image", "cross_attn.k_img", "cross_attn.v_img"),
+        "cross_attn.norm_k_image.weight": ("cross_attn.norm_k_img.weight",),
+    },
     config_names={"in_channels": "in_dim"},
 )

@@ -5,14 +5,28 @@ from __future__ import annotations
 import io
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import av
+import numpy as np
+import pytest
 from click.shell_completion import ShellComplete
+from PIL import Image
 
 from causalrope_sp.cli.main import cli
 from tests.support.paths import ROOT
-from tests.support.published_folders import save_checkpoint, wan_pipeline
+from tests.support.published_folders import (
+    experts_pipeline,
+    i2v_pipeline,
+    save_checkpoint,
+    save_wan_folder,
+    ti2v_pipeline,
+    wan_pipeline,
+)
+from tests.support.shell import shell
 
 
 def test_a_checkpoint_alone_streams_to_stdout_with_a_base_and_a_log(tmp_path: Path) -> None:
@@ -34,6 +48,37 @@ def test_a_checkpoint_alone_streams_to_stdout_with_a_base_and_a_log(tmp_path: Pa
     assert said.endswith(f"window 21, {inferred}")
     assert "\n-: 9 frames of 96×64 in " in errors
     assert f" rank 0 causalrope_sp.pipeline.loading INFO: {said}\n" in log.read_text()
+
+
+@pytest.mark.parametrize("kind", ["ti2v", "ti2v in Wan's own folder", "a14b", "i2v-a14b"])
+def test_newer_families_run_from_the_shell(kind: str, tmp_path: Path) -> None:
+    """With an image, where the model takes one."""
+    picture, words = tmp_path / "first.png", list[object]()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)).save(picture)
+    if kind == "ti2v in Wan's own folder":
+        model = save_wan_folder(ti2v_pipeline(tmp_path), tmp_path / "model", num_heads=2, model_type="ti2v")
+    else:
+        model = tmp_path / "model"
+        pipes: dict[str, Callable[[Path], Any]]
+        pipes = {"ti2v": ti2v_pipeline, "a14b": experts_pipeline, "i2v-a14b": partial(i2v_pipeline, experts=True)}
+        pipes[kind](tmp_path).save_pretrained(model)
+    if kind != "a14b":
+        words = ["--image", picture]
+    line = ["generate", "a quick dog", "--frames", 17, "--device", "cpu", "--steps", 2, "--chunk-frames", 3]
+    line += ["--model", model, "--height", 64, "--width", 96, "--out", tmp_path / "video.mp4", "--window", 6]
+    done = shell(*line, *words)
+    assert done.exit_code == 0, done.output
+    with av.open(str(tmp_path / "video.mp4"), "r") as video:
+        stream = video.streams.video[0]
+        assert stream.average_rate == (24 if kind.startswith("ti2v") else 16)
+        assert [(frame.width, frame.height) for frame in video.decode(stream)] == [(96, 64)] * 17
+    if kind != "i2v-a14b":
+        planned = shell("plan", "--model", model, "--window", 6, "--height", 64, "--width", 96, "--ranks", 2, "--json")
+        assert planned.exit_code == 0, planned.output
+    refused = shell(*line)
+    assert (refused.exit_code, "image or control must be given" in refused.output) == (
+        (2, True) if kind == "i2v-a14b" else (0, False)
+    )
 
 
 def completions(*words: str) -> list[str]:

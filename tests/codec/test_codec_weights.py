@@ -15,6 +15,7 @@ from torch import Tensor
 from causalrope_sp import CheckpointError, ConfigError
 from causalrope_sp.codec import load_codec
 from causalrope_sp.codec.wan_vae import WanCodec
+from causalrope_sp.codec.wan_vae_config import WAN_2_2, WanVaeConfig
 from causalrope_sp.codec.wan_vae_weights import infer_config, wan_modules
 from causalrope_sp.toybox import WEIGHTS
 from causalrope_sp.weights.tensor_files import WeightFiles
@@ -43,6 +44,26 @@ KNOWN_NAMES = {
     "decoder.head.0.gamma": "decoder.norm_out.gamma",
 }
 
+# The same of Wan 2.2's file, which groups layers by stage.
+KNOWN_NAMES_2_2 = {
+    "conv1.bias": "quant_conv.bias",
+    "conv2.weight": "post_quant_conv.weight",
+    "encoder.conv1.bias": "encoder.conv_in.bias",
+    "encoder.downsamples.0.downsamples.0.residual.0.gamma": "encoder.down_blocks.0.resnets.0.norm1.gamma",
+    "encoder.downsamples.0.downsamples.2.resample.1.weight": "encoder.down_blocks.0.downsampler.resample.1.weight",
+    "encoder.downsamples.1.downsamples.0.shortcut.weight": "encoder.down_blocks.1.resnets.0.conv_shortcut.weight",
+    "encoder.downsamples.2.downsamples.2.time_conv.bias": "encoder.down_blocks.2.downsampler.time_conv.bias",
+    "encoder.downsamples.3.downsamples.1.residual.6.weight": "encoder.down_blocks.3.resnets.1.conv2.weight",
+    "encoder.middle.1.proj.weight": "encoder.mid_block.attentions.0.proj.weight",
+    "encoder.head.2.weight": "encoder.conv_out.weight",
+    "decoder.middle.2.residual.2.bias": "decoder.mid_block.resnets.1.conv1.bias",
+    "decoder.upsamples.0.upsamples.2.residual.3.gamma": "decoder.up_blocks.0.resnets.2.norm2.gamma",
+    "decoder.upsamples.0.upsamples.3.time_conv.weight": "decoder.up_blocks.0.upsampler.time_conv.weight",
+    "decoder.upsamples.2.upsamples.3.resample.1.bias": "decoder.up_blocks.2.upsampler.resample.1.bias",
+    "decoder.upsamples.3.upsamples.0.shortcut.bias": "decoder.up_blocks.3.resnets.0.conv_shortcut.bias",
+    "decoder.head.0.gamma": "decoder.norm_out.gamma",
+}
+
 
 def small_vae() -> AutoencoderKLWan:
     """Wan 2.1's own shape, narrow: four stages of two blocks, time halved in the last two of three."""
@@ -50,9 +71,16 @@ def small_vae() -> AutoencoderKLWan:
     return AutoencoderKLWan(base_dim=4).eval().requires_grad_(False)
 
 
+def small_vae_2_2() -> AutoencoderKLWan:
+    """Wan 2.2's own shape, narrow: its 48 latent channels, shortcuts, patches of 2×2, a decoder that is wider."""
+    torch.manual_seed(0)
+    fields = {**WAN_2_2.as_json(), "base_dim": 4, "decoder_base_dim": 6}
+    return AutoencoderKLWan(**fields).eval().requires_grad_(False)
+
+
 def under_wan_names(vae: AutoencoderKLWan) -> dict[str, Tensor]:
     config = vae.config
-    modules = wan_modules(len(config.dim_mult), config.num_res_blocks)
+    modules = wan_modules(len(config.dim_mult), config.num_res_blocks, config.is_residual)
     by_length = sorted(modules, key=len, reverse=True)
     renamed = {}
     for name, tensor in vae.state_dict().items():
@@ -77,6 +105,34 @@ def test_the_names_are_those_of_the_public_file() -> None:
     assert not [name for name in renamed if "block" in name or "resnets" in name or "norm1" in name]
 
 
+def test_wan_2_2s_names_are_those_of_the_public_file() -> None:
+    vae = small_vae_2_2()
+    state, renamed = vae.state_dict(), under_wan_names(vae)
+    assert len(renamed) == len(state) == 196
+    for stored, name in KNOWN_NAMES_2_2.items():
+        assert renamed[stored].data_ptr() == state[name].data_ptr()
+    assert not [name for name in renamed if "block" in name or "resnets" in name or "sampler." in name]
+
+
+def test_wan_2_2s_file_is_the_vae_that_diffusers_has(tmp_path: Path) -> None:
+    """Both ways, in pieces, against diffusers' own numbers, with the statistics that are published for 48 channels."""
+    theirs = small_vae_2_2()
+    torch.save(under_wan_names(theirs), tmp_path / "Wan2.2_VAE.pth")
+    codec = load_codec(tmp_path / "Wan2.2_VAE.pth")
+    assert isinstance(codec, WanCodec)
+    assert (codec.channels, codec.temporal_stride, codec.spatial_stride) == (48, 4, 16)
+    assert codec.vae.config == WanVaeConfig.from_json(theirs.config)
+    mean, std = (torch.tensor(theirs.config[key]).view(1, -1, 1, 1, 1) for key in ("latents_mean", "latents_std"))
+    latents, pixels = torch.randn(1, 3, 48, 2, 3), torch.rand(1, 9, 3, 32, 48) * 2 - 1
+    decoder, encoder = codec.decoder(), codec.encoder()
+    decoded = torch.cat([decoder.decode(part) for part in latents.split([1, 2], 1)], 1)
+    encoded = torch.cat([encoder.encode(part) for part in pixels.split([5, 4], 1)], 1)
+    expected = theirs.decode(latents.transpose(1, 2) * std + mean).sample.transpose(1, 2)
+    torch.testing.assert_close(decoded.clamp(-1, 1), expected, rtol=0, atol=1e-5)
+    expected = (theirs.encode(pixels.transpose(1, 2)).latent_dist.mode() - mean) / std
+    torch.testing.assert_close(encoded, expected.transpose(1, 2), rtol=1e-4, atol=1e-5)
+
+
 def test_wans_file_is_the_vae_that_diffusers_has(wan_file: Path) -> None:
     vae, codec = small_vae(), load_codec(wan_file, "wan")
     assert isinstance(codec, WanCodec)
@@ -91,10 +147,12 @@ def test_wans_file_is_the_vae_that_diffusers_has(wan_file: Path) -> None:
 def test_another_shape_is_read_off_the_tensors(tmp_path: Path) -> None:
     stored = {
         "base_dim": 4,
+        "decoder_base_dim": 6,
         "z_dim": 3,
         "dim_mult": [1, 3],
         "num_res_blocks": 1,
         "temperal_downsample": [True],
+        "is_residual": False,
         "in_channels": 12,
         "out_channels": 12,
         "patch_size": 2,
@@ -144,7 +202,7 @@ def unreadable(state: dict[str, Tensor]) -> None:
 
 
 def nested(state: dict[str, Tensor]) -> None:
-    """As Wan 2.2 has it: stages within stages."""
+    """Stages within stages, as Wan 2.2 has them, and one stage alone."""
     for name in list(state):
         if name.startswith("encoder.downsamples"):
             state[name.replace("downsamples", "downsamples.0.downsamples", 1)] = state.pop(name)
@@ -159,7 +217,7 @@ def nested(state: dict[str, Tensor]) -> None:
         (misshapen, r"1 of a wrong shape: conv1.bias is \(31,\), expected \(32,\)"),
         (of_integers, "1 not of floating point: conv1.bias"),
         (unreadable, "1 missing: encoder.conv1.weight"),
-        (nested, "Wan 2.2's VAE, whose layers are named otherwise, is not supported"),
+        (nested, "1 missing: encoder.downsamples.1.downsamples.0.residual.6.weight"),
         (lambda state: state.clear(), "of no known layout"),
     ],
 )

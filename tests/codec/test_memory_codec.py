@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,11 +15,11 @@ from torch.utils._pytree import tree_leaves
 
 from causalrope_sp.codec import Codec, load_codec
 from causalrope_sp.codec.causal_conv import CausalConv, UpsampleConv
-from causalrope_sp.codec.codec_footprint import CodecFootprint, taehv_footprint, wan_2_1_footprint, wan_footprint
+from causalrope_sp.codec.codec_footprint import CodecFootprint, published_footprint, taehv_footprint, wan_footprint
 from causalrope_sp.codec.taehv import TaehvCodec
 from causalrope_sp.codec.taehv_model import Taehv, TaehvConfig
 from causalrope_sp.codec.wan_vae import WanCodec, frames_together
-from causalrope_sp.codec.wan_vae_config import WanVaeConfig
+from causalrope_sp.codec.wan_vae_config import WAN_2_1, WAN_2_2, WanVaeConfig
 from causalrope_sp.codec.wan_vae_model import WanVae
 from causalrope_sp.toybox import WEIGHTS
 
@@ -52,6 +53,11 @@ def small_wan() -> WanCodec:
     return WanCodec(WanVae(WanVaeConfig(base_dim=8)))
 
 
+def small_wan_2_2() -> WanCodec:
+    torch.manual_seed(0)
+    return WanCodec(WanVae(replace(WAN_2_2, base_dim=8, decoder_base_dim=16)))
+
+
 def tiny() -> TaehvCodec:
     torch.manual_seed(0)
     return TaehvCodec(Taehv(TaehvConfig(16, 16, (64, 32, 16, 16), (1, 2, 2), (1, 2, 2))))
@@ -64,17 +70,17 @@ def footprint(codec: Codec, size: tuple[int, int], frames: int) -> CodecFootprin
     return taehv_footprint(codec.model, *size, frames)
 
 
-@pytest.mark.parametrize("codec", [small_wan, lambda: load_codec(WEIGHTS / "codec"), tiny])
+@pytest.mark.parametrize("codec", [small_wan, small_wan_2_2, lambda: load_codec(WEIGHTS / "codec"), tiny])
 @torch.inference_mode()
 def test_what_a_cpu_derives_is_counted(codec: Any) -> None:
     loaded = codec()
     stream = loaded.decoder()
     for _ in range(2):  # a stream's first latent frame is decoded otherwise
-        stream.decode(torch.randn(1, 3, 16, 4, 6))
+        stream.decode(torch.randn(1, 3, loaded.channels, 4, 6))
     module: nn.Module = getattr(loaded, "vae", None) or loaded.model
     kept = [layer._mixed for layer in module.modules() if isinstance(layer, CausalConv | UpsampleConv)]
     made = [tensor for each in kept for _, _, tensor in each._made.values()]
-    predicted = footprint(loaded, (32, 48), 3).derived
+    predicted = footprint(loaded, (4 * loaded.spatial_stride, 6 * loaded.spatial_stride), 3).derived
     assert predicted == sum(tensor.nbytes for tensor in made)
     assert (predicted > 0) == (codec is not tiny)
 
@@ -84,11 +90,17 @@ def test_what_wan_2_1_derives() -> None:
     at_2 = 4 * 9 * (192 * 384 + 5 * 384 * 384) + 4 * 384 * 768
     at_4 = 6 * 9 * (6 * 192 * 192 + 6 * 96 * 96 + 96 * 3)
     upsampling = 16 * (384 * 192 + 384 * 192 + 192 * 96)
-    assert wan_2_1_footprint(480, 832, 3).derived == 4 * (at_2 + at_4 + upsampling)
+    assert published_footprint(WAN_2_1, 480, 832, 3).derived == 4 * (at_2 + at_4 + upsampling)
 
 
 @pytest.mark.parametrize(
-    ("codec", "size"), [(small_wan, (16, 24)), (tiny, (8, 12)), (lambda: load_codec(WEIGHTS / "codec"), (24, 32))]
+    ("codec", "size"),
+    [
+        (small_wan, (16, 24)),
+        (small_wan_2_2, (16, 24)),
+        (tiny, (8, 12)),
+        (lambda: load_codec(WEIGHTS / "codec"), (24, 32)),
+    ],
 )
 @pytest.mark.parametrize("device", ["meta", "cpu"])
 @torch.inference_mode()
@@ -97,10 +109,11 @@ def test_a_decoder_takes_what_is_predicted(codec: Any, size: tuple[int, int], de
     loaded = codec()
     module = getattr(loaded, "vae", None) or loaded.model
     module.to(device)
-    chunk = torch.randn(1, 3, 16, *size, device=device)
+    chunk = torch.randn(1, 3, loaded.channels, *size, device=device)
     loaded.decoder().decode(chunk)  # a CPU derives weights from those that it has
     stream = loaded.decoder()
-    predicted = footprint(loaded, (8 * size[0], 8 * size[1]), 3)
+    stride = loaded.spatial_stride
+    predicted = footprint(loaded, (stride * size[0], stride * size[1]), 3)
     with Alive() as alive:
         stream.decode(chunk)
         alive.most = 0
@@ -123,6 +136,6 @@ def test_latent_frames_that_are_decoded_together_take_no_more() -> None:
 
 
 def test_the_public_vae_is_known_without_its_file() -> None:
-    found = wan_2_1_footprint(480, 832, 3)
+    found = published_footprint(WAN_2_1, 480, 832, 3)
     assert found.weights == 4 * 126_892_531
     assert 7.0e9 < found.state + found.activations < 7.1e9

@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from causalrope_sp import CausalVideoPipeline, CheckpointError, ConfigError
 from causalrope_sp.codec import load_codec
 from causalrope_sp.codec.taehv import TaehvCodec
 from causalrope_sp.codec.taehv_model import Taehv, TaehvConfig
+from causalrope_sp.codec.wan_vae_config import WAN_2_2
 from causalrope_sp.toybox import WEIGHTS
 from tests.support.videos import video_of
 
@@ -164,6 +166,30 @@ def test_a_file_is_read_in_the_shape_it_has(config: TaehvConfig, tmp_path: Path)
     assert codec.dtype == torch.float32
     latents = torch.randn(1, 2, config.channels, 2, 2)
     assert torch.equal(codec.decoder().decode(latents), TaehvCodec(model.float()).decoder().decode(latents))
+
+
+@pytest.mark.parametrize("channels", [16, 48])
+def test_light_files_have_latents_that_are_not_normalized(channels: int, tmp_path: Path) -> None:
+    """LightX2V's files, by their names, with the statistics of diffusers' VAE, or of Wan 2.2's."""
+    model = make(TaehvConfig(channels, 4, (6, 4, 4, 2), (2, 2, 1), (1, 2, 2), patch=channels // 16), torch.float32)
+    for name in ("lighttae", "tae"):
+        torch.save(model.state_dict(), tmp_path / f"{name}w2.pth")
+    light, plain = (load_codec(tmp_path / f"{name}w2.pth") for name in ("lighttae", "tae"))
+    known = AutoencoderKLWan().config if channels == 16 else WAN_2_2.as_json()
+    mean, std = (torch.tensor(known[key]).view(-1, 1, 1) for key in ("latents_mean", "latents_std"))
+    latents = torch.randn(1, 3, channels, 2, 2)
+    assert torch.equal(light.decoder().decode(latents), plain.decoder().decode(latents * std + mean))
+    pixels = torch.rand(1, 9, 3, 2 * light.spatial_stride, 2 * light.spatial_stride) * 2 - 1
+    encoded = light.encoder().encode(pixels) * std + mean
+    torch.testing.assert_close(encoded, plain.encoder().encode(pixels), rtol=1e-5, atol=1e-6)
+
+
+def test_light_files_of_other_channels_are_one_line(tmp_path: Path) -> None:
+    torch.save(make(NARROW).state_dict(), tmp_path / "LightTAE.pth")
+    with pytest.raises(
+        CheckpointError, match=r"has 5 latent channels that are not normalized; .* 16 and 48 channels alone"
+    ):
+        load_codec(tmp_path / "LightTAE.pth")
 
 
 def test_what_does_not_fit_is_one_line(tmp_path: Path) -> None:

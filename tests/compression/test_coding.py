@@ -189,6 +189,7 @@ def test_what_does_not_fit_is_refused_by_name(packets: list[bytes]) -> None:
         (pipe_of(), {"settings": {"window": 2}}, "window 2 is smaller"),
         (pipe_of(), {"settings": {"steps": "x"}}, "settings in the header are wrong"),
         (flow, {"settings": {"window": 13, "solver": "euler"}}, "must be renoise"),
+        (pipe_of(), {"settings": {"window": 13, "first_steps": [1000.0]}}, "the same steps in all chunks"),
     ):
         header, _ = Header.read(packets[0])
         fields = {**header.__dict__, **change}

@@ -212,9 +212,9 @@ def test_ranks_search_in_as_many_steps_wherever_a_folder_is(
 def test_a_lone_transformer_of_another_vae_has_no_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     file = WEIGHTS / "toybox.safetensors"
     report = inspect_checkpoint(file)
-    other = replace(report, config=replace(report.config, in_channels=48))
+    other = replace(report, config=replace(report.config, in_channels=32))
     monkeypatch.setattr("causalrope_sp.pipeline.planned_model.inspect_checkpoint", lambda path: other)
-    with pytest.raises(ConfigError, match=r"latents of Wan 2\.2's VAE"):
+    with pytest.raises(ConfigError, match=r"has 32 latent channels, .* published for 16 or 48"):
         PlannedModel.open(str(file))
 
 
@@ -233,3 +233,25 @@ def test_a_lone_transformer_of_another_vae_has_no_plan(monkeypatch: pytest.Monke
 def test_what_is_no_model_is_one_sentence(model: Any, said: str) -> None:
     with pytest.raises(CausalRopeError, match=said):
         CausalVideoPipeline.from_pretrained(model)
+
+
+def test_a_repository_that_is_refused_is_not_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its index alone is: the weights of an A14B are 110 GB. One that runs is fetched with both transformers."""
+    asked: list[list[str]] = []
+
+    def snapshot_download(name: str, allow_patterns: list[str], **options: Any) -> str:
+        asked.append(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    index = {"transformer": ["diffusers", "WanTransformer3DModel"], "audio_encoder": ["transformers", "Wav2Vec2Model"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(
+        CheckpointError, match=r"people/s2v was not downloaded: .* has audio_encoder, which this version"
+    ):
+        find_model("people/s2v", LoadOptions())
+    assert asked == [["model_index.json", "pipeline.json"]]
+    (tmp_path / "model_index.json").write_text(json.dumps({"transformer_2": index["transformer"]}))
+    with pytest.raises(CheckpointError):
+        find_model("people/a14b", LoadOptions())
+    assert "transformer_2/*" in asked[-1]

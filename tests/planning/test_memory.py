@@ -17,8 +17,9 @@ from torch import Tensor
 from causalrope_sp import CausalVideoPipeline, CheckpointError, ConfigError, LatentGrid
 from causalrope_sp.cli.main import cli
 from causalrope_sp.codec import load_codec
-from causalrope_sp.codec.codec_footprint import CodecFootprint, wan_2_1_footprint
+from causalrope_sp.codec.codec_footprint import CodecFootprint, published_footprint
 from causalrope_sp.codec.offloaded_codec import OffloadedCodec
+from causalrope_sp.codec.wan_vae_config import WAN_2_1
 from causalrope_sp.config import PRESETS
 from causalrope_sp.pipeline import free_memory, loading, preflight
 from causalrope_sp.pipeline.free_memory import available_memory, left_in_cgroup
@@ -49,7 +50,7 @@ ALONE = Run(
     machine=machine("rtx4090", "pcie"),
     offload=Offload("device"),
     text=umt5_xxl_bytes(),
-    codec=wan_2_1_footprint(480, 832, 3),
+    codec=published_footprint(WAN_2_1, 480, 832, 3),
     least_window=3,
     on_cpu=False,
 )
@@ -215,7 +216,7 @@ def test_options_that_do_not_help_are_not_suggested() -> None:
     assert said[0] == "--weights fp8"
     assert any(words.startswith("--window 20") for words in said)
     assert not any("codec" in words for words in said)
-    little = replace(PRESET, codec=CodecFootprint(GB, 0, 0, 0, 8))  # and here it is at denoising
+    little = replace(PRESET, codec=CodecFootprint(GB, 0, 0, 0, 8, 4))  # and here it is at denoising
     assert remedies(little, little.plan().memory_bytes - 1)[0] == "--offload text,codec"
 
 

@@ -19,10 +19,15 @@ from causalrope_sp import CausalDiT, DiTConfig, LatentGrid, SamplerConfig, Strea
 from causalrope_sp.attention.base import Strategy
 from causalrope_sp.cache.window import SlidingWindow
 from causalrope_sp.cli.main import cli
+from causalrope_sp.codec.codec_footprint import published_footprint
+from causalrope_sp.codec.wan_vae_config import WAN_2_2
 from causalrope_sp.config import PRESETS
 from causalrope_sp.distributed.layout import parse_strategy, strategies
 from causalrope_sp.grid import Chunk, Shard
+from causalrope_sp.pipeline.offload import Offload
+from causalrope_sp.pipeline.planned_model import PlannedModel
 from causalrope_sp.planning.cost import attention_flops, cross_flops, plan
+from causalrope_sp.planning.decode_cost import VaeSize
 from causalrope_sp.planning.machines import GPUS, LINKS, machine
 from causalrope_sp.planning.workload import Workload
 from causalrope_sp.sampling.stream import CausalStream, Part
@@ -44,7 +49,7 @@ def strategies_of(output: str) -> list[dict[str, Any]]:
     return json.loads(output)["strategies"]
 
 
-@pytest.mark.parametrize("config", [CONFIG, *PRESETS.values()])
+@pytest.mark.parametrize("config", [CONFIG, replace(CONFIG, image_dim=7, control_channels=3), *PRESETS.values()])
 def test_parameters_are_the_models(config: DiTConfig) -> None:
     with torch.device("meta"):
         counted = sum(parameter.numel() for parameter in CausalDiT(config).parameters())
@@ -256,3 +261,43 @@ def test_wrong_input_is_one_line(words: list[str], said: str) -> None:
 def test_a_workload_comes_from_its_configuration() -> None:
     work = Workload.of(CONFIG, WORK.grid, StreamConfig(chunk_frames=8), SamplerConfig((1000,)), window=6)
     assert (work.chunk_frames, work.steps) == (6, 1)
+
+
+def test_wan_2_2s_strides_are_those_of_its_vae(tmp_path: Path) -> None:
+    """TI2V-5B alone: its own VAE's stride, frame size and memory, by its name and by the channels of a checkpoint."""
+    planned = PlannedModel.open("wan2.2-ti2v-5b")
+    work = planned.workload()
+    assert (planned.height, planned.width) == (704, 1280)
+    assert (work.grid.rows, work.grid.columns, work.temporal_stride) == (22, 40, 4)
+    found = planned.auxiliary(work, Offload(), on_cpu=False)
+    assert found.codec == published_footprint(WAN_2_2, 704, 1280, 3).weights
+    decoding = planned.decoding(work, 8, H100)
+    assert decoding is not None
+    assert decoding.decode_ms == VaeSize.of(WAN_2_2).decode_ms(work.grid, 3, H100)
+    size = replace(CONFIG, in_channels=48)
+    save_file(stored_tensors(WAN_KEYS, size, CausalDiT(size).state_dict()), tmp_path / "ti2v.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"num_heads": size.num_heads, "text_len": size.text_len}))
+    alone = PlannedModel.open(str(tmp_path / "ti2v.safetensors"))
+    assert (alone.height, alone.width, alone.workload().grid) == (704, 1280, work.grid)
+
+
+def test_two_models_are_counted_with_all_that_each_has() -> None:
+    """Twice the weights and the cache, and one context pass more, which shares its forward with another pass."""
+    (one,), (two,) = plan(WAN, 1, H100), plan(replace(WAN, models=2), 1, H100)
+    assert (two.weights_bytes, two.cache_bytes) == (2 * one.weights_bytes, 2 * one.cache_bytes)
+    assert two.activation_bytes == one.activation_bytes
+    tokens, alone = 3 * WAN.grid.tokens, parse_strategy("ulysses", 1)
+    context = WAN.linear_flops * tokens + cross_flops(WAN, tokens) + attention_flops(alone, WAN, 0, 3, 21)
+    assert two.flops_per_chunk - one.flops_per_chunk == context - WAN.left_out_flops * tokens
+    assert two.chunk_ms > one.chunk_ms
+    costs = {n: {c.strategy: c for c in plan(replace(WAN, models=n), 8, H100)} for n in (1, 2)}
+    for name, single in costs[1].items():
+        assert costs[2][name].collectives_per_chunk == single.collectives_per_chunk
+        assert costs[2][name].bytes_per_chunk > single.bytes_per_chunk or not single.bytes_per_pass
+
+
+def test_the_rate_is_that_of_the_codecs_stride() -> None:
+    """With twice the pixel frames a latent frame, twice the frames a second."""
+    (four,), (eight,) = plan(WAN, 1, H100), plan(replace(WAN, temporal_stride=8), 1, H100)
+    assert eight.fps == 2 * four.fps
+    assert four.fps == pytest.approx(4e3 * 3 / four.chunk_ms)

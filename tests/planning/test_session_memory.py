@@ -14,7 +14,8 @@ from torch.distributed import all_gather_object
 
 from causalrope_sp import CausalVideoPipeline, ConfigError, LatentGrid, SequenceParallel
 from causalrope_sp.cli.main import cli
-from causalrope_sp.codec.codec_footprint import wan_2_1_footprint
+from causalrope_sp.codec.codec_footprint import published_footprint
+from causalrope_sp.codec.wan_vae_config import WAN_2_1
 from causalrope_sp.config import PRESETS
 from causalrope_sp.devices import storage_bytes
 from causalrope_sp.distributed.launch import RankPool
@@ -164,7 +165,7 @@ def test_the_command_counts_sessions_and_history() -> None:
     )
     one = sum(alone["session"].values())
     assert three["memory_bytes"] - alone["memory_bytes"] == 2 * one
-    state = wan_2_1_footprint(480, 832, 3).state
+    state = published_footprint(WAN_2_1, 480, 832, 3).state
     assert alone["session"]["decoder"] == 3 * state == pytest.approx(3 * 3.78e9, rel=0.01)
     plain = planned()
     assert plain["session"]["decoder"] == state

@@ -11,12 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from causalrope_sp import CausalVideoPipeline, SamplerConfig, StreamConfig
+from causalrope_sp import CausalVideoPipeline, SamplerConfig, SequenceParallel, StreamConfig
 from causalrope_sp.grid import Chunk
 from causalrope_sp.reuse.policy import ReusePlan, ReusePolicy
+from causalrope_sp.sampling.steered_loop import SteeredLoop
+from causalrope_sp.sampling.stream_options import StreamOptions
 from tests.support.cpu_graph import RecordedGraph, capture_on_cpu
-from tests.support.graph_runs import FRAMES, STEPS, Install, install, video
-from tests.support.reuse_cases import CONFIG, MIXED, SAMPLER, SHARED, TIMESTEPS, make_model
+from tests.support.graph_runs import FRAMES, NOISE, STEPS, Install, install, video
+from tests.support.reuse_cases import CONFIG, GRID, MIXED, SAMPLER, SHARED, TIMESTEPS, make_model, random
 
 
 @pytest.fixture
@@ -60,6 +62,24 @@ def test_a_graph_copies_nothing_from_the_host_and_asks_it_nothing(graphs: Instal
     for graph in captured:
         asked = {"aten::lift_fresh", "aten::_local_scalar_dense", "aten::_pin_memory", "aten::nonzero", "aten::equal"}
         assert not asked & set(graph.names)
+
+
+def test_a_chunk_with_given_frames_is_made_again_after_graphs_were_captured(graphs: Install) -> None:
+    """Its passes have a timestep for each frame, those that were captured one for each chunk."""
+    stream, given = (
+        StreamConfig(window=2, chunk_frames=2),
+        torch.randn(1, 1, CONFIG.in_channels, GRID.latent_height, GRID.latent_width),
+    )
+    embeds = random(1, 1, CONFIG.text_len, CONFIG.text_dim)[0]
+    options = StreamOptions(stream=stream, sampler=SamplerConfig(steps=STEPS), given_frames=given, kept_chunks=5)
+    made = graphs()
+    loop = SteeredLoop(make_model(), embeds, NOISE, GRID, None, SequenceParallel.single(device="cpu"), options)
+    with torch.inference_mode():
+        first = [loop.step().latents for _ in range(5)]
+        loop.rewind(5, embeds)
+        again = [loop.step().latents for _ in range(5)]
+    assert made[0].replays > 0
+    assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
 
 
 def test_a_failed_capture_leaves_eager_passes_and_one_line(graphs: Install, caplog: pytest.LogCaptureFixture) -> None:

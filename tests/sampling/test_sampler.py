@@ -22,8 +22,9 @@ from causalrope_sp.grid import Shard, split_into_chunks
 from causalrope_sp.models.block import ForwardPass
 from causalrope_sp.models.causal_dit import CausalDiT
 from causalrope_sp.models.rope import RotaryTables
+from causalrope_sp.reuse import find_policy
 from causalrope_sp.sampling.stream import CausalStream, Part
-from causalrope_sp.sampling.stream_options import Source
+from causalrope_sp.sampling.stream_options import LowNoiseExpert, Source
 from causalrope_sp.verification.reference import block_causal_velocity, visible_past
 from tests.support.sampler_cases import CONFIG, FRAME, GRID, MODEL, make_model, noise_of, relative, stream_configs, text
 from tests.support.streams import run_chunks
@@ -61,6 +62,95 @@ def from_one_forward(
         else:
             x = add_noise(x0, noise(step + 1), to) if to else x0
     return x
+
+
+@pytest.mark.parametrize("boundary", [875.0, 500.0, 1001.0])
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
+def test_two_models_share_the_steps_by_noise_level(boundary: float, guidance_scale: float) -> None:
+    """Each velocity is that of one forward of the step's own model, which has computed the clean past itself. At 1001
+    the second model makes all steps, at 500 the last one alone."""
+    other = make_model()
+    for parameter in other.parameters():
+        parameter.mul_(0.9)
+    stream, sampler = StreamConfig(window=5, sink=1, chunk_frames=2), SamplerConfig((1000, 750, 300), shift=1.0)
+    sampler = replace(sampler, guidance_scale=guidance_scale)
+    negative = text(2)[1:]
+    streamed = sample(
+        7, stream=stream, sampler=sampler, low_noise=LowNoiseExpert(other, boundary), negative_embeds=negative
+    )
+    chunks, draw = list(split_into_chunks(7, 2)), noise_of(1)
+    x = torch.cat([draw(chunk, 0) for chunk in chunks], 1).double()
+    levels = sigmas(sampler)
+    for step, (sigma, to) in enumerate(zip(levels, [*levels[1:], 0.0])):
+        model = other if 1000 * sigma < boundary else MODEL
+        with_text, without = (
+            block_causal_velocity(
+                model, prompt, GRID, chunks, streamed, x, 1000 * sigma, window=stream.window, sink=stream.sink
+            )
+            for prompt in (text(1), negative)
+        )
+        x0 = predict_x0(x, without + guidance_scale * (with_text - without), sigma)
+        fresh = torch.cat([draw(chunk, step + 1) for chunk in chunks], 1).double()
+        x = add_noise(x0, fresh, to) if to else x0
+    assert relative(streamed, x) < 1e-10
+    alone = sample(7, stream=stream, sampler=sampler, negative_embeds=negative)
+    assert relative(streamed, alone) > 1e-3
+
+
+def test_the_first_chunk_has_steps_of_its_own() -> None:
+    """It is that of a sampler with its steps, and later ones are those of a stream that goes on from it."""
+    stream = StreamConfig(window=5, sink=1, chunk_frames=2)
+    few, many = SamplerConfig((1000,)), SamplerConfig((1000, 750, 500))
+    streamed = sample(6, stream=stream, sampler=replace(few, first_steps=many.steps))
+    first = sample(2, stream=stream, sampler=many)
+    assert torch.equal(streamed[:, :2], first)
+    later = sample(4, stream=stream, sampler=few, initial_latents=first)
+    assert relative(streamed[:, 2:], later) < 1e-10
+    assert relative(streamed[:, 2:], sample(6, stream=stream, sampler=few)[:, 2:]) > 1e-3
+
+
+def test_given_frames_are_clean_in_every_pass_of_the_first_chunk() -> None:
+    """Against one forward over all frames, in which they have timestep 0."""
+    stream, given = StreamConfig(window=6, chunk_frames=3), torch.randn(1, 2, *FRAME).double()
+    streamed = sample(3, stream=stream, sampler=SamplerConfig((1000,)), given_frames=given)
+    assert torch.equal(streamed[:, :2], given)
+    x = noise_of(1)(Chunk(0, 0, 3), 0).double()
+    x[:, :2] = given
+    step = ForwardPass(
+        timesteps_F=torch.tensor([0.0, 0.0, 1000.0]),
+        predicted_frames=3,
+        rotation=RotaryTables(CONFIG.head_dim, CONFIG.theta, Shard(GRID), MODEL.device, MODEL.dtype).rotation(range(3)),
+        text=MODEL.encode_text(text(1)),
+        attend=lambda layer, projection: attention(*project(projection)),
+    )
+    velocity = GRID.unpatchify(MODEL(GRID.patchify(x).flatten(1, 2), step).unflatten(1, (3, -1)))
+    assert relative(streamed[:, 2:], (x - velocity)[:, 2:]) < 1e-10
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            {"given_frames": torch.zeros(1, 4, *FRAME)},
+            "given_frames must be at most 3, after no initial latents, not 4",
+        ),
+        (
+            {"given_frames": torch.zeros(1, 1, *FRAME), "initial_latents": torch.zeros(1, 3, *FRAME)},
+            "given_frames must be at most 3, after no initial latents, not 1",
+        ),
+        (
+            {"source": Source(lambda _: torch.zeros(1, 3, *FRAME), 0), "sampler": SamplerConfig(first_steps=(500,))},
+            "a sampler with first_steps redraws no video",
+        ),
+        (
+            {"low_noise": LowNoiseExpert(MODEL, 900.0), "reuse": find_policy("pab:latte")},
+            "reuse must be None where two models share the steps",
+        ),
+    ],
+)
+def test_what_a_first_chunk_cannot_have_is_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        sample(3, **options)
 
 
 samplers = st.builds(

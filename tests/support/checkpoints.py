@@ -24,6 +24,10 @@ CONFIG = DiTConfig(dim=36, ffn_dim=40, num_heads=3, num_layers=2, text_dim=10, f
 
 # diffusers' names and Wan's, from diffusers' own conversion of the published checkpoints. Order matters.
 TO_WAN = (
+    ("condition_embedder.image_embedder.norm1", "img_emb.proj.0"),
+    ("condition_embedder.image_embedder.ff.net.0.proj", "img_emb.proj.1"),
+    ("condition_embedder.image_embedder.ff.net.2", "img_emb.proj.3"),
+    ("condition_embedder.image_embedder.norm2", "img_emb.proj.4"),
     ("condition_embedder.time_embedder.linear_1", "time_embedding.0"),
     ("condition_embedder.time_embedder.linear_2", "time_embedding.2"),
     ("condition_embedder.text_embedder.linear_1", "text_embedding.0"),
@@ -40,6 +44,9 @@ TO_WAN = (
     (".to_q.", ".q."),
     (".to_k.", ".k."),
     (".to_v.", ".v."),
+    ("add_k_proj", "k_img"),
+    ("add_v_proj", "v_img"),
+    ("norm_added_k", "norm_k_img"),
 )
 
 

@@ -16,6 +16,7 @@ from causalrope_sp.weights import Lora, checkpoint_digest, load_model
 from tests.support.checkpoints import CONFIG, diffusers_model, save_wan, wan_name, wan_state
 
 RANK, ALPHA = 2, 6.0
+EMBEDDER = "condition_embedder.image_embedder"
 MODULES = [f"blocks.{n}.{side}_attn.{letter}" for n in range(2) for side in ("self", "cross") for letter in "qkvo"]
 MODULES += ["blocks.1.ffn.0", "blocks.0.ffn.2", "time_projection.1", "head.head", "patch_embedding", "text_embedding.2"]
 TO_DIFFUSERS = {wan_name(name): name for name in diffusers_model().state_dict()}
@@ -271,12 +272,47 @@ def nothing(lora: dict[str, Tensor]) -> None:
     lora.clear()
 
 
+@pytest.mark.parametrize("spelling", ["wan", "diffusers"])
+def test_an_image_to_video_lora_is_merged_without_its_image_on_request(tmp_path: Path, spelling: str) -> None:
+    """With keys of image tokens and a patch embedding of 36 channels where the model has 5: the others are merged."""
+    save_wan(tmp_path / "model.safetensors", wan_state())
+    changes = {name: pair for name, pair in pairs().items() if name != "patch_embedding"}
+    both = {"wan": lambda m: m, "diffusers": in_diffusers}[spelling]
+    image = {
+        "wan": ("blocks.0.cross_attn.k_img", "blocks.1.cross_attn.v_img", "img_emb.proj.1"),
+        "diffusers": (
+            "blocks.0.attn2.add_k_proj",
+            "blocks.1.attn2.add_v_proj",
+            "condition_embedder.image_embedder.ff.net.2",
+        ),
+    }[spelling]
+    lora = dict[str, Tensor]()
+    for module, (down, up) in changes.items():
+        lora |= {f"{both(module)}.lora_A.weight": down, f"{both(module)}.lora_B.weight": up}
+    save_file(lora, tmp_path / "plain.safetensors")
+    for module in image:
+        lora |= {f"{module}.lora_A.weight": torch.ones(2, 36), f"{module}.lora_B.weight": torch.ones(36, 2)}
+    patch = torch.ones(2, 36, 1, 2, 2)
+    lora |= {"patch_embedding.lora_A.weight": patch, "patch_embedding.lora_B.weight": torch.ones(36, 2, 1, 1, 1)}
+    file = tmp_path / "i2v.safetensors"
+    save_file(lora, file)
+    with pytest.raises(CheckpointError, match=r"an image-to-video LoRA: 8 of its keys .* FILE:no-image") as caught:
+        load_model(tmp_path / "model.safetensors", loras=[file])
+    assert "\n" not in str(caught.value)
+    expected = load_model(
+        tmp_path / "model.safetensors", loras=[Lora(tmp_path / "plain.safetensors", 0.5)]
+    ).state_dict()
+    for given in (Lora(file, 0.5, leave_out_image=True), Lora.of(f"{file}:0.5:no-image")):
+        made = load_model(tmp_path / "model.safetensors", loras=[given]).state_dict()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in made.items())
+
+
 @pytest.mark.parametrize(
     ("break_it", "told"),
     [
         (
             unknown_module,
-            "2 keys of the LoRA fit no parameter of the model: base_model.model.blocks.0.cross_attn.k_img",
+            "an image-to-video LoRA: 2 of its keys are of layers that read an image, which the model has not",
         ),
         (unknown_layer, "2 keys of the LoRA fit no parameter of the model: blocks.7.ffn.0.lora_A.weight"),
         (another_kind, "blocks.0.ffn.0 has only hada_w1_a of hada_w1_a, hada_w1_b, hada_w2_a, hada_w2_b"),

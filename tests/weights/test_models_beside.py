@@ -38,22 +38,31 @@ def folder(plain: Path, tmp_path: Path) -> Path:
     return tmp_path / "folder"
 
 
-@pytest.mark.parametrize("listed", ["in the index", "not in the index", "without an index"])
-def test_two_transformers_are_no_model(folder: Path, listed: str) -> None:
-    index, told = folder / "model_index.json", r"holds two models, transformer/ and transformer_2/ \(two experts by"
-    if listed == "not in the index":
-        content = json.loads(index.read_text())
-        del content["transformer_2"]
-        index.write_text(json.dumps(content))
-    elif listed == "without an index":
-        index.unlink()
-    with pytest.raises(CheckpointError, match="transformer_2, which" if listed == "in the index" else told):
-        find_model(folder, LoadOptions())
+def test_two_transformers_are_a_pipeline_and_no_lone_model(folder: Path) -> None:
+    told = r"holds two models, transformer/ and transformer_2/ \(two experts by .* which a pipeline runs together"
+    config = find_model(folder, LoadOptions())
+    assert (config.transformer_2, config.boundary_ratio) == (folder / "transformer_2", 0.875)
+    assert "model_index.json says boundary_ratio 0.875" in "; ".join(config.inferred)
     with pytest.raises(CheckpointError, match=told):
         load_model(folder)
     shown = shell("inspect", folder)
     assert shown.exit_code == 2
     assert "transformer/ and transformer_2/ (two experts by noise level" in shown.stderr
+
+
+@pytest.mark.parametrize("ratio", [None, 0, 1.5, True, "high"])
+def test_a_boundary_that_is_none_is_one_sentence(folder: Path, ratio: object) -> None:
+    index = folder / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"boundary_ratio": ratio}))
+    with pytest.raises(CheckpointError, match=r"whose boundary_ratio must be a number in \(0, 1\)") as caught:
+        find_model(folder, LoadOptions())
+    assert "\n" not in str(caught.value)
+
+
+def test_a_second_transformer_that_is_not_there_is_an_error(folder: Path) -> None:
+    shutil.rmtree(folder / "transformer_2")
+    with pytest.raises(CheckpointError, match="has transformer_2, which this version does not run"):
+        find_model(folder, LoadOptions())
 
 
 def test_an_expert_that_is_named_itself_loads_and_is_named(folder: Path) -> None:
@@ -67,7 +76,7 @@ def test_an_expert_that_is_named_itself_loads_and_is_named(folder: Path) -> None
 def test_wans_own_folder_of_two_experts_is_named(plain: Path, tmp_path: Path) -> None:
     for name in ("high_noise_model", "low_noise_model"):
         diffusers_model().save_pretrained(tmp_path / name)
-    for open_it in (load_model, inspect_checkpoint, lambda path: find_model(path, LoadOptions(base=plain))):
+    for open_it in (load_model, inspect_checkpoint):
         with pytest.raises(CheckpointError, match=r"holds two models, high_noise_model/ and low_noise_model/"):
             open_it(tmp_path)
     (beside,) = inspect_checkpoint(tmp_path / "low_noise_model").beside

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,13 +11,15 @@ import torch
 from click.testing import CliRunner
 
 from causalrope_sp.cli.main import cli
-from causalrope_sp.config import SamplerConfig, StreamConfig
+from causalrope_sp.config import PRESETS, SamplerConfig, StreamConfig
 from causalrope_sp.diffusion.noise import seeded_noise
 from causalrope_sp.diffusion.schedule import sigmas
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.grid import LatentGrid
 from causalrope_sp.sampling.sampler import sample_chunks
 from causalrope_sp.weights import FAMILY, find_preset, inspect_checkpoint, load_model
+from causalrope_sp.weights.model_presets import guess_preset
+from causalrope_sp.weights.wrappings import Wrapping
 from tests.support.checkpoints import CONFIG, save_wan, wan_state
 
 # window, sink, chunk, and the timesteps that the model sees: what a preset comes to, whatever its fields are called.
@@ -27,9 +30,12 @@ PUBLISHED = {
     "causvid-4step": (21, 0, 3, (1000, 960, 888.889, 727.273)),
     "causal-forcing": (21, 0, 3, (1000, 937.5, 833.333, 625)),
     "causal-forcing-framewise": (21, 0, 1, (1000, 937.5, 833.333, 625)),
+    "causal-forcing-framewise-1step": (21, 0, 1, (1000,)),
+    "causal-forcing-framewise-2step": (21, 0, 1, (1000, 833.333)),
     "longlive-1.3b": (12, 3, 3, (1000, 937.5, 833.333, 625)),
     "krea-realtime-14b": (6, 0, 3, (1000, 937.5, 833.333, 625)),
     "sfwan": (21, 0, 3, (1000, 937.5, 833.333, 625)),
+    "longlive-2.0-5b": (32, 8, 8, (999.8, 937.265, 833.055, 624.687)),
 }
 
 
@@ -39,6 +45,8 @@ def test_published_figures(name: str) -> None:
     window, sink, chunk, timesteps = PUBLISHED[name]
     assert (preset.stream.window, preset.stream.sink, preset.stream.chunk_frames) == (window, sink, chunk)
     assert [1000 * sigma for sigma in sigmas(preset.sampler)] == pytest.approx(timesteps, abs=1e-3)
+    opening = (1000, 937.5, 833.333, 625) if name.endswith(("1step", "2step")) else timesteps
+    assert [1000 * sigma for sigma in sigmas(preset.sampler.first_chunk)] == pytest.approx(opening, abs=1e-3)
     assert preset.source
 
 
@@ -56,7 +64,10 @@ def checkpoint(folder: Path, name: str) -> Path:
         ("causvid/autoregressive_checkpoint_warp_4step_cfg2/model.pt", "causvid-4step"),
         ("chunkwise/causal_forcing.pt", "causal-forcing"),
         ("framewise/causal_forcing.pt", "causal-forcing-framewise"),
+        ("causal-forcing++/framewise-2step.pt", "causal-forcing-framewise-2step"),
+        ("causal-forcing++/framewise-1step.pt", "causal-forcing-framewise-1step"),
         ("LongLive-1.3B/models/longlive_base.pt", "longlive-1.3b"),
+        ("LongLive-2.0-5B/model_bf16.pt", "longlive-2.0-5b"),
         ("krea-realtime-video-14b.safetensors", "krea-realtime-14b"),
         ("SFWan2.1-T2V-1.3B-Diffusers/transformer/diffusion_pytorch_model.safetensors", "sfwan"),
         ("something.safetensors", "none"),
@@ -68,6 +79,22 @@ def test_a_path_speaks_for_a_preset(tmp_path: Path, file: str, preset: str) -> N
     assert report.preset.evidence[0].startswith("nothing in" if preset == "none" else "its path says")
     wrong_size = [f"its DiT is not a {FAMILY[preset].size}, which the preset is for"] if preset != "none" else []
     assert list(report.preset.evidence[1:]) == wrong_size
+
+
+@pytest.mark.parametrize(("size", "name"), [("wan2.1-1.3b", "longlive-1.3b"), ("wan2.2-ti2v-5b", "longlive-2.0-5b")])
+def test_of_two_presets_that_a_path_speaks_for_the_size_tells(size: str, name: str) -> None:
+    file = Path("LongLive/checkpoints/model.pt")
+    preset = guess_preset(file, file, Wrapping(), {}, PRESETS[size])
+    assert (preset.name, len(preset.evidence)) == (name, 1)
+
+
+def test_a_ti2v_model_has_an_image_in_its_first_chunk(tmp_path: Path) -> None:
+    file = checkpoint(tmp_path, "self_forcing.safetensors")
+    assert not inspect_checkpoint(file).preset.stream.image_in_chunk
+    (tmp_path / "config.json").write_text(json.dumps({"num_heads": 3, "model_type": "ti2v"}))
+    preset = inspect_checkpoint(file).preset
+    assert preset.stream == replace(FAMILY["self-forcing"].stream, image_in_chunk=True)
+    assert "config.json says ti2v" in preset.evidence[1]
 
 
 @pytest.mark.parametrize(
@@ -155,7 +182,14 @@ def test_inspect_says_what_why_and_how(tmp_path: Path) -> None:
     assert (report["preset"], report["evidence"][0]) == ("longlive-1.3b", "named by --preset")
     assert (report["stream"]["window"], report["stream"]["sink"]) == (9, 3)
     guidance = {"guidance_scale": 1.0, "guidance_interval": [0, 1000]}
-    expected = {"steps": [1000, 500], "shift": 3, "solver": "renoise", "timestep_rule": "wan", **guidance}
+    expected = {
+        "steps": [1000, 500],
+        "shift": 3,
+        "solver": "renoise",
+        "timestep_rule": "wan",
+        "first_steps": [],
+        **guidance,
+    }
     assert report["sampler"] == expected
     assert report["wrapping"]["parts"] == ["generator_ema"]
     assert report["wrapping"]["auxiliary"] == ["critic"]

@@ -166,7 +166,7 @@ def without_a_declared_block(folder: Path) -> None:
 
 
 def with_a_leftover(folder: Path) -> None:
-    save_wan(folder / "w.safetensors", wan_state() | {"img_emb.proj.0.weight": torch.zeros(2)})
+    save_wan(folder / "w.safetensors", wan_state() | {"blocks.0.extra.weight": torch.zeros(2)})
 
 
 def with_a_wrong_shape(folder: Path) -> None:
@@ -259,7 +259,7 @@ def text_under_a_torch_name(folder: Path) -> None:
         (without_a_key, "1 missing: blocks.1.norm3.weight"),
         (without_a_key_that_tells_a_size, "1 missing: blocks.0.ffn.0.weight"),
         (without_a_declared_block, "27 missing: blocks.1.modulation"),
-        (with_a_leftover, "1 unexpected: img_emb.proj.0.weight"),
+        (with_a_leftover, "1 unexpected: blocks.0.extra.weight"),
         (with_a_wrong_shape, "blocks.0.ffn.2.weight is (36, 41), expected (36, 40)"),
         (truncated, "w.safetensors: truncated"),
         (truncated_header, "w.safetensors: truncated"),
