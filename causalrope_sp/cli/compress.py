@@ -119,27 +119,30 @@ def decompress(compressed: Path, out: str, as_json: bool, **options: Any) -> Non
     from causalrope_sp.compression.bitstream import Header, split
 
     if compressed.stat().st_size > LARGEST_FILE:
-        raise InputError(f"{compressed} has {compressed.stat().st_size} bytes, and a compressed video {LARGEST_FILE}")
+        raise InputError(
+            f"{compressed} has {compressed.stat().st_size} bytes, and a compressed video has at most {LARGEST_FILE}"
+        )
     data = compressed.read_bytes()
     header, _ = Header.read(data)
-    size = header.height, header.width
-    check_output(out, *size)
+    picture = header.height, header.width
+    check_output(out, *picture)
     if rank() == 0:
         check_alone(out)
     pipe = _load(header.exact, {"height": header.height, "width": header.width}, **options)
     from causalrope_sp.compression.coding import decode
 
-    started, frames, lost, failure = time.perf_counter(), 0, [], None
+    started, frames, chunks, failure = time.perf_counter(), 0, 0, None
+    lost: list[int] = []
     with contextlib.ExitStack() as stack:
-        video = stack.enter_context(VideoWriter(out, *size, header.fps)) if rank() == 0 else None
+        video = stack.enter_context(VideoWriter(out, *picture, header.fps)) if rank() == 0 else None
         try:
             for chunk in decode(pipe, split(data)):
-                lost += [chunk.number] if chunk.lost else []
+                chunks, lost = chunks + 1, lost + [chunk.number] * chunk.lost
                 if video is not None and chunk.frames is not None:
                     video.write(chunk.frames)
                     frames += len(chunk.frames)
         except InputError as error:  # what came before is kept
-            if not frames:
+            if not chunks:
                 raise
             failure = error
     pipe.parallel.close()

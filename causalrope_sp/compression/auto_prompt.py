@@ -13,7 +13,7 @@ from causalrope_sp.compression.bitstream import Header
 from causalrope_sp.compression.codebook import Choice
 from causalrope_sp.compression.coded_loop import CodedLoop
 from causalrope_sp.compression.segments import Segments, settings_of
-from causalrope_sp.errors import ConfigError
+from causalrope_sp.errors import ConfigError, InputError
 from causalrope_sp.grid import Chunk
 from causalrope_sp.io.media_reader import Video, read_video
 from causalrope_sp.pipeline.conditioning import VideoLatents
@@ -44,7 +44,10 @@ def find_prompt(pipe: CausalVideoPipeline, video: Video) -> str:
     if not isinstance(pipe.text, ToyboxText):
         raise ConfigError("a prompt is found for scenes of toybox alone: give the text of the video")
     read = read_video(video, pipe.height, pipe.width, pipe.fps)
-    frames = np.stack([frame for frame, _ in zip(read, range(SEEN), strict=False)])
+    first = [frame for frame, _ in zip(read, range(SEEN), strict=False)]
+    if not first:
+        raise InputError("the video holds no frame")
+    frames = np.stack(first)
     sentences = describe(frames)[:MOST]
     with own_numerics(), torch.inference_mode():
         latents = VideoLatents(pipe.codec, iter(frames)).take(CHUNKS * pipe.config.stream.chunk_frames)
@@ -63,7 +66,7 @@ class _Surprise(CodedLoop):
         target = self.context.tokens(self.latents[:, first : first + chunk.frames])
         x = self.context.tokens(self.drawn_noise(chunk, 0, [Choice()] * chunk.frames))
         expected = x - self.levels[0] * self.velocity(chunk, x, 0)
-        self.error += float((expected - target).double().square().sum())
+        self.error += float(self.errors(expected, target).sum())
         return target
 
 
@@ -76,5 +79,6 @@ def _surprise(pipe: CausalVideoPipeline, latents: Tensor, prompt: str) -> float:
         def prepare(loop: _Surprise) -> None:
             loop.latents = latents
 
-        loops = [segments.step(prepare)[0] for _ in range(CHUNKS)]
-    return loops[-1].error
+        for _ in range(CHUNKS):
+            segments.step(prepare)
+        return segments.loop.error

@@ -20,13 +20,12 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from causalrope_sp.checks import check_whole
-from causalrope_sp.compression.choice_code import ladder
 from causalrope_sp.errors import ConfigError, InputError
 
 MAGIC, VERSION = b"CVC", 1
-LARGEST_HEADER, LARGEST_CONTENT = 1 << 14, 1 << 26  # bytes
+LARGEST_HEADER, LARGEST_TEXT, LARGEST_CONTENT = 1 << 14, 1 << 15, 1 << 26  # bytes
 LARGEST_FOUND, MOST_LOST = 1 << 16, 64  # bytes of a packet that is found again, and chunks that are lost before it
-MOST_ATOMS, MOST_SIDE, MOST_FRAMES = 1 << 20, 1 << 14, (1 << 32) - 1
+MOST_ATOMS, MOST_CHOSEN, MOST_SIDE, MOST_FRAMES = 1 << 20, 1 << 10, 1 << 14, (1 << 32) - 1
 _WORDS = (  # texts are deflated with these words known, common ones of prompts last
     b"orbits counterclockwise orbits clockwise pulses stays still bounces slides up slides down slides left slides "
     b"right triangle square circle orange purple yellow green blue red small large on a light background on a dark "
@@ -81,7 +80,7 @@ class Header:
             *(("text_seed", 0, (1 << 63) - 1), ("atoms", 2, MOST_ATOMS), ("refresh", 0, MOST_FRAMES)),
         ):
             check_whole(name, getattr(self, name), least=least, most=largest)
-        check_whole("most", self.most, least=0, most=self.atoms)
+        check_whole("most", self.most, least=0, most=min(self.atoms, MOST_CHOSEN))
         for name, value in (("atoms", self.atoms), ("most", self.most)):
             if value & (value - 1):
                 raise ConfigError(f"{name} must be a power of two, not {value}")
@@ -91,11 +90,6 @@ class Header:
             raise ConfigError("prompt and model must be texts, fps and residual finite numbers, exact a flag")
         if not isinstance(self.settings, dict):
             raise ConfigError("settings must be an object")
-
-    @property
-    def rungs(self) -> tuple[int, ...]:
-        """The numbers of atoms that a choice may have."""
-        return ladder(self.most)
 
     def pack(self) -> bytes:
         """Packs the header. Fields that have their default are not sent."""
@@ -107,6 +101,8 @@ class Header:
 
     @staticmethod
     def _framed(text: bytes) -> bytes:
+        if len(text) > LARGEST_TEXT:
+            raise ConfigError(f"a header holds {LARGEST_TEXT} bytes at most, and this one with its prompt {len(text)}")
         deflate = zlib.compressobj(9, zlib.DEFLATED, -15, zdict=_WORDS)
         rest = deflate.compress(text) + deflate.flush()
         if len(rest) > LARGEST_HEADER:
@@ -133,7 +129,7 @@ class Header:
             raise InputError("the header of the compressed video is damaged or cut off")
         inflate = zlib.decompressobj(-15, zdict=_WORDS)
         try:
-            text = inflate.decompress(data[6:end], 4 * LARGEST_HEADER)
+            text = inflate.decompress(data[6:end], LARGEST_TEXT)
             values = json.loads(text)
             named = dict(zip([each.name for each in fields(cls)], values, strict=False))
             return cls(**{name: value for name, value in named.items() if value is not None}), end + 4
@@ -210,11 +206,21 @@ def split(data: bytes) -> Iterator[bytes]:
     least, scanning = 0, False
     while at < len(data):
         packet = read_packet(data, at, least, scanning)
+        if packet is None and not scanning and (after := _after_damage(data, at, least)) is not None:
+            at, least = after, least + 1
+            continue
         if packet is None or (scanning and not _goes_on(data, packet)):
             at, scanning = at + 1, True
             continue
         yield data[at : packet.stop]
         at, least, scanning = packet.stop, packet.number + 1, False
+
+
+def _after_damage(data: bytes, at: int, least: int) -> int | None:
+    """Where the next packet begins if only the content of the one here is damaged; None if none begins there."""
+    doubled, begin = _read_varint(data, at)
+    stop = begin + 1 + (doubled >> 1) + 2
+    return stop if not doubled & 1 and read_packet(data, stop, least + 1) is not None else None
 
 
 def _goes_on(data: bytes, packet: Packet) -> bool:

@@ -1,8 +1,8 @@
 """The codebook: atoms that an encoder adds up to a chunk's noise, and the noise of a frame without any.
 
 All numbers are whole and made from counted bits of Philox, whose output is fixed, so that every machine has the same
-codebook to the last bit. An atom's number is half the count of ones in 16 bits less 8, that of plain noise a quarter of
-the count in 64 bits less 32: both have mean 0 and variance 1.
+codebook to the last bit. An atom's number is the count of ones in 16 bits less 8, that of plain noise a quarter of the
+count in 64 bits less 32; sums of atoms are scaled to variance 1, which plain noise has.
 
 Shapes: K atoms, N numbers of a latent frame, F latent frames, C channels, H×W latent size.
 """

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from causalrope_sp.compression.choice_code import choice_bits, ladder
 from causalrope_sp.compression.codebook import Choice, Codebook, chosen
+from causalrope_sp.compression.residual import LARGEST
 from causalrope_sp.diffusion.schedule import add_noise, model_timesteps, predict_x0, sigmas
 from causalrope_sp.distributed.comm_stats import LAYERLESS
 from causalrope_sp.grid import Chunk
@@ -82,6 +83,22 @@ class CodedLoop(ChunkLoop):
             return tokens_BFSE
         return tokens_BFSE + self.context.tokens(self.residual * levels.double().unsqueeze(0))
 
+    def errors(self, tokens_NFSE: Tensor, target_1FSE: Tensor) -> Tensor:
+        """Returns the mean square error of each frame of N estimates, float64 (N, F), the same on all ranks."""
+        own = (tokens_NFSE - target_1FSE).double().square().sum((2, 3))
+        return self._summed("errors", own) / (target_1FSE.shape[-1] * self.context.grid.tokens)
+
+    def _summed(self, kind: str, x: Tensor) -> Tensor:
+        """The sum over the ranks of the `sp` axis in order of rank, so that it is the same on all, on the CPU."""
+        if self.parallel.mesh.sp == 1:
+            return x.cpu()
+        communicator = self.parallel.sp_communicator()
+        parts = communicator.all_gather(kind, LAYERLESS, [tuple(x.shape)] * self.parallel.mesh.sp, x).wait()
+        total = parts[0].clone()
+        for part in parts[1:]:
+            total += part
+        return total.cpu()
+
 
 class DecodingLoop(CodedLoop):
     """Samples with the noise that an encoder chose.
@@ -91,17 +108,23 @@ class DecodingLoop(CodedLoop):
         lost: whether the newest chunk was.
     """
 
-    receive: Callable[[Chunk], CodedChunk | None]
+    receive: Receive
     lost = False
+    _columns: list[list[Choice]]
 
     def denoise(self, chunk: Chunk, control_BFSE: Tensor | None = None) -> Tensor:
         """Denoises a chunk; see `ChunkLoop.denoise`."""
-        received = self.receive(chunk)
+        received = self.receive(self, chunk)
         self.lost = received is None
         sent = received or CodedChunk([[Choice()] * self.coded_steps for _ in range(chunk.frames)])
-        columns = [[Choice()] * chunk.frames, *map(list, zip(*sent.choices, strict=True))]
-        self.noise = lambda chunk, step: self.drawn_noise(chunk, step, columns[step])
+        self._columns = [[Choice()] * chunk.frames, *map(list, zip(*sent.choices, strict=True))]
         return self.add_residual(super().denoise(chunk, control_BFSE), sent.levels)
+
+    def _draw(self, chunk: Chunk, step: int) -> Tensor:
+        return self.context.tokens(self.drawn_noise(chunk, step, self._columns[step]))
+
+
+Receive = Callable[[DecodingLoop, Chunk], CodedChunk | None]
 
 
 class EncodingLoop(CodedLoop):
@@ -113,18 +136,16 @@ class EncodingLoop(CodedLoop):
             video's; what comes behind its end costs no bits.
         most: the top of the ladder.
         rate: λ, how much mean square error of the latents a bit a number is worth.
-        budget: the bits of the next chunk; each step gets an equal share of what is left, at whatever rate that takes.
-            None keeps to `rate`.
+        budget: returns the bits of the chunk whose latents were returned last; each step gets an equal share of what is
+            left, at whatever rate that takes. None keeps to `rate`.
         sent: the newest chunk as it is sent.
-        error: the mean square error of its latents.
     """
 
     target: Callable[[Chunk], tuple[Tensor, int]]
     most: int
     rate: float
-    budget: float | None = None
+    budget: Callable[[], float] | None = None
     sent: CodedChunk
-    error: float
 
     def denoise(self, chunk: Chunk, control_BFSE: Tensor | None = None) -> Tensor:
         """Encodes a chunk and returns its tokens as the decoder has them, (1, F, s, E)."""
@@ -133,7 +154,7 @@ class EncodingLoop(CodedLoop):
         latents, wanted = self.target(chunk)
         target, levels = self.context.tokens(latents), self.levels
         frames: Choices = [[] for _ in range(chunk.frames)]
-        left = self.budget
+        left = None if self.budget is None else self.budget()
         x = self.context.tokens(self.drawn_noise(chunk, 0, [Choice()] * chunk.frames))
         x0 = self._clean(chunk, x, 0)
         for step in range(1, len(levels)):
@@ -145,10 +166,10 @@ class EncodingLoop(CodedLoop):
         levels_FCHW = None
         if self.residual:
             whole = self.context.grid.unpatchify(self.parallel.gather_tokens(target - x0, self.context.grid))
-            levels_FCHW = (whole[0].double() / self.residual).round().long().cpu()
+            levels_FCHW = (whole[0].double() / self.residual).round().clamp(-LARGEST, LARGEST).long().cpu()
             levels_FCHW[wanted:] = 0
             x0 = self.add_residual(x0, levels_FCHW)
-        self.sent, self.error = CodedChunk(frames, levels_FCHW), float(self._errors(x0, target)[:wanted].mean())
+        self.sent = CodedChunk(frames, levels_FCHW)
         if self.unread is not None:
             self.unread.read()
         return x0
@@ -159,12 +180,12 @@ class EncodingLoop(CodedLoop):
         """The clean latents that the pass of a step predicts, and the choices before it."""
         rungs = ladder(self.most)
         by_frame = [chosen(products_K, rungs) for products_K in self._products(chunk, step, target - x0)]
-        tried, errors = [], []
+        tried = []
         for rung in range(len(rungs)):
             x = self._noised(chunk, step, x0, [found[rung] for found in by_frame])
             tried.append((x, self._clean(chunk, x, step)))
-            errors.append(self._errors(tried[-1][1], target)[:wanted])
-        best = self._rungs(torch.stack(errors), budget) + [0] * (chunk.frames - wanted)
+        errors_RF = self.errors(torch.cat([clean for _, clean in tried]), target)
+        best = self._rungs(errors_RF[:, :wanted], budget) + [0] * (chunk.frames - wanted)
         choices = [found[rung] for found, rung in zip(by_frame, best, strict=True)]
         if len(set(best)) == 1:
             return tried[best[0]][1], choices
@@ -206,19 +227,3 @@ class EncodingLoop(CodedLoop):
                 parts.append(own_KN.to(direction_SE) @ direction_SE.flatten())
             rows.append(torch.cat(parts))
         return self._summed("atoms", torch.stack(rows).double())
-
-    def _errors(self, tokens_1FSE: Tensor, target_1FSE: Tensor) -> Tensor:
-        """The mean square error of each frame, float64 (F,), the same on all ranks."""
-        own = (tokens_1FSE - target_1FSE).double().square().sum((0, 2, 3))
-        return self._summed("errors", own) / (target_1FSE.shape[-1] * self.context.grid.tokens)
-
-    def _summed(self, kind: str, x: Tensor) -> Tensor:
-        """The sum over the ranks of the `sp` axis in order of rank, so that it is the same on all, on the CPU."""
-        if self.parallel.mesh.sp == 1:
-            return x.cpu()
-        communicator = self.parallel.sp_communicator()
-        parts = communicator.all_gather(kind, LAYERLESS, [tuple(x.shape)] * self.parallel.mesh.sp, x).wait()
-        total = parts[0].clone()
-        for part in parts[1:]:
-            total += part
-        return total.cpu()

@@ -8,9 +8,10 @@ latency of one chunk, and that each frame and step gets as many atoms as lower t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from hashlib import blake2b
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
@@ -122,21 +123,24 @@ def encode(
         **{name: getattr(chosen, name) for name in same},
     )
     source = _Source(pipe, video)
+    pipe.parallel.everyone.agree({"compressed video": (header, chosen.rate, chosen.bpp)})
+
+    def within_bpp() -> float:  # what was not spent so far is kept
+        assert chosen.bpp is not None, "it is called with a budget alone"
+        return max(0.0, chosen.bpp * header.height * header.width * source.covered - spent - FRAMING)
 
     def prepare(loop: EncodingLoop) -> None:
-        loop.most, loop.rate = header.most, chosen.rate
-        if chosen.bpp is not None:  # what was not spent so far is kept
-            loop.budget = max(0.0, chosen.bpp * pixels * (source.covered + source.longest(segments)) - spent - FRAMING)
-        loop.target = partial(source.target, segments)
+        loop.most, loop.rate, loop.budget = header.most, chosen.rate, within_bpp if chosen.bpp is not None else None
+        loop.target = partial(_collectively, pipe, partial(source.target, segments.begins))
 
-    spent, pixels = 0, header.height * header.width
+    spent = 0
     with Segments(pipe, EncodingLoop, header) as segments:
         yield header.pack()
         for number in count():
-            loop, _ = segments.step(prepare)
-            packet = pack_chunk(number, _pack(loop.sent, header), source.last)
-            spent += 8 * len(packet)
-            yield packet
+            segments.step(prepare)
+            choices, content = _pack(segments.loop.sent, header)
+            spent += 8 * choices + FRAMING
+            yield pack_chunk(number, content, source.last)
             if source.last is not None:
                 return
 
@@ -168,9 +172,11 @@ def decode(pipe: CausalVideoPipeline, packets: Iterable[bytes]) -> Iterator[Deco
             packet = read_packet(piece, 0, number)
             while packet is not None and number <= packet.number:
                 content, most = (packet.content, packet.frames) if number == packet.number else (None, None)
-                loop, made = segments.step(partial(_receive, content, header))
-                frames = decoder.decode(made.latents, segments.begins, most)
-                yield DecodedChunk(number, frames, loop.lost)
+                pipe.parallel.everyone.agree({f"packet {number}": content and blake2b(content).hexdigest()})
+                made = segments.step(partial(_receive, content, header))
+                decode_frames = partial(decoder.decode, made.latents, segments.begins, most)
+                frames = pipe.parallel.everyone.run_collectively(decode_frames)
+                yield DecodedChunk(number, frames, segments.loop.lost)
                 number, ended = number + 1, most is not None
             if ended:
                 return
@@ -212,25 +218,27 @@ class _Source:
 
     def __init__(self, pipe: CausalVideoPipeline, video: Video) -> None:
         self._latents = VideoLatents(pipe.codec, read_video(video, pipe.height, pipe.width, pipe.fps))
-        self._stride, self._frames = pipe.codec.temporal_stride, pipe.config.stream.chunk_frames
-        self.covered = 0
+        self._stride, self.covered = pipe.codec.temporal_stride, 0
         self.last: int | None = None
 
-    def longest(self, segments: Segments[EncodingLoop]) -> int:
-        """Returns the most pixel frames of the next chunk."""
-        return self._stride * self._frames - (self._stride - 1 if segments.begins else 0)
-
-    def target(self, segments: Segments[EncodingLoop], chunk: Chunk) -> tuple[Tensor, int]:
-        """Returns the latents of the next chunk; see `EncodingLoop.target`."""
-        if segments.begins and self.covered:
+    def target(self, begins: bool, chunk: Chunk) -> tuple[Tensor, int]:
+        """Returns the latents of the next chunk, which begins a segment or not; see `EncodingLoop.target`."""
+        if begins and self.covered:
             self._latents.restart()
-        latents, first = self._latents.take(chunk.frames), 1 if segments.begins else 0
+        latents, first = self._latents.take(chunk.frames), 1 if begins else 0
         shown, length = first + self._stride * (chunk.frames - first), self._latents.length
         if length is not None:
             shown = min(shown, length - self.covered)
         self.covered += shown
         self.last = shown if self.covered == length else None
         return latents, first + -(-(shown - first) // self._stride)
+
+
+def _collectively(
+    pipe: CausalVideoPipeline, target: Callable[[Chunk], tuple[Tensor, int]], chunk: Chunk
+) -> tuple[Tensor, int]:
+    """What a target returns; an error on one rank is raised on all."""
+    return pipe.parallel.denoisers.run_collectively(partial(target, chunk))
 
 
 def _check_decoder(pipe: CausalVideoPipeline, header: Header) -> None:
@@ -244,15 +252,16 @@ def _check_decoder(pipe: CausalVideoPipeline, header: Header) -> None:
         raise ConfigError(f"the compressed video has frames of {size}, and the pipeline was loaded for {own}")
 
 
-def _pack(sent: CodedChunk, header: Header) -> bytes:
+def _pack(sent: CodedChunk, header: Header) -> tuple[int, bytes]:
+    """The bytes of a chunk's choices, and the content of its packet."""
     choices = pack([choice for frame in sent.choices for choice in frame], header.atoms, header.most)
     if sent.levels is None:
-        return choices
-    return len(choices).to_bytes(3, "little") + choices + pack_residual(sent.levels)
+        return len(choices), choices
+    return len(choices), len(choices).to_bytes(3, "little") + choices + pack_residual(sent.levels)
 
 
 def _receive(content: bytes | None, header: Header, loop: DecodingLoop) -> None:
-    loop.receive = partial(_unpack, content, header, loop)
+    loop.receive = partial(_unpack, content, header)
 
 
 def _unpack(content: bytes | None, header: Header, loop: DecodingLoop, chunk: Chunk) -> CodedChunk | None:
@@ -270,10 +279,3 @@ def _unpack(content: bytes | None, header: Header, loop: DecodingLoop, chunk: Ch
         return None
     by_frame: Choices = [flat[n : n + loop.coded_steps] for n in range(0, len(flat), loop.coded_steps)]
     return CodedChunk(by_frame, residual)
-
-
-def _decoded(pipe: CausalVideoPipeline, decoder: DecoderStream, latents_BFCHW: Tensor, shown: int) -> np.ndarray:
-    """Pixel frames of the next latents, uint8 (T, H, W, 3)."""
-    with own_numerics(), torch.inference_mode():
-        pixels = decoder.decode(latents_BFCHW.to(pipe.codec.device, pipe.codec.dtype))[:, :shown]
-        return to_uint8(pixels)[0].movedim(1, -1).cpu().numpy()

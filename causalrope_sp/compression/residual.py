@@ -15,19 +15,19 @@ from torch import Tensor
 
 from causalrope_sp.errors import ConfigError, InputError
 
-LARGEST = 1 << 14  # of a residual's numbers; larger ones are cut off
+LARGEST = 1 << 14  # of a residual's numbers; an encoder cuts larger ones off
 _STEPS = 4  # of a scale's logarithm to the base 2
 _LEAST = 1 / 16  # scale
 _SCALES = 80  # of them: up to 2^20 times the least
 
 
 def pack_residual(levels_FCHW: Tensor) -> bytes:
-    """Packs the residual of a chunk; see `unpack_residual`.
+    """Packs the residual of a chunk, whose numbers are within ±`LARGEST`; see `unpack_residual`.
 
     Raises:
         ConfigError: constriction is not installed.
     """
-    levels = levels_FCHW.clamp(-LARGEST, LARGEST).numpy().astype(np.int32)
+    levels = levels_FCHW.numpy().astype(np.int32)
     coder, scales = _constriction().stream.queue.RangeEncoder(), bytearray()
     for channel in np.moveaxis(levels, 1, 0):
         numbers = np.ascontiguousarray(channel).ravel()
@@ -60,6 +60,11 @@ def unpack_residual(data: bytes, shape_FCHW: tuple[int, int, int, int]) -> Tenso
 def _laplace(scale: int) -> Any:
     models = _constriction().stream.model
     return models.QuantizedLaplace(-LARGEST, LARGEST, 0.0, _LEAST * 2 ** (scale / _STEPS))
+
+
+def check_constriction() -> None:
+    """Raises ConfigError if constriction is not installed."""
+    _constriction()
 
 
 def _constriction() -> Any:

@@ -2,23 +2,46 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import Protocol
 from weakref import WeakSet
+
+from torch import Tensor
 
 from causalrope_sp.devices import storage_bytes
 from causalrope_sp.sampling.settled import SettledWeights
 
-if TYPE_CHECKING:
-    from causalrope_sp.pipeline.open_stream import OpenStream
+
+class Stream(Protocol):
+    """What is asked of an open stream."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether more chunks can be made."""
+        ...
+
+    @property
+    def planned_bytes(self) -> int:
+        """What it keeps between two chunks once its window is full, in bytes."""
+        ...
+
+    @property
+    def settled(self) -> tuple[SettledWeights, ...] | None:
+        """How it computes the model; None before it begins."""
+        ...
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Yields what it keeps between two chunks."""
+        ...
 
 
 class OpenStreams:
     """The open streams of a pipeline, as long as they are referred to and neither complete nor closed."""
 
     def __init__(self) -> None:
-        self._streams: WeakSet[OpenStream] = WeakSet()
+        self._streams: WeakSet[Stream] = WeakSet()
 
-    def add(self, stream: OpenStream) -> None:
+    def add(self, stream: Stream) -> None:
         """Adds a stream."""
         self._streams.add(stream)
 

@@ -233,6 +233,11 @@ class CausalVideoPipeline(WithAdapters):
         return StreamSettings(height, width, grid, sampler)
 
     @property
+    def open_streams(self) -> OpenStreams:
+        """The open streams of the pipeline."""
+        return self._streams
+
+    @property
     def strategy(self) -> str:
         """The name of the attention strategy in use."""
         return self.parallel.label(self.parts.layout)

@@ -17,7 +17,7 @@ def recompute_window(branch: GuidanceBranch, kept: KeptLatents, stop: int, *, wi
         with_sink: whether the sink is computed anew too.
 
     Returns:
-        Whether that are all frames so far.
+        Whether these are all frames so far.
     """
     return _recompute(branch, kept, stop, stop, with_sink=with_sink)
 

@@ -98,8 +98,8 @@ def test_chosen_atoms_are_those_with_the_largest_products() -> None:
 @pytest.mark.parametrize("scale", [0.0, 0.3, 20.0, 1e6])
 def test_a_residual_is_coded_without_loss(scale: float) -> None:
     generator = torch.Generator().manual_seed(0)
-    levels = (scale * torch.randn(3, 4, 5, 6, generator=generator)).round().long()
-    assert torch.equal(unpack_residual(pack_residual(levels), (3, 4, 5, 6)), levels.clamp(-LARGEST, LARGEST))
+    levels = (scale * torch.randn(3, 4, 5, 6, generator=generator)).round().long().clamp(-LARGEST, LARGEST)
+    assert torch.equal(unpack_residual(pack_residual(levels), (3, 4, 5, 6)), levels)
 
 
 def test_a_residual_of_zeros_takes_next_to_nothing() -> None:
@@ -188,6 +188,19 @@ def test_ten_thousand_flipped_bits_lose_one_packet_each_and_add_none() -> None:
         found = list(split(damaged))[1:]
         assert set(found) <= known
         assert len(found) == 39
+
+
+def test_large_packets_after_a_damaged_one_are_found() -> None:
+    packets = [pack_chunk(n, bytes(range(256)) * 400, 7 if n == 3 else None) for n in range(4)]
+    data = HEADER.pack() + b"".join(packets)
+    at = len(HEADER.pack()) + len(packets[0]) + 1000
+    found = list(split(data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :]))
+    assert found[1:] == [packets[0], *packets[2:]]
+
+
+def test_a_text_that_no_decoder_would_read_is_refused() -> None:
+    with pytest.raises(ConfigError, match="a header holds 32768 bytes at most"):
+        Header("red " * 10_000, "0123abcd", 64, 64, 16.0).pack()
 
 
 @pytest.mark.parametrize("lost", [slice(0, 1), slice(3, 20), slice(39, 40)])

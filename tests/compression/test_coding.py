@@ -18,6 +18,7 @@ from causalrope_sp.diffusion.noise import keyed_generator
 from causalrope_sp.distributed import strategies
 from causalrope_sp.distributed.launch import RankPool
 from causalrope_sp.errors import InputError
+from causalrope_sp.sampling.chunk_loop import ChunkLoop
 from causalrope_sp.toybox.prompts import parse_prompt
 from causalrope_sp.toybox.scenes import PLACE_VARIABLES, render
 
@@ -89,7 +90,7 @@ def test_a_budget_is_kept_to() -> None:
     for bpp in (0.004, 0.02):
         coded = encoded(frames=97, bpp=bpp)
         spent = 8 * sum(map(len, coded[1:])) / (97 * 64 * 64)
-        assert 0.6 * bpp < spent < 1.2 * bpp
+        assert 0.75 * bpp < spent < 1.03 * bpp
 
 
 def test_packets_come_while_frames_are_read() -> None:
@@ -139,11 +140,39 @@ def test_other_arithmetic_degrades_and_does_not_lose_step(packets: list[bytes]) 
     assert all(loss < 1.0 for loss in halves), halves
 
 
-def test_what_a_decoder_draws_is_what_the_encoder_saw() -> None:
-    """Bit for bit on the same machine: a second encoding of what was decoded meets no error but the codec's."""
-    first = decoded(encoded(seed=9))
-    assert np.array_equal(first, decoded(encoded(seed=9)))
-    assert not np.array_equal(first, decoded(encoded(seed=10)))
+@pytest.mark.parametrize("residual", [0.0, 0.3, 1e-5])
+def test_what_a_decoder_draws_is_what_the_encoder_saw(residual: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit on the same machine, also where a residual is larger than its numbers can tell."""
+    made: list[torch.Tensor] = []
+    step = ChunkLoop.step
+
+    def noted(loop: ChunkLoop, *arguments: Any) -> Any:
+        found = step(loop, *arguments)
+        made.append(found.latents.clone())
+        return found
+
+    monkeypatch.setattr(ChunkLoop, "step", noted)
+    coded = encoded(frames=25, residual=residual)
+    saw, made = made, []
+    decoded(coded)
+    assert len(saw) == len(made) == 3
+    assert all(torch.equal(a, b) for a, b in zip(saw, made, strict=True))
+
+
+def test_seeds_draw_other_atoms() -> None:
+    assert not np.array_equal(decoded(encoded(seed=9)), decoded(encoded(seed=10)))
+
+
+def test_loras_do_not_change_and_memory_is_counted_while_a_video_is_coded() -> None:
+    pipe = CausalVideoPipeline.from_pretrained("toybox")
+    packets = encode(pipe, video(), PROMPT, text_seed=SEED)
+    next(packets)
+    assert len(pipe.open_streams) == 1
+    assert pipe.open_streams.planned_bytes > 0
+    with pytest.raises(ConfigError, match="cannot change under an open stream"):
+        pipe.unload_lora_weights()
+    list(packets)
+    assert len(pipe.open_streams) == 0
 
 
 @pytest.mark.parametrize("lost", [1, 2, 3])
@@ -177,7 +206,7 @@ def test_a_whole_packet_with_wrong_content_is_lost(packets: list[bytes], trial: 
     wrong = bytes(np.random.default_rng(trial).integers(0, 256, len(own.content) + 40 * (trial % 2), np.uint8))
     chunks = list(decode(pipe_of(), [*packets[:2], pack_chunk(1, wrong), packets[3]]))
     assert sum(len(chunk.frames) for chunk in chunks if chunk.frames is not None) == FRAMES
-    assert not chunks[0].lost
+    assert [chunk.lost for chunk in chunks] == [False, trial % 2 == 1 or chunks[1].lost, False]
 
 
 def test_what_does_not_fit_is_refused_by_name(packets: list[bytes]) -> None:

@@ -1,0 +1,91 @@
+"""`compress` and `decompress` as commands, alone and under torchrun."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import pytest
+from click.testing import CliRunner
+
+from causalrope_sp.cli.main import cli
+
+PROMPT = "a red circle slides right"
+
+
+def run(*words: object) -> tuple[int, str]:
+    result = CliRunner().invoke(cli, [str(word) for word in words])
+    return result.exit_code, result.output
+
+
+@pytest.fixture(scope="module")
+def compressed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("compressed")
+    assert run("generate", PROMPT, "--frames", 25, "--seed", 3, "--out", folder / "in.mp4")[0] == 0
+    status, output = run(
+        "compress", folder / "in.mp4", folder / "v.cvc", "--prompt", PROMPT, "--text-seed", 3, "--json"
+    )
+    assert status == 0, output
+    assert json.loads(output)["bytes"] == (folder / "v.cvc").stat().st_size < 400
+    return folder / "v.cvc"
+
+
+def frames_of(path: Path) -> int:
+    with av.open(str(path)) as container:
+        return sum(1 for _ in container.decode(video=0))
+
+
+def test_a_video_comes_back(compressed: Path, tmp_path: Path) -> None:
+    status, output = run("decompress", compressed, tmp_path / "back.mp4", "--json")
+    assert status == 0, output
+    assert json.loads(output)["frames"] == frames_of(tmp_path / "back.mp4") == 25
+
+
+def test_what_was_decoded_of_a_cut_file_is_kept(compressed: Path, tmp_path: Path) -> None:
+    (tmp_path / "cut.cvc").write_bytes(compressed.read_bytes()[:-5])
+    status, output = run("decompress", tmp_path / "cut.cvc", tmp_path / "back.mp4")
+    assert status == 2
+    assert "cut off: it has 2 whole chunks and no last one" in output
+    assert frames_of(tmp_path / "back.mp4") == 21
+
+
+def test_ranks_decompress_together(compressed: Path, tmp_path: Path) -> None:
+    (tmp_path / "cut.cvc").write_bytes(compressed.read_bytes()[:-5])
+    for name, status, frames in (("v.cvc", 0, 25), ("cut.cvc", 1, 21)):
+        source, out = (compressed if status == 0 else tmp_path / name), tmp_path / f"{name}.mp4"
+        words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "causalrope_sp"]
+        ended = subprocess.run(
+            [sys.executable, *words, "decompress", source, out],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert ended.returncode == status, ended.stderr[-2000:]
+        assert frames_of(out) == frames
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--rate", 0), "rate must be above 0"),
+        (("--atoms", 1000), "atoms must be a power of two"),
+        (("--bits", 3), "most must be a power of two"),
+        (("--exact", "--dtype", "bfloat16"), "float64 on the cpu, not in bfloat16"),
+        (("--solver", "euler"), "No such option"),
+    ],
+)
+def test_wrong_options_are_named(compressed: Path, tmp_path: Path, words: tuple[object, ...], said: str) -> None:
+    status, output = run("compress", compressed.parent / "in.mp4", tmp_path / "o.cvc", "--prompt", PROMPT, *words)
+    assert status == 2
+    assert said in output
+    assert not (tmp_path / "o.cvc").exists()
+
+
+def test_what_is_no_compressed_video_is_refused(compressed: Path, tmp_path: Path) -> None:
+    status, output = run("decompress", compressed.parent / "in.mp4", tmp_path / "back.mp4")
+    assert status == 2
+    assert "does not begin with CVC" in output
