@@ -23,7 +23,7 @@ from causalrope_sp.distributed import SequenceParallel
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.models.block import ForwardPass
 from causalrope_sp.models.causal_dit import CausalDiT
-from causalrope_sp.reuse.output_store import Compute
+from causalrope_sp.reuse.output_store import Compute, Gate
 from causalrope_sp.reuse.policy import CAUSAL_KINDS, Broadcast, Kind, ReusePolicy
 
 Key = tuple[Kind, int, int, int]  # kind, layer, step, steps back to the other output; 0: the output itself
@@ -164,9 +164,9 @@ def recording(model: CausalDiT, reach: int) -> Iterator[Recorder]:
         tokens, step = args
         recorder.begin(step)
 
-        def output(layer: int, kind: Kind, compute: Compute) -> Tensor:
-            found = step.output(layer, kind, compute)
-            recorder.note(kind, layer, found)
+        def output(layer: int, kind: Kind, compute: Compute, gate: Gate) -> tuple[Tensor, Gate]:
+            found = step.output(layer, kind, compute, gate)
+            recorder.note(kind, layer, found[0])
             return found
 
         return tokens, replace(step, output=output)
