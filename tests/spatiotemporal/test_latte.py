@@ -29,24 +29,8 @@ from causalrope_sp.spatiotemporal.latte import LatteConfig, LatteDiT, LatteStrea
 from causalrope_sp.spatiotemporal.latte.latte_stream import frame_positions, frame_times
 from causalrope_sp.spatiotemporal.model import SpatioTemporalPass
 from tests.support.exchange_formulas import received_by_switches
+from tests.support.latte_folder import SIZES
 
-SIZES: dict[str, Any] = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 12,
-    "in_channels": 4,
-    "out_channels": 8,
-    "num_layers": 2,
-    "cross_attention_dim": 24,
-    "attention_bias": True,
-    "sample_size": 8,
-    "patch_size": 2,
-    "activation_fn": "gelu-approximate",
-    "norm_type": "ada_norm_single",
-    "norm_elementwise_affine": False,
-    "norm_eps": 1e-6,
-    "caption_channels": 10,
-    "video_length": 5,
-}
 GRID = LatentGrid(3, 5)  # not square, not the size that positions were learned at, uneven on 2 ranks
 VIDEO = Chunk(0, 0, 5)  # and so are 5 frames on 2 and on 3
 STEPS = tuple(950.0 - 100 * n for n in range(10))
