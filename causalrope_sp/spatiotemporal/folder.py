@@ -20,21 +20,24 @@ from causalrope_sp.io.json_files import read_object
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
-Kind = Literal["latte"]
-NAMES: dict[Kind, str] = {"latte": "Latte"}
+Kind = Literal["latte", "open-sora"]
+NAMES: dict[Kind, str] = {"latte": "Latte", "open-sora": "Open-Sora 1.2"}
 T = TypeVar("T")
 
 
 def kind_of(model: str | os.PathLike[str]) -> Kind | None:
     """Returns which whole-video model a folder holds; None for anything else.
 
-    A Latte folder is one of diffusers' `LattePipeline`.
+    A Latte folder is one of diffusers' `LattePipeline`. An Open-Sora folder has the published models as transformer/
+    (STDiT3), vae/, text_encoder/ and tokenizer/.
 
     Args:
         model: a path, or a name that is none.
     """
     index = _read(Path(model) / "model_index.json")
-    return "latte" if index.get("_class_name") == "LattePipeline" else None
+    if index.get("_class_name") == "LattePipeline":
+        return "latte"
+    return "open-sora" if _read(Path(model) / "transformer" / "config.json").get("model_type") == "STDiT3" else None
 
 
 def _read(file: Path) -> dict[str, object]:

@@ -13,7 +13,7 @@ from causalrope_sp.spatiotemporal.video_pipeline import VideoOptions, WholeVideo
 def open_video_pipeline(
     folder: str | PathLike[str], options: VideoOptions | None = None, parallel: SequenceParallel | None = None
 ) -> WholeVideoPipeline:
-    """Opens a folder of Latte. Every rank must call.
+    """Opens a folder of Latte or Open-Sora. Every rank must call.
 
     Args:
         folder: the folder; see `kind_of`.
@@ -27,8 +27,14 @@ def open_video_pipeline(
         CheckpointError: the folder holds no such model, or a part cannot be read.
         ConfigError: a size does not fit the model.
     """
-    if kind_of(folder) is None:
-        raise CheckpointError(f"{folder} is no folder of Latte")
-    from causalrope_sp.spatiotemporal.latte.latte_pipeline import LattePipeline
+    kind = kind_of(folder)
+    if kind is None:
+        raise CheckpointError(f"{folder} is no folder of Latte or Open-Sora")
+    chosen = options or VideoOptions()
+    if kind == "latte":
+        from causalrope_sp.spatiotemporal.latte.latte_pipeline import LattePipeline
 
-    return LattePipeline(folder, options or VideoOptions(), parallel)
+        return LattePipeline(folder, chosen, parallel)
+    from causalrope_sp.spatiotemporal.open_sora.open_sora_pipeline import OpenSoraPipeline
+
+    return OpenSoraPipeline(folder, chosen, parallel)

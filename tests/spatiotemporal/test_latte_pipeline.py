@@ -158,8 +158,10 @@ def test_the_models_own_settings(folder: Path, tmp_path: Path) -> None:
         (["--reuse", "pab:open-sora", "--steps", "2"], "reuse: the rule for"),
     ],
 )
-def test_wrong_options_are_one_line(folder: Path, words: list[str], said: str) -> None:
-    done = CliRunner().invoke(cli, ["generate", PROMPT, "--model", str(folder), *words])
+def test_wrong_options_are_one_line(folder: Path, tmp_path: Path, words: list[str], said: str) -> None:
+    done = CliRunner().invoke(
+        cli, ["generate", PROMPT, "--model", str(folder), "--out", str(tmp_path / "v.mp4"), *words]
+    )
     assert (done.exit_code, done.output.count("\n")) == (2, 1), done.output
     assert said in done.output
 
@@ -196,6 +198,6 @@ def test_a_folder_says_what_it_is(folder: Path, tmp_path: Path) -> None:
     assert kind_of("toybox") is None
     (tmp_path / "model_index.json").write_text("{")
     assert kind_of(tmp_path) is None
-    with pytest.raises(CheckpointError, match="is no folder of Latte"):
+    with pytest.raises(CheckpointError, match="is no folder of Latte or Open-Sora"):
         open_video_pipeline(tmp_path)
     assert DDPMScheduler.__name__ not in SCHEDULERS

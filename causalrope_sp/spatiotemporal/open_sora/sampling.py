@@ -16,10 +16,10 @@ from causalrope_sp.reuse.policy import ReusePolicy
 from causalrope_sp.spatiotemporal.guidance import Guidance
 from causalrope_sp.spatiotemporal.open_sora.open_sora_dit import OpenSoraDiT
 from causalrope_sp.spatiotemporal.open_sora.open_sora_stream import OpenSoraStream
+from causalrope_sp.spatiotemporal.open_sora.open_sora_vae import CLIP_FRAMES, CLIP_LATENT_FRAMES
 
 TRAIN_STEPS = 1000
 LEARNED_PIXELS = 512 * 512  # of a frame for which the timesteps are not shifted
-CLIP_FRAMES, CLIP_LATENT_FRAMES = 17, 5  # the VAE's
 
 
 def timesteps(steps: int, height: int, width: int, frames: int) -> tuple[float, ...]:
@@ -92,4 +92,6 @@ def sample(
         velocity = guidance.combine(predicted.unflatten(-1, (-1, model.config.predicted_channels)))
         velocity = velocity[..., : model.config.in_channels].flatten(-2)
         moving += velocity[:, tokens.shape[1] - moving.shape[1] :] * ((t - after) / TRAIN_STEPS)
+    if stream.outputs is not None:
+        parallel.comm_stats.keep(stream.outputs.most_bytes)
     return grid.unpatchify(stream.gather(tokens, video))
