@@ -76,6 +76,16 @@ class ForwardPass:
         """The frames of the pass."""
         return self.rotation.query_times_F.shape[0]
 
+    @property
+    def timestep(self) -> float | None:
+        """The timestep of the frames that are denoised; None in a context pass by itself."""
+        return float(self.timesteps_F.flatten()[-1]) or None
+
+    @property
+    def denoised_tokens(self) -> int:
+        """How many of the last tokens are denoised."""
+        return self.predicted_frames * self.rotation.tokens
+
 
 class SelfAttention(nn.Module):
     """The weights of self-attention, with an RMSNorm of q and k over all of D."""

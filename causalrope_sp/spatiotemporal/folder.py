@@ -40,6 +40,15 @@ def kind_of(model: str | os.PathLike[str]) -> Kind | None:
     return "open-sora" if _read(Path(model) / "transformer" / "config.json").get("model_type") == "STDiT3" else None
 
 
+def read_config(folder: Path) -> dict[str, object]:
+    """Returns the config.json of a folder's transformer.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    return load_part(folder / "transformer", lambda path: read_object(path / "config.json"))
+
+
 def _read(file: Path) -> dict[str, object]:
     """The content of a JSON file; nothing if it is none, which whoever opens the model reports."""
     try:

@@ -61,6 +61,8 @@ class SpatioTemporalPass:
         operations: the operations between the matrix products.
         settled: what `SpatioTemporalDiT.settled` returns for these operations.
         output: returns the output of each attention and feed-forward, and its gate; see `OutputOf`.
+        timestep: the timestep of the frames that are denoised.
+        denoised_tokens: F·S.
     """
 
     modulation: PassModulation
@@ -73,6 +75,8 @@ class SpatioTemporalPass:
     operations: PassOperations
     settled: SettledModel
     output: OutputOf
+    timestep: float
+    denoised_tokens: int
 
     @property
     def tokens(self) -> int:

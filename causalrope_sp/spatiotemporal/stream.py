@@ -128,6 +128,8 @@ class SpatioTemporalStream(ABC):
             operations=self._operations,
             settled=self._settled,
             output=output,
+            timestep=timestep,
+            denoised_tokens=len(own) * sum(self._tokens),
         )
         return self._model(tokens_BfSE.to(self._model.dtype), step).to(tokens_BfSE.dtype)
 

@@ -87,8 +87,10 @@ class WholeVideoPipeline(ABC):
         folder: the folder.
         options: how it is loaded and sampled.
         parallel: the ranks; None is one process.
+        model: the transformer; None loads that of the folder.
 
     Attributes:
+        model: the transformer.
         settings: the settings in use.
         parallel: the ranks.
 
@@ -100,14 +102,18 @@ class WholeVideoPipeline(ABC):
     strategy = "dynamic"  # how ranks share attention, for reports
 
     def __init__(
-        self, folder: str | PathLike[str], options: VideoOptions, parallel: SequenceParallel | None = None
+        self,
+        folder: str | PathLike[str],
+        options: VideoOptions,
+        parallel: SequenceParallel | None = None,
+        model: Any = None,
     ) -> None:
         self.folder, self.parallel = Path(folder), parallel or SequenceParallel.single()
         device = self.parallel.device
         dtype = options.dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         assert isinstance(dtype, torch.dtype), "VideoOptions checks it"
         self._dtype = dtype
-        self.model = self.parallel.everyone.run_collectively(self.load_model)
+        self.model = model or self.parallel.everyone.run_collectively(self.load_model)
         self.settings = self.parallel.everyone.run_collectively(lambda: self.default_settings().replaced(options))
         patch = STRIDE * self.model.config.patch_size
         for name, size in (("height", self.height), ("width", self.width)):
@@ -214,9 +220,18 @@ class WholeVideoPipeline(ABC):
         """What `load_decoder` returns, loaded for the first video."""
         return self._decoder
 
+    @staticmethod
+    @abstractmethod
+    def model_on_meta(folder: Path) -> Any:
+        """Makes the transformer of a folder from its config, without weights."""
+
     @abstractmethod
     def load_model(self) -> Any:
         """Loads the transformer."""
+
+    @abstractmethod
+    def timesteps(self, frames: int) -> tuple[float, ...]:
+        """Returns the timesteps of the passes of a video of so many pixel frames."""
 
     @abstractmethod
     def default_settings(self) -> VideoSettings:

@@ -228,6 +228,8 @@ def test_chunks_with_a_cache_are_one_forward_under_a_mask(pool: RankPool, folder
         operations=operations,
         settled=model.settled(operations),
         output=computed,
+        timestep=0.0,
+        denoised_tokens=tokens.shape[1] * tokens.shape[2],
     )
     whole = model(tokens, step)
     for ranks in (1, 2, 3):

@@ -16,8 +16,9 @@ from causalrope_sp.errors import CheckpointError, ConfigError
 from causalrope_sp.grid import Chunk, LatentGrid
 from causalrope_sp.io.json_files import read_object
 from causalrope_sp.reuse import ReusePolicy
-from causalrope_sp.spatiotemporal.folder import load_part, load_picture_vae
+from causalrope_sp.spatiotemporal.folder import load_part, load_picture_vae, read_config
 from causalrope_sp.spatiotemporal.guidance import Guidance
+from causalrope_sp.spatiotemporal.latte.latte_config import LatteConfig
 from causalrope_sp.spatiotemporal.latte.latte_dit import LatteDiT
 from causalrope_sp.spatiotemporal.latte.latte_stream import LatteStream
 from causalrope_sp.spatiotemporal.latte.latte_weights import load_latte
@@ -42,6 +43,18 @@ class LattePipeline(WholeVideoPipeline):
 
     model: LatteDiT
 
+    @staticmethod
+    def model_on_meta(folder: Path) -> LatteDiT:
+        """Makes the transformer of a folder from its config, without weights."""
+        return LatteDiT(LatteConfig.of_diffusers(read_config(folder)))
+
+    def timesteps(self, frames: int) -> tuple[float, ...]:
+        """Returns those of the folder's scheduler."""
+        return tuple(map(float, self._scheduler().timesteps))
+
+    def _scheduler(self) -> Any:
+        return load_scheduler(self.folder / "scheduler", self.settings.num_inference_steps, self.parallel.device)
+
     def load_model(self) -> LatteDiT:
         """Loads the transformer."""
         return load_latte(self.folder / "transformer", dtype=self._dtype, device=self.parallel.device)
@@ -65,7 +78,7 @@ class LattePipeline(WholeVideoPipeline):
         texts = [text.lower().strip() for text in (prompt, negative_prompt or "")]
         embeds, mask = self.texts(texts, self.model.config.caption_channels)
         conditional, unconditional = embeds[:, : int(mask[0].sum())].unsqueeze(1)  # both cut to the prompt's length
-        scheduler = load_scheduler(self.folder / "scheduler", self.settings.num_inference_steps, self.parallel.device)
+        scheduler = self._scheduler()
         guidance = Guidance(self.settings.guidance_scale, self.parallel)
         channels, predicted = self.model.config.in_channels, self.model.config.out_channels
         _, frames, _, height, width = noise_BFCHW.shape

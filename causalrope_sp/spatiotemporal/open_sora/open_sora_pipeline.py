@@ -6,11 +6,14 @@ Shapes: B batch, F latent frames, C latent channels, H×W latent size, T pixel f
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from torch import Tensor
 
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.reuse import ReusePolicy
+from causalrope_sp.spatiotemporal.folder import read_config
+from causalrope_sp.spatiotemporal.open_sora.open_sora_config import OpenSoraConfig
 from causalrope_sp.spatiotemporal.open_sora.open_sora_dit import OpenSoraDiT
 from causalrope_sp.spatiotemporal.open_sora.open_sora_stream import packed
 from causalrope_sp.spatiotemporal.open_sora.open_sora_vae import (
@@ -31,6 +34,15 @@ class OpenSoraPipeline(WholeVideoPipeline):
     many tokens as the prompt has, as published."""
 
     model: OpenSoraDiT
+
+    @staticmethod
+    def model_on_meta(folder: Path) -> OpenSoraDiT:
+        """Makes the transformer of a folder from its config, without weights."""
+        return OpenSoraDiT(OpenSoraConfig.of_published(read_config(folder)))
+
+    def timesteps(self, frames: int) -> tuple[float, ...]:
+        """Returns evenly spaced ones, shifted by the size of the video."""
+        return timesteps(self.settings.num_inference_steps, self.height, self.width, frames)
 
     def load_model(self) -> OpenSoraDiT:
         """Loads the transformer."""
@@ -65,15 +77,14 @@ class OpenSoraPipeline(WholeVideoPipeline):
         texts = [text.lower().strip() for text in (prompt, negative_prompt) if text is not None]
         embeds, mask = self.texts(texts, self.model.config.caption_channels)
         null, null_mask = (self.model.null_text[None], mask) if negative_prompt is None else (embeds[1:], mask[1:])
-        settings = self.settings
         return sample(
             self.model,
             noise_BFCHW,
             packed(embeds[:1], mask[:1]),
             packed(null, null_mask),
-            timesteps=timesteps(settings.num_inference_steps, settings.height, settings.width, frames),
-            guidance_scale=settings.guidance_scale,
-            fps=settings.fps,
+            timesteps=self.timesteps(frames),
+            guidance_scale=self.settings.guidance_scale,
+            fps=self.fps,
             parallel=self.parallel,
             reuse=reuse,
         )
