@@ -152,8 +152,8 @@ class Passed(nn.Module):
 
 
 def with_cache_dit(model: LatteTransformer3DModel) -> Predict:
-    """cache-dit, with a threshold at which it skips about as much as PAB does, and a first block and a warm-up that suit
-    so few layers and steps. With its own threshold of 0.08 it skips nothing here."""
+    """cache-dit, with a threshold at which it skips about as much as PAB does, and a first block and a warm-up that
+    suit so few layers and steps. With its own threshold of 0.08 it skips nothing here."""
     import cache_dit
 
     pairs = zip(model.transformer_blocks, model.temporal_transformer_blocks, strict=True)

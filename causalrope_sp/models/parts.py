@@ -43,7 +43,7 @@ class Residual(NamedTuple):
         x, branch, gate = self
         if branch is None:
             return x
-        return x + (branch if gate is None else gated(branch, gate)).to(x.dtype)
+        return (x + (branch if gate is None else gated(branch, gate))).to(x.dtype)
 
 
 Compute = Callable[[Tensor, int, Any, int | None], Tensor]

@@ -167,6 +167,7 @@ class WholeVideoPipeline(ABC):
             {"prompt": prompt, "negative prompt": negative_prompt, "frames": frames, "seed": seed, "reuse": policy}
             | vars(self.settings)
         )
+        self.parallel.everyone.run_collectively(lambda: self.decoder if self.parallel.rank == 0 else None)
         started = time.perf_counter()
         with torch.no_grad():
             latents = self.latents(self._noise(frames, seed), frames, prompt, negative_prompt, policy)
@@ -217,7 +218,7 @@ class WholeVideoPipeline(ABC):
 
     @property
     def decoder(self) -> Any:
-        """What `load_decoder` returns, loaded for the first video."""
+        """What `load_decoder` returns, loaded before the first video."""
         return self._decoder
 
     @staticmethod

@@ -115,6 +115,21 @@ def test_the_first_calls_are_the_references(folder: Path, cases: Path) -> None:
         assert relative(grid.unpatchify(found)[:, given:], expected[:, given:]) < 1e-10
 
 
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+def test_a_pass_in_other_dtypes(folder: Path, cases: Path, dtype: torch.dtype, bound: float) -> None:
+    """Against float64, with outputs stored gated, in the dtype of the tokens."""
+    case, grid = OpenSoraCase.load(cases / "open-sora-plain.safetensors"), LatentGrid(4, 3)
+    policy, at = ReusePolicy((Broadcast("self", 2), Broadcast("temporal-mlp", 2)), "gated"), (1000.0, 900.0)
+    found = {}
+    for each in (torch.float64, dtype):
+        model = load_open_sora(folder, dtype=each)
+        stream = OpenSoraStream(model, case.texts[0], grid, fps=24, timesteps=at, reuse=policy)
+        tokens = grid.patchify(case.noise)
+        found[each] = [stream.denoise(Chunk(0, 0, 5), tokens, t) for t in at][1]
+        assert found[each].dtype == torch.float64
+    assert 0 < relative(found[dtype], found[torch.float64]) < bound
+
+
 def test_timesteps_are_the_references(cases: Path) -> None:
     case = OpenSoraCase.load(cases / "open-sora-plain.safetensors")
     torch.testing.assert_close(torch.tensor(case.timesteps, dtype=torch.float64), case.tensors["timesteps"])
