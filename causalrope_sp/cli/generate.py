@@ -21,7 +21,7 @@ from causalrope_sp.io.video_writer import VideoWriter, check_alone, check_output
 from causalrope_sp.pipeline.offload import Offload
 from causalrope_sp.reuse import find_policy
 from causalrope_sp.siblings import Siblings
-from causalrope_sp.spatiotemporal.folder import kind_of
+from causalrope_sp.spatiotemporal.kinds import kind_of
 
 if TYPE_CHECKING:
     from rich.progress import Progress

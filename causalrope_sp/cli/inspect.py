@@ -15,7 +15,7 @@ from causalrope_sp.cli.options import complete_model, complete_preset, parse_ste
 from causalrope_sp.cli.runtime import rank
 from causalrope_sp.cli.whole_video import check_whole_video, inspect_whole_video
 from causalrope_sp.errors import CheckpointError, escaped_line, first_line
-from causalrope_sp.spatiotemporal.folder import kind_of
+from causalrope_sp.spatiotemporal.kinds import kind_of
 
 if TYPE_CHECKING:
     from causalrope_sp.weights import AdapterReport, CheckpointReport

@@ -24,7 +24,7 @@ from causalrope_sp.cli.options import complete_model
 from causalrope_sp.cli.whole_video import check_whole_video, plan_whole_video
 from causalrope_sp.errors import ConfigError, printable
 from causalrope_sp.io.json_files import read_object
-from causalrope_sp.spatiotemporal.folder import kind_of
+from causalrope_sp.spatiotemporal.kinds import kind_of
 
 if TYPE_CHECKING:
     from causalrope_sp.planning.machines import Machine

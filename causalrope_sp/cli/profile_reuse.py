@@ -13,7 +13,7 @@ from causalrope_sp.cli.options import parse_steps
 from causalrope_sp.cli.runtime import rank
 from causalrope_sp.cli.whole_video import check_whole_video
 from causalrope_sp.errors import ConfigError
-from causalrope_sp.spatiotemporal.folder import kind_of
+from causalrope_sp.spatiotemporal.kinds import kind_of
 
 
 @click.command("profile-reuse")

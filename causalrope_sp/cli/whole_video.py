@@ -12,7 +12,7 @@ import click
 from click.core import ParameterSource
 
 from causalrope_sp.errors import ConfigError
-from causalrope_sp.spatiotemporal.folder import NAMES, Kind
+from causalrope_sp.spatiotemporal.kinds import NAMES, Kind
 
 if TYPE_CHECKING:
     from causalrope_sp.distributed import SequenceParallel

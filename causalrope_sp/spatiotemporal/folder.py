@@ -1,4 +1,4 @@
-"""Folders of whole-video models: which kind one is, its text encoder by transformers and its picture VAE by diffusers.
+"""Parts of a whole-video model's folder: its text encoder by transformers, its picture VAE by diffusers.
 
 Shapes: L text tokens, E the text encoder's width.
 """
@@ -6,10 +6,9 @@ Shapes: L text tokens, E the text encoder's width.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,24 +19,7 @@ from causalrope_sp.io.json_files import read_object
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
-Kind = Literal["latte", "open-sora"]
-NAMES: dict[Kind, str] = {"latte": "Latte", "open-sora": "Open-Sora 1.2"}
 T = TypeVar("T")
-
-
-def kind_of(model: str | os.PathLike[str]) -> Kind | None:
-    """Returns which whole-video model a folder holds; None for anything else.
-
-    A Latte folder is one of diffusers' `LattePipeline`. An Open-Sora folder has the published models as transformer/
-    (STDiT3), vae/, text_encoder/ and tokenizer/.
-
-    Args:
-        model: a path, or a name that is none.
-    """
-    index = _read(Path(model) / "model_index.json")
-    if index.get("_class_name") == "LattePipeline":
-        return "latte"
-    return "open-sora" if _read(Path(model) / "transformer" / "config.json").get("model_type") == "STDiT3" else None
 
 
 def read_config(folder: Path) -> dict[str, object]:
@@ -47,14 +29,6 @@ def read_config(folder: Path) -> dict[str, object]:
         CheckpointError: it cannot be read.
     """
     return load_part(folder / "transformer", lambda path: read_object(path / "config.json"))
-
-
-def _read(file: Path) -> dict[str, object]:
-    """The content of a JSON file; nothing if it is none, which whoever opens the model reports."""
-    try:
-        return read_object(file) if file.is_file() else {}
-    except (ValueError, OSError):
-        return {}
 
 
 def load_part(folder: Path, load: Callable[[Path], T]) -> T:

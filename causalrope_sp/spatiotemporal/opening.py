@@ -10,7 +10,7 @@ from causalrope_sp.distributed import SequenceParallel
 from causalrope_sp.errors import CheckpointError
 from causalrope_sp.reuse.policy import ReusePolicy
 from causalrope_sp.spatiotemporal.cost import VideoWork
-from causalrope_sp.spatiotemporal.folder import kind_of
+from causalrope_sp.spatiotemporal.kinds import kind_of
 from causalrope_sp.spatiotemporal.video_pipeline import STRIDE, VideoOptions, WholeVideoPipeline
 
 PLANNED_ITEMSIZE = 2  # bytes of bfloat16

@@ -30,7 +30,7 @@ from causalrope_sp.cli.main import cli
 from causalrope_sp.distributed import SequenceParallel
 from causalrope_sp.distributed.launch import RankPool
 from causalrope_sp.reuse import Broadcast, ReusePolicy
-from causalrope_sp.spatiotemporal.folder import kind_of
+from causalrope_sp.spatiotemporal.kinds import kind_of
 from causalrope_sp.spatiotemporal.latte.latte_pipeline import SCHEDULERS
 from causalrope_sp.spatiotemporal.opening import open_video_pipeline
 from causalrope_sp.spatiotemporal.video_pipeline import VideoOptions

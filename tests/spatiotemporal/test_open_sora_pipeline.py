@@ -20,7 +20,7 @@ from causalrope_sp.cli.main import cli
 from causalrope_sp.distributed import SequenceParallel
 from causalrope_sp.distributed.launch import RankPool
 from causalrope_sp.reuse import Broadcast, ReusePolicy
-from causalrope_sp.spatiotemporal.folder import kind_of
+from causalrope_sp.spatiotemporal.kinds import kind_of
 from causalrope_sp.spatiotemporal.open_sora import load_open_sora
 from causalrope_sp.spatiotemporal.open_sora.open_sora_vae import load_open_sora_vae
 from causalrope_sp.spatiotemporal.open_sora.sampling import sample, timesteps
