@@ -91,8 +91,8 @@ def profile_reuse(
         _check_causal(model)
     parallel = SequenceParallel.from_env()
     if whole_video is not None:
-        count: Any = parse_steps(steps)  # VideoOptions refuses timesteps
-        pipe: Any = open_video_pipeline(model, VideoOptions(num_inference_steps=count), parallel)
+        video_options = VideoOptions(num_inference_steps=parse_steps(steps))  # type: ignore[arg-type]  # refuses lists
+        pipe: Any = open_video_pipeline(model, video_options, parallel)
         layers, kinds = len(pipe.model.spatial), pipe.model.kinds
     else:
         pipe = CausalVideoPipeline.from_pretrained(model, parallel=parallel, num_inference_steps=parse_steps(steps))
