@@ -46,9 +46,11 @@ def load_part(folder: Path, load: Callable[[Path], T]) -> T:
     """
     if not folder.is_dir():
         raise CheckpointError(f"no {folder.name} at {folder}: no such folder")
+    dtype = torch.get_default_dtype()
     try:
         return load(folder)
     except Exception as error:  # the libraries raise whatever their code meets
+        torch.set_default_dtype(dtype)  # transformers leaves that of a model it could not build
         raise CheckpointError(f"cannot read {folder}: {first_line(error)}") from error
 
 

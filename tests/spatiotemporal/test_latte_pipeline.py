@@ -190,6 +190,7 @@ def test_parts_that_do_not_fit_are_one_line(
     with pytest.raises((CheckpointError, ConfigError), match=said) as raised:
         list(opened(tmp_path).stream(PROMPT, num_frames=2))
     assert "\n" not in str(raised.value)
+    assert torch.get_default_dtype() == torch.float32, "transformers' default dtype stayed"
 
 
 def test_a_folder_says_what_it_is(folder: Path, tmp_path: Path) -> None:
