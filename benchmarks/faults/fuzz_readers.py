@@ -115,7 +115,7 @@ def _load_case(home: Path, path: Path) -> None:
 
 
 def _load_latte(home: Path, path: Path) -> None:
-    from causalrope_sp.latte import load_latte
+    from causalrope_sp.spatiotemporal.latte import load_latte
 
     load_latte(path.parent)
 

@@ -15,11 +15,13 @@ from causalrope_sp.cli.options import parse_steps
 from causalrope_sp.cli.preview import StepReporter, check_parallel_chunks
 from causalrope_sp.cli.runtime import Background, Terminated, rank, ranks, set_up_logging, shares_rank_0_disk
 from causalrope_sp.cli.threads import log_threads
+from causalrope_sp.cli.whole_video import check_whole_video, whole_video_items
 from causalrope_sp.errors import CausalRopeError, ConfigError, RankLostError, escaped_line
 from causalrope_sp.io.video_writer import VideoWriter, check_alone, check_output
 from causalrope_sp.pipeline.offload import Offload
 from causalrope_sp.reuse import find_policy
 from causalrope_sp.siblings import Siblings
+from causalrope_sp.spatiotemporal.kinds import kind_of
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -47,6 +49,9 @@ def generate(
     frame rate. With --strength the result is no longer than --video.
     """
     options["num_inference_steps"] = parse_steps(options.pop("steps"))
+    whole_video = kind_of(model)
+    if whole_video is not None:
+        check_whole_video(whole_video, options)
     _check(model, prompt, text_embeds, out, options)
     if shares_rank_0_disk():
         check_output(out)
@@ -62,7 +67,7 @@ def generate(
         from causalrope_sp.pipeline.load_options import LoadOptions
         from causalrope_sp.pipeline.pipeline import CausalVideoPipeline
 
-        loading = LoadOptions(**{name: options[name] for name in LOADING})
+        loading = None if whole_video else LoadOptions(**{name: options[name] for name in LOADING})
         parallel = SequenceParallel.from_env(
             device=None if options["device"] is None else check_device(options["device"]),
             timeout_s=timeout,
@@ -71,11 +76,14 @@ def generate(
             siblings=siblings,
             **{name: options[name] for name in RANKS},
         )
-        pipe = CausalVideoPipeline.from_pretrained(model, loading, parallel=parallel)
-        yield pipe
-        report = StepReporter(out, pipe.fps, as_json) if parallel_chunks else None
-        call = {name: options[name] for name in CALL}
-        yield from pipe.stream(prompt, prompt_embeds=text_embeds, callback_on_step_end=report, **call)
+        if whole_video is not None:
+            yield from whole_video_items(model, prompt, options, parallel)
+        else:
+            pipe = CausalVideoPipeline.from_pretrained(model, loading, parallel=parallel)
+            yield pipe
+            report = StepReporter(out, pipe.fps, as_json) if parallel_chunks else None
+            call = {name: options[name] for name in CALL}
+            yield from pipe.stream(prompt, prompt_embeds=text_embeds, callback_on_step_end=report, **call)
         parallel.close()
 
     siblings, background = Siblings(), Background(generated)
@@ -89,7 +97,8 @@ def _check(model: str, prompt: str | None, text_embeds: str | None, out: str, op
     """Raises ConfigError for wrong options before anything slow is imported, and completes the options."""
     from causalrope_sp.checks import check_whole
 
-    check_whole("--frames", options["num_frames"])
+    if options["num_frames"] is not None:
+        check_whole("--frames", options["num_frames"])
     given = click.get_current_context().get_parameter_source("num_frames") is not click.core.ParameterSource.DEFAULT
     if options.pop("endless"):
         if given:

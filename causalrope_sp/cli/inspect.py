@@ -13,7 +13,9 @@ import click
 from causalrope_sp.cli.model_options import CHUNK_FRAMES, SHIFT, SINK, WINDOW
 from causalrope_sp.cli.options import complete_model, complete_preset, parse_steps
 from causalrope_sp.cli.runtime import rank
+from causalrope_sp.cli.whole_video import check_whole_video, inspect_whole_video
 from causalrope_sp.errors import CheckpointError, escaped_line, first_line
+from causalrope_sp.spatiotemporal.kinds import kind_of
 
 if TYPE_CHECKING:
     from causalrope_sp.weights import AdapterReport, CheckpointReport
@@ -44,6 +46,13 @@ def inspect(path: str, part: str | None, preset: str | None, steps: str | None, 
     Of a LoRA it reports the kind, whose names it has, ranks and scales. The exit status is 1 if the file cannot be
     loaded.
     """
+    whole_video = kind_of(path)
+    if whole_video is not None:
+        check_whole_video(whole_video, {})
+        if rank() == 0:
+            fields = inspect_whole_video(path, whole_video)
+            click.echo(json.dumps(fields) if as_json else _as_text(fields, ()))
+        return 0
     adapter = None if part is not None else _adapter(path)
     if adapter is not None:
         if rank() == 0:

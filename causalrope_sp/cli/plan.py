@@ -21,8 +21,10 @@ from causalrope_sp.cli.model_options import (
 )
 from causalrope_sp.cli.numbers import FLOAT, INTEGER, IntRange
 from causalrope_sp.cli.options import complete_model
+from causalrope_sp.cli.whole_video import check_whole_video, plan_whole_video
 from causalrope_sp.errors import ConfigError, printable
 from causalrope_sp.io.json_files import read_object
+from causalrope_sp.spatiotemporal.kinds import kind_of
 
 if TYPE_CHECKING:
     from causalrope_sp.planning.machines import Machine
@@ -144,6 +146,12 @@ def plan(
     from causalrope_sp.reuse import find_policy
 
     policy, offload = None if reuse is None else find_policy(reuse), Offload.of(options["offload"])
+    whole_video = kind_of(model)
+    if whole_video is not None:
+        check_whole_video(whole_video, options)
+        on = describe_machine(gpu, link, measured)
+        click.echo(plan_whole_video(model, policy, ranks, on, as_json, options))
+        return
     planned = PlannedModel.open(model).override(**{name: options[name] for name in OVERRIDES})
     fp8 = options["weights"] == "fp8"
     work = dataclasses.replace(planned.workload(policy), fp8=fp8, history=history, kept_chunks=kept_chunks)

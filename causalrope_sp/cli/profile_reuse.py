@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
 from causalrope_sp.cli.numbers import FLOAT, SEED, IntRange
 from causalrope_sp.cli.options import parse_steps
 from causalrope_sp.cli.runtime import rank
+from causalrope_sp.cli.whole_video import check_whole_video
 from causalrope_sp.errors import ConfigError
+from causalrope_sp.spatiotemporal.kinds import kind_of
 
 
 @click.command("profile-reuse")
@@ -70,27 +73,36 @@ def profile_reuse(
     For each kind of output it proposes how often to compute it, so that no reused output differs by more than --bound.
     """
     from causalrope_sp.distributed import SequenceParallel
-    from causalrope_sp.pipeline.load_options import LoadOptions
-    from causalrope_sp.pipeline.model_source import find_model
     from causalrope_sp.pipeline.pipeline import CausalVideoPipeline
     from causalrope_sp.profiling import profile_report as report
     from causalrope_sp.profiling.outputs import check_bound, propose, recording
     from causalrope_sp.reuse import write_policy
+    from causalrope_sp.reuse.policy import CAUSAL_KINDS
+    from causalrope_sp.spatiotemporal.opening import open_video_pipeline
+    from causalrope_sp.spatiotemporal.video_pipeline import VideoOptions
 
     check_bound(bound)
     report.check_files(out, plot)
-    config = find_model(model, LoadOptions())
-    if config.vin is not None or config.transformer_2 is not None:
-        why = "makes its chunks in parallel" if config.vin is not None else "has two transformers"
-        raise ConfigError(f"{model} {why}, where nothing is reused")
+    whole_video = kind_of(model)
+    options = {"frames": frames}
+    if whole_video is not None:
+        check_whole_video(whole_video, options, "frames")
+    else:
+        _check_causal(model)
     parallel = SequenceParallel.from_env()
-    pipe = CausalVideoPipeline.from_pretrained(model, parallel=parallel, num_inference_steps=parse_steps(steps))
+    if whole_video is not None:
+        video_options = VideoOptions(num_inference_steps=parse_steps(steps))  # type: ignore[arg-type]  # refuses lists
+        pipe: Any = open_video_pipeline(model, video_options, parallel)
+        layers, kinds = len(pipe.model.spatial), pipe.model.kinds
+    else:
+        pipe = CausalVideoPipeline.from_pretrained(model, parallel=parallel, num_inference_steps=parse_steps(steps))
+        layers, kinds = pipe.model.config.num_layers, CAUSAL_KINDS
     with recording(pipe.model, max_range - 1) as recorder:
         for number, prompt in enumerate(prompts):
             recorder.forget_streams()
-            for _ in pipe.stream(prompt, num_frames=frames, seed=seed + number):
+            for _ in pipe.stream(prompt, num_frames=options["frames"], seed=seed + number):
                 pass
-    profile = recorder.profile(pipe.model.config.num_layers, parallel)
+    profile = recorder.profile(layers, parallel, kinds)
     policy = propose(profile, bound)
     parallel.close()
     if rank() != 0:
@@ -103,3 +115,14 @@ def profile_reuse(
         click.echo(json.dumps(report.fields(profile, policy, bound)))
     else:
         click.echo(report.text(profile, policy, bound))
+
+
+def _check_causal(model: str) -> None:
+    """Raises ConfigError for a model whose outputs are not reused."""
+    from causalrope_sp.pipeline.load_options import LoadOptions
+    from causalrope_sp.pipeline.model_source import find_model
+
+    config = find_model(model, LoadOptions())
+    if config.vin is not None or config.transformer_2 is not None:
+        why = "makes its chunks in parallel" if config.vin is not None else "has two transformers"
+        raise ConfigError(f"{model} {why}, where nothing is reused")

@@ -1,7 +1,7 @@
 """Dynamic sequence parallelism (arXiv 2403.10266): the axis that is not attended is sharded, an all-to-all switches it.
 
 For attention within frames a rank holds whole frames; for attention across frames it holds all frames of some tokens.
-The numbers of frames, and of tokens, of two ranks differ by at most one.
+A rank may hold no frame.
 
 Shapes: B batch, F frames and S tokens of a frame, f and s those of this rank, D numbers in a token, N = B·s.
 """
@@ -14,29 +14,8 @@ import torch
 from torch import Tensor
 
 from causalrope_sp.distributed.communicator import Communicator
-from causalrope_sp.errors import ConfigError
-from causalrope_sp.grid import shares
 
 KIND = "switch"  # the kind in `CommStats`
-
-
-def split_evenly(count: int, ranks: int, what: str) -> list[int]:
-    """Splits `count` things over the ranks, in parts that differ by at most one.
-
-    Args:
-        count: how many things there are.
-        ranks: how many ranks there are.
-        what: the plural name of the things, for the message.
-
-    Returns:
-        How many things each rank gets, in order of rank.
-
-    Raises:
-        ConfigError: there are more ranks than things.
-    """
-    if ranks > count:
-        raise ConfigError(f"{ranks} ranks are more than {count} {what}")
-    return shares(count, ranks)
 
 
 class AxisSwitch:

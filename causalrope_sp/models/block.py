@@ -8,15 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property, partial
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from causalrope_kernels import Affine, Keys, Modulation, PassOperations, Projection, Rotation, rms_norm
-from causalrope_kernels.arguments import Norm
+from causalrope_kernels import Affine, Keys, PassOperations, Projection, Rotation, rms_norm
 from causalrope_sp.config import DiTConfig
+from causalrope_sp.models.modulation import PassModulation, modulation_table
+from causalrope_sp.models.parts import (
+    BlockForward,
+    FeedForward,
+    SettledModel,
+    TextAttention,
+    attention_module,
+    feed_forward_module,
+    linear,
+    settled_block,
+    text_module,
+)
 from causalrope_sp.reuse.output_store import OutputOf, computed
 
 Attend = Callable[[int, Projection], Tensor]
@@ -30,57 +39,6 @@ class ContextKeys(NamedTuple):
 
 
 TextContext = list[ContextKeys]  # one entry per layer
-
-
-class BlockModulation(NamedTuple):
-    """The norms before self-attention and the feed-forward, and the gates, (…, F, D), after them."""
-
-    norm_1: Norm
-    gate_1: Tensor
-    norm_2: Norm
-    gate_2: Tensor
-
-
-@dataclass(frozen=True)
-class PassModulation:
-    """What the model computes of the timesteps of a pass, and of nothing else.
-
-    Args:
-        blocks_L6FD: shift, factor (one plus the scale) and gate of self-attention, then of the feed-forward, of every
-            block, (L, 6, …, F, D), in float32 or wider.
-        head_2FD: shift and factor of the head, (2, …, F, D).
-        eps: the epsilon of the norms.
-    """
-
-    blocks_L6FD: Tensor
-    head_2FD: Tensor
-    eps: float
-
-    @cached_property
-    def blocks(self) -> list[BlockModulation]:
-        """Norms and gates block by block."""
-        return [self._block(*vectors_6FD.unbind(0)) for vectors_6FD in self.blocks_L6FD.unbind(0)]
-
-    @cached_property
-    def head(self) -> Norm:
-        """The norm of the head for all frames."""
-        return self.norm(*self.head_2FD)
-
-    def last(self, groups: int) -> tuple[BlockModulation, Norm]:
-        """Returns what the last block and the head take for the last `groups` timesteps; norm_1 is that of all."""
-        vectors_6FD = self.blocks_L6FD[-1][..., -groups:, :]
-        block = self._block(*vectors_6FD.unbind(0))._replace(norm_1=self.blocks[-1].norm_1)
-        return block, self.norm(*self.head_2FD[..., -groups:, :])
-
-    def _block(self, shift_1: Tensor, factor_1: Tensor, gate_1: Tensor, *last: Tensor) -> BlockModulation:
-        shift_2, factor_2, gate_2 = last
-        return BlockModulation(self.norm(shift_1, factor_1), gate_1, self.norm(shift_2, factor_2), gate_2)
-
-    def norm(self, shift: Tensor, factor: Tensor) -> Norm:
-        """Returns the norm that these vectors, (…, F, D), modulate: with F = 1 all tokens share them."""
-        if shift.shape[:-1] == (1,):
-            return Affine(factor[0], shift[0], self.eps)
-        return Modulation(shift, factor, self.eps)
 
 
 @dataclass(frozen=True)
@@ -97,8 +55,9 @@ class ForwardPass:
             attend, (B, T, H, d).
         operations: the operations between the matrix products.
         settled: what `CausalDiT.settled` returns for these operations; None settles them for this pass.
-        output: takes a layer's number, the kind of a module ("self", "cross" or "mlp") and a function that computes
-            its output. It returns that output, or the stored output of an earlier pass (`reuse`).
+        output: takes a layer's number, the kind of a module ("self", "cross" or "mlp"), a function that computes its
+            output, and the gate of that output. It returns that output, or the stored output of an earlier pass
+            (`reuse`), and the gate that is still to be applied.
         modulation: what `CausalDiT.modulation` returns for these timesteps; None computes it in this pass.
     """
 
@@ -117,34 +76,15 @@ class ForwardPass:
         """The frames of the pass."""
         return self.rotation.query_times_F.shape[0]
 
+    @property
+    def timestep(self) -> float | None:
+        """The timestep of the frames that are denoised; None in a context pass by itself."""
+        return float(self.timesteps_F.flatten()[-1]) or None
 
-class Residual(NamedTuple):
-    """The residual between two blocks as a sum that is not computed yet: x + branch·gate.
-
-    The next norm computes the sum as it reads it, so that both take one pass over memory.
-
-    Args:
-        x_BTD: the residual before the last module.
-        branch_BTD: the output of the last module, or None for nothing to add.
-        gate: the factor of the output by frame, (F, D) or (B, F, D), or None for 1.
-    """
-
-    x_BTD: Tensor
-    branch_BTD: Tensor | None = None
-    gate: Tensor | None = None
-
-
-BlockForward = Callable[[Residual, BlockModulation, int, ForwardPass, Tensor | None, int | None], Residual]
-"""Computes a block, from the residual before it to the residual after it: its modulation, its number, the pass, memory
-for the norms, (B, T, D), or None where a gradient is computed, and how many of the last tokens go on after
-self-attention, or None for all."""
-
-
-class SettledModel(NamedTuple):
-    """The functions of all blocks, and that of the head's linear layer."""
-
-    blocks: list[BlockForward]
-    head: Callable[[Tensor], Tensor]
+    @property
+    def denoised_tokens(self) -> int:
+        """How many of the last tokens are denoised."""
+        return self.predicted_frames * self.rotation.tokens
 
 
 class SelfAttention(nn.Module):
@@ -175,18 +115,15 @@ class SelfAttention(nn.Module):
         return attended
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(TextAttention):
     """The weights of attention on the text, with an RMSNorm of q and k over all of D. A model with image tokens attends
     them with the same queries and adds both results."""
 
     def __init__(self, config: DiTConfig) -> None:
-        super().__init__()
-        self.heads, self.eps = config.num_heads, config.eps
-        self.q = nn.Linear(config.dim, config.dim)
-        self.kv = nn.Linear(config.dim, 2 * config.dim)
+        super().__init__(config.dim, config.num_heads)
+        self.eps = config.eps
         self.norm_q = nn.RMSNorm(config.dim, config.eps)
         self.norm_k = nn.RMSNorm(config.dim, config.eps)
-        self.out = nn.Linear(config.dim, config.dim)
         if config.image_dim:
             self.kv_image = nn.Linear(config.dim, 2 * config.dim)
             self.norm_k_image = nn.RMSNorm(config.dim, config.eps)
@@ -202,36 +139,28 @@ class CrossAttention(nn.Module):
         v = v.contiguous()  # not a view, which would keep the unnormed keys
         return Keys(k.unflatten(-1, (self.heads, -1)), v.unflatten(-1, (self.heads, -1)))
 
-    def settled(self, operations: PassOperations) -> Callable[[Tensor, ContextKeys], Tensor]:
-        """Returns the function that attends the text's keys and projects the result, (B, T, D)."""
-        q, out = (linear(module, operations) for module in (self.q, self.out))
-        q_weight, heads, eps, in_place = self.norm_q.weight, self.heads, self.eps, operations.in_place
-        rms_norm, attention = operations.settled_rms_norm(), operations.attention
+    def settled_queries(self, operations: PassOperations) -> Callable[[Tensor], Tensor]:
+        """Returns the function that projects tokens to queries and norms them, (B, T, D)."""
+        q, weight, eps, in_place = linear(self.q, operations), self.norm_q.weight, self.eps, operations.in_place
+        rms_norm = operations.settled_rms_norm()
 
-        def attended(x_BTD: Tensor, keys: ContextKeys) -> Tensor:
+        def queries(x_BTD: Tensor) -> Tensor:
             q_BTD = q(x_BTD)
-            q_BTD = rms_norm(q_BTD, q_weight, eps, q_BTD if in_place else None)
-            q_BTHD = q_BTD.view(*q_BTD.shape[:2], heads, -1)
+            return rms_norm(q_BTD, weight, eps, q_BTD if in_place else None)
+
+        return queries
+
+    def settled_attention(self, operations: PassOperations) -> Callable[..., Tensor]:
+        """Returns the function of queries and the keys of text and image."""
+        attention = operations.attention
+
+        def attended(q_BTHD: Tensor, keys: ContextKeys, *, reuse_q: bool) -> Tensor:
             if keys.image is None:
-                return out(attention(q_BTHD, keys.text, reuse_q=in_place).flatten(2))
+                return attention(q_BTHD, keys.text, reuse_q=reuse_q)
             of_image = attention(q_BTHD, keys.image, reuse_q=False)
-            return out((attention(q_BTHD, keys.text, reuse_q=in_place) + of_image).flatten(2))
+            return attention(q_BTHD, keys.text, reuse_q=reuse_q) + of_image
 
         return attended
-
-
-class FeedForward(nn.Module):
-    """The weights of two linear layers with GELU, in its tanh form, between them."""
-
-    def __init__(self, config: DiTConfig) -> None:
-        super().__init__()
-        self.up = nn.Linear(config.dim, config.ffn_dim)
-        self.down = nn.Linear(config.ffn_dim, config.dim)
-
-    def settled(self, operations: PassOperations) -> Callable[[Tensor], Tensor]:
-        """Returns the function that computes the layers, (B, T, D)."""
-        up, down = linear(self.up, operations, gelu=True), linear(self.down, operations)
-        return lambda x_BTD: down(up(x_BTD))
 
 
 class Block(nn.Module):
@@ -244,57 +173,15 @@ class Block(nn.Module):
         self.self_attn = SelfAttention(config)
         self.cross_norm = nn.LayerNorm(config.dim, config.eps)
         self.cross_attn = CrossAttention(config)
-        self.ffn = FeedForward(config)
+        self.ffn = FeedForward(config.dim, config.ffn_dim)
 
     def settled(self, operations: PassOperations) -> BlockForward:
         """Returns the function that computes the block by these operations, with all weights looked up."""
-        attended, attended_text = self.self_attn.settled(operations), self.cross_attn.settled(operations)
-        computed = self.ffn.settled(operations)
-        add_norm_1, add_norm_2, add_norm_3 = (operations.settled_add_norm() for _ in range(3))
         cross_norm = Affine(self.cross_norm.weight, self.cross_norm.bias, self.eps)
-
-        def forward(
-            residual: Residual,
-            modulation: BlockModulation,
-            layer: int,
-            step: ForwardPass,
-            normed: Tensor | None,
-            kept: int | None,
-        ) -> Residual:
-            norm_1, gate_1, norm_2, gate_2 = modulation
-            output = step.output
-            x, branch, gate = residual
-            x, y = add_norm_1(x, branch, gate, norm_1, normed)
-            branch = output(layer, "self", partial(attended, y, layer, step, kept))
-            if kept is not None:
-                x = x[:, -kept:].contiguous()
-                normed = None if normed is None else torch.empty_like(x, dtype=normed.dtype)
-            x, y = add_norm_2(x, branch, gate_1, cross_norm, normed)
-            branch = output(layer, "cross", partial(attended_text, y, step.text[layer]))
-            x, y = add_norm_3(x, branch, None, norm_2, normed)
-            return Residual(x, output(layer, "mlp", partial(computed, y)), gate_2)
-
-        return forward
-
-
-def linear(module: nn.Linear, operations: PassOperations, gelu: bool = False) -> Callable[[Tensor], Tensor]:
-    """Returns the function that computes a linear layer in the dtype of its weight.
-
-    Args:
-        module: the layer.
-        operations: the operations of the pass.
-        gelu: whether GELU, in its tanh form, follows.
-    """
-    if type(module) is nn.Linear:
-        return operations.settled_linear(module.weight, module.bias, gelu)
-    compute, bias = operations.linear_gelu if gelu else operations.linear, module.bias
-    return lambda x: compute(x.to(bias.dtype), module.weight, bias)  # a quantized weight is dequantized at every use
-
-
-def modulation_table(rows: int, dim: int) -> nn.Parameter:
-    """The learned part of shifts, scales and gates.
-
-    On the meta device no random numbers are drawn, since torch would import sympy for that: 75 MB and over a second.
-    """
-    table = torch.empty(rows, dim)
-    return nn.Parameter(table if table.is_meta else torch.randn(rows, dim) / dim**0.5)
+        return settled_block(
+            [
+                attention_module("self", operations, self.self_attn.settled(operations)),
+                text_module("cross", operations, self.cross_attn, cross_norm),
+                feed_forward_module("mlp", operations, self.ffn),
+            ]
+        )

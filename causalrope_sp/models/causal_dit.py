@@ -23,17 +23,9 @@ from causalrope_kernels.reference import wide
 from causalrope_sp.checks import check_whole
 from causalrope_sp.config import DiTConfig
 from causalrope_sp.devices import on_meta
-from causalrope_sp.models.block import (
-    Block,
-    CrossAttention,
-    ForwardPass,
-    PassModulation,
-    Residual,
-    SettledModel,
-    TextContext,
-    linear,
-    modulation_table,
-)
+from causalrope_sp.models.block import Block, CrossAttention, ForwardPass, TextContext
+from causalrope_sp.models.modulation import PassModulation, modulate, modulation_table
+from causalrope_sp.models.parts import Residual, SettledModel, linear
 
 
 class Head(nn.Module):
@@ -183,13 +175,10 @@ class CausalDiT(nn.Module):
         """
         waves = sinusoid(timesteps_F, self.config.freq_dim).to(next(self.time_embedding.parameters()).dtype)
         time_FD = self.time_embedding(waves).to(self.dtype)  # its weights may be float32 where the model's are not
-        time_F6D = wide(self.time_projection(time_FD)).unflatten(-1, (6, -1))
-        learned_L6D = wide(torch.stack([cast(Block, block).modulation for block in self.blocks]))
-        learned_L6D = learned_L6D.view(len(self.blocks), *(1,) * (time_FD.ndim - 1), *learned_L6D.shape[1:])
-        blocks_LF6D = time_F6D + learned_L6D
-        blocks_LF6D[..., 1::3, :] += 1  # scales become factors
-        shift, scale = (wide(time_FD) + wide(learned) for learned in self.head.modulation)
-        return PassModulation(blocks_LF6D.movedim(-2, 1).contiguous(), torch.stack([shift, 1 + scale]), self.config.eps)
+        time_F6D = self.time_projection(time_FD).unflatten(-1, (6, -1))
+        tables_L6D = torch.stack([cast(Block, block).modulation for block in self.blocks])
+        eps = self.config.eps
+        return modulate(time_FD, time_F6D, tables_L6D, self.head.modulation, eps, eps)
 
 
 def image_embedding(image_dim: int, dim: int) -> nn.Sequential:

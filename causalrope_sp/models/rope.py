@@ -34,9 +34,9 @@ class RotaryTables:
     def __init__(self, head_dim: int, theta: float, shard: Shard, device: torch.device, dtype: torch.dtype) -> None:
         spatial = head_dim // 6
         self._shard, self._device, self._dtype = shard, device, dtype
-        self._time_frequencies = _frequencies(head_dim // 2 - 2 * spatial, theta)
-        self._row = self._table(shard.grid.rows, _frequencies(spatial, theta))
-        self._column = self._table(shard.grid.columns, _frequencies(spatial, theta))
+        self._time_frequencies = frequencies(head_dim // 2 - 2 * spatial, theta)
+        self._row = self._table(shard.grid.rows, frequencies(spatial, theta))
+        self._column = self._table(shard.grid.columns, frequencies(spatial, theta))
         self._time = self._table(FIRST_TIMES, self._time_frequencies)
 
     def rotation(self, query_times: Sequence[int], key_times: Sequence[int] | None = None) -> Rotation:
@@ -81,6 +81,6 @@ class RotaryTables:
         return torch.stack([angles.cos(), angles.sin()], 1).to(self._device, self._dtype)
 
 
-def _frequencies(pairs: int, theta: float) -> Tensor:
+def frequencies(pairs: int, theta: float) -> Tensor:
     """The angle per position of every channel pair of an axis."""
     return theta ** (-torch.arange(pairs, dtype=torch.float64) / pairs)

@@ -8,7 +8,7 @@ from itertools import takewhile
 
 from causalrope_sp.codec.wan_vae_config import WAN_2_1
 from causalrope_sp.config import DiTConfig, SamplerConfig, StreamConfig
-from causalrope_sp.diffusion.schedule import branch_timesteps, guided_steps
+from causalrope_sp.diffusion.schedule import branch_timesteps, guided_steps, model_timesteps
 from causalrope_sp.grid import LatentGrid, split_into_chunks
 from causalrope_sp.reuse.policy import CAUSAL_KINDS, Kind, ReusePlan, ReusePolicy
 
@@ -85,6 +85,7 @@ class Workload:
         chunk, guided = min(stream.chunk_frames, window), sum(guided_steps(sampler))
         plans: tuple[ReusePlan, ...] = ()
         if reuse is not None:
+            reuse.check(model_timesteps(sampler), config.num_layers)
             branches = (False, True) if guided else (False,)  # conditional, unconditional
             timesteps = [branch_timesteps(sampler, unconditional) for unconditional in branches]
             plans = tuple(ReusePlan.of_causal(reuse, each, config.num_layers) for each in timesteps)

@@ -15,6 +15,7 @@ from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +24,11 @@ from causalrope_sp.distributed import SequenceParallel
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.models.block import ForwardPass
 from causalrope_sp.models.causal_dit import CausalDiT
-from causalrope_sp.reuse.output_store import Compute
+from causalrope_sp.reuse.output_store import Compute, Gate
 from causalrope_sp.reuse.policy import CAUSAL_KINDS, Broadcast, Kind, ReusePolicy
+from causalrope_sp.spatiotemporal.model import SpatioTemporalDiT, SpatioTemporalPass
 
+Pass = TypeVar("Pass", ForwardPass, SpatioTemporalPass)
 Key = tuple[Kind, int, int, int]  # kind, layer, step, steps back to the other output; 0: the output itself
 
 
@@ -38,12 +41,14 @@ class Profile:
         layers: of the model.
         reach: the largest distance of two compared passes, in steps.
         squares: sums of squares of outputs and of their differences.
+        kinds: the kinds of outputs that a layer has.
     """
 
     timesteps: tuple[float, ...]
     layers: int
     reach: int
     squares: Mapping[Key, float]
+    kinds: tuple[Kind, ...] = CAUSAL_KINDS
 
     def difference(self, kind: Kind, step: int, before: int = 1) -> float:
         """Returns the relative difference of the outputs of pass `step` and of the pass so many steps before it, as the
@@ -91,10 +96,10 @@ class Recorder:
         self._steps.clear()
         self._last_BTD.clear()
 
-    def begin(self, step: ForwardPass) -> None:
+    def begin(self, step: ForwardPass | SpatioTemporalPass) -> None:
         """Registers the pass that the model begins."""
-        stream, timestep = id(step.text), float(step.timesteps_F.flatten()[-1])
-        if timestep == 0:  # a context pass in a forward of its own
+        stream, timestep = id(step.text), step.timestep
+        if timestep is None:  # a context pass in a forward of its own
             self._current = None
             return
         number, before = self._steps.get(stream, (-1, -math.inf))
@@ -102,7 +107,7 @@ class Recorder:
         self._steps[stream] = number, timestep
         if number == len(self._timesteps):
             self._timesteps.append(timestep)
-        self._current = stream, number, step.predicted_frames * step.rotation.tokens
+        self._current = stream, number, step.denoised_tokens
 
     def note(self, kind: Kind, layer: int, output_BTD: Tensor) -> None:
         """Compares an output of the current pass with those of earlier passes."""
@@ -122,12 +127,13 @@ class Recorder:
         squares = x.float().square().sum(dtype=torch.float64)
         self._squares[key] = self._squares[key] + squares if key in self._squares else squares
 
-    def profile(self, layers: int, parallel: SequenceParallel) -> Profile:
+    def profile(self, layers: int, parallel: SequenceParallel, kinds: tuple[Kind, ...] = CAUSAL_KINDS) -> Profile:
         """Sums the measurements of all ranks; it must be called on every rank.
 
         Args:
             layers: of the model.
             parallel: the ranks and their mesh.
+            kinds: the kinds of outputs that a layer has.
 
         Raises:
             ConfigError: chunks have fewer than two steps, so that there is nothing to compare.
@@ -144,11 +150,11 @@ class Recorder:
             for key, squares in sums.items():
                 kind, layer, step, before = json.loads(key)
                 total[kind, layer, step, before] += squares
-        return Profile(tuple(self._timesteps), layers, self.reach, dict(total))
+        return Profile(tuple(self._timesteps), layers, self.reach, dict(total), kinds)
 
 
 @contextlib.contextmanager
-def recording(model: CausalDiT, reach: int) -> Iterator[Recorder]:
+def recording(model: CausalDiT | SpatioTemporalDiT, reach: int) -> Iterator[Recorder]:
     """Records the outputs of every pass of the model inside this context.
 
     Args:
@@ -160,13 +166,13 @@ def recording(model: CausalDiT, reach: int) -> Iterator[Recorder]:
     """
     recorder = Recorder(reach)
 
-    def begin(_: nn.Module, args: tuple[Tensor, ForwardPass]) -> tuple[Tensor, ForwardPass]:
+    def begin(_: nn.Module, args: tuple[Tensor, Pass]) -> tuple[Tensor, Pass]:
         tokens, step = args
         recorder.begin(step)
 
-        def output(layer: int, kind: Kind, compute: Compute) -> Tensor:
-            found = step.output(layer, kind, compute)
-            recorder.note(kind, layer, found)
+        def output(layer: int, kind: Kind, compute: Compute, gate: Gate) -> tuple[Tensor, Gate]:
+            found = step.output(layer, kind, compute, gate)
+            recorder.note(kind, layer, found[0])
             return found
 
         return tokens, replace(step, output=output)
@@ -198,21 +204,21 @@ def check_bound(bound: float) -> None:
         raise ConfigError(f"the bound must be above 0 and finite, not {bound:g}")
 
 
-def propose(profile: Profile, bound: float, kinds: tuple[Kind, ...] = CAUSAL_KINDS) -> ReusePolicy:
+def propose(profile: Profile, bound: float, kinds: tuple[Kind, ...] | None = None) -> ReusePolicy:
     """Proposes for each kind of output the rule that reuses most outputs with no difference above a bound; of several
     the one with the smallest sum of differences. A kind that allows no reuse gets no rule.
 
     Args:
         profile: the measured differences.
         bound: the largest relative difference that is allowed.
-        kinds: the kinds of outputs to propose rules for.
+        kinds: the kinds of outputs to propose rules for; None is all kinds of the profile.
 
     Raises:
         ConfigError: `bound` is not above 0 and finite.
     """
     check_bound(bound)
     steps, rules = len(profile.timesteps), []
-    for kind in kinds:
+    for kind in profile.kinds if kinds is None else kinds:
         best: tuple[int, float] = 0, 0.0
         chosen: Broadcast | None = None
         for every in range(2, profile.reach + 2):

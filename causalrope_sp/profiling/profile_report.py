@@ -8,9 +8,16 @@ from typing import Any
 
 from causalrope_sp.errors import ConfigError, OutputError, first_line
 from causalrope_sp.profiling.outputs import Profile, errors
-from causalrope_sp.reuse.policy import CAUSAL_KINDS, Broadcast, Kind, ReusePlan, ReusePolicy
+from causalrope_sp.reuse.policy import Broadcast, Kind, ReusePlan, ReusePolicy
 
-NAMES: dict[Kind, str] = {"self": "self-attention", "cross": "cross-attention", "mlp": "feed-forward"}
+NAMES: dict[Kind, str] = {
+    "self": "self-attention",
+    "cross": "cross-attention",
+    "mlp": "feed-forward",
+    "temporal": "temporal",
+    "temporal-cross": "temporal cross",
+    "temporal-mlp": "temporal f.-f.",
+}
 BAR = 24  # characters of the longest bar
 
 
@@ -24,7 +31,7 @@ def fields(profile: Profile, policy: ReusePolicy, bound: float) -> dict[str, Any
     """
     return {
         "timesteps": [round(t, 4) for t in profile.timesteps],
-        "difference": {kind: [round(d, 6) for d in profile.curve(kind)] for kind in CAUSAL_KINDS},
+        "difference": {kind: [round(d, 6) for d in profile.curve(kind)] for kind in profile.kinds},
         "bound": bound,
         "ranges": [describe(profile, rule) for rule in policy.rules if isinstance(rule, Broadcast)],
         "reused": {kind: round(share, 4) for kind, share in shares(profile, policy).items()},
@@ -43,14 +50,14 @@ def describe(profile: Profile, rule: Broadcast) -> dict[str, Any]:
 
 def shares(profile: Profile, policy: ReusePolicy) -> dict[Kind, float]:
     """Returns the share of a chunk's outputs that is reused, by kind."""
-    plan, steps = ReusePlan(policy, profile.timesteps, profile.layers, CAUSAL_KINDS), len(profile.timesteps)
-    computed = {kind: sum(plan.computed(step, kind) for step in range(steps)) for kind in CAUSAL_KINDS}
+    plan, steps = ReusePlan(policy, profile.timesteps, profile.layers, profile.kinds), len(profile.timesteps)
+    computed = {kind: sum(plan.computed(step, kind) for step in range(steps)) for kind in profile.kinds}
     return {kind: 1 - count / (profile.layers * steps) for kind, count in computed.items()}
 
 
 def text(profile: Profile, policy: ReusePolicy, bound: float) -> str:
     """Formats the report: a table of the differences with bars for self-attention, then the ranges; see `fields`."""
-    curves = {kind: profile.curve(kind) for kind in CAUSAL_KINDS}
+    curves = {kind: profile.curve(kind) for kind in profile.kinds}
     longest = max(max(curves["self"]), 1e-30)
     lines = ["step  timestep  " + "  ".join(f"{NAMES[kind]:>15}" for kind in curves)]
     for step, timestep in enumerate(profile.timesteps[1:], 1):
@@ -110,7 +117,7 @@ def plot(profile: Profile, path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axis = pyplot.subplots(figsize=(6, 3.4), constrained_layout=True)
-    for kind in CAUSAL_KINDS:
+    for kind in profile.kinds:
         axis.plot(range(1, len(profile.timesteps)), profile.curve(kind), marker="o", markersize=3, label=NAMES[kind])
     axis.set(xlabel="denoising step", ylabel="relative difference\nfrom the step before", ylim=(0, None))
     axis.grid(alpha=0.3)

@@ -1,9 +1,9 @@
 """Storage of the outputs of attentions and feed-forwards that later passes of a chunk reuse, for this rank's shard.
 
-An output is kept as its module returns it, after the output projection and before the gate, so that the gate of the
-pass that reuses it applies. An output that no later pass reuses is not kept.
+An output is kept after the output projection, and by the policy before the gate, so that the gate of the pass that
+reuses it applies, or after it. An output that no later pass reuses is not kept.
 
-Shapes: B batch, T tokens of a pass on this rank, D model width.
+Shapes: B batch, F frames, T tokens of a pass on this rank, D model width.
 """
 
 from __future__ import annotations
@@ -13,23 +13,34 @@ from functools import partial
 
 from torch import Tensor
 
+from causalrope_kernels.reference import by_frame
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.grid import Chunk
 from causalrope_sp.reuse.policy import Kind, ReusePlan
 
 Compute = Callable[[], Tensor]
-OutputOf = Callable[[int, Kind, Compute], Tensor]
+Gate = Tensor | None  # the factor of an output by frame, (…, F, D), or None for 1
+OutputOf = Callable[[int, Kind, Compute, Gate], tuple[Tensor, Gate]]
 
 
-def computed(layer: int, kind: Kind, compute: Compute) -> Tensor:
+def computed(layer: int, kind: Kind, compute: Compute, gate: Gate) -> tuple[Tensor, Gate]:
     """Computes an output: the `OutputOf` of a pass that reuses nothing.
 
     Args:
         layer: the layer's number.
         kind: the kind of output.
         compute: computes the output.
+        gate: the gate of the output in this pass.
+
+    Returns:
+        The output, and the gate that the caller applies to it.
     """
-    return compute()
+    return compute(), gate
+
+
+def gated(output_BTD: Tensor, gate: Tensor) -> Tensor:
+    """Returns an output times its gate, in the wider dtype of the two."""
+    return (by_frame(output_BTD, gate) * gate.unsqueeze(-2)).flatten(1, 2)
 
 
 class OutputStore:
@@ -85,22 +96,27 @@ class OutputStore:
             self.kept_BTD.clear()
             self.bytes = 0
 
-    def _output(self, step: int, tokens: int, layer: int, kind: Kind, compute: Compute) -> Tensor:
-        """Returns a kept output, and frees it after its last reuse; or computes it, and keeps it if it is reused."""
+    def _output(
+        self, step: int, tokens: int, layer: int, kind: Kind, compute: Compute, gate: Gate
+    ) -> tuple[Tensor, Gate]:
+        """Returns a kept output, and frees it after its last reuse; or computes it, and keeps it if it is reused. The
+        gate that is still to be applied comes with it."""
+        is_gated = self.plan.policy.stored == "gated" and gate is not None
         if self.plan.reuses(step, layer, kind):
             kept = self.kept_BTD[layer, kind]
             if not self._stays and not self.plan.reuses(step + 1, layer, kind):
                 del self.kept_BTD[layer, kind]
                 self.bytes -= kept.nbytes
-            return kept[:, :tokens] if self._stays else kept
+            return kept[:, :tokens] if self._stays else kept, None if is_gated else gate
         output = compute()
         if self.plan.keeps(step, layer, kind):
-            own = output[:, -tokens:]
+            stored = output if gate is None or not is_gated else gated(output, gate).to(output.dtype)
+            own = stored[:, -tokens:]
             if self._stays:
                 self._memory(layer, kind, output)[:, :tokens] = own
             else:
-                self._keep(layer, kind, output if output.shape[1] == tokens else own.clone())
-        return output
+                self._keep(layer, kind, stored if stored.shape[1] == tokens else own.clone())
+        return output, gate
 
     def _memory(self, layer: int, kind: Kind, like: Tensor) -> Tensor:
         """The memory of an output, which is large enough for the largest chunk so far."""

@@ -13,13 +13,14 @@ from functools import cached_property
 from itertools import product
 from typing import Literal, Self, get_args
 
-from causalrope_sp.checks import check_whole
+from causalrope_sp.checks import check_choice, check_whole
 from causalrope_sp.errors import ConfigError
 
-# "self" is attention within a frame, or over the whole window; a temporal block has a feed-forward of its own
-Kind = Literal["self", "cross", "mlp", "temporal", "temporal-mlp"]
+# "self" is attention within a frame, or over the whole window; temporal blocks have modules of their own
+Kind = Literal["self", "cross", "mlp", "temporal", "temporal-cross", "temporal-mlp"]
 KINDS: tuple[Kind, ...] = get_args(Kind)  # in the order in which a layer computes them
-CAUSAL_KINDS: tuple[Kind, ...] = ("self", "cross", "mlp")  # those of `CausalDiT`; a factorized DiT has all kinds
+CAUSAL_KINDS: tuple[Kind, ...] = ("self", "cross", "mlp")  # those of `CausalDiT`
+Stored = Literal["ungated", "gated"]
 Layers = tuple[int, ...] | None  # None: every layer
 LARGEST = 1e6  # bound of a timestep; those of models go up to 1000
 
@@ -33,7 +34,8 @@ class Broadcast:
     Attributes:
         kind: the kind of output.
         every: passes from one computation to the next.
-        timesteps: two bounds, low and high, between which the pass's timestep lies, both excluded; None: no bound.
+        timesteps: two bounds, low and high, between which the whole part of the pass's timestep lies, both excluded;
+            None: no bound.
         steps: the first number of a pass that may reuse, and the first after it that may not; None: no bound.
         layers: the layers that reuse; None: all layers.
 
@@ -59,16 +61,27 @@ class Broadcast:
 
     def reuses(self, step: int, timesteps: Sequence[float]) -> bool:
         """Returns whether pass number `step` reuses, in a chunk whose passes are at `timesteps`."""
-        within = self.timesteps is None or self.timesteps[0] < timesteps[step] < self.timesteps[1]
         among = self.steps is None or self.steps[0] <= step < self.steps[1]
-        return step % self.every != 0 and within and among
+        return step % self.every != 0 and self._within(timesteps[step]) and among
+
+    def obstacle(self, timesteps: Sequence[float]) -> str | None:
+        """Returns what no pass of a chunk at `timesteps` has that the rule asks for, or None."""
+        if not any(map(self._within, timesteps)):
+            return f"a timestep between {self.timesteps[0]:g} and {self.timesteps[1]:g}" if self.timesteps else None
+        if self.steps is not None and self.steps[0] >= len(timesteps):
+            return f"the number {self.steps[0]}, counted from 0"
+        return None
+
+    def _within(self, timestep: float) -> bool:
+        return self.timesteps is None or self.timesteps[0] < int(timestep) < self.timesteps[1]
 
 
 @dataclass(frozen=True)
 class After:
     """Computes an output at some timesteps and reuses it in the passes that follow: PAB's rule for the feed-forward.
 
-    A timestep means the first pass at or below it, so that a rule also fits schedules without this timestep.
+    A timestep means the first pass whose timestep's whole part is at or below it, so that a rule also fits schedules
+    without this timestep.
 
     Attributes:
         kind: the kind of output.
@@ -94,11 +107,19 @@ class After:
     def reuses(self, step: int, timesteps: Sequence[float]) -> bool:
         """Returns whether pass number `step` reuses, in a chunk whose passes are at `timesteps`."""
         computed = {
-            next((n for n, t in enumerate(timesteps) if t <= wanted), len(timesteps))
-            for wanted in self.timesteps
-            if timesteps[0] >= wanted
+            next(n for n, t in enumerate(timesteps) if int(t) <= wanted) for wanted in self._occurring(timesteps)
         }
         return step not in computed and any(at < step <= at + self.steps for at in computed)
+
+    def obstacle(self, timesteps: Sequence[float]) -> str | None:
+        """Returns what no pass of a chunk at `timesteps` has that the rule asks for, or None."""
+        if self._occurring(timesteps):
+            return None
+        return f"one of the timesteps {', '.join(f'{t:g}' for t in self.timesteps)}"
+
+    def _occurring(self, timesteps: Sequence[float]) -> list[float]:
+        """Returns the rule's timesteps from the first to the last pass."""
+        return [wanted for wanted in self.timesteps if int(timesteps[-1]) <= wanted <= timesteps[0]]
 
 
 Rule = Broadcast | After
@@ -110,17 +131,41 @@ class ReusePolicy:
 
     Attributes:
         rules: the rules.
+        stored: where an output is stored: "ungated", so that the gate of the pass that reuses it applies, or "gated",
+            with the gate of the pass that computed it.
 
     Raises:
-        ConfigError: a kind has two rules.
+        ConfigError: a kind has two rules, or `stored` is neither.
     """
 
     rules: tuple[Rule, ...] = ()
+    stored: Stored = "ungated"
 
     def __post_init__(self) -> None:
+        check_choice("stored", self.stored, get_args(Stored))
         for kind, count in Counter(rule.kind for rule in self.rules).items():
             if count > 1:
                 raise ConfigError(f"a policy has one rule for {kind}, not {count}")
+
+    def check(self, timesteps: Sequence[float], layers: int) -> None:
+        """Checks that every rule can apply.
+
+        Args:
+            timesteps: the timesteps of a chunk's passes.
+            layers: how many layers the model has.
+
+        Raises:
+            ConfigError: no pass has what a rule asks for, or the model has none of a rule's layers.
+        """
+        for rule in self.rules:
+            if (obstacle := rule.obstacle(timesteps)) is not None:
+                passes = f"the {len(timesteps)} passes are at {timesteps[0]:g} to {timesteps[-1]:g}"
+                raise ConfigError(f"reuse: the rule for {rule.kind} expects a pass with {obstacle}, but {passes}")
+            if rule.layers is not None and not any(layer < layers for layer in rule.layers):
+                named = ", ".join(map(str, rule.layers))
+                raise ConfigError(
+                    f"reuse: the rule for {rule.kind} expects layers {named}, the model has 0 to {layers - 1}"
+                )
 
     def reuses(self, step: int, timesteps: Sequence[float], layer: int, kind: Kind) -> bool:
         """Returns whether a pass reuses an output of the last pass that computed it.

@@ -1,5 +1,7 @@
 """Policies by name, and as JSON files: {"rules": [{"kind": "self", "every": 2, "timesteps": [100, 800]}, …]}.
 
+"stored" beside the rules is "ungated", which is the default, or "gated"; see `ReusePolicy`.
+
 A rule has `kind`, and either `every`, with `timesteps` [low, high] and `steps` [first, stop] as options, or `after`
 [timestep, …] with `steps`. Both forms have `layers` [number, …] as an option. See `Broadcast` and `After`.
 """
@@ -43,7 +45,7 @@ def find_policy(policy: ReusePolicy | str | PathLike[str]) -> ReusePolicy:
         fields = read_object(Path(name))
         if not isinstance(fields.get("rules"), list):
             raise ValueError('it must be an object with a list of "rules"')
-        return ReusePolicy(tuple(_rule(rule) for rule in fields["rules"]))
+        return ReusePolicy(tuple(_rule(rule) for rule in fields["rules"]), fields.get("stored", "ungated"))
     except (ValueError, TypeError, OverflowError) as reason:
         raise ConfigError(f"{name} holds no policy of reuse: {printable(reason)}") from reason
 
@@ -59,8 +61,9 @@ def write_policy(policy: ReusePolicy, path: Path, **notes: Any) -> None:
     Raises:
         OutputError: the file cannot be written.
     """
+    fields = {**notes, "stored": policy.stored, "rules": [_fields(rule) for rule in policy.rules]}
     try:
-        path.write_text(json.dumps({**notes, "rules": [_fields(rule) for rule in policy.rules]}, indent=1) + "\n")
+        path.write_text(json.dumps(fields, indent=1) + "\n")
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
 

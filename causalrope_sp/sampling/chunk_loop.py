@@ -107,6 +107,8 @@ class ChunkLoop:
         unconditional stream."""
         options, grid, config = self.options, self.context.grid, model.config
         stream, sampler, reuse = options.stream, options.sampler, options.reuse
+        if reuse is not None:
+            reuse.check(model_timesteps(sampler), config.num_layers)
         window = window_of(stream, self._frames, self._initial)
         batch, itemsize = len(embeds), model.dtype.itemsize
         work = Workload.of(config, grid, stream, sampler, window.frames, batch, itemsize, reuse)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from causalrope_kernels import PassOperations
-from causalrope_sp.models.block import SettledModel
 from causalrope_sp.models.causal_dit import CausalDiT
+from causalrope_sp.models.parts import SettledModel
 
 MOST_PACKED = 1 << 26  # bytes of a model whose weights a stream on a CPU copies to a faster layout: 64 MiB
 

@@ -21,8 +21,9 @@ from causalrope_sp.cache.kv_cache import KVCache
 from causalrope_sp.cache.window import SlidingWindow
 from causalrope_sp.devices import send
 from causalrope_sp.grid import Chunk, LatentGrid, Shard
-from causalrope_sp.models.block import ForwardPass, PassModulation
+from causalrope_sp.models.block import ForwardPass
 from causalrope_sp.models.causal_dit import CausalDiT
+from causalrope_sp.models.modulation import PassModulation
 from causalrope_sp.models.rope import RotaryTables
 from causalrope_sp.reuse.output_store import OutputOf, OutputStore, computed
 from causalrope_sp.reuse.policy import ReusePlan

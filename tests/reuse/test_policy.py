@@ -11,12 +11,24 @@ import torch
 from click.testing import CliRunner
 from torch import Tensor
 
-from causalrope_sp import CausalVideoPipeline, Chunk, ConfigError
+from causalrope_sp import CausalVideoPipeline, Chunk, ConfigError, sample_chunks
 from causalrope_sp.cli.main import cli
+from causalrope_sp.diffusion.noise import seeded_noise
+from causalrope_sp.planning.workload import Workload
 from causalrope_sp.reuse import PRESETS, After, Broadcast, ReusePlan, ReusePolicy, find_policy, write_policy
-from causalrope_sp.reuse.output_store import OutputStore
-from causalrope_sp.reuse.policy import KINDS
-from tests.support.reuse_cases import MIXED, SHARED, TIMESTEPS
+from causalrope_sp.reuse.output_store import OutputStore, gated
+from causalrope_sp.reuse.policy import KINDS, Rule, Stored
+from tests.support.reuse_cases import (
+    CONFIG,
+    GRID,
+    MIXED,
+    SAMPLER,
+    SHARED,
+    STREAM,
+    TIMESTEPS,
+    make_model,
+    random,
+)
 from tests.support.videos import video_of
 
 
@@ -66,7 +78,7 @@ def test_what_is_kept_is_what_is_taken_over(policy: ReusePolicy) -> None:
         ask = store.next_pass(Chunk(0, 0, 2), 5)
         for layer, kind in product(range(3), KINDS):
             fresh = torch.full((1, 5, 4), float(step))
-            found = ask(layer, kind, lambda fresh=fresh: fresh)  # type: ignore[misc]
+            found, _ = ask(layer, kind, lambda fresh=fresh: fresh, None)  # type: ignore[misc]
             if policy.reuses(step, TIMESTEPS, layer, kind):
                 assert found is last[layer, kind]
             else:
@@ -82,6 +94,59 @@ def test_what_is_kept_is_what_is_taken_over(policy: ReusePolicy) -> None:
         store.next_pass(Chunk(0, 0, 2), 5)
     store.next_pass(Chunk(1, 2, 2), 5)
     assert store.bytes == 0, "a new chunk begins with none"
+
+
+def test_a_timestep_is_compared_by_its_whole_part() -> None:
+    """As published: 450.6 is not above 450, and 864 means the pass at 864.2."""
+    timesteps = (1000.0, 864.2, 700.0, 450.6, 300.0)
+    policy = ReusePolicy((Broadcast("self", 9, (450, 930)), After("mlp", (864,), 1)))
+    assert [policy.reuses(s, timesteps, 0, "self") for s in range(5)] == [False, True, True, False, False]
+    assert [policy.reuses(s, timesteps, 0, "mlp") for s in range(5)] == [False, False, True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("rule", "said"),
+    [
+        (Broadcast("self", 2, (10, 20)), "the rule for self expects a pass with a timestep between 10 and 20, but the"),
+        (Broadcast("cross", 2, steps=(8, 9)), "expects a pass with the number 8, counted from 0, but the 8 passes are"),
+        (After("mlp", (50, 100), 2), "one of the timesteps 50, 100, but the 8 passes are at 1000 to 125"),
+        (Broadcast("self", 2, layers=(2, 7)), "the rule for self expects layers 2, 7, the model has 0 to 1"),
+    ],
+)
+def test_rules_that_can_never_apply_are_refused(rule: Rule, said: str) -> None:
+    policy = ReusePolicy((rule,))
+    with pytest.raises(ConfigError, match=said):
+        policy.check(TIMESTEPS, 2)
+    with pytest.raises(ConfigError, match=said):
+        next(
+            sample_chunks(
+                make_model(),
+                random(1, 3, 8),
+                seeded_noise(0, (1, 2, 2, 14)),
+                GRID,
+                2,
+                stream=STREAM,
+                sampler=SAMPLER,
+                reuse=policy,
+            )
+        )
+    with pytest.raises(ConfigError, match=said):
+        Workload.of(CONFIG, GRID, STREAM, SAMPLER, 6, 1, 8, policy)
+
+
+def test_a_rule_may_name_layers_that_a_smaller_model_lacks() -> None:
+    ReusePolicy((Broadcast("self", 2, (100, 800)), After("mlp", (750,), 2, (0, 1, 2, 3, 4)))).check(TIMESTEPS, 2)
+
+
+@pytest.mark.parametrize("stored", ["ungated", "gated"])
+def test_the_gate_is_that_of_the_pass_that_reuses_or_that_computed(stored: Stored) -> None:
+    computed, gates = random(1, 6, 4), random(2, 3, 4)  # of two passes; three frames of two tokens
+    store = OutputStore(ReusePlan(ReusePolicy((Broadcast("self", 2),), stored), (2.0, 1.0), 1, KINDS))
+    for step, gate in enumerate(gates):
+        output, to_apply = store.next_pass(Chunk(0, 0, 3), 6)(0, "self", lambda: computed, gate)
+        applied = output if to_apply is None else gated(output, to_apply)
+        expected = gates[0] if stored == "gated" else gates[step]
+        assert torch.equal(applied, computed * expected.repeat_interleave(2, 0))
 
 
 def test_a_pipeline_takes_a_policy_by_name() -> None:
@@ -119,6 +184,7 @@ def test_files_hold_policies(tmp_path: Path, policy: ReusePolicy) -> None:
         '{"rules": [{"kind": "mlp", "after": [], "steps": 1}]}',
         '{"rules": [{"kind": "mlp", "after": [1], "steps": 0}]}',
         '{"rules": [{"kind": "self", "every": 2}, {"kind": "self", "every": 3}]}',
+        '{"rules": [{"kind": "self", "every": 2}], "stored": "twice"}',
         "[" * 100_000,
     ],
 )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from causalrope_sp.models.block import ForwardPass
 from causalrope_sp.models.causal_dit import CausalDiT
-from causalrope_sp.reuse.output_store import Compute
+from causalrope_sp.reuse.output_store import Compute, Gate
 from causalrope_sp.reuse.policy import Kind
 
 
@@ -19,13 +19,13 @@ def note_outputs(model: CausalDiT, note: Callable[[int, Kind, Tensor], object]) 
     def begin(_: CausalDiT, arguments: tuple[Tensor, ForwardPass]) -> tuple[Tensor, ForwardPass]:
         tokens, step = arguments
 
-        def output(layer: int, kind: Kind, compute: Compute) -> Tensor:
+        def output(layer: int, kind: Kind, compute: Compute, gate: Gate) -> tuple[Tensor, Gate]:
             def noted() -> Tensor:
                 computed = compute()
                 note(layer, kind, computed.clone())
                 return computed
 
-            return step.output(layer, kind, noted)
+            return step.output(layer, kind, noted, gate)
 
         return tokens, replace(step, output=output)
 

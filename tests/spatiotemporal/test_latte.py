@@ -17,33 +17,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from causalrope_kernels import PassOperations
 from causalrope_sp import CheckpointError, Chunk, ConfigError, LatentGrid
 from causalrope_sp.cache.window import SlidingWindow
 from causalrope_sp.distributed import SequenceParallel
-from causalrope_sp.distributed.axis_switch import split_evenly
 from causalrope_sp.distributed.launch import RankPool
-from causalrope_sp.latte import LatteConfig, LatteDiT, LattePass, LatteStream, load_latte
-from causalrope_sp.latte.positions import spatial_positions, times
+from causalrope_sp.grid import shares
 from causalrope_sp.reuse import Broadcast, ReusePolicy
+from causalrope_sp.reuse.output_store import computed
+from causalrope_sp.spatiotemporal.latte import LatteConfig, LatteDiT, LatteStream, load_latte
+from causalrope_sp.spatiotemporal.latte.latte_stream import frame_positions, frame_times
+from causalrope_sp.spatiotemporal.model import SpatioTemporalPass
 from tests.support.exchange_formulas import received_by_switches
+from tests.support.latte_folder import SIZES
 
-SIZES: dict[str, Any] = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 12,
-    "in_channels": 4,
-    "out_channels": 8,
-    "num_layers": 2,
-    "cross_attention_dim": 24,
-    "attention_bias": True,
-    "sample_size": 8,
-    "patch_size": 2,
-    "activation_fn": "gelu-approximate",
-    "norm_type": "ada_norm_single",
-    "norm_elementwise_affine": False,
-    "norm_eps": 1e-6,
-    "caption_channels": 10,
-    "video_length": 5,
-}
 GRID = LatentGrid(3, 5)  # not square, not the size that positions were learned at, uneven on 2 ranks
 VIDEO = Chunk(0, 0, 5)  # and so are 5 frames on 2 and on 3
 STEPS = tuple(950.0 - 100 * n for n in range(10))
@@ -180,14 +167,15 @@ def on_ranks(group: dist.ProcessGroup | None, device: str, folder: Path) -> list
     return everyone
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 6])
 def test_many_steps_are_diffusers_with_and_without_reuse(
     pool: RankPool, folder: Path, expected: dict[str, Tensor], ranks: int
 ) -> None:
-    """On uneven ranks too; a pass makes two switches a layer, and none where attention across frames is reused."""
+    """On uneven ranks too, and on more ranks than frames. A pass makes two switches a layer, and none where attention
+    across frames is reused."""
     assert relative(expected["pyramid"], expected["plain"]) > 1e-3, "the cases do not differ"
     found = pool.run(on_ranks, ranks, folder)
-    frames, tokens = split_evenly(5, ranks, "frames"), split_evenly(15, ranks, "tokens")
+    frames, tokens = shares(5, ranks), shares(15, ranks)
     computed = {"plain": 10, "pyramid": sum(n % 3 == 0 or not 100 < t < 800 for n, t in enumerate(STEPS))}
     assert computed["pyramid"] == len({0, 1, 3, 6, 9})
     for rank, seen in enumerate(found):
@@ -228,14 +216,20 @@ def test_chunks_with_a_cache_are_one_forward_under_a_mask(pool: RankPool, folder
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return scaled_dot_product_attention(q, k, v, mask).transpose(1, 2)
 
-    step = LattePass(
-        timesteps_F=torch.zeros(9),
-        position_SD=spatial_positions(GRID.rows, GRID.columns, 24, 4, 1).double(),
-        time_FD=times(range(9), 24).double(),
+    operations = PassOperations.checked()
+    step = SpatioTemporalPass(
+        modulation=model.modulation(torch.zeros(1)),
+        position_SD=frame_positions(GRID, model.config).double(),
+        time_FD=frame_times(range(9), 24).double(),
         text=model.encode_text(TEXT),
         to_tokens=lambda _, x: x.transpose(1, 2).flatten(0, 1),
         to_frames=lambda _, x: x.unflatten(0, (2, -1)).transpose(1, 2),
         attend=attend,
+        operations=operations,
+        settled=model.settled(operations),
+        output=computed,
+        timestep=0.0,
+        denoised_tokens=tokens.shape[1] * tokens.shape[2],
     )
     whole = model(tokens, step)
     for ranks in (1, 2, 3):
@@ -299,8 +293,6 @@ def test_streams_refuse_what_cannot_run(folder: Path) -> None:
         LatteStream(model, TEXT, GRID, reuse=PYRAMID)
     with pytest.raises(ConfigError, match="keeps nothing to look back on"):
         LatteStream(model, TEXT, GRID).commit(VIDEO, GRID.patchify(latents()))
-    with pytest.raises(ConfigError, match="7 ranks are more than 5 frames"):
-        split_evenly(5, 7, "frames")
     with pytest.raises(ConfigError, match="divisible by 4"):
         LatteConfig(num_attention_heads=1, attention_head_dim=6)
 

@@ -1,0 +1,1 @@
+"""Video DiTs whose layers attend within a frame, then across frames: Latte and Open-Sora 1.2 (STDiT3)."""
