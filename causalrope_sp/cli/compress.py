@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,6 +91,8 @@ def compress(video: str, out: str, prompt: str, as_json: bool, **options: Any) -
     own = ("rate", "bpp", "most", "atoms", "refresh", "residual", "exact", "seed", "text_seed")
     chosen = EncodingOptions(**{name: options.pop(name) for name in own})
     options["num_inference_steps"] = parse_steps(options.pop("steps"))
+    if out == "-" or (Path(out).exists() and os.path.samefile(video, out)):
+        raise ConfigError(f"OUT must be a file other than VIDEO, not {out}")
     if rank() == 0:
         check_replaceable(out)
     pipe = _load(chosen.exact, {name: options.pop(name) for name in OF_THE_STREAM}, **options)
@@ -164,8 +167,9 @@ def _load(
     **options: Any,
 ) -> CausalVideoPipeline:
     """Loads the model."""
-    if exact and (device not in (None, "cpu") or dtype not in (None, "float64")):
-        raise ConfigError(f"exact compression is computed in float64 on the cpu, not in {dtype} on {device}")
+    for name, value, only in (("--device", device, "cpu"), ("--dtype", dtype, "float64")):
+        if exact and value not in (None, only):
+            raise ConfigError(f"--exact computes in float64 on the cpu: {name} must be {only}, not {value}")
     set_up_logging()
     from causalrope_sp.devices import check_device
     from causalrope_sp.distributed import SequenceParallel

@@ -12,7 +12,6 @@ little-endian.
 from __future__ import annotations
 
 import json
-import math
 import zlib
 from binascii import crc_hqx
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ MAGIC, VERSION = b"CVC", 1
 LARGEST_HEADER, LARGEST_TEXT, LARGEST_CONTENT = 1 << 14, 1 << 15, 1 << 26  # bytes
 LARGEST_FOUND, MOST_LOST = 1 << 16, 64  # bytes of a packet that is found again, and chunks that are lost before it
 MOST_ATOMS, MOST_CHOSEN, MOST_SIDE, MOST_FRAMES = 1 << 20, 1 << 10, 1 << 14, (1 << 32) - 1
+LEAST_FPS, LEAST_RESIDUAL, LARGEST_RESIDUAL = 1e-3, 1e-3, 1e3
 _WORDS = (  # texts are deflated with these words known, common ones of prompts last
     b"orbits counterclockwise orbits clockwise pulses stays still bounces slides up slides down slides left slides "
     b"right triangle square circle orange purple yellow green blue red small large on a light background on a dark "
@@ -84,10 +84,16 @@ class Header:
         for name, value in (("atoms", self.atoms), ("most", self.most)):
             if value & (value - 1):
                 raise ConfigError(f"{name} must be a power of two, not {value}")
-        texts = isinstance(self.prompt, str) and isinstance(self.model, str) and isinstance(self.exact, bool)
-        numbers = all(isinstance(value, int | float) and math.isfinite(value) for value in (self.fps, self.residual))
-        if not texts or not numbers or self.fps <= 0 or self.residual < 0 or len(self.model) != 8:
-            raise ConfigError("prompt and model must be texts, fps and residual finite numbers, exact a flag")
+        for name, low, high in (("fps", LEAST_FPS, 1 / LEAST_FPS), ("residual", 0.0, LARGEST_RESIDUAL)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+                raise ConfigError(f"{name} must be a number from {low:g} to {high:g}, not {value!r:.40}")
+        if 0 < self.residual < LEAST_RESIDUAL:
+            raise ConfigError(f"residual must be 0 or at least {LEAST_RESIDUAL:g}, not {self.residual}")
+        if not isinstance(self.prompt, str) or not isinstance(self.model, str) or len(self.model) != 8:
+            raise ConfigError("prompt must be a text, and model 8 digits of a digest")
+        if not isinstance(self.exact, bool):
+            raise ConfigError(f"exact must be True or False, not {self.exact!r:.40}")
         if not isinstance(self.settings, dict):
             raise ConfigError("settings must be an object")
 
@@ -97,7 +103,10 @@ class Header:
         values = [value if value != defaults[name] else None for name, value in asdict(self).items()]
         while values[-1] is None:
             values.pop()
-        return self._framed(json.dumps(values, separators=(",", ":"), ensure_ascii=False).encode())
+        try:
+            return self._framed(json.dumps(values, separators=(",", ":"), ensure_ascii=False).encode())
+        except UnicodeEncodeError:
+            raise ConfigError(f"the prompt has characters that UTF-8 does not have: {self.prompt!r:.100}") from None
 
     @staticmethod
     def _framed(text: bytes) -> bytes:
@@ -131,9 +140,11 @@ class Header:
         try:
             text = inflate.decompress(data[6:end], LARGEST_TEXT)
             values = json.loads(text)
+            if not isinstance(values, list) or len(values) < 5:
+                raise InputError("the header of the compressed video is wrong: it lacks fields")
             named = dict(zip([each.name for each in fields(cls)], values, strict=False))
             return cls(**{name: value for name, value in named.items() if value is not None}), end + 4
-        except (zlib.error, ValueError, TypeError, RecursionError) as reason:
+        except (zlib.error, ValueError, TypeError, OverflowError, RecursionError) as reason:
             raise InputError(f"the header of the compressed video is wrong: {reason}") from None
 
 
@@ -189,6 +200,8 @@ def read_packet(data: bytes, at: int, least: int, scanning: bool = False) -> Pac
     end, frames = begin + 1 + length, None
     if last:
         frames, end = _read_varint(data, end)
+        if not frames:
+            return None
     body, check = data[begin + 1 : end], data[end : end + 2]
     if len(check) < 2 or _check(number, body) != int.from_bytes(check, "little"):
         return None

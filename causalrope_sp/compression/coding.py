@@ -8,7 +8,7 @@ latency of one chunk, and that each frame and step gets as many atoms as lower t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import blake2b
@@ -31,6 +31,7 @@ from causalrope_sp.grid import Chunk
 from causalrope_sp.io.media_reader import Video, read_video
 from causalrope_sp.pipeline.conditioning import VideoLatents
 from causalrope_sp.pipeline.numerics import own_numerics
+from causalrope_sp.sampling.agreement import digest
 
 if TYPE_CHECKING:
     from causalrope_sp.pipeline.pipeline import CausalVideoPipeline
@@ -55,7 +56,7 @@ class EncodingOptions:
         exact: whether the decoder must compute in float64 on a CPU, as this pipeline does.
 
     Raises:
-        ConfigError: `rate`, `bpp` or `residual` is out of range; others are checked by `Header`.
+        ConfigError: `rate` or `bpp` is out of range; `Header` checks the others.
     """
 
     rate: float = 0.03
@@ -70,10 +71,8 @@ class EncodingOptions:
 
     def __post_init__(self) -> None:
         for name, value in (("rate", self.rate), ("bpp", 1.0 if self.bpp is None else self.bpp)):
-            if not 0 < value <= 1000:
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1000:
                 raise ConfigError(f"{name} must be above 0 and at most 1000, not {value}")
-        if self.residual and not 1e-6 <= self.residual <= 1000:
-            raise ConfigError(f"residual must be 0 or from 1e-06 to 1000, not {self.residual}")
 
 
 @dataclass(frozen=True)
@@ -131,7 +130,7 @@ def encode(
 
     def prepare(loop: EncodingLoop) -> None:
         loop.most, loop.rate, loop.budget = header.most, chosen.rate, within_bpp if chosen.bpp is not None else None
-        loop.target = partial(_collectively, pipe, partial(source.target, segments.begins))
+        loop.target = partial(_agreed_target, pipe, source, segments.begins)
 
     spent = 0
     with Segments(pipe, EncodingLoop, header) as segments:
@@ -164,12 +163,12 @@ def decode(pipe: CausalVideoPipeline, packets: Iterable[bytes]) -> Iterator[Deco
         ConfigError: the model or the size is not the encoder's.
     """
     pieces = iter(packets)
-    header, _ = Header.read(next(pieces, b""))
+    header, _ = Header.read(_bytes(next(pieces, b"")))
     _check_decoder(pipe, header)
     number, ended, decoder = 0, False, _Decoder(pipe)
     with Segments(pipe, DecodingLoop, header) as segments:
         for piece in pieces:
-            packet = read_packet(piece, 0, number)
+            packet = read_packet(_bytes(piece), 0, number)
             while packet is not None and number <= packet.number:
                 content, most = (packet.content, packet.frames) if number == packet.number else (None, None)
                 pipe.parallel.everyone.agree({f"packet {number}": content and blake2b(content).hexdigest()})
@@ -181,6 +180,12 @@ def decode(pipe: CausalVideoPipeline, packets: Iterable[bytes]) -> Iterator[Deco
             if ended:
                 return
     raise InputError(f"the compressed video is cut off: it has {number} whole chunks and no last one")
+
+
+def _bytes(piece: object) -> bytes:
+    if not isinstance(piece, bytes):
+        raise ConfigError(f"packets must be bytes, one piece each (`split` cuts a file), not {type(piece).__name__}")
+    return piece
 
 
 class _Decoder:
@@ -234,11 +239,13 @@ class _Source:
         return latents, first + -(-(shown - first) // self._stride)
 
 
-def _collectively(
-    pipe: CausalVideoPipeline, target: Callable[[Chunk], tuple[Tensor, int]], chunk: Chunk
-) -> tuple[Tensor, int]:
-    """What a target returns; an error on one rank is raised on all."""
-    return pipe.parallel.denoisers.run_collectively(partial(target, chunk))
+def _agreed_target(pipe: CausalVideoPipeline, source: _Source, begins: bool, chunk: Chunk) -> tuple[Tensor, int]:
+    """What `source.target` returns; an error on one rank, or a difference between ranks, is an error on all."""
+    ranks = pipe.parallel.denoisers
+    latents, wanted = ranks.run_collectively(partial(source.target, begins, chunk))
+    if ranks.size > 1:
+        ranks.agree({f"the video's chunk {chunk.index}": (digest(latents), source.last)})
+    return latents, wanted
 
 
 def _check_decoder(pipe: CausalVideoPipeline, header: Header) -> None:

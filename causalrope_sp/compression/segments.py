@@ -57,6 +57,8 @@ class Segments(Generic[Loop]):
             raise ConfigError("compression puts bits into fresh noise: the solver must be renoise, without guidance")
         if sampler.first_steps or pipe.parts.low_noise is not None:
             raise ConfigError("compression needs the same steps in all chunks, of one transformer")
+        if len(sampler.steps) < 2:
+            raise ConfigError("compression puts bits into noise between two steps: the sampler must have at least 2")
         if stream.window is None:
             raise ConfigError("compression needs a model with a window: load it with window=")
         if pipe.model.config.control_channels:

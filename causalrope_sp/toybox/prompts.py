@@ -43,7 +43,7 @@ GRAMMAR = (
 
 _OBJECT = r"(?:(?:an?|the) )?(?:(small|large) )?([a-z]+) ([a-z]+) ([a-z]+(?: [a-z]+)??)"
 _PROMPT = re.compile(rf"{_OBJECT}(?: and {_OBJECT})?(?: on (?:an? |the )?([a-z]+) background)?")
-_PLACES = re.compile(r"(.*) at ((?:\d{1,2} ){2}\d{1,2}(?: (?:\d{1,2} ){2}\d{1,2})?)")
+_PLACES = re.compile(r"(.*?) at\b ?(.*)")
 _WORDS = frozenset(
     ["a", "an", "the", "and", "on", "background", "small", "large", *COLORS, *SHAPES, *BACKGROUNDS]
     + [word for motion in MOTIONS for word in motion.split()]
@@ -118,7 +118,7 @@ def parse_places(prompt: str) -> tuple[float, ...] | None:
     _, places = _split(prompt)
     objects = len(parse_prompt(prompt).objects)
     if places is not None and len(places) != 3 * objects:
-        raise PromptError(f"the prompt {prompt!r} has {len(places)} numbers for {objects} objects, three each expected")
+        raise PromptError(f"the prompt {prompt!r} has {len(places)} numbers after 'at', and needs {3 * objects}")
     return places
 
 
@@ -128,4 +128,7 @@ def _split(prompt: str) -> tuple[str, tuple[float, ...] | None]:
     match = _PLACES.fullmatch(words)
     if match is None:
         return words, None
-    return match[1], tuple((int(number) + 0.5) / 100 for number in match[2].split())
+    numbers = match[2].split()
+    if len(numbers) not in (3, 6) or not all(re.fullmatch("[0-9]{1,2}", number) for number in numbers):
+        raise PromptError(f"after 'at' come 3 or 6 whole numbers from 0 to 99, not {match[2]!r}")
+    return match[1], tuple((int(number) + 0.5) / 100 for number in numbers)

@@ -74,8 +74,9 @@ def test_ranks_decompress_together(compressed: Path, tmp_path: Path) -> None:
         (("--rate", 0), "rate must be above 0"),
         (("--atoms", 1000), "atoms must be a power of two"),
         (("--bits", 3), "most must be a power of two"),
-        (("--exact", "--dtype", "bfloat16"), "float64 on the cpu, not in bfloat16"),
+        (("--exact", "--dtype", "bfloat16"), "--dtype must be float64, not bfloat16"),
         (("--solver", "euler"), "No such option"),
+        (("--steps", "1"), "must have at least 2"),
     ],
 )
 def test_wrong_options_are_named(compressed: Path, tmp_path: Path, words: tuple[object, ...], said: str) -> None:
@@ -83,6 +84,17 @@ def test_wrong_options_are_named(compressed: Path, tmp_path: Path, words: tuple[
     assert status == 2
     assert said in output
     assert not (tmp_path / "o.cvc").exists()
+
+
+def test_a_video_does_not_replace_itself(compressed: Path, tmp_path: Path) -> None:
+    source, link = compressed.parent / "in.mp4", tmp_path / "link.mp4"
+    link.symlink_to(source)
+    before = source.read_bytes()
+    for out in (source, link, "-"):
+        status, output = run("compress", source, out, "--prompt", PROMPT)
+        assert status == 2
+        assert "OUT must be a file other than VIDEO" in output
+    assert source.read_bytes() == before
 
 
 def test_what_is_no_compressed_video_is_refused(compressed: Path, tmp_path: Path) -> None:

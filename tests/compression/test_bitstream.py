@@ -139,9 +139,13 @@ DEFAULTS: dict[str, Any] = {"prompt": "", "model": "0123abcd", "height": 64, "wi
         ({"atoms": 1 << 21}, "atoms must be"),
         ({"most": 2048}, "most must be"),
         ({"height": 0}, "height must be"),
-        ({"fps": math.nan}, "finite"),
+        ({"fps": math.nan}, "fps must be a number"),
+        ({"fps": 1e308}, "fps must be a number"),
+        ({"fps": 10**400}, "fps must be a number"),
+        ({"residual": 1e-6}, "residual must be 0 or at least"),
+        ({"atoms": 1 << 20, "most": 1 << 19}, "most must be"),
         ({"seed": -1}, "seed must be"),
-        ({"model": "x"}, "texts"),
+        ({"model": "x"}, "8 digits"),
     ],
 )
 def test_wrong_headers_are_refused(change: dict[str, Any], said: str) -> None:
