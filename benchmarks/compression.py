@@ -216,7 +216,7 @@ def draw(path: str, curves: dict[str, list[dict[str, float]]], pipe: CausalVideo
     from matplotlib import pyplot as plt
 
     figure = plt.figure(figsize=(9, 7))
-    grid = figure.add_gridspec(3, 6, height_ratios=[3, 1, 1])
+    grid = figure.add_gridspec(3, 6, height_ratios=[3, 1, 1], hspace=0.45)
     axes = figure.add_subplot(grid[0, :])
     for name, curve in curves.items():
         if len(curve) > 1:
