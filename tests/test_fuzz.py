@@ -6,6 +6,7 @@ Files whose name begins with found- once raised something raw or cost too much. 
 from __future__ import annotations
 
 import random
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -110,22 +111,27 @@ def test_every_option_of_every_command_has_its_lines() -> None:
 
 
 @pytest.fixture(scope="module")
-def imported(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Runs every command once: an interrupted import would leave half a module to the next command of this process."""
+def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs every command once, since an interrupted import would leave half a module to the next command of this
+    process; returns the folder of what they wrote."""
+    folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path_factory.mktemp("whole"))
+        patch.chdir(folder)
         for words in WHOLE.values():
             serves = words[0] == "serve"  # until Ctrl-C
             assert run_words(words, patience_s=8 if serves else 200).status == (130 if serves else 0)
+    return folder
 
 
 @pytest.mark.parametrize("value", ["x" * 300, "\x1b[31mred\x1b[0m", "a\nb", "1_0", "cuda:x", "\udcff", "9" * 5000])
 def test_a_wrong_value_of_any_option_is_one_sentence(
-    value: str, imported: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    value: str, imported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For all options of all commands, by click's own list of them: a new option cannot be forgotten."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name in ("one.mp4", "one.cvc"):
+        shutil.copy(imported / name, tmp_path)
     assert value in VALUES
     for line in option_lines():
         if value in line:

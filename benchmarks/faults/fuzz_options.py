@@ -8,7 +8,7 @@ import click
 
 PROMPT = "a red circle slides right"
 WHOLE = {
-    "generate": ["generate", PROMPT, "--frames", "1"],
+    "generate": ["generate", PROMPT, "--frames", "1", "--out", "one.mp4"],
     "encode": ["encode", PROMPT],
     "inspect": ["inspect", "toybox"],
     "verify": ["verify", "--ranks", "1"],
@@ -16,7 +16,9 @@ WHOLE = {
     "profile-reuse": ["profile-reuse", PROMPT, "--frames", "1"],
     "serve": ["serve", "--port", "0", "--folder", "served"],
     "bench": ["bench", PROMPT, "--frames", "1", "--runs", "1"],
-}  # lines that work, one a command
+    "compress": ["compress", "one.mp4", "one.cvc", "--prompt", PROMPT],
+    "decompress": ["decompress", "one.cvc", "back.mp4"],
+}  # lines that work, one a command, in this order: some read what others write
 # No device is among them: a command that writes to a name may replace what has it, and root may replace /dev/null.
 VALUES = (
     *("", " ", "x" * 300, "x" * 251 + ".mp4", "x" * 5000, "/", ".", "..", "~", "~nobody/x"),
@@ -35,14 +37,18 @@ def option_lines() -> Iterator[list[str]]:
     missing = set(cli.commands) - set(WHOLE)
     assert not missing, f"no line that works is known for {missing}"
     for name, command in cli.commands.items():
+        arguments = [parameter for parameter in command.params if isinstance(parameter, click.Argument)]
         for parameter in command.params:
-            yield from _lines(WHOLE[name], parameter)
+            place = 1 + arguments.index(parameter) if isinstance(parameter, click.Argument) else 0
+            yield from _lines(WHOLE[name], parameter, place)
 
 
-def _lines(whole: list[str], parameter: click.Parameter) -> Iterator[list[str]]:
+def _lines(whole: list[str], parameter: click.Parameter, place: int) -> Iterator[list[str]]:
+    """The lines of a parameter; `place` is that of an argument among the words."""
     if isinstance(parameter, click.Argument):
+        given = len(whole) > place and not whole[place].startswith("-")
         for value in VALUES:
-            yield [whole[0], value] if len(whole) > 1 and not whole[1].startswith("-") else [*whole, value]
+            yield [*whole[:place], value, *whole[place + 1 :]] if given else [*whole, value]
         return
     assert isinstance(parameter, click.Option)
     for name in (*parameter.opts, *parameter.secondary_opts):

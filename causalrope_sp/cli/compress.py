@@ -49,7 +49,9 @@ def _options(names: set[str]) -> list[click.Parameter]:
     show_default=True,
     help="Weigh bits against error by this much: smaller values give more bits and less error.",
 )
-@click.option("--bpp", type=FLOAT, help="Keep to this many bits a pixel. The default is what --rate gives.")
+@click.option(
+    "--bpp", type=FLOAT, help="Keep to this many bits a pixel, in place of --rate; header and residual are not counted."
+)
 @click.option(
     "--bits",
     "most",
@@ -91,10 +93,9 @@ def compress(video: str, out: str, prompt: str, as_json: bool, **options: Any) -
     own = ("rate", "bpp", "most", "atoms", "refresh", "residual", "exact", "seed", "text_seed")
     chosen = EncodingOptions(**{name: options.pop(name) for name in own})
     options["num_inference_steps"] = parse_steps(options.pop("steps"))
+    check_replaceable(out)
     if out == "-" or (Path(out).exists() and os.path.samefile(video, out)):
         raise ConfigError(f"OUT must be a file other than VIDEO, not {out}")
-    if rank() == 0:
-        check_replaceable(out)
     pipe = _load(chosen.exact, {name: options.pop(name) for name in OF_THE_STREAM}, **options)
     from causalrope_sp.compression.auto_prompt import find_prompt
     from causalrope_sp.compression.coding import encode
@@ -150,7 +151,7 @@ def decompress(compressed: Path, out: str, as_json: bool, **options: Any) -> Non
             failure = error
     pipe.parallel.close()
     fields = {"frames": frames, "lost": lost, "seconds": round(time.perf_counter() - started, 3), "out": out}
-    named = f", chunks {', '.join(map(str, lost))} were lost or damaged" if lost else ""
+    named = f"; lost or damaged: chunk {', '.join(map(str, lost))}" if lost else ""
     _print(fields, f"{out}: {frames} frames in {fields['seconds']} s{named}", as_json)
     if failure is not None:
         raise failure

@@ -117,7 +117,7 @@ def _memory_in_words(cost: Plan) -> str:
     by_part = ", ".join(f"{name} {_short(size / 1e9)}" for name, size in parts.items() if size)
     times = ", ".join(f"{time} {_short(size / 1e9)}" for time, size in by_time.items())
     further = f"; each further session {_short(cost.session.bytes / 1e9)}"
-    further += f" (with {cost.sessions} sessions above)" if cost.sessions > 1 else ""
+    further += f" (GB above are for {cost.sessions} sessions, parts and times for one)" if cost.sessions > 1 else ""
     return f"GB on rank 0 with {cost.strategy}: {times}; parts: {by_part}{further}."
 
 

@@ -152,7 +152,8 @@ def rows_of(count: int, block: int) -> int:
 
     More rows share one read of the common vectors; fewer rows leave enough programs to keep a GPU busy.
     """
-    return max(1, min(NUMBERS // block, 8, triton.next_power_of_2(count // PROGRAMS + 1) // 2))
+    most = 1 if block == 4096 else 8  # four such rows spill on sm_80, two on sm_120
+    return max(1, min(NUMBERS // block, most, triton.next_power_of_2(count // PROGRAMS + 1) // 2))
 
 
 def warps_of(numbers: int) -> int:

@@ -175,7 +175,7 @@ def test_the_command_counts_sessions_and_history() -> None:
     assert next(peaks) - next(peaks) == more + state, "the state before a chunk is kept while it is decoded"
     words = CliRunner().invoke(cli, ["plan", "--sessions", "2", "--gpu", "h200"], env={"COLUMNS": "200"}).output
     assert "each further session" in words
-    assert "(with 2 sessions above)" in words
+    assert "(GB above are for 2 sessions, parts and times for one)" in words
 
 
 def test_a_graph_has_a_pool_for_every_session() -> None:

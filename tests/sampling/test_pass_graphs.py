@@ -127,7 +127,7 @@ def test_a_chunk_that_overwrites_its_own_context_is_refused_by_name(
     scale: float, graphs: Install, caplog: pytest.LogCaptureFixture
 ) -> None:
     graphs()
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, "causalrope_sp"):  # a command that ran before in this process sets its level
         video(StreamConfig(window=2, chunk_frames=2), sampler=SamplerConfig(steps=STEPS, guidance_scale=scale))
     (line,) = [line for line in caplog.messages if "graphs" in line]
     assert line.endswith("a chunk overwrites the frames of the chunk before it, whose context pass it shares")
