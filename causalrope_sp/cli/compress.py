@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,8 +91,7 @@ def compress(video: str, out: str, prompt: str, as_json: bool, **options: Any) -
     """
     from causalrope_sp.compression.coding import EncodingOptions
 
-    own = ("rate", "bpp", "most", "atoms", "refresh", "residual", "exact", "seed", "text_seed")
-    chosen = EncodingOptions(**{name: options.pop(name) for name in own})
+    chosen = EncodingOptions(**{each.name: options.pop(each.name) for each in fields(EncodingOptions)})
     options["num_inference_steps"] = parse_steps(options.pop("steps"))
     check_replaceable(out)
     if out == "-" or (Path(out).exists() and os.path.samefile(video, out)):
@@ -110,8 +110,8 @@ def compress(video: str, out: str, prompt: str, as_json: bool, **options: Any) -
             if file is not None:
                 file.write(packet)
     pipe.parallel.close()
-    fields = {"bytes": sent, "chunks": packets - 1, "seconds": round(time.perf_counter() - started, 3), "out": out}
-    _print(fields | {"prompt": prompt}, f"{out}: {sent} bytes, {packets - 1} chunks, {prompt!r}", as_json)
+    said = {"bytes": sent, "chunks": packets - 1, "seconds": round(time.perf_counter() - started, 3), "out": out}
+    _print(said | {"prompt": prompt}, f"{out}: {sent} bytes, {packets - 1} chunks, {prompt!r}", as_json)
 
 
 @click.command(params=_options(_MODEL_OPTIONS))
@@ -150,9 +150,9 @@ def decompress(compressed: Path, out: str, as_json: bool, **options: Any) -> Non
                 raise
             failure = error
     pipe.parallel.close()
-    fields = {"frames": frames, "lost": lost, "seconds": round(time.perf_counter() - started, 3), "out": out}
+    said = {"frames": frames, "lost": lost, "seconds": round(time.perf_counter() - started, 3), "out": out}
     named = f"; lost or damaged: chunk {', '.join(map(str, lost))}" if lost else ""
-    _print(fields, f"{out}: {frames} frames in {fields['seconds']} s{named}", as_json)
+    _print(said, f"{out}: {frames} frames in {said['seconds']} s{named}", as_json)
     if failure is not None:
         raise failure
 
@@ -187,6 +187,6 @@ def _load(
     return CausalVideoPipeline.from_pretrained(model, LoadOptions(dtype=dtype, **stream, **options), parallel=parallel)
 
 
-def _print(fields: dict[str, Any], text: str, as_json: bool) -> None:
+def _print(said: dict[str, Any], text: str, as_json: bool) -> None:
     if rank() == 0:
-        click.echo(json.dumps(fields) if as_json else escaped_line(text))
+        click.echo(json.dumps(said) if as_json else escaped_line(text))

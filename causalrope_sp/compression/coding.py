@@ -9,7 +9,7 @@ latency of one chunk, and that each frame and step gets as many atoms as lower t
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from hashlib import blake2b
 from itertools import count
@@ -111,7 +111,7 @@ def encode(
         PromptError: the text encoder does not know the prompt's words.
     """
     chosen = replace(options or EncodingOptions(), **overrides)
-    same = ("seed", "text_seed", "atoms", "most", "refresh", "residual", "exact")
+    same = {each.name for each in fields(EncodingOptions)} & {each.name for each in fields(Header)}
     header = Header(
         prompt,
         pipe.model_digest[:8],
