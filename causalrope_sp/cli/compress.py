@@ -46,8 +46,7 @@ def _options(names: set[str]) -> list[click.Parameter]:
 @click.option(
     "--rate",
     type=FLOAT,
-    default=0.03,
-    show_default=True,
+    show_default="0.03",
     help="Weigh bits against error by this much: smaller values give more bits and less error.",
 )
 @click.option(
@@ -141,7 +140,7 @@ def decompress(compressed: Path, out: str, as_json: bool, **options: Any) -> Non
         video = stack.enter_context(VideoWriter(out, *picture, header.fps)) if rank() == 0 else None
         try:
             for chunk in decode(pipe, split(data)):
-                chunks, lost = chunks + 1, lost + [chunk.number] * chunk.lost
+                chunks, lost = chunks + 1, lost + [chunk.index] * chunk.lost
                 if video is not None and chunk.frames is not None:
                     video.write(chunk.frames)
                     frames += len(chunk.frames)

@@ -36,6 +36,7 @@ from causalrope_sp.sampling.agreement import digest
 if TYPE_CHECKING:
     from causalrope_sp.pipeline.pipeline import CausalVideoPipeline
 
+RATE = 0.03
 FRAMING = 8 * 5  # bits of a packet beside its choices
 
 
@@ -45,7 +46,7 @@ class EncodingOptions:
 
     Args:
         rate: λ, how much mean square error of the latents a bit for each of a frame's numbers is worth. Smaller values
-            give more bits and less error.
+            give more bits and less error. None is 0.03, unless `bpp` is given.
         bpp: bits a pixel of the output to keep to, in place of `rate`, all of it counted but header and residual.
         atoms: K, the atoms of the codebook, a power of two.
         most: the most atoms of a frame and step, a power of two; 0 sends nothing but the prompt.
@@ -56,10 +57,10 @@ class EncodingOptions:
         exact: whether the decoder must compute in float64 on a CPU, as this pipeline does.
 
     Raises:
-        ConfigError: `rate` or `bpp` is out of range; `Header` checks the others.
+        ConfigError: `rate` or `bpp` is out of range, or both are given; `Header` checks the others.
     """
 
-    rate: float = 0.03
+    rate: float | None = None
     bpp: float | None = None
     atoms: int = 1024
     most: int = 32
@@ -70,7 +71,11 @@ class EncodingOptions:
     exact: bool = False
 
     def __post_init__(self) -> None:
-        for name, value in (("rate", self.rate), ("bpp", 1.0 if self.bpp is None else self.bpp)):
+        if self.rate is not None and self.bpp is not None:
+            raise ConfigError(f"give rate or bpp, not both: rate {self.rate}, bpp {self.bpp}")
+        for name, value in (("rate", self.rate), ("bpp", self.bpp)):
+            if value is None:
+                continue
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1000:
                 raise ConfigError(f"{name} must be above 0 and at most 1000, not {value}")
 
@@ -80,12 +85,12 @@ class DecodedChunk:
     """A chunk of a decoded video.
 
     Args:
-        number: of the chunk, from 0 on.
+        index: the number of the chunk, from 0 on.
         frames: its pixel frames on rank 0, uint8 (T, H, W, 3); None on other ranks.
         lost: whether its packet was lost or damaged, so that the model alone drew it.
     """
 
-    number: int
+    index: int
     frames: np.ndarray | None
     lost: bool
 
@@ -129,7 +134,8 @@ def encode(
         return max(0.0, chosen.bpp * header.height * header.width * source.covered - spent - FRAMING)
 
     def prepare(loop: EncodingLoop) -> None:
-        loop.most, loop.rate, loop.budget = header.most, chosen.rate, within_bpp if chosen.bpp is not None else None
+        loop.most, loop.rate = header.most, RATE if chosen.rate is None else chosen.rate
+        loop.budget = None if chosen.bpp is None else within_bpp
         loop.target = partial(_agreed_target, pipe, source, segments.begins)
 
     spent = 0

@@ -74,8 +74,7 @@ class SessionPlan:
         if same:
             run = replace(run, strategy=parts.layout.name)
         plan = cls(pipe, streams, run, parts.layout)
-        if not same or history or kept_chunks or streams:  # else it was checked at loading
-            parallel.everyone.run_collectively(plan.check)
+        parallel.everyone.run_collectively(plan.check)  # always: what is open may differ between the ranks
         return plan if same else replace(plan, layout=choose_layout(run, parallel))
 
     def check(self) -> None:

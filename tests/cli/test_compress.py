@@ -72,6 +72,7 @@ def test_ranks_decompress_together(compressed: Path, tmp_path: Path) -> None:
     ("words", "said"),
     [
         (("--rate", 0), "rate must be above 0"),
+        (("--rate", 1, "--bpp", 0.01), "give rate or bpp, not both"),
         (("--atoms", 1000), "atoms must be a power of two"),
         (("--bits", 3), "most must be a power of two"),
         (("--exact", "--dtype", "bfloat16"), "--dtype must be float64, not bfloat16"),

@@ -203,7 +203,7 @@ def test_a_lost_packet_is_named_and_the_others_go_on(packets: list[bytes], lost:
             decoded(kept)
         return
     chunks = list(decode(pipe_of(), kept))
-    assert [chunk.number for chunk in chunks if chunk.lost] == [lost - 1]
+    assert [chunk.index for chunk in chunks if chunk.lost] == [lost - 1]
     assert sum(len(chunk.frames) for chunk in chunks if chunk.frames is not None) == FRAMES
 
 
@@ -252,7 +252,7 @@ def test_what_does_not_fit_is_refused_by_name(packets: list[bytes]) -> None:
         encoded(atoms=1000)
     with pytest.raises(ConfigError, match="UTF-8"):
         encoded(prompt="a red \udcff circle bounces")
-    for wrong in ({"rate": "x"}, {"bpp": "1"}, {"rate": None}, {"residual": 1e-6}):
+    for wrong in ({"rate": "x"}, {"bpp": "1"}, {"atoms": None}, {"residual": 1e-6}):
         with pytest.raises(ConfigError, match="must be"):
             encoded(**wrong)
     for packets_given in (b"".join(packets), [packets[0], None]):
