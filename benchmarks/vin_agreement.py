@@ -45,7 +45,7 @@ def videos(count: int, generator: torch.Generator) -> Tensor:
 def train(steps: int, batch: int = 128) -> Pair:
     torch.manual_seed(0)
     pair = Pair(CausalDiT(DIT), VideoInterfaceNetwork(VIN, DIT))
-    forcing = TogetherForcing(GRID, CHUNKS, pair, torch.device("cpu"), autocast=False)
+    forcing = TogetherForcing(GRID, CHUNKS, pair, torch.device("cpu"))
     optimizer = torch.optim.AdamW(pair.parameters(), 3e-3, weight_decay=0)
     generator = torch.Generator().manual_seed(0)
     for step in range(steps):

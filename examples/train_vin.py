@@ -3,10 +3,11 @@
     python examples/train_vin.py --out runs/vin
     torchrun --standalone --nproc-per-node 2 examples/train_vin.py --out runs/vin
 
-The DiT starts from toybox-flow, the VIN from random weights. In some videos the text does not name colours, in some it
-does not say where objects start, so that chunks that do not attend each other must agree on them through the global
-tokens. A step trains on one chunk of each of many videos, the same chunk in all. The script writes checkpoint and log
-to the folder, resumes from them, and writes the weights there at the end. It takes hours on a CPU.
+The DiT starts from toybox and the VIN from random weights, or both from a folder given by --init. In some videos the
+text does not name colours, in some it does not say where objects start, so that chunks that do not attend each other
+must agree on them through the global tokens. A step trains on one chunk of each of many videos, the same chunk in all.
+The script writes checkpoint and log to the folder, resumes from them, and writes the weights there at the end. It takes
+hours on a CPU.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from causalrope_sp.codec import load_codec
 from causalrope_sp.grid import LatentGrid
 from causalrope_sp.toybox import WEIGHTS
 from causalrope_sp.toybox.toybox_text import leave_open
-from causalrope_sp.vin import ParallelChunksConfig, VideoInterfaceNetwork, VINConfig, save_vin
+from causalrope_sp.vin import ParallelChunksConfig, VideoInterfaceNetwork, VINConfig, load_vin, save_vin
 from causalrope_sp.weights import load_model, save_model
 
 SEED, SCENE_SEED = 70_000_000, 66_000_000
@@ -44,8 +45,8 @@ SHIFT = 8.0  # half of the noise levels are shifted towards noise, where it is d
 
 
 def new_pair(dit: Path) -> Pair:
-    """Makes the networks to train. The global tokens' values start at zero, so that at first they only dilute
-    attention."""
+    """Makes the networks to train from a DiT. The global tokens' values start at zero, so that at first they only
+    dilute attention."""
     torch.manual_seed(0)
     model = load_model(dit, dtype=torch.float32)
     pair = Pair(model, VideoInterfaceNetwork(CONFIG, model.config))
@@ -53,6 +54,16 @@ def new_pair(dit: Path) -> Pair:
         nn.init.zeros_(linear.weight[pair.dit.config.dim :])
         nn.init.zeros_(linear.bias)
     return pair.train().requires_grad_(True)
+
+
+def old_pair(folder: Path, dit: Path) -> Pair:
+    """Makes the networks to train from trained ones, the DiT halfway between theirs and another."""
+    model, other = (load_model(path, dtype=torch.float32) for path in (folder / "toybox-vin-dit.safetensors", dit))
+    vin, _ = load_vin(folder / "toybox-vin.safetensors", model.config)
+    with torch.no_grad():
+        for own, weight in zip(model.parameters(), other.parameters(), strict=True):
+            own.lerp_(weight, 0.5)
+    return Pair(model, vin.float()).train().requires_grad_(True)
 
 
 def draw(scenes: Latents, generator: torch.Generator) -> Batch:
@@ -114,7 +125,8 @@ def _agreed(value: float, device: torch.device) -> float:
 @click.option("--scenes", "count", default=3072, show_default=True, help="Number of scenes to render and encode.")
 @click.option("--minutes", default=240.0, show_default=True, help="Duration of the training in minutes.")
 @click.option("--rate", default=1e-3, show_default=True, help="The highest learning rate.")
-def main(out: Path, device: str, count: int, minutes: float, rate: float) -> None:
+@click.option("--init", type=click.Path(exists=True, path_type=Path), help="Start from a folder's toybox-vin.")
+def main(out: Path, device: str, count: int, minutes: float, rate: float, init: Path | None) -> None:
     on, size = torch.device(device), 64
     if "WORLD_SIZE" in os.environ:
         if on.type == "cuda":
@@ -123,7 +135,8 @@ def main(out: Path, device: str, count: int, minutes: float, rate: float) -> Non
     out.mkdir(parents=True, exist_ok=True)
     codec = load_codec(WEIGHTS / "codec", "wan", on).vae.float()
     scenes = encode_scenes(codec, out / "scenes", count, PIXEL_FRAMES, size, SCENE_SEED)
-    pair = new_pair(WEIGHTS / "toybox.safetensors").to(on)
+    dit = WEIGHTS / "toybox.safetensors"
+    pair = (new_pair(dit) if init is None else old_pair(init, dit)).to(on)
     forcing = TogetherForcing(LatentGrid.from_pixels(size, size, codec.config.scale_factor_spatial), CHUNKS, pair, on)
     trained = train(out, pair, scenes, forcing, minutes, rate).to(torch.bfloat16)
     if rank():

@@ -3,7 +3,8 @@
 It computes what `CausalDiT` does in a stream, in bfloat16, 1.4 times as fast as its modules: one masked attention over
 the sequence, the two channels of a rotary pair apart, and the elementwise work fused by torch.compile.
 
-Shapes: B videos, N noisy chunks, F frames of the sequence, S tokens a frame, H heads, d head width, D model width.
+Shapes: B videos, N noisy chunks, F frames of the sequence, S tokens a frame, G further keys that are not rotated, H
+heads, d head width, D model width.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from causalrope_kernels import Keys
 from causalrope_sp.config import DiTConfig, SamplerConfig, StreamConfig
 from causalrope_sp.grid import LatentGrid, Shard
 from causalrope_sp.models.block import Block
@@ -87,7 +89,7 @@ class TeacherForcing:
         frames = [*range(1, past), *(start + f for start in starts for f in range(CHUNK))]
         rotation = self._rope.rotation([0, *(batch.start - 1 + frame for frame in frames)]).of_queries
         mask = _mask(tuple(ends), tuple(starts), self.grid.tokens).to(self.device)
-        velocity = _forward(model, tokens, timesteps, batch.embeds.to(self.device), rotation, mask, noisy.shape[1])
+        velocity = forward(model, tokens, timesteps, batch.embeds.to(self.device), rotation, mask, noisy.shape[1])
         return self.grid.unpatchify(velocity)
 
 
@@ -111,7 +113,7 @@ def _linear(x: Tensor, layer: nn.Linear) -> Tensor:
     return functional.linear(x.to(BF16), layer.weight.to(BF16), layer.bias.to(BF16)).float()
 
 
-def _forward(
+def forward(
     model: CausalDiT,
     tokens_BFSE: Tensor,
     timesteps_BF: Tensor,
@@ -119,9 +121,25 @@ def _forward(
     rotation: tuple[Tensor, Tensor],
     mask: Tensor,
     predicted: int,
+    further: Sequence[Keys] | None = None,
 ) -> Tensor:
-    """`CausalDiT.forward`, for the last `predicted` frames, (B, predicted, S, E)."""
-    time = model.time_embedding(sinusoid(timesteps_BF, model.config.freq_dim).float())
+    """Computes `CausalDiT.forward` for the last frames of a sequence.
+
+    Args:
+        model: the DiT.
+        tokens_BFSE: the patches of all frames.
+        timesteps_BF: the timestep of each frame.
+        embeds: the text embeddings, (B, L, W).
+        rotation: cosines and sines of every token.
+        mask: what is added to the scores, (F·S, F·S + G): -1e30 where a token does not see another.
+        predicted: for how many of the last frames the velocity is computed.
+        further: the further keys and values of each layer, (B, G, H, d); None for G = 0.
+
+    Returns:
+        The velocity, (B, predicted, S, E), float32.
+    """
+    config = model.config
+    time = model.time_embedding(sinusoid(timesteps_BF, config.freq_dim).float())
     parts = model.time_projection(time).unflatten(-1, (6, 1, -1))
     x = _linear(tokens_BFSE, model.patch_embedding)
     first, _, second = model.text_embedding
@@ -129,29 +147,37 @@ def _forward(
     assert isinstance(second, nn.Linear)
     text = _linear(functional.gelu(_linear(embeds, first), approximate="tanh"), second)
     # A rotary pair is channels 2i and 2i + 1 of a head; here all first ones of a head come before all second ones.
-    heads = torch.arange(CONFIG.dim, device=x.device).unflatten(0, (CONFIG.num_heads, -1))
-    apart = torch.cat([heads[:, 0::2], heads[:, 1::2]], 1).flatten()
+    channels = torch.arange(config.head_dim, device=x.device)
+    apart = torch.cat([channels[0::2], channels[1::2]])
     cos, sin = (table.unsqueeze(-2) for table in rotation)
-    for block in model.blocks:
+    for layer, block in enumerate(model.blocks):
         assert isinstance(block, Block)
-        k, v = _text_keys(block, text)
         modulation = [parts[:, :, n] + block.modulation[n] for n in range(6)]
-        x = _block(x, modulation, _weights(block, apart), cos, sin, mask, k, v)
+        keys = None if further is None else _further(further[layer], apart)
+        text_keys = _text_keys(block, text, config.num_heads)
+        x = _block(x, modulation, _weights(block, apart, config), cos, sin, mask, text_keys, keys, config.num_heads)
     shift, scale = ((time[:, -predicted:] + learned).unsqueeze(2) for learned in model.head.modulation)
-    return _linear(functional.layer_norm(x[:, -predicted:], (CONFIG.dim,)) * (1 + scale) + shift, model.head.linear)
+    return _linear(functional.layer_norm(x[:, -predicted:], (config.dim,)) * (1 + scale) + shift, model.head.linear)
 
 
-def _text_keys(block: Block, text: Tensor) -> list[Tensor]:
+def _further(keys: Keys, apart: Tensor) -> list[Tensor]:
+    """Further keys and values, (B, H, G, d)."""
+    return [x.to(BF16).transpose(1, 2) for x in (keys.k[..., apart], keys.v)]
+
+
+def _text_keys(block: Block, text: Tensor, heads: int) -> list[Tensor]:
     """Keys and values of the text, (B, H, L, d)."""
     k, v = _linear(text, block.cross_attn.kv).chunk(2, -1)
-    return [_by_head(x) for x in (_norm(k, block.cross_attn.norm_k.weight), v)]
+    return [_by_head(x, heads) for x in (_norm(k, block.cross_attn.norm_k.weight), v)]
 
 
-def _weights(block: Block, apart: Tensor) -> list[Tensor]:
+def _weights(block: Block, apart: Tensor, config: DiTConfig) -> list[Tensor]:
     own, cross, ffn = block.self_attn, block.cross_attn, block.ffn
-    order = torch.cat([apart, CONFIG.dim + apart, torch.arange(2 * CONFIG.dim, 3 * CONFIG.dim, device=apart.device)])
-    norms = [own.norm_q.weight[apart], own.norm_k.weight[apart], block.cross_norm.weight, block.cross_norm.bias]
-    products = [own.qkv.weight[order], own.qkv.bias[order]]
+    firsts = torch.arange(0, config.dim, config.head_dim, device=apart.device)
+    order = (firsts[:, None] + apart).flatten()
+    rows = torch.cat([order, config.dim + order, torch.arange(2 * config.dim, 3 * config.dim, device=apart.device)])
+    norms = [own.norm_q.weight[order], own.norm_k.weight[order], block.cross_norm.weight, block.cross_norm.bias]
+    products = [own.qkv.weight[rows], own.qkv.bias[rows]]
     for layer in (own.out, cross.q, cross.out, ffn.up, ffn.down):
         products += [layer.weight, layer.bias]
     return [*norms, cross.norm_q.weight, *(x.to(BF16) for x in products)]
@@ -161,12 +187,12 @@ def _norm(x: Tensor, weight: Tensor) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + CONFIG.eps) * weight
 
 
-def _by_head(x: Tensor) -> Tensor:
-    return x.to(BF16).unflatten(-1, (CONFIG.num_heads, -1)).transpose(1, 2)
+def _by_head(x: Tensor, heads: int) -> Tensor:
+    return x.to(BF16).unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.unflatten(-1, (CONFIG.num_heads, -1)).chunk(2, -1)
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
+    first, second = x.unflatten(-1, (heads, -1)).chunk(2, -1)
     return torch.cat([first * cos - second * sin, first * sin + second * cos], -1).to(BF16).transpose(1, 2)
 
 
@@ -178,14 +204,15 @@ def _block(
     cos: Tensor,
     sin: Tensor,
     mask: Tensor,
-    k: Tensor,
-    v: Tensor,
+    text: list[Tensor],
+    further: list[Tensor] | None,
+    heads: int,
 ) -> Tensor:
     """One block of the DiT, (B, F, S, D) float32, as `Block` defines it."""
     norm_q, norm_k, cross_weight, cross_bias, cross_norm_q, *products = weights
     pairs = list(zip(products[::2], products[1::2], strict=True))
     shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = modulation
-    width, scale = (CONFIG.dim,), CONFIG.head_dim**-0.5
+    width, scale = (x.shape[-1],), (x.shape[-1] // heads) ** -0.5
 
     def linear(y: Tensor, number: int) -> Tensor:
         return functional.linear(y.to(BF16), *pairs[number])
@@ -197,11 +224,14 @@ def _block(
 
     y = functional.layer_norm(x, width) * (1 + scale_1) + shift_1
     own_q, own_k, own_v = linear(y, 0).flatten(1, 2).float().chunk(3, -1)
-    own_q, own_k = _turn(_norm(own_q, norm_q), cos, sin), _turn(_norm(own_k, norm_k), cos, sin)
-    x = x + linear(attend(own_q, own_k, _by_head(own_v), mask), 1).float() * gate_1
+    own_q, own_k = _turn(_norm(own_q, norm_q), cos, sin, heads), _turn(_norm(own_k, norm_k), cos, sin, heads)
+    own_v = _by_head(own_v, heads)
+    if further is not None:
+        own_k, own_v = torch.cat([own_k, further[0]], 2), torch.cat([own_v, further[1]], 2)
+    x = x + linear(attend(own_q, own_k, own_v, mask), 1).float() * gate_1
     y = functional.layer_norm(x, width, cross_weight, cross_bias)
-    q = _by_head(_norm(linear(y, 2).flatten(1, 2).float(), cross_norm_q))
-    x = x + linear(attend(q, k, v, 0.0), 3).float()
+    q = _by_head(_norm(linear(y, 2).flatten(1, 2).float(), cross_norm_q), heads)
+    x = x + linear(attend(q, *text, 0.0), 3).float()
     y = functional.layer_norm(x, width) * (1 + scale_2) + shift_2
     y = functional.gelu(linear(y, 4).float(), approximate="tanh")
     return x + linear(y, 5).float() * gate_2

@@ -1,23 +1,22 @@
 """The forward of training: one pass of the DiT over one chunk of each of some videos. A chunk attends the chart, its
-own frames and the global tokens of its video; no gradient flows through the keys and values of its context.
-`causalrope_sp.vin.parallel_sampler` computes the same for all chunks, from a cache.
+own frames and the global tokens of its video. `causalrope_sp.vin.parallel_sampler` computes the same for all chunks,
+from a cache. The DiT runs compiled and in bfloat16, as in the training of toybox.
 
 Shapes: B videos, F latent frames of a video, c frames of a chunk, S tokens a frame, C channels, X latent width and
-height, L text tokens, W text width, H heads, d head width.
+height, L text tokens, W text width.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from toybox_training.dit import forward
 
-from causalrope_kernels import Keys, Projection, attention, project
-from causalrope_kernels.reference import attention as attend_whole
+from causalrope_kernels import Keys, attention
 from causalrope_sp.grid import LatentGrid, Shard
-from causalrope_sp.models.block import ForwardPass
 from causalrope_sp.models.causal_dit import CausalDiT
 from causalrope_sp.models.rope import RotaryTables
 from causalrope_sp.toybox.chart import chart
@@ -50,21 +49,17 @@ class TogetherForcing:
 
     The published loss is the sum over all chunks of a video (Video Interface Networks, arXiv 2503.17539). Here it is
     that of one chunk, drawn anew in every step, so that a step trains on as many videos as chunks, since global tokens
-    are computed once a video. A long video thus weighs no more than a short one. No gradient flows through the keys and
-    values of frames that the chunk before owns.
+    are computed once a video. A long video thus weighs no more than a short one.
 
     Args:
         grid: the latent frame in tokens.
         config: how a video is cut into chunks.
         pair: the networks; only their sizes are read.
         device: where the forward runs.
-        autocast: run the forward in bfloat16.
     """
 
-    def __init__(
-        self, grid: LatentGrid, config: ParallelChunksConfig, pair: Pair, device: torch.device, autocast: bool = True
-    ) -> None:
-        self.grid, self.config, self.device, self._autocast = grid, config, device, autocast
+    def __init__(self, grid: LatentGrid, config: ParallelChunksConfig, pair: Pair, device: torch.device) -> None:
+        self.grid, self.config, self.device = grid, config, device
         dit = pair.dit.config
         self._shard = Shard(grid)
         self._rope = RotaryTables(dit.head_dim, dit.theta, self._shard, device, torch.float32)
@@ -95,16 +90,11 @@ class TogetherForcing:
         tokens = self.grid.patchify(torch.cat([still, noisy[:, part.start : part.stop]], 1))
         timesteps = torch.cat([times_B.new_zeros(len(noisy), 1), times_B.unsqueeze(1).expand(-1, part.frames)], 1)
         times = [0, *range(part.start + 1, part.stop + 1)]  # the chart is the frame before the video
-        context = self.config.overlap * self.grid.tokens if chunk else 0
-        with torch.autocast(self.device.type, torch.bfloat16, self._autocast), sdpa_kernel(SDPBackend.MATH):
-            found = self._globals(pair.vin, noisy, embeds, times_B) if use_z else None
-
-            def attend(layer: int, projection: Projection) -> Tensor:
-                return self._attend(*project(projection), context, None if found is None else found[layer])
-
-            step = ForwardPass(timesteps, part.frames, self._rope.rotation(times), pair.dit.encode_text(embeds), attend)
-            velocity = pair.dit(tokens.flatten(1, 2), step)
-        return self.grid.unpatchify(velocity.float().unflatten(1, (part.frames, -1)))
+        found = self._globals(pair.vin, noisy, embeds, times_B) if use_z else None
+        mask = _mask(self.grid.tokens, tokens.shape[1], 0 if found is None else found[0].k.shape[1]).to(self.device)
+        rotation = self._rope.rotation(times).of_queries
+        velocity = forward(pair.dit, tokens, timesteps, embeds, rotation, mask, part.frames, found)
+        return self.grid.unpatchify(velocity)
 
     def chunk(self, frames: int, generator: torch.Generator) -> int:
         """Draws the number of a chunk of a video of so many latent frames."""
@@ -119,15 +109,10 @@ class TogetherForcing:
         read = attention(vin.queries(time), vin.keyframes(tokens, positions_KS3, time), "torch")
         return vin.globals(read, embeds, time, "torch")
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: int, found: Keys | None) -> Tensor:
-        still = self.grid.tokens
-        chart_q, own_q = q[:, :still], q[:, still:]
-        chart_k, chart_v = k[:, :still], v[:, :still]
 
-        def keys(x: Tensor, global_: Tensor | None) -> Tensor:
-            parts = [x[:, :still], x[:, still : still + context].detach(), x[:, still + context :]]
-            return torch.cat([*parts, *([] if global_ is None else [global_.to(x.dtype)])], 1)
-
-        whole_k = keys(k, None if found is None else found.k)
-        whole_v = keys(v, None if found is None else found.v)
-        return torch.cat([attend_whole(chart_q, chart_k, chart_v), attend_whole(own_q, whole_k, whole_v)], 1)
+@cache
+def _mask(tokens: int, frames: int, further: int) -> Tensor:
+    """The first frame, the chart, sees itself alone; see `forward`."""
+    hidden = torch.zeros(frames * tokens, frames * tokens + further)
+    hidden[:tokens, tokens:] = -1e30
+    return hidden
