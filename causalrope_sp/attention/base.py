@@ -81,14 +81,14 @@ class Strategy:
 def attend_chunk(source: Source, cache: LayerCache, chunk: Chunk, operations: PassOperations) -> Tensor:
     """Writes a chunk's keys and values to the cache and returns what its queries attend, (B, F, s, h, d)."""
     q = write_chunk(source, cache, chunk, operations)
-    return operations.attention(q.flatten(1, 2), cache.keys(chunk), reuse_q=operations.in_place).view(q.shape)
+    return attend_groups(q.flatten(1, 2), cache.keys(chunk), operations).view(q.shape)
 
 
 def write_chunk(source: Source, cache: LayerCache, chunk: Chunk, operations: PassOperations) -> Tensor:
     """Writes a chunk's keys and values to the cache and returns its queries, (B, F, s, h, d)."""
     q = empty(source)
     k_slots, v_slots = cache.kv_slots(chunk)
-    operations.norm_rope_store(source, q=[Slots(q)], k=[k_slots], v=[v_slots])
+    operations.norm_rope_store(source, q=[Slots(q)], k=k_slots, v=v_slots)
     return q
 
 
@@ -108,9 +108,33 @@ def by_chunk(chunks: Sequence[Chunk]) -> list[tuple[Chunk, slice]]:
     return [(chunk, slice(chunk.start - first, chunk.stop - first)) for chunk in chunks]
 
 
-def parts_of(q_BFQHD: Tensor, keys: Keys, operations: PassOperations) -> list[Partial]:
-    """Attends over parts of the keys; returns outputs, (B, F·Q, h, d), with log-sum-exps, (B, F·Q, h)."""
-    return operations.attention_parts(q_BFQHD.flatten(1, 2), keys)
+def by_group(q_BTHD: Tensor, groups: Sequence[Keys]) -> list[tuple[Tensor, Keys]]:
+    """Returns the keys of every head group with the queries of its heads."""
+    if len(groups) == 1:
+        return [(q_BTHD, groups[0])]
+    return list(zip(q_BTHD.split([keys.k.shape[2] for keys in groups], 2), groups, strict=True))
+
+
+def attend_groups(q_BTHD: Tensor, groups: Sequence[Keys], operations: PassOperations) -> Tensor:
+    """Attends with the heads of every group on its keys; the result may be written over the queries."""
+    if len(groups) == 1:
+        return operations.attention(q_BTHD, groups[0], reuse_q=operations.in_place)
+    return torch.cat([operations.attention(q, keys) for q, keys in by_group(q_BTHD, groups)], 2)
+
+
+def parts_of(q_BFQHD: Tensor, groups: Sequence[Keys], operations: PassOperations) -> list[list[Partial]]:
+    """Attends over parts of the keys; returns for every head group outputs, (B, F·Q, h, d), with log-sum-exps,
+    (B, F·Q, h)."""
+    return [operations.attention_parts(q, keys) for q, keys in by_group(q_BFQHD.flatten(1, 2), groups)]
+
+
+def merged(parts: Sequence[Sequence[Partial]], operations: PassOperations) -> Partial:
+    """Merges the parts of every head group and joins the groups' heads."""
+    by_group = [operations.merge(group) for group in parts]
+    if len(by_group) == 1:
+        return by_group[0]
+    outputs, lses = zip(*by_group, strict=True)
+    return torch.cat(outputs, 2), torch.cat(lses, 2)
 
 
 def lse_elements(itemsize: int) -> int:

@@ -12,7 +12,7 @@ from math import prod
 from torch import Tensor
 
 from causalrope_kernels import Partial, PassOperations, Pieces, Slots, Source
-from causalrope_sp.attention.base import Strategy, by_chunk, empty, joined, parts_of
+from causalrope_sp.attention.base import Strategy, by_chunk, empty, joined, merged, parts_of
 from causalrope_sp.cache.layer_cache import LayerCache
 from causalrope_sp.distributed.communicator import Communicator
 from causalrope_sp.grid import Chunk
@@ -54,7 +54,7 @@ class GatherKV(Strategy):
         q = empty(source)
         operations.norm_rope_store(source, q=[Slots(q)])
         parts = by_chunk(chunks)
-        before: list[list[Partial]] = [[] for _ in chunks]
+        before: list[list[list[Partial]]] = [[] for _ in chunks]
         since = self.splits_at(chunks)
         if since:
             before = [parts_of(q[:, part], cache.keys_before(chunk, since), operations) for chunk, part in parts]
@@ -62,7 +62,8 @@ class GatherKV(Strategy):
         outputs = []
         for (chunk, part), old in zip(parts, before, strict=True):
             k_slots, v_slots = cache.kv_slots(chunk)
-            operations.norm_rope_store(received.part(part), k=[k_slots], v=[v_slots])
+            operations.norm_rope_store(received.part(part), k=k_slots, v=v_slots)
             new = parts_of(q[:, part], cache.keys_since(chunk, since), operations)
-            outputs.append(operations.merge([*old, *new])[0].view(q[:, part].shape))
+            both = [[*a, *b] for a, b in zip(old, new, strict=True)] if old else new
+            outputs.append(merged(both, operations)[0].view(q[:, part].shape))
         return joined(outputs)

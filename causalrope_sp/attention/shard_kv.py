@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from causalrope_kernels import Partial, PassOperations, Slots, Source
-from causalrope_sp.attention.base import Strategy, by_chunk, lse_elements, parts_of
+from causalrope_sp.attention.base import Strategy, by_chunk, lse_elements, merged, parts_of
 from causalrope_sp.cache.layer_cache import LayerCache
 from causalrope_sp.distributed.communicator import Communicator
 from causalrope_sp.grid import Chunk
@@ -51,13 +51,13 @@ class ShardKV(Strategy):
         partials: list[list[Partial]] = [[] for _ in self._tokens]
         for chunk, part in by_chunk(chunks):
             k_slots, v_slots = cache.kv_slots(chunk)
-            operations.norm_rope_store(source.part(part), k=[k_slots], v=[v_slots])
-            partials[own_rank].append(operations.merge(parts_of(q[:, part], cache.keys(chunk), operations)))
+            operations.norm_rope_store(source.part(part), k=k_slots, v=v_slots)
+            partials[own_rank].append(merged(parts_of(q[:, part], cache.keys(chunk), operations), operations))
             if received is None:
                 received = handle.wait()
             for rank, queries in enumerate(received):
                 if rank != own_rank:
-                    partials[rank].append(operations.merge(parts_of(queries[:, part], cache.keys(chunk), operations)))
+                    partials[rank].append(merged(parts_of(queries[:, part], cache.keys(chunk), operations), operations))
         return self._return_partials(partials, q, cache.index, operations)
 
     def _return_partials(

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from causalrope_kernels import PassOperations, Pieces, Slots, Source
-from causalrope_sp.attention.base import Strategy, by_chunk, joined, write_chunk
+from causalrope_kernels import Keys, PassOperations, Pieces, Slots, Source
+from causalrope_sp.attention.base import Strategy, attend_groups, by_chunk, joined, write_chunk
 from causalrope_sp.cache.layer_cache import LayerCache
 from causalrope_sp.distributed.communicator import AsyncHandle, Communicator
 from causalrope_sp.grid import Chunk, shares
@@ -88,7 +88,8 @@ class Ulysses(Strategy):
             q = write_chunk(source.part(frames), cache, chunk, operations)
             for number, heads in enumerate(_ranges(self._groups)):
                 group_q = q[..., heads, :]
-                attended = operations.attention(group_q.flatten(1, 2), cache.keys(chunk).heads(heads))
+                keys = _of_heads(cache.keys(chunk), heads)
+                attended = attend_groups(group_q.flatten(1, 2), keys, operations)
                 outputs[number].append(attended.view(group_q.shape))
                 if chunk == chunks[-1]:
                     whole = joined(outputs[number])
@@ -108,6 +109,18 @@ class Ulysses(Strategy):
         operations.split_tokens(output_BFSHD, sent)
         shapes = [(batch, frames, self.tokens, h, width) for h in heads]
         return self._communicator.all_to_all("output", layer, shapes, sent, use)
+
+
+def _of_heads(groups: Sequence[Keys], heads: slice) -> list[Keys]:
+    """The keys of some of a rank's heads, by head group."""
+    found, first = [], 0
+    for keys in groups:
+        count = keys.k.shape[2]
+        part = slice(max(heads.start - first, 0), min(heads.stop - first, count))
+        if part.start < part.stop:
+            found.append(keys.heads(part))
+        first += count
+    return found
 
 
 def _split(heads: Sequence[int], groups: int) -> list[list[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from causalrope_kernels import Keys, Slots
@@ -11,11 +12,11 @@ from causalrope_sp.grid import Chunk
 class SlotCache(Protocol):
     """A cache of all layers, whose slots hold one frame's tokens each."""
 
-    def kv_slots(self, layer: int, chunk: Chunk) -> tuple[Slots, Slots]:
+    def kv_slots(self, layer: int, chunk: Chunk) -> tuple[Sequence[Slots], Sequence[Slots]]:
         """Returns the slots of a layer that a chunk's keys and values are written to; see `LayerCache.kv_slots`."""
 
-    def keys(self, layer: int, chunk: Chunk, since: int, old: bool) -> Keys:
-        """Returns the keys and values of a layer that a chunk's queries attend.
+    def keys(self, layer: int, chunk: Chunk, since: int, old: bool) -> Sequence[Keys]:
+        """Returns the keys and values of a layer that a chunk's queries attend, by head group in order of heads.
 
         Args:
             layer: the layer.
@@ -36,22 +37,22 @@ class LayerCache:
     def __init__(self, cache: SlotCache, index: int) -> None:
         self._cache, self.index = cache, index
 
-    def kv_slots(self, chunk: Chunk) -> tuple[Slots, Slots]:
-        """Returns the slots of the chunk's keys and of its values. The caller must write them.
+    def kv_slots(self, chunk: Chunk) -> tuple[Sequence[Slots], Sequence[Slots]]:
+        """Returns the slots of the chunk's keys and of its values, by head group. The caller must write them.
 
         For the open chunk of a `KVCache`, the first call copies the frames that the chunk overwrites to the undo
         buffer.
         """
         return self._cache.kv_slots(self.index, chunk)
 
-    def keys(self, chunk: Chunk) -> Keys:
-        """Returns all keys and values that the chunk's queries attend, its own included."""
+    def keys(self, chunk: Chunk) -> Sequence[Keys]:
+        """Returns all keys and values that the chunk's queries attend, its own included, by head group."""
         return self._cache.keys(self.index, chunk, since=0, old=False)
 
-    def keys_before(self, chunk: Chunk, since: int) -> Keys:
+    def keys_before(self, chunk: Chunk, since: int) -> Sequence[Keys]:
         """Returns those of `keys` that belong to frames before the global time index `since`."""
         return self._cache.keys(self.index, chunk, since, old=True)
 
-    def keys_since(self, chunk: Chunk, since: int) -> Keys:
+    def keys_since(self, chunk: Chunk, since: int) -> Sequence[Keys]:
         """Returns those of `keys` that belong to frames from the global time index `since` on."""
         return self._cache.keys(self.index, chunk, since, old=False)

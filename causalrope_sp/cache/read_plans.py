@@ -45,30 +45,29 @@ class _ChunkPlan:
 
 
 class ReadPlans:
-    """The plans of the chunks of a pass.
+    """The plans of the chunks of a pass in the rings of some heads.
 
     Args:
-        storage_L2BKSHD: the cache's storage.
-        window: the sliding window.
+        storage_2BKSHD: keys and values of every layer.
         rotate_on_read: makes the rotation of the keys on read from the position of every slot's frame within the
             window; None if keys are stored rotated.
     """
 
+    _window: SlidingWindow
+    _full: SlidingWindow
+
     def __init__(
-        self,
-        storage_L2BKSHD: Tensor,
-        window: SlidingWindow,
-        rotate_on_read: Callable[[Sequence[int]], RotateOnRead] | None,
+        self, storage_2BKSHD: Sequence[Tensor], rotate_on_read: Callable[[Sequence[int]], RotateOnRead] | None
     ) -> None:
-        self._window, self._rotate_on_read = window, rotate_on_read
-        self._device, self._tokens = storage_L2BKSHD.device, storage_L2BKSHD.shape[4]
-        self._rings = [(k, v) for k, v in storage_L2BKSHD]
+        self._rotate_on_read = rotate_on_read
+        self._device, self._tokens = storage_2BKSHD[0].device, storage_2BKSHD[0].shape[3]
+        self._rings = [(k, v) for k, v in storage_2BKSHD]
         self._rows = [(k.flatten(1, 2), v.flatten(1, 2)) for k, v in self._rings]
         self._plans: dict[int, _ChunkPlan] = {}  # by the number of the chunk
 
-    def restart(self, window: SlidingWindow) -> None:
-        """Forgets all plans, to make others for a window."""
-        self._window = window
+    def restart(self, window: SlidingWindow, full: SlidingWindow) -> None:
+        """Forgets all plans, to make others for a window of these heads within that of the stream."""
+        self._window, self._full = window, full
         self._plans.clear()
 
     def slots(self, layer: int, chunk: Chunk) -> tuple[Slots, Slots]:
@@ -94,9 +93,7 @@ class ReadPlans:
         plan = self._plan(chunk)
         found = plan.keys.get((layer, since, old))
         if found is None:
-            ranges = plan.ranges.get((since, old))
-            if ranges is None:
-                ranges = plan.ranges[since, old] = self._ranges(chunk, since, old)
+            ranges = self._ranges(plan, chunk, since, old)
             found = plan.keys[layer, since, old] = Keys(*self._rows[layer], *ranges, plan.rotate_on_read)
         return found
 
@@ -113,9 +110,9 @@ class ReadPlans:
         return [plan.slots_F, *bounds, *angles]
 
     @contextmanager
-    def reading(self, chunks: Sequence[Chunk], since: int, tensors: Sequence[Tensor]) -> Iterator[None]:
+    def reading(self, chunks: Sequence[Chunk], since: int, given: Iterator[Tensor]) -> Iterator[None]:
         """Lets a forward read tensors of the form that `tensors` returns, chunk by chunk, in place of the own ones."""
-        own, given = dict(self._plans), iter(tensors)
+        own = dict(self._plans)
         for chunk in chunks:
             plan, slots_F = own[chunk.index], next(given)
             ranges = {side: (rows, next(given)) for side, (rows, _) in self._sides(chunk, since).items()}
@@ -132,11 +129,9 @@ class ReadPlans:
 
     def _sides(self, chunk: Chunk, since: int) -> dict[tuple[int, bool], tuple[Ranges, Tensor]]:
         """The ranges of a chunk that attention reads, on the host and on the device, as its plan has them."""
+        plan = self._plan(chunk)
         sides = [(since, True), (since, False)] if since else [(0, False)]
-        for time, old in sides:
-            self.keys(0, chunk, time, old)
-        ranges = self._plan(chunk).ranges
-        return {side: ranges[side] for side in sides}
+        return {side: self._ranges(plan, chunk, *side) for side in sides}
 
     def _plan(self, chunk: Chunk) -> _ChunkPlan:
         """What all layers and passes share for a chunk, made at its first use."""
@@ -144,14 +139,20 @@ class ReadPlans:
         if plan is None:
             slots = self._window.slots(chunk)
             first = slots[0] if slots == list(range(slots[0], slots[0] + len(slots))) else None
-            rotate = None if self._rotate_on_read is None else self._rotate_on_read(self._window.positions(chunk))
+            rotate = None
+            if self._rotate_on_read is not None:
+                rotate = self._rotate_on_read(self._window.positions(chunk, self._full))
             plan = self._plans[chunk.index] = _ChunkPlan(send(torch.tensor(slots), self._device), first, rotate)
         return plan
 
-    def _ranges(self, chunk: Chunk, since: int, old: bool) -> tuple[Ranges, Tensor]:
+    def _ranges(self, plan: _ChunkPlan, chunk: Chunk, since: int, old: bool) -> tuple[Ranges, Tensor]:
         """The rows of the ring that a chunk's queries attend, and the same on the device; see `keys`."""
-        slots = self._window.ranges(chunk, since)[not old]
-        if since:  # at least two ranges, of which the second may be empty, since a captured graph has a fixed number
-            slots += [(0, 0)] * (2 - len(slots))
-        rows = tuple((first * self._tokens, stop * self._tokens) for first, stop in slots)
-        return rows, send(torch.tensor(rows, dtype=torch.int32).view(-1, 2), self._device)
+        found = plan.ranges.get((since, old))
+        if found is None:
+            slots = self._window.ranges(chunk, since)[not old]
+            if since:  # at least two ranges, of which the second may be empty: a captured graph has a fixed number
+                slots += [(0, 0)] * (2 - len(slots))
+            rows = tuple((first * self._tokens, stop * self._tokens) for first, stop in slots)
+            bounds_N2 = send(torch.tensor(rows, dtype=torch.int32).view(-1, 2), self._device)
+            found = plan.ranges[since, old] = rows, bounds_N2
+        return found

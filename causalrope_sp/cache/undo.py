@@ -1,14 +1,13 @@
-"""The frames that chunks overwrite in a cache, kept so that the chunks can be taken back.
+"""The frames that chunks overwrite in a ring of slots, kept so that the chunks can be taken back.
 
-Shapes: L layers, B batch, F evicted frames, S tokens of a frame, H heads, d head width, K slots.
+Shapes: B batch, F evicted frames, S tokens of a frame, H heads of a layer, d head width, K slots.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from math import prod
 
 from torch import Tensor
 
@@ -23,7 +22,8 @@ class UndoBuffer:
         chunk: the chunk.
         frames: their global time indices; none for a chunk that cannot be taken back.
         slots: their slots.
-        storage_L2BFSHD: their keys and values.
+        memory: what their keys and values lie in.
+        saved_2BFSHD: their keys and values, by layer.
         layers: the layers that were saved so far.
         shared: whether a fork of the cache refers to the buffer too.
     """
@@ -31,23 +31,22 @@ class UndoBuffer:
     chunk: Chunk
     frames: list[int]
     slots: list[int]
-    storage_L2BFSHD: Tensor
+    memory: Tensor
+    saved_2BFSHD: list[Tensor]
     layers: set[int] = field(default_factory=set)
     shared: bool = False
 
-    def save(self, ring_L2BKSHD: Tensor, layers: range) -> None:
-        """Copies the frames of some layers from their slots."""
-        of = slice(layers.start, layers.stop)
+    def save(self, ring_2BKSHD: Tensor, layer: int) -> None:
+        """Copies the frames of a layer from their slots."""
         for n, slot in enumerate(self.slots):
-            self.storage_L2BFSHD[of, :, :, n] = ring_L2BKSHD[of, :, :, slot]
-        self.layers.update(layers)
+            self.saved_2BFSHD[layer][:, :, n] = ring_2BKSHD[:, :, slot]
+        self.layers.add(layer)
 
-    def restore(self, ring_L2BKSHD: Tensor) -> None:
-        """Copies the saved frames back to their slots."""
-        every = len(self.layers) == len(ring_L2BKSHD)
-        for n, slot in enumerate(self.slots):
-            for of in [slice(None)] if every else sorted(self.layers):
-                ring_L2BKSHD[of, :, :, slot] = self.storage_L2BFSHD[of, :, :, n]
+    def restore(self, rings_2BKSHD: Sequence[Tensor]) -> None:
+        """Copies the saved frames of every layer back to their slots."""
+        for layer in sorted(self.layers):
+            for n, slot in enumerate(self.slots):
+                rings_2BKSHD[layer][:, :, slot] = self.saved_2BFSHD[layer][:, :, n]
 
 
 class UndoHistory:
@@ -63,16 +62,19 @@ class UndoHistory:
 
     def tensors(self) -> Iterator[Tensor]:
         """Yields the memory of all buffers, free ones included."""
-        yield from (*self._free, *(buffer.storage_L2BFSHD for buffer in self._buffers))
+        yield from (*self._free, *(buffer.memory for buffer in self._buffers))
 
-    def buffer(self, chunk: Chunk, frames: list[int], slots: list[int], ring_L2BKSHD: Tensor) -> UndoBuffer:
+    def buffer(self, chunk: Chunk, frames: list[int], slots: list[int], rings_2BKSHD: Sequence[Tensor]) -> UndoBuffer:
         """Returns an empty buffer for the frames that a chunk overwrites, in memory of an old one if there is some."""
-        layers, _, batch, _, *rest = ring_L2BKSHD.shape
-        shape = layers, 2, batch, len(frames), *rest
-        flat = self._free.pop() if self._free else ring_L2BKSHD.new_empty(0)
-        if flat.numel() < prod(shape):
-            flat = ring_L2BKSHD.new_empty(prod(shape))
-        return UndoBuffer(chunk, frames, slots, flat[: prod(shape)].view(shape))
+        sizes = [ring[:, :, 0].numel() * len(frames) for ring in rings_2BKSHD]
+        memory = self._free.pop() if self._free else rings_2BKSHD[0].new_empty(0)
+        if memory.numel() < sum(sizes):
+            memory = memory.new_empty(sum(sizes))
+        saved = [
+            part.view(*ring.shape[:2], len(frames), *ring.shape[3:])
+            for part, ring in zip(memory[: sum(sizes)].split(sizes), rings_2BKSHD, strict=True)
+        ]
+        return UndoBuffer(chunk, frames, slots, memory, saved)
 
     def push(self, buffer: UndoBuffer) -> None:
         """Keeps the buffer of a chunk that is committed, and lets the oldest one go."""
@@ -90,8 +92,7 @@ class UndoHistory:
     def free(self, buffer: UndoBuffer) -> None:
         """Keeps the memory of a buffer for a new one, if no fork refers to it."""
         if not buffer.shared and not self._free:
-            x = buffer.storage_L2BFSHD
-            self._free.append(x.new_empty(0).set_(x.untyped_storage()))
+            self._free.append(buffer.memory)
 
     def holds(self, chunk: Chunk) -> bool:
         """Returns whether the buffer of a chunk is kept."""

@@ -65,6 +65,10 @@ class SlidingWindow:
         """Returns the window as it was when `frame` was not written yet."""
         return replace(self, shots=tuple(begun for begun in self.shots if begun < frame) or self.shots[:1])
 
+    def narrowed(self, frames: int) -> SlidingWindow:
+        """Returns the window of heads that see fewer frames of the same stream; never more than this one."""
+        return self if frames >= self.frames else replace(self, frames=frames)
+
     def slot(self, frame: int) -> int:
         """Returns the slot of the frame with this global time index."""
         shots = bisect_right(self.shots, frame)
@@ -105,14 +109,19 @@ class SlidingWindow:
                 side.append((slot, slot + 1))
         return sides
 
-    def positions(self, chunk: Chunk) -> list[int]:
+    def positions(self, chunk: Chunk, full: SlidingWindow | None = None) -> list[int]:
         """Returns the position within the window of the frame in each slot: its number in order of time, from 0.
 
         The `relative` policy rotates keys by these positions, which are below `frames` however long the stream is. A
         slot that holds no frame has position 0.
+
+        Args:
+            chunk: the chunk whose queries read.
+            full: the window whose frames are numbered, of which this one holds some; None for this one.
         """
         held = self.held(chunk.stop)
-        position = {frame: number for number, frame in enumerate(sorted(held.values()))}
+        numbered = held if full is None else full.held(chunk.stop)
+        position = {frame: number for number, frame in enumerate(sorted(numbered.values()))}
         return [position[held[slot]] if slot in held else 0 for slot in range(self.frames)]
 
     def held(self, stop: int) -> dict[int, int]:

@@ -73,7 +73,7 @@ def gather_layers(loop: ChunkLoop, cache: SavedCache) -> Iterator[Tensor]:
                 yield own.cpu()
                 continue
             shapes = [_shape(cache, described, part) for part in parts]
-            like = loop.branches.branches[0].stream.cache.storage_L2BKSHD
+            like = loop.branches.branches[0].stream.cache.rings[0].storage_2BKSHD[0]
             sent = like.new_empty(0) if own is None or parts[parallel.rank] is None else own
             received = ranks.gather_to_first(KIND, shapes, sent)
             if parallel.rank == 0:
@@ -99,7 +99,8 @@ def _parts(loop: ChunkLoop, branch: int) -> list[tuple[slice, slice] | None]:
 def _own_part(loop: ChunkLoop, branch: GuidanceBranch, layer: int) -> Tensor:
     """This rank's keys and values of the saved frames of a layer, (2, B, K, s, n, D)."""
     slots = [slot for _, slot in sorted(branch.held(loop.position[1]).items())]
-    return branch.stream.cache.storage_L2BKSHD[layer][:, :, slots]
+    (ring,) = branch.stream.cache.rings
+    return ring.storage_2BKSHD[layer][:, :, slots]
 
 
 def _shape(cache: SavedCache, branch: SavedBranch, part: tuple[slice, slice] | None) -> tuple[int, ...]:
@@ -143,6 +144,7 @@ def restore_cache(loop: SteeredLoop, cache: SavedCache) -> None:
                 f"the saved cache holds the frames {sorted(saved.frames)}, but its window those of {sorted(held)}"
             )
         slots = [held[frame] for frame in saved.frames]
-        storage = branch.stream.cache.storage_L2BKSHD
+        (ring,) = branch.stream.cache.rings
         for layer in range(cache.layers):
-            storage[layer][:, :, slots] = cache.layer(saved.name, layer, tokens, heads).to(storage)
+            storage = ring.storage_2BKSHD[layer]
+            storage[:, :, slots] = cache.layer(saved.name, layer, tokens, heads).to(storage)

@@ -86,16 +86,16 @@ class ChunkCache:
             for ring, value in zip(ring_2BKSHD, (keys.k, keys.v), strict=True):
                 ring.flatten(1, 2)[:, stop - self._globals : stop] = self._strategy.stored(value)
 
-    def kv_slots(self, layer: int, chunk: Chunk) -> tuple[Slots, Slots]:
+    def kv_slots(self, layer: int, chunk: Chunk) -> tuple[Sequence[Slots], Sequence[Slots]]:
         """Returns the slots that the keys and the values of a chunk are written to."""
         ring_2BKSHD = self.storage_L2BKSHD[layer]
         if chunk not in self._slots:
             first = self._before + (0 if chunk.index == INITIAL else self._initial_frames)
             self._slots[chunk] = send(torch.arange(first, first + chunk.frames), ring_2BKSHD.device)
         k, v = (Slots(ring, self._slots[chunk]) for ring in ring_2BKSHD)
-        return k, v
+        return [k], [v]
 
-    def keys(self, layer: int, chunk: Chunk, since: int, old: bool) -> Keys:
+    def keys(self, layer: int, chunk: Chunk, since: int, old: bool) -> Sequence[Keys]:
         """Returns the keys that a chunk attends; `old` ones are those that no chunk of the pass writes: the global
         tokens and the initial frames."""
         ring_2BKSHD = self.storage_L2BKSHD[layer]
@@ -108,4 +108,4 @@ class ChunkCache:
                 row = self._before * tokens, own
             self._ranges[key] = (row,), send(torch.tensor([row], dtype=torch.int32), ring_2BKSHD.device)
         k, v = ring_2BKSHD.flatten(2, 3)
-        return Keys(k, v, *self._ranges[key])
+        return [Keys(k, v, *self._ranges[key])]

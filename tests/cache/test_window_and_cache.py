@@ -106,7 +106,7 @@ class CacheOfAStream(RuleBasedStateMachine):
     def begin(self, sink: int, ring: int) -> None:
         self.window = SlidingWindow(sink + ring, sink)
         self.cache = make_cache(self.window)
-        self.address, self.bytes = self.cache.storage_L2BKSHD.data_ptr(), self.cache.storage_L2BKSHD.nbytes
+        self.storage = [(x.data_ptr(), x.nbytes) for x in stored(self.cache)]
         self.clean: dict[int, float] = {}
         self.stamp = 0
         self.chunk: Chunk | None = None
@@ -198,11 +198,11 @@ class CacheOfAStream(RuleBasedStateMachine):
         self.cache.check_integrity()
         assert self.cache.committed == len(self.clean)
         assert self.cache.open_chunk == self.chunk
-        storage = self.cache.storage_L2BKSHD
-        assert (storage.data_ptr(), storage.nbytes) == (self.address, self.bytes)
+        assert [(x.data_ptr(), x.nbytes) for x in stored(self.cache)] == self.storage
         if self.chunk is None:
             frames = kept(self.cache.committed, self.window.frames, self.window.sink)
-            for layer, (k, v) in enumerate(self.cache.storage_L2BKSHD[:, :, :, : len(frames)]):
+            for layer, storage in enumerate(stored(self.cache)):
+                k, v = storage[:, :, : len(frames)]
                 expected = sorted(self.clean[frame] + 10 * layer for frame in frames)
                 assert all(sorted(entry[:, 0, 0, 0].tolist()) == expected for entry in k)
                 assert torch.equal(k, -v)
@@ -212,13 +212,20 @@ TestCacheOfAStream = CacheOfAStream.TestCase
 TestCacheOfAStream.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
 
 
+def stored(cache: KVCache) -> list[Tensor]:
+    """The storage of every layer."""
+    (ring,) = cache.rings
+    return ring.storage_2BKSHD
+
+
 def write(cache: LayerCache, chunk: Chunk, k: Tensor, v: Tensor) -> None:
-    for room, x in zip(cache.kv_slots(chunk), (k, v), strict=True):
+    for (room,), x in zip(cache.kv_slots(chunk), (k, v), strict=True):
         put(room, x)
 
 
 def read(cache: LayerCache, chunk: Chunk) -> tuple[Tensor, Tensor]:
-    ((k, v),) = ranges(cache.keys(chunk))
+    (keys,) = cache.keys(chunk)
+    ((k, v),) = ranges(keys)
     return k, v
 
 
@@ -230,7 +237,7 @@ def fill(cache: KVCache, chunk: Chunk, passes: int = 1) -> None:
 
 
 def committed_bytes(cache: KVCache) -> Tensor:
-    return cache.storage_L2BKSHD[:, :, :, : min(cache.committed, cache.window.frames)].clone()
+    return torch.stack(stored(cache))[:, :, :, : min(cache.committed, cache.window.frames)]
 
 
 @given(streams(), st.data())

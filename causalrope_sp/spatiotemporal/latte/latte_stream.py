@@ -102,9 +102,10 @@ class LatteStream(SpatioTemporalStream):
         if self.cache is None:
             return self._operations.attention(q_NQHD, Keys(k_NQHD, v_NQHD))
         view = self.cache.layer(layer)
-        for slots, new in zip(view.kv_slots(chunk), (k_NQHD, v_NQHD), strict=True):
+        for (slots,), new in zip(view.kv_slots(chunk), (k_NQHD, v_NQHD), strict=True):
             _write(slots, new)
-        return self._operations.attention(q_NQHD, view.keys(chunk))
+        (keys,) = view.keys(chunk)
+        return self._operations.attention(q_NQHD, keys)
 
     def frame_times(self, chunk: Chunk, own: range) -> Tensor | None:
         """Returns the embedding of each frame's time; the published model adds none to a single image."""

@@ -1,0 +1,188 @@
+"""The frame slots of the heads that share a window: storage layer by layer, undo buffers, and plans of what is read.
+
+Shapes: B batch, K slots, S tokens of a frame, H heads of a layer, d head width; S and H are what this rank stores.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+
+from torch import Tensor
+
+from causalrope_kernels import Keys, RotateOnRead, Slots
+from causalrope_sp.cache.read_plans import ReadPlans
+from causalrope_sp.cache.undo import UndoBuffer, UndoHistory
+from causalrope_sp.cache.window import SlidingWindow
+from causalrope_sp.grid import Chunk
+
+
+class HeadRing:
+    """One ring of frame slots per layer, of the heads that look back over the same frames.
+
+    A layer may have no such heads; its storage is then empty.
+
+    Args:
+        storage_2BKSHD: keys and values of every layer.
+        frames: the frames that these heads see, which is K; at most those of `window`.
+        window: the window of the stream.
+        history: how many committed chunks can be taken back.
+        rotate_on_read: see `KVCache`.
+
+    Attributes:
+        storage_2BKSHD: keys and values of every layer.
+        window: the sliding window of these heads.
+    """
+
+    def __init__(
+        self,
+        storage_2BKSHD: list[Tensor],
+        frames: int,
+        window: SlidingWindow,
+        history: int,
+        rotate_on_read: Callable[[Sequence[int]], RotateOnRead] | None,
+    ) -> None:
+        self._frames, self._rotate_on_read = frames, rotate_on_read
+        self._undo: UndoBuffer | None = None  # of the open chunk
+        self._history = UndoHistory(history and history + 1)  # the chunk before the open one may be open again
+        self._written: dict[int, int] = {}  # slot -> frame, as the first layer writes them
+        self._full = window
+        self.window = window.narrowed(frames)
+        self._bind(storage_2BKSHD)
+
+    def _bind(self, storage_2BKSHD: list[Tensor]) -> None:
+        """Takes a storage. Views are made once, since each costs the host as much as a launch."""
+        self.storage_2BKSHD = storage_2BKSHD
+        self._plans = ReadPlans(storage_2BKSHD, self._rotate_on_read)
+        self._plans.restart(self.window, self._full)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Yields what the ring holds on the device: its storage, and undo buffers."""
+        yield from self.storage_2BKSHD
+        yield from self._history.tensors()
+        if self._undo is not None:
+            yield self._undo.memory
+
+    def set_window(self, full: SlidingWindow) -> None:
+        """Takes another window of the stream, of the same size. Plans are made for it when a chunk opens."""
+        self._full, self.window = full, full.narrowed(self._frames)
+
+    def restart_plans(self) -> None:
+        """Forgets what the passes over chunks write and read, since the window moved."""
+        self._plans.restart(self.window, self._full)
+
+    def open(self, chunk: Chunk, slots: Sequence[int]) -> None:
+        """Opens a chunk that will own these slots."""
+        slots = [slot for slot in slots if slot in self._written]
+        frames = [self._written[slot] for slot in slots]  # of the window, or of a sink whose shot is over
+        self._undo = self._history.buffer(chunk, frames, slots, self.storage_2BKSHD)
+        self.restart_plans()
+
+    def commit(self) -> None:
+        """Keeps the undo buffer of the open chunk, which is committed."""
+        if self._undo is not None:
+            self._history.push(self._undo)
+        self._undo = None
+
+    def cancel(self) -> None:
+        """Restores the frames that the open chunk overwrote, if one is open."""
+        if self._undo is not None:
+            self._take_back(self._undo)
+            self._history.free(self._undo)
+        self._undo = None
+
+    def restore_evicted(self) -> None:
+        """Writes the frames that the open chunk overwrote back to their slots, from the undo buffer."""
+        assert self._undo is not None, "only an open chunk overwrites frames"
+        self._undo.restore(self.storage_2BKSHD)
+
+    def _take_back(self, undo: UndoBuffer) -> None:
+        undo.restore(self.storage_2BKSHD)
+        if undo.layers:
+            self._written |= dict(zip(undo.slots, undo.frames, strict=True))
+
+    def reopen(self, chunk: Chunk) -> None:
+        """Makes the chunk that was committed last the open one again."""
+        undo = self._history.pop()
+        nothing, layers = self.storage_2BKSHD[0].new_empty(0), set(range(len(self.storage_2BKSHD)))
+        self._undo = undo or UndoBuffer(chunk, [], [], nothing, [], layers)
+        self.restart_plans()
+
+    def can_rewind(self, chunk: Chunk) -> bool:
+        """Returns whether the undo buffer of a committed chunk is kept."""
+        return self._history.holds(chunk)
+
+    def rewind(self, chunk: Chunk, window: SlidingWindow) -> None:
+        """Takes committed chunks back until one is the open one again; `window` is the stream's at that time."""
+        while (undo := self._history.pop()) is not None and undo.chunk != chunk:
+            self._take_back(undo)
+        assert undo is not None, "the history must reach the chunk"
+        self._undo = undo
+        self.set_window(window)
+        self.restart_plans()
+
+    def restart(self, window: SlidingWindow, committed: int) -> None:
+        """Forgets all frames that a window of the stream does not hold before the frame `committed`."""
+        self._undo = None
+        self._history.clear()
+        self.set_window(window)
+        self.restart_plans()
+        self._written = self.window.held(committed)
+
+    def fork(self) -> HeadRing:
+        """Returns a ring that goes on from here by itself, on the same storage."""
+        fork = copy.copy(self)
+        if self._undo is not None:
+            self._undo.shared = True
+        fork._history, fork._written = self._history.fork(), dict(self._written)
+        fork._bind(self.storage_2BKSHD)
+        return fork
+
+    def own(self) -> None:
+        """Copies the storage, which others share."""
+        self._bind([layer.clone() for layer in self.storage_2BKSHD])
+
+    def save_evicted(self, layer: int) -> None:
+        """Copies the frames of a layer that the open chunk will overwrite to the undo buffer, once a chunk."""
+        if self._undo is not None and layer not in self._undo.layers:
+            self._undo.save(self.storage_2BKSHD[layer], layer)
+
+    def slots(self, layer: int, chunk: Chunk) -> tuple[Slots, Slots]:
+        """Returns the slots of a layer that a chunk's keys and values are written to."""
+        return self._plans.slots(layer, chunk)
+
+    def keys(self, layer: int, chunk: Chunk, since: int, old: bool) -> Keys:
+        """Returns the keys and values of a layer that a chunk's queries attend; see `ReadPlans.keys`."""
+        return self._plans.keys(layer, chunk, since, old)
+
+    @property
+    def plans(self) -> ReadPlans:
+        """What the passes over the chunks write and read."""
+        return self._plans
+
+    def note_written(self, chunk: Chunk) -> None:
+        """Notes that a chunk's keys and values lie in its slots."""
+        self._written |= {self.window.slot(frame): frame for frame in range(chunk.start, chunk.stop)}
+
+    def evicts(self, chunk: Chunk) -> bool:
+        """Returns whether the open chunk overwrites frames of a chunk before it."""
+        return self._undo is not None and any(frame >= chunk.start for frame in self._undo.frames)
+
+    def check_integrity(self, committed: int, open_chunk: Chunk | None) -> None:
+        """Checks that slots and storage agree with the cursor, and that every committed number is finite.
+
+        Args:
+            committed: the frames that are committed.
+            open_chunk: the open chunk.
+
+        Raises:
+            AssertionError: they do not.
+        """
+        held = self.window.held(committed)
+        opened = range(0) if open_chunk is None else range(open_chunk.start, open_chunk.stop)
+        for slot, frame in held.items():
+            assert self._written.get(slot) in (frame, *opened), f"slot {slot} does not hold frame {frame}"
+        if open_chunk is None:
+            assert self._undo is None, "the undo buffer outlives its chunk"
+            for storage in self.storage_2BKSHD:
+                assert storage[:, :, list(held)].isfinite().all(), "a committed slot was never written"
