@@ -1,7 +1,6 @@
-"""Draws docs/toybox_training.png from toybox_training.csv: python docs/drawings/toybox_training.py
+"""Draws docs/toybox_training.png from toybox_training.csv, the log of the training that made the shipped toybox.
 
-The log of that run was not kept. The points were read back from the plot that the run itself drew, to about ±0.002;
-steps at which one curve covered another are missing.
+python docs/drawings/toybox_training.py
 """
 
 from __future__ import annotations
@@ -15,22 +14,24 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 HERE = Path(__file__).parent
-TITLES = {"teacher": "Teacher (toybox-flow)", "student": "Student (toybox)"}
-CHUNKS = {"first": "first chunk of a video", "later": "later chunks, from the frames before them"}
+CHUNKS = {
+    "first": "the first chunk",
+    "second": "the second chunk",
+    "later": "later chunks, after frames of the scene",
+    "own": "later chunks, after frames of its own",
+}
 
 
 def main() -> None:
     with open(HERE / "toybox_training.csv", newline="") as file:
         points = list(csv.DictReader(file))
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), constrained_layout=True)
-    for axis, (stage, title) in zip(axes, TITLES.items(), strict=True):
-        for chunk, label in CHUNKS.items():
-            seen = [p for p in points if (p["stage"], p["chunk"]) == (stage, chunk)]
-            axis.plot([int(p["step"]) for p in seen], [float(p["error"]) for p in seen], label=label)
-        axis.set(title=title, xlabel="training step", ylim=(0, None))
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("mean square error of the velocity\nat pure noise (normalised latents)")
-    axes[0].legend(loc="lower left")
+    figure, axis = pyplot.subplots(figsize=(9, 3.6), constrained_layout=True)
+    for chunk, label in CHUNKS.items():
+        seen = [(int(point["step"]), float(point[chunk])) for point in points if point[chunk]]
+        axis.plot(*zip(*seen, strict=True), label=label, linewidth=1)
+    axis.set(xlabel="training step", ylabel="mean square error of the velocity\nat pure noise", ylim=(0, None))
+    axis.grid(alpha=0.3)
+    axis.legend(ncols=2)
     figure.savefig(HERE.parent / "toybox_training.png", dpi=110)
 
 
