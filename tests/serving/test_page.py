@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import av
 import numpy as np
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page, WebSocketRoute, expect, sync_playwright
 
 from tests.support.controlled import write_controlled_toybox
 from tests.support.servers import ONE_STEP, RunningServer, running_server
@@ -308,6 +308,28 @@ class Proxy:
         for one in (source, target):
             with suppress(OSError):
                 one.shutdown(socket.SHUT_RDWR)
+
+
+def test_it_asks_for_the_replica_of_its_session(page: Page, server: RunningServer) -> None:
+    urls: list[str] = []
+
+    def carry(socket: WebSocketRoute) -> None:
+        def told(message: str | bytes) -> None:
+            if isinstance(message, str) and '"prompts"' in message:
+                message = json.dumps({**json.loads(message), "replica": "one"})
+            socket.send(message)
+
+        urls.append(socket.url)
+        socket.connect_to_server().on_message(told)
+
+    page.route_web_socket("**/v1/realtime*", carry)
+    page.reload()
+    start(page)
+    wait_until(page, lambda: moves(page))
+    page.reload()
+    expect(page.locator("#state")).to_have_text("live")
+    page.click("#close")
+    assert urls == [server.socket_url, f"{server.socket_url}?replica=one"]
 
 
 def test_sliders_send_the_control_of_a_model_that_takes_one(context: BrowserContext, tmp_path: Path) -> None:
