@@ -23,8 +23,11 @@ import numpy as np
 import torch
 from printed import finish, print_table
 
-from causalrope_sp import CausalVideoPipeline
-from causalrope_sp.serving.media import encode
+from causalrope_sp import CausalVideoPipeline, VideoChunk
+from causalrope_sp.serving.commands import Commands
+from causalrope_sp.serving.engine import Engine
+from causalrope_sp.serving.live import FlowLimits, LiveSession
+from causalrope_sp.serving.metrics import Metrics
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from tests.support.nonsense import send_messages, send_requests
@@ -95,44 +98,68 @@ def sustained(url: str, seconds: float, most: int) -> list[tuple[int, float, flo
     return rows
 
 
-def overhead(server: RunningServer, model: str, rounds: int, chunks: int) -> dict[str, float]:
-    """Seconds of the processor for a chunk, in turn: of the server with a viewer that plays at once, of a plain session
-    in this process, and of encoding in this process. The least of the rounds, which other work disturbs the least."""
+def overhead(server: RunningServer, model: str, media: str, rounds: int, chunks: int) -> dict[str, float]:
+    """Seconds of the processor for a chunk, the least of the rounds, which other work disturbs the least: of a session
+    in this process, alone and as a live one beyond that; and with a viewer that plays at once, of the server's thread
+    of connections and of those that encode."""
     pipe, found = CausalVideoPipeline.from_pretrained(model), dict[str, list[float]]()
-    with Viewer(server.socket_url) as viewer, pipe.open(PROMPTS[0], history=4) as alone:
-        viewer.ask("open", prompt=PROMPTS[0])
+    with Viewer(server.socket_url) as viewer:
+        viewer.ask("open", prompt=PROMPTS[0], media=media)
         for _ in range(FILLED):
             viewer.next_chunk()
-            chunk = alone.step()
         for _ in range(rounds):
             viewer.ask("resume")
-            begun = viewer.next_chunk().head["chunk"]
-            used = processor_seconds(server.process.pid)
+            begun, used = viewer.next_chunk().head["chunk"], thread_seconds(server.process.pid)
             for _ in range(chunks):
                 last = viewer.next_chunk().head["chunk"]
-            made = time.process_time()
-            found.setdefault("served", []).append((processor_seconds(server.process.pid) - used) / (last - begun))
+            now = thread_seconds(server.process.pid)
+            more = {thread: (now[thread] - used.get(thread, 0.0)) / (last - begun) for thread in now}
+            connections = more.pop(server.process.pid)
+            more.pop(max(more, key=lambda thread: more[thread]))  # that of the engine
             viewer.ask("pause")
             while viewer.chunks:
                 viewer.next_chunk()
             time.sleep(0.2)
-            made = time.process_time()
-            for _ in range(chunks):
-                chunk = alone.step()
-            found.setdefault("session", []).append((time.process_time() - made) / chunks)
-            made = time.process_time()
-            for _ in range(chunks):
-                assert chunk.frames is not None, "this is rank 0"
-                encode(chunk.frames, chunk.first_frame_index, pipe.fps, "mp4")
-            found.setdefault("encoding", []).append((time.process_time() - made) / chunks)
+            plain, beyond = live_session(pipe, chunks)
+            parts = {"session": plain, "live": beyond, "connections": connections, "encoding": sum(more.values())}
+            for name, seconds in parts.items():
+                found.setdefault(name, []).append(seconds)
         viewer.ask("close")
     return {name: min(seconds) for name, seconds in found.items()}
 
 
-def processor_seconds(process: int) -> float:
-    """Seconds of the processor that a process's threads have used so far."""
+def live_session(pipe: CausalVideoPipeline, chunks: int) -> tuple[float, float]:
+    """Seconds of the processor that a chunk of a live session takes: to be made, and beyond that."""
+    engine, made = Engine(Commands(pipe), lambda error: None), 0.0
+    make = engine.commands.step
+
+    def timed(number: int) -> VideoChunk:
+        nonlocal made
+        begun = time.thread_time()
+        chunk = make(number)
+        made += time.thread_time() - begun
+        return chunk
+
+    engine.commands.step = timed  # type: ignore[method-assign]
+    metrics, arguments = Metrics(pipe.strategy, pipe.fps, 1), {"prompt": PROMPTS[0], "history": 4}
+    live = LiveSession(engine, FlowLimits(pipe.fps, 60), metrics, lambda live: None, arguments)
+    live.attach(lambda item: None)
+    for number in range(FILLED + chunks):
+        if number == FILLED:
+            made, whole = 0.0, time.thread_time()
+        live.look()
+        assert live.needs_chunk(), "what was made is played at once"
+        live.make_chunk()
+        live.played(number)
+    whole = time.thread_time() - whole
+    live.close()
+    return made / chunks, (whole - made) / chunks
+
+
+def thread_seconds(process: int) -> dict[int, float]:
+    """Seconds of the processor that each thread of a process has used so far."""
     tasks = Path(f"/proc/{process}/task").iterdir()
-    return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
+    return {int(task.name): int((task / "schedstat").read_text().split()[0]) / 1e9 for task in tasks}
 
 
 def kept(server: RunningServer, opened: int) -> float:
@@ -214,12 +241,13 @@ def main(
         found["sustained"] = sustained(url, seconds, most)
         rows = [(count, f"{100 * share:.1f}", f"{fps:.1f}") for count, share, fps in found["sustained"]]
         print_table(["viewers", "% of time without a frame", "frames a second, the slowest"], rows)
-        cost = found["processor_s"] = overhead(server, model, rounds, chunks)
-        plain, more = cost["session"], cost["served"] - cost["session"]
-        print(
-            f"processor time of a chunk: {1e3 * plain:.1f} ms in a plain session; the server adds {1e3 * more:.1f} ms, "
-            f"{100 * more / plain:.1f} %, of which {1e3 * cost['encoding']:.1f} ms encode H.264\n"
-        )
+        for media in ("mp4", "jpeg"):
+            cost = found[f"processor_s_{media}"] = overhead(server, model, media, rounds, chunks)
+            plain, own = cost["session"], cost["live"] + cost["connections"]
+            print(
+                f"processor time of a chunk as {media}: {1e3 * plain:.1f} ms in a plain session; the server adds "
+                f"{100 * own / plain:.1f} %, and encoding {100 * cost['encoding'] / plain:.1f} %\n"
+            )
         found["malformed"] = nonsense(server, malformed)
         print(f"malformed: {found['malformed']}\n")
         found["grown_mb"] = kept(server, opened)

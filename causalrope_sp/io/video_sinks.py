@@ -6,7 +6,7 @@ import contextlib
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 import numpy as np
 
@@ -113,6 +113,7 @@ class AvFile:
             context.colorspace = context.color_primaries = context.color_trc = _BT709
             context.color_range = av.video.reformatter.ColorRange.MPEG
         self._format = kind.pixels
+        self._reformatter = av.video.reformatter.VideoReformatter()  # making one takes 0.1 ms
         self._palette = _palette_graph(height, width, self._rate) if kind.codec == "gif" else None
         self._container.start_encoding()  # now, not at the first frame: what cannot be written is said early
 
@@ -123,7 +124,7 @@ class AvFile:
         picture.pts, picture.time_base = self._count, 1 / self._rate
         self._count += 1
         if self._palette is None:
-            self._encode(_converted(picture, self._format))
+            self._encode(self._converted(picture))
         else:
             self._palette.push(picture)
             self._encode_palette_frames()
@@ -134,6 +135,14 @@ class AvFile:
             self._encode_palette_frames()
         self._encode(None)
         self._container.close()
+
+    def _converted(self, picture: av.VideoFrame) -> av.VideoFrame:
+        from av.video.reformatter import ColorRange, Colorspace
+
+        colors: dict[str, Any] = {}
+        if self._format == "yuv420p":
+            colors = {"dst_colorspace": Colorspace.ITU709, "dst_color_range": ColorRange.MPEG}
+        return self._reformatter.reformat(picture, format=self._format, threads=1, **colors)
 
     def _encode_palette_frames(self) -> None:
         import av
@@ -160,14 +169,6 @@ def lay_out(source: Path, target: Path, kind: Format) -> None:
             if packet.dts is not None:
                 packet.stream = stream
                 made.mux(packet)
-
-
-def _converted(picture: av.VideoFrame, pixel_format: str) -> av.VideoFrame:
-    from av.video.reformatter import ColorRange, Colorspace
-
-    if pixel_format != "yuv420p":
-        return picture.reformat(format=pixel_format)
-    return picture.reformat(format=pixel_format, dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG)
 
 
 def _palette_graph(height: int, width: int, rate: Fraction) -> av.filter.Graph:

@@ -13,6 +13,7 @@ import numpy as np
 
 from causalrope_sp.distributed.turns import Pause
 from causalrope_sp.errors import CausalRopeError, RankLostError
+from causalrope_sp.serving.live_control import ControlSize, HeldControl
 
 if TYPE_CHECKING:
     from causalrope_sp.distributed import SequenceParallel
@@ -73,34 +74,53 @@ class SessionTable:
 
     def __init__(self, pipe: CausalVideoPipeline) -> None:
         self._pipe, self._sessions = pipe, dict[int, "Session"]()
+        self._control_size, self._controls = ControlSize.of(pipe), dict[int, HeldControl]()
 
     def run(self, operation: str, number: int, arguments: dict[str, Any]) -> Any:
         """Runs one command.
 
         Args:
-            operation: "open", or the name of a method of a session.
+            operation: "open", "control", or the name of a method of a session.
             number: of the session.
             arguments: keyword arguments, which JSON can hold. "open" takes those of `CausalVideoPipeline.open`, an
-                image as a PNG in base64, or the `path` of a saved session.
+                image as a PNG in base64, or the `path` of a saved session, and the `control` that holds at first.
+                "control" takes the `values` that hold from the next chunk on.
 
         Returns:
-            What the method returns; for "open" the session.
+            What the method returns; for "open" the session, for "control" nothing.
 
         Raises:
             CausalRopeError: what the method raises. The session is as it was before.
         """
         if operation == "open":
-            self._sessions[number] = self._open(**arguments)
+            self._sessions[number] = self._open(number, **arguments)
             return self._sessions[number]
+        if operation == "control":
+            return self._controls[number].hold(**arguments)
         if operation == "close":
+            self._controls.pop(number, None)
             self._sessions.pop(number).close()
             return return_freed_memory()
         return getattr(self._sessions[number], operation)(**arguments)
 
-    def _open(self, path: str | None = None, image: str | None = None, **arguments: Any) -> Session:
+    def _open(
+        self,
+        number: int,
+        path: str | None = None,
+        image: str | None = None,
+        control: list[float] | None = None,
+        **arguments: Any,
+    ) -> Session:
+        held: HeldControl | None = None
+        if self._control_size is not None:
+            held = HeldControl(self._control_size, control)
         if path is not None:
-            return self._pipe.resume(path)
-        return self._pipe.open(image=None if image is None else png_pixels(image), **arguments)
+            session = self._pipe.resume(path, control=held)
+        else:
+            session = self._pipe.open(image=None if image is None else png_pixels(image), control=held, **arguments)
+        if held is not None:
+            self._controls[number] = held
+        return session
 
     def close_all(self) -> None:
         """Closes all sessions."""

@@ -216,7 +216,10 @@ class Conversation:
             return None
         if kind == "save":
             return await self._server.save(self._live, **fields)
+        if kind == "control":
+            self._server.check_control(fields["values"])
         calls = {
+            "control": lambda live: live.set_control(fields["values"]),
             "prompt": lambda live: live.set_prompt(dict(fields)),
             "pause": lambda live: live.pause(True),
             "resume": lambda live: live.pause(False),

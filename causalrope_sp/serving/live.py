@@ -99,7 +99,10 @@ class LiveSession:
     ) -> None:
         self._engine, self._commands, self._limits, self._metrics = engine, engine.commands, limits, metrics
         self._on_end, self._keeping = on_end, keeping
-        self.key, self._state = restored or (secrets.token_urlsafe(18), LiveState(arguments))
+        self.key, self._state = restored or (
+            secrets.token_urlsafe(18),
+            LiveState(arguments, control=arguments.get("control")),
+        )
         opened = time.monotonic()
         self.number, self.session = self._commands.open(**arguments)
         self._opened: float | None = opened
@@ -171,6 +174,18 @@ class LiveSession:
         log_event(_log, "prompt changed", session=self.number, seconds=round(time.perf_counter() - started, 4))
         self._keep_change()
         return {"from_chunk": self.session.prompts[-1].first_chunk, "prompt_id": number}
+
+    def set_control(self, values: list[float]) -> dict[str, Any]:
+        """Changes the control of the following chunks.
+
+        Args:
+            values: as `ControlSize.check` lets them pass.
+        """
+        self._commands.call("control", self.number, values=values)
+        self._state.control = values
+        if self._keeping is not None and self._keeping.every_change:
+            self._keeping.checkpoints.write_control(self.key, values)
+        return {"from_chunk": self.next_chunk}
 
     def seek(self, chunk: int) -> dict[str, Any]:
         """Takes chunks back, so that the next one is `chunk`; drops those of them that are not played yet.

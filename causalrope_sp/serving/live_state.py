@@ -34,12 +34,14 @@ class LiveState:
         sequence: the number of the next delivery.
         paused: whether its viewer has paused it.
         unplayed: the chunks that its viewer has not played yet.
+        control: the control that holds; None for that of the model's start, zero.
     """
 
     opening: dict[str, Any]
     sequence: int = 0
     paused: bool = False
     unplayed: deque[Delivery] = field(default_factory=deque)
+    control: list[float] | None = None
 
     @property
     def ahead(self) -> int:

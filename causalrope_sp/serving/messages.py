@@ -14,6 +14,7 @@ from causalrope_sp.pipeline.generation_options import LARGEST_SEED, MOST_CHUNKS
 
 LONGEST_PROMPT = 2000  # characters
 LONGEST_MESSAGE = 64 * 1024  # bytes
+LARGEST_CONTROL = 10_000.0  # so that it is finite in every dtype
 _LARGEST_NUMBER = 2**53 - 1  # that JavaScript counts exactly
 
 
@@ -38,6 +39,16 @@ def _name(name: str, value: object) -> str:
     return text
 
 
+def _control(name: str, value: object) -> list[float]:
+    if not isinstance(value, list) or not value:
+        raise ConfigError(f"{name} must be a list of numbers, not {shown(value)}")
+    for number in value:
+        if type(number) not in (int, float) or not -LARGEST_CONTROL <= number <= LARGEST_CONTROL:
+            most = f"{LARGEST_CONTROL:.0f}"
+            raise ConfigError(f"{name} must hold numbers of at least -{most} and at most {most}, not {shown(number)}")
+    return [float(number) for number in value]
+
+
 Check = Callable[[str, object], Any]
 _WHOLE: Check = partial(check_whole, least=0, most=_LARGEST_NUMBER)
 _MEDIA: Check = partial(check_choice, known=("mp4", "jpeg"))
@@ -45,6 +56,7 @@ FIELDS: dict[str, dict[str, Check]] = {
     "open": {
         "prompt": check_prompt,
         "seed": partial(check_whole, least=0, most=LARGEST_SEED),
+        "control": _control,
         "media": _MEDIA,
         "session": _name,
         "played": _WHOLE,
@@ -57,6 +69,7 @@ FIELDS: dict[str, dict[str, Check]] = {
         "new_shot": check_flag,
         "over_chunks": partial(check_whole, most=MOST_CHUNKS),
     },
+    "control": {"values": _control},
     "played": {"sequence": _WHOLE},
     "pause": {},
     "resume": {},
@@ -64,7 +77,7 @@ FIELDS: dict[str, dict[str, Check]] = {
     "save": {"cache": check_flag},
     "close": {},
 }
-REQUIRED = {"prompt": "prompt", "played": "sequence", "seek": "chunk"}
+REQUIRED = {"prompt": "prompt", "control": "values", "played": "sequence", "seek": "chunk"}
 
 
 @dataclass(frozen=True)
@@ -154,5 +167,7 @@ def _check_open(fields: dict[str, Any]) -> None:
         raise ConfigError("open needs one of the fields prompt, session and saved")
     if "seed" in fields and "prompt" not in fields:
         raise ConfigError("seed goes with a prompt: a session has its seed already")
+    if "control" in fields and "session" in fields:
+        raise ConfigError("control goes with a prompt or a saved session: an open one has its control already")
     if "played" in fields and "session" not in fields:
         raise ConfigError("played goes with a session: nothing has been played of another one")

@@ -4,8 +4,8 @@
 
 A replica is rank 0 of a torch.distributed group of its own; the other ranks are Ray actors in the bundles of the
 replica's placement group. A WebSocket stays at its replica for as long as it is open. A viewer whose connection is
-lost, because a rank of its replica has gone or for another reason, opens its session at the replica that it then gets,
-which takes it from the folder.
+lost names its replica when it comes back and finds its session there; if a rank of the replica has gone, another
+replica takes the session from the folder.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.serve.config import RequestRouterConfig
 from ray.util.placement_group import get_current_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -34,6 +35,7 @@ from causalrope_sp.serving.access import AccessControl
 from causalrope_sp.serving.app import build_app
 from causalrope_sp.serving.commands import follow
 from causalrope_sp.serving.event_log import log_event
+from causalrope_sp.serving.ray_router import StickyRouter
 from causalrope_sp.serving.run import GOODBYE_S
 from causalrope_sp.serving.server import Server
 from causalrope_sp.serving.server_options import ServerOptions
@@ -206,6 +208,7 @@ def build(args: dict[str, Any]) -> serve.Application:
         ray_actor_options={"num_cpus": 1, "num_gpus": int(options.gpu)},
         placement_group_bundles=[bundle] * options.ranks,
         placement_group_strategy="PACK",
+        request_router_config=RequestRouterConfig(request_router_class=StickyRouter),
         max_ongoing_requests=options.server_options().max_sessions + SPARE_REQUESTS,
         autoscaling_config={
             **options.autoscaling,

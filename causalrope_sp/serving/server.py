@@ -6,11 +6,12 @@ import asyncio
 import fcntl
 import secrets
 from collections.abc import Callable
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from causalrope_sp.errors import OutputError, first_line
+from causalrope_sp.errors import ConfigError, OutputError, first_line
 from causalrope_sp.pipeline.pipeline import CausalVideoPipeline
 from causalrope_sp.serving.checkpoints import Checkpoints
 from causalrope_sp.serving.commands import Commands
@@ -18,6 +19,7 @@ from causalrope_sp.serving.engine import Engine
 from causalrope_sp.serving.job_store import JobStore
 from causalrope_sp.serving.jobs import JobRunner
 from causalrope_sp.serving.live import FlowLimits, Keeping, LiveSession, Receiver
+from causalrope_sp.serving.live_control import ControlSize
 from causalrope_sp.serving.live_state import LiveState
 from causalrope_sp.serving.messages import LONGEST_PROMPT, Refused
 from causalrope_sp.serving.metrics import Metrics
@@ -69,6 +71,7 @@ class Server:
         self._keeping = Keeping(Checkpoints(options.folder / "live", options.keep_cache), options.keep_every_change)
         jobs = None if shared else JobStore(options.folder / "jobs")
         self.jobs = None if jobs is None else JobRunner(self.engine, jobs, self.metrics)
+        self._control_size = ControlSize.of(pipe)
         self.facts = {
             "model": model,
             "height": pipe.height,
@@ -79,6 +82,7 @@ class Server:
             "webrtc": not shared and find_spec("aiortc") is not None,
             "lead_seconds": options.lead_seconds,
             "longest_prompt": LONGEST_PROMPT,
+            "control": None if self._control_size is None else asdict(self._control_size),
             "grammar": _grammar(pipe),
         }
 
@@ -102,11 +106,13 @@ class Server:
         """
         if "session" in fields:
             return await self._come_back(fields["session"], fields.get("played"), receiver)
+        if "control" in fields:
+            self.check_control(fields["control"])
         if "saved" in fields:
-            path = self._saved_path(fields["saved"])
+            path = self._saved_path(fields.pop("saved"))
             if not path.is_file():
                 raise Refused("not_saved", "there is no saved session of this name")
-            arguments: dict[str, Any] = {"path": str(path)}
+            arguments: dict[str, Any] = {**fields, "path": str(path)}
         else:
             arguments = {**fields, "history": self.options.history}
         return await self.call(lambda: _attached(self._opened(arguments), receiver))
@@ -183,6 +189,12 @@ class Server:
         """Raises PromptError for a prompt that the model's grammar lacks, before anything is made of it."""
         if self.facts["grammar"] is not None:
             parse_prompt(prompt)
+
+    def check_control(self, values: list[float]) -> None:
+        """Raises ConfigError for a control that the model does not take."""
+        if self._control_size is None:
+            raise ConfigError("control cannot be sent: the model takes none")
+        self._control_size.check(values)
 
     def _saved_path(self, name: str) -> Path:
         return self.saved / f"{name}.safetensors"

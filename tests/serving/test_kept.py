@@ -21,6 +21,7 @@ from causalrope_sp.serving.engine import Engine
 from causalrope_sp.serving.live import Ended, FlowLimits, Item, Keeping, LiveSession
 from causalrope_sp.serving.live_state import Delivery
 from causalrope_sp.serving.metrics import Metrics
+from tests.support.controlled import controlled_toybox
 from tests.support.servers import ONE_STEP, Viewer, running_server
 
 RED, GREEN = "a large red circle slides right", "a large green circle slides right"
@@ -118,6 +119,20 @@ def test_pauses_and_seeks_are_kept_also_before_the_first_chunk(rigs: list[Rig]) 
     third.seek(0)
     fourth, again = rigs[1].take(first.key)
     assert (fourth.next_chunk, again) == (0, [])
+
+
+def test_a_control_is_kept_before_it_is_acknowledged(tmp_path: Path) -> None:
+    rigs = [Rig(controlled_toybox(num_inference_steps=1, window=7), tmp_path) for _ in range(2)]
+    values = [[float(number)] * 16 for number in range(4)]
+    first, _ = rigs[0].open({"prompt": RED, "control": values[0]})
+    first.set_control(values[1])
+    second, _ = rigs[1].take(first.key)  # nothing was made of it yet
+    second.make_chunk()
+    second.set_control(values[2])
+    first.set_control(values[3])  # its server has lost it
+    found = rigs[0].checkpoints.take(first.key)
+    assert found is not None
+    assert (found[0]["control"], found[1].control, len(found[1].unplayed)) == (values[2], values[2], 1)
 
 
 def test_without_keys_and_values_the_window_is_computed_anew(pipe: CausalVideoPipeline, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ FIELD_NAMES = st.sampled_from(sorted({name for fields in FIELDS.values() for nam
         ("[" * 100_000, "a message must be a JSON object"),
         ("9" * 5000, "a message must be a JSON object"),
         ([1], "a message must be a JSON object"),
-        ({}, "type must be one of open, prompt, played, pause, resume, seek, save, close, not None"),
+        ({}, "type must be one of open, prompt, control, played, pause, resume, seek, save, close, not None"),
         ({"type": ["open"]}, "type must be one of"),
         ({"type": "pause", "id": -1}, "id must be"),
         ({"type": "pause", "id": True}, "id must be"),
@@ -42,6 +42,15 @@ FIELD_NAMES = st.sampled_from(sorted({name for fields in FIELDS.values() for nam
         ({"type": "open", "prompt": "x", "saved": "y"}, "open needs one of the fields"),
         ({"type": "open", "session": "x", "seed": 3}, "seed goes with a prompt"),
         ({"type": "open", "saved": "../../etc/passwd"}, "saved must be what the server has given"),
+        ({"type": "control"}, "control needs the field values"),
+        ({"type": "control", "values": 1.5}, "values must be a list of numbers, not 1.5"),
+        ({"type": "control", "values": []}, "values must be a list of numbers, not []"),
+        ({"type": "control", "values": [0, True]}, "values must hold numbers of at least -10000 and at most 10000"),
+        ({"type": "control", "values": [[0.5]]}, "at most 10000, not [0.5]"),
+        ('{"type": "control", "values": [NaN]}', "at most 10000, not nan"),
+        ('{"type": "control", "values": [1e999]}', "at most 10000, not inf"),
+        ({"type": "control", "values": [10**400]}, "at most 10000, not 1000"),
+        ({"type": "open", "session": "x", "control": [0]}, "control goes with a prompt or a saved session"),
         ({"type": "open", "prompt": "x", "media": "gif"}, "media must be one of mp4, jpeg"),
     ],
 )
@@ -61,6 +70,11 @@ def test_a_wrong_message_keeps_its_number() -> None:
 def test_a_right_message_is_read_with_its_number() -> None:
     text = json.dumps({"type": "prompt", "id": 4, "prompt": "a red circle", "recache": False, "over_chunks": 3})
     assert read_message(text) == Message("prompt", 4, {"prompt": "a red circle", "recache": False, "over_chunks": 3})
+
+
+def test_a_control_is_read_as_floats() -> None:
+    text = json.dumps({"type": "control", "values": [1, -0.5, 10_000]})
+    assert read_message(text) == Message("control", None, {"values": [1.0, -0.5, 10_000.0]})
 
 
 @given(st.sampled_from([*FIELDS, "other"]), st.dictionaries(FIELD_NAMES | st.text(max_size=5), ANYTHING, max_size=4))

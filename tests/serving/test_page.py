@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import shutil
@@ -16,8 +17,9 @@ from urllib.parse import urlsplit
 import av
 import numpy as np
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page, WebSocketRoute, expect, sync_playwright
 
+from tests.support.controlled import write_controlled_toybox
 from tests.support.servers import ONE_STEP, RunningServer, running_server
 
 RED, GREEN = "a large red circle slides right", "a large green circle slides right"
@@ -306,3 +308,50 @@ class Proxy:
         for one in (source, target):
             with suppress(OSError):
                 one.shutdown(socket.SHUT_RDWR)
+
+
+def test_it_asks_for_the_replica_of_its_session(page: Page, server: RunningServer) -> None:
+    urls: list[str] = []
+
+    def carry(socket: WebSocketRoute) -> None:
+        def told(message: str | bytes) -> None:
+            if isinstance(message, str) and '"prompts"' in message:
+                message = json.dumps({**json.loads(message), "replica": "one"})
+            socket.send(message)
+
+        urls.append(socket.url)
+        socket.connect_to_server().on_message(told)
+
+    page.route_web_socket("**/v1/realtime*", carry)
+    page.reload()
+    start(page)
+    wait_until(page, lambda: moves(page))
+    page.reload()
+    expect(page.locator("#state")).to_have_text("live")
+    page.click("#close")
+    assert urls == [server.socket_url, f"{server.socket_url}?replica=one"]
+
+
+def test_sliders_send_the_control_of_a_model_that_takes_one(context: BrowserContext, tmp_path: Path) -> None:
+    model = str(write_controlled_toybox(tmp_path / "model"))
+    words = ("--model", model, "--window", "7", *ONE_STEP)
+    with running_server(tmp_path / "served", *words) as server, closing(context.new_page()) as page:
+        page.goto(server.url)
+        sliders = page.locator("#controls input")
+        expect(sliders).to_have_count(16)
+        sent: list[str] = []
+        page.on("websocket", lambda made: made.on("framesent", lambda data: sent.append(str(data))))
+        sliders.nth(2).fill("0.5")
+        start(page)
+        wait_until(page, lambda: moves(page))
+        sliders.nth(0).fill("-1")
+        expect(page.locator("#message")).to_contain_text("The control holds from chunk ")
+        told = [json.loads(text) for text in sent if '"played"' not in text]
+        assert [(message["type"], (message.get("control") or message["values"])[:3]) for message in told] == [
+            ("open", [0, 0, 0.5]),
+            ("control", [-1, 0, 0.5]),
+        ]
+        page.reload()
+        expect(page.locator("#state")).to_have_text("live")
+        assert [sliders.nth(at).input_value() for at in range(3)] == ["-1", "0", "0.5"]
+        page.click("#close")

@@ -61,13 +61,14 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def opened(url: str, **fields: Any) -> tuple[Viewer, dict[str, Any]]:
-    """Opens a session, as soon as some replica lets it."""
+    """Opens a session, as soon as some replica lets it. Its viewer may be left unread: the messages of a lead of H.264
+    do not fill the client's queue, beyond which it would answer no ping."""
     deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline:
         viewer = Viewer(url)
         with suppress(WebSocketException, OSError):
             viewer.__enter__()
-            answer = viewer.ask("open", media="jpeg", **fields)
+            answer = viewer.ask("open", **fields)
             if answer["type"] == "ack":
                 return viewer, answer
             viewer.__exit__()
@@ -105,7 +106,7 @@ def test_the_session_of_a_killed_rank_goes_on_elsewhere_without_a_lost_chunk(url
             seen.append(first.next_chunk())
     first.__exit__()
     beside.append(second.next_chunk())
-    again, back = opened(url, session=told["session"], played=seen[-1].head["sequence"])
+    again, back = opened(f"{url}?replica={told['replica']}", session=told["session"], played=seen[-1].head["sequence"])
     seen.append(again.next_chunk())
     assert time.monotonic() - killed < WITHIN_S
     assert back["replica"] != told["replica"]
@@ -128,6 +129,27 @@ def test_the_session_of_a_killed_rank_goes_on_elsewhere_without_a_lost_chunk(url
     third, _ = opened_elsewhere(url, {told["replica"], others["replica"]}, prompt=RED)
     assert third.next_chunk().head["chunk"] == 0, "the replica of the killed rank is replaced"
     for viewer in (more, second, third):
+        viewer.__exit__()
+
+
+def test_a_viewer_who_comes_back_gets_the_replica_of_its_session(url: str) -> None:
+    first, told = opened(url, prompt=RED, seed=5)
+    more, _ = opened(url, prompt=RED)
+    second, others = opened_elsewhere(url, {told["replica"]}, prompt=GREEN, seed=6)
+    returned = []
+    for viewer, opening in ((first, told), (second, others)):
+        seen = viewer.next_chunk()
+        for _ in range(4):  # by chance one in 16 would do so
+            viewer.__exit__()
+            named = f"{url}?replica={opening['replica']}"
+            viewer, back = opened(named, session=opening["session"], played=seen.head["sequence"])
+            assert back["replica"] == opening["replica"]
+            seen = viewer.next_chunk()
+        assert seen.head["chunk"] == 4
+        returned.append(viewer)
+    stranger, _ = opened(f"{url}?replica=gone&replica=%ff", prompt=RED)
+    for viewer in (*returned, stranger, more):
+        assert viewer.ask("close")["type"] == "ack"
         viewer.__exit__()
 
 

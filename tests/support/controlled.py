@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from causalrope_sp.pipeline.conditioning import VideoLatents
 from causalrope_sp.toybox.prompts import COLORS
 from causalrope_sp.toybox.scenes import RADII
 from causalrope_sp.toybox.toybox_text import leave_open
+from causalrope_sp.weights import save_diffusers
 
 DARK = (27, 27, 33)  # as the model paints it
 CHUNK = 3  # latent frames
@@ -59,3 +61,11 @@ def noise_control(chunk: Any, channels: int = 16) -> Tensor:
     frames = range(chunk.start, chunk.stop)
     every = [torch.randn(channels, 8, 8, generator=torch.Generator().manual_seed(f)) for f in frames]
     return 0.3 * torch.stack(every).unsqueeze(0)
+
+
+def write_controlled_toybox(folder: Path) -> Path:
+    """Writes `controlled_toybox` as a model folder and returns it."""
+    pipe = controlled_toybox()
+    CausalVideoPipeline.from_pretrained("toybox", device="cpu").save_pretrained(folder)
+    save_diffusers(pipe.model, folder / "transformer")
+    return folder

@@ -24,17 +24,24 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=10), inner, max_size=3),
     max_leaves=5,
 )
+NO_CONTROL = JSON.filter(lambda value: not isinstance(value, list)) | st.lists(
+    st.sampled_from([float("nan"), float("inf"), 10**400, -10_001, True, None, "1", [0.5]]), max_size=20
+)
 STEERING = st.one_of(
     st.fixed_dictionaries({"type": st.just("prompt"), "prompt": PROMPTS}, optional={"recache": st.booleans()}),
     st.fixed_dictionaries({"type": st.just("seek"), "chunk": st.integers(-1, 9)}),
     st.fixed_dictionaries({"type": st.sampled_from(["pause", "resume", "open", "nothing"])}),
+    st.fixed_dictionaries({"type": st.just("control"), "values": st.lists(st.floats() | st.integers(), max_size=17)}),
     st.fixed_dictionaries({"type": st.just("played"), "sequence": st.integers(-1, 20) | st.none()}),
 )
 MALFORMED = st.one_of(
-    st.fixed_dictionaries({"type": st.sampled_from(["open", "prompt", "seek", "save", "played", "pause"]), "x": JSON}),
+    st.fixed_dictionaries(
+        {"type": st.sampled_from(["open", "prompt", "control", "seek", "save", "played", "pause"]), "x": JSON}
+    ),
     st.fixed_dictionaries({"type": JSON}),
     st.fixed_dictionaries({"type": st.just("prompt"), "prompt": JSON.filter(lambda value: not isinstance(value, str))}),
     st.fixed_dictionaries({"type": st.just("seek"), "chunk": JSON.filter(lambda value: not isinstance(value, int))}),
+    st.fixed_dictionaries({"type": st.just("control"), "values": NO_CONTROL}),
 )
 MANY_OF = 12  # kinds of requests that have parameters, right ones and wrong ones
 QUIET: Any = {
