@@ -90,14 +90,19 @@ class ModelConfig:
             raise ConfigError(f"weights must be {' or '.join(get_args(Weights))}, not {self.weights!r}")
 
     def _check_experts(self) -> None:
-        """Raises ConfigError unless two transformers have a boundary, one has none, and two take no LoRA."""
+        """Raises ConfigError unless two transformers have a boundary and one has none."""
         ratio = self.boundary_ratio
         if ratio is not None:
             object.__setattr__(self, "boundary_ratio", check_number("boundary_ratio", ratio, above=0, most=1))
         if (self.transformer_2 is None) != (ratio is None):
             raise ConfigError("transformer_2 and boundary_ratio must be given together, or neither")
-        if self.transformer_2 is not None and (self.loras or self.vin is not None):
-            raise ConfigError("a model of two transformers takes no LoRA and makes no chunks in parallel")
+        if self.transformer_2 is not None and self.vin is not None:
+            raise ConfigError("a model of two transformers makes no chunks in parallel")
+
+    @property
+    def transformers(self) -> list[Path]:
+        """The files or folders of the transformers, one or two."""
+        return [self.transformer] if self.transformer_2 is None else [self.transformer, self.transformer_2]
 
     @classmethod
     def load(cls, path: Path) -> ModelConfig:
