@@ -49,7 +49,7 @@ class ModelConfig:
         transformer_2: the file or folder of the DiT of the steps at low noise, where there are two; `transformer` is
             then that of the steps at high noise.
         image_encoder: the folder of the CLIP vision encoder of a model that reads image tokens, beside the folder
-            `image_processor`.
+            `image_processor`; or Wan's own file of it.
         boundary_ratio: the timestep, divided by 1000, below which `transformer_2` makes the steps.
         vin: the file of the Video Interface Network of a model that samples chunks in parallel; None for a stream.
         inferred: settings that no file has and that were inferred from the checkpoint's content, as texts.
