@@ -85,7 +85,7 @@ def _read_session(home: Path, path: Path) -> None:
     model = DiTConfig(
         dim=30, ffn_dim=8, num_heads=3, num_layers=2, text_dim=4, text_len=5, in_channels=3, patch_size=(1, 1, 1)
     )
-    check_fits(saved, model_digest="0123456789abcdef", model=model, stride=8, codec="wan")
+    check_fits(saved, model_digest="0123456789abcdef", loras=(), model=model, stride=8, codec="wan")
     if saved.cache is not None:
         for branch in saved.cache.branches:
             for layer in range(saved.cache.layers):

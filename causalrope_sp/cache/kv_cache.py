@@ -166,6 +166,11 @@ class KVCache:
         """Returns whether `rewind` can make a chunk the open one again, with all as it was."""
         return chunk.start >= self._restarted and self._rings[0].can_rewind(chunk)
 
+    def forget_history(self) -> None:
+        """Lets no committed chunk be taken back any more, between two chunks; what is written stays."""
+        self._history.clear()
+        self._restarted = self.committed
+
     def rewind(self, chunk: Chunk, window: SlidingWindow) -> None:
         """Takes chunks back until a committed one is the open one again, whose context pass must run again.
 

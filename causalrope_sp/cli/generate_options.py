@@ -66,9 +66,10 @@ OPTIONS = (
         "--lora",
         "loras",
         multiple=True,
-        metavar="FILE[:WEIGHT][:no-image]",
+        metavar="FILE[:WEIGHT][:no-image][:high-noise|:low-noise]",
         help="Merge this LoRA into the transformer, times WEIGHT (1); with :no-image, leave out what only models that "
-        "read an image have. Several can be given. The default is none.",
+        "read an image have. Of two transformers, the name of the file says which, or :high-noise or :low-noise. "
+        "Several can be given. The default is none.",
     ),
     click.option("--revision", help="Load this branch, tag or commit from the Hub. The default is the main branch."),
     click.option(

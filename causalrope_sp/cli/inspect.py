@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from causalrope_sp.cli.inspect_other import other_file
 from causalrope_sp.cli.model_options import CHUNK_FRAMES, SHIFT, SINK, WINDOW
 from causalrope_sp.cli.options import complete_model, complete_preset, parse_steps
 from causalrope_sp.cli.runtime import rank
@@ -43,9 +44,14 @@ if TYPE_CHECKING:
 def inspect(path: str, part: str | None, preset: str | None, steps: str | None, as_json: bool, **run: Any) -> int:
     """Reports the layout of the checkpoint at PATH, the evidence for it, missing tensors, and its preset.
 
-    Of a LoRA it reports the kind, whose names it has, ranks and scales. The exit status is 1 if the file cannot be
-    loaded.
+    Of a LoRA it reports the kind, whose names it has, ranks and scales; of a saved session, of embeddings and of a
+    compressed video it says so in a sentence. The exit status is 1 if the file cannot be loaded as a model.
     """
+    other = None if part is not None else other_file(path)
+    if other is not None:
+        if rank() == 0:
+            click.echo(json.dumps({"path": path, "what": other}) if as_json else f"{path}: {other}")
+        return 1
     whole_video = kind_of(path)
     if whole_video is not None:
         check_whole_video(whole_video, {})

@@ -22,17 +22,19 @@ class StreamTurns:
         ahead: whether a thread works ahead, so that no other call may come in between.
 
     Attributes:
+        ahead: whether a thread works ahead.
+        number: the number of the stream, in the order in which streams were opened, the same on all ranks.
         next: the next chunk to be taken.
     """
 
     def __init__(self, turns: Turns, ranks: Sequence[int], ahead: bool = False) -> None:
-        self._turns, self._number = turns, turns.new_stream()
-        self._ranks, self._ahead, self.next = ranks, ahead, 0
+        self._turns, self.number = turns, turns.new_stream()
+        self._ranks, self.ahead, self.next = ranks, ahead, 0
         self._requests = 0
 
     def taken(self) -> AbstractContextManager[None]:
         """Runs the body, which takes the chunks; tells the other ranks if it is left before its end."""
-        return self._turns.leaving(self._number, lambda: self.next, self._ahead)
+        return self._turns.leaving(self.number, lambda: self.next, self.ahead)
 
     @contextmanager
     def chunk(self, how: str = "") -> Iterator[None]:
@@ -44,7 +46,7 @@ class StreamTurns:
         Raises:
             ConfigError, RankLostError: as `Turns.take` raises them.
         """
-        with self._turns.take(self._call + how, self._ranks, self._number, self.next):
+        with self._turns.take(self._call + how, self._ranks, self.number, self.next):
             yield
         self.next += 1
 
@@ -57,12 +59,12 @@ class StreamTurns:
         Raises:
             ConfigError, RankLostError: as `Turns.take` raises them.
         """
-        return self._turns.take(f"{what} (stream {self._number})", self._ranks, self._number, self.next)
+        return self._turns.take(f"{what} (stream {self.number})", self._ranks, self.number, self.next)
 
     @contextmanager
     def followed(self) -> Iterator[None]:
         """Runs the body, which does this rank's part of the next chunk, on a rank that only decodes."""
-        with self._turns.follow(self._number, self.next):
+        with self._turns.follow(self.number, self.next):
             yield
         self.next += 1
 
@@ -103,7 +105,7 @@ class StreamTurns:
         call = board.texts([coming])[0] if board.has([coming]) else None
         if board.has([key]):  # it has been announced in the meantime
             return
-        if notice is not None and (why := notice.ended or notice.left.get(self._number, (0, ""))[1]):
+        if notice is not None and (why := notice.ended or notice.left.get(self.number, (0, ""))[1]):
             raise RankLostError(f"rank {source} {why}, and rank {turns.rank} waits for its latents")
         if call is not None and call != self._call:
             turns.number += 1
@@ -111,8 +113,8 @@ class StreamTurns:
             compare({source: call, turns.rank: self._call})
 
     def _key(self, rank: int) -> str:
-        return f"request/{self._number}/{self._requests}/{rank}"
+        return f"request/{self.number}/{self._requests}/{rank}"
 
     @property
     def _call(self) -> str:
-        return f"asks for chunk {self.next} of stream {self._number}"
+        return f"asks for chunk {self.next} of stream {self.number}"

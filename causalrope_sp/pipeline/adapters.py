@@ -1,27 +1,38 @@
-"""LoRAs that are added to a loaded pipeline and taken out again, under diffusers' names."""
+"""LoRAs that are added to a loaded pipeline and taken out again, under diffusers' names, also under open streams."""
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from causalrope_sp.checks import check_number, check_text, shown
+from causalrope_sp.checks import check_flag, check_number, check_text, shown
 from causalrope_sp.distributed import SequenceParallel
-from causalrope_sp.errors import CausalRopeError, ConfigError
+from causalrope_sp.errors import ConfigError
+from causalrope_sp.pipeline.experts import loras_of_models
+from causalrope_sp.pipeline.live_weights import between_chunks, change_weights
 from causalrope_sp.pipeline.loading import Parts
 from causalrope_sp.pipeline.open_streams import OpenStreams
 from causalrope_sp.weights.digest import digest
-from causalrope_sp.weights.dit_loader import checkpoint_digest, remerge
-from causalrope_sp.weights.lora import Lora
+from causalrope_sp.weights.dit_loader import Remerge, checkpoint_digest
+from causalrope_sp.weights.lora import EXPERTS, Lora
+
+_log = logging.getLogger(__name__)
+Adapters = Mapping[str, tuple[Lora, bool]]
+_NONE: Adapters = {}
 
 
 class WithAdapters:
-    """The methods of a pipeline that change its LoRAs between two streams. Every rank must call them.
+    """The methods of a pipeline that change its LoRAs. Every rank must call them.
 
     The parameters that LoRAs change are read again from the checkpoint, with the LoRAs merged, so that they have the
     checkpoint's bits again when the LoRAs are taken out. LoRAs of the loading options and of a pipeline.json stay.
+
+    Open streams go on with the new weights from the next chunk that is made. The keys and values of the chunks before
+    it stay those of the old weights, or with `recache` are computed anew under the new ones, from the clean latents of
+    the window and its sink. Chunks that are taken back across the change are made again with the new weights.
 
     Attributes:
         parts: the loaded parts of the model.
@@ -31,55 +42,85 @@ class WithAdapters:
     parts: Parts
     parallel: SequenceParallel
     _streams: OpenStreams
-    _adapters: Mapping[str, tuple[Lora, bool]] = {}  # in order, each with whether it is merged
-    _changed: frozenset[str] = frozenset()
+    _adapters: Adapters = _NONE  # in order, each with whether it is merged
+    _changed: Sequence[frozenset[str]] = ()  # by transformer, the parameters that these change
     _digest: str | None = None
 
     @property
     def model_digest(self) -> str:
-        """A hash of the transformer's files with the LoRAs that are merged, which does not depend on dtype and ranks.
+        """A hash of the transformers' files with the LoRAs that are merged, which does not depend on dtype and ranks.
 
         Raises:
             CheckpointError: the files cannot be read any more.
         """
         if self._digest is None:
-            config, merged = self.parts.config, self._merged(self._adapters)
-            self._digest = checkpoint_digest(config.transformer, merged)
-            if config.transformer_2 is not None:
-                both = f"{self._digest} {checkpoint_digest(config.transformer_2)}"
-                self._digest = hashlib.blake2b(both.encode(), digest_size=8).hexdigest()
+            paths = self.parts.config.transformers
+            digests = [checkpoint_digest(*each) for each in zip(paths, self._loras(self._adapters), strict=True)]
+            both = hashlib.blake2b(" ".join(digests).encode(), digest_size=8).hexdigest()
+            self._digest = digests[0] if len(digests) == 1 else both
         return self._digest
 
-    def load_lora_weights(self, path: str | os.PathLike[str] | Lora, adapter_name: str | None = None) -> None:
+    @property
+    def merged_loras(self) -> tuple[str, ...]:
+        """The LoRAs that are merged, as texts, in order."""
+        return tuple(map(str, self._merged(self._adapters)))
+
+    def load_lora_weights(
+        self,
+        path: str | os.PathLike[str] | Lora,
+        adapter_name: str | None = None,
+        *,
+        load_into_transformer_2: bool | None = None,
+        recache: bool = False,
+    ) -> list[int]:
         """Adds a LoRA, DoRA, LoHa or LoKr to the transformer. Those that were loaded before stay.
 
         Args:
             path: its file or folder, also as FILE:WEIGHT, or a `Lora`.
             adapter_name: its name for `set_adapters`; None names it default_0, default_1, ...
+            load_into_transformer_2: of two transformers, whether it is of the one of the steps at low noise; None takes
+                what the `Lora`, or the name of its file, says.
+            recache: whether open streams compute the keys and values of their windows anew under the new weights.
+
+        Returns:
+            Of each open stream, in the order in which they were opened, the number of the first chunk that is made with
+            the new weights.
 
         Raises:
-            CheckpointError: the file cannot be read or does not fit; the model is as it was.
-            ConfigError: the name is taken, or a stream is open.
+            CheckpointError: the file cannot be read or does not fit; model and streams are as they were.
+            ConfigError: the name is taken, nothing says of which of two transformers the LoRA is, or a stream cannot
+                be changed while it is open.
         """
-        lora = path if isinstance(path, Lora) else Lora.of(path)
+        lora = Lora.of(path)
+        if load_into_transformer_2 is not None:
+            lora = replace(lora, expert=EXPERTS[check_flag("load_into_transformer_2", load_into_transformer_2)])
         free = (f"default_{number}" for number in range(len(self._adapters) + 1))
         name = next(name for name in free if name not in self._adapters)
         name = name if adapter_name is None else check_text("adapter_name", adapter_name)
         if name in self._adapters:
             raise ConfigError(f"adapter_name must be new, and {name!r} is loaded: unload it, or take another name")
-        self._change({**self._adapters, name: (lora, True)})
+        return self._change({**self._adapters, name: (lora, True)}, recache)
 
     def set_adapters(
-        self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] | None = None
-    ) -> None:
+        self,
+        adapter_names: str | Sequence[str],
+        adapter_weights: float | Sequence[float] | None = None,
+        *,
+        recache: bool = False,
+    ) -> list[int]:
         """Chooses the loaded LoRAs that are merged, and their weights; the others are taken out and stay loaded.
 
         Args:
             adapter_names: the names of those to merge.
             adapter_weights: one weight for all, or one for each; None keeps the present ones.
+            recache: as for `load_lora_weights`.
+
+        Returns:
+            As `load_lora_weights`.
 
         Raises:
-            ConfigError: a name is not loaded, a weight is no finite number, or a stream is open.
+            ConfigError: a name is not loaded, a weight is no finite number, or a stream cannot be changed while it is
+                open.
         """
         if not isinstance(adapter_names, Sequence):
             raise ConfigError(f"adapter_names must be a name or several, not {shown(adapter_names)}")
@@ -97,52 +138,62 @@ class WithAdapters:
             lora = chosen[name][0]
             weight = None if weight is None else check_number("adapter_weights", weight)
             chosen[name] = (lora if weight is None else replace(lora, weight=weight), True)
-        self._change(chosen)
+        return self._change(chosen, recache)
 
-    def unload_lora_weights(self) -> None:
+    def unload_lora_weights(self, *, recache: bool = False) -> list[int]:
         """Takes out and forgets all LoRAs that were loaded by `load_lora_weights`.
 
+        Args:
+            recache: as for `load_lora_weights`.
+
+        Returns:
+            As `load_lora_weights`.
+
         Raises:
-            ConfigError: a stream is open.
+            ConfigError: a stream cannot be changed while it is open.
         """
-        self._change({})
+        return self._change({}, recache)
 
     def get_active_adapters(self) -> list[str]:
         """Returns the names of the LoRAs that were loaded by `load_lora_weights` and are merged."""
         return [name for name, (_, active) in self._adapters.items() if active]
 
-    def _change(self, adapters: Mapping[str, tuple[Lora, bool]]) -> None:
-        """Merges other adapters; on an error the model is as it was."""
-        if self.parts.low_noise is not None:
-            raise ConfigError("a pipeline of two transformers takes no LoRA: each of the two has LoRAs of its own")
-        if self._streams:
-            raise ConfigError(
-                f"the LoRAs of a pipeline cannot change under an open stream, and {len(self._streams)} are open: "
-                "finish them, or call their close(), first"
+    def _change(self, adapters: Adapters, recache: bool) -> list[int]:
+        """Merges other adapters; on an error the model is as it was. Returns the next chunk of each open stream."""
+        check_flag("recache", recache)
+        with between_chunks(self._streams, self.parallel, "changes its LoRAs") as loops:
+            self.parallel.everyone.agree({"recache": recache})
+            old, new = self._opened(self._adapters), self._opened(adapters)
+            changed = [each.parameters for each in new]
+            change_weights(
+                loops, lambda: self._write(new, self._changed), lambda: self._write(old, changed), recache=recache
             )
-        with self.parallel.turn("changes its LoRAs"):
-            try:
-                changed = self._remerge(adapters)
-            except CausalRopeError:
-                self._remerge(self._adapters)
-                raise
-        self._adapters, self._changed, self._digest = dict(adapters), changed, None
+            self._adapters, self._changed, self._digest = dict(adapters), changed, None
+            starts = [loop.chunks_made for loop in loops]
+        if starts and self.parallel.rank == 0:
+            _log.info("LoRAs of open streams are %s from chunks %s on", ", ".join(self.merged_loras) or "none", starts)
+        return starts
 
-    def _merged(self, adapters: Mapping[str, tuple[Lora, bool]]) -> list[str | os.PathLike[str] | Lora]:
+    def _merged(self, adapters: Adapters) -> list[Lora]:
         """The LoRAs that are merged, in order."""
         active = [lora for lora, merged in adapters.values() if merged]
-        return [*self.parts.config.loras, *self.parts.options.loras, *active]
+        return [*self.parts.config.loras, *map(Lora.of, self.parts.options.loras), *active]
 
-    def _remerge(self, adapters: Mapping[str, tuple[Lora, bool]]) -> frozenset[str]:
-        parts, denoisers = self.parts, self.parallel.denoisers
-        loras = self._merged(adapters)
+    def _loras(self, adapters: Adapters) -> list[list[Lora]]:
+        """The LoRAs that are merged, of each transformer."""
+        return loras_of_models(self._merged(adapters), len(self.parts.config.transformers))
 
-        def merge() -> frozenset[str]:
-            if self.parallel.decodes:
-                return frozenset()
-            return remerge(parts.model, parts.config.transformer, loras, self._changed, denoisers)
+    def _opened(self, adapters: Adapters) -> list[Remerge]:
+        """Opens adapters and matches them to each transformer; none on a rank that only decodes."""
+        loras = self.parallel.everyone.run_collectively(lambda: self._loras(adapters))
+        if self.parallel.decodes:
+            return []
+        models = zip(self.parts.models, self.parts.config.transformers, loras, strict=True)
+        return [Remerge(model, path, own, self.parallel.denoisers) for model, path, own in models]
 
-        changed = self.parallel.everyone.run_collectively(merge)
-        if not self.parallel.decodes and denoisers.size > 1:
-            denoisers.agree({"weights": digest(parts.model)})
-        return changed
+    def _write(self, merges: Sequence[Remerge], changed: Sequence[frozenset[str]]) -> None:
+        """Merges adapters into each transformer, of which earlier ones have changed some parameters."""
+        for number, merge in enumerate(merges):
+            merge.write(changed[number] if changed else ())
+        if not self.parallel.decodes and self.parallel.denoisers.size > 1:
+            self.parallel.denoisers.agree({"weights": tuple(map(digest, self.parts.models))})

@@ -306,6 +306,7 @@ class Generation:
         latents = None if conditioning is None else conditioning.cpu().to(compute_dtype(self._pipe.model.dtype))
         return {
             "model_digest": self._pipe.model_digest,
+            "loras": self._pipe.merged_loras,
             "height": settings.height,
             "width": settings.width,
             "dtype": str(self._pipe.model.dtype).removeprefix("torch."),

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from causalrope_sp.distributed import SequenceParallel
-from causalrope_sp.errors import CheckpointError, ConfigError, first_line
+from causalrope_sp.errors import ConfigError
 from causalrope_sp.pipeline.generation_options import GenerationOptions
+from causalrope_sp.pipeline.image_encoder import encode_picture
 from causalrope_sp.sampling.chunk import check_image_embeds
 
 
@@ -21,7 +22,7 @@ def share_image_tokens(
 
     Args:
         request: the options of the call, whose `image_embeds` replace the encoder's.
-        encoder: the folder of the encoder; None for a model without.
+        encoder: the folder or the file of the encoder; None for a model without.
         picture: the image, uint8 (H, W, 3), of the stream's size; None for a call with another control.
         width: the width of a token that the model reads; 0 for a model that reads none.
         parallel: the ranks.
@@ -42,9 +43,9 @@ def share_image_tokens(
         if width == 0 or ranks.rank > 0:
             return None
         if given is None and (picture is None or encoder is None):
-            lacking = (
-                "no image is given" if picture is None else "its folder has no image_encoder/ in diffusers' layout"
-            )
+            lacking = "no image is given"
+            if picture is not None:
+                lacking = "its folder has no image_encoder/ in diffusers' layout and no models_clip_*.pth of Wan's"
             raise ConfigError(f"image_embeds must be given: the model reads tokens of {width} numbers, and {lacking}")
         if given is None:
             assert picture is not None, "it is refused above"
@@ -63,30 +64,3 @@ def share_image_tokens(
         return tokens
 
     return ranks.from_first("text", of_first, (1, count, width), torch.float32, parallel.device)
-
-
-@torch.inference_mode()
-def encode_picture(folder: Path, picture: np.ndarray) -> Tensor:
-    """Encodes a picture by a CLIP vision encoder of transformers, on the CPU, as diffusers does.
-
-    Args:
-        folder: the encoder's folder, beside that of its `image_processor`.
-        picture: uint8 (H, W, 3).
-
-    Returns:
-        The output of the layer before the last one, (1, N, W), in float32.
-
-    Raises:
-        CheckpointError: the folder cannot be read.
-    """
-    import transformers
-
-    kind = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)
-    try:
-        processor = kind.from_pretrained(folder.parent / "image_processor")
-        model = transformers.CLIPVisionModel.from_pretrained(folder, dtype=torch.float32)
-    except (OSError, ValueError) as reason:  # transformers' errors are of these two kinds
-        raise CheckpointError(f"cannot read the image encoder {folder}: {first_line(reason)}") from reason
-    pixels = processor(images=picture, return_tensors="pt")["pixel_values"]
-    tokens: Tensor = model.eval()(pixel_values=pixels, output_hidden_states=True).hidden_states[-2]
-    return tokens

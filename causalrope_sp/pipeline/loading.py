@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from causalrope_sp.distributed.layout import Layout, parse_strategy
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.models.causal_dit import CausalDiT
 from causalrope_sp.pipeline.decoding import check_decode
+from causalrope_sp.pipeline.experts import loras_of_models
 from causalrope_sp.pipeline.load_options import LoadOptions
 from causalrope_sp.pipeline.model_config import ModelConfig
 from causalrope_sp.pipeline.model_source import describe_inferred, find_model, is_hub_name
@@ -27,6 +29,7 @@ from causalrope_sp.planning.strategy import choose_strategy
 from causalrope_sp.sampling.guidance import check_guidance
 from causalrope_sp.sampling.stream_options import LowNoiseExpert
 from causalrope_sp.weights import load_model, outline_model
+from causalrope_sp.weights.lora import Lora
 
 _log = logging.getLogger(__name__)
 
@@ -101,10 +104,11 @@ def load_parts(model: str | os.PathLike[str], options: LoadOptions, parallel: Se
     _check_settings(config, options, parallel)
     ranks, device, dtype = parallel.everyone, parallel.device, dtype_of(options, parallel.device)
     run, layout = plan_run(config, options, parallel)
-    dit, expert = _load_transformer(config.transformer, config, options, parallel), None
+    loras = loras_of_models((*config.loras, *options.loras), len(config.transformers))
+    dit, expert = _load_transformer(config.transformer, loras[0], config, options, parallel), None
     if config.transformer_2 is not None:
         assert config.boundary_ratio is not None, "the configuration checks that both are given"
-        second = _load_transformer(config.transformer_2, config, options, parallel)
+        second = _load_transformer(config.transformer_2, loras[1], config, options, parallel)
         expert = LowNoiseExpert(second, 1000 * config.boundary_ratio)
     chunks = None
     if (vin := config.vin) is not None:
@@ -192,8 +196,7 @@ def _check_settings(config: ModelConfig, options: LoadOptions, parallel: Sequenc
     if config.sampler.guidance_scale != 1:
         changes.append("guidance")
     check_requested(options.parallel_chunks, config.vin, changes)
-    if config.transformer_2 is not None and options.loras:
-        raise ConfigError("loras must be empty for a model of two transformers, which have LoRAs of their own")
+    loras_of_models((*config.loras, *options.loras), len(config.transformers))
     check_mesh(config.sampler, parallel, config.vin is not None)
 
 
@@ -213,7 +216,9 @@ def check_mesh(sampler: SamplerConfig, parallel: SequenceParallel, parallel_chun
         raise ConfigError(f"chunk {parallel.mesh.chunk} of the mesh is for chunks made in parallel alone")
 
 
-def _load_transformer(path: Path, config: ModelConfig, options: LoadOptions, parallel: SequenceParallel) -> CausalDiT:
+def _load_transformer(
+    path: Path, loras: Sequence[Lora], config: ModelConfig, options: LoadOptions, parallel: SequenceParallel
+) -> CausalDiT:
     """A transformer, or on a decode rank a model without weights."""
     if parallel.decodes:
         return outline_model(Path(path))
@@ -221,7 +226,7 @@ def _load_transformer(path: Path, config: ModelConfig, options: LoadOptions, par
         path,
         dtype=dtype_of(options, parallel.device),
         device=parallel.device,
-        loras=(*config.loras, *options.loras),
+        loras=loras,
         weights=config.weights,
         readers=parallel.denoisers,
     )

@@ -49,7 +49,7 @@ class ModelConfig:
         transformer_2: the file or folder of the DiT of the steps at low noise, where there are two; `transformer` is
             then that of the steps at high noise.
         image_encoder: the folder of the CLIP vision encoder of a model that reads image tokens, beside the folder
-            `image_processor`.
+            `image_processor`; or Wan's own file of it.
         boundary_ratio: the timestep, divided by 1000, below which `transformer_2` makes the steps.
         vin: the file of the Video Interface Network of a model that samples chunks in parallel; None for a stream.
         inferred: settings that no file has and that were inferred from the checkpoint's content, as texts.
@@ -90,14 +90,19 @@ class ModelConfig:
             raise ConfigError(f"weights must be {' or '.join(get_args(Weights))}, not {self.weights!r}")
 
     def _check_experts(self) -> None:
-        """Raises ConfigError unless two transformers have a boundary, one has none, and two take no LoRA."""
+        """Raises ConfigError unless two transformers have a boundary and one has none."""
         ratio = self.boundary_ratio
         if ratio is not None:
             object.__setattr__(self, "boundary_ratio", check_number("boundary_ratio", ratio, above=0, most=1))
         if (self.transformer_2 is None) != (ratio is None):
             raise ConfigError("transformer_2 and boundary_ratio must be given together, or neither")
-        if self.transformer_2 is not None and (self.loras or self.vin is not None):
-            raise ConfigError("a model of two transformers takes no LoRA and makes no chunks in parallel")
+        if self.transformer_2 is not None and self.vin is not None:
+            raise ConfigError("a model of two transformers makes no chunks in parallel")
+
+    @property
+    def transformers(self) -> list[Path]:
+        """The files or folders of the transformers, one or two."""
+        return [self.transformer] if self.transformer_2 is None else [self.transformer, self.transformer_2]
 
     @classmethod
     def load(cls, path: Path) -> ModelConfig:

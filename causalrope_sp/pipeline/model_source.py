@@ -11,6 +11,7 @@ from typing import Any
 from causalrope_sp.codec.codec_footprint import codec_footprint
 from causalrope_sp.errors import CheckpointError, ConfigError
 from causalrope_sp.pipeline.experts import experts_in
+from causalrope_sp.pipeline.image_encoder import WAN_FILES
 from causalrope_sp.pipeline.load_options import LoadOptions
 from causalrope_sp.pipeline.model_config import PATHS, PIPELINE_FILE, ModelConfig, embedded_config, read_fields
 from causalrope_sp.pipeline.option_checks import check_path
@@ -226,8 +227,9 @@ def _parts_in(folder: Path) -> dict[str, Any]:
     text = TextSource(folder)
     if text.is_here():
         found["text"] = text
-    if (folder / "image_encoder").is_dir():
-        found["image_encoder"] = folder / "image_encoder"
+    encoders = [folder / "image_encoder", *sorted(folder.glob(WAN_FILES))]
+    if (encoder := next((path for path in encoders if path.exists()), None)) is not None:
+        found["image_encoder"] = encoder
     return found
 
 
@@ -238,7 +240,7 @@ def _base_fields(options: LoadOptions) -> dict[str, Any]:
         whole = embedded_config(base)
         return {name: getattr(whole, name) for name in ("codec", "text", "height", "width", "fps")}
     if is_on_hub(base):
-        folder = download(base, replace(options, revision=None), ("vae", "text_encoder", "tokenizer"))
+        folder = download(base, replace(options, revision=None), ("vae", "text_encoder", "tokenizer", *_MORE[1:]))
     else:
         folder = local_path(base)
     if not folder.is_dir():

@@ -45,6 +45,9 @@ class OpenStreams:
         """Adds a stream."""
         self._streams.add(stream)
 
+    def __iter__(self) -> Iterator[Stream]:
+        return iter(list(self._streams))
+
     def __len__(self) -> int:
         return sum(stream.is_open for stream in self._streams)
 

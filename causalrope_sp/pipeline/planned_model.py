@@ -13,6 +13,7 @@ from causalrope_sp.config import PRESETS, DiTConfig, SamplerConfig, StreamConfig
 from causalrope_sp.diffusion.schedule import with_overrides
 from causalrope_sp.errors import CheckpointError, ConfigError
 from causalrope_sp.grid import LatentGrid
+from causalrope_sp.pipeline.image_encoder import encoder_bytes
 from causalrope_sp.pipeline.load_options import LoadOptions
 from causalrope_sp.pipeline.model_config import PIPELINE_FILE, ModelConfig
 from causalrope_sp.pipeline.model_source import BY_STRIDE, MODEL_INDEX, WAN, find_model, local_path
@@ -177,7 +178,8 @@ class PlannedModel:
         if self.parts is None:
             return auxiliary(umt5_xxl_bytes(), codec, offload, on_cpu)
         text = text_bytes(self.parts.text) if isinstance(self.parts.text, TextSource) else 0
-        return auxiliary(text, codec, offload, on_cpu)
+        encoder = self.parts.image_encoder if on_cpu else None  # it is never on a GPU
+        return replace(auxiliary(text, codec, offload, on_cpu), image=0 if encoder is None else encoder_bytes(encoder))
 
     def _codec(self, height: int, width: int, frames: int) -> CodecFootprint:
         """The memory and the strides of the model's own codec, or of the published Wan VAE."""

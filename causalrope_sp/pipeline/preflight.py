@@ -17,6 +17,7 @@ from causalrope_sp.errors import ConfigError
 from causalrope_sp.grid import LatentGrid
 from causalrope_sp.pipeline.decoding import Decode
 from causalrope_sp.pipeline.free_memory import free_bytes
+from causalrope_sp.pipeline.image_encoder import encoder_bytes
 from causalrope_sp.pipeline.model_config import ModelConfig
 from causalrope_sp.pipeline.offload import Offload
 from causalrope_sp.planning.cost import Plan, plan
@@ -30,6 +31,7 @@ from causalrope_sp.weights import inspect_checkpoint
 CUDA_WORKSPACE = 1 << 29  # bytes, estimated: cuBLAS, NCCL, kernels and the gaps between blocks
 MOST_RANKS = 64  # the largest number of ranks that is suggested
 PHASES = {
+    "image": "while an image is encoded",
     "text": "while a prompt is encoded",
     "denoise": "while a chunk is denoised",
     "decode": "while a chunk is decoded",
@@ -41,7 +43,8 @@ class Run:
     """Everything that the memory of a rank depends on. `ranks` counts the mesh axis `sp`; `strategy` may be "auto";
     `text` is the bytes of UMT5's weights, 0 on a rank without UMT5; `least_window` is the smallest possible window in
     latent frames; `cfg` is the size of that mesh axis; `graphs` says whether a GPU runs passes by graphs;
-    `other_sessions` is what the other open streams keep, in bytes."""
+    `other_sessions` is what the other open streams keep, in bytes; `image` is the bytes of the image encoder's weights,
+    which is always on the CPU."""
 
     work: Workload
     ranks: int
@@ -56,12 +59,18 @@ class Run:
     cfg: int = 1
     graphs: bool = True
     other_sessions: int = 0
+    image: int = 0
 
     @property
     def auxiliary(self) -> AuxiliaryMemory:
         """The memory of the text encoder, the codec, the workspace and graphs."""
         made = auxiliary(self.text, self.codec, self.offload, self.on_cpu, self.graphs)
-        return replace(made, decodes_concurrently=self.decodes_concurrently, other_sessions=self.other_sessions)
+        return replace(
+            made,
+            image=self.image if self.on_cpu else 0,
+            decodes_concurrently=self.decodes_concurrently,
+            other_sessions=self.other_sessions,
+        )
 
     @property
     def loaded_bytes(self) -> int:
@@ -147,7 +156,7 @@ def describe_run(
         ConfigError: the ranks cannot share this model.
     """
     report, stream = inspect_checkpoint(model_config.transformer), model_config.stream
-    config = report.config
+    config, encoder = report.config, model_config.image_encoder
     size = model_config.height, model_config.width
     found = codec_footprint(model_config.codec, codec, *size, stream.chunk_frames)
     found = found.share(decode_share(parallel, decode))
@@ -174,6 +183,7 @@ def describe_run(
         decode == "overlap" and parallel.rank == 0,
         parallel.mesh.cfg,
         graphs,
+        image=encoder_bytes(encoder) if encoder is not None and parallel.rank == 0 else 0,
     )
 
 
@@ -203,6 +213,7 @@ def check_fits(run: Run, free: int | None, device: object) -> None:
         "activations": cost.activation_bytes,
         "graphs": cost.session.graphs,
         "text encoder": run.text,
+        "image encoder": cost.auxiliary.image,
         "codec": cost.auxiliary.codec,
         "its state": cost.session.decoder,
         "its activations": run.codec.activations,

@@ -115,8 +115,8 @@ class ResumedGeneration(Generation):
     def _prepare(self) -> None:
         saved, request, codec = self._saved, self._request, self.codec
         model, stride = self._pipe.model.config, codec.spatial_stride
-        model_digest = self._pipe.model_digest
-        check_fits(saved, model_digest=model_digest, model=model, stride=stride, codec=codec.name)
+        own, loras = self._pipe.model_digest, self._pipe.merged_loras
+        check_fits(saved, model_digest=own, loras=loras, model=model, stride=stride, codec=codec.name)
         grid = LatentGrid.from_pixels(saved.height, saved.width, stride, model.patch_size[1:])
         self._settings = StreamSettings(saved.height, saved.width, grid, saved.sampler)
         self._seed, self._stream = saved.text_seed, saved.stream

@@ -95,9 +95,12 @@ def _save_text(parts: Parts, home: Path) -> dict[str, Any]:
 
 
 def _save_image_encoder(parts: Parts, home: Path) -> dict[str, Any]:
-    """Copies of the folders of the image encoder and its processor, if there are."""
+    """Copies of the folders of the image encoder and its processor, or of Wan's file, if there are."""
     encoder = parts.config.image_encoder
     if encoder is None:
+        return {}
+    if encoder.is_file():  # of Wan's, which diffusers cannot read
+        _copy(encoder, home / encoder.name)
         return {}
     _copy(encoder, home / "image_encoder")
     _copy(encoder.parent / "image_processor", home / "image_processor")
@@ -115,7 +118,7 @@ def _settings(parts: Parts, home: Path, codec: str) -> dict[str, Any]:
     if config.transformer_2 is not None:
         settings["transformer_2"] = "transformer_2"
     if config.image_encoder is not None:
-        settings["image_encoder"] = "image_encoder"
+        settings["image_encoder"] = config.image_encoder.name
     if config.vin is not None:
         _copy(config.vin, home / Path(config.vin).name)
         settings["vin"] = Path(config.vin).name

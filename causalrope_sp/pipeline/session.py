@@ -242,6 +242,33 @@ class Session(OpenStream):
             for made in reversed(ahead):
                 self._source.put_back((made, None))
 
+    @property
+    def turns(self) -> StreamTurns:
+        """The turns of the stream."""
+        return self._turns
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether it computes with the weights of the model already."""
+        return self._source is not None
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keeps other calls out while the body runs, between two chunks."""
+        with self._working():
+            yield
+
+    def rested(self) -> SteeredLoop:
+        """Returns the stream of latents once nothing is being made; within `held` and a turn.
+
+        Raises:
+            ConfigError: the chunks of the video are made in parallel.
+        """
+        if self._loop is None or self._source is None:
+            raise ConfigError("a video whose chunks are made in parallel cannot be changed while it is made")
+        self._source.settle()
+        return self._loop
+
     @contextmanager
     def _operation(self, what: str, check: Callable[[], T], arguments: object) -> Iterator[T]:
         """Runs the body, which changes the session, when all ranks are about to change it so.

@@ -71,7 +71,7 @@ class Plan:
 
     @property
     def bytes_by_time(self) -> dict[str, int]:
-        """The bytes of a rank's memory while it encodes text, denoises and decodes."""
+        """The bytes of a rank's memory while it encodes an image and text, denoises and decodes."""
         others = (self.sessions - 1) * self.session.bytes
         session, activations, decoding = self.session.bytes, self.activation_bytes, self.decoding_bytes
         return self.auxiliary.by_time(self.weights_bytes, session, activations, decoding, others)

@@ -15,6 +15,7 @@ class AuxiliaryMemory:
 
     Args:
         text: the weights of the text encoder.
+        image: the weights of the image encoder, if they are on the device while an image is encoded.
         codec: the weights of the codec, with those that it derives from them on a CPU.
         codec_state: what the decoder stores between chunks.
         codec_activations: what the decoder needs while it decodes a chunk.
@@ -27,6 +28,7 @@ class AuxiliaryMemory:
     """
 
     text: int = 0
+    image: int = 0
     codec: int = 0
     codec_state: int = 0
     codec_activations: int = 0
@@ -38,7 +40,8 @@ class AuxiliaryMemory:
     other_sessions: int = 0
 
     def by_time(self, weights: int, session: int, activations: int, decoding: int, others: int = 0) -> dict[str, int]:
-        """Returns the bytes in all at the times "text" (a prompt is encoded), "denoise" and "decode".
+        """Returns the bytes in all at the times "image" (an image is encoded, where the device does that), "text" (a
+        prompt is encoded), "denoise" and "decode".
 
         Args:
             weights: the bytes of the DiT's weights.
@@ -52,6 +55,7 @@ class AuxiliaryMemory:
         streaming = resident + session
         decoding += (0 if self.codec_stays else self.codec) + self.codec_activations
         return {
+            **({"image": resident + self.image} if self.image else {}),
             "text": resident + (0 if self.text_stays else self.text),
             "denoise": streaming + activations,
             "decode": streaming + decoding + (activations if self.decodes_concurrently else 0),

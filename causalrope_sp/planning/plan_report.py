@@ -109,6 +109,7 @@ def _memory_in_words(cost: Plan) -> str:
         "activations": cost.activation_bytes,
         "graphs": cost.session.graphs,
         "UMT5": auxiliary.text,
+        "CLIP": auxiliary.image,
         "codec": auxiliary.codec,
         "codec state": cost.session.decoder,
         "codec activations": auxiliary.codec_activations,

@@ -51,6 +51,7 @@ class ChunkLoop:
         first_chunk: the number of the first chunk that was not given as initial latents.
         next_chunk: the chunk that `step` makes next; None after the last one.
         kept: the clean latents from which the cache can be computed anew.
+        settle: settles how each model is computed, with its weights of now.
         settled: how each model is computed.
     """
 
@@ -122,7 +123,8 @@ class ChunkLoop:
         strategy = agree_on_strategy(self.parallel, work, self.layout, agreed)
         relative = stream.rope == "relative"
         models = [model] if options.low_noise is None else [model, options.low_noise.model]
-        self.settled = options.settled or tuple(settle(each, strategy.backend) for each in models)
+        self.settle = lambda: tuple(settle(each, strategy.backend) for each in models)
+        self.settled = options.settled or self.settle()
         graphs = None
         if options.graphs:
             sharing = self.parallel.sp_communicator() if self.parallel.mesh.sp > 1 else None

@@ -18,8 +18,9 @@ from causalrope_sp.errors import ConfigError
 from causalrope_sp.grid import Chunk
 from causalrope_sp.sampling.chunk import LatentChunk, check_text
 from causalrope_sp.sampling.chunk_loop import ChunkLoop
-from causalrope_sp.sampling.guidance import CONDITIONAL, GuidanceBranch
+from causalrope_sp.sampling.guidance import CONDITIONAL, UNCONDITIONAL, GuidanceBranch
 from causalrope_sp.sampling.recompute import newest_is_sink, recompute_all, recompute_window
+from causalrope_sp.sampling.settled import SettledWeights
 from causalrope_sp.sampling.stream import Part
 
 
@@ -120,6 +121,25 @@ class SteeredLoop(ChunkLoop):
                 self._compute_anew(branch)
             raise
         self.text = embeds
+
+    def renew_weights(self, settled: tuple[SettledWeights, ...], *, recache: bool) -> None:
+        """Goes on with weights of the models that have changed in place; the next chunk is the first one under them.
+
+        Args:
+            settled: how each model is computed now.
+            recache: whether the keys and values of the window and its sink are computed anew under the new weights,
+                from the clean latents. Without, those of the chunks so far stay as they are, and the pending context
+                pass must have run before the weights changed.
+        """
+        self.settled = settled
+        for which, text in ((CONDITIONAL, self.text), (UNCONDITIONAL, self.options.negative_embeds)):
+            for branch, weights in zip(self.branches.of(which), settled, strict=False):
+                assert text is not None, "both branches have a text"
+                branch.stream.renew_weights(weights, text)
+                if recache:
+                    recompute_window(branch, self.kept, self.position[1], with_sink=True)
+                else:
+                    branch.stream.cache.forget_history()
 
     def rewind(self, chunks: int, embeds: Tensor) -> bool:
         """Takes the last chunks back.

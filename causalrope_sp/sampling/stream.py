@@ -220,8 +220,22 @@ class CausalStream:
             self._text = text
             return
         for own, new in zip(self._text, text, strict=True):  # captured graphs read the text where it is
-            own.text.k.copy_(new.text.k)
-            own.text.v.copy_(new.text.v)
+            for place, keys in zip(own, new, strict=True):
+                if place is not None and keys is not None:
+                    place.k.copy_(keys.k)
+                    place.v.copy_(keys.v)
+
+    def renew_weights(self, settled: SettledWeights, embeds_BLE: Tensor) -> None:
+        """Goes on with weights of the model that have changed in place, between two chunks. The cache keeps its keys
+        and values, and captured graphs read the weights where they are.
+
+        Args:
+            settled: what `settle` returns for the model as it is now.
+            embeds_BLE: the embeddings of the present text, (B, text_len, text_dim).
+        """
+        self._unchecked, self._settled = settled
+        self._times.clear()
+        self.set_text(embeds_BLE)
 
     def fork(self) -> CausalStream:
         """Returns a stream that goes on from here by itself, between two chunks. The caches share what both keep."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from causalrope_sp.checks import shown
 from causalrope_sp.config import DiTConfig
 from causalrope_sp.diffusion.schedule import guided_steps
@@ -11,7 +13,9 @@ from causalrope_sp.sessions.saved_parts import BRANCHES
 from causalrope_sp.sessions.saved_session import SavedSession
 
 
-def check_fits(saved: SavedSession, *, model_digest: str, model: DiTConfig, stride: int, codec: str) -> None:
+def check_fits(
+    saved: SavedSession, *, model_digest: str, loras: Sequence[str], model: DiTConfig, stride: int, codec: str
+) -> None:
     """Checks that a session was made by the same model, and has the tensors that it needs.
 
     The number of ranks, the strategy and the dtype may differ. The session goes on with its own size, window and steps.
@@ -19,6 +23,7 @@ def check_fits(saved: SavedSession, *, model_digest: str, model: DiTConfig, stri
     Args:
         saved: the session.
         model_digest: `weights.checkpoint_digest` of the model's files.
+        loras: the LoRAs that are merged into the model, as texts.
         model: the model's configuration.
         stride: the codec's spatial stride, in pixels a latent pixel.
         codec: the codec's name.
@@ -29,8 +34,12 @@ def check_fits(saved: SavedSession, *, model_digest: str, model: DiTConfig, stri
     grid = LatentGrid.from_pixels(saved.height, saved.width, stride, model.patch_size[1:])
     guided = any(guided_steps(saved.sampler))
     embeds = next(iter(saved.embeds.values()))
+    model_of: tuple[str, object, object] = ("the model's digest is", saved.model_digest, model_digest)
+    if saved.model_digest != model_digest and saved.loras not in (None, tuple(loras)):
+        ours, here = (", ".join(several or ()) or "none" for several in (saved.loras, loras))
+        model_of = ("LoRAs are", ours, here)
     compared: list[tuple[str, object, object]] = [
-        ("the model's digest is", saved.model_digest, model_digest),
+        model_of,
         (
             "a latent frame is",
             (len(saved.latents), *saved.latents.shape[2:]),

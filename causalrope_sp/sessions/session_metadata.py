@@ -48,6 +48,7 @@ def fields_of(saved: SavedSession) -> dict[str, Any]:
         "stream": asdict(saved.stream),
         "sampler": asdict(saved.sampler),
         "prompts": [asdict(use) for use in saved.prompts],
+        "loras": None if saved.loras is None else list(saved.loras),
         "chunks": [[chunk.index, chunk.start, chunk.frames] for chunk in saved.chunks],
         "shots": list(saved.shots),
         "texts": None if texts is None else {"recache": texts.recache, "recache_sink": texts.recache_sink},
@@ -81,7 +82,7 @@ def session_of(given: Mapping[str, Any], tensors: Mapping[str, Tensor], reader: 
         ConfigError: a field or tensor is missing, unknown, of a wrong kind, or contradicts another one.
     """
     known = {*_PLAIN, "stream", "sampler", "prompts", "chunks", "shots", "texts", "cache", "decoder"}
-    _check_names("a saved session", given, known, known)
+    _check_names("a saved session", given, {*known, "loras"}, known)
     if _LATENTS not in tensors:
         raise ConfigError("there are no latents")
     unknown = [name for name in tensors if name not in _SINGLE and not name.startswith(_FOLDERS)]
@@ -98,6 +99,7 @@ def session_of(given: Mapping[str, Any], tensors: Mapping[str, Tensor], reader: 
         prompts=tuple(_prompt(use) for use in _list("prompts", given["prompts"])),
         embeds={_id(name, _EMBEDS): tensor for name, tensor in tensors.items() if name.startswith(_EMBEDS)},
         texts=None if given["texts"] is None else _texts(given["texts"], texts),
+        loras=None if given.get("loras") is None else tuple(_list("LoRAs", given["loras"])),
         negative_embeds=tensors.get(_NEGATIVE),
         conditioning=tensors.get(_CONDITIONING),
         latents=tensors[_LATENTS],

@@ -120,41 +120,50 @@ def load_model(
     return model.eval().requires_grad_(False)
 
 
-def remerge(
-    model: CausalDiT,
-    path: str | PathLike[str],
-    loras: Sequence[str | PathLike[str] | Lora],
-    changed: Collection[str],
-    readers: Readers = Alone(),
-) -> frozenset[str]:
-    """Reads those parameters of a loaded model again that LoRAs change, in place, and merges other LoRAs into them.
-
-    What earlier LoRAs changed has the bits of the checkpoint again where the new ones do not change it. On an error
-    the model is in between: call it again with the earlier LoRAs.
+class Remerge:
+    """Other LoRAs for a loaded model, opened and matched to it, and not merged yet.
 
     Args:
         model: the model, as `load_model` made it of the checkpoint, perhaps cast or moved since.
         path: the checkpoint.
         loras: the LoRAs that the model is to have, in this order.
-        changed: the parameters that its present LoRAs change.
         readers: as for `load_model`.
 
-    Returns:
-        The parameters that the LoRAs change.
+    Attributes:
+        parameters: the names of the parameters that these LoRAs change.
 
     Raises:
-        CheckpointError, ConfigError: as `load_model` raises them.
+        CheckpointError, ConfigError: as `load_model` raises them. The model is as it was.
     """
-    checkpoint, merges = readers.run_collectively(lambda: _open(Path(path), model.config, None, loras))
-    if readers.size > 1:
-        _agree(checkpoint, merges, readers)
-    now = frozenset(parameter for merge in merges for parameter in merge.changes)
-    state = model.state_dict()
-    buffers = {
-        name: [state[key] for key in _keys(name, state)] for name in checkpoint.names if name in now | {*changed}
-    }
-    _fill_on_ranks(checkpoint, buffers, merges, model.dtype, readers)
-    return now
+
+    def __init__(
+        self,
+        model: CausalDiT,
+        path: str | PathLike[str],
+        loras: Sequence[str | PathLike[str] | Lora],
+        readers: Readers = Alone(),
+    ) -> None:
+        self._model, self._readers = model, readers
+        self._checkpoint, self._merges = readers.run_collectively(lambda: _open(Path(path), model.config, None, loras))
+        if readers.size > 1:
+            _agree(self._checkpoint, self._merges, readers)
+        self.parameters = frozenset(parameter for merge in self._merges for parameter in merge.changes)
+
+    def write(self, changed: Collection[str]) -> None:
+        """Reads the parameters again that these LoRAs or earlier ones change, in place, and merges these into them.
+
+        What earlier LoRAs changed has the bits of the checkpoint again where these do not change it.
+
+        Args:
+            changed: the parameters that the model's present LoRAs change.
+
+        Raises:
+            CheckpointError, ConfigError: as `load_model` raises them. Any of these parameters may have been written.
+        """
+        state = self._model.state_dict()
+        names = [name for name in self._checkpoint.names if name in self.parameters | {*changed}]
+        buffers = {name: [state[key] for key in _keys(name, state)] for name in names}
+        _fill_on_ranks(self._checkpoint, buffers, self._merges, self._model.dtype, self._readers)
 
 
 def _fill_on_ranks(

@@ -13,10 +13,12 @@ from dataclasses import dataclass, replace
 from math import prod
 from os import PathLike
 from pathlib import Path
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from causalrope_sp.checks import check_choice
 from causalrope_sp.errors import CheckpointError, ConfigError, printable
 from causalrope_sp.models.causal_dit import CausalDiT
 from causalrope_sp.weights.adapter_file import AdapterFile, AdapterReport, Change
@@ -33,7 +35,9 @@ FUSED = {"self_attn.qkv": ("self_attn.to_qkv", "attn1.to_qkv"), "cross_attn.kv":
 _BIASES = ("up_bias", "diff_b")
 # modules that only models with image tokens have, in the spelling of `flat`
 _OF_IMAGE = re.compile(r"(?:^|_)(?:(?:norm_)?[kv]_img|img_emb_.+|add_[kv]_proj|norm_added_k|image_embedder_.+)$")
-_NO_IMAGE = ":no-image"
+_NO_IMAGE = "no-image"
+Expert = Literal["high-noise", "low-noise"]
+EXPERTS: tuple[Expert, ...] = get_args(Expert)
 
 
 @dataclass(frozen=True)
@@ -46,32 +50,42 @@ class Lora:
         alpha: replaces the alpha that the file declares; a file that declares none has alpha = r.
         leave_out_image: of an image-to-video LoRA, merges all but what a model without an image has not: the modules of
             image tokens, and a patch embedding of more channels. Without, such a file is refused by such a model.
+        expert: which of two transformers it is of, "high-noise" or "low-noise"; None if its name says so, or for a
+            model of one transformer.
 
     Raises:
-        ConfigError: `weight` or `alpha` is not a finite number.
+        ConfigError: `weight` or `alpha` is not a finite number, or there is no such expert.
     """
 
     path: str | PathLike[str]
     weight: float = 1.0
     alpha: float | None = None
     leave_out_image: bool = False
+    expert: Expert | None = None
 
     def __post_init__(self) -> None:
+        if self.expert is not None:
+            check_choice("the expert of a LoRA", self.expert, EXPERTS)
         for name, value in (("weight", self.weight), ("alpha", 0.0 if self.alpha is None else self.alpha)):
             if not isinstance(value, int | float) or not math.isfinite(value):
                 raise ConfigError(f"the {name} of a LoRA must be a finite number, not {value!r}")
 
     @classmethod
-    def of(cls, text: str | PathLike[str]) -> Lora:
-        """Makes a LoRA from FILE or FILE:WEIGHT, with :no-image behind either for `leave_out_image`; a file of the
-        whole name comes first.
+    def of(cls, text: str | PathLike[str] | Lora) -> Lora:
+        """Returns a LoRA as it is, or makes one from FILE or FILE:WEIGHT, with :no-image behind either for
+        `leave_out_image`, and :high-noise or :low-noise for `expert`; a file of the whole name comes first.
 
         Raises:
             ConfigError: the weight is not a finite number.
         """
-        if str(text).endswith(_NO_IMAGE) and not Path(text).exists():
-            return replace(cls.of(str(text).removesuffix(_NO_IMAGE)), leave_out_image=True)
+        if isinstance(text, Lora):
+            return text
         path, colon, weight = str(text).rpartition(":")
+        if path and not Path(text).exists():
+            if weight == _NO_IMAGE:
+                return replace(cls.of(path), leave_out_image=True)
+            if (expert := next((name for name in EXPERTS if name == weight), None)) is not None:
+                return replace(cls.of(path), expert=expert)
         try:
             named = not colon or not path or Path(text).exists()
             return cls(text) if named else cls(path, float(weight))
@@ -79,6 +93,13 @@ class Lora:
             raise ConfigError(
                 f"a LoRA is FILE or FILE:WEIGHT with a finite number, and there is no file {printable(text)}"
             ) from None
+
+    def __str__(self) -> str:
+        more = [f"weight {self.weight:g}"]
+        more += [] if self.alpha is None else [f"alpha {self.alpha:g}"]
+        more += ["no image"] if self.leave_out_image else []
+        more += [] if self.expert is None else [self.expert]
+        return f"{printable(Path(self.path).name)} ({', '.join(more)})"
 
 
 @dataclass(frozen=True)
@@ -119,7 +140,7 @@ class LoraMerge:
         if of_image and not lora.leave_out_image:
             raise CheckpointError(
                 f"{self.path}: an image-to-video LoRA: {len(of_image)} of its keys are of layers that read an image, "
-                f"which the model has not ({some(sorted(of_image))}); FILE{_NO_IMAGE} merges the others"
+                f"which the model has not ({some(sorted(of_image))}); FILE:{_NO_IMAGE} merges the others"
             )
         if unknown:
             raise CheckpointError(

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from causalrope_sp.errors import CheckpointError, printable
 from causalrope_sp.io.json_files import parse_object, read_object
+from causalrope_sp.io.magic import MEDIA_BYTES, media_of
 from causalrope_sp.weights.messages import one_line, some
 from causalrope_sp.weights.models_beside import refuse_experts
 
@@ -83,13 +84,15 @@ def kind_of(file: Path) -> Kind:
         CheckpointError: it is none of these.
     """
     with file.open("rb") as stream:
-        start = stream.read(9)
+        start = stream.read(MEDIA_BYTES)
     if start.startswith(b"GGUF"):
         return "gguf"
-    if start[8:] == b"{":
+    if start[8:9] == b"{":
         return "safetensors"
     if start.startswith((b"PK\x03\x04", b"\x80")):
         return "torch"
+    if (media := media_of(start)) is not None:
+        raise CheckpointError(f"{file}: {media}, and no checkpoint")
     if file.suffix == ".safetensors":
         return "safetensors"
     raise CheckpointError(f"{file}: neither a safetensors file nor one of torch.save nor GGUF")

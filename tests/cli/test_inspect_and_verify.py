@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
+import av
 import pytest
+import torch
+from PIL import Image
 
+from causalrope_sp.compression.bitstream import Header
+from causalrope_sp.text.embeds import save_embeds
+from tests.support.sessions import write_whole
 from tests.support.shell import shell
 
 
@@ -17,7 +25,6 @@ def test_help_names_the_commands() -> None:
 
 
 def test_inspect_tells_what_a_checkpoint_is(tmp_path: Path) -> None:
-    import torch
     from safetensors.torch import save_file
 
     from causalrope_sp.pipeline.model_config import ModelConfig
@@ -77,3 +84,61 @@ def test_verify_starts_its_own_processes(monkeypatch: pytest.MonkeyPatch) -> Non
         2,
         "error: verify starts its own processes: run it without torchrun\n",
     )
+
+
+def test_inspect_says_what_other_files_of_the_library_are(tmp_path: Path) -> None:
+    write_whole(tmp_path / "session.safetensors")
+    save_embeds(tmp_path / "embeds.safetensors", torch.ones(1, 5, 4), "a red circle", "small UMT5")
+    header = Header("a red \x1b[31mcircle", "56a21375", 64, 48, 16.0)
+    (tmp_path / "video.cvc").write_bytes(header.pack())
+    told = {
+        "session.safetensors": "a session of 16×24 pixels that was saved after 4 chunks under the prompt "
+        '"ein Würfel fällt", with keys and values, of the model with the digest 0123456789abcdef, with '
+        "style.safetensors (weight 0.5); `pipe.resume` goes on with it",
+        "embeds.safetensors": 'embeddings of the prompt "a red circle" by small UMT5, 5 tokens of 4 numbers, for '
+        "`--text-embeds`",
+        "video.cvc": "a video of 64×48 pixels at 16 fps that `causalrope-sp compress` coded with the model whose "
+        'digest begins with 56a21375, under the prompt "a red \\x1b[31mcircle"; `causalrope-sp decompress` decodes it',
+    }
+    for name, sentence in told.items():
+        plain, as_json = shell("inspect", tmp_path / name), shell("inspect", tmp_path / name, "--json")
+        assert (plain.exit_code, as_json.exit_code) == (1, 1)
+        assert plain.stdout == f"{tmp_path / name}: {sentence}\n"
+        assert json.loads(as_json.stdout) == {"path": str(tmp_path / name), "what": sentence}
+    (tmp_path / "video.cvc").write_bytes(header.pack()[:-1])
+    cut = shell("inspect", tmp_path / "video.cvc")
+    assert (cut.exit_code, cut.stderr.count("\n")) == (2, 1)
+    assert "the header of the compressed video is damaged or cut off" in cut.stderr
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "gif", "bmp", "tiff", "webp", "avif"])
+def test_inspect_names_a_picture(tmp_path: Path, ending: str) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / f"picture.{ending}")
+    refused = shell("inspect", tmp_path / f"picture.{ending}")
+    kind = {"jpg": "JPEG", "webp": "WebP", "avif": "AVIF or HEIF"}.get(ending, ending.upper())
+    assert (refused.exit_code, refused.stderr.count("\n")) == (2, 1)
+    assert re.search(f": an? {kind} picture, and no checkpoint", refused.stderr)
+
+
+@pytest.mark.parametrize(
+    ("ending", "codec", "named"),
+    [
+        ("mp4", "libx264", "an MP4 or QuickTime video"),
+        ("mov", "libx264", "an MP4 or QuickTime video"),
+        ("webm", "libvpx-vp9", "a Matroska or WebM video"),
+        ("avi", "mpeg4", "an AVI video"),
+        ("mpg", "mpeg2video", "an MPEG video"),
+        ("flv", "flv1", "an FLV video"),
+    ],
+)
+def test_a_video_is_named_where_a_model_is_asked_for(tmp_path: Path, ending: str, codec: str, named: str) -> None:
+    with av.open(str(tmp_path / f"video.{ending}"), "w") as container:
+        stream: Any = container.add_stream(codec, rate=24)
+        stream.width = stream.height = 32
+        stream.pix_fmt = "yuv420p"
+        for packet in (*stream.encode(av.VideoFrame(32, 32, "yuv420p")), *stream.encode(None)):
+            container.mux(packet)
+    for command in (("inspect",), ("generate", "a red circle", "--model")):
+        refused = shell(*command, tmp_path / f"video.{ending}")
+        assert (refused.exit_code, refused.stderr.count("\n")) == (2, 1)
+        assert f": {named}, and no checkpoint" in refused.stderr

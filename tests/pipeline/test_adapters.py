@@ -9,22 +9,16 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from causalrope_sp import CausalVideoPipeline, CheckpointError, ConfigError, SequenceParallel
 from causalrope_sp.distributed.launch import RankPool
 from causalrope_sp.weights import Lora
 from causalrope_sp.weights.digest import digest
+from tests.support.loras import save_lora
 
 PROMPT = "a red circle slides right"
-
-
-def save_lora(file: Path, module: str, seed: int, scale: float = 1.0) -> Path:
-    torch.manual_seed(seed)
-    pair = {f"{module}.lora_A.weight": torch.randn(2, 192), f"{module}.lora_B.weight": scale * torch.randn(192, 2)}
-    save_file(pair, file)
-    return file
 
 
 @pytest.fixture
@@ -103,7 +97,17 @@ def test_a_lora_that_does_not_fit_leaves_the_model_as_it_was(loras: tuple[Path, 
     assert same(bits(pipe), before)
 
 
-def test_wrong_names_and_open_streams_are_refused(loras: tuple[Path, Path]) -> None:
+def test_what_a_broken_lora_has_merged_before_it_breaks_is_taken_out(loras: tuple[Path, Path], tmp_path: Path) -> None:
+    pipe = opened()
+    plain = bits(pipe)
+    good, bad = load_file(loras[0]), load_file(save_lora(tmp_path / "nan", "blocks.1.cross_attn.o", 5, float("nan")))
+    save_file(good | bad, tmp_path / "both.safetensors")
+    with pytest.raises(CheckpointError, match="NaN or infinite"):
+        pipe.load_lora_weights(tmp_path / "both.safetensors")
+    assert same(bits(pipe), plain)
+
+
+def test_wrong_names_are_refused(loras: tuple[Path, Path]) -> None:
     pipe = opened()
     pipe.load_lora_weights(loras[0], "a")
     for call, told in (
@@ -115,12 +119,6 @@ def test_wrong_names_and_open_streams_are_refused(loras: tuple[Path, Path]) -> N
     ):
         with pytest.raises(ConfigError, match=told):
             call()
-    stream = pipe.stream(PROMPT, num_frames=21)
-    next(stream)
-    with pytest.raises(ConfigError, match="cannot change under an open stream, and 1 are open"):
-        pipe.unload_lora_weights()
-    stream.close()  # type: ignore[attr-defined]
-    pipe.unload_lora_weights()
 
 
 def change_on_ranks(group: dist.ProcessGroup | None, device: str, first: Path, second: Path) -> list[str]:

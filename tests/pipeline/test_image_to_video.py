@@ -5,6 +5,8 @@ A stream of one chunk attends within the chunk alone, which is what diffusers' p
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,15 @@ from diffusers import WanImageToVideoPipeline
 from PIL import Image
 from torch import Tensor
 
-from causalrope_sp import CausalVideoPipeline, ConfigError
+from causalrope_sp import CausalVideoPipeline, CheckpointError, ConfigError
 from causalrope_sp.codec import load_codec
 from causalrope_sp.diffusion.noise import seeded_noise
 from causalrope_sp.distributed.launch import RankPool
 from causalrope_sp.grid import Chunk
 from causalrope_sp.pipeline.image_control import ImageControl
+from causalrope_sp.pipeline.image_encoder import encode_picture, encoder_bytes
+from causalrope_sp.pipeline.offload import Offload
+from causalrope_sp.pipeline.planned_model import PlannedModel
 from causalrope_sp.weights import inspect_checkpoint
 from tests.support.codecs import small_codec
 from tests.support.published_folders import i2v_pipeline, latents_on_ranks, shown
@@ -190,6 +195,96 @@ def test_image_tokens_on_two_ranks_and_in_a_session(
     assert len(shown(fork)) == len(first) + 3
 
 
+def save_wans_clip(file: Path, layers: int = 3) -> Any:
+    """Writes transformers' encoder under the names of Wan's own file, in float16; returns the encoder."""
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    torch.manual_seed(0)
+    small = {"hidden_size": 160, "intermediate_size": 28, "num_hidden_layers": layers, "num_attention_heads": 2}
+    model = CLIPVisionModel(CLIPVisionConfig(**small, image_size=16, patch_size=8, hidden_act="gelu")).eval()
+    for parameter in model.parameters():
+        parameter.data = torch.randn(parameter.shape).div_(4).half().float()
+    state = {name.removeprefix("vision_model."): tensor.half() for name, tensor in model.state_dict().items()}
+    named = {"cls_embedding": state["embeddings.class_embedding"].view(1, 1, -1)}
+    same = {"norm1": "layer_norm1", "norm2": "layer_norm2", "mlp.0": "mlp.fc1", "mlp.2": "mlp.fc2"}
+    named["pos_embedding"] = state["embeddings.position_embedding.weight"].unsqueeze(0)
+    named["patch_embedding.weight"] = state["embeddings.patch_embedding.weight"]
+    for end in ("weight", "bias"):
+        named[f"pre_norm.{end}"] = state[f"pre_layrnorm.{end}"]
+        named[f"post_norm.{end}"] = state[f"post_layernorm.{end}"]
+        for number in range(layers):
+            own, theirs = f"transformer.{number}", f"encoder.layers.{number}"
+            qkv = [state[f"{theirs}.self_attn.{letter}_proj.{end}"] for letter in "qkv"]
+            named[f"{own}.attn.to_qkv.{end}"] = torch.cat(qkv)
+            named[f"{own}.attn.proj.{end}"] = state[f"{theirs}.self_attn.out_proj.{end}"]
+            for one, other in same.items():
+                named[f"{own}.{one}.{end}"] = state[f"{theirs}.{other}.{end}"]
+    named["head"] = torch.zeros(160, 24).half()
+    whole = {f"visual.{name}": tensor for name, tensor in named.items()}
+    torch.save(whole | {"log_scale": torch.tensor(2.6), "textual.head.0.weight": torch.zeros(4, 4)}, file)
+    return model
+
+
+def test_wans_own_clip_file_computes_what_transformers_computes(tmp_path: Path) -> None:
+    file = tmp_path / "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
+    theirs = save_wans_clip(file)
+    picture = np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8)
+    scaled = torch.nn.functional.interpolate(
+        torch.from_numpy(picture).permute(2, 0, 1)[None] / 127.5 - 1, size=(16, 16), mode="bicubic"
+    )
+    mean, deviation = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    rows = [(scaled[:, n] / 2 + 0.5 - mean[n]) / deviation[n] for n in range(3)]
+    expected = theirs(pixel_values=torch.stack(rows, 1), output_hidden_states=True).hidden_states[-2]
+    torch.testing.assert_close(encode_picture(file, picture), expected, rtol=1e-5, atol=1e-5)
+    assert encoder_bytes(file) == 4 * (sum(p.numel() for p in theirs.parameters()) + 160 * 24)
+
+
+def test_a_folder_with_wans_clip_file(theirs: Any, token_folder: Path, image: np.ndarray, tmp_path: Path) -> None:
+    """Its tokens are those of the encoder; it is counted, saved and opened again."""
+    from diffusers import WanTransformer3DModel
+
+    shutil.copytree(token_folder, tmp_path / "model", ignore=shutil.ignore_patterns("image_*", "transformer"))
+    torch.manual_seed(0)
+    config = WanTransformer3DModel.load_config(token_folder / "transformer")
+    WanTransformer3DModel.from_config({**config, "image_dim": 160}).save_pretrained(tmp_path / "model" / "transformer")
+    index = json.loads((tmp_path / "model" / "model_index.json").read_text())
+    index = {name: part for name, part in index.items() if not name.startswith("image_")}
+    (tmp_path / "model" / "model_index.json").write_text(json.dumps(index))
+    file = tmp_path / "model" / "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
+    save_wans_clip(file)
+    pipe = CausalVideoPipeline.from_pretrained(tmp_path / "model", **ONE_CHUNK)
+    made = pipe(PROMPT, image=image, output_type="latent", **CALL).frames
+    tokens = encode_picture(file, image)
+    given = pipe(PROMPT, image=image, image_embeds=tokens, output_type="latent", **CALL).frames
+    assert torch.equal(made, given)
+    assert pipe.parts.run is not None
+    plan = pipe.parts.run.plan()
+    assert plan.auxiliary.image == encoder_bytes(file)
+    assert plan.bytes_by_time["image"] > plan.weights_bytes + encoder_bytes(file)
+    planned = PlannedModel.open(str(tmp_path / "model")).override(window=3, height=HEIGHT, width=WIDTH)
+    for on_cpu, counted in ((True, encoder_bytes(file)), (False, 0)):
+        assert planned.auxiliary(planned.workload(), Offload(), on_cpu).image == counted
+    pipe.save_pretrained(tmp_path / "saved")
+    again = CausalVideoPipeline.from_pretrained(tmp_path / "saved", **ONE_CHUNK)
+    assert torch.equal(again(PROMPT, image=image, output_type="latent", **CALL).frames, made)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"visual.patch_embedding.weight": torch.zeros(20, 3, 8, 8)}, "not Wan's CLIP encoder, a vision transformer"),
+        ({"visual.transformer.1.mlp.2.bias": None}, r"1 missing: transformer\.1\.mlp\.2\.bias"),
+        ({"visual.pre_norm.bias": torch.zeros(3)}, r"pre_norm.bias is \(3,\)"),
+    ],
+)
+def test_a_faulty_clip_file_is_one_sentence(tmp_path: Path, change: dict[str, Any], told: str) -> None:
+    save_wans_clip(tmp_path / "models_clip_x.pth")
+    state = torch.load(tmp_path / "models_clip_x.pth") | change
+    torch.save({name: x for name, x in state.items() if x is not None}, tmp_path / "models_clip_x.pth")
+    with pytest.raises(CheckpointError, match=told):
+        encode_picture(tmp_path / "models_clip_x.pth", np.zeros((8, 8, 3), np.uint8))
+
+
 def test_what_image_tokens_cannot_be_is_one_sentence(folder: Path, token_folder: Path, image: np.ndarray) -> None:
     pipe = CausalVideoPipeline.from_pretrained(token_folder, **ONE_CHUNK)
     with pytest.raises(ConfigError, match=r"image embeddings have shape \(1, 5, 9\), expected \(1, tokens, 20\)"):
@@ -199,7 +294,7 @@ def test_what_image_tokens_cannot_be_is_one_sentence(folder: Path, token_folder:
     with pytest.raises(ConfigError, match="image_embeds must be a tensor, not 'tokens'"):
         pipe(PROMPT, image=image, image_embeds="tokens", **CALL)
     without = CausalVideoPipeline.from_pretrained(token_folder / "transformer", base=folder, **ONE_CHUNK)
-    with pytest.raises(ConfigError, match="and its folder has no image_encoder/ in diffusers' layout"):
+    with pytest.raises(ConfigError, match=r"and its folder has no image_encoder/ .* no models_clip_"):
         without(PROMPT, image=image, **CALL)
     plain = CausalVideoPipeline.from_pretrained(folder, **ONE_CHUNK)
     with pytest.raises(ConfigError, match="image_embeds must be None: the model reads no image tokens"):

@@ -14,18 +14,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from causalrope_sp import CausalVideoPipeline, CheckpointError, ConfigError, SequenceParallel
 from causalrope_sp.diffusion.noise import seeded_noise
 from causalrope_sp.distributed.launch import RankPool
 from causalrope_sp.grid import Chunk
+from causalrope_sp.pipeline.experts import loras_of_models
 from causalrope_sp.pipeline.load_options import LoadOptions
 from causalrope_sp.pipeline.model_source import find_model
 from causalrope_sp.pipeline.offload import Offload
 from causalrope_sp.pipeline.planned_model import PlannedModel
 from causalrope_sp.pipeline.preflight import describe_run
+from causalrope_sp.weights import Lora
 from tests.support.checkpoints import wan_name
+from tests.support.loras import save_lora
 from tests.support.published_folders import experts_pipeline, latents_on_ranks, shown
 from tests.support.shell import shell
 
@@ -151,6 +155,88 @@ def test_it_is_saved_and_opened_again(folder: Path, tmp_path: Path) -> None:
         assert torch.equal(theirs, ours.state_dict()["blocks.0.ffn.down.bias"])
 
 
+def save_loras(folder: Path) -> tuple[Path, Path]:
+    """A LoRA of each of the two, under the names that LightX2V publishes."""
+    names = ("high_noise_model.safetensors", "low_noise_model.safetensors")
+    modules = ("transformer.blocks.0.attn1.to_q", "transformer.blocks.1.ffn.net.2")
+    sizes = ((24, 24), (48, 24))
+    high, low = (save_lora(folder / n, m, 7, 0.5, size) for n, m, size in zip(names, modules, sizes, strict=True))
+    return high, low
+
+
+@pytest.mark.parametrize("live", [False, True], ids=["loaded", "live"])
+def test_each_has_loras_of_its_own_as_in_diffusers(folder: Path, tmp_path: Path, live: bool) -> None:
+    from diffusers import WanPipeline
+
+    high, low = save_loras(tmp_path)
+    theirs = WanPipeline.from_pretrained(folder)
+    options: dict[str, Any] = {**ONE_CHUNK, "solver": "unipc", "timestep_rule": "diffusers", "guidance_scale": 1.0}
+    plain = judged(theirs, guidance_scale=1.0)
+    theirs.load_lora_weights(str(high), adapter_name="high")
+    theirs.load_lora_weights(str(low), adapter_name="low", load_into_transformer_2=True)
+    theirs.set_adapters(["high", "low"], [1.0, 0.5])
+    expected = judged(theirs, guidance_scale=1.0)
+    assert float((expected - plain).abs().max()) > 0.01
+    if live:
+        pipe = CausalVideoPipeline.from_pretrained(folder, **options)
+        with pipe.open(PROMPT, **{**CALL, "num_frames": None}) as session:
+            shown(session)
+            assert pipe.load_lora_weights(high, "high") == [1]
+            pipe.load_lora_weights(low, "low", load_into_transformer_2=True)
+            assert pipe.set_adapters(["high", "low"], [1.0, 0.5]) == [1]
+            shown(session)
+    else:
+        pipe = CausalVideoPipeline.from_pretrained(folder, loras=[high, f"{low}:0.5"], **options)
+    made = pipe(PROMPT, output_type="latent", **CALL).frames
+    torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-4)
+    assert pipe.merged_loras == (
+        "high_noise_model.safetensors (weight 1)",
+        f"low_noise_model.safetensors (weight 0.5{', low-noise' if live else ''})",
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "expert"),
+    [
+        ("wan2.2_t2v_lightx2v_4steps_lora_v1.1_high_noise.safetensors", 0),
+        ("Wan2.2-Lightning_T2V-A14B-4steps-lora_LOW_fp16.safetensors", 1),
+        ("low_noise/adapter_model.safetensors", 1),
+        ("style.safetensors:high-noise", 0),
+        ("style.safetensors:0.5:low-noise", 1),
+        ("style_high_noise.safetensors:low-noise", 1),
+    ],
+)
+def test_which_of_the_two_a_lora_is_of(name: str, expert: int) -> None:
+    assert [len(own) for own in loras_of_models([name], 2)] == [1 - expert, expert]
+
+
+@pytest.mark.parametrize("name", ["high_quality.safetensors", "high_noise_low_noise.safetensors", "slow.safetensors"])
+def test_a_name_that_does_not_say_it_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="must say of which of the two"):
+        loras_of_models([name], 2)
+
+
+def loras_on_ranks(group: dist.ProcessGroup | None, device: str, folder: str, loras: list[Path], load: Any) -> Any:
+    """The frames of a guided session of two models, with a branch on each rank, whose LoRAs change in the middle."""
+    parallel = SequenceParallel(group, "auto", device, cfg=2 if group is not None else 1)
+    pipe = CausalVideoPipeline.from_pretrained(folder, parallel=parallel, **load)
+    with pipe.open(PROMPT, negative_prompt="quick", **{**CALL, "num_frames": None}) as session:
+        made = [session.step().frames for _ in range(2)]
+        for lora in loras:
+            pipe.load_lora_weights(lora, recache=True)
+        return [*made, session.step().frames]
+
+
+def test_branches_of_both_go_on_with_new_loras_on_two_ranks(pool: RankPool, folder: Path, tmp_path: Path) -> None:
+    load = {**ON_RANKS, "guidance_scale": 2.0}
+    loras = list(save_loras(tmp_path))
+    made = pool.run(loras_on_ranks, 2, str(folder), loras, load)
+    alone = loras_on_ranks(None, "cpu", str(folder), loras, load)
+    without = loras_on_ranks(None, "cpu", str(folder), [], load)
+    assert max(np.abs(a.astype(int) - b).max() for a, b in zip(made, alone, strict=True)) <= 2
+    assert np.abs(alone[-1].astype(int) - without[-1]).max() > 5
+
+
 def test_both_are_counted_before_they_are_loaded(folder: Path) -> None:
     config = find_model(folder, LoadOptions(height=HEIGHT, width=WIDTH, window=6))
     parallel = SequenceParallel.single(device="cpu")
@@ -163,11 +249,14 @@ def test_both_are_counted_before_they_are_loaded(folder: Path) -> None:
 
 
 def test_what_two_models_cannot_do_is_one_sentence(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="loras must be empty for a model of two transformers"):
+    told = r"the LoRA lora.safetensors \(weight 1\) must say of which of the two transformers .* FILE:high-noise or"
+    with pytest.raises(ConfigError, match=told):
         CausalVideoPipeline.from_pretrained(folder, loras=[tmp_path / "lora.safetensors"], **ONE_CHUNK)
     pipe = CausalVideoPipeline.from_pretrained(folder, **ONE_CHUNK)
-    with pytest.raises(ConfigError, match="a pipeline of two transformers takes no LoRA"):
+    with pytest.raises(ConfigError, match=told):
         pipe.load_lora_weights(tmp_path / "lora.safetensors")
+    with pytest.raises(ConfigError, match=r"names an expert, and the model has one transformer"):
+        CausalVideoPipeline.from_pretrained("toybox", lora=Lora(tmp_path / "lora.safetensors", expert="low-noise"))
     with pytest.raises(ConfigError, match="reuse must be None where two models share the steps"):
         pipe(PROMPT, reuse="pab:latte", **CALL)
     with pytest.raises(ConfigError, match="transformer_2 and boundary_ratio must be given together"):

@@ -72,6 +72,8 @@ NEWER = "a saved session of version 2, written by causalrope_sp 9.1; this causal
         (put("model_digest", "x"), "the model's digest must be 16 hexadecimal digits, not 'x'"),
         (put("height", 17), "latents of 2×3 are not those of frames of 17×24 pixels"),
         (put("width", True), "SavedSession.width must be a whole number of at least 1 and at most 65536, not True"),
+        (put("loras", "style"), "LoRAs must be a list, not 'style'"),
+        (put("loras", [3]), "a LoRA must be a text that is not empty, not 3"),
         (put("dtype", "int8"), "the model's dtype must be one of float64, float32, float16, bfloat16, not 'int8'"),
         (put("seed", 0.5), "SavedSession.seed must be a whole number"),
         (put("stream.window", "9"), "StreamConfig.window must be a whole number"),
@@ -189,6 +191,10 @@ def test_what_is_elsewhere_is_refused(tmp_path: Path) -> None:
             {"model_digest": "f" * 16},
             "the model's digest is '0123456789abcdef' in the file and 'ffffffffffffffff' here",
         ),
+        (
+            {"model_digest": "f" * 16, "loras": ()},
+            r"LoRAs are 'style.safetensors \(weight 0.5\)' in the file and 'none' here",
+        ),
         ({"stride": 4}, r"a latent frame is \(1, 3, 2, 3\) in the file and \(1, 3, 4, 6\) here"),
         (
             {"model": replace(MODEL, in_channels=4)},
@@ -211,6 +217,7 @@ def test_what_differs_is_told_in_one_sentence(here: dict[str, Any], says: str, t
     write_whole(tmp_path / "s")
     saved = read_session(tmp_path / "s")
     check_fits(saved, **HERE)
+    check_fits(saved, **{**HERE, "loras": ("the same, renamed (weight 0.5)",)})
     with pytest.raises(ConfigError, match=f"^the saved session does not fit: {says}"):
         check_fits(saved, **{**HERE, **here})
 

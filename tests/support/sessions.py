@@ -29,6 +29,7 @@ MODEL = DiTConfig(
 )
 HERE: dict[str, Any] = {  # what `check_fits` is given for the sessions that are made here
     "model_digest": DIGEST,
+    "loras": ("style.safetensors (weight 0.5)",),
     "model": MODEL,
     "stride": 8,
     "codec": "wan",
@@ -67,6 +68,7 @@ def small_session(dtype: torch.dtype = torch.float32, **changes: Any) -> SavedSe
         conditioning=random(1, 1, 3, 2, 3, dtype=torch.float64 if dtype == torch.float64 else torch.float32),
         context_frames=1,
         reuse="a policy",
+        loras=("style.safetensors (weight 0.5)",),
         history=2,
         kept_chunks=9,
     )

@@ -364,6 +364,10 @@ def test_a_weight_behind_the_file(tmp_path: Path) -> None:
     """FILE:WEIGHT, unless a file has the whole name."""
     assert Lora.of("a.safetensors") == Lora("a.safetensors")
     assert Lora.of("a.safetensors:0.8") == Lora("a.safetensors", 0.8)
+    both = Lora("a.safetensors", 0.8, leave_out_image=True, expert="low-noise")
+    assert Lora.of("a.safetensors:0.8:no-image:low-noise") == Lora.of("a.safetensors:0.8:low-noise:no-image") == both
+    assert Lora.of(both) is both
+    assert str(both) == "a.safetensors (weight 0.8, no image, low-noise)"
     assert Lora.of(f"{tmp_path}/b:c.safetensors:-1") == Lora(f"{tmp_path}/b:c.safetensors", -1.0)
     (tmp_path / "odd:2").touch()
     assert Lora.of(f"{tmp_path}/odd:2") == Lora(f"{tmp_path}/odd:2")

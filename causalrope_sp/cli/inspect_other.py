@@ -1,0 +1,74 @@
+"""What `causalrope-sp inspect` says of this library's files that are no models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from causalrope_sp.errors import CheckpointError, escaped_line, printable
+
+
+def other_file(path: str) -> str | None:
+    """Describes a saved session, prompt embeddings or a compressed video in one sentence, without a model.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The sentence; None for every other file, folder or name.
+
+    Raises:
+        CheckpointError: a saved session or embeddings are damaged.
+        InputError: the header of a compressed video is damaged.
+    """
+    file = Path(path)
+    try:
+        if not file.is_file():
+            return None
+        with file.open("rb") as stream:
+            start = stream.read(9)
+    except OSError:
+        return None  # whoever reads it as a model says why
+    if start.startswith(b"CVC"):
+        return _compressed(file)
+    return _of_safetensors(file) if start[8:] == b"{" else None
+
+
+def _compressed(file: Path) -> str:
+    from causalrope_sp.compression.bitstream import LARGEST_HEADER, Header
+
+    with file.open("rb") as stream:
+        header, _ = Header.read(stream.read(LARGEST_HEADER + 16))
+    return (
+        f"a video of {header.height}×{header.width} pixels at {header.fps:g} fps that `causalrope-sp compress` coded "
+        f'with the model whose digest begins with {printable(header.model)}, under the prompt "'
+        f'{escaped_line(header.prompt)}"; `causalrope-sp decompress` decodes it'
+    )
+
+
+def _of_safetensors(file: Path) -> str | None:
+    from causalrope_sp.sessions import read_session
+    from causalrope_sp.sessions.session_file import FORMAT
+    from causalrope_sp.text.embeds import load_embeds
+    from causalrope_sp.weights.tensor_files import WeightFiles
+
+    try:
+        files = WeightFiles(file)
+    except CheckpointError:
+        return None
+    if [*files.tensors] == ["prompt_embeds"]:
+        found = load_embeds(file)
+        by = f" by {escaped_line(found.encoder)}" if found.encoder else ""
+        what = f'of the prompt "{escaped_line(found.prompt)}"' if found.prompt else "of a prompt"
+        return f"embeddings {what}{by}, {found.length} tokens of {found.embeds.shape[2]} numbers, for `--text-embeds`"
+    if files.metadata.get("format") != FORMAT:
+        return None
+    saved = read_session(file)
+    prompt = saved.prompts[-1].prompt
+    said = "given embeddings" if prompt is None else f'the prompt "{escaped_line(prompt)}"'
+    loras = "" if saved.loras is None else f", with {escaped_line(', '.join(saved.loras)) or 'no LoRA'}"
+    cache = "with" if saved.cache is not None else "without"
+    return (
+        f"a session of {saved.height}×{saved.width} pixels that was saved after {saved.shown} chunks under {said}, "
+        f"{cache} keys and values, of the model with the digest {saved.model_digest}{loras}; `pipe.resume` goes on "
+        "with it"
+    )
