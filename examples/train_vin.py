@@ -51,6 +51,7 @@ def new_pair(dit: Path) -> Pair:
     model = load_model(dit, dtype=torch.float32)
     pair = Pair(model, VideoInterfaceNetwork(CONFIG, model.config))
     for linear in pair.vin.hand_over:
+        assert isinstance(linear, nn.Linear)
         nn.init.zeros_(linear.weight[pair.dit.config.dim :])
         nn.init.zeros_(linear.bias)
     return pair.train().requires_grad_(True)

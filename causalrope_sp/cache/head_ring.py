@@ -112,6 +112,10 @@ class HeadRing:
         """Returns whether the undo buffer of a committed chunk is kept."""
         return self._history.holds(chunk)
 
+    def forget_history(self) -> None:
+        """Lets no committed chunk be taken back any more."""
+        self._history.clear()
+
     def rewind(self, chunk: Chunk, window: SlidingWindow) -> None:
         """Takes committed chunks back until one is the open one again; `window` is the stream's at that time."""
         while (undo := self._history.pop()) is not None and undo.chunk != chunk:

@@ -168,7 +168,8 @@ class KVCache:
 
     def forget_history(self) -> None:
         """Lets no committed chunk be taken back any more, between two chunks; what is written stays."""
-        self._history.clear()
+        for ring in self._rings:
+            ring.forget_history()
         self._restarted = self.committed
 
     def rewind(self, chunk: Chunk, window: SlidingWindow) -> None:

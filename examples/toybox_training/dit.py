@@ -231,7 +231,7 @@ def _block(
     x = x + linear(attend(own_q, own_k, own_v, mask), 1).float() * gate_1
     y = functional.layer_norm(x, width, cross_weight, cross_bias)
     q = _by_head(_norm(linear(y, 2).flatten(1, 2).float(), cross_norm_q), heads)
-    x = x + linear(attend(q, *text, 0.0), 3).float()
+    x = x + linear(attend(q, text[0], text[1], 0.0), 3).float()
     y = functional.layer_norm(x, width) * (1 + scale_2) + shift_2
     y = functional.gelu(linear(y, 4).float(), approximate="tanh")
     return x + linear(y, 5).float() * gate_2

@@ -71,7 +71,9 @@ def judged(plain: CausalVideoPipeline, merged: CausalVideoPipeline, call: dict[s
         target.commit()
         source.commit()
         for own, other in zip(target.branches.branches, source.branches.branches, strict=True):
-            own.stream.cache.storage_L2BKSHD.copy_(other.stream.cache.storage_L2BKSHD)
+            for ring, from_ring in zip(own.stream.cache.rings, other.stream.cache.rings, strict=True):
+                for layer, from_layer in zip(ring.storage_2BKSHD, from_ring.storage_2BKSHD, strict=True):
+                    layer.copy_(from_layer)
             if recache:
                 recompute_window(own, target.kept, target.position[1], with_sink=True)
     second._decoder = first._decoder

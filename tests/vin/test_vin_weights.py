@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -161,13 +162,13 @@ def test_training_computes_what_the_sampler_does(monkeypatch: pytest.MonkeyPatch
 def test_the_recipe_takes_a_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """From the weights that ship, on noise in place of encoded scenes."""
     monkeypatch.syspath_prepend(ROOT / "examples")
-    import train_vin
     from toybox_training.latents import Latents
     from vin_training.forward import TogetherForcing
 
     from causalrope_sp.toybox import WEIGHTS
     from causalrope_sp.toybox.prompts import parse_prompt
 
+    train_vin = importlib.import_module("train_vin")
     monkeypatch.setattr(train_vin, "VIDEOS", 2)
     pair = train_vin.old_pair(WEIGHTS, WEIGHTS / "toybox.safetensors")
     config, grid = pair.dit.config, LatentGrid.from_pixels(64, 64, 8)
