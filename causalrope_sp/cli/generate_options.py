@@ -219,8 +219,9 @@ OPTIONS = (
     ),
     click.option(
         "--weights",
-        type=click.Choice(["full", "fp8"]),
-        help="Keep the blocks' matrices in full precision or in 8 bits. The default is the model's.",
+        type=click.Choice(["full", "fp8", "fp8-dynamic"]),
+        help="Keep the blocks' matrices in full precision or in 8 bits, or compute their products in 8 bits as well. "
+        "The default is the model's.",
     ),
     click.option(
         "--dtype",

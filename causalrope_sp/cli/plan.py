@@ -102,10 +102,10 @@ OVERRIDES = (
 )
 @click.option(
     "--weights",
-    type=click.Choice(["full", "fp8"]),
+    type=click.Choice(["full", "fp8", "fp8-dynamic"]),
     default="full",
     show_default=True,
-    help="Keep the transformer's matrices in full precision or in 8 bits.",
+    help="Keep the transformer's matrices in full precision or in 8 bits, or compute their products in 8 bits as well.",
 )
 @OFFLOAD
 @click.option(
@@ -153,9 +153,11 @@ def plan(
         click.echo(plan_whole_video(model, policy, ranks, on, as_json, options))
         return
     planned = PlannedModel.open(model).override(**{name: options[name] for name in OVERRIDES})
-    fp8 = options["weights"] == "fp8"
-    work = dataclasses.replace(planned.workload(policy), fp8=fp8, history=history, kept_chunks=kept_chunks)
+    fp8 = {"fp8": options["weights"] != "full", "fp8_activations": options["weights"] == "fp8-dynamic"}
+    work = dataclasses.replace(planned.workload(policy), **fp8, history=history, kept_chunks=kept_chunks)
     on = describe_machine(gpu, link, measured)
+    if work.fp8_activations and on.fp8 == 1 and gpu != "cpu":
+        raise ConfigError(f"--weights fp8-dynamic needs a GPU of compute capability 8.9 or above, not {gpu}")
     auxiliary = planned.auxiliary(work, offload, gpu == "cpu")
     sizes = possible_cfg_sizes(work.guided > 0, ranks)
     costs = cost.plan(work, ranks, on, cfg_sizes=sizes, auxiliary=auxiliary, sessions=sessions)

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from causalrope_kernels import Keys, PassOperations
 from causalrope_kernels.arguments import Norm
+from causalrope_kernels.fp8_linear import settled_fp8_linear
+from causalrope_sp.models.fp8_linear import Fp8Linear
 from causalrope_sp.models.modulation import BlockModulation
 from causalrope_sp.reuse.output_store import gated
 from causalrope_sp.reuse.policy import Kind
@@ -214,7 +216,7 @@ class FeedForward(nn.Module):
         return lambda x_BTD: down(up(x_BTD))
 
 
-def linear(module: nn.Linear, operations: PassOperations, gelu: bool = False) -> Callable[[Tensor], Tensor]:
+def linear(module: nn.Linear | Fp8Linear, operations: PassOperations, gelu: bool = False) -> Callable[[Tensor], Tensor]:
     """Returns the function that computes a linear layer in the dtype of its weight.
 
     Args:
@@ -224,5 +226,7 @@ def linear(module: nn.Linear, operations: PassOperations, gelu: bool = False) ->
     """
     if type(module) is nn.Linear:
         return operations.settled_linear(module.weight, module.bias, gelu)
+    if isinstance(module, Fp8Linear) and module.dynamic:
+        return settled_fp8_linear(module.numbers, module.scale, module.bias, gelu)
     compute, bias = operations.linear_gelu if gelu else operations.linear, module.bias
     return lambda x: compute(x.to(bias.dtype), module.weight, bias)  # a quantized weight is dequantized at every use

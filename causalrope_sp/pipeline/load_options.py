@@ -49,7 +49,8 @@ class LoadOptions:
         window_policy: "sliding", "multi-shot" or "recomputed" (see `StreamConfig`).
         num_inference_steps: how many evenly spaced denoising steps, or their unshifted timesteps in (0, 1000].
         solver, timestep_rule, shift, guidance_scale, guidance_interval: of the sampler (see `SamplerConfig`).
-        weights: "full", or "fp8" for the blocks' matrices in 8 bits (see `load_model`).
+        weights: "full"; "fp8" for the blocks' matrices in 8 bits, or "fp8-dynamic" for products in 8 bits as well (see
+            `load_model`).
         loras: LoRA files that are merged into the transformer, in this order, after those of a pipeline.json; a `Lora`
             or FILE:WEIGHT gives a file a weight.
         offload: which weights are on the device only while they are used: "text" (UMT5, read again for every prompt),

@@ -43,7 +43,7 @@ class ModelConfig:
         fps: pixel frames per second.
         stream: chunks and window, in latent frames.
         sampler: steps, solver and guidance.
-        weights: how `load_model` keeps the weights, "full" or "fp8".
+        weights: how `load_model` keeps the weights, "full", "fp8" or "fp8-dynamic".
         loras: LoRA files that are merged into the DiT. In a pipeline.json a list of FILE, FILE:WEIGHT or {"path": ...,
             "weight": ..., "alpha": ...}.
         transformer_2: the file or folder of the DiT of the steps at low noise, where there are two; `transformer` is

@@ -28,7 +28,7 @@ from causalrope_sp.pipeline.saving import save_parts
 from causalrope_sp.pipeline.session import Session
 from causalrope_sp.pipeline.stream_settings import StreamSettings
 from causalrope_sp.pipeline.warm_up import warm_up
-from causalrope_sp.weights.fp8 import is_fp8
+from causalrope_sp.weights.fp8 import check_dynamic, is_dynamic, is_fp8
 
 
 class CausalVideoPipeline(WithAdapters):
@@ -288,6 +288,8 @@ class CausalVideoPipeline(WithAdapters):
             raise ConfigError(f"device must be None on {self.parallel.size} ranks: each computes on its group's device")
         if is_fp8(self.model) and kind != self.model.dtype:
             raise ConfigError("dtype must be None for weights in 8 bits: load the model in another dtype")
+        if is_dynamic(self.model):
+            check_dynamic(target, kind)
         if self._streams:
             raise ConfigError(
                 f"a pipeline with an open stream cannot be moved or cast, and {len(self._streams)} are open: finish "

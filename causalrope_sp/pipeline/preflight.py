@@ -167,7 +167,8 @@ def describe_run(
     return Run(
         replace(
             work,
-            fp8=model_config.weights == "fp8",
+            fp8=model_config.weights != "full",
+            fp8_activations=model_config.weights == "fp8-dynamic",
             wide=report.wide_parameters,
             temporal_stride=found.temporal_stride,
             models=1 + (model_config.transformer_2 is not None),

@@ -54,4 +54,4 @@ def agree_on_model(parts: Parts, parallel: SequenceParallel, text_encoder: str) 
     )
     if not parallel.decodes and parallel.denoisers.size > 1:
         networks = tuple(map(digest, parts.models)), chunks and digest(chunks.vin)
-        parallel.denoisers.agree({"dtype": model.dtype, "weights": networks})
+        parallel.denoisers.agree({"dtype": model.dtype, "weights": (config.weights, *networks)})

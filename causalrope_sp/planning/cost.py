@@ -289,6 +289,10 @@ def _pass_times(
     products = max(flops * tokens / on.matmul, weights / on.bandwidth)
     if work.fp8:  # dequantized in memory: the 8 bits are read, the matrix is written, scaled, and read by its product
         products += (1 + 3 * work.itemsize) * (work.matrices - skipped) / on.bandwidth
+    if work.fp8_activations:  # read, written in 8 bits, and read by the products; a GPU takes the faster of both ways
+        moved_inputs = (work.itemsize + 2) * work.linear_inputs * flops / work.linear_flops * tokens
+        faster = max(flops * tokens / (on.fp8 * on.matmul), weights / on.bandwidth)
+        products = min(products, faster + moved_inputs / on.bandwidth)
     compute = products + share["cross"] * cross_flops(work, tokens) / on.attention + attention + moved / on.bandwidth
     layers = computed["self"]
     by_kind = {
@@ -310,10 +314,9 @@ def _activation_bytes(layout: Layout, work: Workload, rank: int) -> int:
     c, frames = work.config, 2 * work.chunk_frames
     tokens = work.batch * frames * _tokens(work.grid, layout.ranks)[rank]
     wire = sum(received(layout, work, rank, frames).values())
-    dequantized = c.dim * max(3 * c.dim, c.ffn_dim) * work.itemsize if work.fp8 else 0
-    return dequantized + work.itemsize * (
-        2 * c.dim * tokens + max(2 * c.ffn_dim * tokens, 8 * c.dim * tokens + 2 * wire)
-    )
+    extra = c.dim * max(3 * c.dim, c.ffn_dim) * work.itemsize if work.fp8 else 0  # a dequantized matrix
+    extra += c.ffn_dim * tokens if work.fp8_activations else 0
+    return extra + work.itemsize * (2 * c.dim * tokens + max(2 * c.ffn_dim * tokens, 8 * c.dim * tokens + 2 * wire))
 
 
 def _coordinates(layout: Layout, work: Workload, rank: int) -> tuple[int, int, list[int], list[int]]:

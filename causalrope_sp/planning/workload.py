@@ -26,6 +26,7 @@ class Workload:
         batch: B.
         itemsize: the bytes of a number in weights, cache and activations.
         fp8: whether the matrices of the blocks are stored in 8 bits.
+        fp8_activations: whether they are multiplied with activations in 8 bits, too.
         guided: how many of the passes are guided, so that the unconditional branch, with a cache of its own, makes a
             pass too.
         reuse: the reuse plan of each branch, or empty.
@@ -48,6 +49,7 @@ class Workload:
     batch: int = 1
     itemsize: int = 2
     fp8: bool = False
+    fp8_activations: bool = False
     guided: int = 0
     reuse: tuple[ReusePlan, ...] = ()
     wide: int = 0
@@ -171,6 +173,12 @@ class Workload:
         """The parameters in all matrices of the blocks."""
         c = self.config
         return c.num_layers * c.dim * ((10 if c.image_dim else 8) * c.dim + 2 * c.ffn_dim)
+
+    @property
+    def linear_inputs(self) -> int:
+        """The numbers that the matrices of all blocks read for a token."""
+        c = self.config
+        return c.num_layers * (5 * c.dim + c.ffn_dim)
 
     @property
     def all_weights_bytes(self) -> int:

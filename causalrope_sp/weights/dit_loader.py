@@ -17,16 +17,25 @@ from torch import Tensor
 from causalrope_sp.config import DiTConfig
 from causalrope_sp.errors import CheckpointError, ConfigError
 from causalrope_sp.models.causal_dit import CausalDiT
+from causalrope_sp.models.fp8_linear import STORED
 from causalrope_sp.weights.checkpoint_report import CheckpointReport
 from causalrope_sp.weights.digest import fingerprint
 from causalrope_sp.weights.examine import Examined, examine
 from causalrope_sp.weights.finite import all_finite, copy_finite, refuse_broken
-from causalrope_sp.weights.fp8 import PARTS, STORED, keep_fp8, largest_numbers, quantize_blocks, quantized, to_fp8
+from causalrope_sp.weights.fp8 import (
+    PARTS,
+    check_dynamic,
+    keep_fp8,
+    largest_numbers,
+    quantize_blocks,
+    quantized,
+    to_fp8,
+)
 from causalrope_sp.weights.key_layout import arrange
 from causalrope_sp.weights.lora import Lora, LoraMerge
 from causalrope_sp.weights.readers import Alone, Readers, owners
 
-Weights = Literal["full", "fp8"]
+Weights = Literal["full", "fp8", "fp8-dynamic"]
 
 _log = logging.getLogger(__name__)
 
@@ -86,7 +95,8 @@ def load_model(
         config: replaces the configuration that the checkpoint declares or implies.
         part: the name of one of several models in the file, such as "generator"; None prefers the averaged weights.
         loras: LoRA files to merge, in this order; a `Lora` sets a weight.
-        weights: "full" keeps all in `dtype`; "fp8" quantizes each matrix of the blocks as it is read (see `fp8`).
+        weights: "full" keeps all in `dtype`; "fp8" quantizes each matrix of the blocks as it is read (see `fp8`);
+            "fp8-dynamic" does, and the blocks compute with activations quantized to fp8, row by row (W8A8).
         readers: the ranks that load the same model, such as `SequenceParallel.denoisers`. One of them reads each
             parameter and broadcasts it. Every rank must call, and reads all headers.
 
@@ -96,7 +106,7 @@ def load_model(
     Raises:
         CheckpointError: on every rank, if on any the checkpoint cannot be read, has no known layout, lacks a key, has
             one too many or of a wrong shape, a LoRA does not fit, or a weight is NaN or infinite.
-        ConfigError: `weights` is unknown, or the files of the ranks differ.
+        ConfigError: `weights` is unknown or does not run on the device in `dtype`, or the files of the ranks differ.
     """
     if weights not in get_args(Weights):
         raise ConfigError(f"weights must be {' or '.join(get_args(Weights))}, not {weights!r}")
@@ -106,16 +116,17 @@ def load_model(
     if readers.rank == 0:
         for merge in merges:
             _log.info("%s, weight %g", merge.report(), merge.lora.weight)
-    model, target = checkpoint.model, torch.device(device)
-    to_quantize = frozenset(quantized(model)) if weights == "fp8" else frozenset[str]()
-    kind = dtype or checkpoint.report.dtype
+    model, target, kind = checkpoint.model, torch.device(device), dtype or checkpoint.report.dtype
+    if weights == "fp8-dynamic":
+        check_dynamic(target, kind)
+    to_quantize = frozenset(quantized(model)) if weights != "full" else frozenset[str]()
     buffers = {
         name: _allocate(shaped.shape, checkpoint.dtype_of(name, kind), target, name in to_quantize)
         for name, shaped in model.named_parameters()
     }
     _fill_on_ranks(checkpoint, buffers, merges, kind, readers)
     if to_quantize:
-        quantize_blocks(model)
+        quantize_blocks(model, dynamic=weights == "fp8-dynamic")
     model.load_state_dict(_state(buffers, to_quantize), strict=True, assign=True)
     return model.eval().requires_grad_(False)
 

@@ -1,7 +1,7 @@
-"""Weights quantized to fp8: e4m3 numbers with a scale for every output channel, computed with in the model's own dtype.
+"""Weights quantized to fp8: e4m3 numbers with a scale for every output channel.
 
 A scale is a power of two, so that a number times its scale is the same in bfloat16 as in float64: precision is lost
-only when the weights are quantized. Each matrix is dequantized when it is used, and freed afterwards.
+only when the weights are quantized.
 
 Shapes: N output channels, K input channels.
 """
@@ -13,39 +13,14 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
+from causalrope_kernels.fp8_linear import fp8_obstacle
+from causalrope_sp.errors import ConfigError
 from causalrope_sp.models.causal_dit import CausalDiT
+from causalrope_sp.models.fp8_linear import STORED, Fp8Linear
 
-STORED = torch.float8_e4m3fn
 PARTS = ("numbers", "scale")  # what an `Fp8Linear` has in place of a weight
 _LARGEST_EXPONENT = 8  # the largest e4m3 number is 448 = 1.75 · 2^8
-
-
-class Fp8Linear(nn.Module):
-    """A Linear whose weight is stored as e4m3 `numbers`, (N, K), and float32 `scale`, (N,).
-
-    It computes in the dtype of its bias. Its numbers and scales are allocated and not filled.
-
-    Args:
-        of: the Linear that it replaces; its shape, device and bias are taken over.
-    """
-
-    def __init__(self, of: nn.Linear) -> None:
-        super().__init__()
-        device = of.weight.device
-        self.numbers = _fixed(torch.empty(of.weight.shape, dtype=torch.uint8, device=device).view(STORED))
-        self.scale = _fixed(torch.empty(of.weight.shape[0], dtype=torch.float32, device=device))
-        self.bias = of.bias
-
-    @property
-    def weight(self) -> Tensor:
-        """The dequantized weight, (N, K), in the dtype of the bias."""
-        return self.numbers.to(self.bias.dtype).mul_(self.scale.to(self.bias.dtype).unsqueeze(1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps (..., K) to (..., N) with the dequantized weight."""
-        return linear(x, self.weight, self.bias)
 
 
 def to_fp8(weight_NK: Tensor, computes_in: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -116,15 +91,19 @@ def quantized(model: CausalDiT) -> list[str]:
     return [f"{name}.weight" for name in modules]
 
 
-def quantize_blocks(model: CausalDiT) -> None:
+def quantize_blocks(model: CausalDiT, dynamic: bool = False) -> None:
     """Replaces every Linear of the blocks, in place, by an `Fp8Linear` whose numbers are not filled yet.
 
     Embeddings, norms, modulation and head stay as they are.
+
+    Args:
+        model: the model.
+        dynamic: of `Fp8Linear`.
     """
     for parameter in quantized(model):
         parent, _, leaf = parameter.removesuffix(".weight").rpartition(".")
         module = model.get_submodule(parent)
-        setattr(module, leaf, Fp8Linear(getattr(module, leaf)))
+        setattr(module, leaf, Fp8Linear(getattr(module, leaf), dynamic))
 
 
 def is_fp8(model: CausalDiT) -> bool:
@@ -132,5 +111,12 @@ def is_fp8(model: CausalDiT) -> bool:
     return any(isinstance(module, Fp8Linear) for module in model.modules())
 
 
-def _fixed(tensor: Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor, requires_grad=False)
+def check_dynamic(device: torch.device, dtype: torch.dtype) -> None:
+    """Raises ConfigError unless products of fp8 numbers run on a device in a model's dtype."""
+    if (needs := fp8_obstacle(device, dtype)) is not None:
+        raise ConfigError(f"weights='fp8-dynamic' needs {needs}; weights='fp8' computes in the model's dtype")
+
+
+def is_dynamic(model: CausalDiT) -> bool:
+    """Returns whether any layer of a model computes with activations quantized to fp8."""
+    return any(isinstance(module, Fp8Linear) and module.dynamic for module in model.modules())

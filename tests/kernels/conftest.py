@@ -16,8 +16,8 @@ from causalrope_kernels import backend
 
 @pytest.fixture(scope="module")
 def bfloat16_as_on_a_gpu() -> Iterator[None]:
-    """Triton 3.9's interpreter rounds float32 to bfloat16 by cutting, and multiplies matrices of bfloat16 as if they
-    were of integers; here both are torch's."""
+    """Triton 3.9's interpreter rounds float32 to bfloat16 and to e4m3 by cutting, and multiplies matrices of bfloat16
+    as if they were of integers; here all are torch's."""
     handle, builder = interpreter.TensorHandle, interpreter.InterpreterBuilder
     cast, dot = builder.cast_impl, builder.create_dot
 
@@ -31,6 +31,9 @@ def bfloat16_as_on_a_gpu() -> Iterator[None]:
         if kinds == (tl.float32, tl.bfloat16):
             rounded = torch.from_numpy(np.ascontiguousarray(source.data)).bfloat16().view(torch.int16)
             return handle(rounded.numpy().view(np.uint16), tl.bfloat16)
+        if kinds == (tl.float32, tl.float8e4nv):
+            rounded = torch.from_numpy(np.ascontiguousarray(source.data)).to(torch.float8_e4m3fn)
+            return handle(rounded.view(torch.uint8).numpy(), tl.float8e4nv)
         return cast(self, source, dtype)
 
     def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:

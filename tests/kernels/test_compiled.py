@@ -23,6 +23,6 @@ def test_no_kernel_spills_and_the_table_is_what_was_compiled() -> None:
     rows = json.loads(run.stdout.splitlines()[-1])["rows"]
     assert {row["architecture"] for row in rows} == {80, 90, 100, 120}
     assert {row["kernel"] for row in rows} == {
-        "add_norm", "attention", "merge", "pieces", "projection", "rms_norm", "split"
+        "add_norm", "attention", "merge", "pieces", "projection", "quantize", "rms_norm", "split"
     }  # fmt: skip
     assert not any(row["spilled"] for row in rows)

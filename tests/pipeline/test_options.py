@@ -83,7 +83,7 @@ def test_a_wrong_value_of_a_call_is_one_sentence(options: dict[str, Any], messag
         ({"base": 3}, "base must be a path, not 3"),
         ({"codec_weights": ""}, "codec_weights must be a path, not ''"),
         ({"rope": "sideways"}, "rope must be one of absolute, relative, not 'sideways'"),
-        ({"weights": "int4"}, "weights must be one of full, fp8, not 'int4'"),
+        ({"weights": "int4"}, "weights must be one of full, fp8, fp8-dynamic, not 'int4'"),
         ({"decode": "x"}, "decode must be one of inline, overlap, spatial, not 'x'"),
         ({"decode": None}, "decode must be one of inline, overlap, spatial, not None"),
         ({"offload": 5}, "offload takes text, codec, none, not 5"),

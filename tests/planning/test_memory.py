@@ -263,7 +263,7 @@ def test_a_recipe_may_say_its_weights(tmp_path: Path) -> None:
     pipe = CausalVideoPipeline.from_pretrained(tmp_path, device="cpu")
     assert torch.float8_e4m3fn in {parameter.dtype for parameter in pipe.model.parameters()}
     (tmp_path / "pipeline.json").write_text(json.dumps(model_config | {"weights": "int4"}))
-    with pytest.raises(ConfigError, match="weights must be full or fp8, not 'int4'"):
+    with pytest.raises(ConfigError, match="weights must be full or fp8 or fp8-dynamic, not 'int4'"):
         CausalVideoPipeline.from_pretrained(tmp_path, device="cpu")
 
 

@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from causalrope_sp import CausalDiT, CausalVideoPipeline, CheckpointError, ConfigError, DiTConfig, LatentGrid
+from causalrope_sp.models.fp8_linear import Fp8Linear
 from causalrope_sp.planning.workload import Workload
 from causalrope_sp.toybox import WEIGHTS
 from causalrope_sp.weights import load_model, save_model
 from causalrope_sp.weights.digest import digest
-from causalrope_sp.weights.fp8 import Fp8Linear, quantized, to_fp8
+from causalrope_sp.weights.fp8 import quantized, to_fp8
 from tests.support.checkpoints import CONFIG, run
 from tests.support.videos import video_of
 
@@ -158,7 +159,7 @@ def test_the_error_is_what_three_bits_cost() -> None:
 
 
 def test_wrong_weights_are_one_line(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="weights must be full or fp8, not 'int4'"):
+    with pytest.raises(ConfigError, match="weights must be full or fp8 or fp8-dynamic, not 'int4'"):
         load_model(FILE, weights="int4")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="a model with fp8 weights cannot be saved"):
         save_model(load_model(FILE, weights="fp8"), tmp_path / "m")

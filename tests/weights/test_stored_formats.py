@@ -16,10 +16,10 @@ from torch import Tensor
 from causalrope_sp import CheckpointError, DiTConfig
 from causalrope_sp.codec.codec_loader import load_codec
 from causalrope_sp.models.causal_dit import CausalDiT
+from causalrope_sp.models.fp8_linear import Fp8Linear
 from causalrope_sp.text.umt5_checkpoint import T5Checkpoint
 from causalrope_sp.toybox import WEIGHTS
 from causalrope_sp.weights import Lora, inspect_checkpoint, load_model, save_model
-from causalrope_sp.weights.fp8 import Fp8Linear
 from causalrope_sp.weights.key_layout import stored_tensors
 from causalrope_sp.weights.wan_keys import WAN
 from tests.support import text_files
