@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal, get_args
 
-from causalrope_sp.checks import check_fields
+from causalrope_sp.checks import check_fields, check_number, shown
 from causalrope_sp.errors import ConfigError
 
 DTYPE_NAMES = ("float64", "float32", "float16", "bfloat16")  # of a transformer
@@ -118,12 +118,17 @@ class StreamConfig:
             own, unless it says otherwise (LongLive). "recomputed" computes the keys and values of the window anew from
             its clean latents before every chunk, once frames have left it, so that they hold nothing of those frames:
             the newest frames read the sink and each other again (Krea Realtime).
+        similar_frames: how many frames of the window a head attends, after a chunk's first pass, beyond the sink, the
+            newest frame before the chunk and the chunk: those whose mean key resembles the mean query most (Light
+            Forcing, arXiv 2602.04789). From 1 on it is a number, and so is 0; between them it is the share of frames
+            that chunks after the first leave out, early ones less than later ones. None attends all of the window.
         image_in_chunk: whether a given image is the first frame of the first chunk, at timestep 0 in each of its
             passes, as Wan 2.2's TI2V models are trained. Without, it is a chunk of its own before the first one.
 
     Raises:
         ConfigError: a length is below its minimum, the window is smaller than chunk + sink, or `rope` or
-            `window_policy` is unknown.
+            `window_policy` is unknown; or `similar_frames` is neither a whole number nor between 0 and 1, or goes with
+            a recomputed window.
     """
 
     window: int | None = None
@@ -133,9 +138,14 @@ class StreamConfig:
     rope: Literal["absolute", "relative"] = "absolute"
     window_policy: WindowPolicy = "sliding"
     image_in_chunk: bool = False
+    similar_frames: float | None = None
 
     def __post_init__(self) -> None:
         check_fields(self, ["chunk_frames"], most=LONGEST_WINDOW)
+        if self.similar_frames is not None:
+            object.__setattr__(self, "similar_frames", check_similar("similar_frames", self.similar_frames))
+            if self.window_policy == "recomputed":
+                raise ConfigError("similar_frames must be None with window_policy recomputed: its keys are always new")
         if self.rope not in ("absolute", "relative"):
             raise ConfigError(f"rope must be absolute or relative, not {self.rope!r}")
         if self.window_policy not in get_args(WindowPolicy):
@@ -150,6 +160,22 @@ class StreamConfig:
             raise ConfigError(
                 f"window {self.window} is smaller than chunk + sink = {self.chunk_frames} + {self.sink} latent frames"
             )
+
+
+def check_similar(name: str, value: object) -> float:
+    """Checks a number of similar frames, or a share of frames to leave out, and returns it.
+
+    Args:
+        name: of the argument, for the message.
+        value: the argument.
+
+    Raises:
+        ConfigError: it is neither a whole number nor a share below 1.
+    """
+    number = check_number(name, value, least=0, most=LONGEST_WINDOW)
+    if number > 1 and number != int(number):
+        raise ConfigError(f"{name} must be a whole number, or a share below 1, not {shown(value)}")
+    return number
 
 
 Keep = Literal["device", "cpu", "free"]  # where weights are kept between two uses

@@ -54,6 +54,14 @@ class Strategy:
         """
         return x_BLHD
 
+    def heads_cached(self, heads: int) -> Sequence[int]:
+        """Returns the numbers of the heads that this rank caches.
+
+        Args:
+            heads: the heads of the model.
+        """
+        return range(heads)
+
     def splits_at(self, chunks: Sequence[Chunk]) -> int:
         """Returns the global time index at which a pass splits the frames that it attends in two; 0 for no split."""
         return 0

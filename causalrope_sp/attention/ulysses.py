@@ -56,6 +56,9 @@ class Ulysses(Strategy):
     def stored(self, x_BLHD: Tensor) -> Tensor:
         return self._inner.stored(x_BLHD[:, :, _ranges(self._heads)[self._communicator.rank]])
 
+    def heads_cached(self, heads: int) -> Sequence[int]:
+        return range(heads)[_ranges(self._heads)[self._communicator.rank]]
+
     def splits_at(self, chunks: Sequence[Chunk]) -> int:
         return self._inner.splits_at(chunks)
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from torch import Tensor
 
 from causalrope_kernels import Keys, RotateOnRead, Slots
-from causalrope_sp.cache.read_plans import ReadPlans
+from causalrope_sp.cache.read_plans import Choose, ReadPlans
 from causalrope_sp.cache.undo import UndoBuffer, UndoHistory
 from causalrope_sp.cache.window import SlidingWindow
 from causalrope_sp.grid import Chunk
@@ -46,6 +46,7 @@ class HeadRing:
         self._undo: UndoBuffer | None = None  # of the open chunk
         self._history = UndoHistory(history and history + 1)  # the chunk before the open one may be open again
         self._written: dict[int, int] = {}  # slot -> frame, as the first layer writes them
+        self._choose: Choose | None = None
         self._full = window
         self.window = window.narrowed(frames)
         self._bind(storage_2BKSHD)
@@ -53,7 +54,7 @@ class HeadRing:
     def _bind(self, storage_2BKSHD: list[Tensor]) -> None:
         """Takes a storage. Views are made once, since each costs the host as much as a launch."""
         self.storage_2BKSHD = storage_2BKSHD
-        self._plans = ReadPlans(storage_2BKSHD, self._rotate_on_read)
+        self._plans = ReadPlans(storage_2BKSHD, self._rotate_on_read, self._choose)
         self._plans.restart(self.window, self._full)
 
     def tensors(self) -> Iterator[Tensor]:
@@ -66,6 +67,11 @@ class HeadRing:
     def set_window(self, full: SlidingWindow) -> None:
         """Takes another window of the stream, of the same size. Plans are made for it when a chunk opens."""
         self._full, self.window = full, full.narrowed(self._frames)
+
+    def choose_frames(self, choose: Choose) -> None:
+        """Lets the chunks from now on attend only frames that are chosen."""
+        self._choose = choose
+        self._bind(self.storage_2BKSHD)
 
     def restart_plans(self) -> None:
         """Forgets what the passes over chunks write and read, since the window moved."""
@@ -155,7 +161,7 @@ class HeadRing:
         """Returns the slots of a layer that a chunk's keys and values are written to."""
         return self._plans.slots(layer, chunk)
 
-    def keys(self, layer: int, chunk: Chunk, since: int, old: bool) -> Keys:
+    def keys(self, layer: int, chunk: Chunk, since: int, old: bool) -> tuple[Keys, ...]:
         """Returns the keys and values of a layer that a chunk's queries attend; see `ReadPlans.keys`."""
         return self._plans.keys(layer, chunk, since, old)
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from causalrope_kernels import Keys, RotateOnRead, Slots
 from causalrope_sp.cache.head_ring import HeadRing
 from causalrope_sp.cache.layer_cache import LayerCache
-from causalrope_sp.cache.read_plans import Ranges
+from causalrope_sp.cache.read_plans import Choose, Ranges
 from causalrope_sp.cache.window import SlidingWindow
 from causalrope_sp.devices import storage_bytes
 from causalrope_sp.errors import ConfigError
@@ -107,6 +107,20 @@ class KVCache:
         """Yields what the cache holds on the device: its storage, and undo buffers."""
         for ring in self._rings:
             yield from ring.tensors()
+
+    def choose_frames(self, choose: Choose) -> None:
+        """Lets chunks attend only some of the frames that the window holds.
+
+        Args:
+            choose: chooses them; it is asked at the first use of a chunk after it was opened, or plans were restarted.
+        """
+        for ring in self._rings:
+            ring.choose_frames(choose)
+
+    def restart_plans(self) -> None:
+        """Forgets what the passes over chunks write and read, since other frames were chosen."""
+        for ring in self._rings:
+            ring.restart_plans()
 
     def open(self, chunk: Chunk) -> None:
         """Opens a chunk, so that denoise passes write it.
@@ -284,13 +298,19 @@ class KVCache:
                 stack.enter_context(ring.plans.reading(chunks, since, given))
             yield
 
+    def are_chosen(self, chunk: Chunk) -> bool:
+        """Returns whether a chunk attends frames that were chosen for it; see `choose_frames`."""
+        return any(ring.plans.are_chosen(chunk) for ring in self._rings)
+
     def attended_rows(self, chunk: Chunk, since: int) -> tuple[Ranges, ...]:
         """Returns the rows of each ring that a chunk's queries attend: before `since`, then since then; 0 for all."""
         return tuple(rows for ring in self._rings for rows in ring.plans.attended_rows(chunk, since))
 
     def keys(self, layer: int, chunk: Chunk, since: int, old: bool) -> Sequence[Keys]:
         """Returns the keys and values of a layer that a chunk's queries attend, by head group; see `ReadPlans.keys`."""
-        return [ring.keys(layer, chunk, since, old) for ring in self._rings]
+        if len(self._rings) == 1:
+            return self._rings[0].keys(layer, chunk, since, old)
+        return [keys for ring in self._rings for keys in ring.keys(layer, chunk, since, old)]
 
     def check_integrity(self) -> None:
         """Checks that cursor, slots and storage agree, and that every committed number is finite.

@@ -3,12 +3,13 @@
 A view or a number on the device costs the host as much as a launch, so each is made at its first use and kept until the
 window moves. A captured graph reads the same numbers from tensors of its own.
 
-Shapes: L layers, B batch, K slots, S tokens of a frame, H heads, d head width, F frames of a chunk, N ranges.
+Shapes: L layers, B batch, K slots, S tokens of a frame, H heads, d head width, F frames of a chunk, N ranges. Where
+frames are chosen for each head, bounds have two axes more: (L, H, N, 2).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -21,6 +22,8 @@ from causalrope_sp.devices import send
 from causalrope_sp.grid import Chunk
 
 Ranges = tuple[tuple[int, int], ...]
+Choose = Callable[[Chunk], Sequence[Sequence[Collection[int]]] | None]
+"""Returns the frames that a chunk attends of those that the stream's window holds, by layer and head; None for all."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,9 @@ class _ChunkPlan:
         slots_F: the slot of each of its frames, on the device.
         first: the first of the slots, if they follow each other and are known on the host.
         rotate_on_read: the rotation of the keys on read, or None.
-        ranges: the rows that are attended, by `since` and `old` of `ReadPlans.keys`, on the host and on the device.
+        chosen: the frames that are attended, by layer and head; None for all that the window holds.
+        ranges: the rows that are attended, by `since` and `old` of `ReadPlans.keys`, on the host (for every head of
+            every layer, or once for all) and on the device.
         slots: the slots of keys and values, by layer.
         keys: what is attended, by layer, `since` and `old`.
     """
@@ -39,9 +44,10 @@ class _ChunkPlan:
     slots_F: Tensor
     first: int | None
     rotate_on_read: RotateOnRead | None
-    ranges: dict[tuple[int, bool], tuple[Ranges, Tensor]] = field(default_factory=dict)
+    chosen: Sequence[Sequence[Collection[int]]] | None = None
+    ranges: dict[tuple[int, bool], tuple[tuple[Ranges, ...], Tensor]] = field(default_factory=dict)
     slots: dict[int, tuple[Slots, Slots]] = field(default_factory=dict)
-    keys: dict[tuple[int, int, bool], Keys] = field(default_factory=dict)
+    keys: dict[tuple[int, int, bool], tuple[Keys, ...]] = field(default_factory=dict)
 
 
 class ReadPlans:
@@ -51,15 +57,19 @@ class ReadPlans:
         storage_2BKSHD: keys and values of every layer.
         rotate_on_read: makes the rotation of the keys on read from the position of every slot's frame within the
             window; None if keys are stored rotated.
+        choose: chooses among the frames that the window holds; None attends all.
     """
 
     _window: SlidingWindow
     _full: SlidingWindow
 
     def __init__(
-        self, storage_2BKSHD: Sequence[Tensor], rotate_on_read: Callable[[Sequence[int]], RotateOnRead] | None
+        self,
+        storage_2BKSHD: Sequence[Tensor],
+        rotate_on_read: Callable[[Sequence[int]], RotateOnRead] | None,
+        choose: Choose | None = None,
     ) -> None:
-        self._rotate_on_read = rotate_on_read
+        self._rotate_on_read, self._choose = rotate_on_read, choose
         self._device, self._tokens = storage_2BKSHD[0].device, storage_2BKSHD[0].shape[3]
         self._rings = [(k, v) for k, v in storage_2BKSHD]
         self._rows = [(k.flatten(1, 2), v.flatten(1, 2)) for k, v in self._rings]
@@ -81,8 +91,8 @@ class ReadPlans:
             found = plan.slots[layer] = k, v
         return found
 
-    def keys(self, layer: int, chunk: Chunk, since: int, old: bool) -> Keys:
-        """Returns the keys and values of a layer that a chunk's queries attend.
+    def keys(self, layer: int, chunk: Chunk, since: int, old: bool) -> tuple[Keys, ...]:
+        """Returns the keys and values of a layer that a chunk's queries attend: of all heads, or one by one.
 
         Args:
             layer: the layer.
@@ -93,8 +103,15 @@ class ReadPlans:
         plan = self._plan(chunk)
         found = plan.keys.get((layer, since, old))
         if found is None:
-            ranges = self._ranges(plan, chunk, since, old)
-            found = plan.keys[layer, since, old] = Keys(*self._rows[layer], *ranges, plan.rotate_on_read)
+            rows, bounds = self._ranges(plan, chunk, since, old)
+            k, v = self._rows[layer]
+            if plan.chosen is None:
+                found = (Keys(k, v, rows[0], bounds, plan.rotate_on_read),)
+            else:
+                first, rotate = layer * k.shape[2], plan.rotate_on_read
+                heads = zip(k.split(1, 2), v.split(1, 2), rows[first:], bounds[layer], strict=False)
+                found = tuple(Keys(*own, rotate) for own in heads)
+            plan.keys[layer, since, old] = found
         return found
 
     def tensors(self, chunk: Chunk, since: int) -> list[Tensor]:
@@ -117,7 +134,7 @@ class ReadPlans:
             plan, slots_F = own[chunk.index], next(given)
             ranges = {side: (rows, next(given)) for side, (rows, _) in self._sides(chunk, since).items()}
             rotate = None if plan.rotate_on_read is None else replace(plan.rotate_on_read, table=next(given))
-            self._plans[chunk.index] = _ChunkPlan(slots_F, None, rotate, ranges)
+            self._plans[chunk.index] = _ChunkPlan(slots_F, None, rotate, plan.chosen, ranges)
         try:
             yield
         finally:
@@ -125,9 +142,13 @@ class ReadPlans:
 
     def attended_rows(self, chunk: Chunk, since: int) -> tuple[Ranges, ...]:
         """Returns the rows of the ring that a chunk's queries attend: before `since`, then since then; 0 for all."""
-        return tuple(rows for rows, _ in self._sides(chunk, since).values())
+        return tuple(ranges for rows, _ in self._sides(chunk, since).values() for ranges in rows)
 
-    def _sides(self, chunk: Chunk, since: int) -> dict[tuple[int, bool], tuple[Ranges, Tensor]]:
+    def are_chosen(self, chunk: Chunk) -> bool:
+        """Returns whether a chunk attends frames that were chosen for it."""
+        return self._plan(chunk).chosen is not None
+
+    def _sides(self, chunk: Chunk, since: int) -> dict[tuple[int, bool], tuple[tuple[Ranges, ...], Tensor]]:
         """The ranges of a chunk that attention reads, on the host and on the device, as its plan has them."""
         plan = self._plan(chunk)
         sides = [(since, True), (since, False)] if since else [(0, False)]
@@ -142,17 +163,32 @@ class ReadPlans:
             rotate = None
             if self._rotate_on_read is not None:
                 rotate = self._rotate_on_read(self._window.positions(chunk, self._full))
-            plan = self._plans[chunk.index] = _ChunkPlan(send(torch.tensor(slots), self._device), first, rotate)
+            chosen = None if self._choose is None else self._choose(chunk)
+            plan = _ChunkPlan(send(torch.tensor(slots), self._device), first, rotate, chosen)
+            self._plans[chunk.index] = plan
         return plan
 
-    def _ranges(self, plan: _ChunkPlan, chunk: Chunk, since: int, old: bool) -> tuple[Ranges, Tensor]:
+    def _ranges(self, plan: _ChunkPlan, chunk: Chunk, since: int, old: bool) -> tuple[tuple[Ranges, ...], Tensor]:
         """The rows of the ring that a chunk's queries attend, and the same on the device; see `keys`."""
         found = plan.ranges.get((since, old))
         if found is None:
-            slots = self._window.ranges(chunk, since)[not old]
-            if since:  # at least two ranges, of which the second may be empty: a captured graph has a fixed number
-                slots += [(0, 0)] * (2 - len(slots))
-            rows = tuple((first * self._tokens, stop * self._tokens) for first, stop in slots)
-            bounds_N2 = send(torch.tensor(rows, dtype=torch.int32).view(-1, 2), self._device)
-            found = plan.ranges[since, old] = rows, bounds_N2
+            # a captured graph has a fixed number of ranges: two if there is a split, or as many as choices can have
+            least = 2 if since else 0
+            if plan.chosen is None:
+                rows: tuple[Ranges, ...] = (self._rows_of(chunk, since, old, None, least),)
+                shape: tuple[int, ...] = (-1, 2)
+            else:
+                least = max(least, (self._window.frames + 1) // 2)
+                rows = tuple(
+                    self._rows_of(chunk, since, old, frames, least) for of_layer in plan.chosen for frames in of_layer
+                )
+                shape = len(plan.chosen), -1, least, 2
+            bounds = send(torch.tensor(rows, dtype=torch.int32).view(shape), self._device)
+            found = plan.ranges[since, old] = rows, bounds
         return found
+
+    def _rows_of(self, chunk: Chunk, since: int, old: bool, frames: Collection[int] | None, least: int) -> Ranges:
+        """The rows that hold some of the frames, or all, as so many ranges or more; the last ones may be empty."""
+        slots = self._window.ranges(chunk, since, frames)[not old]
+        slots += [(0, 0)] * (least - len(slots))
+        return tuple((first * self._tokens, stop * self._tokens) for first, stop in slots)

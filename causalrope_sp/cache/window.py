@@ -7,6 +7,7 @@ shot begins; all other frames share the ring of the remaining slots, where the n
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 
@@ -90,18 +91,23 @@ class SlidingWindow:
             )
         return slots
 
-    def ranges(self, chunk: Chunk, since: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    def ranges(
+        self, chunk: Chunk, since: int, chosen: Collection[int] | None = None
+    ) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
         """Returns the slots that a chunk's queries read, as ranges [first, stop).
 
         Args:
             chunk: the chunk of the queries.
             since: a global time index.
+            chosen: the frames that they read of those that the window holds; None for all.
 
         Returns:
             The ranges of slots that hold frames before `since`, and the ranges of the others.
         """
         sides: tuple[list[tuple[int, int]], list[tuple[int, int]]] = ([], [])
         for slot, frame in self.held(chunk.stop).items():
+            if chosen is not None and frame not in chosen:
+                continue
             side = sides[frame >= since]
             if side and side[-1][1] == slot:
                 side[-1] = (side[-1][0], slot + 1)

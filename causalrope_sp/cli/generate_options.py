@@ -15,6 +15,7 @@ from causalrope_sp.cli.model_options import (
     HEIGHT,
     OFFLOAD,
     SHIFT,
+    SIMILAR_FRAMES,
     SINK,
     WIDTH,
     WINDOW,
@@ -32,6 +33,7 @@ LOADING = (
     *("loras", "base", "preset", "revision", "dtype", "height", "width", "window", "sink", "chunk_frames"),
     *(
         "window_policy",
+        "similar_frames",
         "rope",
         "num_inference_steps",
         "solver",
@@ -103,6 +105,7 @@ OPTIONS = (
     SINK,
     CHUNK_FRAMES,
     WINDOW_POLICY,
+    SIMILAR_FRAMES,
     click.option(
         "--rope",
         type=click.Choice(["absolute", "relative"]),

@@ -24,6 +24,13 @@ WINDOW_POLICY = click.option(
     type=click.Choice(get_args(WindowPolicy)),
     help="Slide the window, begin a sink at each prompt, or compute the window anew. The default is the model's.",
 )
+SIMILAR_FRAMES = click.option(
+    "--similar-frames",
+    type=FLOAT,
+    metavar="NUMBER|SHARE",
+    help="Attend, besides the sink and the newest frames, only this many frames, by similarity, or leave out "
+    "this share of all frames. The default is all of the window.",
+)
 CHUNK_FRAMES = click.option(
     "--chunk-frames", type=INTEGER, help="Put this many latent frames into a chunk. The default is the model's."
 )

@@ -20,7 +20,16 @@ from causalrope_sp.siblings import Siblings
 PACKAGES = ("fastapi", "uvicorn", "websockets", "prometheus_client", "multipart")  # of the extra `serve`
 LOADING = (
     *("loras", "base", "preset", "revision", "dtype", "height", "width", "window", "sink", "chunk_frames"),
-    *("window_policy", "rope", "num_inference_steps", "solver", "timestep_rule", "shift", "guidance_scale"),
+    *(
+        "window_policy",
+        "similar_frames",
+        "rope",
+        "num_inference_steps",
+        "solver",
+        "timestep_rule",
+        "shift",
+        "guidance_scale",
+    ),
     *("weights", "offload", "codec", "codec_weights", "preflight", "graphs"),
 )
 RANKS = ("strategy", "overlap", "head_groups", "attention")

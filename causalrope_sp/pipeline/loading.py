@@ -189,7 +189,7 @@ def _check_settings(config: ModelConfig, options: LoadOptions, parallel: Sequenc
     """Raises ConfigError on every rank, before anything is loaded, for settings that contradict each other."""
     check_decode(options.decode, parallel.mesh.decode)
     parallel.everyone.agree({"parallel chunks": (options.parallel_chunks, config.vin is not None)})
-    of_stream = ("window", "sink", "chunk_frames", "rope", "window_policy")
+    of_stream = ("window", "sink", "chunk_frames", "rope", "window_policy", "similar_frames")
     changes = [name for name in of_stream if getattr(options, name) is not None]
     if parallel.mesh.decode:
         changes.append("decode ranks")

@@ -29,6 +29,7 @@ from causalrope_sp.reuse.output_store import OutputOf, OutputStore, computed
 from causalrope_sp.reuse.policy import ReusePlan
 from causalrope_sp.sampling.pass_graphs import PassGraphs
 from causalrope_sp.sampling.settled import SettledWeights, settle
+from causalrope_sp.sampling.similar_frames import Choice, SimilarFrames
 
 MOST_TIMES = 8  # of a stream that are kept: all of a few-step model's
 
@@ -78,6 +79,7 @@ class CausalStream:
         settled: what `settle` returns for the model and the strategy's backend; None calls it.
         image_BNI: image tokens, (B, N, image_dim), for a model that has them.
         given: the frames whose global time index is below this number are clean in every pass, at timestep 0.
+        similar: chooses the frames of the window that chunks attend; None for all.
     """
 
     def __init__(
@@ -96,6 +98,7 @@ class CausalStream:
         settled: SettledWeights | None = None,
         image_BNI: Tensor | None = None,
         given: int = 0,
+        similar: SimilarFrames | None = None,
     ) -> None:
         config = model.config
         self._given = given
@@ -130,6 +133,8 @@ class CausalStream:
             history=history,
             rotate_on_read=partial(self._rope.rotate_on_read, tokens=strategy.stored_tokens) if relative else None,
         )
+        self._similar = similar
+        self._choose_frames()
 
     def denoise(
         self,
@@ -207,6 +212,8 @@ class CausalStream:
             committed: a global time index.
         """
         self.cache.restart(window, committed)
+        if self._similar is not None:
+            self._similar.clear()
         self._forget_chunk()
 
     def set_text(self, embeds_BLE: Tensor) -> None:
@@ -241,6 +248,9 @@ class CausalStream:
         """Returns a stream that goes on from here by itself, between two chunks. The caches share what both keep."""
         fork = copy.copy(self)
         fork.cache, fork._rotation = self.cache.fork(), None
+        if self._similar is not None:
+            fork._similar = self._similar.fork()
+            fork._choose_frames()
         fork.outputs = None if self.outputs is None else OutputStore(self.outputs.plan, stays=self._graphs is not None)
         if self._graphs is not None:
             fork._graphs = self._graphs.fork()
@@ -269,6 +279,37 @@ class CausalStream:
     def _open(self, chunk: Chunk) -> None:
         if self.cache.open_chunk != chunk:
             self.cache.open(chunk)
+            if self._similar is not None:
+                self._similar.begin(chunk)
+
+    def _observed_by(self, parts: Sequence[Part]) -> SimilarFrames | None:
+        """What sums up the queries and keys of a pass: of context passes, and of a chunk's first pass."""
+        similar = self._similar
+        if similar is None or (parts[0].timestep and not similar.awaits(parts[-1].chunk)):
+            return None
+        return similar
+
+    def _choose(self, similar: SimilarFrames, parts: Sequence[Part]) -> None:
+        """Keeps what a pass has summed up, and chooses the frames that later passes of its last chunk attend."""
+        batch, frames = len(parts[0].tokens_BFSE), sum(part.chunk.frames for part in parts)
+        if not parts[0].timestep:
+            similar.keep_keys(parts[0].chunk, batch, frames)
+        if parts[-1].timestep and similar.awaits(parts[-1].chunk):
+            similar.decide(parts[-1].chunk, batch, frames, self.cache.window)
+            self.cache.restart_plans()
+
+    def _choose_frames(self) -> None:
+        """Lets the cache ask which frames a chunk attends, with the heads that this rank caches."""
+        similar = self._similar
+        if similar is None:
+            return
+        heads = self._strategy.heads_cached(self._model.config.num_heads)
+
+        def choose(chunk: Chunk) -> Choice | None:
+            choice = similar.choose(chunk)
+            return choice and [[of_layer[head] for head in heads] for of_layer in choice]
+
+        self.cache.choose_frames(choose)
 
     def _forward(self, parts: list[Part], output: OutputOf = computed, pattern: Hashable = None) -> Tensor:
         if self._broken:
@@ -276,12 +317,16 @@ class CausalStream:
         model, chunks = self._model, tuple(part.chunk for part in parts)
         time = self._time(parts)
         tokens_BTE = torch.cat([self._embedded(part) for part in parts], 1).flatten(1, 2).to(model.dtype)
-        compute = partial(self._compute, chunks, self._operations(tuple(chunk.frames for chunk in chunks)), output)
+        observed = self._observed_by(parts)
+        operations = self._operations(tuple(chunk.frames for chunk in chunks))
+        compute = partial(self._compute, chunks, operations, output, observed)
         self._broken = True
         if self._graphs is None:
             velocity = compute(tokens_BTE, time, self._rotate(chunks))
         else:
-            velocity = self._by_graph(self._graphs, chunks, compute, tokens_BTE, time, pattern)
+            velocity = self._by_graph(self._graphs, chunks, compute, tokens_BTE, time, (pattern, observed is None))
+        if observed is not None:
+            self._choose(observed, parts)
         self._broken = False
         last = parts[-1].tokens_BFSE
         return velocity.view(last.shape).to(last.dtype)
@@ -299,6 +344,7 @@ class CausalStream:
         chunks: tuple[Chunk, ...],
         operations: PassOperations,
         output: OutputOf,
+        observed: SimilarFrames | None,
         tokens_BTE: Tensor,
         time: Time,
         rotation: Rotation,
@@ -315,6 +361,8 @@ class CausalStream:
 
         def attend(layer: int, projection: Projection) -> Tensor:
             own = later if layer else operations
+            if observed is not None:
+                observed.observe(layer, projection, own)
             return self._strategy.attend(projection, self.cache.layer(layer), chunks, own).flatten(1, 2)
 
         step = ForwardPass(
@@ -339,10 +387,14 @@ class CausalStream:
         time: Time,
         pattern: Hashable,
     ) -> Tensor:
-        """Runs a pass by a captured graph, if its kind has one; `pattern` says which outputs it reuses and keeps."""
+        """Runs a pass by a captured graph, if its kind has one; `pattern` says which outputs it reuses and keeps, and
+        whether similar frames are chosen by it."""
         rotation, since = self._rotate(chunks), self._strategy.splits_at(chunks)
         if self.cache.evicts(chunks[0]):  # its clean keys and values are saved layer by layer as they are written
             graphs.refuse("a chunk overwrites the frames of the chunk before it, whose context pass it shares")
+            return compute(tokens_BTE, time, rotation)
+        if not self._rows_on_device and any(map(self.cache.are_chosen, chunks)):
+            graphs.refuse("this attention backend reads on the host which frames are similar")
             return compute(tokens_BTE, time, rotation)
         times = rotation.query_times_F, rotation.key_times_F
         timesteps_F, modulation = time

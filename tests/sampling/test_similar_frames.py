@@ -1,0 +1,142 @@
+"""Attention on similar frames: a dense run with the same mask, on any ranks, and no choice at all frames."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from causalrope_kernels import PassOperations, Source
+from causalrope_sp import Chunk, SequenceParallel, StreamConfig
+from causalrope_sp.attention import base
+from causalrope_sp.cache.layer_cache import LayerCache
+from causalrope_sp.distributed import strategies
+from causalrope_sp.distributed.launch import RankPool
+from causalrope_sp.grid import split_into_chunks
+from tests.support.strategy_runs import CONFIG, Job, relative, single
+
+TOP = 2
+PLAIN = Job(1, 7, 17, StreamConfig(8, 1, 2), batch=2)
+JOBS = {
+    "window and sink, batch 2": PLAIN,
+    "relative": replace(PLAIN, stream=replace(PLAIN.stream, rope="relative"), batch=1),
+    "the whole video": replace(PLAIN, stream=StreamConfig(None, 1, 2), frames=10),
+    "context passes alone": replace(PLAIN, fuse=False),
+    "initial frames": Job(1, 5, 10, StreamConfig(9, 2, 2), known=5),
+    "Light Forcing's schedule": replace(PLAIN, stream=replace(PLAIN.stream, similar_frames=0.4)),
+}
+
+
+def choosing(job: Job) -> Job:
+    stream = job.stream
+    return job if stream.similar_frames else replace(job, stream=replace(stream, similar_frames=TOP))
+
+
+class MaskedDense:
+    """Attends with an explicit mask over all frames of the window, which it chooses by the means of rotated queries and
+    keys as they are attended."""
+
+    def __init__(self, sink: int) -> None:
+        self.sink = sink
+        self.chosen: dict[tuple[int, Chunk], list[set[int]]] = {}  # by layer and chunk, the frames of each head
+        self.keys: dict[tuple[int, int], Tensor] = {}  # by layer and frame: the mean of its clean keys
+        self.masked = 0
+
+    def attend(self, source: Source, cache: LayerCache, chunk: Chunk, operations: PassOperations, *rest: Any) -> Tensor:
+        q = base.write_chunk(source, cache, chunk, operations, *rest)
+        ((keys,), window) = cache.keys(chunk), cache._cache.window  # type: ignore[attr-defined]
+        held = sorted((frame, slot) for slot, frame in window.held(chunk.stop).items())
+        tokens, heads, layer = q.shape[2], q.shape[3], cache.index
+        k, v = (
+            torch.stack([x[:, slot * tokens : (slot + 1) * tokens] for _, slot in held], 1) for x in (keys.k, keys.v)
+        )
+        context = cache._cache.open_chunk != chunk  # type: ignore[attr-defined]
+        mask = torch.ones(heads, len(held), dtype=torch.bool)
+        if (layer, chunk) in self.chosen:
+            mask = torch.tensor([[frame in of_head for frame, _ in held] for of_head in self.chosen[layer, chunk]])
+            self.masked += int((~mask).sum())
+        elif not context:  # the first pass
+            free = [f for f, _ in held if self.sink <= f < chunk.start - 1]
+            self.chosen[layer, chunk] = self.choose(q.mean((1, 2)), layer, [frame for frame, _ in held], free)
+        if context:
+            self.keys |= {(layer, frame): k[:, n].mean(1) for n, (frame, _) in enumerate(held) if frame >= chunk.start}
+        wide = mask.view(1, heads, 1, -1, 1).expand(-1, -1, -1, -1, tokens).flatten(3)
+        q, k, v = (x.flatten(1, 2).transpose(1, 2) for x in (q, k, v))
+        return scaled_dot_product_attention(q, k, v, wide).transpose(1, 2).unflatten(1, (chunk.frames, tokens))
+
+    def choose(self, q_BHD: Tensor, layer: int, held: list[int], free: list[int]) -> list[set[int]]:
+        if len(free) <= TOP:
+            return [set(held)] * q_BHD.shape[1]
+        found = []
+        for head in range(q_BHD.shape[1]):
+            scores = {f: float((q_BHD[:, head] * self.keys[layer, f][:, head]).sum()) for f in free}
+            best = sorted(free, key=scores.__getitem__)[-TOP:]
+            found.append({f for f in held if f not in free or f in best})
+        return found
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, Tensor]:
+    return {name: single(choosing(job)) for name, job in JOBS.items()}
+
+
+@pytest.mark.parametrize("name", ["window and sink, batch 2", "the whole video"])
+def test_it_is_a_dense_run_with_the_same_mask(
+    alone: dict[str, Tensor], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, masked = single(JOBS[name]), MaskedDense(1)
+    monkeypatch.setattr(base, "attend_chunk", masked.attend)
+    assert relative(alone[name], single(JOBS[name])) < 1e-12
+    assert masked.masked > 50
+    assert relative(alone[name], plain) > 1e-3
+
+
+@pytest.mark.parametrize("similar", [5, 6, 100])
+def test_all_frames_are_no_choice_bit_for_bit(similar: int) -> None:
+    """A window of 8 with a sink, the newest frame and a chunk of 2 leaves 4 to choose from."""
+    job = replace(PLAIN, stream=replace(PLAIN.stream, similar_frames=similar))
+    assert torch.equal(single(job), single(PLAIN))
+
+
+def test_context_passes_may_run_by_themselves(alone: dict[str, Tensor]) -> None:
+    assert relative(alone["context passes alone"], alone["window and sink, batch 2"]) < 1e-12
+
+
+def test_positions_in_the_window_choose_as_global_ones_do_without_a_sink() -> None:
+    stream = StreamConfig(8, 0, 2, similar_frames=TOP)
+    made = [single(replace(PLAIN, stream=replace(stream, rope=rope))) for rope in ("absolute", "relative")]
+    assert relative(*made) < 1e-12
+
+
+def on_ranks(group: dist.ProcessGroup, device: str, strategy: str) -> list[Any]:
+    """Every job, and how many all-gathers of means one of them makes, from every rank."""
+    parallel, made = SequenceParallel(group, strategy, device), {}
+    for name, job in JOBS.items():
+        if group.size() <= job.grid.tokens:
+            parallel.comm_stats.take()
+            made[name] = choosing(job).run(parallel)
+            made[name, "calls"] = parallel.comm_stats.take().by_kind()["means"].calls
+    parallel.comm_stats.take()
+    PLAIN.run(parallel)
+    made["off"] = "means" in parallel.comm_stats.take().by_kind()
+    everyone: list[Any] = [None] * group.size()
+    dist.all_gather_object(everyone, made)
+    return everyone
+
+
+EVERY = [(ranks, strategy) for ranks in (2, 3, 4, 5) for strategy in strategies(ranks, CONFIG.num_heads)]
+
+
+@pytest.mark.parametrize(("ranks", "strategy"), EVERY)
+def test_many_ranks_choose_as_one(pool: RankPool, alone: dict[str, Tensor], ranks: int, strategy: str) -> None:
+    for made in pool.run(on_ranks, ranks, strategy):
+        for name, job in JOBS.items():
+            assert relative(made[name], alone[name]) < 1e-12, name
+            chunks = list(split_into_chunks(job.frames, 2, independent_first_frame=False))
+            assert made[name, "calls"] == len(chunks), "one exchange a chunk"
+        assert not made["off"]
