@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -12,13 +13,19 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from causalrope_kernels import PassOperations, Source
-from causalrope_sp import Chunk, SequenceParallel, StreamConfig
+from causalrope_sp import Chunk, ConfigError, SequenceParallel, StreamConfig
 from causalrope_sp.attention import base
 from causalrope_sp.cache.layer_cache import LayerCache
+from causalrope_sp.cache.window import SlidingWindow
 from causalrope_sp.distributed import strategies
 from causalrope_sp.distributed.launch import RankPool
 from causalrope_sp.grid import split_into_chunks
-from tests.support.strategy_runs import CONFIG, Job, relative, single
+from causalrope_sp.sampling.similarity_schedule import top_frames
+from causalrope_sp.sampling.steered_loop import SteeredLoop
+from causalrope_sp.sampling.stream_options import StreamOptions
+from tests.support.list_session import SAMPLER
+from tests.support.steered_runs import GRID, NOISE, TEXTS
+from tests.support.strategy_runs import CONFIG, Job, make_model, relative, single
 
 TOP = 2
 PLAIN = Job(1, 7, 17, StreamConfig(8, 1, 2), batch=2)
@@ -140,3 +147,88 @@ def test_many_ranks_choose_as_one(pool: RankPool, alone: dict[str, Tensor], rank
             chunks = list(split_into_chunks(job.frames, 2, independent_first_frame=False))
             assert made[name, "calls"] == len(chunks), "one exchange a chunk"
         assert not made["off"]
+
+
+STEERED = StreamConfig(8, 1, 2, similar_frames=TOP)
+
+
+def open_loop(**options: Any) -> SteeredLoop:
+    of_stream = StreamOptions(stream=STEERED, sampler=SAMPLER, history=4, kept_chunks=4, **options)
+    return SteeredLoop(make_model(), TEXTS[0], NOISE, GRID, None, SequenceParallel.single(device="cpu"), of_stream)
+
+
+@pytest.fixture(scope="module")
+def steps() -> list[Tensor]:
+    with torch.inference_mode():
+        loop = open_loop()
+        return [loop.step().latents for _ in range(8)]
+
+
+@torch.inference_mode()
+def test_chunks_taken_back_are_made_as_before(steps: list[Tensor]) -> None:
+    """Also where a fork went on in between, which chooses by itself."""
+    loop = open_loop()
+    for expected in steps[:6]:
+        assert torch.equal(loop.step().latents, expected)
+    fork = loop.fork()
+    assert loop.rewind(3, TEXTS[0])
+    fork.set_text([TEXTS[1]], recache=False, recache_sink=False, new_shot=False)
+    assert not torch.equal(fork.step().latents, steps[6])
+    for expected in steps[3:]:
+        assert torch.equal(loop.step().latents, expected)
+
+
+@torch.inference_mode()
+def test_a_cancelled_chunk_leaves_no_choice(steps: list[Tensor]) -> None:
+    fails = [5]  # the chunk that fails once, in its second step
+
+    def on_step(chunk: Chunk, step: int, timestep: float) -> None:
+        if chunk.index in fails and step == 1:
+            fails.remove(chunk.index)
+            raise KeyError("cut short")
+
+    loop = open_loop(on_step=on_step)
+    for number, expected in enumerate(steps):
+        if number == 5:
+            with pytest.raises(KeyError):
+                loop.step()
+        assert torch.equal(loop.step().latents, expected)
+
+
+@torch.inference_mode()
+def test_a_window_computed_anew_is_attended_whole_until_it_is_known() -> None:
+    loop = open_loop()
+    for _ in range(5):
+        loop.step()
+    loop.set_text([TEXTS[1]], recache=True, recache_sink=True, new_shot=False)
+    similar = loop.branches.branches[0].stream._similar
+    assert similar is not None
+    assert not similar._choices
+    made = [loop.step().latents for _ in range(3)]
+    assert all(chunk.isfinite().all() for chunk in made)
+    assert similar._choices, "the frames that were computed anew are chosen from"
+
+
+def test_light_forcing_leaves_out_a_share_of_the_keys_and_less_of_early_chunks() -> None:
+    """Over the chunks after the first the shares add up to what was asked, up to whole frames."""
+    chunks, window = [Chunk(n, 3 * n, 3) for n in range(40)], SlidingWindow(21, 1)
+    for share in (0.3, 0.5, 0.6):
+        top = top_frames(share, 1, window, chunks)
+        held = [len(window.held(chunk.stop)) for chunk in chunks]
+        attended = [min(top(chunk) + 5, all_of) for chunk, all_of in zip(chunks, held, strict=True)]
+        assert attended[0] == held[0]
+        left_out = [1 - own / all_of for own, all_of in zip(attended, held, strict=True)]
+        assert left_out[-1] > left_out[8] > left_out[2]
+        assert 1 - sum(attended[1:]) / sum(held[1:]) == pytest.approx(share, abs=0.03)
+    assert top_frames(4, 1, window, chunks)(chunks[9]) == 4
+
+
+@pytest.mark.parametrize("wrong", [-1, 1.5, math.nan, "4", True])
+def test_wrong_numbers_are_refused(wrong: Any) -> None:
+    with pytest.raises(ConfigError, match="similar_frames must be"):
+        StreamConfig(8, 1, 2, similar_frames=wrong)
+
+
+def test_a_window_that_is_always_new_has_nothing_to_choose() -> None:
+    with pytest.raises(ConfigError, match="similar_frames must be None with window_policy recomputed"):
+        StreamConfig(8, 1, 2, window_policy="recomputed", similar_frames=4)
