@@ -18,9 +18,11 @@ from causalrope_sp import CausalDiT, SequenceParallel
 from causalrope_sp.attention.base import Strategy
 from causalrope_sp.attention.build import build_strategy
 from causalrope_sp.cache.window import SlidingWindow
+from causalrope_sp.distributed.communicator import Communicator
 from causalrope_sp.distributed.layout import parse_strategy
 from causalrope_sp.grid import Chunk, Shard
 from causalrope_sp.reuse.policy import ReusePlan, ReusePolicy
+from causalrope_sp.sampling.similar_frames import SimilarFrames
 from causalrope_sp.sampling.stream import CausalStream, Part
 from causalrope_sp.weights.fp8 import quantize_blocks
 from tests.support.launch_recorder import RecordedPasses, as_on_a_gpu
@@ -46,6 +48,7 @@ class Case:
     head_groups: int = 1
     guided: bool = False
     fused: bool = True
+    similar: int | None = None
     dtype: torch.dtype = torch.bfloat16
 
 
@@ -71,6 +74,9 @@ CASES = {
     "ulysses×gather-kv": Case(2, "ulysses2xgather-kv2", 4, "triton"),
     "ulysses×shard-kv": Case(2, "ulysses2xshard-kv2", 4, "triton"),
     "reuse on ranks": Case(4, "ulysses", 2, "triton", reuse=SHARED),
+    "similar frames": Case(3, attention="triton", similar=2),
+    "similar frames, gather-kv": Case(3, "gather-kv", 2, "triton", similar=2),
+    "similar frames, ulysses, relative": Case(3, "ulysses", 2, relative=True, similar=2),
 }
 
 
@@ -119,11 +125,18 @@ def open_stream(case: Case, ranks: Any, model: CausalDiT) -> tuple[list[CausalSt
     streams = [
         CausalStream(
             model, embeds, GRID, SlidingWindow(case.window, case.sink), shard, strategy,
-            relative=case.relative, reuse=plan, graphs=graphs,
+            relative=case.relative, reuse=plan, graphs=graphs, similar=similar_of(case, sharing),
         )
         for _ in range(1 + case.guided)
     ]  # fmt: skip
     return streams, passes, random(1, FRAMES, shard.tokens, CONFIG.token_dim).float()
+
+
+def similar_of(case: Case, sharing: Communicator | None) -> SimilarFrames | None:
+    if case.similar is None:
+        return None
+    top = case.similar
+    return SimilarFrames(lambda chunk: top, CONFIG, sink=0, relative=case.relative, kept=12, communicator=sharing)
 
 
 @torch.inference_mode()
@@ -164,3 +177,12 @@ def test_a_pass_that_cannot_be_captured_is_refused_by_name() -> None:
     (why,) = passes.refused
     assert "overwrites the frames of the chunk before it" in why
     assert sum(passes.check()) == (CHUNKS - 1) * (len(TIMESTEPS) - 1) - 1, "passes without a context pass are recorded"
+
+
+def test_a_choice_that_is_read_on_the_host_is_refused_by_name() -> None:
+    case = Case(0, similar=2)
+    with as_on_a_gpu():
+        streams, passes, x = open_stream(case, None, model_of(case))
+        make_passes(streams, x, case.fused)
+    (why,) = passes.refused
+    assert "reads on the host which frames are similar" in why
