@@ -122,7 +122,7 @@ def test_positions_in_the_window_choose_as_global_ones_do_without_a_sink() -> No
 
 def on_ranks(group: dist.ProcessGroup, device: str, strategy: str) -> list[Any]:
     """Every job, and how many all-gathers of means one of them makes, from every rank."""
-    parallel, made = SequenceParallel(group, strategy, device), {}
+    parallel, made = SequenceParallel(group, strategy, device), dict[Any, Any]()
     for name, job in JOBS.items():
         if group.size() <= job.grid.tokens:
             parallel.comm_stats.take()

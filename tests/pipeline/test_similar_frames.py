@@ -1,0 +1,54 @@
+"""`similar_frames` of pipelines and on the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from causalrope_sp import CausalVideoPipeline, ConfigError
+from causalrope_sp.cli.main import cli
+from causalrope_sp.toybox import WEIGHTS
+from tests.support.videos import video_of
+
+PROMPT = "a red circle slides right"
+
+
+def video(**options: Any) -> np.ndarray:
+    pipe = CausalVideoPipeline.from_pretrained("toybox", device="cpu", **options)
+    return np.asarray(video_of(pipe, PROMPT, num_frames=61))
+
+
+def test_toybox_keeps_its_video() -> None:
+    dense, some, schedule = video(), video(similar_frames=4), video(similar_frames=0.3)
+    assert np.array_equal(video(similar_frames=13), dense)
+    for made in (some, schedule):
+        assert 28 < 10 * np.log10(255**2 / np.mean((made.astype(float) - dense) ** 2)) < 60
+
+
+def test_a_pipeline_json_may_say_it(tmp_path: Path) -> None:
+    model_config = json.loads((WEIGHTS / "toybox.json").read_text())
+    model_config |= {name: str(WEIGHTS / model_config[name]) for name in ("transformer", "codec")}
+    model_config["stream"]["similar_frames"] = 4
+    (tmp_path / "pipeline.json").write_text(json.dumps(model_config))
+    pipe = CausalVideoPipeline.from_pretrained(tmp_path, device="cpu")
+    assert np.array_equal(np.asarray(video_of(pipe, PROMPT, num_frames=61)), video(similar_frames=4))
+    assert pipe.config.as_json()["stream"]["similar_frames"] == 4
+
+
+def test_on_the_command_line(tmp_path: Path) -> None:
+    out = tmp_path / "v.mp4"
+    for words, status in ((["--similar-frames", "4"], 0), (["--similar-frames", "1.5"], 2)):
+        result = CliRunner().invoke(cli, ["generate", PROMPT, "--frames", "61", *words, "--out", str(out)])
+        assert result.exit_code == status, result.output
+        assert out.exists() == (status == 0)
+        out.unlink(missing_ok=True)
+    assert result.output == "error: similar_frames must be a whole number, or a share below 1, not 1.5\n"
+    with pytest.raises(ConfigError, match="similar_frames must be a finite number of at least 0 and at most .*, not -1"):
+        video(similar_frames=-1)
+    with pytest.raises(ConfigError, match="similar_frames must be None with window_policy recomputed"):
+        video(similar_frames=4, window_policy="recomputed")
