@@ -69,6 +69,28 @@ def test_a_format_loads_in_the_memory_of_the_model(tmp_path: Path) -> None:
     assert row["ratio"] > 0
 
 
+@pytest.mark.parametrize("name", ["Wan 2.2 5B", "all-in-one", "DoRA", "LoHa", "LoKr"])
+def test_a_layout_or_an_adapter_passes_its_gate(tmp_path: Path, name: str) -> None:
+    (row,) = last_line(
+        run("load_formats.py", "--layers", "1", "--runs", "1", "--folder", str(tmp_path), "--format", name)
+    )["rows"]
+    assert row["format"] == name
+    assert row["ratio"] > 0
+
+
+def test_the_tests_of_all_situations_exist() -> None:
+    found = last_line(run("file_situations.py", "--list"))
+    assert found["situations"] >= 31
+    one = last_line(run("file_situations.py", "--list", "--section", "adapters"))
+    assert 0 < one["situations"] < found["situations"]
+
+
+def test_a_lora_is_merged_or_computed_beside() -> None:
+    found = last_line(run("live_lora.py", "--rank", "4", "--tokens", "16", "--rounds", "1"))
+    assert found["block"]["change"] > 0
+    assert found["toybox"]["chunk"] > 0
+
+
 @without_cuda
 @pytest.mark.parametrize("script", ["kernel_suite.py", "pass.py"])
 def test_times_need_cuda(script: str) -> None:

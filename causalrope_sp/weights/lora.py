@@ -175,7 +175,7 @@ class LoraMerge:
             delta = self._delta(target, change, stored, number)
             if not all_finite(delta):
                 raise CheckpointError(f"{self.path}: NaN or infinite for {parameter}: {some(change.keys.values())}")
-            stored = stored + self.lora.weight * delta
+            stored = torch.add(stored, delta, alpha=self.lora.weight)
         return stored
 
     def _delta(self, target: _Target, change: Change, stored: Tensor, number: int) -> Tensor:
@@ -185,16 +185,14 @@ class LoraMerge:
             return {role: tensor.to(stored) for role, tensor in self._adapter.read(change, roles).items()}
 
         rows = slice(None) if target.number is not None else slice(number * len(stored), (number + 1) * len(stored))
-        delta = torch.zeros((), dtype=stored.dtype, device=stored.device)
         if target.parameter.endswith(".bias"):
-            for role, tensor in read(*(role for role in _BIASES if role in change.keys)).items():
-                delta = delta + (tensor if role == "diff_b" else self._adapter.scale(change)[0] * tensor)
-            return delta[rows]
-        for tensor in read(*({"diff", "diff_m"} & change.keys.keys())).values():
-            delta = delta + arrange(target.parameter, tensor.reshape(target.shape))[rows]
+            biases = read(*(role for role in _BIASES if role in change.keys))
+            scales = {"diff_b": 1.0, "up_bias": self._adapter.scale(change)[0] if "up_bias" in biases else 1.0}
+            return _sum([scales[role] * tensor for role, tensor in biases.items()])[rows]
+        parts = list(read(*({"diff", "diff_m"} & change.keys.keys())).values())
         if factors := read(*factors_of(change.keys)):
-            low_rank = self._adapter.scale(change)[0] * product(factors).reshape(target.shape)
-            delta = delta + arrange(target.parameter, low_rank)[rows]
+            parts.append(product(factors).mul_(self._adapter.scale(change)[0]))
+        delta = _sum([arrange(target.parameter, part.reshape(target.shape))[rows] for part in parts])
         if change.magnitude is None:
             return delta
         magnitudes = self.files.read(change.magnitude).to(stored)
@@ -244,6 +242,11 @@ class LoraMerge:
         if wrong:
             described = ", ".join(f"{printable(change.keys[role])} is {shapes[role]}" for role in wrong)
             raise CheckpointError(f"{self.path}: {described}, which does not fit {target.shape}")
+
+
+def _sum(parts: list[Tensor]) -> Tensor:
+    """The sum of one or more tensors, without a copy of a lone one, which may be large."""
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
 
 def _fits(role: str, shapes: Mapping[str, Shape], target: _Target) -> bool:
