@@ -62,12 +62,10 @@ class RealTimeViewer:
             fps = viewer.ask("open", prompt=PROMPTS[0])["fps"]
             for _ in range(FILLED):
                 viewer.next_chunk()
-            viewer.next_chunk()
-            begun = until = time.perf_counter()
+            chunk = viewer.next_chunk(play=False)
+            begun = until = now = time.perf_counter()
             sent, number, awaited = 0.0, 0, None
-            while time.perf_counter() < begun + self.seconds:
-                chunk = viewer.next_chunk(play=False)
-                now = time.perf_counter()
+            while now < begun + self.seconds:
                 if awaited is not None and chunk.head["prompt_id"] >= awaited:
                     self.latencies.append(now - sent)
                     awaited = None
@@ -80,6 +78,8 @@ class RealTimeViewer:
                     awaited = viewer.ask("prompt", prompt=PROMPTS[number // self.every % 2])["prompt_id"]
                 time.sleep(max(0.0, until - time.perf_counter() - 0.001))
                 viewer.send("played", sequence=chunk.head["sequence"])
+                chunk = viewer.next_chunk(play=False)
+                now = time.perf_counter()
             viewer.ask("close")
 
 
