@@ -62,12 +62,10 @@ class RealTimeViewer:
             fps = viewer.ask("open", prompt=PROMPTS[0])["fps"]
             for _ in range(FILLED):
                 viewer.next_chunk()
-            viewer.next_chunk()
-            begun = until = time.perf_counter()
+            chunk = viewer.next_chunk(play=False)
+            begun = until = now = time.perf_counter()
             sent, number, awaited = 0.0, 0, None
-            while time.perf_counter() < begun + self.seconds:
-                chunk = viewer.next_chunk(play=False)
-                now = time.perf_counter()
+            while now < begun + self.seconds:
                 if awaited is not None and chunk.head["prompt_id"] >= awaited:
                     self.latencies.append(now - sent)
                     awaited = None
@@ -80,6 +78,8 @@ class RealTimeViewer:
                     awaited = viewer.ask("prompt", prompt=PROMPTS[number // self.every % 2])["prompt_id"]
                 time.sleep(max(0.0, until - time.perf_counter() - 0.001))
                 viewer.send("played", sequence=chunk.head["sequence"])
+                chunk = viewer.next_chunk(play=False)
+                now = time.perf_counter()
             viewer.ask("close")
 
 
@@ -112,16 +112,13 @@ def overhead(server: RunningServer, model: str, media: str, rounds: int, chunks:
             begun, used = viewer.next_chunk().head["chunk"], thread_seconds(server.process.pid)
             for _ in range(chunks):
                 last = viewer.next_chunk().head["chunk"]
-            now = thread_seconds(server.process.pid)
-            more = {thread: (now[thread] - used.get(thread, 0.0)) / (last - begun) for thread in now}
-            connections = more.pop(server.process.pid)
-            more.pop(max(more, key=lambda thread: more[thread]))  # that of the engine
+            connections, encoding = beside_engine(server.process.pid, used, last - begun)
             viewer.ask("pause")
             while viewer.chunks:
                 viewer.next_chunk()
             time.sleep(0.2)
             plain, beyond = live_session(pipe, chunks)
-            parts = {"session": plain, "live": beyond, "connections": connections, "encoding": sum(more.values())}
+            parts = {"session": plain, "live": beyond, "connections": connections, "encoding": encoding}
             for name, seconds in parts.items():
                 found.setdefault(name, []).append(seconds)
         viewer.ask("close")
@@ -162,6 +159,16 @@ def thread_seconds(process: int) -> dict[int, float]:
     return {int(task.name): int((task / "schedstat").read_text().split()[0]) / 1e9 for task in tasks}
 
 
+def beside_engine(process: int, used: dict[int, float], chunks: int) -> tuple[float, float]:
+    """Seconds of the processor a chunk, since `thread_seconds` said `used`, of a server's thread of connections and of
+    its others but for the one that makes chunks, which works most."""
+    now = thread_seconds(process)
+    more = {thread: (now[thread] - used.get(thread, 0.0)) / chunks for thread in now}
+    connections = more.pop(process)
+    more.pop(max(more, key=lambda thread: more[thread]))
+    return connections, sum(more.values())
+
+
 def kept(server: RunningServer, opened: int) -> float:
     """MB by which the server has grown after so many sessions that were opened, seen and closed or left."""
     for number in range(20 + opened):
@@ -199,13 +206,15 @@ def nonsense(server: RunningServer, count: int) -> dict[str, Any]:
     return {"messages_refused": refused, "requests": answers, **beside}
 
 
-async def rtc_latencies(url: str, seconds: float, every: int) -> tuple[list[float], int]:
-    """Seconds from a prompt to its first frame, shown by WebRTC, and how many frames were lost."""
+async def rtc_latencies(server: RunningServer, seconds: float, every: int) -> tuple[list[float], int, float]:
+    """Seconds from a prompt to its first frame, shown by WebRTC, how many frames were lost, and seconds of the
+    processor that the server takes a chunk beside making it."""
     found = list[float]()
-    async with rtc_viewer(url) as viewer:
+    async with rtc_viewer(server.url) as viewer:
         await viewer.ask("open", prompt=PROMPTS[0])
         await viewer.until(lambda: len(viewer.heads) > FILLED)
-        begun, number = time.perf_counter(), 0
+        begun, number, used = time.perf_counter(), 0, thread_seconds(server.process.pid)
+        seen = len(viewer.heads)
         while time.perf_counter() < begun + seconds:
             number, sent = number + 1, time.perf_counter()
             awaited = (await viewer.ask("prompt", prompt=PROMPTS[number % 2]))["prompt_id"]
@@ -215,9 +224,10 @@ async def rtc_latencies(url: str, seconds: float, every: int) -> tuple[list[floa
             found.append(viewer.frames[first][0] - sent)
             announced = len(viewer.heads)
             await viewer.until(lambda announced=announced: len(viewer.heads) >= announced + every)
+        cost = sum(beside_engine(server.process.pid, used, len(viewer.heads) - seen))
         shown = sum(head["frames"] for head in viewer.heads[:-4])
         await viewer.ask("close")
-        return found, max(0, shown - len(viewer.frames))
+        return found, max(0, shown - len(viewer.frames)), cost
 
 
 @click.command()
@@ -242,11 +252,11 @@ def main(
         rows = [(count, f"{100 * share:.1f}", f"{fps:.1f}") for count, share, fps in found["sustained"]]
         print_table(["viewers", "% of time without a frame", "frames a second, the slowest"], rows)
         for media in ("mp4", "jpeg"):
-            cost = found[f"processor_s_{media}"] = overhead(server, model, media, rounds, chunks)
-            plain, own = cost["session"], cost["live"] + cost["connections"]
+            parts = found[f"processor_s_{media}"] = overhead(server, model, media, rounds, chunks)
+            plain, own = parts["session"], parts["live"] + parts["connections"]
             print(
                 f"processor time of a chunk as {media}: {1e3 * plain:.1f} ms in a plain session; the server adds "
-                f"{100 * own / plain:.1f} %, and encoding {100 * cost['encoding'] / plain:.1f} %\n"
+                f"{100 * own / plain:.1f} %, and encoding {100 * parts['encoding'] / plain:.1f} %\n"
             )
         found["malformed"] = nonsense(server, malformed)
         print(f"malformed: {found['malformed']}\n")
@@ -259,11 +269,13 @@ def main(
         ):
             viewer = RealTimeViewer(server.socket_url, max(6, 3 * seconds), prompts_every=3)
             viewer.thread.join()
-            shown, lost = asyncio.run(rtc_latencies(server.url, max(6, 3 * seconds), every=3))
+            shown, lost, cost = asyncio.run(rtc_latencies(server, max(6, 3 * seconds), every=3))
         for carrier, times in (("websocket", sorted(viewer.latencies)), ("webrtc", sorted(shown))):
             p50, p95 = times[len(times) // 2], times[int(0.95 * len(times))]
             found[f"{carrier}_lead_{lead}_s"] = {"p50": p50, "p95": p95, "changes": len(times)}
             print(f"prompt to its frame by {carrier}, lead {lead} s: p50 {p50:.2f} s, p95 {p95:.2f} s of {len(times)}")
+        print(f"the server took {1e3 * cost:.1f} ms of the processor a chunk for WebRTC\n")
+        found[f"processor_s_webrtc_lead_{lead}_s"] = cost
         found[f"disturbed_lead_{lead}_s"] = {"stalled_s": viewer.stalled, "frames_lost": lost}
     finish("serve", model=model, **found)
 

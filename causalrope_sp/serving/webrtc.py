@@ -11,6 +11,7 @@ import json
 import logging
 import time
 from collections import deque
+from contextlib import suppress
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,6 +24,7 @@ from aiortc import (
     RTCPeerConnection,
     RTCSessionDescription,
 )
+from av.video.reformatter import VideoReformatter
 from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 
 CLOCK = 90_000  # of video in RTP, per second
 MOST_WAITING = 64  # messages of a viewer that are not read yet
+LOOK_S = 0.1  # between two looks whether a chunk was taken back before it was shown
 MOST_PEERS = 4  # connections for each session that may be open
 
 _log = logging.getLogger(__name__)
@@ -92,17 +95,21 @@ class FrameTrack(MediaStreamTrack):
     def __init__(self, fps: float) -> None:
         super().__init__()
         self._fps, self._frames = fps, deque[np.ndarray]()
-        self._changed, self._going, self._due = asyncio.Event(), asyncio.Event(), 0.0
+        self._changed, self._shown, self._going, self._due = asyncio.Event(), asyncio.Event(), asyncio.Event(), 0.0
         self._going.set()
+        self._reformatter = VideoReformatter()  # an encoder makes one for every frame that is not in its format
         self._begun = time.monotonic()
 
     async def show(self, delivery: Delivery) -> None:
         """Shows the frames of a chunk, and returns when the last one is shown or they are taken back."""
         assert delivery.chunk.frames is not None, "rank 0 has the frames"
         self._frames.extend(delivery.chunk.frames)
+        self._shown.clear()
         self._changed.set()
         while self._frames and not delivery.dropped:
-            await asyncio.sleep(0.5 / self._fps)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_S):
+                    await self._shown.wait()
         self._frames.clear()
 
     def pause(self, paused: bool) -> None:
@@ -122,7 +129,10 @@ class FrameTrack(MediaStreamTrack):
                 break
             if not self._frames:
                 self._changed.clear()
-        frame = av.VideoFrame.from_ndarray(self._frames.popleft(), format="rgb24")
+        picture = av.VideoFrame.from_ndarray(self._frames.popleft(), format="rgb24")
+        frame = self._reformatter.reformat(picture, format="yuv420p", threads=1)
+        if not self._frames:
+            self._shown.set()
         now = time.monotonic()
         self._due = max(now, self._due + 1 / self._fps)
         frame.pts, frame.time_base = round((now - self._begun) * CLOCK), Fraction(1, CLOCK)

@@ -30,7 +30,7 @@ def main() -> None:
         sync_playwright() as playwright,
     ):
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        for name, width, height, scheme in (("page", 1100, 800, "light"), ("page_phone", 390, 1500, "dark")):
+        for name, width, height, scheme in (("page", 1100, 800, "light"), ("page_phone", 390, 1580, "dark")):
             take(browser, server.url, DOCS / f"{name}.png", width, height, scheme)
         browser.close()
 
