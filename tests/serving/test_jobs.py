@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -66,6 +67,20 @@ def finished(client: openai.OpenAI, name: str) -> Any:
 def frames_of(client: openai.OpenAI, name: str) -> np.ndarray:
     with av.open(io.BytesIO(client.videos.download_content(name).content), "r") as file:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)])
+
+
+def metrics(server: RunningServer) -> str:
+    return server.get("metrics", authorization=f"Bearer {TOKEN}").text
+
+
+def test_waiting_jobs_are_counted(server: RunningServer, client: openai.OpenAI) -> None:
+    names = [order(client).id for _ in range(2)]
+    waiting = re.findall(r"\ncausalrope_queued_jobs (\S+)\n", metrics(server))
+    assert float(waiting[0]) >= 1
+    for name in names:
+        finished(client, name)
+        client.videos.delete(name)
+    assert "\ncausalrope_queued_jobs 0.0\n" in metrics(server)
 
 
 def test_a_video_is_made_downloaded_and_deleted(client: openai.OpenAI) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -186,3 +187,5 @@ def test_chunks_are_counted(rig: Rig) -> None:
     assert "causalrope_frames_total 21.0" in text
     assert "causalrope_first_frame_seconds_count 1.0" in text
     assert "causalrope_chunk_seconds_count 2.0" in text
+    assert "causalrope_fps 16.0" in text
+    assert float(re.findall(r"^causalrope_chunk_fps (.+)$", text, re.MULTILINE)[0]) > 0
