@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from causalrope_kernels.quantization import as_bits
+from causalrope_kernels.quantized_heads import as_bits
 from causalrope_kernels.rotation import Rotation
 from causalrope_kernels.tables import is_aligned, on_device
 

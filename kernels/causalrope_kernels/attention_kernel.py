@@ -22,8 +22,8 @@ from torch import Tensor
 
 from causalrope_kernels.arguments import Keys, RotateOnRead
 from causalrope_kernels.launch import Kernel, blocks_of, padded
-from causalrope_kernels.quantization_kernel import load_scales, widened
 from causalrope_kernels.quantized_attention import by_blocks
+from causalrope_kernels.quantized_heads_kernel import load_scales, widened
 from causalrope_kernels.reference import Partial, rotated
 from causalrope_kernels.tables import is_aligned
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from causalrope_kernels.arguments import Keys, Slots
 from causalrope_kernels.backend import needs_gradient
-from causalrope_kernels.quantization import LARGEST, SCALE_DTYPE
+from causalrope_kernels.quantized_heads import LARGEST, SCALE_DTYPE
 
 
 def scales(label: str, numbers: Tensor, found: Tensor, like: Tensor) -> None:

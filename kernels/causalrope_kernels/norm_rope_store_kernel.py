@@ -20,7 +20,7 @@ from torch import Tensor
 from causalrope_kernels.add_norm_kernel import warps_of
 from causalrope_kernels.arguments import Pieces, Projection, Slots, SlotsByHeads, Source
 from causalrope_kernels.launch import Kernel, padded
-from causalrope_kernels.quantization_kernel import quantized
+from causalrope_kernels.quantized_heads_kernel import quantized
 from causalrope_kernels.tables import Lines, is_aligned, on_device
 
 Tensors = tuple[Tensor | None, ...]

@@ -11,7 +11,7 @@ from torch import Tensor
 from causalrope_kernels import reference
 from causalrope_kernels.arguments import Keys
 from causalrope_kernels.attention_libraries import by_torch
-from causalrope_kernels.quantization import dequantize
+from causalrope_kernels.quantized_heads import dequantize
 from causalrope_kernels.reference import Partial
 
 BLOCK = 1024  # queries, and keys

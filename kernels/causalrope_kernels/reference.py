@@ -25,7 +25,7 @@ from causalrope_kernels.arguments import (
     SlotsByHeads,
     Source,
 )
-from causalrope_kernels.quantization import as_bits, quantize
+from causalrope_kernels.quantized_heads import as_bits, quantize
 
 Partial = tuple[Tensor, Tensor]  # attention over some of the keys, (B, T, H, d), and its log-sum-exp, (B, T, H)
 

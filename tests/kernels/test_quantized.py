@@ -28,7 +28,7 @@ from causalrope_kernels import (
     reference,
 )
 from causalrope_kernels.backend import Backend
-from causalrope_kernels.quantization import LARGEST, dequantize, quantize
+from causalrope_kernels.quantized_heads import LARGEST, dequantize, quantize
 from causalrope_sp.grid import Shard
 from causalrope_sp.models.rope import RotaryTables
 from tests.kernels.test_triton_elementwise import SLOTS, a_projection

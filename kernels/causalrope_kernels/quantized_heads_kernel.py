@@ -1,4 +1,4 @@
-"""What Triton kernels compute of quantized heads in registers; `quantization` is the torch reference.
+"""What Triton kernels compute of quantized heads in registers; `quantized_heads` is the torch reference.
 
 Numbers of float8_e4m3fn pass as bytes, and are made of and into float16 by shifts, since GPUs before compute capability
 8.9 have no such dtype.

@@ -1,6 +1,6 @@
 """Keys and values in 8 bits: numbers in int8 or float8_e4m3fn, and one scale for every token and head.
 
-The torch reference; `quantization_kernel` has the same for Triton. Shapes: d head width.
+The torch reference; `quantized_heads_kernel` has the same for Triton. Shapes: d head width.
 """
 
 from __future__ import annotations
