@@ -57,6 +57,7 @@ ARCHITECTURES = {80: 164, 90: 228, 100: 228, 120: 100}
 E4M3 = 89  # the first architecture that converts to e4m3 numbers and multiplies them
 ROWS, COLUMNS, FRAMES, WINDOW = 30, 52, 3, 21
 TOKENS = ROWS * COLUMNS
+QUANTIZED = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,9 @@ def _placements(size: str, heads: int, width: int) -> Iterator[tuple[str, Callab
         ring = [Slots(empty(1, WINDOW, tokens, heads, width), times)]
         if ranks == 1:
             yield f"{size}, q and ring", partial(store_projection, projection, q, ring, ring)
+            for name, dtype in QUANTIZED.items():
+                k, v = (_quantized_ring(times, heads, width, dtype, offset=offset) for offset in (True, False))
+                yield f"{size}, q and ring in {name}", partial(store_projection, projection, q, [k], [v])
             yield f"{size}, q", partial(store_projection, projection, q, (), ())
             yield f"{size}, ring", partial(store_projection, projection, (), ring, ring)
         else:
@@ -137,6 +141,15 @@ def _placements(size: str, heads: int, width: int) -> Iterator[tuple[str, Callab
     q = [Slots(empty(1, FRAMES, TOKENS, heads // 2, width))]
     ring = [Slots(empty(1, WINDOW, TOKENS, heads // 2, width), times)]
     yield f"{size}, 2 ranks, q and ring", partial(store_pieces, half.pieces, q, ring, ring)
+    for name, dtype in QUANTIZED.items():
+        k, v = (_quantized_ring(times, heads // 2, width, dtype, offset=offset) for offset in (True, False))
+        yield f"{size}, 2 ranks, q and ring in {name}", partial(store_pieces, half.pieces, q, [k], [v])
+
+
+def _quantized_ring(times: Tensor, heads: int, width: int, dtype: torch.dtype, *, offset: bool = False) -> Slots:
+    ring = 1, WINDOW, TOKENS, heads
+    own = empty(1, heads, width, dtype=torch.float32) if offset else None
+    return Slots(empty(*ring, width, dtype=dtype), times, scales=empty(*ring, dtype=torch.float16), offset=own)
 
 
 def _attentions() -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -145,6 +158,14 @@ def _attentions() -> Iterator[tuple[str, Callable[[], Any]]]:
         yield f"bf16, d {width}, 2 ranges", partial(_attend, torch.bfloat16, width, ranges=2)
         yield f"bf16, d {width}, rotated on read", partial(_attend, torch.bfloat16, width, rotated=True)
         yield f"bf16, d {width}, 2 shares", partial(_attend, torch.bfloat16, width, shares=2)
+        for name, dtype in QUANTIZED.items():
+            yield f"bf16, d {width}, {name}", partial(_attend, torch.bfloat16, width, stored=dtype)
+            rotated = partial(_attend, torch.bfloat16, width, stored=dtype, rotated=True)
+            yield f"bf16, d {width}, {name}, rotated on read", rotated
+    yield "bf16, d 256, fp8", partial(_attend, torch.bfloat16, 256, stored=torch.float8_e4m3fn)
+    yield "bf16, d 128, fp8, 48 queries", partial(_attend, torch.bfloat16, 128, stored=torch.float8_e4m3fn, queries=48)
+    yield "fp16, d 128, int8", partial(_attend, torch.float16, 128, stored=torch.int8)
+    yield "fp32, d 128, fp8", partial(_attend, torch.float32, 128, stored=torch.float8_e4m3fn)
     yield "bf16, d 20", partial(_attend, torch.bfloat16, 20)
     yield "bf16, d 256", partial(_attend, torch.bfloat16, 256)
     yield "bf16, d 128, 48 queries", partial(_attend, torch.bfloat16, 128, queries=48)
@@ -164,16 +185,18 @@ def _attend(
     rotated: bool = False,
     shares: int = 1,
     queries: int = FRAMES * TOKENS,
+    stored: torch.dtype | None = None,
 ) -> None:
     heads = 12
     q = empty(1, queries, heads, width, dtype=dtype)
-    k = empty(1, WINDOW * TOKENS, heads, width, dtype=dtype)
+    k = empty(1, WINDOW * TOKENS, heads, width, dtype=stored or dtype)
+    scales = None if stored is None else empty(1, WINDOW * TOKENS, heads, dtype=torch.float16)
     bounds = empty(ranges, 2, dtype=torch.int32)
     rotate_on_read = (
         RotateOnRead(empty(WINDOW, 2, width // 2 - 2 * (width // 6), dtype=torch.float32), TOKENS) if rotated else None
     )
     with patch.object(attention_kernel, "shares", lambda *shape: shares):
-        attend(q, Keys(k, k, ((0, WINDOW * TOKENS),) * ranges, bounds, rotate_on_read))
+        attend(q, Keys(k, k, ((0, WINDOW * TOKENS),) * ranges, bounds, rotate_on_read, scales, scales))
 
 
 def _merge(parts: int, dtype: torch.dtype) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal, get_args
 
-from causalrope_sp.checks import check_fields, check_number, shown
+from causalrope_sp.checks import check_choice, check_fields, check_number, shown
 from causalrope_sp.errors import ConfigError
 
 DTYPE_NAMES = ("float64", "float32", "float16", "bfloat16")  # of a transformer
@@ -97,6 +97,7 @@ PRESETS = {
 
 
 LONGEST_WINDOW = 2**31 - 1  # latent frames; a thousand years of video
+CacheDtype = Literal["model", "int8", "fp8"]
 WindowPolicy = Literal["sliding", "multi-shot", "recomputed"]
 
 
@@ -124,9 +125,11 @@ class StreamConfig:
             that chunks after the first leave out, early ones less than later ones. None attends all of the window.
         image_in_chunk: whether a given image is the first frame of the first chunk, at timestep 0 in each of its
             passes, as Wan 2.2's TI2V models are trained. Without, it is a chunk of its own before the first one.
+        cache: how keys and values are stored. "model" keeps the model's dtype; "int8" and "fp8" (float8_e4m3fn) are
+            lossy and take about half of bfloat16's memory.
 
     Raises:
-        ConfigError: a length is below its minimum, the window is smaller than chunk + sink, or `rope` or
+        ConfigError: a length is below its minimum, the window is smaller than chunk + sink, or `rope`, `cache` or
             `window_policy` is unknown; or `similar_frames` is neither a whole number nor between 0 and 1, or goes with
             a recomputed window.
     """
@@ -139,6 +142,7 @@ class StreamConfig:
     window_policy: WindowPolicy = "sliding"
     image_in_chunk: bool = False
     similar_frames: float | None = None
+    cache: CacheDtype = "model"
 
     def __post_init__(self) -> None:
         check_fields(self, ["chunk_frames"], most=LONGEST_WINDOW)
@@ -152,6 +156,7 @@ class StreamConfig:
             raise ConfigError(
                 f"window_policy must be one of {', '.join(get_args(WindowPolicy))}, not {self.window_policy!r}"
             )
+        check_choice("cache", self.cache, get_args(CacheDtype))
         check_fields(self, ["sink"], least=0, most=LONGEST_WINDOW)
         if self.window is None:
             return

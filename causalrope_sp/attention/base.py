@@ -95,9 +95,23 @@ def attend_chunk(source: Source, cache: LayerCache, chunk: Chunk, operations: Pa
 def write_chunk(source: Source, cache: LayerCache, chunk: Chunk, operations: PassOperations) -> Tensor:
     """Writes a chunk's keys and values to the cache and returns its queries, (B, F, s, h, d)."""
     q = empty(source)
+    if cache.centre is not None:
+        cache.centre(mean_key(source, operations))
     k_slots, v_slots = cache.kv_slots(chunk)
     operations.norm_rope_store(source, q=[Slots(q)], k=k_slots, v=v_slots)
     return q
+
+
+def key_sum(source: Source, operations: PassOperations) -> Tensor:
+    """Returns the sum of the keys of all tokens, (B, h, d), in float32 or wider."""
+    k = empty(source)
+    operations.norm_rope_store(source, k=[Slots(k)])
+    return k.sum((1, 2), dtype=torch.float64 if k.dtype == torch.float64 else torch.float32)
+
+
+def mean_key(source: Source, operations: PassOperations) -> Tensor:
+    """Returns the mean of the keys of all tokens, (B, h, d), in float32 or wider."""
+    return key_sum(source, operations) / (source.shape[1] * source.shape[2])
 
 
 def empty(source: Source) -> Tensor:

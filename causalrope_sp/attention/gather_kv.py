@@ -12,7 +12,7 @@ from math import prod
 from torch import Tensor
 
 from causalrope_kernels import Partial, PassOperations, Pieces, Slots, Source
-from causalrope_sp.attention.base import Strategy, by_chunk, empty, joined, merged, parts_of
+from causalrope_sp.attention.base import Strategy, by_chunk, empty, joined, mean_key, merged, parts_of
 from causalrope_sp.cache.layer_cache import LayerCache
 from causalrope_sp.distributed.communicator import Communicator
 from causalrope_sp.grid import Chunk
@@ -61,8 +61,11 @@ class GatherKV(Strategy):
         received = Pieces(handle.wait())
         outputs = []
         for (chunk, part), old in zip(parts, before, strict=True):
+            own = received.part(part)
+            if cache.centre is not None:
+                cache.centre(mean_key(own, operations))
             k_slots, v_slots = cache.kv_slots(chunk)
-            operations.norm_rope_store(received.part(part), k=k_slots, v=v_slots)
+            operations.norm_rope_store(own, k=k_slots, v=v_slots)
             new = parts_of(q[:, part], cache.keys_since(chunk, since), operations)
             both = [[*a, *b] for a, b in zip(old, new, strict=True)] if old else new
             outputs.append(merged(both, operations)[0].view(q[:, part].shape))

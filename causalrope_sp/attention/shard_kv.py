@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from causalrope_kernels import Partial, PassOperations, Slots, Source
-from causalrope_sp.attention.base import Strategy, by_chunk, lse_elements, merged, parts_of
+from causalrope_sp.attention.base import Strategy, by_chunk, key_sum, lse_elements, merged, parts_of
 from causalrope_sp.cache.layer_cache import LayerCache
 from causalrope_sp.distributed.communicator import Communicator
 from causalrope_sp.grid import Chunk
@@ -49,6 +49,8 @@ class ShardKV(Strategy):
         handle = self._communicator.all_gather("q", cache.index, shapes, q)
         received = None if self._overlap else handle.wait()
         partials: list[list[Partial]] = [[] for _ in self._tokens]
+        if cache.centre is not None:
+            cache.centre(self._mean_key(source.part(by_chunk(chunks)[0][1]), cache.index, operations))
         for chunk, part in by_chunk(chunks):
             k_slots, v_slots = cache.kv_slots(chunk)
             operations.norm_rope_store(source.part(part), k=k_slots, v=v_slots)
@@ -59,6 +61,14 @@ class ShardKV(Strategy):
                 if rank != own_rank:
                     partials[rank].append(merged(parts_of(queries[:, part], cache.keys(chunk), operations), operations))
         return self._return_partials(partials, q, cache.index, operations)
+
+    def _mean_key(self, source: Source, layer: int, operations: PassOperations) -> Tensor:
+        """Returns the mean of the keys of all ranks' tokens, (B, h, d)."""
+        own = key_sum(source, operations)
+        (sent,) = self._communicator.buffer("key sum out", [own.shape], own)
+        sent.copy_(own)
+        sums = self._communicator.all_gather("key sum", layer, [own.shape] * self._communicator.size, sent).wait()
+        return torch.stack(list(sums)).sum(0) / (source.shape[1] * sum(self._tokens))
 
     def _return_partials(
         self, partials: Sequence[Sequence[Partial]], like: Tensor, layer: int, operations: PassOperations

@@ -8,9 +8,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 
+import torch
 from torch import Tensor
 
 from causalrope_kernels import Keys, RotateOnRead, Slots
+from causalrope_sp.cache.layer_storage import LayerStorage
 from causalrope_sp.cache.read_plans import Choose, ReadPlans
 from causalrope_sp.cache.undo import UndoBuffer, UndoHistory
 from causalrope_sp.cache.window import SlidingWindow
@@ -23,20 +25,20 @@ class HeadRing:
     A layer may have no such heads; its storage is then empty.
 
     Args:
-        storage_2BKSHD: keys and values of every layer.
+        storage: keys and values of every layer.
         frames: the frames that these heads see, which is K; at most those of `window`.
         window: the window of the stream.
         history: how many committed chunks can be taken back.
         rotate_on_read: see `KVCache`.
 
     Attributes:
-        storage_2BKSHD: keys and values of every layer.
+        storage: keys and values of every layer.
         window: the sliding window of these heads.
     """
 
     def __init__(
         self,
-        storage_2BKSHD: list[Tensor],
+        storage: list[LayerStorage],
         frames: int,
         window: SlidingWindow,
         history: int,
@@ -49,17 +51,19 @@ class HeadRing:
         self._choose: Choose | None = None
         self._full = window
         self.window = window.narrowed(frames)
-        self._bind(storage_2BKSHD)
+        self._bind(storage)
 
-    def _bind(self, storage_2BKSHD: list[Tensor]) -> None:
+    def _bind(self, storage: list[LayerStorage]) -> None:
         """Takes a storage. Views are made once, since each costs the host as much as a launch."""
-        self.storage_2BKSHD = storage_2BKSHD
-        self._plans = ReadPlans(storage_2BKSHD, self._rotate_on_read, self._choose)
+        self.storage = storage
+        self._parts_2BK = [layer.parts_2BK for layer in storage]
+        self._plans = ReadPlans(storage, self._rotate_on_read, self._choose)
         self._plans.restart(self.window, self._full)
 
     def tensors(self) -> Iterator[Tensor]:
         """Yields what the ring holds on the device: its storage, and undo buffers."""
-        yield from self.storage_2BKSHD
+        for layer in self.storage:
+            yield from layer.tensors()
         yield from self._history.tensors()
         if self._undo is not None:
             yield self._undo.memory
@@ -71,7 +75,7 @@ class HeadRing:
     def choose_frames(self, choose: Choose) -> None:
         """Lets the chunks from now on attend only frames that are chosen."""
         self._choose = choose
-        self._bind(self.storage_2BKSHD)
+        self._bind(self.storage)
 
     def restart_plans(self) -> None:
         """Forgets what the passes over chunks write and read, since the window moved."""
@@ -81,7 +85,7 @@ class HeadRing:
         """Opens a chunk that will own these slots."""
         slots = [slot for slot in slots if slot in self._written]
         frames = [self._written[slot] for slot in slots]  # of the window, or of a sink whose shot is over
-        self._undo = self._history.buffer(chunk, frames, slots, self.storage_2BKSHD)
+        self._undo = self._history.buffer(chunk, frames, slots, self._parts_2BK)
         self.restart_plans()
 
     def commit(self) -> None:
@@ -100,17 +104,18 @@ class HeadRing:
     def restore_evicted(self) -> None:
         """Writes the frames that the open chunk overwrote back to their slots, from the undo buffer."""
         assert self._undo is not None, "only an open chunk overwrites frames"
-        self._undo.restore(self.storage_2BKSHD)
+        self._undo.restore(self._parts_2BK)
 
     def _take_back(self, undo: UndoBuffer) -> None:
-        undo.restore(self.storage_2BKSHD)
+        undo.restore(self._parts_2BK)
         if undo.layers:
             self._written |= dict(zip(undo.slots, undo.frames, strict=True))
 
     def reopen(self, chunk: Chunk) -> None:
         """Makes the chunk that was committed last the open one again."""
         undo = self._history.pop()
-        nothing, layers = self.storage_2BKSHD[0].new_empty(0), set(range(len(self.storage_2BKSHD)))
+        nothing = self.storage[0].numbers_2BKSHD.new_empty(0, dtype=torch.uint8)
+        layers = set(range(len(self.storage)))
         self._undo = undo or UndoBuffer(chunk, [], [], nothing, [], layers)
         self.restart_plans()
 
@@ -145,17 +150,17 @@ class HeadRing:
         if self._undo is not None:
             self._undo.shared = True
         fork._history, fork._written = self._history.fork(), dict(self._written)
-        fork._bind(self.storage_2BKSHD)
+        fork._bind([layer.shared() for layer in self.storage])
         return fork
 
     def own(self) -> None:
         """Copies the storage, which others share."""
-        self._bind([layer.clone() for layer in self.storage_2BKSHD])
+        self._bind([layer.clone() for layer in self.storage])
 
     def save_evicted(self, layer: int) -> None:
         """Copies the frames of a layer that the open chunk will overwrite to the undo buffer, once a chunk."""
         if self._undo is not None and layer not in self._undo.layers:
-            self._undo.save(self.storage_2BKSHD[layer], layer)
+            self._undo.save(self._parts_2BK[layer], layer)
 
     def slots(self, layer: int, chunk: Chunk) -> tuple[Slots, Slots]:
         """Returns the slots of a layer that a chunk's keys and values are written to."""
@@ -194,5 +199,5 @@ class HeadRing:
             assert self._written.get(slot) in (frame, *opened), f"slot {slot} does not hold frame {frame}"
         if open_chunk is None:
             assert self._undo is None, "the undo buffer outlives its chunk"
-            for storage in self.storage_2BKSHD:
-                assert storage[:, :, list(held)].isfinite().all(), "a committed slot was never written"
+            for parts_2BK in self._parts_2BK:
+                assert parts_2BK[-1][:, :, list(held)].isfinite().all(), "a committed slot was never written"

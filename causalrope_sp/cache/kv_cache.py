@@ -22,7 +22,9 @@ from torch import Tensor
 
 from causalrope_kernels import Keys, RotateOnRead, Slots
 from causalrope_sp.cache.head_ring import HeadRing
+from causalrope_sp.cache.key_offsets import KeyOffsets
 from causalrope_sp.cache.layer_cache import LayerCache
+from causalrope_sp.cache.layer_storage import LayerStorage
 from causalrope_sp.cache.read_plans import Choose, Ranges
 from causalrope_sp.cache.window import SlidingWindow
 from causalrope_sp.devices import storage_bytes
@@ -40,8 +42,9 @@ class KVCache:
         tokens: the tokens of a frame that this rank stores.
         heads: the heads that this rank stores.
         head_dim: the head width.
-        dtype: the dtype of keys and values.
+        dtype: the dtype in which keys and values are computed.
         device: where they live.
+        quantized: the dtype of 8 bits that they are stored in, int8 or float8_e4m3fn; None stores them in `dtype`.
         history: how many committed chunks can be taken back.
         rotate_on_read: makes the rotation of the keys on read from the position of every slot's frame within the window
             (the `relative` policy); None if keys are stored rotated.
@@ -50,6 +53,7 @@ class KVCache:
         committed: the number of latent frames whose clean keys and values are stored, which is the global time index at
             which the next chunk starts.
         open_chunk: the chunk that denoise passes write, or None.
+        offsets: what is taken off quantized keys.
         storages: how many storages it has had; a captured graph has the addresses of one.
     """
 
@@ -64,6 +68,7 @@ class KVCache:
         *,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
+        quantized: torch.dtype | None = None,
         history: int = 0,
         rotate_on_read: Callable[[Sequence[int]], RotateOnRead] | None = None,
     ) -> None:
@@ -74,13 +79,15 @@ class KVCache:
         self.storages = 1
         self._restarted = 0  # the next frame at the last restart
         shape = (2, batch, window.frames, tokens, heads, head_dim)
-        storage = [torch.empty(shape, dtype=dtype, device=device) for _ in range(layers)]
+        storage = [LayerStorage.empty(shape, dtype, quantized, device) for _ in range(layers)]
         self._rings = [HeadRing(storage, window.frames, window, history, rotate_on_read)]
-        self._make_layers()
+        self._still = 0 if rotate_on_read is None else 2 * rotate_on_read([0] * window.frames).table.shape[2]
+        self._make_layers(frozenset(range(0 if quantized else layers)))
 
-    def _make_layers(self) -> None:
+    def _make_layers(self, set_already: frozenset[int]) -> None:
         own = weakref.proxy(self)  # no cycle: a cache that nobody needs goes at once, not when Python looks for cycles
-        self._layers = [LayerCache(own, index) for index in range(len(self._rings[0].storage_2BKSHD))]
+        self._layers = [LayerCache(own, index) for index in range(len(self._rings[0].storage))]
+        self.offsets = KeyOffsets(self._rings, self._layers, self._still, set_already)
 
     @property
     def window(self) -> SlidingWindow:
@@ -226,7 +233,7 @@ class KVCache:
         """Returns a cache that goes on from here by itself. Both share the storage until one of them writes."""
         fork = copy.copy(self)
         fork._rings = [ring.fork() for ring in self._rings]
-        fork._make_layers()
+        fork._make_layers(self.offsets.set_already)
         self._sharers[0] += 1
         return fork
 

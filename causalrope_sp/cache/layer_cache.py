@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
+
+from torch import Tensor
 
 from causalrope_kernels import Keys, Slots
 from causalrope_sp.grid import Chunk
@@ -32,10 +34,15 @@ class LayerCache:
     Args:
         cache: the cache of all layers.
         index: the number of the layer.
+
+    Attributes:
+        centre: sets what is taken off all keys before they are quantized (see `KeyOffsets.set`), as it must be before
+            the first of them is written; None where nothing is, or it is set.
     """
 
     def __init__(self, cache: SlotCache, index: int) -> None:
         self._cache, self.index = cache, index
+        self.centre: Callable[[Tensor], None] | None = None
 
     def kv_slots(self, chunk: Chunk) -> tuple[Sequence[Slots], Sequence[Slots]]:
         """Returns the slots of the chunk's keys and of its values, by head group. The caller must write them.

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from causalrope_kernels import Keys, RotateOnRead, Slots
+from causalrope_sp.cache.layer_storage import LayerStorage
 from causalrope_sp.cache.window import SlidingWindow
 from causalrope_sp.devices import send
 from causalrope_sp.grid import Chunk
@@ -50,11 +51,40 @@ class _ChunkPlan:
     keys: dict[tuple[int, int, bool], tuple[Keys, ...]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class _LayerViews:
+    """The views of a layer's storage.
+
+    Args:
+        rings: keys and values in slots, each (B, K, S, H, d).
+        rows: the same as rows, each (B, K·S, H, d).
+        scales: their scales, each (B, K, S, H), or None.
+        scale_rows: the same as rows, each (B, K·S, H), or None.
+        offset: what is taken off the keys, (B, H, d), or None.
+    """
+
+    rings: tuple[Tensor, Tensor]
+    rows: tuple[Tensor, Tensor]
+    scales: tuple[Tensor | None, Tensor | None]
+    scale_rows: tuple[Tensor | None, Tensor | None]
+    offset: Tensor | None
+
+    @classmethod
+    def of(cls, layer: LayerStorage) -> _LayerViews:
+        k, v = layer.numbers_2BKSHD
+        rows = k.flatten(1, 2), v.flatten(1, 2)
+        if layer.scales_2BKSH is None:
+            return cls((k, v), rows, (None, None), (None, None), None)
+        k_scales, v_scales = layer.scales_2BKSH
+        scale_rows = k_scales.flatten(1, 2), v_scales.flatten(1, 2)
+        return cls((k, v), rows, (k_scales, v_scales), scale_rows, layer.offset_BHD)
+
+
 class ReadPlans:
     """The plans of the chunks of a pass in the rings of some heads.
 
     Args:
-        storage_2BKSHD: keys and values of every layer.
+        storage: keys and values of every layer.
         rotate_on_read: makes the rotation of the keys on read from the position of every slot's frame within the
             window; None if keys are stored rotated.
         choose: chooses among the frames that the window holds; None attends all.
@@ -65,14 +95,14 @@ class ReadPlans:
 
     def __init__(
         self,
-        storage_2BKSHD: Sequence[Tensor],
+        storage: Sequence[LayerStorage],
         rotate_on_read: Callable[[Sequence[int]], RotateOnRead] | None,
         choose: Choose | None = None,
     ) -> None:
         self._rotate_on_read, self._choose = rotate_on_read, choose
-        self._device, self._tokens = storage_2BKSHD[0].device, storage_2BKSHD[0].shape[3]
-        self._rings = [(k, v) for k, v in storage_2BKSHD]
-        self._rows = [(k.flatten(1, 2), v.flatten(1, 2)) for k, v in self._rings]
+        first = storage[0].numbers_2BKSHD
+        self._device, self._tokens = first.device, first.shape[3]
+        self._layers = [_LayerViews.of(layer) for layer in storage]
         self._plans: dict[int, _ChunkPlan] = {}  # by the number of the chunk
 
     def restart(self, window: SlidingWindow, full: SlidingWindow) -> None:
@@ -85,9 +115,12 @@ class ReadPlans:
         plan = self._plan(chunk)
         found = plan.slots.get(layer)
         if found is None:
-            first, (k, v) = plan.first, self._rings[layer]
+            first, views = plan.first, self._layers[layer]
             rows = None if first is None else slice(first, first + chunk.frames)
-            k, v = (Slots(x, plan.slots_F, None if rows is None else x[:, rows]) for x in (k, v))
+            k, v = (
+                Slots(ring, plan.slots_F, None if rows is None else ring[:, rows], scales, offset)
+                for ring, scales, offset in zip(views.rings, views.scales, (views.offset, None), strict=True)
+            )
             found = plan.slots[layer] = k, v
         return found
 
@@ -104,13 +137,17 @@ class ReadPlans:
         found = plan.keys.get((layer, since, old))
         if found is None:
             rows, bounds = self._ranges(plan, chunk, since, old)
-            k, v = self._rows[layer]
+            views = self._layers[layer]
+            whole = Keys(*views.rows, rows[0], bounds, plan.rotate_on_read, *views.scale_rows)
             if plan.chosen is None:
-                found = (Keys(k, v, rows[0], bounds, plan.rotate_on_read),)
+                found = (whole,)
             else:
-                first, rotate = layer * k.shape[2], plan.rotate_on_read
-                heads = zip(k.split(1, 2), v.split(1, 2), rows[first:], bounds[layer], strict=False)
-                found = tuple(Keys(*own, rotate) for own in heads)
+                heads = whole.k.shape[2]
+                own = zip(range(heads), rows[layer * heads :], bounds[layer], strict=False)
+                found = tuple(
+                    replace(whole.heads(slice(head, head + 1)), ranges=read, bounds_N2=on_device)
+                    for head, read, on_device in own
+                )
             plan.keys[layer, since, old] = found
         return found
 

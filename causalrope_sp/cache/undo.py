@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from causalrope_sp.grid import Chunk
@@ -22,8 +23,9 @@ class UndoBuffer:
         chunk: the chunk.
         frames: their global time indices; none for a chunk that cannot be taken back.
         slots: their slots.
-        memory: what their keys and values lie in.
-        saved_2BFSHD: their keys and values, by layer.
+        memory: the bytes that their keys and values lie in.
+        saved_2BF: what the parts of the ring's storage hold of them, by layer: keys and values, (2, B, F, S, H, d), and
+            where they are quantized their scales, (2, B, F, S, H).
         layers: the layers that were saved so far.
         shared: whether a fork of the cache refers to the buffer too.
     """
@@ -32,21 +34,23 @@ class UndoBuffer:
     frames: list[int]
     slots: list[int]
     memory: Tensor
-    saved_2BFSHD: list[Tensor]
+    saved_2BF: list[list[Tensor]]
     layers: set[int] = field(default_factory=set)
     shared: bool = False
 
-    def save(self, ring_2BKSHD: Tensor, layer: int) -> None:
+    def save(self, parts_2BK: Sequence[Tensor], layer: int) -> None:
         """Copies the frames of a layer from their slots."""
-        for n, slot in enumerate(self.slots):
-            self.saved_2BFSHD[layer][:, :, n] = ring_2BKSHD[:, :, slot]
+        for saved_2BF, part_2BK in zip(self.saved_2BF[layer], parts_2BK, strict=True):
+            for n, slot in enumerate(self.slots):
+                saved_2BF[:, :, n] = part_2BK[:, :, slot]
         self.layers.add(layer)
 
-    def restore(self, rings_2BKSHD: Sequence[Tensor]) -> None:
+    def restore(self, storage_2BK: Sequence[Sequence[Tensor]]) -> None:
         """Copies the saved frames of every layer back to their slots."""
-        for layer in sorted(self.layers):
-            for n, slot in enumerate(self.slots):
-                rings_2BKSHD[layer][:, :, slot] = self.saved_2BFSHD[layer][:, :, n]
+        for layer in sorted(self.layers) if self.slots else ():
+            for saved_2BF, part_2BK in zip(self.saved_2BF[layer], storage_2BK[layer], strict=True):
+                for n, slot in enumerate(self.slots):
+                    part_2BK[:, :, slot] = saved_2BF[:, :, n]
 
 
 class UndoHistory:
@@ -64,15 +68,18 @@ class UndoHistory:
         """Yields the memory of all buffers, free ones included."""
         yield from (*self._free, *(buffer.memory for buffer in self._buffers))
 
-    def buffer(self, chunk: Chunk, frames: list[int], slots: list[int], rings_2BKSHD: Sequence[Tensor]) -> UndoBuffer:
+    def buffer(
+        self, chunk: Chunk, frames: list[int], slots: list[int], storage_2BK: Sequence[Sequence[Tensor]]
+    ) -> UndoBuffer:
         """Returns an empty buffer for the frames that a chunk overwrites, in memory of an old one if there is some."""
-        sizes = [ring[:, :, 0].numel() * len(frames) for ring in rings_2BKSHD]
-        memory = self._free.pop() if self._free else rings_2BKSHD[0].new_empty(0)
+        sizes = [part[:, :, 0].nbytes * len(frames) for parts in storage_2BK for part in parts]
+        memory = self._free.pop() if self._free else storage_2BK[0][0].new_empty(0, dtype=torch.uint8)
         if memory.numel() < sum(sizes):
             memory = memory.new_empty(sum(sizes))
+        pieces = iter(memory[: sum(sizes)].split(sizes))
         saved = [
-            part.view(*ring.shape[:2], len(frames), *ring.shape[3:])
-            for part, ring in zip(memory[: sum(sizes)].split(sizes), rings_2BKSHD, strict=True)
+            [next(pieces).view(part.dtype).view(*part.shape[:2], len(frames), *part.shape[3:]) for part in parts]
+            for parts in storage_2BK
         ]
         return UndoBuffer(chunk, frames, slots, memory, saved)
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from causalrope_sp.pipeline.pipeline import CausalVideoPipeline
     from causalrope_sp.profiling.bench import Row
 
-LOADING = ("base", "dtype", "height", "width", "window", "num_inference_steps", "graphs")  # of `LoadOptions`
+LOADING = ("base", "dtype", "height", "width", "window", "cache", "num_inference_steps", "graphs")  # of `LoadOptions`
 OF_GENERATE = {*LOADING, "model", "device", "num_frames", "steps", "strategy", "attention"}
 
 
@@ -96,6 +96,7 @@ def _run_fields(pipe: CausalVideoPipeline, model: str, frames: int, runs: int) -
         "height": pipe.height,
         "width": pipe.width,
         "window": stream.window,
+        "cache": stream.cache,
         "chunk_frames": stream.chunk_frames,
         "steps": len(pipe.config.sampler.steps),
         "frames": frames,

@@ -10,6 +10,7 @@ from typing import Any, get_args
 import click
 
 from causalrope_sp.cli.model_options import (
+    CACHE,
     CHUNK_FRAMES,
     GUIDANCE_INTERVAL,
     HEIGHT,
@@ -34,6 +35,7 @@ LOADING = (
     *(
         "window_policy",
         "similar_frames",
+        "cache",
         "rope",
         "num_inference_steps",
         "solver",
@@ -106,6 +108,7 @@ OPTIONS = (
     CHUNK_FRAMES,
     WINDOW_POLICY,
     SIMILAR_FRAMES,
+    CACHE,
     click.option(
         "--rope",
         type=click.Choice(["absolute", "relative"]),

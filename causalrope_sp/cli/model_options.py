@@ -7,7 +7,7 @@ from typing import get_args
 import click
 
 from causalrope_sp.cli.numbers import FLOAT, INTEGER
-from causalrope_sp.config import WindowPolicy
+from causalrope_sp.config import CacheDtype, WindowPolicy
 
 HEIGHT = click.option("--height", type=INTEGER, help="Set the height of a frame in pixels. The default is the model's.")
 WIDTH = click.option("--width", type=INTEGER, help="Set the width of a frame in pixels. The default is the model's.")
@@ -30,6 +30,11 @@ SIMILAR_FRAMES = click.option(
     metavar="NUMBER|SHARE",
     help="Attend, besides the sink and the newest frames, only this many frames, by similarity, or leave out "
     "this share of all frames. The default is all of the window.",
+)
+CACHE = click.option(
+    "--cache",
+    type=click.Choice(get_args(CacheDtype)),
+    help="Store keys and values in the model's dtype or, with a loss, in 8 bits. The default is the model's.",
 )
 CHUNK_FRAMES = click.option(
     "--chunk-frames", type=INTEGER, help="Put this many latent frames into a chunk. The default is the model's."

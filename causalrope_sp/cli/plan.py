@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from causalrope_sp.cli.model_options import (
+    CACHE,
     CHUNK_FRAMES,
     GUIDANCE_INTERVAL,
     HEIGHT,
@@ -36,6 +37,7 @@ OVERRIDES = (
     "sink",
     "chunk_frames",
     "window_policy",
+    "cache",
     "steps",
     "guidance_scale",
     "guidance_interval",
@@ -56,6 +58,7 @@ OVERRIDES = (
 @SINK
 @CHUNK_FRAMES
 @WINDOW_POLICY
+@CACHE
 @click.option("--steps", type=INTEGER, help="Make this many denoise passes per chunk. The default is the model's.")
 @click.option(
     "--guidance",

@@ -23,6 +23,7 @@ LOADING = (
     *(
         "window_policy",
         "similar_frames",
+        "cache",
         "rope",
         "num_inference_steps",
         "solver",

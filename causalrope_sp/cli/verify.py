@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
 from causalrope_sp.checks import shown
+from causalrope_sp.config import CacheDtype
 from causalrope_sp.errors import ConfigError, escaped_line
 from causalrope_sp.rank_environment import RankEnvironment
 
@@ -40,12 +41,21 @@ MOST_RANKS = 64  # processes that the command starts on one machine
     help="Compute on this kind of device.",
 )
 @click.option(
+    "--cache",
+    type=click.Choice(get_args(CacheDtype)),
+    default="model",
+    show_default=True,
+    help="Store keys and values of the random models like this; ranks must still agree.",
+)
+@click.option(
     "--json",
     "as_json",
     is_flag=True,
     help="Print a JSON list of objects with case, ranks, strategy, error and ok. The default is a table.",
 )
-def verify(folder: Path | None, ranks: str, strategy: str, dtype: str, device: str, as_json: bool) -> int:
+def verify(
+    folder: Path | None, ranks: str, strategy: str, dtype: str, device: str, cache: CacheDtype, as_json: bool
+) -> int:
     """Checks the results of this machine against the reference cases in DIR, or with small random models.
 
     The command starts its processes itself. The exit status is 1 if a check fails.
@@ -57,7 +67,7 @@ def verify(folder: Path | None, ranks: str, strategy: str, dtype: str, device: s
 
     from causalrope_sp.verification.runner import run_verification
 
-    checks = run_verification(folder, counts, strategy, getattr(torch, dtype), device)
+    checks = run_verification(folder, counts, strategy, getattr(torch, dtype), device, cache)
     if as_json:
         click.echo(json.dumps([_check_fields(check) for check in checks]))
     else:

@@ -10,7 +10,7 @@ from typing import Any, Literal, Self, get_args
 import torch
 
 from causalrope_sp.checks import check_choice, check_flag, check_text, check_whole, shown
-from causalrope_sp.config import Solver, TimestepRule, WindowPolicy, check_similar
+from causalrope_sp.config import CacheDtype, Solver, TimestepRule, WindowPolicy, check_similar
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.pipeline.decoding import Decode
 from causalrope_sp.pipeline.offload import Offload
@@ -49,6 +49,7 @@ class LoadOptions:
         window_policy: "sliding", "multi-shot" or "recomputed" (see `StreamConfig`).
         similar_frames: how many frames attention reads besides the newest and the sink, by similarity (see
             `StreamConfig`). It changes the result.
+        cache: "model", "int8" or "fp8", how keys and values are stored (see `StreamConfig`).
         num_inference_steps: how many evenly spaced denoising steps, or their unshifted timesteps in (0, 1000].
         solver, timestep_rule, shift, guidance_scale, guidance_interval: of the sampler (see `SamplerConfig`).
         weights: "full"; "fp8" for the blocks' matrices in 8 bits, or "fp8-dynamic" for products in 8 bits as well (see
@@ -85,6 +86,7 @@ class LoadOptions:
     rope: Literal["absolute", "relative"] | None = None
     window_policy: WindowPolicy | None = None
     similar_frames: float | None = None
+    cache: CacheDtype | None = None
     num_inference_steps: Steps | None = None
     solver: Solver | None = None
     timestep_rule: TimestepRule | None = None
@@ -107,6 +109,7 @@ class LoadOptions:
         replace_checked(self, "rope", check_choice, ("absolute", "relative"))
         replace_checked(self, "window_policy", check_choice, get_args(WindowPolicy))
         replace_checked(self, "similar_frames", check_similar)
+        replace_checked(self, "cache", check_choice, get_args(CacheDtype))
         replace_checked(self, "parallel_chunks", check_choice, ("vin",))
         replace_checked(self, "weights", check_choice, get_args(Weights))
         check_choice("decode", self.decode, get_args(Decode))

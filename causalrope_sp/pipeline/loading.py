@@ -27,7 +27,7 @@ from causalrope_sp.pipeline.parallel_chunks import ParallelChunks, check_request
 from causalrope_sp.pipeline.preflight import Run, check_memory, describe_run
 from causalrope_sp.planning.strategy import choose_strategy
 from causalrope_sp.sampling.guidance import check_guidance
-from causalrope_sp.sampling.stream_options import LowNoiseExpert
+from causalrope_sp.sampling.stream_options import LowNoiseExpert, check_attention
 from causalrope_sp.weights import load_model, outline_model
 from causalrope_sp.weights.lora import Lora
 
@@ -188,8 +188,9 @@ def _find_on_every_rank(model: str | os.PathLike[str], options: LoadOptions, par
 def _check_settings(config: ModelConfig, options: LoadOptions, parallel: SequenceParallel) -> None:
     """Raises ConfigError on every rank, before anything is loaded, for settings that contradict each other."""
     check_decode(options.decode, parallel.mesh.decode)
+    check_attention(config.stream, parallel.attention)
     parallel.everyone.agree({"parallel chunks": (options.parallel_chunks, config.vin is not None)})
-    of_stream = ("window", "sink", "chunk_frames", "rope", "window_policy", "similar_frames")
+    of_stream = ("window", "sink", "chunk_frames", "rope", "window_policy", "similar_frames", "cache")
     changes = [name for name in of_stream if getattr(options, name) is not None]
     if parallel.mesh.decode:
         changes.append("decode ranks")

@@ -144,7 +144,7 @@ class ModelConfig:
         Raises:
             ConfigError: the values contradict each other.
         """
-        names = ("window", "sink", "chunk_frames", "rope", "window_policy", "similar_frames")
+        names = ("window", "sink", "chunk_frames", "rope", "window_policy", "similar_frames", "cache")
         changes = {name: getattr(options, name) for name in names}
         stream = replace(self.stream, **{name: value for name, value in changes.items() if value is not None})
         return replace(

@@ -233,8 +233,9 @@ def remedies(run: Run, free: int) -> list[str]:
     """Returns command-line options that make a run fit, each tried on the cost model: single options if one is enough,
     else all options that save memory, and with them a shorter window or more ranks."""
     offloads = [(f"--offload {other}", replace(run, offload=other)) for other in _more_offload(run)]
-    quantized = replace(run, work=replace(run.work, fp8=True))
-    smaller = [] if run.work.fp8 else [("--weights fp8", quantized)]
+    quantized, small_cache = replace(run.work, fp8=True), replace(run.work, cache="int8")
+    smaller = [] if run.work.fp8 else [("--weights fp8", replace(run, work=quantized))]
+    smaller += [("--cache int8", replace(run, work=small_cache))] if run.work.cache == "model" else []
     smaller += [("--no-graphs", replace(run, graphs=False))] if run.auxiliary.graphs else []
     found = [words for words, other in offloads if _fits(other, free)][:1]
     found += [words for words, other in smaller if _fits(other, free)]
@@ -243,7 +244,9 @@ def remedies(run: Run, free: int) -> list[str]:
         return found
     every = [*offloads[-1:], *smaller]
     words = " ".join(words for words, _ in every)
-    smallest = replace(quantized, offload=offloads[-1][1].offload if offloads else run.offload, graphs=False)
+    offload, cache = offloads[-1][1].offload if offloads else run.offload, run.work.cache
+    quantized = replace(quantized, cache="int8" if cache == "model" else cache)
+    smallest = replace(run, work=quantized, offload=offload, graphs=False)
     if _fits(smallest, free):
         return [words]
     return [f"{words} {more}".strip() for more in (*_windows(smallest, free), *_ranks(smallest, free))]

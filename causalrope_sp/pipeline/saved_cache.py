@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 from torch import Tensor
 
 from causalrope_sp.attention.build import stored_part
-from causalrope_sp.errors import ConfigError
+from causalrope_sp.errors import CheckpointError, ConfigError
 from causalrope_sp.sampling.chunk_loop import ChunkLoop
 from causalrope_sp.sampling.guidance import GuidanceBranch
 from causalrope_sp.sampling.steered_loop import SteeredLoop
@@ -42,13 +42,39 @@ def describe_cache(loop: ChunkLoop) -> SavedCache:
     branches = tuple(found[name] for name in BRANCHES if name in found)
     grid, batch = loop.context.grid, loop.context.batch
     sizes = config.num_layers, batch, grid.tokens, config.num_heads, config.head_dim
-    return SavedCache(branches, *sizes, loop.model.dtype)
+    dtype = loop.model.dtype if loop.options.stream.cache == "model" else torch.int8
+    cache = SavedCache(branches, *sizes, dtype)
+    return cache if dtype != torch.int8 else replace(cache, offsets=_offsets(loop, cache))
 
 
 def _describe(name: str, branch: GuidanceBranch, stop: int) -> SavedBranch:
     window, pending = branch.stream.cache.window, branch.pending
     bounds = None if pending is None else (pending.chunk.start, pending.chunk.stop)
     return SavedBranch(name, tuple(sorted(branch.held(stop))), window.oldest, window.kept_shot, bounds)
+
+
+def _offsets(loop: ChunkLoop, cache: SavedCache) -> dict[str, Tensor]:
+    """What was taken off the keys of each branch, (layers, B, N, D), where it is set; nothing on other ranks than 0."""
+    ranks, found = loop.parallel.communicator_among(loop.parallel.mesh.denoising), {}
+    wide = torch.float64 if loop.model.dtype == torch.float64 else torch.float32
+    for number, described in enumerate(cache.branches):
+        branch, parts = loop.branches.branch(BRANCHES.index(described.name)), _parts(loop, number)
+        own = torch.empty(0, dtype=wide, device=loop.model.device)
+        if branch is not None and parts[loop.parallel.rank] is not None:
+            own = branch.stream.cache.offsets.read()
+        if ranks is None:
+            whole = own.cpu()
+        else:
+            sizes = cache.layers, cache.batch
+            shapes = [(0,) if part is None else (*sizes, _length(part[1]), cache.head_dim) for part in parts]
+            received = ranks.gather_to_first(KIND, shapes, own)
+            whole = torch.full((*sizes, cache.heads, cache.head_dim), torch.nan, dtype=wide)
+            for part, piece in zip(parts, received, strict=True):
+                if part is not None and piece.numel():
+                    whole[:, :, part[1]] = piece.cpu()
+        if whole.isfinite().all():
+            found[described.name] = whole
+    return found
 
 
 def gather_layers(loop: ChunkLoop, cache: SavedCache) -> Iterator[Tensor]:
@@ -73,8 +99,8 @@ def gather_layers(loop: ChunkLoop, cache: SavedCache) -> Iterator[Tensor]:
                 yield own.cpu()
                 continue
             shapes = [_shape(cache, described, part) for part in parts]
-            like = loop.branches.branches[0].stream.cache.rings[0].storage_2BKSHD[0]
-            sent = like.new_empty(0) if own is None or parts[parallel.rank] is None else own
+            nothing = torch.empty(0, dtype=cache.dtype, device=loop.model.device)
+            sent = nothing if own is None or parts[parallel.rank] is None else own
             received = ranks.gather_to_first(KIND, shapes, sent)
             if parallel.rank == 0:
                 yield _joined(cache, described, parts, received)
@@ -100,14 +126,18 @@ def _own_part(loop: ChunkLoop, branch: GuidanceBranch, layer: int) -> Tensor:
     """This rank's keys and values of the saved frames of a layer, (2, B, K, s, n, D)."""
     slots = [slot for _, slot in sorted(branch.held(loop.position[1]).items())]
     (ring,) = branch.stream.cache.rings
-    return ring.storage_2BKSHD[layer][:, :, slots]
+    return ring.storage[layer].read(slots)
 
 
 def _shape(cache: SavedCache, branch: SavedBranch, part: tuple[slice, slice] | None) -> tuple[int, ...]:
     if part is None:
         return (0,)
-    tokens, heads = (each.stop - each.start for each in part)
-    return 2, cache.batch, len(branch.frames), tokens, heads, cache.head_dim
+    tokens, heads = map(_length, part)
+    return 2, cache.batch, len(branch.frames), tokens, heads, cache.width
+
+
+def _length(part: slice) -> int:
+    return int(part.stop - part.start)
 
 
 def _joined(
@@ -146,5 +176,7 @@ def restore_cache(loop: SteeredLoop, cache: SavedCache) -> None:
         slots = [held[frame] for frame in saved.frames]
         (ring,) = branch.stream.cache.rings
         for layer in range(cache.layers):
-            storage = ring.storage_2BKSHD[layer]
-            storage[:, :, slots] = cache.layer(saved.name, layer, tokens, heads).to(storage)
+            if not ring.storage[layer].write(slots, cache.layer(saved.name, layer, tokens, heads)):
+                raise CheckpointError(f"the saved keys and values of layer {layer}, {saved.name}, hold NaN or infinity")
+            if saved.name in cache.offsets:
+                branch.stream.cache.offsets.set(layer, cache.offsets[saved.name][layer][:, heads])

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
+from causalrope_kernels.quantized_heads import SCALE_DTYPE
 from causalrope_sp.attention.base import lse_elements
 from causalrope_sp.distributed.layout import Layout, parse_strategy, strategies
 from causalrope_sp.grid import LatentGrid, Shard
@@ -119,12 +120,22 @@ def received_guidance(work: Workload, ranks: int) -> int:
 
 
 def cache_bytes(layout: Layout, work: Workload, rank: int) -> int:
-    """Returns the bytes of one branch's KV cache: its ring, and the undo buffer of an open chunk."""
-    row, column, _, rows = _coordinates(layout, work, rank)
-    heads = layout.heads(work.config.num_heads)[column]
-    tokens = sum(rows) if layout.inner == "gather-kv" else rows[row]
+    """Returns the bytes of one branch's KV cache: its ring, and the undo buffer of an open chunk. One that is stored in
+    8 bits has the offset of each head's keys too, in float32 or wider."""
+    _, column, _, _ = _coordinates(layout, work, rank)
+    heads = work.batch * layout.heads(work.config.num_heads)[column]
+    offsets = 0 if work.cache == "model" else heads * work.config.num_layers * work.config.head_dim
     frames = work.window + work.chunk_frames
-    return 2 * work.config.num_layers * work.batch * frames * tokens * heads * work.config.head_dim * work.itemsize
+    return frames * frame_bytes(layout, work, rank) + offsets * max(4, work.itemsize)
+
+
+def frame_bytes(layout: Layout, work: Workload, rank: int) -> int:
+    """Returns the bytes that a latent frame takes in one branch's KV cache: keys and values, and scales of 8 bits."""
+    row, column, _, rows = _coordinates(layout, work, rank)
+    tokens = sum(rows) if layout.inner == "gather-kv" else rows[row]
+    width = work.config.head_dim
+    head = width * work.itemsize if work.cache == "model" else width + SCALE_DTYPE.itemsize
+    return 2 * work.config.num_layers * work.batch * tokens * layout.heads(work.config.num_heads)[column] * head
 
 
 def stored_bytes(layout: Layout, work: Workload, rank: int, branch: int = 0, stays: bool = False) -> int:
@@ -234,11 +245,12 @@ def _cost(layout: Layout, cfg: int, work: Workload, on: Machine, auxiliary: Auxi
     renewed = [frames for frames, _ in work.more_context]
     renewed_bytes = branches * bytes_layer * layers * sum(renewed) // chunk
     cache = work.models * branches * max(cache_bytes(layout, work, r) for r in every)
+    frame = max(frame_bytes(layout, work, r) for r in every)
     stored = max(sum(stored_bytes(layout, work, r, b, auxiliary.graphs) for b in range(branches)) for r in every)
     activations = max(_activation_bytes(layout, work, r) for r in every)
     session = SessionMemory(
         cache=cache,
-        history=cache // (window + chunk) * undo_frames(work),
+        history=work.models * branches * frame * undo_frames(work),
         text=work.models * text_bytes(work, branches),
         latents=latents_bytes(work, max(_tokens(work.grid, layout.ranks))),
         decoder=auxiliary.codec_state * (1 + work.history),

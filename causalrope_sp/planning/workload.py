@@ -7,7 +7,7 @@ from functools import cached_property
 from itertools import takewhile
 
 from causalrope_sp.codec.wan_vae_config import WAN_2_1
-from causalrope_sp.config import DiTConfig, SamplerConfig, StreamConfig
+from causalrope_sp.config import CacheDtype, DiTConfig, SamplerConfig, StreamConfig
 from causalrope_sp.diffusion.schedule import branch_timesteps, guided_steps, model_timesteps
 from causalrope_sp.grid import LatentGrid, split_into_chunks
 from causalrope_sp.reuse.policy import CAUSAL_KINDS, Kind, ReusePlan, ReusePolicy
@@ -38,6 +38,7 @@ class Workload:
             that it attends; None if the window only slides.
         models: how many models share the steps by noise level, each with weights, a cache and context passes of its
             own.
+        cache: how keys and values are stored, of `StreamConfig`.
         temporal_stride: the pixel frames of a latent frame, which only the frame rate depends on.
     """
 
@@ -58,6 +59,7 @@ class Workload:
     history: int = 0
     kept_chunks: int = 0
     models: int = 1
+    cache: CacheDtype = "model"
     temporal_stride: int = WAN_2_1.scale_factor_temporal
 
     @classmethod
@@ -105,6 +107,7 @@ class Workload:
             reuse=plans,
             recomputed=again,
             sink_frames=_sink_frames(stream),
+            cache=stream.cache,
         )
 
     @property

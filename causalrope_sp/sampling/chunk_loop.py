@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from causalrope_sp.cache.layer_storage import STORED_DTYPES
 from causalrope_sp.cache.window import SlidingWindow
 from causalrope_sp.config import DiTConfig
 from causalrope_sp.diffusion.noise import Noise
@@ -38,7 +39,7 @@ from causalrope_sp.sampling.settled import settle
 from causalrope_sp.sampling.similar_frames import SimilarFrames
 from causalrope_sp.sampling.similarity_schedule import top_frames
 from causalrope_sp.sampling.stream import CausalStream, Part
-from causalrope_sp.sampling.stream_options import Resumed, StreamOptions, check_length, window_of
+from causalrope_sp.sampling.stream_options import Resumed, StreamOptions, check_attention, check_length, window_of
 
 
 class ChunkLoop:
@@ -70,6 +71,7 @@ class ChunkLoop:
         options: StreamOptions,
     ) -> None:
         check_length(frames, options.stream)
+        check_attention(options.stream, parallel.attention)
         check_text(model, embeds, grid)
         check_finite("negative text embeddings", options.negative_embeds)
         check_image(model, options.image_embeds, len(embeds))
@@ -148,6 +150,7 @@ class ChunkLoop:
                 shard,
                 strategy,
                 relative=relative,
+                quantized=STORED_DTYPES.get(stream.cache),
                 reuse=plan,
                 graphs=graphs,
                 history=options.history,

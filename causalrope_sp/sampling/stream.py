@@ -75,6 +75,7 @@ class CausalStream:
         relative: rotate by a frame's position within the window instead of its global time index.
         reuse: which outputs a chunk's denoise passes take over from earlier ones; None computes all of them.
         graphs: runs passes by captured graphs; None runs them eagerly.
+        quantized: the dtype of 8 bits that keys and values are stored in; None stores them in the model's.
         history: how many committed chunks `rewind` can take back.
         settled: what `settle` returns for the model and the strategy's backend; None calls it.
         image_BNI: image tokens, (B, N, image_dim), for a model that has them.
@@ -94,6 +95,7 @@ class CausalStream:
         relative: bool = False,
         reuse: ReusePlan | None = None,
         graphs: PassGraphs | None = None,
+        quantized: torch.dtype | None = None,
         history: int = 0,
         settled: SettledWeights | None = None,
         image_BNI: Tensor | None = None,
@@ -130,6 +132,7 @@ class CausalStream:
             config.head_dim,
             dtype=model.dtype,
             device=model.device,
+            quantized=quantized,
             history=history,
             rotate_on_read=partial(self._rope.rotate_on_read, tokens=strategy.stored_tokens) if relative else None,
         )

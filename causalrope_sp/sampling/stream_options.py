@@ -17,6 +17,7 @@ from causalrope_sp.reuse.policy import ReusePolicy
 from causalrope_sp.sampling.settled import SettledWeights
 
 OnStep = Callable[[Chunk, int, float], object]
+BACKENDS_OF_8_BITS = ("auto", "torch", "triton")  # the attention backends that read a quantized cache
 Control = Callable[[Chunk], Tensor]
 
 
@@ -130,6 +131,14 @@ def window_of(stream: StreamConfig, frames: int | None, initial: int) -> Sliding
         return SlidingWindow(total)
     assert stream.window is not None, "`check_length` has checked that an endless video has a window"
     return SlidingWindow(stream.window, stream.sink)
+
+
+def check_attention(stream: StreamConfig, attention: str) -> None:
+    """Raises ConfigError for an attention backend that cannot read the cache of a stream."""
+    if stream.cache != "model" and attention not in BACKENDS_OF_8_BITS:
+        raise ConfigError(
+            f"attention must be {', '.join(BACKENDS_OF_8_BITS)} for a cache in {stream.cache}, not {attention!r}"
+        )
 
 
 def check_length(frames: int | None, stream: StreamConfig) -> None:

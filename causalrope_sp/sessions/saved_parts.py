@@ -5,13 +5,14 @@ Shapes: B batch, K saved frames, S tokens of a frame, N heads, D head width, L t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from causalrope_kernels.quantized_heads import SCALE_DTYPE
 from causalrope_sp.checks import check_choice, check_fields, check_flag, check_text, check_whole, shown
 from causalrope_sp.codec.conv_state import ConvState
 from causalrope_sp.config import DTYPE_NAMES
@@ -23,6 +24,8 @@ LARGEST_INDEX = 2**53  # of a chunk or latent frame; JSON's numbers are exact up
 _LARGEST_LAYERS = 2**12
 _LONGEST_NAME = 200  # characters of a layer of the decoder
 DTYPES = {name: getattr(torch, name) for name in DTYPE_NAMES}
+
+CACHE_DTYPES = DTYPES | {"int8": torch.int8}
 
 ReadLayer = Callable[[str, int, slice, slice], Tensor]
 
@@ -92,7 +95,9 @@ class SavedCache:
         tokens: S.
         heads: N.
         head_dim: D.
-        dtype: of keys and values.
+        dtype: of keys and values; int8 for those that are quantized, whose last axis is the bytes of a head's numbers
+            and then those of its scale.
+        offsets: by branch what was taken off quantized keys, (layers, B, N, D); nothing where it is not set yet.
         reader: reads from the file that holds them; None before they are written.
     """
 
@@ -103,6 +108,7 @@ class SavedCache:
     heads: int
     head_dim: int
     dtype: torch.dtype
+    offsets: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
     reader: ReadLayer | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -111,12 +117,24 @@ class SavedCache:
             raise ConfigError(f"the cache's branches must be of {', '.join(BRANCHES)}, not {shown(names)}")
         check_fields(self, ["layers"], most=_LARGEST_LAYERS)
         check_fields(self, ["batch", "tokens", "heads", "head_dim"], most=LARGEST_INDEX)
-        if self.dtype not in DTYPES.values():
-            raise ConfigError(f"the cache's dtype must be one of {', '.join(DTYPES)}, not {shown(self.dtype)}")
+        if self.dtype not in CACHE_DTYPES.values():
+            raise ConfigError(f"the cache's dtype must be one of {', '.join(CACHE_DTYPES)}, not {shown(self.dtype)}")
+        expected = self.layers, self.batch, self.heads, self.head_dim
+        for name, offsets in self.offsets.items():
+            if name not in names or self.dtype != torch.int8:
+                raise ConfigError(f"the cache has offsets of {printable(name)}, whose keys are not quantized")
+            check_tensor(f"the offsets of {name}", offsets, "L B N D", (torch.float32, torch.float64))
+            if offsets.shape != expected:
+                raise ConfigError(f"the offsets of {name} are {tuple(offsets.shape)}, expected {expected}")
 
     def layer_shape(self, branch: SavedBranch) -> tuple[int, ...]:
-        """Returns the shape of a layer's keys and values, (2, B, K, S, N, D)."""
-        return 2, self.batch, len(branch.frames), self.tokens, self.heads, self.head_dim
+        """Returns the shape of a layer's keys and values, (2, B, K, S, N, D), or of their bytes."""
+        return 2, self.batch, len(branch.frames), self.tokens, self.heads, self.width
+
+    @property
+    def width(self) -> int:
+        """The length of the last axis of a layer's keys and values."""
+        return self.head_dim + (SCALE_DTYPE.itemsize if self.dtype == torch.int8 else 0)
 
     def layer(self, branch: str, layer: int, tokens: slice = slice(None), heads: slice = slice(None)) -> Tensor:
         """Reads the keys and values of a layer, or some tokens or heads of them, and nothing else.

@@ -193,6 +193,8 @@ class SavedSession:
                     f"a cache of batch {cache.batch} with {cache.tokens} tokens a frame is not that of latents "
                     f"{tuple(self.latents.shape)}"
                 )
+            if (cache.dtype == torch.int8) != (self.stream.cache != "model"):
+                raise ConfigError(f"a cache of the kind {self.stream.cache!r} has no keys in {cache.dtype}")
             for branch in cache.branches:
                 self._check_branch(branch)
         ahead = self.chunks[len(self.chunks) - self.ahead :]

@@ -6,7 +6,7 @@
     session   the fields, a JSON object
 
 Its tensors are `latents`, `control`, `embeds/ID`, `negative_embeds`, `texts/NUMBER`, `conditioning`,
-`cache/BRANCH/LAYER` and `decoder/LAYER`.
+`cache/BRANCH/LAYER`, `offsets/BRANCH` and `decoder/LAYER`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from causalrope_sp.errors import CheckpointError, ConfigError, printable
 from causalrope_sp.sessions.saved_parts import ReadLayer, SavedCache
 from causalrope_sp.sessions.saved_session import SavedSession
 from causalrope_sp.sessions.session_metadata import CACHE, fields_of, layer_name, session_of, tensors_of
-from causalrope_sp.sessions.tensor_writer import TensorPlan, write_tensors
+from causalrope_sp.sessions.tensor_writer import NAMES, TensorPlan, write_tensors
 from causalrope_sp.weights.finite import all_finite
 from causalrope_sp.weights.messages import one_line, problem, some
 from causalrope_sp.weights.tensor_files import WeightFiles
@@ -129,7 +129,10 @@ def _check_layers(files: WeightFiles, held: Iterable[str], cache: SavedCache | N
     misshapen = []
     for name in found & shapes.keys():
         stored = files.tensors[name]
-        if cache is not None and (stored.shape, stored.dtype) != (shapes[name], cache.dtype):
+        if cache is not None and (stored.shape, NAMES.get(stored.dtype, stored.dtype)) != (
+            shapes[name],
+            NAMES[cache.dtype],
+        ):
             expected = f"{shapes[name]} in {cache.dtype}"
             misshapen.append(f"{name} is {stored.shape} in {stored.dtype}, expected {expected}")
     wrong = problem(sorted(shapes.keys() - found), sorted(found - shapes.keys()), sorted(misshapen))

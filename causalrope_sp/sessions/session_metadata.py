@@ -14,7 +14,7 @@ from causalrope_sp.config import SamplerConfig, StreamConfig
 from causalrope_sp.errors import ConfigError, printable
 from causalrope_sp.grid import Chunk
 from causalrope_sp.sessions.saved_parts import (
-    DTYPES,
+    CACHE_DTYPES,
     PromptUse,
     ReadLayer,
     SavedBranch,
@@ -30,10 +30,11 @@ _PLAIN = (
     *("model_digest", "height", "width", "dtype", "seed", "text_seed", "num_frames", "first_chunk", "shown"),
     *("next_chunk", "next_frame", "negative_prompt", "context_frames", "reuse", "history", "kept_chunks", "library"),
 )
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in CACHE_DTYPES.items()}
 _LATENTS, _CONTROL, _NEGATIVE, _CONDITIONING = _SINGLE = "latents", "control", "negative_embeds", "conditioning"
 _EMBEDS, _TEXTS, _DECODER, CACHE = "embeds/", "texts/", "decoder/", "cache/"
-_FOLDERS = _EMBEDS, _TEXTS, _DECODER
+_OFFSETS = "offsets/"
+_FOLDERS = _EMBEDS, _TEXTS, _DECODER, _OFFSETS
 
 
 def layer_name(branch: str, layer: int) -> str:
@@ -67,6 +68,7 @@ def tensors_of(saved: SavedSession) -> dict[str, Tensor]:
         **{f"{_EMBEDS}{number}": embeds for number, embeds in saved.embeds.items()},
         **{f"{_TEXTS}{number}": embeds for number, embeds in enumerate(texts)},
         **{f"{_DECODER}{name}": frames for name, frames in state.items()},
+        **({} if saved.cache is None else {f"{_OFFSETS}{name}": x for name, x in saved.cache.offsets.items()}),
     }
 
 
@@ -88,8 +90,10 @@ def session_of(given: Mapping[str, Any], tensors: Mapping[str, Tensor], reader: 
     unknown = [name for name in tensors if name not in _SINGLE and not name.startswith(_FOLDERS)]
     if unknown:
         raise ConfigError(f"no saved session has {some(unknown)}")
-    decoder, texts = ({n: tensor for n, tensor in tensors.items() if n.startswith(of)} for of in (_DECODER, _TEXTS))
-    for name, held in (("decoder", decoder), ("texts", texts)):
+    decoder, texts, offsets = (
+        {n: tensor for n, tensor in tensors.items() if n.startswith(of)} for of in (_DECODER, _TEXTS, _OFFSETS)
+    )
+    for name, held in (("decoder", decoder), ("texts", texts), ("cache", offsets)):
         if given[name] is None and held:
             raise ConfigError(f"there are tensors {name}/ that no field describes")
     return SavedSession(
@@ -106,7 +110,7 @@ def session_of(given: Mapping[str, Any], tensors: Mapping[str, Tensor], reader: 
         control=tensors.get(_CONTROL),
         chunks=tuple(_chunk(numbers) for numbers in _list("chunks", given["chunks"])),
         shots=tuple(_list("shots", given["shots"])),
-        cache=None if given["cache"] is None else _cache(given["cache"], reader),
+        cache=None if given["cache"] is None else _cache(given["cache"], offsets, reader),
         decoder=None if given["decoder"] is None else _decoder(given["decoder"], decoder),
     )
 
@@ -149,12 +153,13 @@ def _cache_fields(cache: SavedCache) -> dict[str, Any]:
     return {"branches": [asdict(branch) for branch in cache.branches], "dtype": _NAMES[cache.dtype], **sizes}
 
 
-def _cache(given: Any, reader: ReadLayer) -> SavedCache:
+def _cache(given: Any, tensors: Mapping[str, Tensor], reader: ReadLayer) -> SavedCache:
     names = ("branches", "layers", "batch", "tokens", "heads", "head_dim", "dtype")
     _check_names("the cache", given, names, names)
     branches = tuple(branch_of(branch) for branch in _list("the cache's branches", given["branches"]))
-    dtype = DTYPES[check_choice("the cache's dtype", given["dtype"], DTYPES)]
-    return SavedCache(**{**given, "branches": branches, "dtype": dtype}, reader=reader)
+    dtype = CACHE_DTYPES[check_choice("the cache's dtype", given["dtype"], CACHE_DTYPES)]
+    offsets = {name.removeprefix(_OFFSETS): x for name, x in tensors.items()}
+    return SavedCache(**{**given, "branches": branches, "dtype": dtype}, offsets=offsets, reader=reader)
 
 
 def branch_of(given: Any) -> SavedBranch:

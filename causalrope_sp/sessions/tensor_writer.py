@@ -20,7 +20,7 @@ from causalrope_sp.errors import ConfigError, OutputError
 from causalrope_sp.io.whole_files import whole_file
 from causalrope_sp.weights.tensor_files import DTYPES
 
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+NAMES: dict[object, str] = {**{dtype: name for name, dtype in DTYPES.items()}, torch.int8: "I8"}
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def _header(plans: Sequence[TensorPlan], metadata: Mapping[str, str]) -> bytes:
     for plan in plans:
         stop = start + plan.bytes
         offsets = [start, stop]
-        described[plan.name] = {"dtype": _NAMES[plan.dtype], "shape": plan.shape, "data_offsets": offsets}
+        described[plan.name] = {"dtype": NAMES[plan.dtype], "shape": plan.shape, "data_offsets": offsets}
         start = stop
     text = json.dumps(described).encode()
     text += b" " * (-len(text) % 8)

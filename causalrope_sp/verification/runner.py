@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from causalrope_sp.checks import check_choice
+from causalrope_sp.config import CacheDtype
 from causalrope_sp.diffusion.schedule import guided_steps
 from causalrope_sp.distributed import SequenceParallel, strategies
 from causalrope_sp.distributed.launch import RankPool
@@ -28,6 +30,7 @@ ALL = "all"
 # Bounds of the relative error of latents.
 REFERENCE_BOUND = {torch.float64: 1e-6, torch.float32: 1e-4}  # against the latents of a reference case
 SELF_BOUND = {torch.float64: 1e-10, torch.float32: 1e-5}  # against this library on one process
+EIGHT_BITS_BOUND = SELF_BOUND | {torch.float32: 1e-3}  # a number at the border of two may be rounded another way
 HALF_BOUND = 0.03  # in half precision: at most twice the error of one process, and never more than this
 
 
@@ -58,6 +61,7 @@ def run_verification(
     strategy: str,
     dtype: torch.dtype,
     device: str = "cpu",
+    cache: CacheDtype = "model",
 ) -> list[Check]:
     """Runs every reference case of a folder, or the self-check, and starts the processes itself.
 
@@ -67,16 +71,19 @@ def run_verification(
         strategy: a strategy's name, or "all" for every one that the ranks and the model's heads allow.
         dtype: float64, float32 or bfloat16.
         device: "cpu" or "cuda".
+        cache: how keys and values are stored in the self-check.
 
     Returns:
         One check for each case, rank count and strategy.
 
     Raises:
         CheckpointError: the folder or a file in it cannot be read, or the folder holds no case.
-        ConfigError: the strategy is unknown, a rank count is below 1, there are more ranks than GPUs, or nothing could
-            be checked.
+        ConfigError: a folder is to be checked with a cache in 8 bits, the strategy is unknown, a rank count is below 1,
+            there are more ranks than GPUs, or nothing could be checked.
     """
     check_choice("device", device, ("cpu", "cuda"))
+    if folder is not None and cache != "model":
+        raise ConfigError(f"reference cases were made in the model's own dtype, not with a cache in {cache}")
     if strategy != ALL:
         check_name(strategy)
     if not ranks or min(ranks) < 1:
@@ -87,7 +94,7 @@ def run_verification(
         for path, kind in case_files(folder):
             if kind in KNOWN_KINDS:
                 load_case(path, dtype)  # a file that cannot be read is reported before any process is started
-    work = _check_self if folder is None else _check_folder
+    work = partial(_check_self, cache) if folder is None else _check_folder
     checks: list[Check] = []
     with RankPool(device) as pool:
         for count in ranks:
@@ -114,15 +121,16 @@ def _check_folder(
 
 
 def _check_self(
-    group: dist.ProcessGroup | None, device: str, _: None, strategy: str, dtype: torch.dtype
+    cache: CacheDtype, group: dist.ProcessGroup | None, device: str, _: None, strategy: str, dtype: torch.dtype
 ) -> list[Check]:
     checks = []
-    single = SequenceParallel.single(device=device)
-    for case, exact in zip(self_check_cases(dtype, device), self_check_cases(torch.float64, device), strict=True):
-        expected = (case if dtype in SELF_BOUND else exact).run(single)
-        bound = SELF_BOUND.get(dtype) or _half_bound(case, expected, device)
+    single, bounds = SequenceParallel.single(device=device), SELF_BOUND if cache == "model" else EIGHT_BITS_BOUND
+    for cases in zip(self_check_cases(dtype, device), self_check_cases(torch.float64, device), strict=True):
+        case, exact = (replace(each, stream=replace(each.stream, cache=cache)) for each in cases)
+        expected = (case if dtype in bounds else exact).run(single)
+        bound = bounds.get(dtype) or _half_bound(case, expected, device)
         checks += _check_strategies(case, expected, bound, group, device, strategy)
-        if group is None and case.initial is None and case.negative is None:
+        if cache == "model" and group is None and case.initial is None and case.negative is None:
             streamed, whole = block_causal_pair(case)
             error = _relative_error(streamed, whole)
             checks.append(Check(f"{case.name}, one forward over all", 1, "single", error, error <= bound))

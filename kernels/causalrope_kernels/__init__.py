@@ -8,7 +8,6 @@ from causalrope_kernels.arguments import (
     Pieces,
     Projection,
     RotateOnRead,
-    Rotation,
     Slots,
     Source,
 )
@@ -16,6 +15,7 @@ from causalrope_kernels.attention import ATTENTION_BACKENDS, attention, attentio
 from causalrope_kernels.operations import add_norm, linear, linear_gelu, norm_rope_store, rms_norm, split_tokens
 from causalrope_kernels.pass_operations import PassOperations
 from causalrope_kernels.reference import Partial, project
+from causalrope_kernels.rotation import Rotation
 
 __all__ = [
     "ATTENTION_BACKENDS",

@@ -1,7 +1,7 @@
-"""Argument types of the operations: rotations, keys, modulations, sources of q, k, v and slots for the results.
+"""Argument types of the operations: keys, modulations, sources of q, k, v and slots for the results.
 
 Shapes: B batch, F frames of a pass, s tokens of a frame, T = F·s, L keys, H heads, d head width, D = H·d, K slots of a
-ring, E angles of one axis (over all three axes E = d/2).
+ring, E angles of one axis.
 """
 
 from __future__ import annotations
@@ -13,84 +13,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from causalrope_kernels.quantized_heads import as_bits
+from causalrope_kernels.rotation import Rotation
 from causalrope_kernels.tables import is_aligned, on_device
-
-
-@dataclass(frozen=True)
-class Rotation:
-    """Rotary angles of the tokens of a pass, axis by axis. Token j of a frame has index start + j in its grid.
-
-    A table holds the cosines, [:, 0], and sines, [:, 1], of every position on its axis, (positions, 2, E). Channels 2i
-    and 2i + 1 of a head are a pair. The first pairs rotate by time, the next by row, the last by column (Wan: d//6 each
-    for row and column, the rest for time).
-
-    Args:
-        time: the table of the time axis.
-        row: the table of the rows of the grid.
-        column: the table of the columns of the grid.
-        query_times_F: the time positions of every frame's queries, integers on the device in [0, positions). They are
-            not checked, since a kernel cannot read them on the host. In the `absolute` policy a position is the frame's
-            global time index.
-        key_times_F: the time positions of every frame's keys. In the `relative` policy they are 0: keys are rotated in
-            time when they are read.
-        start: the first token of a frame on this rank.
-        tokens: s, the tokens of a frame on this rank.
-        columns: the columns of the grid, in tokens.
-    """
-
-    time: Tensor
-    row: Tensor
-    column: Tensor
-    query_times_F: Tensor
-    key_times_F: Tensor
-    start: int
-    tokens: int
-    columns: int
-
-    @cached_property
-    def sizes(self) -> tuple[int, ...]:
-        """The numbers of the rotation that a kernel takes."""
-        pairs = (table.shape[2] for table in (self.time, self.row, self.column))
-        return self.start, self.tokens, self.columns, *pairs
-
-    def part(self, frames: slice) -> Rotation:
-        """Returns the rotation of some of the frames. It is made once, since every layer needs it."""
-        which = frames.indices(len(self.query_times_F))
-        if which == (0, len(self.query_times_F), 1):
-            return self
-        if which not in self._parts:
-            frames = slice(*which)
-            queries = self.query_times_F[frames]
-            keys = queries if self.key_times_F is self.query_times_F else self.key_times_F[frames]
-            self._parts[which] = replace(self, query_times_F=queries, key_times_F=keys)
-        return self._parts[which]
-
-    @cached_property
-    def _parts(self) -> dict[tuple[int, int, int], Rotation]:
-        return {}
-
-    @cached_property
-    def complex_TNE(self) -> Tensor:
-        """The angles as complex numbers of modulus 1, (T, 2, d/2): those of every query and of every key."""
-        return torch.stack([torch.complex(*self.of_queries), torch.complex(*self.of_keys)], 1)
-
-    @cached_property
-    def of_queries(self) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of the angles of every query, each (T, d/2)."""
-        return self._of_tokens(self.query_times_F)
-
-    @cached_property
-    def of_keys(self) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of the angles of every key, each (T, d/2)."""
-        return self.of_queries if self.key_times_F is self.query_times_F else self._of_tokens(self.key_times_F)
-
-    def _of_tokens(self, times_F: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of every token's angles for frames at these time positions."""
-        index = torch.arange(self.start, self.start + self.tokens, device=self.time.device)
-        spatial = torch.cat([self.row[index // self.columns], self.column[index % self.columns]], -1)
-        temporal = self.time[times_F].unsqueeze(1).expand(-1, self.tokens, -1, -1)
-        angles = torch.cat([temporal, spatial.expand(len(times_F), -1, -1, -1)], -1).flatten(0, 1)
-        return angles[:, 0], angles[:, 1]
 
 
 @dataclass(frozen=True)
@@ -102,22 +27,39 @@ class Slots:
         slots_F: the slot of the ring that each frame is written to, int64 on the device, all different and in [0, K).
             They are not checked, since a kernel cannot read them on the host.
         memory: the same slots as a view (B, F, s, h, d), if they follow each other. It saves a CPU an indexed copy.
+        scales: for `x` in int8 or float8_e4m3fn the scale of every token and head, float16, of the shape and layout of
+            `x` without its last axis. What is written is quantized.
+        offset: what is subtracted from every head before it is quantized, (B, h, d), or None for nothing. Softmax does
+            not see an offset that all keys of a query have in common.
     """
 
     x: Tensor
     slots_F: Tensor | None = None
     memory: Tensor | None = None
+    scales: Tensor | None = None
+    offset: Tensor | None = None
 
     @cached_property
     def layout(self) -> tuple[object, ...]:
-        """What a kernel takes from the memory besides its address."""
-        return self.x.shape[3], self.x.stride(), self.slots_F is None, is_aligned(self.x)
+        """What a kernel takes from the memory besides its addresses."""
+        extra = None if self.scales is None else (self.x.dtype, *map(_kind, (self.scales, self.offset)))
+        return self.x.shape[3], self.x.stride(), self.slots_F is None, is_aligned(self.x), extra
+
+    @cached_property
+    def bits(self) -> Tensor:
+        """What a kernel writes: `x`, or the bits of its float8 numbers, a dtype that not every GPU has."""
+        return as_bits(self.x)
 
     @cached_property
     def pairs(self) -> Tensor | None:
         """The channel pairs of all slots as complex numbers in the same memory; None for slots that are scattered."""
         plain = self.x if self.slots_F is None else self.memory
-        return None if plain is None else as_complex(plain)
+        return None if plain is None or self.scales is not None else as_complex(plain)
+
+
+def _kind(x: Tensor | None) -> tuple[object, ...] | None:
+    """What a kernel takes from a tensor besides its address."""
+    return None if x is None else (x.stride(), is_aligned(x))
 
 
 def as_complex(x: Tensor) -> Tensor:
@@ -149,6 +91,9 @@ class Keys:
         bounds_N2: the same ranges on the device, in int32. The Triton kernel reads them there, so that the ranges may
             change between replays of a captured graph.
         rotate_on_read: the rotation of the keys, or None for keys that are rotated already.
+        k_scales: for keys in int8 or float8_e4m3fn the scale of every row and head, float16 (B, L, H), in the layout of
+            `k` without its last axis.
+        v_scales: the same for the values.
     """
 
     k: Tensor
@@ -156,6 +101,8 @@ class Keys:
     ranges: tuple[tuple[int, int], ...] | None = None
     bounds_N2: Tensor | None = None
     rotate_on_read: RotateOnRead | None = None
+    k_scales: Tensor | None = None
+    v_scales: Tensor | None = None
 
     @cached_property
     def bounds(self) -> Tensor:
@@ -170,8 +117,13 @@ class Keys:
         """What a kernel takes from the memory besides its addresses."""
         k, v, rotate = self.k, self.v, self.rotate_on_read
         on_read = None if rotate is None else (rotate.tokens, rotate.table.shape[2])
-        own = k.shape, k.stride(), v.stride(), is_aligned(k), is_aligned(v)
+        own = k.shape, k.stride(), v.stride(), is_aligned(k), is_aligned(v), *map(_kind, (self.k_scales, self.v_scales))
         return k.device, k.dtype, own, self.bounds.shape[0], on_read
+
+    @cached_property
+    def bits(self) -> tuple[Tensor, Tensor]:
+        """What a kernel reads: `k` and `v`, or the bits of their float8 numbers."""
+        return as_bits(self.k), as_bits(self.v)
 
     @cached_property
     def plain(self) -> list[tuple[Tensor, Tensor]]:
@@ -181,7 +133,8 @@ class Keys:
 
     def heads(self, part: slice) -> Keys:
         """Returns the keys and values of some of the heads."""
-        return replace(self, k=self.k[:, :, part], v=self.v[:, :, part])
+        k_scales, v_scales = (None if x is None else x[:, :, part] for x in (self.k_scales, self.v_scales))
+        return replace(self, k=self.k[:, :, part], v=self.v[:, :, part], k_scales=k_scales, v_scales=v_scales)
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from causalrope_kernels import attention_choice, check, reference
 from causalrope_kernels.arguments import Keys
-from causalrope_kernels.attention_libraries import LIBRARIES
+from causalrope_kernels.attention_libraries import LIBRARIES, by_torch
 from causalrope_kernels.backend import needs_gradient, obstacle, use_triton
+from causalrope_kernels.quantized_attention import by_blocks
 from causalrope_kernels.reference import Partial
 
 ATTENTION_BACKENDS = ("auto", "torch", "triton", *LIBRARIES)
@@ -65,7 +66,7 @@ def attention_parts(q_BTHD: Tensor, keys: Keys, backend: str = "auto") -> list[P
 
 def attention_by(chosen: str, q_BTHD: Tensor, keys: Keys, *, reuse_q: bool = False) -> Tensor:
     """Computes `attention` by the backend that `choose` returned, without checks."""
-    if chosen == "torch" and len(keys.plain) == 1:
+    if chosen == "torch" and keys.k_scales is None and len(keys.plain) == 1:
         return reference.attention(q_BTHD, *reference.ranges(keys)[0])
     parts = parts_by(chosen, q_BTHD, keys, reuse_q=reuse_q)
     return parts[0][0] if len(parts) == 1 else merge(parts)[0]
@@ -77,7 +78,9 @@ def parts_by(chosen: str, q_BTHD: Tensor, keys: Keys, *, reuse_q: bool = False) 
         from causalrope_kernels.attention_kernel import attend
 
         return attend(q_BTHD, keys, reuse_q=reuse_q)
-    run = _torch if chosen == "torch" else LIBRARIES[chosen].run
+    if keys.k_scales is not None and q_BTHD.numel():
+        return [by_blocks(q_BTHD, keys)]
+    run = by_torch if chosen == "torch" else LIBRARIES[chosen].run
     if needs_gradient(q_BTHD, keys.k, keys.v):
         run = reference.attention_lse  # the log-sum-exp of torch's kernels has no gradient
     parts = [run(q_BTHD, k, v) for k, v in reference.ranges(keys)] if q_BTHD.numel() else []
@@ -116,24 +119,15 @@ def choose(backend: str, q_BTHD: Tensor, keys: Keys) -> str:
         raise ValueError(f"backend: expected one of {', '.join(ATTENTION_BACKENDS)}, not {backend!r}")
     if backend in LIBRARIES:
         why = LIBRARIES[backend].obstacle(q_BTHD)
+        if keys.k_scales is not None:
+            why = f"attends keys in the dtype of the queries, not in {keys.k.dtype}"
         if why is not None:
             raise ValueError(f"backend: {backend} {why}")
         return backend
     if backend == "auto":
         return attention_choice.choose(q_BTHD, keys)
-    return "triton" if use_triton(backend, q_BTHD, keys.k, keys.v) else "torch"
-
-
-def _torch(q_BTHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor) -> Partial:
-    """Torch's attention with the log-sum-exp, which its kernels compute and its public function drops."""
-    if q_BTHD.device.type == "cpu":
-        q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BLHD, v_BLHD))
-        output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
-        return output.transpose(1, 2), lse.transpose(1, 2)
-    for name in ("flash", "efficient"):
-        if LIBRARIES[name].obstacle(q_BTHD) is None:
-            return LIBRARIES[name].run(q_BTHD, k_BLHD, v_BLHD)
-    return reference.attention_lse(q_BTHD, k_BLHD, v_BLHD)
+    read = (keys.k, keys.v) if keys.k_scales is None else (keys.k_scales, keys.v_scales)
+    return "triton" if use_triton(backend, q_BTHD, *read) else "torch"
 
 
 def attention_obstacle(backend: str, device: torch.device) -> str | None:

@@ -22,6 +22,8 @@ from torch import Tensor
 
 from causalrope_kernels.arguments import Keys, RotateOnRead
 from causalrope_kernels.launch import Kernel, blocks_of, padded
+from causalrope_kernels.quantized_attention import by_blocks
+from causalrope_kernels.quantized_heads_kernel import load_scales, widened
 from causalrope_kernels.reference import Partial, rotated
 from causalrope_kernels.tables import is_aligned
 
@@ -69,28 +71,34 @@ def _load(x, offsets, valid, FIRST: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl
 
 @triton.jit
 def _block(
-    total, weights, largest, query, rest, q, q_offsets, q_valid, k, v, begin, stop, k_row, v_row, scale,
-    KEYS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, SLICE: tl.constexpr, TAIL: tl.constexpr,
+    total, weights, largest, query, rest, q, q_offsets, q_valid, k, v, k_scales, v_scales, begin, stop, k_row, v_row,
+    scale, KEYS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, SLICE: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """Attends one block of keys. Only the last block of a range, the TAIL, may hold fewer than KEYS keys."""
+    """Attends one block of keys. Only the last block of a range, the TAIL, may hold fewer than KEYS keys.
+
+    The scale of a quantized key is a factor of its scores, and that of a quantized value a factor of its weights.
+    """
+    dtype: tl.constexpr = q.dtype.element_ty
     row = tl.arange(0, KEYS)
     valid = begin + row < stop
     k_block, v_block = k + tl.cast(begin, tl.int64) * k_row, v + tl.cast(begin, tl.int64) * v_row
     if query.shape[1] * 2 == BLOCK:
-        key = _load(k_block, row * k_row, valid, 0, BLOCK // 2, WIDTH, TAIL)
+        key = widened(_load(k_block, row * k_row, valid, 0, BLOCK // 2, WIDTH, TAIL), dtype)
         scores = tl.dot(query, tl.trans(key), input_precision="ieee")
-        key = _load(k_block, row * k_row, valid, BLOCK // 2, BLOCK // 2, WIDTH, TAIL)
+        key = widened(_load(k_block, row * k_row, valid, BLOCK // 2, BLOCK // 2, WIDTH, TAIL), dtype)
         scores = tl.dot(rest, tl.trans(key), scores, input_precision="ieee")
     elif SLICE == BLOCK:
-        key = _load(k_block, row * k_row, valid, 0, BLOCK, WIDTH, TAIL)
+        key = widened(_load(k_block, row * k_row, valid, 0, BLOCK, WIDTH, TAIL), dtype)
         scores = tl.dot(query, tl.trans(key), input_precision="ieee")
     else:
         scores = tl.zeros([q_valid.shape[0], KEYS], tl.float32)
         for first in tl.static_range(0, BLOCK, SLICE):
             part = _load(q, q_offsets, q_valid, first, SLICE, WIDTH, True)
-            key = _load(k_block, row * k_row, valid, first, SLICE, WIDTH, TAIL)
+            key = widened(_load(k_block, row * k_row, valid, first, SLICE, WIDTH, TAIL), dtype)
             scores = tl.dot(part, tl.trans(key), scores, input_precision="ieee")
     scores *= scale
+    if k_scales is not None:
+        scores *= load_scales(k_scales, begin, row, k_row // WIDTH, valid, k, TAIL)[None, :]
     if TAIL:
         scores = tl.where(valid[None, :], scores, float("-inf"))
     new = tl.maximum(largest, tl.max(scores, 1))
@@ -98,34 +106,36 @@ def _block(
     shrink = tl.exp2(largest - safe)
     weight = tl.exp2(scores - safe[:, None])
     weights = weights * shrink + tl.sum(weight, 1)
-    value = _load(v_block, row * v_row, valid, 0, BLOCK, WIDTH, TAIL)
-    total = tl.dot(weight.to(v.dtype.element_ty), value, total * shrink[:, None], input_precision="ieee")
+    if v_scales is not None:
+        weight *= load_scales(v_scales, begin, row, v_row // WIDTH, valid, v, TAIL)[None, :]
+    value = widened(_load(v_block, row * v_row, valid, 0, BLOCK, WIDTH, TAIL), dtype)
+    total = tl.dot(weight.to(dtype), value, total * shrink[:, None], input_precision="ieee")
     return total, weights, new
 
 
 @triton.jit
 def _contiguous(
-    total, weights, largest, query, rest, q, q_offsets, q_valid, k, v, first, stop, k_row, v_row, scale,
-    KEYS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, SLICE: tl.constexpr,
+    total, weights, largest, query, rest, q, q_offsets, q_valid, k, v, k_scales, v_scales, first, stop, k_row, v_row,
+    scale, KEYS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
     """Attends the contiguous keys [first, stop), block by block."""
     whole = first + (stop - first) // KEYS * KEYS
     for begin in tl.range(first, whole, KEYS):
         total, weights, largest = _block(
-            total, weights, largest, query, rest, q, q_offsets, q_valid, k, v, begin, stop, k_row, v_row, scale,
-            KEYS, WIDTH, BLOCK, SLICE, TAIL=False,
+            total, weights, largest, query, rest, q, q_offsets, q_valid, k, v, k_scales, v_scales, begin, stop, k_row,
+            v_row, scale, KEYS, WIDTH, BLOCK, SLICE, TAIL=False,
         )  # fmt: skip
     if whole < stop:
         total, weights, largest = _block(
-            total, weights, largest, query, rest, q, q_offsets, q_valid, k, v, whole, stop, k_row, v_row, scale,
-            KEYS, WIDTH, BLOCK, SLICE, TAIL=True,
+            total, weights, largest, query, rest, q, q_offsets, q_valid, k, v, k_scales, v_scales, whole, stop, k_row,
+            v_row, scale, KEYS, WIDTH, BLOCK, SLICE, TAIL=True,
         )  # fmt: skip
     return total, weights, largest
 
 
 @triton.jit(do_not_specialize=["queries", "heads", "slot_tokens"])
 def attention_kernel(
-    q, k, v, out, lse, bounds, rotate_on_read,
+    q, k, v, out, lse, bounds, rotate_on_read, k_scales, v_scales,
     queries, heads, slot_tokens, scale,
     q_batch, q_token, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
     RANGES: tl.constexpr, SHARES: tl.constexpr, ON_READ_PAIRS: tl.constexpr,
@@ -141,6 +151,9 @@ def attention_kernel(
     q += batch * q_batch + head * q_head
     k += batch * k_batch + head * k_head
     v += batch * v_batch + head * v_head
+    if k_scales is not None:
+        k_scales += batch * (k_batch // WIDTH) + head * (k_head // WIDTH)
+        v_scales += batch * (v_batch // WIDTH) + head * (v_head // WIDTH)
     q_offsets = token.to(tl.int64) * q_token
     channel = tl.arange(0, BLOCK)
     mask = q_valid[:, None] & (channel < WIDTH)[None, :]
@@ -169,13 +182,14 @@ def attention_kernel(
                 back = tl.reshape(tl.join(even * cos + odd * sin, odd * cos - even * sin), [QUERIES, HALF])
                 total, weights, largest = _contiguous(
                     total, weights, largest, back.to(q.dtype.element_ty), rest, q, q_offsets, q_valid, k, v,
-                    slot * slot_tokens, (slot + 1) * slot_tokens, k_row, v_row, scale, KEYS, WIDTH, BLOCK, SLICE,
+                    k_scales, v_scales, slot * slot_tokens, (slot + 1) * slot_tokens, k_row, v_row, scale,
+                    KEYS, WIDTH, BLOCK, SLICE,
                 )  # fmt: skip
         else:
             query = _load(q, q_offsets, q_valid, 0, BLOCK, WIDTH, True)
             total, weights, largest = _contiguous(
-                total, weights, largest, query, query, q, q_offsets, q_valid, k, v, first, stop, k_row, v_row, scale,
-                KEYS, WIDTH, BLOCK, SLICE,
+                total, weights, largest, query, query, q, q_offsets, q_valid, k, v, k_scales, v_scales, first, stop,
+                k_row, v_row, scale, KEYS, WIDTH, BLOCK, SLICE,
             )  # fmt: skip
 
     empty = weights == 0.0
@@ -214,6 +228,21 @@ def tile(queries: int, width: int, dtype: torch.dtype, rotated: bool, architectu
     if queries <= 64 or (rotated and width > 64 and architecture >= 100):
         return Tile(64, 64, 8, 2)
     return Tile(128, 64, 8, 3) if width > 64 or rotated else Tile(128, 128, 8, 3)
+
+
+@cache
+def quantized_tile(queries: int, width: int, dtype: torch.dtype, rotated: bool, architecture: int) -> Tile:
+    """Returns the launch parameters for keys in 8 bits, whose conversion takes registers; see `tile`."""
+    if dtype == torch.float32:
+        return Tile(32, 16, 8, 1, 16) if width <= 128 and architecture not in SMALL else Tile(16, 16, 8, 1, 16)
+    if width > 128:
+        return Tile(16, 32, 8, 2)
+    if rotated:
+        return Tile(64, 32, 8, 3)
+    whole_keys = width <= 64 or 90 <= architecture < 120  # earlier and small GPUs hold a block of keys in registers
+    if queries <= 64:
+        return Tile(64, 64, 8, 2) if whole_keys else Tile(64, 32, 8, 2, 64)
+    return Tile(128, 64 if whole_keys else 32, 8, 2)
 
 
 @cache
@@ -265,6 +294,8 @@ def attend(q_BTHD: Tensor, keys: Keys, *, reuse_q: bool = False) -> list[Partial
         return [(torch.empty_like(q_BTHD), q_BTHD.new_empty(q_BTHD.shape[:3], dtype=torch.float32))]
     rotate_on_read = keys.rotate_on_read
     if rotate_on_read is not None and not rotates(q_BTHD, rotate_on_read):
+        if keys.k_scales is not None:
+            return [by_blocks(q_BTHD, keys)]
         keys = replace(keys, k=rotated(keys.k, rotate_on_read), rotate_on_read=None)
         rotate_on_read = None
     key = q_BTHD.shape, q_BTHD.stride(), is_aligned(q_BTHD), reuse_q, keys.layout
@@ -273,7 +304,8 @@ def attend(q_BTHD: Tensor, keys: Keys, *, reuse_q: bool = False) -> list[Partial
         plan = PLANS[key] = _plan(q_BTHD, keys, reuse_q)
     out = q_BTHD if plan.overwrites else q_BTHD.new_empty(plan.out_shape)
     lse = torch.empty(plan.out_shape[:-1], dtype=torch.float32, device=q_BTHD.device)
-    tensors = q_BTHD, keys.k, keys.v, out, lse, keys.bounds, None if rotate_on_read is None else rotate_on_read.table
+    table = None if rotate_on_read is None else rotate_on_read.table
+    tensors = q_BTHD, *keys.bits, out, lse, keys.bounds, table, keys.k_scales, keys.v_scales
     if plan.launch is None:
         plan.launch = KERNEL.prepared(plan.grid, tensors, plan.numbers, plan.constants, **plan.options)
     else:
@@ -318,7 +350,8 @@ def _plan(q_BTHD: Tensor, keys: Keys, reuse_q: bool) -> _Plan:
     rotate_on_read = keys.rotate_on_read
     tokens, pairs = (1, 0) if rotate_on_read is None else (rotate_on_read.tokens, rotate_on_read.table.shape[2])
     block = max(16 if rotate_on_read is None else 32, padded(width))
-    size = tile(queries, width, q_BTHD.dtype, rotate_on_read is not None, architecture(q_BTHD.device))
+    size_of = tile if keys.k_scales is None else quantized_tile
+    size = size_of(queries, width, q_BTHD.dtype, rotate_on_read is not None, architecture(q_BTHD.device))
     blocks = blocks_of(queries, size.queries)
     count = shares(blocks * batch * heads, keys.k.shape[1], q_BTHD.device)
     strides = *q_BTHD.stride()[:3], *keys.k.stride()[:3], *keys.v.stride()[:3]

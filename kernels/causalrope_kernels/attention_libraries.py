@@ -14,7 +14,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from causalrope_kernels.reference import Partial
+from causalrope_kernels.reference import Partial, attention_lse
 
 Run = Callable[[Tensor, Tensor, Tensor], Partial]
 _HALF = (torch.bfloat16, torch.float16)
@@ -130,3 +130,15 @@ LIBRARIES = {
     "flash-attn-4": Library(_flash_attn_4, "flash_attn.cute", widest=128, capability=(9, 11)),
     "sage": Library(_sage, "sageattention", widest=128, exact=False),
 }
+
+
+def by_torch(q_BTHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor) -> Partial:
+    """Torch's attention with the log-sum-exp, which its kernels compute and its public function drops."""
+    if q_BTHD.device.type == "cpu":
+        q, k, v = _heads_first(q_BTHD, k_BLHD, v_BLHD)
+        output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+        return output.transpose(1, 2), lse.transpose(1, 2)
+    for name in ("flash", "efficient"):
+        if LIBRARIES[name].obstacle(q_BTHD) is None:
+            return LIBRARIES[name].run(q_BTHD, k_BLHD, v_BLHD)
+    return attention_lse(q_BTHD, k_BLHD, v_BLHD)

@@ -10,17 +10,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from causalrope_kernels import check_quantized
 from causalrope_kernels.arguments import (
     Affine,
     Keys,
     Norm,
     Pieces,
     Projection,
-    Rotation,
     Slots,
     SlotsByHeads,
     Source,
 )
+from causalrope_kernels.rotation import Rotation
 
 
 def shape(name: str, x: Tensor, expected: Sequence[int | None], meaning: str) -> None:
@@ -208,7 +209,8 @@ def kv_slots(source: Source, **by_name: SlotsByHeads) -> None:
             label = f"{name}[{number}]"
             count = frames if slots.slots_F is None else None
             shape(label, slots.x, (batch, count, tokens, None, width), "(B, F, s, H, d)")
-            same(label, slots.x, source.like)
+            if slots.scales is None:
+                same(label, slots.x, source.like)
             dense(label, slots.x)
             if slots.slots_F is not None and frames and not slots.x.shape[1]:
                 raise ValueError(f"{label}: expected a ring with slots, not one of none")
@@ -220,6 +222,10 @@ def kv_slots(source: Source, **by_name: SlotsByHeads) -> None:
             raise ValueError(
                 f"{name}: expected Slots for {heads} heads in all, not {[slots.x.shape[3] for slots in found]}"
             )
+        if any(slots.scales is not None for slots in found):
+            if name == "q":
+                raise ValueError("q: expected Slots without scales, not quantized ones")
+            check_quantized.slots(name, found, source.like)
         if len({slots.slots_F is None for slots in found}) > 1 or len({id(slots.slots_F) for slots in found}) > 1:
             raise ValueError(f"{name}: expected the same slots_F in all Slots, not several")
 
@@ -231,10 +237,14 @@ def attention(q_BTHD: Tensor, keys: Keys) -> None:
     batch, _, heads, width = q_BTHD.shape
     if width < 1 or keys.k.ndim != 4:
         raise ValueError(f"k: expected shape (B, L, H, d) with d at least 1, not {tuple(keys.k.shape)}")
+    plain = keys.k_scales is None and keys.v_scales is None
     for name, x in (("k", keys.k), ("v", keys.v)):
         shape(name, x, (batch, keys.k.shape[1], heads, width), "(B, L, H, d)")
-        same(name, x, q_BTHD)
+        if plain:
+            same(name, x, q_BTHD)
         dense(name, x)
+    if not plain:
+        check_quantized.keys(keys, q_BTHD)
     dense("q", q_BTHD)
     rows = keys.k.shape[1]
     for first, stop in keys.ranges or ():

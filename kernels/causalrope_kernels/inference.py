@@ -85,7 +85,9 @@ def _put_product(outputs: SlotsByHeads, pairs: Tensor, factor: Tensor, dtype: to
     """Writes the product of complex numbers, (B, F, s, H, d/2), to the slots of all heads."""
     out = outputs[0].pairs if len(outputs) == 1 and dtype.itemsize >= 4 else None
     if out is None:
-        _put(outputs, torch.view_as_real(pairs * factor).flatten(-2).to(dtype))
+        value = torch.view_as_real(pairs * factor).flatten(-2)
+        rounded = value.to(dtype) if outputs[0].scales is None else value  # quantizing rounds once
+        _put(outputs, rounded, overwrite=True)
     else:
         torch.mul(pairs, factor, out=out)
 
@@ -107,12 +109,12 @@ def _scalar(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.tensor(value, dtype=dtype, device=device)
 
 
-def _put(outputs: SlotsByHeads, value_BFSHD: Tensor) -> None:
-    """Writes heads to their slots, in order."""
+def _put(outputs: SlotsByHeads, value_BFSHD: Tensor, *, overwrite: bool = False) -> None:
+    """Writes heads to their slots, in order; that may overwrite them."""
     if len(outputs) == 1:
-        return put(outputs[0], value_BFSHD)
+        return put(outputs[0], value_BFSHD, overwrite=overwrite)
     for slots, part in zip(outputs, value_BFSHD.split([slots.x.shape[3] for slots in outputs], 3), strict=True):
-        put(slots, part)
+        put(slots, part, overwrite=overwrite)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -20,8 +20,10 @@ from torch import Tensor
 from causalrope_kernels.add_norm_kernel import warps_of
 from causalrope_kernels.arguments import Pieces, Projection, Slots, SlotsByHeads, Source
 from causalrope_kernels.launch import Kernel, padded
+from causalrope_kernels.quantized_heads_kernel import quantized
 from causalrope_kernels.tables import Lines, is_aligned, on_device
 
+Tensors = tuple[Tensor | None, ...]
 FIELDS = tl.constexpr(4)  # of a head's line in an output's table: its first row, and the steps of batch, frame, token
 
 
@@ -33,7 +35,16 @@ def _rows(table, slots, batch, frame, token, head, valid, SLOTS: tl.constexpr):
     field = tl.arange(0, FIELDS)
     line = tl.load(table + head[:, None] * FIELDS + field[None, :], mask=valid[:, None], other=0)
     times = tl.where(field == 0, 1, tl.where(field == 1, batch, tl.where(field == 2, frame, token)))
-    return tl.sum(line * times[None, :].to(tl.int32), 1).to(tl.int64)
+    return tl.sum(line * times[None, :].to(line.dtype), 1).to(tl.int64)
+
+
+@triton.jit
+def _scale_rows(table, slots, batch, frame, token, head, valid, SLOTS: tl.constexpr):
+    """The rows of the scales, or of the offsets, of a token's heads; None without a table."""
+    if table is None:
+        return None
+    else:
+        return _rows(table, slots, batch, frame, token, head, valid, SLOTS)
 
 
 @triton.jit
@@ -46,21 +57,42 @@ def _axis(table, offset, pair, first, PAIRS: tl.constexpr):
 
 
 @triton.jit
+def _put(
+    value, out, rows, scales, scale_rows, offset, offset_rows, valid, mask,
+    WIDTH: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Writes a token's heads to their rows, quantized if there are scales."""
+    channel = tl.arange(0, BLOCK)
+    target = out + rows[:, None] * WIDTH + channel[None, :]
+    if scales is None:
+        tl.store(target, value.to(out.dtype.element_ty), mask=mask)
+    else:
+        value = value.to(tl.float32)
+        if offset is not None:
+            own = offset_rows[:, None] + channel[None, :]
+            value -= tl.load(offset + own, mask=mask, other=0.0).to(tl.float32)
+        numbers, scale = quantized(value, out.dtype.element_ty == tl.uint8)
+        tl.store(target, numbers, mask=mask)
+        tl.store(scales + scale_rows, scale, mask=valid)
+
+
+@triton.jit
 def _norm_rotate(
-    x, weight, out, rows, time, row_cos, row_sin, times, frame, mask, eps,
+    x, weight, out, rows, scales, scale_rows, offset, offset_rows, valid, time, row_cos, row_sin, times, frame, mask,
+    eps,
     TIMES: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Norms a token over all heads, rotates it and writes it."""
     head, channel = tl.arange(0, HEADS), tl.arange(0, BLOCK)
-    offset = head[:, None] * WIDTH + channel[None, :]
-    value = tl.load(x + offset, mask=mask, other=0.0).to(tl.float32)
+    number = head[:, None] * WIDTH + channel[None, :]
+    value = tl.load(x + number, mask=mask, other=0.0).to(tl.float32)
     spread = tl.rsqrt(tl.sum(value * value) / DIM + eps)
-    value = value * spread * tl.load(weight + offset, mask=mask, other=0.0).to(tl.float32)
+    value = value * spread * tl.load(weight + number, mask=mask, other=0.0).to(tl.float32)
     time_cos, time_sin = _axis(time, tl.load(times + frame).to(tl.int64), tl.arange(0, BLOCK // 2), 0, TIMES)
     cos, sin = (row_cos + time_cos)[None, :], (row_sin + time_sin)[None, :]
     even, odd = tl.split(tl.reshape(value, [HEADS, BLOCK // 2, 2]))
     rotated = tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), [HEADS, BLOCK])
-    tl.store(out + rows[:, None] * WIDTH + channel[None, :], rotated.to(out.dtype.element_ty), mask=mask)
+    _put(rotated, out, rows, scales, scale_rows, offset, offset_rows, valid, mask, WIDTH, HEADS, BLOCK)
 
 
 @triton.jit(
@@ -69,7 +101,8 @@ def _norm_rotate(
 )
 def projection_kernel(
     qkv, q_weight, k_weight, q_out, k_out, v_out, q_table, k_table, v_table, q_slots, k_slots, v_slots,
-    time, row, column, q_times, k_times, start, tokens, frames, columns, eps, by_batch, by_frame, by_token,
+    k_scales, v_scales, k_offset, k_scale_table, v_scale_table, k_offset_table, time, row, column, q_times, k_times,
+    start, tokens, frames, columns, eps, by_batch, by_frame, by_token,
     Q: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     Q_SLOTS: tl.constexpr, K_SLOTS: tl.constexpr, V_SLOTS: tl.constexpr,
     TIMES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -88,16 +121,19 @@ def projection_kernel(
     row_cos, row_sin = y_cos + x_cos, y_sin + x_sin
     if Q:
         rows = _rows(q_table, q_slots, batch, frame, token, head, valid, Q_SLOTS)
-        _norm_rotate(x, q_weight, q_out, rows, time, row_cos, row_sin, q_times, frame, mask, eps,
-              TIMES, COUNT * WIDTH, WIDTH, HEADS, BLOCK)  # fmt: skip
+        _norm_rotate(x, q_weight, q_out, rows, None, None, None, None, valid, time, row_cos, row_sin, q_times, frame,
+              mask, eps, TIMES, COUNT * WIDTH, WIDTH, HEADS, BLOCK)  # fmt: skip
     if K:
         rows = _rows(k_table, k_slots, batch, frame, token, head, valid, K_SLOTS)
-        _norm_rotate(x + COUNT * WIDTH, k_weight, k_out, rows, time, row_cos, row_sin, k_times, frame, mask, eps,
-              TIMES, COUNT * WIDTH, WIDTH, HEADS, BLOCK)  # fmt: skip
+        scale_rows = _scale_rows(k_scale_table, k_slots, batch, frame, token, head, valid, K_SLOTS)
+        offset_rows = _scale_rows(k_offset_table, k_slots, batch, frame, token, head, valid, False)
+        _norm_rotate(x + COUNT * WIDTH, k_weight, k_out, rows, k_scales, scale_rows, k_offset, offset_rows, valid, time,
+              row_cos, row_sin, k_times, frame, mask, eps, TIMES, COUNT * WIDTH, WIDTH, HEADS, BLOCK)  # fmt: skip
     if V:
         rows = _rows(v_table, v_slots, batch, frame, token, head, valid, V_SLOTS)
         value = tl.load(x + 2 * COUNT * WIDTH + head[:, None] * WIDTH + channel[None, :], mask=mask, other=0.0)
-        tl.store(v_out + rows[:, None] * WIDTH + channel[None, :], value, mask=mask)
+        scale_rows = _scale_rows(v_scale_table, v_slots, batch, frame, token, head, valid, V_SLOTS)
+        _put(value, v_out, rows, v_scales, scale_rows, None, None, valid, mask, WIDTH, HEADS, BLOCK)
 
 
 @triton.jit(
@@ -106,7 +142,7 @@ def projection_kernel(
 )
 def pieces_kernel(
     pieces, offsets, q_out, k_out, v_out, q_table, k_table, v_table, q_slots, k_slots, v_slots,
-    batches, frames, all_frames,
+    k_scales, v_scales, k_offset, k_scale_table, v_scale_table, k_offset_table, batches, frames, all_frames,
     Q: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     Q_SLOTS: tl.constexpr, K_SLOTS: tl.constexpr, V_SLOTS: tl.constexpr,
     KINDS: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
@@ -131,11 +167,14 @@ def pieces_kernel(
     if K:
         rows = _rows(k_table, k_slots, batch, frame, token, head, valid, K_SLOTS)
         value = tl.load(pieces + (first + (KINDS - 2) * by_kind) * WIDTH + offset, mask=mask, other=0.0)
-        tl.store(k_out + rows[:, None] * WIDTH + channel[None, :], value, mask=mask)
+        scale_rows = _scale_rows(k_scale_table, k_slots, batch, frame, token, head, valid, K_SLOTS)
+        offset_rows = _scale_rows(k_offset_table, k_slots, batch, frame, token, head, valid, False)
+        _put(value, k_out, rows, k_scales, scale_rows, k_offset, offset_rows, valid, mask, WIDTH, HEADS, BLOCK)
     if V:
         rows = _rows(v_table, v_slots, batch, frame, token, head, valid, V_SLOTS)
         value = tl.load(pieces + (first + (KINDS - 1) * by_kind) * WIDTH + offset, mask=mask, other=0.0)
-        tl.store(v_out + rows[:, None] * WIDTH + channel[None, :], value, mask=mask)
+        scale_rows = _scale_rows(v_scale_table, v_slots, batch, frame, token, head, valid, V_SLOTS)
+        _put(value, v_out, rows, v_scales, scale_rows, None, None, valid, mask, WIDTH, HEADS, BLOCK)
 
 
 @triton.jit(do_not_specialize=["frames"])
@@ -194,15 +233,16 @@ def store_projection(projection: Projection, q: SlotsByHeads, k: SlotsByHeads, v
         grid, numbers, constants, warps = _sizes(projection, present)
         tensors = qkv, *weights, *outputs, *times
         launch = PROJECTION.prepared(grid, tensors, numbers, constants, num_warps=warps)
-        _STORES[key] = launch, outputs[3:6]
+        _STORES[key] = launch, outputs[3:6], outputs[12:]
         return
-    launch, tables = found
-    first = [outputs[0].x if outputs else qkv for outputs in (q, k, v)]
+    launch, tables, scale_tables = found
+    first = [outputs[0].bits if outputs else qkv for outputs in (q, k, v)]
     slots = [qkv if not outputs or outputs[0].slots_F is None else outputs[0].slots_F for outputs in (q, k, v)]
-    launch(qkv, *weights, *first, *tables, *slots, *times)
+    launch(qkv, *weights, *first, *tables, *slots, *_scales(k, v), *scale_tables, *times)
 
 
-_STORES: dict[tuple[object, ...], tuple[Callable[..., None], tuple[Tensor, ...]]] = {}  # by layout: launch and tables
+# by layout: the launch, the tables of q, k and v, and those of the scales and the offset
+_STORES: dict[tuple[object, ...], tuple[Callable[..., None], Tensors, Tensors]] = {}
 
 
 def _sizes(
@@ -253,29 +293,54 @@ def split_tokens(x_BFSHD: Tensor, pieces: Sequence[Tensor]) -> None:
 
 def _outputs(
     q: SlotsByHeads, k: SlotsByHeads, v: SlotsByHeads, unused: Tensor, width: int
-) -> tuple[tuple[Tensor, ...], tuple[bool, ...]]:
-    """A kernel's arguments for q, k and v: first outputs, tables and slots; and which are present and have slots."""
+) -> tuple[Tensors, tuple[bool, ...]]:
+    """A kernel's arguments for q, k and v: first outputs, tables, slots, scales; and which it has and have slots."""
     kinds = q, k, v
-    first = [outputs[0].x if outputs else unused for outputs in kinds]
+    first = [outputs[0].bits if outputs else unused for outputs in kinds]
     tables = [_table(outputs, width) if outputs else unused for outputs in kinds]
     slots = [outputs[0].slots_F if outputs else None for outputs in kinds]
     present = [bool(outputs) for outputs in kinds] + [x is not None for x in slots]
-    return (*first, *tables, *[unused if x is None else x for x in slots]), tuple(present)
+    scale_tables = *[_scale_table(outputs) for outputs in (k, v)], _offset_table(k)
+    found = *first, *tables, *[unused if x is None else x for x in slots], *_scales(k, v), *scale_tables
+    return found, tuple(present)
+
+
+def _scales(k: SlotsByHeads, v: SlotsByHeads) -> Tensors:
+    """The first scales of k and of v, and the first offset of k."""
+    return k[0].scales if k else None, v[0].scales if v else None, k[0].offset if k else None
 
 
 def _table(outputs: Sequence[Slots], width: int) -> Tensor:
     """A line for every head: its first row, counted from the first output, and the steps of batch, frame and token."""
-    first = outputs[0].x
-    if len(outputs) == 1:
-        return _table_of(((0, first.shape[3], first.stride()),), width, first.element_size(), first.device)
-    begin = first.data_ptr()
-    parts = tuple((out.x.data_ptr() - begin, out.x.shape[3], out.x.stride()) for out in outputs)
-    return _table_of(parts, width, first.element_size(), first.device)
+    return _lines([slots.x for slots in outputs], width, torch.int32)
+
+
+def _scale_table(outputs: Sequence[Slots]) -> Tensor | None:
+    """The same of the scales, of which each is a row."""
+    scales = [slots.scales.unsqueeze(-1) for slots in outputs if slots.scales is not None]
+    return _lines(scales, 1, torch.int64) if scales else None
+
+
+def _offset_table(outputs: Sequence[Slots]) -> Tensor | None:
+    """The same of the offsets, of which each number is a row; frames and tokens share them."""
+    offsets = [slots.offset[:, None, None].expand(-1, 2, 2, -1, -1) for slots in outputs if slots.offset is not None]
+    return _lines(offsets, 1, torch.int64) if offsets else None
+
+
+def _lines(outputs: Sequence[Tensor], width: int, dtype: torch.dtype) -> Tensor:
+    first = outputs[0]
+    begin = first.data_ptr() if len(outputs) > 1 else 0
+    parts = tuple((x.data_ptr() - begin if begin else 0, x.shape[3], x.stride()) for x in outputs)
+    return _table_of(parts, width, first.element_size(), first.device, dtype)
 
 
 @cache
 def _table_of(
-    outputs: tuple[tuple[int, int, tuple[int, ...]], ...], width: int, itemsize: int, device: torch.device
+    outputs: tuple[tuple[int, int, tuple[int, ...]], ...],
+    width: int,
+    itemsize: int,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> Tensor:
     """The table of `_table`, from each output's distance from the first in bytes, its heads and its strides."""
     lines = []
@@ -288,7 +353,7 @@ def _table_of(
             )
         begin, by_batch, by_frame, by_token, by_head = (step // width for step in steps)
         lines += [(begin + head * by_head, by_batch, by_frame, by_token) for head in range(heads)]
-    return on_device(tuple(lines), device, torch.int32)
+    return on_device(tuple(lines), device, dtype)
 
 
 def _offsets(pieces: Sequence[Tensor]) -> Tensor:

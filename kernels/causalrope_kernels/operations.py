@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 from torch.nn import functional
 
-from causalrope_kernels import check, inference, reference
+from causalrope_kernels import check, check_quantized, inference, reference
 from causalrope_kernels.arguments import Affine, Norm, Pieces, SlotsByHeads, Source
 from causalrope_kernels.backend import Backend, needs_gradient, use_triton
 
@@ -82,7 +82,8 @@ def norm_rope_store(
 ) -> None:
     """Writes q, k and v to their slots. Heads fill the `Slots` of a list in order.
 
-    From a `Projection`, q and k are normed over all of D and rotated as they are written. `Pieces` are copied.
+    From a `Projection`, q and k are normed over all of D and rotated as they are written. `Pieces` are copied. Keys and
+    values are quantized as they are written to slots with scales.
 
     Args:
         source: where q, k and v come from.
@@ -103,6 +104,7 @@ def norm_rope_store(
 
         kernel.store(source, q, k, v)
     elif needs_gradient(source.like, *weights):
+        check_quantized.no_gradient(k, v)
         reference.norm_rope_store(source, q, k, v)
     else:
         inference.norm_rope_store(source, q, k, v)

@@ -25,6 +25,7 @@ from causalrope_kernels.arguments import (
     SlotsByHeads,
     Source,
 )
+from causalrope_kernels.quantized_heads import as_bits, quantize
 
 Partial = tuple[Tensor, Tensor]  # attention over some of the keys, (B, T, H, d), and its log-sum-exp, (B, T, H)
 
@@ -104,14 +105,27 @@ def norm_rope_store(source: Source, q: SlotsByHeads, k: SlotsByHeads, v: SlotsBy
             put(slots, part)
 
 
-def put(slots: Slots, value_BFSHD: Tensor) -> None:
-    """Writes q, k or v of some heads to their slots."""
+def put(slots: Slots, value_BFSHD: Tensor, *, overwrite: bool = False) -> None:
+    """Writes q, k or v of some heads to their slots, quantized if these have scales; that may overwrite the value."""
+    x = slots.x
+    if slots.scales is not None:
+        value = wide(value_BFSHD)
+        overwrite = overwrite or value is not value_BFSHD
+        if slots.offset is not None:
+            offset = slots.offset[:, None, None].to(value.dtype)
+            value, overwrite = value.sub_(offset) if overwrite else value - offset, True
+        numbers, scales = quantize(value, x.dtype, overwrite=overwrite)
+        x, value_BFSHD = slots.bits, as_bits(numbers)
+        if slots.slots_F is None:
+            slots.scales.copy_(scales)
+        else:
+            slots.scales.index_copy_(1, slots.slots_F, scales)
     if slots.slots_F is None:
-        slots.x.copy_(value_BFSHD)
-    elif slots.memory is not None:
+        x.copy_(value_BFSHD)
+    elif slots.memory is not None and slots.scales is None:
         slots.memory.copy_(value_BFSHD)
     else:
-        slots.x.index_copy_(1, slots.slots_F, value_BFSHD)
+        x.index_copy_(1, slots.slots_F, value_BFSHD)
 
 
 def split_tokens(x_BFSHD: Tensor, pieces: Sequence[Tensor]) -> None:

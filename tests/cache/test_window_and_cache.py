@@ -215,7 +215,7 @@ TestCacheOfAStream.settings = settings(max_examples=60, stateful_step_count=25, 
 def stored(cache: KVCache) -> list[Tensor]:
     """The storage of every layer."""
     (ring,) = cache.rings
-    return ring.storage_2BKSHD
+    return [layer.numbers_2BKSHD for layer in ring.storage]
 
 
 def write(cache: LayerCache, chunk: Chunk, k: Tensor, v: Tensor) -> None:

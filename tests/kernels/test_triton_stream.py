@@ -10,6 +10,7 @@ from torch import Tensor
 
 from causalrope_kernels import backend, reference
 from causalrope_sp import DiTConfig, LatentGrid, SamplerConfig, StreamConfig, sample_chunks
+from causalrope_sp.config import CacheDtype
 from causalrope_sp.diffusion.noise import seeded_noise
 from causalrope_sp.distributed import SequenceParallel
 from causalrope_sp.distributed.launch import RankPool
@@ -63,15 +64,23 @@ def video_by_triton(group: Any, device: str, strategy: str, stream: StreamConfig
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="its ranks are processes of this one machine's CPU")
 @pytest.mark.parametrize(
-    ("strategy", "rope"), [("ulysses", "absolute"), ("gather-kv", "relative"), ("shard-kv", "absolute")]
+    ("strategy", "rope", "cache"),
+    [
+        ("ulysses", "absolute", "model"),
+        ("gather-kv", "relative", "model"),
+        ("shard-kv", "absolute", "model"),
+        ("ulysses", "absolute", "int8"),
+        ("shard-kv", "absolute", "fp8"),
+    ],
 )
 def test_a_stream_by_triton_on_two_ranks_is_that_by_torch_on_one(
-    pool: RankPool, strategy: str, rope: Literal["absolute", "relative"]
+    pool: RankPool, strategy: str, rope: Literal["absolute", "relative"], cache: CacheDtype
 ) -> None:
-    stream = StreamConfig(window=5, sink=1, chunk_frames=2, rope=rope)
+    """With a cache in 8 bits, numbers that are rounded another way at the border of two show."""
+    stream = StreamConfig(window=5, sink=1, chunk_frames=2, rope=rope, cache=cache)
     expected = a_video(SequenceParallel.single(device="cpu"), torch.float64, stream)
     found = pool.run(video_by_triton, 2, strategy, stream)
-    assert (found.double() - expected).norm() <= 1e-5 * expected.norm()
+    assert (found.double() - expected).norm() <= (1e-5 if cache == "model" else 2e-4) * expected.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -72,8 +72,8 @@ def judged(plain: CausalVideoPipeline, merged: CausalVideoPipeline, call: dict[s
         source.commit()
         for own, other in zip(target.branches.branches, source.branches.branches, strict=True):
             for ring, from_ring in zip(own.stream.cache.rings, other.stream.cache.rings, strict=True):
-                for layer, from_layer in zip(ring.storage_2BKSHD, from_ring.storage_2BKSHD, strict=True):
-                    layer.copy_(from_layer)
+                for layer, from_layer in zip(ring.storage, from_ring.storage, strict=True):
+                    layer.numbers_2BKSHD.copy_(from_layer.numbers_2BKSHD)
             if recache:
                 recompute_window(own, target.kept, target.position[1], with_sink=True)
     second._decoder = first._decoder

@@ -98,6 +98,8 @@ def test_every_bit_goes_on(
     ("name", "load", "options"),
     [
         ("toybox", {"rope": "relative"}, {}),
+        ("toybox", {"cache": "int8"}, {}),
+        ("toybox", {"cache": "fp8", "rope": "relative"}, {}),
         ("toybox", {"decode": "overlap"}, {}),
         ("toybox", {}, {"image": FILM[5]}),
         ("toybox", {}, {"video": FILM}),
@@ -105,7 +107,7 @@ def test_every_bit_goes_on(
         ("toybox-flow", {"num_inference_steps": 2, "guidance_scale": 2.0}, {"negative_prompt": BLUE}),
         ("toybox-flow", {"num_inference_steps": 3, "reuse": None}, {"reuse": "pab:latte"}),
     ],
-    ids=["relative", "made ahead", "image", "continued video", "float64", "guidance", "reuse"],
+    ids=["relative", "int8", "fp8, relative", "made ahead", "image", "continued video", "float64", "guidance", "reuse"],
 )
 def test_every_kind_of_session_goes_on(
     name: str, load: dict[str, Any], options: dict[str, Any], tmp_path: Path

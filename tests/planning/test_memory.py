@@ -187,6 +187,8 @@ def changed(run: Run, words: str) -> Run:
             run = replace(run, offload=Offload.of(value))
         if option == "weights":
             run = replace(run, work=replace(run.work, fp8=value == "fp8"))
+        if option == "cache":
+            run = replace(run, work=replace(run.work, cache=value))
         if option == "window":
             run = replace(run, work=replace(run.work, window=int(value)))
         if option == "strategy":
@@ -213,7 +215,7 @@ def test_options_that_do_not_help_are_not_suggested() -> None:
     """The peak of this run is at decoding, when an offloaded codec is there like any other."""
     free = PRESET.plan().memory_bytes - 1
     said = remedies(PRESET, free)
-    assert said[0] == "--weights fp8"
+    assert said[:2] == ["--weights fp8", "--cache int8"]
     assert any(words.startswith("--window 20") for words in said)
     assert not any("codec" in words for words in said)
     little = replace(PRESET, codec=CodecFootprint(GB, 0, 0, 0, 8, 4))  # and here it is at denoising

@@ -16,7 +16,7 @@ from causalrope_sp import CausalVideoPipeline, ConfigError, LatentGrid, Sequence
 from causalrope_sp.cli.main import cli
 from causalrope_sp.codec.codec_footprint import published_footprint
 from causalrope_sp.codec.wan_vae_config import WAN_2_1
-from causalrope_sp.config import PRESETS
+from causalrope_sp.config import PRESETS, CacheDtype
 from causalrope_sp.devices import storage_bytes
 from causalrope_sp.distributed.launch import RankPool
 from causalrope_sp.pipeline import preflight
@@ -54,8 +54,13 @@ def pipe() -> CausalVideoPipeline:
     return CausalVideoPipeline.from_pretrained("toybox", device="cpu")
 
 
+@pytest.mark.parametrize("cache", ["model", "int8", "fp8"])
 @pytest.mark.parametrize("options", CASES, ids=str)
-def test_the_plan_of_a_session_is_what_it_holds(pipe: CausalVideoPipeline, options: dict[str, Any]) -> None:
+def test_the_plan_of_a_session_is_what_it_holds(
+    pipe: CausalVideoPipeline, options: dict[str, Any], cache: CacheDtype
+) -> None:
+    if cache != "model":
+        pipe = CausalVideoPipeline.from_pretrained("toybox", device="cpu", cache=cache)
     session = filled(pipe, **options)
     assert held(session) == session.planned_bytes
     fork = session.fork()
@@ -69,18 +74,23 @@ def test_the_control_is_counted() -> None:
     assert held(session) == session.planned_bytes > filled(pipe_without, window=13).planned_bytes
 
 
-def on_ranks(group: Any, device: str, strategy: str, cfg: int) -> list[tuple[int, int]]:
+def on_ranks(group: Any, device: str, strategy: str, cfg: int, cache: CacheDtype) -> list[tuple[int, int]]:
     parallel = SequenceParallel(group, strategy, device, cfg=cfg)
-    pipe = CausalVideoPipeline.from_pretrained("toybox", parallel=parallel, guidance_scale=2.0, decode="spatial")
+    pipe = CausalVideoPipeline.from_pretrained(
+        "toybox", parallel=parallel, guidance_scale=2.0, decode="spatial", cache=cache
+    )
     session = filled(pipe, history=1)
     ranks: list[Any] = [None] * group.size()
     all_gather_object(ranks, (held(session), session.planned_bytes), group)
     return ranks
 
 
-@pytest.mark.parametrize(("strategy", "cfg"), [("ulysses", 1), ("shard-kv", 1), ("auto", 2)])
-def test_every_rank_holds_what_is_planned(pool: RankPool, strategy: str, cfg: int) -> None:
-    for holds, planned in pool.run(on_ranks, 2, strategy, cfg):
+@pytest.mark.parametrize(
+    ("strategy", "cfg", "cache"),
+    [("ulysses", 1, "model"), ("ulysses", 1, "int8"), ("shard-kv", 1, "model"), ("auto", 2, "model")],
+)
+def test_every_rank_holds_what_is_planned(pool: RankPool, strategy: str, cfg: int, cache: CacheDtype) -> None:
+    for holds, planned in pool.run(on_ranks, 2, strategy, cfg, cache):
         # a shard of the picture has a border more than half of it, where a layer reads its neighbours
         assert holds == pytest.approx(planned, rel=0.02)
 

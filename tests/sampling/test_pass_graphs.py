@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from causalrope_sp import CausalVideoPipeline, SamplerConfig, SequenceParallel, StreamConfig
+from causalrope_sp.config import CacheDtype
 from causalrope_sp.grid import Chunk
 from causalrope_sp.reuse.policy import ReusePlan, ReusePolicy
 from causalrope_sp.sampling.steered_loop import SteeredLoop
@@ -34,13 +35,14 @@ def capture_into(captured: list[RecordedGraph], run: Callable[[], Tensor]) -> tu
 
 @pytest.mark.parametrize("rope", ["absolute", "relative"])
 @pytest.mark.parametrize(
-    ("window", "sink", "scale"), [(6, 0, 1.0), (7, 1, 1.0), (6, 2, 2.0), (2, 0, 1.0)],
-    ids=["window", "sink", "guided", "a window of one chunk"],
+    ("window", "sink", "scale", "cache"),
+    [(6, 0, 1.0, "model"), (7, 1, 1.0, "model"), (6, 2, 2.0, "model"), (2, 0, 1.0, "model"), (7, 1, 2.0, "int8")],
+    ids=["window", "sink", "guided", "a window of one chunk", "int8"],
 )  # fmt: skip
 def test_a_stream_by_graphs_is_the_eager_one(
-    window: int, sink: int, scale: float, rope: Literal["absolute", "relative"], graphs: Install
+    window: int, sink: int, scale: float, cache: CacheDtype, rope: Literal["absolute", "relative"], graphs: Install
 ) -> None:
-    stream = StreamConfig(window=window, sink=sink, chunk_frames=2, rope=rope)
+    stream = StreamConfig(window=window, sink=sink, chunk_frames=2, rope=rope, cache=cache)
     guided = SamplerConfig(steps=STEPS, guidance_scale=scale)
     eager = video(stream, sampler=guided)
     made = graphs()

@@ -128,7 +128,7 @@ def test_what_is_taken_back_within_the_history_comes_again_bit_for_bit(rope: Any
 
 
 def address(cache: KVCache) -> int:
-    return cache.rings[0].storage_2BKSHD[0].data_ptr()
+    return cache.rings[0].storage[0].numbers_2BKSHD.data_ptr()
 
 
 @torch.inference_mode()

@@ -158,6 +158,14 @@ def test_what_cannot_be_read_is_one_line_and_status_2(folder: Path, damage: str)
     assert str(caught.value) in result.stderr
 
 
+def test_ranks_agree_with_a_cache_in_8_bits(tmp_path: Path) -> None:
+    checks = run_verification(None, [1, 2], "gather-kv", torch.float32, cache="fp8")
+    assert len(checks) > 14
+    assert all(check.ok for check in checks)
+    with pytest.raises(ConfigError, match="not with a cache in int8"):
+        run_verification(tmp_path, [1], "gather-kv", torch.float32, cache="int8")
+
+
 def test_weights_that_are_missing_end_several_ranks_the_same_way(folder: Path) -> None:
     (folder / f"{WEIGHTS}.safetensors").unlink()
     with pytest.raises(CheckpointError, match="no weights"):

@@ -1,0 +1,67 @@
+"""What is taken off the keys of a quantized cache before they are rounded: a mean of the first keys of each head.
+
+Attention does not see what all keys of a query have in common, so nothing is added again when the keys are read.
+
+Shapes: L layers, B batch, H heads, d head width.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from causalrope_sp.cache.head_ring import HeadRing
+from causalrope_sp.cache.layer_cache import LayerCache
+
+
+class KeyOffsets:
+    """The offsets of all layers of a cache, each set once.
+
+    Args:
+        rings: the rings of all head groups.
+        layers: the views of the layers, which have a `centre` until it was called.
+        still: the first channels of a head that keep their mean, since they rotate on read, which would move an offset
+            from key to key.
+        set_already: the layers whose offset is set.
+    """
+
+    def __init__(
+        self, rings: Sequence[HeadRing], layers: Sequence[LayerCache], still: int, set_already: frozenset[int]
+    ) -> None:
+        self._rings, self._still, self._set = rings, still, set(set_already)
+        self._layers = [weakref.proxy(layer) for layer in layers]
+        for index, layer in enumerate(layers):
+            if index not in set_already:
+                layer.centre = partial(self.set, index)
+
+    @property
+    def set_already(self) -> frozenset[int]:
+        """The layers whose offset is set."""
+        return frozenset(self._set)
+
+    def set(self, layer: int, mean_BHD: Tensor) -> None:
+        """Sets what is taken off all keys that a layer will hold.
+
+        Args:
+            layer: the layer; none of its keys is written yet.
+            mean_BHD: a mean of keys, the same on all ranks that attend with these heads.
+        """
+        first = 0
+        for ring in self._rings:
+            offset_BHD = ring.storage[layer].offset_BHD
+            assert offset_BHD is not None, "the cache is quantized"
+            heads = slice(first, first + offset_BHD.shape[1])
+            offset_BHD[..., self._still :] = mean_BHD[:, heads, self._still :]
+            first = heads.stop
+        self._set.add(layer)
+        self._layers[layer].centre = None
+
+    def read(self) -> Tensor:
+        """Returns the offsets, (L, B, H, d); NaN if one is not set yet."""
+        layers = zip(*[ring.storage for ring in self._rings], strict=True)
+        found = torch.stack([torch.cat([x.offset_BHD for x in own if x.offset_BHD is not None], 1) for own in layers])
+        return found if len(self._set) == len(self._layers) else found.fill_(torch.nan)
