@@ -163,10 +163,13 @@ class WithAdapters:
         check_flag("recache", recache)
         with between_chunks(self._streams, self.parallel, "changes its LoRAs") as loops:
             self.parallel.everyone.agree({"recache": recache})
-            old, new = self._opened(self._adapters), self._opened(adapters)
+            new = self._opened(adapters)
             changed = [each.parameters for each in new]
             change_weights(
-                loops, lambda: self._write(new, self._changed), lambda: self._write(old, changed), recache=recache
+                loops,
+                lambda: self._write(new, self._changed),
+                lambda: self._write(self._opened(self._adapters), changed),
+                recache=recache,
             )
             self._adapters, self._changed, self._digest = dict(adapters), changed, None
             starts = [loop.chunks_made for loop in loops]

@@ -270,9 +270,10 @@ def _fits(role: str, shapes: Mapping[str, Shape], target: _Target) -> bool:
 
 def _targets(model: CausalDiT) -> Iterator[tuple[str, _Target]]:
     """Yields every name that a LoRA may use, of either layout, in the one spelling of `flat`."""
+    layouts = [layout.names(model.config.num_layers, model.config.image_dim > 0) for layout in (WAN, DIFFUSERS)]
     for parameter, shaped in model.named_parameters():
-        for layout in (WAN, DIFFUSERS):
-            stored = layout.names(model.config.num_layers, model.config.image_dim > 0)[parameter]
+        for names in layouts:
+            stored = names[parameter]
             shape = stored_shape(parameter, tuple(shaped.shape), len(stored), model.config)
             for number, name in enumerate(stored):
                 yield _flat_parameter(name), _Target(parameter, number, shape)

@@ -74,6 +74,8 @@ def judged(plain: CausalVideoPipeline, merged: CausalVideoPipeline, call: dict[s
             for ring, from_ring in zip(own.stream.cache.rings, other.stream.cache.rings, strict=True):
                 for layer, from_layer in zip(ring.storage, from_ring.storage, strict=True):
                     layer.numbers_2BKSHD.copy_(from_layer.numbers_2BKSHD)
+            if (similar := own.stream._similar) is not None and (known := other.stream._similar) is not None:
+                similar._keys, similar._pending = dict(known._keys), list(known._pending)  # of the copied frames
             if recache:
                 recompute_window(own, target.kept, target.position[1], with_sink=True)
     second._decoder = first._decoder
@@ -87,10 +89,12 @@ def judged(plain: CausalVideoPipeline, merged: CausalVideoPipeline, call: dict[s
         ({}, {}),
         ({"dtype": "bfloat16"}, {"rope": "relative"}),
         ({"weights": "fp8"}, {}),
+        ({"weights": "fp8-dynamic"}, {}),
+        ({"similar_frames": 1}, {}),
         ({"guidance_scale": 3.0}, {"negative_prompt": BLUE}),
         ({}, {"reuse": "pab:latte", "num_inference_steps": 4}),
     ],
-    ids=["plain", "relative-bf16", "fp8", "guided", "reuse"],
+    ids=["plain", "relative-bf16", "fp8", "fp8-dynamic", "similar", "guided", "reuse"],
 )
 def test_the_next_chunk_is_that_of_a_pipeline_loaded_with_the_lora(
     lora: Path, load: dict[str, Any], call: dict[str, Any], recache: bool

@@ -49,7 +49,7 @@ def test_on_the_command_line(tmp_path: Path) -> None:
         out.unlink(missing_ok=True)
     assert result.output == "error: similar_frames must be a whole number, or a share below 1, not 1.5\n"
     with pytest.raises(
-        ConfigError, match="similar_frames must be a finite number of at least 0 and at most .*, not -1"
+        ConfigError, match=r"similar_frames must be a finite number of at least 0 and at most .*, not -1"
     ):
         video(similar_frames=-1)
     with pytest.raises(ConfigError, match="similar_frames must be None with window_policy recomputed"):
