@@ -96,6 +96,7 @@ PRESETS = {
 }
 
 
+NEWEST = 1  # frames right before a chunk that it attends beside its `similar_frames`
 LONGEST_WINDOW = 2**31 - 1  # latent frames; a thousand years of video
 CacheDtype = Literal["model", "int8", "fp8"]
 WindowPolicy = Literal["sliding", "multi-shot", "recomputed"]

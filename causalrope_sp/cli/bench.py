@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from causalrope_sp.pipeline.pipeline import CausalVideoPipeline
     from causalrope_sp.profiling.bench import Row
 
-LOADING = ("base", "dtype", "height", "width", "window", "cache", "num_inference_steps", "graphs")  # of `LoadOptions`
+LOADING = (  # of `LoadOptions`
+    *("base", "dtype", "weights", "height", "width", "window", "similar_frames", "cache", "num_inference_steps"),
+    "graphs",
+)
 OF_GENERATE = {*LOADING, "model", "device", "num_frames", "steps", "strategy", "attention"}
 
 
@@ -91,11 +94,13 @@ def _run_fields(pipe: CausalVideoPipeline, model: str, frames: int, runs: int) -
         "attention": pipe.parallel.attention,
         "graphs": parts.options.graphs,
         "dtype": _name(pipe.model.dtype),
+        "weights": pipe.config.weights,
         "codec": pipe.codec.name,
         "codec_dtype": _name(pipe.codec.dtype),
         "height": pipe.height,
         "width": pipe.width,
         "window": stream.window,
+        "similar_frames": stream.similar_frames,
         "cache": stream.cache,
         "chunk_frames": stream.chunk_frames,
         "steps": len(pipe.config.sampler.steps),

@@ -15,6 +15,7 @@ from causalrope_sp.cli.model_options import (
     GUIDANCE_INTERVAL,
     HEIGHT,
     OFFLOAD,
+    SIMILAR_FRAMES,
     SINK,
     WIDTH,
     WINDOW,
@@ -37,6 +38,7 @@ OVERRIDES = (
     "sink",
     "chunk_frames",
     "window_policy",
+    "similar_frames",
     "cache",
     "steps",
     "guidance_scale",
@@ -58,6 +60,7 @@ OVERRIDES = (
 @SINK
 @CHUNK_FRAMES
 @WINDOW_POLICY
+@SIMILAR_FRAMES
 @CACHE
 @click.option("--steps", type=INTEGER, help="Make this many denoise passes per chunk. The default is the model's.")
 @click.option(

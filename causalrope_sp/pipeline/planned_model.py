@@ -114,14 +114,14 @@ class PlannedModel:
         """Returns this model with some settings replaced.
 
         Args:
-            changes: height, width, window, sink, chunk_frames, window_policy, cache, steps, guidance_scale or
-                guidance_interval; None keeps the model's own.
+            changes: height, width, window, sink, chunk_frames, window_policy, similar_frames, cache, steps,
+                guidance_scale or guidance_interval; None keeps the model's own.
 
         Raises:
             ConfigError: the settings contradict each other.
         """
         new = {name: value for name, value in changes.items() if value is not None}
-        of_stream = ("window", "sink", "chunk_frames", "window_policy", "cache")
+        of_stream = ("window", "sink", "chunk_frames", "window_policy", "similar_frames", "cache")
         stream = {name: new[name] for name in of_stream if name in new}
         sampler = {name: new[name] for name in ("steps", "guidance_scale", "guidance_interval") if name in new}
         size = {name: new[name] for name in ("height", "width") if name in new}

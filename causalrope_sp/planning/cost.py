@@ -114,6 +114,14 @@ def received_latents(work: Workload, ranks: int) -> int:
     return (ranks - 1) * work.batch * work.chunk_frames * widest * work.config.token_dim
 
 
+def received_means(work: Workload, ranks: int) -> int:
+    """Returns the elements that a rank receives in a steady chunk to choose similar frames, in float32 or float64: the
+    sums of the chunk's queries and of the keys of the one before it."""
+    if work.similar is None:
+        return 0
+    return (ranks - 1) * work.batch * work.config.num_layers * 2 * work.chunk_frames * work.config.dim
+
+
 def received_guidance(work: Workload, ranks: int) -> int:
     """Returns the elements that a rank receives from the other branch after a pass, in the dtype of the latents."""
     return work.batch * work.chunk_frames * max(_tokens(work.grid, ranks)) * work.config.token_dim
@@ -169,7 +177,9 @@ def chunk_flops(layout: Layout, work: Workload, rank: int, branch: int = 0) -> i
     total = -work.models * work.left_out_flops * tokens
     for step in range(work.passes[branch]):
         chunks, computed = 2 if step == 0 else 1, work.computed(step, branch)
-        attention = attention_flops(layout, work, rank, chunks * work.chunk_frames, work.window)
+        attention = attention_flops(layout, work, rank, work.chunk_frames, work.seen)
+        if step == 0:
+            attention += attention_flops(layout, work, rank, work.chunk_frames, work.window)
         total += work.linear_flops_of(computed) * chunks * tokens
         total += computed["self"] * attention // layers
         total += computed["cross"] * cross_flops(work, chunks * tokens) // layers
@@ -218,9 +228,10 @@ def _cost(layout: Layout, cfg: int, work: Workload, on: Machine, auxiliary: Auxi
         times = [_pass_times(layout, work, on, rank, frames, keys, computed) for rank in every]
         return max(times, key=lambda each: each[0] + each[2])
 
-    def all_passes(first_frames: int, keys: int) -> list[float]:
-        first = [branches * seconds for seconds in slowest(first_frames, keys, full)]
-        later = [[count * seconds for seconds in slowest(chunk, keys, dict(c))] for c, count in alike.items()]
+    def all_passes(first_frames: int, keys: int, seen: int) -> list[float]:
+        mean = keys if first_frames == chunk else -(-(keys + seen) // 2)  # its own chunk's queries attend all
+        first = [branches * seconds for seconds in slowest(first_frames, mean, full)]
+        later = [[count * seconds for seconds in slowest(chunk, seen, dict(c))] for c, count in alike.items()]
         return [sum(each) for each in zip(first, *later, strict=True)]
 
     def recomputing() -> list[float]:
@@ -230,13 +241,15 @@ def _cost(layout: Layout, cfg: int, work: Workload, on: Machine, auxiliary: Auxi
     # collectives outside the layers: a chunk's latents once, and velocities across the `cfg` axis after every pass
     latents, velocities = received_latents(work, layout.ranks), received_guidance(work, layout.ranks) if cfg > 1 else 0
     crossings = work.steps if cfg > 1 else 0
-    rest = (layout.ranks > 1) + crossings
-    rest_bytes = 4 * (latents + crossings * velocities)
+    means = branches * received_means(work, layout.ranks)
+    rest = (layout.ranks > 1) + crossings + branches * (means > 0)
+    rest_bytes = 4 * (latents + crossings * velocities + means)
     gather = rest * on.latency + rest_bytes / on.link
     again = recomputing()
-    compute, communication, exposed = (x + y for x, y in zip(all_passes(2 * chunk, window), again, strict=True))
+    steady_passes = all_passes(2 * chunk, window, work.seen)
+    compute, communication, exposed = (x + y for x, y in zip(steady_passes, again, strict=True))
     seconds = compute + exposed + gather
-    opening = all_passes(chunk, chunk)
+    opening = all_passes(chunk, chunk, chunk)
     first = opening[0] + opening[2] + gather
     steady = [_pass_times(layout, work, on, rank, chunk, window, full)[0] for rank in every]
     bytes_layer = max(sum(received(layout, work, r, chunk).values()) for r in every) * work.itemsize

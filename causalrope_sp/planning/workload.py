@@ -7,7 +7,7 @@ from functools import cached_property
 from itertools import takewhile
 
 from causalrope_sp.codec.wan_vae_config import WAN_2_1
-from causalrope_sp.config import CacheDtype, DiTConfig, SamplerConfig, StreamConfig
+from causalrope_sp.config import NEWEST, CacheDtype, DiTConfig, SamplerConfig, StreamConfig
 from causalrope_sp.diffusion.schedule import branch_timesteps, guided_steps, model_timesteps
 from causalrope_sp.grid import LatentGrid, split_into_chunks
 from causalrope_sp.reuse.policy import CAUSAL_KINDS, Kind, ReusePlan, ReusePolicy
@@ -39,6 +39,7 @@ class Workload:
         models: how many models share the steps by noise level, each with weights, a cache and context passes of its
             own.
         cache: how keys and values are stored, of `StreamConfig`.
+        similar: how many frames of a full window passes after a chunk's first attend; None for all (`similar_frames`).
         temporal_stride: the pixel frames of a latent frame, which only the frame rate depends on.
     """
 
@@ -59,6 +60,7 @@ class Workload:
     history: int = 0
     kept_chunks: int = 0
     models: int = 1
+    similar: int | None = None
     cache: CacheDtype = "model"
     temporal_stride: int = WAN_2_1.scale_factor_temporal
 
@@ -108,7 +110,13 @@ class Workload:
             recomputed=again,
             sink_frames=_sink_frames(stream),
             cache=stream.cache,
+            similar=_similar(stream, window, chunk),
         )
+
+    @property
+    def seen(self) -> int:
+        """The frames of a full window that passes after a chunk's first attend, and its context pass."""
+        return self.window if self.similar is None else self.similar
 
     @property
     def more_context(self) -> tuple[tuple[int, int], ...]:
@@ -205,6 +213,17 @@ def _recomputed(window: int, sink: int, chunk: int) -> tuple[tuple[int, int], ..
         passes.append((frames, stop))
         stop -= frames
     return tuple(reversed(passes))
+
+
+def _similar(stream: StreamConfig, window: int, chunk: int) -> int | None:
+    """The frames that are attended of a full window; of a share those that are on average."""
+    similar = stream.similar_frames
+    if similar is None:
+        return None
+    always = stream.sink + NEWEST + chunk
+    if 0 < similar < 1:
+        return max(always, round((1 - similar) * window))
+    return min(window, always + int(similar))
 
 
 def _sink_frames(stream: StreamConfig) -> int:

@@ -24,13 +24,12 @@ from torch import Tensor
 
 from causalrope_kernels import PassOperations, Projection, Slots
 from causalrope_sp.cache.window import SlidingWindow
-from causalrope_sp.config import DiTConfig
+from causalrope_sp.config import NEWEST, DiTConfig
 from causalrope_sp.distributed.comm_stats import LAYERLESS
 from causalrope_sp.distributed.communicator import Communicator
 from causalrope_sp.grid import Chunk
 from causalrope_sp.models.rope import frequencies
 
-NEWEST = 1  # frames right before a chunk that it always attends
 Choice = Sequence[Sequence[Collection[int]]]  # the frames that a chunk attends, by layer and head
 
 

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from functools import cache
 
 from causalrope_sp.cache.window import SlidingWindow
+from causalrope_sp.config import NEWEST
 from causalrope_sp.grid import Chunk
-from causalrope_sp.sampling.similar_frames import NEWEST
 
 
 def top_frames(similar: float, sink: int, window: SlidingWindow, chunks: Sequence[Chunk]) -> Callable[[Chunk], int]:

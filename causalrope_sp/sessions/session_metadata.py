@@ -10,7 +10,7 @@ from torch import Tensor
 
 from causalrope_sp.checks import check_choice, check_flag, check_number, check_text, check_whole, shown
 from causalrope_sp.codec.conv_state import ConvState
-from causalrope_sp.config import SamplerConfig, StreamConfig
+from causalrope_sp.config import SamplerConfig, StreamConfig, check_similar
 from causalrope_sp.errors import ConfigError, printable
 from causalrope_sp.grid import Chunk
 from causalrope_sp.sessions.saved_parts import (
@@ -130,6 +130,8 @@ def _typed(name: str, value: Any, of: Field[Any]) -> Any:
     """Returns a value of the type of a field's default; None stands for a whole number or none."""
     default = of.default
     assert default is not MISSING, "every field of these configurations has a default"
+    if name == "StreamConfig.similar_frames":
+        return None if value is None else check_similar(name, value)
     if isinstance(default, tuple):
         return tuple(_number(name, number) for number in _list(name, value))
     if default is None:

@@ -55,7 +55,7 @@ def test_the_table_and_json_agree_and_have_all_rows(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(measuring, "measure", measured_once)
     monkeypatch.setattr(measuring, "load", loaded_at_once)
     monkeypatch.setattr(measuring, "matrix_rate", lambda *_: RATE)
-    words = ("bench", PROMPT, "--frames", 21, "--runs", 1)
+    words = ("bench", PROMPT, "--frames", 21, "--runs", 1, "--weights", "full", "--similar-frames", 2)
     printed = shell(*words, "--json").output
     report, table = json.loads(printed), shell(*words).output
     assert printed.count("\n") == 1
@@ -68,7 +68,8 @@ def test_the_table_and_json_agree_and_have_all_rows(monkeypatch: pytest.MonkeyPa
     assert f"torch {torch.__version__}" in table
     assert report["versions"]["torch"] == torch.__version__
     assert report["matrix_flops_per_s"] == {"float32": RATE}
-    assert report["run"] | {"frames": 21, "runs": 1, "model": "toybox", "ranks": 1, "codec": "wan"} == report["run"]
+    said = {"weights": "full", "frames": 21, "runs": 1, "model": "toybox", "ranks": 1, "codec": "wan"}
+    assert report["run"] | said == report["run"]
     assert report["machine"]["memory_bytes"] > 1e8
     assert "None" not in table
 

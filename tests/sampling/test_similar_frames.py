@@ -13,13 +13,16 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from causalrope_kernels import PassOperations, Source
-from causalrope_sp import Chunk, ConfigError, SequenceParallel, StreamConfig
+from causalrope_sp import Chunk, ConfigError, SamplerConfig, SequenceParallel, StreamConfig
 from causalrope_sp.attention import base
 from causalrope_sp.cache.layer_cache import LayerCache
 from causalrope_sp.cache.window import SlidingWindow
 from causalrope_sp.distributed import strategies
 from causalrope_sp.distributed.launch import RankPool
+from causalrope_sp.distributed.layout import parse_strategy
 from causalrope_sp.grid import split_into_chunks
+from causalrope_sp.planning.cost import attention_flops, chunk_flops, received_means
+from causalrope_sp.planning.workload import Workload
 from causalrope_sp.sampling.similarity_schedule import top_frames
 from causalrope_sp.sampling.steered_loop import SteeredLoop
 from causalrope_sp.sampling.stream_options import StreamOptions
@@ -120,6 +123,31 @@ def test_positions_in_the_window_choose_as_global_ones_do_without_a_sink() -> No
     assert relative(*made) < 1e-12
 
 
+WORK = Workload.of(CONFIG, PLAIN.grid, choosing(PLAIN).stream, SamplerConfig((1000, 500)), 8, batch=2, itemsize=8)
+
+
+def test_the_cost_model_counts_the_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the last chunk, whose window is full: its passes, and the context pass that its first one shares."""
+    pairs: dict[Chunk, list[int]] = {}
+    write = base.write_chunk
+
+    def counted(source: Source, cache: LayerCache, chunk: Chunk, *rest: Any) -> Tensor:
+        read = sum(keys.k.shape[2] * sum(b - a for a, b in keys.ranges or ()) for keys in cache.keys(chunk))
+        if cache.index == 0:
+            pairs.setdefault(chunk, []).append(chunk.frames * PLAIN.grid.tokens * read)
+        return write(source, cache, chunk, *rest)
+
+    monkeypatch.setattr(base, "write_chunk", counted)
+    single(choosing(replace(PLAIN, frames=18)))
+    chunks = sorted(pairs, key=lambda chunk: chunk.start)
+    found = sum(pairs[chunks[-1]]) + pairs[chunks[-2]][-1]
+    alone = parse_strategy("ulysses", 1)
+    dense = replace(WORK, similar=None)
+    saved = chunk_flops(alone, dense, 0) - chunk_flops(alone, WORK, 0)
+    whole = attention_flops(alone, dense, 0, 2, 8) * (WORK.steps + 1)
+    assert 4 * 2 * CONFIG.head_dim * CONFIG.num_layers * found == whole - saved
+
+
 def on_ranks(group: dist.ProcessGroup, device: str, strategy: str) -> list[Any]:
     """Every job, and how many all-gathers of means one of them makes, from every rank."""
     parallel, made = SequenceParallel(group, strategy, device), dict[Any, Any]()
@@ -127,7 +155,8 @@ def on_ranks(group: dist.ProcessGroup, device: str, strategy: str) -> list[Any]:
         if group.size() <= job.grid.tokens:
             parallel.comm_stats.take()
             made[name] = choosing(job).run(parallel)
-            made[name, "calls"] = parallel.comm_stats.take().by_kind()["means"].calls
+            means = parallel.comm_stats.take().by_kind()["means"]
+            made[name, "means"] = means.calls, means.elements
     parallel.comm_stats.take()
     PLAIN.run(parallel)
     made["off"] = "means" in parallel.comm_stats.take().by_kind()
@@ -145,7 +174,9 @@ def test_many_ranks_choose_as_one(pool: RankPool, alone: dict[str, Tensor], rank
         for name, job in JOBS.items():
             assert relative(made[name], alone[name]) < 1e-12, name
             chunks = list(split_into_chunks(job.frames, 2, independent_first_frame=False))
-            assert made[name, "calls"] == len(chunks), "one exchange a chunk"
+            assert made[name, "means"][0] == len(chunks), "one exchange a chunk"
+        steady = received_means(WORK, ranks)  # of queries of two frames and keys of two
+        assert made["window and sink, batch 2", "means"][1] == steady * (17 + 16) // 4
         assert not made["off"]
 
 
