@@ -31,7 +31,8 @@ def open_pipe(group: dist.ProcessGroup | None, strategy: str, kind: str) -> Caus
         return CausalVideoPipeline.from_pretrained("toybox-flow", parallel=parallel, **GUIDED)
     decode = "spatial" if group is not None else "inline"
     parallel = SequenceParallel(group, strategy, "cpu")
-    return CausalVideoPipeline.from_pretrained("toybox", parallel=parallel, decode=decode)
+    stored: dict[str, Any] = {"cache": "int8", "dtype": "float64"} if kind == "int8" else {}
+    return CausalVideoPipeline.from_pretrained("toybox", parallel=parallel, decode=decode, **stored)
 
 
 def frames_of(session: Session, count: int) -> list[Any]:
@@ -96,6 +97,18 @@ def test_other_ranks_compute_the_cache_anew(pool: RankPool, saved: tuple[Path, d
     alone = resume(None, "cpu", folder / "plain-1-small", "auto", "plain")
     for ranks, by in ((2, 1), (3, 2)):
         assert equal(pool.run(resume, ranks, folder / f"plain-{by}-small", "ulysses", "plain"), alone, levels=1)
+
+
+def test_keys_and_values_in_8_bits_go_on_on_other_ranks(pool: RankPool, tmp_path: Path) -> None:
+    """Numbers, scales, and what is taken off the keys: each rank has that of its own heads."""
+    expected, found, collectives = pool.run(save, 2, tmp_path, "ulysses", "int8")
+    assert equal(found, expected)
+    assert collectives == 7, "one more, for what is taken off the keys"
+    assert equal(resume(None, "cpu", tmp_path / "int8-2", "auto", "int8"), expected, levels=1)
+    assert equal(pool.run(resume, 3, tmp_path / "int8-2", "shard-kv", "int8"), expected, levels=1)
+    alone, *_ = save(None, "cpu", tmp_path, "auto", "int8")
+    assert equal(alone, expected, levels=1)
+    assert equal(pool.run(resume, 2, tmp_path / "int8-1", "gather-kv", "int8"), expected, levels=1)
 
 
 def test_the_two_halves_of_guidance_save_a_branch_each(pool: RankPool, tmp_path: Path) -> None:

@@ -113,6 +113,7 @@ JOBS = {
     "redrawn after an initial frame": Job(2, 4, 6, StreamConfig(4, 1, 2), known=1, redrawn_from=1),
     "relative places": Job(1, 7, 9, StreamConfig(5, 1, 2, rope="relative"), batch=2),
     "int8, batch 2": Job(1, 7, 11, StreamConfig(5, 1, 2, cache="int8"), batch=2),
+    "int8, similar frames": Job(1, 7, 11, StreamConfig(7, 1, 2, similar_frames=1, cache="int8")),
     "fp8, relative": Job(2, 4, 7, StreamConfig(4, 1, 2, rope="relative", cache="fp8"), known=1),
     "hardly any tokens": Job(3, 1, 5, StreamConfig(3, 0, 1)),
     "float32": Job(1, 7, 6, StreamConfig(5, 1, 2), dtype=torch.float32),
