@@ -147,6 +147,11 @@ def test_every_way_to_decode_passes_its_gate() -> None:
     assert [row["variant"] for row in found["rows"]] == ["inline", "overlap", "spatial", "1 decode ranks"]
 
 
+def test_a_cache_in_8_bits_passes_its_gate() -> None:
+    found = last_line(run("quantized_cache.py", "--prompts", "2", "--frames", "21"))
+    assert [row["cache"] for row in found["rows"]] == ["int8", "fp8"]
+
+
 def test_what_reuse_saves_needs_no_run() -> None:
     """Calls by hand: 40 layers, 2 a layer for ulysses, 30 passes of which every other one in the window reuses, and a
     gather of the latents."""
