@@ -130,6 +130,8 @@ def _placements(size: str, heads: int, width: int) -> Iterator[tuple[str, Callab
             for name, dtype in QUANTIZED.items():
                 k, v = (_quantized_ring(times, heads, width, dtype, offset=offset) for offset in (True, False))
                 yield f"{size}, q and ring in {name}", partial(store_projection, projection, q, [k], [v])
+            rings = [Slots(part, row) for part, row in zip(ring[0].x.split(heads // 2, 3), torch.stack([times, times]))]
+            yield f"{size}, q and two rings", partial(store_projection, projection, q, rings, rings)
             yield f"{size}, q", partial(store_projection, projection, q, (), ())
             yield f"{size}, ring", partial(store_projection, projection, (), ring, ring)
         else:

@@ -163,7 +163,7 @@ def held_out(variants: Variants, scenes: list[SceneSpec], frames: int) -> list[d
                 for use in (True, False):
                     vin, said = variants.parallel_chunks.vin if use else None, leave_open(embeds, **what)
                     layout = choose_strategy(work, default_machine(parallel.device), parallel)
-                    strategy = build_strategy(parallel, layout, pipe.settings().grid, pipe.model.config.num_heads)
+                    strategy = build_strategy(parallel, layout, work.grid, work.head_rings(layout.ulysses))
                     state = ParallelChunksForward(
                         pipe.model, vin, said, pipe.settings().grid, assigned, 1, strategy, parallel
                     )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from causalrope_sp.checks import check_choice, check_fields, check_number, shown
 from causalrope_sp.errors import ConfigError
+from causalrope_sp.heads.policy import HeadPolicy
 
 DTYPE_NAMES = ("float64", "float32", "float16", "bfloat16")  # of a transformer
 
@@ -128,11 +129,12 @@ class StreamConfig:
             passes, as Wan 2.2's TI2V models are trained. Without, it is a chunk of its own before the first one.
         cache: how keys and values are stored. "model" keeps the model's dtype; "int8" and "fp8" (float8_e4m3fn) are
             lossy and take about half of bfloat16's memory.
+        heads: how many of the window's frames each attention head sees; None for all. It changes the result.
 
     Raises:
-        ConfigError: a length is below its minimum, the window is smaller than chunk + sink, or `rope`, `cache` or
-            `window_policy` is unknown; or `similar_frames` is neither a whole number nor between 0 and 1, or goes with
-            a recomputed window.
+        ConfigError: a length is below its minimum, the window or that of a head is smaller than chunk + sink, or
+            `rope`, `cache` or `window_policy` is unknown; or `similar_frames` is neither a whole number nor between 0
+            and 1, or goes with a recomputed window or with `heads`.
     """
 
     window: int | None = None
@@ -144,6 +146,7 @@ class StreamConfig:
     image_in_chunk: bool = False
     similar_frames: float | None = None
     cache: CacheDtype = "model"
+    heads: HeadPolicy | None = None
 
     def __post_init__(self) -> None:
         check_fields(self, ["chunk_frames"], most=LONGEST_WINDOW)
@@ -159,6 +162,10 @@ class StreamConfig:
             )
         check_choice("cache", self.cache, get_args(CacheDtype))
         check_fields(self, ["sink"], least=0, most=LONGEST_WINDOW)
+        if self.heads is not None:
+            self.heads.check_stream(self.chunk_frames, self.sink)
+            if self.similar_frames is not None:
+                raise ConfigError("heads and similar_frames both choose what a head sees: give one of them")
         if self.window is None:
             return
         check_fields(self, ["window"], most=LONGEST_WINDOW)
@@ -182,6 +189,14 @@ def check_similar(name: str, value: object) -> float:
     if number > 1 and number != int(number):
         raise ConfigError(f"{name} must be a whole number, or a share below 1, not {shown(value)}")
     return number
+
+
+def stream_fields(stream: StreamConfig) -> dict[str, Any]:
+    """Returns the fields of a stream's configuration, as JSON has them; `heads` only if there are windows of heads."""
+    found = asdict(stream)
+    if stream.heads is None:
+        del found["heads"]
+    return found
 
 
 Keep = Literal["device", "cpu", "free"]  # where weights are kept between two uses

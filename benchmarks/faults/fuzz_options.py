@@ -14,6 +14,7 @@ WHOLE = {
     "verify": ["verify", "--ranks", "1"],
     "plan": ["plan", "--model", "toybox"],
     "profile-reuse": ["profile-reuse", PROMPT, "--frames", "1"],
+    "profile-heads": ["profile-heads", PROMPT, "--frames", "33"],
     "serve": ["serve", "--port", "0", "--folder", "served"],
     "bench": ["bench", PROMPT, "--frames", "1", "--runs", "1"],
     "compress": ["compress", "one.mp4", "one.cvc", "--prompt", PROMPT],

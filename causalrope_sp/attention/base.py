@@ -17,6 +17,9 @@ from torch import Tensor
 from causalrope_kernels import Keys, Partial, PassOperations, Slots, Source
 from causalrope_sp.cache.layer_cache import LayerCache
 from causalrope_sp.grid import Chunk
+from causalrope_sp.heads.placement import CachedHeads, HeadPlacement
+
+SOURCE_ORDER = HeadPlacement(())  # of any number of heads, none of which moves
 
 
 class Strategy:
@@ -26,10 +29,23 @@ class Strategy:
         tokens: s, the tokens of a frame that this rank owns.
         heads: h, the heads that this rank attends.
         backend: the attention backend, one of `causalrope_kernels.ATTENTION_BACKENDS`.
+        placements: the order in which this rank holds the heads of each layer; empty for the order of the source.
+
+    Attributes:
+        cached: the rings that this rank caches the heads in; None for one ring.
     """
 
-    def __init__(self, tokens: int, heads: int, backend: str = "auto") -> None:
+    cached: CachedHeads | None = None
+
+    def __init__(
+        self, tokens: int, heads: int, backend: str = "auto", placements: Sequence[HeadPlacement] = ()
+    ) -> None:
         self.tokens, self.heads, self.backend = tokens, heads, backend
+        self._placements = placements
+
+    def placement(self, layer: int) -> HeadPlacement:
+        """Returns the order in which this rank holds the heads of a layer, from that of the source."""
+        return self._placements[layer] if self._placements else SOURCE_ORDER
 
     @property
     def stored_tokens(self) -> int:
@@ -76,29 +92,35 @@ class Strategy:
             operations: the operations of the pass.
 
         Returns:
-            What this rank's queries attend, (B, F, s, h, d).
+            What this rank's queries attend, (B, F, s, h, d), with the heads in the order of the source.
         """
+        placement = self.placement(cache.index)
         if len(chunks) == 1:
-            return attend_chunk(source, cache, chunks[0], operations)
+            return attend_chunk(source, cache, chunks[0], operations, placement)
         # in order of time, since a later chunk may overwrite slots that an earlier one still reads
-        return joined(
-            [attend_chunk(source.part(frames), cache, chunk, operations) for chunk, frames in by_chunk(chunks)]
-        )
+        parts = by_chunk(chunks)
+        return joined([attend_chunk(source.part(f), cache, chunk, operations, placement) for chunk, f in parts])
 
 
-def attend_chunk(source: Source, cache: LayerCache, chunk: Chunk, operations: PassOperations) -> Tensor:
+def attend_chunk(
+    source: Source, cache: LayerCache, chunk: Chunk, operations: PassOperations, placement: HeadPlacement
+) -> Tensor:
     """Writes a chunk's keys and values to the cache and returns what its queries attend, (B, F, s, h, d)."""
-    q = write_chunk(source, cache, chunk, operations)
-    return attend_groups(q.flatten(1, 2), cache.keys(chunk), operations).view(q.shape)
+    q = write_chunk(source, cache, chunk, operations, placement)
+    output = attend_groups(q.flatten(1, 2), cache.keys(chunk), operations).view(q.shape)
+    return placement.in_model_order(output, 3)
 
 
-def write_chunk(source: Source, cache: LayerCache, chunk: Chunk, operations: PassOperations) -> Tensor:
-    """Writes a chunk's keys and values to the cache and returns its queries, (B, F, s, h, d)."""
+def write_chunk(
+    source: Source, cache: LayerCache, chunk: Chunk, operations: PassOperations, placement: HeadPlacement
+) -> Tensor:
+    """Writes a chunk's keys and values to the cache and returns its queries, (B, F, s, h, d), in the order of the
+    placement."""
     q = empty(source)
     if cache.centre is not None:
-        cache.centre(mean_key(source, operations))
+        cache.centre(placement.in_own_order(mean_key(source, operations), 1))
     k_slots, v_slots = cache.kv_slots(chunk)
-    operations.norm_rope_store(source, q=[Slots(q)], k=k_slots, v=v_slots)
+    operations.norm_rope_store(source, q=placement.by_head([Slots(q)]), k=k_slots, v=v_slots)
     return q
 
 
@@ -139,6 +161,8 @@ def by_group(q_BTHD: Tensor, groups: Sequence[Keys]) -> list[tuple[Tensor, Keys]
 
 def attend_groups(q_BTHD: Tensor, groups: Sequence[Keys], operations: PassOperations) -> Tensor:
     """Attends with the heads of every group on its keys; the result may be written over the queries."""
+    if not groups:
+        return q_BTHD  # of no heads
     if len(groups) == 1:
         return operations.attention(q_BTHD, groups[0], reuse_q=operations.in_place)
     return torch.cat([operations.attention(q, keys) for q, keys in by_group(q_BTHD, groups)], 2)

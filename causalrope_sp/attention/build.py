@@ -9,16 +9,17 @@ from causalrope_sp.attention.ulysses import Ulysses
 from causalrope_sp.distributed import SequenceParallel
 from causalrope_sp.distributed.layout import Layout
 from causalrope_sp.grid import LatentGrid, Shard
+from causalrope_sp.heads.placement import HeadRings
 
 
-def build_strategy(parallel: SequenceParallel, layout: Layout, grid: LatentGrid, heads: int) -> Strategy:
+def build_strategy(parallel: SequenceParallel, layout: Layout, grid: LatentGrid, rings: HeadRings) -> Strategy:
     """Builds this rank's strategy. Every rank must call it, since it makes process groups.
 
     Args:
         parallel: the ranks, with the options of attention.
         layout: how the ranks of the `sp` axis share the work (see `planning.strategy.choose_strategy`).
         grid: the latent frame in tokens.
-        heads: the attention heads of the model.
+        rings: the rings and the placement of the model's heads, for the columns of the layout.
 
     Returns:
         The strategy, which holds the communicators that it needs.
@@ -26,43 +27,52 @@ def build_strategy(parallel: SequenceParallel, layout: Layout, grid: LatentGrid,
     Raises:
         ConfigError: the `sp` axis has more ranks than a frame has tokens.
     """
+    strategy = _strategy(parallel, layout, grid, rings)
+    if not rings.one:
+        _, column = layout.coordinates(parallel.sp_rank)
+        from_model = layout.ulysses == 1 and layout.inner != GatherKV.name
+        strategy.cached = rings.cached(column, from_model=from_model)
+    return strategy
+
+
+def _strategy(parallel: SequenceParallel, layout: Layout, grid: LatentGrid, rings: HeadRings) -> Strategy:
+    order = () if rings.one else rings.placements
     if parallel.mesh.sp == 1:
-        return Strategy(grid.tokens, heads, parallel.attention)
+        return Strategy(grid.tokens, sum(rings.placements[0].sizes), parallel.attention, order)
     group = parallel.mesh.sp_group(parallel.rank)
     tokens = [shard.tokens for shard in parallel.shard(grid).all]
     row, column = layout.coordinates(parallel.sp_rank)
-    rows, split = layout.rows(tokens), layout.heads(heads)
-    inner = Strategy(sum(rows[row]), split[column], parallel.attention)
+    rows, heads = layout.rows(tokens), rings.placements[0].sizes[column]
+    order = order if layout.ulysses == 1 else ()
+    inner = Strategy(sum(rows[row]), heads, parallel.attention, order)
     if layout.inner is not None:
         strategy = {GatherKV.name: GatherKV, ShardKV.name: ShardKV}[layout.inner]
         communicator = parallel.communicator_among(group[column :: layout.ulysses])
         assert communicator is not None, "an inner strategy needs several ranks"
-        inner = strategy(communicator, [sum(t) for t in rows], split[column], parallel.overlap, parallel.attention)
+        shared = [sum(each) for each in rows]
+        inner = strategy(communicator, shared, heads, parallel.overlap, parallel.attention, order)
     if layout.ulysses == 1:
         return inner
     communicator = parallel.communicator_among(group[row * layout.ulysses : (row + 1) * layout.ulysses])
     assert communicator is not None, "ulysses needs several ranks"
-    return Ulysses(communicator, rows[row], split, inner, head_groups(parallel, layout))
+    return Ulysses(communicator, rows[row], rings.placements, inner, head_groups(parallel, layout))
 
 
-def stored_part(layout: Layout, grid: LatentGrid, heads: int, rank: int) -> tuple[slice, slice]:
+def stored_part(layout: Layout, grid: LatentGrid, rank: int) -> tuple[slice, int]:
     """Returns which keys and values a rank caches, of every frame.
 
     Args:
         layout: how the ranks of the `sp` axis share the work.
         grid: the latent frame in tokens.
-        heads: the attention heads of the model.
         rank: its number on the `sp` axis.
 
     Returns:
-        The tokens of a frame, and the heads.
+        The tokens of a frame, and the number of the column whose heads they are of (see `HeadPlacement`).
     """
     rows = [sum(row) for row in layout.rows([shard.tokens for shard in Shard(grid, 0, layout.ranks).all])]
     row, column = layout.coordinates(rank)
-    split = layout.heads(heads)
-    own_heads = slice(sum(split[:column]), sum(split[: column + 1]))
     own_tokens = slice(sum(rows[:row]), sum(rows[: row + 1])) if layout.inner == ShardKV.name else slice(0, grid.tokens)
-    return own_tokens, own_heads
+    return own_tokens, column
 
 
 def describe_strategy(parallel: SequenceParallel, layout: Layout) -> str:

@@ -16,6 +16,7 @@ from causalrope_sp.attention.base import Strategy, by_chunk, empty, joined, mean
 from causalrope_sp.cache.layer_cache import LayerCache
 from causalrope_sp.distributed.communicator import Communicator
 from causalrope_sp.grid import Chunk
+from causalrope_sp.heads.placement import HeadPlacement
 
 
 class GatherKV(Strategy):
@@ -27,14 +28,21 @@ class GatherKV(Strategy):
         heads: the heads that this rank attends.
         overlap: attend the cached window while the new keys and values are in flight.
         backend: the attention backend.
+        placements: see `Strategy`.
     """
 
     name = "gather-kv"
 
     def __init__(
-        self, communicator: Communicator, tokens: Sequence[int], heads: int, overlap: bool, backend: str
+        self,
+        communicator: Communicator,
+        tokens: Sequence[int],
+        heads: int,
+        overlap: bool,
+        backend: str,
+        placements: Sequence[HeadPlacement] = (),
     ) -> None:
-        super().__init__(tokens[communicator.rank], heads, backend)
+        super().__init__(tokens[communicator.rank], heads, backend, placements)
         self._communicator, self._tokens, self._overlap = communicator, tokens, overlap
 
     @property
@@ -45,14 +53,16 @@ class GatherKV(Strategy):
         return chunks[0].start if self._overlap else 0  # the frames before it are attended while the new are in flight
 
     def attend(self, source: Source, cache: LayerCache, chunks: Sequence[Chunk], operations: PassOperations) -> Tensor:
-        batch, frames, _, _, width = source.shape
-        shapes = [(2, batch, frames, tokens, self.heads, width) for tokens in self._tokens]
+        batch, frames, _, heads, width = source.shape
+        placement = self.placement(cache.index)
+        shapes = [(2, batch, frames, tokens, heads, width) for tokens in self._tokens]
         own_shape = shapes[self._communicator.rank]
         (sent,) = self._communicator.buffer("kv out", [own_shape], source.like, block=max(map(prod, shapes)))
-        operations.norm_rope_store(source, k=[Slots(sent[0])], v=[Slots(sent[1])])
+        k, v = (placement.by_head([Slots(x)]) for x in sent)
+        operations.norm_rope_store(source, k=k, v=v)
         handle = self._communicator.all_gather("kv", cache.index, shapes, sent)
         q = empty(source)
-        operations.norm_rope_store(source, q=[Slots(q)])
+        operations.norm_rope_store(source, q=placement.by_head([Slots(q)]))
         parts = by_chunk(chunks)
         before: list[list[list[Partial]]] = [[] for _ in chunks]
         since = self.splits_at(chunks)
@@ -69,4 +79,4 @@ class GatherKV(Strategy):
             new = parts_of(q[:, part], cache.keys_since(chunk, since), operations)
             both = [[*a, *b] for a, b in zip(old, new, strict=True)] if old else new
             outputs.append(merged(both, operations)[0].view(q[:, part].shape))
-        return joined(outputs)
+        return placement.in_model_order(joined(outputs), 3)

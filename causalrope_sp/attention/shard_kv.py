@@ -17,6 +17,7 @@ from causalrope_sp.attention.base import Strategy, by_chunk, key_sum, lse_elemen
 from causalrope_sp.cache.layer_cache import LayerCache
 from causalrope_sp.distributed.communicator import Communicator
 from causalrope_sp.grid import Chunk
+from causalrope_sp.heads.placement import HeadPlacement
 
 
 class ShardKV(Strategy):
@@ -28,29 +29,38 @@ class ShardKV(Strategy):
         heads: the heads that this rank attends.
         overlap: attend with this rank's own queries while the others' are in flight.
         backend: the attention backend.
+        placements: see `Strategy`.
     """
 
     name = "shard-kv"
 
     def __init__(
-        self, communicator: Communicator, tokens: Sequence[int], heads: int, overlap: bool, backend: str
+        self,
+        communicator: Communicator,
+        tokens: Sequence[int],
+        heads: int,
+        overlap: bool,
+        backend: str,
+        placements: Sequence[HeadPlacement] = (),
     ) -> None:
-        super().__init__(tokens[communicator.rank], heads, backend)
+        super().__init__(tokens[communicator.rank], heads, backend, placements)
         self._communicator, self._tokens, self._overlap = communicator, tokens, overlap
 
     def stored(self, x_BLHD: Tensor) -> Tensor:
         return x_BLHD.tensor_split(self._communicator.size, 1)[self._communicator.rank]
 
     def attend(self, source: Source, cache: LayerCache, chunks: Sequence[Chunk], operations: PassOperations) -> Tensor:
-        batch, frames, _, _, width = source.shape
-        shapes, own_rank = self._shapes(batch, frames, width), self._communicator.rank
+        placement, (batch, frames, _, heads, width) = self.placement(cache.index), source.shape
+        shapes = [(batch, frames, tokens, heads, width) for tokens in self._tokens]
+        own_rank = self._communicator.rank
         (q,) = self._communicator.buffer("q out", [shapes[own_rank]], source.like, block=max(map(prod, shapes)))
-        operations.norm_rope_store(source, q=[Slots(q)])
+        operations.norm_rope_store(source, q=placement.by_head([Slots(q)]))
         handle = self._communicator.all_gather("q", cache.index, shapes, q)
         received = None if self._overlap else handle.wait()
         partials: list[list[Partial]] = [[] for _ in self._tokens]
         if cache.centre is not None:
-            cache.centre(self._mean_key(source.part(by_chunk(chunks)[0][1]), cache.index, operations))
+            mean = self._mean_key(source.part(by_chunk(chunks)[0][1]), cache.index, operations)
+            cache.centre(placement.in_own_order(mean, 1))
         for chunk, part in by_chunk(chunks):
             k_slots, v_slots = cache.kv_slots(chunk)
             operations.norm_rope_store(source.part(part), k=k_slots, v=v_slots)
@@ -60,7 +70,8 @@ class ShardKV(Strategy):
             for rank, queries in enumerate(received):
                 if rank != own_rank:
                     partials[rank].append(merged(parts_of(queries[:, part], cache.keys(chunk), operations), operations))
-        return self._return_partials(partials, q, cache.index, operations)
+        output = self._return_partials(partials, q, cache.index, operations)
+        return placement.in_model_order(output, 3)
 
     def _mean_key(self, source: Source, layer: int, operations: PassOperations) -> Tensor:
         """Returns the mean of the keys of all ranks' tokens, (B, h, d)."""
@@ -78,14 +89,14 @@ class ShardKV(Strategy):
         The log-sum-exps follow a rank's outputs in the buffer, in their own, wider dtype, since the merge weighs by
         them.
         """
-        batch, frames, _, _, width = like.shape
+        batch, frames, _, heads, width = like.shape
         wide, lse_dtype = lse_elements(like.element_size()), partials[0][0][1].dtype
         rows = [batch * frames * tokens for tokens in self._tokens]
-        sizes = [(count * self.heads * (width + wide),) for count in rows]
+        sizes = [(count * heads * (width + wide),) for count in rows]
 
         def unpack(piece: Tensor, tokens: int) -> Partial:
             output, lse = piece.split([piece.numel() // (width + wide) * each for each in (width, wide)])
-            shape = batch, frames * tokens, self.heads
+            shape = batch, frames * tokens, heads
             return output.view(*shape, width), lse.view(lse_dtype).view(shape)
 
         sent = self._communicator.buffer("partial out", sizes, like)
@@ -95,7 +106,3 @@ class ShardKV(Strategy):
         rank, size = self._communicator.rank, self._communicator.size
         received = self._communicator.all_to_all("partial", layer, [sizes[rank]] * size, sent).wait()
         return operations.merge([unpack(piece, self._tokens[rank]) for piece in received])[0].view(like.shape)
-
-    def _shapes(self, batch: int, frames: int, width: int) -> list[tuple[int, ...]]:
-        """The shape of every rank's queries."""
-        return [(batch, frames, tokens, self.heads, width) for tokens in self._tokens]

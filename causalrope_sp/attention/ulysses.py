@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from causalrope_kernels import Keys, PassOperations, Pieces, Slots, Source
-from causalrope_sp.attention.base import Strategy, attend_groups, by_chunk, joined, write_chunk
+from causalrope_sp.attention.base import SOURCE_ORDER, Strategy, attend_groups, by_chunk, joined, write_chunk
 from causalrope_sp.cache.layer_cache import LayerCache
 from causalrope_sp.distributed.communicator import AsyncHandle, Communicator
 from causalrope_sp.grid import Chunk, shares
+from causalrope_sp.heads.placement import HeadPlacement
 
 
 class Ulysses(Strategy):
@@ -25,7 +26,7 @@ class Ulysses(Strategy):
     Args:
         communicator: the ranks that exchange tokens for heads.
         tokens: the tokens of a frame that each of these ranks owns, in order of rank.
-        heads: the heads that each of these ranks attends, in order of rank.
+        placements: the heads that each of these ranks attends, in order of rank, layer by layer.
         inner: the strategy that attends the tokens of all these ranks with this rank's heads.
         head_groups: the groups of heads whose outputs are sent one by one, each while the next is computed (PipeSP,
             arXiv 2511.12056); 1 sends the whole output at once.
@@ -35,14 +36,14 @@ class Ulysses(Strategy):
         self,
         communicator: Communicator,
         tokens: Sequence[int],
-        heads: Sequence[int],
+        placements: Sequence[HeadPlacement],
         inner: Strategy,
         head_groups: int = 1,
     ) -> None:
-        super().__init__(tokens[communicator.rank], sum(heads), inner.backend)
-        self._communicator, self._tokens, self._heads, self._inner = communicator, tokens, heads, inner
-        self._groups = _split([heads[communicator.rank]], head_groups)[0]  # this rank's heads in each group
-        self._heads_by_group = list(zip(*_split(heads, head_groups), strict=True))  # every rank's heads in each group
+        super().__init__(tokens[communicator.rank], sum(placements[0].sizes), inner.backend, placements)
+        self._communicator, self._tokens, self._inner = communicator, tokens, inner
+        # every rank's heads in each group, layer by layer
+        self._heads_by_group = [list(zip(*_split(at.sizes, head_groups), strict=True)) for at in placements]
         self._pipelined = head_groups > 1
 
     @property
@@ -54,28 +55,30 @@ class Ulysses(Strategy):
         return self._inner.stored_heads
 
     def stored(self, x_BLHD: Tensor) -> Tensor:
-        return self._inner.stored(x_BLHD[:, :, _ranges(self._heads)[self._communicator.rank]])
+        own = self._placements[0].columns[self._communicator.rank]  # whoever asks has the same heads in all layers
+        return self._inner.stored(x_BLHD[:, :, own[0] : own[-1] + 1])
 
     def heads_cached(self, heads: int) -> Sequence[int]:
-        return range(heads)[_ranges(self._heads)[self._communicator.rank]]
+        return self._placements[0].columns[self._communicator.rank]  # as `stored`
 
     def splits_at(self, chunks: Sequence[Chunk]) -> int:
         return self._inner.splits_at(chunks)
 
     def attend(self, source: Source, cache: LayerCache, chunks: Sequence[Chunk], operations: PassOperations) -> Tensor:
         batch, frames, own_tokens, _, width = source.shape
-        sent = self._communicator.buffer(
-            "qkv out", [(3, batch, frames, own_tokens, h, width) for h in self._heads], source.like
-        )
-        q, k, v = ([Slots(piece[kind]) for piece in sent] for kind in range(3))
+        placement = self._placements[cache.index]
+        sizes = [(3, batch, frames, own_tokens, h, width) for h in placement.sizes]
+        sent = self._communicator.buffer("qkv out", sizes, source.like)
+        q, k, v = (placement.by_head([Slots(piece[kind]) for piece in sent]) for kind in range(3))
         operations.norm_rope_store(source, q=q, k=k, v=v)
-        heads = self._heads[self._communicator.rank]
+        heads = placement.sizes[self._communicator.rank]
         shapes = [(3, batch, frames, tokens, heads, width) for tokens in self._tokens]
         received = Pieces(self._communicator.all_to_all("qkv", cache.index, shapes, sent).wait())
         if self._pipelined:
-            return self._attend_by_groups(received, cache, chunks, operations)
+            return placement.in_model_order(self._attend_by_groups(received, cache, chunks, operations), 3)
         output = self._inner.attend(received, cache, chunks, operations)
-        return torch.cat(self._send_back(output, self._heads, cache.index, operations).wait(), 3)
+        back = self._send_back(output, placement.sizes, cache.index, operations).wait()
+        return placement.in_model_order(torch.cat(back, 3), 3)
 
     def _attend_by_groups(
         self, source: Source, cache: LayerCache, chunks: Sequence[Chunk], operations: PassOperations
@@ -85,21 +88,23 @@ class Ulysses(Strategy):
         Sending starts with the last chunk. The earlier chunks are attended before it is written, since it may overwrite
         keys that they read.
         """
-        outputs: list[list[Tensor]] = [[] for _ in self._groups]
+        by_group = self._heads_by_group[cache.index]
+        own = _ranges([heads[self._communicator.rank] for heads in by_group])
+        outputs: list[list[Tensor]] = [[] for _ in own]
         handles: list[AsyncHandle] = []
         for chunk, frames in by_chunk(chunks):
-            q = write_chunk(source.part(frames), cache, chunk, operations)
-            for number, heads in enumerate(_ranges(self._groups)):
+            q = write_chunk(source.part(frames), cache, chunk, operations, SOURCE_ORDER)
+            for number, heads in enumerate(own):
                 group_q = q[..., heads, :]
                 keys = _of_heads(cache.keys(chunk), heads)
                 attended = attend_groups(group_q.flatten(1, 2), keys, operations)
                 outputs[number].append(attended.view(group_q.shape))
                 if chunk == chunks[-1]:
                     whole = joined(outputs[number])
-                    heads_sent = self._heads_by_group[number]
-                    handles.append(self._send_back(whole, heads_sent, cache.index, operations, f" {number}"))
-        by_group = [handle.wait() for handle in handles]
-        return torch.cat([group[rank] for rank in range(self._communicator.size) for group in by_group], 3)
+                    sent = self._send_back(whole, by_group[number], cache.index, operations, f" {number}")
+                    handles.append(sent)
+        received = [handle.wait() for handle in handles]
+        return torch.cat([group[rank] for rank in range(self._communicator.size) for group in received], 3)
 
     def _send_back(
         self, output_BFSHD: Tensor, heads: Sequence[int], layer: int, operations: PassOperations, use: str = ""

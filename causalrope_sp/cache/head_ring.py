@@ -1,4 +1,4 @@
-"""The frame slots of the heads that share a window: storage layer by layer, undo buffers, and plans of what is read.
+"""The frame slots of the heads that see equally many frames: storage layer by layer, and undo buffers.
 
 Shapes: B batch, K slots, S tokens of a frame, H heads of a layer, d head width; S and H are what this rank stores.
 """
@@ -6,14 +6,12 @@ Shapes: B batch, K slots, S tokens of a frame, H heads of a layer, d head width;
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from causalrope_kernels import Keys, RotateOnRead, Slots
 from causalrope_sp.cache.layer_storage import LayerStorage
-from causalrope_sp.cache.read_plans import Choose, ReadPlans
 from causalrope_sp.cache.undo import UndoBuffer, UndoHistory
 from causalrope_sp.cache.window import SlidingWindow
 from causalrope_sp.grid import Chunk
@@ -27,66 +25,59 @@ class HeadRing:
     Args:
         storage: keys and values of every layer.
         frames: the frames that these heads see, which is K; at most those of `window`.
+        sink: their sink, if they see fewer than `window`.
         window: the window of the stream.
         history: how many committed chunks can be taken back.
-        rotate_on_read: see `KVCache`.
+        attended: whether queries attend what is stored. If not, nothing is kept: the slots are a scratch that all
+            layers and forks share.
 
     Attributes:
         storage: keys and values of every layer.
         window: the sliding window of these heads.
+        attended: whether queries attend what is stored.
     """
 
     def __init__(
         self,
         storage: list[LayerStorage],
         frames: int,
+        sink: int,
         window: SlidingWindow,
         history: int,
-        rotate_on_read: Callable[[Sequence[int]], RotateOnRead] | None,
+        attended: bool,
     ) -> None:
-        self._frames, self._rotate_on_read = frames, rotate_on_read
+        self.set_storage(storage)
+        self.attended = attended
+        self._frames, self._sink = frames, sink
         self._undo: UndoBuffer | None = None  # of the open chunk
         self._history = UndoHistory(history and history + 1)  # the chunk before the open one may be open again
         self._written: dict[int, int] = {}  # slot -> frame, as the first layer writes them
-        self._choose: Choose | None = None
-        self._full = window
-        self.window = window.narrowed(frames)
-        self._bind(storage)
+        self.set_window(window)
 
-    def _bind(self, storage: list[LayerStorage]) -> None:
-        """Takes a storage. Views are made once, since each costs the host as much as a launch."""
+    def heads(self, layer: int) -> int:
+        """Returns how many heads of a layer the ring has."""
+        return self.storage[layer].numbers_2BKSHD.shape[4]
+
+    def set_storage(self, storage: list[LayerStorage]) -> None:
+        """Takes a storage of the same sizes."""
         self.storage = storage
         self._parts_2BK = [layer.parts_2BK for layer in storage]
-        self._plans = ReadPlans(storage, self._rotate_on_read, self._choose)
-        self._plans.restart(self.window, self._full)
 
-    def tensors(self) -> Iterator[Tensor]:
-        """Yields what the ring holds on the device: its storage, and undo buffers."""
-        for layer in self.storage:
-            yield from layer.tensors()
+    def undo_tensors(self) -> Iterator[Tensor]:
+        """Yields the memory of the undo buffers."""
         yield from self._history.tensors()
         if self._undo is not None:
             yield self._undo.memory
 
     def set_window(self, full: SlidingWindow) -> None:
-        """Takes another window of the stream, of the same size. Plans are made for it when a chunk opens."""
-        self._full, self.window = full, full.narrowed(self._frames)
-
-    def choose_frames(self, choose: Choose) -> None:
-        """Lets the chunks from now on attend only frames that are chosen."""
-        self._choose = choose
-        self._bind(self.storage)
-
-    def restart_plans(self) -> None:
-        """Forgets what the passes over chunks write and read, since the window moved."""
-        self._plans.restart(self.window, self._full)
+        """Takes another window of the stream, of the same size."""
+        self.window = full.narrowed(self._frames, self._sink)
 
     def open(self, chunk: Chunk, slots: Sequence[int]) -> None:
         """Opens a chunk that will own these slots."""
         slots = [slot for slot in slots if slot in self._written]
         frames = [self._written[slot] for slot in slots]  # of the window, or of a sink whose shot is over
         self._undo = self._history.buffer(chunk, frames, slots, self._parts_2BK)
-        self.restart_plans()
 
     def commit(self) -> None:
         """Keeps the undo buffer of the open chunk, which is committed."""
@@ -117,7 +108,6 @@ class HeadRing:
         nothing = self.storage[0].numbers_2BKSHD.new_empty(0, dtype=torch.uint8)
         layers = set(range(len(self.storage)))
         self._undo = undo or UndoBuffer(chunk, [], [], nothing, [], layers)
-        self.restart_plans()
 
     def can_rewind(self, chunk: Chunk) -> bool:
         """Returns whether the undo buffer of a committed chunk is kept."""
@@ -134,15 +124,13 @@ class HeadRing:
         assert undo is not None, "the history must reach the chunk"
         self._undo = undo
         self.set_window(window)
-        self.restart_plans()
 
     def restart(self, window: SlidingWindow, committed: int) -> None:
         """Forgets all frames that a window of the stream does not hold before the frame `committed`."""
         self._undo = None
         self._history.clear()
         self.set_window(window)
-        self.restart_plans()
-        self._written = self.window.held(committed)
+        self._written = self.window.held(committed) if self.attended else {}
 
     def fork(self) -> HeadRing:
         """Returns a ring that goes on from here by itself, on the same storage."""
@@ -150,34 +138,27 @@ class HeadRing:
         if self._undo is not None:
             self._undo.shared = True
         fork._history, fork._written = self._history.fork(), dict(self._written)
-        fork._bind([layer.shared() for layer in self.storage])
         return fork
-
-    def own(self) -> None:
-        """Copies the storage, which others share."""
-        self._bind([layer.clone() for layer in self.storage])
 
     def save_evicted(self, layer: int) -> None:
         """Copies the frames of a layer that the open chunk will overwrite to the undo buffer, once a chunk."""
         if self._undo is not None and layer not in self._undo.layers:
             self._undo.save(self._parts_2BK[layer], layer)
 
-    def slots(self, layer: int, chunk: Chunk) -> tuple[Slots, Slots]:
-        """Returns the slots of a layer that a chunk's keys and values are written to."""
-        return self._plans.slots(layer, chunk)
+    def places(self, frames: Sequence[int], stop: int) -> list[tuple[int, int]]:
+        """Returns where some frames are that passes behind the frame `stop` read: their numbers in the list, and slots.
 
-    def keys(self, layer: int, chunk: Chunk, since: int, old: bool) -> tuple[Keys, ...]:
-        """Returns the keys and values of a layer that a chunk's queries attend; see `ReadPlans.keys`."""
-        return self._plans.keys(layer, chunk, since, old)
-
-    @property
-    def plans(self) -> ReadPlans:
-        """What the passes over the chunks write and read."""
-        return self._plans
+        Args:
+            frames: global time indices.
+            stop: the global time index at which the next chunk starts.
+        """
+        slots = {frame: slot for slot, frame in self.window.held(stop).items()} if self.attended else {}
+        return [(number, slots[frame]) for number, frame in enumerate(frames) if frame in slots]
 
     def note_written(self, chunk: Chunk) -> None:
         """Notes that a chunk's keys and values lie in its slots."""
-        self._written |= {self.window.slot(frame): frame for frame in range(chunk.start, chunk.stop)}
+        if self.attended:
+            self._written |= {self.window.slot(frame): frame for frame in range(chunk.start, chunk.stop)}
 
     def evicts(self, chunk: Chunk) -> bool:
         """Returns whether the open chunk overwrites frames of a chunk before it."""
@@ -193,7 +174,7 @@ class HeadRing:
         Raises:
             AssertionError: they do not.
         """
-        held = self.window.held(committed)
+        held = self.window.held(committed) if self.attended else {}
         opened = range(0) if open_chunk is None else range(open_chunk.start, open_chunk.stop)
         for slot, frame in held.items():
             assert self._written.get(slot) in (frame, *opened), f"slot {slot} does not hold frame {frame}"

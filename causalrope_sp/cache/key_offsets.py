@@ -2,7 +2,7 @@
 
 Attention does not see what all keys of a query have in common, so nothing is added again when the keys are read.
 
-Shapes: L layers, B batch, H heads, d head width.
+Shapes: B batch, H heads, d head width.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ class KeyOffsets:
 
         Args:
             layer: the layer; none of its keys is written yet.
-            mean_BHD: a mean of keys, the same on all ranks that attend with these heads.
+            mean_BHD: a mean of keys, the same on all ranks that attend with these heads, which are in the order of
+                their rings.
         """
         first = 0
         for ring in self._rings:
@@ -61,7 +62,7 @@ class KeyOffsets:
         self._layers[layer].centre = None
 
     def read(self) -> Tensor:
-        """Returns the offsets, (L, B, H, d); NaN if one is not set yet."""
+        """Returns the offsets, (B, heads, d), with the heads layer by layer; NaN if one is not set yet."""
         layers = zip(*[ring.storage for ring in self._rings], strict=True)
-        found = torch.stack([torch.cat([x.offset_BHD for x in own if x.offset_BHD is not None], 1) for own in layers])
+        found = torch.cat([x.offset_BHD for own in layers for x in own if x.offset_BHD is not None], 1)
         return found if len(self._set) == len(self._layers) else found.fill_(torch.nan)

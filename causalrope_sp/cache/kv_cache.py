@@ -15,21 +15,23 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
-from causalrope_kernels import Keys, RotateOnRead, Slots
+from causalrope_kernels import Keys, RotateOnRead
 from causalrope_sp.cache.head_ring import HeadRing
 from causalrope_sp.cache.key_offsets import KeyOffsets
 from causalrope_sp.cache.layer_cache import LayerCache
-from causalrope_sp.cache.layer_storage import LayerStorage
-from causalrope_sp.cache.read_plans import Choose, Ranges
+from causalrope_sp.cache.read_plans import Choose, Ranges, ReadPlans, SlotPair
+from causalrope_sp.cache.storage import CacheStorage
 from causalrope_sp.cache.window import SlidingWindow
 from causalrope_sp.devices import storage_bytes
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.grid import Chunk
+from causalrope_sp.heads.placement import CachedHeads
+from causalrope_sp.heads.policy import SKIP
 
 
 class KVCache:
@@ -48,6 +50,7 @@ class KVCache:
         history: how many committed chunks can be taken back.
         rotate_on_read: makes the rotation of the keys on read from the position of every slot's frame within the window
             (the `relative` policy); None if keys are stored rotated.
+        cached: the rings that the heads of every layer are in, `heads` or fewer of them in all; None for one ring.
 
     Attributes:
         committed: the number of latent frames whose clean keys and values are stored, which is the global time index at
@@ -71,6 +74,7 @@ class KVCache:
         quantized: torch.dtype | None = None,
         history: int = 0,
         rotate_on_read: Callable[[Sequence[int]], RotateOnRead] | None = None,
+        cached: CachedHeads | None = None,
     ) -> None:
         self._window = window
         self.committed = 0
@@ -78,16 +82,33 @@ class KVCache:
         self._sharers = [1]  # how many caches share the storage
         self.storages = 1
         self._restarted = 0  # the next frame at the last restart
-        shape = (2, batch, window.frames, tokens, heads, head_dim)
-        storage = [LayerStorage.empty(shape, dtype, quantized, device) for _ in range(layers)]
-        self._rings = [HeadRing(storage, window.frames, window, history, rotate_on_read)]
+        cached = cached or CachedHeads((window.frames,), ((heads,),) * layers)
+        self._storage = CacheStorage(cached, (batch, tokens, head_dim), dtype, quantized, device)
+        self._rings = [
+            HeadRing(storage, slots, cached.sink, window, history, frames != SKIP)
+            for storage, slots, frames in zip(self._storage.by_ring(), self._storage.slots, cached.frames, strict=True)
+        ]
+        self._reading = rotate_on_read, cached.source_order
+        self._choose: Choose | None = None
         self._still = 0 if rotate_on_read is None else 2 * rotate_on_read([0] * window.frames).table.shape[2]
         self._make_layers(frozenset(range(0 if quantized else layers)))
+        self._make_plans()
 
     def _make_layers(self, set_already: frozenset[int]) -> None:
         own = weakref.proxy(self)  # no cycle: a cache that nobody needs goes at once, not when Python looks for cycles
-        self._layers = [LayerCache(own, index) for index in range(len(self._rings[0].storage))]
+        self._layers = [LayerCache(own, index) for index in range(self._storage.layers)]
         self.offsets = KeyOffsets(self._rings, self._layers, self._still, set_already)
+
+    def _take(self, storage: CacheStorage) -> None:
+        """Takes another storage of the same sizes. Views are made once, since each costs the host as much as a
+        launch."""
+        self._storage = storage
+        for ring, own in zip(self._rings, storage.by_ring(), strict=True):
+            ring.set_storage(own)
+        self._make_plans()
+
+    def _make_plans(self) -> None:
+        self._plans = ReadPlans(self._rings, self._window, *self._reading, self._choose)
 
     @property
     def window(self) -> SlidingWindow:
@@ -112,8 +133,9 @@ class KVCache:
 
     def tensors(self) -> Iterator[Tensor]:
         """Yields what the cache holds on the device: its storage, and undo buffers."""
+        yield from self._storage.tensors()
         for ring in self._rings:
-            yield from ring.tensors()
+            yield from ring.undo_tensors()
 
     def choose_frames(self, choose: Choose) -> None:
         """Lets chunks attend only some of the frames that the window holds.
@@ -121,13 +143,12 @@ class KVCache:
         Args:
             choose: chooses them; it is asked at the first use of a chunk after it was opened, or plans were restarted.
         """
-        for ring in self._rings:
-            ring.choose_frames(choose)
+        self._choose = choose
+        self._make_plans()
 
     def restart_plans(self) -> None:
         """Forgets what the passes over chunks write and read, since other frames were chosen."""
-        for ring in self._rings:
-            ring.restart_plans()
+        self._plans.restart(self._window)
 
     def open(self, chunk: Chunk) -> None:
         """Opens a chunk, so that denoise passes write it.
@@ -146,6 +167,7 @@ class KVCache:
         for ring, own in zip(self._rings, slots, strict=True):
             ring.open(chunk, own)
         self.open_chunk = chunk
+        self._plans.restart(self._window)
 
     def commit(self) -> None:
         """Commits the open chunk.
@@ -182,6 +204,7 @@ class KVCache:
         for ring in self._rings:
             ring.reopen(chunk)
         self.committed, self.open_chunk = chunk.start, chunk
+        self._plans.restart(self._window)
 
     def can_rewind(self, chunk: Chunk) -> bool:
         """Returns whether `rewind` can make a chunk the open one again, with all as it was."""
@@ -205,6 +228,7 @@ class KVCache:
         for ring in self._rings:
             ring.rewind(chunk, window)
         self.open_chunk, self.committed, self._window = chunk, chunk.start, window
+        self._plans.restart(window)
 
     def restart(self, window: SlidingWindow, committed: int) -> None:
         """Forgets all frames that a window does not hold, to write others from a frame on. No chunk can be taken back.
@@ -216,23 +240,13 @@ class KVCache:
         for ring in self._rings:
             ring.restart(window, committed)
         self.open_chunk, self._window, self.committed, self._restarted = None, window, committed, committed
-
-    def resume(self, window: SlidingWindow, committed: int, pending: Chunk | None) -> None:
-        """Stands where another cache stood, whose frames are going to be put into their slots.
-
-        Args:
-            window: its window, of the same size.
-            committed: the global time index at which the next chunk starts.
-            pending: the chunk right before it, whose context pass must run; None if it is written.
-        """
-        self.restart(window, committed)
-        if pending is not None:
-            self.reopen(pending)
+        self._plans.restart(window)
 
     def fork(self) -> KVCache:
         """Returns a cache that goes on from here by itself. Both share the storage until one of them writes."""
         fork = copy.copy(self)
         fork._rings = [ring.fork() for ring in self._rings]
+        fork._take(self._storage.shared())
         fork._make_layers(self.offsets.set_already)
         self._sharers[0] += 1
         return fork
@@ -241,8 +255,7 @@ class KVCache:
         """Copies the storage if a fork shares it, before it is written."""
         sharers = self._sharers
         if sharers[0] > 1:
-            for ring in self._rings:
-                ring.own()
+            self._take(self._storage.copy())
             self.storages += 1
             self._sharers = [1]
             sharers[0] -= 1  # only now may another thread write what was copied
@@ -255,16 +268,15 @@ class KVCache:
         """Returns the view of one layer."""
         return self._layers[index]
 
-    def kv_slots(self, layer: int, chunk: Chunk) -> tuple[Sequence[Slots], Sequence[Slots]]:
+    def kv_slots(self, layer: int, chunk: Chunk) -> SlotPair:
         """Returns the slots of a layer that a chunk's keys and values are written to; see `LayerCache.kv_slots`."""
         if layer == 0:
             self._own()
             self.note_written(chunk)
         if chunk == self.open_chunk:
-            for ring in self._rings:
-                ring.save_evicted(layer)
-        k, v = zip(*[ring.slots(layer, chunk) for ring in self._rings], strict=True)
-        return k, v
+            for number in self._plans.rings_of(layer):
+                self._rings[number].save_evicted(layer)
+        return self._plans.slots(layer, chunk)
 
     def note_written(self, chunk: Chunk) -> None:
         """Notes that a chunk's keys and values lie in its slots."""
@@ -285,8 +297,9 @@ class KVCache:
             since: the global time index that attention splits the frames at (see `keys`); 0 for no split.
 
         Returns:
-            For every ring and chunk its slots, the bounds of the rows that it attends (of the frames before `since`,
-            then of the others) and, in the `relative` policy, the angles of its slots, as tensors on the device.
+            For every chunk its slots, and for every ring the bounds of the rows that it attends (of the frames before
+            `since`, then of the others) and, in the `relative` policy, the angles of its slots, as tensors on the
+            device.
         """
         self._own()
         for ring in self._rings:
@@ -294,30 +307,23 @@ class KVCache:
                 ring.save_evicted(layer)
         for chunk in chunks:
             self.note_written(chunk)
-        return [tensor for ring in self._rings for chunk in chunks for tensor in ring.plans.tensors(chunk, since)]
+        return [tensor for chunk in chunks for tensor in self._plans.tensors(chunk, since)]
 
-    @contextmanager
-    def reading(self, chunks: Sequence[Chunk], since: int, tensors: Sequence[Tensor]) -> Iterator[None]:
+    def reading(self, chunks: Sequence[Chunk], since: int, tensors: Sequence[Tensor]) -> AbstractContextManager[None]:
         """Lets a forward read tensors of the form that `begin_graph` returns in place of the chunks' own."""
-        given = iter(tensors)
-        with ExitStack() as stack:
-            for ring in self._rings:
-                stack.enter_context(ring.plans.reading(chunks, since, given))
-            yield
+        return self._plans.reading(chunks, since, tensors)
 
     def are_chosen(self, chunk: Chunk) -> bool:
         """Returns whether a chunk attends frames that were chosen for it; see `choose_frames`."""
-        return any(ring.plans.are_chosen(chunk) for ring in self._rings)
+        return self._plans.are_chosen(chunk)
 
     def attended_rows(self, chunk: Chunk, since: int) -> tuple[Ranges, ...]:
         """Returns the rows of each ring that a chunk's queries attend: before `since`, then since then; 0 for all."""
-        return tuple(rows for ring in self._rings for rows in ring.plans.attended_rows(chunk, since))
+        return self._plans.attended_rows(chunk, since)
 
     def keys(self, layer: int, chunk: Chunk, since: int, old: bool) -> Sequence[Keys]:
         """Returns the keys and values of a layer that a chunk's queries attend, by head group; see `ReadPlans.keys`."""
-        if len(self._rings) == 1:
-            return self._rings[0].keys(layer, chunk, since, old)
-        return [keys for ring in self._rings for keys in ring.keys(layer, chunk, since, old)]
+        return self._plans.keys(layer, chunk, since, old)
 
     def check_integrity(self) -> None:
         """Checks that cursor, slots and storage agree, and that every committed number is finite.

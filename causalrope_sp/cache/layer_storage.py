@@ -5,8 +5,8 @@ Shapes: B batch, K slots, S tokens of a frame, H heads, d head width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -30,25 +30,6 @@ class LayerStorage:
     numbers_2BKSHD: Tensor
     scales_2BKSH: Tensor | None = None
     offset_BHD: Tensor | None = None
-
-    @classmethod
-    def empty(
-        cls, shape: tuple[int, ...], dtype: torch.dtype, quantized: torch.dtype | None, device: torch.device | str
-    ) -> LayerStorage:
-        """Allocates storage.
-
-        Args:
-            shape: (2, B, K, S, H, d).
-            dtype: in which keys and values are computed.
-            quantized: the dtype of 8 bits that they are stored in; None stores them as they are computed.
-            device: where they live.
-        """
-        numbers = torch.empty(shape, dtype=quantized or dtype, device=device)
-        if quantized is None:
-            return cls(numbers)
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        offset = torch.zeros(shape[1], *shape[4:], dtype=wide, device=device)
-        return cls(numbers, torch.empty(shape[:-1], dtype=SCALE_DTYPE, device=device), offset)
 
     @property
     def parts_2BK(self) -> list[Tensor]:
@@ -74,17 +55,32 @@ class LayerStorage:
             as_bits(part)[:, :, slots] = as_bits(new).to(part.device)
         return all(bool(x.float().isfinite().all()) for x in own)
 
-    def tensors(self) -> Iterator[Tensor]:
-        """Yields all memory of the layer."""
-        yield from self.parts_2BK
-        if self.offset_BHD is not None:
-            yield self.offset_BHD
 
-    def clone(self) -> LayerStorage:
-        """Returns a copy of all that lies in slots."""
-        scales = None if self.scales_2BKSH is None else self.scales_2BKSH.clone()
-        return replace(self, numbers_2BKSHD=self.numbers_2BKSHD.clone(), scales_2BKSH=scales)
+@dataclass(frozen=True)
+class LayerViews:
+    """The views of a layer's storage.
 
-    def shared(self) -> LayerStorage:
-        """Returns the same storage for a fork; the offset is its own, since it may be set before anything is stored."""
-        return replace(self, offset_BHD=None if self.offset_BHD is None else self.offset_BHD.clone())
+    Args:
+        rings: keys and values in slots, each (B, K, S, H, d).
+        rows: the same as rows, each (B, K·S, H, d).
+        scales: their scales, each (B, K, S, H), or None.
+        scale_rows: the same as rows, each (B, K·S, H), or None.
+        offset: what is taken off the keys, (B, H, d), or None.
+    """
+
+    rings: tuple[Tensor, Tensor]
+    rows: tuple[Tensor, Tensor]
+    scales: tuple[Tensor | None, Tensor | None]
+    scale_rows: tuple[Tensor | None, Tensor | None]
+    offset: Tensor | None
+
+    @classmethod
+    def of(cls, layer: LayerStorage) -> LayerViews:
+        """Makes the views, each once, since a view costs the host as much as a launch."""
+        k, v = layer.numbers_2BKSHD
+        rows = k.flatten(1, 2), v.flatten(1, 2)
+        if layer.scales_2BKSH is None:
+            return cls((k, v), rows, (None, None), (None, None), None)
+        k_scales, v_scales = layer.scales_2BKSH
+        scale_rows = k_scales.flatten(1, 2), v_scales.flatten(1, 2)
+        return cls((k, v), rows, (k_scales, v_scales), scale_rows, layer.offset_BHD)

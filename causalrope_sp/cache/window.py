@@ -66,9 +66,14 @@ class SlidingWindow:
         """Returns the window as it was when `frame` was not written yet."""
         return replace(self, shots=tuple(begun for begun in self.shots if begun < frame) or self.shots[:1])
 
-    def narrowed(self, frames: int) -> SlidingWindow:
-        """Returns the window of heads that see fewer frames of the same stream; never more than this one."""
-        return self if frames >= self.frames else replace(self, frames=frames)
+    def narrowed(self, frames: int, sink: int) -> SlidingWindow:
+        """Returns the window of heads that see fewer frames of the same stream, or this one.
+
+        Args:
+            frames: how many they see.
+            sink: how many of these are a shot's first ones. A window of the whole video has no sink of its own.
+        """
+        return self if frames >= self.frames else replace(self, frames=frames, sink=sink)
 
     def slot(self, frame: int) -> int:
         """Returns the slot of the frame with this global time index."""

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from causalrope_sp.profiling.bench import Row
 
 LOADING = (  # of `LoadOptions`
-    *("base", "dtype", "weights", "height", "width", "window", "similar_frames", "cache", "num_inference_steps"),
-    "graphs",
+    *("base", "dtype", "weights", "height", "width", "window", "similar_frames", "cache"),
+    *("heads", "num_inference_steps", "graphs"),
 )
 OF_GENERATE = {*LOADING, "model", "device", "num_frames", "steps", "strategy", "attention"}
 

@@ -197,6 +197,7 @@ def _write_video(items: Iterator[Any], out: str, frames: int | None, silent: boo
         "timings": quantiles(timings),
         "communication": moved.as_json(),
         "stored_bytes": moved.stored_bytes,
+        "head_imbalance": round(moved.head_imbalance, 4),
     }
 
 

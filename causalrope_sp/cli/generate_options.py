@@ -13,6 +13,7 @@ from causalrope_sp.cli.model_options import (
     CACHE,
     CHUNK_FRAMES,
     GUIDANCE_INTERVAL,
+    HEADS,
     HEIGHT,
     OFFLOAD,
     SHIFT,
@@ -36,6 +37,7 @@ LOADING = (
         "window_policy",
         "similar_frames",
         "cache",
+        "heads",
         "rope",
         "num_inference_steps",
         "solver",
@@ -109,6 +111,7 @@ OPTIONS = (
     WINDOW_POLICY,
     SIMILAR_FRAMES,
     CACHE,
+    HEADS,
     click.option(
         "--rope",
         type=click.Choice(["absolute", "relative"]),

@@ -15,6 +15,7 @@ from causalrope_sp.cli.model_options import CHUNK_FRAMES, SHIFT, SINK, WINDOW
 from causalrope_sp.cli.options import complete_model, complete_preset, parse_steps
 from causalrope_sp.cli.runtime import rank
 from causalrope_sp.cli.whole_video import check_whole_video, inspect_whole_video
+from causalrope_sp.config import stream_fields
 from causalrope_sp.errors import CheckpointError, escaped_line, first_line
 from causalrope_sp.spatiotemporal.kinds import kind_of
 
@@ -136,7 +137,7 @@ def report_fields(report: CheckpointReport) -> dict[str, Any]:
         "preset": preset.name,
         "evidence": list(preset.evidence),
         "source": preset.source,
-        "stream": asdict(preset.stream),
+        "stream": stream_fields(preset.stream),
         "sampler": asdict(preset.sampler),
         "not_run": report.not_run,
         "missing": report.missing,

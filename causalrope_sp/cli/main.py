@@ -13,6 +13,7 @@ from causalrope_sp.cli.encode import encode
 from causalrope_sp.cli.generate import generate
 from causalrope_sp.cli.inspect import inspect
 from causalrope_sp.cli.plan import plan
+from causalrope_sp.cli.profile_heads import profile_heads
 from causalrope_sp.cli.profile_reuse import profile_reuse
 from causalrope_sp.cli.runtime import CommandLine, run
 from causalrope_sp.cli.serve import serve
@@ -35,7 +36,8 @@ def cli() -> None:
     """
 
 
-for command in (generate, encode, inspect, verify, plan, profile_reuse, bench, serve, compress, decompress):
+COMMANDS = (generate, encode, inspect, verify, plan, profile_reuse, profile_heads, bench, serve, compress, decompress)
+for command in COMMANDS:
     cli.add_command(command)
 
 

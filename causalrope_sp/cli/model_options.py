@@ -36,6 +36,11 @@ CACHE = click.option(
     type=click.Choice(get_args(CacheDtype)),
     help="Store keys and values in the model's dtype or, with a loss, in 8 bits. The default is the model's.",
 )
+HEADS = click.option(
+    "--heads",
+    metavar="FILE",
+    help="Let each attention head see no more frames than its window in this file. The default is the whole window.",
+)
 CHUNK_FRAMES = click.option(
     "--chunk-frames", type=INTEGER, help="Put this many latent frames into a chunk. The default is the model's."
 )

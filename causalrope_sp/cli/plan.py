@@ -13,6 +13,7 @@ from causalrope_sp.cli.model_options import (
     CACHE,
     CHUNK_FRAMES,
     GUIDANCE_INTERVAL,
+    HEADS,
     HEIGHT,
     OFFLOAD,
     SIMILAR_FRAMES,
@@ -40,6 +41,7 @@ OVERRIDES = (
     "window_policy",
     "similar_frames",
     "cache",
+    "heads",
     "steps",
     "guidance_scale",
     "guidance_interval",
@@ -62,6 +64,7 @@ OVERRIDES = (
 @WINDOW_POLICY
 @SIMILAR_FRAMES
 @CACHE
+@HEADS
 @click.option("--steps", type=INTEGER, help="Make this many denoise passes per chunk. The default is the model's.")
 @click.option(
     "--guidance",

@@ -88,7 +88,7 @@ def profile_reuse(
     if whole_video is not None:
         check_whole_video(whole_video, options, "frames")
     else:
-        _check_causal(model)
+        check_causal(model)
     parallel = SequenceParallel.from_env()
     if whole_video is not None:
         video_options = VideoOptions(num_inference_steps=parse_steps(steps))  # type: ignore[arg-type]  # refuses lists
@@ -117,12 +117,12 @@ def profile_reuse(
         click.echo(report.text(profile, policy, bound))
 
 
-def _check_causal(model: str) -> None:
-    """Raises ConfigError for a model whose outputs are not reused."""
+def check_causal(model: str, what: str = "where nothing is reused") -> None:
+    """Raises ConfigError for a model that is not profiled; `what` says why in the words of a command."""
     from causalrope_sp.pipeline.load_options import LoadOptions
     from causalrope_sp.pipeline.model_source import find_model
 
     config = find_model(model, LoadOptions())
     if config.vin is not None or config.transformer_2 is not None:
         why = "makes its chunks in parallel" if config.vin is not None else "has two transformers"
-        raise ConfigError(f"{model} {why}, where nothing is reused")
+        raise ConfigError(f"{model} {why}, {what}")

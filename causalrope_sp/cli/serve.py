@@ -23,6 +23,7 @@ LOADING = (
     *(
         "window_policy",
         "similar_frames",
+        "heads",
         "cache",
         "rope",
         "num_inference_steps",

@@ -149,6 +149,8 @@ def settings_of(stream: StreamConfig, sampler: SamplerConfig) -> dict[str, Any]:
         each.name: (getattr(config, each.name), each.default) for config in (stream, sampler) for each in fields(config)
     }
     changed = {name: value for name, (value, default) in found.items() if value != default}
+    if stream.heads is not None:
+        changed["heads"] = {"windows": stream.heads.windows}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in changed.items()}
 
 

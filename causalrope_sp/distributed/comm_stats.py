@@ -69,12 +69,14 @@ class CommStats:
 
     Attributes:
         stored_bytes: the most bytes of module outputs that denoise passes stored for reuse at once.
+        head_imbalance: the largest ρ of the streams that ran; see `HeadRings.imbalance`.
     """
 
     def __init__(self) -> None:
         self.entries: dict[tuple[str, int], Entry] = defaultdict(Entry)
         self._waits: list[tuple[str, int, torch.cuda.Event, torch.cuda.Event]] = []
         self._begun = self.stored_bytes = 0
+        self.head_imbalance = 1.0
         self._lock = threading.Lock()
         self._starting: deque[tuple[str, torch.cuda.Event]] = deque()
         self._capturing: tuple[int, CapturedCollectives] | None = None  # in the thread of this number
@@ -162,13 +164,14 @@ class CommStats:
         if len(self._waits) > KEPT_EVENTS:  # `take` is not called: keep only the waits that are not over yet
             self._read_waits()
 
-    def keep(self, stored_bytes: int) -> None:
-        """Raises `stored_bytes` to at least this many bytes."""
+    def keep(self, stored_bytes: int, head_imbalance: float = 1.0) -> None:
+        """Raises `stored_bytes` to at least this many bytes, and `head_imbalance` to at least this ratio."""
         self.stored_bytes = max(self.stored_bytes, stored_bytes)
+        self.head_imbalance = max(self.head_imbalance, head_imbalance)
 
     def include(self, other: CommStats) -> None:
         """Adds the entries of other statistics, and keeps the larger `stored_bytes`."""
-        self.keep(other.stored_bytes)
+        self.keep(other.stored_bytes, other.head_imbalance)
         for (kind, layer), entry in other.entries.items():
             self.add(kind, layer, entry)
 
@@ -196,6 +199,7 @@ class CommStats:
         with self._lock:
             taken.entries, self.entries = self.entries, taken.entries
             taken.stored_bytes, self.stored_bytes = self.stored_bytes, 0
+            taken.head_imbalance, self.head_imbalance = self.head_imbalance, 1.0
         return taken
 
     def _read_waits(self) -> None:

@@ -1,4 +1,4 @@
-"""JSON objects from files, bounded in size; each fault of a file is one sentence."""
+"""JSON from files, bounded in size; each fault of a file is one sentence."""
 
 from __future__ import annotations
 
@@ -21,6 +21,15 @@ def read_object(file: Path) -> dict[str, Any]:
     Raises:
         ValueError: the file cannot be read, is longer than `LONGEST`, or is not a JSON object.
     """
+    return parse_object(_text_of(file))
+
+
+def read_value(file: Path) -> Any:
+    """Reads any JSON value from a regular file; raises ValueError as `read_object`."""
+    return _parse(_text_of(file))
+
+
+def _text_of(file: Path) -> bytes:
     try:
         if not file.is_file():
             raise ValueError("no such file" if not file.exists() else "not a regular file")
@@ -30,7 +39,7 @@ def read_object(file: Path) -> dict[str, Any]:
         raise ValueError(f"cannot be read: {error.strerror or error}") from error
     if len(text) > LONGEST:
         raise ValueError(f"longer than {LONGEST >> 20} MiB")
-    return parse_object(text)
+    return text
 
 
 def parse_object(text: str | bytes) -> dict[str, Any]:
@@ -45,12 +54,16 @@ def parse_object(text: str | bytes) -> dict[str, Any]:
     Raises:
         ValueError: the text is not JSON, is nested too deeply, or is not an object.
     """
+    content = _parse(text)
+    if not isinstance(content, dict):
+        raise ValueError(f"not a JSON object but a value of type {type(content).__name__}")
+    return content
+
+
+def _parse(text: str | bytes) -> Any:
     try:
-        content = json.loads(text)
+        return json.loads(text)
     except RecursionError as error:
         raise ValueError("not JSON that can be read: it is nested too deeply") from error
     except ValueError as error:  # integers of thousands of digits and wrong UTF-8 too
         raise ValueError(f"not JSON ({str(error).split('; use sys.')[0]})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"not a JSON object but a value of type {type(content).__name__}")
-    return content

@@ -12,6 +12,7 @@ import torch
 from causalrope_sp.checks import check_choice, check_flag, check_text, check_whole, shown
 from causalrope_sp.config import CacheDtype, Solver, TimestepRule, WindowPolicy, check_similar
 from causalrope_sp.errors import ConfigError
+from causalrope_sp.heads.policy import HeadPolicy
 from causalrope_sp.pipeline.decoding import Decode
 from causalrope_sp.pipeline.offload import Offload
 from causalrope_sp.pipeline.option_checks import (
@@ -50,6 +51,8 @@ class LoadOptions:
         similar_frames: how many frames attention reads besides the newest and the sink, by similarity (see
             `StreamConfig`). It changes the result.
         cache: "model", "int8" or "fp8", how keys and values are stored (see `StreamConfig`).
+        heads: how many of the window's frames each attention head sees, a `HeadPolicy` or a file (see `read_heads`). It
+            changes the result; None lets every head see the whole window.
         num_inference_steps: how many evenly spaced denoising steps, or their unshifted timesteps in (0, 1000].
         solver, timestep_rule, shift, guidance_scale, guidance_interval: of the sampler (see `SamplerConfig`).
         weights: "full"; "fp8" for the blocks' matrices in 8 bits, or "fp8-dynamic" for products in 8 bits as well (see
@@ -87,6 +90,7 @@ class LoadOptions:
     window_policy: WindowPolicy | None = None
     similar_frames: float | None = None
     cache: CacheDtype | None = None
+    heads: HeadPolicy | str | os.PathLike[str] | None = None
     num_inference_steps: Steps | None = None
     solver: Solver | None = None
     timestep_rule: TimestepRule | None = None
@@ -117,6 +121,8 @@ class LoadOptions:
             replace_checked(self, name, check_text)
         for name in ("base", "cache_dir", "codec_weights"):
             replace_checked(self, name, check_path)
+        if not isinstance(self.heads, HeadPolicy):
+            replace_checked(self, "heads", check_path)
         replace_checked(self, "device", device_field)
         replace_checked(self, "dtype", dtype_field)
         replace_checked(self, "offload", offload_field)

@@ -190,7 +190,7 @@ def _check_settings(config: ModelConfig, options: LoadOptions, parallel: Sequenc
     check_decode(options.decode, parallel.mesh.decode)
     check_attention(config.stream, parallel.attention)
     parallel.everyone.agree({"parallel chunks": (options.parallel_chunks, config.vin is not None)})
-    of_stream = ("window", "sink", "chunk_frames", "rope", "window_policy", "similar_frames", "cache")
+    of_stream = ("window", "sink", "chunk_frames", "rope", "window_policy", "similar_frames", "cache", "heads")
     changes = [name for name in of_stream if getattr(options, name) is not None]
     if parallel.mesh.decode:
         changes.append("decode ranks")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
 from causalrope_sp.checks import check_number, check_whole
-from causalrope_sp.config import SamplerConfig, StreamConfig
+from causalrope_sp.config import SamplerConfig, StreamConfig, stream_fields
 from causalrope_sp.diffusion.schedule import with_overrides
 from causalrope_sp.errors import CheckpointError, ConfigError, printable
+from causalrope_sp.heads import HeadPolicy, read_heads
+from causalrope_sp.heads.policy import heads_of
 from causalrope_sp.io.json_files import read_object
 from causalrope_sp.pipeline.generation_options import GenerationOptions
 from causalrope_sp.pipeline.load_options import LoadOptions
@@ -129,7 +132,7 @@ class ModelConfig:
         try:
             stream, sampler = fields["stream"], fields["sampler"]
             parsed = {
-                "stream": stream if isinstance(stream, StreamConfig) else StreamConfig(**stream),
+                "stream": stream if isinstance(stream, StreamConfig) else _stream_of(stream),
                 "sampler": sampler if isinstance(sampler, SamplerConfig) else _sampler_of(sampler),
             }
             return cls(**{**fields, **parsed})
@@ -147,6 +150,7 @@ class ModelConfig:
         names = ("window", "sink", "chunk_frames", "rope", "window_policy", "similar_frames", "cache")
         changes = {name: getattr(options, name) for name in names}
         stream = replace(self.stream, **{name: value for name, value in changes.items() if value is not None})
+        stream = with_heads(stream, options.heads)
         return replace(
             self,
             stream=stream,
@@ -181,7 +185,7 @@ class ModelConfig:
             "height": self.height,
             "width": self.width,
             "fps": self.fps,
-            "stream": asdict(self.stream),
+            "stream": stream_fields(self.stream),
             "sampler": asdict(self.sampler),
             "weights": self.weights,
         }
@@ -217,6 +221,25 @@ def embedded_config(name: str) -> ModelConfig:
         name: one of `toybox.EMBEDDED`.
     """
     return ModelConfig.load(WEIGHTS / f"{name}.json")
+
+
+def with_heads(stream: StreamConfig, heads: HeadPolicy | str | os.PathLike[str] | None) -> StreamConfig:
+    """Returns a stream's configuration with the windows of its heads, or of a file; None keeps its own.
+
+    Raises:
+        ConfigError: the file holds none, or a window is smaller than chunk + sink.
+    """
+    if heads is None:
+        return stream
+    if not isinstance(heads, HeadPolicy):
+        heads = read_heads(heads, stream.chunk_frames, stream.sink)
+    return replace(stream, heads=heads)
+
+
+def _stream_of(stream: Any) -> StreamConfig:
+    """A stream's configuration from its JSON object."""
+    heads = stream.get("heads")
+    return StreamConfig(**{**stream, "heads": None if heads is None else heads_of(heads)})
 
 
 def _sampler_of(sampler: Any) -> SamplerConfig:

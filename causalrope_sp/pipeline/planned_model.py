@@ -15,7 +15,7 @@ from causalrope_sp.errors import CheckpointError, ConfigError
 from causalrope_sp.grid import LatentGrid
 from causalrope_sp.pipeline.image_encoder import encoder_bytes
 from causalrope_sp.pipeline.load_options import LoadOptions
-from causalrope_sp.pipeline.model_config import PIPELINE_FILE, ModelConfig
+from causalrope_sp.pipeline.model_config import PIPELINE_FILE, ModelConfig, with_heads
 from causalrope_sp.pipeline.model_source import BY_STRIDE, MODEL_INDEX, WAN, find_model, local_path
 from causalrope_sp.pipeline.offload import Offload
 from causalrope_sp.pipeline.option_checks import check_path
@@ -114,7 +114,7 @@ class PlannedModel:
         """Returns this model with some settings replaced.
 
         Args:
-            changes: height, width, window, sink, chunk_frames, window_policy, similar_frames, cache, steps,
+            changes: height, width, window, sink, chunk_frames, window_policy, similar_frames, cache, heads, steps,
                 guidance_scale or guidance_interval; None keeps the model's own.
 
         Raises:
@@ -127,7 +127,7 @@ class PlannedModel:
         size = {name: new[name] for name in ("height", "width") if name in new}
         return replace(
             self,
-            stream=replace(self.stream, **stream),
+            stream=with_heads(replace(self.stream, **stream), new.get("heads")),
             sampler=with_overrides(self.sampler, **sampler),
             assumed=tuple(name for name in self.assumed if name not in new),
             **size,

@@ -6,7 +6,7 @@ Shapes: B batch, K saved frames, S tokens of a frame, N heads of the model, s an
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 
 import torch
@@ -21,6 +21,8 @@ from causalrope_sp.sessions import SavedBranch, SavedCache
 from causalrope_sp.sessions.saved_parts import BRANCHES
 from causalrope_sp.sessions.session_metadata import branch_of
 
+Part = tuple[slice, int]  # tokens of a frame, and the number of a column of heads
+Columns = tuple[tuple[int, ...], ...]  # the heads of each column
 KIND = "saved keys and values"  # of the collective, for `CommStats`
 
 
@@ -56,22 +58,24 @@ def _describe(name: str, branch: GuidanceBranch, stop: int) -> SavedBranch:
 def _offsets(loop: ChunkLoop, cache: SavedCache) -> dict[str, Tensor]:
     """What was taken off the keys of each branch, (layers, B, N, D), where it is set; nothing on other ranks than 0."""
     ranks, found = loop.parallel.communicator_among(loop.parallel.mesh.denoising), {}
+    placements = loop.rings.placements
     wide = torch.float64 if loop.model.dtype == torch.float64 else torch.float32
     for number, described in enumerate(cache.branches):
         branch, parts = loop.branches.branch(BRANCHES.index(described.name)), _parts(loop, number)
         own = torch.empty(0, dtype=wide, device=loop.model.device)
         if branch is not None and parts[loop.parallel.rank] is not None:
             own = branch.stream.cache.offsets.read()
-        if ranks is None:
-            whole = own.cpu()
-        else:
-            sizes = cache.layers, cache.batch
-            shapes = [(0,) if part is None else (*sizes, _length(part[1]), cache.head_dim) for part in parts]
+        sizes = [[0 if part is None else len(at.columns[part[1]]) for at in placements] for part in parts]
+        shape = cache.batch, cache.heads, cache.head_dim
+        received = [own]
+        if ranks is not None:
+            shapes = [(cache.batch, sum(heads), cache.head_dim) for heads in sizes]
             received = ranks.gather_to_first(KIND, shapes, own)
-            whole = torch.full((*sizes, cache.heads, cache.head_dim), torch.nan, dtype=wide)
-            for part, piece in zip(parts, received, strict=True):
-                if part is not None and piece.numel():
-                    whole[:, :, part[1]] = piece.cpu()
+        whole = torch.full((cache.layers, *shape), torch.nan, dtype=wide)
+        for part, heads, piece in zip(parts, sizes, received, strict=False):
+            if part is not None and piece.numel():
+                for layer, of_layer in enumerate(piece.cpu().split(heads, 1)):
+                    whole[layer][:, list(placements[layer].columns[part[1]])] = of_layer
         if whole.isfinite().all():
             found[described.name] = whole
     return found
@@ -87,66 +91,75 @@ def gather_layers(loop: ChunkLoop, cache: SavedCache) -> Iterator[Tensor]:
     Yields:
         On rank 0 those of each layer of each branch, (2, B, K, S, N, D), in host memory; nothing on the others.
     """
-    parallel = loop.parallel
+    parallel, placements = loop.parallel, loop.rings.placements
     ranks = parallel.communicator_among(parallel.mesh.denoising)
     for number, described in enumerate(cache.branches):
         branch = loop.branches.branch(BRANCHES.index(described.name))
         parts = _parts(loop, number)
         for layer in range(cache.layers):
             own = _own_part(loop, branch, layer) if branch is not None else None
+            columns = placements[layer].columns
             if ranks is None:
                 assert own is not None, "one rank has all branches"
-                yield own.cpu()
+                yield _joined(cache, described, columns, parts, [own])
                 continue
-            shapes = [_shape(cache, described, part) for part in parts]
+            shapes = [_shape(cache, described, columns, part) for part in parts]
             nothing = torch.empty(0, dtype=cache.dtype, device=loop.model.device)
             sent = nothing if own is None or parts[parallel.rank] is None else own
             received = ranks.gather_to_first(KIND, shapes, sent)
             if parallel.rank == 0:
-                yield _joined(cache, described, parts, received)
+                yield _joined(cache, described, columns, parts, received)
     if ranks is not None:
         ranks.forget_buffers(KIND)
 
 
-def _parts(loop: ChunkLoop, branch: int) -> list[tuple[slice, slice] | None]:
-    """The tokens and heads of a branch that each rank sends; None for one that has none of it, or the same as another.
+def _parts(loop: ChunkLoop, branch: int) -> list[Part | None]:
+    """The tokens and the column of a branch that each rank sends; None for one that has none of it, or the same as
+    another.
 
     With the mesh's axis `cfg` each half has one branch.
     """
-    parallel, parts = loop.parallel, list[tuple[slice, slice] | None]()
+    parallel, parts = loop.parallel, list[Part | None]()
     for rank in parallel.mesh.denoising:
         cfg, _, sp = parallel.mesh.coordinates(rank)
-        part = stored_part(loop.layout, loop.context.grid, loop.model.config.num_heads, sp)
+        part = stored_part(loop.layout, loop.context.grid, sp)
         has_it = parallel.mesh.cfg == 1 or cfg == branch
         parts.append(part if has_it and part not in parts else None)
     return parts
 
 
 def _own_part(loop: ChunkLoop, branch: GuidanceBranch, layer: int) -> Tensor:
-    """This rank's keys and values of the saved frames of a layer, (2, B, K, s, n, D)."""
-    slots = [slot for _, slot in sorted(branch.held(loop.position[1]).items())]
-    (ring,) = branch.stream.cache.rings
-    return ring.storage[layer].read(slots)
+    """This rank's keys and values of the saved frames of a layer, (2, B, K, s, n, D); zeros for the frames that a head
+    does not see."""
+    stop = loop.position[1]
+    frames = sorted(branch.held(stop))
+    of_heads = []
+    for ring in branch.stream.cache.rings:
+        places = ring.places(frames, stop)
+        held = ring.storage[layer].read([slot for _, slot in places])
+        if len(places) == len(frames):
+            of_heads.append(held)
+            continue
+        part = held.new_zeros(*held.shape[:2], len(frames), *held.shape[3:])
+        part[:, :, [number for number, _ in places]] = held
+        of_heads.append(part)
+    return of_heads[0] if len(of_heads) == 1 else torch.cat(of_heads, 4)
 
 
-def _shape(cache: SavedCache, branch: SavedBranch, part: tuple[slice, slice] | None) -> tuple[int, ...]:
+def _shape(cache: SavedCache, branch: SavedBranch, columns: Columns, part: Part | None) -> tuple[int, ...]:
     if part is None:
         return (0,)
-    tokens, heads = map(_length, part)
-    return 2, cache.batch, len(branch.frames), tokens, heads, cache.width
-
-
-def _length(part: slice) -> int:
-    return int(part.stop - part.start)
+    tokens, column = part
+    return 2, cache.batch, len(branch.frames), tokens.stop - tokens.start, len(columns[column]), cache.width
 
 
 def _joined(
-    cache: SavedCache, branch: SavedBranch, parts: list[tuple[slice, slice] | None], received: list[Tensor]
+    cache: SavedCache, branch: SavedBranch, columns: Columns, parts: list[Part | None], received: list[Tensor]
 ) -> Tensor:
     whole = torch.empty(cache.layer_shape(branch), dtype=cache.dtype)
     for part, piece in zip(parts, received, strict=True):
         if part is not None:
-            whole[:, :, :, part[0], part[1]] = piece.cpu()
+            whole[:, :, :, part[0], list(columns[part[1]])] = piece.cpu()
     return whole
 
 
@@ -161,8 +174,8 @@ def restore_cache(loop: SteeredLoop, cache: SavedCache) -> None:
         CheckpointError: they cannot be read, or are not finite.
         ConfigError: they are not those of the frames in the stream's window.
     """
-    config, parallel = loop.model.config, loop.parallel
-    tokens, heads = stored_part(loop.layout, loop.context.grid, config.num_heads, parallel.sp_rank)
+    tokens, column = stored_part(loop.layout, loop.context.grid, loop.parallel.sp_rank)
+    heads = [placement.columns[column] for placement in loop.rings.placements]
     for saved in cache.branches:
         branch = loop.branches.branch(BRANCHES.index(saved.name))
         if branch is None:
@@ -173,10 +186,28 @@ def restore_cache(loop: SteeredLoop, cache: SavedCache) -> None:
             raise ConfigError(
                 f"the saved cache holds the frames {sorted(saved.frames)}, but its window those of {sorted(held)}"
             )
-        slots = [held[frame] for frame in saved.frames]
-        (ring,) = branch.stream.cache.rings
         for layer in range(cache.layers):
-            if not ring.storage[layer].write(slots, cache.layer(saved.name, layer, tokens, heads)):
-                raise CheckpointError(f"the saved keys and values of layer {layer}, {saved.name}, hold NaN or infinity")
+            _restore_layer(loop, branch, saved, cache, layer, tokens, heads[layer])
             if saved.name in cache.offsets:
-                branch.stream.cache.offsets.set(layer, cache.offsets[saved.name][layer][:, heads])
+                offset_BHD = cache.offsets[saved.name][layer][:, list(heads[layer])]
+                branch.stream.cache.offsets.set(layer, offset_BHD)
+
+
+def _restore_layer(
+    loop: SteeredLoop,
+    branch: GuidanceBranch,
+    saved: SavedBranch,
+    cache: SavedCache,
+    layer: int,
+    tokens: slice,
+    heads: Sequence[int],
+) -> None:
+    """Gives a branch what it held of a layer: so many tokens of these heads, which are in the order of their rings."""
+    least, most, first = min(heads), max(heads), 0
+    whole = cache.layer(saved.name, layer, tokens, slice(least, most + 1))
+    for ring in branch.stream.cache.rings:
+        places, own = ring.places(saved.frames, loop.position[1]), heads[first : first + ring.heads(layer)]
+        part = whole[:, :, [number for number, _ in places]][..., [head - least for head in own], :]
+        if not ring.storage[layer].write([slot for _, slot in places], part):
+            raise CheckpointError(f"the saved keys and values of layer {layer}, {saved.name}, hold NaN or infinity")
+        first += len(own)

@@ -298,6 +298,11 @@ class Session(OpenStream):
         if self._generation.conditioning.source is not None:
             raise ConfigError(f"a session that redraws a video cannot be {what}: the video is read once")
 
+    @property
+    def loop(self) -> SteeredLoop:
+        """The stream of latents, from the first chunk on, on a rank that denoises."""
+        return self._begun()
+
     def _begun(self) -> SteeredLoop:
         assert self._loop is not None, "an operation begins the session"
         return self._loop

@@ -38,7 +38,8 @@ class Plan:
     chunk before. With `cfg` 2, each half of the ranks runs one branch of guidance, and counts are of the conditional
     branch. `stored_bytes` are the outputs that passes reuse, `exposed_ms` is the part of `communication_ms` during
     which nothing is computed, `first_frame_ms` excludes loading, text and decoding. `efficiency` is one rank's time for
-    a chunk divided by `ranks` times that of all ranks, `imbalance` the slowest rank's computing divided by the mean.
+    a chunk divided by `ranks` times that of all ranks, `imbalance` the slowest rank's computing divided by the mean,
+    `head_imbalance` is ρ, the same of self-attention where ranks have heads that see different numbers of frames.
     `session` is what one of the `sessions` keeps between two chunks, `decoding_bytes` what is kept in addition while a
     chunk is decoded. `fits` says whether the memory suffices, `chosen` whether "auto" uses this strategy.
     """
@@ -69,6 +70,7 @@ class Plan:
     auxiliary: AuxiliaryMemory = NO_AUXILIARY
     sessions: int = 1
     decoding_bytes: int = 0
+    head_imbalance: float = 1.0
 
     @property
     def bytes_by_time(self) -> dict[str, int]:
@@ -88,12 +90,12 @@ class Plan:
         return max(self.bytes_by_time.values())
 
 
-def received(layout: Layout, work: Workload, rank: int, frames: int) -> dict[str, int]:
+def received(layout: Layout, work: Workload, rank: int, frames: int, layer: int = 0) -> dict[str, int]:
     """Returns the elements that a rank receives in one layer of a pass over `frames` frames, by `CommStats` kind."""
     if layout.ranks == 1:
         return {}
     row, column, tokens, rows = _coordinates(layout, work, rank)
-    split = layout.heads(work.config.num_heads)
+    split = work.head_rings(layout.ulysses).placements[layer].sizes
     heads, width, times = split[column], work.config.head_dim, work.batch * frames
     elements = {}
     if layout.ulysses > 1:
@@ -106,6 +108,14 @@ def received(layout: Layout, work: Workload, rank: int, frames: int) -> dict[str
         elements["q"] = times * others * widest * heads * width
         elements["partial"] = times * others * rows[row] * heads * (width + lse_elements(work.itemsize))
     return elements
+
+
+def received_in_pass(layout: Layout, work: Workload, rank: int, frames: int) -> dict[str, int]:
+    """Returns the elements that a rank receives in all layers of a pass, by `CommStats` kind."""
+    layers = work.config.num_layers
+    if work.head_rings(layout.ulysses).one:
+        return {kind: layers * count for kind, count in received(layout, work, rank, frames).items()}
+    return dict(sum((Counter(received(layout, work, rank, frames, n)) for n in range(layers)), Counter[str]()))
 
 
 def received_latents(work: Workload, ranks: int) -> int:
@@ -128,22 +138,27 @@ def received_guidance(work: Workload, ranks: int) -> int:
 
 
 def cache_bytes(layout: Layout, work: Workload, rank: int) -> int:
-    """Returns the bytes of one branch's KV cache: its ring, and the undo buffer of an open chunk. One that is stored in
-    8 bits has the offset of each head's keys too, in float32 or wider."""
-    _, column, _, _ = _coordinates(layout, work, rank)
-    heads = work.batch * layout.heads(work.config.num_heads)[column]
-    offsets = 0 if work.cache == "model" else heads * work.config.num_layers * work.config.head_dim
-    frames = work.window + work.chunk_frames
-    return frames * frame_bytes(layout, work, rank) + offsets * max(4, work.itemsize)
+    """Returns the bytes of one branch's KV cache: its rings, and the undo buffer of an open chunk. One that is stored
+    in 8 bits has the offset of each head's keys too, in float32 or wider."""
+    cached = work.head_rings(layout.ulysses).cached(layout.coordinates(rank)[1], from_model=False)
+    offsets = 0 if work.cache == "model" else work.batch * sum(map(sum, cached.heads)) * work.config.head_dim
+    return cached.slots(work.chunk_frames) * slot_bytes(layout, work, rank) + offsets * max(4, work.itemsize)
 
 
 def frame_bytes(layout: Layout, work: Workload, rank: int) -> int:
-    """Returns the bytes that a latent frame takes in one branch's KV cache: keys and values, and scales of 8 bits."""
-    row, column, _, rows = _coordinates(layout, work, rank)
+    """Returns the bytes that a latent frame takes in one branch's KV cache, of all heads that attend anything."""
+    cached = work.head_rings(layout.ulysses).cached(layout.coordinates(rank)[1], from_model=False)
+    return cached.attending * slot_bytes(layout, work, rank)
+
+
+def slot_bytes(layout: Layout, work: Workload, rank: int) -> int:
+    """Returns the bytes of a frame's keys and values of one head, of the tokens that a rank caches, and of their scales
+    of 8 bits."""
+    row, _, _, rows = _coordinates(layout, work, rank)
     tokens = sum(rows) if layout.inner == "gather-kv" else rows[row]
     width = work.config.head_dim
     head = width * work.itemsize if work.cache == "model" else width + SCALE_DTYPE.itemsize
-    return 2 * work.config.num_layers * work.batch * tokens * layout.heads(work.config.num_heads)[column] * head
+    return 2 * work.batch * tokens * head
 
 
 def stored_bytes(layout: Layout, work: Workload, rank: int, branch: int = 0, stays: bool = False) -> int:
@@ -155,14 +170,16 @@ def stored_bytes(layout: Layout, work: Workload, rank: int, branch: int = 0, sta
     return outputs * work.batch * work.chunk_frames * tokens * work.config.dim * work.itemsize
 
 
-def attention_flops(layout: Layout, work: Workload, rank: int, frames: int, keys: int) -> int:
-    """Returns the FLOPs of self-attention in all layers of a pass: `frames` of queries on `keys` frames of keys."""
+def attention_flops(layout: Layout, work: Workload, rank: int, frames: int, keys: int, *, waiting: bool = False) -> int:
+    """Returns the FLOPs of self-attention in all layers of a pass: `frames` of queries on `keys` frames of keys, or on
+    those that a head sees of them. With `waiting`, a layer's are those of the ranks with most of them, for which the
+    others wait."""
     row, column, _, rows = _coordinates(layout, work, rank)
-    heads = layout.heads(work.config.num_heads)[column]
+    rings = work.head_rings(layout.ulysses)
+    seen = rings.waited_for(keys) if waiting else rings.attended(column, keys)
     queries = sum(rows) if layout.inner == "shard-kv" else rows[row]
     stored = rows[row] if layout.inner == "shard-kv" else sum(rows)
-    every = work.config.num_layers * work.batch * heads * work.config.head_dim
-    return 4 * every * frames * queries * keys * stored
+    return 4 * work.batch * work.config.head_dim * frames * queries * seen * stored
 
 
 def cross_flops(work: Workload, tokens: int) -> int:
@@ -184,7 +201,9 @@ def chunk_flops(layout: Layout, work: Workload, rank: int, branch: int = 0) -> i
         total += computed["self"] * attention // layers
         total += computed["cross"] * cross_flops(work, chunks * tokens) // layers
     if work.recomputed is not None:  # the chunk before attends what is left for the next one
-        total -= attention_flops(layout, work, rank, work.chunk_frames, work.chunk_frames)
+        chunk, left = work.chunk_frames, work.window - work.chunk_frames
+        total -= attention_flops(layout, work, rank, chunk, work.window)
+        total += attention_flops(layout, work, rank, chunk, left)
     for frames, keys in work.more_context:
         again = tokens // work.chunk_frames * frames
         total += work.linear_flops * again + cross_flops(work, again)
@@ -251,12 +270,12 @@ def _cost(layout: Layout, cfg: int, work: Workload, on: Machine, auxiliary: Auxi
     seconds = compute + exposed + gather
     opening = all_passes(chunk, chunk, chunk)
     first = opening[0] + opening[2] + gather
-    steady = [_pass_times(layout, work, on, rank, chunk, window, full)[0] for rank in every]
-    bytes_layer = max(sum(received(layout, work, r, chunk).values()) for r in every) * work.itemsize
+    steady = [_pass_times(layout, work, on, rank, chunk, window, full, waits=False)[0] for rank in every]
+    bytes_pass = max(sum(received_in_pass(layout, work, r, chunk).values()) for r in every) * work.itemsize
     calls_layer = len(received(layout, work, 0, chunk))
     attended = branches * layers + sum(computed["self"] for computed in later_passes)  # layers, of all passes
     renewed = [frames for frames, _ in work.more_context]
-    renewed_bytes = branches * bytes_layer * layers * sum(renewed) // chunk
+    renewed_bytes = branches * bytes_pass * sum(renewed) // chunk
     cache = work.models * branches * max(cache_bytes(layout, work, r) for r in every)
     frame = max(frame_bytes(layout, work, r) for r in every)
     stored = max(sum(stored_bytes(layout, work, r, b, auxiliary.graphs) for b in range(branches)) for r in every)
@@ -275,9 +294,9 @@ def _cost(layout: Layout, cfg: int, work: Workload, on: Machine, auxiliary: Auxi
         ranks=cfg * layout.ranks,
         cfg=cfg,
         collectives_per_pass=calls_layer * layers,
-        bytes_per_pass=bytes_layer * layers,
+        bytes_per_pass=bytes_pass,
         collectives_per_chunk=calls_layer * (attended + branches * layers * (len(renewed) - work.models + 1)) + rest,
-        bytes_per_chunk=bytes_layer * (attended + branches * layers) + renewed_bytes + rest_bytes,
+        bytes_per_chunk=bytes_pass * (attended + branches * layers) // layers + renewed_bytes + rest_bytes,
         flops_per_chunk=max(sum(chunk_flops(layout, work, r, branch) for branch in range(branches)) for r in every),
         weights_bytes=work.all_weights_bytes,
         cache_bytes=cache,
@@ -291,6 +310,7 @@ def _cost(layout: Layout, cfg: int, work: Workload, on: Machine, auxiliary: Auxi
         fps=work.temporal_stride * chunk / seconds,
         efficiency=1.0,
         imbalance=max(steady) * layout.ranks / sum(steady),
+        head_imbalance=work.head_rings(layout.ulysses).imbalance,
         fits=True,
         auxiliary=auxiliary,
         session=session,
@@ -301,12 +321,20 @@ def _cost(layout: Layout, cfg: int, work: Workload, on: Machine, auxiliary: Auxi
 
 
 def _pass_times(
-    layout: Layout, work: Workload, on: Machine, rank: int, frames: int, keys: int, computed: dict[Kind, int]
+    layout: Layout,
+    work: Workload,
+    on: Machine,
+    rank: int,
+    frames: int,
+    keys: int,
+    computed: dict[Kind, int],
+    waits: bool = True,
 ) -> Seconds:
-    """The seconds of a pass on one rank; `computed` says in how many layers each kind of module runs."""
+    """The seconds of a pass on one rank, those in which it waits for other ranks' heads included unless `waits` is
+    False; `computed` says in how many layers each kind of module runs."""
     tokens = work.batch * frames * _coordinates(layout, work, rank)[2][rank]
     share = {kind: count / work.config.num_layers for kind, count in computed.items()}
-    attention = share["self"] * attention_flops(layout, work, rank, frames, keys) / on.attention
+    attention = share["self"] * attention_flops(layout, work, rank, frames, keys, waiting=waits) / on.attention
     moved = ELEMENTWISE_PASSES * work.config.dim * work.config.num_layers * tokens * work.itemsize
     flops = work.linear_flops_of(computed)
     skipped = (work.linear_flops - flops) // 2  # weights: each is two FLOPs a token
@@ -319,10 +347,9 @@ def _pass_times(
         faster = max(flops * tokens / (on.fp8 * on.matmul), weights / on.bandwidth)
         products = min(products, faster + moved_inputs / on.bandwidth)
     compute = products + share["cross"] * cross_flops(work, tokens) / on.attention + attention + moved / on.bandwidth
-    layers = computed["self"]
     by_kind = {
-        kind: layers * (on.latency + elements * work.itemsize / on.link)
-        for kind, elements in received(layout, work, rank, frames).items()
+        kind: computed["self"] * on.latency + share["self"] * elements * work.itemsize / on.link
+        for kind, elements in received_in_pass(layout, work, rank, frames).items()
     }
     hidden = 0.0
     if "kv" in by_kind:  # hidden behind attention to cached keys
@@ -338,7 +365,8 @@ def _activation_bytes(layout: Layout, work: Workload, rank: int) -> int:
     numbers, or with q, k, v and what a strategy sends and receives."""
     c, frames = work.config, 2 * work.chunk_frames
     tokens = work.batch * frames * _tokens(work.grid, layout.ranks)[rank]
-    wire = sum(received(layout, work, rank, frames).values())
+    layers = range(work.config.num_layers) if not work.head_rings(layout.ulysses).one else (0,)
+    wire = max(sum(received(layout, work, rank, frames, n).values()) for n in layers)
     extra = c.dim * max(3 * c.dim, c.ffn_dim) * work.itemsize if work.fp8 else 0  # a dequantized matrix
     extra += c.ffn_dim * tokens if work.fp8_activations else 0
     return extra + work.itemsize * (2 * c.dim * tokens + max(2 * c.ffn_dim * tokens, 8 * c.dim * tokens + 2 * wire))

@@ -77,6 +77,8 @@ def print_plan(work: Workload, costs: list[Plan], on: Machine) -> None:
     )
     if work.reuse:
         console.print(_reuse_in_words(work, costs), highlight=False)
+    if work.heads is not None:
+        console.print(_heads_in_words(work, costs), highlight=False)
     uneven = [p for p in costs if p.imbalance > 1.02]
     for p in uneven:
         console.print(f"{p.name}: the busiest rank computes {p.imbalance - 1:.0%} more than the mean", highlight=False)
@@ -130,6 +132,14 @@ def _reuse_in_words(work: Workload, costs: list[Plan]) -> str:
     most = _short(max(cost.stored_bytes for cost in costs) / 1e9)
     by_kind = ", ".join(f"{kind} {share:.0%}" for kind, share in shares.items())
     return f"Of a chunk's outputs are reused: {by_kind}. A rank stores at most {most} GB of outputs for it."
+
+
+def _heads_in_words(work: Workload, costs: list[Plan]) -> str:
+    """The share of the keys that heads see, and ρ of the strategies that share heads."""
+    rings, c = work.head_rings(1), work.config
+    share = rings.attended(0, work.window) / (c.num_layers * c.num_heads * work.window)
+    uneven = ", ".join(f"{p.name} {p.head_imbalance:.3f}" for p in costs if p.head_imbalance > 1)
+    return f"Heads see {share:.0%} of the window's keys" + (f"; ρ, max/mean of the ranks: {uneven}." if uneven else ".")
 
 
 def _short(value: float) -> str:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import takewhile
 
 from causalrope_sp.codec.wan_vae_config import WAN_2_1
 from causalrope_sp.config import NEWEST, CacheDtype, DiTConfig, SamplerConfig, StreamConfig
 from causalrope_sp.diffusion.schedule import branch_timesteps, guided_steps, model_timesteps
 from causalrope_sp.grid import LatentGrid, split_into_chunks
+from causalrope_sp.heads.placement import HeadRings
+from causalrope_sp.heads.policy import HeadPolicy
 from causalrope_sp.reuse.policy import CAUSAL_KINDS, Kind, ReusePlan, ReusePolicy
 
 
@@ -40,6 +42,8 @@ class Workload:
             own.
         cache: how keys and values are stored, of `StreamConfig`.
         similar: how many frames of a full window passes after a chunk's first attend; None for all (`similar_frames`).
+        heads: what each attention head sees, or None for the whole window.
+        sink: the frames of the sink.
         temporal_stride: the pixel frames of a latent frame, which only the frame rate depends on.
     """
 
@@ -62,6 +66,8 @@ class Workload:
     models: int = 1
     similar: int | None = None
     cache: CacheDtype = "model"
+    heads: HeadPolicy | None = None
+    sink: int = 0
     temporal_stride: int = WAN_2_1.scale_factor_temporal
 
     @classmethod
@@ -111,7 +117,15 @@ class Workload:
             sink_frames=_sink_frames(stream),
             cache=stream.cache,
             similar=_similar(stream, window, chunk),
+            heads=stream.heads,
+            sink=stream.sink,
         )
+
+    def head_rings(self, columns: int) -> HeadRings:
+        """Returns the rings of the cache, and where the heads are, if so many ranks share them."""
+        c = self.config
+        sizes = c.num_layers, c.num_heads, columns, self.window
+        return head_rings(self.heads, *sizes, self.sink, self.chunk_frames)
 
     @property
     def seen(self) -> int:
@@ -202,6 +216,9 @@ class Workload:
         c, full = self.config, self.parameters * self.itemsize + (2 * self.wide if self.itemsize == 2 else 0)
         scales = 4 * c.num_layers * ((11 if c.image_dim else 9) * c.dim + c.ffn_dim)
         return full - (self.itemsize - 1) * self.matrices + scales if self.fp8 else full
+
+
+head_rings = cache(HeadRings.of)  # a plan asks for those of every rank
 
 
 def _recomputed(window: int, sink: int, chunk: int) -> tuple[tuple[int, int], ...]:

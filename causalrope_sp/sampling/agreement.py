@@ -38,6 +38,5 @@ def agree_on_strategy(
         ConfigError: ranks that differ, or that the strategy cannot use.
     """
     layout = layout or choose_strategy(work, default_machine(parallel.device), parallel)
-    heads = work.config.num_heads
     parallel.denoisers.agree({"strategy": describe_strategy(parallel, layout), **agreed})
-    return build_strategy(parallel, layout, work.grid, heads)
+    return build_strategy(parallel, layout, work.grid, work.head_rings(layout.ulysses))

@@ -51,6 +51,7 @@ class ChunkLoop:
         options: the options of the stream.
         parallel: the ranks.
         layout: how they share attention.
+        rings: the rings of the KV cache, and where the heads are.
         context: converts latents to this rank's tokens.
         branches: the streams of guidance.
         first_chunk: the number of the first chunk that was not given as initial latents.
@@ -126,6 +127,7 @@ class ChunkLoop:
             tensors |= {"given frames": options.given_frames, "image tokens": options.image_embeds}
             agreed |= {name: digest(x) for name, x in tensors.items() if x is not None}
         self.layout = options.layout or choose_strategy(work, default_machine(self.parallel.device), self.parallel)
+        self.rings = work.head_rings(self.layout.ulysses)
         strategy = agree_on_strategy(self.parallel, work, self.layout, agreed)
         relative = stream.rope == "relative"
         models = [model] if options.low_noise is None else [model, options.low_noise.model]
@@ -284,7 +286,7 @@ class ChunkLoop:
 
     def output(self, chunk: Chunk, tokens_BFSE: Tensor) -> LatentChunk:
         """Gathers the whole latents of a chunk on every rank."""
-        self.parallel.comm_stats.keep(self.branches.stored_bytes)
+        self.parallel.comm_stats.keep(self.branches.stored_bytes, self.rings.imbalance)
         grid = self.context.grid
         latents = grid.unpatchify(self.parallel.gather_tokens(tokens_BFSE, grid))
         self.unread = FiniteCheck(chunk.index, latents, self.model.dtype)

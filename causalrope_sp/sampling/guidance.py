@@ -94,8 +94,10 @@ class GuidanceBranch:
         return {frame: slot for slot, frame in self.stream.cache.window.held(stop).items() if frame < written}
 
     def resume(self, window: SlidingWindow, committed: int, pending: Part | None) -> None:
-        """Stands where another branch stood, between two chunks; see `KVCache.resume`."""
-        self.stream.cache.resume(window, committed, None if pending is None else pending.chunk)
+        """Stands where another branch stood, between two chunks, whose frames are going to be put into their slots."""
+        self.stream.cache.restart(window, committed)
+        if pending is not None:
+            self.stream.cache.reopen(pending.chunk)
         self.finish(pending)
 
     def recompute(self, parts: Sequence[Part], window: SlidingWindow, committed: int) -> None:

@@ -21,7 +21,7 @@ from causalrope_sp.cache.kv_cache import KVCache
 from causalrope_sp.cache.window import SlidingWindow
 from causalrope_sp.devices import send
 from causalrope_sp.grid import Chunk, LatentGrid, Shard
-from causalrope_sp.models.block import ForwardPass
+from causalrope_sp.models.block import ForwardPass, TextContext
 from causalrope_sp.models.causal_dit import CausalDiT
 from causalrope_sp.models.modulation import PassModulation
 from causalrope_sp.models.rope import RotaryTables
@@ -123,21 +123,47 @@ class CausalStream:
         )
         self._rows_on_device = rows_on_device or strategy.backend == "triton"
         self.outputs = None if reuse is None else OutputStore(reuse, stays=graphs is not None)
-        self.cache = KVCache(
+        self._quantized = quantized
+        self.cache = self._new_cache(len(embeds_BLE), window, history)
+        self._similar = similar
+        self._choose_frames()
+
+    def _new_cache(self, batch: int, window: SlidingWindow, history: int) -> KVCache:
+        model, config, strategy = self._model, self._model.config, self._strategy
+        tokens = strategy.stored_tokens
+        return KVCache(
             config.num_layers,
-            len(embeds_BLE),
+            batch,
             window,
-            self._strategy.stored_tokens,
-            self._strategy.stored_heads,
+            tokens,
+            strategy.stored_heads,
             config.head_dim,
             dtype=model.dtype,
             device=model.device,
-            quantized=quantized,
+            quantized=self._quantized,
             history=history,
-            rotate_on_read=partial(self._rope.rotate_on_read, tokens=strategy.stored_tokens) if relative else None,
+            cached=strategy.cached,
+            rotate_on_read=partial(self._rope.rotate_on_read, tokens=tokens) if self._relative else None,
         )
-        self._similar = similar
-        self._choose_frames()
+
+    @property
+    def text(self) -> TextContext:
+        """What every layer's cross-attention reads."""
+        return self._text
+
+    @property
+    def strategy(self) -> Strategy:
+        """How attention crosses ranks."""
+        return self._strategy
+
+    def with_strategy(self, strategy: Strategy) -> CausalStream:
+        """Returns a stream of the same text and window with another strategy. It has a cache of its own that holds
+        nothing, runs eagerly, reuses nothing, and cannot be taken back."""
+        other = copy.copy(self)
+        other._strategy, other._rotation, other._graphs, other.outputs = strategy, None, None, None
+        other._similar = None
+        other.cache = other._new_cache(self._text[0].text.k.shape[0], self.cache.window, 0)
+        return other
 
     def denoise(
         self,

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from causalrope_sp.checks import check_choice, check_flag, check_number, check_text, check_whole, shown
 from causalrope_sp.codec.conv_state import ConvState
-from causalrope_sp.config import SamplerConfig, StreamConfig, check_similar
+from causalrope_sp.config import SamplerConfig, StreamConfig, check_similar, stream_fields
 from causalrope_sp.errors import ConfigError, printable
 from causalrope_sp.grid import Chunk
+from causalrope_sp.heads.policy import heads_of
 from causalrope_sp.sessions.saved_parts import (
     CACHE_DTYPES,
     PromptUse,
@@ -46,7 +47,7 @@ def fields_of(saved: SavedSession) -> dict[str, Any]:
     """Returns the fields of a session, but for tensors, as JSON has them."""
     cache, decoder, texts = saved.cache, saved.decoder, saved.texts
     return {name: getattr(saved, name) for name in _PLAIN} | {
-        "stream": asdict(saved.stream),
+        "stream": stream_fields(saved.stream),
         "sampler": asdict(saved.sampler),
         "prompts": [asdict(use) for use in saved.prompts],
         "loras": None if saved.loras is None else list(saved.loras),
@@ -132,6 +133,8 @@ def _typed(name: str, value: Any, of: Field[Any]) -> Any:
     assert default is not MISSING, "every field of these configurations has a default"
     if name == "StreamConfig.similar_frames":
         return None if value is None else check_similar(name, value)
+    if name == "StreamConfig.heads":
+        return None if value is None else heads_of(value)
     if isinstance(default, tuple):
         return tuple(_number(name, number) for number in _list(name, value))
     if default is None:

@@ -172,7 +172,7 @@ UNKNOWN = Preset(
     SamplerConfig(),
     None,
     "the defaults of StreamConfig and SamplerConfig",
-    assumed=tuple(f.name for f in (*fields(StreamConfig), *fields(SamplerConfig))),
+    assumed=tuple(f.name for f in (*fields(StreamConfig), *fields(SamplerConfig)) if f.name != "heads"),
 )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import chain
 
 import torch
 import triton
@@ -25,26 +26,33 @@ from causalrope_kernels.tables import Lines, is_aligned, on_device
 
 Tensors = tuple[Tensor | None, ...]
 FIELDS = tl.constexpr(4)  # of a head's line in an output's table: its first row, and the steps of batch, frame, token
+NO_SLOTS, ONE_RING, RINGS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # of an output
 
 
 @triton.jit
-def _rows(table, slots, batch, frame, token, head, valid, SLOTS: tl.constexpr):
-    """The rows of d numbers that a token's heads are written to."""
-    if SLOTS:
-        frame = tl.load(slots + frame)
+def _rows(table, slots, batch, frame, frames, token, head, valid, COUNT: tl.constexpr, SLOTS: tl.constexpr):
+    """The rows of d numbers that a token's heads are written to. If heads are in several rings, their lines are
+    followed by the row of `slots` that each head has."""
     field = tl.arange(0, FIELDS)
     line = tl.load(table + head[:, None] * FIELDS + field[None, :], mask=valid[:, None], other=0)
+    if SLOTS == RINGS:
+        ring = tl.load(table + COUNT * FIELDS + head, mask=valid, other=0)
+        slot = tl.load(slots + ring * frames + frame, mask=valid, other=0).to(line.dtype)
+        times = tl.where(field == 0, 1, tl.where(field == 1, batch, token))[None, :].to(line.dtype)
+        return tl.sum(line * tl.where(field[None, :] == 2, slot[:, None], times), 1).to(tl.int64)
+    if SLOTS == ONE_RING:
+        frame = tl.load(slots + frame)
     times = tl.where(field == 0, 1, tl.where(field == 1, batch, tl.where(field == 2, frame, token)))
     return tl.sum(line * times[None, :].to(line.dtype), 1).to(tl.int64)
 
 
 @triton.jit
-def _scale_rows(table, slots, batch, frame, token, head, valid, SLOTS: tl.constexpr):
+def _scale_rows(table, slots, batch, frame, frames, token, head, valid, COUNT: tl.constexpr, SLOTS: tl.constexpr):
     """The rows of the scales, or of the offsets, of a token's heads; None without a table."""
     if table is None:
         return None
     else:
-        return _rows(table, slots, batch, frame, token, head, valid, SLOTS)
+        return _rows(table, slots, batch, frame, frames, token, head, valid, COUNT, SLOTS)
 
 
 @triton.jit
@@ -120,19 +128,19 @@ def projection_kernel(
     x_cos, x_sin = _axis(column, (start + token) % columns, pair, TIMES + ROWS, COLUMNS)
     row_cos, row_sin = y_cos + x_cos, y_sin + x_sin
     if Q:
-        rows = _rows(q_table, q_slots, batch, frame, token, head, valid, Q_SLOTS)
+        rows = _rows(q_table, q_slots, batch, frame, frames, token, head, valid, COUNT, Q_SLOTS)
         _norm_rotate(x, q_weight, q_out, rows, None, None, None, None, valid, time, row_cos, row_sin, q_times, frame,
               mask, eps, TIMES, COUNT * WIDTH, WIDTH, HEADS, BLOCK)  # fmt: skip
     if K:
-        rows = _rows(k_table, k_slots, batch, frame, token, head, valid, K_SLOTS)
-        scale_rows = _scale_rows(k_scale_table, k_slots, batch, frame, token, head, valid, K_SLOTS)
-        offset_rows = _scale_rows(k_offset_table, k_slots, batch, frame, token, head, valid, False)
+        rows = _rows(k_table, k_slots, batch, frame, frames, token, head, valid, COUNT, K_SLOTS)
+        scale_rows = _scale_rows(k_scale_table, k_slots, batch, frame, frames, token, head, valid, COUNT, K_SLOTS)
+        offset_rows = _scale_rows(k_offset_table, k_slots, batch, frame, frames, token, head, valid, COUNT, NO_SLOTS)
         _norm_rotate(x + COUNT * WIDTH, k_weight, k_out, rows, k_scales, scale_rows, k_offset, offset_rows, valid, time,
               row_cos, row_sin, k_times, frame, mask, eps, TIMES, COUNT * WIDTH, WIDTH, HEADS, BLOCK)  # fmt: skip
     if V:
-        rows = _rows(v_table, v_slots, batch, frame, token, head, valid, V_SLOTS)
+        rows = _rows(v_table, v_slots, batch, frame, frames, token, head, valid, COUNT, V_SLOTS)
         value = tl.load(x + 2 * COUNT * WIDTH + head[:, None] * WIDTH + channel[None, :], mask=mask, other=0.0)
-        scale_rows = _scale_rows(v_scale_table, v_slots, batch, frame, token, head, valid, V_SLOTS)
+        scale_rows = _scale_rows(v_scale_table, v_slots, batch, frame, frames, token, head, valid, COUNT, V_SLOTS)
         _put(value, v_out, rows, v_scales, scale_rows, None, None, valid, mask, WIDTH, HEADS, BLOCK)
 
 
@@ -161,19 +169,19 @@ def pieces_kernel(
     by_kind = batches * all_frames * by_frame
     offset = head[:, None] * WIDTH + channel[None, :]
     if Q:
-        rows = _rows(q_table, q_slots, batch, frame, token, head, valid, Q_SLOTS)
+        rows = _rows(q_table, q_slots, batch, frame, frames, token, head, valid, COUNT, Q_SLOTS)
         value = tl.load(pieces + (first + (KINDS - 3) * by_kind) * WIDTH + offset, mask=mask, other=0.0)
         tl.store(q_out + rows[:, None] * WIDTH + channel[None, :], value, mask=mask)
     if K:
-        rows = _rows(k_table, k_slots, batch, frame, token, head, valid, K_SLOTS)
+        rows = _rows(k_table, k_slots, batch, frame, frames, token, head, valid, COUNT, K_SLOTS)
         value = tl.load(pieces + (first + (KINDS - 2) * by_kind) * WIDTH + offset, mask=mask, other=0.0)
-        scale_rows = _scale_rows(k_scale_table, k_slots, batch, frame, token, head, valid, K_SLOTS)
-        offset_rows = _scale_rows(k_offset_table, k_slots, batch, frame, token, head, valid, False)
+        scale_rows = _scale_rows(k_scale_table, k_slots, batch, frame, frames, token, head, valid, COUNT, K_SLOTS)
+        offset_rows = _scale_rows(k_offset_table, k_slots, batch, frame, frames, token, head, valid, COUNT, NO_SLOTS)
         _put(value, k_out, rows, k_scales, scale_rows, k_offset, offset_rows, valid, mask, WIDTH, HEADS, BLOCK)
     if V:
-        rows = _rows(v_table, v_slots, batch, frame, token, head, valid, V_SLOTS)
+        rows = _rows(v_table, v_slots, batch, frame, frames, token, head, valid, COUNT, V_SLOTS)
         value = tl.load(pieces + (first + (KINDS - 1) * by_kind) * WIDTH + offset, mask=mask, other=0.0)
-        scale_rows = _scale_rows(v_scale_table, v_slots, batch, frame, token, head, valid, V_SLOTS)
+        scale_rows = _scale_rows(v_scale_table, v_slots, batch, frame, frames, token, head, valid, COUNT, V_SLOTS)
         _put(value, v_out, rows, v_scales, scale_rows, None, None, valid, mask, WIDTH, HEADS, BLOCK)
 
 
@@ -246,7 +254,7 @@ _STORES: dict[tuple[object, ...], tuple[Callable[..., None], Tensors, Tensors]] 
 
 
 def _sizes(
-    projection: Projection, present: tuple[bool, ...]
+    projection: Projection, present: tuple[int, ...]
 ) -> tuple[tuple[int, int], tuple[float, ...], tuple[int, ...], int]:
     """The grid of `projection_kernel`, its numbers, constants and warps."""
     batch, frames, tokens, heads, width = projection.shape
@@ -293,13 +301,14 @@ def split_tokens(x_BFSHD: Tensor, pieces: Sequence[Tensor]) -> None:
 
 def _outputs(
     q: SlotsByHeads, k: SlotsByHeads, v: SlotsByHeads, unused: Tensor, width: int
-) -> tuple[Tensors, tuple[bool, ...]]:
-    """A kernel's arguments for q, k and v: first outputs, tables, slots, scales; and which it has and have slots."""
+) -> tuple[Tensors, tuple[int, ...]]:
+    """A kernel's arguments for q, k and v: first outputs, tables, slots, scales; and which it has, and the kind of
+    slots that they have."""
     kinds = q, k, v
     first = [outputs[0].bits if outputs else unused for outputs in kinds]
     tables = [_table(outputs, width) if outputs else unused for outputs in kinds]
     slots = [outputs[0].slots_F if outputs else None for outputs in kinds]
-    present = [bool(outputs) for outputs in kinds] + [x is not None for x in slots]
+    present = [int(bool(outputs)) for outputs in kinds] + [_kind_of_slots(outputs) for outputs in kinds]
     scale_tables = *[_scale_table(outputs) for outputs in (k, v)], _offset_table(k)
     found = *first, *tables, *[unused if x is None else x for x in slots], *_scales(k, v), *scale_tables
     return found, tuple(present)
@@ -310,28 +319,59 @@ def _scales(k: SlotsByHeads, v: SlotsByHeads) -> Tensors:
     return k[0].scales if k else None, v[0].scales if v else None, k[0].offset if k else None
 
 
+def _kind_of_slots(outputs: SlotsByHeads) -> int:
+    """`NO_SLOTS`, `ONE_RING` or `RINGS`."""
+    if not outputs or outputs[0].slots_F is None:
+        return 0
+    return 1 if len({_place(out.slots_F) for out in outputs if out.slots_F is not None}) == 1 else 2
+
+
+def _place(slots_F: Tensor) -> tuple[int, int]:
+    """Where slots lie: their memory, and how many numbers after its begin."""
+    return slots_F.untyped_storage().data_ptr(), int(slots_F.storage_offset())
+
+
 def _table(outputs: Sequence[Slots], width: int) -> Tensor:
-    """A line for every head: its first row, counted from the first output, and the steps of batch, frame and token."""
-    return _lines([slots.x for slots in outputs], width, torch.int32)
+    """A line for every head: its first row, counted from the first output, and the steps of batch, frame and token. If
+    heads are in several rings, the row of each head's slots follows, counted from those of the first output."""
+    return _lines([slots.x for slots in outputs], width, torch.int32, _rings(outputs))
 
 
 def _scale_table(outputs: Sequence[Slots]) -> Tensor | None:
     """The same of the scales, of which each is a row."""
     scales = [slots.scales.unsqueeze(-1) for slots in outputs if slots.scales is not None]
-    return _lines(scales, 1, torch.int64) if scales else None
+    return _lines(scales, 1, torch.int64, _rings(outputs)) if scales else None
 
 
 def _offset_table(outputs: Sequence[Slots]) -> Tensor | None:
     """The same of the offsets, of which each number is a row; frames and tokens share them."""
     offsets = [slots.offset[:, None, None].expand(-1, 2, 2, -1, -1) for slots in outputs if slots.offset is not None]
-    return _lines(offsets, 1, torch.int64) if offsets else None
+    return _lines(offsets, 1, torch.int64, ()) if offsets else None
 
 
-def _lines(outputs: Sequence[Tensor], width: int, dtype: torch.dtype) -> Tensor:
+def _lines(outputs: Sequence[Tensor], width: int, dtype: torch.dtype, rings: tuple[int, ...]) -> Tensor:
     first = outputs[0]
     begin = first.data_ptr() if len(outputs) > 1 else 0
     parts = tuple((x.data_ptr() - begin if begin else 0, x.shape[3], x.stride()) for x in outputs)
-    return _table_of(parts, width, first.element_size(), first.device, dtype)
+    return _table_of(parts, width, first.element_size(), first.device, dtype, rings)
+
+
+def _rings(outputs: Sequence[Slots]) -> tuple[int, ...]:
+    """The row of each output's slots in a tensor (R, F), counted from that of the first output; nothing for one ring.
+
+    Raises:
+        ValueError: the slots of several rings lie in tensors of their own.
+    """
+    first = outputs[0].slots_F
+    if _kind_of_slots(outputs) != 2 or first is None:
+        return ()
+    (memory, origin), rings = _place(first), []
+    for other, begin in (_place(out.slots_F) for out in outputs if out.slots_F is not None):
+        row, rest = divmod(begin - origin, max(1, len(first)))
+        if rest or memory != other:
+            raise ValueError("slots_F: expected rows of one tensor in Slots of several rings, not separate tensors")
+        rings.append(row)
+    return tuple(rings)
 
 
 @cache
@@ -341,9 +381,12 @@ def _table_of(
     itemsize: int,
     device: torch.device,
     dtype: torch.dtype,
+    rings: tuple[int, ...],
 ) -> Tensor:
-    """The table of `_table`, from each output's distance from the first in bytes, its heads and its strides."""
-    lines = []
+    """The table of `_table`, from each output's distance from the first in bytes, its heads, strides and row of slots;
+    with the rows if there are several rings."""
+    lines: list[tuple[int, ...]] = []
+    rows: list[int] = []
     for number, (distance, heads, strides) in enumerate(outputs):
         steps = [distance // itemsize, *strides[:4]]
         if distance % itemsize or any(step % width for step in steps):
@@ -353,7 +396,10 @@ def _table_of(
             )
         begin, by_batch, by_frame, by_token, by_head = (step // width for step in steps)
         lines += [(begin + head * by_head, by_batch, by_frame, by_token) for head in range(heads)]
-    return on_device(tuple(lines), device, dtype)
+        rows += [rings[number]] * heads if rings else []
+    if not rings:
+        return on_device(tuple(lines), device, dtype)
+    return on_device((tuple(chain(*lines, rows)),), device, dtype)
 
 
 def _offsets(pieces: Sequence[Tensor]) -> Tensor:

@@ -22,6 +22,7 @@ from causalrope_sp.distributed import SequenceParallel, strategies
 from causalrope_sp.distributed.launch import RankPool
 from causalrope_sp.distributed.layout import parse_strategy
 from causalrope_sp.grid import Shard
+from causalrope_sp.heads import HeadPolicy
 from causalrope_sp.planning.cost import cache_bytes, received, received_latents
 from causalrope_sp.planning.workload import Workload
 from causalrope_sp.sampling.stream import CausalStream, Part
@@ -175,7 +176,10 @@ def streams(draw: st.DrawFn) -> Drawn:
     first = draw(st.booleans()) if window is None or window > 1 else False
     ropes: list[Literal["absolute", "relative"]] = ["absolute", "relative"]
     rope = draw(st.sampled_from(ropes))
-    stream = StreamConfig(window, sink, chunk, independent_first_frame=first, rope=rope)
+    seen = st.sampled_from([None, 0, *range(chunk + sink, chunk + sink + 4)])
+    two_layers = tuple(tuple(draw(seen) for _ in range(heads)) for _ in range(CONFIG.num_layers))
+    policy = draw(st.sampled_from([None, HeadPolicy(two_layers)]))
+    stream = StreamConfig(window, sink, chunk, independent_first_frame=first, rope=rope, heads=policy)
     known = 0 if first else draw(st.integers(0, 4))
     job = Job(rows, columns, draw(st.integers(1, 8)), stream, draw(st.integers(1, 2)), known, fuse=draw(st.booleans()))
     strategy = draw(st.sampled_from(strategies(ranks, heads)))

@@ -24,11 +24,12 @@ from causalrope_sp.cache.layer_storage import STORED_DTYPES
 from causalrope_sp.cache.window import SlidingWindow
 from causalrope_sp.config import PRESETS, CacheDtype
 from causalrope_sp.distributed.layout import parse_strategy
+from causalrope_sp.heads.placement import HeadPlacement
 from causalrope_sp.planning.cost import cache_bytes
 from causalrope_sp.planning.workload import Workload
 from causalrope_sp.sampling.stream_options import check_attention
 from tests.support import strategy_runs
-from tests.support.strategy_runs import CONFIG, Job, make_model, relative, single
+from tests.support.strategy_runs import CONFIG, HEADS, Job, make_model, relative, single
 
 ALONE = parse_strategy("single", 1)
 KINDS: tuple[CacheDtype, ...] = ("int8", "fp8")
@@ -36,6 +37,7 @@ JOBS = {
     "window and sink": Job(2, 5, 11, StreamConfig(5, 1, 2), batch=2),
     "relative": Job(2, 4, 9, StreamConfig(5, 1, 2, rope="relative")),
     "initial frames": Job(1, 4, 4, StreamConfig(4, 2, 2), known=5),
+    "heads": Job(2, 5, 11, StreamConfig(6, 1, 2, heads=HEADS), batch=2),
     "float32": Job(2, 5, 9, StreamConfig(5, 1, 2), dtype=torch.float32),
 }
 
@@ -46,21 +48,23 @@ def with_cache(job: Job, kind: CacheDtype) -> Job:
 
 def rounding_as_they_are_written(
     kind: CacheDtype, still: int
-) -> Callable[[Source, LayerCache, Chunk, PassOperations], Tensor]:
+) -> Callable[[Source, LayerCache, Chunk, PassOperations, HeadPlacement], Tensor]:
     """Writes keys and values in the model's dtype, rounded to 8 bits and back; the keys without the mean of the first
     that were written, which is added again. `still` channels, which rotate on read, have no mean taken."""
-    plain, means = base.write_chunk, dict[int, Tensor]()
+    plain, means = base.write_chunk, dict[tuple[int, int], Tensor]()
 
-    def write(source: Source, cache: LayerCache, chunk: Chunk, operations: PassOperations) -> Tensor:
-        q = plain(source, cache, chunk, operations)
-        (k_slots,), (v_slots,) = cache.kv_slots(chunk)
-        k = k_slots.x[:, k_slots.slots_F]
-        if cache.index not in means:
-            means[cache.index] = k.mean((1, 2), keepdim=True)
-            means[cache.index][..., :still] = 0
-        for slots, offset in ((k_slots, means[cache.index]), (v_slots, 0.0)):
-            numbers, scales = quantize(slots.x[:, slots.slots_F] - offset, STORED_DTYPES[kind])
-            slots.x[:, slots.slots_F] = dequantize(numbers, scales, slots.x.dtype) + offset
+    def write(
+        source: Source, cache: LayerCache, chunk: Chunk, operations: PassOperations, placement: HeadPlacement
+    ) -> Tensor:
+        q = plain(source, cache, chunk, operations, placement)
+        for number, (k_slots, v_slots) in enumerate(zip(*cache.kv_slots(chunk), strict=True)):
+            key = cache.index, number
+            if key not in means:
+                means[key] = k_slots.x[:, k_slots.slots_F].mean((1, 2), keepdim=True)
+                means[key][..., :still] = 0
+            for slots, offset in ((k_slots, means[key]), (v_slots, 0.0)):
+                numbers, scales = quantize(slots.x[:, slots.slots_F] - offset, STORED_DTYPES[kind])
+                slots.x[:, slots.slots_F] = dequantize(numbers, scales, slots.x.dtype) + offset
         return q
 
     return write

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
@@ -175,6 +176,45 @@ def test_projection(heads: int, width: int, split: Sequence[int], dtype: torch.d
         ours, rough = (written(given, split, name, frames, kinds) for name in ("triton", "torch"))
         for kind in kinds:
             no_worse(ours[kind], rough[kind], truth[kind])
+
+
+def in_rings(source: Projection | Pieces, name: Backend, counts: Sequence[int]) -> list[Tensor]:
+    """Keys in rings of several lengths, each with slots of its own: heads 0 and 2 in the second ring, 1 in the first,
+    the others in the third. A layer may have no heads in the first one."""
+    batch, _, tokens, _, width = source.shape
+    shapes = [(batch, 4 + n, tokens, h, width) for n, h in enumerate(counts)]
+    memory = source.like.new_full((sum(map(math.prod, shapes)),), math.nan)
+    rings = [x.view(shape) for x, shape in zip(memory.split([*map(math.prod, shapes)]), shapes)]
+    slots_RF = torch.tensor([[1, 3, 0], [4, 0, 2], [5, 1, 4]], device=DEVICE)
+    first, second, third = (Slots(ring, slots) for ring, slots in zip(rings, slots_RF))
+    one = [replace(second, x=second.x[:, :, :, head : head + 1]) for head in range(2)]
+    outputs = [one[0], first, one[1], third] if counts[0] else [one[0], one[1], third]
+    norm_rope_store(source, k=outputs, backend=name)
+    return [ring[:, slots] for ring, slots in zip(rings, slots_RF)]
+
+
+@DTYPES
+@pytest.mark.parametrize("counts", [(1, 2, 2), (0, 2, 3)], ids=["three rings", "none of the first"])
+def test_heads_are_written_to_the_slots_of_their_rings(counts: Sequence[int], dtype: torch.dtype) -> None:
+    given = a_projection(sum(counts), 20, 1, dtype)
+    exact, weights = a_projection(5, 20, 1, torch.float64), (given.q_weight.double(), given.k_weight.double())
+    rounded = Projection(given.qkv_BFSN.double(), *weights, exact.rotation, 5, EPS)
+    cases: list[tuple[Projection, Backend]] = [(given, "triton"), (given, "torch"), (rounded, "torch")]
+    for ours, rough, truth in zip(*(in_rings(source, name, counts) for source, name in cases)):
+        assert not ours.isnan().any()
+        if ours.numel():
+            no_worse(ours, rough, truth)
+    arrived = Pieces([random(3, 2, 3, 7, sum(counts), 20).to(dtype)])
+    for ours, plain in zip(in_rings(arrived, "triton", counts), in_rings(arrived, "torch", counts)):
+        assert torch.equal(ours, plain)
+
+
+def test_slots_of_several_rings_are_rows_of_one_tensor() -> None:
+    like = a_projection(2, 20, 1, torch.float32)
+    rings = like.like.new_zeros(2, 2, 4, like.shape[2], 1, 20)
+    apart = [Slots(ring, torch.tensor([0, 1, n], device=DEVICE)) for n, ring in enumerate(rings, 2)]
+    with pytest.raises(ValueError, match="expected rows of one tensor"):
+        norm_rope_store(like, k=apart, backend="triton")
 
 
 def test_the_relative_policy_leaves_keys_unturned_in_time() -> None:

@@ -14,6 +14,7 @@ from causalrope_sp.config import CacheDtype
 from causalrope_sp.diffusion.noise import seeded_noise
 from causalrope_sp.distributed import SequenceParallel
 from causalrope_sp.distributed.launch import RankPool
+from causalrope_sp.heads import HeadPolicy
 from causalrope_sp.models.causal_dit import CausalDiT
 from causalrope_sp.weights.diffusers_keys import DIFFUSERS
 from tests.support.triton_cases import DEVICE, random
@@ -73,11 +74,16 @@ def video_by_triton(group: Any, device: str, strategy: str, stream: StreamConfig
         ("shard-kv", "absolute", "fp8"),
     ],
 )
+@pytest.mark.parametrize("heads", [None, HeadPolicy(((None, 3, 4), (3, None, 0)))], ids=["whole", "windows of heads"])
 def test_a_stream_by_triton_on_two_ranks_is_that_by_torch_on_one(
-    pool: RankPool, strategy: str, rope: Literal["absolute", "relative"], cache: CacheDtype
+    pool: RankPool,
+    strategy: str,
+    rope: Literal["absolute", "relative"],
+    cache: CacheDtype,
+    heads: HeadPolicy | None,
 ) -> None:
     """With a cache in 8 bits, numbers that are rounded another way at the border of two show."""
-    stream = StreamConfig(window=5, sink=1, chunk_frames=2, rope=rope, cache=cache)
+    stream = StreamConfig(window=5, sink=1, chunk_frames=2, rope=rope, cache=cache, heads=heads)
     expected = a_video(SequenceParallel.single(device="cpu"), torch.float64, stream)
     found = pool.run(video_by_triton, 2, strategy, stream)
     assert (found.double() - expected).norm() <= (1e-5 if cache == "model" else 2e-4) * expected.norm()

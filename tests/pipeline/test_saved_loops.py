@@ -14,6 +14,7 @@ from causalrope_sp.attention.build import build_strategy, stored_part
 from causalrope_sp.distributed.launch import RankPool
 from causalrope_sp.distributed.layout import parse_strategy, strategies
 from causalrope_sp.grid import LatentGrid
+from causalrope_sp.heads.placement import HeadRings
 from tests.support.saved_loops import (
     Case,
     cases,
@@ -86,9 +87,10 @@ def test_the_stored_parts_of_all_ranks_are_everything(ranks: int) -> None:
     grid, heads = LatentGrid(3, 5), 6
     for name in strategies(ranks, heads):
         layout, covered = parse_strategy(name, ranks), torch.zeros(grid.tokens, heads, dtype=torch.int64)
+        (placement,) = HeadRings.of(None, 1, heads, layout.ulysses, 4).placements
         for rank in range(ranks):
-            tokens, own = stored_part(layout, grid, heads, rank)
-            covered[tokens, own] += 1
+            tokens, column = stored_part(layout, grid, rank)
+            covered[tokens, list(placement.columns[column])] += 1
         assert (covered == (layout.sharing if layout.inner == "gather-kv" else 1)).all(), name
 
 
@@ -96,8 +98,10 @@ def check_stored_parts(group: dist.ProcessGroup, device: str) -> int:
     grid, names = LatentGrid(3, 5), strategies(4, 6)
     for name in names:
         parallel, layout = SequenceParallel(group, name, device), parse_strategy(name, 4)
-        strategy = build_strategy(parallel, layout, grid, 6)
-        sizes = tuple(part.stop - part.start for part in stored_part(layout, grid, 6, parallel.sp_rank))
+        rings = HeadRings.of(None, 1, 6, layout.ulysses, 4)
+        strategy = build_strategy(parallel, layout, grid, rings)
+        tokens, column = stored_part(layout, grid, parallel.sp_rank)
+        sizes = tokens.stop - tokens.start, rings.placements[0].sizes[column]
         assert sizes == (strategy.stored_tokens, strategy.stored_heads), (name, parallel.rank)
     return len(names)
 

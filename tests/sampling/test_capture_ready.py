@@ -21,6 +21,8 @@ from causalrope_sp.cache.window import SlidingWindow
 from causalrope_sp.distributed.communicator import Communicator
 from causalrope_sp.distributed.layout import parse_strategy
 from causalrope_sp.grid import Chunk, Shard
+from causalrope_sp.heads import HeadPolicy
+from causalrope_sp.heads.placement import HeadRings
 from causalrope_sp.reuse.policy import ReusePlan, ReusePolicy
 from causalrope_sp.sampling.similar_frames import SimilarFrames
 from causalrope_sp.sampling.stream import CausalStream, Part
@@ -29,6 +31,7 @@ from tests.support.launch_recorder import RecordedPasses, as_on_a_gpu
 from tests.support.reuse_cases import CONFIG, GRID, MIXED, SHARED, make_model, random
 
 FRAMES, CHUNKS = 2, 8
+HEADS = HeadPolicy(((None, 5, 5, None, 5, 5), (5, None, 5, 0, 5, None)))
 TIMESTEPS = (1000.0, 900.0, 800.0, 700.0, 600.0, 500.0)
 
 
@@ -49,6 +52,7 @@ class Case:
     guided: bool = False
     fused: bool = True
     similar: int | None = None
+    heads: HeadPolicy | None = None
     dtype: torch.dtype = torch.bfloat16
 
 
@@ -73,6 +77,10 @@ CASES = {
     "gather-kv, relative": Case(2, "gather-kv", 2, relative=True),
     "ulysses×gather-kv": Case(2, "ulysses2xgather-kv2", 4, "triton"),
     "ulysses×shard-kv": Case(2, "ulysses2xshard-kv2", 4, "triton"),
+    "heads": Case(2, attention="triton", window=8, sink=1, heads=HEADS),
+    "heads, relative": Case(2, attention="triton", window=8, sink=1, relative=True, heads=HEADS),
+    "heads, gather-kv": Case(2, "gather-kv", 2, "triton", window=8, sink=1, heads=HEADS),
+    "heads, ulysses": Case(2, "ulysses", 2, "triton", window=8, sink=1, heads=HEADS),
     "reuse on ranks": Case(4, "ulysses", 2, "triton", reuse=SHARED),
     "similar frames": Case(3, attention="triton", similar=2),
     "similar frames, gather-kv": Case(3, "gather-kv", 2, "triton", similar=2),
@@ -113,10 +121,16 @@ def model_of(case: Case) -> CausalDiT:
 def open_stream(case: Case, ranks: Any, model: CausalDiT) -> tuple[list[CausalStream], RecordedPasses, Tensor]:
     """The streams of both branches or of one, what records their passes, and the tokens of a chunk."""
     shard, strategy, sharing = Shard(GRID), Strategy(GRID.tokens, CONFIG.num_heads, case.attention), None
+    sizes = CONFIG.num_layers, CONFIG.num_heads
+    if case.heads is not None:
+        rings = HeadRings.of(case.heads, *sizes, 1, case.window, case.sink, FRAMES)
+        strategy = Strategy(GRID.tokens, CONFIG.num_heads, case.attention, rings.placements)
+        strategy.cached = rings.cached(0, from_model=True)
     if case.ranks > 1:
         parallel: SequenceParallel = ranks(case.ranks, case)
         layout = parse_strategy(case.strategy, case.ranks)
-        strategy, shard = build_strategy(parallel, layout, GRID, CONFIG.num_heads), parallel.shard(GRID)
+        rings = HeadRings.of(case.heads, *sizes, layout.ulysses, case.window, case.sink, FRAMES)
+        strategy, shard = build_strategy(parallel, layout, GRID, rings), parallel.shard(GRID)
         sharing = parallel.sp_communicator()
     passes = RecordedPasses(sharing)
     plan = None if case.reuse is None else ReusePlan.of_causal(case.reuse, TIMESTEPS, CONFIG.num_layers)

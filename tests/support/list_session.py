@@ -11,6 +11,7 @@ from itertools import groupby
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from causalrope_kernels import Projection, project
 from causalrope_kernels.reference import attention
@@ -115,7 +116,9 @@ class ListSession:
             everything = torch.stack([self.inputs[layer, frame] for frame in order], 1)
             q, k, v = project(replace(projection, qkv_BFSN=everything, rotation=rotation))
             q = q.unflatten(1, (len(order), -1))[:, [order.index(frame) for frame in own]].flatten(1, 2)
-            return attention(q, k, v)
+            if self.stream.heads is None:
+                return attention(q, k, v)
+            return self.by_head(q, k, v, order, self.stream.heads.windows[layer], chunk.stop)
 
         step = ForwardPass(
             timesteps_F=torch.tensor([timestep] * len(own), dtype=torch.float32),
@@ -127,6 +130,27 @@ class ListSession:
         added = [] if self.control is None else [self.control[:, chunk.start : chunk.stop]]
         velocity = self.model(self.grid.patchify(torch.cat([x, *added], 2)).flatten(1, 2), step)
         return self.grid.unpatchify(velocity.unflatten(1, (len(own), -1)))
+
+    def by_head(
+        self, q: Tensor, k: Tensor, v: Tensor, order: list[int], windows: Sequence[int | None], stop: int
+    ) -> Tensor:
+        """Attention of each head by itself, with a mask of the frames that it sees."""
+        sink, _ = self.sinks(stop)
+        others = [frame for frame in order if frame not in sink]
+        outputs = []
+        for head, window in enumerate(windows):
+            seen = set(order)
+            if window is not None and window < self.stream.window:  # type: ignore[operator]  # it has one
+                seen = ({*order} & sink) | set(others[len(others) - min(window - self.stream.sink, len(others)) :])
+            if window == 0:
+                outputs.append(torch.zeros_like(q[:, :, head : head + 1]))
+                continue
+            mask = torch.tensor([frame in seen for frame in order]).repeat_interleave(k.shape[1] // len(order))
+            q_h, k_h, v_h = (x[:, :, head : head + 1].transpose(1, 2) for x in (q, k, v))
+            outputs.append(
+                scaled_dot_product_attention(q_h, k_h, v_h, attn_mask=mask.expand(1, 1, 1, -1)).transpose(1, 2)
+            )
+        return torch.cat(outputs, 2)
 
     def set_text(self, number: int, recache: bool, recache_sink: bool, new_shot: bool) -> None:
         self.text = number

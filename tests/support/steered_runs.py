@@ -16,7 +16,7 @@ from causalrope_sp.models.causal_dit import CausalDiT
 from causalrope_sp.sampling.steered_loop import SteeredLoop
 from causalrope_sp.sampling.stream_options import StreamOptions
 from tests.support.list_session import SAMPLER, ListSession
-from tests.support.strategy_runs import CONFIG, make_model
+from tests.support.strategy_runs import CONFIG, HEADS, make_model
 
 GRID = LatentGrid(1, 7)
 NOISE = seeded_noise(0, (1, CONFIG.in_channels, GRID.latent_height, GRID.latent_width))
@@ -30,6 +30,8 @@ STREAMS = {
     "lone first frame": StreamConfig(5, 1, 2, independent_first_frame=True),
     "recomputed": StreamConfig(7, 2, 2, rope="relative", window_policy="recomputed"),
     "controlled": StreamConfig(6, 1, 2),
+    "heads": StreamConfig(7, 1, 2, heads=HEADS),
+    "heads, recomputed": StreamConfig(7, 1, 2, rope="relative", window_policy="recomputed", heads=HEADS),
 }
 CONTROL = torch.randn(
     1, 40, 3, GRID.latent_height, GRID.latent_width, generator=torch.Generator().manual_seed(4), dtype=torch.float64

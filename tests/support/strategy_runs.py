@@ -17,6 +17,7 @@ from causalrope_sp import Chunk, ConfigError, DiTConfig, LatentGrid, SamplerConf
 from causalrope_sp.cache.window import SlidingWindow
 from causalrope_sp.diffusion.noise import seeded_noise
 from causalrope_sp.distributed import SequenceParallel, communicator, strategies
+from causalrope_sp.heads import HeadPolicy
 from causalrope_sp.models.causal_dit import CausalDiT
 from causalrope_sp.planning.workload import Workload
 from causalrope_sp.sampling.stream import CausalStream, Part
@@ -46,6 +47,7 @@ WAYS_TO_TALK = (
     "barrier",
 )
 WHOLE = StreamConfig()
+HEADS = HeadPolicy(((None, 3, 4, None, 3, 3), (3, None, 3, 0, 4, 3)))  # of the 2 layers of 6 heads
 WORK = Workload(CONFIG, LatentGrid(1, 7), window=6, chunk_frames=2, steps=2, itemsize=8)
 
 
@@ -115,6 +117,10 @@ JOBS = {
     "int8, batch 2": Job(1, 7, 11, StreamConfig(5, 1, 2, cache="int8"), batch=2),
     "int8, similar frames": Job(1, 7, 11, StreamConfig(7, 1, 2, similar_frames=1, cache="int8")),
     "fp8, relative": Job(2, 4, 7, StreamConfig(4, 1, 2, rope="relative", cache="fp8"), known=1),
+    "heads": Job(1, 7, 11, StreamConfig(6, 1, 2, heads=HEADS), batch=2),
+    "heads in int8": Job(1, 7, 11, StreamConfig(6, 1, 2, heads=HEADS, cache="int8"), batch=2),
+    "heads in relative places": Job(2, 4, 9, StreamConfig(6, 1, 2, rope="relative", heads=HEADS)),
+    "heads in a window of the whole video": Job(1, 7, 6, StreamConfig(None, 1, 2, heads=HEADS), fuse=False),
     "hardly any tokens": Job(3, 1, 5, StreamConfig(3, 0, 1)),
     "float32": Job(1, 7, 6, StreamConfig(5, 1, 2), dtype=torch.float32),
     "bfloat16": Job(1, 7, 6, StreamConfig(5, 1, 2), dtype=torch.bfloat16),

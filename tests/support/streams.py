@@ -37,7 +37,7 @@ def _unfused(*args: Any, **options: Any) -> Generator[LatentChunk]:
 def strategy_of(parallel: SequenceParallel, work: Workload) -> Strategy:
     """This rank's strategy for a stream of that size."""
     layout = choose_strategy(work, default_machine(parallel.device), parallel)
-    return build_strategy(parallel, layout, work.grid, work.config.num_heads)
+    return build_strategy(parallel, layout, work.grid, work.head_rings(layout.ulysses))
 
 
 def global_indices(shard: Shard, frame: int) -> range:

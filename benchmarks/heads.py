@@ -1,0 +1,140 @@
+"""Windows of heads on a CPU: a denoise pass with Forcing-KV's published split against the whole window.
+
+    python benchmarks/heads.py            # D 768, 6 heads, 240 tokens a frame, window 21, 12 layers of random weights
+
+The velocity of the pass is first compared with one whose every head attends under a mask of its own. Times are medians
+of passes that alternate between both streams.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from dataclasses import replace
+from typing import Any
+
+import click
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from causalrope_kernels import project
+from causalrope_sp import Chunk, DiTConfig, LatentGrid, StreamConfig
+from causalrope_sp.attention.build import build_strategy
+from causalrope_sp.cache.window import SlidingWindow
+from causalrope_sp.config import SamplerConfig
+from causalrope_sp.distributed import SequenceParallel
+from causalrope_sp.distributed.layout import parse_strategy
+from causalrope_sp.grid import Shard
+from causalrope_sp.heads import HeadPolicy
+from causalrope_sp.models.causal_dit import CausalDiT
+from causalrope_sp.planning.cost import attention_flops
+from causalrope_sp.planning.workload import Workload
+from causalrope_sp.sampling.stream import CausalStream, Part
+
+# how many of the 12 heads of each of Self-Forcing's 30 layers Forcing-KV (arXiv 2605.09681) calls static
+STATIC = (5, 4, 5, 4, 3, 8, 4, 6, 8, 4, 3, 4, 8, 1, 6, 1, 3, 8, 1, 4, 8, 6, 1, 3, 1, 2, 5, 6, 6, 6)
+WINDOW, SINK, CHUNK, SHORT = 21, 1, 3, 5  # latent frames; SHORT: the sink, the newest frame and the chunk
+GRID = LatentGrid(12, 20)
+ONE = parse_strategy("ulysses", 1)
+
+
+def split(layers: int, heads: int, share: float | None) -> HeadPolicy:
+    """The published split of so many layers, evenly picked, with layer 0 whole; or short windows for a share of the
+    heads of every layer but the first."""
+    picked = [STATIC[layer * len(STATIC) // layers] / 12 if share is None else share for layer in range(layers)]
+    counts = [0, *(round(each * heads) for each in picked[1:])]
+    return HeadPolicy(tuple((SHORT,) * count + (None,) * (heads - count) for count in counts))
+
+
+def opened(model: CausalDiT, policy: HeadPolicy | None) -> tuple[CausalStream, Workload]:
+    """A stream whose window is full, and its sizes."""
+    stream = StreamConfig(WINDOW, SINK, CHUNK, heads=policy)
+    work = Workload.of(model.config, GRID, stream, SamplerConfig(), WINDOW, itemsize=4)
+    strategy = build_strategy(SequenceParallel.single(device="cpu"), ONE, GRID, work.head_rings(1))
+    text = torch.zeros(1, model.config.text_len, model.config.text_dim)
+    opened = CausalStream(model, text, GRID, SlidingWindow(WINDOW, SINK), Shard(GRID), strategy)
+    generator = torch.Generator().manual_seed(0)
+    for n in range(WINDOW // CHUNK + 1):
+        x = torch.randn(1, CHUNK, GRID.tokens, model.config.token_dim, generator=generator)
+        opened.commit(Part(Chunk(n, n * CHUNK, CHUNK), x, 0.0))
+    return opened, work
+
+
+def masked(stream: CausalStream, policy: HeadPolicy, chunk: Chunk, x: Tensor) -> Tensor:
+    """The velocity of a pass on a cache of the whole window, with a mask for every head."""
+    frames = list(stream.cache.window.held(chunk.stop).values())
+    others = sorted(frame for frame in frames if frame >= SINK)
+
+    def begin(_: Any, args: Any) -> Any:
+        tokens, step = args
+
+        def attend(layer: int, projection: Any) -> Tensor:
+            step.attend(layer, projection)
+            (keys,) = stream.cache.keys(layer, chunk, 0, False)
+            queries, outputs = project(projection)[0], []
+            for head, seen in enumerate(policy.frames(WINDOW)[layer]):
+                newest = others[len(others) - (seen - SINK) :]
+                mask = torch.tensor([frame < SINK or frame in newest for frame in frames])
+                mask = mask.repeat_interleave(GRID.tokens).expand(1, 1, 1, -1)
+                q, k, v = (y[:, :, head : head + 1].transpose(1, 2) for y in (queries, keys.k, keys.v))
+                outputs.append(scaled_dot_product_attention(q, k, v, mask))
+            return torch.cat(outputs, 1).transpose(1, 2)
+
+        return tokens, replace(step, attend=attend)
+
+    hook = stream._model.register_forward_pre_hook(begin)
+    velocity = stream.denoise(chunk, x, 1000.0)
+    hook.remove()
+    return velocity
+
+
+@click.command()
+@click.option("--layers", default=12, show_default=True, help="Give the model this many layers.")
+@click.option("--ffn", default=3072, show_default=True, help="Give the feed-forwards this width.")
+@click.option("--share", type=float, help="Shorten this share of the heads. The default is the published split.")
+@click.option("--passes", default=7, show_default=True, help="Measure this many passes of each stream.")
+@torch.inference_mode()
+def main(layers: int, ffn: int, share: float | None, passes: int) -> None:
+    """Measures a denoise pass with windows of heads against one with whole windows."""
+    torch.manual_seed(0)
+    model = CausalDiT(DiTConfig(768, ffn, 6, layers, text_dim=64, text_len=64, in_channels=16)).eval()
+    policy = split(layers, 6, share)
+    (dense, whole), (sparse, short) = opened(model, None), opened(model, policy)
+    chunk = Chunk(WINDOW // CHUNK + 1, WINDOW + CHUNK, CHUNK)
+    x = torch.randn(1, CHUNK, GRID.tokens, model.config.token_dim)
+    fill_from(sparse, dense, chunk)
+    exact, found = masked(dense, policy, chunk, x), sparse.denoise(chunk, x, 1000.0)
+    error = float((found - exact).norm() / exact.norm())
+    assert error < 1e-5, f"the velocity differs from that of masks by {error:.1e}"
+    times: dict[str, list[float]] = {"whole": [], "heads": []}
+    for _ in range(passes):
+        for name, stream in (("whole", dense), ("heads", sparse)):
+            started = time.perf_counter()
+            stream.denoise(chunk, x, 1000.0)
+            times[name].append(time.perf_counter() - started)
+    medians = {name: statistics.median(each) for name, each in times.items()}
+    flops = [attention_flops(ONE, work, 0, CHUNK, WINDOW) for work in (whole, short)]
+    print(
+        json.dumps(
+            {
+                "error": error,
+                "seconds": {name: round(each, 4) for name, each in medians.items()},
+                "speedup": round(medians["whole"] / medians["heads"], 3),
+                "attention_flops": round(flops[1] / flops[0], 4),
+                "cache_bytes": round(sparse.cache.bytes / dense.cache.bytes, 4),
+            }
+        )
+    )
+
+
+def fill_from(sparse: CausalStream, dense: CausalStream, chunk: Chunk) -> None:
+    """Gives a stream the committed frames of another one, so that both passes begin alike."""
+    from causalrope_sp.profiling.head_search import Sample, fill
+
+    fill(sparse, Sample(dense, chunk, 0.0, torch.empty(0), torch.empty(0)))
+
+
+if __name__ == "__main__":
+    main()

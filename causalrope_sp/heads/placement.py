@@ -1,0 +1,251 @@
+"""Where the heads of each layer are attended: on which ranks of `ulysses`, and in which ring of the KV cache.
+
+Shapes: H heads of a layer, d head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from itertools import chain, islice
+from operator import mul
+
+from torch import Tensor
+
+from causalrope_kernels import Slots
+from causalrope_kernels.tables import on_device
+from causalrope_sp.grid import shares
+from causalrope_sp.heads.policy import SKIP, HeadPolicy
+
+
+@dataclass(frozen=True)
+class HeadPlacement:
+    """The heads of one layer by column of ranks; the heads of a column are in order of their rings.
+
+    Args:
+        columns: the numbers of the heads that each column attends, in the order in which it holds them.
+    """
+
+    columns: tuple[tuple[int, ...], ...]
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """How many heads each column has."""
+        return [len(column) for column in self.columns]
+
+    @cached_property
+    def order(self) -> tuple[int, ...]:
+        """The numbers of the heads, column by column."""
+        return tuple(chain.from_iterable(self.columns))
+
+    @cached_property
+    def in_order(self) -> bool:
+        """Whether the heads are in the order of the model."""
+        return self.order == tuple(range(len(self.order)))
+
+    def by_head(self, parts: Sequence[Slots]) -> Sequence[Slots]:
+        """Sorts slots by the model's order of heads, for `norm_rope_store`.
+
+        Args:
+            parts: slots of all heads in the order of the placement, split in any way.
+
+        Returns:
+            The same memory: views of as few heads as their order demands.
+        """
+        if self.in_order:
+            return parts
+        found = []
+        for number, first, count in _runs(self._places, tuple(part.x.shape[3] for part in parts)):
+            part, heads = parts[number], slice(first, first + count)
+            memory, scales = (None if x is None else x[:, :, :, heads] for x in (part.memory, part.scales))
+            offset = None if part.offset is None else part.offset[:, heads]
+            found.append(replace(part, x=part.x[:, :, :, heads], memory=memory, scales=scales, offset=offset))
+        return found
+
+    def in_own_order(self, x: Tensor, axis: int) -> Tensor:
+        """Returns a tensor with its axis of heads, which are in the order of the model, in that of the placement."""
+        return x if self.in_order else x.index_select(axis, on_device((self.order,), x.device)[0])
+
+    def in_model_order(self, x: Tensor, axis: int) -> Tensor:
+        """Returns a tensor with its axis of heads, which are in the order of the placement, in that of the model."""
+        if self.in_order:
+            return x
+        return x.index_select(axis, on_device((self._places,), x.device)[0])
+
+    @cached_property
+    def _places(self) -> tuple[int, ...]:
+        """Where each head of the model is in the order of the placement."""
+        places = {head: place for place, head in enumerate(self.order)}
+        return tuple(places[head] for head in range(len(places)))
+
+
+@dataclass(frozen=True)
+class HeadRings:
+    """The rings of frame slots that the heads of a stream are cached in, and the placement of each layer.
+
+    A ring has the heads that see equally many frames; a layer may have none of them.
+
+    Args:
+        frames: the latent frames that the heads of each ring see, falling; `SKIP` for those that attend nothing.
+        placements: the placement of every layer.
+        heads: how many heads of each ring a column has, by layer, column and ring.
+        sink: the sink of windows that are smaller than the stream's.
+        scratch: the slots of the ring of heads that attend nothing; see `CachedHeads`.
+    """
+
+    frames: tuple[int, ...]
+    placements: tuple[HeadPlacement, ...]
+    heads: tuple[tuple[tuple[int, ...], ...], ...]
+    sink: int = 0
+    scratch: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        policy: HeadPolicy | None,
+        layers: int,
+        heads: int,
+        columns: int,
+        window: int,
+        sink: int = 0,
+        chunk_frames: int = 1,
+    ) -> HeadRings:
+        """Places the heads of a model.
+
+        Args:
+            policy: what every head sees; None for the whole window.
+            layers: the layers of the model.
+            heads: its attention heads.
+            columns: how many ranks share the heads.
+            window: the window of the stream, in latent frames.
+            sink: the latent frames of its sink.
+            chunk_frames: those of a chunk.
+
+        Returns:
+            Their rings. If every head sees the whole window, there is one, and the heads keep the model's order.
+            Otherwise each head goes to the column with the fewest keys so far, those with most keys first (the rule of
+            the longest processing time).
+
+        Raises:
+            ConfigError: the policy is of another size.
+        """
+        if policy is not None:
+            policy.check_model(layers, heads)
+        seen = None if policy is None else policy.frames(window)
+        if seen is None or all(frames == window for layer in seen for frames in layer):
+            numbers, sizes = iter(range(heads)), shares(heads, columns)
+            placement = HeadPlacement(tuple(tuple(islice(numbers, size)) for size in sizes))
+            return cls((window,), (placement,) * layers, (tuple((size,) for size in sizes),) * layers)
+        rings = tuple(sorted({frames for layer in seen for frames in layer}, reverse=True))
+        placements = tuple(HeadPlacement(_by_longest_time(layer, columns)) for layer in seen)
+        counts = tuple(
+            tuple(tuple([layer[head] for head in column].count(frames) for frames in rings) for column in at.columns)
+            for at, layer in zip(placements, seen, strict=True)
+        )
+        return cls(rings, placements, counts, sink, min(window, sink + chunk_frames))
+
+    def attended(self, column: int, most: int) -> int:
+        """Returns over how many latent frames the queries of a column attend, summed over all layers and heads, if
+        there are at most `most` frames."""
+        return sum(self._of_layer(layer, most)[column] for layer in range(len(self.heads)))
+
+    def waited_for(self, most: int) -> int:
+        """Returns `attended` with, in every layer, the column that has most of it: the others wait for it."""
+        return sum(max(self._of_layer(layer, most)) for layer in range(len(self.heads)))
+
+    def _of_layer(self, layer: int, most: int) -> list[int]:
+        frames = [min(each, most) for each in self.frames]
+        return [sum(map(mul, counts, frames)) for counts in self.heads[layer]]
+
+    @property
+    def one(self) -> bool:
+        """Whether all heads see the whole window, and keep the model's order."""
+        return len(self.frames) == 1 and all(placement.in_order for placement in self.placements)
+
+    def cached(self, column: int, *, from_model: bool) -> CachedHeads:
+        """Returns the heads that the ranks of a column cache.
+
+        Args:
+            column: the column.
+            from_model: whether their keys and values are written straight from the model's order of heads.
+        """
+        heads = tuple(by_column[column] for by_column in self.heads)
+        order = self.placements if from_model else ()
+        return CachedHeads(self.frames, heads, self.sink, self.scratch, order)
+
+    @property
+    def imbalance(self) -> float:
+        """ρ, by which factor the slowest columns of the layers take longer than their mean in self-attention. Columns
+        wait for each other in every layer."""
+        columns, most = len(self.heads[0]), max(self.frames)
+        every = sum(self.attended(column, most) for column in range(columns))
+        return self.waited_for(most) * columns / every if every else 1.0
+
+
+def _by_longest_time(frames: Sequence[int], columns: int) -> tuple[tuple[int, ...], ...]:
+    """Gives every head to a column, by the frames that each head sees. A column's heads are sorted by falling frames,
+    then by number."""
+    loads: list[tuple[int, int]] = [(0, 0)] * columns  # frames, heads
+    placed: list[list[int]] = [[] for _ in range(columns)]
+    for head in sorted(range(len(frames)), key=lambda head: -frames[head]):
+        least = min(range(columns), key=loads.__getitem__)
+        loads[least] = loads[least][0] + frames[head], loads[least][1] + 1
+        placed[least].append(head)
+    return tuple(map(tuple, placed))
+
+
+@cache
+def _runs(places: tuple[int, ...], sizes: tuple[int, ...]) -> list[tuple[int, int, int]]:
+    """The model's heads in order as runs of neighbours: the number of a part, the first of its heads, and how many.
+
+    Args:
+        places: where each head is in the order of the placement.
+        sizes: how many heads each part has, in the order of the placement.
+    """
+    within = [(number, first) for number, size in enumerate(sizes) for first in range(size)]
+    runs: list[tuple[int, int, int]] = []
+    for number, first in (within[place] for place in places):
+        if runs and runs[-1][0] == number and sum(runs[-1][1:]) == first:
+            runs[-1] = (*runs[-1][:2], runs[-1][2] + 1)
+        else:
+            runs.append((number, first, 1))
+    return runs
+
+
+@dataclass(frozen=True)
+class CachedHeads:
+    """The heads that one rank caches.
+
+    Args:
+        frames: the latent frames that the heads of each ring see; `SKIP` for those that attend nothing.
+        heads: how many heads of each ring the rank has, by layer and ring.
+        sink: the sink of windows that are smaller than the stream's.
+        scratch: the slots of the ring of heads that attend nothing, whose keys and values nobody reads; all layers
+            share it.
+        source_order: the placement of every layer, if `norm_rope_store` writes keys and values straight from the
+            model's order of heads; empty if they come in the order of the rings.
+    """
+
+    frames: tuple[int, ...]
+    heads: tuple[tuple[int, ...], ...]
+    sink: int = 0
+    scratch: int = 0
+    source_order: tuple[HeadPlacement, ...] = ()
+
+    def slots(self, chunk_frames: int) -> int:
+        """Returns the slots of single heads in all layers, with those of an undo buffer of a chunk."""
+        attended = sum(sum(map(mul, counts, self.frames)) for counts in self.heads)
+        return attended + self.attending * chunk_frames + self.scratch * max(0, *self._skipped)
+
+    @property
+    def attending(self) -> int:
+        """How many heads of all layers attend anything."""
+        return sum(map(sum, self.heads)) - sum(self._skipped)
+
+    @property
+    def _skipped(self) -> list[int]:
+        """How many heads of each layer attend nothing."""
+        if self.frames[-1] != SKIP:
+            return [0] * len(self.heads)
+        return [counts[-1] for counts in self.heads]

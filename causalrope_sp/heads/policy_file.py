@@ -1,0 +1,93 @@
+"""Policies of heads as JSON files: {"windows": [[null, 5, 0, …], …]}, one list a layer, one entry a head.
+
+An entry is a number of latent frames, chunk included, 0 for a head that attends nothing, or null for the whole window.
+
+The per-head files that Forcing-KV (arXiv 2605.09681) publishes are read too. They name for every layer the heads of two
+kinds, which are "static" and "dynamic", or "local" and "temporal" in older files; some are the bare list of layers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from causalrope_sp.checks import shown
+from causalrope_sp.errors import ConfigError, OutputError, printable
+from causalrope_sp.heads.policy import LARGEST, HeadPolicy, Window, heads_of
+from causalrope_sp.io.json_files import read_value
+
+_KINDS = (("static_head", "dynamic_head"), ("local_head", "temporal_head"))
+
+
+def read_heads(path: str | PathLike[str], chunk_frames: int, sink: int) -> HeadPolicy:
+    """Reads the policy of a stream's heads.
+
+    A static head of a file of Forcing-KV sees the sink, the newest frame before its chunk, and the chunk; a dynamic
+    head and all heads of layer 0 see the whole window. (Forcing-KV's own dynamic heads see a part of it.)
+
+    Args:
+        path: a file that `write_heads` wrote, or one of Forcing-KV.
+        chunk_frames: latent frames of the stream's chunks.
+        sink: latent frames of its sink.
+
+    Raises:
+        ConfigError: the file cannot be read or holds no such policy, or a window is smaller than chunk + sink.
+    """
+    try:
+        given = read_value(Path(path))
+        if isinstance(given, Mapping) and "windows" in given:
+            policy = heads_of(given)
+        else:
+            policy = _forcing_kv(given, sink + 1 + chunk_frames)
+        policy.check_stream(chunk_frames, sink)
+    except (ValueError, OverflowError) as reason:
+        raise ConfigError(f"{printable(path)} holds no policy of heads: {printable(reason)}") from reason
+    return policy
+
+
+def write_heads(policy: HeadPolicy, path: Path, **notes: Any) -> None:
+    """Writes a policy to a JSON file that `read_heads` reads.
+
+    Args:
+        policy: the policy.
+        path: the file.
+        **notes: further fields for human readers, which `read_heads` ignores.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    lines = ",\n  ".join(json.dumps(layer) for layer in policy.windows)
+    others = "".join(f' "{name}": {json.dumps(value)},\n' for name, value in notes.items())
+    try:
+        path.write_text(f'{{\n{others} "windows": [\n  {lines}\n ]\n}}\n')
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _forcing_kv(given: Any, static: int) -> HeadPolicy:
+    """The policy of a file of Forcing-KV, whose static heads have a window of so many frames."""
+    layers = _list('the file\'s "layers"', given.get("layers") if isinstance(given, Mapping) else given)
+    windows: list[tuple[Window, ...]] = []
+    for number, layer in enumerate(layers):
+        if not isinstance(layer, Mapping) or layer.get("layer_idx") != number:
+            raise ValueError(f'expected an object with "layer_idx" {number} as layer {number}, got {shown(layer)}')
+        kinds = next((kinds for kinds in _KINDS if kinds[0] in layer), _KINDS[0])
+        short, whole = (_list(f'"{kind}" of layer {number}', layer.get(kind)) for kind in kinds)
+        heads = len(short) + len(whole)
+        if heads > LARGEST or sorted(map(str, (*short, *whole))) != sorted(map(str, range(heads))):
+            raise ValueError(f"expected each head of layer {number} once, from 0 on, got {shown((*short, *whole))}")
+        windows.append(tuple(static if number and head in short else None for head in range(heads)))
+    if isinstance(given, Mapping):
+        for name, size in (("num_layers", len(windows)), ("num_heads", len(windows[0]) if windows else 0)):
+            if given.get(name, size) != size:
+                raise ValueError(f'expected "{name}" {size}, as it lists, got {shown(given[name])}')
+    return HeadPolicy(tuple(windows))
+
+
+def _list(name: str, value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise ValueError(f"expected a list as {name}, got {shown(value)}")
+    return value
