@@ -130,7 +130,7 @@ def autoregressive_flops(config: DiTConfig, grid: LatentGrid, stream: StreamConf
 
 def flops_of(variant: str, variants: Variants, frames: int) -> int:
     """FLOPs of a whole video."""
-    config, grid, count = variants.vin.model.config, variants.vin.grid, latent_frames(frames)
+    config, grid, count = variants.vin.model.config, variants.vin.settings().grid, latent_frames(frames)
     steps = len(variants.vin.config.sampler.steps)
     if variant == "autoregressive":
         flow = variants.flow.config
