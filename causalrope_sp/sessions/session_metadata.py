@@ -128,7 +128,7 @@ def config_of(kind: type[T], given: Any) -> T:
 
 
 def _typed(name: str, value: Any, of: Field[Any]) -> Any:
-    """Returns a value of the type of a field's default; None stands for a whole number or none."""
+    """Returns a value of the type of a field's default, or for a default of None of the field's own."""
     default = of.default
     assert default is not MISSING, "every field of these configurations has a default"
     if name == "StreamConfig.similar_frames":
@@ -138,7 +138,9 @@ def _typed(name: str, value: Any, of: Field[Any]) -> Any:
     if isinstance(default, tuple):
         return tuple(_number(name, number) for number in _list(name, value))
     if default is None:
-        return None if value is None else check_whole(name, value, least=0)
+        if value is None:
+            return None
+        return check_whole(name, value, least=0) if of.type == "int | None" else _number(name, value)
     checks: dict[type, Callable[[str, Any], Any]] = {
         bool: check_flag,
         int: lambda n, v: check_whole(n, v, least=0),

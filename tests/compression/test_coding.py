@@ -178,6 +178,16 @@ def test_what_a_decoder_draws_is_what_the_encoder_saw(residual: float, monkeypat
     assert all(torch.equal(a, b) for a, b in zip(saw, made, strict=True))
 
 
+@pytest.mark.parametrize("lossy", [{"cache": "int8"}, {"similar_frames": 2}, {"similar_frames": 0.5}], ids=str)
+def test_the_decoder_attends_as_the_encoder_did(packets: list[bytes], lossy: dict[str, Any]) -> None:
+    """As the header says, whatever the decoder's pipeline was loaded with."""
+    pipe = CausalVideoPipeline.from_pretrained("toybox", **lossy)
+    coded = encoded(pipe)
+    assert coded[1:] != packets[1:]
+    assert np.array_equal(decoded(coded), decoded(coded, pipe))
+    assert psnr(decoded(coded), video()) > 28
+
+
 def test_seeds_draw_other_atoms() -> None:
     assert not np.array_equal(decoded(encoded(seed=9)), decoded(encoded(seed=10)))
 

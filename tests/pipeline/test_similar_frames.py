@@ -85,3 +85,16 @@ def test_on_the_command_line(tmp_path: Path) -> None:
         video(similar_frames=-1)
     with pytest.raises(ConfigError, match="similar_frames must be None with window_policy recomputed"):
         video(similar_frames=4, window_policy="recomputed")
+
+
+@pytest.mark.parametrize("similar", [4, 0.3])
+def test_a_saved_session_goes_on_with_them(similar: float, tmp_path: Path) -> None:
+    """It attends all of its window until the means of its frames are known, so its frames are not the same."""
+    pipe = CausalVideoPipeline.from_pretrained("toybox", device="cpu", similar_frames=similar)
+    session = pipe.open(PROMPT, seed=3)
+    for _ in range(6):
+        session.step()
+    session.save(tmp_path / "s")
+    resumed = pipe.resume(tmp_path / "s")
+    found, expected = (np.stack([np.asarray(each.step().frames, float) for _ in range(2)]) for each in (resumed, session))
+    assert 28 < 10 * np.log10(255**2 / np.mean((found - expected) ** 2)) < 60

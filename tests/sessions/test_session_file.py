@@ -70,6 +70,8 @@ def test_a_session_is_read_as_it_was_written(dtype: torch.dtype, tmp_path: Path)
         {"negative_prompt": "half a \ud800 pair"},
         {"sampler": SamplerConfig(steps=(999.5, 20), solver="unipc", guidance_interval=(10, 900.5))},
         {"stream": StreamConfig(), "shots": (0,)},
+        {"stream": StreamConfig(window=7, sink=1, chunk_frames=2, similar_frames=2)},
+        {"stream": StreamConfig(window=7, sink=1, chunk_frames=2, similar_frames=0.5)},
         {"next_chunk": 0, "next_frame": 0, "chunks": (), "latents": torch.empty(1, 0, 3, 2, 3), "shots": (0,)}
         | {"first_chunk": 0, "shown": 0, "prompts": small_session().prompts[:1], "embeds": {0: torch.ones(1, 5, 4)}},
         {"seed": 2**63},
