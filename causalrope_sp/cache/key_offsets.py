@@ -19,7 +19,7 @@ from causalrope_sp.cache.layer_cache import LayerCache
 
 
 class KeyOffsets:
-    """The offsets of all layers of a cache, each set once.
+    """The offsets of all layers of a cache, each set before the first of its keys is written.
 
     Args:
         rings: the rings of all head groups.
@@ -34,9 +34,24 @@ class KeyOffsets:
     ) -> None:
         self._rings, self._still, self._set = rings, still, set(set_already)
         self._layers = [weakref.proxy(layer) for layer in layers]
-        for index, layer in enumerate(layers):
-            if index not in set_already:
+        self._ask()
+
+    def _ask(self) -> None:
+        """Lets the layers whose offset is not set ask for it."""
+        for index, layer in enumerate(self._layers):
+            if index not in self._set:
                 layer.centre = partial(self.set, index)
+
+    @property
+    def are_set(self) -> bool:
+        """Whether those of all layers are set, or none are taken off."""
+        return len(self._set) == len(self._layers)
+
+    def forget(self) -> None:
+        """Lets all offsets be set anew, of a cache that holds no keys any more."""
+        if self._rings[0].storage[0].offset_BHD is not None:
+            self._set.clear()
+            self._ask()
 
     @property
     def set_already(self) -> frozenset[int]:
@@ -65,4 +80,4 @@ class KeyOffsets:
         """Returns the offsets, (B, heads, d), with the heads layer by layer; NaN if one is not set yet."""
         layers = zip(*[ring.storage for ring in self._rings], strict=True)
         found = torch.cat([x.offset_BHD for own in layers for x in own if x.offset_BHD is not None], 1)
-        return found if len(self._set) == len(self._layers) else found.fill_(torch.nan)
+        return found if self.are_set else found.fill_(torch.nan)

@@ -188,6 +188,7 @@ class KVCache:
         for ring in self._rings:
             ring.cancel()
         self.open_chunk = None
+        self._forget_offsets()
 
     def restore_evicted(self) -> None:
         """Writes the frames that the open chunk overwrote back to their slots, from the undo buffer."""
@@ -241,6 +242,12 @@ class KVCache:
             ring.restart(window, committed)
         self.open_chunk, self._window, self.committed, self._restarted = None, window, committed, committed
         self._plans.restart(window)
+        self._forget_offsets()
+
+    def _forget_offsets(self) -> None:
+        """Lets the first keys of a stream that stands at its beginning again say what is taken off."""
+        if not self.committed:
+            self.offsets.forget()
 
     def fork(self) -> KVCache:
         """Returns a cache that goes on from here by itself. Both share the storage until one of them writes."""

@@ -100,7 +100,7 @@ class GuidanceBranch:
             self.stream.cache.reopen(pending.chunk)
         self.finish(pending)
 
-    def recompute(self, parts: Sequence[Part], window: SlidingWindow, committed: int) -> None:
+    def recompute(self, parts: Sequence[Part], window: SlidingWindow, committed: int, *, anew: bool = False) -> None:
         """Computes the cache anew from clean tokens; the context pass of the part right before the next chunk stays
         pending.
 
@@ -108,8 +108,11 @@ class GuidanceBranch:
             parts: the chunks, in order of time; they need not be adjacent.
             window: the window, which holds nothing that is not in `parts` or kept before them.
             committed: the global time index of the next chunk.
+            anew: whether nothing is kept before them, so that what is taken off quantized keys is set anew too.
         """
         self.stream.restart(window, committed)
+        if anew:
+            self.stream.cache.offsets.forget()
         cache, newest = self.stream.cache, None
         for part in parts:
             cache.committed = part.chunk.start

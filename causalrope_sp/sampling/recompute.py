@@ -51,5 +51,7 @@ def _recompute(branch: GuidanceBranch, kept: KeptLatents, stop: int, until: int,
     """Recomputes the frames before `stop` that the window holds once all before `until` are written."""
     window = branch.stream.cache.window
     parts = kept.within(window, until, with_sink=with_sink)
-    branch.recompute(parts, window.since(oldest_of(parts, window, stop), until), stop)
+    window = window.since(oldest_of(parts, window, stop), until)
+    written = {frame for part in parts for frame in range(part.chunk.start, part.chunk.stop)}
+    branch.recompute(parts, window, stop, anew=with_sink and written.issuperset(window.held(stop).values()))
     return sum(part.chunk.frames for part in parts) == stop

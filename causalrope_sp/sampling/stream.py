@@ -419,6 +419,8 @@ class CausalStream:
         """Runs a pass by a captured graph, if its kind has one; `pattern` says which outputs it reuses and keeps, and
         whether similar frames are chosen by it."""
         rotation, since = self._rotate(chunks), self._strategy.splits_at(chunks)
+        if not self.cache.offsets.are_set:  # which this pass does, on the host
+            return compute(tokens_BTE, time, rotation)
         if self.cache.evicts(chunks[0]):  # its clean keys and values are saved layer by layer as they are written
             graphs.refuse("a chunk overwrites the frames of the chunk before it, whose context pass it shares")
             return compute(tokens_BTE, time, rotation)

@@ -96,5 +96,7 @@ def test_a_saved_session_goes_on_with_them(similar: float, tmp_path: Path) -> No
         session.step()
     session.save(tmp_path / "s")
     resumed = pipe.resume(tmp_path / "s")
-    found, expected = (np.stack([np.asarray(each.step().frames, float) for _ in range(2)]) for each in (resumed, session))
+    found, expected = (
+        np.stack([np.asarray(each.step().frames, float) for _ in range(2)]) for each in (resumed, session)
+    )
     assert 28 < 10 * np.log10(255**2 / np.mean((found - expected) ** 2)) < 60
