@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import wraps
+from typing import Concatenate, ParamSpec, TypeVar
 
 from causalrope_sp.checks import check_flag, check_number, check_text, shown
 from causalrope_sp.distributed import SequenceParallel
@@ -22,6 +24,25 @@ from causalrope_sp.weights.lora import EXPERTS, Lora
 _log = logging.getLogger(__name__)
 Adapters = Mapping[str, tuple[Lora, bool]]
 _NONE: Adapters = {}
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _by_one_thread(
+    method: Callable[Concatenate[WithAdapters, P], T],
+) -> Callable[Concatenate[WithAdapters, P], T]:
+    """Lets one thread at a time call the methods that change LoRAs, each of which goes on from those before it."""
+
+    @wraps(method)
+    def alone(self: WithAdapters, *args: P.args, **kwargs: P.kwargs) -> T:
+        if not self._streams.changing.acquire(blocking=False):
+            raise ConfigError("another thread changes the LoRAs of this pipeline: let one thread at a time do so")
+        try:
+            return method(self, *args, **kwargs)
+        finally:
+            self._streams.changing.release()
+
+    return alone
 
 
 class WithAdapters:
@@ -65,6 +86,7 @@ class WithAdapters:
         """The LoRAs that are merged, as texts, in order."""
         return tuple(map(str, self._merged(self._adapters)))
 
+    @_by_one_thread
     def load_lora_weights(
         self,
         path: str | os.PathLike[str] | Lora,
@@ -101,6 +123,7 @@ class WithAdapters:
             raise ConfigError(f"adapter_name must be new, and {name!r} is loaded: unload it, or take another name")
         return self._change({**self._adapters, name: (lora, True)}, recache)
 
+    @_by_one_thread
     def set_adapters(
         self,
         adapter_names: str | Sequence[str],
@@ -127,9 +150,11 @@ class WithAdapters:
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         if len(set(map(str, names))) < len(names):
             raise ConfigError(f"adapter_names must be different ones, not {shown(adapter_names)}")
-        unknown = [name for name in names if name not in self._adapters]
+        unknown = [name for name in names if not isinstance(name, str) or name not in self._adapters]
         if unknown:
-            raise ConfigError(f"adapter_names must be of {', '.join(self._adapters) or 'none'}, not {unknown[0]!r}")
+            raise ConfigError(
+                f"adapter_names must be of {', '.join(self._adapters) or 'none'}, not {shown(unknown[0])}"
+            )
         weights = list(adapter_weights) if isinstance(adapter_weights, Sequence) else [adapter_weights] * len(names)
         if len(weights) != len(names):
             raise ConfigError(f"adapter_weights must be {len(names)}, as many as the names, not {len(weights)}")
@@ -140,6 +165,7 @@ class WithAdapters:
             chosen[name] = (lora if weight is None else replace(lora, weight=weight), True)
         return self._change(chosen, recache)
 
+    @_by_one_thread
     def unload_lora_weights(self, *, recache: bool = False) -> list[int]:
         """Takes out and forgets all LoRAs that were loaded by `load_lora_weights`.
 

@@ -32,20 +32,29 @@ def between_chunks(streams: OpenStreams, parallel: SequenceParallel, what: str) 
         ConfigError: a stream is in a call, is none that can be changed while it is made, or there are decode ranks; or
             the ranks have other streams, or are about to make different calls.
     """
+    with ExitStack() as stack:
+        if parallel.size == 1:
+            stack.enter_context(streams.beginning)
+        sessions = _begun(streams, parallel)
+        for session in sessions:
+            stack.enter_context(session.held())
+        ahead = next((session for session in sessions if session.turns.ahead), None)
+        stack.enter_context(parallel.turn(what) if ahead is None else ahead.turns.operation(what))
+        if _begun(streams, parallel) != sessions:
+            raise ConfigError("a stream of another thread began meanwhile: change the weights again")
+        loops = [session.rested() for session in sessions]  # before any collective: what is made ahead has some too
+        parallel.everyone.agree({"open streams": [session.turns.number for session in sessions]})
+        yield loops
+
+
+def _begun(streams: OpenStreams, parallel: SequenceParallel) -> list[Session]:
+    """Returns the streams that have begun, in order. Raises ConfigError if one of all cannot be changed."""
     other = [stream for stream in streams if stream.is_open and not isinstance(stream, Session)]
     if other or (parallel.mesh.decode and len(streams)):
         why = "a video is coded" if other else "decode ranks go on as they began"
         raise ConfigError(f"a pipeline cannot change its weights under an open stream where {why}: close() it first")
     sessions = [stream for stream in streams if isinstance(stream, Session) and stream.has_begun]
-    sessions.sort(key=lambda session: session.turns.number)
-    with ExitStack() as stack:
-        for session in sessions:
-            stack.enter_context(session.held())
-        ahead = next((session for session in sessions if session.turns.ahead), None)
-        stack.enter_context(parallel.turn(what) if ahead is None else ahead.turns.operation(what))
-        loops = [session.rested() for session in sessions]  # before any collective: what is made ahead has some too
-        parallel.everyone.agree({"open streams": [session.turns.number for session in sessions]})
-        yield loops
+    return sorted(sessions, key=lambda session: session.turns.number)
 
 
 def change_weights(

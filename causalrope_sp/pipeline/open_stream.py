@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Generator, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
@@ -245,6 +245,11 @@ class OpenStream:
         """Makes the stream and its decoder, in the first turn, so that videos that wait take no memory."""
         if self._source is not None:
             return
+        with self._generation.streams.beginning if self._parallel.size == 1 else nullcontext():
+            self._make()
+
+    def _make(self) -> None:
+        """Makes them, while no other thread changes the weights."""
         generation, chunks = self._generation, None
         frames = frames_of(generation.codec, self._parallel, generation.grid, generation.decode, self._turns)
         self._decoder = ChunkDecoder(

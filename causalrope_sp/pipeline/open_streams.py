@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from typing import Protocol
 from weakref import WeakSet
@@ -36,10 +37,16 @@ class Stream(Protocol):
 
 
 class OpenStreams:
-    """The open streams of a pipeline, as long as they are referred to and neither complete nor closed."""
+    """The open streams of a pipeline, as long as they are referred to and neither complete nor closed.
+
+    Attributes:
+        changing: held while a thread changes the weights of the pipeline.
+        beginning: in one process, held while a stream begins or weights change. On several ranks turns do that.
+    """
 
     def __init__(self) -> None:
         self._streams: WeakSet[Stream] = WeakSet()
+        self.changing, self.beginning = threading.Lock(), threading.RLock()
 
     def add(self, stream: Stream) -> None:
         """Adds a stream."""

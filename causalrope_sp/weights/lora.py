@@ -11,14 +11,14 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
-from os import PathLike
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from causalrope_sp.checks import check_choice
+from causalrope_sp.checks import check_choice, shown
 from causalrope_sp.errors import CheckpointError, ConfigError, printable
 from causalrope_sp.models.causal_dit import CausalDiT
 from causalrope_sp.weights.adapter_file import AdapterFile, AdapterReport, Change
@@ -36,6 +36,7 @@ _BIASES = ("up_bias", "diff_b")
 # modules that only models with image tokens have, in the spelling of `flat`
 _OF_IMAGE = re.compile(r"(?:^|_)(?:(?:norm_)?[kv]_img|img_emb_.+|add_[kv]_proj|norm_added_k|image_embedder_.+)$")
 _NO_IMAGE = "no-image"
+_STRONGEST = torch.finfo(torch.float32).max  # the largest weight or alpha
 Expert = Literal["high-noise", "low-noise"]
 EXPERTS: tuple[Expert, ...] = get_args(Expert)
 
@@ -54,7 +55,8 @@ class Lora:
             model of one transformer.
 
     Raises:
-        ConfigError: `weight` or `alpha` is not a finite number, or there is no such expert.
+        ConfigError: `path` is none, `weight` or `alpha` is not a finite number that float32 has, or there is no such
+            expert.
     """
 
     path: str | PathLike[str]
@@ -66,9 +68,11 @@ class Lora:
     def __post_init__(self) -> None:
         if self.expert is not None:
             check_choice("the expert of a LoRA", self.expert, EXPERTS)
+        if not isinstance(self.path, str | PathLike) or not fspath(self.path):
+            raise ConfigError(f"the path of a LoRA must be that of its file or folder, not {shown(self.path)}")
         for name, value in (("weight", self.weight), ("alpha", 0.0 if self.alpha is None else self.alpha)):
-            if not isinstance(value, int | float) or not math.isfinite(value):
-                raise ConfigError(f"the {name} of a LoRA must be a finite number, not {value!r}")
+            if not isinstance(value, int | float) or not math.isfinite(value) or abs(value) > _STRONGEST:
+                raise ConfigError(f"the {name} of a LoRA must be a finite number that float32 has, not {value!r}")
 
     @classmethod
     def of(cls, text: str | PathLike[str] | Lora) -> Lora:
@@ -80,6 +84,8 @@ class Lora:
         """
         if isinstance(text, Lora):
             return text
+        if not isinstance(text, str | PathLike) or not fspath(text):
+            return cls(text)
         path, colon, weight = str(text).rpartition(":")
         if path and not Path(text).exists():
             if weight == _NO_IMAGE:

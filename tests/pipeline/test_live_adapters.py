@@ -5,6 +5,7 @@ The judge is a fresh pipeline that was loaded with the LoRAs and is given the sa
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,35 @@ def test_at_weight_0_nothing_changes(lora: Path) -> None:
     pipe.load_lora_weights(f"{lora}:0")
     made += take(session, 3)
     assert max(np.abs(a.astype(int) - b).max() for a, b in zip(made, expected, strict=True)) <= 1
+
+
+def test_other_threads_neither_begin_a_stream_nor_change_loras_meanwhile(
+    lora: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe, made, told = opened(), list[Any](), list[str]()
+    session, write = pipe.open(RED, **OPTIONS), pipe._write
+
+    def change() -> None:
+        try:
+            pipe.unload_lora_weights()
+        except ConfigError as error:
+            told.append(str(error))
+
+    threads = [threading.Thread(target=lambda: made.extend(take(session, 2))), threading.Thread(target=change)]
+
+    def write_meanwhile(*arguments: Any) -> None:
+        for thread in threads:
+            thread.start()
+            thread.join(0.5)
+        assert not made
+        write(*arguments)
+
+    monkeypatch.setattr(pipe, "_write", write_meanwhile)
+    assert pipe.load_lora_weights(lora, "style") == []
+    threads[0].join()
+    assert same(made, take(opened(loras=[lora]).open(RED, **OPTIONS), 2))
+    assert told == ["another thread changes the LoRAs of this pipeline: let one thread at a time do so"]
+    assert pipe.get_active_adapters() == ["style"]
 
 
 def test_every_open_stream_goes_on_with_the_new_weights(lora: Path) -> None:
