@@ -206,6 +206,9 @@ class SavedSession:
 
     def _check_branch(self, branch: SavedBranch) -> None:
         check_fields(branch, ["oldest", "kept_shot"], least=0, most=self.next_frame)
+        assert self.cache is not None, "the caller checks it"
+        if self.cache.dtype == torch.int8 and branch.frames and branch.name not in self.cache.offsets:
+            raise ConfigError(f"the quantized keys of {branch.name} need the offsets that were taken off them")
         if any(frame >= self.next_frame for frame in branch.frames):
             raise ConfigError(f"the cache holds frames from {self.next_frame} on, which are still to be made")
         if branch.pending is None:

@@ -1,4 +1,4 @@
-"""Sessions with a cache in 8 bits that stand at their beginning again: nothing of the keys before is left in them."""
+"""Sessions with a cache in 8 bits, whose keys mean nothing without what was taken off them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from causalrope_sp import CausalVideoPipeline
-from causalrope_sp.errors import ConfigError
+from causalrope_sp.errors import CheckpointError, ConfigError
 from causalrope_sp.pipeline.session import Session
 from tests.support.graph_runs import install
 from tests.support.loras import save_lora
@@ -73,3 +75,16 @@ def test_weights_that_made_nan_leave_none(tmp_path: Path) -> None:
     pipe.unload_lora_weights()
     session.rewind(1)
     assert same(take(session, 2), take(pipe.open(RED, seed=3), 2))
+
+
+def test_keys_that_were_saved_without_their_offsets_are_refused(tmp_path: Path) -> None:
+    pipe = opened(cache="int8")
+    session = pipe.open(RED, seed=3)
+    take(session, 3)
+    session.save(tmp_path / "s")
+    with safe_open(tmp_path / "s", "pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    del tensors["offsets/conditional"]
+    save_file(tensors, tmp_path / "other", metadata)
+    with pytest.raises(CheckpointError, match="keys of conditional need the offsets that were taken off them"):
+        pipe.resume(tmp_path / "other")
