@@ -83,7 +83,7 @@ def test_keys_that_were_saved_without_their_offsets_are_refused(tmp_path: Path) 
     take(session, 3)
     session.save(tmp_path / "s")
     with safe_open(tmp_path / "s", "pt") as file:
-        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
     del tensors["offsets/conditional"]
     save_file(tensors, tmp_path / "other", metadata)
     with pytest.raises(CheckpointError, match="keys of conditional need the offsets that were taken off them"):
