@@ -41,10 +41,10 @@ from causalrope_kernels import (
     RotateOnRead,
     Rotation,
     Slots,
-    attention_kernel,
+    attention_launch,
 )
 from causalrope_kernels.add_norm_kernel import add_norm
-from causalrope_kernels.attention_kernel import attend
+from causalrope_kernels.attention_launch import attend
 from causalrope_kernels.merge_kernel import merge
 from causalrope_kernels.norm_rope_store_kernel import split_tokens, store_pieces, store_projection
 from causalrope_kernels.quantize_kernel import quantize_rows
@@ -197,7 +197,7 @@ def _attend(
     rotate_on_read = (
         RotateOnRead(empty(WINDOW, 2, width // 2 - 2 * (width // 6), dtype=torch.float32), TOKENS) if rotated else None
     )
-    with patch.object(attention_kernel, "shares", lambda *shape: shares):
+    with patch.object(attention_launch, "shares", lambda *shape: shares):
         attend(q, Keys(k, k, ((0, WINDOW * TOKENS),) * ranges, bounds, rotate_on_read, scales, scales))
 
 
@@ -224,8 +224,8 @@ def compiled(architecture: int, number: int) -> list[Row]:
     run = JITFunction.run
     with (
         patch.object(JITFunction, "run", compile_only),
-        patch.object(attention_kernel, "architecture", lambda device: architecture),
-        patch.object(attention_kernel, "PLANS", {}),  # they are made for the GPU of this process
+        patch.object(attention_launch, "architecture", lambda device: architecture),
+        patch.object(attention_launch, "PLANS", {}),  # they are made for the GPU of this process
     ):
         launch()
     return rows

@@ -75,7 +75,7 @@ def attention_by(chosen: str, q_BTHD: Tensor, keys: Keys, *, reuse_q: bool = Fal
 def parts_by(chosen: str, q_BTHD: Tensor, keys: Keys, *, reuse_q: bool = False) -> list[Partial]:
     """Computes `attention_parts` by the backend that `choose` returned, without checks; at least one part."""
     if chosen == "triton":
-        from causalrope_kernels.attention_kernel import attend
+        from causalrope_kernels.attention_launch import attend
 
         return attend(q_BTHD, keys, reuse_q=reuse_q)
     if keys.k_scales is not None and q_BTHD.numel():

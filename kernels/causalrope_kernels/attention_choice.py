@@ -122,7 +122,7 @@ def measure(shape: Shape) -> Measured:
 
 
 def by_triton(q: Tensor, k: Tensor, v: Tensor) -> Partial:
-    from causalrope_kernels.attention_kernel import attend
+    from causalrope_kernels.attention_launch import attend
     from causalrope_kernels.merge_kernel import merge
 
     parts = attend(q, Keys(k, v))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from causalrope_kernels import Keys, Partial, attention_kernel, attention_parts, merge, reference
+from causalrope_kernels import Keys, Partial, attention_launch, attention_parts, merge, reference
 from causalrope_sp.grid import Shard
 from causalrope_sp.models.rope import RotaryTables
 from tests.support.triton_cases import DEVICE, DTYPES, GRID, as_dtype, compare, no_worse, random
@@ -65,8 +65,8 @@ def test_keys_are_turned_on_read(width: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("count", [2, 3, 8])
 def test_shares_of_the_keys_add_up(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of every stretch, and of slots; some get none."""
-    monkeypatch.setattr(attention_kernel, "shares", lambda *shape: count)
-    monkeypatch.setattr(attention_kernel, "PLANS", {})
+    monkeypatch.setattr(attention_launch, "shares", lambda *shape: count)
+    monkeypatch.setattr(attention_launch, "PLANS", {})
     q, (k, v) = random(2, 5, 2, 20), random(2, 2, 300, 2, 20, seed=1)
     assert len(attention_parts(q.float(), as_dtype(Keys(k, v), torch.float32), "triton")) == count
     for dtype in (torch.float32, torch.bfloat16):
@@ -77,18 +77,18 @@ def test_shares_of_the_keys_add_up(count: int, monkeypatch: pytest.MonkeyPatch) 
 
 def test_few_queries_get_shares_that_fill_a_gpu() -> None:
     cpu = torch.device("cpu")
-    assert attention_kernel.shares(37 * 12, 32_760, cpu) == 2  # 3.4 waves become 6.7
-    assert attention_kernel.shares(5 * 12, 32_760, cpu) == 2
-    assert attention_kernel.shares(12, 32_760, cpu) == 8
-    assert attention_kernel.shares(12, 512, cpu) == 1
-    assert attention_kernel.shares(132, 32_760, cpu) == 1
+    assert attention_launch.shares(37 * 12, 32_760, cpu) == 2  # 3.4 waves become 6.7
+    assert attention_launch.shares(5 * 12, 32_760, cpu) == 2
+    assert attention_launch.shares(12, 32_760, cpu) == 8
+    assert attention_launch.shares(12, 512, cpu) == 1
+    assert attention_launch.shares(132, 32_760, cpu) == 1
 
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_bounds_are_read_on_the_device(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same launch with other numbers in the same tensor: what a captured graph does from chunk to chunk."""
-    monkeypatch.setattr(attention_kernel, "shares", lambda *shape: count)
-    monkeypatch.setattr(attention_kernel, "PLANS", {})
+    monkeypatch.setattr(attention_launch, "shares", lambda *shape: count)
+    monkeypatch.setattr(attention_launch, "PLANS", {})
     q, (k, v) = random(1, 5, 2, 20).float(), random(2, 1, 60, 2, 20, seed=1).float()
     bounds = torch.tensor([[0, 60]], dtype=torch.int32, device=DEVICE)
     keys = Keys(k, v, ((0, 60),), bounds)

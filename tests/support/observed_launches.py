@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from causalrope_kernels import attention_kernel
+from causalrope_kernels import attention_launch
 from causalrope_kernels.launch import Kernel
 
 Observer = Callable[..., None]
@@ -48,4 +48,4 @@ def observed(by: Observer) -> Iterator[None]:
 
 
 Kernel.prepared = _observed  # type: ignore[method-assign, assignment]
-attention_kernel.PLANS.clear()  # they hold launches that were prepared before
+attention_launch.PLANS.clear()  # they hold launches that were prepared before
