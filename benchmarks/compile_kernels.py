@@ -164,6 +164,10 @@ def _attentions() -> Iterator[tuple[str, Callable[[], Any]]]:
             yield f"bf16, d {width}, {name}", partial(_attend, torch.bfloat16, width, stored=dtype)
             rotated = partial(_attend, torch.bfloat16, width, stored=dtype, rotated=True)
             yield f"bf16, d {width}, {name}, rotated on read", rotated
+        for name, stored in [("", None), *((f", {name}", dtype) for name, dtype in QUANTIZED.items())]:
+            for rotates in (False, True):
+                case = f"bf16, d {width}{name}, lists of heads{', rotated on read' * rotates}"
+                yield case, partial(_attend, torch.bfloat16, width, stored=stored, rotated=rotates, lists=True)
     yield "bf16, d 256, fp8", partial(_attend, torch.bfloat16, 256, stored=torch.float8_e4m3fn)
     yield "bf16, d 128, fp8, 48 queries", partial(_attend, torch.bfloat16, 128, stored=torch.float8_e4m3fn, queries=48)
     yield "fp16, d 128, int8", partial(_attend, torch.float16, 128, stored=torch.int8)
@@ -176,6 +180,7 @@ def _attentions() -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "fp16, d 128", partial(_attend, torch.float16, 128)
     yield "fp32, d 128", partial(_attend, torch.float32, 128)
     yield "fp32, d 256", partial(_attend, torch.float32, 256)
+    yield "fp32, d 128, lists of heads", partial(_attend, torch.float32, 128, lists=True)
     yield "fp32, d 128, rotated on read", partial(_attend, torch.float32, 128, rotated=True)
 
 
@@ -188,17 +193,21 @@ def _attend(
     shares: int = 1,
     queries: int = FRAMES * TOKENS,
     stored: torch.dtype | None = None,
+    lists: bool = False,
 ) -> None:
     heads = 12
+    ranges = (WINDOW + 1) // 2 if lists else ranges  # of frames that are chosen for each head, at most
     q = empty(1, queries, heads, width, dtype=dtype)
     k = empty(1, WINDOW * TOKENS, heads, width, dtype=stored or dtype)
     scales = None if stored is None else empty(1, WINDOW * TOKENS, heads, dtype=torch.float16)
-    bounds = empty(ranges, 2, dtype=torch.int32)
+    bounds = empty(*[heads] * lists, ranges, 2, dtype=torch.int32)
+    rows = ((0, WINDOW * TOKENS),) * ranges
     rotate_on_read = (
         RotateOnRead(empty(WINDOW, 2, width // 2 - 2 * (width // 6), dtype=torch.float32), TOKENS) if rotated else None
     )
     with patch.object(attention_launch, "shares", lambda *shape: shares):
-        attend(q, Keys(k, k, ((0, WINDOW * TOKENS),) * ranges, bounds, rotate_on_read, scales, scales))
+        whole, of_heads = (None, (rows,) * heads) if lists else (rows, None)
+        attend(q, Keys(k, k, whole, bounds, rotate_on_read, scales, scales, of_heads))
 
 
 def _merge(parts: int, dtype: torch.dtype) -> None:

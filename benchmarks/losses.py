@@ -71,7 +71,8 @@ def counted_keys() -> Iterator[list[int]]:
             keys = cache.keys(chunk)
             heads = sum(group.k.shape[2] for group in keys)
             held = len(cache._cache.window.held(chunk.stop)) * self.stored_tokens
-            read = sum(group.k.shape[2] * sum(stop - first for first, stop in group.ranges) for group in keys)
+            of_heads = [own for group in keys for own in group.by_rows]
+            read = sum(own.k.shape[2] * sum(stop - first for first, stop in own.rows) for own in of_heads)
             counts[0] += chunk.frames * heads * held
             counts[1] += chunk.frames * read
         return output

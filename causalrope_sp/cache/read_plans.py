@@ -123,7 +123,7 @@ class ReadPlans:
         return k, v
 
     def keys(self, layer: int, chunk: Chunk, since: int, old: bool) -> list[Keys]:
-        """Returns the keys and values of a layer that a chunk's queries attend: ring by ring, or head by head.
+        """Returns the keys and values of a layer that a chunk's queries attend, ring by ring.
 
         Args:
             layer: the layer.
@@ -134,23 +134,19 @@ class ReadPlans:
         plan = self._plan(chunk)
         found = plan.keys.get((layer, since, old))
         if found is None:
-            found = plan.keys[layer, since, old] = []
-            for ring in self._of_layer[layer]:
-                found += self._ring_keys(plan, layer, chunk, (ring, since, old))
+            rings = self._of_layer[layer]
+            found = [self._ring_keys(plan, layer, chunk, (ring, since, old)) for ring in rings]
+            plan.keys[layer, since, old] = found
         return found
 
-    def _ring_keys(self, plan: _ChunkPlan, layer: int, chunk: Chunk, side: Side) -> list[Keys]:
-        """The keys of a ring: of all its heads, or where frames are chosen one by one."""
+    def _ring_keys(self, plan: _ChunkPlan, layer: int, chunk: Chunk, side: Side) -> Keys:
         (rows, bounds), views = self._ranges(plan, chunk, side), self._views[side[0]][layer]
         whole = Keys(*views.rows, rows[0], bounds, plan.rotate_on_read[side[0]], *views.scale_rows)
         if plan.chosen is None:
-            return [whole]
+            return whole
         heads = whole.k.shape[2]
-        own = zip(range(heads), rows[layer * heads :], bounds[layer], strict=False)
-        return [
-            replace(whole.heads(slice(head, head + 1)), ranges=read, bounds_N2=on_device)
-            for head, read, on_device in own
-        ]
+        of_heads = rows[layer * heads : (layer + 1) * heads]
+        return replace(whole, ranges=None, bounds_N2=bounds[layer], head_ranges=of_heads)
 
     def tensors(self, chunk: Chunk, since: int) -> list[Tensor]:
         """Returns the numbers of a chunk's passes on the device.

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from torch import Tensor
 from causalrope_kernels.quantized_heads import as_bits
 from causalrope_kernels.rotation import Rotation
 from causalrope_kernels.tables import is_aligned, on_device
+
+Ranges = tuple[tuple[int, int], ...]  # rows, as [first, stop)
 
 
 @dataclass(frozen=True)
@@ -88,29 +91,39 @@ class Keys:
         k: the keys, (B, L, H, d).
         v: the values, (B, L, H, d).
         ranges: the rows that are read, as disjoint [first, stop); None reads all rows.
-        bounds_N2: the same ranges on the device, in int32. The Triton kernel reads them there, so that the ranges may
-            change between replays of a captured graph.
+        bounds_N2: the same ranges on the device, in int32, (N, 2) or with `head_ranges` (H, N, 2). The Triton kernel
+            reads them there, so that the ranges may change between replays of a captured graph.
         rotate_on_read: the rotation of the keys, or None for keys that are rotated already.
         k_scales: for keys in int8 or float8_e4m3fn the scale of every row and head, float16 (B, L, H), in the layout of
             `k` without its last axis.
         v_scales: the same for the values.
+        head_ranges: where heads read different rows the ranges of every head, N each, of which some may be empty; None
+            if all heads read `ranges`.
     """
 
     k: Tensor
     v: Tensor
-    ranges: tuple[tuple[int, int], ...] | None = None
+    ranges: Ranges | None = None
     bounds_N2: Tensor | None = None
     rotate_on_read: RotateOnRead | None = None
     k_scales: Tensor | None = None
     v_scales: Tensor | None = None
+    head_ranges: tuple[Ranges, ...] | None = None
+
+    @property
+    def rows(self) -> Ranges:
+        """The ranges that all heads read."""
+        assert self.head_ranges is None, "heads that read different rows are attended by `by_rows`"
+        return self.ranges if self.ranges is not None else ((0, self.k.shape[1]),)
 
     @cached_property
     def bounds(self) -> Tensor:
-        """The ranges on the device, (N, 2)."""
+        """The ranges on the device, (N, 2) or, where heads read different rows, (H, N, 2)."""
         if self.bounds_N2 is not None:
             return self.bounds_N2
-        ranges = self.ranges if self.ranges is not None else ((0, self.k.shape[1]),)
-        return on_device(tuple(map(tuple, ranges)), self.k.device, torch.int32)
+        if self.head_ranges is not None:
+            return torch.tensor(self.head_ranges, dtype=torch.int32, device=self.k.device)
+        return on_device(tuple(map(tuple, self.rows)), self.k.device, torch.int32)
 
     @cached_property
     def layout(self) -> tuple[object, ...]:
@@ -118,7 +131,7 @@ class Keys:
         k, v, rotate = self.k, self.v, self.rotate_on_read
         on_read = None if rotate is None else (rotate.tokens, rotate.table.shape[2])
         own = k.shape, k.stride(), v.stride(), is_aligned(k), is_aligned(v), *map(_kind, (self.k_scales, self.v_scales))
-        return k.device, k.dtype, own, self.bounds.shape[0], on_read
+        return k.device, k.dtype, own, self.bounds.shape[:-1], on_read
 
     @cached_property
     def bits(self) -> tuple[Tensor, Tensor]:
@@ -128,13 +141,29 @@ class Keys:
     @cached_property
     def plain(self) -> list[tuple[Tensor, Tensor]]:
         """The keys, as they are stored, and the values of every range that is not empty."""
-        ranges = self.ranges if self.ranges is not None else ((0, self.k.shape[1]),)
-        return [(self.k[:, first:stop], self.v[:, first:stop]) for first, stop in ranges if stop > first]
+        return [(self.k[:, first:stop], self.v[:, first:stop]) for first, stop in self.rows if stop > first]
 
     def heads(self, part: slice) -> Keys:
         """Returns the keys and values of some of the heads."""
         k_scales, v_scales = (None if x is None else x[:, :, part] for x in (self.k_scales, self.v_scales))
-        return replace(self, k=self.k[:, :, part], v=self.v[:, :, part], k_scales=k_scales, v_scales=v_scales)
+        own = replace(self, k=self.k[:, :, part], v=self.v[:, :, part], k_scales=k_scales, v_scales=v_scales)
+        if self.head_ranges is None:
+            return own
+        bounds = None if self.bounds_N2 is None else self.bounds_N2[part]
+        return replace(own, bounds_N2=bounds, head_ranges=self.head_ranges[part])
+
+    @cached_property
+    def by_rows(self) -> list[Keys]:
+        """The keys and values of heads that follow each other and read the same rows, in order of heads."""
+        if self.head_ranges is None:
+            return [self]
+        found, first = [], 0
+        for ranges, same in groupby(self.head_ranges):
+            part = slice(first, first + len(list(same)))
+            own = self.heads(part)
+            found.append(replace(own, ranges=ranges, bounds_N2=None, head_ranges=None))
+            first = part.stop
+        return found
 
 
 @dataclass(frozen=True)

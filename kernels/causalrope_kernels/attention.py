@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from causalrope_kernels import attention_choice, check, reference
+from causalrope_kernels import attention_choice, check_attention, reference
 from causalrope_kernels.arguments import Keys
 from causalrope_kernels.attention_libraries import LIBRARIES, by_torch
 from causalrope_kernels.backend import needs_gradient, obstacle, use_triton
@@ -40,14 +40,15 @@ def attention(q_BTHD: Tensor, keys: Keys, backend: str = "auto", *, reuse_q: boo
         ValueError: a shape, stride, dtype or device does not fit, or the backend is unknown, not installed or cannot
             run on these tensors.
     """
-    check.attention(q_BTHD, keys)
+    check_attention.attention(q_BTHD, keys)
     return attention_by(choose(backend, q_BTHD, keys), q_BTHD, keys, reuse_q=reuse_q)
 
 
 def attention_parts(q_BTHD: Tensor, keys: Keys, backend: str = "auto") -> list[Partial]:
     """Computes attention over disjoint parts of the keys, to be combined by `merge`.
 
-    A library makes one part of every range; the Triton kernel makes some shares of all ranges.
+    A library makes one part of every range, or one in all where heads read different rows; the Triton kernel makes some
+    shares of all ranges.
 
     Args:
         q_BTHD: the queries.
@@ -60,13 +61,13 @@ def attention_parts(q_BTHD: Tensor, keys: Keys, backend: str = "auto") -> list[P
     Raises:
         ValueError: as `attention`.
     """
-    check.attention(q_BTHD, keys)
+    check_attention.attention(q_BTHD, keys)
     return parts_by(choose(backend, q_BTHD, keys), q_BTHD, keys)
 
 
 def attention_by(chosen: str, q_BTHD: Tensor, keys: Keys, *, reuse_q: bool = False) -> Tensor:
     """Computes `attention` by the backend that `choose` returned, without checks."""
-    if chosen == "torch" and keys.k_scales is None and len(keys.plain) == 1:
+    if chosen == "torch" and keys.k_scales is None and keys.head_ranges is None and len(keys.plain) == 1:
         return reference.attention(q_BTHD, *reference.ranges(keys)[0])
     parts = parts_by(chosen, q_BTHD, keys, reuse_q=reuse_q)
     return parts[0][0] if len(parts) == 1 else merge(parts)[0]
@@ -78,6 +79,8 @@ def parts_by(chosen: str, q_BTHD: Tensor, keys: Keys, *, reuse_q: bool = False) 
         from causalrope_kernels.attention_launch import attend
 
         return attend(q_BTHD, keys, reuse_q=reuse_q)
+    if keys.head_ranges is not None and q_BTHD.numel():
+        return [reference.by_rows(lambda q, own: merge(parts_by(chosen, q, own)), q_BTHD, keys)]
     if keys.k_scales is not None and q_BTHD.numel():
         return [by_blocks(q_BTHD, keys)]
     run = by_torch if chosen == "torch" else LIBRARIES[chosen].run
@@ -103,7 +106,7 @@ def merge(parts: Sequence[Partial], backend: str = "auto") -> Partial:
     Raises:
         ValueError: there are no parts, or they differ in shape, dtype or device.
     """
-    check.parts(parts)
+    check_attention.parts(parts)
     if len(parts) == 1:
         return parts[0]
     if use_triton(backend, *(output for output, _ in parts)) and not any(lse.requires_grad for _, lse in parts):

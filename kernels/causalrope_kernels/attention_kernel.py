@@ -1,10 +1,12 @@
 """The Triton kernel of flash attention (arXiv 2307.08691) over ranges of a ring of keys, with its log-sum-exp.
 
 The kernel reads the bounds of the ranges on the device, so that one captured graph serves a window that fills and one
-that is full. Rotation on read (the `relative` policy) is applied to the queries instead of the keys: a rotation may
-move to the other side of a product, and all keys of a slot share one rotation, so the kernel rotates the queries back,
-once per slot. The rotated queries are rounded once more, which makes the error of the log-sum-exp up to five times
-that of rotated keys (1e-4 in bfloat16, which a merge does not notice); the error of the output hardly grows.
+that is full. Heads may have ranges of their own; all are attended in one launch.
+
+Rotation on read (the `relative` policy) is applied to the queries instead of the keys: a rotation may move to the other
+side of a product, and all keys of a slot share one rotation, so the kernel rotates the queries back, once per slot. The
+rotated queries are rounded once more, which makes the error of the log-sum-exp up to five times that of rotated keys
+(1e-4 in bfloat16, which a merge does not notice); the error of the output hardly grows.
 
 The kernel computes 4·T·L·H·d FLOPs. Shapes: B batch, T queries, L keys, H heads, d head width, N ranges.
 """
@@ -104,11 +106,12 @@ def attention_kernel(
     q, k, v, out, lse, bounds, rotate_on_read, k_scales, v_scales,
     queries, heads, slot_tokens, scale,
     q_batch, q_token, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
-    RANGES: tl.constexpr, SHARES: tl.constexpr, ON_READ_PAIRS: tl.constexpr,
+    RANGES: tl.constexpr, BY_HEAD: tl.constexpr, SHARES: tl.constexpr, ON_READ_PAIRS: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, SLICE: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """Program (i, b·H + h, n) attends the i-th block of queries of head h on the n-th share of every range.
 
+    `bounds` are (RANGES, 2), or with BY_HEAD (H, RANGES, 2). Such lists are long, so that their loop is not unrolled.
     `scale` is log2(e)/√d, so that scores are exponents of two.
     """
     batch, head = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
@@ -128,7 +131,9 @@ def attention_kernel(
     total = tl.zeros([QUERIES, BLOCK], tl.float32)
     weights = tl.zeros([QUERIES], tl.float32)
     largest = tl.full([QUERIES], float("-inf"), tl.float32)
-    for number in tl.static_range(RANGES):
+    if BY_HEAD:
+        bounds += head * (2 * RANGES)
+    for number in tl.range(RANGES, num_stages=1, loop_unroll_factor=1 if BY_HEAD else RANGES):
         first, stop = tl.load(bounds + 2 * number), tl.load(bounds + 2 * number + 1)
         unit = slot_tokens if ON_READ_PAIRS else KEYS
         units = tl.cdiv(stop - first, unit)

@@ -46,43 +46,49 @@ class Tile:
 
 
 @cache
-def tile(queries: int, width: int, dtype: torch.dtype, rotated: bool, architecture: int) -> Tile:
+def tile(queries: int, width: int, dtype: torch.dtype, rotated: bool, lists: bool, architecture: int) -> Tile:
     """Returns the launch parameters for T `queries` of head width `width`.
 
-    A larger block of queries reads the keys less often, and needs more registers for the sum over d. These blocks are
-    the largest that compile without a register spill (benchmarks/compiled_kernels.md).
+    A larger block of queries reads the keys less often, and needs more registers for the sum over d; lists of ranges,
+    whose loop is not unrolled, need some more. These blocks are the largest that compile without a register spill
+    (benchmarks/compiled_kernels.md).
 
     Args:
         queries: T.
         width: d.
         dtype: of queries, keys and values.
         rotated: whether keys are rotated on read.
+        lists: whether every head has ranges of its own.
         architecture: the compute capability as one number, such as 90.
     """
     if dtype == torch.float32:
-        return Tile(32, 16, 4, 1, 16) if width <= 128 else Tile(16 if architecture in SMALL else 32, 16, 8, 1, 16)
+        if width <= 128:
+            return Tile(32, 16, 8 if lists else 4, 1, 16)
+        return Tile(16 if architecture in SMALL else 32, 16, 8, 1, 16)
     if width > 128:
         return Tile(32, 32, 8, 2)
     if architecture in SMALL and width > 64:
         return Tile(64, 32, 8, 2)
     if rotated and width > 64 and architecture < 90:
         return Tile(64, 32, 8, 3)
-    if queries <= 64 or (rotated and width > 64 and architecture >= 100):
+    if rotated and width > 64 and (lists or architecture >= 100):
+        return Tile(64, 64, 8, 2)
+    if queries <= 64 or (lists and architecture >= 100):
         return Tile(64, 64, 8, 2)
     return Tile(128, 64, 8, 3) if width > 64 or rotated else Tile(128, 128, 8, 3)
 
 
 @cache
-def quantized_tile(queries: int, width: int, dtype: torch.dtype, rotated: bool, architecture: int) -> Tile:
+def quantized_tile(queries: int, width: int, dtype: torch.dtype, rotated: bool, lists: bool, architecture: int) -> Tile:
     """Returns the launch parameters for keys in 8 bits, whose conversion takes registers; see `tile`."""
     if dtype == torch.float32:
         return Tile(32, 16, 8, 1, 16) if width <= 128 and architecture not in SMALL else Tile(16, 16, 8, 1, 16)
     if width > 128:
         return Tile(16, 32, 8, 2)
-    if rotated:
+    if rotated or (lists and not 90 <= architecture < 120):
         return Tile(64, 32, 8, 3)
     whole_keys = width <= 64 or 90 <= architecture < 120  # earlier and small GPUs hold a block of keys in registers
-    if queries <= 64:
+    if queries <= 64 or (lists and architecture >= 100):
         return Tile(64, 64, 8, 2) if whole_keys else Tile(64, 32, 8, 2, 64)
     return Tile(128, 64 if whole_keys else 32, 8, 2)
 
@@ -193,7 +199,8 @@ def _plan(q_BTHD: Tensor, keys: Keys, reuse_q: bool) -> _Plan:
     tokens, pairs = (1, 0) if rotate_on_read is None else (rotate_on_read.tokens, rotate_on_read.table.shape[2])
     block = max(16 if rotate_on_read is None else 32, padded(width))
     size_of = tile if keys.k_scales is None else quantized_tile
-    size = size_of(queries, width, q_BTHD.dtype, rotate_on_read is not None, architecture(q_BTHD.device))
+    lists, ranges = keys.head_ranges is not None, keys.bounds.shape[-2]
+    size = size_of(queries, width, q_BTHD.dtype, rotate_on_read is not None, lists, architecture(q_BTHD.device))
     blocks = blocks_of(queries, size.queries)
     count = shares(blocks * batch * heads, keys.k.shape[1], q_BTHD.device)
     strides = *q_BTHD.stride()[:3], *keys.k.stride()[:3], *keys.v.stride()[:3]
@@ -201,7 +208,7 @@ def _plan(q_BTHD: Tensor, keys: Keys, reuse_q: bool) -> _Plan:
     return _Plan(
         (blocks, batch * heads, count),
         (queries, heads, tokens, width**-0.5 * LOG2_E, *strides),
-        (keys.bounds.shape[0], count, pairs, width, block, channels, size.queries, size.keys),
+        (ranges, lists, count, pairs, width, block, channels, size.queries, size.keys),
         {"num_warps": size.warps, "num_stages": size.stages},
         (batch, queries, heads, width) if count == 1 else (count, batch, queries, heads, width),
         reuse_q and count == 1 and q_BTHD.is_contiguous(),

@@ -13,7 +13,6 @@ from torch import Tensor
 from causalrope_kernels import check_quantized
 from causalrope_kernels.arguments import (
     Affine,
-    Keys,
     Norm,
     Pieces,
     Projection,
@@ -228,66 +227,6 @@ def kv_slots(source: Source, **by_name: SlotsByHeads) -> None:
             check_quantized.slots(name, found, source.like)
         if len({slots.slots_F is None for slots in found}) > 1:
             raise ValueError(f"{name}: expected slots_F in all Slots or in none, not in some")
-
-
-def attention(q_BTHD: Tensor, keys: Keys) -> None:
-    """Checks the arguments of `attention` and `attention_parts`."""
-    shape("q", q_BTHD, (None, None, None, None), "(B, T, H, d)")
-    same("q", q_BTHD, q_BTHD)
-    batch, _, heads, width = q_BTHD.shape
-    if width < 1 or keys.k.ndim != 4:
-        raise ValueError(f"k: expected shape (B, L, H, d) with d at least 1, not {tuple(keys.k.shape)}")
-    plain = keys.k_scales is None and keys.v_scales is None
-    for name, x in (("k", keys.k), ("v", keys.v)):
-        shape(name, x, (batch, keys.k.shape[1], heads, width), "(B, L, H, d)")
-        if plain:
-            same(name, x, q_BTHD)
-        dense(name, x)
-    if not plain:
-        check_quantized.keys(keys, q_BTHD)
-    dense("q", q_BTHD)
-    rows = keys.k.shape[1]
-    for first, stop in keys.ranges or ():
-        if not 0 <= first <= stop <= rows:
-            raise ValueError(f"ranges: expected [first, stop) within {rows} rows, not [{first}, {stop})")
-    if keys.bounds_N2 is not None:
-        if keys.ranges is None:
-            raise ValueError("bounds_N2: expected ranges with it, not None")
-        dense("bounds_N2", keys.bounds_N2, 2)
-        bounds, count = keys.bounds_N2, len(keys.ranges or ())
-        if bounds.shape != (count, 2) or bounds.dtype != torch.int32 or bounds.device != q_BTHD.device:
-            raise ValueError(
-                f"bounds_N2: expected int32 of shape ({count}, 2) on {q_BTHD.device}, not {bounds.dtype} of shape "
-                f"{tuple(bounds.shape)} on {bounds.device}"
-            )
-    if keys.rotate_on_read is not None:
-        table, tokens = keys.rotate_on_read.table, keys.rotate_on_read.tokens
-        shape("rotate_on_read.table", table, (None, 2, None), "(K, 2, E)")
-        same("rotate_on_read.table", table, q_BTHD, dtype=False)
-        dense("rotate_on_read.table", table, 3)
-        if tokens < 1 or rows > len(table) * tokens or 2 * table.shape[2] > width:
-            raise ValueError(
-                f"rotate_on_read: expected angles for {rows} rows of {width // 2} channel pairs, not {len(table)} slots"
-                f" of {tokens} tokens and {table.shape[2]} pairs"
-            )
-        if any(first % tokens or stop % tokens for first, stop in keys.ranges or ((0, rows),)):
-            raise ValueError(
-                f"ranges: expected whole slots of {tokens} rows, as keys are rotated on read, not {keys.ranges}"
-            )
-
-
-def parts(partials: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Checks the arguments of `merge`."""
-    if not partials:
-        raise ValueError("parts: expected at least one, not none")
-    first, first_lse = partials[0]
-    shape("parts[0] output", first, (None, None, None, None), "(B, T, H, d)")
-    for number, (output, lse) in enumerate(partials):
-        shape(f"parts[{number}] output", output, first.shape, "(B, T, H, d)")
-        same(f"parts[{number}] output", output, first)
-        dense(f"parts[{number}] output", output)
-        shape(f"parts[{number}] lse", lse, first.shape[:3], "(B, T, H)")
-        same(f"parts[{number}] lse", lse, first_lse)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:

@@ -114,7 +114,8 @@ class PassOperations:
         chosen: dict[tuple[object, ...], str] = {}
 
         def backend(q_BTHD: Tensor, keys: Keys) -> str:
-            shapes = q_BTHD.shape, keys.k.shape, keys.k.dtype, keys.rotate_on_read is None
+            plain = keys.rotate_on_read is None and keys.head_ranges is None
+            shapes = q_BTHD.shape, keys.k.shape, keys.k.dtype, plain
             found = chosen.get(shapes)
             if found is None:
                 found = chosen[shapes] = choose(attention, q_BTHD, keys)

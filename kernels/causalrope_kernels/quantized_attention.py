@@ -22,11 +22,13 @@ def by_blocks(q_BTHD: Tensor, keys: Keys) -> Partial:
 
     Args:
         q_BTHD: the queries.
-        keys: keys and values with their scales, and the ranges of rows that are attended.
+        keys: keys and values with their scales, and the ranges of rows that are attended, by head or by all.
 
     Returns:
         The output, (B, T, H, d), and its log-sum-exp, (B, T, H): zeros and -inf where there is no key.
     """
+    if keys.head_ranges is not None:
+        return reference.by_rows(by_blocks, q_BTHD, keys)
     output = torch.empty(q_BTHD.shape, dtype=q_BTHD.dtype, device=q_BTHD.device)
     lses = []
     for queries, part in zip(q_BTHD.split(BLOCK, 1), output.split(BLOCK, 1), strict=True):
@@ -43,7 +45,7 @@ def _few(q: Tensor, keys: Keys) -> Partial:
     rotate_on_read = keys.rotate_on_read
     output = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.full(q.shape[:3], -torch.inf, dtype=q.dtype, device=q.device)
-    for begin, stop in keys.ranges if keys.ranges is not None else ((0, keys.k.shape[1]),):
+    for begin, stop in keys.rows:
         for first in range(begin, stop, BLOCK):
             rows = slice(first, min(first + BLOCK, stop))
             k = dequantize(keys.k[:, rows], keys.k_scales[:, rows], q.dtype)

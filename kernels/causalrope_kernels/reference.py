@@ -8,7 +8,7 @@ frames, (F, D), may also differ by batch entry, (B, F, D).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -168,10 +168,27 @@ def ranges(keys: Keys) -> list[tuple[Tensor, Tensor]]:
     if keys.rotate_on_read is None:
         return keys.plain
     parts = []
-    for first, stop in keys.ranges if keys.ranges is not None else ((0, keys.k.shape[1]),):
+    for first, stop in keys.rows:
         if stop > first:
             parts.append((rotated(keys.k[:, first:stop], keys.rotate_on_read, first), keys.v[:, first:stop]))
     return parts
+
+
+def by_rows(attend: Callable[[Tensor, Keys], Partial], q_BTHD: Tensor, keys: Keys) -> Partial:
+    """Attends by the heads that follow each other and read the same rows.
+
+    Args:
+        attend: attends heads that read the same rows.
+        q_BTHD: the queries.
+        keys: keys and values, and the ranges of rows that each head attends.
+
+    Returns:
+        The output, (B, T, H, d), and its log-sum-exp, (B, T, H).
+    """
+    groups = keys.by_rows
+    queries = q_BTHD.split([group.k.shape[2] for group in groups], 2)
+    outputs, lses = zip(*map(attend, queries, groups), strict=True)
+    return torch.cat(outputs, 2), torch.cat(lses, 2)
 
 
 def merge(parts: Sequence[Partial]) -> Partial:

@@ -38,6 +38,7 @@ X, Q = torch.zeros(B, T, WIDTH), torch.zeros(B, T, H, D)
 VECTOR, PER_FRAME = torch.zeros(WIDTH), torch.zeros(F, WIDTH)
 PLAIN, AFFINE = Modulation(PER_FRAME, PER_FRAME, EPS), Affine(VECTOR, VECTOR, EPS)
 LSE = torch.zeros(B, T, H)
+THREE_SLOTS = RotateOnRead(torch.zeros(3, 2, 4), 4)
 
 
 def projecting(qkv: Tensor | None = None, **changed: Any) -> Projection:
@@ -159,12 +160,36 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
         lambda: attention(Q, Keys(Q, Q, ((0, 3),), torch.zeros(2, 2, dtype=torch.int32))),
         r"bounds_N2: expected int32 of shape \(1, 2\)",
     ),
+    "rows of too few heads": (
+        lambda: attention(Q, Keys(Q, Q, head_ranges=(((0, 3),),))),
+        r"head_ranges: expected as many ranges, and one or more, for each of 3 heads, not \[1\]",
+    ),
+    "more rows of one head": (
+        lambda: attention(Q, Keys(Q, Q, head_ranges=(((0, 3),), ((0, 3), (4, 5)), ((0, 3),)))),
+        r"head_ranges: expected as many ranges, and one or more, for each of 3 heads, not \[1, 2, 1\]",
+    ),
+    "rows of a head beyond the keys": (
+        lambda: attention(Q, Keys(Q, Q, head_ranges=(((0, 3),), ((0, 13),), ((0, 3),)))),
+        r"ranges: expected .* within 12 rows, not \[0, 13\)",
+    ),
+    "rows of all heads and of each": (
+        lambda: attention(Q, Keys(Q, Q, ((0, 3),), head_ranges=(((0, 3),),) * 3)),
+        "head_ranges: expected None with ranges",
+    ),
+    "bounds of all heads for rows of each": (
+        lambda: attention(Q, Keys(Q, Q, None, torch.zeros(1, 2, dtype=torch.int32), head_ranges=(((0, 3),),) * 3)),
+        r"bounds_N2: expected int32 of shape \(3, 1, 2\)",
+    ),
+    "half a slot of a head": (
+        lambda: attention(Q, Keys(Q, Q, rotate_on_read=THREE_SLOTS, head_ranges=(((0, 4),), ((0, 6),), ((0, 4),)))),
+        "ranges: expected whole slots of 4 rows",
+    ),
     "too few turns": (
         lambda: attention(Q, Keys(Q, Q, rotate_on_read=RotateOnRead(torch.zeros(2, 2, 4), 4))),
         "rotate_on_read: expected angles for 12 rows",
     ),
     "half a slot": (
-        lambda: attention(Q, Keys(Q, Q, ((0, 6),), rotate_on_read=RotateOnRead(torch.zeros(3, 2, 4), 4))),
+        lambda: attention(Q, Keys(Q, Q, ((0, 6),), rotate_on_read=THREE_SLOTS)),
         "ranges: expected whole slots of 4 rows",
     ),
     "no parts": (lambda: merge([]), "parts: expected at least one, not none"),

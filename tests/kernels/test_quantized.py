@@ -175,6 +175,15 @@ def test_attention_over_ranges_of_a_ring(stored: torch.dtype, dtype: torch.dtype
 
 @STORED
 @DTYPES
+def test_heads_that_read_rows_of_their_own(stored: torch.dtype, dtype: torch.dtype) -> None:
+    q, (k, v) = random(2, 11, 3, 20), random(2, 2, 150, 3, 20, seed=1)
+    rows = ((3, 90), (95, 95)), ((100, 149), (0, 1)), ((7, 7), (0, 150))
+    bounds = torch.tensor(rows, dtype=torch.int32, device=DEVICE)
+    check_attention(q, *quantized_keys(k, v, stored, head_ranges=rows, bounds_N2=bounds), dtype)
+
+
+@STORED
+@DTYPES
 @pytest.mark.parametrize("width", [20, 128])
 def test_rotation_on_read(stored: torch.dtype, width: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of torch begin and end within slots."""
@@ -184,11 +193,11 @@ def test_rotation_on_read(stored: torch.dtype, width: int, dtype: torch.dtype, m
     rotate_on_read = RotaryTables(width, 10_000, Shard(GRID), DEVICE, torch.float64).rotate_on_read(
         [3, 0, 1, 2, 5, 4], tokens
     )
-    found, wide = quantized_keys(
-        k, v, stored, ranges=((0, 2 * tokens), (3 * tokens, 5 * tokens)), rotate_on_read=rotate_on_read
-    )
     table = RotateOnRead(rotate_on_read.table.to(torch.float32), tokens)
-    check_attention(q, replace(found, rotate_on_read=table), wide, dtype)
+    rows = ((0, 2 * tokens), (3 * tokens, 5 * tokens))
+    for read in ({"ranges": rows}, {"head_ranges": (rows, ((tokens, tokens), (4 * tokens, 5 * tokens)))}):
+        found, wide = quantized_keys(k, v, stored, rotate_on_read=rotate_on_read, **read)
+        check_attention(q, replace(found, rotate_on_read=table), wide, dtype)
 
 
 class Largest(TorchDispatchMode):

@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from causalrope_kernels import Keys, Partial, attention_launch, attention_parts, merge, reference
+from causalrope_kernels import Keys, Partial, RotateOnRead, attention_launch, attention_parts, merge, reference
+from causalrope_kernels.arguments import Ranges
 from causalrope_sp.grid import Shard
 from causalrope_sp.models.rope import RotaryTables
+from tests.support.observed_launches import observed
 from tests.support.triton_cases import DEVICE, DTYPES, GRID, as_dtype, compare, no_worse, random
 
 pytestmark = pytest.mark.usefixtures("bfloat16_as_on_a_gpu")
@@ -62,6 +64,67 @@ def test_keys_are_turned_on_read(width: int, dtype: torch.dtype) -> None:
     )
 
 
+ROWS_OF_HEADS = (
+    ((3, 90), (95, 95), (100, 149)),
+    ((0, 1), (1, 1), (1, 1)),
+    ((0, 0), (150, 150), (7, 7)),  # nothing
+    ((0, 150), (0, 0), (0, 0)),
+)
+
+
+def lists(k: Tensor, v: Tensor, rows: tuple[Ranges, ...] = ROWS_OF_HEADS, on_read: RotateOnRead | None = None) -> Keys:
+    bounds = torch.tensor(rows, dtype=torch.int32, device=DEVICE)
+    return Keys(k, v, None, bounds, on_read, head_ranges=rows)
+
+
+def masked(q: Tensor, keys: Keys) -> Partial:
+    """Scores of all rows, of which each head sees its own."""
+    assert keys.head_ranges is not None
+    seen = torch.zeros(keys.k.shape[2], keys.k.shape[1], dtype=torch.bool, device=DEVICE)
+    for head, ranges in enumerate(keys.head_ranges):
+        for first, stop in ranges:
+            seen[head, first:stop] = True
+    scores = torch.einsum("bthd,blhd->bthl", q, keys.k) * q.shape[-1] ** -0.5
+    scores = scores.masked_fill(~seen, -math.inf)
+    return torch.einsum("bthl,blhd->bthd", scores.softmax(-1).nan_to_num(0.0), keys.v), scores.logsumexp(-1)
+
+
+def test_heads_that_read_rows_of_their_own_are_a_mask() -> None:
+    q, (k, v) = random(2, 11, 4, 20), random(2, 2, 150, 4, 20, seed=1)
+    for heads in (slice(0, 4), slice(1, 3)):
+        keys = lists(k, v).heads(heads)
+        for ours, exact in zip(whole(q[:, :, heads], keys, "torch"), masked(q[:, :, heads], keys), strict=True):
+            torch.testing.assert_close(ours, exact, rtol=1e-12, atol=1e-14)
+
+
+@DTYPES
+@pytest.mark.parametrize(("queries", "width"), [(11, 20), (65, 64), (3, 128)])
+def test_heads_that_read_rows_of_their_own_are_one_launch(queries: int, width: int, dtype: torch.dtype) -> None:
+    q, (k, v) = random(2, queries, 4, width), random(2, 2, 150, 4, width, seed=1)
+    compare(whole, q, lists(k, v), dtype=dtype)
+    compare(whole, q[:, :, 1:], lists(k, v).heads(slice(1, 4)), dtype=dtype)
+    seen: list[tuple[int, ...]] = []
+    with observed(lambda kernel, grid, *rest, **options: seen.append(grid)):
+        attention_parts(q.float(), as_dtype(lists(k, v), torch.float32), "triton")
+    ((_, programs, _),) = seen
+    assert programs == 2 * 4, "batch entries by heads"
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("width", [20, 128])
+def test_keys_of_heads_are_turned_on_read(width: int, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bfloat16 the kernel rotates the queries; in float32 all keys are rotated before it runs."""
+    monkeypatch.setattr(attention_launch, "shares", lambda *shape: count)
+    monkeypatch.setattr(attention_launch, "PLANS", {})
+    slots, tokens = 6, 13
+    q, (k, v) = random(2, 9, 3, width), random(2, 2, slots * tokens, 3, width, seed=1)
+    tables = RotaryTables(width, 10_000, Shard(GRID), DEVICE, torch.float64)
+    of_heads = (((0, 2), (3, 5)), ((1, 1), (4, 6)), ((0, 6), (0, 0)))
+    rows = tuple(tuple((first * tokens, stop * tokens) for first, stop in ranges) for ranges in of_heads)
+    for dtype in (torch.float32, torch.bfloat16):
+        compare(whole, q, lists(k, v, rows, tables.rotate_on_read([3, 0, 1, 2, 5, 4], tokens)), dtype=dtype)
+
+
 @pytest.mark.parametrize("count", [2, 3, 8])
 def test_shares_of_the_keys_add_up(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of every stretch, and of slots; some get none."""
@@ -71,6 +134,7 @@ def test_shares_of_the_keys_add_up(count: int, monkeypatch: pytest.MonkeyPatch) 
     assert len(attention_parts(q.float(), as_dtype(Keys(k, v), torch.float32), "triton")) == count
     for dtype in (torch.float32, torch.bfloat16):
         compare(whole, q, Keys(k, v, ((0, 150), (160, 165))), dtype=dtype)
+        compare(whole, q, lists(k, v, (((0, 150), (160, 165)), ((299, 300), (7, 7)))), dtype=dtype)
     rotate_on_read = RotaryTables(20, 10_000, Shard(GRID), DEVICE, torch.float64).rotate_on_read(range(6), 50)
     compare(whole, q, Keys(k, v, ((50, 250),), rotate_on_read=rotate_on_read), dtype=torch.bfloat16)
 
@@ -98,6 +162,15 @@ def test_bounds_are_read_on_the_device(count: int, monkeypatch: pytest.MonkeyPat
         expected, expected_lse = whole(q, Keys(k, v, ((first, stop),)), "torch")
         torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-6)
+
+
+def test_bounds_of_heads_are_read_on_the_device() -> None:
+    q, (k, v) = random(1, 5, 2, 20).float(), random(2, 1, 60, 2, 20, seed=1).float()
+    keys = lists(k, v, (((0, 60), (0, 0)), ((0, 60), (0, 0))))
+    for rows in ((((0, 20), (30, 40)), ((7, 7), (8, 9))), (((5, 6), (0, 0)), ((0, 30), (30, 60)))):
+        keys.bounds.copy_(torch.tensor(rows))
+        expected = whole(q, lists(k, v, rows), "torch")
+        torch.testing.assert_close(whole(q, keys, "triton"), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_large_scores_do_not_overflow() -> None:

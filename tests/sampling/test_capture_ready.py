@@ -168,6 +168,12 @@ def make_passes(streams: list[CausalStream], x: Tensor, fused: bool) -> None:
             finished = None
 
 
+def launches_of_lists(record: list[Any]) -> int:
+    """Returns how many launches of a pass have bounds by head, (H, N, 2)."""
+    launches = [event[2] for event in record if event[0] == "attention_kernel"]
+    return sum(len(shape) == 3 for (_, _, shape, *_) in (tensors[5] for tensors in launches))
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_later_passes_of_a_kind_are_the_same_launches(name: str, ranks: Any) -> None:
     case = CASES[name]
@@ -181,6 +187,9 @@ def test_later_passes_of_a_kind_are_the_same_launches(name: str, ranks: Any) -> 
     assert ("attention_kernel" in names) == (case.attention != "torch")
     assert any(each.startswith("c10d::") for each in names) == (case.ranks > 1)
     assert not passes.refused
+    sides = 2 if case.strategy == "gather-kv" else 1  # of a pass, whose frames are split in two
+    of_heads = {launches_of_lists(record) for records in passes.records.values() for record in records}
+    assert of_heads == ({0} if case.similar is None else {0, sides * CONFIG.num_layers}), "one a layer, not one a head"
 
 
 def test_a_pass_that_cannot_be_captured_is_refused_by_name() -> None:

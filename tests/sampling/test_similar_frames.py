@@ -132,7 +132,8 @@ def test_the_cost_model_counts_the_keys(monkeypatch: pytest.MonkeyPatch) -> None
     write = base.write_chunk
 
     def counted(source: Source, cache: LayerCache, chunk: Chunk, *rest: Any) -> Tensor:
-        read = sum(keys.k.shape[2] * sum(b - a for a, b in keys.ranges or ()) for keys in cache.keys(chunk))
+        of_heads = [own for keys in cache.keys(chunk) for own in keys.by_rows]
+        read = sum(keys.k.shape[2] * sum(b - a for a, b in keys.rows) for keys in of_heads)
         if cache.index == 0:
             pairs.setdefault(chunk, []).append(chunk.frames * PLAIN.grid.tokens * read)
         return write(source, cache, chunk, *rest)
