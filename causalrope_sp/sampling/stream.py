@@ -117,11 +117,11 @@ class CausalStream:
         self._unchecked, self._settled = settled or settle(model, strategy.backend)
         self._checked_kinds: set[tuple[int, ...]] = set()  # of passes, by the frames of their chunks
         self._graphs = graphs
-        # Triton reads on the device which keys are attended, so one graph serves a window that fills or rotates
-        rows_on_device = (
-            relative and strategy.backend == "auto" and use_triton("auto", model.patch_embedding.weight.detach())
-        )
-        self._rows_on_device = rows_on_device or strategy.backend == "triton"
+        # Triton reads on the device which keys are attended, so one graph serves a window that fills or rotates; `auto`
+        # takes it where keys are rotated on read, and for chunks whose heads attend different frames
+        auto = strategy.backend == "auto" and use_triton("auto", model.patch_embedding.weight.detach())
+        self._rows_on_device = strategy.backend == "triton" or (auto and relative)
+        self._choice_on_device = strategy.backend == "triton" or auto
         self.outputs = None if reuse is None else OutputStore(reuse, stays=graphs is not None)
         self._quantized = quantized
         self.cache = self._new_cache(len(embeds_BLE), window, history)
@@ -424,7 +424,8 @@ class CausalStream:
         if self.cache.evicts(chunks[0]):  # its clean keys and values are saved layer by layer as they are written
             graphs.refuse("a chunk overwrites the frames of the chunk before it, whose context pass it shares")
             return compute(tokens_BTE, time, rotation)
-        if not self._rows_on_device and any(map(self.cache.are_chosen, chunks)):
+        chosen = [self.cache.are_chosen(chunk) for chunk in chunks]
+        if any(chosen) and not self._choice_on_device:
             graphs.refuse("this attention backend reads on the host which frames are similar")
             return compute(tokens_BTE, time, rotation)
         times = rotation.query_times_F, rotation.key_times_F
@@ -441,7 +442,10 @@ class CausalStream:
                 return compute(tokens, (timesteps_F, own_modulation), own_rotation)
 
         rows = tuple(self.cache.attended_rows(chunk, since) for chunk in chunks)
-        attended = tuple(tuple(map(len, sides)) for sides in rows) if self._rows_on_device else rows
+        attended = tuple(
+            tuple(map(len, sides)) if self._rows_on_device or by_head else sides
+            for sides, by_head in zip(rows, chosen, strict=True)
+        )
         frames = tuple(chunk.frames for chunk in chunks)
         # the table of times is replaced by a longer one when the stream outgrows it
         shapes = tokens_BTE.shape, vectors[0].shape  # timesteps differ within a chunk where frames of it are given

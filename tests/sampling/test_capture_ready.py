@@ -83,6 +83,7 @@ CASES = {
     "heads, ulysses": Case(2, "ulysses", 2, "triton", window=8, sink=1, heads=HEADS),
     "reuse on ranks": Case(4, "ulysses", 2, "triton", reuse=SHARED),
     "similar frames": Case(3, attention="triton", similar=2),
+    "similar frames, the first pass by a library": Case(3, similar=2),
     "similar frames, gather-kv": Case(3, "gather-kv", 2, "triton", similar=2),
     "similar frames, ulysses, relative": Case(3, "ulysses", 2, relative=True, similar=2),
 }
@@ -203,7 +204,7 @@ def test_a_pass_that_cannot_be_captured_is_refused_by_name() -> None:
 
 
 def test_a_choice_that_is_read_on_the_host_is_refused_by_name() -> None:
-    case = Case(0, similar=2)
+    case = Case(0, attention="torch", similar=2, dtype=torch.float32)
     with as_on_a_gpu():
         streams, passes, x = open_stream(case, None, model_of(case))
         make_passes(streams, x, case.fused)
