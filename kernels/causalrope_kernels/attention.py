@@ -87,8 +87,11 @@ def parts_by(chosen: str, q_BTHD: Tensor, keys: Keys, *, reuse_q: bool = False) 
     if needs_gradient(q_BTHD, keys.k, keys.v):
         run = reference.attention_lse  # the log-sum-exp of torch's kernels has no gradient
     parts = [run(q_BTHD, k, v) for k, v in reference.ranges(keys)] if q_BTHD.numel() else []
-    nothing = keys.k[:, :0]
-    return parts or [reference.attention_lse(q_BTHD, nothing, nothing)]
+    if not parts:
+        nothing = keys.k[:, :0]
+        output, lse = reference.attention_lse(q_BTHD, nothing, nothing)
+        return [(output.contiguous(), lse)]
+    return parts
 
 
 def merge(parts: Sequence[Partial], backend: str = "auto") -> Partial:
