@@ -112,7 +112,7 @@ def test_wrong_names_are_refused(loras: tuple[Path, Path]) -> None:
     pipe.load_lora_weights(loras[0], "a")
     for call, told in (
         (lambda: pipe.load_lora_weights(loras[1], "a"), "adapter_name must be new, and 'a' is loaded"),
-        (lambda: pipe.set_adapters(["a", "b"]), "adapter_names must be of a, not 'b'"),
+        (lambda: pipe.set_adapters(["a", "b"]), "adapter_names must be of the loaded LoRAs, a, not 'b'"),
         (lambda: pipe.set_adapters("a", [1.0, 2.0]), "adapter_weights must be 1, as many as the names, not 2"),
         (lambda: pipe.set_adapters("a", float("nan")), "adapter_weights must be a finite number"),
         (lambda: pipe.load_lora_weights(loras[1], ""), "adapter_name must be a text that is not empty"),
