@@ -58,11 +58,10 @@ def _policy(file: Path) -> str | None:
     except ValueError:
         return None
     if "windows" in fields:
-        windows = heads_of(fields).windows
-        shorter = sum(window is not None for layer in windows for window in layer)
+        policy = heads_of(fields)
         return (
-            f"windows of heads, for `--heads`: {len(windows)} layers of {len(windows[0])} heads, {shorter} of them "
-            "with a window of their own"
+            f"windows of heads, for `--heads`: {len(policy.windows)} layers of {len(policy.windows[0])} heads, "
+            f"{policy.shortened} of them with a window of their own"
         )
     return f"a policy of reuse, for `--reuse`: {len(find_policy(file).rules)} rules" if "rules" in fields else None
 
