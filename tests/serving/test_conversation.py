@@ -83,11 +83,16 @@ def test_a_viewer_that_takes_nothing_lets_no_more_be_made_whatever_it_says(tmp_p
         stuck = Stuck({"type": "open", "prompt": RED}, *[{"type": "played", "sequence": 10**6}] * 9)
         stuck.conversation = Conversation(server, stuck)
         task = asyncio.create_task(stuck.conversation.run())
+        async with asyncio.timeout(60):
+            while made() < 9 + 12:
+                await asyncio.sleep(0.05)
         await asyncio.sleep(1.5)
         before = made()
         assert stuck.begun == [0]
         stuck.free.set()  # and now what it says holds
-        await asyncio.sleep(1.5)
+        async with asyncio.timeout(60):
+            while made() <= 100:
+                await asyncio.sleep(0.05)
         stuck.gone.set()
         assert await task
         assert stuck.told[0]["type"] == "ack"
