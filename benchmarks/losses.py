@@ -2,6 +2,7 @@
 
     python benchmarks/losses.py                       # every option
     python benchmarks/losses.py --only fp8,fp8-dynamic --models toybox,toybox-flow
+    python benchmarks/losses.py --only heads=heads.json   # windows of heads, of a file that profile-heads wrote
 
 Keys are those that self-attention reads, as a share of those of the windows, over all passes, layers and heads.
 
@@ -55,7 +56,17 @@ LOSSY = {
     "fp8-dynamic": Lossy({"weights": "fp8-dynamic"}),
     **{f"similar_frames={similar}": Lossy({"similar_frames": similar}) for similar in (2, 4, 6, 0.3)},
 }
+HEADS = "heads="
 LOSSLESS = {"full": Lossy({"weights": "full"}), "all frames": Lossy({"similar_frames": 100})}
+
+
+def lossy(name: str) -> Lossy:
+    """The options of a name of `LOSSY`, or of heads=FILE; "none" has none."""
+    if name.startswith(HEADS):
+        return Lossy({"heads": name.removeprefix(HEADS)})
+    if name != "none" and name not in LOSSY:
+        stop(f"--only: expected {', '.join(LOSSY)} or {HEADS}FILE, got {name}")
+    return LOSSY.get(name, Lossy())
 
 
 @contextmanager
@@ -96,7 +107,7 @@ def measure(model: str, names: list[str], prompts: int, frames: int) -> list[dic
     rows = []
     for name in ("none", *names):
         with counted_keys() as keys:
-            made = videos(model, LOSSY.get(name, Lossy()), words, frames)
+            made = videos(model, lossy(name), words, frames)
         pairs = list(zip(made, plain, strict=True))
         verdicts = summarize([v for video, scene in zip(made, scenes, strict=True) for v in judge(video, scene)])
         row: dict[str, Any] = {"model": model, "option": name, **{kind: verdicts[kind] for kind in JUDGED}}
@@ -116,7 +127,7 @@ def cells(row: dict[str, Any]) -> list[object]:
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--models", default="toybox", show_default=True, help="Embedded models to run.")
-@click.option("--only", default=",".join(LOSSY), show_default=True, help="The options to measure.")
+@click.option("--only", default=",".join(LOSSY), show_default=True, help="The options to measure; heads=FILE too.")
 @click.option("--prompts", default=8, show_default=True, type=click.IntRange(1))
 @click.option("--frames", default=81, show_default=True, type=click.IntRange(1), help="Pixel frames of each video.")
 def main(models: str, only: str, prompts: int, frames: int) -> None:

@@ -183,11 +183,11 @@ def check_similar(name: str, value: object) -> float:
         value: the argument.
 
     Raises:
-        ConfigError: it is neither a whole number nor a share below 1.
+        ConfigError: it is neither a whole number nor a share between 0 and 1.
     """
     number = check_number(name, value, least=0, most=LONGEST_WINDOW)
     if number > 1 and number != int(number):
-        raise ConfigError(f"{name} must be a whole number, or a share below 1, not {shown(value)}")
+        raise ConfigError(f"{name} must be a whole number, or a share between 0 and 1, not {shown(value)}")
     return number
 
 

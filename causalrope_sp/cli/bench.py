@@ -102,6 +102,7 @@ def _run_fields(pipe: CausalVideoPipeline, model: str, frames: int, runs: int) -
         "window": stream.window,
         "similar_frames": stream.similar_frames,
         "cache": stream.cache,
+        "shortened_heads": None if stream.heads is None else stream.heads.shortened,
         "chunk_frames": stream.chunk_frames,
         "steps": len(pipe.config.sampler.steps),
         "frames": frames,

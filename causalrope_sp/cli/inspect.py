@@ -45,8 +45,9 @@ if TYPE_CHECKING:
 def inspect(path: str, part: str | None, preset: str | None, steps: str | None, as_json: bool, **run: Any) -> int:
     """Reports the layout of the checkpoint at PATH, the evidence for it, missing tensors, and its preset.
 
-    Of a LoRA it reports the kind, whose names it has, ranks and scales; of a saved session, of embeddings and of a
-    compressed video it says so in a sentence. The exit status is 1 if the file cannot be loaded as a model.
+    Of a LoRA it reports the kind, whose names it has, ranks and scales; of a saved session, of embeddings, of a
+    compressed video, of windows of heads and of a policy of reuse it says so in a sentence. The exit status is 1 if
+    the file cannot be loaded as a model.
     """
     other = None if part is not None else other_file(path)
     if other is not None:

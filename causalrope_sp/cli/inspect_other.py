@@ -8,7 +8,7 @@ from causalrope_sp.errors import CheckpointError, escaped_line, printable
 
 
 def other_file(path: str) -> str | None:
-    """Describes a saved session, prompt embeddings or a compressed video in one sentence, without a model.
+    """Describes a saved session, prompt embeddings, a compressed video or a policy in one sentence, without a model.
 
     Args:
         path: the file.
@@ -18,6 +18,7 @@ def other_file(path: str) -> str | None:
 
     Raises:
         CheckpointError: a saved session or embeddings are damaged.
+        ConfigError: a file of windows of heads, or a policy of reuse, has wrong fields.
         InputError: the header of a compressed video is damaged.
     """
     file = Path(path)
@@ -30,6 +31,8 @@ def other_file(path: str) -> str | None:
         return None  # whoever reads it as a model says why
     if start.startswith(b"CVC"):
         return _compressed(file)
+    if start.lstrip().startswith(b"{"):
+        return _policy(file)
     return _of_safetensors(file) if start[8:] == b"{" else None
 
 
@@ -43,6 +46,24 @@ def _compressed(file: Path) -> str:
         f'with the model whose digest begins with {printable(header.model)}, under the prompt "'
         f'{escaped_line(header.prompt)}"; `causalrope-sp decompress` decodes it'
     )
+
+
+def _policy(file: Path) -> str | None:
+    from causalrope_sp.heads.policy import heads_of
+    from causalrope_sp.io.json_files import read_object
+    from causalrope_sp.reuse.policy_file import find_policy
+
+    try:
+        fields = read_object(file)
+    except ValueError:
+        return None
+    if "windows" in fields:
+        policy = heads_of(fields)
+        return (
+            f"windows of heads, for `--heads`: {len(policy.windows)} layers of {len(policy.windows[0])} heads, "
+            f"{policy.shortened} of them with a window of their own"
+        )
+    return f"a policy of reuse, for `--reuse`: {len(find_policy(file).rules)} rules" if "rules" in fields else None
 
 
 def _of_safetensors(file: Path) -> str | None:

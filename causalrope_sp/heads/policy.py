@@ -51,6 +51,11 @@ class HeadPolicy:
         )
         object.__setattr__(self, "windows", checked)
 
+    @property
+    def shortened(self) -> int:
+        """How many heads have a window of their own."""
+        return sum(window is not None for layer in self.windows for window in layer)
+
     def check_stream(self, chunk_frames: int, sink: int) -> None:
         """Checks that every window holds a chunk and the sink.
 

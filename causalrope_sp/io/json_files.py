@@ -65,5 +65,7 @@ def _parse(text: str | bytes) -> Any:
         return json.loads(text)
     except RecursionError as error:
         raise ValueError("not JSON that can be read: it is nested too deeply") from error
-    except ValueError as error:  # integers of thousands of digits and wrong UTF-8 too
+    except UnicodeDecodeError as error:
+        raise ValueError("not JSON but bytes that are no text") from error
+    except ValueError as error:  # integers of thousands of digits too
         raise ValueError(f"not JSON ({str(error).split('; use sys.')[0]})") from error

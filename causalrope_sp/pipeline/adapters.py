@@ -152,9 +152,8 @@ class WithAdapters:
             raise ConfigError(f"adapter_names must be different ones, not {shown(adapter_names)}")
         unknown = [name for name in names if not isinstance(name, str) or name not in self._adapters]
         if unknown:
-            raise ConfigError(
-                f"adapter_names must be of {', '.join(self._adapters) or 'none'}, not {shown(unknown[0])}"
-            )
+            loaded = ", ".join(self._adapters) or "none"
+            raise ConfigError(f"adapter_names must be of the loaded LoRAs, {loaded}, not {shown(unknown[0])}")
         weights = list(adapter_weights) if isinstance(adapter_weights, Sequence) else [adapter_weights] * len(names)
         if len(weights) != len(names):
             raise ConfigError(f"adapter_weights must be {len(names)}, as many as the names, not {len(weights)}")

@@ -68,6 +68,11 @@ class Parts:
         """Which weights leave the device between two uses."""
         return offload_of(self.options)
 
+    def with_model(self, model: CausalDiT) -> Parts:
+        """Returns the parts with another transformer, which what was planned then counts."""
+        run = self.run and replace(self.run, work=replace(self.run.work, config=model.config))
+        return replace(self, model=model, run=run)
+
     def moved_to(self, device: torch.device, dtype: torch.dtype) -> Parts:
         """Returns the parts on another device, with transformer and Video Interface Network in another dtype."""
         chunks, expert = self.parallel_chunks, self.low_noise

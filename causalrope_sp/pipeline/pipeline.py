@@ -12,6 +12,7 @@ from causalrope_sp.devices import check_device
 from causalrope_sp.distributed import SequenceParallel
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.grid import LatentGrid
+from causalrope_sp.models.causal_dit import CausalDiT
 from causalrope_sp.pipeline.adapters import WithAdapters
 from causalrope_sp.pipeline.generation import Generation
 from causalrope_sp.pipeline.generation_options import GenerationOptions
@@ -37,7 +38,6 @@ class CausalVideoPipeline(WithAdapters):
     Attributes:
         parts: the loaded parts of the model, as `from_pretrained` loads them.
         config: the files of the model and its settings.
-        model: the transformer.
         codec: the VAE.
         text: the text encoder.
         parallel: the ranks.
@@ -54,7 +54,7 @@ class CausalVideoPipeline(WithAdapters):
 
     def _open(self, parts: Parts, parallel: SequenceParallel) -> None:
         self.parts, self.parallel = parts, parallel
-        self.config, self.model, self.codec = parts.config, parts.model, parts.codec
+        self.config, self.codec = parts.config, parts.codec
         self.height, self.width, self.fps = self.config.height, self.config.width, self.config.fps
         self.text = open_text(parts, parallel)
         channels = self.model.config.in_channels
@@ -66,6 +66,22 @@ class CausalVideoPipeline(WithAdapters):
         parallel.check(self.settings().grid, self.model.config.num_heads)
         with parallel.turn("opens a pipeline"):
             agree_on_model(parts, parallel, type(self.text).__name__)
+
+    @property
+    def model(self) -> CausalDiT:
+        """The transformer; of two, that of the steps at high noise.
+
+        Another one, such as that of `with_control`, may be assigned while no stream is open, on every rank.
+
+        Raises:
+            ConfigError: a stream is open, or the new model does not fit the codec or the ranks.
+        """
+        return self.parts.model
+
+    @model.setter
+    def model(self, model: CausalDiT) -> None:
+        self._refuse_open("be given another model")
+        self._open(self.parts.with_model(model), self.parallel)
 
     @classmethod
     def from_pretrained(
@@ -290,11 +306,7 @@ class CausalVideoPipeline(WithAdapters):
             raise ConfigError("dtype must be None for weights in 8 bits: load the model in another dtype")
         if is_dynamic(self.model):
             check_dynamic(target, kind)
-        if self._streams:
-            raise ConfigError(
-                f"a pipeline with an open stream cannot be moved or cast, and {len(self._streams)} are open: finish "
-                "them, or call their close(), first"
-            )
+        self._refuse_open("be moved or cast")
         self._open(self.parts.moved_to(target, kind), self.parallel.moved_to(target))
         return self
 
@@ -322,6 +334,14 @@ class CausalVideoPipeline(WithAdapters):
         """Runs a short stream and discards it, so that the first call need not compile kernels, measure attention
         libraries or connect ranks. `from_pretrained` calls it on CUDA. Every rank must call it."""
         warm_up(self)
+
+    def _refuse_open(self, done: str) -> None:
+        """Refuses what a pipeline cannot do while streams are open."""
+        if self._streams:
+            raise ConfigError(
+                f"a pipeline with an open stream cannot {done}, and {len(self._streams)} are open: finish "
+                "them, or call their close(), first"
+            )
 
     def _request(
         self, call: str, prompt: Any, options: GenerationOptions | None, overrides: dict[str, Any]

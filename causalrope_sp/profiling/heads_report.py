@@ -29,7 +29,7 @@ def fields(shares: Shares, policy: HeadPolicy, searched: Searched | None, window
     return {
         "shares": [[round(share, 4) for share in layer] for layer in shares],
         "heads": sum(map(len, shares)),
-        "shortened": sum(each is not None for layer in policy.windows for each in layer),
+        "shortened": policy.shortened,
         "keys_seen": seen,
         "curve": None if searched is None else [(round(kept, 4), error) for kept, error in searched.curve],
     }

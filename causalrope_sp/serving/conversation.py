@@ -134,19 +134,30 @@ class Conversation:
                 return
 
     async def _send(self) -> None:
+        """Sends items to the end of the session. A viewer who has gone gets none, and `_receive` still obeys what it
+        said before, such as a "close", until it comes to the end too."""
+        here = True
         while True:
             item = await self._items.get()
             try:
-                if isinstance(item, Delivery):
-                    await self._send_chunk(item)
-                elif isinstance(item, Ended):
+                if isinstance(item, Ended):
                     self.ended = item.code
-                    await self._transport.send({"type": "ended", "code": item.code, "message": item.reason})
+                if here:
+                    await self._send_item(item)
+                if isinstance(item, Ended):
                     return
-                else:
-                    await self._transport.send(item)
+            except Gone:
+                here = False
             finally:
                 self._items.task_done()
+
+    async def _send_item(self, item: Item | dict[str, Any]) -> None:
+        if isinstance(item, Delivery):
+            await self._send_chunk(item)
+        elif isinstance(item, Ended):
+            await self._transport.send({"type": "ended", "code": item.code, "message": item.reason})
+        else:
+            await self._transport.send(item)
 
     async def _send_chunk(self, delivery: Delivery) -> None:
         chunk = delivery.chunk

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from causalrope_sp import CausalVideoPipeline
 from causalrope_sp.codec.wan_vae import wan_vae_of
 from causalrope_sp.distributed.layout import strategies
+from causalrope_sp.heads import HeadPolicy
 from causalrope_sp.pipeline import warm_up
 from causalrope_sp.planning.decode_cost import VaeSize
 from causalrope_sp.profiling import bench as measuring
@@ -50,7 +51,8 @@ def test_the_table_and_json_agree_and_have_all_rows(monkeypatch: pytest.MonkeyPa
         return kept[0]
 
     def loaded_at_once(*args: Any) -> Any:
-        return CausalVideoPipeline.from_pretrained("toybox"), measuring.Row("load", 0.25, "s")
+        heads = HeadPolicy(((None,) * 6, *((5,) * 6,) * 5))
+        return CausalVideoPipeline.from_pretrained("toybox", heads=heads), measuring.Row("load", 0.25, "s")
 
     monkeypatch.setattr(measuring, "measure", measured_once)
     monkeypatch.setattr(measuring, "load", loaded_at_once)
@@ -69,6 +71,7 @@ def test_the_table_and_json_agree_and_have_all_rows(monkeypatch: pytest.MonkeyPa
     assert report["versions"]["torch"] == torch.__version__
     assert report["matrix_flops_per_s"] == {"float32": RATE}
     said = {"weights": "full", "frames": 21, "runs": 1, "model": "toybox", "ranks": 1, "codec": "wan"}
+    said |= {"shortened_heads": 30}
     assert report["run"] | said == report["run"]
     assert report["machine"]["memory_bytes"] > 1e8
     assert "None" not in table

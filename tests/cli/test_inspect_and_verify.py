@@ -13,6 +13,8 @@ import torch
 from PIL import Image
 
 from causalrope_sp.compression.bitstream import Header
+from causalrope_sp.heads import HeadPolicy, write_heads
+from causalrope_sp.reuse.policy_file import find_policy, write_policy
 from causalrope_sp.text.embeds import save_embeds
 from tests.support.sessions import write_whole
 from tests.support.shell import shell
@@ -91,7 +93,11 @@ def test_inspect_says_what_other_files_of_the_library_are(tmp_path: Path) -> Non
     save_embeds(tmp_path / "embeds.safetensors", torch.ones(1, 5, 4), "a red circle", "small UMT5")
     header = Header("a red \x1b[31mcircle", "56a21375", 64, 48, 16.0)
     (tmp_path / "video.cvc").write_bytes(header.pack())
+    write_heads(HeadPolicy(((None, None), (5, 0), (None, 7))), tmp_path / "heads.json", model="toybox")
+    write_policy(find_policy("pab:latte"), tmp_path / "reuse.json", model="toybox")
     told = {
+        "heads.json": "windows of heads, for `--heads`: 3 layers of 2 heads, 3 of them with a window of their own",
+        "reuse.json": "a policy of reuse, for `--reuse`: 6 rules",
         "session.safetensors": "a session of 16×24 pixels that was saved after 4 chunks under the prompt "
         '"ein Würfel fällt", with keys and values, of the model with the digest 0123456789abcdef, with '
         "style.safetensors (weight 0.5); `pipe.resume` goes on with it",
@@ -105,6 +111,9 @@ def test_inspect_says_what_other_files_of_the_library_are(tmp_path: Path) -> Non
         assert (plain.exit_code, as_json.exit_code) == (1, 1)
         assert plain.stdout == f"{tmp_path / name}: {sentence}\n"
         assert json.loads(as_json.stdout) == {"path": str(tmp_path / name), "what": sentence}
+    (tmp_path / "heads.json").write_text('{"windows": [[5], [5, 0]]}')
+    wrong = shell("inspect", tmp_path / "heads.json")
+    assert (wrong.exit_code, wrong.stderr) == (2, "error: heads: expected 1 heads in layer 1, as in layer 0, got 2\n")
     (tmp_path / "video.cvc").write_bytes(header.pack()[:-1])
     cut = shell("inspect", tmp_path / "video.cvc")
     assert (cut.exit_code, cut.stderr.count("\n")) == (2, 1)

@@ -20,7 +20,8 @@ POLICY = HeadPolicy(((None, 5, 0), (4, None, 7)))
 
 
 def written(path: Path, value: object) -> Path:
-    path.write_text(value if isinstance(value, str) else json.dumps(value))
+    text = value if isinstance(value, str | bytes) else json.dumps(value)
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
     return path
 
 
@@ -56,6 +57,7 @@ def test_forcing_kv_files_are_read(tmp_path: Path, names: tuple[str, str], bare:
 LAYERS = kinds([[1], [0]], 2, ("static_head", "dynamic_head"))
 WRONG: dict[str, tuple[object, str]] = {
     "no JSON": ("{", "not JSON"),
+    "no text": (b"\x90\0\0\0\0\0\0\0{", "not JSON but bytes that are no text"),
     "a number": (3, r'expected a list as the file\'s "layers", got 3'),
     "no windows": ({"rules": []}, r'expected a list as the file\'s "layers", got None'),
     "windows of no lists": ({"windows": [3]}, 'expected an object with "windows", a list of lists'),

@@ -112,11 +112,11 @@ def test_wrong_names_are_refused(loras: tuple[Path, Path]) -> None:
     pipe.load_lora_weights(loras[0], "a")
     for call, told in (
         (lambda: pipe.load_lora_weights(loras[1], "a"), "adapter_name must be new, and 'a' is loaded"),
-        (lambda: pipe.set_adapters(["a", "b"]), "adapter_names must be of a, not 'b'"),
+        (lambda: pipe.set_adapters(["a", "b"]), "adapter_names must be of the loaded LoRAs, a, not 'b'"),
         (lambda: pipe.set_adapters("a", [1.0, 2.0]), "adapter_weights must be 1, as many as the names, not 2"),
         (lambda: pipe.set_adapters("a", float("nan")), "adapter_weights must be a finite number"),
         (lambda: pipe.load_lora_weights(loras[1], ""), "adapter_name must be a text that is not empty"),
-        (lambda: pipe.set_adapters([["a"]]), r"adapter_names must be of a, not \['a'\]"),  # type: ignore[list-item]
+        (lambda: pipe.set_adapters([["a"]]), r"adapter_names must be of the loaded LoRAs, a, not \['a'\]"),  # type: ignore[list-item]
         (lambda: pipe.set_adapters("a", 1e300), r"the weight of a LoRA must be a .* that float32 has, not 1e\+300"),
         (lambda: pipe.load_lora_weights(None), "the path of a LoRA must be that of its file or folder, not None"),  # type: ignore[arg-type]
         (lambda: pipe.load_lora_weights(b"a"), "the path of a LoRA must be .*, not b'a'"),  # type: ignore[arg-type]

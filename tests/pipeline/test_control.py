@@ -75,12 +75,14 @@ def test_one_number_a_channel_is_the_same_all_over_the_frame(pipe: CausalVideoPi
 
 def test_weights_of_zero_leave_the_model_as_it_was(pipe: CausalVideoPipeline, tmp_path: Path) -> None:
     plain = CausalVideoPipeline.from_pretrained("toybox", device="cpu")
-    expected = [plain.open(RED, **OPTIONS).step()]
-    plain.model.with_control(5)
+    with plain.open(RED, **OPTIONS) as session:
+        expected = [session.step()]
+        with pytest.raises(ConfigError, match="an open stream cannot be given another model, and 1 are open"):
+            plain.model = plain.model.with_control(5)
+    plain.model = plain.model.with_control(5)
+    assert plain.parts.run is not None
+    assert plain.parts.run.work.config.control_channels == 5, "what a session needs is counted with the control"
     plain.save_pretrained(tmp_path)
-    from causalrope_sp.weights import save_diffusers
-
-    save_diffusers(plain.model.with_control(5), tmp_path / "transformer")
     loaded = CausalVideoPipeline.from_pretrained(tmp_path, device="cpu")
     assert (loaded.model.config.in_channels, loaded.model.config.control_channels) == (16, 5)
     found = loaded.open(RED, **OPTIONS).step(control=torch.randn(1, 3, 5, 8, 8))

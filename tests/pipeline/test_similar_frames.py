@@ -80,7 +80,7 @@ def test_on_the_command_line(tmp_path: Path) -> None:
         assert result.exit_code == status, result.output
         assert out.exists() == (status == 0)
         out.unlink(missing_ok=True)
-    assert result.output == "error: similar_frames must be a whole number, or a share below 1, not 1.5\n"
+    assert result.output == "error: similar_frames must be a whole number, or a share between 0 and 1, not 1.5\n"
     with pytest.raises(ConfigError, match=r"similar_frames must be a finite number of at least 0 .* not -1"):
         video(similar_frames=-1)
     with pytest.raises(ConfigError, match="similar_frames must be None with window_policy recomputed"):

@@ -44,6 +44,37 @@ class Stuck:
         await self.conversation.sent(delivery.sequence, played=False)
 
 
+class Leaving(Stuck):
+    """A viewer that asks for the session's end and goes at once, while a chunk is sent to it."""
+
+    async def send_chunk(self, delivery: Delivery, head: dict[str, Any]) -> None:
+        self.begun.append(head["chunk"])
+        raise Gone
+
+    async def receive(self) -> str | bytes:
+        while self.told and not self.begun:
+            await asyncio.sleep(0.02)
+        self.gone.set()
+        return await super().receive()
+
+
+def test_what_a_viewer_said_before_it_went_is_obeyed(tmp_path: Path) -> None:
+    pipe = CausalVideoPipeline.from_pretrained("toybox", num_inference_steps=1, window=7)
+    server = Server(pipe, "toybox", ServerOptions(folder=tmp_path), lambda error: None)
+
+    async def run() -> None:
+        leaving = Leaving({"type": "open", "prompt": RED}, {"type": "prompt", "prompt": RED}, {"type": "close"})
+        assert await asyncio.wait_for(Conversation(server, leaving).run(), 60)
+        assert [message["of"] for message in leaving.told] == ["open"], "nothing is sent to who has gone"
+
+    server.engine.start()
+    try:
+        asyncio.run(run())
+        assert "causalrope_sessions 0.0" in server.metrics.as_text().decode()
+    finally:
+        server.engine.stop()
+
+
 def test_a_viewer_that_takes_nothing_lets_no_more_be_made_whatever_it_says(tmp_path: Path) -> None:
     pipe = CausalVideoPipeline.from_pretrained("toybox", num_inference_steps=1, window=7)
     server = Server(pipe, "toybox", ServerOptions(folder=tmp_path), lambda error: None)
@@ -52,11 +83,16 @@ def test_a_viewer_that_takes_nothing_lets_no_more_be_made_whatever_it_says(tmp_p
         stuck = Stuck({"type": "open", "prompt": RED}, *[{"type": "played", "sequence": 10**6}] * 9)
         stuck.conversation = Conversation(server, stuck)
         task = asyncio.create_task(stuck.conversation.run())
+        async with asyncio.timeout(60):
+            while made() < 9 + 12:
+                await asyncio.sleep(0.05)
         await asyncio.sleep(1.5)
         before = made()
         assert stuck.begun == [0]
         stuck.free.set()  # and now what it says holds
-        await asyncio.sleep(1.5)
+        async with asyncio.timeout(60):
+            while made() <= 100:
+                await asyncio.sleep(0.05)
         stuck.gone.set()
         assert await task
         assert stuck.told[0]["type"] == "ack"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +28,8 @@ def controlled_toybox(parallel: SequenceParallel | None = None, **options: Any) 
     model = pipe.model.with_control(channels)
     weight = model.patch_embedding.weight.unflatten(1, (-1, 2 * channels))
     weight[..., channels:] = weight[..., :channels]
-    assert pipe.parts.run is not None
-    run = replace(pipe.parts.run, work=replace(pipe.parts.run.work, config=model.config))
-    return CausalVideoPipeline(replace(pipe.parts, model=model, run=run), parallel)
+    pipe.model = model
+    return pipe
 
 
 def circle_at(pipe: CausalVideoPipeline, x: float, y: float, frames: int = CHUNK) -> Tensor:
