@@ -31,7 +31,8 @@ from causalrope_sp.heads import HeadPolicy
 from causalrope_sp.models.causal_dit import CausalDiT
 from causalrope_sp.planning.cost import attention_flops
 from causalrope_sp.planning.workload import Workload
-from causalrope_sp.sampling.stream import CausalStream, Part
+from causalrope_sp.sampling.pass_inputs import Part
+from causalrope_sp.sampling.stream import CausalStream
 
 # how many of the 12 heads of each of Self-Forcing's 30 layers Forcing-KV (arXiv 2605.09681) calls static
 STATIC = (5, 4, 5, 4, 3, 8, 4, 6, 8, 4, 3, 4, 8, 1, 6, 1, 3, 8, 1, 4, 8, 6, 1, 3, 1, 2, 5, 6, 6, 6)

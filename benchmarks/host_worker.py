@@ -22,7 +22,8 @@ try:
     from causalrope_sp.attention.base import Strategy
     from causalrope_sp.cache.window import SlidingWindow
     from causalrope_sp.models.causal_dit import CausalDiT
-    from causalrope_sp.sampling.stream import CausalStream, Part
+    from causalrope_sp.sampling.pass_inputs import Part
+    from causalrope_sp.sampling.stream import CausalStream
 except ImportError:
     from causalrope_sp.model import CausalDiT
     from causalrope_sp.parallel.strategy import Strategy

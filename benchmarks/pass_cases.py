@@ -21,7 +21,8 @@ from causalrope_sp.attention.base import Strategy
 from causalrope_sp.cache.window import SlidingWindow
 from causalrope_sp.grid import Chunk, Shard, split_into_chunks
 from causalrope_sp.sampling.pass_graphs import PassGraphs, stream_graphs
-from causalrope_sp.sampling.stream import CausalStream, Part
+from causalrope_sp.sampling.pass_inputs import Part
+from causalrope_sp.sampling.stream import CausalStream
 from causalrope_sp.verification.reference import block_causal_velocity
 
 FRAMES = 3

@@ -34,11 +34,12 @@ from causalrope_sp.sampling.finite_chunks import FiniteCheck, check_finite
 from causalrope_sp.sampling.guidance import UNCONDITIONAL, GuidanceBranches, Step, check_guidance
 from causalrope_sp.sampling.kept_latents import KeptLatents
 from causalrope_sp.sampling.pass_graphs import stream_graphs
+from causalrope_sp.sampling.pass_inputs import Part
 from causalrope_sp.sampling.recompute import recompute_all, recompute_for
 from causalrope_sp.sampling.settled import settle
 from causalrope_sp.sampling.similar_frames import SimilarFrames
 from causalrope_sp.sampling.similarity_schedule import top_frames
-from causalrope_sp.sampling.stream import CausalStream, Part
+from causalrope_sp.sampling.stream import CausalStream
 from causalrope_sp.sampling.stream_options import Resumed, StreamOptions, check_attention, check_length, window_of
 
 

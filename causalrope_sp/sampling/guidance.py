@@ -21,7 +21,8 @@ from causalrope_sp.diffusion.schedule import guide, guided_steps, model_timestep
 from causalrope_sp.distributed import SequenceParallel
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.grid import Chunk
-from causalrope_sp.sampling.stream import CausalStream, Part
+from causalrope_sp.sampling.pass_inputs import Part
+from causalrope_sp.sampling.stream import CausalStream
 
 CONDITIONAL, UNCONDITIONAL = range(2)  # also the ranks on the mesh's `cfg` axis
 

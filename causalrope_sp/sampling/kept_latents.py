@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from causalrope_sp.cache.window import SlidingWindow
 from causalrope_sp.grid import Chunk
-from causalrope_sp.sampling.stream import Part
+from causalrope_sp.sampling.pass_inputs import Part
 
 
 class KeptLatents:

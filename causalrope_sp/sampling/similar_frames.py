@@ -29,6 +29,7 @@ from causalrope_sp.distributed.comm_stats import LAYERLESS
 from causalrope_sp.distributed.communicator import Communicator
 from causalrope_sp.grid import Chunk
 from causalrope_sp.models.rope import frequencies
+from causalrope_sp.sampling.pass_inputs import Part
 
 Choice = Sequence[Sequence[Collection[int]]]  # the frames that a chunk attends, by layer and head
 
@@ -80,9 +81,9 @@ class SimilarFrames:
         """Forgets the choices for a chunk that is made anew, and for later ones."""
         self._choices = {of: choice for of, choice in self._choices.items() if of.start < chunk.start}
 
-    def awaits(self, chunk: Chunk) -> bool:
-        """Returns whether nothing is chosen for a chunk yet, since its first pass has not run."""
-        return chunk not in self._choices
+    def observes(self, parts: Sequence[Part]) -> bool:
+        """Returns whether a pass over these parts is to be observed: context passes are, and a chunk's first pass."""
+        return not parts[0].timestep or parts[-1].chunk not in self._choices
 
     def observe(self, layer: int, projection: Projection, operations: PassOperations) -> None:
         """Sums a layer's queries and keys over this rank's tokens of each frame of a pass."""
@@ -107,28 +108,29 @@ class SimilarFrames:
                 sums = self._sums[shape] = torch.zeros(shape, dtype=dtype, device=like.device)
         return sums
 
-    def keep_keys(self, chunk: Chunk, batch: int, frames: int) -> None:
-        """Keeps the sums of the keys of a pass that was observed.
+    def take(self, parts: Sequence[Part], window: SlidingWindow) -> bool:
+        """Keeps what an observed pass has summed up. After a chunk's first pass it chooses the frames that the chunk's
+        later passes attend. Every rank must call it.
 
         Args:
-            chunk: the chunk of its first frames, which are clean.
-            batch: B.
-            frames: the frames of the pass.
-        """
-        self._pending.append((chunk, self._of_pass(batch, frames)[:, 1, :, : chunk.frames].clone()))
-
-    def decide(self, chunk: Chunk, batch: int, frames: int, window: SlidingWindow) -> None:
-        """Chooses the frames that a chunk attends after its first pass, which was observed. Every rank must call it.
-
-        Args:
-            chunk: the chunk of the last frames of the pass.
-            batch: B.
-            frames: the frames of the pass.
+            parts: the parts of the pass.
             window: the window of the stream.
+
+        Returns:
+            Whether frames were chosen for the last part's chunk.
         """
-        *clean, queries_LBFHD = self._of_all_ranks(
-            [*(sums for _, sums in self._pending), self._of_pass(batch, frames)[:, 0, :, frames - chunk.frames :]]
-        )
+        sums_L2BFHD = self._of_pass(len(parts[0].tokens_BFSE), sum(part.chunk.frames for part in parts))
+        clean, last = parts[0], parts[-1]
+        if not clean.timestep:
+            self._pending.append((clean.chunk, sums_L2BFHD[:, 1, :, : clean.chunk.frames].clone()))
+        if not last.timestep or last.chunk in self._choices:
+            return False
+        self._decide(last.chunk, window, sums_L2BFHD[:, 0, :, -last.chunk.frames :])
+        return True
+
+    def _decide(self, chunk: Chunk, window: SlidingWindow, q_LBFHD: Tensor) -> None:
+        """Chooses the frames that a chunk attends, by the sums of this rank's queries of it."""
+        *clean, queries_LBFHD = self._of_all_ranks([*(sums for _, sums in self._pending), q_LBFHD])
         for (of, _), keys_LBFHD in zip(self._pending, clean, strict=True):
             self._keys |= dict(zip(range(of.start, of.stop), keys_LBFHD.unbind(2), strict=True))
         self._pending.clear()
@@ -154,9 +156,11 @@ class SimilarFrames:
         parts = total.cpu().split([x.numel() for x in sums])
         return [part.view(x.shape) for part, x in zip(parts, sums, strict=True)]
 
-    def choose(self, chunk: Chunk) -> Choice | None:
-        """Returns the frames that a chunk attends, by layer and head, or None for all that the window holds."""
-        return self._choices.get(chunk)
+    def choose(self, chunk: Chunk, heads: Sequence[int]) -> Choice | None:
+        """Returns the frames that some heads of a chunk attend, by layer and head, or None for all that the window
+        holds."""
+        choice = self._choices.get(chunk)
+        return choice and [[of_layer[head] for head in heads] for of_layer in choice]
 
     def _choice(self, chunk: Chunk, window: SlidingWindow, q_LBFHD: Tensor) -> Choice | None:
         held, top = sorted(window.held(chunk.stop).values()), self._top(chunk)

@@ -19,9 +19,9 @@ from causalrope_sp.grid import Chunk
 from causalrope_sp.sampling.chunk import LatentChunk, check_text
 from causalrope_sp.sampling.chunk_loop import ChunkLoop
 from causalrope_sp.sampling.guidance import CONDITIONAL, UNCONDITIONAL, GuidanceBranch
+from causalrope_sp.sampling.pass_inputs import Part
 from causalrope_sp.sampling.recompute import newest_is_sink, recompute_all, recompute_window
 from causalrope_sp.sampling.settled import SettledWeights
-from causalrope_sp.sampling.stream import Part
 
 
 class SteeredLoop(ChunkLoop):

@@ -6,60 +6,27 @@ Shapes: B batch, F frames of a chunk, s tokens of a frame that this rank owns, E
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Hashable, Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from causalrope_kernels import Keys, PassOperations, Projection, Rotation
-from causalrope_kernels.backend import use_triton
 from causalrope_sp.attention.base import Strategy
 from causalrope_sp.cache.kv_cache import KVCache
 from causalrope_sp.cache.window import SlidingWindow
-from causalrope_sp.devices import send
 from causalrope_sp.grid import Chunk, LatentGrid, Shard
 from causalrope_sp.models.block import ForwardPass, TextContext
 from causalrope_sp.models.causal_dit import CausalDiT
-from causalrope_sp.models.modulation import PassModulation
-from causalrope_sp.models.rope import RotaryTables
 from causalrope_sp.reuse.output_store import OutputOf, OutputStore, computed
 from causalrope_sp.reuse.policy import ReusePlan
+from causalrope_sp.sampling.graphed_passes import GraphedPasses
 from causalrope_sp.sampling.pass_graphs import PassGraphs
+from causalrope_sp.sampling.pass_inputs import Part, PassInputs, Time
 from causalrope_sp.sampling.settled import SettledWeights, settle
-from causalrope_sp.sampling.similar_frames import Choice, SimilarFrames
-
-MOST_TIMES = 8  # of a stream that are kept: all of a few-step model's
-
-Time = tuple[Tensor, PassModulation]  # the timesteps of a pass on the device, and what the model computes of them
-
-
-@dataclass(frozen=True)
-class Part:
-    """One chunk in a forward.
-
-    Args:
-        chunk: its number, start and length.
-        tokens_BFSE: its tokens on this rank.
-        timestep: their noise level, in [0, 1000]; 0 for a context pass.
-        control_BFSE: the control of these tokens, for a model that takes one.
-    """
-
-    chunk: Chunk
-    tokens_BFSE: Tensor
-    timestep: float
-    control_BFSE: Tensor | None = None
-
-    def cut(self, start: int, frames: int) -> Part:
-        """Returns so many frames of this part, from the global time index `start` on."""
-        first = start - self.chunk.start
-        tokens, control = (
-            None if x is None else x[:, first : first + frames] for x in (self.tokens_BFSE, self.control_BFSE)
-        )
-        assert tokens is not None, "a part has tokens"
-        return Part(Chunk(self.chunk.index, start, frames), tokens, self.timestep, control)
+from causalrope_sp.sampling.similar_frames import SimilarFrames
 
 
 class CausalStream:
@@ -102,26 +69,15 @@ class CausalStream:
         given: int = 0,
         similar: SimilarFrames | None = None,
     ) -> None:
-        config = model.config
-        self._given = given
         self._model = model
         self._strategy = strategy
         self._text = model.encode_text(embeds_BLE, image_BNI)
         self._image_BNI = image_BNI
-        compute = torch.float64 if model.dtype == torch.float64 else torch.float32
-        self._rope = RotaryTables(config.head_dim, config.theta, shard, model.device, compute)
-        self._relative = relative
-        self._rotation: tuple[tuple[Chunk, ...], Rotation] | None = None
-        self._times: dict[tuple[float, ...], Time] = {}
+        self._inputs = PassInputs(model, shard, relative=relative, given=given)
         self._broken = False
         self._unchecked, self._settled = settled or settle(model, strategy.backend)
         self._checked_kinds: set[tuple[int, ...]] = set()  # of passes, by the frames of their chunks
-        self._graphs = graphs
-        # Triton reads on the device which keys are attended, so one graph serves a window that fills or rotates; `auto`
-        # takes it where keys are rotated on read, and for chunks whose heads attend different frames
-        auto = strategy.backend == "auto" and use_triton("auto", model.patch_embedding.weight.detach())
-        self._rows_on_device = strategy.backend == "triton" or (auto and relative)
-        self._choice_on_device = strategy.backend == "triton" or auto
+        self._graphs = None if graphs is None else GraphedPasses(graphs, model, strategy, relative=relative)
         self.outputs = None if reuse is None else OutputStore(reuse, stays=graphs is not None)
         self._quantized = quantized
         self.cache = self._new_cache(len(embeds_BLE), window, history)
@@ -130,12 +86,11 @@ class CausalStream:
 
     def _new_cache(self, batch: int, window: SlidingWindow, history: int) -> KVCache:
         model, config, strategy = self._model, self._model.config, self._strategy
-        tokens = strategy.stored_tokens
         return KVCache(
             config.num_layers,
             batch,
             window,
-            tokens,
+            strategy.stored_tokens,
             strategy.stored_heads,
             config.head_dim,
             dtype=model.dtype,
@@ -143,7 +98,7 @@ class CausalStream:
             quantized=self._quantized,
             history=history,
             cached=strategy.cached,
-            rotate_on_read=partial(self._rope.rotate_on_read, tokens=tokens) if self._relative else None,
+            rotate_on_read=self._inputs.rotate_on_read(strategy.stored_tokens),
         )
 
     @property
@@ -160,8 +115,8 @@ class CausalStream:
         """Returns a stream of the same text and window with another strategy. It has a cache of its own that holds
         nothing, runs eagerly, reuses nothing, and cannot be taken back."""
         other = copy.copy(self)
-        other._strategy, other._rotation, other._graphs, other.outputs = strategy, None, None, None
-        other._similar = None
+        other._strategy, other._inputs = strategy, self._inputs.fork()
+        other._graphs = other.outputs = other._similar = None
         other.cache = other._new_cache(self._text[0].text.k.shape[0], self.cache.window, 0)
         return other
 
@@ -270,13 +225,13 @@ class CausalStream:
             embeds_BLE: the embeddings of the present text, (B, text_len, text_dim).
         """
         self._unchecked, self._settled = settled
-        self._times.clear()
+        self._inputs.forget_times()
         self.set_text(embeds_BLE)
 
     def fork(self) -> CausalStream:
         """Returns a stream that goes on from here by itself, between two chunks. The caches share what both keep."""
         fork = copy.copy(self)
-        fork.cache, fork._rotation = self.cache.fork(), None
+        fork.cache, fork._inputs = self.cache.fork(), self._inputs.fork()
         if self._similar is not None:
             fork._similar = self._similar.fork()
             fork._choose_frames()
@@ -296,7 +251,8 @@ class CausalStream:
         self.cache.release()
 
     def _forget_chunk(self) -> None:
-        self._broken, self._rotation = False, None
+        self._broken = False
+        self._inputs.forget_rotation()
         if self.outputs is not None:
             self.outputs.clear()
 
@@ -311,62 +267,33 @@ class CausalStream:
             if self._similar is not None:
                 self._similar.begin(chunk)
 
-    def _observed_by(self, parts: Sequence[Part]) -> SimilarFrames | None:
-        """What sums up the queries and keys of a pass: of context passes, and of a chunk's first pass."""
-        similar = self._similar
-        if similar is None or (parts[0].timestep and not similar.awaits(parts[-1].chunk)):
-            return None
-        return similar
-
-    def _choose(self, similar: SimilarFrames, parts: Sequence[Part]) -> None:
-        """Keeps what a pass has summed up, and chooses the frames that later passes of its last chunk attend."""
-        batch, frames = len(parts[0].tokens_BFSE), sum(part.chunk.frames for part in parts)
-        if not parts[0].timestep:
-            similar.keep_keys(parts[0].chunk, batch, frames)
-        if parts[-1].timestep and similar.awaits(parts[-1].chunk):
-            similar.decide(parts[-1].chunk, batch, frames, self.cache.window)
-            self.cache.restart_plans()
-
     def _choose_frames(self) -> None:
         """Lets the cache ask which frames a chunk attends, with the heads that this rank caches."""
-        similar = self._similar
-        if similar is None:
-            return
-        heads = self._strategy.heads_cached(self._model.config.num_heads)
-
-        def choose(chunk: Chunk) -> Choice | None:
-            choice = similar.choose(chunk)
-            return choice and [[of_layer[head] for head in heads] for of_layer in choice]
-
-        self.cache.choose_frames(choose)
+        if self._similar is not None:
+            heads = self._strategy.heads_cached(self._model.config.num_heads)
+            self.cache.choose_frames(partial(self._similar.choose, heads=heads))
 
     def _forward(self, parts: list[Part], output: OutputOf = computed, pattern: Hashable = None) -> Tensor:
         if self._broken:
             raise RuntimeError("a forward of this stream was cut short, its cache is half written: cancel the chunk")
-        model, chunks = self._model, tuple(part.chunk for part in parts)
-        time = self._time(parts)
-        tokens_BTE = torch.cat([self._embedded(part) for part in parts], 1).flatten(1, 2).to(model.dtype)
-        observed = self._observed_by(parts)
-        operations = self._operations(tuple(chunk.frames for chunk in chunks))
+        chunks = tuple([part.chunk for part in parts])
+        similar = self._similar
+        observed = similar if similar is not None and similar.observes(parts) else None
+        operations = self._operations(tuple([chunk.frames for chunk in chunks]))
         compute = partial(self._compute, chunks, operations, output, observed)
+        inputs, window = self._inputs, self.cache.window
+        tokens_BTE, time, rotation = inputs.tokens(parts), inputs.time(parts), inputs.rotation(chunks, window)
         self._broken = True
         if self._graphs is None:
-            velocity = compute(tokens_BTE, time, self._rotate(chunks))
+            velocity = compute(tokens_BTE, time, rotation)
         else:
-            velocity = self._by_graph(self._graphs, chunks, compute, tokens_BTE, time, (pattern, observed is None))
-        if observed is not None:
-            self._choose(observed, parts)
+            kind = pattern, observed is None
+            velocity = self._graphs.run(self.cache, chunks, compute, tokens_BTE, time, rotation, kind)
+        if observed is not None and observed.take(parts, window):
+            self.cache.restart_plans()
         self._broken = False
         last = parts[-1].tokens_BFSE
         return velocity.view(last.shape).to(last.dtype)
-
-    def _embedded(self, part: Part) -> Tensor:
-        """What the patch embedding reads of a part: its tokens, with the control behind the latents' channels."""
-        if part.control_BFSE is None:
-            return part.tokens_BFSE
-        pixels = math.prod(self._model.config.patch_size)
-        both = [x.unflatten(-1, (pixels, -1)) for x in (part.tokens_BFSE, part.control_BFSE)]
-        return torch.cat(both, -1).flatten(-2)
 
     def _compute(
         self,
@@ -407,53 +334,6 @@ class CausalStream:
         )
         return self._model(tokens_BTE, step)
 
-    def _by_graph(
-        self,
-        graphs: PassGraphs,
-        chunks: tuple[Chunk, ...],
-        compute: Callable[[Tensor, Time, Rotation], Tensor],
-        tokens_BTE: Tensor,
-        time: Time,
-        pattern: Hashable,
-    ) -> Tensor:
-        """Runs a pass by a captured graph, if its kind has one; `pattern` says which outputs it reuses and keeps, and
-        whether similar frames are chosen by it."""
-        rotation, since = self._rotate(chunks), self._strategy.splits_at(chunks)
-        if not self.cache.offsets.are_set:  # which this pass does, on the host
-            return compute(tokens_BTE, time, rotation)
-        if self.cache.evicts(chunks[0]):  # its clean keys and values are saved layer by layer as they are written
-            graphs.refuse("a chunk overwrites the frames of the chunk before it, whose context pass it shares")
-            return compute(tokens_BTE, time, rotation)
-        chosen = [self.cache.are_chosen(chunk) for chunk in chunks]
-        if any(chosen) and not self._choice_on_device:
-            graphs.refuse("this attention backend reads on the host which frames are similar")
-            return compute(tokens_BTE, time, rotation)
-        times = rotation.query_times_F, rotation.key_times_F
-        timesteps_F, modulation = time
-        vectors = modulation.blocks_L6FD, modulation.head_2FD
-        inputs = [tokens_BTE, *vectors, *times, *self.cache.begin_graph(chunks, since)]
-
-        def forward(inputs: Sequence[Tensor]) -> Tensor:
-            tokens, blocks, head, query_times, key_times, *slots = inputs
-            key_times = query_times if times[0] is times[1] else key_times
-            with self.cache.reading(chunks, since, slots):
-                own_rotation = replace(rotation, query_times_F=query_times, key_times_F=key_times)
-                own_modulation = replace(modulation, blocks_L6FD=blocks, head_2FD=head)
-                return compute(tokens, (timesteps_F, own_modulation), own_rotation)
-
-        rows = tuple(self.cache.attended_rows(chunk, since) for chunk in chunks)
-        attended = tuple(
-            tuple(map(len, sides)) if self._rows_on_device or by_head else sides
-            for sides, by_head in zip(rows, chosen, strict=True)
-        )
-        frames = tuple(chunk.frames for chunk in chunks)
-        # the table of times is replaced by a longer one when the stream outgrows it
-        shapes = tokens_BTE.shape, vectors[0].shape  # timesteps differ within a chunk where frames of it are given
-        kind = self.cache, self.cache.storages, attended, frames, shapes, len(rotation.time), pattern
-        # a hook sees passes, which a graph hides
-        hooked = "the model has hooks" if self._model._forward_pre_hooks or self._model._forward_hooks else None
-        return graphs.run(kind, chunks[-1].index, inputs, forward, self.cache.restore_evicted, hooked)
-
     def _operations(self, kind: tuple[int, ...]) -> PassOperations:
         """Returns operations that check their arguments for the first pass of a kind, and others for later ones."""
         if torch.is_grad_enabled():
@@ -462,38 +342,6 @@ class CausalStream:
             return self._unchecked
         self._checked_kinds.add(kind)
         return PassOperations.checked(self._strategy.backend, in_place=True)
-
-    def _time(self, parts: list[Part]) -> Time:
-        """Returns the timesteps of a pass, one of each chunk if all have the same length and nothing in them is given,
-        with their modulation.
-
-        A sampler has few of them, so they are kept.
-        """
-        timesteps = tuple(part.timestep for part in parts)
-        if any(p.chunk.frames != parts[0].chunk.frames or p.chunk.start < self._given for p in parts):
-            frames = [(part, frame) for part in parts for frame in range(part.chunk.start, part.chunk.stop)]
-            timesteps = tuple(0.0 if frame < self._given else part.timestep for part, frame in frames)
-        found = self._times.get(timesteps)
-        if found is None:
-            # in float32, as Self-Forcing's schedule holds them: at 833.33 the difference shows as 1e-6 in the latents
-            timesteps_F = send(torch.tensor(timesteps, dtype=torch.float32), self._model.device)
-            found = timesteps_F, self._model.modulation(timesteps_F)
-            if len(self._times) < MOST_TIMES and not torch.is_grad_enabled():
-                self._times[timesteps] = found
-        return found
-
-    def _rotate(self, chunks: tuple[Chunk, ...]) -> Rotation:
-        """Returns the rotation of the tokens of a pass, remembered until the chunks change."""
-        if self._rotation is None or self._rotation[0] != chunks:
-            if self._relative:  # keys are rotated in time on read
-                window = self.cache.window
-                by_chunk = [(window.positions(chunk), window.slots(chunk)) for chunk in chunks]
-                positions = [by_slot[slot] for by_slot, slots in by_chunk for slot in slots]
-                rotation = self._rope.rotation(positions, [0] * len(positions))
-            else:
-                rotation = self._rope.rotation([f for chunk in chunks for f in range(chunk.start, chunk.stop)])
-            self._rotation = chunks, rotation
-        return self._rotation[1]
 
 
 def _copied(keys: Keys) -> Keys:

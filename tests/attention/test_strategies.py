@@ -25,7 +25,8 @@ from causalrope_sp.grid import Shard
 from causalrope_sp.heads import HeadPolicy
 from causalrope_sp.planning.cost import cache_bytes, received, received_latents
 from causalrope_sp.planning.workload import Workload
-from causalrope_sp.sampling.stream import CausalStream, Part
+from causalrope_sp.sampling.pass_inputs import Part
+from causalrope_sp.sampling.stream import CausalStream
 from tests.support.strategy_runs import CONFIG, JOBS, WORK, Job, exercise, make_model, random, relative, single
 
 COLLECTIVES = {"ulysses": 2, "gather-kv": 1, "shard-kv": 2}  # a layer, in a pass; a product makes those of its parts

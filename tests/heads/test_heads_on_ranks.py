@@ -19,7 +19,8 @@ from causalrope_sp.distributed.launch import RankPool
 from causalrope_sp.distributed.layout import parse_strategy
 from causalrope_sp.planning.cost import attention_flops, cache_bytes, cross_flops, plan, received_in_pass
 from causalrope_sp.planning.machines import machine
-from causalrope_sp.sampling.stream import CausalStream, Part
+from causalrope_sp.sampling.pass_inputs import Part
+from causalrope_sp.sampling.stream import CausalStream
 from tests.support.strategy_runs import CONFIG, HEADS, WORK, make_model, random
 from tests.support.streams import strategy_of
 

@@ -30,7 +30,8 @@ from causalrope_sp.planning.cost import attention_flops, cross_flops, plan
 from causalrope_sp.planning.decode_cost import VaeSize
 from causalrope_sp.planning.machines import GPUS, LINKS, machine
 from causalrope_sp.planning.workload import Workload
-from causalrope_sp.sampling.stream import CausalStream, Part
+from causalrope_sp.sampling.pass_inputs import Part
+from causalrope_sp.sampling.stream import CausalStream
 from causalrope_sp.weights.key_layout import stored_tensors
 from causalrope_sp.weights.wan_keys import WAN as WAN_KEYS
 

@@ -26,7 +26,8 @@ from causalrope_sp.planning.machines import H100
 from causalrope_sp.planning.workload import Workload
 from causalrope_sp.reuse import Broadcast, ReusePlan, ReusePolicy
 from causalrope_sp.reuse.policy import CAUSAL_KINDS, KINDS
-from causalrope_sp.sampling.stream import CausalStream, Part
+from causalrope_sp.sampling.pass_inputs import Part
+from causalrope_sp.sampling.stream import CausalStream
 from causalrope_sp.sampling.stream_options import Source
 from causalrope_sp.verification.cases import load_case
 from tests.support.model_outputs import note_outputs

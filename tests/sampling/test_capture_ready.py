@@ -24,8 +24,9 @@ from causalrope_sp.grid import Chunk, Shard
 from causalrope_sp.heads import HeadPolicy
 from causalrope_sp.heads.placement import HeadRings
 from causalrope_sp.reuse.policy import ReusePlan, ReusePolicy
+from causalrope_sp.sampling.pass_inputs import Part
 from causalrope_sp.sampling.similar_frames import SimilarFrames
-from causalrope_sp.sampling.stream import CausalStream, Part
+from causalrope_sp.sampling.stream import CausalStream
 from causalrope_sp.weights.fp8 import quantize_blocks
 from tests.support.launch_recorder import RecordedPasses, as_on_a_gpu
 from tests.support.reuse_cases import CONFIG, GRID, MIXED, SHARED, make_model, random

@@ -23,7 +23,8 @@ from causalrope_sp.models.block import ForwardPass
 from causalrope_sp.models.causal_dit import CausalDiT
 from causalrope_sp.models.rope import RotaryTables
 from causalrope_sp.reuse import find_policy
-from causalrope_sp.sampling.stream import CausalStream, Part
+from causalrope_sp.sampling.pass_inputs import Part
+from causalrope_sp.sampling.stream import CausalStream
 from causalrope_sp.sampling.stream_options import LowNoiseExpert, Source
 from causalrope_sp.verification.reference import block_causal_velocity, visible_past
 from tests.support.sampler_cases import CONFIG, FRAME, GRID, MODEL, make_model, noise_of, relative, stream_configs, text

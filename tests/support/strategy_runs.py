@@ -20,7 +20,8 @@ from causalrope_sp.distributed import SequenceParallel, communicator, strategies
 from causalrope_sp.heads import HeadPolicy
 from causalrope_sp.models.causal_dit import CausalDiT
 from causalrope_sp.planning.workload import Workload
-from causalrope_sp.sampling.stream import CausalStream, Part
+from causalrope_sp.sampling.pass_inputs import Part
+from causalrope_sp.sampling.stream import CausalStream
 from causalrope_sp.sampling.stream_options import Source
 from tests.support.streams import run_chunks, strategy_of
 
