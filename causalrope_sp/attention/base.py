@@ -19,8 +19,6 @@ from causalrope_sp.cache.layer_cache import LayerCache
 from causalrope_sp.grid import Chunk
 from causalrope_sp.heads.placement import CachedHeads, HeadPlacement
 
-SOURCE_ORDER = HeadPlacement(())  # of any number of heads, none of which moves
-
 
 class Strategy:
     """Attends within one rank, without any collective.
@@ -32,6 +30,7 @@ class Strategy:
         placements: the order in which this rank holds the heads of each layer; empty for the order of the source.
 
     Attributes:
+        placements: the order in which this rank holds the heads of each layer; empty for the order of the source.
         cached: the rings that this rank caches the heads in; None for one ring.
     """
 
@@ -41,11 +40,7 @@ class Strategy:
         self, tokens: int, heads: int, backend: str = "auto", placements: Sequence[HeadPlacement] = ()
     ) -> None:
         self.tokens, self.heads, self.backend = tokens, heads, backend
-        self._placements = placements
-
-    def placement(self, layer: int) -> HeadPlacement:
-        """Returns the order in which this rank holds the heads of a layer, from that of the source."""
-        return self._placements[layer] if self._placements else SOURCE_ORDER
+        self.placements = placements
 
     @property
     def stored_tokens(self) -> int:
@@ -94,7 +89,7 @@ class Strategy:
         Returns:
             What this rank's queries attend, (B, F, s, h, d), with the heads in the order of the source.
         """
-        placement = self.placement(cache.index)
+        placement = self.placements[cache.index] if self.placements else None
         if len(chunks) == 1:
             return attend_chunk(source, cache, chunks[0], operations, placement)
         # in order of time, since a later chunk may overwrite slots that an earlier one still reads
@@ -103,24 +98,34 @@ class Strategy:
 
 
 def attend_chunk(
-    source: Source, cache: LayerCache, chunk: Chunk, operations: PassOperations, placement: HeadPlacement
+    source: Source, cache: LayerCache, chunk: Chunk, operations: PassOperations, placement: HeadPlacement | None
 ) -> Tensor:
-    """Writes a chunk's keys and values to the cache and returns what its queries attend, (B, F, s, h, d)."""
+    """Writes a chunk's keys and values to the cache and returns what its queries attend, (B, F, s, h, d).
+
+    The placement is that of the layer's heads on this rank; None keeps the order of the source.
+    """
     q = write_chunk(source, cache, chunk, operations, placement)
-    output = attend_groups(q.flatten(1, 2), cache.keys(chunk), operations).view(q.shape)
-    return placement.in_model_order(output, 3)
+    q_BTHD, groups = q.flatten(1, 2), cache.keys(chunk)
+    if len(groups) == 1:
+        output = operations.attention(q_BTHD, groups[0], reuse_q=operations.in_place)
+    else:
+        output = attend_groups(q_BTHD, groups, operations)
+    output = output.view(q.shape)
+    return output if placement is None else placement.in_model_order(output, 3)
 
 
 def write_chunk(
-    source: Source, cache: LayerCache, chunk: Chunk, operations: PassOperations, placement: HeadPlacement
+    source: Source, cache: LayerCache, chunk: Chunk, operations: PassOperations, placement: HeadPlacement | None
 ) -> Tensor:
     """Writes a chunk's keys and values to the cache and returns its queries, (B, F, s, h, d), in the order of the
     placement."""
     q = empty(source)
     if cache.centre is not None:
-        cache.centre(placement.in_own_order(mean_key(source, operations), 1))
+        mean = mean_key(source, operations)
+        cache.centre(mean if placement is None else placement.in_own_order(mean, 1))
     k_slots, v_slots = cache.kv_slots(chunk)
-    operations.norm_rope_store(source, q=placement.by_head([Slots(q)]), k=k_slots, v=v_slots)
+    q_slots = [Slots(q)] if placement is None else placement.by_head([Slots(q)])
+    operations.norm_rope_store(source, q=q_slots, k=k_slots, v=v_slots)
     return q
 
 
@@ -160,12 +165,11 @@ def by_group(q_BTHD: Tensor, groups: Sequence[Keys]) -> list[tuple[Tensor, Keys]
 
 
 def attend_groups(q_BTHD: Tensor, groups: Sequence[Keys], operations: PassOperations) -> Tensor:
-    """Attends with the heads of every group on its keys; the result may be written over the queries."""
+    """Attends with the heads of every group on its keys."""
     if not groups:
         return q_BTHD  # of no heads
-    if len(groups) == 1:
-        return operations.attention(q_BTHD, groups[0], reuse_q=operations.in_place)
-    return torch.cat([operations.attention(q, keys) for q, keys in by_group(q_BTHD, groups)], 2)
+    outputs = [operations.attention(q, keys) for q, keys in by_group(q_BTHD, groups)]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
 
 
 def parts_of(q_BFQHD: Tensor, groups: Sequence[Keys], operations: PassOperations) -> list[list[Partial]]:

@@ -54,15 +54,15 @@ class GatherKV(Strategy):
 
     def attend(self, source: Source, cache: LayerCache, chunks: Sequence[Chunk], operations: PassOperations) -> Tensor:
         batch, frames, _, heads, width = source.shape
-        placement = self.placement(cache.index)
+        placement = self.placements[cache.index] if self.placements else None
         shapes = [(2, batch, frames, tokens, heads, width) for tokens in self._tokens]
         own_shape = shapes[self._communicator.rank]
         (sent,) = self._communicator.buffer("kv out", [own_shape], source.like, block=max(map(prod, shapes)))
-        k, v = (placement.by_head([Slots(x)]) for x in sent)
-        operations.norm_rope_store(source, k=k, v=v)
+        sent_k, sent_v = ([Slots(x)] if placement is None else placement.by_head([Slots(x)]) for x in sent)
+        operations.norm_rope_store(source, k=sent_k, v=sent_v)
         handle = self._communicator.all_gather("kv", cache.index, shapes, sent)
         q = empty(source)
-        operations.norm_rope_store(source, q=placement.by_head([Slots(q)]))
+        operations.norm_rope_store(source, q=[Slots(q)] if placement is None else placement.by_head([Slots(q)]))
         parts = by_chunk(chunks)
         before: list[list[list[Partial]]] = [[] for _ in chunks]
         since = self.splits_at(chunks)
@@ -79,4 +79,5 @@ class GatherKV(Strategy):
             new = parts_of(q[:, part], cache.keys_since(chunk, since), operations)
             both = [[*a, *b] for a, b in zip(old, new, strict=True)] if old else new
             outputs.append(merged(both, operations)[0].view(q[:, part].shape))
-        return placement.in_model_order(joined(outputs), 3)
+        output = joined(outputs)
+        return output if placement is None else placement.in_model_order(output, 3)

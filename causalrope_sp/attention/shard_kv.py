@@ -50,17 +50,19 @@ class ShardKV(Strategy):
         return x_BLHD.tensor_split(self._communicator.size, 1)[self._communicator.rank]
 
     def attend(self, source: Source, cache: LayerCache, chunks: Sequence[Chunk], operations: PassOperations) -> Tensor:
-        placement, (batch, frames, _, heads, width) = self.placement(cache.index), source.shape
+        batch, frames, _, heads, width = source.shape
+        placement = self.placements[cache.index] if self.placements else None
         shapes = [(batch, frames, tokens, heads, width) for tokens in self._tokens]
         own_rank = self._communicator.rank
         (q,) = self._communicator.buffer("q out", [shapes[own_rank]], source.like, block=max(map(prod, shapes)))
-        operations.norm_rope_store(source, q=placement.by_head([Slots(q)]))
+        q_slots = [Slots(q)] if placement is None else placement.by_head([Slots(q)])
+        operations.norm_rope_store(source, q=q_slots)
         handle = self._communicator.all_gather("q", cache.index, shapes, q)
         received = None if self._overlap else handle.wait()
         partials: list[list[Partial]] = [[] for _ in self._tokens]
         if cache.centre is not None:
             mean = self._mean_key(source.part(by_chunk(chunks)[0][1]), cache.index, operations)
-            cache.centre(placement.in_own_order(mean, 1))
+            cache.centre(mean if placement is None else placement.in_own_order(mean, 1))
         for chunk, part in by_chunk(chunks):
             k_slots, v_slots = cache.kv_slots(chunk)
             operations.norm_rope_store(source.part(part), k=k_slots, v=v_slots)
@@ -71,7 +73,7 @@ class ShardKV(Strategy):
                 if rank != own_rank:
                     partials[rank].append(merged(parts_of(queries[:, part], cache.keys(chunk), operations), operations))
         output = self._return_partials(partials, q, cache.index, operations)
-        return placement.in_model_order(output, 3)
+        return output if placement is None else placement.in_model_order(output, 3)
 
     def _mean_key(self, source: Source, layer: int, operations: PassOperations) -> Tensor:
         """Returns the mean of the keys of all ranks' tokens, (B, h, d)."""

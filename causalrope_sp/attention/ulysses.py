@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from causalrope_kernels import Keys, PassOperations, Pieces, Slots, Source
-from causalrope_sp.attention.base import SOURCE_ORDER, Strategy, attend_groups, by_chunk, joined, write_chunk
+from causalrope_sp.attention.base import Strategy, attend_groups, by_chunk, joined, write_chunk
 from causalrope_sp.cache.layer_cache import LayerCache
 from causalrope_sp.distributed.communicator import AsyncHandle, Communicator
 from causalrope_sp.grid import Chunk, shares
@@ -55,30 +55,35 @@ class Ulysses(Strategy):
         return self._inner.stored_heads
 
     def stored(self, x_BLHD: Tensor) -> Tensor:
-        own = self._placements[0].columns[self._communicator.rank]  # whoever asks has the same heads in all layers
+        own = self.placements[0].columns[self._communicator.rank]  # whoever asks has the same heads in all layers
         return self._inner.stored(x_BLHD[:, :, own[0] : own[-1] + 1])
 
     def heads_cached(self, heads: int) -> Sequence[int]:
-        return self._placements[0].columns[self._communicator.rank]  # as `stored`
+        return self.placements[0].columns[self._communicator.rank]  # as `stored`
 
     def splits_at(self, chunks: Sequence[Chunk]) -> int:
         return self._inner.splits_at(chunks)
 
     def attend(self, source: Source, cache: LayerCache, chunks: Sequence[Chunk], operations: PassOperations) -> Tensor:
         batch, frames, own_tokens, _, width = source.shape
-        placement = self._placements[cache.index]
+        placement = self.placements[cache.index]
         sizes = [(3, batch, frames, own_tokens, h, width) for h in placement.sizes]
         sent = self._communicator.buffer("qkv out", sizes, source.like)
-        q, k, v = (placement.by_head([Slots(piece[kind]) for piece in sent]) for kind in range(3))
-        operations.norm_rope_store(source, q=q, k=k, v=v)
+        q, k, v = ([Slots(piece[kind]) for piece in sent] for kind in range(3))
+        if placement.in_order:
+            operations.norm_rope_store(source, q=q, k=k, v=v)
+        else:
+            by_head = placement.by_head
+            operations.norm_rope_store(source, q=by_head(q), k=by_head(k), v=by_head(v))
         heads = placement.sizes[self._communicator.rank]
         shapes = [(3, batch, frames, tokens, heads, width) for tokens in self._tokens]
         received = Pieces(self._communicator.all_to_all("qkv", cache.index, shapes, sent).wait())
         if self._pipelined:
-            return placement.in_model_order(self._attend_by_groups(received, cache, chunks, operations), 3)
-        output = self._inner.attend(received, cache, chunks, operations)
-        back = self._send_back(output, placement.sizes, cache.index, operations).wait()
-        return placement.in_model_order(torch.cat(back, 3), 3)
+            output = self._attend_by_groups(received, cache, chunks, operations)
+        else:
+            attended = self._inner.attend(received, cache, chunks, operations)
+            output = torch.cat(self._send_back(attended, placement.sizes, cache.index, operations).wait(), 3)
+        return output if placement.in_order else placement.in_model_order(output, 3)
 
     def _attend_by_groups(
         self, source: Source, cache: LayerCache, chunks: Sequence[Chunk], operations: PassOperations
@@ -93,7 +98,7 @@ class Ulysses(Strategy):
         outputs: list[list[Tensor]] = [[] for _ in own]
         handles: list[AsyncHandle] = []
         for chunk, frames in by_chunk(chunks):
-            q = write_chunk(source.part(frames), cache, chunk, operations, SOURCE_ORDER)
+            q = write_chunk(source.part(frames), cache, chunk, operations, None)
             for number, heads in enumerate(own):
                 group_q = q[..., heads, :]
                 keys = _of_heads(cache.keys(chunk), heads)

@@ -35,6 +35,7 @@ class HeadRing:
         storage: keys and values of every layer.
         window: the sliding window of these heads.
         attended: whether queries attend what is stored.
+        undo: the frames that the open chunk overwrites; None if no chunk is open.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class HeadRing:
         self.set_storage(storage)
         self.attended = attended
         self._frames, self._sink = frames, sink
-        self._undo: UndoBuffer | None = None  # of the open chunk
+        self.undo: UndoBuffer | None = None
         self._history = UndoHistory(history and history + 1)  # the chunk before the open one may be open again
         self._written: dict[int, int] = {}  # slot -> frame, as the first layer writes them
         self.set_window(window)
@@ -66,8 +67,8 @@ class HeadRing:
     def undo_tensors(self) -> Iterator[Tensor]:
         """Yields the memory of the undo buffers."""
         yield from self._history.tensors()
-        if self._undo is not None:
-            yield self._undo.memory
+        if self.undo is not None:
+            yield self.undo.memory
 
     def set_window(self, full: SlidingWindow) -> None:
         """Takes another window of the stream, of the same size."""
@@ -77,25 +78,25 @@ class HeadRing:
         """Opens a chunk that will own these slots."""
         slots = [slot for slot in slots if slot in self._written]
         frames = [self._written[slot] for slot in slots]  # of the window, or of a sink whose shot is over
-        self._undo = self._history.buffer(chunk, frames, slots, self._parts_2BK)
+        self.undo = self._history.buffer(chunk, frames, slots, self._parts_2BK)
 
     def commit(self) -> None:
         """Keeps the undo buffer of the open chunk, which is committed."""
-        if self._undo is not None:
-            self._history.push(self._undo)
-        self._undo = None
+        if self.undo is not None:
+            self._history.push(self.undo)
+        self.undo = None
 
     def cancel(self) -> None:
         """Restores the frames that the open chunk overwrote, if one is open."""
-        if self._undo is not None:
-            self._take_back(self._undo)
-            self._history.free(self._undo)
-        self._undo = None
+        if self.undo is not None:
+            self._take_back(self.undo)
+            self._history.free(self.undo)
+        self.undo = None
 
     def restore_evicted(self) -> None:
         """Writes the frames that the open chunk overwrote back to their slots, from the undo buffer."""
-        assert self._undo is not None, "only an open chunk overwrites frames"
-        self._undo.restore(self._parts_2BK)
+        assert self.undo is not None, "only an open chunk overwrites frames"
+        self.undo.restore(self._parts_2BK)
 
     def _take_back(self, undo: UndoBuffer) -> None:
         undo.restore(self._parts_2BK)
@@ -107,7 +108,7 @@ class HeadRing:
         undo = self._history.pop()
         nothing = self.storage[0].numbers_2BKSHD.new_empty(0, dtype=torch.uint8)
         layers = set(range(len(self.storage)))
-        self._undo = undo or UndoBuffer(chunk, [], [], nothing, [], layers)
+        self.undo = undo or UndoBuffer(chunk, [], [], nothing, [], layers)
 
     def can_rewind(self, chunk: Chunk) -> bool:
         """Returns whether the undo buffer of a committed chunk is kept."""
@@ -122,12 +123,12 @@ class HeadRing:
         while (undo := self._history.pop()) is not None and undo.chunk != chunk:
             self._take_back(undo)
         assert undo is not None, "the history must reach the chunk"
-        self._undo = undo
+        self.undo = undo
         self.set_window(window)
 
     def restart(self, window: SlidingWindow, committed: int) -> None:
         """Forgets all frames that a window of the stream does not hold before the frame `committed`."""
-        self._undo = None
+        self.undo = None
         self._history.clear()
         self.set_window(window)
         self._written = self.window.held(committed) if self.attended else {}
@@ -135,15 +136,21 @@ class HeadRing:
     def fork(self) -> HeadRing:
         """Returns a ring that goes on from here by itself, on the same storage."""
         fork = copy.copy(self)
-        if self._undo is not None:
-            self._undo.shared = True
+        if self.undo is not None:
+            self.undo.shared = True
         fork._history, fork._written = self._history.fork(), dict(self._written)
         return fork
 
     def save_evicted(self, layer: int) -> None:
         """Copies the frames of a layer that the open chunk will overwrite to the undo buffer, once a chunk."""
-        if self._undo is not None and layer not in self._undo.layers:
-            self._undo.save(self._parts_2BK[layer], layer)
+        if self.undo is not None and layer not in self.undo.layers:
+            self.undo.save(self._parts_2BK[layer], layer)
+
+    def save_all_evicted(self) -> None:
+        """Does what `save_evicted` does, for all layers."""
+        if self.undo is not None and len(self.undo.layers) < len(self.storage):
+            for layer in range(len(self.storage)):
+                self.save_evicted(layer)
 
     def places(self, frames: Sequence[int], stop: int) -> list[tuple[int, int]]:
         """Returns where some frames are that passes behind the frame `stop` read: their numbers in the list, and slots.
@@ -162,7 +169,7 @@ class HeadRing:
 
     def evicts(self, chunk: Chunk) -> bool:
         """Returns whether the open chunk overwrites frames of a chunk before it."""
-        return self._undo is not None and any(frame >= chunk.start for frame in self._undo.frames)
+        return self.undo is not None and any(frame >= chunk.start for frame in self.undo.frames)
 
     def check_integrity(self, committed: int, open_chunk: Chunk | None) -> None:
         """Checks that slots and storage agree with the cursor, and that every committed number is finite.
@@ -179,6 +186,6 @@ class HeadRing:
         for slot, frame in held.items():
             assert self._written.get(slot) in (frame, *opened), f"slot {slot} does not hold frame {frame}"
         if open_chunk is None:
-            assert self._undo is None, "the undo buffer outlives its chunk"
+            assert self.undo is None, "the undo buffer outlives its chunk"
             for parts_2BK in self._parts_2BK:
                 assert parts_2BK[-1][:, :, list(held)].isfinite().all(), "a committed slot was never written"

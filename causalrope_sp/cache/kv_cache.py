@@ -281,8 +281,9 @@ class KVCache:
             self._own()
             self.note_written(chunk)
         if chunk == self.open_chunk:
-            for number in self._plans.rings_of(layer):
-                self._rings[number].save_evicted(layer)
+            for ring in self._rings:
+                if ring.undo is not None and layer not in ring.undo.layers:  # asked here to save a call
+                    ring.save_evicted(layer)
         return self._plans.slots(layer, chunk)
 
     def note_written(self, chunk: Chunk) -> None:
@@ -310,8 +311,7 @@ class KVCache:
         """
         self._own()
         for ring in self._rings:
-            for layer in range(len(self._layers)):
-                ring.save_evicted(layer)
+            ring.save_all_evicted()
         for chunk in chunks:
             self.note_written(chunk)
         return [tensor for chunk in chunks for tensor in self._plans.tensors(chunk, since)]

@@ -141,7 +141,8 @@ def fill(stream: CausalStream, sample: Sample) -> None:
     slots = {frame: slot for slot, frame in ring.window.held(sample.chunk.stop).items() if frame < start}
     frames = list(slots)
     for layer, whole in enumerate(ring.storage):
-        order, first = stream.strategy.placement(layer).order or tuple(range(ring.heads(layer))), 0
+        placements, first = stream.strategy.placements, 0
+        order = placements[layer].order if placements else range(ring.heads(layer))
         for own in stream.cache.rings:
             heads = list(order[first : first + own.heads(layer)])
             places = own.places(frames, sample.chunk.stop)

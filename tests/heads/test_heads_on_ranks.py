@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+from collections import Counter
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -17,6 +21,7 @@ from causalrope_sp.cache.window import SlidingWindow
 from causalrope_sp.distributed import SequenceParallel, strategies
 from causalrope_sp.distributed.launch import RankPool
 from causalrope_sp.distributed.layout import parse_strategy
+from causalrope_sp.grid import Shard
 from causalrope_sp.planning.cost import attention_flops, cache_bytes, cross_flops, plan, received_in_pass
 from causalrope_sp.planning.machines import machine
 from causalrope_sp.sampling.pass_inputs import Part
@@ -78,11 +83,29 @@ def test_a_plan_has_the_bytes_of_windows_and_their_imbalance() -> None:
 
 
 def test_no_window_that_matters_costs_nothing() -> None:
-    """Bit for bit, and in the same calls: one ring, in the model's order."""
+    """One ring, in the model's order. A later pass of a chunk calls nothing of rings and placements layer by layer."""
     wide = tuple(tuple(None if head % 2 else 8 for head in range(6)) for _ in range(2))
     work = replace(WORK_OF_HEADS, heads=replace(HEADS, windows=wide))
     assert work.head_rings(3) == replace(work, heads=None).head_rings(3)
     strategy = strategy_of(SequenceParallel.single(device="cpu"), work)
     assert strategy.cached is None
-    assert strategy.placement(0).in_order
-    assert torch.equal(strategy.placement(1).in_model_order(x := random(1, 2, 3, 6, 4), 3), x)
+    assert not strategy.placements
+    layers = 5
+    text, x = random(1, CONFIG.text_len, CONFIG.text_dim), random(1, 2, 7, CONFIG.token_dim)
+    model = make_model(num_layers=layers)
+    stream = CausalStream(model, text, work.grid, SlidingWindow(8, 1), Shard(work.grid), strategy)
+    calls: Counter[str] = Counter()
+
+    def note(frame: FrameType, event: str, argument: object) -> None:
+        if event == "call" and Path(frame.f_code.co_filename).name in ("head_ring.py", "placement.py", "base.py"):
+            calls[frame.f_code.co_name] += 1
+
+    with torch.inference_mode():
+        stream.denoise(Chunk(0, 0, 2), x, 1000.0)
+        sys.setprofile(note)
+        try:
+            stream.denoise(Chunk(0, 0, 2), x, 500.0)
+        finally:
+            sys.setprofile(None)
+    often = {name: count for name, count in calls.items() if count >= layers}
+    assert often == dict.fromkeys(("attend", "attend_chunk", "write_chunk", "empty"), layers)
