@@ -7,24 +7,18 @@ from pathlib import Path
 
 import click
 
-from causalrope_sp.cli.numbers import FLOAT, SEED, IntRange
-from causalrope_sp.cli.profile_reuse import check_causal
+from causalrope_sp.cli.numbers import FLOAT, IntRange
+from causalrope_sp.cli.profile_options import AS_JSON, PLOT, PROMPTS, SEEDS, check_causal
 from causalrope_sp.cli.runtime import rank
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.spatiotemporal.kinds import NAMES, kind_of
 
 
 @click.command("profile-heads")
-@click.argument("prompts", nargs=-1, required=True)
+@PROMPTS
 @click.option("--model", default="toybox", show_default=True, help="Measure this model: a name or a folder.")
 @click.option("--frames", type=IntRange(1), default=81, show_default=True, help="Generate this many frames a video.")
-@click.option(
-    "--seed",
-    type=SEED,
-    default=0,
-    show_default=True,
-    help="Use this seed for the first prompt, and the following ones for the others.",
-)
+@SEEDS
 @click.option(
     "--rule",
     type=click.Choice(["mass", "search"]),
@@ -63,12 +57,8 @@ from causalrope_sp.spatiotemporal.kinds import NAMES, kind_of
 @click.option(
     "--out", type=click.Path(path_type=Path), help="Write the windows to this file for --heads. The default is no file."
 )
-@click.option(
-    "--plot",
-    type=click.Path(path_type=Path),
-    help="Draw the shares of all heads into this .png, .svg or .pdf. The default is no plot.",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON. The default is a text.")
+@PLOT
+@AS_JSON
 def profile_heads(
     prompts: tuple[str, ...],
     model: str,
@@ -91,11 +81,11 @@ def profile_heads(
     from causalrope_sp.checks import check_number
     from causalrope_sp.distributed import SequenceParallel
     from causalrope_sp.heads import write_heads
+    from causalrope_sp.io.report_files import check_files
     from causalrope_sp.pipeline.pipeline import CausalVideoPipeline
     from causalrope_sp.profiling import heads_report as report
     from causalrope_sp.profiling.heads import by_mass, static_window
     from causalrope_sp.profiling.heads import profile_heads as measure
-    from causalrope_sp.profiling.profile_report import check_files
 
     share = check_number("--share", share, least=0, most=1)
     weight, budget = check_number("--weight", weight, least=0), check_number("--budget", budget, least=0, most=1)

@@ -8,25 +8,19 @@ from typing import Any
 
 import click
 
-from causalrope_sp.cli.numbers import FLOAT, SEED, IntRange
+from causalrope_sp.cli.numbers import FLOAT, IntRange
 from causalrope_sp.cli.options import parse_steps
+from causalrope_sp.cli.profile_options import AS_JSON, PLOT, PROMPTS, SEEDS, check_causal
 from causalrope_sp.cli.runtime import rank
 from causalrope_sp.cli.whole_video import check_whole_video
-from causalrope_sp.errors import ConfigError
 from causalrope_sp.spatiotemporal.kinds import kind_of
 
 
 @click.command("profile-reuse")
-@click.argument("prompts", nargs=-1, required=True)
+@PROMPTS
 @click.option("--model", default="toybox-flow", show_default=True, help="Measure this model: a name or a folder.")
 @click.option("--frames", type=IntRange(1), default=33, show_default=True, help="Generate this many frames a video.")
-@click.option(
-    "--seed",
-    type=SEED,
-    default=0,
-    show_default=True,
-    help="Use this seed for the first prompt, and the following ones for the others.",
-)
+@SEEDS
 @click.option(
     "--steps",
     help="Use this many evenly spaced steps (16), or these timesteps (1000,750,...). The default is the model's.",
@@ -50,12 +44,8 @@ from causalrope_sp.spatiotemporal.kinds import kind_of
     type=click.Path(path_type=Path),
     help="Write the proposed ranges to this file as a policy for --reuse. The default is no file.",
 )
-@click.option(
-    "--plot",
-    type=click.Path(path_type=Path),
-    help="Draw the differences into this .png, .svg or .pdf. The default is no plot.",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON. The default is a text.")
+@PLOT
+@AS_JSON
 def profile_reuse(
     prompts: tuple[str, ...],
     model: str,
@@ -73,6 +63,7 @@ def profile_reuse(
     For each kind of output it proposes how often to compute it, so that no reused output differs by more than --bound.
     """
     from causalrope_sp.distributed import SequenceParallel
+    from causalrope_sp.io.report_files import check_files
     from causalrope_sp.pipeline.pipeline import CausalVideoPipeline
     from causalrope_sp.profiling import profile_report as report
     from causalrope_sp.profiling.outputs import check_bound, propose, recording
@@ -82,7 +73,7 @@ def profile_reuse(
     from causalrope_sp.spatiotemporal.video_pipeline import VideoOptions
 
     check_bound(bound)
-    report.check_files(out, plot)
+    check_files(out, plot)
     whole_video = kind_of(model)
     options = {"frames": frames}
     if whole_video is not None:
@@ -115,14 +106,3 @@ def profile_reuse(
         click.echo(json.dumps(report.fields(profile, policy, bound)))
     else:
         click.echo(report.text(profile, policy, bound))
-
-
-def check_causal(model: str, what: str = "where nothing is reused") -> None:
-    """Raises ConfigError for a model that is not profiled; `what` says why in the words of a command."""
-    from causalrope_sp.pipeline.load_options import LoadOptions
-    from causalrope_sp.pipeline.model_source import find_model
-
-    config = find_model(model, LoadOptions())
-    if config.vin is not None or config.transformer_2 is not None:
-        why = "makes its chunks in parallel" if config.vin is not None else "has two transformers"
-        raise ConfigError(f"{model} {why}, {what}")

@@ -92,6 +92,11 @@ class HeadPolicy:
         """Returns how many latent frames each head of each layer sees in a stream with a window of `window` frames."""
         return tuple(tuple(window if w is None else min(w, window) for w in layer) for layer in self.windows)
 
+    def share_seen(self, window: int) -> float:
+        """Returns the share of the keys of a window of `window` frames that heads see."""
+        seen = self.frames(window)
+        return sum(map(sum, seen)) / (len(seen) * len(seen[0]) * window)
+
 
 def heads_of(given: Any) -> HeadPolicy:
     """Makes a policy of a JSON object with the field `windows`.

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from causalrope_sp.checks import shown
-from causalrope_sp.errors import ConfigError, OutputError, printable
+from causalrope_sp.errors import ConfigError, printable
 from causalrope_sp.heads.policy import LARGEST, HeadPolicy, Window, heads_of
 from causalrope_sp.io.json_files import read_value
+from causalrope_sp.io.report_files import write_text
 
 _KINDS = (("static_head", "dynamic_head"), ("local_head", "temporal_head"))
 
@@ -61,10 +62,7 @@ def write_heads(policy: HeadPolicy, path: Path, **notes: Any) -> None:
     """
     lines = ",\n  ".join(json.dumps(layer) for layer in policy.windows)
     others = "".join(f' "{name}": {json.dumps(value)},\n' for name, value in notes.items())
-    try:
-        path.write_text(f'{{\n{others} "windows": [\n  {lines}\n ]\n}}\n')
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+    write_text(f'{{\n{others} "windows": [\n  {lines}\n ]\n}}\n', path)
 
 
 def _forcing_kv(given: Any, static: int) -> HeadPolicy:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from causalrope_sp.distributed.mesh import possible_cfg_sizes
-from causalrope_sp.errors import ConfigError, OutputError
+from causalrope_sp.io.report_files import check_files, import_pyplot, save_plot
 from causalrope_sp.planning.cost import Plan, plan
 from causalrope_sp.planning.decode_cost import DecodePlan
 from causalrope_sp.planning.machines import Machine
@@ -162,15 +162,8 @@ def plot_plan(work: Workload, on: Machine, path: Path, auxiliary: AuxiliaryMemor
         ConfigError: matplotlib is not installed.
         OutputError: the file has another suffix or cannot be written.
     """
-    if path.suffix not in (".png", ".svg", ".pdf") or path.is_dir():
-        raise OutputError(f"cannot draw {path}: it must be a .png, .svg or .pdf file")
-    try:
-        import matplotlib
-    except ImportError:
-        raise ConfigError("--plot needs matplotlib, which is not installed: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    check_files(None, path)
+    pyplot = import_pyplot()
     kinds: dict[str, list[Plan]] = {}
     for ranks in (r for r in PLOTTED if r <= work.grid.tokens):
         best: dict[str, Plan] = {}
@@ -194,10 +187,7 @@ def plot_plan(work: Workload, on: Machine, path: Path, auxiliary: AuxiliaryMemor
     speed.set_yscale("log")
     speed.legend(fontsize=7)
     figure.suptitle(f"{work.config.num_layers} layers of {work.config.dim}, {on.name}", fontsize=9)
-    try:
-        figure.savefig(path, dpi=110)
-    except OSError as error:
-        raise OutputError(f"cannot draw {path}: {error.strerror or error}") from error
+    save_plot(figure, path)
 
 
 def _kind(strategy: str) -> str:

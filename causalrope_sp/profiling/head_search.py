@@ -7,7 +7,6 @@ Shapes: B batch, F latent frames, S tokens of a frame, E numbers in a token.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,6 +17,7 @@ from causalrope_sp.attention.build import build_strategy
 from causalrope_sp.grid import Chunk
 from causalrope_sp.heads.placement import HeadRings
 from causalrope_sp.heads.policy import SKIP, HeadPolicy, Window
+from causalrope_sp.profiling.sums import sum_of_ranks
 from causalrope_sp.sampling.chunk_loop import ChunkLoop
 from causalrope_sp.sampling.stream import CausalStream
 
@@ -104,9 +104,7 @@ class HeadSearch:
 
     def kept(self, policy: HeadPolicy) -> float:
         """Returns the share of the window's keys that heads see."""
-        window = self._samples[0].stream.cache.window.frames
-        seen = policy.frames(window)
-        return sum(map(sum, seen)) / (len(seen) * len(seen[0]) * window)
+        return policy.share_seen(self._samples[0].stream.cache.window.frames)
 
     def _opened(self, sample: Sample, policy: HeadPolicy) -> CausalStream:
         """The stream of a sample with windows of heads, right before the sample's pass."""
@@ -126,11 +124,8 @@ class HeadSearch:
             velocity = stream.denoise(sample.chunk, sample.tokens_BFSE, sample.timestep).double()
             exact = sample.velocity_BFSE.double()
             sums += torch.stack([(velocity - exact).square().sum(), exact.square().sum()]).cpu()
-        parallel = self._loop.parallel
-        if parallel.mesh.sp > 1:
-            gathered = parallel.sp_communicator().everyone({"squares": json.dumps(sums.tolist())})
-            sums = torch.tensor([json.loads(fields["squares"]) for fields in gathered], dtype=torch.float64).sum(0)
-        return float(sums[0] / sums[1])
+        error, exact = sum_of_ranks(sums, self._loop.parallel)
+        return float(error / exact)
 
 
 def fill(stream: CausalStream, sample: Sample) -> None:

@@ -8,7 +8,6 @@ Shapes: B batch, F latent frames, T tokens, S tokens of a frame, H heads, d head
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -27,6 +26,7 @@ from causalrope_sp.models.block import ForwardPass
 from causalrope_sp.models.causal_dit import CausalDiT
 from causalrope_sp.pipeline.numerics import own_numerics
 from causalrope_sp.profiling.head_search import HeadSearch, Sample, Searched
+from causalrope_sp.profiling.sums import sum_of_ranks
 from causalrope_sp.sampling.chunk_loop import ChunkLoop
 from causalrope_sp.sampling.stream import CausalStream
 
@@ -120,10 +120,7 @@ def shares_of(recorders: Sequence[HeadRecorder], parallel: SequenceParallel) -> 
     Raises:
         ConfigError: no chunk looked back further than a static head does.
     """
-    total = torch.stack([recorder.masses_LH2 for recorder in recorders]).sum(0)
-    if parallel.mesh.sp > 1:
-        gathered = parallel.sp_communicator().everyone({"masses": json.dumps(total.tolist())})
-        total = torch.tensor([json.loads(fields["masses"]) for fields in gathered], dtype=torch.float64).sum(0)
+    total = sum_of_ranks(torch.stack([recorder.masses_LH2 for recorder in recorders]).sum(0), parallel)
     if not bool((total[..., 1] > 0).all()):
         raise ConfigError("frames: expected a video in which chunks look back over more than a static head sees")
     return (total[..., 0] / total[..., 1]).tolist()

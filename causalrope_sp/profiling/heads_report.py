@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from causalrope_sp.errors import ConfigError, OutputError
 from causalrope_sp.heads.policy import HeadPolicy
+from causalrope_sp.io.report_files import import_pyplot, save_plot
 from causalrope_sp.profiling.head_search import Searched
 
 Shares = Sequence[Sequence[float]]
@@ -22,15 +22,11 @@ def fields(shares: Shares, policy: HeadPolicy, searched: Searched | None, window
         searched: what a search found, or None.
         window: the window of the stream, in latent frames; None where it is the whole video.
     """
-    seen = None
-    if window is not None:
-        frames = policy.frames(window)
-        seen = round(sum(map(sum, frames)) / (len(frames) * len(frames[0]) * window), 4)
     return {
         "shares": [[round(share, 4) for share in layer] for layer in shares],
         "heads": sum(map(len, shares)),
         "shortened": policy.shortened,
-        "keys_seen": seen,
+        "keys_seen": None if window is None else round(policy.share_seen(window), 4),
         "curve": None if searched is None else [(round(kept, 4), error) for kept, error in searched.curve],
     }
 
@@ -58,13 +54,7 @@ def plot(shares: Shares, policy: HeadPolicy, searched: Searched | None, path: Pa
         ConfigError: matplotlib is not installed.
         OutputError: the file cannot be written.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        raise ConfigError("--plot needs matplotlib, which is not installed: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = import_pyplot()
     size = 2 if searched is not None else 1
     figure, axes = pyplot.subplots(1, size, figsize=(5 * size, 3.6), constrained_layout=True, squeeze=False)
     image = axes[0][0].imshow(shares, vmin=0, vmax=1, aspect="auto", cmap="viridis")
@@ -80,7 +70,4 @@ def plot(shares: Shares, policy: HeadPolicy, searched: Searched | None, path: Pa
             xlabel="keys seen", ylabel="relative squared error of the velocity", xlim=(1.02, min(kept) - 0.02)
         )
         axes[0][1].grid(alpha=0.3)
-    try:
-        figure.savefig(path, dpi=110)
-    except OSError as error:
-        raise OutputError(f"cannot draw {path}: {error.strerror or error}") from error
+    save_plot(figure, path)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from causalrope_sp.errors import ConfigError, OutputError, first_line
+from causalrope_sp.io.report_files import import_pyplot, save_plot
 from causalrope_sp.profiling.outputs import Profile, errors
 from causalrope_sp.reuse.policy import Broadcast, Kind, ReusePlan, ReusePolicy
 
@@ -77,27 +77,6 @@ def text(profile: Profile, policy: ReusePolicy, bound: float) -> str:
     return "\n".join(lines if found else [*lines, "  none"])
 
 
-def check_files(out: Path | None, drawing: Path | None) -> None:
-    """Checks the output files before a model is loaded.
-
-    Args:
-        out: the file of the policy; None for none.
-        drawing: the file of the plot; None for none.
-
-    Raises:
-        OutputError: a file is a folder or has too long a name, its folder does not exist, or the plot has an unknown
-            suffix.
-    """
-    for path, verb in ((out, "write"), (drawing, "draw")):
-        try:
-            if path is not None and (path.is_dir() or not path.parent.is_dir()):
-                raise OutputError(f"cannot {verb} {path}: {'it is a folder' if path.is_dir() else 'no such folder'}")
-        except OSError as reason:
-            raise OutputError(f"cannot {verb} {path}: {first_line(reason)}") from reason
-    if drawing is not None and drawing.suffix not in (".png", ".svg", ".pdf"):
-        raise OutputError(f"cannot draw {drawing}: it must be a .png, .svg or .pdf file")
-
-
 def plot(profile: Profile, path: Path) -> None:
     """Plots the relative differences over the denoising steps, one line for each kind of output.
 
@@ -109,20 +88,11 @@ def plot(profile: Profile, path: Path) -> None:
         ConfigError: matplotlib is not installed.
         OutputError: the file cannot be written.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        raise ConfigError("--plot needs matplotlib, which is not installed: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = import_pyplot()
     figure, axis = pyplot.subplots(figsize=(6, 3.4), constrained_layout=True)
     for kind in profile.kinds:
         axis.plot(range(1, len(profile.timesteps)), profile.curve(kind), marker="o", markersize=3, label=NAMES[kind])
     axis.set(xlabel="denoising step", ylabel="relative difference\nfrom the step before", ylim=(0, None))
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
-    try:
-        figure.savefig(path, dpi=110)
-    except OSError as error:
-        raise OutputError(f"cannot draw {path}: {error.strerror or error}") from error
+    save_plot(figure, path)

@@ -14,8 +14,9 @@ from os.path import isfile
 from pathlib import Path
 from typing import Any
 
-from causalrope_sp.errors import ConfigError, OutputError, printable
+from causalrope_sp.errors import ConfigError, printable
 from causalrope_sp.io.json_files import read_object
+from causalrope_sp.io.report_files import write_text
 from causalrope_sp.reuse.policy import After, Broadcast, ReusePolicy, Rule
 from causalrope_sp.reuse.policy_presets import PRESETS
 
@@ -62,10 +63,7 @@ def write_policy(policy: ReusePolicy, path: Path, **notes: Any) -> None:
         OutputError: the file cannot be written.
     """
     fields = {**notes, "stored": policy.stored, "rules": [_fields(rule) for rule in policy.rules]}
-    try:
-        path.write_text(json.dumps(fields, indent=1) + "\n")
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+    write_text(json.dumps(fields, indent=1) + "\n", path)
 
 
 def _rule(fields: Any) -> Rule:

@@ -248,7 +248,7 @@ def test_what_nothing_says_is_called_assumed(tmp_path: Path) -> None:
         (["--height", "0"], "height 0 is not divisible by 16; the nearest that work: 16"),
         (["--height", "-16"], "height -16 is not divisible by 16; the nearest that work: 16"),
         (["--plot", "plan.zzz"], "cannot draw plan.zzz: it must be a .png, .svg or .pdf file"),
-        (["--plot", "/nowhere/plan.png"], "cannot draw /nowhere/plan.png: No such file or directory"),
+        (["--plot", "/nowhere/plan.png"], "cannot draw /nowhere/plan.png: no such folder"),
         (["--measured", "nothing.json"], "cannot use the measured rates in nothing.json"),
     ],
 )
