@@ -29,7 +29,7 @@ from causalrope_sp.distributed.layout import parse_strategy
 from causalrope_sp.grid import Shard
 from causalrope_sp.heads import HeadPolicy
 from causalrope_sp.models.causal_dit import CausalDiT
-from causalrope_sp.planning.cost import attention_flops
+from causalrope_sp.planning.counts import attention_flops
 from causalrope_sp.planning.workload import Workload
 from causalrope_sp.sampling.pass_inputs import Part
 from causalrope_sp.sampling.stream import CausalStream

@@ -40,7 +40,7 @@ from causalrope_sp.config import PRESETS
 from causalrope_sp.diffusion.noise import seeded_noise
 from causalrope_sp.distributed.layout import SINGLE, parse_strategy
 from causalrope_sp.grid import Chunk
-from causalrope_sp.planning.cost import attention_flops, cross_flops
+from causalrope_sp.planning.counts import attention_flops, cross_flops
 from causalrope_sp.planning.workload import Workload
 from causalrope_sp.sampling.chunk import LatentChunk
 from causalrope_sp.sampling.chunk_loop import ChunkLoop

@@ -26,7 +26,7 @@ from causalrope_sp.cache.layer_storage import STORED_DTYPES
 from causalrope_sp.cache.window import SlidingWindow
 from causalrope_sp.config import PRESETS
 from causalrope_sp.distributed.layout import parse_strategy
-from causalrope_sp.planning.cost import cache_bytes
+from causalrope_sp.planning.counts import cache_bytes
 from causalrope_sp.planning.workload import Workload
 from causalrope_sp.toybox.judge import judge, summarize
 

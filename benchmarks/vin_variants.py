@@ -15,7 +15,7 @@ from causalrope_sp.codec.pixels import to_uint8
 from causalrope_sp.config import PRESETS, DiTConfig, StreamConfig
 from causalrope_sp.diffusion.noise import keyed_generator, seeded_noise
 from causalrope_sp.grid import split_into_chunks
-from causalrope_sp.planning.cost import cross_flops
+from causalrope_sp.planning.counts import cross_flops
 from causalrope_sp.planning.machines import default_machine
 from causalrope_sp.planning.strategy import choose_strategy
 from causalrope_sp.planning.workload import Workload

@@ -1,8 +1,7 @@
 """The cost model: communication, FLOPs, memory and time of every strategy, from sizes alone.
 
-Counts (elements, bytes, FLOPs, weights, cache) are exact and tested against `CommStats` and torch's FLOP counter. The
-memory of activations is an estimate. Times are predictions: counts divided by rates, with an alpha-beta model of the
-link. Rates come from data sheets or are guesses unless they were measured.
+Counts are exact (see `counts`). The memory of activations is an estimate. Times are predictions: counts divided by
+rates, with an alpha-beta model of the link. Rates come from data sheets or are guesses unless they were measured.
 
 In every function `layout` is the strategy on the ranks of the `sp` axis, `work` the stream, `rank` a rank of that axis,
 and `branch` 0 for the conditional and 1 for the unconditional branch of guidance.
@@ -14,12 +13,23 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 
-from causalrope_kernels.quantized_heads import SCALE_DTYPE
-from causalrope_sp.attention.base import lse_elements
 from causalrope_sp.distributed.layout import Layout, parse_strategy, strategies
-from causalrope_sp.grid import LatentGrid, Shard
+from causalrope_sp.planning.counts import (
+    attention_flops,
+    cache_bytes,
+    chunk_flops,
+    coordinates,
+    cross_flops,
+    frame_bytes,
+    received,
+    received_guidance,
+    received_in_pass,
+    received_latents,
+    received_means,
+    stored_bytes,
+    tokens_of_ranks,
+)
 from causalrope_sp.planning.machines import Machine
 from causalrope_sp.planning.memory import NO_AUXILIARY, AuxiliaryMemory
 from causalrope_sp.planning.session_memory import SessionMemory, latents_bytes, text_bytes, undo_frames
@@ -90,127 +100,6 @@ class Plan:
         return max(self.bytes_by_time.values())
 
 
-def received(layout: Layout, work: Workload, rank: int, frames: int, layer: int = 0) -> dict[str, int]:
-    """Returns the elements that a rank receives in one layer of a pass over `frames` frames, by `CommStats` kind."""
-    if layout.ranks == 1:
-        return {}
-    row, column, tokens, rows = _coordinates(layout, work, rank)
-    split = work.head_rings(layout.ulysses).placements[layer].sizes
-    heads, width, times = split[column], work.config.head_dim, work.batch * frames
-    elements = {}
-    if layout.ulysses > 1:
-        elements["qkv"] = 3 * times * (rows[row] - tokens[rank]) * heads * width
-        elements["output"] = times * tokens[rank] * (sum(split) - heads) * width
-    widest, others = max(rows), layout.sharing - 1
-    if layout.inner == "gather-kv":
-        elements["kv"] = 2 * times * others * widest * heads * width
-    if layout.inner == "shard-kv":
-        elements["q"] = times * others * widest * heads * width
-        elements["partial"] = times * others * rows[row] * heads * (width + lse_elements(work.itemsize))
-    return elements
-
-
-def received_in_pass(layout: Layout, work: Workload, rank: int, frames: int) -> dict[str, int]:
-    """Returns the elements that a rank receives in all layers of a pass, by `CommStats` kind."""
-    layers = work.config.num_layers
-    if work.head_rings(layout.ulysses).one:
-        return {kind: layers * count for kind, count in received(layout, work, rank, frames).items()}
-    return dict(sum((Counter(received(layout, work, rank, frames, n)) for n in range(layers)), Counter[str]()))
-
-
-def received_latents(work: Workload, ranks: int) -> int:
-    """Returns the elements that a rank receives when a chunk's latents are gathered; they are float32 or float64."""
-    widest = max(_tokens(work.grid, ranks))
-    return (ranks - 1) * work.batch * work.chunk_frames * widest * work.config.token_dim
-
-
-def received_means(work: Workload, ranks: int) -> int:
-    """Returns the elements that a rank receives in a steady chunk to choose similar frames, in float32 or float64: the
-    sums of the chunk's queries and of the keys of the one before it."""
-    if work.similar is None:
-        return 0
-    return (ranks - 1) * work.batch * work.config.num_layers * 2 * work.chunk_frames * work.config.dim
-
-
-def received_guidance(work: Workload, ranks: int) -> int:
-    """Returns the elements that a rank receives from the other branch after a pass, in the dtype of the latents."""
-    return work.batch * work.chunk_frames * max(_tokens(work.grid, ranks)) * work.config.token_dim
-
-
-def cache_bytes(layout: Layout, work: Workload, rank: int) -> int:
-    """Returns the bytes of one branch's KV cache: its rings, and the undo buffer of an open chunk. One that is stored
-    in 8 bits has the offset of each head's keys too, in float32 or wider."""
-    cached = work.head_rings(layout.ulysses).cached(layout.coordinates(rank)[1], from_model=False)
-    offsets = 0 if work.cache == "model" else work.batch * sum(map(sum, cached.heads)) * work.config.head_dim
-    return cached.slots(work.chunk_frames) * slot_bytes(layout, work, rank) + offsets * max(4, work.itemsize)
-
-
-def frame_bytes(layout: Layout, work: Workload, rank: int) -> int:
-    """Returns the bytes that a latent frame takes in one branch's KV cache, of all heads that attend anything."""
-    cached = work.head_rings(layout.ulysses).cached(layout.coordinates(rank)[1], from_model=False)
-    return cached.attending * slot_bytes(layout, work, rank)
-
-
-def slot_bytes(layout: Layout, work: Workload, rank: int) -> int:
-    """Returns the bytes of a frame's keys and values of one head, of the tokens that a rank caches, and of their scales
-    of 8 bits."""
-    row, _, _, rows = _coordinates(layout, work, rank)
-    tokens = sum(rows) if layout.inner == "gather-kv" else rows[row]
-    width = work.config.head_dim
-    head = width * work.itemsize if work.cache == "model" else width + SCALE_DTYPE.itemsize
-    return 2 * work.batch * tokens * head
-
-
-def stored_bytes(layout: Layout, work: Workload, rank: int, branch: int = 0, stays: bool = False) -> int:
-    """Returns the bytes of the outputs that a rank stores for later passes of a chunk: its own shard of each. With
-    `stays`, the memory of an output is its own, as graphs need it, and not freed after the last reuse."""
-    reuse = work.reuse[branch] if work.reuse else None
-    outputs = 0 if reuse is None else reuse.kept if stays else reuse.stored
-    tokens = _tokens(work.grid, layout.ranks)[rank]
-    return outputs * work.batch * work.chunk_frames * tokens * work.config.dim * work.itemsize
-
-
-def attention_flops(layout: Layout, work: Workload, rank: int, frames: int, keys: int, *, waiting: bool = False) -> int:
-    """Returns the FLOPs of self-attention in all layers of a pass: `frames` of queries on `keys` frames of keys, or on
-    those that a head sees of them. With `waiting`, a layer's are those of the ranks with most of them, for which the
-    others wait."""
-    row, column, _, rows = _coordinates(layout, work, rank)
-    rings = work.head_rings(layout.ulysses)
-    seen = rings.waited_for(keys) if waiting else rings.attended(column, keys)
-    queries = sum(rows) if layout.inner == "shard-kv" else rows[row]
-    stored = rows[row] if layout.inner == "shard-kv" else sum(rows)
-    return 4 * work.batch * work.config.head_dim * frames * queries * seen * stored
-
-
-def cross_flops(work: Workload, tokens: int) -> int:
-    """Returns the FLOPs of cross-attention in all layers for so many tokens."""
-    return 4 * work.config.num_layers * tokens * work.config.text_len * work.config.dim
-
-
-def chunk_flops(layout: Layout, work: Workload, rank: int, branch: int = 0) -> int:
-    """Returns the FLOPs of a rank in a steady chunk, whose first pass is fused with the chunk before's context pass."""
-    layers = work.config.num_layers
-    tokens = work.batch * work.chunk_frames * _tokens(work.grid, layout.ranks)[rank]
-    total = -work.models * work.left_out_flops * tokens
-    for step in range(work.passes[branch]):
-        chunks, computed = 2 if step == 0 else 1, work.computed(step, branch)
-        attention = attention_flops(layout, work, rank, work.chunk_frames, work.seen)
-        if step == 0:
-            attention += attention_flops(layout, work, rank, work.chunk_frames, work.window)
-        total += work.linear_flops_of(computed) * chunks * tokens
-        total += computed["self"] * attention // layers
-        total += computed["cross"] * cross_flops(work, chunks * tokens) // layers
-    if work.recomputed is not None:  # the chunk before attends what is left for the next one
-        chunk, left = work.chunk_frames, work.window - work.chunk_frames
-        total -= attention_flops(layout, work, rank, chunk, work.window)
-        total += attention_flops(layout, work, rank, chunk, left)
-    for frames, keys in work.more_context:
-        again = tokens // work.chunk_frames * frames
-        total += work.linear_flops * again + cross_flops(work, again)
-        total += attention_flops(layout, work, rank, frames, keys)
-    return total
-
-
 def plan(
     work: Workload,
     ranks: int,
@@ -239,24 +128,6 @@ def _cost(layout: Layout, cfg: int, work: Workload, on: Machine, auxiliary: Auxi
     passes = work.passes if cfg == 1 else work.passes[:1]  # of each branch that runs on a rank
     every, branches, layers = range(layout.ranks), len(passes), work.config.num_layers
     chunk, window = work.chunk_frames, work.window
-    later_passes = [work.computed(step, branch) for branch, steps in enumerate(passes) for step in range(1, steps)]
-    alike = Counter(tuple(computed.items()) for computed in later_passes)
-    full = work.computed(0)
-
-    def slowest(frames: int, keys: int, computed: dict[Kind, int]) -> Seconds:
-        times = [_pass_times(layout, work, on, rank, frames, keys, computed) for rank in every]
-        return max(times, key=lambda each: each[0] + each[2])
-
-    def all_passes(first_frames: int, keys: int, seen: int) -> list[float]:
-        mean = keys if first_frames == chunk else -(-(keys + seen) // 2)  # its own chunk's queries attend all
-        first = [branches * seconds for seconds in slowest(first_frames, mean, full)]
-        later = [[count * seconds for seconds in slowest(chunk, seen, dict(c))] for c, count in alike.items()]
-        return [sum(each) for each in zip(first, *later, strict=True)]
-
-    def recomputing() -> list[float]:
-        passes = [slowest(frames, keys, full) for frames, keys in work.more_context]
-        return [branches * sum(each) for each in zip((0.0, 0.0, 0.0), *passes, strict=True)]
-
     # collectives outside the layers: a chunk's latents once, and velocities across the `cfg` axis after every pass
     latents, velocities = received_latents(work, layout.ranks), received_guidance(work, layout.ranks) if cfg > 1 else 0
     crossings = work.steps if cfg > 1 else 0
@@ -264,16 +135,14 @@ def _cost(layout: Layout, cfg: int, work: Workload, on: Machine, auxiliary: Auxi
     rest = (layout.ranks > 1) + crossings + branches * (means > 0)
     rest_bytes = 4 * (latents + crossings * velocities + means)
     gather = rest * on.latency + rest_bytes / on.link
-    again = recomputing()
-    steady_passes = all_passes(2 * chunk, window, work.seen)
-    compute, communication, exposed = (x + y for x, y in zip(steady_passes, again, strict=True))
+    compute, communication, exposed = _steady_times(layout, work, on, passes)
     seconds = compute + exposed + gather
-    opening = all_passes(chunk, chunk, chunk)
+    opening = _times(layout, work, on, passes, chunk, chunk, chunk)
     first = opening[0] + opening[2] + gather
-    steady = [_pass_times(layout, work, on, rank, chunk, window, full, waits=False)[0] for rank in every]
+    alone = [_pass_times(layout, work, on, rank, chunk, window, work.computed(0), waits=False)[0] for rank in every]
     bytes_pass = max(sum(received_in_pass(layout, work, r, chunk).values()) for r in every) * work.itemsize
     calls_layer = len(received(layout, work, 0, chunk))
-    attended = branches * layers + sum(computed["self"] for computed in later_passes)  # layers, of all passes
+    attended = branches * layers + sum(computed["self"] for computed in _later(work, passes))  # layers, of all passes
     renewed = [frames for frames, _ in work.more_context]
     renewed_bytes = branches * bytes_pass * sum(renewed) // chunk
     cache = work.models * branches * max(cache_bytes(layout, work, r) for r in every)
@@ -284,7 +153,7 @@ def _cost(layout: Layout, cfg: int, work: Workload, on: Machine, auxiliary: Auxi
         cache=cache,
         history=work.models * branches * frame * undo_frames(work),
         text=work.models * text_bytes(work, branches),
-        latents=latents_bytes(work, max(_tokens(work.grid, layout.ranks))),
+        latents=latents_bytes(work, max(tokens_of_ranks(work.grid, layout.ranks))),
         decoder=auxiliary.codec_state * (1 + work.history),
         outputs=stored,
         graphs=activations if auxiliary.graphs else 0,
@@ -309,7 +178,7 @@ def _cost(layout: Layout, cfg: int, work: Workload, on: Machine, auxiliary: Auxi
         first_frame_ms=1e3 * first,
         fps=work.temporal_stride * chunk / seconds,
         efficiency=1.0,
-        imbalance=max(steady) * layout.ranks / sum(steady),
+        imbalance=max(alone) * layout.ranks / sum(alone),
         head_imbalance=work.head_rings(layout.ulysses).imbalance,
         fits=True,
         auxiliary=auxiliary,
@@ -318,6 +187,41 @@ def _cost(layout: Layout, cfg: int, work: Workload, on: Machine, auxiliary: Auxi
         decoding_bytes=auxiliary.codec_state if work.history or work.kept_chunks else 0,
     )
     return replace(made, fits=made.memory_bytes <= on.memory)
+
+
+def _later(work: Workload, passes: Sequence[int]) -> list[dict[Kind, int]]:
+    """In how many layers each kind of module runs, of all passes of a chunk but the first of each branch."""
+    return [work.computed(step, branch) for branch, steps in enumerate(passes) for step in range(1, steps)]
+
+
+def _steady_times(layout: Layout, work: Workload, on: Machine, passes: Sequence[int]) -> list[float]:
+    """The seconds of a steady chunk's passes, with those that compute the window anew."""
+    times = [_times(layout, work, on, passes, 2 * work.chunk_frames, work.window, work.seen)]
+    for frames, keys in work.more_context:
+        again = _slowest(layout, work, on, frames, keys, work.computed(0))
+        times.append([len(passes) * seconds for seconds in again])
+    return [sum(each) for each in zip(*times, strict=True)]
+
+
+def _times(
+    layout: Layout, work: Workload, on: Machine, passes: Sequence[int], first_frames: int, keys: int, seen: int
+) -> list[float]:
+    """The seconds of a chunk's passes: the first is over so many frames that attend `keys` frames, the later ones are
+    over the chunk, which attends `seen` frames."""
+    chunk = work.chunk_frames
+    alike = Counter(tuple(computed.items()) for computed in _later(work, passes))
+    mean = keys if first_frames == chunk else -(-(keys + seen) // 2)  # its own chunk's queries attend all
+    first = _slowest(layout, work, on, first_frames, mean, work.computed(0))
+    times = [[len(passes) * seconds for seconds in first]]
+    for computed, count in alike.items():
+        times.append([count * seconds for seconds in _slowest(layout, work, on, chunk, seen, dict(computed))])
+    return [sum(each) for each in zip(*times, strict=True)]
+
+
+def _slowest(layout: Layout, work: Workload, on: Machine, frames: int, keys: int, computed: dict[Kind, int]) -> Seconds:
+    """The seconds of a pass on the rank that takes longest."""
+    times = [_pass_times(layout, work, on, rank, frames, keys, computed) for rank in range(layout.ranks)]
+    return max(times, key=lambda each: each[0] + each[2])
 
 
 def _pass_times(
@@ -332,7 +236,7 @@ def _pass_times(
 ) -> Seconds:
     """The seconds of a pass on one rank, those in which it waits for other ranks' heads included unless `waits` is
     False; `computed` says in how many layers each kind of module runs."""
-    tokens = work.batch * frames * _coordinates(layout, work, rank)[2][rank]
+    tokens = work.batch * frames * coordinates(layout, work, rank)[2][rank]
     share = {kind: count / work.config.num_layers for kind, count in computed.items()}
     attention = share["self"] * attention_flops(layout, work, rank, frames, keys, waiting=waits) / on.attention
     moved = ELEMENTWISE_PASSES * work.config.dim * work.config.num_layers * tokens * work.itemsize
@@ -364,21 +268,9 @@ def _activation_bytes(layout: Layout, work: Workload, rank: int) -> int:
     """An estimate of the peak bytes of a fused pass' activations: the residual with either a feed-forward's hidden
     numbers, or with q, k, v and what a strategy sends and receives."""
     c, frames = work.config, 2 * work.chunk_frames
-    tokens = work.batch * frames * _tokens(work.grid, layout.ranks)[rank]
+    tokens = work.batch * frames * tokens_of_ranks(work.grid, layout.ranks)[rank]
     layers = range(work.config.num_layers) if not work.head_rings(layout.ulysses).one else (0,)
     wire = max(sum(received(layout, work, rank, frames, n).values()) for n in layers)
     extra = c.dim * max(3 * c.dim, c.ffn_dim) * work.itemsize if work.fp8 else 0  # a dequantized matrix
     extra += c.ffn_dim * tokens if work.fp8_activations else 0
     return extra + work.itemsize * (2 * c.dim * tokens + max(2 * c.ffn_dim * tokens, 8 * c.dim * tokens + 2 * wire))
-
-
-def _coordinates(layout: Layout, work: Workload, rank: int) -> tuple[int, int, list[int], list[int]]:
-    """A rank's row and column, every rank's tokens of a frame, and every row's."""
-    tokens = _tokens(work.grid, layout.ranks)
-    return *layout.coordinates(rank), tokens, [sum(row) for row in layout.rows(tokens)]
-
-
-@cache
-def _tokens(grid: LatentGrid, ranks: int) -> list[int]:
-    """The tokens of a frame that each rank owns."""
-    return [shard.tokens for shard in Shard(grid, 0, ranks).all]

@@ -24,7 +24,7 @@ from causalrope_sp.pipeline.loading import load_parts
 from causalrope_sp.pipeline.output import FrameRange
 from causalrope_sp.pipeline.pipeline import CausalVideoPipeline
 from causalrope_sp.pipeline.warm_up import no_text, sample_without_text
-from causalrope_sp.planning.cost import attention_flops, chunk_flops, cross_flops
+from causalrope_sp.planning.counts import attention_flops, chunk_flops, cross_flops
 from causalrope_sp.planning.decode_cost import VaeSize
 from causalrope_sp.planning.workload import Workload
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from causalrope_sp.config import DiTConfig
 from causalrope_sp.grid import LatentGrid
-from causalrope_sp.planning.cost import cross_flops
+from causalrope_sp.planning.counts import cross_flops
 from causalrope_sp.planning.workload import Workload
 from causalrope_sp.vin.chunks import AssignedChunks, cut
 from causalrope_sp.vin.vin_config import ParallelChunksConfig, VINConfig

@@ -23,7 +23,7 @@ from causalrope_sp.distributed.launch import RankPool
 from causalrope_sp.distributed.layout import parse_strategy
 from causalrope_sp.grid import Shard
 from causalrope_sp.heads import HeadPolicy
-from causalrope_sp.planning.cost import cache_bytes, received, received_latents
+from causalrope_sp.planning.counts import cache_bytes, received, received_latents
 from causalrope_sp.planning.workload import Workload
 from causalrope_sp.sampling.pass_inputs import Part
 from causalrope_sp.sampling.stream import CausalStream

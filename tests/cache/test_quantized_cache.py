@@ -25,7 +25,7 @@ from causalrope_sp.cache.window import SlidingWindow
 from causalrope_sp.config import PRESETS, CacheDtype
 from causalrope_sp.distributed.layout import parse_strategy
 from causalrope_sp.heads.placement import HeadPlacement
-from causalrope_sp.planning.cost import cache_bytes
+from causalrope_sp.planning.counts import cache_bytes
 from causalrope_sp.planning.workload import Workload
 from causalrope_sp.sampling.stream_options import check_attention
 from tests.support import strategy_runs

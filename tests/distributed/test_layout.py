@@ -10,7 +10,7 @@ import pytest
 from causalrope_sp import ConfigError, LatentGrid
 from causalrope_sp.distributed import SequenceParallel, strategies
 from causalrope_sp.distributed.layout import check_head_groups, parse_strategy
-from causalrope_sp.planning.cost import cache_bytes
+from causalrope_sp.planning.counts import cache_bytes
 from causalrope_sp.planning.machines import default_machine
 from causalrope_sp.planning.strategy import choose_strategy
 from causalrope_sp.planning.workload import Workload

@@ -22,7 +22,8 @@ from causalrope_sp.distributed import SequenceParallel, strategies
 from causalrope_sp.distributed.launch import RankPool
 from causalrope_sp.distributed.layout import parse_strategy
 from causalrope_sp.grid import Shard
-from causalrope_sp.planning.cost import attention_flops, cache_bytes, cross_flops, plan, received_in_pass
+from causalrope_sp.planning.cost import plan
+from causalrope_sp.planning.counts import attention_flops, cache_bytes, cross_flops, received_in_pass
 from causalrope_sp.planning.machines import machine
 from causalrope_sp.sampling.pass_inputs import Part
 from causalrope_sp.sampling.stream import CausalStream

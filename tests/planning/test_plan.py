@@ -26,7 +26,8 @@ from causalrope_sp.distributed.layout import parse_strategy, strategies
 from causalrope_sp.grid import Chunk, Shard
 from causalrope_sp.pipeline.offload import Offload
 from causalrope_sp.pipeline.planned_model import PlannedModel
-from causalrope_sp.planning.cost import attention_flops, cross_flops, plan
+from causalrope_sp.planning.cost import plan
+from causalrope_sp.planning.counts import attention_flops, cross_flops
 from causalrope_sp.planning.decode_cost import VaeSize
 from causalrope_sp.planning.machines import GPUS, LINKS, machine
 from causalrope_sp.planning.workload import Workload

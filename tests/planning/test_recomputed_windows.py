@@ -14,7 +14,8 @@ from causalrope_sp.diffusion.noise import seeded_noise
 from causalrope_sp.distributed import strategies
 from causalrope_sp.distributed.launch import RankPool
 from causalrope_sp.distributed.layout import parse_strategy
-from causalrope_sp.planning.cost import chunk_flops, plan, received_latents
+from causalrope_sp.planning.cost import plan
+from causalrope_sp.planning.counts import chunk_flops, received_latents
 from causalrope_sp.planning.machines import H100
 from causalrope_sp.planning.workload import Workload
 from causalrope_sp.sampling.chunk_loop import ChunkLoop

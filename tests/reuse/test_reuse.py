@@ -21,7 +21,8 @@ from causalrope_sp.distributed import SequenceParallel, strategies
 from causalrope_sp.distributed.launch import RankPool
 from causalrope_sp.distributed.layout import parse_strategy
 from causalrope_sp.grid import Shard
-from causalrope_sp.planning.cost import chunk_flops, plan, received, received_latents, stored_bytes
+from causalrope_sp.planning.cost import plan
+from causalrope_sp.planning.counts import chunk_flops, received, received_latents, stored_bytes
 from causalrope_sp.planning.machines import H100
 from causalrope_sp.planning.workload import Workload
 from causalrope_sp.reuse import Broadcast, ReusePlan, ReusePolicy

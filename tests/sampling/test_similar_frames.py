@@ -21,7 +21,7 @@ from causalrope_sp.distributed import strategies
 from causalrope_sp.distributed.launch import RankPool
 from causalrope_sp.distributed.layout import parse_strategy
 from causalrope_sp.grid import split_into_chunks
-from causalrope_sp.planning.cost import attention_flops, chunk_flops, received_means
+from causalrope_sp.planning.counts import attention_flops, chunk_flops, received_means
 from causalrope_sp.planning.workload import Workload
 from causalrope_sp.sampling.similarity_schedule import top_frames
 from causalrope_sp.sampling.steered_loop import SteeredLoop
