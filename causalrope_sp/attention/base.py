@@ -16,6 +16,7 @@ from torch import Tensor
 
 from causalrope_kernels import Keys, Partial, PassOperations, Slots, Source
 from causalrope_sp.cache.layer_cache import LayerCache
+from causalrope_sp.distributed.communicator import Communicator
 from causalrope_sp.grid import Chunk
 from causalrope_sp.heads.placement import CachedHeads, HeadPlacement
 
@@ -95,6 +96,31 @@ class Strategy:
         # in order of time, since a later chunk may overwrite slots that an earlier one still reads
         parts = by_chunk(chunks)
         return joined([attend_chunk(source.part(f), cache, chunk, operations, placement) for chunk, f in parts])
+
+
+class InnerStrategy(Strategy):
+    """A strategy on ranks that own different tokens and attend the same heads.
+
+    Args:
+        communicator: the ranks that share the tokens.
+        tokens: the tokens of a frame that each rank owns, in order of rank.
+        heads: the heads that this rank attends.
+        overlap: attend what is there while the rest is in flight.
+        backend: the attention backend.
+        placements: see `Strategy`.
+    """
+
+    def __init__(
+        self,
+        communicator: Communicator,
+        tokens: Sequence[int],
+        heads: int,
+        overlap: bool,
+        backend: str,
+        placements: Sequence[HeadPlacement] = (),
+    ) -> None:
+        super().__init__(tokens[communicator.rank], heads, backend, placements)
+        self._communicator, self._tokens, self._overlap = communicator, tokens, overlap
 
 
 def attend_chunk(

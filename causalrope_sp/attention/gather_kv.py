@@ -12,38 +12,18 @@ from math import prod
 from torch import Tensor
 
 from causalrope_kernels import Partial, PassOperations, Pieces, Slots, Source
-from causalrope_sp.attention.base import Strategy, by_chunk, empty, joined, mean_key, merged, parts_of
+from causalrope_sp.attention.base import InnerStrategy, by_chunk, empty, joined, mean_key, merged, parts_of
 from causalrope_sp.cache.layer_cache import LayerCache
-from causalrope_sp.distributed.communicator import Communicator
 from causalrope_sp.grid import Chunk
-from causalrope_sp.heads.placement import HeadPlacement
 
 
-class GatherKV(Strategy):
+class GatherKV(InnerStrategy):
     """Attends this rank's queries on all keys, which it gathers.
 
-    Args:
-        communicator: the ranks that share the tokens.
-        tokens: the tokens of a frame that each rank owns, in order of rank.
-        heads: the heads that this rank attends.
-        overlap: attend the cached window while the new keys and values are in flight.
-        backend: the attention backend.
-        placements: see `Strategy`.
+    With `overlap`, queries attend the cached window while the new keys and values are in flight.
     """
 
     name = "gather-kv"
-
-    def __init__(
-        self,
-        communicator: Communicator,
-        tokens: Sequence[int],
-        heads: int,
-        overlap: bool,
-        backend: str,
-        placements: Sequence[HeadPlacement] = (),
-    ) -> None:
-        super().__init__(tokens[communicator.rank], heads, backend, placements)
-        self._communicator, self._tokens, self._overlap = communicator, tokens, overlap
 
     @property
     def stored_tokens(self) -> int:

@@ -13,38 +13,18 @@ import torch
 from torch import Tensor
 
 from causalrope_kernels import Partial, PassOperations, Slots, Source
-from causalrope_sp.attention.base import Strategy, by_chunk, key_sum, lse_elements, merged, parts_of
+from causalrope_sp.attention.base import InnerStrategy, by_chunk, key_sum, lse_elements, merged, parts_of
 from causalrope_sp.cache.layer_cache import LayerCache
-from causalrope_sp.distributed.communicator import Communicator
 from causalrope_sp.grid import Chunk
-from causalrope_sp.heads.placement import HeadPlacement
 
 
-class ShardKV(Strategy):
+class ShardKV(InnerStrategy):
     """Attends the queries of all ranks on this rank's keys, and merges the partial outputs of its own queries.
 
-    Args:
-        communicator: the ranks that share the tokens.
-        tokens: the tokens of a frame that each rank owns, in order of rank.
-        heads: the heads that this rank attends.
-        overlap: attend with this rank's own queries while the others' are in flight.
-        backend: the attention backend.
-        placements: see `Strategy`.
+    With `overlap`, this rank's own queries attend while the others' are in flight.
     """
 
     name = "shard-kv"
-
-    def __init__(
-        self,
-        communicator: Communicator,
-        tokens: Sequence[int],
-        heads: int,
-        overlap: bool,
-        backend: str,
-        placements: Sequence[HeadPlacement] = (),
-    ) -> None:
-        super().__init__(tokens[communicator.rank], heads, backend, placements)
-        self._communicator, self._tokens, self._overlap = communicator, tokens, overlap
 
     def stored(self, x_BLHD: Tensor) -> Tensor:
         return x_BLHD.tensor_split(self._communicator.size, 1)[self._communicator.rank]
