@@ -201,15 +201,17 @@ def attend_groups(q_BTHD: Tensor, groups: Sequence[Keys], operations: PassOperat
 def parts_of(q_BFQHD: Tensor, groups: Sequence[Keys], operations: PassOperations) -> list[list[Partial]]:
     """Attends over parts of the keys; returns for every head group outputs, (B, F·Q, h, d), with log-sum-exps,
     (B, F·Q, h)."""
-    return [operations.attention_parts(q, keys) for q, keys in by_group(q_BFQHD.flatten(1, 2), groups)]
+    q_BTHD = q_BFQHD.flatten(1, 2)
+    if len(groups) == 1:
+        return [operations.attention_parts(q_BTHD, groups[0])]
+    return [operations.attention_parts(q, keys) for q, keys in by_group(q_BTHD, groups)]
 
 
 def merged(parts: Sequence[Sequence[Partial]], operations: PassOperations) -> Partial:
     """Merges the parts of every head group and joins the groups' heads."""
-    by_group = [operations.merge(group) for group in parts]
-    if len(by_group) == 1:
-        return by_group[0]
-    outputs, lses = zip(*by_group, strict=True)
+    if len(parts) == 1:
+        return operations.merge(parts[0])
+    outputs, lses = zip(*[operations.merge(group) for group in parts], strict=True)
     return torch.cat(outputs, 2), torch.cat(lses, 2)
 
 

@@ -38,8 +38,11 @@ class GatherKV(InnerStrategy):
         shapes = [(2, batch, frames, tokens, heads, width) for tokens in self._tokens]
         own_shape = shapes[self._communicator.rank]
         (sent,) = self._communicator.buffer("kv out", [own_shape], source.like, block=max(map(prod, shapes)))
-        sent_k, sent_v = ([Slots(x)] if placement is None else placement.by_head([Slots(x)]) for x in sent)
-        operations.norm_rope_store(source, k=sent_k, v=sent_v)
+        k: Sequence[Slots] = [Slots(sent[0])]
+        v: Sequence[Slots] = [Slots(sent[1])]
+        if placement is not None:
+            k, v = placement.by_head(k), placement.by_head(v)
+        operations.norm_rope_store(source, k=k, v=v)
         handle = self._communicator.all_gather("kv", cache.index, shapes, sent)
         q = empty(source)
         operations.norm_rope_store(source, q=[Slots(q)] if placement is None else placement.by_head([Slots(q)]))
