@@ -16,7 +16,7 @@ from causalrope_sp.sampling.steered_loop import SteeredLoop
 from causalrope_sp.sampling.stream_options import StreamOptions
 from tests.support.graph_runs import Install, install
 from tests.support.list_session import SAMPLER
-from tests.support.steered_runs import GRID, NOISE, SCRIPTS, STREAMS, TEXTS, by_loop
+from tests.support.steered_runs import GRID, NOISE, ON_RANKS, SCRIPTS, STREAMS, TEXTS, by_loop
 from tests.support.strategy_runs import make_model
 
 
@@ -43,10 +43,10 @@ def test_scripts_by_graphs_are_the_eager_ones(stream: str, script: str, graphs: 
 
 
 def scripts_on_ranks(group: dist.ProcessGroup, device: str, strategy: str) -> list[bool]:
-    """Whether every script on every stream gives the same by graphs, from each rank."""
+    """Whether scripts on every stream give the same by graphs, from each rank."""
     same = True
     for stream in STREAMS:
-        for script in SCRIPTS:
+        for script in ON_RANKS:
             eager = by_loop(SequenceParallel(group, strategy, device), stream, script)
             with pytest.MonkeyPatch.context() as patch:
                 install(patch)

@@ -47,6 +47,9 @@ SCRIPTS: dict[str, list[tuple[Any, ...]]] = {
     "text changed twice": [*STEPS, ("text", 1, True, False, False), ("text", 2, True, True, False), *STEPS],
 }
 
+# the operations of all scripts, in as few as hold them: what ranks add is the same for each operation
+ON_RANKS = ("new shots", "taken back exactly", "taken back far", "text changed twice")
+
 
 def by_lists(stream: str, script: str, recomputed_at: int | None = None) -> list[Tensor]:
     """The chunks that a script makes; before the operation `recomputed_at` the window is computed anew."""
@@ -116,12 +119,12 @@ def go_through(loop: SteeredLoop, script: str, before: Before | None = None, fir
 
 
 def on_ranks(group: dist.ProcessGroup, device: str) -> list[dict[tuple[str, str, str], list[Tensor]]]:
-    """Every script on every stream with every strategy, rank by rank."""
+    """Scripts on every stream with every strategy, rank by rank."""
     mine = {
         (strategy, stream, script): by_loop(SequenceParallel(group, strategy, device), stream, script)
         for strategy in strategies(group.size(), CONFIG.num_heads)
         for stream in (STREAMS if group.size() < 4 else ["sink within a chunk", "controlled"])
-        for script in SCRIPTS
+        for script in ON_RANKS
     }
     ranks: list[Any] = [None] * group.size()
     dist.all_gather_object(ranks, mine, group)
