@@ -32,20 +32,9 @@ EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 # Python names of the options of SequenceParallel.from_env, LoadOptions and GenerationOptions
 RANKS = ("strategy", "cfg", "chunk", "decode_ranks", "overlap", "head_groups", "attention")
 LOADING = (
-    *("loras", "base", "preset", "revision", "dtype", "height", "width", "window", "sink", "chunk_frames"),
-    *(
-        "window_policy",
-        "similar_frames",
-        "cache",
-        "heads",
-        "rope",
-        "num_inference_steps",
-        "solver",
-        "timestep_rule",
-        "shift",
-        "guidance_scale",
-        "guidance_interval",
-    ),
+    *("loras", "base", "preset", "revision", "dtype", "height", "width"),
+    *("window", "sink", "chunk_frames", "window_policy", "similar_frames", "cache", "heads", "rope"),
+    *("num_inference_steps", "solver", "timestep_rule", "shift", "guidance_scale", "guidance_interval"),
     *("weights", "offload", "codec", "codec_weights", "decode", "preflight", "graphs", "parallel_chunks"),
 )
 SOURCES = ("image", "video", "strength")

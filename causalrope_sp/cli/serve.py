@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from causalrope_sp.cli import generate_options
 from causalrope_sp.cli.generate import generate, name_lost_rank
 from causalrope_sp.cli.numbers import FLOAT, IntRange
 from causalrope_sp.cli.options import parse_steps
@@ -18,22 +19,8 @@ from causalrope_sp.errors import ConfigError
 from causalrope_sp.siblings import Siblings
 
 PACKAGES = ("fastapi", "uvicorn", "websockets", "prometheus_client", "multipart")  # of the extra `serve`
-LOADING = (
-    *("loras", "base", "preset", "revision", "dtype", "height", "width", "window", "sink", "chunk_frames"),
-    *(
-        "window_policy",
-        "similar_frames",
-        "heads",
-        "cache",
-        "rope",
-        "num_inference_steps",
-        "solver",
-        "timestep_rule",
-        "shift",
-        "guidance_scale",
-    ),
-    *("weights", "offload", "codec", "codec_weights", "preflight", "graphs"),
-)
+NOT_SERVED = ("guidance_interval", "decode", "parallel_chunks")
+LOADING = tuple(name for name in generate_options.LOADING if name not in NOT_SERVED)
 RANKS = ("strategy", "overlap", "head_groups", "attention")
 OF_GENERATE = {*LOADING, *RANKS, "steps", "model", "device", "timeout", "verbose", "log_file"}
 TOKEN_VARIABLE = "CAUSALROPE_SP_TOKEN"
