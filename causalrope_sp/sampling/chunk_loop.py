@@ -14,8 +14,6 @@ import torch
 from torch import Tensor
 
 from causalrope_sp.cache.layer_storage import STORED_DTYPES
-from causalrope_sp.cache.window import SlidingWindow
-from causalrope_sp.config import DiTConfig
 from causalrope_sp.diffusion.noise import Noise
 from causalrope_sp.diffusion.schedule import add_noise, branch_timesteps, guided_steps, model_timesteps, sigmas
 from causalrope_sp.diffusion.solvers import start_solver
@@ -37,8 +35,7 @@ from causalrope_sp.sampling.pass_graphs import stream_graphs
 from causalrope_sp.sampling.pass_inputs import Part
 from causalrope_sp.sampling.recompute import recompute_all, recompute_for
 from causalrope_sp.sampling.settled import settle
-from causalrope_sp.sampling.similar_frames import SimilarFrames
-from causalrope_sp.sampling.similarity_schedule import top_frames
+from causalrope_sp.sampling.similar_frames import stream_similarity
 from causalrope_sp.sampling.stream import CausalStream
 from causalrope_sp.sampling.stream_options import Resumed, StreamOptions, check_attention, check_length, window_of
 
@@ -134,12 +131,10 @@ class ChunkLoop:
         models = [model] if options.low_noise is None else [model, options.low_noise.model]
         self.settle = lambda: tuple(settle(each, strategy.backend) for each in models)
         self.settled = options.settled or self.settle()
-        graphs = None
-        if options.graphs:
-            sharing = self.parallel.sp_communicator() if self.parallel.mesh.sp > 1 else None
-            graphs = stream_graphs(model.device, sharing)
-
-        similar = self._similar(config, window)
+        sharing = self.parallel.sp_communicator() if self.parallel.mesh.sp > 1 else None
+        graphs = stream_graphs(model.device, sharing) if options.graphs else None
+        total = window.frames if self._frames is None else self._initial + self._frames
+        similar = stream_similarity(config, stream, window, self._cut(total, 0, 0), options.history, sharing)
 
         def open_stream(prompt: Tensor, branch: int, number: int) -> CausalStream:
             passes = branch_timesteps(sampler, branch == UNCONDITIONAL, self._first_step)
@@ -164,22 +159,6 @@ class ChunkLoop:
             )
 
         return GuidanceBranches(open_stream, embeds, options.negative_embeds, sampler, self.parallel, len(models))
-
-    def _similar(self, config: DiTConfig, window: SlidingWindow) -> SimilarFrames | None:
-        """What chooses the frames of the window that chunks attend; None if they attend all of it."""
-        stream = self.options.stream
-        if stream.similar_frames is None or stream.similar_frames >= window.frames:
-            return None
-        total = None if self._frames is None else self._initial + self._frames
-        chunks = list(self._cut(window.frames if total is None else total, 0, 0))
-        return SimilarFrames(
-            top_frames(stream.similar_frames, stream.sink, window, chunks),
-            config,
-            sink=stream.sink,
-            relative=stream.rope == "relative",
-            kept=window.frames + (self.options.history + 3) * max(chunk.frames for chunk in chunks),
-            communicator=self.parallel.sp_communicator() if self.parallel.mesh.sp > 1 else None,
-        )
 
     @property
     def chunks_made(self) -> int:

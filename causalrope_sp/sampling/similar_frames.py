@@ -16,7 +16,7 @@ C frames of the chunk, E channel pairs that rotate by time.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -24,12 +24,13 @@ from torch import Tensor
 
 from causalrope_kernels import PassOperations, Projection, Slots
 from causalrope_sp.cache.window import SlidingWindow
-from causalrope_sp.config import NEWEST, DiTConfig
+from causalrope_sp.config import NEWEST, DiTConfig, StreamConfig
 from causalrope_sp.distributed.comm_stats import LAYERLESS
 from causalrope_sp.distributed.communicator import Communicator
 from causalrope_sp.grid import Chunk
 from causalrope_sp.models.rope import frequencies
 from causalrope_sp.sampling.pass_inputs import Part
+from causalrope_sp.sampling.similarity_schedule import top_frames
 
 Choice = Sequence[Sequence[Collection[int]]]  # the frames that a chunk attends, by layer and head
 
@@ -184,3 +185,34 @@ class SimilarFrames:
         angles_NCE = apart_NC.unsqueeze(-1) * self._frequencies
         turned = torch.polar(torch.ones_like(angles_NCE), angles_NCE)
         return plain_LHN + torch.einsum("lbche,lbnhe,nce->lhn", q, k.conj(), turned).real
+
+
+def stream_similarity(
+    config: DiTConfig,
+    stream: StreamConfig,
+    window: SlidingWindow,
+    chunks: Iterable[Chunk],
+    history: int,
+    communicator: Communicator | None,
+) -> SimilarFrames | None:
+    """Returns what chooses the frames of the window that the chunks of a stream attend; None if they attend all of it.
+
+    Args:
+        config: the sizes of the model.
+        stream: the options of the stream.
+        window: its window.
+        chunks: all chunks of the video, or those of a stream without end until the window is full.
+        history: how many chunks can be taken back.
+        communicator: the ranks that share the tokens; None for one rank.
+    """
+    if stream.similar_frames is None or stream.similar_frames >= window.frames:
+        return None
+    chunks = list(chunks)
+    return SimilarFrames(
+        top_frames(stream.similar_frames, stream.sink, window, chunks),
+        config,
+        sink=stream.sink,
+        relative=stream.rope == "relative",
+        kept=window.frames + (history + 3) * max(chunk.frames for chunk in chunks),
+        communicator=communicator,
+    )
