@@ -21,6 +21,8 @@ from tests.support.triton_cases import DEVICE, random
 
 pytestmark = pytest.mark.usefixtures("bfloat16_as_on_a_gpu")
 
+HEADS = HeadPolicy(((None, 3, 4), (3, None, 0)))
+
 
 def make_model(dtype: torch.dtype = torch.float32, wide: bool = False) -> CausalDiT:
     """A random model; `wide` keeps in float32 what a mixed checkpoint keeps so."""
@@ -65,16 +67,16 @@ def video_by_triton(group: Any, device: str, strategy: str, stream: StreamConfig
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="its ranks are processes of this one machine's CPU")
 @pytest.mark.parametrize(
-    ("strategy", "rope", "cache"),
+    ("strategy", "rope", "cache", "heads"),
     [
-        ("ulysses", "absolute", "model"),
-        ("gather-kv", "relative", "model"),
-        ("shard-kv", "absolute", "model"),
-        ("ulysses", "absolute", "int8"),
-        ("shard-kv", "absolute", "fp8"),
+        ("ulysses", "absolute", "model", None),
+        ("gather-kv", "relative", "model", None),
+        ("shard-kv", "absolute", "model", None),
+        ("ulysses", "absolute", "int8", None),
+        ("gather-kv", "relative", "model", HEADS),
+        ("shard-kv", "absolute", "fp8", HEADS),
     ],
 )
-@pytest.mark.parametrize("heads", [None, HeadPolicy(((None, 3, 4), (3, None, 0)))], ids=["whole", "windows of heads"])
 def test_a_stream_by_triton_on_two_ranks_is_that_by_torch_on_one(
     pool: RankPool,
     strategy: str,
