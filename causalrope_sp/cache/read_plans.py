@@ -96,10 +96,6 @@ class ReadPlans:
         self._window = window
         self._plans.clear()
 
-    def rings_of(self, layer: int) -> list[int]:
-        """Returns the numbers of the rings that have heads of a layer."""
-        return self._of_layer[layer]
-
     def slots(self, layer: int, chunk: Chunk) -> SlotPair:
         """Returns the slots of a layer that a chunk's keys and values are written to, in the order of the source."""
         plan = self._plan(chunk)
