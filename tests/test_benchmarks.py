@@ -51,7 +51,9 @@ def test_a_server_is_measured() -> None:
     found = last_line(run("serve.py", *short, "--rounds", "1", "--chunks", "4"))
     assert found["sustained"][0][2] > 0
     assert found["malformed"]["messages_refused"] == 10
-    assert 0 < found["processor_s"]["session"] < 2 * found["processor_s"]["served"]
+    for media in ("mp4", "jpeg"):
+        assert found[f"processor_s_{media}"]["session"] > 0
+        assert found[f"processor_s_{media}"]["encoding"] > 0
     for carrier in ("websocket", "webrtc"):
         assert found[f"{carrier}_lead_0.1_s"]["changes"] > 0
 
@@ -69,7 +71,7 @@ def test_a_format_loads_in_the_memory_of_the_model(tmp_path: Path) -> None:
     assert row["ratio"] > 0
 
 
-@pytest.mark.parametrize("name", ["Wan 2.2 5B", "all-in-one", "DoRA", "LoHa", "LoKr"])
+@pytest.mark.parametrize("name", ["Wan 2.2 5B", "LoKr"])
 def test_a_layout_or_an_adapter_passes_its_gate(tmp_path: Path, name: str) -> None:
     (row,) = last_line(
         run("load_formats.py", "--layers", "1", "--runs", "1", "--folder", str(tmp_path), "--format", name)

@@ -21,7 +21,7 @@ from tests.support import text_files as files
 from tests.support.shell import MODEL, PROMPT, StartEndless, frames_in, pictures, run, shell
 
 KEYS = ["frames", "height", "width", "fps_generated", "first_frame_s", "seconds", "ranks", "strategy", "out", "chunks"]
-KEYS += ["timings", "communication", "stored_bytes"]
+KEYS += ["timings", "communication", "stored_bytes", "head_imbalance"]
 
 
 def test_generate_takes_pictures_and_videos_in(tmp_path: Path) -> None:
