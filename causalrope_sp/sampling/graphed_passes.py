@@ -68,8 +68,6 @@ class GraphedPasses:
         """
         if not cache.offsets.are_set:  # which this pass does, on the host
             return compute(tokens_BTE, time, rotation)
-        if not cache.offsets.are_set:  # which this pass does, on the host
-            return compute(tokens_BTE, time, rotation)
         since, chosen = self._strategy.splits_at(chunks), [cache.are_chosen(chunk) for chunk in chunks]
         if (obstacle := self._never_captured(cache, chunks, any(chosen))) is not None:
             self._graphs.refuse(obstacle)
