@@ -138,8 +138,8 @@ def _placements(size: str, heads: int, width: int) -> Iterator[tuple[str, Callab
             yield f"{size}, {ranks} ranks, send buffer", partial(store_projection, projection, q, q, q)
     split = empty(2, 3, 1, FRAMES, TOKENS // 2, heads // 2, width)
     half = Pieces(list(split))
-    tokens = empty(1, FRAMES, TOKENS, heads // 2, width)
-    yield f"{size}, 2 ranks", partial(split_tokens, tokens, list(tokens.view(2, 1, FRAMES, -1, heads // 2, width)))
+    output = empty(1, FRAMES, TOKENS, heads // 2, width)
+    yield f"{size}, 2 ranks", partial(split_tokens, output, list(output.view(2, 1, FRAMES, -1, heads // 2, width)))
     q = [Slots(empty(1, FRAMES, TOKENS, heads // 2, width))]
     ring = [Slots(empty(1, WINDOW, TOKENS, heads // 2, width), times)]
     yield f"{size}, 2 ranks, q and ring", partial(store_pieces, half.pieces, q, ring, ring)

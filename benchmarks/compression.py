@@ -13,6 +13,7 @@ import io
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -78,6 +79,7 @@ def ssim(frames: np.ndarray, truth: np.ndarray) -> float:
 
 
 Result = tuple[float, float, np.ndarray]  # bytes with the container, bytes without, frames
+Code = Callable[[str, np.ndarray], Result]  # of a prompt and a video
 
 
 def by_prior(pipe: CausalVideoPipeline, prompt: str, video: np.ndarray, **options: Any) -> Result:
@@ -95,7 +97,7 @@ def coded_bytes(encoder: str, data: bytes) -> int:
     return sum(3 + len(unit.rstrip(b"\0")) for unit, kind in zip(units, kinds, strict=True) if kind not in (6, 39, 40))
 
 
-def by_peer(encoder: str, options: dict[str, str], pixels: str, crf: int, video: np.ndarray) -> Result:
+def by_peer(encoder: str, options: dict[str, str], pixels: str, crf: int, _prompt: str, video: np.ndarray) -> Result:
     file, bare = io.BytesIO(), 0
     with av.open(file, "w", "mp4") as container:
         stream: Any = container.add_stream(encoder, FPS, options={**options, "crf": str(crf)})
@@ -111,12 +113,12 @@ def by_peer(encoder: str, options: dict[str, str], pixels: str, crf: int, video:
                 container.mux(packet)
         bare += coded_bytes(encoder, bytes(stream.codec_context.extradata or b""))
     file.seek(0)
-    with av.open(file) as container:
-        found = [f.reformat(format="rgb24", src_colorspace="ITU709").to_ndarray() for f in container.decode(video=0)]
+    with av.open(file, "r") as coded:
+        found = [f.reformat(format="rgb24", src_colorspace="ITU709").to_ndarray() for f in coded.decode(video=0)]
     return len(file.getvalue()), bare, np.stack(found)
 
 
-def by_latents(pipe: CausalVideoPipeline, step: float, video: np.ndarray) -> Result:
+def by_latents(pipe: CausalVideoPipeline, step: float, _prompt: str, video: np.ndarray) -> Result:
     """Latents predicted from the frame before by one factor a channel, quantized, with a Laplace distribution each."""
     with torch.inference_mode():
         pixels = torch.from_numpy(video).movedim(3, 1)[None].float() / 127.5 - 1
@@ -139,7 +141,7 @@ def by_latents(pipe: CausalVideoPipeline, step: float, video: np.ndarray) -> Res
     return size, size, (frames * 127.5 + 127.5).round().byte().movedim(1, -1).numpy()
 
 
-def rate_at(curve: list[dict[str, float]], key: str, quality: float) -> float | None:
+def rate_at(curve: list[dict[str, Any]], key: str, quality: float) -> float | None:
     """Bits a pixel at a PSNR, between two points of a curve in the logarithm of the rate; None outside it."""
     points = sorted((point["psnr"], math.log(point[key])) for point in curve)
     for (low, a), (high, b) in pairwise(points):
@@ -148,7 +150,7 @@ def rate_at(curve: list[dict[str, float]], key: str, quality: float) -> float | 
     return None
 
 
-def measured(scenes: Scenes, code: Callable[[str, np.ndarray], Result]) -> dict[str, float]:
+def measured(scenes: Scenes, code: Code) -> dict[str, float]:
     """Means over the scenes."""
     bpp, bare, quality, alike, verdicts, started = [], [], [], [], [], time.process_time()
     for spec, prompt, video in scenes:
@@ -170,33 +172,33 @@ def measured(scenes: Scenes, code: Callable[[str, np.ndarray], Result]) -> dict[
 def main(scenes: int, frames: int, plot: str | None) -> None:
     torch.set_num_threads(1)
     pipe, given = CausalVideoPipeline.from_pretrained("toybox"), scenes_of(scenes, frames)
-    curves: dict[str, list[dict[str, float]]] = {}
+    curves: dict[str, list[dict[str, Any]]] = {}
     wrong = {prompt: given[n - 1][1] for n, (_, prompt, _) in enumerate(given)}
-    controls: dict[str, Callable[[str, np.ndarray], Result]] = {
-        "text alone": lambda p, v: by_prior(pipe, p, v, most=0),
+    controls: dict[str, Code] = {
+        "text alone": partial(by_prior, pipe, most=0),
         "another scene's text": lambda p, v: by_prior(pipe, wrong[p], v),
-        "codec ceiling": lambda p, v: by_latents(pipe, 1e-3, v),
+        "codec ceiling": partial(by_latents, pipe, 1e-3),
     }
     lines = []
 
     def tell(name: str, setting: object, point: dict[str, float]) -> None:
-        curves.setdefault(name, []).append(point | {"setting": setting})  # type: ignore[dict-item]
+        curves.setdefault(name, []).append({**point, "setting": setting})
         shown = (f"{point[key]:.4f}" for key in ("bpp", "bare"))
         rest = (f"{point[key]:.3f}" for key in ("ssim", "color", "shape", "motion", "seconds"))
         lines.append((name, setting, *shown, f"{point['psnr']:.2f}", *rest))
         print(lines[-1], flush=True)
 
     for rate in RATES:
-        tell("ours", f"rate {rate:g}", measured(given, lambda p, v, rate=rate: by_prior(pipe, p, v, rate=rate)))
+        tell("ours", f"rate {rate:g}", measured(given, partial(by_prior, pipe, rate=rate)))
     for name, code in controls.items():
         tell(name, "", measured(given, code))
     for encoder, (options, formats, qualities) in PEERS.items():
         for pixels in formats:
             for crf in qualities:
-                point = measured(given, lambda p, v, a=(encoder, options, pixels, crf): by_peer(*a, v))
+                point = measured(given, partial(by_peer, encoder, options, pixels, crf))
                 tell(f"{encoder} {pixels}", f"crf {crf}", point)
     for step in (0.4, 0.8, 1.2):
-        tell("quantized latents", f"step {step:g}", measured(given, lambda p, v, s=step: by_latents(pipe, s, v)))
+        tell("quantized latents", f"step {step:g}", measured(given, partial(by_latents, pipe, step)))
     columns = ["coder", "setting", "bpp", "without container", "PSNR", "SSIM", "colour", "shape", "motion", "seconds"]
     print_table(columns, lines)
     at = {name: [rate_at(curve, key, db) for db in AT for key in ("bpp", "bare")] for name, curve in curves.items()}
@@ -208,7 +210,7 @@ def main(scenes: int, frames: int, plot: str | None) -> None:
     finish("compression", scenes=scenes, frames=frames, curves=curves, rates=at)
 
 
-def draw(path: str, curves: dict[str, list[dict[str, float]]], pipe: CausalVideoPipeline, scene: Any) -> None:
+def draw(path: str, curves: dict[str, list[dict[str, Any]]], pipe: CausalVideoPipeline, scene: Any) -> None:
     """The curves, and below them frames of one scene at about the same rate."""
     import matplotlib
 
@@ -228,7 +230,7 @@ def draw(path: str, curves: dict[str, list[dict[str, float]]], pipe: CausalVideo
     axes.grid(alpha=0.3)
     _, prompt, video = scene
     ours = by_prior(pipe, prompt, video, rate=0.3)
-    peers = [by_peer("libx264", PEERS["libx264"][0], "yuv420p", crf, video) for crf in range(28, 52, 2)]
+    peers = [by_peer("libx264", PEERS["libx264"][0], "yuv420p", crf, prompt, video) for crf in range(28, 52, 2)]
     peer = min(peers, key=lambda found: abs(found[1] - ours[1]))
     for row, (name, found) in enumerate((("ours", ours), ("x264", peer)), 1):
         for column, number in enumerate(np.linspace(0, len(video) - 1, 5).astype(int)):

@@ -40,13 +40,14 @@ def run_stream(
     """Returns the milliseconds to the first frames and the median milliseconds of a chunk; on rank 0 also the video."""
     parallel = SequenceParallel(group, device=device, decode_ranks=decoders)
     pipe = CausalVideoPipeline.from_pretrained(model_config, parallel=parallel, decode=decode)
-    took, parts, started = list[float](), [], time.perf_counter()
+    took, parts, started = list[float](), list[np.ndarray](), time.perf_counter()
     for chunk in pipe.stream(PROMPT, num_frames=9 + 12 * (chunks - 1)):
         took.append(1e3 * (time.perf_counter() - started))
-        parts.append(chunk.frames)
+        if chunk.frames is not None:
+            parts.append(chunk.frames)
         started = time.perf_counter()
     times = {"first_ms": took[0], "chunk_ms": float(np.median(took[SKIPPED:]))}
-    return times, None if parallel.rank else np.concatenate(parts)
+    return times, np.concatenate(parts) if parts else None
 
 
 def alone(model_config: str, chunks: int) -> tuple[float, float]:

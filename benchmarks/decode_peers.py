@@ -63,7 +63,10 @@ def compare(name: str, runs: int) -> dict[str, Any]:
     ours = WanVae(WanVaeConfig.from_json(theirs.config)).eval().requires_grad_(False)
     ours.load_state_dict(theirs.state_dict())
     chunk = torch.randn(1, CHUNK, ours.config.z_dim, *size)
-    streams = {"diffusers": PeerStream(theirs), "ours": WanDecoderStream(ours)}
+    streams: dict[str, PeerStream | WanDecoderStream] = {
+        "diffusers": PeerStream(theirs),
+        "ours": WanDecoderStream(ours),
+    }
     gigaflop = _gigaflop(ours.config, size)
     floor = 1e3 * gigaflop / _rate()
     for _ in range(2):

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import torch
 from kernel_operations import Draw, Operation, Setting, operations
@@ -43,13 +44,13 @@ def gate(device: torch.device) -> list[Verdict]:
     On CUDA it runs with the head width and the dtype that are timed. Elsewhere it runs small sizes in Triton's
     interpreter, in the dtypes that the interpreter multiplies as a GPU does (that of Triton 3.9 does not for bfloat16).
     """
-    small = {"num_layers": 1, "text_dim": 16, "freq_dim": 32}
+    small: Any = {"num_layers": 1, "text_dim": 16, "freq_dim": 32}
     if device.type == "cuda":
-        config, grid, dtypes = DiTConfig(640, 896, 5, text_len=77, **small), LatentGrid(10, 13), (torch.bfloat16,)
+        config, grid, dtypes = DiTConfig(640, 896, 5, text_len=77, **small), LatentGrid(10, 13), [torch.bfloat16]
     else:
         config, grid = DiTConfig(100, 144, 5, text_len=7, **small), LatentGrid(5, 7)
-        dtypes = (torch.float32, torch.float16)
-    verdicts = []
+        dtypes = [torch.float32, torch.float16]
+    verdicts = list[Verdict]()
     for dtype, ranks in product(dtypes, (1, 3)):
         setting = Setting("", config, Shard(grid, ranks // 2, ranks), 3, SlidingWindow(7), 1031)
         for operation in operations(setting, dtype.itemsize):

@@ -36,6 +36,7 @@ from causalrope_kernels import (
     rms_norm,
     split_tokens,
 )
+from causalrope_kernels.backend import Backend
 from causalrope_sp.attention.base import lse_elements
 from causalrope_sp.cache.window import SlidingWindow
 from causalrope_sp.config import PRESETS, DiTConfig
@@ -131,10 +132,10 @@ class Operation:
     formula: str
     amount: int
     build: Callable[[Draw], Any]
-    run: Callable[[Any, str], Any]
+    run: Callable[[Any, Any], Any]
     matrix: bool = False
     backend: str = "triton"
-    judged: Callable[[Any, str], Any] | None = None
+    judged: Callable[[Any, Any], Any] | None = None
     per_pass: int = 0
     attends: bool = False
     note: str = ""
@@ -154,18 +155,17 @@ def _norms(s: Setting, itemsize: int) -> Iterator[Operation]:
     # the first block has no residual to add yet; the head adds that of the last block
     yield Operation("modulate", "2·T·D·e", 2 * numbers, partial(_norm_inputs, s), _add_norm, per_pass=1)
     forms = {
-        "gate, modulate": {"added": True, "gated": True},
-        "add, modulate": {"added": True},
-        "gate, affine": {"added": True, "gated": True, "affine": True},
+        "gate, modulate": partial(_norm_inputs, s, added=True, gated=True),
+        "add, modulate": partial(_norm_inputs, s, added=True),
+        "gate, affine": partial(_norm_inputs, s, added=True, gated=True, affine=True),
     }
-    for name, form in forms.items():
-        build = partial(_norm_inputs, s, **form)
+    for name, build in forms.items():
         yield Operation(name, "4·T·D·e", 4 * numbers, build, _add_norm, per_pass=layers)
 
     def rows_and_weight(draw: Draw) -> tuple[Tensor, Tensor]:
         return draw(1, s.tokens, s.config.dim), draw(s.config.dim)
 
-    def run(inputs: tuple[Tensor, Tensor], backend: str) -> Tensor:
+    def run(inputs: tuple[Tensor, Tensor], backend: Backend) -> Tensor:
         return rms_norm(*inputs, s.config.eps, backend=backend)
 
     yield Operation("rms norm", "2·T·D·e", 2 * numbers, rows_and_weight, run, per_pass=layers)
@@ -184,7 +184,7 @@ def _norm_inputs(
     return x_BTD, draw(1, s.tokens, dim) if added else None, gate if gated else None, norm
 
 
-def _add_norm(inputs: NormInputs, backend: str) -> tuple[Tensor, Tensor]:
+def _add_norm(inputs: NormInputs, backend: Backend) -> tuple[Tensor, Tensor]:
     return add_norm(*inputs, backend=backend)
 
 
@@ -198,7 +198,7 @@ class Write:
     v: list[Slots]
 
 
-def _write(inputs: Write, backend: str) -> tuple[Tensor, ...]:
+def _write(inputs: Write, backend: Backend) -> tuple[Tensor, ...]:
     q, k, v = inputs.q, inputs.k, inputs.v
     norm_rope_store(inputs.source, q=q, k=k, v=v, backend=backend)
     return tuple(slots.x for slots in (*q, *k, *v))
@@ -239,7 +239,7 @@ def _back(s: Setting, draw: Draw) -> tuple[Tensor, list[Tensor]]:
     return draw(1, s.frames, s.shard.grid.tokens, heads, width), pieces
 
 
-def _split(inputs: tuple[Tensor, list[Tensor]], backend: str) -> tuple[Tensor, ...]:
+def _split(inputs: tuple[Tensor, list[Tensor]], backend: Backend) -> tuple[Tensor, ...]:
     split_tokens(*inputs, backend=backend)
     return tuple(inputs[1])
 
@@ -278,7 +278,7 @@ def _send_buffer(s: Setting, draw: Draw) -> list[list[Slots]]:
 def _merges(s: Setting, itemsize: int) -> Iterator[Operation]:
     part = s.tokens * s.config.num_heads * (s.config.head_dim * itemsize + 4)  # the log-sum-exp is float32
 
-    def merged(parts: list[Partial], backend: str) -> Partial:
+    def merged(parts: list[Partial], backend: Backend) -> Partial:
         return merge(parts, backend=backend)
 
     formula = "(N+1)·T·H·(d·e + 4)"
@@ -311,7 +311,7 @@ def _linear_gelu(s: Setting) -> Operation:
     def build(draw: Draw) -> tuple[Tensor, Tensor, Tensor]:
         return draw(1, s.tokens, dim), draw(ffn_dim, dim, scale=dim**-0.5), draw(ffn_dim)
 
-    def run(inputs: tuple[Tensor, Tensor, Tensor], backend: str) -> Tensor:
+    def run(inputs: tuple[Tensor, Tensor, Tensor], backend: Backend) -> Tensor:
         return reference.linear_gelu(*inputs) if backend == "torch" else linear_gelu(*inputs)
 
     amount = 2 * s.tokens * dim * ffn_dim

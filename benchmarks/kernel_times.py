@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from statistics import median
 from typing import Any
 
@@ -167,7 +166,8 @@ def _compiled(operation: Operation, inputs: Sequence[Any]) -> tuple[float | None
 
 def _backends(operation: Operation, inputs: Sequence[Attention]) -> Backends:
     q, keys = inputs[0]
-    measured = measure(Shape(q.device, q.dtype, *q.shape[:2], keys.k.shape[1], *q.shape[2:]))
+    batch, queries, heads, width = q.shape
+    measured = measure(Shape(q.device, q.dtype, batch, queries, keys.k.shape[1], heads, width))
     refused, us = dict(measured.refused), {}
     for name in ("triton", *LIBRARIES):
         obstacle = LIBRARIES[name].obstacle(q) if name in LIBRARIES else None
@@ -175,10 +175,14 @@ def _backends(operation: Operation, inputs: Sequence[Attention]) -> Backends:
             refused[name] = obstacle
         elif name not in refused:
             try:
-                us[name] = microseconds(partial(operation.run, backend=name), inputs)
+                us[name] = _by_backend(operation, name, inputs)
             except (RuntimeError, ImportError, TypeError, ValueError) as error:
                 refused[name] = _in_a_line(error)
     return Backends(choose(q, keys), us, refused)
+
+
+def _by_backend(operation: Operation, backend: str, inputs: Sequence[Attention]) -> float:
+    return microseconds(lambda x: operation.run(x, backend), inputs)
 
 
 def _in_a_line(error: Exception) -> str:

@@ -61,11 +61,12 @@ def measure(work: Callable[[Path], CausalDiT | list[torch.Tensor]], file: Path) 
         with safe_open(file, "pt") as stored:
             for layer in (0, len(made.blocks) - 1):
                 q = stored.get_tensor(f"blocks.{layer}.self_attn.q.weight")
-                assert torch.equal(made.blocks[layer].self_attn.qkv.weight[: len(q)], q), "not the weights of the file"
+                qkv = made.get_parameter(f"blocks.{layer}.self_attn.qkv.weight")
+                assert torch.equal(qkv[: len(q)], q), "not the weights of the file"
     return {"processor": spent, "seconds": seconds, "anonymous": anonymous, "peak_with_mapped": peak}
 
 
-WORK = {"clone": clone, "load": load}
+WORK: dict[str, Callable[[Path], CausalDiT | list[torch.Tensor]]] = {"clone": clone, "load": load}
 
 
 @click.command()

@@ -31,6 +31,7 @@ from videos import video_of
 from causalrope_kernels import PassOperations, Source
 from causalrope_sp import CausalVideoPipeline, Chunk
 from causalrope_sp.attention.base import Strategy
+from causalrope_sp.cache.kv_cache import KVCache
 from causalrope_sp.cache.layer_cache import LayerCache
 from causalrope_sp.toybox.judge import judge, summarize
 
@@ -78,6 +79,7 @@ def counted_keys() -> Iterator[list[int]]:
         self: Strategy, source: Source, cache: LayerCache, chunks: Sequence[Chunk], operations: PassOperations
     ) -> Tensor:
         output = plain(self, source, cache, chunks, operations)
+        assert isinstance(cache._cache, KVCache)
         for chunk in chunks:
             keys = cache.keys(chunk)
             heads = sum(group.k.shape[2] for group in keys)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from statistics import fmean
+from typing import Any
 
 import click
 import torch
@@ -24,17 +25,17 @@ from causalrope_sp import CausalVideoPipeline, LatentGrid
 from causalrope_sp.cache.kv_cache import KVCache
 from causalrope_sp.cache.layer_storage import STORED_DTYPES
 from causalrope_sp.cache.window import SlidingWindow
-from causalrope_sp.config import PRESETS
+from causalrope_sp.config import PRESETS, CacheDtype
 from causalrope_sp.distributed.layout import parse_strategy
 from causalrope_sp.planning.counts import cache_bytes
 from causalrope_sp.planning.workload import Workload
 from causalrope_sp.toybox.judge import judge, summarize
 
-LEAST_DB = {"int8": 45.0, "fp8": 38.0}
+LEAST_DB: dict[CacheDtype, float] = {"int8": 45.0, "fp8": 38.0}
 MOST_BYTES = 0.53  # of bfloat16's
 
 
-def share_by_formula(kind: str, width: int) -> float:
+def share_by_formula(kind: CacheDtype, width: int) -> float:
     """The bytes of the cache of Wan 2.1 1.3B at 480×832, window 21, over those of bfloat16."""
     config = replace(PRESETS["wan2.1-1.3b"], num_heads=PRESETS["wan2.1-1.3b"].dim // width)
     work = Workload(config, LatentGrid(30, 52), window=21, chunk_frames=3, steps=4)
@@ -63,7 +64,7 @@ def main(prompts: int, frames: int, rope: str) -> None:
         made = [video_of(pipe, scene.prompt(), num_frames=frames, seed=seed) for seed, scene in enumerate(scenes)]
         videos[kind] = made
         judged[kind] = summarize([v for video, scene in zip(made, scenes, strict=True) for v in judge(video, scene)])
-    rows, failed = [], []
+    rows, failed = list[dict[str, Any]](), []
     for kind, least in LEAST_DB.items():
         pairs = list(zip(videos[kind], videos["model"], strict=True))
         close = [psnr(*pair) for pair in pairs]

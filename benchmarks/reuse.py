@@ -157,21 +157,12 @@ def run_model(name: str, prompts: int, frames: int, named: dict[str, ReusePolicy
 
 def show(rows: list[dict[str, Any]], formulas: list[dict[str, Any]]) -> None:
     if rows:
-        columns = (
-            "model",
-            "steps",
-            "ranges",
-            "FLOPs saved",
-            "bytes saved, 2 ranks",
-            "speed-up",
-            "PSNR dB",
-            "worst",
-            "SSIM",
-        )
-        print_table((*columns, "colour", "shape", "motion"), (_cells(row) for row in rows))
-    columns = ("model", "steps", "ranges", f"strategy, {RANKS} ranks", "FLOPs saved", "bytes saved", "calls a chunk")
+        qualities = ("speed-up", "PSNR dB", "worst", "SSIM", "colour", "shape", "motion")
+        columns = ("model", "steps", "ranges", "FLOPs saved", "bytes saved, 2 ranks", *qualities)
+        print_table(columns, (_cells(row) for row in rows))
+    compared = ("model", "steps", "ranges", f"strategy, {RANKS} ranks", "FLOPs saved", "bytes saved", "calls a chunk")
     print_table(
-        (*columns, "kept, GB", "speed-up, predicted for H100s"),
+        (*compared, "kept, GB", "speed-up, predicted for H100s"),
         (
             [
                 *(row[name] for name in ("model", "steps", "ranges", "strategy")),

@@ -43,7 +43,7 @@ def check(url: str, model: str) -> None:
     with Viewer(url) as viewer, pipe.open(PROMPTS[0], seed=3) as alone:
         viewer.ask("open", prompt=PROMPTS[0], seed=3, media="jpeg")
         for _ in range(3):
-            apart = np.abs(viewer.next_chunk().frames.astype(int) - alone.step().frames).mean()  # type: ignore[union-attr]
+            apart = np.abs(viewer.next_chunk().frames.astype(int) - alone.step().frames).mean()
             assert apart < 4, f"a viewer sees something else than a session makes: {apart:.1f} of 255 apart"
         viewer.ask("close")
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -42,6 +43,10 @@ def opened(pipe: CausalVideoPipeline, chunks: int, **options: Any) -> Session:
     return session
 
 
+def forked(session: Session) -> None:
+    session.fork().close()
+
+
 def check(pipe: CausalVideoPipeline) -> None:
     plain, again = opened(pipe, FILLED), opened(pipe, FILLED, history=2)
     again.set_prompt(RED, recache=False)
@@ -62,7 +67,7 @@ def saved(pipe: CausalVideoPipeline, file: Path, rows: dict[str, list[float]], e
     session = opened(pipe, FILLED)
     for name, cache in (("saving", True), ("saving without keys and values", False)):
         started = time.perf_counter()
-        rows.setdefault(name, []).append(spent(lambda c=cache: session.save(file, cache=c)))
+        rows.setdefault(name, []).append(spent(partial(session.save, file, cache=cache)))
         elapsed.append(time.perf_counter() - started)
         resuming = name.replace("saving", "resuming")
         rows.setdefault(resuming, []).append(spent(lambda: pipe.resume(file).close()))
@@ -94,10 +99,10 @@ def main(model: str, rounds: int) -> None:
         rows.setdefault("opening a second session", []).append(spent(lambda: pipe.open(BLUE).close()))
         rows.setdefault("first frames of a second session", []).append(spent(lambda: pipe.open(BLUE).step()))
         session = opened(pipe, FILLED, history=3)
-        rows.setdefault("taking 2 chunks back within the history", []).append(spent(lambda s=session: s.rewind(2)))
+        rows.setdefault("taking 2 chunks back within the history", []).append(spent(partial(session.rewind, 2)))
         bare = opened(pipe, FILLED)
-        rows.setdefault("taking 2 chunks back without", []).append(spent(lambda s=bare: s.rewind(2)))
-        rows.setdefault("a fork", []).append(spent(lambda s=session: s.fork().close()))
+        rows.setdefault("taking 2 chunks back without", []).append(spent(partial(bare.rewind, 2)))
+        rows.setdefault("a fork", []).append(spent(partial(forked, session)))
         with TemporaryDirectory() as folder:
             saved(pipe, Path(folder) / "s", rows, elapsed[number])
     found = {name: statistics.median(values) for name, values in rows.items()}

@@ -65,7 +65,7 @@ def main(frames: int, rope: Any, dtype: str | None, out: Path | None) -> None:
             started = time.process_time()
             chunk = session.step()
             times.append(time.process_time() - started)
-        if parallel.rank == 0:
+        if chunk.frames is not None:
             recent.extend(chunk.frames)
             if written is not None:
                 np.save(written, chunk.frames)

@@ -72,7 +72,7 @@ def codec_psnr(pipe: CausalVideoPipeline, scenes: list[SceneSpec], frames: int) 
 def judge_truth(pipe: CausalVideoPipeline, scenes: list[SceneSpec], frames: int) -> dict[str, dict[str, float]]:
     """What the judge says of the scenes themselves, as rendered and through the codec, at the places that the model
     is told."""
-    as_rendered, through_codec = [], []
+    as_rendered, through_codec = list[Verdict](), list[Verdict]()
     for seed, scene in enumerate(scenes):
         places = torch.rand(1, PLACE_VARIABLES, generator=keyed_generator(seed))
         pixels = render([scene], places, torch.arange((frames - 1) // 4 * 4 + 1), pipe.height).transpose(1, 2)

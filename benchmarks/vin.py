@@ -66,10 +66,10 @@ def timed(group: dist.ProcessGroup | None, device: str, variant: str, frames: in
         )  # fmt: skip
         clock = time.perf_counter()
         for part in parts:
-            latents = part.latents.clone()
+            last = part.latents.clone()
             took.append(time.perf_counter() - clock)
             clock = time.perf_counter()
-        return median(took) * -(-count // 3), latents
+        return median(took) * -(-count // 3), last
     vin, chunks = settings(variant, variants.parallel_chunks, count)
     chunk_ranks = 1 if variant == "full attention" else ranks
     few = SamplerConfig(steps[:TIMED_STEPS], pipe.config.sampler.shift, "euler")

@@ -155,6 +155,8 @@ def held_out(variants: Variants, scenes: list[SceneSpec], frames: int) -> list[d
         clean = variants.latents(scene, frames, seed)
         noise = torch.randn(clean.shape, generator=keyed_generator(seed, 1))
         cases.append((clean, noise, pipe.text.encode(scene.prompt(), seed)))
+    opening = pipe.text.opening(*clean.shape[2:])
+    assert opening is not None  # toybox begins every video with the same frame
     for left_open, what in OPEN.items():
         for level in LEVELS:
             errors: dict[bool, list[float]] = {True: [], False: []}
@@ -167,7 +169,7 @@ def held_out(variants: Variants, scenes: list[SceneSpec], frames: int) -> list[d
                     state = ParallelChunksForward(
                         pipe.model, vin, said, pipe.settings().grid, assigned, 1, strategy, parallel
                     )
-                    state.commit(pipe.settings().grid.patchify(pipe.text.opening(*clean.shape[2:])))
+                    state.commit(pipe.settings().grid.patchify(opening))
                     found = join(
                         state.velocities(x, 1000 * level), variants.parallel_chunks.chunks.overlap, fused=False
                     )

@@ -22,8 +22,8 @@ def table(positions: int, pairs: int) -> torch.Tensor:
 
 
 times = torch.tensor(FRAMES)  # a tensor on the device, so that no kernel is compiled for one global time index
-tables = [table(positions, pairs) for positions, pairs in zip((1024, ROWS, COLUMNS), PAIRS, strict=True)]
-rotation = Rotation(*tables, times, times, start=0, tokens=TOKENS, columns=COLUMNS)
+time, row, column = (table(positions, pairs) for positions, pairs in zip((1024, ROWS, COLUMNS), PAIRS, strict=True))
+rotation = Rotation(time, row, column, times, times, start=0, tokens=TOKENS, columns=COLUMNS)
 qkv = torch.randn(1, len(FRAMES), TOKENS, 3 * DIM)
 projection = Projection(qkv, torch.ones(DIM), torch.ones(DIM), rotation, HEADS, eps=1e-6)
 

@@ -66,6 +66,7 @@ def by_keys(out: str) -> None:
                 key = key.strip()
                 continue
             chunk, chunks = session.step(), chunks + 1
+            assert chunk.frames is not None  # only ranks above 0 of a parallel run get none
             video.write(chunk.frames)
             print(f"\r{video.frames} frames, {session.prompts[-1].prompt}   ", end="", flush=True)
             key = pressed()
@@ -85,6 +86,7 @@ def by_lines(out: str) -> None:
                 except PromptError as error:
                     print(error)
             chunk = session.step()
+            assert chunk.frames is not None
             video.write(chunk.frames)
             print(f"chunk {chunk.index}, prompt {chunk.prompt_id}: {len(chunk.frames)} frames", flush=True)
     print(f"{video.frames} frames in {out}")

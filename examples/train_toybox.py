@@ -29,6 +29,7 @@ from toybox_training.stages import DiTTraining
 from toybox_training.training import processes, rank
 
 from causalrope_sp.codec import load_codec
+from causalrope_sp.codec.wan_vae import WanCodec
 from causalrope_sp.config import SamplerConfig
 from causalrope_sp.grid import LatentGrid
 from causalrope_sp.weights import load_model, save_model
@@ -85,7 +86,9 @@ def main(
         shutil.copytree(init / "codec", weights / "codec", dirs_exist_ok=True)
     if processes() > 1:
         dist.barrier()
-    codec = load_codec(weights / "codec", "wan", place).vae
+    wan = load_codec(weights / "codec", "wan", place)
+    assert isinstance(wan, WanCodec)
+    codec = wan.vae
     if decoder_minutes:
         save_decoder(tune_decoder(out / "decoder.pt", codec, size, decoder_minutes, 1.5e-3), weights / "codec")
     opening_scenes = encode_scenes(codec, out / "openings", openings, 9, size, OPENING_SEED)

@@ -25,6 +25,7 @@ from toybox_training.training import Training, processes, rank
 from vin_training.forward import Batch, Pair, TogetherForcing
 
 from causalrope_sp.codec import load_codec
+from causalrope_sp.codec.wan_vae import WanCodec
 from causalrope_sp.grid import LatentGrid
 from causalrope_sp.toybox import WEIGHTS
 from causalrope_sp.toybox.toybox_text import leave_open
@@ -134,7 +135,9 @@ def main(out: Path, device: str, count: int, minutes: float, rate: float, init: 
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if on.type == "cuda" else "gloo")
     out.mkdir(parents=True, exist_ok=True)
-    codec = load_codec(WEIGHTS / "codec", "wan", on).vae.float()
+    wan = load_codec(WEIGHTS / "codec", "wan", on)
+    assert isinstance(wan, WanCodec)
+    codec = wan.vae.float()
     scenes = encode_scenes(codec, out / "scenes", count, PIXEL_FRAMES, size, SCENE_SEED)
     dit = WEIGHTS / "toybox.safetensors"
     pair = (new_pair(dit) if init is None else old_pair(init, dit)).to(on)

@@ -100,7 +100,7 @@ class Rank:
         """Makes the group and the pipeline."""
         decode = self.trial["decode"]
         only_decodes = 1 if decode == "decode rank" else 0
-        patience = {"timeout_s": TIMEOUT_S} if self.trial["parting"] == "slow" else {}
+        patience: Any = {"timeout_s": TIMEOUT_S} if self.trial["parting"] == "slow" else {}
         self.parallel = SequenceParallel.from_env(device="cpu", decode_ranks=only_decodes, **patience)
         self.pipe = CausalVideoPipeline.from_pretrained(
             "toybox", parallel=self.parallel, decode="inline" if only_decodes else decode

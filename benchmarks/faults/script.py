@@ -20,7 +20,7 @@ def main(out: str, frames: int, *fault: str) -> None:
     chunks = pipe.stream("a red circle slides right", num_frames=frames)
     writer = VideoWriter(out, pipe.height, pipe.width, pipe.fps) if parallel.rank == 0 else None
     for chunk in chunks:
-        if writer is not None:
+        if writer is not None and chunk.frames is not None:
             writer.write(chunk.frames)
         if fault[:1] == ("pause",):
             time.sleep(float(fault[1]))

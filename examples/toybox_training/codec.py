@@ -26,6 +26,7 @@ from causalrope_sp.toybox.scenes import PLACE_VARIABLES, random_scene, render
 
 from .training import Training, processes, rank
 
+LATENT_CHANNELS = 16
 SHAPE = {
     "patch_size": 2,
     "in_channels": 12,
@@ -34,7 +35,7 @@ SHAPE = {
     "dim_mult": [1, 2, 4],
     "temperal_downsample": [True, True],
     "num_res_blocks": 1,
-    "z_dim": 16,
+    "z_dim": LATENT_CHANNELS,
     "scale_factor_spatial": 8,
 }
 SEED, STATISTICS_SEED, DECODER_SEED = 10_000_000, 20_000_000, 30_000_000
@@ -49,8 +50,10 @@ LATENT_PENALTY = 1e-4  # on their square, so that they do not grow out of the no
 
 def new_codec(mean: list[float] | None = None, std: list[float] | None = None) -> WanVae:
     """The untrained codec; its latents are normalised by `mean` and `std` a channel, or not at all."""
-    channels = SHAPE["z_dim"]
-    statistics = {"latents_mean": mean or [0.0] * channels, "latents_std": std or [1.0] * channels}
+    statistics = {
+        "latents_mean": mean or [0.0] * LATENT_CHANNELS,
+        "latents_std": std or [1.0] * LATENT_CHANNELS,
+    }
     return WanVae(WanVaeConfig.from_json(SHAPE | statistics))
 
 

@@ -62,11 +62,11 @@ class DiTTraining:
         training.save()
         return training.ema
 
-    def _step(self, training: Training, steps: int, generator: torch.Generator) -> None:
+    def _step(self, training: Training[CausalDiT], steps: int, generator: torch.Generator) -> None:
         own_guess = training.step % 2 == 0
         first = _batch(self._openings, FIRST_BATCH, [], [0], generator)
         kind, later = self._later(training.step % 8, generator)
-        losses, report = [], {}
+        losses, report = list[Tensor](), dict[str, float]()
         for name, batch in (("first", first), (kind, later)):
             errors, on_objects = self._errors(training.model, batch, generator, own_guess)
             at_start = batch.times_BN > 0.99
@@ -74,7 +74,7 @@ class DiTTraining:
             losses += [errors.mean(), on_objects.mean()]
         progress = training.step / steps
         fall = 1 if progress < PLATEAU else max(0.02, (1 - progress) / (1 - PLATEAU))
-        training.update(sum(losses) / len(losses), min(1, (training.step + 1) / 100) * fall, report)
+        training.update(torch.stack(losses).mean(), min(1, (training.step + 1) / 100) * fall, report)
 
     def _later(self, turn: int, generator: torch.Generator) -> tuple[str, Batch]:
         """The chunks right after the start, whole windows, any time of a long stream, on the truth's history or on one
@@ -97,7 +97,7 @@ class DiTTraining:
         return "own", self._on_its_own(7, whole, [1, 2] if turn == 6 else [3, 4], generator, offset, start)
 
     def _errors(
-        self, model: nn.Module, batch: Batch, generator: torch.Generator, own_guess: bool
+        self, model: CausalDiT, batch: Batch, generator: torch.Generator, own_guess: bool
     ) -> tuple[Tensor, Tensor]:
         """The squared error of the velocity that leads to the target, (B, N), over the picture and over its objects.
 
@@ -124,7 +124,7 @@ class DiTTraining:
         return error.mean(2) * weight_BN, on_objects * weight_BN
 
     @torch.no_grad()
-    def _guess(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
+    def _guess(self, model: CausalDiT, batch: Batch, generator: torch.Generator) -> Tensor:
         noise = torch.randn(batch.target.shape, generator=generator)
         at_start = replace(batch, times_BN=torch.ones_like(batch.times_BN))
         return noise - self._forcing.velocity(model, at_start, noise).cpu()

@@ -14,11 +14,13 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def rank() -> int:
@@ -74,7 +76,7 @@ class Muon(torch.optim.Optimizer):
                 parameter.add_(update.to(parameter.dtype).view_as(parameter), alpha=-group["lr"] * scale)
 
 
-class Training:
+class Training(Generic[M]):
     """One stage: a model, its running average, its optimisers and where it stands. Resumes from `path` if it is there.
 
     Args:
@@ -83,7 +85,7 @@ class Training:
     """
 
     def __init__(
-        self, model: nn.Module, path: Path, lr: float, matrix: Callable[[str, nn.Parameter], bool], average: float
+        self, model: M, path: Path, lr: float, matrix: Callable[[str, nn.Parameter], bool], average: float
     ) -> None:
         self.model, self.path, self.lr, self.average = model, path, lr, average
         self.ema = copy.deepcopy(model).requires_grad_(False)
