@@ -131,7 +131,8 @@ def decompress(compressed: Path, out: str, as_json: bool, **options: Any) -> Non
     check_output(out, *picture)
     if rank() == 0:
         check_alone(out)
-    pipe = _load(header.exact, {"height": header.height, "width": header.width}, **options)
+    as_encoded = {"height": header.height, "width": header.width, "weights": header.weights}
+    pipe = _load(header.exact, as_encoded, **options)
     from causalrope_sp.compression.coding import decode
 
     started, frames, chunks, failure = time.perf_counter(), 0, 0, None

@@ -1,12 +1,12 @@
 """The format of a compressed video: a header and a packet for each chunk.
 
-    header   "CVC" version; the length of the rest in 2 bytes; the rest; its CRC-32 in 4 bytes
+    header   "CVC" version, 2; the length of the rest in 2 bytes; the rest; its CRC-32 in 4 bytes
     packet   twice the length of the content, one more in the last packet, as a varint; the chunk's number modulo 256;
              the content; in the last packet the chunk's pixel frames as a varint; a CRC-16 in 2 bytes
 
 The CRC-16 of a packet covers the chunk's whole number, so that no packet is taken for another's. A reader of a file
 that meets bytes which are no packet looks for the next one that is, and the chunks between are lost. Numbers are
-little-endian.
+little-endian. Version 1 does not say how the model's weights were kept.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ import zlib
 from binascii import crc_hqx
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, get_args
 
-from causalrope_sp.checks import check_whole
+from causalrope_sp.checks import check_choice, check_whole
 from causalrope_sp.errors import ConfigError, InputError
+from causalrope_sp.weights.dit_loader import Weights
 
-MAGIC, VERSION = b"CVC", 1
+MAGIC, VERSION = b"CVC", 2
 LARGEST_HEADER, LARGEST_TEXT, LARGEST_CONTENT = 1 << 14, 1 << 15, 1 << 26  # bytes
 LARGEST_FOUND, MOST_LOST = 1 << 16, 64  # bytes of a packet that is found again, and chunks that are lost before it
 MOST_ATOMS, MOST_CHOSEN, MOST_SIDE, MOST_FRAMES = 1 << 20, 1 << 10, 1 << 14, (1 << 32) - 1
@@ -55,6 +56,8 @@ class Header:
         exact: whether the encoder computed in float64 on a CPU, and the decoder has to.
         settings: of the stream and its sampler, where they are not the model's own: fields of `StreamConfig` and
             `SamplerConfig`.
+        weights: how the encoder's model was loaded (see `LoadOptions`); None in a header of version 1, which does not
+            say it.
 
     Raises:
         ConfigError: a value is of another type or out of range.
@@ -73,6 +76,7 @@ class Header:
     residual: float = 0.0
     exact: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
+    weights: Weights | None = "full"
 
     def __post_init__(self) -> None:
         for name, least, largest in (
@@ -96,6 +100,8 @@ class Header:
             raise ConfigError(f"exact must be True or False, not {self.exact!r:.40}")
         if not isinstance(self.settings, dict):
             raise ConfigError("settings must be an object")
+        if self.weights is not None:
+            check_choice("weights", self.weights, get_args(Weights))
 
     def pack(self) -> bytes:
         """Packs the header. Fields that have their default are not sent."""
@@ -108,15 +114,15 @@ class Header:
         except UnicodeEncodeError:
             raise ConfigError(f"the prompt has characters that UTF-8 does not have: {self.prompt!r:.100}") from None
 
-    @staticmethod
-    def _framed(text: bytes) -> bytes:
+    def _framed(self, text: bytes) -> bytes:
         if len(text) > LARGEST_TEXT:
             raise ConfigError(f"a header holds {LARGEST_TEXT} bytes at most, and this one with its prompt {len(text)}")
         deflate = zlib.compressobj(9, zlib.DEFLATED, -15, zdict=_WORDS)
         rest = deflate.compress(text) + deflate.flush()
         if len(rest) > LARGEST_HEADER:
             raise ConfigError(f"a header is at most {LARGEST_HEADER} bytes, which this prompt of {len(text)} exceeds")
-        whole = MAGIC + bytes([VERSION]) + len(rest).to_bytes(2, "little") + rest
+        version = VERSION if self.weights is not None else 1
+        whole = MAGIC + bytes([version]) + len(rest).to_bytes(2, "little") + rest
         return whole + zlib.crc32(whole).to_bytes(4, "little")
 
     @classmethod
@@ -131,8 +137,10 @@ class Header:
         """
         if data[:3] != MAGIC or len(data) < 6:
             raise InputError("this is no compressed video: it does not begin with CVC")
-        if data[3] != VERSION:
-            raise InputError(f"the compressed video has version {data[3]}, and this library reads version {VERSION}")
+        if data[3] not in (1, VERSION):
+            raise InputError(
+                f"the compressed video has version {data[3]}, and this library reads versions 1 and {VERSION}"
+            )
         end = 6 + int.from_bytes(data[4:6], "little")
         if end > 6 + LARGEST_HEADER or zlib.crc32(data[:end]) != int.from_bytes(data[end : end + 4], "little"):
             raise InputError("the header of the compressed video is damaged or cut off")
@@ -143,7 +151,8 @@ class Header:
             if not isinstance(values, list) or len(values) < 5:
                 raise InputError("the header of the compressed video is wrong: it lacks fields")
             named = dict(zip([each.name for each in fields(cls)], values, strict=False))
-            return cls(**{name: value for name, value in named.items() if value is not None}), end + 4
+            given = {name: value for name, value in named.items() if value is not None}
+            return cls(**(given | {"weights": None} if data[3] == 1 else given)), end + 4
         except (zlib.error, ValueError, TypeError, OverflowError, RecursionError) as reason:
             raise InputError(f"the header of the compressed video is wrong: {reason}") from None
 

@@ -124,6 +124,7 @@ def encode(
         pipe.width,
         float(pipe.fps),
         settings=settings_of(pipe.config.stream, pipe.config.sampler),
+        weights=pipe.config.weights,
         **{name: getattr(chosen, name) for name in same},
     )
     source = _Source(pipe, video)
@@ -166,7 +167,7 @@ def decode(pipe: CausalVideoPipeline, packets: Iterable[bytes]) -> Iterator[Deco
 
     Raises:
         InputError: the header is damaged or of another version; after all chunks, the end is missing.
-        ConfigError: the model or the size is not the encoder's.
+        ConfigError: the model, its `weights` or the size is not the encoder's.
     """
     pieces = iter(packets)
     header, _ = Header.read(_bytes(next(pieces, b"")))
@@ -259,6 +260,10 @@ def _check_decoder(pipe: CausalVideoPipeline, header: Header) -> None:
     if pipe.model_digest[:8] != header.model:
         raise ConfigError(
             f"the video was compressed with the model {header.model}, and this one is {pipe.model_digest[:8]}"
+        )
+    if header.weights not in (None, pipe.config.weights):
+        raise ConfigError(
+            f"weights: expected {header.weights}, with which the video was compressed, got {pipe.config.weights}"
         )
     if (pipe.height, pipe.width) != (header.height, header.width):
         size, own = f"{header.width}×{header.height}", f"{pipe.width}×{pipe.height}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -12,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from causalrope_sp.cli.main import cli
+from causalrope_sp.compression import Header
 
 PROMPT = "a red circle slides right"
 
@@ -42,6 +44,14 @@ def test_a_video_comes_back(compressed: Path, tmp_path: Path) -> None:
     status, output = run("decompress", compressed, tmp_path / "back.mp4", "--json")
     assert status == 0, output
     assert json.loads(output)["frames"] == frames_of(tmp_path / "back.mp4") == 25
+
+
+def test_the_model_is_loaded_with_the_weights_of_the_header(compressed: Path, tmp_path: Path) -> None:
+    data = compressed.read_bytes()
+    header, end = Header.read(data)
+    (tmp_path / "fp8.cvc").write_bytes(replace(header, weights="fp8").pack() + data[end:])
+    status, output = run("decompress", tmp_path / "fp8.cvc", tmp_path / "back.mp4")
+    assert status == 0, output
 
 
 def test_what_was_decoded_of_a_cut_file_is_kept(compressed: Path, tmp_path: Path) -> None:

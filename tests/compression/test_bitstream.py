@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import math
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -126,7 +127,11 @@ def test_a_header_comes_back(prompt: str, height: int, fps: float, seed: int, po
     prompt = prompt.encode(errors="replace").decode()
     header = Header(prompt, "0123abcd", height, 64, fps, seed, atoms=1 << power, most=1, exact=exact)
     data = header.pack()
+    assert data[3] == 2
     assert Header.read(data + b"more") == (header, len(data))
+    older = replace(header, weights=None).pack()
+    assert older[3] == 1
+    assert Header.read(older) == (replace(header, weights=None), len(older))
 
 
 DEFAULTS: dict[str, Any] = {"prompt": "", "model": "0123abcd", "height": 64, "width": 64, "fps": 16.0}
@@ -146,6 +151,7 @@ DEFAULTS: dict[str, Any] = {"prompt": "", "model": "0123abcd", "height": 64, "wi
         ({"atoms": 1 << 20, "most": 1 << 19}, "most must be"),
         ({"seed": -1}, "seed must be"),
         ({"model": "x"}, "8 digits"),
+        ({"weights": "int4"}, "weights must be one of full, fp8, fp8-dynamic, not 'int4'"),
     ],
 )
 def test_wrong_headers_are_refused(change: dict[str, Any], said: str) -> None:
@@ -158,7 +164,7 @@ def test_wrong_beginnings_are_named() -> None:
     for wrong, said in (
         (b"", "does not begin with CVC"),
         (b"RIFF" + data, "does not begin with CVC"),
-        (data[:3] + b"\2" + data[4:], "has version 2, and this library reads version 1"),
+        (data[:3] + b"\3" + data[4:], "has version 3, and this library reads versions 1 and 2"),
         (data[:20], "damaged or cut off"),
         (data[:10] + bytes([data[10] ^ 1]) + data[11:], "damaged or cut off"),
     ):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -18,6 +19,7 @@ from causalrope_sp.diffusion.noise import keyed_generator
 from causalrope_sp.distributed import strategies
 from causalrope_sp.distributed.launch import RankPool
 from causalrope_sp.errors import InputError
+from causalrope_sp.heads import HeadPolicy
 from causalrope_sp.sampling.chunk_loop import ChunkLoop
 from causalrope_sp.toybox.prompts import parse_prompt
 from causalrope_sp.toybox.scenes import PLACE_VARIABLES, render
@@ -178,7 +180,10 @@ def test_what_a_decoder_draws_is_what_the_encoder_saw(residual: float, monkeypat
     assert all(torch.equal(a, b) for a, b in zip(saw, made, strict=True))
 
 
-@pytest.mark.parametrize("lossy", [{"cache": "int8"}, {"similar_frames": 2}, {"similar_frames": 0.5}], ids=str)
+HEADS = HeadPolicy(((5, 5, None, None, None, None),) * 6)
+
+
+@pytest.mark.parametrize("lossy", [{"cache": "int8"}, {"heads": HEADS}, {"similar_frames": 0.5}], ids=lambda p: min(p))
 def test_the_decoder_attends_as_the_encoder_did(packets: list[bytes], lossy: dict[str, Any]) -> None:
     """As the header says, whatever the decoder's pipeline was loaded with."""
     pipe = CausalVideoPipeline.from_pretrained("toybox", **lossy)
@@ -186,6 +191,18 @@ def test_the_decoder_attends_as_the_encoder_did(packets: list[bytes], lossy: dic
     assert coded[1:] != packets[1:]
     assert np.array_equal(decoded(coded), decoded(coded, pipe))
     assert psnr(decoded(coded), video()) > 28
+
+
+def test_a_video_is_decoded_with_the_weights_that_it_was_encoded_with() -> None:
+    """A header of version 1 does not say with which."""
+    quantized = CausalVideoPipeline.from_pretrained("toybox", weights="fp8")
+    coded = encoded(quantized, frames=13)
+    header, _ = Header.read(coded[0])
+    with pytest.raises(ConfigError, match="weights: expected fp8, with which the video was compressed, got full"):
+        decoded(coded)
+    older = [replace(header, weights=None).pack(), *coded[1:]]
+    assert np.array_equal(decoded(older, quantized), decoded(coded, quantized))
+    assert not np.array_equal(decoded(older), decoded(coded, quantized))
 
 
 def test_seeds_draw_other_atoms() -> None:
