@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from causalrope_sp.cli.generate import generate
+from causalrope_sp.cli.model_options import check_uncontrolled
 from causalrope_sp.cli.numbers import IntRange
 from causalrope_sp.cli.options import parse_steps
 from causalrope_sp.cli.runtime import rank, set_up_logging
@@ -66,6 +67,7 @@ def bench(
         raise ConfigError(f"{model} makes its chunks in parallel, and bench measures streams: name another model")
     parallel = SequenceParallel.from_env(strategy, device, attention=attention)
     pipe, loaded = measuring.load(model, loading, parallel)
+    check_uncontrolled(model, pipe)
     rates = {dtype: measuring.matrix_rate(parallel.device, dtype) for dtype in {pipe.model.dtype, pipe.codec.dtype}}
     rows = [loaded, *measuring.measure(pipe, prompt, num_frames, runs, rates)]
     parallel.close()

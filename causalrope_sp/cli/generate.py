@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from causalrope_sp.cli.generate_options import CALL, LOADING, RANKS, with_options
+from causalrope_sp.cli.model_options import check_uncontrolled
 from causalrope_sp.cli.options import parse_steps
 from causalrope_sp.cli.preview import StepReporter, check_parallel_chunks
 from causalrope_sp.cli.runtime import Background, Terminated, rank, ranks, set_up_logging, shares_rank_0_disk
@@ -26,6 +27,7 @@ from causalrope_sp.spatiotemporal.kinds import kind_of
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+    from causalrope_sp.pipeline.pipeline import CausalVideoPipeline
     from causalrope_sp.pipeline.timings import Timings
 
 
@@ -80,6 +82,7 @@ def generate(
             yield from whole_video_items(model, prompt, options, parallel)
         else:
             pipe = CausalVideoPipeline.from_pretrained(model, loading, parallel=parallel)
+            _check_control(model, pipe, options["image"])
             yield pipe
             report = StepReporter(out, pipe.fps, as_json) if parallel_chunks else None
             call = {name: options[name] for name in CALL}
@@ -144,6 +147,16 @@ def _check_text(model: str, prompt: str | None, embeds: str | None, negative: st
     for text in (prompt, negative):
         if text is not None and model in EMBEDDED:
             parse_prompt(text)
+
+
+def _check_control(model: str, pipe: CausalVideoPipeline, image: str | None) -> None:
+    """Raises ConfigError if the model takes a control, unless it is an image-to-video model that gets its image."""
+    from causalrope_sp.pipeline.image_control import takes_image
+
+    if not takes_image(pipe.model.config, pipe.codec):
+        check_uncontrolled(model, pipe)
+    elif image is None:
+        raise ConfigError(f"--image: expected a picture, as {model} is an image-to-video model, got none")
 
 
 def _write_video(items: Iterator[Any], out: str, frames: int | None, silent: bool) -> dict[str, Any]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 import click
 
 from causalrope_sp.cli.numbers import FLOAT, INTEGER
 from causalrope_sp.config import CacheDtype, WindowPolicy
+from causalrope_sp.errors import ConfigError
+
+if TYPE_CHECKING:
+    from causalrope_sp.pipeline.pipeline import CausalVideoPipeline
 
 HEIGHT = click.option("--height", type=INTEGER, help="Set the height of a frame in pixels. The default is the model's.")
 WIDTH = click.option("--width", type=INTEGER, help="Set the width of a frame in pixels. The default is the model's.")
@@ -60,3 +64,12 @@ OFFLOAD = click.option(
     metavar="text|codec|none",
     help="Keep these weights on the device only while they are used.",
 )
+
+
+def check_uncontrolled(model: str, pipe: CausalVideoPipeline) -> None:
+    """Raises ConfigError if a model that was loaded takes a control, which no command line gives."""
+    if channels := pipe.model.config.control_channels:
+        raise ConfigError(
+            f"--model: expected a model without a control, got {model}, which takes {channels} channels of it for each "
+            "latent frame: run it in Python (`control=` of `pipe.stream`) or by `serve`"
+        )

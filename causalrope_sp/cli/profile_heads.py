@@ -6,12 +6,16 @@ import json
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
+from causalrope_sp.cli.model_options import check_uncontrolled
 from causalrope_sp.cli.numbers import FLOAT, IntRange
 from causalrope_sp.cli.profile_options import AS_JSON, PLOT, PROMPTS, SEEDS, check_causal
 from causalrope_sp.cli.runtime import rank
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.spatiotemporal.kinds import NAMES, kind_of
+
+RULES = {"share": "mass", "weight": "search", "budget": "search"}  # the rule that an option belongs to
 
 
 @click.command("profile-heads")
@@ -89,12 +93,17 @@ def profile_heads(
 
     share = check_number("--share", share, least=0, most=1)
     weight, budget = check_number("--weight", weight, least=0), check_number("--budget", budget, least=0, most=1)
+    for name, its_rule in RULES.items():
+        given = click.get_current_context().get_parameter_source(name) is not ParameterSource.DEFAULT
+        if given and rule != its_rule:
+            raise ConfigError(f"--{name}: expected with --rule {its_rule} alone, got --rule {rule}")
     check_files(out, plot)
     if (kind := kind_of(model)) is not None:
         raise ConfigError(f"{NAMES[kind]} makes its video at once: it has no window")
     check_causal(model, "whose heads are not profiled")
     parallel = SequenceParallel.from_env("gather-kv")
     pipe = CausalVideoPipeline.from_pretrained(model, parallel=parallel)
+    check_uncontrolled(model, pipe)
     static = static_window(pipe.config.stream, newest)
     search = (weight, budget) if rule == "search" else None
     shares, searched = measure(pipe, prompts, frames, seed, newest, search)

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from causalrope_sp.cli.model_options import check_uncontrolled
 from causalrope_sp.cli.numbers import FLOAT, IntRange
 from causalrope_sp.cli.options import parse_steps
 from causalrope_sp.cli.profile_options import AS_JSON, PLOT, PROMPTS, SEEDS, check_causal
@@ -87,6 +88,7 @@ def profile_reuse(
         layers, kinds = len(pipe.model.spatial), pipe.model.kinds
     else:
         pipe = CausalVideoPipeline.from_pretrained(model, parallel=parallel, num_inference_steps=parse_steps(steps))
+        check_uncontrolled(model, pipe)
         layers, kinds = pipe.model.config.num_layers, CAUSAL_KINDS
     with recording(pipe.model, max_range - 1) as recorder:
         for number, prompt in enumerate(prompts):

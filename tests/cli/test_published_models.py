@@ -17,6 +17,7 @@ from click.shell_completion import ShellComplete
 from PIL import Image
 
 from causalrope_sp.cli.main import cli
+from tests.support.controlled import write_controlled_toybox
 from tests.support.paths import ROOT
 from tests.support.published_folders import (
     experts_pipeline,
@@ -76,9 +77,17 @@ def test_newer_families_run_from_the_shell(kind: str, tmp_path: Path) -> None:
         planned = shell("plan", "--model", model, "--window", 6, "--height", 64, "--width", 96, "--ranks", 2, "--json")
         assert planned.exit_code == 0, planned.output
     refused = shell(*line)
-    assert (refused.exit_code, "image or control must be given" in refused.output) == (
+    assert (refused.exit_code, "--image: expected a picture" in refused.output) == (
         (2, True) if kind == "i2v-a14b" else (0, False)
     )
+
+
+def test_a_model_that_takes_a_control_is_not_run_from_the_shell(tmp_path: Path) -> None:
+    model = write_controlled_toybox(tmp_path / "model")
+    for command in ("generate", "bench", "profile-heads", "profile-reuse"):
+        done = shell(command, "a red circle slides right", "--model", model)
+        assert (done.exit_code, done.output.count("\n")) == (2, 1), done.output
+        assert "--model: expected a model without a control, got" in done.output
 
 
 def completions(*words: str) -> list[str]:
