@@ -124,7 +124,8 @@ class StreamConfig:
         similar_frames: how many frames of the window a head attends, after a chunk's first pass, beyond the sink, the
             newest frame before the chunk and the chunk: those whose mean key resembles the mean query most (Light
             Forcing, arXiv 2602.04789). From 1 on it is a number, and so is 0; between them it is the share of frames
-            that chunks after the first leave out, early ones less than later ones. None attends all of the window.
+            that chunks after the first leave out, early ones less than later ones. None attends all of the window. A
+            head with a window of its own (`heads`) attends that, whatever this says.
         image_in_chunk: whether a given image is the first frame of the first chunk, at timestep 0 in each of its
             passes, as Wan 2.2's TI2V models are trained. Without, it is a chunk of its own before the first one.
         cache: how keys and values are stored. "model" keeps the model's dtype; "int8" and "fp8" (float8_e4m3fn) are
@@ -134,7 +135,7 @@ class StreamConfig:
     Raises:
         ConfigError: a length is below its minimum, the window or that of a head is smaller than chunk + sink, or
             `rope`, `cache` or `window_policy` is unknown; or `similar_frames` is neither a whole number nor between 0
-            and 1, or goes with a recomputed window or with `heads`.
+            and 1, or goes with a recomputed window.
     """
 
     window: int | None = None
@@ -164,8 +165,6 @@ class StreamConfig:
         check_fields(self, ["sink"], least=0, most=LONGEST_WINDOW)
         if self.heads is not None:
             self.heads.check_stream(self.chunk_frames, self.sink)
-            if self.similar_frames is not None:
-                raise ConfigError("heads and similar_frames both choose what a head sees: give one of them")
         if self.window is None:
             return
         check_fields(self, ["window"], most=LONGEST_WINDOW)

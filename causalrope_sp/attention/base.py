@@ -66,13 +66,14 @@ class Strategy:
         """
         return x_BLHD
 
-    def heads_cached(self, heads: int) -> Sequence[int]:
-        """Returns the numbers of the heads that this rank caches.
+    def heads_cached(self, layer: int, heads: int) -> Sequence[int]:
+        """Returns the numbers of the heads that this rank caches, in the order in which it holds them.
 
         Args:
+            layer: the number of the layer.
             heads: the heads of the model.
         """
-        return range(heads)
+        return self.placements[layer].order if self.placements else range(heads)
 
     def splits_at(self, chunks: Sequence[Chunk]) -> int:
         """Returns the global time index at which a pass splits the frames that it attends in two; 0 for no split."""

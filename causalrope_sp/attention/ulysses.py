@@ -58,8 +58,8 @@ class Ulysses(Strategy):
         own = self.placements[0].columns[self._communicator.rank]  # whoever asks has the same heads in all layers
         return self._inner.stored(x_BLHD[:, :, own[0] : own[-1] + 1])
 
-    def heads_cached(self, heads: int) -> Sequence[int]:
-        return self.placements[0].columns[self._communicator.rank]  # as `stored`
+    def heads_cached(self, layer: int, heads: int) -> Sequence[int]:
+        return self.placements[layer].columns[self._communicator.rank]
 
     def splits_at(self, chunks: Sequence[Chunk]) -> int:
         return self._inner.splits_at(chunks)

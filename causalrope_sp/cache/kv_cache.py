@@ -138,10 +138,11 @@ class KVCache:
             yield from ring.undo_tensors()
 
     def choose_frames(self, choose: Choose) -> None:
-        """Lets chunks attend only some of the frames that the window holds.
+        """Lets heads that see the whole window attend only some of the frames that it holds.
 
         Args:
-            choose: chooses them; it is asked at the first use of a chunk after it was opened, or plans were restarted.
+            choose: chooses them for each of these heads of this rank, in the order of its cache; it is asked at the
+                first use of a chunk after it was opened, or plans were restarted.
         """
         self._choose = choose
         self._make_plans()
@@ -324,9 +325,9 @@ class KVCache:
         """Returns whether a chunk attends frames that were chosen for it; see `choose_frames`."""
         return self._plans.are_chosen(chunk)
 
-    def attended_rows(self, chunk: Chunk, since: int) -> tuple[Ranges, ...]:
-        """Returns the rows of each ring that a chunk's queries attend: before `since`, then since then; 0 for all."""
-        return self._plans.attended_rows(chunk, since)
+    def attended_rows(self, chunk: Chunk, since: int, *, counted: bool) -> tuple[Ranges | int, ...]:
+        """Returns the rows that a chunk's queries attend; see `ReadPlans.attended_rows`."""
+        return self._plans.attended_rows(chunk, since, counted)
 
     def keys(self, layer: int, chunk: Chunk, since: int, old: bool) -> Sequence[Keys]:
         """Returns the keys and values of a layer that a chunk's queries attend, by head group; see `ReadPlans.keys`."""

@@ -4,7 +4,7 @@ A view or a number on the device costs the host as much as a launch, so each is 
 window moves. A captured graph reads the same numbers from tensors of its own.
 
 Shapes: L layers, B batch, K slots, S tokens of a frame, H heads, d head width, F frames of a chunk, N ranges, R rings.
-Where frames are chosen for each head, bounds have two axes more: (L, H, N, 2).
+Where frames are chosen for each head, bounds have an axis more: (G, N, 2), for G heads of all layers.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -26,12 +27,13 @@ from causalrope_sp.grid import Chunk
 from causalrope_sp.heads.placement import HeadPlacement
 
 Ranges = tuple[tuple[int, int], ...]
-Bounds = tuple[tuple[Ranges, ...], Tensor]  # on the host, of every head of every layer or once for all; on the device
+Bounds = tuple[tuple[Ranges, ...], Tensor]  # on the host, of every head layer by layer or once for all; on the device
 SlotPair = tuple[Sequence[Slots], Sequence[Slots]]  # of keys and of values
 Side = tuple[int, int, bool]  # a ring, and `since` and `old` of `ReadPlans.keys`
 Chosen = Sequence[Sequence[Collection[int]]]  # frames, by layer and head
 Choose = Callable[[Chunk], Chosen | None]
-"""Returns the frames that a chunk attends of those that the stream's window holds, by layer and head; None for all."""
+"""Returns the frames that a chunk attends of those that the stream's window holds, by layer and head, of the heads that
+see all of it; None for all frames."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class _ChunkPlan:
         slots_RF: the slot of each of its frames, by ring, on the device.
         first: by ring, the first of the slots, if they follow each other and are known on the host.
         rotate_on_read: by ring, the rotation of the keys on read, or None.
-        chosen: the frames that are attended; None for all that the window holds.
+        chosen: the frames that heads of the whole window attend; None for all that it holds.
         ranges: the rows that are attended.
         slots: the slots of keys and values, by layer.
         keys: what is attended, by layer, `since` and `old`.
@@ -71,7 +73,8 @@ class ReadPlans:
         rotate_on_read: makes the rotation of the keys on read from the position of every slot's frame within the
             window; None if keys are stored rotated.
         source_order: see `CachedHeads`.
-        choose: chooses among the frames that the window holds, for a cache of one ring; None attends all.
+        choose: chooses among the frames that the window holds, for the heads of the first ring, which see all of it;
+            None attends all.
     """
 
     def __init__(
@@ -88,6 +91,7 @@ class ReadPlans:
         self._device, self._tokens = first.device, first.shape[3]
         layers = range(len(rings[0].storage))
         self._of_layer = [[n for n, ring in enumerate(rings) if ring.heads(layer)] for layer in layers]
+        self._choosing = list(accumulate(map(rings[0].heads, layers), initial=0))  # heads in the layers before
         self._views = [[LayerViews.of(layer) for layer in ring.storage] for ring in rings]
         self._plans: dict[int, _ChunkPlan] = {}  # by the number of the chunk
 
@@ -138,11 +142,10 @@ class ReadPlans:
     def _ring_keys(self, plan: _ChunkPlan, layer: int, chunk: Chunk, side: Side) -> Keys:
         (rows, bounds), views = self._ranges(plan, chunk, side), self._views[side[0]][layer]
         whole = Keys(*views.rows, rows[0], bounds, plan.rotate_on_read[side[0]], *views.scale_rows)
-        if plan.chosen is None:
+        if self._chosen(plan, side[0]) is None:
             return whole
-        heads = whole.k.shape[2]
-        of_heads = rows[layer * heads : (layer + 1) * heads]
-        return replace(whole, ranges=None, bounds_N2=bounds[layer], head_ranges=of_heads)
+        of_heads = slice(*self._choosing[layer : layer + 2])
+        return replace(whole, ranges=None, bounds_N2=bounds[of_heads], head_ranges=rows[of_heads])
 
     def tensors(self, chunk: Chunk, since: int) -> list[Tensor]:
         """Returns the numbers of a chunk's passes on the device.
@@ -174,16 +177,25 @@ class ReadPlans:
         finally:
             self._plans = own
 
-    def attended_rows(self, chunk: Chunk, since: int) -> tuple[Ranges, ...]:
-        """Returns the rows of each ring that a chunk's queries attend: before `since`, then since then; 0 for all."""
-        plan, found = self._plan(chunk), list[Ranges]()
+    def attended_rows(self, chunk: Chunk, since: int, counted: bool) -> tuple[Ranges | int, ...]:
+        """Returns the rows of each ring that a chunk's queries attend: before `since`, then since then; 0 for all.
+
+        Where frames are chosen for each head, or with `counted`, the number of ranges stands in place of the rows.
+        """
+        plan, found = self._plan(chunk), list[Ranges | int]()
         for ring in range(len(self._rings)):
-            found += [ranges for rows, _ in self._sides(plan, ring, chunk, since).values() for ranges in rows]
+            numbers = counted or self._chosen(plan, ring) is not None
+            for rows, _ in self._sides(plan, ring, chunk, since).values():
+                found += map(len, rows) if numbers else rows
         return tuple(found)
 
     def are_chosen(self, chunk: Chunk) -> bool:
         """Returns whether a chunk attends frames that were chosen for it."""
         return self._plan(chunk).chosen is not None
+
+    def _chosen(self, plan: _ChunkPlan, ring: int) -> Chosen | None:
+        """The frames that were chosen for the heads of a ring; None for all that it holds."""
+        return plan.chosen if ring == 0 else None
 
     def _sides(self, plan: _ChunkPlan, ring: int, chunk: Chunk, since: int) -> dict[Side, Bounds]:
         """The ranges of a ring that attention reads, on the host and on the device, as the plan has them."""
@@ -210,15 +222,14 @@ class ReadPlans:
         if found is None:
             # a captured graph has a fixed number of ranges: two if there is a split, or as many as choices can have
             least = 2 if side[1] else 0
-            if plan.chosen is None:
+            chosen = self._chosen(plan, side[0])
+            if chosen is None:
                 rows: tuple[Ranges, ...] = (self._rows_of(chunk, side, None, least),)
                 shape: tuple[int, ...] = (-1, 2)
             else:
                 least = max(least, (self._window.frames + 1) // 2)
-                rows = tuple(
-                    self._rows_of(chunk, side, frames, least) for of_layer in plan.chosen for frames in of_layer
-                )
-                shape = len(plan.chosen), -1, least, 2
+                rows = tuple(self._rows_of(chunk, side, frames, least) for of_layer in chosen for frames in of_layer)
+                shape = len(rows), least, 2
             bounds = send(torch.tensor(rows, dtype=torch.int32).view(shape), self._device)
             found = plan.ranges[side] = rows, bounds
         return found

@@ -5,7 +5,7 @@ Shapes: H heads of a layer, d head width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from itertools import chain, islice
@@ -90,6 +90,7 @@ class HeadRings:
         frames: the latent frames that the heads of each ring see, falling; `SKIP` for those that attend nothing.
         placements: the placement of every layer.
         heads: how many heads of each ring a column has, by layer, column and ring.
+        window: the window of the stream.
         sink: the sink of windows that are smaller than the stream's.
         scratch: the slots of the ring of heads that attend nothing; see `CachedHeads`.
     """
@@ -97,6 +98,7 @@ class HeadRings:
     frames: tuple[int, ...]
     placements: tuple[HeadPlacement, ...]
     heads: tuple[tuple[tuple[int, ...], ...], ...]
+    window: int
     sink: int = 0
     scratch: int = 0
 
@@ -110,6 +112,7 @@ class HeadRings:
         window: int,
         sink: int = 0,
         chunk_frames: int = 1,
+        similar: int | None = None,
     ) -> HeadRings:
         """Places the heads of a model.
 
@@ -121,11 +124,12 @@ class HeadRings:
             window: the window of the stream, in latent frames.
             sink: the latent frames of its sink.
             chunk_frames: those of a chunk.
+            similar: how many frames heads that see the whole window attend after a chunk's first pass; None for all.
 
         Returns:
             Their rings. If every head sees the whole window, there is one, and the heads keep the model's order.
             Otherwise each head goes to the column with the fewest keys so far, those with most keys first (the rule of
-            the longest processing time).
+            the longest processing time). Keys are those that it attends after a chunk's first pass.
 
         Raises:
             ConfigError: the policy is of another size.
@@ -136,26 +140,34 @@ class HeadRings:
         if seen is None or all(frames == window for layer in seen for frames in layer):
             numbers, sizes = iter(range(heads)), shares(heads, columns)
             placement = HeadPlacement(tuple(tuple(islice(numbers, size)) for size in sizes))
-            return cls((window,), (placement,) * layers, (tuple((size,) for size in sizes),) * layers)
+            return cls((window,), (placement,) * layers, (tuple((size,) for size in sizes),) * layers, window)
         rings = tuple(sorted({frames for layer in seen for frames in layer}, reverse=True))
-        placements = tuple(HeadPlacement(_by_longest_time(layer, columns)) for layer in seen)
+        attended = {} if similar is None else {window: similar}
+        costs = [[attended.get(frames, frames) for frames in layer] for layer in seen]
+        placements = tuple(HeadPlacement(_by_longest_time(*layer, columns)) for layer in zip(seen, costs, strict=True))
         counts = tuple(
             tuple(tuple([layer[head] for head in column].count(frames) for frames in rings) for column in at.columns)
             for at, layer in zip(placements, seen, strict=True)
         )
-        return cls(rings, placements, counts, sink, min(window, sink + chunk_frames))
+        return cls(rings, placements, counts, window, sink, min(window, sink + chunk_frames))
 
-    def attended(self, column: int, most: int) -> int:
-        """Returns over how many latent frames the queries of a column attend, summed over all layers and heads, if
-        there are at most `most` frames."""
-        return sum(self._of_layer(layer, most)[column] for layer in range(len(self.heads)))
+    def attended(self, column: int, most: int, chosen: int | None = None) -> int:
+        """Returns over how many latent frames the queries of a column attend, summed over all layers and heads.
 
-    def waited_for(self, most: int) -> int:
+        Args:
+            column: the column.
+            most: how many frames there are.
+            chosen: how many of them heads that see the whole window attend; None for all.
+        """
+        return sum(self._of_layer(layer, most, chosen)[column] for layer in range(len(self.heads)))
+
+    def waited_for(self, most: int, chosen: int | None = None) -> int:
         """Returns `attended` with, in every layer, the column that has most of it: the others wait for it."""
-        return sum(max(self._of_layer(layer, most)) for layer in range(len(self.heads)))
+        return sum(max(self._of_layer(layer, most, chosen)) for layer in range(len(self.heads)))
 
-    def _of_layer(self, layer: int, most: int) -> list[int]:
-        frames = [min(each, most) for each in self.frames]
+    def _of_layer(self, layer: int, most: int, chosen: int | None) -> list[int]:
+        of_whole = most if chosen is None else chosen
+        frames = [of_whole if each == self.window else min(each, most) for each in self.frames]
         return [sum(map(mul, counts, frames)) for counts in self.heads[layer]]
 
     @property
@@ -174,25 +186,34 @@ class HeadRings:
         order = self.placements if from_model else ()
         return CachedHeads(self.frames, heads, self.sink, self.scratch, order)
 
-    @property
-    def imbalance(self) -> float:
-        """ρ, by which factor the slowest columns of the layers take longer than their mean in self-attention. Columns
-        wait for each other in every layer."""
-        columns, most = len(self.heads[0]), max(self.frames)
-        every = sum(self.attended(column, most) for column in range(columns))
-        return self.waited_for(most) * columns / every if every else 1.0
+    def imbalance(self, forwards: Mapping[tuple[int, ...], int]) -> float:
+        """Returns ρ, by which factor the slowest columns of the layers take longer than their mean in self-attention.
+        Columns wait for each other in every layer of a forward.
+
+        Args:
+            forwards: how many frames heads that see the whole window attend in a forward, for each of its chunks, and
+                the number of such forwards.
+        """
+        waited = every = 0
+        for chunks, times in forwards.items():
+            for layer in range(len(self.heads)):
+                of_chunks = [self._of_layer(layer, self.window, chosen) for chosen in chunks]
+                loads = [sum(of_column) for of_column in zip(*of_chunks, strict=True)]
+                waited += times * max(loads)
+                every += times * sum(loads)
+        return waited * len(self.heads[0]) / every if every else 1.0
 
 
-def _by_longest_time(frames: Sequence[int], columns: int) -> tuple[tuple[int, ...], ...]:
-    """Gives every head to a column, by the frames that each head sees. A column's heads are sorted by falling frames,
-    then by number."""
+def _by_longest_time(frames: Sequence[int], costs: Sequence[int], columns: int) -> tuple[tuple[int, ...], ...]:
+    """Gives every head to a column, by the frames that each head attends, `costs`. A column's heads are sorted by the
+    frames that they see, falling, then by number."""
     loads: list[tuple[int, int]] = [(0, 0)] * columns  # frames, heads
     placed: list[list[int]] = [[] for _ in range(columns)]
-    for head in sorted(range(len(frames)), key=lambda head: -frames[head]):
+    for head in sorted(range(len(frames)), key=lambda head: -costs[head]):
         least = min(range(columns), key=loads.__getitem__)
-        loads[least] = loads[least][0] + frames[head], loads[least][1] + 1
+        loads[least] = loads[least][0] + costs[head], loads[least][1] + 1
         placed[least].append(head)
-    return tuple(map(tuple, placed))
+    return tuple(tuple(sorted(column, key=lambda head: (-frames[head], head))) for column in placed)
 
 
 @cache

@@ -92,6 +92,11 @@ class HeadPolicy:
         """Returns how many latent frames each head of each layer sees in a stream with a window of `window` frames."""
         return tuple(tuple(window if w is None else min(w, window) for w in layer) for layer in self.windows)
 
+    def whole(self, window: int) -> tuple[tuple[int, ...], ...]:
+        """Returns the numbers of each layer's heads that see the whole of a window of `window` frames."""
+        frames = self.frames(window)
+        return tuple(tuple(head for head, seen in enumerate(layer) if seen == window) for layer in frames)
+
     def share_seen(self, window: int) -> float:
         """Returns the share of the keys of a window of `window` frames that heads see."""
         seen = self.frames(window)

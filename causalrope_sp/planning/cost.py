@@ -37,6 +37,7 @@ from causalrope_sp.planning.workload import Workload
 from causalrope_sp.reuse.policy import Kind
 
 Seconds = tuple[float, float, float]  # computing, communicating, and the part of the latter that is exposed
+Attended = tuple[int, int]  # how many frames there are, and how many of them heads attend that see the whole window
 ELEMENTWISE_PASSES = 30  # about how often a block of the unfused model reads or writes its D numbers a token
 
 
@@ -139,7 +140,8 @@ def _cost(layout: Layout, cfg: int, work: Workload, on: Machine, auxiliary: Auxi
     seconds = compute + exposed + gather
     opening = _times(layout, work, on, passes, chunk, chunk, chunk)
     first = opening[0] + opening[2] + gather
-    alone = [_pass_times(layout, work, on, rank, chunk, window, work.computed(0), waits=False)[0] for rank in every]
+    full = window, window
+    alone = [_pass_times(layout, work, on, rank, chunk, full, work.computed(0), waits=False)[0] for rank in every]
     bytes_pass = max(sum(received_in_pass(layout, work, r, chunk).values()) for r in every) * work.itemsize
     calls_layer = len(received(layout, work, 0, chunk))
     attended = branches * layers + sum(computed["self"] for computed in _later(work, passes))  # layers, of all passes
@@ -179,7 +181,7 @@ def _cost(layout: Layout, cfg: int, work: Workload, on: Machine, auxiliary: Auxi
         fps=work.temporal_stride * chunk / seconds,
         efficiency=1.0,
         imbalance=max(alone) * layout.ranks / sum(alone),
-        head_imbalance=work.head_rings(layout.ulysses).imbalance,
+        head_imbalance=work.head_imbalance(layout.ulysses),
         fits=True,
         auxiliary=auxiliary,
         session=session,
@@ -198,7 +200,7 @@ def _steady_times(layout: Layout, work: Workload, on: Machine, passes: Sequence[
     """The seconds of a steady chunk's passes, with those that compute the window anew."""
     times = [_times(layout, work, on, passes, 2 * work.chunk_frames, work.window, work.seen)]
     for frames, keys in work.more_context:
-        again = _slowest(layout, work, on, frames, keys, work.computed(0))
+        again = _slowest(layout, work, on, frames, (keys, keys), work.computed(0))
         times.append([len(passes) * seconds for seconds in again])
     return [sum(each) for each in zip(*times, strict=True)]
 
@@ -207,18 +209,20 @@ def _times(
     layout: Layout, work: Workload, on: Machine, passes: Sequence[int], first_frames: int, keys: int, seen: int
 ) -> list[float]:
     """The seconds of a chunk's passes: the first is over so many frames that attend `keys` frames, the later ones are
-    over the chunk, which attends `seen` frames."""
+    over the chunk. Heads that see the whole window attend `seen` frames in these."""
     chunk = work.chunk_frames
     alike = Counter(tuple(computed.items()) for computed in _later(work, passes))
     mean = keys if first_frames == chunk else -(-(keys + seen) // 2)  # its own chunk's queries attend all
-    first = _slowest(layout, work, on, first_frames, mean, work.computed(0))
+    first = _slowest(layout, work, on, first_frames, (keys, mean), work.computed(0))
     times = [[len(passes) * seconds for seconds in first]]
     for computed, count in alike.items():
-        times.append([count * seconds for seconds in _slowest(layout, work, on, chunk, seen, dict(computed))])
+        times.append([count * seconds for seconds in _slowest(layout, work, on, chunk, (keys, seen), dict(computed))])
     return [sum(each) for each in zip(*times, strict=True)]
 
 
-def _slowest(layout: Layout, work: Workload, on: Machine, frames: int, keys: int, computed: dict[Kind, int]) -> Seconds:
+def _slowest(
+    layout: Layout, work: Workload, on: Machine, frames: int, keys: Attended, computed: dict[Kind, int]
+) -> Seconds:
     """The seconds of a pass on the rank that takes longest."""
     times = [_pass_times(layout, work, on, rank, frames, keys, computed) for rank in range(layout.ranks)]
     return max(times, key=lambda each: each[0] + each[2])
@@ -230,7 +234,7 @@ def _pass_times(
     on: Machine,
     rank: int,
     frames: int,
-    keys: int,
+    keys: Attended,
     computed: dict[Kind, int],
     waits: bool = True,
 ) -> Seconds:
@@ -238,7 +242,7 @@ def _pass_times(
     False; `computed` says in how many layers each kind of module runs."""
     tokens = work.batch * frames * coordinates(layout, work, rank)[2][rank]
     share = {kind: count / work.config.num_layers for kind, count in computed.items()}
-    attention = share["self"] * attention_flops(layout, work, rank, frames, keys, waiting=waits) / on.attention
+    attention = share["self"] * attention_flops(layout, work, rank, frames, *keys, waiting=waits) / on.attention
     moved = ELEMENTWISE_PASSES * work.config.dim * work.config.num_layers * tokens * work.itemsize
     flops = work.linear_flops_of(computed)
     skipped = (work.linear_flops - flops) // 2  # weights: each is two FLOPs a token
@@ -257,7 +261,7 @@ def _pass_times(
     }
     hidden = 0.0
     if "kv" in by_kind:  # hidden behind attention to cached keys
-        hidden = min(by_kind["kv"], attention * max(0, keys - frames) / max(keys, 1))
+        hidden = min(by_kind["kv"], attention * max(0, keys[1] - frames) / max(keys[1], 1))
     if "q" in by_kind:  # hidden behind attention with this rank's own queries of the first chunk
         hidden = min(by_kind["q"], attention / layout.sharing * work.chunk_frames / frames)
     communication = sum(by_kind.values())

@@ -58,7 +58,7 @@ def received_means(work: Workload, ranks: int) -> int:
     sums of the chunk's queries and of the keys of the one before it."""
     if work.similar is None:
         return 0
-    return (ranks - 1) * work.batch * work.config.num_layers * 2 * work.chunk_frames * work.config.dim
+    return (ranks - 1) * work.batch * work.choosing * 2 * work.chunk_frames * work.config.head_dim
 
 
 def received_guidance(work: Workload, ranks: int) -> int:
@@ -99,13 +99,22 @@ def stored_bytes(layout: Layout, work: Workload, rank: int, branch: int = 0, sta
     return outputs * work.batch * work.chunk_frames * tokens * work.config.dim * work.itemsize
 
 
-def attention_flops(layout: Layout, work: Workload, rank: int, frames: int, keys: int, *, waiting: bool = False) -> int:
+def attention_flops(
+    layout: Layout,
+    work: Workload,
+    rank: int,
+    frames: int,
+    keys: int,
+    chosen: int | None = None,
+    *,
+    waiting: bool = False,
+) -> int:
     """Returns the FLOPs of self-attention in all layers of a pass: `frames` of queries on `keys` frames of keys, or on
-    those that a head sees of them. With `waiting`, a layer's are those of the ranks with most of them, for which the
-    others wait."""
+    those that a head sees of them; heads that see the whole window attend `chosen` of them, or all. With `waiting`, a
+    layer's are those of the ranks with most of them, for which the others wait."""
     row, column, _, rows = coordinates(layout, work, rank)
     rings = work.head_rings(layout.ulysses)
-    seen = rings.waited_for(keys) if waiting else rings.attended(column, keys)
+    seen = rings.waited_for(keys, chosen) if waiting else rings.attended(column, keys, chosen)
     queries = sum(rows) if layout.inner == "shard-kv" else rows[row]
     stored = rows[row] if layout.inner == "shard-kv" else sum(rows)
     return 4 * work.batch * work.config.head_dim * frames * queries * seen * stored
@@ -123,7 +132,7 @@ def chunk_flops(layout: Layout, work: Workload, rank: int, branch: int = 0) -> i
     total = -work.models * work.left_out_flops * tokens
     for step in range(work.passes[branch]):
         chunks, computed = 2 if step == 0 else 1, work.computed(step, branch)
-        attention = attention_flops(layout, work, rank, work.chunk_frames, work.seen)
+        attention = attention_flops(layout, work, rank, work.chunk_frames, work.window, work.seen)
         if step == 0:
             attention += attention_flops(layout, work, rank, work.chunk_frames, work.window)
         total += work.linear_flops_of(computed) * chunks * tokens

@@ -42,6 +42,7 @@ class Workload:
             own.
         cache: how keys and values are stored, of `StreamConfig`.
         similar: how many frames of a full window passes after a chunk's first attend; None for all (`similar_frames`).
+            Heads with a window of their own attend that.
         heads: what each attention head sees, or None for the whole window.
         sink: the frames of the sink.
         temporal_stride: the pixel frames of a latent frame, which only the frame rate depends on.
@@ -125,11 +126,25 @@ class Workload:
         """Returns the rings of the cache, and where the heads are, if so many ranks share them."""
         c = self.config
         sizes = c.num_layers, c.num_heads, columns, self.window
-        return head_rings(self.heads, *sizes, self.sink, self.chunk_frames)
+        return head_rings(self.heads, *sizes, self.sink, self.chunk_frames, self.similar)
+
+    def head_imbalance(self, columns: int) -> float:
+        """Returns ρ of a steady chunk if so many ranks share the heads; see `HeadRings.imbalance`. The first forward is
+        fused with the context pass of the chunk before."""
+        first, later = (self.window, self.seen), (self.seen,)
+        return self.head_rings(columns).imbalance({first: 1, later: self.steps - 1})
+
+    @property
+    def choosing(self) -> int:
+        """How many heads of all layers choose frames by similarity: those that see the whole window."""
+        if self.heads is None:
+            return self.config.num_layers * self.config.num_heads
+        return sum(map(len, self.heads.whole(self.window)))
 
     @property
     def seen(self) -> int:
-        """The frames of a full window that passes after a chunk's first attend, and its context pass."""
+        """The frames of a full window that passes after a chunk's first attend, and its context pass, with heads that
+        see all of it."""
         return self.window if self.similar is None else self.similar
 
     @property
@@ -239,7 +254,7 @@ def _similar(stream: StreamConfig, window: int, chunk: int) -> int | None:
         return None
     always = stream.sink + NEWEST + chunk
     if 0 < similar < 1:
-        return max(always, round((1 - similar) * window))
+        return min(window, max(always, round((1 - similar) * window)))
     return min(window, always + int(similar))
 
 

@@ -209,7 +209,8 @@ def _denoise_flops(pipe: CausalVideoPipeline, chunk: Chunk) -> int:
     def context(rank: int, frames: int, keys: int) -> int:
         tokens = frames * Shard(grid, rank, layout.ranks).tokens
         linear = (work.linear_flops - work.left_out_flops) * tokens
-        return linear + cross_flops(work, tokens) + attention_flops(layout, work, rank, frames, keys)
+        attention = attention_flops(layout, work, rank, frames, keys, min(keys, work.seen))
+        return linear + cross_flops(work, tokens) + attention
 
     def branch_flops(rank: int, branch: int) -> int:
         before = context(rank, min(stream.chunk_frames, chunk.start), min(window, chunk.start))

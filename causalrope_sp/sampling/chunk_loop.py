@@ -126,6 +126,7 @@ class ChunkLoop:
             agreed |= {name: digest(x) for name, x in tensors.items() if x is not None}
         self.layout = options.layout or choose_strategy(work, default_machine(self.parallel.device), self.parallel)
         self.rings = work.head_rings(self.layout.ulysses)
+        self.head_imbalance = work.head_imbalance(self.layout.ulysses)
         strategy = agree_on_strategy(self.parallel, work, self.layout, agreed)
         relative = stream.rope == "relative"
         models = [model] if options.low_noise is None else [model, options.low_noise.model]
@@ -266,7 +267,7 @@ class ChunkLoop:
 
     def output(self, chunk: Chunk, tokens_BFSE: Tensor) -> LatentChunk:
         """Gathers the whole latents of a chunk on every rank."""
-        self.parallel.comm_stats.keep(self.branches.stored_bytes, self.rings.imbalance)
+        self.parallel.comm_stats.keep(self.branches.stored_bytes, self.head_imbalance)
         grid = self.context.grid
         latents = grid.unpatchify(self.parallel.gather_tokens(tokens_BFSE, grid))
         self.unread = FiniteCheck(chunk.index, latents, self.model.dtype)

@@ -85,11 +85,7 @@ class GraphedPasses:
                 own_modulation = replace(modulation, blocks_L6FD=blocks, head_2FD=head)
                 return compute(tokens, (timesteps_F, own_modulation), own_rotation)
 
-        rows = tuple(cache.attended_rows(chunk, since) for chunk in chunks)
-        attended = tuple(
-            tuple(map(len, sides)) if self._rows_on_device or by_head else sides
-            for sides, by_head in zip(rows, chosen, strict=True)
-        )
+        attended = tuple(cache.attended_rows(chunk, since, counted=self._rows_on_device) for chunk in chunks)
         frames = tuple(chunk.frames for chunk in chunks)
         # the table of times is replaced by a longer one when the stream outgrows it
         shapes = tokens_BTE.shape, vectors[0].shape  # timesteps differ within a chunk where frames of it are given

@@ -3,26 +3,28 @@
 A chunk's first pass attends the whole window. From then on a head attends the sink, the newest frame before the chunk,
 the chunk itself, and of the other frames those with the largest ⟨mean query, mean key⟩. The mean query is that of the
 chunk in its first pass; mean keys are those of context passes, which are clean. The choice holds for all later passes
-of the chunk, its context pass included.
+of the chunk, its context pass included. Heads with a window of their own choose nothing: they attend that window.
 
 Means are taken before the rotation in time, which all tokens of a frame share, so that a mean is rotated in its place.
 Each rank sums over its own tokens of all heads, whatever the attention strategy is, and one all-gather a chunk adds the
 sums up. All ranks then make the same choice from the same numbers.
 
-Shapes: L layers, B batch, F frames, s tokens of a frame on this rank, H heads, d head width, N frames to choose from,
-C frames of the chunk, E channel pairs that rotate by time.
+Shapes: L layers, B batch, F frames, s tokens of a frame on this rank, H heads, d head width, G heads of all layers that
+choose, N frames to choose from, C frames of the chunk, E channel pairs that rotate by time.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from causalrope_kernels import PassOperations, Projection, Slots
+from causalrope_kernels.tables import on_device
+from causalrope_sp.cache.read_plans import Chosen
 from causalrope_sp.cache.window import SlidingWindow
 from causalrope_sp.config import NEWEST, DiTConfig, StreamConfig
 from causalrope_sp.distributed.comm_stats import LAYERLESS
@@ -32,7 +34,7 @@ from causalrope_sp.models.rope import frequencies
 from causalrope_sp.sampling.pass_inputs import Part
 from causalrope_sp.sampling.similarity_schedule import top_frames
 
-Choice = Sequence[Sequence[Collection[int]]]  # the frames that a chunk attends, by layer and head
+Choice = Sequence[Mapping[int, Collection[int]]]  # the frames that a chunk attends, by layer and number of the head
 
 
 class SimilarFrames:
@@ -43,6 +45,7 @@ class SimilarFrames:
         config: the sizes of the model.
         sink: how many of a shot's first frames every chunk attends. A window of the whole video has no sink of its own.
         relative: whether a frame's time is its position within the window.
+        heads: by layer, the numbers of the heads that choose.
         kept: of how many frames the means are kept: those of the window and of the chunks that can be taken back.
         communicator: the ranks that share the tokens; None for one rank.
     """
@@ -54,16 +57,19 @@ class SimilarFrames:
         *,
         sink: int,
         relative: bool,
+        heads: Sequence[Sequence[int]],
         kept: int,
         communicator: Communicator | None,
     ) -> None:
         self._top, self._config, self._sink, self._relative = top, config, sink, relative
-        self._kept, self._communicator = kept, communicator
+        self._heads, self._kept, self._communicator = heads, kept, communicator
+        places = [(layer, head) for layer, own in enumerate(heads) for head in own]
+        self._places = tuple(zip(*places, strict=True))  # all layers, then all numbers
         spatial = config.head_dim // 6
         self._frequencies = frequencies(config.head_dim // 2 - 2 * spatial, config.theta)
         self._sums: dict[torch.Size, Tensor] = {}  # by the shape of a pass: a captured graph has their addresses
         self._pending: list[tuple[Chunk, Tensor]] = []  # this rank's sums since the last choice
-        self._keys: dict[int, Tensor] = {}  # by frame: the sum of its clean keys on all ranks, (L, B, H, d)
+        self._keys: dict[int, Tensor] = {}  # by frame: the sum of its clean keys on all ranks, (G, B, d)
         self._choices: dict[Chunk, Choice | None] = {}
 
     def fork(self) -> SimilarFrames:
@@ -87,7 +93,9 @@ class SimilarFrames:
         return not parts[0].timestep or parts[-1].chunk not in self._choices
 
     def observe(self, layer: int, projection: Projection, operations: PassOperations) -> None:
-        """Sums a layer's queries and keys over this rank's tokens of each frame of a pass."""
+        """Sums a layer's queries and keys over this rank's tokens of each frame of a pass, if a head of it chooses."""
+        if not self._heads[layer]:
+            return
         rotation = projection.rotation
         at_zero = torch.zeros_like(rotation.query_times_F)
         source = replace(projection, rotation=replace(rotation, query_times_F=at_zero, key_times_F=at_zero))
@@ -123,19 +131,24 @@ class SimilarFrames:
         sums_L2BFHD = self._of_pass(len(parts[0].tokens_BFSE), sum(part.chunk.frames for part in parts))
         clean, last = parts[0], parts[-1]
         if not clean.timestep:
-            self._pending.append((clean.chunk, sums_L2BFHD[:, 1, :, : clean.chunk.frames].clone()))
+            self._pending.append((clean.chunk, self._of_choosing(sums_L2BFHD[:, 1, :, : clean.chunk.frames])))
         if not last.timestep or last.chunk in self._choices:
             return False
-        self._decide(last.chunk, window, sums_L2BFHD[:, 0, :, -last.chunk.frames :])
+        self._decide(last.chunk, window, self._of_choosing(sums_L2BFHD[:, 0, :, -last.chunk.frames :]))
         return True
 
-    def _decide(self, chunk: Chunk, window: SlidingWindow, q_LBFHD: Tensor) -> None:
+    def _of_choosing(self, sums_LBFHD: Tensor) -> Tensor:
+        """A copy of the sums of the heads that choose, (G, B, F, d)."""
+        layers, heads = on_device(self._places, sums_LBFHD.device)
+        return sums_LBFHD.movedim(3, 1)[layers, heads]
+
+    def _decide(self, chunk: Chunk, window: SlidingWindow, q_GBFD: Tensor) -> None:
         """Chooses the frames that a chunk attends, by the sums of this rank's queries of it."""
-        *clean, queries_LBFHD = self._of_all_ranks([*(sums for _, sums in self._pending), q_LBFHD])
-        for (of, _), keys_LBFHD in zip(self._pending, clean, strict=True):
-            self._keys |= dict(zip(range(of.start, of.stop), keys_LBFHD.unbind(2), strict=True))
+        *clean, queries_GBFD = self._of_all_ranks([*(sums for _, sums in self._pending), q_GBFD])
+        for (of, _), keys_GBFD in zip(self._pending, clean, strict=True):
+            self._keys |= dict(zip(range(of.start, of.stop), keys_GBFD.unbind(2), strict=True))
         self._pending.clear()
-        self._choices[chunk] = self._choice(chunk, window, queries_LBFHD)
+        self._choices[chunk] = self._choice(chunk, window, queries_GBFD)
         oldest = chunk.start - self._kept
         self._keys = {frame: keys for frame, keys in self._keys.items() if frame >= oldest}
         self._choices = {of: choice for of, choice in self._choices.items() if of.start >= oldest}
@@ -157,13 +170,22 @@ class SimilarFrames:
         parts = total.cpu().split([x.numel() for x in sums])
         return [part.view(x.shape) for part, x in zip(parts, sums, strict=True)]
 
-    def choose(self, chunk: Chunk, heads: Sequence[int]) -> Choice | None:
-        """Returns the frames that some heads of a chunk attend, by layer and head, or None for all that the window
-        holds."""
-        choice = self._choices.get(chunk)
-        return choice and [[of_layer[head] for head in heads] for of_layer in choice]
+    def choose(self, chunk: Chunk, heads: Sequence[Sequence[int]]) -> Chosen | None:
+        """Returns the frames that those of some heads which choose attend, in the order of `heads`.
 
-    def _choice(self, chunk: Chunk, window: SlidingWindow, q_LBFHD: Tensor) -> Choice | None:
+        Args:
+            chunk: the chunk of the queries.
+            heads: numbers of heads, by layer.
+
+        Returns:
+            The frames by layer and head, or None for all that the window holds.
+        """
+        choice = self._choices.get(chunk)
+        if choice is None:
+            return None
+        return [[of[head] for head in own if head in of] for of, own in zip(choice, heads, strict=True)]
+
+    def _choice(self, chunk: Chunk, window: SlidingWindow, q_GBFD: Tensor) -> Choice | None:
         held, top = sorted(window.held(chunk.stop).values()), self._top(chunk)
         shot = window.sink_at(chunk.stop).start
         sink = range(shot, shot + self._sink)
@@ -173,18 +195,18 @@ class SimilarFrames:
         fixed = frozenset(held).difference(free)
         time = {frame: number for number, frame in enumerate(held)} if self._relative else {f: f for f in held}
         apart_NC = torch.tensor([[time[t] - time[f] for t in range(chunk.start, chunk.stop)] for f in free])
-        scores_LHN = self._scores(q_LBFHD, torch.stack([self._keys[f] for f in free], 2), apart_NC.double())
-        best = scores_LHN.topk(top, 2).indices.tolist()
-        return [[fixed.union(free[n] for n in of_head) for of_head in of_layer] for of_layer in best]
+        scores_GN = self._scores(q_GBFD, torch.stack([self._keys[f] for f in free], 2), apart_NC.double())
+        best = iter(scores_GN.topk(top, 1).indices.tolist())
+        return [{head: fixed.union(free[n] for n in next(best)) for head in own} for own in self._heads]
 
-    def _scores(self, q_LBFHD: Tensor, k_LBNHD: Tensor, apart_NC: Tensor) -> Tensor:
-        """⟨sum of the queries of the chunk, sum of the keys of the frame⟩, summed over the batch, (L, H, N)."""
+    def _scores(self, q_GBFD: Tensor, k_GBND: Tensor, apart_NC: Tensor) -> Tensor:
+        """⟨sum of the queries of the chunk, sum of the keys of the frame⟩, summed over the batch, (G, N)."""
         width = 2 * len(self._frequencies)
-        plain_LHN = torch.einsum("lbchd,lbnhd->lhn", q_LBFHD[..., width:], k_LBNHD[..., width:])
-        q, k = (torch.view_as_complex(x[..., :width].unflatten(-1, (-1, 2)).contiguous()) for x in (q_LBFHD, k_LBNHD))
+        plain_GN = torch.einsum("gbcd,gbnd->gn", q_GBFD[..., width:], k_GBND[..., width:])
+        q, k = (torch.view_as_complex(x[..., :width].unflatten(-1, (-1, 2)).contiguous()) for x in (q_GBFD, k_GBND))
         angles_NCE = apart_NC.unsqueeze(-1) * self._frequencies
         turned = torch.polar(torch.ones_like(angles_NCE), angles_NCE)
-        return plain_LHN + torch.einsum("lbche,lbnhe,nce->lhn", q, k.conj(), turned).real
+        return plain_GN + torch.einsum("gbce,gbne,nce->gn", q, k.conj(), turned).real
 
 
 def stream_similarity(
@@ -195,7 +217,7 @@ def stream_similarity(
     history: int,
     communicator: Communicator | None,
 ) -> SimilarFrames | None:
-    """Returns what chooses the frames of the window that the chunks of a stream attend; None if they attend all of it.
+    """Returns what chooses the frames of the window that the chunks of a stream attend; None if there is no choice.
 
     Args:
         config: the sizes of the model.
@@ -207,12 +229,17 @@ def stream_similarity(
     """
     if stream.similar_frames is None or stream.similar_frames >= window.frames:
         return None
+    every = (tuple(range(config.num_heads)),) * config.num_layers
+    heads = every if stream.heads is None else stream.heads.whole(window.frames)
+    if not any(heads):
+        return None
     chunks = list(chunks)
     return SimilarFrames(
         top_frames(stream.similar_frames, stream.sink, window, chunks),
         config,
         sink=stream.sink,
         relative=stream.rope == "relative",
+        heads=heads,
         kept=window.frames + (history + 3) * max(chunk.frames for chunk in chunks),
         communicator=communicator,
     )

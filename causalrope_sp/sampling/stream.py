@@ -270,7 +270,8 @@ class CausalStream:
     def _choose_frames(self) -> None:
         """Lets the cache ask which frames a chunk attends, with the heads that this rank caches."""
         if self._similar is not None:
-            heads = self._strategy.heads_cached(self._model.config.num_heads)
+            config, cached = self._model.config, self._strategy.heads_cached
+            heads = [cached(layer, config.num_heads) for layer in range(config.num_layers)]
             self.cache.choose_frames(partial(self._similar.choose, heads=heads))
 
     def _forward(self, parts: list[Part], output: OutputOf = computed, pattern: Hashable = None) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from causalrope_kernels import Slots
 from causalrope_sp.heads import HeadPolicy
 from causalrope_sp.heads.placement import HeadPlacement, HeadRings
+from tests.support.strategy_runs import CONFIG, WORK
 
 # how many of the 12 heads of each of Self-Forcing's layers Forcing-KV (arXiv 2605.09681) calls static: 134 of 360
 STATIC = (5, 4, 5, 4, 3, 8, 4, 6, 8, 4, 3, 4, 8, 1, 6, 1, 3, 8, 1, 4, 8, 6, 1, 3, 1, 2, 5, 6, 6, 6)
@@ -29,11 +32,13 @@ def policies(draw: st.DrawFn) -> tuple[HeadPolicy, int, int]:
     return policy, draw(st.integers(1, heads)), heads
 
 
-@given(policies())
+@given(policies(), st.none() | st.integers(3, 8))
 @settings(deadline=None)
-def test_every_head_has_one_place_with_those_of_its_ring(drawn: tuple[HeadPolicy, int, int]) -> None:
+def test_every_head_has_one_place_with_those_of_its_ring(
+    drawn: tuple[HeadPolicy, int, int], similar: int | None
+) -> None:
     policy, columns, heads = drawn
-    rings = HeadRings.of(policy, len(policy.windows), heads, columns, 8, 1, 2)
+    rings = HeadRings.of(policy, len(policy.windows), heads, columns, 8, 1, 2, similar)
     seen = policy.frames(8)
     assert rings.frames == tuple(sorted({frames for layer in seen for frames in layer}, reverse=True))
     for layer, placement, counts in zip(seen, rings.placements, rings.heads):
@@ -49,7 +54,27 @@ def test_every_head_has_one_place_with_those_of_its_ring(drawn: tuple[HeadPolicy
         max(sum(layer[head] for head in column) for column in at.columns) for layer, at in zip(seen, rings.placements)
     )
     assert rings.waited_for(8) == most
-    assert rings.imbalance == pytest.approx(most * columns / sum(loads) if sum(loads) else 1)
+    assert rings.imbalance({(8,): 1}) == pytest.approx(most * columns / sum(loads) if sum(loads) else 1)
+
+
+@given(policies(), st.integers(3, 8), st.integers(1, 4))
+@settings(deadline=None)
+def test_columns_wait_in_every_layer_of_every_forward(
+    drawn: tuple[HeadPolicy, int, int], similar: int, steps: int
+) -> None:
+    """A chunk's first forward has a part that attends all frames, and the context pass of the chunk before."""
+    policy, columns, heads = drawn
+    work = replace(WORK, config=replace(CONFIG, num_layers=len(policy.windows), num_heads=heads, dim=6 * heads))
+    work = replace(work, window=8, sink=1, heads=policy, similar=similar, steps=steps)
+    waited = every = 0
+    for layer, placement in zip(policy.frames(8), work.head_rings(columns).placements):
+        for parts in ((8, similar), *[(similar,)] * (steps - 1)):
+            loads = [
+                sum(whole if layer[head] == 8 else layer[head] for whole in parts for head in column)
+                for column in placement.columns
+            ]
+            waited, every = waited + max(loads), every + sum(loads)
+    assert work.head_imbalance(columns) == pytest.approx(waited * columns / every if every else 1)
 
 
 @given(policies(), st.data())
@@ -76,7 +101,7 @@ def test_slots_and_outputs_change_their_order_and_come_back(
 def test_heads_that_all_see_the_whole_window_stay_where_they_are() -> None:
     dense = HeadRings.of(None, 2, 7, 3, 8)
     assert dense.one
-    assert dense.imbalance == 9 / 7
+    assert dense.imbalance({(8,): 1}) == 9 / 7
     assert HeadRings.of(HeadPolicy(((None, 9, 8, None, 8, 12, 8),) * 2), 2, 7, 3, 8, 1, 2) == dense
     assert HeadPlacement(()).in_order
 
@@ -84,6 +109,8 @@ def test_heads_that_all_see_the_whole_window_stay_where_they_are() -> None:
 def test_the_published_split_is_balanced_on_eight_ranks() -> None:
     """40 heads; a static head sees sink 1, the newest frame and a chunk of 3, of a window of 21."""
     rings = HeadRings.of(published_split(40, static=5), 30, 40, 8, 21, 1, 3)
-    assert rings.imbalance <= 1.05
+    assert rings.imbalance({(21,): 1}) <= 1.05
+    both = HeadRings.of(published_split(40, static=5), 30, 40, 8, 21, 1, 3, similar=11)
+    assert both.imbalance({(21, 11): 1, (11,): 3}) <= 1.05
     loads = [rings.attended(column, 21) for column in range(8)]
     assert max(loads) * 8 / sum(loads) < 1.2, "even without waiting at every layer"

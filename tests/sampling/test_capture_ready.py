@@ -87,6 +87,9 @@ CASES = {
     "similar frames, the first pass by a library": Case(3, similar=2),
     "similar frames, gather-kv": Case(3, "gather-kv", 2, "triton", similar=2),
     "similar frames, ulysses, relative": Case(3, "ulysses", 2, relative=True, similar=2),
+    "heads and similar frames": Case(3, attention="triton", window=8, sink=1, heads=HEADS, similar=2),
+    "heads and similar frames, by a library": Case(3, window=8, sink=1, heads=HEADS, similar=2),
+    "heads and similar frames, gather-kv": Case(3, "gather-kv", 2, "triton", window=8, sink=1, heads=HEADS, similar=2),
 }
 
 
@@ -151,8 +154,16 @@ def open_stream(case: Case, ranks: Any, model: CausalDiT) -> tuple[list[CausalSt
 def similar_of(case: Case, sharing: Communicator | None) -> SimilarFrames | None:
     if case.similar is None:
         return None
-    top = case.similar
-    return SimilarFrames(lambda chunk: top, CONFIG, sink=0, relative=case.relative, kept=12, communicator=sharing)
+    top, heads = case.similar, (tuple(range(CONFIG.num_heads)),) * CONFIG.num_layers
+    return SimilarFrames(
+        lambda chunk: top,
+        CONFIG,
+        sink=case.sink,
+        relative=case.relative,
+        heads=heads if case.heads is None else case.heads.whole(case.window),
+        kept=12,
+        communicator=sharing,
+    )
 
 
 @torch.inference_mode()

@@ -21,6 +21,7 @@ from causalrope_sp.distributed import strategies
 from causalrope_sp.distributed.launch import RankPool
 from causalrope_sp.distributed.layout import parse_strategy
 from causalrope_sp.grid import split_into_chunks
+from causalrope_sp.heads import HeadPolicy
 from causalrope_sp.planning.counts import attention_flops, chunk_flops, received_means
 from causalrope_sp.planning.workload import Workload
 from causalrope_sp.sampling.similarity_schedule import top_frames
@@ -28,13 +29,14 @@ from causalrope_sp.sampling.steered_loop import SteeredLoop
 from causalrope_sp.sampling.stream_options import StreamOptions
 from tests.support.list_session import SAMPLER
 from tests.support.steered_runs import GRID, NOISE, TEXTS
-from tests.support.strategy_runs import CONFIG, Job, make_model, relative, single
+from tests.support.strategy_runs import CONFIG, HEADS, Job, make_model, relative, single
 
 TOP = 2
 PLAIN = Job(1, 7, 17, StreamConfig(8, 1, 2), batch=2)
 JOBS = {
     "window and sink, batch 2": PLAIN,
-    "relative": replace(PLAIN, stream=replace(PLAIN.stream, rope="relative"), batch=1),
+    "windows of heads": replace(PLAIN, stream=replace(PLAIN.stream, heads=HEADS)),
+    "windows of heads, relative": replace(PLAIN, stream=replace(PLAIN.stream, rope="relative", heads=HEADS), batch=1),
     "the whole video": replace(PLAIN, stream=StreamConfig(None, 1, 2), frames=10),
     "context passes alone": replace(PLAIN, fuse=False),
     "initial frames": Job(1, 5, 10, StreamConfig(9, 2, 2), known=5),
@@ -49,10 +51,11 @@ def choosing(job: Job) -> Job:
 
 class MaskedDense:
     """Attends with an explicit mask over all frames of the window, which it chooses by the means of rotated queries and
-    keys as they are attended."""
+    keys as they are attended. Heads with a window of their own are masked by that."""
 
-    def __init__(self, sink: int) -> None:
+    def __init__(self, sink: int, heads: HeadPolicy | None) -> None:
         self.sink = sink
+        self.windows = heads and heads.windows
         self.chosen: dict[tuple[int, Chunk], list[set[int]]] = {}  # by layer and chunk, the frames of each head
         self.keys: dict[tuple[int, int], Tensor] = {}  # by layer and frame: the mean of its clean keys
         self.masked = 0
@@ -75,9 +78,15 @@ class MaskedDense:
             self.chosen[layer, chunk] = self.choose(q.mean((1, 2)), layer, [frame for frame, _ in held], free)
         if context:
             self.keys |= {(layer, frame): k[:, n].mean(1) for n, (frame, _) in enumerate(held) if frame >= chunk.start}
+        others = [frame for frame, _ in held if frame >= self.sink]
+        for head, window in enumerate(self.windows[layer] if self.windows else ()):
+            if window is not None:
+                newest = others[max(0, len(others) - window + self.sink) :]
+                mask[head] = torch.tensor([window > 0 and (frame < self.sink or frame in newest) for frame, _ in held])
         wide = mask.view(1, heads, 1, -1, 1).expand(-1, -1, -1, -1, tokens).flatten(3)
         q, k, v = (x.flatten(1, 2).transpose(1, 2) for x in (q, k, v))
-        return scaled_dot_product_attention(q, k, v, wide).transpose(1, 2).unflatten(1, (chunk.frames, tokens))
+        attended = scaled_dot_product_attention(q, k, v, wide).nan_to_num(0)  # of heads that attend nothing
+        return attended.transpose(1, 2).unflatten(1, (chunk.frames, tokens))
 
     def choose(self, q_BHD: Tensor, layer: int, held: list[int], free: list[int]) -> list[set[int]]:
         if len(free) <= TOP:
@@ -95,30 +104,45 @@ def alone() -> dict[str, Tensor]:
     return {name: single(choosing(job)) for name, job in JOBS.items()}
 
 
-@pytest.mark.parametrize("name", ["window and sink, batch 2", "the whole video"])
+@pytest.mark.parametrize("name", ["window and sink, batch 2", "windows of heads", "the whole video"])
 def test_it_is_a_dense_run_with_the_same_mask(
     alone: dict[str, Tensor], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain, masked = single(JOBS[name]), MaskedDense(1)
+    job = JOBS[name]
+    plain, masked = single(job), MaskedDense(1, job.stream.heads)
     monkeypatch.setattr(base, "attend_chunk", masked.attend)
-    assert relative(alone[name], single(JOBS[name])) < 1e-12
+    dense = replace(job, stream=replace(job.stream, heads=None))
+    assert relative(alone[name], single(dense)) < 1e-12
     assert masked.masked > 50
     assert relative(alone[name], plain) > 1e-3
 
 
-@pytest.mark.parametrize("similar", [5, 6, 100])
-def test_all_frames_are_no_choice_bit_for_bit(similar: int) -> None:
+@pytest.mark.parametrize("similar", [5, 100])
+@pytest.mark.parametrize("name", ["window and sink, batch 2", "windows of heads"])
+def test_all_frames_are_no_choice_bit_for_bit(name: str, similar: int) -> None:
     """A window of 8 with a sink, the newest frame and a chunk of 2 leaves 4 to choose from."""
-    job = replace(PLAIN, stream=replace(PLAIN.stream, similar_frames=similar))
-    assert torch.equal(single(job), single(PLAIN))
+    job = JOBS[name]
+    assert torch.equal(single(replace(job, stream=replace(job.stream, similar_frames=similar))), single(job))
+
+
+def test_heads_that_see_the_whole_window_choose(alone: dict[str, Tensor]) -> None:
+    """However it is said that they do; where none does, nothing is chosen."""
+
+    def with_whole(window: int) -> Job:
+        windows = tuple(tuple(window if w is None else w for w in layer) for layer in HEADS.windows)
+        return replace(PLAIN, stream=replace(PLAIN.stream, heads=HeadPolicy(windows)))
+
+    assert torch.equal(single(choosing(with_whole(9))), alone["windows of heads"])
+    assert torch.equal(single(choosing(with_whole(4))), single(with_whole(4)))
 
 
 def test_context_passes_may_run_by_themselves(alone: dict[str, Tensor]) -> None:
     assert relative(alone["context passes alone"], alone["window and sink, batch 2"]) < 1e-12
 
 
-def test_positions_in_the_window_choose_as_global_ones_do_without_a_sink() -> None:
-    stream = StreamConfig(8, 0, 2, similar_frames=TOP)
+@pytest.mark.parametrize("heads", [None, HEADS])
+def test_positions_in_the_window_choose_as_global_ones_do_without_a_sink(heads: HeadPolicy | None) -> None:
+    stream = StreamConfig(8, 0, 2, similar_frames=TOP, heads=heads)
     made = [single(replace(PLAIN, stream=replace(stream, rope=rope))) for rope in ("absolute", "relative")]
     assert relative(*made) < 1e-12
 
@@ -126,8 +150,11 @@ def test_positions_in_the_window_choose_as_global_ones_do_without_a_sink() -> No
 WORK = Workload.of(CONFIG, PLAIN.grid, choosing(PLAIN).stream, SamplerConfig((1000, 500)), 8, batch=2, itemsize=8)
 
 
-def test_the_cost_model_counts_the_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("heads", [None, HEADS])
+def test_the_cost_model_counts_the_keys(heads: HeadPolicy | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the last chunk, whose window is full: its passes, and the context pass that its first one shares."""
+    job = choosing(replace(PLAIN, frames=18, stream=replace(PLAIN.stream, heads=heads)))
+    work = replace(WORK, heads=heads)
     pairs: dict[Chunk, list[int]] = {}
     write = base.write_chunk
 
@@ -135,18 +162,19 @@ def test_the_cost_model_counts_the_keys(monkeypatch: pytest.MonkeyPatch) -> None
         of_heads = [own for keys in cache.keys(chunk) for own in keys.by_rows]
         read = sum(keys.k.shape[2] * sum(b - a for a, b in keys.rows) for keys in of_heads)
         if cache.index == 0:
-            pairs.setdefault(chunk, []).append(chunk.frames * PLAIN.grid.tokens * read)
+            pairs.setdefault(chunk, []).append(0)
+        pairs[chunk][-1] += chunk.frames * PLAIN.grid.tokens * read
         return write(source, cache, chunk, *rest)
 
     monkeypatch.setattr(base, "write_chunk", counted)
-    single(choosing(replace(PLAIN, frames=18)))
+    single(job)
     chunks = sorted(pairs, key=lambda chunk: chunk.start)
     found = sum(pairs[chunks[-1]]) + pairs[chunks[-2]][-1]
     alone = parse_strategy("ulysses", 1)
-    dense = replace(WORK, similar=None)
-    saved = chunk_flops(alone, dense, 0) - chunk_flops(alone, WORK, 0)
-    whole = attention_flops(alone, dense, 0, 2, 8) * (WORK.steps + 1)
-    assert 4 * 2 * CONFIG.head_dim * CONFIG.num_layers * found == whole - saved
+    dense = replace(work, similar=None)
+    saved = chunk_flops(alone, dense, 0) - chunk_flops(alone, work, 0)
+    whole = attention_flops(alone, dense, 0, 2, 8) * (work.steps + 1)
+    assert 4 * 2 * CONFIG.head_dim * found == whole - saved
 
 
 def on_ranks(group: dist.ProcessGroup, device: str, strategy: str) -> list[Any]:
@@ -176,12 +204,13 @@ def test_many_ranks_choose_as_one(pool: RankPool, alone: dict[str, Tensor], rank
             assert relative(made[name], alone[name]) < 1e-12, name
             chunks = list(split_into_chunks(job.frames, 2, independent_first_frame=False))
             assert made[name, "means"][0] == len(chunks), "one exchange a chunk"
-        steady = received_means(WORK, ranks)  # of queries of two frames and keys of two
-        assert made["window and sink, batch 2", "means"][1] == steady * (17 + 16) // 4
+        for name, heads in (("window and sink, batch 2", None), ("windows of heads", HEADS)):
+            steady = received_means(replace(WORK, heads=heads), ranks)  # of queries of two frames and keys of two
+            assert made[name, "means"][1] == steady * (17 + 16) // 4
         assert not made["off"]
 
 
-STEERED = StreamConfig(8, 1, 2, similar_frames=TOP)
+STEERED = StreamConfig(8, 1, 2, similar_frames=TOP, heads=HEADS)
 
 
 def open_loop(**options: Any) -> SteeredLoop:
