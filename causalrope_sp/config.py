@@ -164,6 +164,8 @@ class StreamConfig:
         check_choice("cache", self.cache, get_args(CacheDtype))
         check_fields(self, ["sink"], least=0, most=LONGEST_WINDOW)
         if self.heads is not None:
+            if not isinstance(self.heads, HeadPolicy):
+                raise ConfigError(f"heads: expected a HeadPolicy (read_heads reads its file), got {shown(self.heads)}")
             self.heads.check_stream(self.chunk_frames, self.sink)
         if self.window is None:
             return

@@ -45,7 +45,12 @@ class LayerStorage:
         return torch.cat([numbers.view(torch.int8), scales.unsqueeze(-1).view(torch.int8)], -1)
 
     def write(self, slots: Sequence[int], held: Tensor) -> bool:
-        """Writes what `read` returned to some slots; returns whether it is finite."""
+        """Writes what `read` returned to some slots.
+
+        Returns:
+            Whether numbers and scales are ones that quantizing makes: finite, no scale below 0, and none of 0 but for
+            numbers that all are.
+        """
         if self.scales_2BKSH is None:
             self.numbers_2BKSHD[:, :, slots] = held.to(self.numbers_2BKSHD)
             return True  # as its reader has checked
@@ -53,7 +58,9 @@ class LayerStorage:
         own = numbers.contiguous().view(self.numbers_2BKSHD.dtype), scales.contiguous().view(SCALE_DTYPE).squeeze(-1)
         for part, new in zip(self.parts_2BK, own, strict=True):
             as_bits(part)[:, :, slots] = as_bits(new).to(part.device)
-        return all(bool(x.float().isfinite().all()) for x in own)
+        stored, scale = own[0].float(), own[1]
+        finite = stored.isfinite().all() and scale.isfinite().all()
+        return bool(finite and torch.where(stored.count_nonzero(-1) > 0, scale > 0, scale >= 0).all())
 
 
 @dataclass(frozen=True)

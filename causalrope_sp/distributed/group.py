@@ -101,7 +101,7 @@ class SequenceParallel:
         check_choice("attention", attention, ATTENTION_BACKENDS)
         obstacle = attention_obstacle(attention, self.device)
         if obstacle is not None:
-            raise ConfigError(f"attention {attention} {obstacle}")
+            raise ConfigError(f"attention: expected a backend that can run here, got {attention}, which {obstacle}")
         self.strategy, self.overlap, self.head_groups, self.attention = strategy, overlap, head_groups, attention
         self.comm_stats = CommStats()
         self.communicators: dict[tuple[str | None, tuple[int, ...]], Communicator] = {}

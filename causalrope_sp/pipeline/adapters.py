@@ -113,15 +113,19 @@ class WithAdapters:
             ConfigError: the name is taken, nothing says of which of two transformers the LoRA is, or a stream cannot
                 be changed while it is open.
         """
-        lora = Lora.of(path)
-        if load_into_transformer_2 is not None:
-            lora = replace(lora, expert=EXPERTS[check_flag("load_into_transformer_2", load_into_transformer_2)])
-        free = (f"default_{number}" for number in range(len(self._adapters) + 1))
-        name = next(name for name in free if name not in self._adapters)
-        name = name if adapter_name is None else check_text("adapter_name", adapter_name)
-        if name in self._adapters:
-            raise ConfigError(f"adapter_name must be new, and {name!r} is loaded: unload it, or take another name")
-        return self._change({**self._adapters, name: (lora, True)}, recache)
+
+        def wanted() -> Adapters:
+            lora = Lora.of(path)
+            if load_into_transformer_2 is not None:
+                lora = replace(lora, expert=EXPERTS[check_flag("load_into_transformer_2", load_into_transformer_2)])
+            free = (f"default_{number}" for number in range(len(self._adapters) + 1))
+            name = next(name for name in free if name not in self._adapters)
+            name = name if adapter_name is None else check_text("adapter_name", adapter_name)
+            if name in self._adapters:
+                raise ConfigError(f"adapter_name must be new, and {name!r} is loaded: unload it, or take another name")
+            return {**self._adapters, name: (lora, True)}
+
+        return self._change(wanted, recache)
 
     @_by_one_thread
     def set_adapters(
@@ -145,6 +149,10 @@ class WithAdapters:
             ConfigError: a name is not loaded, a weight is no finite number, or a stream cannot be changed while it is
                 open.
         """
+        return self._change(lambda: self._chosen(adapter_names, adapter_weights), recache)
+
+    def _chosen(self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] | None) -> Adapters:
+        """The loaded LoRAs, those of `set_adapters` merged."""
         if not isinstance(adapter_names, Sequence):
             raise ConfigError(f"adapter_names must be a name or several, not {shown(adapter_names)}")
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
@@ -162,7 +170,7 @@ class WithAdapters:
             lora = chosen[name][0]
             weight = None if weight is None else check_number("adapter_weights", weight)
             chosen[name] = (lora if weight is None else replace(lora, weight=weight), True)
-        return self._change(chosen, recache)
+        return chosen
 
     @_by_one_thread
     def unload_lora_weights(self, *, recache: bool = False) -> list[int]:
@@ -177,16 +185,29 @@ class WithAdapters:
         Raises:
             ConfigError: a stream cannot be changed while it is open.
         """
-        return self._change({}, recache)
+        return self._change(dict, recache)
 
     def get_active_adapters(self) -> list[str]:
         """Returns the names of the LoRAs that were loaded by `load_lora_weights` and are merged."""
         return [name for name, (_, active) in self._adapters.items() if active]
 
-    def _change(self, adapters: Adapters, recache: bool) -> list[int]:
-        """Merges other adapters; on an error the model is as it was. Returns the next chunk of each open stream."""
-        check_flag("recache", recache)
+    def _change(self, wanted: Callable[[], Adapters], recache: bool) -> list[int]:
+        """Merges other adapters; on an error the model is as it was.
+
+        Args:
+            wanted: checks the arguments of the call and returns all adapters; an error of one rank is raised on all.
+            recache: as for `load_lora_weights`.
+
+        Returns:
+            The next chunk of each open stream.
+        """
+
+        def checked() -> Adapters:
+            check_flag("recache", recache)
+            return wanted()
+
         with between_chunks(self._streams, self.parallel, "changes its LoRAs") as loops:
+            adapters = self.parallel.everyone.run_collectively(checked)
             self.parallel.everyone.agree({"recache": recache})
             new = self._opened(adapters)
             changed = [each.parameters for each in new]

@@ -121,8 +121,7 @@ class LoadOptions:
             replace_checked(self, name, check_text)
         for name in ("base", "cache_dir", "codec_weights"):
             replace_checked(self, name, check_path)
-        if not isinstance(self.heads, HeadPolicy):
-            replace_checked(self, "heads", check_path)
+        replace_checked(self, "heads", _check_heads)
         replace_checked(self, "device", device_field)
         replace_checked(self, "dtype", dtype_field)
         replace_checked(self, "offload", offload_field)
@@ -149,6 +148,15 @@ class LoadOptions:
             changes["loras"] = [changes.pop("lora")]
         check_names(type(self), changes)
         return replace(self, **changes)
+
+
+def _check_heads(name: str, value: object) -> HeadPolicy | str:
+    """The windows of heads, or the path of their file."""
+    if isinstance(value, HeadPolicy):
+        return value
+    if not isinstance(value, str | os.PathLike):
+        raise ConfigError(f"{name}: expected a HeadPolicy or the path of a file that holds one, got {shown(value)}")
+    return check_path(name, value)
 
 
 def _check_loras(name: str, value: object) -> tuple[Lora, ...]:

@@ -209,5 +209,8 @@ def _restore_layer(
         places, own = ring.places(saved.frames, loop.position[1]), heads[first : first + ring.heads(layer)]
         part = whole[:, :, [number for number, _ in places]][..., [head - least for head in own], :]
         if not ring.storage[layer].write([slot for _, slot in places], part):
-            raise CheckpointError(f"the saved keys and values of layer {layer}, {saved.name}, hold NaN or infinity")
+            raise CheckpointError(
+                f"the saved keys and values of layer {layer}, {saved.name}, hold NaN, infinity, or scales that no "
+                "number has: expected scales above 0"
+            )
         first += len(own)

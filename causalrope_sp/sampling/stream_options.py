@@ -137,7 +137,8 @@ def check_attention(stream: StreamConfig, attention: str) -> None:
     """Raises ConfigError for an attention backend that cannot read the cache of a stream."""
     if stream.cache != "model" and attention not in BACKENDS_OF_8_BITS:
         raise ConfigError(
-            f"attention must be {', '.join(BACKENDS_OF_8_BITS)} for a cache in {stream.cache}, not {attention!r}"
+            f"attention: expected {', '.join(BACKENDS_OF_8_BITS[:-1])} or {BACKENDS_OF_8_BITS[-1]}, which read the "
+            f"keys and values of cache={stream.cache}, got {attention}"
         )
 
 

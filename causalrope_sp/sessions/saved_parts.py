@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from causalrope_kernels.quantized_heads import SCALE_DTYPE
+from causalrope_kernels.quantized_heads import LARGEST, LARGEST_SCALE, SCALE_DTYPE
 from causalrope_sp.checks import check_choice, check_fields, check_flag, check_text, check_whole, shown
 from causalrope_sp.codec.conv_state import ConvState
 from causalrope_sp.config import DTYPE_NAMES
@@ -22,6 +22,7 @@ from causalrope_sp.weights.finite import all_finite
 BRANCHES = ("conditional", "unconditional")
 LARGEST_INDEX = 2**53  # of a chunk or latent frame; JSON's numbers are exact up to there
 _LARGEST_LAYERS = 2**12
+_LARGEST_OFFSET = LARGEST_SCALE * max(LARGEST.values())  # no quantized key is larger
 _LONGEST_NAME = 200  # characters of a layer of the decoder
 DTYPES = {name: getattr(torch, name) for name in DTYPE_NAMES}
 
@@ -126,6 +127,8 @@ class SavedCache:
             check_tensor(f"the offsets of {name}", offsets, "L B N D", (torch.float32, torch.float64))
             if offsets.shape != expected:
                 raise ConfigError(f"the offsets of {name} are {tuple(offsets.shape)}, expected {expected}")
+            if offsets.numel() and (most := float(offsets.abs().max())) > _LARGEST_OFFSET:
+                raise ConfigError(f"the offsets of {name}: expected at most {_LARGEST_OFFSET:g}, got {most:g}")
 
     def layer_shape(self, branch: SavedBranch) -> tuple[int, ...]:
         """Returns the shape of a layer's keys and values, (2, B, K, S, N, D), or of their bytes."""

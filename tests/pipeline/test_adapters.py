@@ -126,21 +126,42 @@ def test_wrong_names_are_refused(loras: tuple[Path, Path]) -> None:
             call()
 
 
-def change_on_ranks(group: dist.ProcessGroup | None, device: str, first: Path, second: Path) -> list[str]:
-    """The weights' digest as opened, with a LoRA, after ranks that give different files, and without it."""
+def change_on_ranks(group: dist.ProcessGroup | None, device: str, first: Path, second: Path) -> list[Any]:
+    """The weights' digest as opened, with a LoRA, after ranks that give different files, and without it; and what each
+    rank hears where one alone has a wrong argument."""
     parallel = SequenceParallel(group, "gather-kv", device)
     pipe = CausalVideoPipeline.from_pretrained("toybox", parallel=parallel)
-    seen = [digest(pipe.model)]
+    seen: list[Any] = [digest(pipe.model)]
     pipe.load_lora_weights(first)
     seen.append(digest(pipe.model))
     try:
         pipe.load_lora_weights(second if parallel.rank else first)
     except ConfigError as error:
         seen += [digest(pipe.model), "LoRAs" if "LoRAs" in str(error) else str(error)]
+    wrong: list[Any] = [
+        lambda: pipe.load_lora_weights(first, "" if parallel.rank else "second"),
+        lambda: pipe.set_adapters("default_0", None if parallel.rank else [1.0, 2.0]),
+        lambda: pipe.unload_lora_weights(recache="no" if parallel.rank else False),  # type: ignore[arg-type]
+    ]
+    for call in wrong:
+        with pytest.raises(ConfigError) as told:
+            call()
+        by_rank: list[Any] = [None] * parallel.size
+        dist.all_gather_object(by_rank, str(told.value), group)
+        seen.append(by_rank)
     pipe.unload_lora_weights()
     return [*seen, digest(pipe.model)]
 
 
 def test_ranks_change_their_loras_together(pool: RankPool, loras: tuple[Path, Path]) -> None:
     plain, with_first = digest(opened().model), digest(opened(loras=[loras[0]]).model)
-    assert pool.run(change_on_ranks, 2, *loras) == [plain, with_first, with_first, "LoRAs", plain]
+    *seen, last = pool.run(change_on_ranks, 2, *loras)
+    assert [*seen[:4], last] == [plain, with_first, with_first, "LoRAs", plain]
+    for by_rank, rank, said in zip(
+        seen[4:],
+        (1, 0, 1),
+        ("adapter_name must be a text", "adapter_weights must be 1, as many as the names, not 2", "recache must be"),
+        strict=True,
+    ):
+        assert by_rank[rank].startswith(said)
+        assert by_rank[1 - rank] == f"{by_rank[rank]} (on rank {rank})"

@@ -75,6 +75,7 @@ def test_a_wrong_value_of_a_call_is_one_sentence(options: dict[str, Any], messag
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"heads": 3}, "heads: expected a HeadPolicy or the path of a file that holds one, got 3"),
         ({"window": 2.0}, "window must be a whole number of at least 1, not 2.0"),
         ({"device": "gpu7"}, "device must be one that torch knows, such as cpu or cuda:0, not 'gpu7'"),
         ({"device": "cuda:64"}, "device must be one of this machine, which has 0 GPUs, not cuda:64"),

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -77,14 +78,25 @@ def test_weights_that_made_nan_leave_none(tmp_path: Path) -> None:
     assert same(take(session, 2), take(pipe.open(RED, seed=3), 2))
 
 
-def test_keys_that_were_saved_without_their_offsets_are_refused(tmp_path: Path) -> None:
+def test_what_no_quantized_cache_holds_is_refused(tmp_path: Path) -> None:
+    """Keys without their offsets, offsets beyond all keys, and scales of 0, below 0, infinite and NaN."""
     pipe = opened(cache="int8")
     session = pipe.open(RED, seed=3)
     take(session, 3)
     session.save(tmp_path / "s")
     with safe_open(tmp_path / "s", "pt") as file:
         tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
-    del tensors["offsets/conditional"]
-    save_file(tensors, tmp_path / "other", metadata)
-    with pytest.raises(CheckpointError, match="keys of conditional need the offsets that were taken off them"):
-        pipe.resume(tmp_path / "other")
+    offsets, layer = "offsets/conditional", "cache/conditional/1"
+    changes: list[tuple[str, Any, str]] = [
+        (offsets, None, "keys of conditional need the offsets that were taken off them"),
+        (offsets, tensors[offsets] * 1e30, "the offsets of conditional: expected at most"),
+    ]
+    for scale in (0.0, -1.0, torch.inf, torch.nan):
+        changed = tensors[layer].clone()
+        changed[1, 0, 2, 3, 4, -2:] = torch.tensor([scale], dtype=torch.float16).view(torch.int8)
+        changes.append((layer, changed, "keys and values of layer 1, conditional, hold .* expected scales above 0"))
+    for name, tensor, said in changes:
+        others = {key: value for key, value in tensors.items() if key != name}
+        save_file(others if tensor is None else others | {name: tensor}, tmp_path / "other", metadata)
+        with pytest.raises(CheckpointError, match=said):
+            pipe.resume(tmp_path / "other")
