@@ -38,14 +38,14 @@ def make_model(dtype: torch.dtype = torch.float32, wide: bool = False) -> Causal
 
 
 def a_video(parallel: SequenceParallel, dtype: torch.dtype, stream: StreamConfig, wide: bool = False) -> Tensor:
-    """Four chunks of two frames; the last ones evict."""
+    """Three chunks of two frames; the last one evicts."""
     grid, model = LatentGrid(2, 3), make_model(dtype, wide).to(parallel.device)
     chunks = sample_chunks(
         model,
         random(1, 5, 8).to(dtype),
         seeded_noise(0, (1, 2, 4, 6)),
         grid,
-        8,
+        6,
         stream=stream,
         sampler=SamplerConfig(steps=(1000, 500)),
         parallel=parallel,

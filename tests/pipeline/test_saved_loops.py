@@ -73,13 +73,12 @@ def test_ranks_go_on_with_what_they_and_others_saved(
     same = pool.run(saved_and_resumed, ranks, folder)
     assert same
     assert [key for key, equal in same.items() if not equal] == []
-    check(pool.run(resumed_elsewhere, ranks, folder, "1"), judge)
-    for strategy in strategies_of(ranks):
+    check(pool.run(resumed_elsewhere, ranks, folder / "1", ranks), judge)
+    for turn, strategy in enumerate(strategies_of(ranks)):
         saved = folder / f"{ranks}-{strategy}"
-        check({(strategy, case): go_on(saved / name_of(case), SINGLE, case) for case in some_cases()}, judge)
+        check({(strategy, case): go_on(saved / name_of(case), SINGLE, case) for case in some_cases(turn)}, judge)
     if ranks == 3:
-        check(pool.run(resumed_elsewhere, 2, folder, "3-shard-kv"), judge)
-        check(pool.run(resumed_elsewhere, 3, folder, "2-ulysses"), judge)
+        check(pool.run(resumed_elsewhere, 2, saved, turn), judge)  # of the last strategy
 
 
 @pytest.mark.parametrize("ranks", range(1, 7))

@@ -49,7 +49,8 @@ def test_a_pipeline_json_may_say_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("similar", [4, 0.3])
 def test_a_saved_session_goes_on_and_attends_what_it_does_not_know(similar: float, tmp_path: Path) -> None:
-    """The means of saved frames are not saved, so these frames are attended until they leave the window."""
+    """The means of saved frames are not saved, so these frames are attended until they leave the window, and what
+    follows is not the same."""
     pipe = CausalVideoPipeline.from_pretrained("toybox", device="cpu", similar_frames=similar)
     with pipe.open(PROMPT, seed=1) as session:
         for _ in range(6):
@@ -60,10 +61,13 @@ def test_a_saved_session_goes_on_and_attends_what_it_does_not_know(similar: floa
     for resuming in (pipe, plain):
         with resuming.resume(tmp_path / "s.safetensors") as resumed:
             made = [resumed.step().frames for _ in range(5)]
+        close = []
         for frames, expected in zip(made, going_on, strict=True):
             assert frames is not None
             assert expected is not None
-            assert 10 * np.log10(255**2 / np.mean((frames.astype(float) - expected) ** 2)) > 25
+            close.append(10 * np.log10(255**2 / np.mean((frames.astype(float) - expected) ** 2)))
+        assert min(close) > 25
+        assert close[0] < 60
 
 
 def test_the_header_of_a_compressed_video_holds_it() -> None:
@@ -85,18 +89,3 @@ def test_on_the_command_line(tmp_path: Path) -> None:
         video(similar_frames=-1)
     with pytest.raises(ConfigError, match="similar_frames must be None with window_policy recomputed"):
         video(similar_frames=4, window_policy="recomputed")
-
-
-@pytest.mark.parametrize("similar", [4, 0.3])
-def test_a_saved_session_goes_on_with_them(similar: float, tmp_path: Path) -> None:
-    """It attends all of its window until the means of its frames are known, so its frames are not the same."""
-    pipe = CausalVideoPipeline.from_pretrained("toybox", device="cpu", similar_frames=similar)
-    session = pipe.open(PROMPT, seed=3)
-    for _ in range(6):
-        session.step()
-    session.save(tmp_path / "s")
-    resumed = pipe.resume(tmp_path / "s")
-    found, expected = (
-        np.stack([np.asarray(each.step().frames, float) for _ in range(2)]) for each in (resumed, session)
-    )
-    assert 28 < 10 * np.log10(255**2 / np.mean((found - expected) ** 2)) < 60

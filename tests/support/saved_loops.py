@@ -91,19 +91,20 @@ def every_case() -> list[Case]:
     ]
 
 
-def some_cases() -> list[Case]:
-    """One of each script, with and without the cache; the streams and the places take turns."""
+def some_cases(turn: int) -> list[Case]:
+    """One of each script; the streams and the places take turns, and so does the cache: those that have it in one turn
+    lack it in the next."""
     chosen = []
     for number, script in enumerate(SCRIPTS):
         stream = list(STREAMS)[(number + 2) % len(STREAMS)]
         places = [case for case in every_case() if case[0] == stream and case[1] == script and case[3]]
-        chosen.append(places[number % len(places)])
-    return [(*case[:3], cache) for case in chosen for cache in (True, False)]
+        chosen.append((*places[number % len(places)][:3], (number + turn) % 2 == 0))
+    return chosen
 
 
 def cases() -> list[Case]:
-    """Those, and every fifth of the others."""
-    return list(dict.fromkeys([*some_cases(), *every_case()[::5]]))
+    """Those of both turns, and every ninth of the others."""
+    return list(dict.fromkeys([*some_cases(0), *some_cases(1), *every_case()[::9]]))
 
 
 def strategies_of(ranks: int) -> list[str]:
@@ -145,14 +146,14 @@ def name_of(case: Case) -> str:
 
 
 def saved_and_resumed(group: dist.ProcessGroup, device: str, folder: Path) -> dict[Any, bool]:
-    """Every case with every strategy: saved to a folder of its own, resumed by the same ranks; whether every rank has
-    every bit of what the stream itself makes."""
+    """Cases with every strategy, which take turns: saved to a folder of its own, resumed by the same ranks; whether
+    every rank has every bit of what the stream itself makes."""
     same = {}
-    for strategy in strategies_of(group.size()):
+    for turn, strategy in enumerate(strategies_of(group.size())):
         parallel = SequenceParallel(group, strategy, device)
         own = folder / f"{group.size()}-{strategy}"
         own.mkdir(exist_ok=True)
-        for case in some_cases():
+        for case in some_cases(turn):
             expected = uninterrupted(own, parallel, case)
             found = go_on(own / name_of(case), parallel, case)
             equal = [torch.equal(one, other) for one, other in zip(found, expected, strict=True)]
@@ -163,10 +164,10 @@ def saved_and_resumed(group: dist.ProcessGroup, device: str, folder: Path) -> di
     return {key: all(rank[key] for rank in ranks) for key in same}
 
 
-def resumed_elsewhere(group: dist.ProcessGroup, device: str, folder: Path, of: str) -> dict[Any, list[Tensor]]:
-    """The cases that other ranks saved, resumed with every strategy of these."""
+def resumed_elsewhere(group: dist.ProcessGroup, device: str, saved: Path, turn: int) -> dict[Any, list[Tensor]]:
+    """The cases of a turn that other ranks saved, resumed with every strategy of these."""
     made = dict[Any, list[Tensor]]()
     for strategy in strategies_of(group.size()):
         parallel = SequenceParallel(group, strategy, device)
-        made |= {(strategy, case): go_on(folder / of / name_of(case), parallel, case) for case in some_cases()}
+        made |= {(strategy, case): go_on(saved / name_of(case), parallel, case) for case in some_cases(turn)}
     return made
