@@ -16,7 +16,7 @@ from causalrope_sp.sampling.steered_loop import SteeredLoop
 from causalrope_sp.sampling.stream_options import StreamOptions
 from tests.support.graph_runs import Install, install
 from tests.support.list_session import SAMPLER
-from tests.support.steered_runs import GRID, NOISE, ON_RANKS, SCRIPTS, STREAMS, TEXTS, by_loop
+from tests.support.steered_runs import GRID, NOISE, SCRIPTS, STREAMS, TEXTS, by_loop, in_turn
 from tests.support.strategy_runs import make_model
 
 
@@ -42,23 +42,22 @@ def test_scripts_by_graphs_are_the_eager_ones(stream: str, script: str, graphs: 
     assert sum(each.replays for each in made) > 0
 
 
-def scripts_on_ranks(group: dist.ProcessGroup, device: str, strategy: str) -> list[bool]:
+def scripts_on_ranks(group: dist.ProcessGroup, device: str, strategy: str, turn: int) -> list[bool]:
     """Whether scripts on every stream give the same by graphs, from each rank."""
     same = True
-    for stream in STREAMS:
-        for script in ON_RANKS:
-            eager = by_loop(SequenceParallel(group, strategy, device), stream, script)
-            with pytest.MonkeyPatch.context() as patch:
-                install(patch)
-                same &= alike(by_loop(SequenceParallel(group, strategy, device), stream, script), eager)
+    for stream, script in in_turn(turn):
+        eager = by_loop(SequenceParallel(group, strategy, device), stream, script)
+        with pytest.MonkeyPatch.context() as patch:
+            install(patch)
+            same &= alike(by_loop(SequenceParallel(group, strategy, device), stream, script), eager)
     everyone: list[Any] = [None] * group.size()
     dist.all_gather_object(everyone, same)
     return everyone
 
 
-@pytest.mark.parametrize("strategy", ["ulysses", "gather-kv"])
-def test_scripts_by_graphs_on_ranks(pool: RankPool, strategy: str) -> None:
-    assert pool.run(scripts_on_ranks, 2, strategy) == [True, True]
+@pytest.mark.parametrize(("turn", "strategy"), [(0, "ulysses"), (1, "gather-kv")])
+def test_scripts_by_graphs_on_ranks(pool: RankPool, turn: int, strategy: str) -> None:
+    assert pool.run(scripts_on_ranks, 2, strategy, turn) == [True, True]
 
 
 @torch.inference_mode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -118,13 +119,19 @@ def go_through(loop: SteeredLoop, script: str, before: Before | None = None, fir
     return made
 
 
+def in_turn(turn: int) -> list[tuple[str, str]]:
+    """Streams and scripts that ranks run: every other one, the rest in the next turn."""
+    every = itertools.product(enumerate(STREAMS), enumerate(ON_RANKS))
+    return [(stream, script) for (row, stream), (column, script) in every if (row + column + turn) % 2 == 0]
+
+
 def on_ranks(group: dist.ProcessGroup, device: str) -> list[dict[tuple[str, str, str], list[Tensor]]]:
     """Scripts on every stream with every strategy, rank by rank."""
     mine = {
         (strategy, stream, script): by_loop(SequenceParallel(group, strategy, device), stream, script)
-        for strategy in strategies(group.size(), CONFIG.num_heads)
-        for stream in (STREAMS if group.size() < 4 else ["sink within a chunk", "controlled"])
-        for script in ON_RANKS
+        for turn, strategy in enumerate(strategies(group.size(), CONFIG.num_heads))
+        for stream, script in in_turn(turn)
+        if group.size() < 4 or stream in ("sink within a chunk", "controlled")
     }
     ranks: list[Any] = [None] * group.size()
     dist.all_gather_object(ranks, mine, group)
