@@ -13,10 +13,12 @@ from click.testing import CliRunner
 from causalrope_sp import CausalVideoPipeline, ConfigError, SamplerConfig, StreamConfig
 from causalrope_sp.cli.main import cli
 from causalrope_sp.compression.segments import parse_settings, settings_of
+from causalrope_sp.heads import HeadPolicy
 from causalrope_sp.toybox import WEIGHTS
 from tests.support.videos import video_of
 
 PROMPT = "a red circle slides right"
+HEADS = HeadPolicy(((None,) * 6, *((5, None, 8, 5, None, 5),) * 5))
 
 
 def video(**options: Any) -> np.ndarray:
@@ -27,12 +29,13 @@ def video(**options: Any) -> np.ndarray:
 def test_toybox_keeps_its_video() -> None:
     dense, some, schedule = video(), video(similar_frames=4), video(similar_frames=0.3)
     assert np.array_equal(video(similar_frames=13), dense)
-    for made in (some, schedule):
+    for made in (some, schedule, video(similar_frames=4, heads=HEADS)):
         assert 28 < 10 * np.log10(255**2 / np.mean((made.astype(float) - dense) ** 2)) < 60
 
 
 def test_a_quantized_cache_is_read_frame_by_frame() -> None:
-    some, quantized = video(similar_frames=4), video(similar_frames=4, cache="int8")
+    both = {"similar_frames": 4, "heads": HEADS}
+    some, quantized = video(**both), video(**both, cache="int8")
     assert 40 < 10 * np.log10(255**2 / np.mean((quantized.astype(float) - some) ** 2)) < 80
     assert np.array_equal(video(similar_frames=13, cache="int8"), video(cache="int8"))
 
@@ -47,11 +50,13 @@ def test_a_pipeline_json_may_say_it(tmp_path: Path) -> None:
     assert pipe.config.as_json()["stream"]["similar_frames"] == 4
 
 
-@pytest.mark.parametrize("similar", [4, 0.3])
-def test_a_saved_session_goes_on_and_attends_what_it_does_not_know(similar: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("similar", "heads"), [(4, HEADS), (0.3, None)])
+def test_a_saved_session_goes_on_and_attends_what_it_does_not_know(
+    similar: float, heads: HeadPolicy | None, tmp_path: Path
+) -> None:
     """The means of saved frames are not saved, so these frames are attended until they leave the window, and what
     follows is not the same."""
-    pipe = CausalVideoPipeline.from_pretrained("toybox", device="cpu", similar_frames=similar)
+    pipe = CausalVideoPipeline.from_pretrained("toybox", device="cpu", similar_frames=similar, heads=heads)
     with pipe.open(PROMPT, seed=1) as session:
         for _ in range(6):
             session.step()

@@ -87,8 +87,8 @@ CASES = {
     "similar frames, the first pass by a library": Case(3, similar=2),
     "similar frames, gather-kv": Case(3, "gather-kv", 2, "triton", similar=2),
     "similar frames, ulysses, relative": Case(3, "ulysses", 2, relative=True, similar=2),
-    "heads and similar frames": Case(3, attention="triton", window=8, sink=1, heads=HEADS, similar=2),
-    "heads and similar frames, by a library": Case(3, window=8, sink=1, heads=HEADS, similar=2),
+    "heads and similar frames": Case(4, attention="triton", window=8, sink=1, heads=HEADS, similar=2),
+    "heads and similar frames, by a library": Case(4, window=8, sink=1, heads=HEADS, similar=2),
     "heads and similar frames, gather-kv": Case(3, "gather-kv", 2, "triton", window=8, sink=1, heads=HEADS, similar=2),
 }
 

@@ -118,7 +118,9 @@ JOBS = {
     "int8, similar frames": Job(1, 7, 11, StreamConfig(7, 1, 2, similar_frames=1, cache="int8"), batch=2),
     "fp8, relative": Job(2, 4, 7, StreamConfig(4, 1, 2, rope="relative", cache="fp8"), known=1),
     "one head attends": Job(1, 7, 5, StreamConfig(4, 1, 2, heads=HeadPolicy(((None, 0, 0, 0, 0, 0), (None,) * 6)))),
-    "heads in int8": Job(1, 7, 11, StreamConfig(6, 1, 2, heads=HEADS, cache="int8"), batch=2),
+    "heads and similar frames in int8": Job(
+        1, 7, 11, StreamConfig(7, 1, 2, heads=HEADS, similar_frames=1, cache="int8"), batch=2
+    ),
     "heads in relative places": Job(2, 4, 9, StreamConfig(6, 1, 2, rope="relative", heads=HEADS)),
     "heads in a window of the whole video": Job(1, 7, 6, StreamConfig(None, 1, 2, heads=HEADS), fuse=False),
     "hardly any tokens": Job(3, 1, 5, StreamConfig(3, 0, 1)),
