@@ -3,6 +3,7 @@
     python benchmarks/losses.py                       # every option
     python benchmarks/losses.py --only fp8,fp8-dynamic --models toybox,toybox-flow
     python benchmarks/losses.py --only heads=heads.json   # windows of heads, of a file that profile-heads wrote
+    python benchmarks/losses.py --only heads=heads.json+similar_frames=4   # both
 
 Keys are those that self-attention reads, as a share of those of the windows, over all passes, layers and heads.
 
@@ -62,7 +63,10 @@ LOSSLESS = {"full": Lossy({"weights": "full"}), "all frames": Lossy({"similar_fr
 
 
 def lossy(name: str) -> Lossy:
-    """The options of a name of `LOSSY`, or of heads=FILE; "none" has none."""
+    """The options of a name of `LOSSY`, or of heads=FILE, or of several that + joins; "none" has none."""
+    first, joined, last = name.rpartition("+")
+    if joined:
+        return Lossy(lossy(first).loading | lossy(last).loading)
     if name.startswith(HEADS):
         return Lossy({"heads": name.removeprefix(HEADS)})
     if name != "none" and name not in LOSSY:

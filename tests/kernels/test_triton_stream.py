@@ -84,8 +84,10 @@ def test_a_stream_by_triton_on_two_ranks_is_that_by_torch_on_one(
     cache: CacheDtype,
     heads: HeadPolicy | None,
 ) -> None:
-    """With a cache in 8 bits, numbers that are rounded another way at the border of two show."""
-    stream = StreamConfig(window=5, sink=1, chunk_frames=2, rope=rope, cache=cache, heads=heads)
+    """With a cache in 8 bits, numbers that are rounded another way at the border of two show. Beside heads with windows
+    of their own, the others may choose frames by similarity."""
+    similar = 0 if heads is not None and cache == "fp8" else None
+    stream = StreamConfig(window=5, sink=1, chunk_frames=2, rope=rope, cache=cache, heads=heads, similar_frames=similar)
     expected = a_video(SequenceParallel.single(device="cpu"), torch.float64, stream)
     found = pool.run(video_by_triton, 2, strategy, stream)
     assert (found.double() - expected).norm() <= (1e-5 if cache == "model" else 2e-4) * expected.norm()
