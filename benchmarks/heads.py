@@ -2,8 +2,8 @@
 
     python benchmarks/heads.py            # D 768, 6 heads, 240 tokens a frame, window 21, 12 layers of random weights
 
-The velocity of the pass is first compared with one whose every head attends under a mask of its own. Times are medians
-of passes that alternate between both streams.
+The velocity of the pass is first compared with that of a stream of whole windows whose every head attends under a mask
+of its own. Times are medians of passes that alternate between both streams.
 """
 
 from __future__ import annotations
@@ -11,15 +11,11 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from dataclasses import replace
-from typing import Any
 
 import click
 import torch
-from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from masked_attention import attending, windows
 
-from causalrope_kernels import project
 from causalrope_sp import Chunk, DiTConfig, LatentGrid, StreamConfig
 from causalrope_sp.attention.build import build_strategy
 from causalrope_sp.cache.window import SlidingWindow
@@ -41,12 +37,21 @@ GRID = LatentGrid(12, 20)
 ONE = parse_strategy("ulysses", 1)
 
 
-def split(layers: int, heads: int, share: float | None) -> HeadPolicy:
-    """The published split of so many layers, evenly picked, with layer 0 whole; or short windows for a share of the
-    heads of every layer but the first."""
+def split(
+    layers: int, heads: int, share: float | None = None, static: int = SHORT, dynamic: int | None = None
+) -> HeadPolicy:
+    """The published split of so many layers, evenly picked, with layer 0 whole.
+
+    Args:
+        layers: the layers of the model.
+        heads: its heads.
+        share: the share of the heads of every layer but the first that are static, in place of the published ones.
+        static: the window of a static head, in latent frames.
+        dynamic: that of the other heads; None for the whole window.
+    """
     picked = [STATIC[layer * len(STATIC) // layers] / 12 if share is None else share for layer in range(layers)]
-    counts = [0, *(round(each * heads) for each in picked[1:])]
-    return HeadPolicy(tuple((SHORT,) * count + (None,) * (heads - count) for count in counts))
+    counts = [round(each * heads) for each in picked[1:]]
+    return HeadPolicy(((None,) * heads, *((static,) * count + (dynamic,) * (heads - count) for count in counts)))
 
 
 def opened(model: CausalDiT, policy: HeadPolicy | None) -> tuple[CausalStream, Workload]:
@@ -63,34 +68,6 @@ def opened(model: CausalDiT, policy: HeadPolicy | None) -> tuple[CausalStream, W
     return opened, work
 
 
-def masked(stream: CausalStream, policy: HeadPolicy, chunk: Chunk, x: Tensor) -> Tensor:
-    """The velocity of a pass on a cache of the whole window, with a mask for every head."""
-    frames = list(stream.cache.window.held(chunk.stop).values())
-    others = sorted(frame for frame in frames if frame >= SINK)
-
-    def begin(_: Any, args: Any) -> Any:
-        tokens, step = args
-
-        def attend(layer: int, projection: Any) -> Tensor:
-            step.attend(layer, projection)
-            (keys,) = stream.cache.keys(layer, chunk, 0, False)
-            queries, outputs = project(projection)[0], []
-            for head, seen in enumerate(policy.frames(WINDOW)[layer]):
-                newest = others[len(others) - (seen - SINK) :]
-                mask = torch.tensor([frame < SINK or frame in newest for frame in frames])
-                mask = mask.repeat_interleave(GRID.tokens).expand(1, 1, 1, -1)
-                q, k, v = (y[:, :, head : head + 1].transpose(1, 2) for y in (queries, keys.k, keys.v))
-                outputs.append(scaled_dot_product_attention(q, k, v, mask))
-            return torch.cat(outputs, 1).transpose(1, 2)
-
-        return tokens, replace(step, attend=attend)
-
-    hook = stream._model.register_forward_pre_hook(begin)
-    velocity = stream.denoise(chunk, x, 1000.0)
-    hook.remove()
-    return velocity
-
-
 @click.command()
 @click.option("--layers", default=12, show_default=True, help="Give the model this many layers.")
 @click.option("--ffn", default=3072, show_default=True, help="Give the feed-forwards this width.")
@@ -102,11 +79,13 @@ def main(layers: int, ffn: int, share: float | None, passes: int) -> None:
     torch.manual_seed(0)
     model = CausalDiT(DiTConfig(768, ffn, 6, layers, text_dim=64, text_len=64, in_channels=16)).eval()
     policy = split(layers, 6, share)
-    (dense, whole), (sparse, short) = opened(model, None), opened(model, policy)
     chunk = Chunk(WINDOW // CHUNK + 1, WINDOW + CHUNK, CHUNK)
     x = torch.randn(1, CHUNK, GRID.tokens, model.config.token_dim)
-    fill_from(sparse, dense, chunk)
-    exact, found = masked(dense, policy, chunk, x), sparse.denoise(chunk, x, 1000.0)
+    with attending(windows(policy, WINDOW, SINK)):
+        dense, whole = opened(model, None)
+        exact = dense.denoise(chunk, x, 1000.0)
+    sparse, short = opened(model, policy)
+    found = sparse.denoise(chunk, x, 1000.0)
     error = float((found - exact).norm() / exact.norm())
     assert error < 1e-5, f"the velocity differs from that of masks by {error:.1e}"
     times: dict[str, list[float]] = {"whole": [], "heads": []}
@@ -128,13 +107,6 @@ def main(layers: int, ffn: int, share: float | None, passes: int) -> None:
             }
         )
     )
-
-
-def fill_from(sparse: CausalStream, dense: CausalStream, chunk: Chunk) -> None:
-    """Gives a stream the committed frames of another one, so that both passes begin alike."""
-    from causalrope_sp.profiling.head_search import Sample, fill
-
-    fill(sparse, Sample(dense, chunk, 0.0, torch.empty(0), torch.empty(0)))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""What lossy options of loading and of calls cost toybox, against the same prompts and seeds without them.
+"""What lossy options cost toybox, against the same prompts and seeds without them.
 
     python benchmarks/losses.py                       # every option
     python benchmarks/losses.py --only fp8,fp8-dynamic --models toybox,toybox-flow
-    python benchmarks/losses.py --only heads=heads.json   # windows of heads, of a file that profile-heads wrote
-    python benchmarks/losses.py --only heads=heads.json+similar_frames=4   # both
+    python benchmarks/losses.py --only heads=heads.json+cache=int8   # windows of heads, of a file, and 8 bits together
+    python benchmarks/losses.py --only cache=int8,cache=fp8 --rope relative
 
 Keys are those that self-attention reads, as a share of those of the windows, over all passes, layers and heads.
 
@@ -14,8 +14,7 @@ SSIM are against float32 without options; adherence is toybox's judge, from the 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager
 from statistics import fmean
 from typing import Any
 from unittest.mock import patch
@@ -34,49 +33,37 @@ from causalrope_sp import CausalVideoPipeline, Chunk
 from causalrope_sp.attention.base import Strategy
 from causalrope_sp.cache.kv_cache import KVCache
 from causalrope_sp.cache.layer_cache import LayerCache
+from causalrope_sp.heads import HeadPolicy
 from causalrope_sp.toybox.judge import judge, summarize
 
 JUDGED = ("color", "shape", "motion")
-
-
-@dataclass(frozen=True)
-class Lossy:
-    """Options that change the video.
-
-    Args:
-        loading: options of `from_pretrained`.
-        call: options of a call.
-    """
-
-    loading: dict[str, Any] = field(default_factory=dict)
-    call: dict[str, Any] = field(default_factory=dict)
-
-
-LOSSY = {
-    "bfloat16": Lossy({"dtype": "bfloat16"}),
-    "fp8": Lossy({"weights": "fp8"}),
-    "fp8-dynamic": Lossy({"weights": "fp8-dynamic"}),
-    **{f"similar_frames={similar}": Lossy({"similar_frames": similar}) for similar in (2, 4, 6, 0.3)},
+COLUMNS = ("keys", "PSNR dB", "worst", "SSIM", "colour", "shape", "motion")
+NAMED = {
+    "bfloat16": {"dtype": "bfloat16"},
+    "fp8": {"weights": "fp8"},
+    "fp8-dynamic": {"weights": "fp8-dynamic"},
 }
-HEADS = "heads="
-LOSSLESS = {"full": Lossy({"weights": "full"}), "all frames": Lossy({"similar_frames": 100})}
+ALL = (*NAMED, "cache=int8", "cache=fp8", *(f"similar_frames={similar}" for similar in (2, 4, 6, 0.3)))
+VALUES = {"heads": str, "cache": str, "similar_frames": float}
 
 
-def lossy(name: str) -> Lossy:
-    """The options of a name of `LOSSY`, or of heads=FILE, or of several that + joins; "none" has none."""
-    first, joined, last = name.rpartition("+")
-    if joined:
-        return Lossy(lossy(first).loading | lossy(last).loading)
-    if name.startswith(HEADS):
-        return Lossy({"heads": name.removeprefix(HEADS)})
-    if name != "none" and name not in LOSSY:
-        stop(f"--only: expected {', '.join(LOSSY)} or {HEADS}FILE, got {name}")
-    return LOSSY.get(name, Lossy())
+def options_of(name: str) -> dict[str, Any]:
+    """Returns the options of loading that a name stands for: those of `NAMED` and of `VALUES`, joined by "+"."""
+    found: dict[str, Any] = {}
+    for part in name.split("+"):
+        option, _, value = part.partition("=")
+        if part in NAMED:
+            found |= NAMED[part]
+        elif option in VALUES:
+            found[option] = VALUES[option](value)
+        else:
+            stop(f"--only: expected {', '.join(NAMED)} or {', '.join(f'{each}=…' for each in VALUES)}, got {part}")
+    return found
 
 
 @contextmanager
 def counted_keys() -> Iterator[list[int]]:
-    """Counts pairs of a query and a key, and those of them that are left out by a choice of frames."""
+    """Counts pairs of a query and a key of the window, and those of them that are attended."""
     counts, plain = [0, 0], Strategy.attend
 
     def attend(
@@ -85,12 +72,10 @@ def counted_keys() -> Iterator[list[int]]:
         output = plain(self, source, cache, chunks, operations)
         assert isinstance(cache._cache, KVCache)
         for chunk in chunks:
-            keys = cache.keys(chunk)
-            heads = sum(group.k.shape[2] for group in keys)
             held = len(cache._cache.window.held(chunk.stop)) * self.stored_tokens
-            of_heads = [own for group in keys for own in group.by_rows]
+            of_heads = [own for group in cache.keys(chunk) for own in group.by_rows]
             read = sum(own.k.shape[2] * sum(stop - first for first, stop in own.rows) for own in of_heads)
-            counts[0] += chunk.frames * heads * held
+            counts[0] += chunk.frames * self.heads * held
             counts[1] += chunk.frames * read
         return output
 
@@ -98,50 +83,89 @@ def counted_keys() -> Iterator[list[int]]:
         yield counts
 
 
-def videos(model: str, lossy: Lossy, prompts: list[str], frames: int) -> list[np.ndarray]:
-    pipe = CausalVideoPipeline.from_pretrained(model, device="cpu", **lossy.loading)
-    return [video_of(pipe, prompt, num_frames=frames, seed=seed, **lossy.call) for seed, prompt in enumerate(prompts)]
+class Comparison:
+    """Videos of the same prompts and seeds, compared with those that are made without options.
 
+    Args:
+        model: the name of an embedded model.
+        prompts: how many videos.
+        frames: pixel frames of a video.
+        options: options of loading that all videos have.
+    """
 
-def measure(model: str, names: list[str], prompts: int, frames: int) -> list[dict[str, Any]]:
-    scenes = draw_scenes(prompts)
-    words = [scene.prompt() for scene in scenes]
-    plain = videos(model, Lossy(), words, frames)
-    for name, lossless in LOSSLESS.items():
-        if not np.array_equal(videos(model, lossless, words[:1], frames)[0], plain[0]):
-            stop(f"{name} does not give the frames of no option: nothing is reported")
-    rows = []
-    for name in ("none", *names):
-        with counted_keys() as keys:
-            made = videos(model, lossy(name), words, frames)
-        pairs = list(zip(made, plain, strict=True))
-        verdicts = summarize([v for video, scene in zip(made, scenes, strict=True) for v in judge(video, scene)])
-        row: dict[str, Any] = {"model": model, "option": name, **{kind: verdicts[kind] for kind in JUDGED}}
+    def __init__(self, model: str, prompts: int, frames: int, **options: Any) -> None:
+        self.model, self._frames, self._options = model, frames, options
+        self._scenes = draw_scenes(prompts)
+        self._prompts = [scene.prompt() for scene in self._scenes]
+        self._plain = self._videos({})
+        self.config = self.pipe().model.config
+        self._gate()
+
+    def pipe(self, **options: Any) -> CausalVideoPipeline:
+        """Loads the model with some options."""
+        return CausalVideoPipeline.from_pretrained(self.model, device="cpu", **self._options, **options)
+
+    def _videos(self, options: dict[str, Any], most: int | None = None) -> list[np.ndarray]:
+        pipe = self.pipe(**options)
+        prompts = self._prompts[:most]
+        return [video_of(pipe, prompt, num_frames=self._frames, seed=seed) for seed, prompt in enumerate(prompts)]
+
+    def _gate(self) -> None:
+        whole = HeadPolicy(((None,) * self.config.num_heads,) * self.config.num_layers)
+        for options in ({"weights": "full"}, {"similar_frames": 100}, {"heads": whole}):
+            if not np.array_equal(self._videos(options, 1)[0], self._plain[0]):
+                stop(f"{next(iter(options))} that leaves nothing out changes the frames: nothing is reported")
+
+    def alike_db(self, attention: AbstractContextManager[Any], **options: Any) -> float:
+        """Returns the PSNR of the first video, made by some attention without options, to that with some options."""
+        with attention:
+            (made,) = self._videos({}, 1)
+        return psnr(made, self._videos(options, 1)[0] if options else self._plain[0])
+
+    def row(
+        self, name: str, options: dict[str, Any], attention: AbstractContextManager[list[int]] | None = None
+    ) -> dict[str, Any]:
+        """Makes the videos and compares them.
+
+        Args:
+            name: what the row is called.
+            options: the options of loading; none for the videos that the others are compared with.
+            attention: makes videos attend in another way, and counts keys; None counts those of the options.
+        """
+        plain = not options and attention is None
+        with attention or counted_keys() as keys:
+            made = self._videos(options)
+        judged = [v for video, scene in zip(made, self._scenes, strict=True) for v in judge(video, scene)]
+        verdicts, pairs = summarize(judged), list(zip(made, self._plain, strict=True))
+        row: dict[str, Any] = {"model": self.model, "option": name, **{kind: verdicts[kind] for kind in JUDGED}}
         row["keys"] = keys[1] / keys[0]
-        if name != "none":
+        if not plain:
             close = [psnr(*pair) for pair in pairs]
             row |= {"psnr_db": fmean(close), "worst_psnr_db": min(close), "ssim": fmean(ssim(*pair) for pair in pairs)}
-        rows.append(row)
-    return rows
+        return row
 
 
 def cells(row: dict[str, Any]) -> list[object]:
+    """The cells of `COLUMNS`."""
     forms = {"psnr_db": ".1f", "worst_psnr_db": ".1f", "ssim": ".4f"}
     distance = [format(row[name], form) if name in row else None for name, form in forms.items()]
-    return [row["model"], row["option"], f"{row['keys']:.0%}", *distance, *(f"{row[kind]:.0%}" for kind in JUDGED)]
+    return [f"{row['keys']:.0%}", *distance, *(f"{row[kind]:.0%}" for kind in JUDGED)]
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--models", default="toybox", show_default=True, help="Embedded models to run.")
-@click.option("--only", default=",".join(LOSSY), show_default=True, help="The options to measure; heads=FILE too.")
+@click.option("--only", default=",".join(ALL), show_default=True, help="The options to measure; + joins some of them.")
 @click.option("--prompts", default=8, show_default=True, type=click.IntRange(1))
 @click.option("--frames", default=81, show_default=True, type=click.IntRange(1), help="Pixel frames of each video.")
-def main(models: str, only: str, prompts: int, frames: int) -> None:
+@click.option("--rope", type=click.Choice(["absolute", "relative"]), default="absolute", show_default=True)
+def main(models: str, only: str, prompts: int, frames: int, rope: str) -> None:
     """Measures what lossy options cost; a table, then one line of JSON."""
     torch.set_num_threads(1)
-    rows = [row for model in models.split(",") for row in measure(model, only.split(","), prompts, frames)]
-    print_table(("model", "option", "keys", "PSNR dB", "worst", "SSIM", "colour", "shape", "motion"), map(cells, rows))
-    finish("losses", prompts=prompts, frames=frames, rows=rows)
+    compared = [Comparison(model, prompts, frames, rope=rope) for model in models.split(",")]
+    named: dict[str, dict[str, Any]] = {"none": {}} | {name: options_of(name) for name in only.split(",")}
+    rows = [each.row(*option) for each in compared for option in named.items()]
+    print_table(("model", "option", *COLUMNS), ([row["model"], row["option"], *cells(row)] for row in rows))
+    finish("losses", prompts=prompts, frames=frames, rope=rope, rows=rows)
 
 
 if __name__ == "__main__":
