@@ -60,20 +60,18 @@ def profiled(rules: list[str], folder: Path) -> dict[str, Path]:
 
 
 def policies(files: dict[str, Path], similar: list[str]) -> list[tuple[str, str, dict[str, Any]]]:
-    """Series, name and options of loading of every policy; the sums have the windows of the last file."""
-    found: list[tuple[str, str, dict[str, Any]]] = []
-    for rule, file in files.items():
-        found.append((f"windows by {rule.partition('=')[0]}", f"windows, {rule}", {"heads": str(file)}))
-    for number in similar:
-        name = f"similar_frames={number}"
-        found.append(("similar frames", name, losses.options_of(name)))
-    for name in (*LEAST_DB, "fp8-dynamic"):
-        found.append(("8 bits", name, losses.options_of(name)))
-    rule, file = list(files.items())[-1]
-    for base, options in ((f"windows, {rule}", {"heads": str(file)}), found[len(files) + len(similar) - 1][1:]):
-        for more in ("cache=int8", "cache=int8+fp8-dynamic"):
-            found.append(("sums", f"{base} + {more.replace('+', ' + ')}", options | losses.options_of(more)))
-    return found
+    """Series, name and options of loading of every policy; the sums have the last windows and similar frames."""
+    windows = {f"windows, {rule}": {"heads": str(file)} for rule, file in files.items()}
+    frames = {name: losses.options_of(name) for name in (f"similar_frames={number}" for number in similar)}
+    found = [(name.replace(", ", " by ").partition("=")[0], name, options) for name, options in windows.items()]
+    found += [("similar frames", *each) for each in frames.items()]
+    found += [("8 bits", name, losses.options_of(name)) for name in (*LEAST_DB, "fp8-dynamic")]
+    (short, heads), (few, chosen) = list(windows.items())[-1], list(frames.items())[-1]
+    found += [(f"similar frames and {short}", f"{short} + {name}", heads | options) for name, options in frames.items()]
+    sums = {short: heads, few: chosen, f"{short} + {few}": heads | chosen}
+    for more in ("cache=int8", "fp8-dynamic"):
+        sums |= {f"{name} + {more}": options | losses.options_of(more) for name, options in sums.items()}
+    return found + [("sums", name, options) for name, options in sums.items() if "cache" in options]
 
 
 def work_of(pipe: CausalVideoPipeline) -> Workload:
@@ -157,9 +155,7 @@ def show(rows: list[dict[str, Any]], exact: list[dict[str, Any]], sizes: list[di
 @click.option(
     "--similar", default="0,2,0.3,6,4", show_default=True, help="Values of similar_frames; sums have the last."
 )
-@click.option(
-    "--oracles", default="0.1,0.25,0.4,0.55,0.7,0.85", show_default=True, help="Shares that oracles keep."
-)
+@click.option("--oracles", default="0.1,0.25,0.4,0.55,0.7,0.85", show_default=True, help="Shares that oracles keep.")
 @click.option(
     "--random", default=",".join(formulas.MODELS), show_default=True, help="Widths to run with random weights."
 )

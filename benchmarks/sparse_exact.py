@@ -33,9 +33,15 @@ LARGEST_ERROR = 1e-9  # of latents in float64
 
 def policies(heads: int) -> dict[str, StreamConfig]:
     """The streams that are compared, by name."""
-    short = replace(STREAM, heads=split(LAYERS, heads, None, SHORT, MIDDLE))
+    windows = replace(STREAM, heads=split(LAYERS, heads, static=SHORT, dynamic=MIDDLE))
     similar = replace(STREAM, similar_frames=2)
-    return {"windows": short, "similar_frames=2": similar, "windows, int8": replace(short, cache="int8")}
+    all_of_them = replace(similar, heads=split(LAYERS, heads, static=SHORT), cache="int8")
+    return {
+        "windows": windows,
+        "similar_frames=2": similar,
+        "windows, int8": replace(windows, cache="int8"),
+        "windows, similar_frames=2, int8": all_of_them,
+    }
 
 
 @contextmanager
@@ -54,16 +60,17 @@ def noted_choices() -> Iterator[dict[Chunk, Choice]]:
 
 
 def emulation(stream: StreamConfig, heads: int, chosen: dict[Chunk, Choice]) -> Rule:
-    """The rule of a policy: windows of heads in all passes, and after a chunk's first pass the frames chosen for it."""
+    """The rule of a policy: windows of heads in all passes, and after a chunk's first pass the frames that the other
+    heads chose for it."""
     within = None if stream.heads is None else windows(stream.heads, STREAM.window or 0, STREAM.sink)
     begun: set[tuple[int, Chunk]] = set()
 
     def rule(layer: int, chunk: Chunk, frames: Sequence[int], scores_BHTL: Tensor) -> Tensor:
-        seen_HN = torch.ones(heads, len(frames), dtype=torch.bool)
-        if (layer, chunk) in begun and chunk in chosen:
-            seen_HN = torch.tensor([[frame in of_head for frame in frames] for of_head in chosen[chunk][layer]])
+        later = (layer, chunk) in begun and chunk in chosen
+        choice = chosen[chunk][layer] if later else {}
         begun.add((layer, chunk))
-        seen = of_frames(seen_HN, scores_BHTL)
+        seen_HN = [[frame in choice.get(head, frames) for frame in frames] for head in range(heads)]
+        seen = of_frames(torch.tensor(seen_HN), scores_BHTL)
         return seen if within is None else seen & within(layer, chunk, frames, scores_BHTL)
 
     return rule

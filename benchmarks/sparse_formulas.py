@@ -65,6 +65,7 @@ def full_size_policies(layers: int, heads: int) -> dict[str, dict[str, Any]]:
         "similar_frames=4, int8": similar | int8,
         WHOLE: whole,
         f"{WHOLE}, int8": whole | int8,
+        f"{WHOLE}, similar_frames=4, int8": whole | similar | int8,
         SHORTENED: shortened,
         TARGET: shortened | int8,
     }
