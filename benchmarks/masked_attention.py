@@ -18,6 +18,7 @@ from causalrope_kernels.quantized_heads import dequantize
 from causalrope_sp import Chunk
 from causalrope_sp.attention import base
 from causalrope_sp.attention.base import write_chunk
+from causalrope_sp.cache.kv_cache import KVCache
 from causalrope_sp.cache.layer_cache import LayerCache
 from causalrope_sp.heads import HeadPolicy
 
@@ -37,6 +38,7 @@ def attending(rule: Rule) -> Iterator[list[int]]:
 
     def attend(source: Source, cache: LayerCache, chunk: Chunk, operations: PassOperations, *rest: None) -> Tensor:
         q_BFSHD = write_chunk(source, cache, chunk, operations, *rest)
+        assert isinstance(cache._cache, KVCache)
         (keys,) = cache.keys(chunk)
         q_BTHD, (k_BLHD, v_BLHD) = q_BFSHD.flatten(1, 2), _rows(keys, q_BFSHD.dtype)
         scores_BHTL = torch.einsum("bthd,blhd->bhtl", q_BTHD, k_BLHD) * q_BTHD.shape[-1] ** -0.5
