@@ -12,7 +12,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from heads import split
+from heads import STATIC, split
 from masked_attention import Rule, attending, of_frames, windows
 from printed import stop
 from torch import Tensor
@@ -26,6 +26,7 @@ from causalrope_sp.sampling.similar_frames import Choice, SimilarFrames
 LAYERS, FFN, TEXT = 2, 256, 64
 GRID = LatentGrid(1, 2)
 STREAM = StreamConfig(window=9, sink=1, chunk_frames=3)
+SHARE = sum(STATIC) / (12 * len(STATIC))  # of heads that are static
 SHORT, MIDDLE = 5, 7  # windows in latent frames: the sink, the newest frame and the chunk; two frames more
 FRAMES, STEPS = 12, (1000.0, 750.0)
 LARGEST_ERROR = 1e-9  # of latents in float64
@@ -33,9 +34,9 @@ LARGEST_ERROR = 1e-9  # of latents in float64
 
 def policies(heads: int) -> dict[str, StreamConfig]:
     """The streams that are compared, by name."""
-    windows = replace(STREAM, heads=split(LAYERS, heads, static=SHORT, dynamic=MIDDLE))
+    windows = replace(STREAM, heads=split(LAYERS, heads, SHARE, static=SHORT, dynamic=MIDDLE))
     similar = replace(STREAM, similar_frames=2)
-    all_of_them = replace(similar, heads=split(LAYERS, heads, static=SHORT), cache="int8")
+    all_of_them = replace(similar, heads=split(LAYERS, heads, SHARE, static=SHORT), cache="int8")
     return {
         "windows": windows,
         "similar_frames=2": similar,
