@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
 DOCS = Path(__file__).parent.parent
 COLORS = ("#4477aa", "#ee8866", "#44aa77", "#aa77bb")
 INK, PALE, MUTED = "#222222", "#f2f2f2", "#666666"
-TITLE: dict[str, object] = {"ha": "left", "weight": "bold", "fontsize": 12}
-NOTE: dict[str, object] = {"ha": "left", "color": MUTED, "fontsize": 9}
+TITLE: dict[str, Any] = {"ha": "left", "weight": "bold", "fontsize": 12}
+NOTE: dict[str, Any] = {"ha": "left", "color": MUTED, "fontsize": 9}
 ROWS, COLUMNS, RANKS = 4, 5, 3
 OWNED = (7, 7, 6)  # tokens of a frame on each rank
 
@@ -35,7 +37,7 @@ def main() -> None:
         figure.savefig(DOCS / f"{name}.{suffix}", metadata=metadata, facecolor="white", dpi=100)
 
 
-def canvas(width: float, height: float) -> tuple[pyplot.Figure, Axes]:
+def canvas(width: float, height: float) -> tuple[Figure, Axes]:
     """A page of width × height in units of half an inch, with the origin at the upper left."""
     figure = pyplot.figure(figsize=(width / 2, height / 2))
     axis = figure.add_axes((0, 0, 1, 1))
@@ -44,13 +46,11 @@ def canvas(width: float, height: float) -> tuple[pyplot.Figure, Axes]:
     return figure, axis
 
 
-def write(axis: Axes, x: float, y: float, text: str, **style: object) -> None:
+def write(axis: Axes, x: float, y: float, text: str, **style: Any) -> None:
     axis.text(x, y, text, **{"ha": "center", "va": "center", "color": INK, **style})
 
 
-def box(
-    axis: Axes, x: float, y: float, width: float, height: float, color: str, text: str = "", **style: object
-) -> None:
+def box(axis: Axes, x: float, y: float, width: float, height: float, color: str, text: str = "", **style: Any) -> None:
     shape = "round,pad=0,rounding_size=0.12"
     axis.add_patch(FancyBboxPatch((x, y), width, height, boxstyle=shape, facecolor=color, edgecolor="white"))
     write(axis, x + width / 2, y + height / 2, text, **{"color": "white", **style})
@@ -74,7 +74,7 @@ def draw_frame(axis: Axes, x: float, y: float, size: float, numbers: int | None 
             write(axis, corner[0] + size / 2, corner[1] + size / 2, str(numbers + token), color="white", fontsize=7)
 
 
-def draw_shards() -> pyplot.Figure:
+def draw_shards() -> Figure:
     figure, axis = canvas(20, 9.6)
     write(axis, 0.4, 0.5, "Every rank owns the same tokens of every latent frame", **TITLE)
     size, step = 0.5, 3.1
@@ -126,7 +126,7 @@ def draw_cache(axis: Axes, x: float, y: float, kept: str, rank: int) -> None:
             )  # fmt: skip
 
 
-def draw_strategies() -> pyplot.Figure:
+def draw_strategies() -> Figure:
     figure, axis = canvas(20, 12.6)
     columns = ((1.5, "strategy"), (4.4, "before attention"), (8.1, "attention on a rank"), (12.6, "after attention"),
                (17.0, "cache of ranks 0, 1, 2"))  # fmt: skip
@@ -161,7 +161,7 @@ def draw_strategies() -> pyplot.Figure:
     return figure
 
 
-def draw_mesh() -> pyplot.Figure:
+def draw_mesh() -> Figure:
     figure, axis = canvas(20, 7.6)
     write(
         axis,

@@ -1,4 +1,4 @@
-"""Draws docs/vin.png, frames of 256-frame videos by toybox-vin: python docs/drawings/vin.py
+"""Draws docs/vin.png, frames of 256-frame videos by toybox-vin: python docs/drawings/vin_videos.py
 
 The prompts are the first two of `benchmarks/vin.py`, with seeds 0 and 1. Neither was selected by its result.
 """

@@ -1,6 +1,6 @@
 """Draws docs/toybox_training.png from toybox_training.csv, the log of the training that made the shipped toybox.
 
-python docs/drawings/toybox_training.py
+python docs/drawings/training_curves.py
 """
 
 from __future__ import annotations
