@@ -10,15 +10,15 @@
 - Published sizes by formula: shares of a dense bfloat16 stream. Those of toybox are by the same formulas, for bfloat16
   on 3 ranks.
 
-Gates, or nothing is reported: policies that leave nothing out change no bit; an oracle that keeps all keys, and a mask
-in place of a policy's windows, give the same frames to 55 dB; latents of random weights are those of masks to 1e-9 in
-float64; the mean PSNR is at least 45 dB with the cache in int8 and 38 dB in fp8.
+Gates, or no more is reported: latents of random weights are those of masks to 1e-9 in float64; policies that leave
+nothing out change no bit of toybox's frames; an oracle that keeps all keys, and a mask in place of a policy's windows,
+give the same frames to 55 dB; the mean PSNR is at least 45 dB with the cache in int8 and 38 dB in fp8.
 """
 
 from __future__ import annotations
 
-import json
 import tempfile
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -63,9 +63,9 @@ def policies(files: dict[str, Path], similar: list[str]) -> list[tuple[str, str,
     """Series, name and options of loading of every policy; the sums have the last windows and similar frames."""
     windows = {f"windows, {rule}": {"heads": str(file)} for rule, file in files.items()}
     frames = {name: losses.options_of(name) for name in (f"similar_frames={number}" for number in similar)}
-    found = [(name.replace(", ", " by ").partition("=")[0], name, options) for name, options in windows.items()]
+    found = [("8 bits", name, losses.options_of(name)) for name in (*LEAST_DB, "fp8-dynamic")]
+    found += [(name.replace(", ", " by ").partition("=")[0], name, options) for name, options in windows.items()]
     found += [("similar frames", *each) for each in frames.items()]
-    found += [("8 bits", name, losses.options_of(name)) for name in (*LEAST_DB, "fp8-dynamic")]
     (short, heads), (few, chosen) = list(windows.items())[-1], list(frames.items())[-1]
     found += [(f"similar frames and {short}", f"{short} + {name}", heads | options) for name, options in frames.items()]
     sums = {short: heads, few: chosen, f"{short} + {few}": heads | chosen}
@@ -95,51 +95,47 @@ def gate(compared: losses.Comparison, file: Path) -> None:
 
 def toybox(
     compared: losses.Comparison, rules: list[str], similar: list[str], oracles: list[float]
-) -> list[dict[str, Any]]:
-    """Rows of all policies and oracles."""
+) -> Iterator[dict[str, Any]]:
+    """Rows of all policies and oracles, each as soon as it is measured."""
     dense = work_of(compared.pipe())
-    rows = [compared.row("none", {}) | formulas.shares(dense, dense, RANKS)]
     with tempfile.TemporaryDirectory() as folder:
         files = profiled(rules, Path(folder))
         gate(compared, list(files.values())[-1])
+        yield compared.row("none", {}) | formulas.shares(dense, dense, RANKS)
         for series, name, options in policies(files, similar):
             row = compared.row(name, options) | formulas.shares(work_of(compared.pipe(**options)), dense, RANKS)
-            rows.append({"series": series, **row})
             if row["psnr_db"] < LEAST_DB.get(name, 0.0):
-                stop(f"{name}: expected {LEAST_DB[name]} dB, got {row['psnr_db']:.1f}: nothing is reported")
+                stop(f"{name}: expected {LEAST_DB[name]} dB, got {row['psnr_db']:.1f}: nothing more is reported")
+            yield {"series": series, **row}
     for series, oracle in ORACLES.items():
         for share in oracles:
             row = compared.row(f"{series}, {share:.0%}", {}, attending(oracle(share)))
-            rows.append({"series": series, **row})
-    return rows
+            yield {"series": series, **row}
 
 
-def show(rows: list[dict[str, Any]], exact: list[dict[str, Any]], sizes: list[dict[str, Any]]) -> None:
-    """Prints what was found as tables."""
-    print_table(
-        (f"toybox, formulas for {RANKS} ranks", *losses.COLUMNS, *formulas.COLUMNS),
-        ([row["option"], *losses.cells(row), *formulas.cells(row)] for row in rows),
+def show_exact(rows: list[dict[str, Any]]) -> None:
+    """Prints the rows of random weights."""
+    columns = ("random weights", "policy", "keys", "error against masks", "change of the latents")
+    forms = {"keys": ".0%", "error": ".1e", "change": ".1e"}
+    lines = ([row["model"], row["policy"], *(format(row[name], form) for name, form in forms.items())] for row in rows)
+    print_table(columns, lines)
+
+
+def show_full_size(rows: list[dict[str, Any]]) -> None:
+    """Prints the rows of formulas, and which targets are met."""
+    columns = (f"by formula, {formulas.RANKS} ranks", "size", "policy", *formulas.COLUMNS, "all FLOPs")
+    lines = (
+        [row["model"], f"{row['height']}×{row['width']}", row["policy"], *formulas.cells(row), f"{row['flops']:.2f}"]
+        for row in rows
     )
-    print_table(
-        ("random weights", "policy", "keys", "error against masks", "change of the latents"),
-        (
-            [row["model"], row["policy"], f"{row['keys']:.0%}", f"{row['error']:.1e}", f"{row['change']:.1e}"]
-            for row in exact
-        ),
-    )
-    print_table(
-        (f"by formula, {formulas.RANKS} ranks", "size", "policy", *formulas.COLUMNS, "all FLOPs"),
-        (
-            [
-                row["model"],
-                f"{row['height']}×{row['width']}",
-                row["policy"],
-                *formulas.cells(row),
-                f"{row['flops']:.2f}",
-            ]
-            for row in sizes
-        ),
-    )
+    print_table(columns, lines)
+    for found in formulas.targets(rows):
+        words = (
+            f"{name} {found[name]:.3f} ({'met' if found['met'][name] else 'missed'}: {most} at the most)"
+            for name, most in formulas.TARGETS.items()
+        )
+        click.echo(f"1.3B, 480×832, {found['policy']}: {', '.join(words)}")
+    click.echo()
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -160,15 +156,21 @@ def show(rows: list[dict[str, Any]], exact: list[dict[str, Any]], sizes: list[di
     "--random", default=",".join(formulas.MODELS), show_default=True, help="Widths to run with random weights."
 )
 def main(prompts: int, frames: int, rules: str, similar: str, oracles: str, random: str) -> None:
-    """Measures policies of sparse attention; tables, then one line of JSON."""
+    """Measures policies of sparse attention; tables, each line once it is measured, then one line of JSON."""
     torch.set_num_threads(1)
     exact = [row for name in random.split(",") for row in random_rows(name)]
+    sizes, rows = formulas.full_size(), list[dict[str, Any]]()
+    show_exact(exact)
+    show_full_size(sizes)
     compared = losses.Comparison("toybox", prompts, frames)
-    rows = toybox(compared, rules.split(","), similar.split(","), [float(each) for each in oracles.split(",")])
-    sizes = formulas.full_size()
-    show(rows, exact, sizes)
-    for found in formulas.targets(sizes):
-        click.echo(f"1.3B, 480×832, {found['policy']}: " + json.dumps(found))
+    measured = toybox(compared, rules.split(","), similar.split(","), [float(each) for each in oracles.split(",")])
+
+    def line(row: dict[str, Any]) -> list[object]:
+        rows.append(row)
+        return [row["option"], *losses.cells(row), *formulas.cells(row)]
+
+    columns = (f"toybox, formulas for {RANKS} ranks", *losses.COLUMNS, *formulas.COLUMNS)
+    print_table(columns, map(line, measured))
     finish("sparse", prompts=prompts, frames=frames, rows=rows, exact=exact, full_size=sizes)
 
 

@@ -156,7 +156,7 @@ def test_sparse_attention_passes_its_gates() -> None:
     rows = {row["option"]: row for row in found["rows"]}
     assert rows["cache=int8"]["psnr_db"] >= 45
     sparse = [row for row in found["rows"] if row.get("series") not in (None, "8 bits")]
-    assert len(sparse) == 8
+    assert len(sparse) == 11
     assert all(0.4 < row["keys"] < 1 and 15 < row["psnr_db"] < 60 for row in sparse)
     assert max(row["error"] for row in found["exact"]) < 1e-9 < min(row["change"] for row in found["exact"])
     both = next(row for row in found["full_size"] if row["policy"] == "published split, dynamic heads 11 frames, int8")
