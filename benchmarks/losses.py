@@ -97,49 +97,49 @@ class Comparison:
         self.model, self._frames, self._options = model, frames, options
         self._scenes = draw_scenes(prompts)
         self._prompts = [scene.prompt() for scene in self._scenes]
-        self._plain = self._videos({})
-        self.config = self.pipe().model.config
+        self.plain = self.pipe()
+        self._made = self._videos(self.plain)
         self._gate()
 
     def pipe(self, **options: Any) -> CausalVideoPipeline:
         """Loads the model with some options."""
         return CausalVideoPipeline.from_pretrained(self.model, device="cpu", **self._options, **options)
 
-    def _videos(self, options: dict[str, Any], most: int | None = None) -> list[np.ndarray]:
-        pipe = self.pipe(**options)
+    def _videos(self, pipe: CausalVideoPipeline, most: int | None = None) -> list[np.ndarray]:
         prompts = self._prompts[:most]
         return [video_of(pipe, prompt, num_frames=self._frames, seed=seed) for seed, prompt in enumerate(prompts)]
 
     def _gate(self) -> None:
-        whole = HeadPolicy(((None,) * self.config.num_heads,) * self.config.num_layers)
+        config = self.plain.model.config
+        whole = HeadPolicy(((None,) * config.num_heads,) * config.num_layers)
         for options in ({"weights": "full"}, {"similar_frames": 100}, {"heads": whole}):
-            if not np.array_equal(self._videos(options, 1)[0], self._plain[0]):
+            if not np.array_equal(self._videos(self.pipe(**options), 1)[0], self._made[0]):
                 stop(f"{next(iter(options))} that leaves nothing out changes the frames: nothing is reported")
 
-    def alike_db(self, attention: AbstractContextManager[Any], **options: Any) -> float:
-        """Returns the PSNR of the first video, made by some attention without options, to that with some options."""
+    def alike_db(self, attention: AbstractContextManager[Any], pipe: CausalVideoPipeline) -> float:
+        """Returns the PSNR of the first video, made by some attention without options, to that of a pipeline."""
         with attention:
-            (made,) = self._videos({}, 1)
-        return psnr(made, self._videos(options, 1)[0] if options else self._plain[0])
+            (made,) = self._videos(self.plain, 1)
+        return psnr(made, self._videos(pipe, 1)[0])
 
     def row(
-        self, name: str, options: dict[str, Any], attention: AbstractContextManager[list[int]] | None = None
+        self, name: str, pipe: CausalVideoPipeline, attention: AbstractContextManager[list[int]] | None = None
     ) -> dict[str, Any]:
         """Makes the videos and compares them.
 
         Args:
             name: what the row is called.
-            options: the options of loading; none for the videos that the others are compared with.
+            pipe: the model with some options; `plain` for none.
             attention: makes videos attend in another way, and counts keys; None counts those of the options.
         """
-        plain = not options and attention is None
+        same = pipe is self.plain and attention is None
         with attention or counted_keys() as keys:
-            made = self._videos(options)
+            made = self._videos(pipe)
         judged = [v for video, scene in zip(made, self._scenes, strict=True) for v in judge(video, scene)]
-        verdicts, pairs = summarize(judged), list(zip(made, self._plain, strict=True))
+        verdicts, pairs = summarize(judged), list(zip(made, self._made, strict=True))
         row: dict[str, Any] = {"model": self.model, "option": name, **{kind: verdicts[kind] for kind in JUDGED}}
         row["keys"] = keys[1] / keys[0]
-        if not plain:
+        if not same:
             close = [psnr(*pair) for pair in pairs]
             row |= {"psnr_db": fmean(close), "worst_psnr_db": min(close), "ssim": fmean(ssim(*pair) for pair in pairs)}
         return row
@@ -162,8 +162,11 @@ def main(models: str, only: str, prompts: int, frames: int, rope: str) -> None:
     """Measures what lossy options cost; a table, then one line of JSON."""
     torch.set_num_threads(1)
     compared = [Comparison(model, prompts, frames, rope=rope) for model in models.split(",")]
-    named: dict[str, dict[str, Any]] = {"none": {}} | {name: options_of(name) for name in only.split(",")}
-    rows = [each.row(*option) for each in compared for option in named.items()]
+    named = {name: options_of(name) for name in only.split(",")}
+    rows = []
+    for each in compared:
+        rows.append(each.row("none", each.plain))
+        rows += [each.row(name, each.pipe(**options)) for name, options in named.items()]
     print_table(("model", "option", *COLUMNS), ([row["model"], row["option"], *cells(row)] for row in rows))
     finish("losses", prompts=prompts, frames=frames, rope=rope, rows=rows)
 

@@ -82,14 +82,14 @@ def work_of(pipe: CausalVideoPipeline) -> Workload:
 
 def gate(compared: losses.Comparison, file: Path) -> None:
     """Attention under masks gives what it stands for."""
-    stream = compared.pipe().config.stream
+    stream = compared.plain.config.stream
     rule = windows(read_heads(file, stream.chunk_frames, stream.sink), stream.window or 0, stream.sink)
-    checks: list[tuple[str, AbstractContextManager[Any], dict[str, Any]]] = [
-        *((f"{name}, of all", attending(oracle(1.0)), {}) for name, oracle in ORACLES.items()),
-        ("windows as masks", attending(rule), {"heads": str(file)}),
+    checks: list[tuple[str, AbstractContextManager[Any], CausalVideoPipeline]] = [
+        *((f"{name}, of all", attending(oracle(1.0)), compared.plain) for name, oracle in ORACLES.items()),
+        ("windows as masks", attending(rule), compared.pipe(heads=str(file))),
     ]
-    for name, attention, options in checks:
-        if (found := compared.alike_db(attention, **options)) < ALIKE_DB:
+    for name, attention, pipe in checks:
+        if (found := compared.alike_db(attention, pipe)) < ALIKE_DB:
             stop(f"{name}: expected the same frames, got {found:.1f} dB: nothing is reported")
 
 
@@ -97,19 +97,20 @@ def toybox(
     compared: losses.Comparison, rules: list[str], similar: list[str], oracles: list[float]
 ) -> Iterator[dict[str, Any]]:
     """Rows of all policies and oracles, each as soon as it is measured."""
-    dense = work_of(compared.pipe())
+    dense = work_of(compared.plain)
     with tempfile.TemporaryDirectory() as folder:
         files = profiled(rules, Path(folder))
         gate(compared, list(files.values())[-1])
-        yield compared.row("none", {}) | formulas.shares(dense, dense, RANKS)
+        yield compared.row("none", compared.plain) | formulas.shares(dense, dense, RANKS)
         for series, name, options in policies(files, similar):
-            row = compared.row(name, options) | formulas.shares(work_of(compared.pipe(**options)), dense, RANKS)
+            pipe = compared.pipe(**options)
+            row = compared.row(name, pipe) | formulas.shares(work_of(pipe), dense, RANKS)
             if row["psnr_db"] < LEAST_DB.get(name, 0.0):
                 stop(f"{name}: expected {LEAST_DB[name]} dB, got {row['psnr_db']:.1f}: nothing more is reported")
             yield {"series": series, **row}
     for series, oracle in ORACLES.items():
         for share in oracles:
-            row = compared.row(f"{series}, {share:.0%}", {}, attending(oracle(share)))
+            row = compared.row(f"{series}, {share:.0%}", compared.plain, attending(oracle(share)))
             yield {"series": series, **row}
 
 

@@ -36,13 +36,8 @@ def policies(heads: int) -> dict[str, StreamConfig]:
     """The streams that are compared, by name."""
     windows = replace(STREAM, heads=split(LAYERS, heads, SHARE, static=SHORT, dynamic=MIDDLE))
     similar = replace(STREAM, similar_frames=2)
-    all_of_them = replace(similar, heads=split(LAYERS, heads, SHARE, static=SHORT), cache="int8")
-    return {
-        "windows": windows,
-        "similar_frames=2": similar,
-        "windows, int8": replace(windows, cache="int8"),
-        "windows, similar_frames=2, int8": all_of_them,
-    }
+    every = replace(similar, heads=split(LAYERS, heads, SHARE, static=SHORT), cache="int8")
+    return {"windows": windows, "similar_frames=2": similar, "windows, similar_frames=2, int8": every}
 
 
 @contextmanager
