@@ -38,6 +38,7 @@ from causalrope_kernels import (
     Modulation,
     Pieces,
     Projection,
+    QuantizedPieces,
     RotateOnRead,
     Rotation,
     Slots,
@@ -128,8 +129,9 @@ def _placements(size: str, heads: int, width: int) -> Iterator[tuple[str, Callab
         if ranks == 1:
             yield f"{size}, q and ring", partial(store_projection, projection, q, ring, ring)
             for name, dtype in QUANTIZED.items():
-                k, v = (_quantized_ring(times, heads, width, dtype, offset=offset) for offset in (True, False))
-                yield f"{size}, q and ring in {name}", partial(store_projection, projection, q, [k], [v])
+                k, v = (_quantized_ring(times, heads, width, dtype) for _ in range(2))
+                offset = empty(1, heads, width, dtype=torch.float32)
+                yield f"{size}, q and ring in {name}", partial(store_projection, projection, q, [k], [v], offset)
             rings = [Slots(part, row) for part, row in zip(ring[0].x.split(heads // 2, 3), torch.stack([times, times]))]
             yield f"{size}, q and two rings", partial(store_projection, projection, q, rings, rings)
             yield f"{size}, q", partial(store_projection, projection, q, (), ())
@@ -142,16 +144,18 @@ def _placements(size: str, heads: int, width: int) -> Iterator[tuple[str, Callab
     yield f"{size}, 2 ranks", partial(split_tokens, output, list(output.view(2, 1, FRAMES, -1, heads // 2, width)))
     q = [Slots(empty(1, FRAMES, TOKENS, heads // 2, width))]
     ring = [Slots(empty(1, WINDOW, TOKENS, heads // 2, width), times)]
-    yield f"{size}, 2 ranks, q and ring", partial(store_pieces, half.pieces, q, ring, ring)
+    yield f"{size}, 2 ranks, q and ring", partial(store_pieces, half, q, ring, ring)
     for name, dtype in QUANTIZED.items():
-        k, v = (_quantized_ring(times, heads // 2, width, dtype, offset=offset) for offset in (True, False))
-        yield f"{size}, 2 ranks, q and ring in {name}", partial(store_pieces, half.pieces, q, [k], [v])
+        k, v = (_quantized_ring(times, heads // 2, width, dtype) for _ in range(2))
+        numbers = empty(2, 2, 1, FRAMES, TOKENS // 2, heads // 2, width, dtype=dtype)
+        scales = empty(*numbers.shape[:-1], dtype=torch.float16)
+        sent = QuantizedPieces(list(split[:, 0]), list(numbers), list(scales))
+        yield f"{size}, 2 ranks, q and ring in {name}", partial(store_pieces, sent, q, [k], [v])
 
 
-def _quantized_ring(times: Tensor, heads: int, width: int, dtype: torch.dtype, *, offset: bool = False) -> Slots:
+def _quantized_ring(times: Tensor, heads: int, width: int, dtype: torch.dtype) -> Slots:
     ring = 1, WINDOW, TOKENS, heads
-    own = empty(1, heads, width, dtype=torch.float32) if offset else None
-    return Slots(empty(*ring, width, dtype=dtype), times, scales=empty(*ring, dtype=torch.float16), offset=own)
+    return Slots(empty(*ring, width, dtype=dtype), times, scales=empty(*ring, dtype=torch.float16))
 
 
 def _attentions() -> Iterator[tuple[str, Callable[[], Any]]]:

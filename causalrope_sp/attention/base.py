@@ -44,6 +44,11 @@ class Strategy:
         self.placements = placements
 
     @property
+    def frame_tokens(self) -> int:
+        """S, the tokens of a frame on all ranks."""
+        return self.tokens
+
+    @property
     def stored_tokens(self) -> int:
         """The number of tokens of a frame that this rank caches."""
         return self.tokens
@@ -92,11 +97,23 @@ class Strategy:
             What this rank's queries attend, (B, F, s, h, d), with the heads in the order of the source.
         """
         placement = self.placements[cache.index] if self.placements else None
+        if cache.centre is not None:
+            self.centre(source, cache, chunks, operations)
         if len(chunks) == 1:
             return attend_chunk(source, cache, chunks[0], operations, placement)
         # in order of time, since a later chunk may overwrite slots that an earlier one still reads
         parts = by_chunk(chunks)
         return joined([attend_chunk(source.part(f), cache, chunk, operations, placement) for chunk, f in parts])
+
+    def centre(self, source: Source, cache: LayerCache, chunks: Sequence[Chunk], operations: PassOperations) -> None:
+        """Sets what is taken off quantized keys: the mean of those of all tokens of the first chunk of a pass."""
+        assert cache.centre is not None, "it is not set"
+        first = source.part(by_chunk(chunks)[0][1])
+        cache.centre(self.total(key_sum(first, operations), cache.index) / (first.shape[1] * self.frame_tokens))
+
+    def total(self, x: Tensor, layer: int) -> Tensor:
+        """Returns the sum of a tensor, of one number of each layer, over the ranks that own different tokens."""
+        return x
 
 
 class InnerStrategy(Strategy):
@@ -123,6 +140,13 @@ class InnerStrategy(Strategy):
         super().__init__(tokens[communicator.rank], heads, backend, placements)
         self._communicator, self._tokens, self._overlap = communicator, tokens, overlap
 
+    @property
+    def frame_tokens(self) -> int:
+        return sum(self._tokens)
+
+    def total(self, x: Tensor, layer: int) -> Tensor:
+        return sum_of_ranks(x, self._communicator, layer)
+
 
 def attend_chunk(
     source: Source, cache: LayerCache, chunk: Chunk, operations: PassOperations, placement: HeadPlacement | None
@@ -147,25 +171,24 @@ def write_chunk(
     """Writes a chunk's keys and values to the cache and returns its queries, (B, F, s, h, d), in the order of the
     placement."""
     q = empty(source)
-    if cache.centre is not None:
-        mean = mean_key(source, operations)
-        cache.centre(mean if placement is None else placement.in_own_order(mean, 1))
     k_slots, v_slots = cache.kv_slots(chunk)
     q_slots = [Slots(q)] if placement is None else placement.by_head([Slots(q)])
-    operations.norm_rope_store(source, q=q_slots, k=k_slots, v=v_slots)
+    operations.norm_rope_store(source, q=q_slots, k=k_slots, v=v_slots, k_offset=cache.k_offset)
     return q
 
 
 def key_sum(source: Source, operations: PassOperations) -> Tensor:
-    """Returns the sum of the keys of all tokens, (B, h, d), in float32 or wider."""
+    """Returns the sum of the keys of all tokens, (B, H, d), in float64, so that its order hardly matters."""
     k = empty(source)
     operations.norm_rope_store(source, k=[Slots(k)])
-    return k.sum((1, 2), dtype=torch.float64 if k.dtype == torch.float64 else torch.float32)
+    return k.sum((1, 2), dtype=torch.float64)
 
 
-def mean_key(source: Source, operations: PassOperations) -> Tensor:
-    """Returns the mean of the keys of all tokens, (B, h, d), in float32 or wider."""
-    return key_sum(source, operations) / (source.shape[1] * source.shape[2])
+def sum_of_ranks(x: Tensor, communicator: Communicator, layer: int) -> Tensor:
+    """Returns the sum of a tensor of each rank, added in order of rank."""
+    (sent,) = communicator.buffer("key sum out", [x.shape], x)
+    sent.copy_(x)
+    return torch.stack(communicator.all_gather("key sum", layer, [x.shape] * communicator.size, sent).wait()).sum(0)
 
 
 def empty(source: Source) -> Tensor:

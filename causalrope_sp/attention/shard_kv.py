@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from causalrope_kernels import Partial, PassOperations, Slots, Source
-from causalrope_sp.attention.base import InnerStrategy, by_chunk, key_sum, lse_elements, merged, parts_of
+from causalrope_sp.attention.base import InnerStrategy, by_chunk, lse_elements, merged, parts_of
 from causalrope_sp.cache.layer_cache import LayerCache
 from causalrope_sp.grid import Chunk
 
@@ -32,6 +32,8 @@ class ShardKV(InnerStrategy):
     def attend(self, source: Source, cache: LayerCache, chunks: Sequence[Chunk], operations: PassOperations) -> Tensor:
         batch, frames, _, heads, width = source.shape
         placement = self.placements[cache.index] if self.placements else None
+        if cache.centre is not None:
+            self.centre(source, cache, chunks, operations)
         shapes = [(batch, frames, tokens, heads, width) for tokens in self._tokens]
         own_rank = self._communicator.rank
         (q,) = self._communicator.buffer("q out", [shapes[own_rank]], source.like, block=max(map(prod, shapes)))
@@ -40,12 +42,9 @@ class ShardKV(InnerStrategy):
         handle = self._communicator.all_gather("q", cache.index, shapes, q)
         received = None if self._overlap else handle.wait()
         partials: list[list[Partial]] = [[] for _ in self._tokens]
-        if cache.centre is not None:
-            mean = self._mean_key(source.part(by_chunk(chunks)[0][1]), cache.index, operations)
-            cache.centre(mean if placement is None else placement.in_own_order(mean, 1))
         for chunk, part in by_chunk(chunks):
             k_slots, v_slots = cache.kv_slots(chunk)
-            operations.norm_rope_store(source.part(part), k=k_slots, v=v_slots)
+            operations.norm_rope_store(source.part(part), k=k_slots, v=v_slots, k_offset=cache.k_offset)
             partials[own_rank].append(merged(parts_of(q[:, part], cache.keys(chunk), operations), operations))
             if received is None:
                 received = handle.wait()
@@ -54,14 +53,6 @@ class ShardKV(InnerStrategy):
                     partials[rank].append(merged(parts_of(queries[:, part], cache.keys(chunk), operations), operations))
         output = self._return_partials(partials, q, cache.index, operations)
         return output if placement is None else placement.in_model_order(output, 3)
-
-    def _mean_key(self, source: Source, layer: int, operations: PassOperations) -> Tensor:
-        """Returns the mean of the keys of all ranks' tokens, (B, h, d)."""
-        own = key_sum(source, operations)
-        (sent,) = self._communicator.buffer("key sum out", [own.shape], own)
-        sent.copy_(own)
-        sums = self._communicator.all_gather("key sum", layer, [own.shape] * self._communicator.size, sent).wait()
-        return torch.stack(list(sums)).sum(0) / (source.shape[1] * sum(self._tokens))
 
     def _return_partials(
         self, partials: Sequence[Sequence[Partial]], like: Tensor, layer: int, operations: PassOperations

@@ -1,8 +1,9 @@
 """The strategy ulysses (arXiv 2309.14509): an all-to-all exchanges a share of the tokens for a share of the heads.
 
-A layer makes two collectives: an all-to-all of q, k and v packed before attention, and one of the output after it. The
-number of heads need not be divisible by the number of ranks. Within a share of the heads an inner strategy may share
-the tokens among further ranks; this class is then the outer strategy of a product.
+A layer makes two collectives: an all-to-all of q, k and v packed before attention, k and v in 8 bits if that is what is
+stored, and one of the output after it. The number of heads need not be divisible by the number of ranks. Within a share
+of the heads an inner strategy may share the tokens among further ranks; this class is then the outer strategy of a
+product.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import torch
 from torch import Tensor
 
 from causalrope_kernels import Keys, PassOperations, Pieces, Slots, Source
-from causalrope_sp.attention.base import Strategy, attend_groups, by_chunk, joined, write_chunk
+from causalrope_sp.attention.base import Strategy, attend_groups, by_chunk, joined, sum_of_ranks, write_chunk
+from causalrope_sp.attention.quantized_pieces import piece_shapes, slots_of, unpack
 from causalrope_sp.cache.layer_cache import LayerCache
-from causalrope_sp.distributed.communicator import AsyncHandle, Communicator
+from causalrope_sp.distributed.communicator import AsyncHandle, Communicator, Shape
 from causalrope_sp.grid import Chunk, shares
 from causalrope_sp.heads.placement import HeadPlacement
 
@@ -47,6 +49,13 @@ class Ulysses(Strategy):
         self._pipelined = head_groups > 1
 
     @property
+    def frame_tokens(self) -> int:
+        return self._inner.frame_tokens
+
+    def total(self, x: Tensor, layer: int) -> Tensor:
+        return self._inner.total(sum_of_ranks(x, self._communicator, layer), layer)
+
+    @property
     def stored_tokens(self) -> int:
         return self._inner.stored_tokens
 
@@ -67,17 +76,25 @@ class Ulysses(Strategy):
     def attend(self, source: Source, cache: LayerCache, chunks: Sequence[Chunk], operations: PassOperations) -> Tensor:
         batch, frames, own_tokens, _, width = source.shape
         placement = self.placements[cache.index]
-        sizes = [(3, batch, frames, own_tokens, h, width) for h in placement.sizes]
-        sent = self._communicator.buffer("qkv out", sizes, source.like)
-        q, k, v = ([Slots(piece[kind]) for piece in sent] for kind in range(3))
+        if cache.centre is not None:
+            self.centre(source, cache, chunks, operations)
+        sizes, quantized = [(3, batch, frames, own_tokens, h, width) for h in placement.sizes], cache.quantized
+        shapes: Sequence[Shape] = sizes if quantized is None else piece_shapes(sizes, source.like)
+        sent = self._communicator.buffer("qkv out", shapes, source.like)
+        if quantized is None:
+            q, k, v = ([Slots(piece[kind]) for piece in sent] for kind in range(3))
+        else:
+            q, k, v = slots_of(unpack(sent, sizes, quantized))
         if placement.in_order:
-            operations.norm_rope_store(source, q=q, k=k, v=v)
+            operations.norm_rope_store(source, q=q, k=k, v=v, k_offset=cache.k_offset)
         else:
             by_head = placement.by_head
-            operations.norm_rope_store(source, q=by_head(q), k=by_head(k), v=by_head(v))
+            operations.norm_rope_store(source, q=by_head(q), k=by_head(k), v=by_head(v), k_offset=cache.k_offset)
         heads = placement.sizes[self._communicator.rank]
-        shapes = [(3, batch, frames, tokens, heads, width) for tokens in self._tokens]
-        received = Pieces(self._communicator.all_to_all("qkv", cache.index, shapes, sent).wait())
+        sizes = [(3, batch, frames, tokens, heads, width) for tokens in self._tokens]
+        shapes = sizes if quantized is None else piece_shapes(sizes, source.like)
+        arrived = self._communicator.all_to_all("qkv", cache.index, shapes, sent).wait()
+        received: Source = Pieces(arrived) if quantized is None else unpack(arrived, sizes, quantized)
         if self._pipelined:
             output = self._attend_by_groups(received, cache, chunks, operations)
         else:

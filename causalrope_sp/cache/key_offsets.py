@@ -2,7 +2,7 @@
 
 Attention does not see what all keys of a query have in common, so nothing is added again when the keys are read.
 
-Shapes: B batch, H heads, d head width.
+Shapes: L layers, B batch, N heads of the model, d head width.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from causalrope_sp.cache.head_ring import HeadRing
 from causalrope_sp.cache.layer_cache import LayerCache
 
 
 class KeyOffsets:
-    """The offsets of all layers of a cache, each set before the first of its keys is written.
+    """The offsets of all layers of a cache, each set before the first of its keys is quantized.
 
     Args:
-        rings: the rings of all head groups.
+        offsets_LBND: their memory, of all heads of the model, since a rank may quantize what others store; None where
+            nothing is taken off.
         layers: the views of the layers, which have a `centre` until it was called.
         still: the first channels of a head that keep their mean, since they rotate on read, which would move an offset
             from key to key.
@@ -30,9 +30,9 @@ class KeyOffsets:
     """
 
     def __init__(
-        self, rings: Sequence[HeadRing], layers: Sequence[LayerCache], still: int, set_already: frozenset[int]
+        self, offsets_LBND: Tensor | None, layers: Sequence[LayerCache], still: int, set_already: frozenset[int]
     ) -> None:
-        self._rings, self._still, self._set = rings, still, set(set_already)
+        self._offsets, self._still, self._set = offsets_LBND, still, set(set_already)
         self._layers = [weakref.proxy(layer) for layer in layers]
         self._ask()
 
@@ -49,7 +49,7 @@ class KeyOffsets:
 
     def forget(self) -> None:
         """Lets all offsets be set anew, of a cache that holds no keys any more."""
-        if self._rings[0].storage[0].offset_BHD is not None:
+        if self._offsets is not None:
             self._set.clear()
             self._ask()
 
@@ -58,26 +58,20 @@ class KeyOffsets:
         """The layers whose offset is set."""
         return frozenset(self._set)
 
-    def set(self, layer: int, mean_BHD: Tensor) -> None:
+    def set(self, layer: int, mean_BND: Tensor) -> None:
         """Sets what is taken off all keys that a layer will hold.
 
         Args:
-            layer: the layer; none of its keys is written yet.
-            mean_BHD: a mean of keys, the same on all ranks that attend with these heads, which are in the order of
-                their rings.
+            layer: the layer; none of its keys is quantized yet.
+            mean_BND: a mean of keys, the same on all ranks, with the heads in the order of the model.
         """
-        first = 0
-        for ring in self._rings:
-            offset_BHD = ring.storage[layer].offset_BHD
-            assert offset_BHD is not None, "the cache is quantized"
-            heads = slice(first, first + offset_BHD.shape[1])
-            offset_BHD[..., self._still :] = mean_BHD[:, heads, self._still :]
-            first = heads.stop
+        assert self._offsets is not None, "the cache is quantized"
+        self._offsets[layer][..., self._still :] = mean_BND[..., self._still :]
         self._set.add(layer)
         self._layers[layer].centre = None
 
-    def read(self) -> Tensor:
-        """Returns the offsets, (B, heads, d), with the heads layer by layer; NaN if one is not set yet."""
-        layers = zip(*[ring.storage for ring in self._rings], strict=True)
-        found = torch.cat([x.offset_BHD for own in layers for x in own if x.offset_BHD is not None], 1)
-        return found if self.are_set else found.fill_(torch.nan)
+    def read(self) -> Tensor | None:
+        """Returns the offsets, (L, B, N, d); NaN if one is not set yet, and None where nothing is taken off."""
+        if self._offsets is None or self.are_set:
+            return self._offsets
+        return torch.full_like(self._offsets, torch.nan)

@@ -51,6 +51,8 @@ class KVCache:
         rotate_on_read: makes the rotation of the keys on read from the position of every slot's frame within the window
             (the `relative` policy); None if keys are stored rotated.
         cached: the rings that the heads of every layer are in, `heads` or fewer of them in all; None for one ring.
+        all_heads: the heads of the model, of whose keys something is taken off before they are quantized, and sent;
+            None for `heads`.
 
     Attributes:
         committed: the number of latent frames whose clean keys and values are stored, which is the global time index at
@@ -75,6 +77,7 @@ class KVCache:
         history: int = 0,
         rotate_on_read: Callable[[Sequence[int]], RotateOnRead] | None = None,
         cached: CachedHeads | None = None,
+        all_heads: int | None = None,
     ) -> None:
         self._window = window
         self.committed = 0
@@ -83,7 +86,8 @@ class KVCache:
         self.storages = 1
         self._restarted = 0  # the next frame at the last restart
         cached = cached or CachedHeads((window.frames,), ((heads,),) * layers)
-        self._storage = CacheStorage(cached, (batch, tokens, head_dim), dtype, quantized, device)
+        sizes = batch, tokens, head_dim
+        self._storage = CacheStorage(cached, sizes, dtype, quantized, device, all_heads or heads)
         self._rings = [
             HeadRing(storage, slots, cached.sink, window, history, frames != SKIP)
             for storage, slots, frames in zip(self._storage.by_ring(), self._storage.slots, cached.frames, strict=True)
@@ -96,8 +100,10 @@ class KVCache:
 
     def _make_layers(self, set_already: frozenset[int]) -> None:
         own = weakref.proxy(self)  # no cycle: a cache that nobody needs goes at once, not when Python looks for cycles
-        self._layers = [LayerCache(own, index) for index in range(self._storage.layers)]
-        self.offsets = KeyOffsets(self._rings, self._layers, self._still, set_already)
+        storage = self._storage
+        offsets = [None] * storage.layers if storage.offsets_LBND is None else storage.offsets_LBND.unbind()
+        self._layers = [LayerCache(own, n, storage.quantized, offset) for n, offset in enumerate(offsets)]
+        self.offsets = KeyOffsets(storage.offsets_LBND, self._layers, self._still, set_already)
 
     def _take(self, storage: CacheStorage) -> None:
         """Takes another storage of the same sizes. Views are made once, since each costs the host as much as a

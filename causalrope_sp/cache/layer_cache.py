@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from causalrope_kernels import Keys, Slots
@@ -34,14 +35,22 @@ class LayerCache:
     Args:
         cache: the cache of all layers.
         index: the number of the layer.
+        quantized: see the attribute.
+        k_offset: see the attribute.
 
     Attributes:
-        centre: sets what is taken off all keys before they are quantized (see `KeyOffsets.set`), as it must be before
-            the first of them is written; None where nothing is, or it is set.
+        quantized: the dtype of 8 bits that keys and values are stored in, and sent in; None for that of the model.
+        k_offset: what is taken off the keys before they are quantized, (B, N, d) of all heads of the model; None where
+            nothing is.
+        centre: sets `k_offset` (see `KeyOffsets.set`), as it must be before the first key is quantized; None where
+            nothing is taken off, or it is set.
     """
 
-    def __init__(self, cache: SlotCache, index: int) -> None:
+    def __init__(
+        self, cache: SlotCache, index: int, quantized: torch.dtype | None = None, k_offset: Tensor | None = None
+    ) -> None:
         self._cache, self.index = cache, index
+        self.quantized, self.k_offset = quantized, k_offset
         self.centre: Callable[[Tensor], None] | None = None
 
     def kv_slots(self, chunk: Chunk) -> tuple[Sequence[Slots], Sequence[Slots]]:

@@ -23,13 +23,10 @@ class LayerStorage:
     Args:
         numbers_2BKSHD: the keys and the values, in the model's dtype or quantized.
         scales_2BKSH: their scales if they are quantized, one for every token and head.
-        offset_BHD: what is taken off quantized keys, the same for all that the layer will hold, so that attention does
-            not see it; float32 or wider.
     """
 
     numbers_2BKSHD: Tensor
     scales_2BKSH: Tensor | None = None
-    offset_BHD: Tensor | None = None
 
     @property
     def parts_2BK(self) -> list[Tensor]:
@@ -72,14 +69,12 @@ class LayerViews:
         rows: the same as rows, each (B, K·S, H, d).
         scales: their scales, each (B, K, S, H), or None.
         scale_rows: the same as rows, each (B, K·S, H), or None.
-        offset: what is taken off the keys, (B, H, d), or None.
     """
 
     rings: tuple[Tensor, Tensor]
     rows: tuple[Tensor, Tensor]
     scales: tuple[Tensor | None, Tensor | None]
     scale_rows: tuple[Tensor | None, Tensor | None]
-    offset: Tensor | None
 
     @classmethod
     def of(cls, layer: LayerStorage) -> LayerViews:
@@ -87,7 +82,7 @@ class LayerViews:
         k, v = layer.numbers_2BKSHD
         rows = k.flatten(1, 2), v.flatten(1, 2)
         if layer.scales_2BKSH is None:
-            return cls((k, v), rows, (None, None), (None, None), None)
+            return cls((k, v), rows, (None, None), (None, None))
         k_scales, v_scales = layer.scales_2BKSH
         scale_rows = k_scales.flatten(1, 2), v_scales.flatten(1, 2)
-        return cls((k, v), rows, (k_scales, v_scales), scale_rows, layer.offset_BHD)
+        return cls((k, v), rows, (k_scales, v_scales), scale_rows)

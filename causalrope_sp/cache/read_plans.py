@@ -117,8 +117,8 @@ class ReadPlans:
         first, slots_F, views = plan.first[ring], plan.by_ring[ring], self._views[ring][layer]
         rows = None if first is None else slice(first, first + frames)
         k, v = (
-            Slots(x, slots_F, None if rows is None else x[:, rows], scales, offset)
-            for x, scales, offset in zip(views.rings, views.scales, (views.offset, None), strict=True)
+            Slots(x, slots_F, None if rows is None else x[:, rows], scales)
+            for x, scales in zip(views.rings, views.scales, strict=True)
         )
         return k, v
 

@@ -1,6 +1,6 @@
 """The memory of a KV cache, cut into the storage of every ring and layer.
 
-Shapes: B batch, K slots, S tokens of a frame, H heads of a ring in a layer, d head width.
+Shapes: L layers, B batch, K slots, S tokens of a frame, H heads of a ring in a layer, N all heads, d head width.
 """
 
 from __future__ import annotations
@@ -29,9 +29,12 @@ class CacheStorage:
         dtype: in which keys and values are computed.
         quantized: the dtype of 8 bits that they are stored in; None stores them as they are computed.
         device: where they live.
+        heads: N, the heads of the model.
 
     Attributes:
         slots: K, by ring.
+        quantized: the dtype of 8 bits, or None.
+        offsets_LBND: what is taken off the keys of each layer before they are quantized, in float32 or wider.
     """
 
     def __init__(
@@ -41,6 +44,7 @@ class CacheStorage:
         dtype: torch.dtype,
         quantized: torch.dtype | None,
         device: torch.device | str,
+        heads: int,
     ) -> None:
         batch, tokens, width = sizes
         self._attended = [frames != SKIP for frames in cached.frames]
@@ -51,12 +55,12 @@ class CacheStorage:
         ]
         self._numbers = torch.empty(self._size(1), dtype=quantized or dtype, device=device)
         self._scales: Tensor | None = None
-        self._offsets: Tensor | None = None
+        self.quantized = quantized
+        self.offsets_LBND: Tensor | None = None
         if quantized is not None:
             wide = torch.float64 if dtype == torch.float64 else torch.float32
-            offsets = sum(prod(_offset_shape(shape)) for by_ring in self._shapes for shape in by_ring)
             self._scales = torch.empty(self._size(width), dtype=SCALE_DTYPE, device=device)
-            self._offsets = torch.zeros(offsets, dtype=wide, device=device)
+            self.offsets_LBND = torch.zeros(self.layers, batch, heads, width, dtype=wide, device=device)
 
     @property
     def layers(self) -> int:
@@ -65,7 +69,7 @@ class CacheStorage:
 
     def tensors(self) -> Iterator[Tensor]:
         """Yields all memory of the storage."""
-        yield from (x for x in (self._numbers, self._scales, self._offsets) if x is not None)
+        yield from (x for x in (self._numbers, self._scales, self.offsets_LBND) if x is not None)
 
     def copy(self) -> CacheStorage:
         """Returns a copy of all that lies in slots, cut alike."""
@@ -78,7 +82,7 @@ class CacheStorage:
         """Returns the same storage for a fork; the offsets are its own, since they may be set before anything is
         stored."""
         other = copy.copy(self)
-        other._offsets = None if self._offsets is None else self._offsets.clone()
+        other.offsets_LBND = None if self.offsets_LBND is None else self.offsets_LBND.clone()
         return other
 
     def by_ring(self) -> list[list[LayerStorage]]:
@@ -86,18 +90,15 @@ class CacheStorage:
         last part of the memory for heads that attend nothing."""
         found: list[list[LayerStorage]] = [[] for _ in self._attended]
         scratch = self._kept()
-        first = offset = 0
+        first = 0
         for by_ring in self._shapes:
             for storage, shape, own in zip(found, by_ring, self._attended, strict=True):
                 begin, width = first if own else scratch, shape[-1]
                 numbers = self._numbers[begin : begin + prod(shape)].view(shape)
-                scales = offsets = None
-                if self._scales is not None and self._offsets is not None:
+                scales = None
+                if self._scales is not None:
                     scales = self._scales[begin // width : (begin + prod(shape)) // width].view(shape[:-1])
-                    heads = _offset_shape(shape)
-                    offsets = self._offsets[offset : offset + prod(heads)].view(heads)
-                    offset += prod(heads)
-                storage.append(LayerStorage(numbers, scales, offsets))
+                storage.append(LayerStorage(numbers, scales))
                 first += prod(shape) if own else 0
         return found
 
@@ -109,8 +110,3 @@ class CacheStorage:
     def _kept(self) -> int:
         """The numbers in the slots of heads that attend something."""
         return sum(prod(s) for by_ring in self._shapes for s, own in zip(by_ring, self._attended, strict=True) if own)
-
-
-def _offset_shape(shape: Shape) -> Shape:
-    """(B, H, d) of (2, B, K, S, H, d)."""
-    return shape[1], *shape[4:]

@@ -59,13 +59,8 @@ class HeadPlacement:
         for number, first, count in _runs(self._places, tuple(part.x.shape[3] for part in parts)):
             part, heads = parts[number], slice(first, first + count)
             memory, scales = (None if x is None else x[:, :, :, heads] for x in (part.memory, part.scales))
-            offset = None if part.offset is None else part.offset[:, heads]
-            found.append(replace(part, x=part.x[:, :, :, heads], memory=memory, scales=scales, offset=offset))
+            found.append(replace(part, x=part.x[:, :, :, heads], memory=memory, scales=scales))
         return found
-
-    def in_own_order(self, x: Tensor, axis: int) -> Tensor:
-        """Returns a tensor with its axis of heads, which are in the order of the model, in that of the placement."""
-        return x if self.in_order else x.index_select(axis, on_device((self.order,), x.device)[0])
 
     def in_model_order(self, x: Tensor, axis: int) -> Tensor:
         """Returns a tensor with its axis of heads, which are in the order of the placement, in that of the model."""

@@ -58,26 +58,20 @@ def _describe(name: str, branch: GuidanceBranch, stop: int) -> SavedBranch:
 def _offsets(loop: ChunkLoop, cache: SavedCache) -> dict[str, Tensor]:
     """What was taken off the keys of each branch, (layers, B, N, D), where it is set; nothing on other ranks than 0."""
     ranks, found = loop.parallel.communicator_among(loop.parallel.mesh.denoising), {}
-    placements = loop.rings.placements
-    wide = torch.float64 if loop.model.dtype == torch.float64 else torch.float32
     for number, described in enumerate(cache.branches):
         branch, parts = loop.branches.branch(BRANCHES.index(described.name)), _parts(loop, number)
-        own = torch.empty(0, dtype=wide, device=loop.model.device)
-        if branch is not None and parts[loop.parallel.rank] is not None:
-            own = branch.stream.cache.offsets.read()
-        sizes = [[0 if part is None else len(at.columns[part[1]]) for at in placements] for part in parts]
-        shape = cache.batch, cache.heads, cache.head_dim
-        received = [own]
+        holder = next(rank for rank, part in enumerate(parts) if part is not None)  # all that have the branch are alike
+        own = None if branch is None else branch.stream.cache.offsets.read()
         if ranks is not None:
-            shapes = [(cache.batch, sum(heads), cache.head_dim) for heads in sizes]
-            received = ranks.gather_to_first(KIND, shapes, own)
-        whole = torch.full((cache.layers, *shape), torch.nan, dtype=wide)
-        for part, heads, piece in zip(parts, sizes, received, strict=False):
-            if part is not None and piece.numel():
-                for layer, of_layer in enumerate(piece.cpu().split(heads, 1)):
-                    whole[layer][:, list(placements[layer].columns[part[1]])] = of_layer
-        if whole.isfinite().all():
-            found[described.name] = whole
+            wide = torch.float64 if loop.model.dtype == torch.float64 else torch.float32
+            nothing = torch.empty(0, dtype=wide, device=loop.model.device)
+            shape = cache.layers, cache.batch, cache.heads, cache.head_dim
+            shapes = [shape if rank == holder else (0,) for rank in range(len(parts))]
+            sent = nothing if own is None or loop.parallel.rank != holder else own
+            own = ranks.gather_to_first(KIND, shapes, sent)[holder]
+        assert own is not None, "a rank has the branch"
+        if own.numel() and own.isfinite().all():
+            found[described.name] = own.to("cpu", copy=True)
     return found
 
 
@@ -189,8 +183,7 @@ def restore_cache(loop: SteeredLoop, cache: SavedCache) -> None:
         for layer in range(cache.layers):
             _restore_layer(loop, branch, saved, cache, layer, tokens, heads[layer])
             if saved.name in cache.offsets:
-                offset_BHD = cache.offsets[saved.name][layer][:, list(heads[layer])]
-                branch.stream.cache.offsets.set(layer, offset_BHD)
+                branch.stream.cache.offsets.set(layer, cache.offsets[saved.name][layer])
 
 
 def _restore_layer(

@@ -14,13 +14,17 @@ from functools import cache
 
 from causalrope_kernels.quantized_heads import SCALE_DTYPE
 from causalrope_sp.attention.base import lse_elements
+from causalrope_sp.attention.quantized_pieces import kv_elements
 from causalrope_sp.distributed.layout import Layout
 from causalrope_sp.grid import LatentGrid, Shard
 from causalrope_sp.planning.workload import Workload
 
 
 def received(layout: Layout, work: Workload, rank: int, frames: int, layer: int = 0) -> dict[str, int]:
-    """Returns the elements that a rank receives in one layer of a pass over `frames` frames, by `CommStats` kind."""
+    """Returns the elements that a rank receives in one layer of a pass over `frames` frames, by `CommStats` kind.
+
+    They are numbers of `work.itemsize` bytes, those in which keys and values of 8 bits travel too.
+    """
     if layout.ranks == 1:
         return {}
     row, column, tokens, rows = coordinates(layout, work, rank)
@@ -28,15 +32,23 @@ def received(layout: Layout, work: Workload, rank: int, frames: int, layer: int 
     heads, width, times = split[column], work.config.head_dim, work.batch * frames
     elements = {}
     if layout.ulysses > 1:
-        elements["qkv"] = 3 * times * (rows[row] - tokens[rank]) * heads * width
+        others = [each for number, each in enumerate(tokens) if number != rank and layout.coordinates(number)[0] == row]
+        elements["qkv"] = times * sum(others) * heads * width
+        elements["qkv"] += sum(_kv_elements(work, times * each * heads) for each in others)
         elements["output"] = times * tokens[rank] * (sum(split) - heads) * width
-    widest, others = max(rows), layout.sharing - 1
+    widest, sharing = max(rows), layout.sharing - 1
     if layout.inner == "gather-kv":
-        elements["kv"] = 2 * times * others * widest * heads * width
+        elements["kv"] = sharing * _kv_elements(work, times * widest * heads)
     if layout.inner == "shard-kv":
-        elements["q"] = times * others * widest * heads * width
-        elements["partial"] = times * others * rows[row] * heads * (width + lse_elements(work.itemsize))
+        elements["q"] = times * sharing * widest * heads * width
+        elements["partial"] = times * sharing * rows[row] * heads * (width + lse_elements(work.itemsize))
     return elements
+
+
+def _kv_elements(work: Workload, vectors: int) -> int:
+    """The elements that so many keys and as many values take in a collective, which carries what the cache stores."""
+    width = work.config.head_dim
+    return 2 * vectors * width if work.cache == "model" else kv_elements(vectors, width, work.itemsize)
 
 
 def received_in_pass(layout: Layout, work: Workload, rank: int, frames: int) -> dict[str, int]:
@@ -68,9 +80,9 @@ def received_guidance(work: Workload, ranks: int) -> int:
 
 def cache_bytes(layout: Layout, work: Workload, rank: int) -> int:
     """Returns the bytes of one branch's KV cache: its rings, and the undo buffer of an open chunk. One that is stored
-    in 8 bits has the offset of each head's keys too, in float32 or wider."""
+    in 8 bits has the offsets of the keys of all heads too, in float32 or wider."""
     cached = work.head_rings(layout.ulysses).cached(layout.coordinates(rank)[1], from_model=False)
-    offsets = 0 if work.cache == "model" else work.batch * sum(map(sum, cached.heads)) * work.config.head_dim
+    offsets = 0 if work.cache == "model" else work.batch * work.config.num_layers * work.config.dim
     return cached.slots(work.chunk_frames) * slot_bytes(layout, work, rank) + offsets * max(4, work.itemsize)
 
 

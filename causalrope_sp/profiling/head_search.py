@@ -144,8 +144,8 @@ def fill(stream: CausalStream, sample: Sample) -> None:
             held = whole.read([slots[frames[number]] for number, _ in places])
             own.storage[layer].write([slot for _, slot in places], held[..., heads, :])
             first += len(heads)
-        if whole.offset_BHD is not None:  # of a quantized cache
-            stream.cache.offsets.set(layer, whole.offset_BHD[:, list(order)])
+        if (offsets_LBND := source.offsets.read()) is not None:  # of a quantized cache
+            stream.cache.offsets.set(layer, offsets_LBND[layer])
 
 
 def _with(windows: Sequence[Sequence[Window]], layer: int, head: int, window: Window) -> list[list[Window]]:

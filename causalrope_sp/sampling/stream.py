@@ -98,6 +98,7 @@ class CausalStream:
             quantized=self._quantized,
             history=history,
             cached=strategy.cached,
+            all_heads=config.num_heads,
             rotate_on_read=self._inputs.rotate_on_read(strategy.stored_tokens),
         )
 

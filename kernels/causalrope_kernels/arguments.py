@@ -31,21 +31,18 @@ class Slots:
             They are not checked, since a kernel cannot read them on the host.
         memory: the same slots as a view (B, F, s, h, d), if they follow each other. It saves a CPU an indexed copy.
         scales: for `x` in int8 or float8_e4m3fn the scale of every token and head, float16, of the shape and layout of
-            `x` without its last axis. What is written is quantized.
-        offset: what is subtracted from every head before it is quantized, (B, h, d), or None for nothing. Softmax does
-            not see an offset that all keys of a query have in common.
+            `x` without its last axis. What is written is quantized, or is already.
     """
 
     x: Tensor
     slots_F: Tensor | None = None
     memory: Tensor | None = None
     scales: Tensor | None = None
-    offset: Tensor | None = None
 
     @cached_property
     def layout(self) -> tuple[object, ...]:
         """What a kernel takes from the memory besides its addresses."""
-        extra = None if self.scales is None else (self.x.dtype, *map(_kind, (self.scales, self.offset)))
+        extra = None if self.scales is None else (self.x.dtype, _kind(self.scales))
         return self.x.shape[3], self.x.stride(), self.slots_F is None, is_aligned(self.x), extra
 
     @cached_property
@@ -130,7 +127,14 @@ class Keys:
         """What a kernel takes from the memory besides its addresses."""
         k, v, rotate = self.k, self.v, self.rotate_on_read
         on_read = None if rotate is None else (rotate.tokens, rotate.table.shape[2])
-        own = k.shape, k.stride(), v.stride(), is_aligned(k), is_aligned(v), *map(_kind, (self.k_scales, self.v_scales))
+        own = (
+            k.shape,
+            k.stride(),
+            v.stride(),
+            is_aligned(k),
+            is_aligned(v),
+            *map(_kind, (self.k_scales, self.v_scales)),
+        )
         return k.device, k.dtype, own, self.bounds.shape[:-1], on_read
 
     @cached_property
@@ -256,5 +260,35 @@ class Pieces:
         return Pieces([piece[:, :, frames] for piece in self.pieces])
 
 
-Source = Projection | Pieces
+@dataclass(frozen=True)
+class QuantizedPieces:
+    """q, and keys and values that were quantized before a collective delivered them: one piece of each per rank.
+
+    Args:
+        q: tensors (B, F, s_r, H, d), parts of one buffer; empty if only k, v arrived.
+        numbers: tensors (2, B, F, s_r, H, d) in int8 or float8_e4m3fn, k and v, parts of one buffer.
+        scales: their scales, tensors (2, B, F, s_r, H) in float16, parts of one buffer.
+    """
+
+    q: Sequence[Tensor]
+    numbers: Sequence[Tensor]
+    scales: Sequence[Tensor]
+
+    @property
+    def shape(self) -> tuple[int, int, int, int, int]:
+        """(B, F, S, H, d) of each of q, k, v."""
+        return Pieces(self.numbers).shape
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the dtype of q, if there is one, and the same device."""
+        return self.q[0] if self.q else self.scales[0]
+
+    def part(self, frames: slice) -> QuantizedPieces:
+        """Returns the pieces of some of the frames."""
+        kv = ([x[:, :, frames] for x in pieces] for pieces in (self.numbers, self.scales))
+        return QuantizedPieces([x[:, frames] for x in self.q], *kv)
+
+
+Source = Projection | Pieces | QuantizedPieces
 SlotsByHeads = Sequence[Slots]

@@ -16,6 +16,7 @@ from causalrope_kernels.arguments import (
     Norm,
     Pieces,
     Projection,
+    QuantizedPieces,
     Slots,
     SlotsByHeads,
     Source,
@@ -128,8 +129,10 @@ def source(value: Source) -> None:
         _pieces(value.pieces)
     elif isinstance(value, Projection):
         _projection(value)
+    elif isinstance(value, QuantizedPieces):
+        check_quantized.pieces(value)
     else:
-        raise ValueError(f"source: expected a Projection or Pieces, not {type(value).__name__}")
+        raise ValueError(f"source: expected a Projection, Pieces or QuantizedPieces, not {type(value).__name__}")
 
 
 def _projection(projection: Projection) -> None:
@@ -199,7 +202,8 @@ def split(x_BFSHD: Tensor, pieces: Sequence[Tensor]) -> None:
 def kv_slots(source: Source, **by_name: SlotsByHeads) -> None:
     """Checks where `norm_rope_store` writes q, k and v."""
     batch, frames, tokens, heads, width = source.shape
-    if isinstance(source, Pieces) and len(source.pieces[0]) == 2 and by_name["q"]:
+    alone = isinstance(source, QuantizedPieces) and not source.q
+    if by_name["q"] and (alone or (isinstance(source, Pieces) and len(source.pieces[0]) == 2)):
         raise ValueError("q: expected no Slots for pieces of k, v alone, not some")
     for name, found in by_name.items():
         if not isinstance(found, Sequence) or not all(isinstance(slots, Slots) for slots in found):
@@ -221,10 +225,13 @@ def kv_slots(source: Source, **by_name: SlotsByHeads) -> None:
             raise ValueError(
                 f"{name}: expected Slots for {heads} heads in all, not {[slots.x.shape[3] for slots in found]}"
             )
-        if any(slots.scales is not None for slots in found):
-            if name == "q":
-                raise ValueError("q: expected Slots without scales, not quantized ones")
-            check_quantized.slots(name, found, source.like)
+        quantized = any(slots.scales is not None for slots in found)
+        if quantized and name == "q":
+            raise ValueError("q: expected Slots without scales, not quantized ones")
+        if quantized and isinstance(source, Pieces):
+            raise ValueError(f"{name}: expected QuantizedPieces for Slots with scales, not Pieces")
+        if name != "q" and (quantized or (found and isinstance(source, QuantizedPieces))):
+            check_quantized.slots(name, found, source)
         if len({slots.slots_F is None for slots in found}) > 1:
             raise ValueError(f"{name}: expected slots_F in all Slots or in none, not in some")
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from causalrope_kernels.arguments import Keys, Slots
+from causalrope_kernels.arguments import Keys, Projection, QuantizedPieces, Slots, Source
 from causalrope_kernels.backend import needs_gradient
 from causalrope_kernels.quantized_heads import LARGEST, SCALE_DTYPE
 
@@ -33,31 +33,45 @@ def scales(label: str, numbers: Tensor, found: Tensor, like: Tensor) -> None:
         )
 
 
-def slots(name: str, given: Sequence[Slots], like: Tensor) -> None:
+def slots(name: str, given: Sequence[Slots], source: Source) -> None:
     """Checks all slots of keys, or of values, that are quantized."""
     if any(each.scales is None for each in given) or len({each.x.dtype for each in given}) > 1:
         raise ValueError(f"{name}: expected scales and the same dtype in all Slots, not in some")
-    first = given[0]
     for number, each in enumerate(given):
-        label = f"{name}[{number}]"
         assert each.scales is not None, "checked above"
-        scales(label, each.x, each.scales, like)
-        if (each.offset is None) != (first.offset is None):
-            raise ValueError(f"{name}: expected an offset in all Slots or in none, not in some")
-        if each.offset is not None:
-            offset(label, each.offset, each.x, like)
+        scales(f"{name}[{number}]", each.x, each.scales, source.like)
+        if isinstance(source, QuantizedPieces) and each.x.dtype != source.numbers[0].dtype:
+            raise ValueError(f"{name}[{number}]: expected {source.numbers[0].dtype} as the pieces, not {each.x.dtype}")
 
 
-def offset(label: str, found: Tensor, numbers: Tensor, like: Tensor) -> None:
-    """Checks what is subtracted from heads before they are quantized."""
-    batch, _, _, heads, width = numbers.shape
-    if found.shape != (batch, heads, width) or not found.is_floating_point() or found.device != like.device:
+def offset(found: Tensor | None, source: Source) -> None:
+    """Checks what is subtracted from the keys of a projection before they are quantized."""
+    if found is None or not isinstance(source, Projection):
+        return
+    batch, _, _, heads, width = source.shape
+    device = source.like.device
+    if found.shape != (batch, heads, width) or not found.is_floating_point() or found.device != device:
         raise ValueError(
-            f"{label} offset: expected floating-point numbers of shape {(batch, heads, width)} on {like.device}, not "
+            f"k_offset: expected floating-point numbers of shape {(batch, heads, width)} on {device}, not "
             f"{found.dtype} of shape {tuple(found.shape)} on {found.device}"
         )
-    if width > 1 and found.stride(2) != 1:
-        raise ValueError(f"{label} offset: expected stride 1 in its last axis, not {found.stride(2)}")
+    if not found.is_contiguous():
+        raise ValueError(f"k_offset: expected numbers without gaps, not strides {found.stride()}")
+
+
+def pieces(source: QuantizedPieces) -> None:
+    """Checks pieces of keys and values that were quantized before."""
+    if not source.numbers or len(source.numbers) != len(source.scales) or len(source.q) not in (0, len(source.numbers)):
+        counts = len(source.q), len(source.numbers), len(source.scales)
+        raise ValueError(f"q, numbers, scales: expected as many pieces of each, or none of q, not {counts}")
+    shape = source.numbers[0].shape
+    for number, (own, own_scales) in enumerate(zip(source.numbers, source.scales, strict=True)):
+        if own.ndim != 6 or len(own) != 2 or (*own.shape[1:3], *own.shape[4:]) != (*shape[1:3], *shape[4:]):
+            raise ValueError(f"numbers[{number}]: expected shape (2, B, F, s, H, d), not {tuple(own.shape)}")
+        scales(f"numbers[{number}]", own, own_scales, source.like)
+    for number, (q, own) in enumerate(zip(source.q, source.numbers, strict=False)):
+        if q.shape != own.shape[1:]:
+            raise ValueError(f"q[{number}]: expected shape {tuple(own.shape[1:])} as its numbers, not {tuple(q.shape)}")
 
 
 def no_gradient(*kinds: Sequence[Slots]) -> None:

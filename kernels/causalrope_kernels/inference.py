@@ -18,7 +18,7 @@ from torch.nn import functional
 from causalrope_kernels import reference
 from causalrope_kernels.arguments import Affine, Norm, Projection, SlotsByHeads, Source, as_complex
 from causalrope_kernels.backend import DTYPES
-from causalrope_kernels.reference import by_frame, put, wide
+from causalrope_kernels.reference import by_frame, put_heads, wide
 
 FEW_PRODUCTS = 1 << 20  # below so many multiplications a call of oneDNN takes longer than torch's own
 
@@ -61,10 +61,16 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -
     return torch.mul(normed, weight, out=out)
 
 
-def norm_rope_store(source: Source, q: SlotsByHeads = (), k: SlotsByHeads = (), v: SlotsByHeads = ()) -> None:
+def norm_rope_store(
+    source: Source,
+    q: SlotsByHeads = (),
+    k: SlotsByHeads = (),
+    v: SlotsByHeads = (),
+    k_offset: Tensor | None = None,
+) -> None:
     """Writes q, k and v to their slots; see `operations.norm_rope_store`, which checks the arguments."""
     if not isinstance(source, Projection):
-        return reference.norm_rope_store(source, q, k, v)
+        return reference.norm_rope_store(source, q, k, v, k_offset)
     shape = batch, frames, tokens, heads, width = source.shape
     dim, first, count = heads * width, 0 if q else 1, bool(q) + bool(k)  # of q and k
     if count:
@@ -76,18 +82,21 @@ def norm_rope_store(source: Source, q: SlotsByHeads = (), k: SlotsByHeads = (), 
         both = ((q, source.q_weight), (k, source.k_weight))[first : first + count]
         for number, (outputs, weight) in enumerate(both):
             pairs = as_complex((qk_BFSND[..., number, :] * weight).view(shape))
-            _put_product(outputs, pairs, factor[..., number, :, :], source.like.dtype)
+            offset = k_offset if first + number else None
+            _put_product(outputs, pairs, factor[..., number, :, :], source.like.dtype, offset)
     if v:
-        _put(v, source.qkv_BFSN[..., 2 * dim :].view(shape))
+        put_heads(v, source.qkv_BFSN[..., 2 * dim :].view(shape))
 
 
-def _put_product(outputs: SlotsByHeads, pairs: Tensor, factor: Tensor, dtype: torch.dtype) -> None:
+def _put_product(
+    outputs: SlotsByHeads, pairs: Tensor, factor: Tensor, dtype: torch.dtype, offset: Tensor | None
+) -> None:
     """Writes the product of complex numbers, (B, F, s, H, d/2), to the slots of all heads."""
     out = outputs[0].pairs if len(outputs) == 1 and dtype.itemsize >= 4 else None
     if out is None:
         value = torch.view_as_real(pairs * factor).flatten(-2)
         rounded = value.to(dtype) if outputs[0].scales is None else value  # quantizing rounds once
-        _put(outputs, rounded, overwrite=True)
+        put_heads(outputs, rounded, offset, overwrite=True)
     else:
         torch.mul(pairs, factor, out=out)
 
@@ -107,14 +116,6 @@ def _unit(width: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor,
 @cache
 def _scalar(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.tensor(value, dtype=dtype, device=device)
-
-
-def _put(outputs: SlotsByHeads, value_BFSHD: Tensor, *, overwrite: bool = False) -> None:
-    """Writes heads to their slots, in order; that may overwrite them."""
-    if len(outputs) == 1:
-        return put(outputs[0], value_BFSHD, overwrite=overwrite)
-    for slots, part in zip(outputs, value_BFSHD.split([slots.x.shape[3] for slots in outputs], 3), strict=True):
-        put(slots, part, overwrite=overwrite)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -9,7 +9,7 @@ Shapes: B batch, F frames, s tokens of a frame, T = F·s, H heads, d head width,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from itertools import chain
 
@@ -19,8 +19,9 @@ import triton.language as tl
 from torch import Tensor
 
 from causalrope_kernels.add_norm_kernel import warps_of
-from causalrope_kernels.arguments import Pieces, Projection, Slots, SlotsByHeads, Source
+from causalrope_kernels.arguments import Pieces, Projection, QuantizedPieces, Slots, SlotsByHeads, Source
 from causalrope_kernels.launch import Kernel, padded
+from causalrope_kernels.quantized_heads import as_bits
 from causalrope_kernels.quantized_heads_kernel import quantized
 from causalrope_kernels.tables import Lines, is_aligned, on_device
 
@@ -48,7 +49,7 @@ def _rows(table, slots, batch, frame, frames, token, head, valid, COUNT: tl.cons
 
 @triton.jit
 def _scale_rows(table, slots, batch, frame, frames, token, head, valid, COUNT: tl.constexpr, SLOTS: tl.constexpr):
-    """The rows of the scales, or of the offsets, of a token's heads; None without a table."""
+    """The rows of the scales of a token's heads; None without a table."""
     if table is None:
         return None
     else:
@@ -65,10 +66,7 @@ def _axis(table, offset, pair, first, PAIRS: tl.constexpr):
 
 
 @triton.jit
-def _put(
-    value, out, rows, scales, scale_rows, offset, offset_rows, valid, mask,
-    WIDTH: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+def _put(value, out, rows, scales, scale_rows, offset, valid, mask, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """Writes a token's heads to their rows, quantized if there are scales."""
     channel = tl.arange(0, BLOCK)
     target = out + rows[:, None] * WIDTH + channel[None, :]
@@ -77,17 +75,31 @@ def _put(
     else:
         value = value.to(tl.float32)
         if offset is not None:
-            own = offset_rows[:, None] + channel[None, :]
-            value -= tl.load(offset + own, mask=mask, other=0.0).to(tl.float32)
+            value -= tl.load(offset, mask=mask, other=0.0).to(tl.float32)
         numbers, scale = quantized(value, out.dtype.element_ty == tl.uint8)
         tl.store(target, numbers, mask=mask)
         tl.store(scales + scale_rows, scale, mask=valid)
 
 
 @triton.jit
+def _copy(source, row, out, rows, mask, WIDTH: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr):
+    """Copies a token's heads, which follow each other from a row of the source on, to their rows."""
+    head, channel = tl.arange(0, HEADS), tl.arange(0, BLOCK)
+    number = head[:, None] * WIDTH + channel[None, :]
+    value = tl.load(source + row * WIDTH + number, mask=mask, other=0)
+    tl.store(out + rows[:, None] * WIDTH + channel[None, :], value, mask=mask)
+
+
+@triton.jit
+def _piece_row(table, token, batch, frame, all_frames):
+    """The first row of a token in its piece, and the step from frame to frame."""
+    begin, by_frame = tl.load(table + 2 * token).to(tl.int64), tl.load(table + 2 * token + 1).to(tl.int64)
+    return begin + (batch * all_frames + frame) * by_frame, by_frame
+
+
+@triton.jit
 def _norm_rotate(
-    x, weight, out, rows, scales, scale_rows, offset, offset_rows, valid, time, row_cos, row_sin, times, frame, mask,
-    eps,
+    x, weight, out, rows, scales, scale_rows, offset, valid, time, row_cos, row_sin, times, frame, mask, eps,
     TIMES: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Norms a token over all heads, rotates it and writes it."""
@@ -100,7 +112,7 @@ def _norm_rotate(
     cos, sin = (row_cos + time_cos)[None, :], (row_sin + time_sin)[None, :]
     even, odd = tl.split(tl.reshape(value, [HEADS, BLOCK // 2, 2]))
     rotated = tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), [HEADS, BLOCK])
-    _put(rotated, out, rows, scales, scale_rows, offset, offset_rows, valid, mask, WIDTH, HEADS, BLOCK)
+    _put(rotated, out, rows, scales, scale_rows, offset, valid, mask, WIDTH, BLOCK)
 
 
 @triton.jit(
@@ -108,8 +120,8 @@ def _norm_rotate(
     do_not_specialize_on_alignment=["q_times", "k_times", "q_slots", "k_slots", "v_slots"],
 )
 def projection_kernel(
-    qkv, q_weight, k_weight, q_out, k_out, v_out, q_table, k_table, v_table, q_slots, k_slots, v_slots,
-    k_scales, v_scales, k_offset, k_scale_table, v_scale_table, k_offset_table, time, row, column, q_times, k_times,
+    qkv, q_weight, k_weight, k_offset, q_out, k_out, v_out, q_table, k_table, v_table, q_slots, k_slots, v_slots,
+    k_scales, v_scales, k_scale_table, v_scale_table, time, row, column, q_times, k_times,
     start, tokens, frames, columns, eps, by_batch, by_frame, by_token,
     Q: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     Q_SLOTS: tl.constexpr, K_SLOTS: tl.constexpr, V_SLOTS: tl.constexpr,
@@ -129,19 +141,21 @@ def projection_kernel(
     row_cos, row_sin = y_cos + x_cos, y_sin + x_sin
     if Q:
         rows = _rows(q_table, q_slots, batch, frame, frames, token, head, valid, COUNT, Q_SLOTS)
-        _norm_rotate(x, q_weight, q_out, rows, None, None, None, None, valid, time, row_cos, row_sin, q_times, frame,
-              mask, eps, TIMES, COUNT * WIDTH, WIDTH, HEADS, BLOCK)  # fmt: skip
+        _norm_rotate(x, q_weight, q_out, rows, None, None, None, valid, time, row_cos, row_sin, q_times, frame, mask,
+              eps, TIMES, COUNT * WIDTH, WIDTH, HEADS, BLOCK)  # fmt: skip
     if K:
         rows = _rows(k_table, k_slots, batch, frame, frames, token, head, valid, COUNT, K_SLOTS)
         scale_rows = _scale_rows(k_scale_table, k_slots, batch, frame, frames, token, head, valid, COUNT, K_SLOTS)
-        offset_rows = _scale_rows(k_offset_table, k_slots, batch, frame, frames, token, head, valid, COUNT, NO_SLOTS)
-        _norm_rotate(x + COUNT * WIDTH, k_weight, k_out, rows, k_scales, scale_rows, k_offset, offset_rows, valid, time,
-              row_cos, row_sin, k_times, frame, mask, eps, TIMES, COUNT * WIDTH, WIDTH, HEADS, BLOCK)  # fmt: skip
+        offset = None
+        if k_offset is not None:
+            offset = k_offset + (batch * COUNT + head[:, None]) * WIDTH + channel[None, :]
+        _norm_rotate(x + COUNT * WIDTH, k_weight, k_out, rows, k_scales, scale_rows, offset, valid, time, row_cos,
+              row_sin, k_times, frame, mask, eps, TIMES, COUNT * WIDTH, WIDTH, HEADS, BLOCK)  # fmt: skip
     if V:
         rows = _rows(v_table, v_slots, batch, frame, frames, token, head, valid, COUNT, V_SLOTS)
         value = tl.load(x + 2 * COUNT * WIDTH + head[:, None] * WIDTH + channel[None, :], mask=mask, other=0.0)
         scale_rows = _scale_rows(v_scale_table, v_slots, batch, frame, frames, token, head, valid, COUNT, V_SLOTS)
-        _put(value, v_out, rows, v_scales, scale_rows, None, None, valid, mask, WIDTH, HEADS, BLOCK)
+        _put(value, v_out, rows, v_scales, scale_rows, None, valid, mask, WIDTH, BLOCK)
 
 
 @triton.jit(
@@ -149,40 +163,44 @@ def projection_kernel(
     do_not_specialize_on_alignment=["q_slots", "k_slots", "v_slots"],
 )
 def pieces_kernel(
-    pieces, offsets, q_out, k_out, v_out, q_table, k_table, v_table, q_slots, k_slots, v_slots,
-    k_scales, v_scales, k_offset, k_scale_table, v_scale_table, k_offset_table, batches, frames, all_frames,
+    q_pieces, q_offsets, kv_pieces, kv_offsets, scale_pieces, scale_offsets,
+    q_out, k_out, v_out, q_table, k_table, v_table, q_slots, k_slots, v_slots,
+    k_scales, v_scales, k_scale_table, v_scale_table, batches, frames, all_frames,
     Q: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     Q_SLOTS: tl.constexpr, K_SLOTS: tl.constexpr, V_SLOTS: tl.constexpr,
-    KINDS: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
+    FIRST: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program (j, b·F + f) writes token j of frame f, counted over all ranks' tokens.
 
-    `offsets` holds for every token, in rows of d numbers, its first row and the step from frame to frame in its piece.
+    Offsets hold for every token, in rows of d numbers, its first row and the step from frame to frame in its piece. k
+    is number FIRST of the kinds of `kv_pieces`, v the next. Scales, in rows of one, are of k and then of v.
     """
     token = tl.program_id(0)
     batch, frame = tl.program_id(1) // frames, tl.program_id(1) % frames
     head, channel = tl.arange(0, HEADS), tl.arange(0, BLOCK)
     valid = head < COUNT
     mask = valid[:, None] & (channel < WIDTH)[None, :]
-    begin, by_frame = tl.load(offsets + 2 * token).to(tl.int64), tl.load(offsets + 2 * token + 1).to(tl.int64)
-    first = begin + (batch * all_frames + frame) * by_frame
-    by_kind = batches * all_frames * by_frame
-    offset = head[:, None] * WIDTH + channel[None, :]
     if Q:
+        first, _ = _piece_row(q_offsets, token, batch, frame, all_frames)
         rows = _rows(q_table, q_slots, batch, frame, frames, token, head, valid, COUNT, Q_SLOTS)
-        value = tl.load(pieces + (first + (KINDS - 3) * by_kind) * WIDTH + offset, mask=mask, other=0.0)
-        tl.store(q_out + rows[:, None] * WIDTH + channel[None, :], value, mask=mask)
+        _copy(q_pieces, first, q_out, rows, mask, WIDTH, HEADS, BLOCK)
+    first, by_frame = _piece_row(kv_offsets, token, batch, frame, all_frames)
+    by_kind = batches * all_frames * by_frame
     if K:
         rows = _rows(k_table, k_slots, batch, frame, frames, token, head, valid, COUNT, K_SLOTS)
-        value = tl.load(pieces + (first + (KINDS - 2) * by_kind) * WIDTH + offset, mask=mask, other=0.0)
-        scale_rows = _scale_rows(k_scale_table, k_slots, batch, frame, frames, token, head, valid, COUNT, K_SLOTS)
-        offset_rows = _scale_rows(k_offset_table, k_slots, batch, frame, frames, token, head, valid, COUNT, NO_SLOTS)
-        _put(value, k_out, rows, k_scales, scale_rows, k_offset, offset_rows, valid, mask, WIDTH, HEADS, BLOCK)
+        _copy(kv_pieces, first + FIRST * by_kind, k_out, rows, mask, WIDTH, HEADS, BLOCK)
     if V:
         rows = _rows(v_table, v_slots, batch, frame, frames, token, head, valid, COUNT, V_SLOTS)
-        value = tl.load(pieces + (first + (KINDS - 1) * by_kind) * WIDTH + offset, mask=mask, other=0.0)
-        scale_rows = _scale_rows(v_scale_table, v_slots, batch, frame, frames, token, head, valid, COUNT, V_SLOTS)
-        _put(value, v_out, rows, v_scales, scale_rows, None, None, valid, mask, WIDTH, HEADS, BLOCK)
+        _copy(kv_pieces, first + (FIRST + 1) * by_kind, v_out, rows, mask, WIDTH, HEADS, BLOCK)
+    if scale_pieces is not None:
+        first, by_frame = _piece_row(scale_offsets, token, batch, frame, all_frames)
+        if K:
+            rows = _rows(k_scale_table, k_slots, batch, frame, frames, token, head, valid, COUNT, K_SLOTS)
+            tl.store(k_scales + rows, tl.load(scale_pieces + first + head, mask=valid), mask=valid)
+        if V:
+            first += batches * all_frames * by_frame
+            rows = _rows(v_scale_table, v_slots, batch, frame, frames, token, head, valid, COUNT, V_SLOTS)
+            tl.store(v_scales + rows, tl.load(scale_pieces + first + head, mask=valid), mask=valid)
 
 
 @triton.jit(do_not_specialize=["frames"])
@@ -210,46 +228,56 @@ def split_kernel(
     tl.store(pieces + row * WIDTH + number, value, mask=number < NUMBERS)
 
 
-def store(source: Source, q: SlotsByHeads = (), k: SlotsByHeads = (), v: SlotsByHeads = ()) -> None:
+def store(
+    source: Source,
+    q: SlotsByHeads = (),
+    k: SlotsByHeads = (),
+    v: SlotsByHeads = (),
+    k_offset: Tensor | None = None,
+) -> None:
     """Launches the kernel of the source; see `operations.norm_rope_store`, which checks the arguments."""
-    if isinstance(source, Pieces):
-        store_pieces(source.pieces, q, k, v)
+    if isinstance(source, Projection):
+        store_projection(source, q, k, v, k_offset)
     else:
-        store_projection(source, q, k, v)
+        store_pieces(source, q, k, v)
 
 
 PROJECTION, PIECES, SPLIT = Kernel(projection_kernel), Kernel(pieces_kernel), Kernel(split_kernel)
 
 
-def store_projection(projection: Projection, q: SlotsByHeads, k: SlotsByHeads, v: SlotsByHeads) -> None:
+def store_projection(
+    projection: Projection, q: SlotsByHeads, k: SlotsByHeads, v: SlotsByHeads, k_offset: Tensor | None = None
+) -> None:
     """Launches `projection_kernel`; see `operations.norm_rope_store`, which checks the arguments."""
     qkv, rotation = projection.qkv_BFSN, projection.rotation
     if qkv.numel() == 0 or not (q or k or v):
         return
     weights = projection.q_weight, projection.k_weight
+    vectors = *weights, k_offset
     times = rotation.time, rotation.row, rotation.column, rotation.query_times_F, rotation.key_times_F
     if max(len(q), len(k), len(v)) > 1:
         outputs, present = _outputs(q, k, v, qkv, projection.shape[4])
         grid, numbers, constants, warps = _sizes(projection, present)
-        return PROJECTION.launch(grid, (qkv, *weights, *outputs, *times), numbers, constants, num_warps=warps)
+        return PROJECTION.launch(grid, (qkv, *vectors, *outputs, *times), numbers, constants, num_warps=warps)
     own = qkv.shape, qkv.stride(), qkv.dtype, qkv.device, is_aligned(qkv), *map(_kind, weights)
     layouts = [outputs[0].layout if outputs else None for outputs in (q, k, v)]
-    key = projection.heads, projection.eps, rotation.sizes, own, *layouts
+    offset = None if k_offset is None else _kind(k_offset)
+    key = projection.heads, projection.eps, rotation.sizes, own, offset, *layouts
     found = _STORES.get(key)
     if found is None:
         outputs, present = _outputs(q, k, v, qkv, projection.shape[4])
         grid, numbers, constants, warps = _sizes(projection, present)
-        tensors = qkv, *weights, *outputs, *times
+        tensors = qkv, *vectors, *outputs, *times
         launch = PROJECTION.prepared(grid, tensors, numbers, constants, num_warps=warps)
-        _STORES[key] = launch, outputs[3:6], outputs[12:]
+        _STORES[key] = launch, outputs[3:6], outputs[11:]
         return
     launch, tables, scale_tables = found
     first = [outputs[0].bits if outputs else qkv for outputs in (q, k, v)]
     slots = [qkv if not outputs or outputs[0].slots_F is None else outputs[0].slots_F for outputs in (q, k, v)]
-    launch(qkv, *weights, *first, *tables, *slots, *_scales(k, v), *scale_tables, *times)
+    launch(qkv, *vectors, *first, *tables, *slots, *_scales(k, v), *scale_tables, *times)
 
 
-# by layout: the launch, the tables of q, k and v, and those of the scales and the offset
+# by layout: the launch, the tables of q, k and v, and those of the scales
 _STORES: dict[tuple[object, ...], tuple[Callable[..., None], Tensors, Tensors]] = {}
 
 
@@ -265,26 +293,40 @@ def _sizes(
     return (tokens, batch * frames), numbers, constants, warps_of(2 * tile * block)
 
 
-def _kind(weight: Tensor) -> tuple[torch.dtype, bool]:
-    return weight.dtype, is_aligned(weight)
+def _kind(vector: Tensor) -> tuple[torch.dtype, bool]:
+    return vector.dtype, is_aligned(vector)
 
 
-def store_pieces(pieces: Sequence[Tensor], q: SlotsByHeads, k: SlotsByHeads, v: SlotsByHeads) -> None:
+def store_pieces(source: Pieces | QuantizedPieces, q: SlotsByHeads, k: SlotsByHeads, v: SlotsByHeads) -> None:
     """Launches `pieces_kernel`; see `operations.norm_rope_store`, which checks the arguments."""
-    pieces = [piece for piece in pieces if piece.numel()]  # an empty one has no address in memory
+    _, _, tokens, heads, width = source.shape
+    given = source.pieces if isinstance(source, Pieces) else map(as_bits, source.numbers)
+    pieces, first_key = _filled(given), 0
     if not pieces or not (q or k or v):
         return
+    if isinstance(source, Pieces):
+        first_key = len(pieces[0]) - 2
+        inputs: Tensors = pieces[0], _offsets(pieces), pieces[0], _offsets(pieces), None, None
+    else:
+        queries = _filled([piece.unsqueeze(0) for piece in source.q]) or pieces  # these are not read
+        scales = _filled([piece.unsqueeze(-1) for piece in source.scales])
+        inputs = tuple(x for kind in (queries, pieces, scales) for x in (kind[0], _offsets(kind)))
     first = pieces[0]
-    kinds, batch, frames, _, heads, width = first.shape
+    batch, frames = first.shape[1:3]
     outputs, present = _outputs(q, k, v, first, width)
     block, tile = padded(width), padded(heads)
     PIECES.launch(
-        (sum(piece.shape[3] for piece in pieces), batch * frames),
-        (first, _offsets(pieces), *outputs),
+        (tokens, batch * frames),
+        (*inputs, *outputs),
         (batch, frames, first.stride(1) // first.stride(2)),
-        (*present, kinds, heads, width, tile, block),
+        (*present, first_key, heads, width, tile, block),
         num_warps=warps_of(2 * tile * block),
     )
+
+
+def _filled(pieces: Iterable[Tensor]) -> list[Tensor]:
+    """The pieces that hold numbers: an empty one has no address in memory."""
+    return [piece for piece in pieces if piece.numel()]
 
 
 def split_tokens(x_BFSHD: Tensor, pieces: Sequence[Tensor]) -> None:
@@ -309,14 +351,14 @@ def _outputs(
     tables = [_table(outputs, width) if outputs else unused for outputs in kinds]
     slots = [outputs[0].slots_F if outputs else None for outputs in kinds]
     present = [int(bool(outputs)) for outputs in kinds] + [_kind_of_slots(outputs) for outputs in kinds]
-    scale_tables = *[_scale_table(outputs) for outputs in (k, v)], _offset_table(k)
+    scale_tables = [_scale_table(outputs) for outputs in (k, v)]
     found = *first, *tables, *[unused if x is None else x for x in slots], *_scales(k, v), *scale_tables
     return found, tuple(present)
 
 
 def _scales(k: SlotsByHeads, v: SlotsByHeads) -> Tensors:
-    """The first scales of k and of v, and the first offset of k."""
-    return k[0].scales if k else None, v[0].scales if v else None, k[0].offset if k else None
+    """The first scales of k and of v."""
+    return k[0].scales if k else None, v[0].scales if v else None
 
 
 def _kind_of_slots(outputs: SlotsByHeads) -> int:
@@ -341,12 +383,6 @@ def _scale_table(outputs: Sequence[Slots]) -> Tensor | None:
     """The same of the scales, of which each is a row."""
     scales = [slots.scales.unsqueeze(-1) for slots in outputs if slots.scales is not None]
     return _lines(scales, 1, torch.int64, _rings(outputs)) if scales else None
-
-
-def _offset_table(outputs: Sequence[Slots]) -> Tensor | None:
-    """The same of the offsets, of which each number is a row; frames and tokens share them."""
-    offsets = [slots.offset[:, None, None].expand(-1, 2, 2, -1, -1) for slots in outputs if slots.offset is not None]
-    return _lines(offsets, 1, torch.int64, ()) if offsets else None
 
 
 def _lines(outputs: Sequence[Tensor], width: int, dtype: torch.dtype, rings: tuple[int, ...]) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from causalrope_kernels import check, check_quantized, inference, reference
-from causalrope_kernels.arguments import Affine, Norm, Pieces, SlotsByHeads, Source
+from causalrope_kernels.arguments import Affine, Norm, Projection, SlotsByHeads, Source
 from causalrope_kernels.backend import Backend, needs_gradient, use_triton
 
 
@@ -78,18 +78,26 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None, *
 
 
 def norm_rope_store(
-    source: Source, *, q: SlotsByHeads = (), k: SlotsByHeads = (), v: SlotsByHeads = (), backend: Backend = "auto"
+    source: Source,
+    *,
+    q: SlotsByHeads = (),
+    k: SlotsByHeads = (),
+    v: SlotsByHeads = (),
+    k_offset: Tensor | None = None,
+    backend: Backend = "auto",
 ) -> None:
     """Writes q, k and v to their slots. Heads fill the `Slots` of a list in order.
 
-    From a `Projection`, q and k are normed over all of D and rotated as they are written. `Pieces` are copied. Keys and
-    values are quantized as they are written to slots with scales.
+    From a `Projection`, q and k are normed over all of D and rotated as they are written, and keys and values are
+    quantized as they are written to slots with scales. `Pieces` and `QuantizedPieces` are copied.
 
     Args:
         source: where q, k and v come from.
         q: where the queries go; empty to write none.
         k: where the keys go; empty to write none.
         v: where the values go; empty to write none.
+        k_offset: what is subtracted from the keys of a `Projection` before they are quantized, (B, H, d), or None for
+            nothing. Softmax does not see an offset that all keys of a query have in common.
         backend: "auto", "triton" or "torch".
 
     Raises:
@@ -98,16 +106,17 @@ def norm_rope_store(
     """
     check.source(source)
     check.kv_slots(source, q=q, k=k, v=v)
-    weights = () if isinstance(source, Pieces) else (source.q_weight, source.k_weight)
+    check_quantized.offset(k_offset, source)
+    weights = (source.q_weight, source.k_weight) if isinstance(source, Projection) else ()
     if use_triton(backend, source.like, *weights):
         from causalrope_kernels import norm_rope_store_kernel as kernel
 
-        kernel.store(source, q, k, v)
+        kernel.store(source, q, k, v, k_offset)
     elif needs_gradient(source.like, *weights):
         check_quantized.no_gradient(k, v)
-        reference.norm_rope_store(source, q, k, v)
+        reference.norm_rope_store(source, q, k, v, k_offset)
     else:
-        inference.norm_rope_store(source, q, k, v)
+        inference.norm_rope_store(source, q, k, v, k_offset)
 
 
 def split_tokens(x_BFSHD: Tensor, pieces: Sequence[Tensor], backend: Backend = "auto") -> None:

@@ -38,7 +38,15 @@ class RMSNorm(Protocol):
 class Store(Protocol):
     """`operations.norm_rope_store`."""
 
-    def __call__(self, source: Source, *, q: SlotsByHeads = (), k: SlotsByHeads = (), v: SlotsByHeads = ()) -> None: ...
+    def __call__(
+        self,
+        source: Source,
+        *,
+        q: SlotsByHeads = (),
+        k: SlotsByHeads = (),
+        v: SlotsByHeads = (),
+        k_offset: Tensor | None = None,
+    ) -> None: ...
 
 
 class SettledLinear(Protocol):

@@ -20,6 +20,7 @@ from causalrope_kernels.arguments import (
     Norm,
     Pieces,
     Projection,
+    QuantizedPieces,
     RotateOnRead,
     Slots,
     SlotsByHeads,
@@ -92,40 +93,74 @@ def _third(projection: Projection, number: int) -> Tensor:
     return rotate(normed, *(rotation.of_queries, rotation.of_keys)[number]).to(x.dtype)
 
 
-def norm_rope_store(source: Source, q: SlotsByHeads, k: SlotsByHeads, v: SlotsByHeads) -> None:
+def norm_rope_store(
+    source: Source, q: SlotsByHeads, k: SlotsByHeads, v: SlotsByHeads, k_offset: Tensor | None = None
+) -> None:
     """Writes q, k and v to their slots, if there are any. Heads fill the `Slots` of a list in order."""
     for number, outputs in enumerate((q, k, v)):
         if not outputs:
             continue
-        if isinstance(source, Pieces):
-            value = torch.cat([piece[number - 3] for piece in source.pieces], 2)
+        if isinstance(source, QuantizedPieces) and number:
+            _put_quantized(outputs, source, number - 1)
+        elif isinstance(source, QuantizedPieces):
+            put_heads(outputs, torch.cat(tuple(source.q), 2))
+        elif isinstance(source, Pieces):
+            put_heads(outputs, torch.cat([piece[number - 3] for piece in source.pieces], 2))
         else:
             value = _third(source, number).unflatten(1, source.shape[1:3])
-        for slots, part in zip(outputs, value.split([slots.x.shape[3] for slots in outputs], 3), strict=True):
-            put(slots, part)
+            put_heads(outputs, value, k_offset if number == 1 else None)
 
 
-def put(slots: Slots, value_BFSHD: Tensor, *, overwrite: bool = False) -> None:
-    """Writes q, k or v of some heads to their slots, quantized if these have scales; that may overwrite the value."""
-    x = slots.x
-    if slots.scales is not None:
+def put_heads(
+    outputs: SlotsByHeads, value_BFSHD: Tensor, offset_BHD: Tensor | None = None, *, overwrite: bool = False
+) -> None:
+    """Writes q, k or v to the slots of all heads, in order, quantized if these have scales.
+
+    Args:
+        outputs: the slots.
+        value_BFSHD: what is written.
+        offset_BHD: what is taken off before it is quantized, or None.
+        overwrite: whether the value may be overwritten.
+    """
+    if outputs[0].scales is not None:
         value = wide(value_BFSHD)
         overwrite = overwrite or value is not value_BFSHD
-        if slots.offset is not None:
-            offset = slots.offset[:, None, None].to(value.dtype)
+        if offset_BHD is not None:
+            offset = offset_BHD[:, None, None].to(value.dtype)
             value, overwrite = value.sub_(offset) if overwrite else value - offset, True
-        numbers, scales = quantize(value, x.dtype, overwrite=overwrite)
-        x, value_BFSHD = slots.bits, as_bits(numbers)
-        if slots.slots_F is None:
-            slots.scales.copy_(scales)
-        else:
-            slots.scales.index_copy_(1, slots.slots_F, scales)
+        return _put_numbers(outputs, *quantize(value, outputs[0].x.dtype, overwrite=overwrite))
+    if len(outputs) == 1:
+        return _put(outputs[0], value_BFSHD)
+    for slots, part in zip(outputs, value_BFSHD.split([slots.x.shape[3] for slots in outputs], 3), strict=True):
+        _put(slots, part)
+
+
+def _put_quantized(outputs: SlotsByHeads, pieces: QuantizedPieces, number: int) -> None:
+    """Writes k or v, for number 0 or 1, that were quantized before."""
+    numbers = torch.cat([as_bits(piece[number]) for piece in pieces.numbers], 2)
+    _put_numbers(outputs, numbers, torch.cat([piece[number] for piece in pieces.scales], 2))
+
+
+def _put_numbers(outputs: SlotsByHeads, numbers_BFSHD: Tensor, scales_BFSH: Tensor) -> None:
+    heads = [slots.x.shape[3] for slots in outputs]
+    parts = zip(outputs, as_bits(numbers_BFSHD).split(heads, 3), scales_BFSH.split(heads, 3), strict=True)
+    for slots, numbers, scales in parts:
+        assert slots.scales is not None, "all slots have scales"
+        for x, value in ((slots.bits, numbers), (slots.scales, scales)):
+            if slots.slots_F is None:
+                x.copy_(value)
+            else:
+                x.index_copy_(1, slots.slots_F, value)
+
+
+def _put(slots: Slots, value_BFSHD: Tensor) -> None:
+    """Writes heads as they are."""
     if slots.slots_F is None:
-        x.copy_(value_BFSHD)
-    elif slots.memory is not None and slots.scales is None:
+        slots.x.copy_(value_BFSHD)
+    elif slots.memory is not None:
         slots.memory.copy_(value_BFSHD)
     else:
-        x.index_copy_(1, slots.slots_F, value_BFSHD)
+        slots.x.index_copy_(1, slots.slots_F, value_BFSHD)
 
 
 def split_tokens(x_BFSHD: Tensor, pieces: Sequence[Tensor]) -> None:

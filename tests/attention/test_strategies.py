@@ -18,6 +18,7 @@ from torch import Tensor
 from causalrope_sp import Chunk, LatentGrid, StreamConfig
 from causalrope_sp.attention.base import Strategy
 from causalrope_sp.cache.window import SlidingWindow
+from causalrope_sp.config import PRESETS
 from causalrope_sp.distributed import SequenceParallel, strategies
 from causalrope_sp.distributed.launch import RankPool
 from causalrope_sp.distributed.layout import parse_strategy
@@ -149,6 +150,25 @@ def test_only_the_new_chunk_travels(found: Found, ranks: int, strategy: str) -> 
             assert sum(count for _, count in noted[name]["seen"]) == layers * sum(formula.values())
         assert noted["latents"]["comm_stats"]["latents"][1] == received_latents(work, ranks)
         assert noted["cache"]["bytes"] == cache_bytes(layout, work, number)
+
+
+@pytest.mark.parametrize(("ranks", "strategy"), EVERY)
+def test_keys_and_values_travel_in_the_8_bits_that_are_stored(found: Found, ranks: int, strategy: str) -> None:
+    """In bfloat16; `shard-kv` sends none of them."""
+    layout, work = parse_strategy(strategy, ranks), replace(WORK, cache="int8", itemsize=2)
+    for number, rank in enumerate(found(ranks)):
+        elements = {kind: CONFIG.num_layers * n for kind, n in received(layout, work, number, 2).items()}
+        assert rank[strategy, "in 8 bits"]["received"] == {kind: (n, 2 * n) for kind, n in elements.items()}
+        assert rank[strategy, "in 8 bits"]["cache"] == cache_bytes(layout, work, number)
+
+
+@pytest.mark.parametrize(("strategy", "share"), [("gather-kv", 0.508), ("ulysses", 0.754), ("shard-kv", 1)])
+def test_what_travels_of_a_quantized_cache(strategy: str, share: float) -> None:
+    """Of Wan 2.1 1.3B in bfloat16: half of k and v, with a scale for 128 numbers; q and outputs as ever."""
+    work = Workload(PRESETS["wan2.1-1.3b"], LatentGrid(30, 52), window=21, chunk_frames=3, steps=4)
+    works = work, replace(work, cache="int8")
+    whole, quantized = (sum(received(parse_strategy(strategy, 4), work, 0, 3).values()) for work in works)
+    assert quantized / whole == pytest.approx(share, abs=1e-3)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor
 
-from causalrope_kernels.reference import put, ranges
+from causalrope_kernels.reference import put_heads, ranges
 from causalrope_sp import Chunk, ConfigError, KVCache, StreamConfig
 from causalrope_sp.cache.layer_cache import LayerCache
 from causalrope_sp.cache.window import SlidingWindow
@@ -220,7 +220,7 @@ def stored(cache: KVCache) -> list[Tensor]:
 
 def write(cache: LayerCache, chunk: Chunk, k: Tensor, v: Tensor) -> None:
     for (room,), x in zip(cache.kv_slots(chunk), (k, v), strict=True):
-        put(room, x)
+        put_heads([room], x)
 
 
 def read(cache: LayerCache, chunk: Chunk) -> tuple[Tensor, Tensor]:

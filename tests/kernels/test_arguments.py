@@ -244,7 +244,7 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "a source that is none": (
         lambda: norm_rope_store(X),  # type: ignore[arg-type]
-        "source: expected a Projection or Pieces, not Tensor",
+        "source: expected a Projection, Pieces or QuantizedPieces, not Tensor",
     ),
     "a layer in another dtype": (
         lambda: linear_gelu(X, torch.zeros(7, WIDTH).double(), torch.zeros(7).double()),

@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_leaves
 from causalrope_kernels import (
     Keys,
     Partial,
-    Pieces,
     Projection,
+    QuantizedPieces,
     RotateOnRead,
     Slots,
     attention,
@@ -29,6 +29,7 @@ from causalrope_kernels import (
 )
 from causalrope_kernels.backend import Backend
 from causalrope_kernels.quantized_heads import LARGEST, dequantize, quantize
+from causalrope_sp.attention.quantized_pieces import piece_shapes, slots_of, unpack
 from causalrope_sp.grid import Shard
 from causalrope_sp.models.rope import RotaryTables
 from tests.kernels.test_triton_elementwise import SLOTS, a_projection
@@ -61,7 +62,11 @@ def test_zeros_and_extremes_stay_finite(stored: torch.dtype) -> None:
 
 
 def rings(
-    source: Projection | Pieces, stored: torch.dtype, split: Sequence[int], name: Backend, offset: Tensor | None
+    source: Projection | QuantizedPieces,
+    stored: torch.dtype,
+    split: Sequence[int],
+    name: Backend,
+    offset: Tensor | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
     """The numbers and scales of k and v, written by a backend to the slots of several rings; what is not written
     must stay as it was."""
@@ -71,13 +76,10 @@ def rings(
         rows = [batch * 7 * tokens * heads for heads in split]
         buffer = torch.full((sum(rows), width), 3, device=DEVICE).to(stored)
         all_scales = torch.full((sum(rows),), math.nan, dtype=torch.float16, device=DEVICE)
-        before = 0
         for heads, ring, scales in zip(split, buffer.split(rows), all_scales.split(rows), strict=True):
             shape = batch, 7, tokens, heads
-            own = None if offset is None or out is v else offset[:, before : before + heads]
-            out.append(Slots(ring.view(*shape, width), SLOTS, scales=scales.view(shape), offset=own))
-            before += heads
-    norm_rope_store(source, k=k, v=v, backend=name)
+            out.append(Slots(ring.view(*shape, width), SLOTS, scales=scales.view(shape)))
+    norm_rope_store(source, k=k, v=v, k_offset=offset, backend=name)
     for slots in (k, v):
         for each in slots:
             assert each.scales is not None
@@ -112,21 +114,35 @@ def test_projection(heads: int, width: int, split: Sequence[int], dtype: torch.d
                 assert ((found - expected).abs() <= 2.1 * STEP[stored] * expected.abs().amax(-1, keepdim=True)).all()
 
 
-@pytest.mark.parametrize(("stored", "dtype"), [(torch.int8, torch.bfloat16), (torch.float8_e4m3fn, torch.float32)])
-def test_pieces_are_quantized_as_torch_does(stored: torch.dtype, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("stored", "dtype", "with_q"), [(torch.int8, torch.bfloat16, True), (torch.float8_e4m3fn, torch.float32, False)]
+)
+def test_what_was_sent_in_8_bits_is_what_is_stored(stored: torch.dtype, dtype: torch.dtype, with_q: bool) -> None:
+    """Three ranks quantize their tokens into the pieces of a buffer; a fourth puts them into its rings."""
     heads, width, tokens = 3, 20, (7, 7, 6)
-    flat = random(2 * 2 * 3 * 20 * heads * width).to(dtype)
-    sizes = [2 * 2 * 3 * count * heads * width for count in tokens]
-    arrived = [part.view(2, 2, 3, count, heads, width) for part, count in zip(flat.split(sizes), tokens, strict=True)]
-    offset = random(2, heads, width, seed=5).float()
-    for shift in (None, offset):
-        ours, plain = (rings(Pieces(arrived), stored, (2, 1), name, shift) for name in ("triton", "torch"))
-        whole = torch.cat(arrived, 3).float()
-        for kind, ((numbers, scales), (right, right_scales)) in enumerate(zip(ours, plain, strict=True)):
-            assert torch.equal(scales, right_scales)
-            assert torch.equal(numbers.view(torch.uint8), right.view(torch.uint8))
-            exact = whole[kind] - (0 if shift is None or kind else shift[:, None, None])
-            assert torch.equal(quantize(exact, stored)[0].view(torch.uint8), numbers.view(torch.uint8))
+    projections = [a_projection(heads, width, rank, dtype) for rank in range(3)]
+    offset, like = random(2, heads, width, seed=5).float(), random(1).to(dtype)
+    sizes = [(2 + with_q, 2, 3, count, heads, width) for count in tokens]
+    apart = [rings(source, stored, (2, 1), "triton", offset) for source in projections]
+    shapes = piece_shapes(sizes, like)
+    flat = torch.full((sum(count for (count,) in shapes),), math.nan, dtype=dtype, device=DEVICE)
+    pieces = unpack(flat.split([count for (count,) in shapes]), sizes, stored)
+    queries = [torch.empty(size[1:], dtype=dtype, device=DEVICE) for size in sizes]
+    for number, source in enumerate(projections):
+        q, k, v = ([slots[number]] if slots else [] for slots in slots_of(pieces))
+        norm_rope_store(source, q=q, k=k, v=v, k_offset=offset, backend="triton")
+        norm_rope_store(source, q=[Slots(queries[number])], backend="triton")
+    for name in ("triton", "torch"):
+        for frames in (slice(0, 3), slice(1, 3)):
+            arrived = pieces.part(frames)
+            q = [Slots(torch.empty(2, arrived.shape[1], 20, heads, width, dtype=dtype, device=DEVICE))]
+            norm_rope_store(arrived, q=q if with_q else [], backend=name)
+            if with_q:
+                assert torch.equal(q[0].x, torch.cat(queries, 2)[:, frames])
+        found = rings(pieces, stored, (2, 1), name)
+        for kind, (numbers, scales) in enumerate(found):
+            assert torch.equal(numbers.view(torch.uint8), torch.cat([x[kind][0] for x in apart], 2).view(torch.uint8))
+            assert torch.equal(scales, torch.cat([x[kind][1] for x in apart], 2))
 
 
 def quantized_keys(k: Tensor, v: Tensor, stored: torch.dtype, **how: object) -> tuple[Keys, Keys]:

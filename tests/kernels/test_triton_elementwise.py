@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -151,7 +152,8 @@ def written(
         "k": [Slots(ring, SLOTS[:count])],
         "v": [Slots(wide[:, 1:, 1:-1])],
     }
-    norm_rope_store(source, **{kind: kv_slots[kind] for kind in kinds}, backend=name)
+    chosen: dict[str, Any] = {kind: kv_slots[kind] for kind in kinds}
+    norm_rope_store(source, **chosen, backend=name)
     assert ring[:, [1, 2, 4, 6]].isnan().all()
     assert wide[:, 0].isnan().all()
     assert wide[:, :, [0, -1]].isnan().all()

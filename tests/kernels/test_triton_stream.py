@@ -73,7 +73,7 @@ def video_by_triton(group: Any, device: str, strategy: str, stream: StreamConfig
         ("gather-kv", "relative", "model", None),
         ("shard-kv", "absolute", "model", None),
         ("ulysses", "absolute", "int8", None),
-        ("gather-kv", "relative", "model", HEADS),
+        ("gather-kv", "relative", "int8", HEADS),
         ("shard-kv", "absolute", "fp8", HEADS),
     ],
 )

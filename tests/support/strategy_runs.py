@@ -208,6 +208,21 @@ def count_collectives(group: dist.ProcessGroup, device: str, strategy: str) -> d
     return passes
 
 
+def received_in_8_bits(group: dist.ProcessGroup, device: str, strategy: str) -> dict[str, Any]:
+    """What a pass of a stream in bfloat16 receives, and the bytes of its cache in int8."""
+    parallel = SequenceParallel(group, strategy, device)
+    shard, embeds = parallel.shard(WORK.grid), random(1, CONFIG.text_len, CONFIG.text_dim).bfloat16()
+    x = random(1, 2, WORK.grid.tokens, CONFIG.token_dim)[:, :, shard.start : shard.stop]
+    model, own = make_model(torch.bfloat16), strategy_of(parallel, WORK)
+    stream = CausalStream(model, embeds, WORK.grid, SlidingWindow(6), shard, own, quantized=torch.int8)
+    for n in range(3):  # the window is full
+        stream.commit(Part(Chunk(n, 2 * n, 2), x, 0.0))
+    parallel.comm_stats.take()
+    stream.denoise(Chunk(3, 6, 2), x, 1000.0)
+    by_kind = {kind: (e.elements, e.bytes) for kind, e in parallel.comm_stats.take().by_kind().items()}
+    return {"received": by_kind, "cache": stream.cache.bytes}
+
+
 def variants(group: dist.ProcessGroup, device: str, strategy: str) -> list[Tensor]:
     """The same video without overlap, and by head groups, where that changes the way it is made."""
     job = JOBS["window and sink, batch 2"]
@@ -313,6 +328,7 @@ def exercise(group: dist.ProcessGroup, device: str) -> list[dict[Any, Any]]:
         mine[strategy, "variants"] = variants(group, device, strategy)
         mine[strategy, "events"] = order_of_events(group, device, strategy)
         mine[strategy, "collectives"] = count_collectives(group, device, strategy)
+        mine[strategy, "in 8 bits"] = received_in_8_bits(group, device, strategy)
     if group.size() <= CONFIG.num_heads // 2:
         mine["cancelled"] = cancelled_in_head_groups(group, device)
     everyone: list[Any] = [None] * group.size()
