@@ -58,21 +58,23 @@ class Searched:
 class HeadSearch:
     """Searches for windows of heads, greedily, with the error of the model's velocity.
 
-    A head may be static, or attend nothing; layer 0 stays whole. Each candidate is tried by itself first, and then in
-    the order of what error it costs for a key that is not seen. It is kept, and every later one is tried on top of it,
-    if it lowers error + weight·(1 - sparsity), where sparsity is the share of the window's keys that heads do not see.
-    The search ends when heads see `budget` of the keys.
+    A head goes down a ladder of windows; layer 0 stays whole. Each window is tried by itself first, and then in the
+    order of what error it costs for a key that is not seen any more. It is kept, and every later one is tried on top of
+    it, if it lowers error + weight·(1 - sparsity), where sparsity is the share of the window's keys that heads do not
+    see. The search ends when heads see `budget` of the keys.
 
     Args:
         loop: the stream of latents of one of the videos, for its model, ranks and sizes.
         samples: a pass of each video.
-        static: the window of a static head, in latent frames.
+        ladder: the windows that a head may have, falling, all below that of the samples; see `ladder`.
         weight: λ.
         budget: the share of keys at which the search ends.
     """
 
-    def __init__(self, loop: ChunkLoop, samples: Sequence[Sample], static: int, weight: float, budget: float) -> None:
-        self._loop, self._samples, self._static = loop, samples, static
+    def __init__(
+        self, loop: ChunkLoop, samples: Sequence[Sample], ladder: Sequence[int], weight: float, budget: float
+    ) -> None:
+        self._loop, self._samples, self._ladder = loop, samples, ladder
         self._weight, self._budget = weight, budget
 
     def run(self) -> Searched:
@@ -83,8 +85,6 @@ class HeadSearch:
         for layer, head, window in self._by_price(windows):
             if curve[-1][0] <= self._budget:
                 break
-            if windows[layer][head] == SKIP:
-                continue
             tried = _with(windows, layer, head, window)
             kept, error = self.kept(_policy(tried)), self.error(_policy(tried))
             if error + self._weight * kept < best:
@@ -93,14 +93,14 @@ class HeadSearch:
         return Searched(_policy(windows), tuple(curve))
 
     def _by_price(self, whole: Sequence[Sequence[Window]]) -> list[tuple[int, int, Window]]:
-        """Layer, head and window of all candidates, the least error for a key that is not seen first."""
+        """Layer, head and window of all steps down the ladder, the least error for a key that is not seen first."""
         found = []
         for layer in range(1, len(whole)):
             for head in range(len(whole[layer])):
-                for window in (self._static, SKIP):
-                    policy = _policy(_with(whole, layer, head, window))
-                    found.append((self.error(policy) / (1 - self.kept(policy)), layer, head, window))
-        return [(layer, head, window) for _, layer, head, window in sorted(found)]
+                tried = [_policy(_with(whole, layer, head, window)) for window in self._ladder]
+                points = [(1.0, 0.0), *((self.kept(policy), self.error(policy)) for policy in tried)]
+                found += [(price, layer, head, rung) for price, rung in _steps(points)]
+        return [(layer, head, self._ladder[rung - 1]) for _, layer, head, rung in sorted(found)]
 
     def kept(self, policy: HeadPolicy) -> float:
         """Returns the share of the window's keys that heads see."""
@@ -126,6 +126,39 @@ class HeadSearch:
             sums += torch.stack([(velocity - exact).square().sum(), exact.square().sum()]).cpu()
         error, exact = sum_of_ranks(sums, self._loop.parallel)
         return float(error / exact)
+
+
+def ladder(static: int, chunk_frames: int, window: int) -> list[int]:
+    """Returns the windows below a stream's that a head may have, falling.
+
+    Args:
+        static: the window of a static head, in latent frames.
+        chunk_frames: latent frames of a chunk.
+        window: the window of the stream.
+
+    Returns:
+        That which leaves out half of the frames that a static head leaves out, a chunk more than a static head sees,
+        that of a static head, and none.
+    """
+    half = window - (window - static) // 2
+    return sorted({w for w in (half, static + chunk_frames, static, SKIP) if w < window}, reverse=True)
+
+
+def _steps(points: Sequence[tuple[float, float]]) -> list[tuple[float, int]]:
+    """The lower convex hull of keys and errors, from the first point on: the price of each step, which rises, and the
+    number of the point that it leads to.
+
+    Args:
+        points: the share of keys, which falls, and the error.
+    """
+    found: list[tuple[float, int]] = []
+    at = 0
+    while at < len(points) - 1:
+        keys, error = points[at]
+        later = range(at + 1, len(points))
+        price, at = min(((points[n][1] - error) / (keys - points[n][0]), n) for n in later)
+        found.append((price, at))
+    return found
 
 
 def fill(stream: CausalStream, sample: Sample) -> None:

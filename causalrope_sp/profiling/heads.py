@@ -25,7 +25,7 @@ from causalrope_sp.heads.policy import HeadPolicy
 from causalrope_sp.models.block import ForwardPass
 from causalrope_sp.models.causal_dit import CausalDiT
 from causalrope_sp.pipeline.numerics import own_numerics
-from causalrope_sp.profiling.head_search import HeadSearch, Sample, Searched
+from causalrope_sp.profiling.head_search import HeadSearch, Sample, Searched, ladder
 from causalrope_sp.profiling.sums import sum_of_ranks
 from causalrope_sp.sampling.chunk_loop import ChunkLoop
 from causalrope_sp.sampling.stream import CausalStream
@@ -182,7 +182,8 @@ def profile_heads(
                 return shares, None
             if not samples:
                 raise ConfigError("rule: expected a model that makes a chunk in two steps or more for a search")
-            return shares, HeadSearch(loops[0], samples, static, *search).run()
+            rungs = ladder(static, stream.chunk_frames, samples[0].stream.cache.window.frames)
+            return shares, HeadSearch(loops[0], samples, rungs, *search).run()
 
 
 def is_last(loop: ChunkLoop) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -10,8 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from causalrope_kernels import Slots
+from causalrope_sp import LatentGrid, SamplerConfig, StreamConfig
+from causalrope_sp.config import PRESETS
+from causalrope_sp.distributed.layout import parse_strategy, strategies
 from causalrope_sp.heads import HeadPolicy
 from causalrope_sp.heads.placement import HeadPlacement, HeadRings
+from causalrope_sp.planning.counts import attention_flops, cache_bytes
+from causalrope_sp.planning.workload import Workload
 from tests.support.strategy_runs import CONFIG, WORK
 
 # how many of the 12 heads of each of Self-Forcing's layers Forcing-KV (arXiv 2605.09681) calls static: 134 of 360
@@ -114,3 +120,22 @@ def test_the_published_split_is_balanced_on_eight_ranks() -> None:
     assert both.imbalance({(21, 11): 1, (11,): 3}) <= 1.05
     loads = [rings.attended(column, 21) for column in range(8)]
     assert max(loads) * 8 / sum(loads) < 1.2, "even without waiting at every layer"
+
+
+def test_forcing_kv_and_a_cache_in_8_bits_save_what_is_promised() -> None:
+    """Wan 2.1 1.3B at 480×832 on 8 ranks. Dynamic heads see as many frames as Forcing-KV's: the sink, the newest frame,
+    the chunk, and a third of the others."""
+    first, *others = published_split(12, static=5).windows
+    policy = HeadPolicy((first, *(tuple(window or 11 for window in layer) for layer in others)))
+    dense, sparse = (
+        Workload.of(PRESETS["wan2.1-1.3b"], LatentGrid(30, 52), stream, SamplerConfig(), 21)
+        for stream in (StreamConfig(21, 1, 3), StreamConfig(21, 1, 3, cache="int8", heads=policy))
+    )
+    for strategy in strategies(8, 12):
+        layout = parse_strategy(strategy, 8)
+        flops, cache = (
+            [max(count(layout, work, rank) for rank in range(8)) for work in (dense, sparse)]
+            for count in (partial(attention_flops, frames=3, keys=21), cache_bytes)
+        )
+        assert flops[1] <= 0.45 * flops[0], strategy
+        assert cache[1] <= 0.27 * cache[0], strategy

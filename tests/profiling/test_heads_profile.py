@@ -21,7 +21,7 @@ from causalrope_sp.cli.main import cli
 from causalrope_sp.distributed.launch import RankPool
 from causalrope_sp.heads import HeadPolicy, read_heads
 from causalrope_sp.profiling import heads
-from causalrope_sp.profiling.head_search import HeadSearch
+from causalrope_sp.profiling.head_search import HeadSearch, ladder
 from causalrope_sp.profiling.heads import HeadRecorder, by_mass, profile_heads, recording_heads
 
 PROMPT = "a red circle slides right"
@@ -94,7 +94,7 @@ def masked(recorder: HeadRecorder, policy: HeadPolicy) -> float:
 
 def test_the_error_of_a_policy_is_that_of_masks(recorded: tuple[Any, HeadRecorder, list[Tensor]]) -> None:
     session, recorder, _ = recorded
-    search = HeadSearch(session.loop, recorder.samples[-1:], STATIC, 0.5, 0.5)
+    search = HeadSearch(session.loop, recorder.samples[-1:], [STATIC], 0.5, 0.5)
     windows: list[list[int | None]] = [[None] * 6 for _ in range(6)]
     assert search.error(HeadPolicy(tuple(map(tuple, windows)))) < 1e-20
     for changes in ({(3, 2): STATIC}, {(1, 0): STATIC, (2, 5): 0, (5, 3): 7}):
@@ -124,14 +124,20 @@ def test_masses_are_sums_over_softmax(recorded: tuple[Any, HeadRecorder, list[Te
 
 
 def test_the_search_keeps_what_lowers_error_and_keys_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Candidates come by their price, are carried forward, and the search ends at its budget; layer 0 is left alone."""
+    """Steps down the ladder come by their price, are carried forward, and the search ends at its budget; layer 0 is
+    left alone."""
     tried: list[tuple[tuple[int | None, ...], ...]] = []
-    costs = {(1, 0): 0.001, (1, 1): 9.0, (2, 0): 0.002, (2, 1): 0.0}
+    costs: dict[tuple[int, int], dict[int | None, float]] = {
+        (1, 0): {8: 0.001, 5: 0.02},  # a step for each
+        (1, 1): {8: 9.0, 5: 9.0},
+        (2, 0): {8: 0.01, 5: 0.011},  # both in one step
+        (2, 1): {8: 0.0, 5: 0.0},
+    }
 
     def error(self: HeadSearch, policy: HeadPolicy) -> float:
         tried.append(policy.windows)
         return sum(
-            costs[layer, head] + (1.0 if window == 0 else 0)
+            costs[layer, head].get(window, 10.0)
             for layer, windows in enumerate(policy.windows)
             for head, window in enumerate(windows)
             if window is not None
@@ -143,15 +149,23 @@ def test_the_search_keeps_what_lowers_error_and_keys_together(monkeypatch: pytes
     monkeypatch.setattr(HeadSearch, "error", error)
     monkeypatch.setattr(HeadSearch, "kept", kept)
     loop: Any = SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(num_layers=3, num_heads=2)))
-    found = HeadSearch(loop, [], 5, 0.5, 0.0).run()
+    found = HeadSearch(loop, [], [8, 5, 0], 0.5, 0.0).run()
     assert found.policy.windows == ((None, None), (5, None), (5, 5))
-    assert [round(keys, 3) for keys, _ in found.curve] == [1, 0.917, 0.833, 0.75]
-    assert tried[8:11] == [
+    assert [round(60 * keys) for keys, _ in found.curve] == [60, 58, 55, 53, 48, 45]
+    assert tried[12:17] == [
+        ((None, None), (None, None), (None, 8)),
         ((None, None), (None, None), (None, 5)),
-        ((None, None), (5, None), (None, 5)),
+        ((None, None), (8, None), (None, 5)),
+        ((None, None), (8, None), (5, 5)),
         ((None, None), (5, None), (5, 5)),
     ]
-    assert HeadSearch(loop, [], 5, 0.5, 0.9).run().policy.windows == ((None, None), (5, None), (None, 5))
+    assert HeadSearch(loop, [], [8, 5, 0], 0.5, 0.9).run().policy.windows == ((None, None), (8, None), (None, 5))
+
+
+def test_a_ladder_has_the_windows_between_a_static_head_and_the_whole() -> None:
+    assert ladder(5, 3, 21) == [13, 8, 5, 0]
+    assert ladder(5, 3, 13) == [9, 8, 5, 0]
+    assert ladder(5, 3, 6) == [5, 0]
 
 
 def on_ranks(group: dist.ProcessGroup, device: str) -> Any:
