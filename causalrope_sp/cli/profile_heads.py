@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -103,6 +104,9 @@ def profile_heads(
     check_causal(model, "whose heads are not profiled")
     parallel = SequenceParallel.from_env("gather-kv")
     pipe = CausalVideoPipeline.from_pretrained(model, parallel=parallel)
+    pipe.config = replace(
+        pipe.config, stream=replace(pipe.config.stream, similar_frames=None)
+    )  # all frames are measured
     check_uncontrolled(model, pipe)
     static = static_window(pipe.config.stream, newest)
     search = (weight, budget) if rule == "search" else None

@@ -23,6 +23,7 @@ from causalrope_sp.heads import HeadPolicy, read_heads
 from causalrope_sp.profiling import heads
 from causalrope_sp.profiling.head_search import HeadSearch, ladder
 from causalrope_sp.profiling.heads import HeadRecorder, by_mass, profile_heads, recording_heads
+from causalrope_sp.toybox import WEIGHTS
 
 PROMPT = "a red circle slides right"
 FRAMES, STATIC = 45, 5  # toybox: 12 latent frames; sink 1, the newest frame and a chunk of 3
@@ -212,6 +213,16 @@ def test_the_command_writes_what_generate_and_plan_take(tmp_path: Path) -> None:
     done = CliRunner().invoke(cli, ["plan", "--model", "wan2.1-1.3b", "--heads", out])
     assert (done.exit_code, done.output.count("\n")) == (2, 1)
     assert "heads: expected windows of 30 layers × 12 heads, got 6 × 6" in done.output
+
+
+def test_all_frames_of_a_model_that_chooses_frames_are_measured(tmp_path: Path) -> None:
+    model = json.loads((WEIGHTS / "toybox.json").read_text())
+    model |= {name: str(WEIGHTS / model[name]) for name in ("transformer", "codec")}
+    model["stream"]["similar_frames"] = 2
+    (tmp_path / "pipeline.json").write_text(json.dumps(model))
+    words = ["profile-heads", PROMPT, "--frames", str(FRAMES), "--json", "--model"]
+    choosing, plain = (json.loads(CliRunner().invoke(cli, [*words, name]).output) for name in (str(tmp_path), "toybox"))
+    assert choosing["shares"] == plain["shares"]
 
 
 @pytest.mark.parametrize(
