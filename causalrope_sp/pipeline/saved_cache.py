@@ -45,14 +45,29 @@ def describe_cache(loop: ChunkLoop) -> SavedCache:
     grid, batch = loop.context.grid, loop.context.batch
     sizes = config.num_layers, batch, grid.tokens, config.num_heads, config.head_dim
     dtype = loop.model.dtype if loop.options.stream.cache == "model" else torch.int8
-    cache = SavedCache(branches, *sizes, dtype)
+    cache = SavedCache(branches, *sizes, dtype, _kinds(loop))
     return cache if dtype != torch.int8 else replace(cache, offsets=_offsets(loop, cache))
 
 
 def _describe(name: str, branch: GuidanceBranch, stop: int) -> SavedBranch:
-    window, pending = branch.stream.cache.window, branch.pending
+    cache, pending = branch.stream.cache, branch.pending
     bounds = None if pending is None else (pending.chunk.start, pending.chunk.stop)
-    return SavedBranch(name, tuple(sorted(branch.held(stop))), window.oldest, window.kept_shot, bounds)
+    frames, window, seen = tuple(sorted(branch.held(stop))), cache.window, tuple[tuple[int, ...], ...]()
+    if len(cache.rings) > 1:
+        seen = tuple(tuple(number for number, _ in ring.places(frames, stop)) for ring in cache.rings)
+    return SavedBranch(name, frames, window.oldest, window.kept_shot, bounds, seen)
+
+
+def _kinds(loop: ChunkLoop) -> tuple[tuple[int, ...], ...]:
+    """The number of the ring of each head, by layer and head of the model; nothing where all heads are in one."""
+    rings, kinds = loop.rings, list[tuple[int, ...]]()
+    if len(rings.frames) == 1:
+        return ()
+    for placement, by_column in zip(rings.placements, rings.heads, strict=True):
+        own = [ring for counts in by_column for ring, count in enumerate(counts) for _ in range(count)]
+        of_head = dict(zip(placement.order, own, strict=True))
+        kinds.append(tuple(of_head[head] for head in range(len(own))))
+    return tuple(kinds)
 
 
 def _offsets(loop: ChunkLoop, cache: SavedCache) -> dict[str, Tensor]:
@@ -175,11 +190,13 @@ def restore_cache(loop: SteeredLoop, cache: SavedCache) -> None:
         if branch is None:
             continue
         loop.resume(branch, saved.oldest, saved.kept_shot, saved.pending)
-        held = branch.held(loop.position[1])
-        if sorted(held) != sorted(saved.frames):
+        held = _describe(saved.name, branch, loop.position[1])
+        if held.frames != tuple(sorted(saved.frames)):
             raise ConfigError(
-                f"the saved cache holds the frames {sorted(saved.frames)}, but its window those of {sorted(held)}"
+                f"the saved cache holds the frames {sorted(saved.frames)}, but its window those of {list(held.frames)}"
             )
+        if cache.kinds and (cache.kinds != _kinds(loop) or saved.seen != held.seen):
+            raise ConfigError("the saved cache holds frames of heads that the stream's windows of heads do not")
         for layer in range(cache.layers):
             _restore_layer(loop, branch, saved, cache, layer, tokens, heads[layer])
             if saved.name in cache.offsets:

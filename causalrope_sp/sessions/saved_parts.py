@@ -5,9 +5,8 @@ Shapes: B batch, K saved frames, S tokens of a frame, N heads, D head width, L t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from causalrope_sp.checks import check_choice, check_fields, check_flag, check_t
 from causalrope_sp.codec.conv_state import ConvState
 from causalrope_sp.config import DTYPE_NAMES
 from causalrope_sp.errors import CheckpointError, ConfigError, printable
+from causalrope_sp.sessions.part_checks import check_tensor, writable
 from causalrope_sp.weights.finite import all_finite
 
 BRANCHES = ("conditional", "unconditional")
@@ -28,7 +28,7 @@ DTYPES = {name: getattr(torch, name) for name in DTYPE_NAMES}
 
 CACHE_DTYPES = DTYPES | {"int8": torch.int8}
 
-ReadLayer = Callable[[str, int, slice, slice], Tensor]
+ReadLayer = Callable[[str, int, tuple[slice, ...]], Tensor]  # a part of the tensor of a layer of a branch
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,8 @@ class SavedBranch:
         kept_shot: where a shot begins; the sinks of shots before it are not in the window.
         pending: the first frame of the newest chunk, or of a part of it, whose context pass has yet to run, and the
             frame after its last one; None if all were written.
+        seen: by kind of heads (see `SavedCache.kinds`) the numbers of those of `frames` that they hold; empty where all
+            heads hold all.
     """
 
     name: str
@@ -69,6 +71,7 @@ class SavedBranch:
     oldest: int = 0
     kept_shot: int = 0
     pending: tuple[int, int] | None = None
+    seen: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
         check_choice("the name of a branch", self.name, BRANCHES)
@@ -76,6 +79,10 @@ class SavedBranch:
         held = [check_whole("a frame in the cache", frame, 0, LARGEST_INDEX) for frame in self.frames]
         if len(set(held)) < len(held):
             raise ConfigError(f"the cache's frames must be different ones, not {shown(self.frames)}")
+        for numbers in self.seen:
+            found = [check_whole("a number of a frame that heads hold", n, 0, len(held) - 1) for n in numbers]
+            if len(set(found)) < len(found):
+                raise ConfigError(f"the frames that heads hold must be different ones, not {shown(numbers)}")
         if self.pending is None:
             return
         bounds = [check_whole("a bound of the pending frames", bound, 0, LARGEST_INDEX) for bound in self.pending]
@@ -98,6 +105,8 @@ class SavedCache:
         head_dim: D.
         dtype: of keys and values; int8 for those that are quantized, whose last axis is the bytes of a head's numbers
             and then those of its scale.
+        kinds: by layer and head of the model its kind, as a number in `SavedBranch.seen`; empty where all heads hold
+            all frames.
         offsets: by branch what was taken off quantized keys, (layers, B, N, D); nothing where it is not set yet.
         reader: reads from the file that holds them; None before they are written.
     """
@@ -109,6 +118,7 @@ class SavedCache:
     heads: int
     head_dim: int
     dtype: torch.dtype
+    kinds: tuple[tuple[int, ...], ...] = ()
     offsets: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
     reader: ReadLayer | None = field(default=None, compare=False, repr=False)
 
@@ -120,6 +130,7 @@ class SavedCache:
         check_fields(self, ["batch", "tokens", "heads", "head_dim"], most=LARGEST_INDEX)
         if self.dtype not in CACHE_DTYPES.values():
             raise ConfigError(f"the cache's dtype must be one of {', '.join(CACHE_DTYPES)}, not {shown(self.dtype)}")
+        self._check_kinds()
         expected = self.layers, self.batch, self.heads, self.head_dim
         for name, offsets in self.offsets.items():
             if name not in names or self.dtype != torch.int8:
@@ -130,9 +141,39 @@ class SavedCache:
             if offsets.numel() and (most := float(offsets.abs().max())) > _LARGEST_OFFSET:
                 raise ConfigError(f"the offsets of {name}: expected at most {_LARGEST_OFFSET:g}, got {most:g}")
 
+    def _check_kinds(self) -> None:
+        sizes = [len(of_layer) for of_layer in self.kinds]
+        if sizes and sizes != [self.heads] * self.layers:
+            expected = f"{self.layers} layers of {self.heads} heads"
+            raise ConfigError(f"the kinds of heads must be those of {expected}, not of layers of {shown(sizes)}")
+        most = max((kind for of_layer in self.kinds for kind in of_layer), default=-1)
+        for branch in self.branches:
+            if len(branch.seen) != most + 1:
+                raise ConfigError(f"{branch.name} has frames of {len(branch.seen)} kinds of heads, expected {most + 1}")
+
     def layer_shape(self, branch: SavedBranch) -> tuple[int, ...]:
         """Returns the shape of a layer's keys and values, (2, B, K, S, N, D), or of their bytes."""
         return 2, self.batch, len(branch.frames), self.tokens, self.heads, self.width
+
+    def stored_shape(self, branch: SavedBranch, layer: int) -> tuple[int, ...]:
+        """Returns the shape of what is stored of a layer: the same, or where heads hold some of the frames (2, B, R, S,
+        D) with the R frames of all heads, head by head."""
+        if not self.kinds:
+            return self.layer_shape(branch)
+        return 2, self.batch, int(self._held(branch, layer).sum()), self.tokens, self.width
+
+    def stored(self, branch: SavedBranch, layer: int, whole: Tensor) -> Tensor:
+        """Returns what is stored of a layer, whose keys and values are (2, B, K, S, N, D); others as they are."""
+        if not self.kinds or whole.shape != self.layer_shape(branch):
+            return whole
+        return whole.permute(0, 1, 4, 2, 3, 5)[:, :, self._held(branch, layer)]
+
+    def _held(self, branch: SavedBranch, layer: int) -> Tensor:
+        """Which frames each head of a layer holds, (N, K)."""
+        held = torch.zeros(len(branch.seen), len(branch.frames), dtype=torch.bool)
+        for kind, numbers in zip(held, branch.seen, strict=True):
+            kind[list(numbers)] = True
+        return held[list(self.kinds[layer])]
 
     @property
     def width(self) -> int:
@@ -149,13 +190,25 @@ class SavedCache:
             heads: of the model.
 
         Returns:
-            Keys and values, (2, B, K, s, n, D), of the branch's `frames`.
+            Keys and values, (2, B, K, s, n, D), of the branch's `frames`; zeros for those that a head does not hold.
 
         Raises:
             CheckpointError: they cannot be read, or hold NaN or infinity.
         """
+        every = slice(None)
+        if not self.kinds:
+            return self._finite(branch, layer, (every, every, every, tokens, heads))
+        held = self._held(next(each for each in self.branches if each.name == branch), layer)
+        first, stop, _ = heads.indices(self.heads)
+        rows = slice(int(held[:first].sum()), int(held[:stop].sum()))
+        part = self._finite(branch, layer, (every, every, rows, tokens))
+        whole = part.new_zeros(2, self.batch, stop - first, held.shape[1], *part.shape[3:])
+        whole[:, :, held[first:stop]] = part
+        return whole.permute(0, 1, 3, 4, 2, 5)
+
+    def _finite(self, branch: str, layer: int, index: tuple[slice, ...]) -> Tensor:
         assert self.reader is not None, "keys and values are read after they were written"
-        part = self.reader(branch, layer, tokens, heads)
+        part = self.reader(branch, layer, index)
         if part.numel() and not all_finite(part):
             raise CheckpointError(f"the saved keys and values of layer {layer}, {branch}, hold NaN or infinity")
         return part
@@ -205,55 +258,3 @@ class SavedDecoder:
             if not 0 < len(name) <= _LONGEST_NAME:
                 raise ConfigError(f"the decoder has a layer of the name {printable(name)}")
             check_tensor(f"the decoder's {printable(name)}", frames, "B C T H W", DTYPES.values())
-
-
-def check_tensor(what: str, tensor: Tensor, axes: str, dtypes: Iterable[torch.dtype], empty: str = "") -> None:
-    """Checks the axes and the dtype of a tensor.
-
-    Args:
-        what: names it in the message.
-        tensor: the tensor.
-        axes: the names of its axes.
-        dtypes: those that it may have.
-        empty: the axes that may be of length 0.
-
-    Raises:
-        ConfigError: it has another number of axes, an axis of length 0, or another dtype.
-    """
-    names, allowed = axes.split(), list(dtypes)
-    if tensor.ndim != len(names) or any(n == 0 and a not in empty.split() for n, a in zip(tensor.shape, names)):
-        raise ConfigError(f"{what} must be of shape ({', '.join(names)}), not {tuple(tensor.shape)}")
-    if tensor.dtype not in allowed:
-        expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
-        raise ConfigError(f"{what} must be in {expected}, not {str(tensor.dtype).removeprefix('torch.')}")
-
-
-def check_rising(what: str, numbers: Iterable[int], most: int) -> None:
-    """Checks whole numbers.
-
-    Args:
-        what: what happens at them, for the message.
-        numbers: the numbers.
-        most: the largest that the last one may be.
-
-    Raises:
-        ConfigError: they do not begin at 0, do not rise, or one is larger than `most`.
-    """
-    found = [check_whole(f"a number of those that {what}", number, 0, most) for number in numbers]
-    if found[:1] != [0] or any(a >= b for a, b in pairwise(found)):
-        raise ConfigError(f"{what} at rising numbers from 0, not at {shown(found)}")
-
-
-def writable(what: str, text: str | None) -> str | None:
-    """Returns a text without halves of surrogate pairs, which no file can hold.
-
-    Args:
-        what: names it in the message.
-        text: the text, or None.
-
-    Raises:
-        ConfigError: it is neither.
-    """
-    if text is not None and not isinstance(text, str):
-        raise ConfigError(f"{what} must be a text or none, not {shown(text)}")
-    return None if text is None else text.encode(errors="replace").decode()

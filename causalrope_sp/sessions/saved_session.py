@@ -17,6 +17,7 @@ from causalrope_sp.checks import check_choice, check_fields, check_text, check_w
 from causalrope_sp.config import DTYPE_NAMES, SamplerConfig, StreamConfig
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.grid import Chunk
+from causalrope_sp.sessions.part_checks import check_rising, check_tensor, writable
 from causalrope_sp.sessions.saved_parts import (
     DTYPES,
     LARGEST_INDEX,
@@ -25,9 +26,6 @@ from causalrope_sp.sessions.saved_parts import (
     SavedCache,
     SavedDecoder,
     SavedTexts,
-    check_rising,
-    check_tensor,
-    writable,
 )
 from causalrope_sp.version import __version__
 

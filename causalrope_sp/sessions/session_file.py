@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from causalrope_sp.errors import CheckpointError, ConfigError, printable
-from causalrope_sp.sessions.saved_parts import ReadLayer, SavedCache
+from causalrope_sp.sessions.saved_parts import ReadLayer, SavedBranch, SavedCache
 from causalrope_sp.sessions.saved_session import SavedSession
 from causalrope_sp.sessions.session_metadata import CACHE, fields_of, layer_name, session_of, tensors_of
 from causalrope_sp.sessions.tensor_writer import NAMES, TensorPlan, write_tensors
@@ -31,7 +31,7 @@ from causalrope_sp.weights.messages import one_line, problem, some
 from causalrope_sp.weights.tensor_files import WeightFiles
 from causalrope_sp.weights.weight_paths import json_object
 
-FORMAT, VERSION = "causalrope_sp session", 1
+FORMAT, VERSION = "causalrope_sp session", 2  # version 1 has no heads that hold some of the frames
 
 
 def write_session(path: str | PathLike[str], saved: SavedSession, layers: Iterable[Tensor] = ()) -> None:
@@ -50,9 +50,10 @@ def write_session(path: str | PathLike[str], saved: SavedSession, layers: Iterab
             file that was there stays, and nothing else is left.
     """
     tensors, cache = tensors_of(saved), saved.cache
+    layers_of = _layers(cache)
     plans = [TensorPlan(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()]
     if cache is not None:
-        plans += [TensorPlan(name, shape, cache.dtype) for name, shape in _layer_shapes(cache).items()]
+        plans += [TensorPlan(name, cache.stored_shape(*layer), cache.dtype) for name, layer in layers_of.items()]
     plans.sort(key=lambda plan: -plan.dtype.itemsize)  # those of equal width keep their order
     more = iter(layers)
 
@@ -61,10 +62,13 @@ def write_session(path: str | PathLike[str], saved: SavedSession, layers: Iterab
             tensor = tensors[plan.name] if plan.name in tensors else next(more, None)
             if tensor is None:
                 return
+            if cache is not None and plan.name in layers_of:
+                tensor = cache.stored(*layers_of[plan.name], tensor)
             yield tensor
         yield from more
 
-    metadata = {"format": FORMAT, "version": str(VERSION), "library": saved.library}
+    version = 1 if cache is None or not cache.kinds else VERSION
+    metadata = {"format": FORMAT, "version": str(version), "library": saved.library}
     write_tensors(path, plans, values(), {**metadata, "session": json.dumps(fields_of(saved))})
 
 
@@ -117,25 +121,23 @@ def _read(files: WeightFiles, name: str) -> Tensor:
     return files.read(name)
 
 
-def _layer_shapes(cache: SavedCache) -> dict[str, tuple[int, ...]]:
-    """The shape of each layer's keys and values by their name in the file, in the order in which they are written."""
-    shapes = {branch.name: cache.layer_shape(branch) for branch in cache.branches}
-    return {layer_name(branch, layer): shape for branch, shape in shapes.items() for layer in range(cache.layers)}
+def _layers(cache: SavedCache | None) -> dict[str, tuple[SavedBranch, int]]:
+    """The branch and number of each layer by the name of its tensor, in the order in which they are written."""
+    if cache is None:
+        return {}
+    return {layer_name(of.name, layer): (of, layer) for of in cache.branches for layer in range(cache.layers)}
 
 
 def _check_layers(files: WeightFiles, held: Iterable[str], cache: SavedCache | None) -> None:
     """Checks that the tensors which are no others are the layers of the cache."""
-    shapes, found = {} if cache is None else _layer_shapes(cache), set(held)
+    layers, found = _layers(cache), set(held)
     misshapen = []
-    for name in found & shapes.keys():
-        stored = files.tensors[name]
-        if cache is not None and (stored.shape, NAMES.get(stored.dtype, stored.dtype)) != (
-            shapes[name],
-            NAMES[cache.dtype],
-        ):
-            expected = f"{shapes[name]} in {cache.dtype}"
-            misshapen.append(f"{name} is {stored.shape} in {stored.dtype}, expected {expected}")
-    wrong = problem(sorted(shapes.keys() - found), sorted(found - shapes.keys()), sorted(misshapen))
+    for name in found & layers.keys():
+        assert cache is not None, "it has the layer"
+        stored, shape = files.tensors[name], cache.stored_shape(*layers[name])
+        if (stored.shape, NAMES.get(stored.dtype, stored.dtype)) != (shape, NAMES[cache.dtype]):
+            misshapen.append(f"{name} is {stored.shape} in {stored.dtype}, expected {shape} in {cache.dtype}")
+    wrong = problem(sorted(layers.keys() - found), sorted(found - layers.keys()), sorted(misshapen))
     if wrong:
         raise CheckpointError(f"{files.path}: tensors are wrong: {wrong}")
 
@@ -143,12 +145,12 @@ def _check_layers(files: WeightFiles, held: Iterable[str], cache: SavedCache | N
 def _reader(files: WeightFiles) -> ReadLayer:
     """Makes the function that reads parts of keys and values."""
 
-    def read(branch: str, layer: int, tokens: slice, heads: slice) -> Tensor:
+    def read(branch: str, layer: int, part: tuple[slice, ...]) -> Tensor:
         name = layer_name(branch, layer)
         try:
-            part: Tensor = files.tensors[name].home.get_slice(name)[:, :, :, tokens, heads]
+            found: Tensor = files.tensors[name].home.get_slice(name)[part]
         except SafetensorError as error:
             raise CheckpointError(f"{files.path}: {name} cannot be read ({one_line(error)})") from error
-        return part
+        return found
 
     return read

@@ -157,16 +157,19 @@ def _number(name: str, value: Any) -> Any:
 
 def _cache_fields(cache: SavedCache) -> dict[str, Any]:
     sizes = {name: getattr(cache, name) for name in ("layers", "batch", "tokens", "heads", "head_dim")}
-    return {"branches": [asdict(branch) for branch in cache.branches], "dtype": _NAMES[cache.dtype], **sizes}
+    branches = [asdict(branch) for branch in cache.branches]
+    return {"branches": branches, "dtype": _NAMES[cache.dtype], "kinds": cache.kinds, **sizes}
 
 
 def _cache(given: Any, tensors: Mapping[str, Tensor], reader: ReadLayer) -> SavedCache:
     names = ("branches", "layers", "batch", "tokens", "heads", "head_dim", "dtype")
-    _check_names("the cache", given, names, names)
+    _check_names("the cache", given, (*names, "kinds"), names)
     branches = tuple(branch_of(branch) for branch in _list("the cache's branches", given["branches"]))
     dtype = CACHE_DTYPES[check_choice("the cache's dtype", given["dtype"], CACHE_DTYPES)]
     offsets = {name.removeprefix(_OFFSETS): x for name, x in tensors.items()}
-    return SavedCache(**{**given, "branches": branches, "dtype": dtype}, offsets=offsets, reader=reader)
+    kinds = _numbers("the kinds of the cache's heads", given.get("kinds", []))
+    given = {**given, "branches": branches, "dtype": dtype, "kinds": kinds}
+    return SavedCache(**given, offsets=offsets, reader=reader)
 
 
 def branch_of(given: Any) -> SavedBranch:
@@ -176,9 +179,15 @@ def branch_of(given: Any) -> SavedBranch:
         ConfigError: a field is missing, unknown or wrong.
     """
     names = ("name", "frames", "oldest", "kept_shot", "pending")
-    _check_names("a branch of the cache", given, names, names)
+    _check_names("a branch of the cache", given, (*names, "seen"), names)
     lists = {n: tuple(_list(f"the cache's {n}", given[n])) for n in ("frames", "pending") if given[n] is not None}
-    return SavedBranch(**{**given, **lists})
+    seen = _numbers("the frames that heads hold", given.get("seen", []))
+    return SavedBranch(**{**given, **lists, "seen": seen})
+
+
+def _numbers(name: str, given: Any) -> tuple[tuple[int, ...], ...]:
+    """Makes whole numbers of lists of a list."""
+    return tuple(tuple(check_whole(name, number, 0) for number in _list(name, own)) for own in _list(name, given))
 
 
 def _texts(given: Any, embeds: dict[str, Tensor]) -> SavedTexts:

@@ -133,12 +133,10 @@ def test_what_was_sent_in_8_bits_is_what_is_stored(stored: torch.dtype, dtype: t
         norm_rope_store(source, q=q, k=k, v=v, k_offset=offset, backend="triton")
         norm_rope_store(source, q=[Slots(queries[number])], backend="triton")
     for name in ("triton", "torch"):
-        for frames in (slice(0, 3), slice(1, 3)):
-            arrived = pieces.part(frames)
-            q = [Slots(torch.empty(2, arrived.shape[1], 20, heads, width, dtype=dtype, device=DEVICE))]
-            norm_rope_store(arrived, q=q if with_q else [], backend=name)
-            if with_q:
-                assert torch.equal(q[0].x, torch.cat(queries, 2)[:, frames])
+        if with_q:
+            q = [Slots(torch.empty(2, 2, 20, heads, width, dtype=dtype, device=DEVICE))]
+            norm_rope_store(pieces.part(slice(1, 3)), q=q, backend=name)
+            assert torch.equal(q[0].x, torch.cat(queries, 2)[:, 1:])
         found = rings(pieces, stored, (2, 1), name)
         for kind, (numbers, scales) in enumerate(found):
             assert torch.equal(numbers.view(torch.uint8), torch.cat([x[kind][0] for x in apart], 2).view(torch.uint8))

@@ -100,7 +100,7 @@ def test_other_ranks_compute_the_cache_anew(pool: RankPool, saved: tuple[Path, d
 
 
 def test_keys_and_values_in_8_bits_go_on_on_other_ranks(pool: RankPool, tmp_path: Path) -> None:
-    """Numbers, scales, and what is taken off the keys: each rank has that of its own heads."""
+    """Numbers, scales, and what is taken off the keys, which each rank has of all heads."""
     expected, found, collectives = pool.run(save, 2, tmp_path, "ulysses", "int8")
     assert equal(found, expected)
     assert collectives == 7, "one more, for what is taken off the keys"

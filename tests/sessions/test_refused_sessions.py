@@ -58,7 +58,7 @@ def say(**texts: str) -> Change:
     return lambda given, tensors, metadata: metadata.update(texts)
 
 
-NEWER = "a saved session of version 2, written by causalrope_sp 9.1; this causalrope_sp reads version 1: update it"
+NEWER = "a saved session of version 3, written by causalrope_sp 9.1; this causalrope_sp reads version 2: update it"
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ NEWER = "a saved session of version 2, written by causalrope_sp 9.1; this causal
     [
         (say(format="pt"), "not a saved session"),
         (say(version="one"), "not a saved session"),
-        (say(version="2", library="9.1"), NEWER),
+        (say(version="3", library="9.1"), NEWER),
         (drop("shots"), "a saved session has no shots"),
         (put("fps", 16), "a saved session has an unknown fps"),
         (put("model_digest", "x"), "the model's digest must be 16 hexadecimal digits, not 'x'"),
@@ -117,6 +117,15 @@ NEWER = "a saved session of version 2, written by causalrope_sp 9.1; this causal
         (put("cache.branches.0.pending", [10]), "pending frames must be two bounds"),
         (put("cache.branches.0.pending", [10, 11]), "the pending frames 10 to 11 are not those of the newest chunk"),
         (put("cache", None), "tensors are wrong: 4 unexpected: cache/conditional/0"),
+        (
+            put("cache.kinds", [[0, 0, 0]]),
+            "the kinds of heads must be those of 2 layers of 3 heads, not of",
+        ),
+        (put("cache.kinds", [[0, 0, -1]] * 2), "the kinds of the cache's heads must be a whole number of at least 0"),
+        (put("cache.kinds", [[0, 1, 1]] * 2), "conditional has frames of 0 kinds of heads, expected 2"),
+        (put("cache.branches.0.seen", [[0]]), "conditional has frames of 1 kinds of heads, expected 0"),
+        (put("cache.branches.0.seen", [[0, 4]]), "a number of a frame that heads hold must be a whole number of"),
+        (put("cache.branches.0.seen", [[3, 3]]), "the frames that heads hold must be different ones, not \\(3, 3\\)"),
         (put("cache.layers", 3), "tensors are wrong: 2 missing: cache/conditional/2, cache/unconditional/2"),
         (put("cache.layers", 10**30), "SavedCache.layers must be a whole number of at least 1 and at most 4096"),
         (put("cache.head_dim", 6), "tensors are wrong: 4 of a wrong shape: cache/conditional/0 is"),
