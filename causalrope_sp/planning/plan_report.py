@@ -135,15 +135,14 @@ def _reuse_in_words(work: Workload, costs: list[Plan]) -> str:
 
 
 def _heads_in_words(work: Workload, costs: list[Plan]) -> str:
-    """The share of the keys that heads see, and of those that they attend, and ρ of the strategies that share heads."""
+    """The shares of the keys that heads see and attend, and ρ of the strategies that share heads."""
     rings, c = work.head_rings(1), work.config
     every = c.num_layers * c.num_heads * work.window
     seen, later = (rings.attended(0, work.window, chosen) / every for chosen in (None, work.seen))
-    attended = "" if later == seen else f" and attend {later:.0%} of them after a chunk's first pass"
+    attended = "" if later == seen else f", and attend {later:.0%} after a chunk's first pass"
     uneven = ", ".join(f"{p.name} {p.head_imbalance:.3f}" for p in costs if p.head_imbalance > 1)
-    return f"Heads see {seen:.0%} of the window's keys{attended}" + (
-        f"; ρ, max/mean of the ranks: {uneven}." if uneven else "."
-    )
+    rho = f"; ρ, max/mean of the ranks: {uneven}" if uneven else ""
+    return f"Heads see {seen:.0%} of the window's keys{attended}{rho}."
 
 
 def _short(value: float) -> str:

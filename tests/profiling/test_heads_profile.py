@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -210,6 +211,9 @@ def test_the_command_writes_what_generate_and_plan_take(tmp_path: Path) -> None:
     assert strategies["ulysses"]["head_imbalance"] > 1
     whole = json.loads(CliRunner().invoke(cli, ["plan", "--model", "toybox", "--ranks", "3", "--json"]).output)
     assert all(strategies[each["strategy"]]["cache_bytes"] < each["cache_bytes"] for each in whole["strategies"])
+    done = CliRunner().invoke(cli, ["plan", "--model", "toybox", "--heads", out, "--similar-frames", "4"])
+    said = " ".join(done.output.split())
+    assert re.search(r"Heads see \d\d% of the window's keys, and attend \d\d% after a chunk's first pass", said)
     done = CliRunner().invoke(cli, ["plan", "--model", "wan2.1-1.3b", "--heads", out])
     assert (done.exit_code, done.output.count("\n")) == (2, 1)
     assert "heads: expected windows of 30 layers × 12 heads, got 6 × 6" in done.output
