@@ -34,6 +34,7 @@ from triton.runtime.jit import JITFunction
 
 from causalrope_kernels import (
     Affine,
+    Bands,
     Keys,
     Modulation,
     Pieces,
@@ -172,6 +173,9 @@ def _attentions() -> Iterator[tuple[str, Callable[[], Any]]]:
             for rotates in (False, True):
                 case = f"bf16, d {width}{name}, lists of heads{', rotated on read' * rotates}"
                 yield case, partial(_attend, torch.bfloat16, width, stored=stored, rotated=rotates, lists=True)
+            yield f"bf16, d {width}{name}, bands", partial(_attend, torch.bfloat16, width, stored=stored, bands=True)
+        rotated = partial(_attend, torch.bfloat16, width, rotated=True, bands=True)
+        yield f"bf16, d {width}, bands, rotated on read", rotated
     yield "bf16, d 256, fp8", partial(_attend, torch.bfloat16, 256, stored=torch.float8_e4m3fn)
     yield "bf16, d 128, fp8, 48 queries", partial(_attend, torch.bfloat16, 128, stored=torch.float8_e4m3fn, queries=48)
     yield "fp16, d 128, int8", partial(_attend, torch.float16, 128, stored=torch.int8)
@@ -185,6 +189,10 @@ def _attentions() -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "fp32, d 128", partial(_attend, torch.float32, 128)
     yield "fp32, d 256", partial(_attend, torch.float32, 256)
     yield "fp32, d 128, lists of heads", partial(_attend, torch.float32, 128, lists=True)
+    rotated = partial(_attend, torch.bfloat16, 128, stored=torch.int8, rotated=True, bands=True)
+    yield "bf16, d 128, int8, bands, rotated on read", rotated
+    yield "bf16, d 128, bands, lists of heads", partial(_attend, torch.bfloat16, 128, lists=True, bands=True)
+    yield "fp32, d 128, bands", partial(_attend, torch.float32, 128, bands=True)
     yield "fp32, d 128, rotated on read", partial(_attend, torch.float32, 128, rotated=True)
 
 
@@ -198,6 +206,7 @@ def _attend(
     queries: int = FRAMES * TOKENS,
     stored: torch.dtype | None = None,
     lists: bool = False,
+    bands: bool = False,
 ) -> None:
     heads = 12
     ranges = (WINDOW + 1) // 2 if lists else ranges  # of frames that are chosen for each head, at most
@@ -206,12 +215,16 @@ def _attend(
     scales = None if stored is None else empty(1, WINDOW * TOKENS, heads, dtype=torch.float16)
     bounds = empty(*[heads] * lists, ranges, 2, dtype=torch.int32)
     rows = ((0, WINDOW * TOKENS),) * ranges
+    two_rows = tuple((first, first + 2 * COLUMNS) for first in range(0, TOKENS, 2 * COLUMNS))
+    of_rows = Bands(
+        two_rows, tuple((max(0, a - 2 * COLUMNS), min(TOKENS, b + 2 * COLUMNS)) for a, b in two_rows), TOKENS
+    )
     rotate_on_read = (
         RotateOnRead(empty(WINDOW, 2, width // 2 - 2 * (width // 6), dtype=torch.float32), TOKENS) if rotated else None
     )
     with patch.object(attention_launch, "shares", lambda *shape: shares):
         whole, of_heads = (None, (rows,) * heads) if lists else (rows, None)
-        attend(q, Keys(k, k, whole, bounds, rotate_on_read, scales, scales, of_heads))
+        attend(q, Keys(k, k, whole, bounds, rotate_on_read, scales, scales, of_heads, of_rows if bands else None))
 
 
 def _merge(parts: int, dtype: torch.dtype) -> None:

@@ -13,6 +13,7 @@ from causalrope_kernels.arguments import (
     Source,
 )
 from causalrope_kernels.attention import ATTENTION_BACKENDS, attention, attention_obstacle, attention_parts, merge
+from causalrope_kernels.bands import Bands
 from causalrope_kernels.operations import add_norm, linear, linear_gelu, norm_rope_store, rms_norm, split_tokens
 from causalrope_kernels.pass_operations import PassOperations
 from causalrope_kernels.reference import Partial, project
@@ -21,6 +22,7 @@ from causalrope_kernels.rotation import Rotation
 __all__ = [
     "ATTENTION_BACKENDS",
     "Affine",
+    "Bands",
     "Keys",
     "Modulation",
     "Norm",

@@ -14,6 +14,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from causalrope_kernels.bands import Bands
 from causalrope_kernels.quantized_heads import as_bits
 from causalrope_kernels.rotation import Rotation
 from causalrope_kernels.tables import is_aligned, on_device
@@ -96,6 +97,8 @@ class Keys:
         v_scales: the same for the values.
         head_ranges: where heads read different rows the ranges of every head, N each, of which some may be empty; None
             if all heads read `ranges`.
+        bands: where queries see some of the tokens of a slot alone, which; the ranges are then whole slots. None if
+            each query sees all rows.
     """
 
     k: Tensor
@@ -106,6 +109,18 @@ class Keys:
     k_scales: Tensor | None = None
     v_scales: Tensor | None = None
     head_ranges: tuple[Ranges, ...] | None = None
+    bands: Bands | None = None
+
+    @cached_property
+    def plain_rows(self) -> bool:
+        """Whether all queries of all heads read the same rows, as they are."""
+        return self.rotate_on_read is None and self.head_ranges is None and self.bands is None
+
+    @cached_property
+    def one_part(self) -> bool:
+        """Whether all queries of all heads read one range of keys that are not quantized."""
+        same = self.head_ranges is None and self.bands is None
+        return self.k_scales is None and same and len(self.plain) == 1
 
     @property
     def rows(self) -> Ranges:
@@ -135,7 +150,7 @@ class Keys:
             is_aligned(v),
             *map(_kind, (self.k_scales, self.v_scales)),
         )
-        return k.device, k.dtype, own, self.bounds.shape[:-1], on_read
+        return k.device, k.dtype, own, self.bounds.shape[:-1], on_read, self.bands
 
     @cached_property
     def bits(self) -> tuple[Tensor, Tensor]:

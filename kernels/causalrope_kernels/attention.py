@@ -47,8 +47,8 @@ def attention(q_BTHD: Tensor, keys: Keys, backend: str = "auto", *, reuse_q: boo
 def attention_parts(q_BTHD: Tensor, keys: Keys, backend: str = "auto") -> list[Partial]:
     """Computes attention over disjoint parts of the keys, to be combined by `merge`.
 
-    A library makes one part of every range, or one in all where heads read different rows; the Triton kernel makes some
-    shares of all ranges.
+    A library makes one part of every range, or one in all where heads or queries read different rows; the Triton kernel
+    makes some shares of all ranges.
 
     Args:
         q_BTHD: the queries.
@@ -67,7 +67,7 @@ def attention_parts(q_BTHD: Tensor, keys: Keys, backend: str = "auto") -> list[P
 
 def attention_by(chosen: str, q_BTHD: Tensor, keys: Keys, *, reuse_q: bool = False) -> Tensor:
     """Computes `attention` by the backend that `choose` returned, without checks."""
-    if chosen == "torch" and keys.k_scales is None and keys.head_ranges is None and len(keys.plain) == 1:
+    if chosen == "torch" and keys.one_part:
         return reference.attention(q_BTHD, *reference.ranges(keys)[0])
     parts = parts_by(chosen, q_BTHD, keys, reuse_q=reuse_q)
     return parts[0][0] if len(parts) == 1 else merge(parts)[0]
@@ -81,6 +81,8 @@ def parts_by(chosen: str, q_BTHD: Tensor, keys: Keys, *, reuse_q: bool = False) 
         return attend(q_BTHD, keys, reuse_q=reuse_q)
     if keys.head_ranges is not None and q_BTHD.numel():
         return [reference.by_rows(lambda q, own: merge(parts_by(chosen, q, own)), q_BTHD, keys)]
+    if keys.bands is not None and q_BTHD.numel():
+        return [reference.by_bands(lambda q, own: merge(parts_by(chosen, q, own)), q_BTHD, keys)]
     if keys.k_scales is not None and q_BTHD.numel():
         return [by_blocks(q_BTHD, keys)]
     run = by_torch if chosen == "torch" else LIBRARIES[chosen].run

@@ -1,7 +1,7 @@
 """Measures which attention backend is the fastest for a shape, once per process, and logs the result.
 
-A library attends plain rows only. Where keys are quantized or rotated on read, or heads read different rows, the Triton
-kernel is the only candidate and nothing is measured.
+A library attends plain rows only. Where keys are quantized or rotated on read, or heads or queries read different rows,
+the Triton kernel is the only candidate and nothing is measured.
 """
 
 from __future__ import annotations
@@ -80,8 +80,7 @@ def choose(q_BTHD: Tensor, keys: Keys) -> str:
     if keys.k_scales is not None:
         return "triton" if use_triton("auto", q_BTHD) else "torch"
     triton = use_triton("auto", q_BTHD, keys.k, keys.v)
-    only = keys.rotate_on_read is not None or keys.head_ranges is not None
-    if not triton or not q_BTHD.is_cuda or only or not q_BTHD.numel():
+    if not triton or not q_BTHD.is_cuda or not keys.plain_rows or not q_BTHD.numel():
         return "triton" if triton else "torch"
     batch, queries, heads, width = q_BTHD.shape
     shape = Shape(q_BTHD.device, q_BTHD.dtype, batch, queries, keys.k.shape[1], heads, width).rounded()

@@ -103,20 +103,30 @@ def _contiguous(
 
 @triton.jit(do_not_specialize=["queries", "heads", "slot_tokens"])
 def attention_kernel(
-    q, k, v, out, lse, bounds, rotate_on_read, k_scales, v_scales,
+    q, k, v, out, lse, bounds, rotate_on_read, k_scales, v_scales, tiles,
     queries, heads, slot_tokens, scale,
     q_batch, q_token, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
-    RANGES: tl.constexpr, BY_HEAD: tl.constexpr, SHARES: tl.constexpr, ON_READ_PAIRS: tl.constexpr,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, SLICE: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    RANGES: tl.constexpr, BY_HEAD: tl.constexpr, BANDS: tl.constexpr, SHARES: tl.constexpr,
+    ON_READ_PAIRS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, SLICE: tl.constexpr, QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
 ):  # fmt: skip
     """Program (i, b·H + h, n) attends the i-th block of queries of head h on the n-th share of every range.
 
     `bounds` are (RANGES, 2), or with BY_HEAD (H, RANGES, 2). Such lists are long, so that their loop is not unrolled.
+    With BANDS the i-th line of `tiles` has the queries [first, stop) and the tokens [first, stop) of every slot that
+    they see.
     `scale` is log2(e)/√d, so that scores are exponents of two.
     """
     batch, head = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
-    token = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
-    q_valid = token < queries
+    if BANDS:
+        tiles += 4 * tl.program_id(0)
+        token = tl.load(tiles) + tl.arange(0, QUERIES)
+        q_valid = token < tl.load(tiles + 1)
+        seen, seen_stop = tl.load(tiles + 2), tl.load(tiles + 3)
+    else:
+        token = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
+        q_valid = token < queries
+        seen, seen_stop = 0, slot_tokens
     q += batch * q_batch + head * q_head
     k += batch * k_batch + head * k_head
     v += batch * v_batch + head * v_head
@@ -135,7 +145,7 @@ def attention_kernel(
         bounds += head * (2 * RANGES)
     for number in tl.range(RANGES, num_stages=1, loop_unroll_factor=1 if BY_HEAD else RANGES):
         first, stop = tl.load(bounds + 2 * number), tl.load(bounds + 2 * number + 1)
-        unit = slot_tokens if ON_READ_PAIRS else KEYS
+        unit = slot_tokens if ON_READ_PAIRS or BANDS else KEYS
         units = tl.cdiv(stop - first, unit)
         share = tl.program_id(2)
         stop = tl.minimum(stop, first + units * (share + 1) // SHARES * unit)
@@ -153,7 +163,15 @@ def attention_kernel(
                 back = tl.reshape(tl.join(even * cos + odd * sin, odd * cos - even * sin), [QUERIES, HALF])
                 total, weights, largest = _contiguous(
                     total, weights, largest, back.to(q.dtype.element_ty), rest, q, q_offsets, q_valid, k, v,
-                    k_scales, v_scales, slot * slot_tokens, (slot + 1) * slot_tokens, k_row, v_row, scale,
+                    k_scales, v_scales, slot * slot_tokens + seen, slot * slot_tokens + seen_stop, k_row, v_row, scale,
+                    KEYS, WIDTH, BLOCK, SLICE,
+                )  # fmt: skip
+        elif BANDS:
+            query = _load(q, q_offsets, q_valid, 0, BLOCK, WIDTH, True)
+            for slot in tl.range(first // slot_tokens, stop // slot_tokens, num_stages=1):
+                total, weights, largest = _contiguous(
+                    total, weights, largest, query, query, q, q_offsets, q_valid, k, v, k_scales, v_scales,
+                    slot * slot_tokens + seen, slot * slot_tokens + seen_stop, k_row, v_row, scale,
                     KEYS, WIDTH, BLOCK, SLICE,
                 )  # fmt: skip
         else:

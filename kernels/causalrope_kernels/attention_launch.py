@@ -17,7 +17,7 @@ from causalrope_kernels.attention_kernel import attention_kernel
 from causalrope_kernels.launch import Kernel, blocks_of, padded
 from causalrope_kernels.quantized_attention import by_blocks
 from causalrope_kernels.reference import Partial, rotated
-from causalrope_kernels.tables import is_aligned
+from causalrope_kernels.tables import is_aligned, on_device
 
 LOG2_E = 1.4426950408889634
 PROCESSORS = 132  # multiprocessors of an H100 or H200
@@ -153,7 +153,7 @@ def attend(q_BTHD: Tensor, keys: Keys, *, reuse_q: bool = False) -> list[Partial
     out = q_BTHD if plan.overwrites else q_BTHD.new_empty(plan.out_shape)
     lse = torch.empty(plan.out_shape[:-1], dtype=torch.float32, device=q_BTHD.device)
     table = None if rotate_on_read is None else rotate_on_read.table
-    tensors = q_BTHD, *keys.bits, out, lse, keys.bounds, table, keys.k_scales, keys.v_scales
+    tensors = q_BTHD, *keys.bits, out, lse, keys.bounds, table, keys.k_scales, keys.v_scales, plan.tiles
     if plan.launch is None:
         plan.launch = KERNEL.prepared(plan.grid, tensors, plan.numbers, plan.constants, **plan.options)
     else:
@@ -178,6 +178,7 @@ class _Plan:
         options: its warps and stages.
         out_shape: the shape of the outputs.
         overwrites: whether the output overwrites the queries.
+        tiles: what each program of the first axis attends, where there are bands (see `Bands.tiles`).
         launch: launches it again, once it was launched.
     """
 
@@ -187,6 +188,7 @@ class _Plan:
     options: dict[str, int]
     out_shape: tuple[int, ...]
     overwrites: bool
+    tiles: Tensor | None
     launch: Callable[..., None] | None = None
 
 
@@ -195,21 +197,30 @@ PLANS: dict[tuple[object, ...], _Plan] = {}
 
 def _plan(q_BTHD: Tensor, keys: Keys, reuse_q: bool) -> _Plan:
     batch, queries, heads, width = q_BTHD.shape
-    rotate_on_read = keys.rotate_on_read
+    rotate_on_read, bands = keys.rotate_on_read, keys.bands
     tokens, pairs = (1, 0) if rotate_on_read is None else (rotate_on_read.tokens, rotate_on_read.table.shape[2])
     block = max(16 if rotate_on_read is None else 32, padded(width))
     size_of = tile if keys.k_scales is None else quantized_tile
     lists, ranges = keys.head_ranges is not None, keys.bounds.shape[-2]
-    size = size_of(queries, width, q_BTHD.dtype, rotate_on_read is not None, lists, architecture(q_BTHD.device))
+    most, read, tiles = queries, keys.k.shape[1], None
+    if bands is not None:
+        tokens = bands.slot_tokens
+        most, seen = (max(stop - first for first, stop in spans) for spans in (bands.queries, bands.keys))
+        read = read // tokens * seen
+    size = size_of(most, width, q_BTHD.dtype, rotate_on_read is not None, lists, architecture(q_BTHD.device))
     blocks = blocks_of(queries, size.queries)
-    count = shares(blocks * batch * heads, keys.k.shape[1], q_BTHD.device)
+    if bands is not None:
+        lines = bands.tiles(queries // bands.frame_queries, size.queries)
+        blocks, tiles = len(lines), on_device(lines, q_BTHD.device, torch.int32)
+    count = shares(blocks * batch * heads, read, q_BTHD.device)
     strides = *q_BTHD.stride()[:3], *keys.k.stride()[:3], *keys.v.stride()[:3]
     channels = min(size.channels or block, block)
     return _Plan(
         (blocks, batch * heads, count),
         (queries, heads, tokens, width**-0.5 * LOG2_E, *strides),
-        (ranges, lists, count, pairs, width, block, channels, size.queries, size.keys),
+        (ranges, lists, bands is not None, count, pairs, width, block, channels, size.queries, size.keys),
         {"num_warps": size.warps, "num_stages": size.stages},
         (batch, queries, heads, width) if count == 1 else (count, batch, queries, heads, width),
         reuse_q and count == 1 and q_BTHD.is_contiguous(),
+        tiles,
     )

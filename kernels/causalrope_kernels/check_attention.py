@@ -10,6 +10,7 @@ from torch import Tensor
 
 from causalrope_kernels import check, check_quantized
 from causalrope_kernels.arguments import Keys, Ranges
+from causalrope_kernels.bands import Bands
 
 
 def attention(q_BTHD: Tensor, keys: Keys) -> None:
@@ -45,10 +46,9 @@ def attention(q_BTHD: Tensor, keys: Keys) -> None:
                 f"rotate_on_read: expected angles for {rows} rows of {width // 2} channel pairs, not {len(table)} slots"
                 f" of {tokens} tokens and {table.shape[2]} pairs"
             )
-        if any(first % tokens or stop % tokens for first, stop in ranges):
-            raise ValueError(
-                f"ranges: expected whole slots of {tokens} rows, as keys are rotated on read, not {ranges}"
-            )
+        _whole_slots(ranges, tokens, "keys are rotated on read")
+    if keys.bands is not None:
+        _bands(keys, keys.bands, q_BTHD.shape[1], ranges)
 
 
 def _ranges(keys: Keys, heads: int) -> Ranges:
@@ -77,6 +77,30 @@ def _bounds(keys: Keys, bounds: Tensor) -> None:
             f"bounds_N2: expected int32 of shape {expected} on {keys.k.device}, not {bounds.dtype} of shape "
             f"{tuple(bounds.shape)} on {bounds.device}"
         )
+
+
+def _whole_slots(ranges: Ranges, tokens: int, why: str) -> None:
+    if any(first % tokens or stop % tokens for first, stop in ranges):
+        raise ValueError(f"ranges: expected whole slots of {tokens} rows, as {why}, not {ranges}")
+
+
+def _bands(keys: Keys, bands: Bands, queries: int, ranges: Ranges) -> None:
+    """Checks the bands of a frame."""
+    tokens, spans = bands.slot_tokens, bands.queries
+    follow = all(a < b for a, b in spans) and [0, *(b for _, b in spans[:-1])] == [a for a, _ in spans]
+    if not spans or not follow or len(bands.keys) != len(spans) or queries % bands.frame_queries:
+        raise ValueError(
+            f"bands: expected queries of a frame, of {queries} in all, that follow each other, with keys for each band, "
+            f"not {spans} with {bands.keys}"
+        )
+    if tokens < 1 or keys.k.shape[1] % tokens or not all(0 <= a <= b <= tokens for a, b in bands.keys):
+        raise ValueError(
+            f"bands: expected keys within a slot, and whole slots in {keys.k.shape[1]} rows, not {bands.keys} in slots of "
+            f"{tokens}"
+        )
+    if keys.rotate_on_read is not None and keys.rotate_on_read.tokens != tokens:
+        raise ValueError(f"bands: expected slots of {keys.rotate_on_read.tokens} rows, as keys are rotated, not {tokens}")
+    _whole_slots(ranges, tokens, "queries see some tokens of each")
 
 
 def parts(partials: Sequence[tuple[Tensor, Tensor]]) -> None:

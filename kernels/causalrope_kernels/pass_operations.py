@@ -122,8 +122,7 @@ class PassOperations:
         chosen: dict[tuple[object, ...], str] = {}
 
         def backend(q_BTHD: Tensor, keys: Keys) -> str:
-            plain = keys.rotate_on_read is None and keys.head_ranges is None
-            shapes = q_BTHD.shape, keys.k.shape, keys.k.dtype, plain
+            shapes = q_BTHD.shape, keys.k.shape, keys.k.dtype, keys.plain_rows
             found = chosen.get(shapes)
             if found is None:
                 found = chosen[shapes] = choose(attention, q_BTHD, keys)

@@ -29,6 +29,8 @@ def by_blocks(q_BTHD: Tensor, keys: Keys) -> Partial:
     """
     if keys.head_ranges is not None:
         return reference.by_rows(by_blocks, q_BTHD, keys)
+    if keys.bands is not None:
+        return reference.by_bands(by_blocks, q_BTHD, keys)
     output = torch.empty(q_BTHD.shape, dtype=q_BTHD.dtype, device=q_BTHD.device)
     lses = []
     for queries, part in zip(q_BTHD.split(BLOCK, 1), output.split(BLOCK, 1), strict=True):

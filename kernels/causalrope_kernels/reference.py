@@ -226,6 +226,49 @@ def by_rows(attend: Callable[[Tensor, Keys], Partial], q_BTHD: Tensor, keys: Key
     return torch.cat(outputs, 2), torch.cat(lses, 2)
 
 
+def by_bands(attend: Callable[[Tensor, Keys], Partial], q_BTHD: Tensor, keys: Keys) -> Partial:
+    """Attends band by band.
+
+    Args:
+        attend: attends queries that see all of their keys.
+        q_BTHD: the queries, frame by frame.
+        keys: keys and values, and the tokens of a slot that the queries of each band see.
+
+    Returns:
+        The output, (B, T, H, d), and its log-sum-exp, (B, T, H).
+    """
+    bands = keys.bands
+    assert bands is not None, "keys that all queries see are attended at once"
+    q_BFQHD = q_BTHD.unflatten(1, (-1, bands.frame_queries))
+    outputs, lses = [], []
+    for (first, stop), seen in zip(bands.queries, bands.keys, strict=True):
+        q = q_BFQHD[:, :, first:stop]
+        output, lse = attend(q.flatten(1, 2), _of_band(keys, *seen))
+        outputs.append(output.unflatten(1, q.shape[1:3]))
+        lses.append(lse.unflatten(1, q.shape[1:3]))
+    return torch.cat(outputs, 2).flatten(1, 2), torch.cat(lses, 2).flatten(1, 2)
+
+
+def _of_band(keys: Keys, first: int, stop: int) -> Keys:
+    """Copies of the tokens [first, stop) of each slot that is read, for queries that see these alone."""
+    assert keys.bands is not None, "keys that are seen whole need no copy"
+    tokens, rotate_on_read = keys.bands.slot_tokens, keys.rotate_on_read
+    slots = [(a // tokens, b // tokens) for a, b in keys.rows if b > a and stop > first]
+
+    def taken(x: Tensor, axis: int) -> Tensor:
+        parts = [x.narrow(axis, a, b - a) for a, b in slots]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, axis) if parts else x.narrow(axis, 0, 0)
+
+    def of_slots(x: Tensor) -> Tensor:
+        return taken(x.unflatten(1, (-1, tokens))[:, :, first:stop], 1).flatten(1, 2)
+
+    k_scales, v_scales = (None if x is None else of_slots(x) for x in (keys.k_scales, keys.v_scales))
+    if rotate_on_read is not None:
+        rotate_on_read = RotateOnRead(taken(rotate_on_read.table, 0), stop - first) if slots else None
+    k, v = of_slots(keys.k), of_slots(keys.v)
+    return Keys(k, v, rotate_on_read=rotate_on_read, k_scales=k_scales, v_scales=v_scales)
+
+
 def merge(parts: Sequence[Partial]) -> Partial:
     """Merges attention over disjoint sets of keys into attention over their union, n-way, by log-sum-exp.
 
