@@ -215,16 +215,16 @@ def _attend(
     scales = None if stored is None else empty(1, WINDOW * TOKENS, heads, dtype=torch.float16)
     bounds = empty(*[heads] * lists, ranges, 2, dtype=torch.int32)
     rows = ((0, WINDOW * TOKENS),) * ranges
-    two_rows = tuple((first, first + 2 * COLUMNS) for first in range(0, TOKENS, 2 * COLUMNS))
-    of_rows = Bands(
-        two_rows, tuple((max(0, a - 2 * COLUMNS), min(TOKENS, b + 2 * COLUMNS)) for a, b in two_rows), TOKENS
-    )
+    height = 2 * COLUMNS
+    queries_of = tuple((first, first + height) for first in range(0, TOKENS, height))
+    keys_of = tuple((max(0, first - height), min(TOKENS, stop + height)) for first, stop in queries_of)
     rotate_on_read = (
         RotateOnRead(empty(WINDOW, 2, width // 2 - 2 * (width // 6), dtype=torch.float32), TOKENS) if rotated else None
     )
     with patch.object(attention_launch, "shares", lambda *shape: shares):
         whole, of_heads = (None, (rows,) * heads) if lists else (rows, None)
-        attend(q, Keys(k, k, whole, bounds, rotate_on_read, scales, scales, of_heads, of_rows if bands else None))
+        of_bands = Bands(queries_of, keys_of, TOKENS) if bands else None
+        attend(q, Keys(k, k, whole, bounds, rotate_on_read, scales, scales, of_heads, of_bands))
 
 
 def _merge(parts: int, dtype: torch.dtype) -> None:

@@ -130,12 +130,13 @@ class StreamConfig:
             passes, as Wan 2.2's TI2V models are trained. Without, it is a chunk of its own before the first one.
         cache: how keys and values are stored. "model" keeps the model's dtype; "int8" and "fp8" (float8_e4m3fn) are
             lossy and take about half of bfloat16's memory.
-        heads: how many of the window's frames each attention head sees; None for all. It changes the result.
+        heads: how many of the window's frames each attention head sees, and which rows of tokens of them; None for
+            all. It changes the result.
 
     Raises:
         ConfigError: a length is below its minimum, the window or that of a head is smaller than chunk + sink, or
             `rope`, `cache` or `window_policy` is unknown; or `similar_frames` is neither a whole number nor between 0
-            and 1, or goes with a recomputed window.
+            and 1, or goes with a recomputed window or with rows of `heads`.
     """
 
     window: int | None = None
@@ -167,6 +168,8 @@ class StreamConfig:
             if not isinstance(self.heads, HeadPolicy):
                 raise ConfigError(f"heads: expected a HeadPolicy (read_heads reads its file), got {shown(self.heads)}")
             self.heads.check_stream(self.chunk_frames, self.sink)
+            if self.heads.rows and self.similar_frames is not None:
+                raise ConfigError("heads: expected no rows with similar_frames, which chooses among whole frames")
         if self.window is None:
             return
         check_fields(self, ["window"], most=LONGEST_WINDOW)
@@ -195,9 +198,8 @@ def check_similar(name: str, value: object) -> float:
 def stream_fields(stream: StreamConfig) -> dict[str, Any]:
     """Returns the fields of a stream's configuration, as JSON has them; `heads` only if there are windows of heads."""
     found = asdict(stream)
-    if stream.heads is None:
-        del found["heads"]
-    return found
+    del found["heads"]
+    return found if stream.heads is None else {**found, "heads": stream.heads.fields}
 
 
 Keep = Literal["device", "cpu", "free"]  # where weights are kept between two uses

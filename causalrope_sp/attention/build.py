@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from causalrope_kernels import Bands
 from causalrope_sp.attention.base import Strategy
 from causalrope_sp.attention.gather_kv import GatherKV
 from causalrope_sp.attention.shard_kv import ShardKV
 from causalrope_sp.attention.ulysses import Ulysses
 from causalrope_sp.distributed import SequenceParallel
-from causalrope_sp.distributed.layout import Layout
-from causalrope_sp.grid import LatentGrid, Shard
+from causalrope_sp.distributed.layout import Layout, token_spans
+from causalrope_sp.grid import LatentGrid
+from causalrope_sp.heads.near_rows import bands_of
 from causalrope_sp.heads.placement import HeadRings
 
 
@@ -31,8 +33,20 @@ def build_strategy(parallel: SequenceParallel, layout: Layout, grid: LatentGrid,
     if not rings.one:
         _, column = layout.coordinates(parallel.sp_rank)
         from_model = layout.ulysses == 1 and layout.inner != GatherKV.name
-        strategy.cached = rings.cached(column, from_model=from_model)
+        bands = _bands(rings, layout, grid, parallel.sp_rank)
+        strategy.cached = rings.cached(column, from_model=from_model, bands=bands)
     return strategy
+
+
+def _bands(rings: HeadRings, layout: Layout, grid: LatentGrid, rank: int) -> tuple[tuple[Bands | None, ...], ...]:
+    """What queries see of every frame on a rank; see `CachedHeads`."""
+    if not any(rings.rows):
+        return ()
+    queries, keys = token_spans(layout, grid, rank)
+    readers = [queries]
+    if layout.inner == ShardKV.name:
+        readers = [token_spans(layout, grid, row * layout.ulysses)[1] for row in range(layout.sharing)]
+    return tuple(tuple(None if n is None else bands_of(grid, n, of, keys) for n in rings.rows) for of in readers)
 
 
 def _strategy(parallel: SequenceParallel, layout: Layout, grid: LatentGrid, rings: HeadRings) -> Strategy:
@@ -69,10 +83,8 @@ def stored_part(layout: Layout, grid: LatentGrid, rank: int) -> tuple[slice, int
     Returns:
         The tokens of a frame, and the number of the column whose heads they are of (see `HeadPlacement`).
     """
-    rows = [sum(row) for row in layout.rows([shard.tokens for shard in Shard(grid, 0, layout.ranks).all])]
-    row, column = layout.coordinates(rank)
-    own_tokens = slice(sum(rows[:row]), sum(rows[: row + 1])) if layout.inner == ShardKV.name else slice(0, grid.tokens)
-    return own_tokens, column
+    _, keys = token_spans(layout, grid, rank)
+    return slice(*keys), layout.coordinates(rank)[1]
 
 
 def describe_strategy(parallel: SequenceParallel, layout: Layout) -> str:

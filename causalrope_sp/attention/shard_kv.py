@@ -45,12 +45,14 @@ class ShardKV(InnerStrategy):
         for chunk, part in by_chunk(chunks):
             k_slots, v_slots = cache.kv_slots(chunk)
             operations.norm_rope_store(source.part(part), k=k_slots, v=v_slots, k_offset=cache.k_offset)
-            partials[own_rank].append(merged(parts_of(q[:, part], cache.keys(chunk), operations), operations))
+            own = parts_of(q[:, part], cache.keys(chunk, own_rank), operations)
+            partials[own_rank].append(merged(own, operations))
             if received is None:
                 received = handle.wait()
             for rank, queries in enumerate(received):
                 if rank != own_rank:
-                    partials[rank].append(merged(parts_of(queries[:, part], cache.keys(chunk), operations), operations))
+                    others = parts_of(queries[:, part], cache.keys(chunk, rank), operations)
+                    partials[rank].append(merged(others, operations))
         output = self._return_partials(partials, q, cache.index, operations)
         return output if placement is None else placement.in_model_order(output, 3)
 

@@ -92,7 +92,7 @@ class KVCache:
             HeadRing(storage, slots, cached.sink, window, history, frames != SKIP)
             for storage, slots, frames in zip(self._storage.by_ring(), self._storage.slots, cached.frames, strict=True)
         ]
-        self._reading = rotate_on_read, cached.source_order
+        self._reading = rotate_on_read, cached.source_order, cached.bands
         self._choose: Choose | None = None
         self._still = 0 if rotate_on_read is None else 2 * rotate_on_read([0] * window.frames).table.shape[2]
         self._make_layers(frozenset(range(0 if quantized else layers)))
@@ -335,9 +335,9 @@ class KVCache:
         """Returns the rows that a chunk's queries attend; see `ReadPlans.attended_rows`."""
         return self._plans.attended_rows(chunk, since, counted)
 
-    def keys(self, layer: int, chunk: Chunk, since: int, old: bool) -> Sequence[Keys]:
+    def keys(self, layer: int, chunk: Chunk, since: int, old: bool, reader: int = 0) -> Sequence[Keys]:
         """Returns the keys and values of a layer that a chunk's queries attend, by head group; see `ReadPlans.keys`."""
-        return self._plans.keys(layer, chunk, since, old)
+        return self._plans.keys(layer, chunk, since, old, reader)
 
     def check_integrity(self) -> None:
         """Checks that cursor, slots and storage agree, and that every committed number is finite.

@@ -18,7 +18,7 @@ class SlotCache(Protocol):
     def kv_slots(self, layer: int, chunk: Chunk) -> tuple[Sequence[Slots], Sequence[Slots]]:
         """Returns the slots of a layer that a chunk's keys and values are written to; see `LayerCache.kv_slots`."""
 
-    def keys(self, layer: int, chunk: Chunk, since: int, old: bool) -> Sequence[Keys]:
+    def keys(self, layer: int, chunk: Chunk, since: int, old: bool, reader: int = 0) -> Sequence[Keys]:
         """Returns the keys and values of a layer that a chunk's queries attend, by head group in order of heads.
 
         Args:
@@ -26,6 +26,7 @@ class SlotCache(Protocol):
             chunk: the chunk of the queries; its keys and values are written.
             since: a global time index that splits the frames in two.
             old: whether to return the frames before `since`, or the others.
+            reader: whose queries they are, of the ranks that share the tokens, where a rank attends those of all.
         """
 
 
@@ -61,9 +62,10 @@ class LayerCache:
         """
         return self._cache.kv_slots(self.index, chunk)
 
-    def keys(self, chunk: Chunk) -> Sequence[Keys]:
-        """Returns all keys and values that the chunk's queries attend, its own included, by head group."""
-        return self._cache.keys(self.index, chunk, since=0, old=False)
+    def keys(self, chunk: Chunk, reader: int = 0) -> Sequence[Keys]:
+        """Returns all keys and values that the chunk's queries attend, its own included, by head group; see
+        `SlotCache`."""
+        return self._cache.keys(self.index, chunk, 0, False, reader)
 
     def keys_before(self, chunk: Chunk, since: int) -> Sequence[Keys]:
         """Returns those of `keys` that belong to frames before the global time index `since`."""

@@ -18,7 +18,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from causalrope_kernels import Keys, RotateOnRead, Slots
+from causalrope_kernels import Bands, Keys, RotateOnRead, Slots
 from causalrope_sp.cache.head_ring import HeadRing
 from causalrope_sp.cache.layer_storage import LayerViews
 from causalrope_sp.cache.window import SlidingWindow
@@ -47,7 +47,7 @@ class _ChunkPlan:
         chosen: the frames that heads of the whole window attend; None for all that it holds.
         ranges: the rows that are attended.
         slots: the slots of keys and values, by layer.
-        keys: what is attended, by layer, `since` and `old`.
+        keys: what is attended, by layer, `since`, `old` and reader.
     """
 
     slots_RF: Tensor
@@ -56,7 +56,7 @@ class _ChunkPlan:
     chosen: Chosen | None = None
     ranges: dict[Side, Bounds] = field(default_factory=dict)
     slots: dict[int, SlotPair] = field(default_factory=dict)
-    keys: dict[tuple[int, int, bool], list[Keys]] = field(default_factory=dict)
+    keys: dict[tuple[int, int, bool, int], list[Keys]] = field(default_factory=dict)
 
     @cached_property
     def by_ring(self) -> tuple[Tensor, ...]:
@@ -73,6 +73,7 @@ class ReadPlans:
         rotate_on_read: makes the rotation of the keys on read from the position of every slot's frame within the
             window; None if keys are stored rotated.
         source_order: see `CachedHeads`.
+        bands: see `CachedHeads`.
         choose: chooses among the frames that the window holds, for the heads of the first ring, which see all of it;
             None attends all.
     """
@@ -83,10 +84,11 @@ class ReadPlans:
         window: SlidingWindow,
         rotate_on_read: Callable[[Sequence[int]], RotateOnRead] | None,
         source_order: Sequence[HeadPlacement],
+        bands: Sequence[Sequence[Bands | None]],
         choose: Choose | None,
     ) -> None:
         self._rings, self._window, self._source_order = rings, window, source_order
-        self._rotate_on_read, self._choose = rotate_on_read, choose
+        self._rotate_on_read, self._choose, self._bands = rotate_on_read, choose, bands
         first = rings[0].storage[0].numbers_2BKSHD
         self._device, self._tokens = first.device, first.shape[3]
         layers = range(len(rings[0].storage))
@@ -122,7 +124,7 @@ class ReadPlans:
         )
         return k, v
 
-    def keys(self, layer: int, chunk: Chunk, since: int, old: bool) -> list[Keys]:
+    def keys(self, layer: int, chunk: Chunk, since: int, old: bool, reader: int = 0) -> list[Keys]:
         """Returns the keys and values of a layer that a chunk's queries attend, ring by ring.
 
         Args:
@@ -130,18 +132,22 @@ class ReadPlans:
             chunk: the chunk of the queries; its keys and values are written.
             since: a global time index that splits the frames in two; 0 for no split.
             old: whether to return the frames before `since`, or the others.
+            reader: whose queries they are; see `CachedHeads.bands`.
         """
         plan = self._plan(chunk)
-        found = plan.keys.get((layer, since, old))
+        key = layer, since, old, reader if self._bands else 0
+        found = plan.keys.get(key)
         if found is None:
+            bands = self._bands[reader] if self._bands else (None,) * len(self._rings)
             rings = self._of_layer[layer]
-            found = [self._ring_keys(plan, layer, chunk, (ring, since, old)) for ring in rings]
-            plan.keys[layer, since, old] = found
+            found = [self._ring_keys(plan, layer, chunk, (ring, since, old), bands[ring]) for ring in rings]
+            plan.keys[key] = found
         return found
 
-    def _ring_keys(self, plan: _ChunkPlan, layer: int, chunk: Chunk, side: Side) -> Keys:
+    def _ring_keys(self, plan: _ChunkPlan, layer: int, chunk: Chunk, side: Side, bands: Bands | None) -> Keys:
         (rows, bounds), views = self._ranges(plan, chunk, side), self._views[side[0]][layer]
-        whole = Keys(*views.rows, rows[0], bounds, plan.rotate_on_read[side[0]], *views.scale_rows)
+        rotate_on_read = plan.rotate_on_read[side[0]]
+        whole = Keys(*views.rows, rows[0], bounds, rotate_on_read, *views.scale_rows, bands=bands)
         if self._chosen(plan, side[0]) is None:
             return whole
         of_heads = slice(*self._choosing[layer : layer + 2])

@@ -150,7 +150,7 @@ def settings_of(stream: StreamConfig, sampler: SamplerConfig) -> dict[str, Any]:
     }
     changed = {name: value for name, (value, default) in found.items() if value != default}
     if stream.heads is not None:
-        changed["heads"] = {"windows": [list(layer) for layer in stream.heads.windows]}
+        changed["heads"] = {name: list(map(list, table)) for name, table in stream.heads.fields.items()}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in changed.items()}
 
 

@@ -70,7 +70,7 @@ class CommStats:
 
     Attributes:
         stored_bytes: the most bytes of module outputs that denoise passes stored for reuse at once.
-        head_imbalance: the largest ρ of the streams that ran; see `Workload.head_imbalance`.
+        head_imbalance: the largest ρ of the streams that ran; see `HeadRings.imbalance`.
     """
 
     def __init__(self) -> None:

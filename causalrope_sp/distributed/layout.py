@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from causalrope_sp.errors import ConfigError
-from causalrope_sp.grid import shares
+from causalrope_sp.grid import LatentGrid, Shard, shares
 
 AUTO = "auto"  # the strategy that is predicted to be the fastest
 SINGLE = "single"  # the name of every strategy on one rank
@@ -68,6 +68,23 @@ class Layout:
     def heads(self, heads: int) -> list[int]:
         """Returns how many of the model's heads each column attends; the numbers differ by at most one."""
         return shares(heads, self.ulysses)
+
+
+def token_spans(layout: Layout, grid: LatentGrid, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Returns the tokens of a frame whose queries a rank attends, and those whose keys it attends them on.
+
+    Args:
+        layout: how the ranks of the `sp` axis share the work.
+        grid: the latent frame in tokens.
+        rank: its number on the `sp` axis.
+
+    Returns:
+        Two ranges [first, stop).
+    """
+    rows = [sum(row) for row in layout.rows([shard.tokens for shard in Shard(grid, 0, layout.ranks).all])]
+    row, _ = layout.coordinates(rank)
+    own, whole = (sum(rows[:row]), sum(rows[: row + 1])), (0, grid.tokens)
+    return (whole, own) if layout.inner == "shard-kv" else (own, whole)
 
 
 def check_name(name: str) -> None:

@@ -1,6 +1,8 @@
 """Policies of heads as JSON files: {"windows": [[null, 5, 0, …], …]}, one list a layer, one entry a head.
 
 An entry is a number of latent frames, chunk included, 0 for a head that attends nothing, or null for the whole window.
+Where heads see some rows of each frame alone, "rows" is another such table, of the rows of a band (see `HeadPolicy`) or
+null for whole frames.
 
 The per-head files that Forcing-KV (arXiv 2605.09681) publishes are read too. They name for every layer the heads of two
 kinds, which are "static" and "dynamic", or "local" and "temporal" in older files; some are the bare list of layers.
@@ -60,9 +62,11 @@ def write_heads(policy: HeadPolicy, path: Path, **notes: Any) -> None:
     Raises:
         OutputError: the file cannot be written.
     """
-    lines = ",\n  ".join(json.dumps(layer) for layer in policy.windows)
-    others = "".join(f' "{name}": {json.dumps(value)},\n' for name, value in notes.items())
-    write_text(f'{{\n{others} "windows": [\n  {lines}\n ]\n}}\n', path)
+    lines = [f' "{name}": {json.dumps(value)}' for name, value in notes.items()]
+    for name, layers in policy.fields.items():
+        table = ",\n  ".join(map(json.dumps, layers))
+        lines.append(f' "{name}": [\n  {table}\n ]')
+    write_text("{\n" + ",\n".join(lines) + "\n}\n", path)
 
 
 def _forcing_kv(given: Any, static: int) -> HeadPolicy:

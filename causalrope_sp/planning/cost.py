@@ -22,6 +22,7 @@ from causalrope_sp.planning.counts import (
     coordinates,
     cross_flops,
     frame_bytes,
+    head_imbalance,
     received,
     received_guidance,
     received_in_pass,
@@ -50,7 +51,8 @@ class Plan:
     branch. `stored_bytes` are the outputs that passes reuse, `exposed_ms` is the part of `communication_ms` during
     which nothing is computed, `first_frame_ms` excludes loading, text and decoding. `efficiency` is one rank's time for
     a chunk divided by `ranks` times that of all ranks, `imbalance` the slowest rank's computing divided by the mean,
-    `head_imbalance` is ρ, the same of self-attention where ranks have heads that see different numbers of frames.
+    `head_imbalance` is ρ, the same of self-attention where ranks have heads or tokens that see different numbers of
+    keys.
     `session` is what one of the `sessions` keeps between two chunks, `decoding_bytes` what is kept in addition while a
     chunk is decoded. `fits` says whether the memory suffices, `chosen` whether "auto" uses this strategy.
     """
@@ -181,7 +183,7 @@ def _cost(layout: Layout, cfg: int, work: Workload, on: Machine, auxiliary: Auxi
         fps=work.temporal_stride * chunk / seconds,
         efficiency=1.0,
         imbalance=max(alone) * layout.ranks / sum(alone),
-        head_imbalance=work.head_imbalance(layout.ulysses),
+        head_imbalance=head_imbalance(layout, work),
         fits=True,
         auxiliary=auxiliary,
         session=session,

@@ -15,8 +15,9 @@ from functools import cache
 from causalrope_kernels.quantized_heads import SCALE_DTYPE
 from causalrope_sp.attention.base import lse_elements
 from causalrope_sp.attention.quantized_pieces import kv_elements
-from causalrope_sp.distributed.layout import Layout
+from causalrope_sp.distributed.layout import Layout, token_spans
 from causalrope_sp.grid import LatentGrid, Shard
+from causalrope_sp.heads.near_rows import pairs
 from causalrope_sp.planning.workload import Workload
 
 
@@ -124,12 +125,24 @@ def attention_flops(
     """Returns the FLOPs of self-attention in all layers of a pass: `frames` of queries on `keys` frames of keys, or on
     those that a head sees of them; heads that see the whole window attend `chosen` of them, or all. With `waiting`, a
     layer's are those of the ranks with most of them, for which the others wait."""
-    row, column, _, rows = coordinates(layout, work, rank)
-    rings = work.head_rings(layout.ulysses)
-    seen = rings.waited_for(keys, chosen) if waiting else rings.attended(column, keys, chosen)
-    queries = sum(rows) if layout.inner == "shard-kv" else rows[row]
-    stored = rows[row] if layout.inner == "shard-kv" else sum(rows)
-    return 4 * work.batch * work.config.head_dim * frames * queries * seen * stored
+    rings, spans = work.head_rings(layout.ulysses), token_spans(layout, work.grid, rank)
+    of_frames = [pairs(work.grid, near, *spans) for near in rings.rows]
+    _, column = layout.coordinates(rank)
+    most = keys, chosen, of_frames
+    seen = rings.waited_for(*most) if waiting else rings.attended(column, *most)
+    return int(4 * work.batch * work.config.head_dim * frames * seen)
+
+
+def head_imbalance(layout: Layout, work: Workload) -> float:
+    """Returns ρ of a steady chunk, by which factor the ranks whose heads see most take longer than the mean; see
+    `HeadRings.imbalance`. The first forward is fused with the context pass of the chunk before."""
+    rings, shares = work.head_rings(layout.ulysses), []
+    for rank in range(0, layout.ranks, layout.ulysses):
+        spans = token_spans(layout, work.grid, rank)
+        every = pairs(work.grid, None, *spans)
+        shares.append([pairs(work.grid, near, *spans) / every for near in rings.rows])
+    first, later = (work.window, work.seen), (work.seen,)
+    return rings.imbalance({first: 1, later: work.steps - 1}, shares)
 
 
 def cross_flops(work: Workload, tokens: int) -> int:

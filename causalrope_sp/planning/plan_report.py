@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from causalrope_sp.distributed.mesh import possible_cfg_sizes
+from causalrope_sp.heads.near_rows import pairs
 from causalrope_sp.io.report_files import check_files, import_pyplot, save_plot
 from causalrope_sp.planning.cost import Plan, plan
 from causalrope_sp.planning.decode_cost import DecodePlan
@@ -137,8 +138,9 @@ def _reuse_in_words(work: Workload, costs: list[Plan]) -> str:
 def _heads_in_words(work: Workload, costs: list[Plan]) -> str:
     """The shares of the keys that heads see and attend, and ρ of the strategies that share heads."""
     rings, c = work.head_rings(1), work.config
-    every = c.num_layers * c.num_heads * work.window
-    seen, later = (rings.attended(0, work.window, chosen) / every for chosen in (None, work.seen))
+    every, tokens = c.num_layers * c.num_heads * work.window, (0, work.grid.tokens)
+    shares = [pairs(work.grid, near, tokens, tokens) / work.grid.tokens**2 for near in rings.rows]
+    seen, later = (rings.attended(0, work.window, chosen, shares) / every for chosen in (None, work.seen))
     attended = "" if later == seen else f", and attend {later:.0%} after a chunk's first pass"
     uneven = ", ".join(f"{p.name} {p.head_imbalance:.3f}" for p in costs if p.head_imbalance > 1)
     rho = f"; ρ, max/mean of the ranks: {uneven}" if uneven else ""

@@ -126,13 +126,7 @@ class Workload:
         """Returns the rings of the cache, and where the heads are, if so many ranks share them."""
         c = self.config
         sizes = c.num_layers, c.num_heads, columns, self.window
-        return head_rings(self.heads, *sizes, self.sink, self.chunk_frames, self.similar)
-
-    def head_imbalance(self, columns: int) -> float:
-        """Returns ρ of a steady chunk if so many ranks share the heads; see `HeadRings.imbalance`. The first forward is
-        fused with the context pass of the chunk before."""
-        first, later = (self.window, self.seen), (self.seen,)
-        return self.head_rings(columns).imbalance({first: 1, later: self.steps - 1})
+        return head_rings(self.heads, *sizes, self.sink, self.chunk_frames, self.similar, self.grid.rows)
 
     @property
     def choosing(self) -> int:

@@ -110,7 +110,7 @@ class HeadSearch:
         """The stream of a sample with windows of heads, right before the sample's pass."""
         loop, config, options = self._loop, self._loop.model.config, self._loop.options.stream
         sizes = config.num_layers, config.num_heads, loop.layout.ulysses, sample.stream.cache.window.frames
-        rings = HeadRings.of(policy, *sizes, options.sink, options.chunk_frames)
+        rings = HeadRings.of(policy, *sizes, options.sink, options.chunk_frames, frame_rows=loop.context.grid.rows)
         stream = sample.stream.with_strategy(build_strategy(loop.parallel, loop.layout, loop.context.grid, rings))
         fill(stream, sample)
         return stream

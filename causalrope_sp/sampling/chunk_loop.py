@@ -21,6 +21,7 @@ from causalrope_sp.distributed import SequenceParallel
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.grid import Chunk, LatentGrid, split_into_chunks
 from causalrope_sp.models.causal_dit import CausalDiT
+from causalrope_sp.planning.counts import head_imbalance
 from causalrope_sp.planning.machines import default_machine
 from causalrope_sp.planning.strategy import choose_strategy
 from causalrope_sp.planning.workload import Workload
@@ -126,7 +127,7 @@ class ChunkLoop:
             agreed |= {name: digest(x) for name, x in tensors.items() if x is not None}
         self.layout = options.layout or choose_strategy(work, default_machine(self.parallel.device), self.parallel)
         self.rings = work.head_rings(self.layout.ulysses)
-        self.head_imbalance = work.head_imbalance(self.layout.ulysses)
+        self.head_imbalance = head_imbalance(self.layout, work)
         strategy = agree_on_strategy(self.parallel, work, self.layout, agreed)
         relative = stream.rope == "relative"
         models = [model] if options.low_noise is None else [model, options.low_noise.model]

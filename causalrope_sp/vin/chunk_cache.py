@@ -95,9 +95,9 @@ class ChunkCache:
         k, v = (Slots(ring, self._slots[chunk]) for ring in ring_2BKSHD)
         return [k], [v]
 
-    def keys(self, layer: int, chunk: Chunk, since: int, old: bool) -> Sequence[Keys]:
-        """Returns the keys that a chunk attends; `old` ones are those that no chunk of the pass writes: the global
-        tokens and the initial frames."""
+    def keys(self, layer: int, chunk: Chunk, since: int, old: bool, reader: int = 0) -> Sequence[Keys]:
+        """Returns the keys that a chunk attends, the same for all readers; `old` ones are those that no chunk of the
+        pass writes: the global tokens and the initial frames."""
         ring_2BKSHD = self.storage_L2BKSHD[layer]
         key = chunk, since, old
         if key not in self._ranges:

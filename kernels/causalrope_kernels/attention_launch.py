@@ -206,8 +206,9 @@ def _plan(q_BTHD: Tensor, keys: Keys, reuse_q: bool) -> _Plan:
     if bands is not None:
         tokens = bands.slot_tokens
         most, seen = (max(stop - first for first, stop in spans) for spans in (bands.queries, bands.keys))
-        read = read // tokens * seen
-    size = size_of(most, width, q_BTHD.dtype, rotate_on_read is not None, lists, architecture(q_BTHD.device))
+        most, read = min(most, 64), read // tokens * seen  # larger blocks of queries would spill, or be half empty
+    nested = lists or bands is not None
+    size = size_of(most, width, q_BTHD.dtype, rotate_on_read is not None, nested, architecture(q_BTHD.device))
     blocks = blocks_of(queries, size.queries)
     if bands is not None:
         lines = bands.tiles(queries // bands.frame_queries, size.queries)

@@ -90,16 +90,18 @@ def _bands(keys: Keys, bands: Bands, queries: int, ranges: Ranges) -> None:
     follow = all(a < b for a, b in spans) and [0, *(b for _, b in spans[:-1])] == [a for a, _ in spans]
     if not spans or not follow or len(bands.keys) != len(spans) or queries % bands.frame_queries:
         raise ValueError(
-            f"bands: expected queries of a frame, of {queries} in all, that follow each other, with keys for each band, "
-            f"not {spans} with {bands.keys}"
+            f"bands: expected queries of a frame, of {queries} in all, that follow each other, with keys for each, not "
+            f"{spans} with {bands.keys}"
         )
     if tokens < 1 or keys.k.shape[1] % tokens or not all(0 <= a <= b <= tokens for a, b in bands.keys):
         raise ValueError(
-            f"bands: expected keys within a slot, and whole slots in {keys.k.shape[1]} rows, not {bands.keys} in slots of "
-            f"{tokens}"
+            f"bands: expected keys within a slot, and whole slots in {keys.k.shape[1]} rows, not {bands.keys} in slots "
+            f"of {tokens}"
         )
     if keys.rotate_on_read is not None and keys.rotate_on_read.tokens != tokens:
-        raise ValueError(f"bands: expected slots of {keys.rotate_on_read.tokens} rows, as keys are rotated, not {tokens}")
+        raise ValueError(
+            f"bands: expected slots of {keys.rotate_on_read.tokens} rows, as keys are rotated, not {tokens}"
+        )
     _whole_slots(ranges, tokens, "queries see some tokens of each")
 
 

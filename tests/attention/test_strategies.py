@@ -189,7 +189,7 @@ class Drawn:
 @st.composite
 def streams(draw: st.DrawFn) -> Drawn:
     ranks, heads = draw(st.integers(2, 5)), draw(st.integers(1, 7))
-    rows = draw(st.integers(1, 4))
+    rows = draw(st.integers(1, 6))
     columns = draw(st.integers(-(-ranks // rows), 4 + ranks // rows))
     chunk, sink = draw(st.integers(1, 3)), draw(st.integers(0, 2))
     window = draw(st.one_of(st.none(), st.integers(chunk + sink, chunk + sink + 5)))
@@ -198,8 +198,9 @@ def streams(draw: st.DrawFn) -> Drawn:
     rope = draw(st.sampled_from(ropes))
     seen = st.sampled_from([None, 0, *range(chunk + sink, chunk + sink + 4)])
     two_layers = tuple(tuple(draw(seen) for _ in range(heads)) for _ in range(CONFIG.num_layers))
-    policy = draw(st.sampled_from([None, HeadPolicy(two_layers)]))
-    similar = draw(st.sampled_from([None, 0, 1, 0.4]))
+    near = tuple(tuple(draw(st.sampled_from([None, 1, 2])) for _ in range(heads)) for _ in range(CONFIG.num_layers))
+    policy = draw(st.sampled_from([None, HeadPolicy(two_layers), HeadPolicy(two_layers, near)]))
+    similar = None if policy is not None and policy.rows else draw(st.sampled_from([None, 0, 1, 0.4]))
     stream = StreamConfig(window, sink, chunk, first, rope, similar_frames=similar, heads=policy)
     known = 0 if first else draw(st.integers(0, 4))
     job = Job(rows, columns, draw(st.integers(1, 8)), stream, draw(st.integers(1, 2)), known, fuse=draw(st.booleans()))

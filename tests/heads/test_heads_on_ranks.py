@@ -111,7 +111,7 @@ def test_ranks_receive_cache_and_compute_what_the_formulas_say(pool: RankPool, r
     first, later = (np.array([found["ulysses"]["passes"][n][1] for found in every]) for n in range(2))
     forwards = [first + later, *[later] * (work.steps - 1)]  # the first with the context pass of the chunk before
     waited, mean = (sum(of(forward, 0).sum() for forward in forwards) for of in (np.max, np.mean))
-    assert work.head_imbalance(ranks) == pytest.approx(waited / mean)
+    assert head_imbalance(parse_strategy("ulysses", ranks), work) == pytest.approx(waited / mean)
 
 
 def test_a_plan_has_the_bytes_of_windows_and_their_imbalance() -> None:

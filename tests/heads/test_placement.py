@@ -16,7 +16,7 @@ from causalrope_sp.config import PRESETS
 from causalrope_sp.distributed.layout import parse_strategy, strategies
 from causalrope_sp.heads import HeadPolicy
 from causalrope_sp.heads.placement import HeadPlacement, HeadRings
-from causalrope_sp.planning.counts import attention_flops, cache_bytes
+from causalrope_sp.planning.counts import attention_flops, cache_bytes, head_imbalance
 from causalrope_sp.planning.workload import Workload
 from tests.support.strategy_runs import CONFIG, WORK
 
@@ -71,7 +71,7 @@ def test_columns_wait_in_every_layer_of_every_forward(
     """A chunk's first forward has a part that attends all frames, and the context pass of the chunk before."""
     policy, columns, heads = drawn
     work = replace(WORK, config=replace(CONFIG, num_layers=len(policy.windows), num_heads=heads, dim=6 * heads))
-    work = replace(work, window=8, sink=1, heads=policy, similar=similar, steps=steps)
+    work = replace(work, grid=LatentGrid(3, 4), window=8, sink=1, heads=policy, similar=similar, steps=steps)
     waited = every = 0
     for layer, placement in zip(policy.frames(8), work.head_rings(columns).placements):
         for parts in ((8, similar), *[(similar,)] * (steps - 1)):
@@ -80,7 +80,8 @@ def test_columns_wait_in_every_layer_of_every_forward(
                 for column in placement.columns
             ]
             waited, every = waited + max(loads), every + sum(loads)
-    assert work.head_imbalance(columns) == pytest.approx(waited * columns / every if every else 1)
+    found = head_imbalance(parse_strategy("ulysses", columns), work)
+    assert found == pytest.approx(waited * columns / every if every else 1)
 
 
 @given(policies(), st.data())

@@ -20,6 +20,7 @@ from causalrope_sp.diffusion.noise import Noise
 from causalrope_sp.diffusion.schedule import sigmas
 from causalrope_sp.diffusion.solvers import start_solver
 from causalrope_sp.grid import Shard, split_into_chunks
+from causalrope_sp.heads import HeadPolicy
 from causalrope_sp.models.block import ForwardPass
 from causalrope_sp.models.causal_dit import CausalDiT
 from causalrope_sp.models.rope import RotaryTables
@@ -118,7 +119,7 @@ class ListSession:
             q = q.unflatten(1, (len(order), -1))[:, [order.index(frame) for frame in own]].flatten(1, 2)
             if self.stream.heads is None:
                 return attention(q, k, v)
-            return self.by_head(q, k, v, order, self.stream.heads.windows[layer], chunk.stop)
+            return self.by_head(q, k, v, order, self.stream.heads, layer, chunk.stop)
 
         step = ForwardPass(
             timesteps_F=torch.tensor([timestep] * len(own), dtype=torch.float32),
@@ -132,25 +133,32 @@ class ListSession:
         return self.grid.unpatchify(velocity.unflatten(1, (len(own), -1)))
 
     def by_head(
-        self, q: Tensor, k: Tensor, v: Tensor, order: list[int], windows: Sequence[int | None], stop: int
+        self, q: Tensor, k: Tensor, v: Tensor, order: list[int], heads: HeadPolicy, layer: int, stop: int
     ) -> Tensor:
-        """Attention of each head by itself, with a mask of the frames that it sees."""
+        """Attention of each head by itself, with a mask of the frames and the rows that it sees."""
         sink, _ = self.sinks(stop)
         others = [frame for frame in order if frame not in sink]
         outputs = []
-        for head, window in enumerate(windows):
+        for head, (window, rows) in enumerate(zip(heads.windows[layer], heads.rows_of_heads[layer], strict=True)):
             seen = set(order)
             if window is not None and window < self.stream.window:  # type: ignore[operator]  # it has one
                 seen = ({*order} & sink) | set(others[len(others) - min(window - self.stream.sink, len(others)) :])
             if window == 0:
                 outputs.append(torch.zeros_like(q[:, :, head : head + 1]))
                 continue
-            mask = torch.tensor([frame in seen for frame in order]).repeat_interleave(k.shape[1] // len(order))
+            of_frame = torch.tensor([frame in seen for frame in order])
+            mask = self.near(rows).repeat(q.shape[1] // self.grid.tokens, len(order))
+            mask = mask & of_frame.repeat_interleave(self.grid.tokens)
             q_h, k_h, v_h = (x[:, :, head : head + 1].transpose(1, 2) for x in (q, k, v))
             outputs.append(
-                scaled_dot_product_attention(q_h, k_h, v_h, attn_mask=mask.expand(1, 1, 1, -1)).transpose(1, 2)
+                scaled_dot_product_attention(q_h, k_h, v_h, attn_mask=mask.expand(1, 1, -1, -1)).transpose(1, 2)
             )
         return torch.cat(outputs, 2)
+
+    def near(self, rows: int | None) -> Tensor:
+        """Which tokens of a frame the tokens of another see, with bands of so many rows."""
+        bands = torch.arange(self.grid.tokens) // self.grid.columns // (rows or self.grid.rows)
+        return (bands[:, None] - bands).abs() <= 1
 
     def set_text(self, number: int, recache: bool, recache_sink: bool, new_shot: bool) -> None:
         self.text = number

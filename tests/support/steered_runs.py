@@ -17,9 +17,9 @@ from causalrope_sp.models.causal_dit import CausalDiT
 from causalrope_sp.sampling.steered_loop import SteeredLoop
 from causalrope_sp.sampling.stream_options import StreamOptions
 from tests.support.list_session import SAMPLER, ListSession
-from tests.support.strategy_runs import CONFIG, HEADS, make_model
+from tests.support.strategy_runs import CONFIG, HEADS, NEAR, make_model
 
-GRID = LatentGrid(1, 7)
+GRID = LatentGrid(7, 1)
 NOISE = seeded_noise(0, (1, CONFIG.in_channels, GRID.latent_height, GRID.latent_width))
 TEXTS = [
     torch.randn(1, CONFIG.text_len, CONFIG.text_dim, generator=torch.Generator().manual_seed(n)).double()
@@ -32,7 +32,7 @@ STREAMS = {
     "recomputed": StreamConfig(7, 2, 2, rope="relative", window_policy="recomputed"),
     "controlled": StreamConfig(6, 1, 2),
     "heads": StreamConfig(7, 1, 2, heads=HEADS),
-    "heads, recomputed": StreamConfig(7, 1, 2, rope="relative", window_policy="recomputed", heads=HEADS),
+    "heads, recomputed": StreamConfig(7, 1, 2, rope="relative", window_policy="recomputed", heads=NEAR),
 }
 CONTROL = torch.randn(
     1, 40, 3, GRID.latent_height, GRID.latent_width, generator=torch.Generator().manual_seed(4), dtype=torch.float64

@@ -49,6 +49,7 @@ WAYS_TO_TALK = (
 )
 WHOLE = StreamConfig()
 HEADS = HeadPolicy(((None, 3, 4, None, 3, 3), (3, None, 3, 0, 4, 3)))  # of the 2 layers of 6 heads
+NEAR = replace(HEADS, rows=((1, None, 2, 3, None, 1), (2, 1, None, 1, None, 3)))  # and bands of rows
 WORK = Workload(CONFIG, LatentGrid(1, 7), window=6, chunk_frames=2, steps=2, itemsize=8)
 
 
@@ -121,7 +122,7 @@ JOBS = {
     "heads and similar frames in int8": Job(
         1, 7, 11, StreamConfig(7, 1, 2, heads=HEADS, similar_frames=1, cache="int8"), batch=2
     ),
-    "heads in relative places": Job(2, 4, 9, StreamConfig(6, 1, 2, rope="relative", heads=HEADS)),
+    "heads in relative places": Job(4, 2, 9, StreamConfig(6, 1, 2, rope="relative", heads=NEAR, cache="int8")),
     "heads in a window of the whole video": Job(1, 7, 6, StreamConfig(None, 1, 2, heads=HEADS), fuse=False),
     "hardly any tokens": Job(3, 1, 5, StreamConfig(3, 0, 1)),
     "float32": Job(1, 7, 6, StreamConfig(5, 1, 2), dtype=torch.float32),
