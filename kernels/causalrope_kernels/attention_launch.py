@@ -50,15 +50,15 @@ def tile(queries: int, width: int, dtype: torch.dtype, rotated: bool, lists: boo
     """Returns the launch parameters for T `queries` of head width `width`.
 
     A larger block of queries reads the keys less often, and needs more registers for the sum over d; lists of ranges,
-    whose loop is not unrolled, need some more. These blocks are the largest that compile without a register spill
-    (benchmarks/compiled_kernels.md).
+    whose loop is not unrolled, and bands, with a loop over slots, need some more. These blocks are the largest that
+    compile without a register spill (benchmarks/compiled_kernels.md).
 
     Args:
         queries: T.
         width: d.
         dtype: of queries, keys and values.
         rotated: whether keys are rotated on read.
-        lists: whether every head has ranges of its own.
+        lists: whether every head has ranges of its own, or queries see bands of the rows.
         architecture: the compute capability as one number, such as 90.
     """
     if dtype == torch.float32:
@@ -68,7 +68,7 @@ def tile(queries: int, width: int, dtype: torch.dtype, rotated: bool, lists: boo
     if width > 128:
         return Tile(32, 32, 8, 2)
     if architecture in SMALL and width > 64:
-        return Tile(64, 32, 8, 2)
+        return Tile(64, 32, 4 if lists and not rotated else 8, 2)
     if rotated and width > 64 and architecture < 90:
         return Tile(64, 32, 8, 3)
     if rotated and width > 64 and (lists or architecture >= 100):

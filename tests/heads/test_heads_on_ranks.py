@@ -31,6 +31,7 @@ from causalrope_sp.planning.counts import (
     cache_bytes,
     coordinates,
     cross_flops,
+    head_imbalance,
     received_in_pass,
     received_means,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from causalrope_sp.heads import HeadPolicy, read_heads, write_heads
 from causalrope_sp.sessions.session_metadata import config_of
 
 POLICY = HeadPolicy(((None, 5, 0), (4, None, 7)))
+NEAR = replace(POLICY, rows=((2, None, None), (None, 1, 3)))
 
 
 def written(path: Path, value: object) -> Path:
@@ -29,13 +31,18 @@ def test_a_policy_comes_back_from_its_file(tmp_path: Path) -> None:
     write_heads(POLICY, tmp_path / "heads.json", rule="mass", share=0.8)
     assert json.loads((tmp_path / "heads.json").read_text())["rule"] == "mass"
     assert read_heads(tmp_path / "heads.json", chunk_frames=3, sink=1) == POLICY
+    write_heads(NEAR, tmp_path / "heads.json")
+    assert read_heads(tmp_path / "heads.json", chunk_frames=3, sink=1) == NEAR != POLICY
+    assert (POLICY.shortened, NEAR.shortened) == (4, 6)
+    assert replace(POLICY, rows=((None,) * 3,) * 2) == POLICY
     with pytest.raises(OutputError, match="cannot write"):
         write_heads(POLICY, tmp_path / "nowhere" / "heads.json")
 
 
 def test_a_stream_with_a_policy_comes_back_from_json() -> None:
-    stream = StreamConfig(9, 1, 3, heads=POLICY)
-    assert config_of(StreamConfig, json.loads(json.dumps(stream_fields(stream)))) == stream
+    for policy in (POLICY, NEAR):
+        stream = StreamConfig(9, 1, 3, heads=policy)
+        assert config_of(StreamConfig, json.loads(json.dumps(stream_fields(stream)))) == stream
     assert "heads" not in stream_fields(StreamConfig())
 
 
@@ -72,6 +79,16 @@ WRONG: dict[str, tuple[object, str]] = {
         {"windows": [[None, 3]]},
         r"expected a window of at least chunk \+ sink = 3 \+ 1 latent frames in layer 0, head 1, got 3",
     ),
+    "no rows of heads": ({"windows": [[5, 5]], "rows": 3}, 'expected a list of lists as "rows", got 3'),
+    "rows of fewer heads": (
+        {"windows": [[5, 5]], "rows": [[2]]},
+        "expected rows of 1 layers of 2 heads, as the windows, got 1 layers of 1 heads",
+    ),
+    "no row": (
+        {"windows": [[5, 5]], "rows": [[None, 0]]},
+        "the number of rows of layer 0, head 1 must be a whole number of at least 1, not 0",
+    ),
+    "half a row": ({"windows": [[5]], "rows": [[0.5]]}, "the number of rows of layer 0, head 0 must be a whole number"),
     "a layer left out": (LAYERS[1:], 'expected an object with "layer_idx" 0 as layer 0'),
     "a head twice": ([{"layer_idx": 0, "static_head": [0], "dynamic_head": [0, 1]}], "expected each head of layer 0"),
     "a head left out": ([{"layer_idx": 0, "static_head": [0], "dynamic_head": [2]}], "expected each head of layer 0"),
@@ -103,7 +120,9 @@ json_values = st.recursive(
     lambda inner: (
         st.lists(inner, max_size=4)
         | st.dictionaries(
-            st.sampled_from(["windows", "layers", "layer_idx", "static_head", "dynamic_head", "num_heads", "x"]),
+            st.sampled_from(
+                ["windows", "rows", "layers", "layer_idx", "static_head", "dynamic_head", "num_heads", "x"]
+            ),
             inner,
             max_size=4,
         )

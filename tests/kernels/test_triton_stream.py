@@ -21,7 +21,7 @@ from tests.support.triton_cases import DEVICE, random
 
 pytestmark = pytest.mark.usefixtures("bfloat16_as_on_a_gpu")
 
-HEADS = HeadPolicy(((None, 3, 4), (3, None, 0)))
+HEADS = HeadPolicy(((None, 3, 4), (3, None, 0)), ((None, 1, 1), (None, 1, None)))
 
 
 def make_model(dtype: torch.dtype = torch.float32, wide: bool = False) -> CausalDiT:
@@ -39,11 +39,11 @@ def make_model(dtype: torch.dtype = torch.float32, wide: bool = False) -> Causal
 
 def a_video(parallel: SequenceParallel, dtype: torch.dtype, stream: StreamConfig, wide: bool = False) -> Tensor:
     """Three chunks of two frames; the last one evicts."""
-    grid, model = LatentGrid(2, 3), make_model(dtype, wide).to(parallel.device)
+    grid, model = LatentGrid(3, 2), make_model(dtype, wide).to(parallel.device)
     chunks = sample_chunks(
         model,
         random(1, 5, 8).to(dtype),
-        seeded_noise(0, (1, 2, 4, 6)),
+        seeded_noise(0, (1, 2, 6, 4)),
         grid,
         6,
         stream=stream,

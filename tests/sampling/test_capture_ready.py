@@ -4,7 +4,7 @@ allocate nothing that outlives them, copy nothing from the host, and ask the dev
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,8 +20,9 @@ from causalrope_sp.attention.build import build_strategy
 from causalrope_sp.cache.window import SlidingWindow
 from causalrope_sp.distributed.communicator import Communicator
 from causalrope_sp.distributed.layout import parse_strategy
-from causalrope_sp.grid import Chunk, Shard
+from causalrope_sp.grid import Chunk, LatentGrid, Shard
 from causalrope_sp.heads import HeadPolicy
+from causalrope_sp.heads.near_rows import bands_of
 from causalrope_sp.heads.placement import HeadRings
 from causalrope_sp.reuse.policy import ReusePlan, ReusePolicy
 from causalrope_sp.sampling.pass_inputs import Part
@@ -29,10 +30,12 @@ from causalrope_sp.sampling.similar_frames import SimilarFrames
 from causalrope_sp.sampling.stream import CausalStream
 from causalrope_sp.weights.fp8 import quantize_blocks
 from tests.support.launch_recorder import RecordedPasses, as_on_a_gpu
-from tests.support.reuse_cases import CONFIG, GRID, MIXED, SHARED, make_model, random
+from tests.support.reuse_cases import CONFIG, MIXED, SHARED, make_model, random
 
 FRAMES, CHUNKS = 2, 8
+GRID = LatentGrid(7, 1)  # seven tokens are even nowhere
 HEADS = HeadPolicy(((None, 5, 5, None, 5, 5), (5, None, 5, 0, 5, None)))
+NEAR = replace(HEADS, rows=((1, None, 1, None, None, 1), (1, 1, 1, None, 1, 1)))
 TIMESTEPS = (1000.0, 900.0, 800.0, 700.0, 600.0, 500.0)
 
 
@@ -80,8 +83,10 @@ CASES = {
     "ulysses×shard-kv": Case(2, "ulysses2xshard-kv2", 4, "triton"),
     "heads": Case(2, attention="triton", window=8, sink=1, heads=HEADS),
     "heads, relative": Case(2, attention="triton", window=8, sink=1, relative=True, heads=HEADS),
-    "heads, gather-kv": Case(2, "gather-kv", 2, "triton", window=8, sink=1, heads=HEADS),
+    "heads, gather-kv": Case(2, "gather-kv", 2, "triton", window=8, sink=1, heads=NEAR),
+    "heads, shard-kv": Case(2, "shard-kv", 2, "triton", window=8, sink=1, heads=NEAR),
     "heads, ulysses": Case(2, "ulysses", 2, "triton", window=8, sink=1, heads=HEADS),
+    "heads, a library's attention": Case(4, attention="torch", window=8, sink=1, heads=NEAR, dtype=torch.float32),
     "reuse on ranks": Case(4, "ulysses", 2, "triton", reuse=SHARED),
     "similar frames": Case(3, attention="triton", similar=2),
     "similar frames, the first pass by a library": Case(3, similar=2),
@@ -128,13 +133,15 @@ def open_stream(case: Case, ranks: Any, model: CausalDiT) -> tuple[list[CausalSt
     shard, strategy, sharing = Shard(GRID), Strategy(GRID.tokens, CONFIG.num_heads, case.attention), None
     sizes = CONFIG.num_layers, CONFIG.num_heads
     if case.heads is not None:
-        rings = HeadRings.of(case.heads, *sizes, 1, case.window, case.sink, FRAMES)
+        rings = HeadRings.of(case.heads, *sizes, 1, case.window, case.sink, FRAMES, frame_rows=GRID.rows)
         strategy = Strategy(GRID.tokens, CONFIG.num_heads, case.attention, rings.placements)
-        strategy.cached = rings.cached(0, from_model=True)
+        whole = 0, GRID.tokens
+        bands = tuple(None if n is None else bands_of(GRID, n, whole, whole) for n in rings.rows)
+        strategy.cached = rings.cached(0, from_model=True, bands=(bands,))
     if case.ranks > 1:
         parallel: SequenceParallel = ranks(case.ranks, case)
         layout = parse_strategy(case.strategy, case.ranks)
-        rings = HeadRings.of(case.heads, *sizes, layout.ulysses, case.window, case.sink, FRAMES)
+        rings = HeadRings.of(case.heads, *sizes, layout.ulysses, case.window, case.sink, FRAMES, frame_rows=GRID.rows)
         strategy, shard = build_strategy(parallel, layout, GRID, rings), parallel.shard(GRID)
         sharing = parallel.sp_communicator()
     passes = RecordedPasses(sharing)
