@@ -21,7 +21,7 @@ from tests.support.triton_cases import DEVICE, random
 
 pytestmark = pytest.mark.usefixtures("bfloat16_as_on_a_gpu")
 
-HEADS = HeadPolicy(((None, 3, 4), (3, None, 0)), ((None, 1, 1), (None, 1, None)))
+HEADS = HeadPolicy(((None, 3, 4), (3, None, 0)), ((None, 1, None), (None, None, None)))
 
 
 def make_model(dtype: torch.dtype = torch.float32, wide: bool = False) -> CausalDiT:
