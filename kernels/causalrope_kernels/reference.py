@@ -142,15 +142,22 @@ def _put_quantized(outputs: SlotsByHeads, pieces: QuantizedPieces, number: int) 
 
 
 def _put_numbers(outputs: SlotsByHeads, numbers_BFSHD: Tensor, scales_BFSH: Tensor) -> None:
+    if len(outputs) == 1:
+        return _put_both(outputs[0], as_bits(numbers_BFSHD), scales_BFSH)
     heads = [slots.x.shape[3] for slots in outputs]
     parts = zip(outputs, as_bits(numbers_BFSHD).split(heads, 3), scales_BFSH.split(heads, 3), strict=True)
     for slots, numbers, scales in parts:
-        assert slots.scales is not None, "all slots have scales"
-        for x, value in ((slots.bits, numbers), (slots.scales, scales)):
-            if slots.slots_F is None:
-                x.copy_(value)
-            else:
-                x.index_copy_(1, slots.slots_F, value)
+        _put_both(slots, numbers, scales)
+
+
+def _put_both(slots: Slots, numbers_BFSHD: Tensor, scales_BFSH: Tensor) -> None:
+    assert slots.scales is not None, "all slots have scales"
+    if slots.slots_F is None:
+        slots.bits.copy_(numbers_BFSHD)
+        slots.scales.copy_(scales_BFSH)
+    else:
+        slots.bits.index_copy_(1, slots.slots_F, numbers_BFSHD)
+        slots.scales.index_copy_(1, slots.slots_F, scales_BFSH)
 
 
 def _put(slots: Slots, value_BFSHD: Tensor) -> None:

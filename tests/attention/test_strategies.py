@@ -18,7 +18,7 @@ from torch import Tensor
 from causalrope_sp import Chunk, LatentGrid, StreamConfig
 from causalrope_sp.attention.base import Strategy
 from causalrope_sp.cache.window import SlidingWindow
-from causalrope_sp.config import PRESETS
+from causalrope_sp.config import PRESETS, CacheDtype
 from causalrope_sp.distributed import SequenceParallel, strategies
 from causalrope_sp.distributed.launch import RankPool
 from causalrope_sp.distributed.layout import parse_strategy
@@ -201,7 +201,9 @@ def streams(draw: st.DrawFn) -> Drawn:
     near = tuple(tuple(draw(st.sampled_from([None, 1, 2])) for _ in range(heads)) for _ in range(CONFIG.num_layers))
     policy = draw(st.sampled_from([None, HeadPolicy(two_layers), HeadPolicy(two_layers, near)]))
     similar = None if policy is not None and policy.rows else draw(st.sampled_from([None, 0, 1, 0.4]))
-    stream = StreamConfig(window, sink, chunk, first, rope, similar_frames=similar, heads=policy)
+    kinds: list[CacheDtype] = ["model", "int8", "fp8"]
+    cache = draw(st.sampled_from(kinds))
+    stream = StreamConfig(window, sink, chunk, first, rope, similar_frames=similar, heads=policy, cache=cache)
     known = 0 if first else draw(st.integers(0, 4))
     job = Job(rows, columns, draw(st.integers(1, 8)), stream, draw(st.integers(1, 2)), known, fuse=draw(st.booleans()))
     strategy = draw(st.sampled_from(strategies(ranks, heads)))
