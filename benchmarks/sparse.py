@@ -145,7 +145,7 @@ def show_full_size(rows: list[dict[str, Any]]) -> None:
 @click.option(
     "--windows",
     "rules",
-    default="mass=0.9,mass=0.8,mass=0.7,search=0.55,search=0.65,search=0.75,search=0.83",
+    default="mass=0.9,mass=0.8,mass=0.7,search=0.55,search=0.65,search=0.83,search=0.75",
     show_default=True,
     help="The rules that profile-heads makes windows by; sums have those of the last one.",
 )
