@@ -180,7 +180,7 @@ class HeadRings:
     @property
     def one(self) -> bool:
         """Whether all heads see the whole window, and keep the model's order."""
-        whole = self.rows == (None,)
+        whole = self.frames == (self.window,) and self.rows == (None,)
         return whole and all(placement.in_order for placement in self.placements)
 
     def cached(self, column: int, *, from_model: bool, bands: tuple[tuple[Bands | None, ...], ...] = ()) -> CachedHeads:

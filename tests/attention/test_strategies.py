@@ -68,6 +68,13 @@ def test_many_ranks_equal_one(found: Found, alone: dict[str, Tensor], ranks: int
         assert torch.equal(rank[strategy, name], results[0][strategy, name])
 
 
+def test_heads_that_see_alike_equal_a_smaller_window(alone: dict[str, Tensor]) -> None:
+    job = JOBS["heads that see alike"]
+    narrow = single(replace(job, stream=StreamConfig(4, 1, 2)))
+    assert relative(alone["heads that see alike"], narrow) < 1e-12
+    assert relative(narrow, single(replace(job, stream=StreamConfig(7, 1, 2)))) > 1e-3
+
+
 @pytest.mark.parametrize(("ranks", "strategy"), EVERY)
 def test_overlap_and_head_groups_change_nothing(
     found: Found, alone: dict[str, Tensor], ranks: int, strategy: str

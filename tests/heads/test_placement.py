@@ -111,6 +111,7 @@ def test_heads_that_all_see_the_whole_window_stay_where_they_are() -> None:
     assert dense.imbalance({(8,): 1}) == 9 / 7
     assert HeadRings.of(HeadPolicy(((None, 9, 8, None, 8, 12, 8),) * 2), 2, 7, 3, 8, 1, 2) == dense
     assert HeadPlacement(()).in_order
+    assert not HeadRings.of(HeadPolicy(((4,) * 7,) * 2), 2, 7, 1, 8, 1, 2).one
 
 
 def test_the_published_split_is_balanced_on_eight_ranks() -> None:

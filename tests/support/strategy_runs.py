@@ -123,6 +123,7 @@ JOBS = {
         1, 7, 11, StreamConfig(7, 1, 2, heads=HEADS, similar_frames=1, cache="int8"), batch=2
     ),
     "heads in relative places": Job(4, 2, 9, StreamConfig(6, 1, 2, rope="relative", heads=NEAR, cache="int8")),
+    "heads that see alike": Job(1, 7, 9, StreamConfig(7, 1, 2, heads=HeadPolicy(((4,) * 6,) * 2))),
     "heads in a window of the whole video": Job(1, 7, 6, StreamConfig(None, 1, 2, heads=HEADS), fuse=False),
     "hardly any tokens": Job(3, 1, 5, StreamConfig(3, 0, 1)),
     "float32": Job(1, 7, 6, StreamConfig(5, 1, 2), dtype=torch.float32),
