@@ -1,6 +1,7 @@
 """Windows of heads on a CPU: a denoise pass with Forcing-KV's published split against the whole window.
 
     python benchmarks/heads.py            # D 768, 6 heads, 240 tokens a frame, window 21, 12 layers of random weights
+    python benchmarks/heads.py --rows 2   # and bands of rows for the heads whose windows stay whole
 
 The velocity of the pass is first compared with that of a stream of whole windows whose every head attends under a mask
 of its own. Times are medians of passes that alternate between both streams.
@@ -38,7 +39,12 @@ ONE = parse_strategy("ulysses", 1)
 
 
 def split(
-    layers: int, heads: int, share: float | None = None, static: int = SHORT, dynamic: int | None = None
+    layers: int,
+    heads: int,
+    share: float | None = None,
+    static: int = SHORT,
+    dynamic: int | None = None,
+    rows: int | None = None,
 ) -> HeadPolicy:
     """The published split of so many layers, evenly picked, with layer 0 whole.
 
@@ -48,10 +54,15 @@ def split(
         share: the share of the heads of every layer but the first that are static, in place of the published ones.
         static: the window of a static head, in latent frames.
         dynamic: that of the other heads; None for the whole window.
+        rows: the rows of their bands; None for whole frames.
     """
     picked = [STATIC[layer * len(STATIC) // layers] / 12 if share is None else share for layer in range(layers)]
     counts = [round(each * heads) for each in picked[1:]]
-    return HeadPolicy(((None,) * heads, *((static,) * count + (dynamic,) * (heads - count) for count in counts)))
+
+    def table(of_static: int | None, others: int | None) -> tuple[tuple[int | None, ...], ...]:
+        return (None,) * heads, *((of_static,) * count + (others,) * (heads - count) for count in counts)
+
+    return HeadPolicy(table(static, dynamic), table(None, rows))
 
 
 def opened(model: CausalDiT, policy: HeadPolicy | None) -> tuple[CausalStream, Workload]:
@@ -72,16 +83,17 @@ def opened(model: CausalDiT, policy: HeadPolicy | None) -> tuple[CausalStream, W
 @click.option("--layers", default=12, show_default=True, help="Give the model this many layers.")
 @click.option("--ffn", default=3072, show_default=True, help="Give the feed-forwards this width.")
 @click.option("--share", type=float, help="Shorten this share of the heads. The default is the published split.")
+@click.option("--rows", type=click.IntRange(1), help="Let the other heads see bands of this many of the 12 rows.")
 @click.option("--passes", default=7, show_default=True, help="Measure this many passes of each stream.")
 @torch.inference_mode()
-def main(layers: int, ffn: int, share: float | None, passes: int) -> None:
+def main(layers: int, ffn: int, share: float | None, rows: int | None, passes: int) -> None:
     """Measures a denoise pass with windows of heads against one with whole windows."""
     torch.manual_seed(0)
     model = CausalDiT(DiTConfig(768, ffn, 6, layers, text_dim=64, text_len=64, in_channels=16)).eval()
-    policy = split(layers, 6, share)
+    policy = split(layers, 6, share, rows=rows)
     chunk = Chunk(WINDOW // CHUNK + 1, WINDOW + CHUNK, CHUNK)
     x = torch.randn(1, CHUNK, GRID.tokens, model.config.token_dim)
-    with attending(windows(policy, WINDOW, SINK)):
+    with attending(windows(policy, WINDOW, SINK, GRID)):
         dense, whole = opened(model, None)
         exact = dense.denoise(chunk, x, 1000.0)
     sparse, short = opened(model, policy)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from causalrope_kernels import Keys, PassOperations, Source
 from causalrope_kernels.quantized_heads import dequantize
-from causalrope_sp import Chunk
+from causalrope_sp import Chunk, LatentGrid
 from causalrope_sp.attention import base
 from causalrope_sp.attention.base import write_chunk
 from causalrope_sp.cache.kv_cache import KVCache
@@ -72,13 +72,15 @@ def of_frames(seen_HN: Tensor, scores_BHTL: Tensor) -> Tensor:
     return seen_HN.repeat_interleave(tokens, -1)[None, :, None]
 
 
-def windows(policy: HeadPolicy, window: int, sink: int) -> Rule:
-    """Every head sees the sink and the newest of the other frames, as many in all as its window has.
+def windows(policy: HeadPolicy, window: int, sink: int, grid: LatentGrid | None = None) -> Rule:
+    """Every head sees the sink and the newest of the other frames, as many in all as its window has, and of these its
+    bands of rows.
 
     Args:
         policy: the windows.
         window: the window of the stream, in latent frames.
         sink: its sink.
+        grid: the latent frame in tokens, which a policy of rows needs.
     """
     sizes = policy.frames(window)
 
@@ -86,7 +88,13 @@ def windows(policy: HeadPolicy, window: int, sink: int) -> Rule:
         others = sorted(frame for frame in frames if frame >= sink)
         by_head = [others[max(0, len(others) - (size - sink)) :] if size else None for size in sizes[layer]]
         seen = [[newest is not None and (f < sink or f in newest) for f in frames] for newest in by_head]
-        return of_frames(torch.tensor(seen), scores_BHTL)
+        mask = of_frames(torch.tensor(seen), scores_BHTL)
+        if grid is None:
+            return mask
+        row = torch.arange(grid.tokens) // grid.columns
+        bands_HS = torch.stack([row // (rows or grid.rows) for rows in policy.rows_of_heads[layer]])
+        near_HSS = (bands_HS[:, :, None] - bands_HS[:, None]).abs() <= 1
+        return mask & near_HSS.repeat(1, scores_BHTL.shape[2] // grid.tokens, len(frames))
 
     return rule
 

@@ -97,8 +97,7 @@ class Keys:
         v_scales: the same for the values.
         head_ranges: where heads read different rows the ranges of every head, N each, of which some may be empty; None
             if all heads read `ranges`.
-        bands: where queries see some of the tokens of a slot alone, which; the ranges are then whole slots. None if
-            each query sees all rows.
+        bands: the tokens of each slot that queries see, of ranges of whole slots; None if they see all rows.
     """
 
     k: Tensor
@@ -119,8 +118,7 @@ class Keys:
     @cached_property
     def one_part(self) -> bool:
         """Whether all queries of all heads read one range of keys that are not quantized."""
-        same = self.head_ranges is None and self.bands is None
-        return self.k_scales is None and same and len(self.plain) == 1
+        return self.k_scales is None and self.head_ranges is None and self.bands is None and len(self.plain) == 1
 
     @property
     def rows(self) -> Ranges:
@@ -142,15 +140,9 @@ class Keys:
         """What a kernel takes from the memory besides its addresses."""
         k, v, rotate = self.k, self.v, self.rotate_on_read
         on_read = None if rotate is None else (rotate.tokens, rotate.table.shape[2])
-        own = (
-            k.shape,
-            k.stride(),
-            v.stride(),
-            is_aligned(k),
-            is_aligned(v),
-            *map(_kind, (self.k_scales, self.v_scales)),
-        )
-        return k.device, k.dtype, own, self.bounds.shape[:-1], on_read, self.bands
+        own = k.shape, k.stride(), v.stride(), is_aligned(k), is_aligned(v)
+        scales = tuple(map(_kind, (self.k_scales, self.v_scales)))
+        return k.device, k.dtype, own, scales, self.bounds.shape[:-1], on_read, self.bands
 
     @cached_property
     def bits(self) -> tuple[Tensor, Tensor]:
@@ -179,8 +171,7 @@ class Keys:
         found, first = [], 0
         for ranges, same in groupby(self.head_ranges):
             part = slice(first, first + len(list(same)))
-            own = self.heads(part)
-            found.append(replace(own, ranges=ranges, bounds_N2=None, head_ranges=None))
+            found.append(replace(self.heads(part), ranges=ranges, bounds_N2=None, head_ranges=None))
             first = part.stop
         return found
 

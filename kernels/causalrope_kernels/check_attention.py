@@ -100,7 +100,7 @@ def _bands(keys: Keys, bands: Bands, queries: int, ranges: Ranges) -> None:
         )
     if keys.rotate_on_read is not None and keys.rotate_on_read.tokens != tokens:
         raise ValueError(
-            f"bands: expected slots of {keys.rotate_on_read.tokens} rows, as keys are rotated, not {tokens}"
+            f"bands: expected slots of {keys.rotate_on_read.tokens} rows, as keys are rotated on read, not {tokens}"
         )
     _whole_slots(ranges, tokens, "queries see some tokens of each")
 

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from causalrope_sp import LatentGrid
-from causalrope_sp.distributed import strategies
+from causalrope_sp import Chunk, LatentGrid
+from causalrope_sp.cache.window import SlidingWindow
+from causalrope_sp.distributed import SequenceParallel, strategies
 from causalrope_sp.distributed.layout import parse_strategy, token_spans
+from causalrope_sp.grid import Shard
 from causalrope_sp.heads import HeadPolicy
 from causalrope_sp.heads.near_rows import bands_of, pairs
 from causalrope_sp.heads.placement import HeadRings
-from causalrope_sp.planning.counts import attention_flops, head_imbalance
-from tests.support.strategy_runs import WORK
+from causalrope_sp.planning.counts import attention_flops, cache_bytes, cross_flops, head_imbalance
+from causalrope_sp.sampling.pass_inputs import Part
+from causalrope_sp.sampling.stream import CausalStream
+from tests.support.strategy_runs import CONFIG, NEAR, WORK, make_model, random
+from tests.support.streams import strategy_of
 
 WINDOW, SINK, CHUNK = 6, 1, 2
 
@@ -96,6 +103,25 @@ def test_flops_and_balance_are_those_of_masks(
     if sum(every):
         rho = sum(map(max, shares)) * ranks / sum(map(sum, shares))
         assert head_imbalance(layout, work) == pytest.approx(rho)
+
+
+def test_torch_counts_the_flops_of_the_formula() -> None:
+    """Its counter does not know the kernel for CPUs that returns log-sum-exps."""
+    grid = LatentGrid(7, 1)
+    work = replace(WORK, grid=grid, window=8, sink=1, heads=NEAR)
+    single = SequenceParallel.single(device="cpu")
+    embeds, x = random(1, CONFIG.text_len, CONFIG.text_dim), random(1, 2, 7, CONFIG.token_dim)
+    stream = CausalStream(make_model(), embeds, grid, SlidingWindow(8, 1), Shard(grid), strategy_of(single, work))
+    for n in range(5):
+        stream.commit(Part(Chunk(n, 2 * n, 2), x, 0.0))
+    assert stream.cache.bytes == cache_bytes(parse_strategy("ulysses", 1), work, 0)
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    known: dict[Any, Any] = {kernel: lambda q, k, v, *rest, **more: sdpa_flop_count(q, k, v)}
+    with FlopCounterMode(display=False, custom_mapping=known) as counter:
+        stream.denoise(Chunk(5, 10, 2), x, 1000.0)
+    found = sum(counter.get_flop_counts()["CausalDiT"].values())
+    attention = attention_flops(parse_strategy("ulysses", 1), work, 0, 2, 8)
+    assert found == 2 * 7 * work.linear_flops + cross_flops(work, 2 * 7) + attention
 
 
 def test_heads_with_more_keys_come_first_whatever_they_lack() -> None:

@@ -152,5 +152,7 @@ def test_a_policy_of_another_model_is_refused() -> None:
         POLICY.check_model(2, 4)
     with pytest.raises(ConfigError, match="chunk \\+ sink = 3 \\+ 2 latent frames in layer 1, head 0, got 4"):
         StreamConfig(9, 2, 3, heads=POLICY)
+    with pytest.raises(ConfigError, match="expected no rows with similar_frames"):
+        StreamConfig(9, 1, 3, heads=NEAR, similar_frames=2)
     with pytest.raises(ConfigError, match=r"heads: expected a HeadPolicy .* got 3"):
         StreamConfig(9, 1, 3, heads=3)  # type: ignore[arg-type]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from causalrope_kernels import (
     Affine,
+    Bands,
     Keys,
     Modulation,
     Pieces,
@@ -191,6 +192,26 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
     "half a slot": (
         lambda: attention(Q, Keys(Q, Q, ((0, 6),), rotate_on_read=THREE_SLOTS)),
         "ranges: expected whole slots of 4 rows",
+    ),
+    "bands with a gap": (
+        lambda: attention(Q, Keys(Q, Q, bands=Bands(((0, 2), (3, 4)), ((0, 4), (0, 4)), 4))),
+        r"bands: expected queries of a frame, of 12 in all, that follow each other, with keys for each, not \(\(0, 2\)",
+    ),
+    "bands of frames that do not divide": (
+        lambda: attention(Q, Keys(Q, Q, bands=Bands(((0, 5),), ((0, 4),), 4))),
+        "bands: expected queries of a frame, of 12 in all",
+    ),
+    "bands outside a slot": (
+        lambda: attention(Q, Keys(Q, Q, bands=Bands(((0, 4),), ((0, 5),), 4))),
+        r"bands: expected keys within a slot, and whole slots in 12 rows, not \(\(0, 5\),\) in slots of 4",
+    ),
+    "bands of other slots than those that are rotated": (
+        lambda: attention(Q, Keys(Q, Q, rotate_on_read=THREE_SLOTS, bands=Bands(((0, 4),), ((0, 6),), 6))),
+        "bands: expected slots of 4 rows, as keys are rotated on read, not 6",
+    ),
+    "bands of half a slot": (
+        lambda: attention(Q, Keys(Q, Q, ((0, 6),), bands=Bands(((0, 4),), ((0, 4),), 4))),
+        "ranges: expected whole slots of 4 rows, as queries see some tokens of each",
     ),
     "no parts": (lambda: merge([]), "parts: expected at least one, not none"),
     "parts that differ": (lambda: merge([(Q, LSE), (Q[:, 1:], LSE[:, 1:])]), r"parts\[1\] output: expected shape"),
