@@ -48,7 +48,7 @@ from causalrope_kernels import (
 from causalrope_kernels.add_norm_kernel import add_norm
 from causalrope_kernels.attention_launch import attend
 from causalrope_kernels.merge_kernel import merge
-from causalrope_kernels.norm_rope_store_kernel import split_tokens, store_pieces, store_projection
+from causalrope_kernels.norm_rope_store_launch import split_tokens, store_pieces, store_projection
 from causalrope_kernels.quantize_kernel import quantize_rows
 from causalrope_kernels.rms_norm_kernel import rms_norm
 from causalrope_sp.config import PRESETS

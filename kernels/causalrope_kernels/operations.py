@@ -109,7 +109,7 @@ def norm_rope_store(
     check_quantized.offset(k_offset, source)
     weights = (source.q_weight, source.k_weight) if isinstance(source, Projection) else ()
     if use_triton(backend, source.like, *weights):
-        from causalrope_kernels import norm_rope_store_kernel as kernel
+        from causalrope_kernels import norm_rope_store_launch as kernel
 
         kernel.store(source, q, k, v, k_offset)
     elif needs_gradient(source.like, *weights):
@@ -133,7 +133,7 @@ def split_tokens(x_BFSHD: Tensor, pieces: Sequence[Tensor], backend: Backend = "
     check.split(x_BFSHD, pieces)
     if not use_triton(backend, x_BFSHD):
         return reference.split_tokens(x_BFSHD, pieces)
-    from causalrope_kernels import norm_rope_store_kernel as kernel
+    from causalrope_kernels import norm_rope_store_launch as kernel
 
     kernel.split_tokens(x_BFSHD, pieces)
 

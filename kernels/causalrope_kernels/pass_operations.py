@@ -141,10 +141,10 @@ class PassOperations:
         split, merge_several = reference.split_tokens, reference.merge
         settled_add_norm, settled_rms_norm = lambda: add_norm, lambda: rms_norm
         if use_triton("auto", like.detach()):
-            from causalrope_kernels import add_norm_kernel, merge_kernel, norm_rope_store_kernel, rms_norm_kernel
+            from causalrope_kernels import add_norm_kernel, merge_kernel, norm_rope_store_launch, rms_norm_kernel
 
-            add_norm, rms_norm, store = add_norm_kernel.add_norm, rms_norm_kernel.rms_norm, norm_rope_store_kernel.store
-            split, merge_several = norm_rope_store_kernel.split_tokens, merge_kernel.merge
+            add_norm, rms_norm, store = add_norm_kernel.add_norm, rms_norm_kernel.rms_norm, norm_rope_store_launch.store
+            split, merge_several = norm_rope_store_launch.split_tokens, merge_kernel.merge
             settled_add_norm, settled_rms_norm = add_norm_kernel.settled_add_norm, rms_norm_kernel.settled_rms_norm
         return cls(
             add_norm,
