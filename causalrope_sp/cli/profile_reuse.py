@@ -104,7 +104,5 @@ def profile_reuse(
         write_policy(policy, out, model=model, bound=bound, timesteps=profile.timesteps)
     if plot is not None:
         report.plot(profile, plot)
-    if as_json:
-        click.echo(json.dumps(report.fields(profile, policy, bound)))
-    else:
-        click.echo(report.text(profile, policy, bound))
+    found = profile, policy, bound
+    click.echo(json.dumps(report.fields(*found)) if as_json else report.text(*found))
