@@ -23,6 +23,7 @@ STRATEGIES = ("ulysses", "gather-kv", "shard-kv")
 COLUMNS = ("attention FLOPs", "cache", "received: ulysses", "gather-kv", "shard-kv", "ρ")
 MODELS, SIZES, RANKS = ("wan2.1-1.3b", "wan2.1-14b"), ((480, 832), (720, 1280)), 8
 DYNAMIC = 11  # frames: as many as Forcing-KV's dynamic heads keep of 21, 5 and a third of the other 16
+ROWS = 4  # of bands
 WHOLE, SHORTENED = "published split", f"published split, dynamic heads {DYNAMIC} frames, int8"
 TARGETS = {"attention_flops": 0.6, "cache": 0.3}
 
@@ -58,6 +59,7 @@ def cells(row: dict[str, Any]) -> list[str | None]:
 def full_size_policies(layers: int, heads: int) -> dict[str, dict[str, Any]]:
     """The options of `StreamConfig`, by name."""
     whole, shortened = ({"heads": split(layers, heads, dynamic=frames)} for frames in (None, DYNAMIC))
+    bands = {"heads": split(layers, heads, rows=ROWS)}
     int8, similar = {"cache": "int8"}, {"similar_frames": 4}
     return {
         "int8": int8,
@@ -65,6 +67,7 @@ def full_size_policies(layers: int, heads: int) -> dict[str, dict[str, Any]]:
         WHOLE: whole,
         f"{WHOLE}, int8": whole | int8,
         f"{WHOLE}, similar_frames=4, int8": whole | similar | int8,
+        f"{WHOLE}, dynamic heads bands of {ROWS} rows, int8": bands | int8,
         SHORTENED: shortened | int8,
     }
 
