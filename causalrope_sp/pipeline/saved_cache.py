@@ -32,9 +32,9 @@ def describe_cache(loop: ChunkLoop) -> SavedCache:
     Args:
         loop: the stream.
     """
-    config, stop = loop.model.config, loop.position[1]
+    config = loop.model.config
     local = [(name, loop.branches.branch(number)) for number, name in enumerate(BRANCHES)]
-    found = {name: _describe(name, branch, stop) for name, branch in local if branch is not None}
+    found = {name: _describe(loop, name, branch) for name, branch in local if branch is not None}
     if loop.parallel.mesh.cfg > 1:  # each half of that axis has one branch
         ranks = loop.parallel.communicator_among(loop.parallel.mesh.denoising)
         assert ranks is not None, "the axis has two ranks"
@@ -49,25 +49,30 @@ def describe_cache(loop: ChunkLoop) -> SavedCache:
     return cache if dtype != torch.int8 else replace(cache, offsets=_offsets(loop, cache))
 
 
-def _describe(name: str, branch: GuidanceBranch, stop: int) -> SavedBranch:
-    cache, pending = branch.stream.cache, branch.pending
+def _describe(loop: ChunkLoop, name: str, branch: GuidanceBranch) -> SavedBranch:
+    cache, pending, stop = branch.stream.cache, branch.pending, loop.position[1]
     bounds = None if pending is None else (pending.chunk.start, pending.chunk.stop)
     frames, window, seen = tuple(sorted(branch.held(stop))), cache.window, tuple[tuple[int, ...], ...]()
-    if len(cache.rings) > 1:
+    if not _whole(loop):
         seen = tuple(tuple(number for number, _ in ring.places(frames, stop)) for ring in cache.rings)
     return SavedBranch(name, frames, window.oldest, window.kept_shot, bounds, seen)
 
 
 def _kinds(loop: ChunkLoop) -> tuple[tuple[int, ...], ...]:
-    """The number of the ring of each head, by layer and head of the model; nothing where all heads are in one."""
+    """The number of the ring of each head, by layer and head of the model; nothing where all see the whole window."""
     rings, kinds = loop.rings, list[tuple[int, ...]]()
-    if len(rings.frames) == 1:
+    if _whole(loop):
         return ()
     for placement, by_column in zip(rings.placements, rings.heads, strict=True):
         own = [ring for counts in by_column for ring, count in enumerate(counts) for _ in range(count)]
         of_head = dict(zip(placement.order, own, strict=True))
         kinds.append(tuple(of_head[head] for head in range(len(own))))
     return tuple(kinds)
+
+
+def _whole(loop: ChunkLoop) -> bool:
+    """Whether all heads see all frames of the window."""
+    return set(loop.rings.frames) == {loop.rings.window}
 
 
 def _offsets(loop: ChunkLoop, cache: SavedCache) -> dict[str, Tensor]:
@@ -190,7 +195,7 @@ def restore_cache(loop: SteeredLoop, cache: SavedCache) -> None:
         if branch is None:
             continue
         loop.resume(branch, saved.oldest, saved.kept_shot, saved.pending)
-        held = _describe(saved.name, branch, loop.position[1])
+        held = _describe(loop, saved.name, branch)
         if held.frames != tuple(sorted(saved.frames)):
             raise ConfigError(
                 f"the saved cache holds the frames {sorted(saved.frames)}, but its window those of {list(held.frames)}"

@@ -10,11 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from causalrope_sp import SequenceParallel
+from causalrope_sp import SequenceParallel, StreamConfig
 from causalrope_sp.attention.build import build_strategy, stored_part
 from causalrope_sp.distributed.launch import RankPool
 from causalrope_sp.distributed.layout import parse_strategy, strategies
 from causalrope_sp.grid import LatentGrid
+from causalrope_sp.heads import HeadPolicy
 from causalrope_sp.heads.placement import HeadRings
 from causalrope_sp.sessions import read_session, write_session
 from tests.support.saved_loops import (
@@ -28,7 +29,7 @@ from tests.support.saved_loops import (
     strategies_of,
     uninterrupted,
 )
-from tests.support.steered_runs import by_lists
+from tests.support.steered_runs import STREAMS, by_lists
 from tests.support.strategy_runs import HEADS, relative
 
 SINGLE = SequenceParallel.single(device="cpu")
@@ -67,25 +68,29 @@ def test_one_rank_goes_on_with_what_it_saved(folder: Path, judge: dict[Case, lis
     check({("one", case): go_on(folder / "1" / name_of(case), SINGLE, case) for case in cases()}, judge)
 
 
-def test_a_file_has_the_frames_that_heads_see_alone(folder: Path) -> None:
-    """Of 6 heads, up to 5 frames each. A file of version 1, which has zeros for the others, goes on as well."""
-    case = next(case for case in cases() if case[0] == "heads" and case[1:] == ("new text, sink too", 5, True))
-    file, old = folder / "1" / name_of(case), folder / "old"
+@pytest.mark.parametrize("policy", [HEADS, HeadPolicy(((3,) * 6,) * 2)], ids=["windows", "the same few frames"])
+def test_a_file_has_the_frames_that_heads_see_alone(
+    policy: HeadPolicy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file of version 1, which has zeros for the others, goes on as well."""
+    monkeypatch.setitem(STREAMS, "of heads", StreamConfig(7, 1, 2, heads=policy))
+    case = "of heads", "new text, sink too", 6, True
+    expected, file, old = uninterrupted(tmp_path, SINGLE, case), tmp_path / name_of(case), tmp_path / "old"
     saved = read_session(file)
     cache = saved.cache
     assert cache is not None
     (branch,) = cache.branches
     seen = {None: 5, 4: 2, 3: 1, 0: 0}  # by window: the sink, and but for 2 frames of the next chunk the newest ones
-    heads = [[seen[window] for window in layer] for layer in HEADS.windows]
-    assert branch.frames == (0, 2, 3, 4, 5)
+    heads = [[seen[window] for window in layer] for layer in policy.windows]
+    assert branch.frames == (0, 4, 5, 6, 7)
     assert [cache.stored_shape(branch, layer)[2] for layer in range(2)] == [sum(layer) for layer in heads]
     layers = [cache.layer(branch.name, layer) for layer in range(2)]
     assert [layer.abs().sum((0, 1, 3, 5)).count_nonzero(0).tolist() for layer in layers] == heads
     whole = replace(cache, branches=(replace(branch, seen=()),), kinds=())
     write_session(old, replace(saved, cache=whole), layers)
     assert old.stat().st_size - file.stat().st_size > sum(layer.nbytes for layer in layers) / 3
-    expected = go_on(file, SINGLE, case)
-    assert all(torch.equal(*both) for both in zip(go_on(old, SINGLE, case), expected, strict=True))
+    for path in (file, old):
+        assert all(torch.equal(*both) for both in zip(go_on(path, SINGLE, case), expected, strict=True))
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
