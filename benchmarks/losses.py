@@ -28,7 +28,7 @@ from reuse import draw_scenes
 from torch import Tensor
 from videos import video_of
 
-from causalrope_kernels import PassOperations, Source
+from causalrope_kernels import Keys, PassOperations, Source
 from causalrope_sp import CausalVideoPipeline, Chunk
 from causalrope_sp.attention.base import Strategy
 from causalrope_sp.cache.kv_cache import KVCache
@@ -61,10 +61,19 @@ def options_of(name: str) -> dict[str, Any]:
     return found
 
 
+def share(keys: Keys) -> float:
+    """Which share of the pairs of a query and a token of a slot queries see."""
+    bands = keys.bands
+    if bands is None:
+        return 1.0
+    pairs = sum((b - a) * (d - c) for (a, b), (c, d) in zip(bands.queries, bands.keys, strict=True))
+    return pairs / (bands.frame_queries * bands.slot_tokens)
+
+
 @contextmanager
-def counted_keys() -> Iterator[list[int]]:
+def counted_keys() -> Iterator[list[float]]:
     """Counts pairs of a query and a key of the window, and those of them that are attended."""
-    counts, plain = [0, 0], Strategy.attend
+    counts, plain = [0.0, 0.0], Strategy.attend
 
     def attend(
         self: Strategy, source: Source, cache: LayerCache, chunks: Sequence[Chunk], operations: PassOperations
@@ -74,7 +83,7 @@ def counted_keys() -> Iterator[list[int]]:
         for chunk in chunks:
             held = len(cache._cache.window.held(chunk.stop)) * self.stored_tokens
             of_heads = [own for group in cache.keys(chunk) for own in group.by_rows]
-            read = sum(own.k.shape[2] * sum(stop - first for first, stop in own.rows) for own in of_heads)
+            read = sum(own.k.shape[2] * share(own) * sum(stop - first for first, stop in own.rows) for own in of_heads)
             counts[0] += chunk.frames * self.heads * held
             counts[1] += chunk.frames * read
         return output
