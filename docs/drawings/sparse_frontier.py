@@ -1,6 +1,9 @@
-"""Draws docs/sparse_frontier.png from sparse_frontier.json, the last line that `benchmarks/sparse.py` printed.
+"""Draws docs/sparse_frontier.png from sparse_frontier.json.
 
 python docs/drawings/sparse_frontier.py
+
+The file has the form of the last line that `benchmarks/sparse.py` prints. Its rows were put together from several runs
+of that command; benchmarks/LOG.md, *sparse attention against oracles*, says which rows are of which run.
 """
 
 from __future__ import annotations
