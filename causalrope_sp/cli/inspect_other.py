@@ -61,7 +61,7 @@ def _policy(file: Path) -> str | None:
         policy = heads_of(fields)
         return (
             f"windows of heads, for `--heads`: {len(policy.windows)} layers of {len(policy.windows[0])} heads, "
-            f"{policy.shortened} of them with a window of their own"
+            f"{policy.shortened} of them with a window or rows of their own"
         )
     return f"a policy of reuse, for `--reuse`: {len(find_policy(file).rules)} rules" if "rules" in fields else None
 

@@ -43,7 +43,7 @@ CACHE = click.option(
 HEADS = click.option(
     "--heads",
     metavar="FILE",
-    help="Let each attention head see no more frames than its window in this file. The default is the whole window.",
+    help="Let each attention head see the frames, and rows of them, that this file says. The default is all of them.",
 )
 CHUNK_FRAMES = click.option(
     "--chunk-frames", type=INTEGER, help="Put this many latent frames into a chunk. The default is the model's."

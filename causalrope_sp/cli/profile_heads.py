@@ -104,9 +104,8 @@ def profile_heads(
     check_causal(model, "whose heads are not profiled")
     parallel = SequenceParallel.from_env("gather-kv")
     pipe = CausalVideoPipeline.from_pretrained(model, parallel=parallel)
-    pipe.config = replace(
-        pipe.config, stream=replace(pipe.config.stream, similar_frames=None)
-    )  # all frames are measured
+    stream = replace(pipe.config.stream, similar_frames=None)  # all frames are measured
+    pipe.config = replace(pipe.config, stream=stream)
     check_uncontrolled(model, pipe)
     static = static_window(pipe.config.stream, newest)
     search = (weight, budget) if rule == "search" else None

@@ -112,8 +112,9 @@ class HeadPolicy:
         frames = self.frames(window)
         return tuple(tuple(head for head, seen in enumerate(layer) if seen == window) for layer in frames)
 
-    def share_seen(self, window: int) -> float:
-        """Returns the share of the keys of a window of `window` frames that heads see."""
+    def share_of_frames(self, window: int) -> float:
+        """Returns the share of the frames of a window of `window` frames that heads see, their mean. It is that of the
+        keys, too, if no head has rows."""
         seen = self.frames(window)
         return sum(map(sum, seen)) / (len(seen) * len(seen[0]) * window)
 

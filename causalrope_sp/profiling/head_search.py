@@ -104,7 +104,7 @@ class HeadSearch:
 
     def kept(self, policy: HeadPolicy) -> float:
         """Returns the share of the window's keys that heads see."""
-        return policy.share_seen(self._samples[0].stream.cache.window.frames)
+        return policy.share_of_frames(self._samples[0].stream.cache.window.frames)
 
     def _opened(self, sample: Sample, policy: HeadPolicy) -> CausalStream:
         """The stream of a sample with windows of heads, right before the sample's pass."""

@@ -26,7 +26,7 @@ def fields(shares: Shares, policy: HeadPolicy, searched: Searched | None, window
         "shares": [[round(share, 4) for share in layer] for layer in shares],
         "heads": sum(map(len, shares)),
         "shortened": policy.shortened,
-        "keys_seen": None if window is None else round(policy.share_seen(window), 4),
+        "keys_seen": None if window is None else round(policy.share_of_frames(window), 4),
         "curve": None if searched is None else [(round(kept, 4), error) for kept, error in searched.curve],
     }
 

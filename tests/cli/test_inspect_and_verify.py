@@ -93,10 +93,12 @@ def test_inspect_says_what_other_files_of_the_library_are(tmp_path: Path) -> Non
     save_embeds(tmp_path / "embeds.safetensors", torch.ones(1, 5, 4), "a red circle", "small UMT5")
     header = Header("a red \x1b[31mcircle", "56a21375", 64, 48, 16.0)
     (tmp_path / "video.cvc").write_bytes(header.pack())
-    write_heads(HeadPolicy(((None, None), (5, 0), (None, 7))), tmp_path / "heads.json", model="toybox")
+    policy = HeadPolicy(((None, None), (5, 0), (None, 7)), ((2, None), (None, None), (None, None)))
+    write_heads(policy, tmp_path / "heads.json", model="toybox")
     write_policy(find_policy("pab:latte"), tmp_path / "reuse.json", model="toybox")
     told = {
-        "heads.json": "windows of heads, for `--heads`: 3 layers of 2 heads, 3 of them with a window of their own",
+        "heads.json": "windows of heads, for `--heads`: 3 layers of 2 heads, 4 of them with a window or rows of "
+        "their own",
         "reuse.json": "a policy of reuse, for `--reuse`: 6 rules",
         "session.safetensors": "a session of 16×24 pixels that was saved after 4 chunks under the prompt "
         '"ein Würfel fällt", with keys and values, of the model with the digest 0123456789abcdef, with '
