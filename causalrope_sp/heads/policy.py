@@ -50,8 +50,14 @@ class HeadPolicy:
                 f"heads: expected {len(layers[0])} heads in layer {other}, as in layer 0, got {len(layers[other])}"
             )
         object.__setattr__(self, "windows", _checked("window", layers, 0))
-        if self.rows and [*map(len, self.rows)] != [*map(len, layers)]:
-            raise ConfigError(f"heads: expected rows of {_sizes(layers)}, as the windows, got {_sizes(self.rows)}")
+        if self.rows and len(self.rows) != len(layers):
+            raise ConfigError(f"heads: expected rows of {len(layers)} layers, as the windows, got {len(self.rows)}")
+        for number, (own, rows_of_layer) in enumerate(zip(layers, self.rows, strict=False)):
+            if len(own) != len(rows_of_layer):
+                raise ConfigError(
+                    f"heads: expected rows of {len(own)} heads in layer {number}, as the windows, "
+                    f"got {len(rows_of_layer)}"
+                )
         rows = _checked("number of rows", self.rows, 1)
         object.__setattr__(self, "rows", rows if any(n is not None for layer in rows for n in layer) else ())
 

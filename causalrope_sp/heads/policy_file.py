@@ -71,7 +71,9 @@ def write_heads(policy: HeadPolicy, path: Path, **notes: Any) -> None:
 
 def _forcing_kv(given: Any, static: int) -> HeadPolicy:
     """The policy of a file of Forcing-KV, whose static heads have a window of so many frames."""
-    layers = _list('the file\'s "layers"', given.get("layers") if isinstance(given, Mapping) else given)
+    if isinstance(given, Mapping) and "layers" not in given:
+        raise ValueError(f'expected "windows", or "layers" as in a file of Forcing-KV, got {shown(list(given))}')
+    layers = _list('the file\'s "layers"', given["layers"] if isinstance(given, Mapping) else given)
     windows: list[tuple[Window, ...]] = []
     for number, layer in enumerate(layers):
         if not isinstance(layer, Mapping) or layer.get("layer_idx") != number:

@@ -66,7 +66,7 @@ WRONG: dict[str, tuple[object, str]] = {
     "no JSON": ("{", "not JSON"),
     "no text": (b"\x90\0\0\0\0\0\0\0{", "not JSON but bytes that are no text"),
     "a number": (3, r'expected a list as the file\'s "layers", got 3'),
-    "no windows": ({"rules": []}, r'expected a list as the file\'s "layers", got None'),
+    "no windows": ({"rules": []}, 'expected "windows", or "layers" as in a file of Forcing-KV'),
     "windows of no lists": ({"windows": [3]}, 'expected an object with "windows", a list of lists'),
     "no layers": ({"windows": []}, "expected 1 to 4096 layers of 1 to 4096 heads, got 0 layers of 0 heads"),
     "no heads": ({"windows": [[]]}, "expected 1 to 4096 layers"),
@@ -82,8 +82,13 @@ WRONG: dict[str, tuple[object, str]] = {
     "no rows of heads": ({"windows": [[5, 5]], "rows": 3}, 'expected a list of lists as "rows", got 3'),
     "rows of fewer heads": (
         {"windows": [[5, 5]], "rows": [[2]]},
-        "expected rows of 1 layers of 2 heads, as the windows, got 1 layers of 1 heads",
+        "expected rows of 2 heads in layer 0, as the windows, got 1",
     ),
+    "rows of fewer layers": (
+        {"windows": [[5], [5]], "rows": [[2]]},
+        "expected rows of 2 layers, as the windows, got 1",
+    ),
+    "rows alone": ({"rows": [[2]]}, r'expected "windows", or "layers" as in a file of Forcing-KV, got \[\'rows\'\]'),
     "no row": (
         {"windows": [[5, 5]], "rows": [[None, 0]]},
         "the number of rows of layer 0, head 1 must be a whole number of at least 1, not 0",
