@@ -31,7 +31,7 @@ def other_file(path: str) -> str | None:
         return None  # whoever reads it as a model says why
     if start.startswith(b"CVC"):
         return _compressed(file)
-    if start.lstrip().startswith(b"{"):
+    if start.lstrip().startswith((b"{", b"[")):
         return _policy(file)
     return _of_safetensors(file) if start[8:] == b"{" else None
 
@@ -50,20 +50,28 @@ def _compressed(file: Path) -> str:
 
 def _policy(file: Path) -> str | None:
     from causalrope_sp.heads.policy import heads_of
-    from causalrope_sp.io.json_files import read_object
+    from causalrope_sp.heads.policy_file import forcing_kv_heads
+    from causalrope_sp.io.json_files import read_value
     from causalrope_sp.reuse.policy_file import find_policy
 
     try:
-        fields = read_object(file)
+        fields = read_value(file)
     except ValueError:
         return None
-    if "windows" in fields:
-        policy = heads_of(fields)
-        return (
-            f"windows of heads, for `--heads`: {len(policy.windows)} layers of {len(policy.windows[0])} heads, "
-            f"{policy.shortened} of them with a window or rows of their own"
-        )
-    return f"a policy of reuse, for `--reuse`: {len(find_policy(file).rules)} rules" if "rules" in fields else None
+    named = isinstance(fields, dict)
+    if named and "windows" in fields:
+        heads, shortened = heads_of(fields), "with a window or rows of their own"
+    elif not named or "layers" in fields:
+        try:
+            heads, shortened = forcing_kv_heads(fields, static=1), "static, in the form of Forcing-KV"
+        except ValueError:
+            return None
+    else:
+        return f"a policy of reuse, for `--reuse`: {len(find_policy(file).rules)} rules" if "rules" in fields else None
+    return (
+        f"windows of heads, for `--heads`: {len(heads.windows)} layers of {len(heads.windows[0])} heads, "
+        f"{heads.shortened} of them {shortened}"
+    )
 
 
 def _of_safetensors(file: Path) -> str | None:

@@ -44,7 +44,7 @@ def read_heads(path: str | PathLike[str], chunk_frames: int, sink: int) -> HeadP
         if isinstance(given, Mapping) and "windows" in given:
             policy = heads_of(given)
         else:
-            policy = _forcing_kv(given, sink + 1 + chunk_frames)
+            policy = forcing_kv_heads(given, sink + 1 + chunk_frames)
         policy.check_stream(chunk_frames, sink)
     except (ValueError, OverflowError) as reason:
         raise ConfigError(f"{printable(path)} holds no policy of heads: {printable(reason)}") from reason
@@ -69,8 +69,16 @@ def write_heads(policy: HeadPolicy, path: Path, **notes: Any) -> None:
     write_text("{\n" + ",\n".join(lines) + "\n}\n", path)
 
 
-def _forcing_kv(given: Any, static: int) -> HeadPolicy:
-    """The policy of a file of Forcing-KV, whose static heads have a window of so many frames."""
+def forcing_kv_heads(given: Any, static: int) -> HeadPolicy:
+    """Returns the policy of a file of Forcing-KV.
+
+    Args:
+        given: what the file holds as JSON.
+        static: the window of its static heads, in latent frames.
+
+    Raises:
+        ValueError: it is no such file.
+    """
     if isinstance(given, Mapping) and "layers" not in given:
         raise ValueError(f'expected "windows", or "layers" as in a file of Forcing-KV, got {shown(list(given))}')
     layers = _list('the file\'s "layers"', given["layers"] if isinstance(given, Mapping) else given)

@@ -96,9 +96,13 @@ def test_inspect_says_what_other_files_of_the_library_are(tmp_path: Path) -> Non
     policy = HeadPolicy(((None, None), (5, 0), (None, 7)), ((2, None), (None, None), (None, None)))
     write_heads(policy, tmp_path / "heads.json", model="toybox")
     write_policy(find_policy("pab:latte"), tmp_path / "reuse.json", model="toybox")
+    published = [{"layer_idx": n, "static_head": [1], "dynamic_head": [0, 2]} for n in range(3)]
+    (tmp_path / "published.json").write_text(json.dumps(published))
     told = {
         "heads.json": "windows of heads, for `--heads`: 3 layers of 2 heads, 4 of them with a window or rows of "
         "their own",
+        "published.json": "windows of heads, for `--heads`: 3 layers of 3 heads, 2 of them static, in the form of "
+        "Forcing-KV",
         "reuse.json": "a policy of reuse, for `--reuse`: 6 rules",
         "session.safetensors": "a session of 16×24 pixels that was saved after 4 chunks under the prompt "
         '"ein Würfel fällt", with keys and values, of the model with the digest 0123456789abcdef, with '
