@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -21,8 +22,18 @@ def print_table(columns: Sequence[str], lines: Iterable[Sequence[object]]) -> No
 
 
 def finish(benchmark: str, **found: Any) -> None:
-    """Prints the last line, as JSON, with the versions that the numbers depend on."""
-    print(json.dumps({"benchmark": benchmark, "torch": torch.__version__, "triton": _triton(), **found}))
+    """Prints the last line, as JSON, with the versions that the numbers depend on; infinity and NaN are null."""
+    versions = {"torch": torch.__version__, "triton": _triton()}
+    print(json.dumps(_finite({"benchmark": benchmark, **versions, **found}), allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    """The same value, with None in place of numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def stop(why: str) -> NoReturn:

@@ -114,7 +114,8 @@ def profile_heads(
     parallel.close()
     if rank() != 0:
         return
-    notes = {"model": model, "rule": rule, "share": share} if searched is None else {"model": model, "rule": rule}
+    options = {"share": share} if searched is None else {"weight": weight, "budget": budget}
+    notes = {"model": model, "rule": rule, **options}
     if out is not None:
         write_heads(policy, out, **notes)
     if plot is not None:
