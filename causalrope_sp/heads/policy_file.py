@@ -81,6 +81,8 @@ def forcing_kv_heads(given: Any, static: int) -> HeadPolicy:
     """
     if isinstance(given, Mapping) and "layers" not in given:
         raise ValueError(f'expected "windows", or "layers" as in a file of Forcing-KV, got {shown(list(given))}')
+    if isinstance(given, Mapping) and "rows" in given:
+        raise ValueError('expected "windows" beside "rows", got "layers" as in a file of Forcing-KV')
     layers = _list('the file\'s "layers"', given["layers"] if isinstance(given, Mapping) else given)
     windows: list[tuple[Window, ...]] = []
     for number, layer in enumerate(layers):

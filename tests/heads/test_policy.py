@@ -89,6 +89,7 @@ WRONG: dict[str, tuple[object, str]] = {
         "expected rows of 2 layers, as the windows, got 1",
     ),
     "rows alone": ({"rows": [[2]]}, r'expected "windows", or "layers" as in a file of Forcing-KV, got \[\'rows\'\]'),
+    "rows beside layers": ({"layers": LAYERS, "rows": [[1, 1]] * 2}, 'expected "windows" beside "rows", got "layers"'),
     "no row": (
         {"windows": [[5, 5]], "rows": [[None, 0]]},
         "the number of rows of layer 0, head 1 must be a whole number of at least 1, not 0",
