@@ -3,11 +3,12 @@
     python examples/train_vin.py --out runs/vin
     torchrun --standalone --nproc-per-node 2 examples/train_vin.py --out runs/vin
 
-The DiT starts from toybox and the VIN from random weights, or both from a folder given by --init. In some videos the
-text does not name colours, in some it does not say where objects start, so that chunks that do not attend each other
-must agree on them through the global tokens. A step trains on one chunk of each of many videos, the same chunk in all.
-The script writes checkpoint and log to the folder, resumes from them, and writes the weights there at the end. It takes
-hours on a CPU.
+The DiT starts from toybox and the VIN from random weights, or, with --init, both from a folder's toybox-vin, the DiT
+halfway between its own weights and toybox's, as the weights of the package did (benchmarks/LOG.md, 2026-11-29). In some
+videos the text does not name colours, in some it does not say where objects start, so that chunks that do not attend
+each other must agree on them through the global tokens. A step trains on one chunk of each of many videos, the same
+chunk in all. The script writes checkpoint and log to the folder, resumes from them, and writes the weights there at the
+end. It takes hours on a CPU.
 """
 
 from __future__ import annotations
@@ -39,10 +40,11 @@ LENGTHS = {17: 0.3, 33: 0.35, 65: 0.35}  # latent frames of 64, 128 and 256 pixe
 VIDEOS = 32  # a step, one chunk of each; half of the loss is over the frame, half over the objects alone
 PIXEL_FRAMES = 81  # of an encoded scene: 21 latent frames, of which the last 16 are a whole period
 PERIOD = 16
-COLORS_OPEN, PLACES_OPEN = 0.4, 0.3  # the shares of videos whose text does not name colours, or start positions
+COLORS_OPEN, PLACES_OPEN = 0.25, 0.1  # the shares of videos whose text does not name colours, or start positions
 NO_GLOBALS = 0.1  # the share of steps without global tokens
 SAVED_EVERY = 50  # steps
-SHIFT = 8.0  # half of the noise levels are shifted towards noise, where it is decided whether chunks agree
+HIGH_NOISE = 0.75  # half of the noise levels are above: there it is decided where objects are and whether chunks agree
+SHIFT = 8.0  # half of the others are shifted towards noise too
 
 
 def new_pair(dit: Path) -> Pair:
@@ -81,6 +83,8 @@ def draw(scenes: Latents, generator: torch.Generator) -> Batch:
     times = torch.rand(VIDEOS, generator=generator)
     shifted = torch.rand(VIDEOS, generator=generator) < 0.5
     times = torch.where(shifted, SHIFT * times / (1 + (SHIFT - 1) * times), times)
+    high = torch.rand(VIDEOS, generator=generator) < 0.5
+    times = torch.where(high, HIGH_NOISE + (1 - HIGH_NOISE) * torch.rand(VIDEOS, generator=generator), times)
     return Batch(scenes.latents[pick][:, at].float(), objects, embeds, times)
 
 
