@@ -287,7 +287,7 @@ class QuantizedPieces:
 
     @property
     def like(self) -> Tensor:
-        """A tensor of the dtype of q, if there is one, and the same device."""
+        """The first part of q, or the first scales if there is no q: a tensor on the device of all of them."""
         return self.q[0] if self.q else self.scales[0]
 
     def part(self, frames: slice) -> QuantizedPieces:
