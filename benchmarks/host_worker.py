@@ -76,7 +76,7 @@ def toybox() -> Callable[[], Any]:
     from causalrope_sp import CausalVideoPipeline
 
     pipe = CausalVideoPipeline.from_pretrained("toybox")
-    length: Any = {"num_frames" if hasattr(pipe, "components") else "frames": 81}
+    options: Any = {"num_frames" if hasattr(pipe, "components") else "frames": 81}
     spent = SimpleNamespace(seconds=0.0)
     forward = CausalStream._forward
 
@@ -91,7 +91,7 @@ def toybox() -> Callable[[], Any]:
 
     def run() -> float:
         spent.seconds = 0.0
-        for _ in pipe.stream(PROMPT, **length):
+        for _ in pipe.stream(PROMPT, **options):
             pass
         return spent.seconds
 

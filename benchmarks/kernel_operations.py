@@ -134,7 +134,7 @@ class Operation:
     build: Callable[[Draw], Any]
     run: Callable[[Any, Any], Any]
     matrix: bool = False
-    backend: str = "triton"
+    backend: Backend = "triton"
     judged: Callable[[Any, Any], Any] | None = None
     per_pass: int = 0
     attends: bool = False

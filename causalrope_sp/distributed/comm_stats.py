@@ -63,10 +63,10 @@ class CommStats:
     A captured collective is counted at every replay of its graph, when the device reaches the graph. How long it was
     waited for is not measured there.
 
-    Attention has the kinds "qkv", "output", "kv", "q" and "partial", and "key sum" of the first keys of a quantized
-    cache. Decoding has "halo", "mid" (the decoder's own
-    attention), "pixels", "decoder state" (for a saved session) and "to decode" (latents that are sent to decode ranks).
-    The others are "guidance", "weights", "text", "latents" and "switch".
+    Attention has the kinds "qkv", "output", "kv", "q" and "partial", "key sum" of the first keys of a quantized cache,
+    and "means" of heads that choose similar frames. Decoding has "halo", "mid" (the decoder's own attention), "pixels",
+    "decoder state" (for a saved session) and "to decode" (latents that are sent to decode ranks). The others are
+    "guidance", "weights", "text", "latents" and "switch".
 
     Attributes:
         stored_bytes: the most bytes of module outputs that denoise passes stored for reuse at once.

@@ -16,7 +16,7 @@ from causalrope_sp.grid import LatentGrid, Shard, shares
 
 AUTO = "auto"  # the strategy that is predicted to be the fastest
 SINGLE = "single"  # the name of every strategy on one rank
-INNER = ("gather-kv", "shard-kv")
+GATHER_KV, SHARD_KV = INNER = ("gather-kv", "shard-kv")
 STRATEGIES = ("ulysses", *INNER)
 _PRODUCT = re.compile(rf"ulysses(\d+)x({'|'.join(INNER)})(\d+)")
 KNOWN = f"{', '.join(STRATEGIES)}, and products such as ulysses4xgather-kv2"
@@ -84,7 +84,7 @@ def token_spans(layout: Layout, grid: LatentGrid, rank: int) -> tuple[tuple[int,
     rows = [sum(row) for row in layout.rows([shard.tokens for shard in Shard(grid, 0, layout.ranks).all])]
     row, _ = layout.coordinates(rank)
     own, whole = (sum(rows[:row]), sum(rows[: row + 1])), (0, grid.tokens)
-    return (whole, own) if layout.inner == "shard-kv" else (own, whole)
+    return (whole, own) if layout.inner == SHARD_KV else (own, whole)
 
 
 def check_name(name: str) -> None:

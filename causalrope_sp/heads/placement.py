@@ -157,18 +157,21 @@ class HeadRings:
         return cls(frames, placements, counts, window, sink, min(window, sink + chunk_frames), rows)
 
     def attended(self, column: int, most: int, chosen: int | None = None, pairs: Sequence[float] = ()) -> float:
-        """Returns over how many latent frames the queries of a column attend, summed over all layers and heads.
+        """Returns over how many latent frames the queries of a column attend, summed over all layers and heads; with
+        `pairs`, how many pairs of a query and a key this is for a frame of queries.
 
         Args:
             column: the column.
             most: how many frames there are.
             chosen: how many of them heads that see the whole window attend; None for all.
-            pairs: by ring, what a frame counts; empty for 1.
+            pairs: by ring, the pairs of a query and a key that a head of it has with each frame of keys, for a frame of
+                queries; empty to count each frame as 1.
         """
         return sum(self._of_layer(layer, most, chosen, pairs)[column] for layer in range(len(self.heads)))
 
     def waited_for(self, most: int, chosen: int | None = None, pairs: Sequence[float] = ()) -> float:
-        """Returns `attended` with, in every layer, the column that has most of it: the others wait for it."""
+        """Returns what `attended` returns, frames or pairs of a query and a key, of the column that in each layer has
+        most of them: the others wait for it."""
         return sum(max(self._of_layer(layer, most, chosen, pairs)) for layer in range(len(self.heads)))
 
     def _of_layer(self, layer: int, most: int, chosen: int | None, pairs: Sequence[float]) -> list[float]:
@@ -270,8 +273,9 @@ class CachedHeads:
             share it.
         source_order: the placement of every layer, if `norm_rope_store` writes keys and values straight from the
             model's order of heads; empty if they come in the order of the rings.
-        bands: what queries see of every frame, by whose queries they are and by ring, or None for all: those of each
-            rank that shares the tokens where a rank attends the queries of all of them, or else its own. Empty if every
+        bands: what queries see of every frame, as a list over ranks with an entry for each ring, which is None if heads
+            of that ring see whole frames. Where a rank attends the queries of all ranks that share the tokens, the list
+            has an item for each of these ranks; otherwise it has one item, for the rank's own queries. Empty if every
             head sees whole frames.
     """
 

@@ -15,7 +15,7 @@ from functools import cache
 from causalrope_kernels.quantized_heads import SCALE_DTYPE
 from causalrope_sp.attention.base import lse_elements
 from causalrope_sp.attention.quantized_pieces import kv_elements
-from causalrope_sp.distributed.layout import Layout, token_spans
+from causalrope_sp.distributed.layout import GATHER_KV, SHARD_KV, Layout, token_spans
 from causalrope_sp.grid import LatentGrid, Shard
 from causalrope_sp.heads.near_rows import pairs
 from causalrope_sp.planning.workload import Workload
@@ -38,9 +38,9 @@ def received(layout: Layout, work: Workload, rank: int, frames: int, layer: int 
         elements["qkv"] += sum(_kv_elements(work, times * each * heads) for each in others)
         elements["output"] = times * tokens[rank] * (sum(split) - heads) * width
     widest, sharing = max(rows), layout.sharing - 1
-    if layout.inner == "gather-kv":
+    if layout.inner == GATHER_KV:
         elements["kv"] = sharing * _kv_elements(work, times * widest * heads)
-    if layout.inner == "shard-kv":
+    if layout.inner == SHARD_KV:
         elements["q"] = times * sharing * widest * heads * width
         elements["partial"] = times * sharing * rows[row] * heads * (width + lse_elements(work.itemsize))
     return elements
@@ -97,7 +97,7 @@ def slot_bytes(layout: Layout, work: Workload, rank: int) -> int:
     """Returns the bytes of a frame's keys and values of one head, of the tokens that a rank caches, and of their scales
     of 8 bits."""
     row, _, _, rows = coordinates(layout, work, rank)
-    tokens = sum(rows) if layout.inner == "gather-kv" else rows[row]
+    tokens = sum(rows) if layout.inner == GATHER_KV else rows[row]
     width = work.config.head_dim
     head = width * work.itemsize if work.cache == "model" else width + SCALE_DTYPE.itemsize
     return 2 * work.batch * tokens * head
