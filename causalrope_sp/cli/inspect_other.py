@@ -94,10 +94,10 @@ def _of_safetensors(file: Path) -> str | None:
     saved = read_session(file)
     prompt = saved.prompts[-1].prompt
     said = "given embeddings" if prompt is None else f'the prompt "{escaped_line(prompt)}"'
-    loras = "" if saved.loras is None else f", with {escaped_line(', '.join(saved.loras)) or 'no LoRA'}"
+    loras = escaped_line(", ".join(saved.loras)) or "no LoRA"
     cache = "with" if saved.cache is not None else "without"
     return (
         f"a session of {saved.height}×{saved.width} pixels that was saved after {saved.shown} chunks under {said}, "
-        f"{cache} keys and values, of the model with the digest {saved.model_digest}{loras}; `pipe.resume` goes on "
-        "with it"
+        f"{cache} keys and values, of the model with the digest {saved.model_digest}, with {loras}; `pipe.resume` goes "
+        "on with it"
     )

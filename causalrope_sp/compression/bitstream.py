@@ -1,12 +1,12 @@
 """The format of a compressed video: a header and a packet for each chunk.
 
-    header   "CVC" version, 2; the length of the rest in 2 bytes; the rest; its CRC-32 in 4 bytes
+    header   "CVC" version, 1; the length of the rest in 2 bytes; the rest; its CRC-32 in 4 bytes
     packet   twice the length of the content, one more in the last packet, as a varint; the chunk's number modulo 256;
              the content; in the last packet the chunk's pixel frames as a varint; a CRC-16 in 2 bytes
 
 The CRC-16 of a packet covers the chunk's whole number, so that no packet is taken for another's. A reader of a file
 that meets bytes which are no packet looks for the next one that is, and the chunks between are lost. Numbers are
-little-endian. Version 1 does not say how the model's weights were kept.
+little-endian.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from causalrope_sp.checks import check_choice, check_whole
 from causalrope_sp.errors import ConfigError, InputError
 from causalrope_sp.weights.dit_loader import Weights
 
-MAGIC, VERSION = b"CVC", 2
+MAGIC, VERSION = b"CVC", 1
 LARGEST_HEADER, LARGEST_TEXT, LARGEST_CONTENT = 1 << 14, 1 << 15, 1 << 26  # bytes
 LARGEST_FOUND, MOST_LOST = 1 << 16, 64  # bytes of a packet that is found again, and chunks that are lost before it
 MOST_ATOMS, MOST_CHOSEN, MOST_SIDE, MOST_FRAMES = 1 << 20, 1 << 10, 1 << 14, (1 << 32) - 1
@@ -56,8 +56,7 @@ class Header:
         exact: whether the encoder computed in float64 on a CPU, and the decoder has to.
         settings: of the stream and its sampler, where they are not the model's own: fields of `StreamConfig` and
             `SamplerConfig`.
-        weights: how the encoder's model was loaded (see `LoadOptions`); None in a header of version 1, which does not
-            say it.
+        weights: how the encoder's model was loaded (see `LoadOptions`).
 
     Raises:
         ConfigError: a value is of another type or out of range.
@@ -76,7 +75,7 @@ class Header:
     residual: float = 0.0
     exact: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
-    weights: Weights | None = "full"
+    weights: Weights = "full"
 
     def __post_init__(self) -> None:
         for name, least, largest in (
@@ -100,8 +99,7 @@ class Header:
             raise ConfigError(f"exact must be True or False, not {self.exact!r:.40}")
         if not isinstance(self.settings, dict):
             raise ConfigError("settings must be an object")
-        if self.weights is not None:
-            check_choice("weights", self.weights, get_args(Weights))
+        check_choice("weights", self.weights, get_args(Weights))
 
     def pack(self) -> bytes:
         """Packs the header. Fields that have their default are not sent."""
@@ -121,8 +119,7 @@ class Header:
         rest = deflate.compress(text) + deflate.flush()
         if len(rest) > LARGEST_HEADER:
             raise ConfigError(f"a header is at most {LARGEST_HEADER} bytes, which this prompt of {len(text)} exceeds")
-        version = VERSION if self.weights is not None else 1
-        whole = MAGIC + bytes([version]) + len(rest).to_bytes(2, "little") + rest
+        whole = MAGIC + bytes([VERSION]) + len(rest).to_bytes(2, "little") + rest
         return whole + zlib.crc32(whole).to_bytes(4, "little")
 
     @classmethod
@@ -137,10 +134,8 @@ class Header:
         """
         if data[:3] != MAGIC or len(data) < 6:
             raise InputError("this is no compressed video: it does not begin with CVC")
-        if data[3] not in (1, VERSION):
-            raise InputError(
-                f"the compressed video has version {data[3]}, and this library reads versions 1 and {VERSION}"
-            )
+        if data[3] != VERSION:
+            raise InputError(f"the compressed video has version {data[3]}, and this library reads version {VERSION}")
         end = 6 + int.from_bytes(data[4:6], "little")
         if end > 6 + LARGEST_HEADER or zlib.crc32(data[:end]) != int.from_bytes(data[end : end + 4], "little"):
             raise InputError("the header of the compressed video is damaged or cut off")
@@ -151,8 +146,7 @@ class Header:
             if not isinstance(values, list) or len(values) < 5:
                 raise InputError("the header of the compressed video is wrong: it lacks fields")
             named = dict(zip([each.name for each in fields(cls)], values, strict=False))
-            given = {name: value for name, value in named.items() if value is not None}
-            return cls(**(given | {"weights": None} if data[3] == 1 else given)), end + 4
+            return cls(**{name: value for name, value in named.items() if value is not None}), end + 4
         except (zlib.error, ValueError, TypeError, OverflowError, RecursionError) as reason:
             raise InputError(f"the header of the compressed video is wrong: {reason}") from None
 

@@ -261,7 +261,7 @@ def _check_decoder(pipe: CausalVideoPipeline, header: Header) -> None:
         raise ConfigError(
             f"the video was compressed with the model {header.model}, and this one is {pipe.model_digest[:8]}"
         )
-    if header.weights not in (None, pipe.config.weights):
+    if header.weights != pipe.config.weights:
         raise ConfigError(
             f"weights: expected {header.weights}, with which the video was compressed, got {pipe.config.weights}"
         )

@@ -200,7 +200,7 @@ def restore_cache(loop: SteeredLoop, cache: SavedCache) -> None:
             raise ConfigError(
                 f"the saved cache holds the frames {sorted(saved.frames)}, but its window those of {list(held.frames)}"
             )
-        if cache.kinds and (cache.kinds != _kinds(loop) or saved.seen != held.seen):
+        if cache.kinds != _kinds(loop) or saved.seen != held.seen:
             raise ConfigError("the saved cache holds frames of heads that the stream's windows of heads do not")
         for layer in range(cache.layers):
             _restore_layer(loop, branch, saved, cache, layer, tokens, heads[layer])

@@ -35,8 +35,8 @@ def check_fits(
     guided = any(guided_steps(saved.sampler))
     embeds = next(iter(saved.embeds.values()))
     model_of: tuple[str, object, object] = ("the model's digest is", saved.model_digest, model_digest)
-    if saved.model_digest != model_digest and saved.loras not in (None, tuple(loras)):
-        ours, here = (", ".join(several or ()) or "none" for several in (saved.loras, loras))
+    if saved.model_digest != model_digest and saved.loras != tuple(loras):
+        ours, here = (", ".join(several) or "none" for several in (saved.loras, loras))
         model_of = ("LoRAs are", ours, here)
     compared: list[tuple[str, object, object]] = [
         model_of,

@@ -63,7 +63,7 @@ class SavedSession:
         conditioning: the latents of an image or a video that the session began with, (B, F, C, H, W); None without.
         context_frames: how many pixel frames of these are no part of the video.
         reuse: the policy of reuse between steps, in words; None without.
-        loras: the LoRAs that were merged into the model, as texts, in order; None where no one says.
+        loras: the LoRAs that were merged into the model, as texts, in order.
         history: how many chunks could be taken back bit for bit.
         kept_chunks: of how many chunks beyond the window latents were kept.
         cache: the keys and values; None to compute them from the latents.
@@ -99,7 +99,7 @@ class SavedSession:
     conditioning: Tensor | None = None
     context_frames: int = 0
     reuse: str | None = None
-    loras: tuple[str, ...] | None = None
+    loras: tuple[str, ...] = ()
     history: int = 0
     kept_chunks: int = 0
     cache: SavedCache | None = None
@@ -121,8 +121,7 @@ class SavedSession:
         check_text("the version of the library", self.library)
         object.__setattr__(self, "negative_prompt", writable("the negative prompt", self.negative_prompt))
         object.__setattr__(self, "reuse", writable("the policy of reuse", self.reuse))
-        if self.loras is not None:
-            object.__setattr__(self, "loras", tuple(check_text("a LoRA", lora) for lora in self.loras))
+        object.__setattr__(self, "loras", tuple(check_text("a LoRA", lora) for lora in self.loras))
         self._check_latents()
         check_rising("shots must begin", self.shots, self.next_frame)
         self._check_prompts()

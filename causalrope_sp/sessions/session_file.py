@@ -31,7 +31,7 @@ from causalrope_sp.weights.messages import one_line, problem, some
 from causalrope_sp.weights.tensor_files import WeightFiles
 from causalrope_sp.weights.weight_paths import json_object
 
-FORMAT, VERSION = "causalrope_sp session", 2  # version 1 has no heads that hold some of the frames
+FORMAT, VERSION = "causalrope_sp session", 1
 
 
 def write_session(path: str | PathLike[str], saved: SavedSession, layers: Iterable[Tensor] = ()) -> None:
@@ -67,8 +67,7 @@ def write_session(path: str | PathLike[str], saved: SavedSession, layers: Iterab
             yield tensor
         yield from more
 
-    version = 1 if cache is None or not cache.kinds else VERSION
-    metadata = {"format": FORMAT, "version": str(version), "library": saved.library}
+    metadata = {"format": FORMAT, "version": str(VERSION), "library": saved.library}
     write_tensors(path, plans, values(), {**metadata, "session": json.dumps(fields_of(saved))})
 
 

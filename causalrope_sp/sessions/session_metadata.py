@@ -50,7 +50,7 @@ def fields_of(saved: SavedSession) -> dict[str, Any]:
         "stream": stream_fields(saved.stream),
         "sampler": asdict(saved.sampler),
         "prompts": [asdict(use) for use in saved.prompts],
-        "loras": None if saved.loras is None else list(saved.loras),
+        "loras": list(saved.loras),
         "chunks": [[chunk.index, chunk.start, chunk.frames] for chunk in saved.chunks],
         "shots": list(saved.shots),
         "texts": None if texts is None else {"recache": texts.recache, "recache_sink": texts.recache_sink},
@@ -84,8 +84,8 @@ def session_of(given: Mapping[str, Any], tensors: Mapping[str, Tensor], reader: 
     Raises:
         ConfigError: a field or tensor is missing, unknown, of a wrong kind, or contradicts another one.
     """
-    known = {*_PLAIN, "stream", "sampler", "prompts", "chunks", "shots", "texts", "cache", "decoder"}
-    _check_names("a saved session", given, {*known, "loras"}, known)
+    known = {*_PLAIN, "stream", "sampler", "prompts", "loras", "chunks", "shots", "texts", "cache", "decoder"}
+    _check_names("a saved session", given, known, known)
     if _LATENTS not in tensors:
         raise ConfigError("there are no latents")
     unknown = [name for name in tensors if name not in _SINGLE and not name.startswith(_FOLDERS)]
@@ -104,7 +104,7 @@ def session_of(given: Mapping[str, Any], tensors: Mapping[str, Tensor], reader: 
         prompts=tuple(_prompt(use) for use in _list("prompts", given["prompts"])),
         embeds={_id(name, _EMBEDS): tensor for name, tensor in tensors.items() if name.startswith(_EMBEDS)},
         texts=None if given["texts"] is None else _texts(given["texts"], texts),
-        loras=None if given.get("loras") is None else tuple(_list("LoRAs", given["loras"])),
+        loras=tuple(_list("LoRAs", given["loras"])),
         negative_embeds=tensors.get(_NEGATIVE),
         conditioning=tensors.get(_CONDITIONING),
         latents=tensors[_LATENTS],
@@ -162,12 +162,12 @@ def _cache_fields(cache: SavedCache) -> dict[str, Any]:
 
 
 def _cache(given: Any, tensors: Mapping[str, Tensor], reader: ReadLayer) -> SavedCache:
-    names = ("branches", "layers", "batch", "tokens", "heads", "head_dim", "dtype")
-    _check_names("the cache", given, (*names, "kinds"), names)
+    names = ("branches", "layers", "batch", "tokens", "heads", "head_dim", "dtype", "kinds")
+    _check_names("the cache", given, names, names)
     branches = tuple(branch_of(branch) for branch in _list("the cache's branches", given["branches"]))
     dtype = CACHE_DTYPES[check_choice("the cache's dtype", given["dtype"], CACHE_DTYPES)]
     offsets = {name.removeprefix(_OFFSETS): x for name, x in tensors.items()}
-    kinds = _numbers("the kinds of the cache's heads", given.get("kinds", []))
+    kinds = _numbers("the kinds of the cache's heads", given["kinds"])
     given = {**given, "branches": branches, "dtype": dtype, "kinds": kinds}
     return SavedCache(**given, offsets=offsets, reader=reader)
 
@@ -178,10 +178,10 @@ def branch_of(given: Any) -> SavedBranch:
     Raises:
         ConfigError: a field is missing, unknown or wrong.
     """
-    names = ("name", "frames", "oldest", "kept_shot", "pending")
-    _check_names("a branch of the cache", given, (*names, "seen"), names)
+    names = ("name", "frames", "oldest", "kept_shot", "pending", "seen")
+    _check_names("a branch of the cache", given, names, names)
     lists = {n: tuple(_list(f"the cache's {n}", given[n])) for n in ("frames", "pending") if given[n] is not None}
-    seen = _numbers("the frames that heads hold", given.get("seen", []))
+    seen = _numbers("the frames that heads hold", given["seen"])
     return SavedBranch(**{**given, **lists, "seen": seen})
 
 

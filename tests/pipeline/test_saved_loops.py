@@ -14,6 +14,7 @@ from causalrope_sp import SequenceParallel, StreamConfig
 from causalrope_sp.attention.build import build_strategy, stored_part
 from causalrope_sp.distributed.launch import RankPool
 from causalrope_sp.distributed.layout import parse_strategy, strategies
+from causalrope_sp.errors import ConfigError
 from causalrope_sp.grid import LatentGrid
 from causalrope_sp.heads import HeadPolicy
 from causalrope_sp.heads.placement import HeadRings
@@ -72,10 +73,10 @@ def test_one_rank_goes_on_with_what_it_saved(folder: Path, judge: dict[Case, lis
 def test_a_file_has_the_frames_that_heads_see_alone(
     policy: HeadPolicy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A file of version 1, which has zeros for the others, goes on as well."""
+    """A file that has all frames for every head is refused."""
     monkeypatch.setitem(STREAMS, "of heads", StreamConfig(7, 1, 2, heads=policy))
     case = "of heads", "new text, sink too", 6, True
-    expected, file, old = uninterrupted(tmp_path, SINGLE, case), tmp_path / name_of(case), tmp_path / "old"
+    expected, file, other = uninterrupted(tmp_path, SINGLE, case), tmp_path / name_of(case), tmp_path / "other"
     saved = read_session(file)
     cache = saved.cache
     assert cache is not None
@@ -87,10 +88,13 @@ def test_a_file_has_the_frames_that_heads_see_alone(
     layers = [cache.layer(branch.name, layer) for layer in range(2)]
     assert [layer.abs().sum((0, 1, 3, 5)).count_nonzero(0).tolist() for layer in layers] == heads
     whole = replace(cache, branches=(replace(branch, seen=()),), kinds=())
-    write_session(old, replace(saved, cache=whole), layers)
-    assert old.stat().st_size - file.stat().st_size > sum(layer.nbytes for layer in layers) / 3
-    for path in (file, old):
-        assert all(torch.equal(*both) for both in zip(go_on(path, SINGLE, case), expected, strict=True))
+    write_session(other, replace(saved, cache=whole), layers)
+    assert other.stat().st_size - file.stat().st_size > sum(layer.nbytes for layer in layers) / 3
+    assert all(torch.equal(*both) for both in zip(go_on(file, SINGLE, case), expected, strict=True))
+    with pytest.raises(
+        ConfigError, match="the saved cache holds frames of heads that the stream's windows of heads do"
+    ):
+        go_on(other, SINGLE, case)
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])

@@ -58,7 +58,7 @@ def say(**texts: str) -> Change:
     return lambda given, tensors, metadata: metadata.update(texts)
 
 
-NEWER = "a saved session of version 3, written by causalrope_sp 9.1; this causalrope_sp reads version 2: update it"
+NEWER = "a saved session of version 2, written by causalrope_sp 9.1; this causalrope_sp reads version 1: update it"
 
 
 @pytest.mark.parametrize(
@@ -66,8 +66,9 @@ NEWER = "a saved session of version 3, written by causalrope_sp 9.1; this causal
     [
         (say(format="pt"), "not a saved session"),
         (say(version="one"), "not a saved session"),
-        (say(version="3", library="9.1"), NEWER),
+        (say(version="2", library="9.1"), NEWER),
         (drop("shots"), "a saved session has no shots"),
+        (drop("loras"), "a saved session has no loras"),
         (put("fps", 16), "a saved session has an unknown fps"),
         (put("model_digest", "x"), "the model's digest must be 16 hexadecimal digits, not 'x'"),
         (put("height", 17), "latents of 2×3 are not those of frames of 17×24 pixels"),
