@@ -59,14 +59,17 @@ def profiled(rules: list[str], folder: Path) -> dict[str, Path]:
     return files
 
 
-def policies(files: dict[str, Path], similar: list[str]) -> list[tuple[str, str, dict[str, Any]]]:
-    """Series, name and options of loading of every policy; the sums have the last windows and similar frames."""
+def policies(
+    files: dict[str, Path], similar: list[str], summed: tuple[str, str]
+) -> list[tuple[str, str, dict[str, Any]]]:
+    """Series, name and options of loading of every policy; the sums have the windows and similar frames of `summed`."""
     windows = {f"windows, {rule}": {"heads": str(file)} for rule, file in files.items()}
     frames = {name: losses.options_of(name) for name in (f"similar_frames={number}" for number in similar)}
     found = [("8 bits", name, losses.options_of(name)) for name in (*LEAST_DB, "fp8-dynamic")]
     found += [(name.replace(", ", " by ").partition("=")[0], name, options) for name, options in windows.items()]
     found += [("similar frames", *each) for each in frames.items()]
-    (short, heads), (few, chosen) = list(windows.items())[-1], list(frames.items())[-1]
+    short, few = f"windows, {summed[0]}", f"similar_frames={summed[1]}"
+    heads, chosen = windows[short], frames[few]
     found += [(f"similar frames and {short}", f"{short} + {name}", heads | options) for name, options in frames.items()]
     sums = {short: heads, few: chosen, f"{short} + {few}": heads | chosen}
     for more in ("cache=int8", "fp8-dynamic"):
@@ -94,15 +97,15 @@ def gate(compared: losses.Comparison, file: Path) -> None:
 
 
 def toybox(
-    compared: losses.Comparison, rules: list[str], similar: list[str], oracles: list[float]
+    compared: losses.Comparison, rules: list[str], similar: list[str], summed: tuple[str, str], oracles: list[float]
 ) -> Iterator[dict[str, Any]]:
     """Rows of all policies and oracles, each as soon as it is measured."""
     dense = work_of(compared.plain)
     with tempfile.TemporaryDirectory() as folder:
         files = profiled(rules, Path(folder))
-        gate(compared, list(files.values())[-1])
+        gate(compared, files[summed[0]])
         yield compared.row("none", compared.plain) | formulas.shares(dense, dense, RANKS)
-        for series, name, options in policies(files, similar):
+        for series, name, options in policies(files, similar, summed):
             pipe = compared.pipe(**options)
             row = compared.row(name, pipe) | formulas.shares(work_of(pipe), dense, RANKS)
             if row["psnr_db"] < LEAST_DB.get(name, 0.0):
@@ -145,26 +148,36 @@ def show_full_size(rows: list[dict[str, Any]]) -> None:
 @click.option(
     "--windows",
     "rules",
-    default="mass=0.9,mass=0.8,mass=0.7,search=0.55,search=0.65,search=0.83,search=0.75",
+    default="mass=0.9,mass=0.8,mass=0.7,search=0.83,search=0.75,search=0.65,search=0.55",
     show_default=True,
-    help="The rules that profile-heads makes windows by; sums have those of the last one.",
+    help="The rules that profile-heads makes windows by.",
 )
+@click.option("--similar", default="0,2,0.3,4,6", show_default=True, help="Values of similar_frames.")
 @click.option(
-    "--similar", default="0,2,0.3,6,4", show_default=True, help="Values of similar_frames; sums have the last."
+    "--summed",
+    default=("search=0.75", "4"),
+    show_default=True,
+    nargs=2,
+    help="The one of --windows and the one of --similar that sums have.",
 )
 @click.option("--oracles", default="0.1,0.25,0.4,0.55,0.7,0.85", show_default=True, help="Shares that oracles keep.")
 @click.option(
     "--random", default=",".join(formulas.MODELS), show_default=True, help="Widths to run with random weights."
 )
-def main(prompts: int, frames: int, rules: str, similar: str, oracles: str, random: str) -> None:
+def main(
+    prompts: int, frames: int, rules: str, similar: str, summed: tuple[str, str], oracles: str, random: str
+) -> None:
     """Measures policies of sparse attention; tables, each line once it is measured, then one line of JSON."""
     torch.set_num_threads(1)
+    windows_of, chosen = rules.split(","), similar.split(",")
+    if summed[0] not in windows_of or summed[1] not in chosen:
+        raise click.UsageError(f"--summed: expected one of --windows and one of --similar, got {' '.join(summed)}")
     exact = [row for name in random.split(",") for row in random_rows(name)]
     sizes, rows = formulas.full_size(), list[dict[str, Any]]()
     show_exact(exact)
     show_full_size(sizes)
     compared = losses.Comparison("toybox", prompts, frames)
-    measured = toybox(compared, rules.split(","), similar.split(","), [float(each) for each in oracles.split(",")])
+    measured = toybox(compared, windows_of, chosen, summed, [float(each) for each in oracles.split(",")])
 
     def line(row: dict[str, Any]) -> list[object]:
         rows.append(row)
