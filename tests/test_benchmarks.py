@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 from causalrope_sp import LatentGrid
 from causalrope_sp.cache.window import SlidingWindow
@@ -151,8 +152,8 @@ def test_every_way_to_decode_passes_its_gate() -> None:
 
 def test_sparse_attention_passes_its_gates() -> None:
     """The shares of the published split by hand: 129 of 348 heads see 5 of 21 frames, 12 more all, the others 11."""
-    few = "--prompts", "1", "--frames", "25", "--windows", "mass=0.8", "--similar", "0", "--oracles", "0.5"
-    found = last_line(run("sparse.py", *few, "--random", "wan2.1-1.3b"))
+    few = "--prompts", "1", "--frames", "25", "--windows", "mass=0.8", "--similar", "0", "--summed", "mass=0.8", "0"
+    found = last_line(run("sparse.py", *few, "--oracles", "0.5", "--random", "wan2.1-1.3b"))
     rows = {row["option"]: row for row in found["rows"]}
     assert rows["cache=int8"]["psnr_db"] >= 45
     sparse = [row for row in found["rows"] if row.get("series") not in (None, "8 bits")]
@@ -162,6 +163,19 @@ def test_sparse_attention_passes_its_gates() -> None:
     both = next(row for row in found["full_size"] if row["policy"] == "published split, dynamic heads 11 frames, int8")
     assert both["attention_flops"] == pytest.approx((12 * 21 + 129 * 5 + 219 * 11) / (360 * 21))
     assert both["cache"] < 0.3
+
+
+def test_windows_and_bands_of_heads_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand: 6 heads see 21 frames, 3 see 5, 3 see 10 of 16 pairs of rows of 21; an undo buffer has 3 frames."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import heads
+
+    monkeypatch.setattr(heads, "GRID", LatentGrid(4, 2))
+    few = "--layers", "2", "--ffn", "8", "--passes", "1", "--share", "0.5", "--rows", "1"
+    found = json.loads(CliRunner().invoke(heads.main, few, catch_exceptions=False).output)
+    assert found["attention_flops"] == pytest.approx((6 * 21 + 3 * 5 + 3 * 21 * 10 / 16) / (12 * 21), abs=1e-4)
+    assert found["cache_bytes"] == pytest.approx((9 * 24 + 3 * 8) / (12 * 24), abs=1e-4)
+    assert min(found["seconds"].values()) > 0
 
 
 def test_what_reuse_saves_needs_no_run() -> None:
