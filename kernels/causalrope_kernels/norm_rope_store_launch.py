@@ -21,7 +21,7 @@ from causalrope_kernels.norm_rope_store_kernel import (
     split_kernel,
 )
 from causalrope_kernels.quantized_heads import as_bits
-from causalrope_kernels.tables import Lines, is_aligned, on_device
+from causalrope_kernels.tables import is_aligned, on_device
 
 Tensors = tuple[Tensor | None, ...]
 PROJECTION, PIECES, SPLIT = Kernel(projection_kernel), Kernel(pieces_kernel), Kernel(split_kernel)
@@ -102,7 +102,8 @@ def store_pieces(source: Pieces | QuantizedPieces, q: SlotsByHeads, k: SlotsByHe
         return
     if isinstance(source, Pieces):
         first_key = len(pieces[0]) - 2
-        inputs: Tensors = pieces[0], _offsets(pieces), pieces[0], _offsets(pieces), None, None
+        offsets = _offsets(pieces)
+        inputs: Tensors = pieces[0], offsets, pieces[0], offsets, None, None
     else:
         queries = _filled([piece.unsqueeze(0) for piece in source.q]) or pieces  # these are not read
         scales = _filled([piece.unsqueeze(-1) for piece in source.scales])
@@ -236,25 +237,25 @@ def _table_of(
 
 def _offsets(pieces: Sequence[Tensor]) -> Tensor:
     """A line for every token of a frame: its first row, counted from the first piece, and the step of a frame."""
-    first, width = pieces[0], pieces[0].shape[5]
-    lines = []
-    for number, piece in enumerate(pieces):
-        distance = (piece.data_ptr() - first.data_ptr()) // first.element_size()
-        by_token = piece.stride(3) if piece.shape[3] > 1 else 0
-        by_frame = piece.stride(2) if piece.shape[2] > 1 else piece.stride(1)
-        spacing = piece.shape[2] == 1 or piece.stride(1) == first.stride(1) // first.stride(2) * by_frame
-        if (
-            any(step % width for step in (distance, by_token, by_frame))
-            or not spacing
-            or piece.stride(0) != piece.shape[1] * piece.stride(1)
-        ):
-            raise ValueError(f"pieces[{number}]: expected whole frames of one buffer, not strides {piece.stride()}")
-        lines.append((distance // width, by_token // width, piece.shape[3], by_frame // width))
-    return _token_by_token(tuple(lines), first.device)
+    begin = pieces[0].data_ptr()
+    parts = tuple([(piece.data_ptr() - begin, piece.shape, piece.stride()) for piece in pieces])
+    return _offsets_of(parts, pieces[0].element_size(), pieces[0].device)
 
 
 @cache
-def _token_by_token(pieces: Lines, device: torch.device) -> Tensor:
-    """The table of `_offsets` on the device, from a line for every piece."""
-    lines = [(begin + token * step, by_frame) for begin, step, count, by_frame in pieces for token in range(count)]
+def _offsets_of(
+    pieces: tuple[tuple[int, torch.Size, tuple[int, ...]], ...], itemsize: int, device: torch.device
+) -> Tensor:
+    """The table of `_offsets`, from each piece's distance from the first in bytes, its shape and strides."""
+    _, shape, of_first = pieces[0]
+    width = shape[5]
+    lines: list[tuple[int, int]] = []
+    for number, (distance, (_, batch, frames, tokens, *_), strides) in enumerate(pieces):
+        begin = distance // itemsize
+        by_token = strides[3] if tokens > 1 else 0
+        by_frame = strides[2] if frames > 1 else strides[1]
+        spacing = frames == 1 or strides[1] == of_first[1] // of_first[2] * by_frame
+        if any(step % width for step in (begin, by_token, by_frame)) or not spacing or strides[0] != batch * strides[1]:
+            raise ValueError(f"pieces[{number}]: expected whole frames of one buffer, not strides {strides}")
+        lines += [((begin + token * by_token) // width, by_frame // width) for token in range(tokens)]
     return on_device(tuple(lines), device, torch.int32)
