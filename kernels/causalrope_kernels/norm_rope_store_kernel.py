@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from causalrope_kernels.quantized_heads_kernel import quantized
 
-Tensors = tuple[Tensor | None, ...]
 FIELDS = tl.constexpr(4)  # of a head's line in an output's table: its first row, and the steps of batch, frame, token
 NO_SLOTS, ONE_RING, RINGS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # of an output
 
