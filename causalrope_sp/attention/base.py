@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from causalrope_kernels import Keys, Partial, PassOperations, Slots, Source
+from causalrope_sp.attention.quantized_pieces import KeptPieces
 from causalrope_sp.cache.layer_cache import LayerCache
 from causalrope_sp.distributed.communicator import Communicator
 from causalrope_sp.grid import Chunk
@@ -42,6 +43,7 @@ class Strategy:
     ) -> None:
         self.tokens, self.heads, self.backend = tokens, heads, backend
         self.placements = placements
+        self._kept = KeptPieces()  # of what strategies of several ranks send in 8 bits
 
     @property
     def frame_tokens(self) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from causalrope_kernels import Partial, PassOperations, Pieces, Slots, Source
 from causalrope_sp.attention.base import InnerStrategy, by_chunk, empty, joined, merged, parts_of
-from causalrope_sp.attention.quantized_pieces import piece_shapes, slots_of, unpack
+from causalrope_sp.attention.quantized_pieces import piece_shapes
 from causalrope_sp.cache.layer_cache import LayerCache
 from causalrope_sp.distributed.communicator import Shape
 from causalrope_sp.grid import Chunk
@@ -48,7 +48,7 @@ class GatherKV(InnerStrategy):
         if cache.quantized is None:
             k, v = [Slots(sent[0])], [Slots(sent[1])]
         else:
-            _, k, v = slots_of(unpack([sent], [sizes[rank]], cache.quantized))
+            _, k, v = self._kept.sent("kv out", [sent], [sizes[rank]], cache.quantized)
         if placement is not None:
             k, v = placement.by_head(k), placement.by_head(v)
         operations.norm_rope_store(source, k=k, v=v, k_offset=cache.k_offset)
@@ -61,10 +61,12 @@ class GatherKV(InnerStrategy):
         if since:
             before = [parts_of(q[:, part], cache.keys_before(chunk, since), operations) for chunk, part in parts]
         arrived = handle.wait()
-        received: Source = Pieces(arrived) if cache.quantized is None else unpack(arrived, sizes, cache.quantized)
+        received: Source = Pieces(arrived)
+        if cache.quantized is not None:
+            received = self._kept.received("kv in", arrived, sizes, cache.quantized)
         outputs = []
         for (chunk, part), old in zip(parts, before, strict=True):
-            own = received.part(part)
+            own = received if len(parts) == 1 else received.part(part)
             k_slots, v_slots = cache.kv_slots(chunk)
             operations.norm_rope_store(own, k=k_slots, v=v_slots)
             new = parts_of(q[:, part], cache.keys_since(chunk, since), operations)

@@ -19,6 +19,7 @@ from causalrope_kernels import QuantizedPieces, Slots
 from causalrope_kernels.quantized_heads import SCALE_DTYPE
 
 Sizes = tuple[int, int, int, int, int, int]  # (N, B, F, s, h, d) of a piece
+SlotsOfPieces = tuple[list[Slots], list[Slots], list[Slots]]  # of q, of k and of v, one of each piece
 
 
 def kv_elements(vectors: int, width: int, itemsize: int) -> int:
@@ -59,11 +60,50 @@ def unpack(pieces: Sequence[Tensor], sizes: Sequence[Sizes], dtype: torch.dtype)
     return QuantizedPieces(q, numbers, scales)
 
 
-def slots_of(pieces: QuantizedPieces) -> tuple[list[Slots], list[Slots], list[Slots]]:
+def slots_of(pieces: QuantizedPieces) -> SlotsOfPieces:
     """Returns the slots of q, of k and of v in pieces that are going to be sent, one of each piece."""
     both = list(zip(pieces.numbers, pieces.scales, strict=True))
     k, v = ([Slots(numbers[kind], scales=scales[kind]) for numbers, scales in both] for kind in range(2))
     return [Slots(q) for q in pieces.q], k, v
+
+
+class KeptPieces:
+    """Views of the pieces of a stream's buffers. All layers share a buffer, so they are made once for each of its uses
+    and sizes."""
+
+    def __init__(self) -> None:
+        # by use: the address of the buffer, and its views by their dtype and sizes
+        self._kept: dict[str, tuple[int, dict[tuple[object, ...], tuple[QuantizedPieces, SlotsOfPieces]]]] = {}
+
+    def sent(self, use: str, pieces: Sequence[Tensor], sizes: Sequence[Sizes], dtype: torch.dtype) -> SlotsOfPieces:
+        """Returns `slots_of` the pieces of a send buffer.
+
+        Args:
+            use: the name of the buffer.
+            pieces: see `unpack`.
+            sizes: see `unpack`.
+            dtype: see `unpack`.
+        """
+        return self._views(use, pieces, sizes, dtype)[1]
+
+    def received(
+        self, use: str, pieces: Sequence[Tensor], sizes: Sequence[Sizes], dtype: torch.dtype
+    ) -> QuantizedPieces:
+        """Returns `unpack` of the pieces of a receive buffer; see `sent`."""
+        return self._views(use, pieces, sizes, dtype)[0]
+
+    def _views(
+        self, use: str, pieces: Sequence[Tensor], sizes: Sequence[Sizes], dtype: torch.dtype
+    ) -> tuple[QuantizedPieces, SlotsOfPieces]:
+        memory, key = pieces[0].untyped_storage().data_ptr(), (dtype, *sizes)
+        known = self._kept.get(use)
+        if known is None or known[0] != memory:  # a buffer that grew is another one
+            known = self._kept[use] = memory, {}
+        views = known[1].get(key)
+        if views is None:
+            unpacked = unpack(pieces, sizes, dtype)
+            views = known[1][key] = unpacked, slots_of(unpacked)
+        return views
 
 
 def _of_q(size: Sizes) -> int:

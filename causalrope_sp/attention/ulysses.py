@@ -15,7 +15,7 @@ from torch import Tensor
 
 from causalrope_kernels import Keys, PassOperations, Pieces, Slots, Source
 from causalrope_sp.attention.base import Strategy, attend_groups, by_chunk, joined, sum_of_ranks, write_chunk
-from causalrope_sp.attention.quantized_pieces import piece_shapes, slots_of, unpack
+from causalrope_sp.attention.quantized_pieces import piece_shapes
 from causalrope_sp.cache.layer_cache import LayerCache
 from causalrope_sp.distributed.communicator import AsyncHandle, Communicator, Shape
 from causalrope_sp.grid import Chunk, shares
@@ -84,7 +84,7 @@ class Ulysses(Strategy):
         if quantized is None:
             q, k, v = ([Slots(piece[kind]) for piece in sent] for kind in range(3))
         else:
-            q, k, v = slots_of(unpack(sent, sizes, quantized))
+            q, k, v = self._kept.sent("qkv out", sent, sizes, quantized)
         if placement.in_order:
             operations.norm_rope_store(source, q=q, k=k, v=v, k_offset=cache.k_offset)
         else:
@@ -94,7 +94,9 @@ class Ulysses(Strategy):
         sizes = [(3, batch, frames, tokens, heads, width) for tokens in self._tokens]
         shapes = sizes if quantized is None else piece_shapes(sizes, source.like)
         arrived = self._communicator.all_to_all("qkv", cache.index, shapes, sent).wait()
-        received: Source = Pieces(arrived) if quantized is None else unpack(arrived, sizes, quantized)
+        received: Source = Pieces(arrived)
+        if quantized is not None:
+            received = self._kept.received("qkv in", arrived, sizes, quantized)
         if self._pipelined:
             output = self._attend_by_groups(received, cache, chunks, operations)
         else:
@@ -115,7 +117,7 @@ class Ulysses(Strategy):
         outputs: list[list[Tensor]] = [[] for _ in own]
         handles: list[AsyncHandle] = []
         for chunk, frames in by_chunk(chunks):
-            q = write_chunk(source.part(frames), cache, chunk, operations, None)
+            q = write_chunk(source if len(chunks) == 1 else source.part(frames), cache, chunk, operations, None)
             for number, heads in enumerate(own):
                 group_q = q[..., heads, :]
                 keys = _of_heads(cache.keys(chunk), heads)

@@ -96,19 +96,17 @@ def _kind(vector: Tensor) -> tuple[torch.dtype, bool]:
 def store_pieces(source: Pieces | QuantizedPieces, q: SlotsByHeads, k: SlotsByHeads, v: SlotsByHeads) -> None:
     """Launches `pieces_kernel`; see `operations.norm_rope_store`, which checks the arguments."""
     _, _, tokens, heads, width = source.shape
-    given = source.pieces if isinstance(source, Pieces) else map(as_bits, source.numbers)
-    pieces, first_key = _filled(given), 0
+    pieces, first_key = _filled(source.pieces if isinstance(source, Pieces) else source.numbers), 0
     if not pieces or not (q or k or v):
         return
+    first, offsets = as_bits(pieces[0]), _offsets(pieces)
     if isinstance(source, Pieces):
-        first_key = len(pieces[0]) - 2
-        offsets = _offsets(pieces)
-        inputs: Tensors = pieces[0], offsets, pieces[0], offsets, None, None
+        first_key = len(first) - 2
+        inputs: Tensors = first, offsets, first, offsets, None, None
     else:
-        queries = _filled([piece.unsqueeze(0) for piece in source.q]) or pieces  # these are not read
-        scales = _filled([piece.unsqueeze(-1) for piece in source.scales])
-        inputs = tuple(x for kind in (queries, pieces, scales) for x in (kind[0], _offsets(kind)))
-    first = pieces[0]
+        queries, scales = _filled(source.q), _filled(source.scales)
+        q_inputs = (queries[0], _offsets(queries, kinds=False)) if queries else (first, offsets)  # these are not read
+        inputs = *q_inputs, first, offsets, scales[0], _offsets(scales, width=1)
     batch, frames = first.shape[1:3]
     outputs, present = _outputs(q, k, v, first, width)
     block, tile = padded(width), padded(heads)
@@ -132,7 +130,7 @@ def split_tokens(x_BFSHD: Tensor, pieces: Sequence[Tensor]) -> None:
     pieces = [piece for piece in pieces if piece.numel()]
     if x_BFSHD.numel():
         block = padded(heads * width)
-        offsets = _offsets([piece.unsqueeze(0) for piece in pieces])
+        offsets = _offsets(pieces, kinds=False)
         grid, numbers = (tokens, batch * frames), (frames, *x_BFSHD.stride()[:3])
         constants = width, heads * width, block
         SPLIT.launch(grid, (x_BFSHD, pieces[0], offsets), numbers, constants, num_warps=warps_of(block))
@@ -235,27 +233,38 @@ def _table_of(
     return on_device((tuple(chain(*lines, rows)),), device, dtype)
 
 
-def _offsets(pieces: Sequence[Tensor]) -> Tensor:
-    """A line for every token of a frame: its first row, counted from the first piece, and the step of a frame."""
-    begin = pieces[0].data_ptr()
+def _offsets(pieces: Sequence[Tensor], *, kinds: bool = True, width: int | None = None) -> Tensor:
+    """A line for every token of a frame: its first row, counted from the first piece, and the step of a frame.
+
+    Args:
+        pieces: tensors (N, B, F, s, H, d), or (N, B, F, s, H) with a width of 1.
+        kinds: whether they have the axis N.
+        width: d; None for the size of the last axis.
+    """
+    first = pieces[0]
+    begin = first.data_ptr()
     parts = tuple([(piece.data_ptr() - begin, piece.shape, piece.stride()) for piece in pieces])
-    return _offsets_of(parts, pieces[0].element_size(), pieces[0].device)
+    return _offsets_of(parts, kinds, width or first.shape[-1], first.element_size(), first.device)
 
 
 @cache
 def _offsets_of(
-    pieces: tuple[tuple[int, torch.Size, tuple[int, ...]], ...], itemsize: int, device: torch.device
+    pieces: tuple[tuple[int, torch.Size, tuple[int, ...]], ...],
+    kinds: bool,
+    width: int,
+    itemsize: int,
+    device: torch.device,
 ) -> Tensor:
     """The table of `_offsets`, from each piece's distance from the first in bytes, its shape and strides."""
-    _, shape, of_first = pieces[0]
-    width = shape[5]
+    _, _, of_first = pieces[0]
     lines: list[tuple[int, int]] = []
-    for number, (distance, (_, batch, frames, tokens, *_), strides) in enumerate(pieces):
-        begin = distance // itemsize
-        by_token = strides[3] if tokens > 1 else 0
-        by_frame = strides[2] if frames > 1 else strides[1]
-        spacing = frames == 1 or strides[1] == of_first[1] // of_first[2] * by_frame
-        if any(step % width for step in (begin, by_token, by_frame)) or not spacing or strides[0] != batch * strides[1]:
+    for number, (distance, shape, strides) in enumerate(pieces):
+        (batch, frames, tokens), (by_batch, by_frame, by_token) = shape[kinds:][:3], strides[kinds:][:3]
+        begin, by_token = distance // itemsize, by_token if tokens > 1 else 0
+        by_frame = by_frame if frames > 1 else by_batch
+        apart = frames > 1 and by_batch != of_first[kinds] // of_first[kinds + 1] * by_frame
+        apart = apart or (kinds and strides[0] != batch * by_batch)
+        if apart or any(step % width for step in (begin, by_token, by_frame)):
             raise ValueError(f"pieces[{number}]: expected whole frames of one buffer, not strides {strides}")
         lines += [((begin + token * by_token) // width, by_frame // width) for token in range(tokens)]
     return on_device(tuple(lines), device, torch.int32)
