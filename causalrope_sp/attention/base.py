@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from causalrope_kernels import Keys, Partial, PassOperations, Slots, Source
+from causalrope_kernels import Keys, Partial, PassOperations, Projection, Slots, Source
 from causalrope_sp.attention.quantized_pieces import KeptPieces
 from causalrope_sp.cache.layer_cache import LayerCache
 from causalrope_sp.distributed.communicator import Communicator
@@ -175,8 +175,14 @@ def write_chunk(
     q = empty(source)
     k_slots, v_slots = cache.kv_slots(chunk)
     q_slots = [Slots(q)] if placement is None else placement.by_head([Slots(q)])
-    operations.norm_rope_store(source, q=q_slots, k=k_slots, v=v_slots, k_offset=cache.k_offset)
+    operations.norm_rope_store(source, q=q_slots, k=k_slots, v=v_slots, k_offset=offset_of(source, cache))
     return q
+
+
+def offset_of(source: Source, cache: LayerCache) -> Tensor | None:
+    """Returns what is taken off the keys of a source before they are quantized; None for pieces, whose keys were
+    quantized before they were sent."""
+    return cache.k_offset if isinstance(source, Projection) else None
 
 
 def key_sum(source: Source, operations: PassOperations) -> Tensor:

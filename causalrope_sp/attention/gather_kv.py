@@ -13,7 +13,7 @@ from math import prod
 from torch import Tensor
 
 from causalrope_kernels import Partial, PassOperations, Pieces, Slots, Source
-from causalrope_sp.attention.base import InnerStrategy, by_chunk, empty, joined, merged, parts_of
+from causalrope_sp.attention.base import InnerStrategy, by_chunk, empty, joined, merged, offset_of, parts_of
 from causalrope_sp.attention.quantized_pieces import piece_shapes
 from causalrope_sp.cache.layer_cache import LayerCache
 from causalrope_sp.distributed.communicator import Shape
@@ -51,7 +51,7 @@ class GatherKV(InnerStrategy):
             _, k, v = self._kept.sent("kv out", [sent], [sizes[rank]], cache.quantized)
         if placement is not None:
             k, v = placement.by_head(k), placement.by_head(v)
-        operations.norm_rope_store(source, k=k, v=v, k_offset=cache.k_offset)
+        operations.norm_rope_store(source, k=k, v=v, k_offset=offset_of(source, cache))
         handle = self._communicator.all_gather("kv", cache.index, shapes, sent)
         q = empty(source)
         operations.norm_rope_store(source, q=[Slots(q)] if placement is None else placement.by_head([Slots(q)]))

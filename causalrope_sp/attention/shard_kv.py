@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from causalrope_kernels import Partial, PassOperations, Slots, Source
-from causalrope_sp.attention.base import InnerStrategy, by_chunk, lse_elements, merged, parts_of
+from causalrope_sp.attention.base import InnerStrategy, by_chunk, lse_elements, merged, offset_of, parts_of
 from causalrope_sp.cache.layer_cache import LayerCache
 from causalrope_sp.grid import Chunk
 
@@ -42,9 +42,10 @@ class ShardKV(InnerStrategy):
         handle = self._communicator.all_gather("q", cache.index, shapes, q)
         received = None if self._overlap else handle.wait()
         partials: list[list[Partial]] = [[] for _ in self._tokens]
+        k_offset = offset_of(source, cache)
         for chunk, part in by_chunk(chunks):
             k_slots, v_slots = cache.kv_slots(chunk)
-            operations.norm_rope_store(source.part(part), k=k_slots, v=v_slots, k_offset=cache.k_offset)
+            operations.norm_rope_store(source.part(part), k=k_slots, v=v_slots, k_offset=k_offset)
             own = parts_of(q[:, part], cache.keys(chunk, own_rank), operations)
             partials[own_rank].append(merged(own, operations))
             if received is None:

@@ -44,10 +44,14 @@ def slots(name: str, given: Sequence[Slots], source: Source) -> None:
             raise ValueError(f"{name}[{number}]: expected {source.numbers[0].dtype} as the pieces, not {each.x.dtype}")
 
 
-def offset(found: Tensor | None, source: Source) -> None:
+def offset(found: Tensor | None, source: Source, k: Sequence[Slots]) -> None:
     """Checks what is subtracted from the keys of a projection before they are quantized."""
-    if found is None or not isinstance(source, Projection):
+    if found is None:
         return
+    if not isinstance(source, Projection):
+        raise ValueError(f"k_offset: expected None for {type(source).__name__}, which are copied, not an offset")
+    if not k or k[0].scales is None:
+        raise ValueError("k_offset: expected None unless k has Slots with scales, not an offset")
     batch, _, _, heads, width = source.shape
     device = source.like.device
     if found.shape != (batch, heads, width) or not found.is_floating_point() or found.device != device:

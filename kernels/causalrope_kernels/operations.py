@@ -96,8 +96,9 @@ def norm_rope_store(
         q: where the queries go; empty to write none.
         k: where the keys go; empty to write none.
         v: where the values go; empty to write none.
-        k_offset: what is subtracted from the keys of a `Projection` before they are quantized, (B, H, d), or None for
-            nothing. Softmax does not see an offset that all keys of a query have in common.
+        k_offset: what is subtracted from the keys of a `Projection` before they are quantized, (B, H, d); None for
+            nothing, as it must be for other sources. Softmax does not see an offset that all keys of a query have in
+            common.
         backend: "auto", "triton" or "torch".
 
     Raises:
@@ -106,7 +107,7 @@ def norm_rope_store(
     """
     check.source(source)
     check.kv_slots(source, q=q, k=k, v=v)
-    check_quantized.offset(k_offset, source)
+    check_quantized.offset(k_offset, source, k)
     weights = (source.q_weight, source.k_weight) if isinstance(source, Projection) else ()
     if use_triton(backend, source.like, *weights):
         from causalrope_kernels import norm_rope_store_launch as kernel
