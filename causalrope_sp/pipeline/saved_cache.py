@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from causalrope_sp.attention.build import stored_part
+from causalrope_sp.checks import shown
 from causalrope_sp.errors import CheckpointError, ConfigError
 from causalrope_sp.sampling.chunk_loop import ChunkLoop
 from causalrope_sp.sampling.guidance import GuidanceBranch
@@ -200,8 +201,12 @@ def restore_cache(loop: SteeredLoop, cache: SavedCache) -> None:
             raise ConfigError(
                 f"the saved cache holds the frames {sorted(saved.frames)}, but its window those of {list(held.frames)}"
             )
-        if cache.kinds != _kinds(loop) or saved.seen != held.seen:
-            raise ConfigError("the saved cache holds frames of heads that the stream's windows of heads do not")
+        kinds = _kinds(loop)
+        if cache.kinds != kinds or saved.seen != held.seen:
+            raise ConfigError(
+                f"the saved cache holds the frames {shown(saved.seen)} for heads of the kinds {shown(cache.kinds)}, "
+                f"but the stream's windows of heads those of {shown(held.seen)} for {shown(kinds)}"
+            )
         for layer in range(cache.layers):
             _restore_layer(loop, branch, saved, cache, layer, tokens, heads[layer])
             if saved.name in cache.offsets:

@@ -66,10 +66,7 @@ def with_environment(values: dict[str, str], call: Callable[[], object]) -> obje
 
 
 WRONG: dict[str, tuple[Callable[[], object], str]] = {
-    "x without a batch": (
-        lambda: add_norm(X[0], None, None, PLAIN),
-        r"x: expected shape \(B, T, D\).*, not \(12, 24\)",
-    ),
+    "x of no batch": (lambda: add_norm(X[0], None, None, PLAIN), r"x: expected shape \(B, T, D\).*, not \(12, 24\)"),
     "x of integers": (lambda: add_norm(X.int(), None, None, PLAIN), "x: expected floating-point.*, not torch.int32"),
     "x across memory": (
         lambda: add_norm(X.mT.contiguous().mT, None, None, PLAIN),
@@ -86,14 +83,8 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
         lambda: add_norm(X, X, torch.zeros(4, WIDTH), PLAIN),
         "gate, shift, factor: expected the same frames",
     ),
-    "a vector too short": (
-        lambda: add_norm(X, X, None, Affine(VECTOR[1:], VECTOR, EPS)),
-        r"weight: expected shape \(D,\)",
-    ),
-    "a weight too long": (
-        lambda: rms_norm(X, torch.zeros(WIDTH + 1), EPS),
-        r"weight: expected shape \(D,\) = \(24\), not",
-    ),
+    "a short vector": (lambda: add_norm(X, X, None, Affine(VECTOR[1:], VECTOR, EPS)), r"weight: expected shape \(D,\)"),
+    "a long weight": (lambda: rms_norm(X, torch.zeros(WIDTH + 1), EPS), r"weight: expected shape \(D,\) = \(24\), not"),
     "a linear layer too wide": (
         lambda: linear_gelu(X, torch.zeros(7, 25), torch.zeros(7)),
         r"weight: expected shape \(N, K\)",
@@ -149,10 +140,7 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
         r"k: expected shape \(B, L, H, d\) = .*, not \(2, 12, 2, 8\)",
     ),
     "values for fewer keys": (lambda: attention(Q, Keys(Q, Q[:, 1:])), "v: expected shape"),
-    "queries in another dtype": (
-        lambda: attention(Q.half(), Keys(Q, Q)),
-        "k: expected torch.float16, not torch.float32",
-    ),
+    "half queries": (lambda: attention(Q.half(), Keys(Q, Q)), "k: expected torch.float16, not torch.float32"),
     "a stretch beyond the keys": (
         lambda: attention(Q, Keys(Q, Q, ((0, 13),))),
         r"ranges: expected .* within 12 rows, not \[0, 13\)",
@@ -259,10 +247,7 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
         lambda: attention(Q, Keys(Q, Q, None, torch.zeros(0, 2, dtype=torch.int32))),
         "bounds_N2: expected ranges with it",
     ),
-    "rows of no columns": (
-        lambda: norm_rope_store(projecting(columns=0)),
-        "rotation.columns: expected at least 1, not 0",
-    ),
+    "no columns": (lambda: norm_rope_store(projecting(columns=0)), "rotation.columns: expected at least 1, not 0"),
     "a source that is none": (
         lambda: norm_rope_store(X),  # type: ignore[arg-type]
         "source: expected a Projection, Pieces or QuantizedPieces, not Tensor",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,11 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from causalrope_sp import SequenceParallel, StreamConfig
+from causalrope_sp import ConfigError, SequenceParallel, StreamConfig
 from causalrope_sp.attention.build import build_strategy, stored_part
+from causalrope_sp.checks import shown
 from causalrope_sp.distributed.launch import RankPool
 from causalrope_sp.distributed.layout import parse_strategy, strategies
-from causalrope_sp.errors import ConfigError
 from causalrope_sp.grid import LatentGrid
 from causalrope_sp.heads import HeadPolicy
 from causalrope_sp.heads.placement import HeadRings
@@ -73,7 +74,7 @@ def test_one_rank_goes_on_with_what_it_saved(folder: Path, judge: dict[Case, lis
 def test_a_file_has_the_frames_that_heads_see_alone(
     policy: HeadPolicy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A file that has all frames for every head is refused."""
+    """A file that has all frames for every head is refused, and so are other windows of heads."""
     monkeypatch.setitem(STREAMS, "of heads", StreamConfig(7, 1, 2, heads=policy))
     case = "of heads", "new text, sink too", 6, True
     expected, file, other = uninterrupted(tmp_path, SINGLE, case), tmp_path / name_of(case), tmp_path / "other"
@@ -91,10 +92,13 @@ def test_a_file_has_the_frames_that_heads_see_alone(
     write_session(other, replace(saved, cache=whole), layers)
     assert other.stat().st_size - file.stat().st_size > sum(layer.nbytes for layer in layers) / 3
     assert all(torch.equal(*both) for both in zip(go_on(file, SINGLE, case), expected, strict=True))
-    with pytest.raises(
-        ConfigError, match="the saved cache holds frames of heads that the stream's windows of heads do"
-    ):
+    with pytest.raises(ConfigError, match=re.escape("the saved cache holds the frames () for heads of the kinds ()")):
         go_on(other, SINGLE, case)
+    monkeypatch.setitem(STREAMS, "of heads", StreamConfig(7, 1, 2, heads=HeadPolicy(((4,) * 6,) * 2)))
+    others = f"those of ((0, 4),) for {((0,) * 6,) * 2}"
+    says = f"the saved cache holds the frames {shown(branch.seen)} for heads of the kinds {shown(cache.kinds)}, but the"
+    with pytest.raises(ConfigError, match=re.escape(f"{says} stream's windows of heads {others}")):
+        go_on(file, SINGLE, case)
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
