@@ -74,8 +74,8 @@ class ReadPlans:
             window; None if keys are stored rotated.
         source_order: see `CachedHeads`.
         bands: see `CachedHeads`.
-        choose: chooses among the frames that the window holds, for the heads of the first ring, which see all of it;
-            None attends all.
+        choose: chooses among the frames that the window holds, for the heads of the first ring, which see all of it
+            (see `HeadRings`); None attends all.
     """
 
     def __init__(

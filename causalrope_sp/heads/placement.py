@@ -81,7 +81,8 @@ class HeadRings:
     """The rings of frame slots that the heads of a stream are cached in, and the placement of each layer.
 
     A ring has the heads that see equally many frames and the same rows of them; a layer may have none of them. Rings
-    are in order of what their heads see, most first.
+    are in order of what their heads see, most first. Heads that see the whole window, if there are any, are therefore
+    those of the first ring, among whose frames some may be chosen (see `ReadPlans`).
 
     Args:
         frames: the latent frames that the heads of each ring see; `SKIP` for those that attend nothing.
@@ -266,7 +267,8 @@ class CachedHeads:
     """The heads that one rank caches.
 
     Args:
-        frames: the latent frames that the heads of each ring see; `SKIP` for those that attend nothing.
+        frames: the latent frames that the heads of each ring see, in the order of `HeadRings`; `SKIP` for those that
+            attend nothing.
         heads: how many heads of each ring the rank has, by layer and ring.
         sink: the sink of windows that are smaller than the stream's.
         scratch: the slots of the ring of heads that attend nothing, whose keys and values nobody reads; all layers
