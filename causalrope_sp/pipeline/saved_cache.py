@@ -197,9 +197,9 @@ def restore_cache(loop: SteeredLoop, cache: SavedCache) -> None:
             continue
         loop.resume(branch, saved.oldest, saved.kept_shot, saved.pending)
         held = _describe(loop, saved.name, branch)
-        if held.frames != tuple(sorted(saved.frames)):
+        if held.frames != saved.frames:
             raise ConfigError(
-                f"the saved cache holds the frames {sorted(saved.frames)}, but its window those of {list(held.frames)}"
+                f"the saved cache holds the frames {list(saved.frames)}, but its window those of {list(held.frames)}"
             )
         kinds = _kinds(loop)
         if cache.kinds != kinds or saved.seen != held.seen:
