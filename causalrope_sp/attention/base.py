@@ -91,7 +91,7 @@ class Strategy:
 
         Args:
             source: q, k and v of this rank's tokens.
-            cache: the cache of the layer.
+            cache: the cache of the layer, whose `k_offset` is set if it has one.
             chunks: the chunks of the pass, in order of time.
             operations: the operations of the pass.
 
@@ -99,19 +99,26 @@ class Strategy:
             What this rank's queries attend, (B, F, s, h, d), with the heads in the order of the source.
         """
         placement = self.placements[cache.index] if self.placements else None
-        if cache.centre is not None:
-            self.centre(source, cache, chunks, operations)
         if len(chunks) == 1:
             return attend_chunk(source, cache, chunks[0], operations, placement)
         # in order of time, since a later chunk may overwrite slots that an earlier one still reads
         parts = by_chunk(chunks)
         return joined([attend_chunk(source.part(f), cache, chunk, operations, placement) for chunk, f in parts])
 
-    def centre(self, source: Source, cache: LayerCache, chunks: Sequence[Chunk], operations: PassOperations) -> None:
-        """Sets what is taken off quantized keys: the mean of those of all tokens of the first chunk of a pass."""
-        assert cache.centre is not None, "it is not set"
-        first = source.part(by_chunk(chunks)[0][1])
-        cache.centre(self.total(key_sum(first, operations), cache.index) / (first.shape[1] * self.frame_tokens))
+    def key_mean(self, source: Source, layer: int, first: Chunk, operations: PassOperations) -> Tensor:
+        """Returns the mean of the keys of all ranks' tokens of a chunk, which is taken off quantized keys.
+
+        Args:
+            source: q, k and v of this rank's tokens, of a pass.
+            layer: the number of the layer.
+            first: the first chunk of the pass.
+            operations: the operations of the pass.
+
+        Returns:
+            The mean, (B, N, d) in float64, of all heads in the order of the source.
+        """
+        total = self.total(key_sum(source.part(slice(first.frames)), operations), layer)
+        return total / (first.frames * self.frame_tokens)
 
     def total(self, x: Tensor, layer: int) -> Tensor:
         """Returns the sum of a tensor, of one number of each layer, over the ranks that own different tokens."""

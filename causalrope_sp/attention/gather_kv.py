@@ -38,8 +38,6 @@ class GatherKV(InnerStrategy):
     def attend(self, source: Source, cache: LayerCache, chunks: Sequence[Chunk], operations: PassOperations) -> Tensor:
         batch, frames, _, heads, width = source.shape
         placement = self.placements[cache.index] if self.placements else None
-        if cache.centre is not None:
-            self.centre(source, cache, chunks, operations)
         sizes, rank = [(2, batch, frames, tokens, heads, width) for tokens in self._tokens], self._communicator.rank
         shapes: Sequence[Shape] = sizes if cache.quantized is None else piece_shapes(sizes, source.like)
         (sent,) = self._communicator.buffer("kv out", [shapes[rank]], source.like, block=max(map(prod, shapes)))

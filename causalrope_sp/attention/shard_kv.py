@@ -32,8 +32,6 @@ class ShardKV(InnerStrategy):
     def attend(self, source: Source, cache: LayerCache, chunks: Sequence[Chunk], operations: PassOperations) -> Tensor:
         batch, frames, _, heads, width = source.shape
         placement = self.placements[cache.index] if self.placements else None
-        if cache.centre is not None:
-            self.centre(source, cache, chunks, operations)
         shapes = [(batch, frames, tokens, heads, width) for tokens in self._tokens]
         own_rank = self._communicator.rank
         (q,) = self._communicator.buffer("q out", [shapes[own_rank]], source.like, block=max(map(prod, shapes)))

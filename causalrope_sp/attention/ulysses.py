@@ -76,8 +76,6 @@ class Ulysses(Strategy):
     def attend(self, source: Source, cache: LayerCache, chunks: Sequence[Chunk], operations: PassOperations) -> Tensor:
         batch, frames, own_tokens, _, width = source.shape
         placement = self.placements[cache.index]
-        if cache.centre is not None:
-            self.centre(source, cache, chunks, operations)
         sizes, quantized = [(3, batch, frames, own_tokens, h, width) for h in placement.sizes], cache.quantized
         shapes: Sequence[Shape] = sizes if quantized is None else piece_shapes(sizes, source.like)
         sent = self._communicator.buffer("qkv out", shapes, source.like)

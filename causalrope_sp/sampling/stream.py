@@ -321,7 +321,10 @@ class CausalStream:
             own = later if layer else operations
             if observed is not None:
                 observed.observe(layer, projection, own)
-            return self._strategy.attend(projection, self.cache.layer(layer), chunks, own).flatten(1, 2)
+            cache = self.cache.layer(layer)
+            if cache.centre is not None:
+                cache.centre(self._strategy.key_mean(projection, layer, chunks[0], own))
+            return self._strategy.attend(projection, cache, chunks, own).flatten(1, 2)
 
         step = ForwardPass(
             timesteps_F=time[0],
