@@ -182,14 +182,9 @@ def write_chunk(
     q = empty(source)
     k_slots, v_slots = cache.kv_slots(chunk)
     q_slots = [Slots(q)] if placement is None else placement.by_head([Slots(q)])
-    operations.norm_rope_store(source, q=q_slots, k=k_slots, v=v_slots, k_offset=offset_of(source, cache))
+    k_offset = cache.k_offset if isinstance(source, Projection) else None  # keys of pieces are quantized
+    operations.norm_rope_store(source, q=q_slots, k=k_slots, v=v_slots, k_offset=k_offset)
     return q
-
-
-def offset_of(source: Source, cache: LayerCache) -> Tensor | None:
-    """Returns what is taken off the keys of a source before they are quantized; None for pieces, whose keys were
-    quantized before they were sent."""
-    return cache.k_offset if isinstance(source, Projection) else None
 
 
 def key_sum(source: Source, operations: PassOperations) -> Tensor:

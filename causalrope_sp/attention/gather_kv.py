@@ -12,8 +12,8 @@ from math import prod
 
 from torch import Tensor
 
-from causalrope_kernels import Partial, PassOperations, Pieces, Slots, Source
-from causalrope_sp.attention.base import InnerStrategy, by_chunk, empty, joined, merged, offset_of, parts_of
+from causalrope_kernels import Partial, PassOperations, Pieces, Projection, Slots, Source
+from causalrope_sp.attention.base import InnerStrategy, by_chunk, empty, joined, merged, parts_of
 from causalrope_sp.attention.quantized_pieces import piece_shapes
 from causalrope_sp.cache.layer_cache import LayerCache
 from causalrope_sp.distributed.communicator import Shape
@@ -49,7 +49,8 @@ class GatherKV(InnerStrategy):
             _, k, v = self._kept.sent("kv out", [sent], [sizes[rank]], cache.quantized)
         if placement is not None:
             k, v = placement.by_head(k), placement.by_head(v)
-        operations.norm_rope_store(source, k=k, v=v, k_offset=offset_of(source, cache))
+        k_offset = cache.k_offset if isinstance(source, Projection) else None  # keys of pieces are quantized
+        operations.norm_rope_store(source, k=k, v=v, k_offset=k_offset)
         handle = self._communicator.all_gather("kv", cache.index, shapes, sent)
         q = empty(source)
         operations.norm_rope_store(source, q=[Slots(q)] if placement is None else placement.by_head([Slots(q)]))

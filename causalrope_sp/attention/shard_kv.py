@@ -12,8 +12,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-from causalrope_kernels import Partial, PassOperations, Slots, Source
-from causalrope_sp.attention.base import InnerStrategy, by_chunk, lse_elements, merged, offset_of, parts_of
+from causalrope_kernels import Partial, PassOperations, Projection, Slots, Source
+from causalrope_sp.attention.base import InnerStrategy, by_chunk, lse_elements, merged, parts_of
 from causalrope_sp.cache.layer_cache import LayerCache
 from causalrope_sp.grid import Chunk
 
@@ -40,7 +40,7 @@ class ShardKV(InnerStrategy):
         handle = self._communicator.all_gather("q", cache.index, shapes, q)
         received = None if self._overlap else handle.wait()
         partials: list[list[Partial]] = [[] for _ in self._tokens]
-        k_offset = offset_of(source, cache)
+        k_offset = cache.k_offset if isinstance(source, Projection) else None  # keys of pieces are quantized
         for chunk, part in by_chunk(chunks):
             k_slots, v_slots = cache.kv_slots(chunk)
             operations.norm_rope_store(source.part(part), k=k_slots, v=v_slots, k_offset=k_offset)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from causalrope_kernels import Keys, PassOperations, Pieces, Slots, Source
-from causalrope_sp.attention.base import Strategy, attend_groups, by_chunk, joined, offset_of, sum_of_ranks, write_chunk
+from causalrope_sp.attention.base import Strategy, attend_groups, by_chunk, joined, sum_of_ranks, write_chunk
 from causalrope_sp.attention.quantized_pieces import piece_shapes
 from causalrope_sp.cache.layer_cache import LayerCache
 from causalrope_sp.distributed.communicator import AsyncHandle, Communicator, Shape
@@ -83,12 +83,11 @@ class Ulysses(Strategy):
             q, k, v = ([Slots(piece[kind]) for piece in sent] for kind in range(3))
         else:
             q, k, v = self._kept.sent("qkv out", sent, sizes, quantized)
-        k_offset = offset_of(source, cache)
         if placement.in_order:
-            operations.norm_rope_store(source, q=q, k=k, v=v, k_offset=k_offset)
+            operations.norm_rope_store(source, q=q, k=k, v=v, k_offset=cache.k_offset)
         else:
             by_head = placement.by_head
-            operations.norm_rope_store(source, q=by_head(q), k=by_head(k), v=by_head(v), k_offset=k_offset)
+            operations.norm_rope_store(source, q=by_head(q), k=by_head(k), v=by_head(v), k_offset=cache.k_offset)
         heads = placement.sizes[self._communicator.rank]
         sizes = [(3, batch, frames, tokens, heads, width) for tokens in self._tokens]
         shapes = sizes if quantized is None else piece_shapes(sizes, source.like)
