@@ -7,7 +7,7 @@ the seams of toybox-vin's chunks; rendered scenes through the codec, which have 
 go below. toybox's text says which colours there are and where objects start, which lets chunks agree without knowing of
 one another; so VIN and its ablations make the longest videos again, of twice as many prompts, from texts that leave the
 one or the other open. Held-out videos, noised, say by how much global tokens lower the error of the velocity. FLOPs are
-counted by formula (held against torch's counter in tests/test_vin.py). Times are of the sampler alone, at P ranks of
+counted by formula (held against torch's counter in tests/vin). Times are of the sampler alone, at P ranks of
 one thread, after the gate: the latents are those of one rank to 1e-5. Tables, then JSON.
 """
 
