@@ -19,7 +19,8 @@ from causalrope_sp.attention.quantized_pieces import KeptPieces
 from causalrope_sp.cache.layer_cache import LayerCache
 from causalrope_sp.distributed.communicator import Communicator
 from causalrope_sp.grid import Chunk
-from causalrope_sp.heads.placement import CachedHeads, HeadPlacement
+from causalrope_sp.heads.cached_heads import CachedHeads
+from causalrope_sp.heads.placement import HeadPlacement
 
 
 class Strategy:

@@ -11,7 +11,7 @@ from causalrope_sp.distributed import SequenceParallel
 from causalrope_sp.distributed.layout import Layout, token_spans
 from causalrope_sp.grid import LatentGrid
 from causalrope_sp.heads.near_rows import bands_of
-from causalrope_sp.heads.placement import HeadRings
+from causalrope_sp.heads.rings import HeadRings
 
 
 def build_strategy(parallel: SequenceParallel, layout: Layout, grid: LatentGrid, rings: HeadRings) -> Strategy:

@@ -30,7 +30,7 @@ from causalrope_sp.cache.window import SlidingWindow
 from causalrope_sp.devices import storage_bytes
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.grid import Chunk
-from causalrope_sp.heads.placement import CachedHeads
+from causalrope_sp.heads.cached_heads import CachedHeads
 from causalrope_sp.heads.policy import SKIP
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from causalrope_kernels.quantized_heads import SCALE_DTYPE
 from causalrope_sp.cache.layer_storage import LayerStorage
-from causalrope_sp.heads.placement import CachedHeads
+from causalrope_sp.heads.cached_heads import CachedHeads
 from causalrope_sp.heads.policy import SKIP
 
 Shape = tuple[int, ...]

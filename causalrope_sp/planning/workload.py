@@ -10,8 +10,8 @@ from causalrope_sp.codec.wan_vae_config import WAN_2_1
 from causalrope_sp.config import NEWEST, CacheDtype, DiTConfig, SamplerConfig, StreamConfig
 from causalrope_sp.diffusion.schedule import branch_timesteps, guided_steps, model_timesteps
 from causalrope_sp.grid import LatentGrid, split_into_chunks
-from causalrope_sp.heads.placement import HeadRings
 from causalrope_sp.heads.policy import HeadPolicy
+from causalrope_sp.heads.rings import HeadRings
 from causalrope_sp.reuse.policy import CAUSAL_KINDS, Kind, ReusePlan, ReusePolicy
 
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from causalrope_sp.attention.build import build_strategy
 from causalrope_sp.grid import Chunk
-from causalrope_sp.heads.placement import HeadRings
 from causalrope_sp.heads.policy import SKIP, HeadPolicy, Window
+from causalrope_sp.heads.rings import HeadRings
 from causalrope_sp.profiling.sums import sum_of_ranks
 from causalrope_sp.sampling.chunk_loop import ChunkLoop
 from causalrope_sp.sampling.stream import CausalStream

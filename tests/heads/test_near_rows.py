@@ -20,7 +20,7 @@ from causalrope_sp.distributed.layout import parse_strategy, token_spans
 from causalrope_sp.grid import Shard
 from causalrope_sp.heads import HeadPolicy
 from causalrope_sp.heads.near_rows import bands_of, pairs
-from causalrope_sp.heads.placement import HeadRings
+from causalrope_sp.heads.rings import HeadRings
 from causalrope_sp.planning.counts import attention_flops, cache_bytes, cross_flops, head_imbalance
 from causalrope_sp.sampling.pass_inputs import Part
 from causalrope_sp.sampling.stream import CausalStream

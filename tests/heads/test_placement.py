@@ -15,7 +15,8 @@ from causalrope_sp import LatentGrid, SamplerConfig, StreamConfig
 from causalrope_sp.config import PRESETS
 from causalrope_sp.distributed.layout import parse_strategy, strategies
 from causalrope_sp.heads import HeadPolicy
-from causalrope_sp.heads.placement import HeadPlacement, HeadRings
+from causalrope_sp.heads.placement import HeadPlacement
+from causalrope_sp.heads.rings import HeadRings
 from causalrope_sp.planning.counts import attention_flops, cache_bytes, head_imbalance
 from causalrope_sp.planning.workload import Workload
 from tests.support.strategy_runs import CONFIG, WORK

@@ -18,7 +18,7 @@ from causalrope_sp.distributed.launch import RankPool
 from causalrope_sp.distributed.layout import parse_strategy, strategies
 from causalrope_sp.grid import LatentGrid
 from causalrope_sp.heads import HeadPolicy
-from causalrope_sp.heads.placement import HeadRings
+from causalrope_sp.heads.rings import HeadRings
 from causalrope_sp.sessions import read_session, write_session
 from tests.support.saved_loops import (
     Case,

@@ -23,7 +23,7 @@ from causalrope_sp.distributed.layout import parse_strategy
 from causalrope_sp.grid import Chunk, LatentGrid, Shard
 from causalrope_sp.heads import HeadPolicy
 from causalrope_sp.heads.near_rows import bands_of
-from causalrope_sp.heads.placement import HeadRings
+from causalrope_sp.heads.rings import HeadRings
 from causalrope_sp.reuse.policy import ReusePlan, ReusePolicy
 from causalrope_sp.sampling.pass_inputs import Part
 from causalrope_sp.sampling.similar_frames import SimilarFrames
