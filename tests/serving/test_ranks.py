@@ -57,7 +57,8 @@ def test_a_lost_rank_ends_the_server_with_a_message(tmp_path: Path) -> None:
         with pytest.raises((ConnectionClosed, TimeoutError)):
             viewer.read_all()
         assert server.process.wait(60) != 0
-    assert any("rank 1" in line for line in server.log)
+    # torchrun ends rank 0, now and then before that one has seen who is lost, and names the lost rank in its own way
+    assert any("rank 1" in line or "local_rank: 1" in line for line in server.log)
 
 
 def _last_rank(launcher: int) -> int:
