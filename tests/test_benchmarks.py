@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -32,6 +33,13 @@ def run(script: str, *options: str) -> subprocess.CompletedProcess[str]:
 def last_line(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_what_json_lacks_is_null(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """As the PSNR of equal videos is."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    importlib.import_module("printed").finish("a", rows=[{"psnr_db": float("inf"), "keys": (0.5, float("nan"))}])
+    assert json.loads(capsys.readouterr().out)["rows"] == [{"psnr_db": None, "keys": [0.5, None]}]
 
 
 def test_every_operation_passes_its_gate() -> None:

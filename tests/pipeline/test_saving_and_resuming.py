@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -228,12 +229,15 @@ def test_what_cannot_be_resumed_is_one_sentence(pipe: CausalVideoPipeline, tmp_p
         return tmp_path / "changed"
 
     cache = json.loads(safe_open(path, "pt").metadata()["session"])["cache"]
+    other_order = copy.deepcopy(cache)
+    other_order["branches"][0]["frames"].reverse()
     cache["branches"][0]["frames"][1] -= 1
     for fields, says in (
         ({"height": 128}, "a latent frame is"),
         ({"height": 65}, "latents of 8×8 are not those of frames of 65×64 pixels"),
         ({"first_chunk": 0, "shown": 5}, "the saved session has 0 chunks that were given, the model begins with 1"),
         ({"cache": cache}, "the saved cache holds the frames .*, but its window those of"),
+        ({"cache": other_order}, "the saved cache holds the frames .*, but its window those of"),
         ({"stream": {"window": 6, "chunk_frames": 3}}, "the saved cache holds the frames|its window"),
     ):
         with pytest.raises((ConfigError, CheckpointError), match=says) as caught:

@@ -219,6 +219,31 @@ def test_the_command_writes_what_generate_and_plan_take(tmp_path: Path) -> None:
     assert "heads: expected windows of 30 layers × 12 heads, got 6 × 6" in done.output
 
 
+def test_a_file_says_what_the_search_was_asked_for(tmp_path: Path) -> None:
+    out = tmp_path / "heads.json"
+    words = [
+        "profile-heads",
+        PROMPT,
+        "--frames",
+        str(FRAMES),
+        "--rule",
+        "search",
+        "--budget",
+        "0.97",
+        "--out",
+        str(out),
+    ]
+    done = CliRunner().invoke(cli, words)
+    assert done.exit_code == 0, done.output
+    found = json.loads(out.read_text())
+    assert {name: found[name] for name in ("model", "rule", "weight", "budget")} == {
+        "model": "toybox",
+        "rule": "search",
+        "weight": 0.5,
+        "budget": 0.97,
+    }
+
+
 def test_all_frames_of_a_model_that_chooses_frames_are_measured(tmp_path: Path) -> None:
     model = json.loads((WEIGHTS / "toybox.json").read_text())
     model |= {name: str(WEIGHTS / model[name]) for name in ("transformer", "codec")}
