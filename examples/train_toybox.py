@@ -34,7 +34,7 @@ from causalrope_sp.config import SamplerConfig
 from causalrope_sp.grid import LatentGrid
 from causalrope_sp.weights import load_model, save_model
 
-OPENING_SEED, LONG_SEED = 62_000_000, 64_000_000
+SCENE_SEED, HELD_SEED, HELD = 72_000_000, 99_000_000, 64
 CHANGE_SEED = 77_000_000
 FLOW_SAMPLER = SamplerConfig(steps=tuple(62.5 * n for n in range(16, 0, -1)), shift=1.0, solver="euler")
 
@@ -53,9 +53,8 @@ FLOW_SAMPLER = SamplerConfig(steps=tuple(62.5 * n for n in range(16, 0, -1)), sh
 @click.option("--dit-steps", default=7500, show_default=True)
 @click.option("--decoder-minutes", default=20.0, show_default=True, help="On rendered scenes; 0 leaves it out.")
 @click.option("--made-minutes", default=36.0, show_default=True, help="The decoder, on what the DiT makes.")
-@click.option("--openings", default=12288, show_default=True, help="Scenes of 9 frames, for the first chunk alone.")
-@click.option("--long", "long_clips", default=2560, show_default=True, help="Scenes of 129 frames.")
-@click.option("--changes", default=1024, show_default=True, help="Scenes before and after a change of their text.")
+@click.option("--scenes", "count", default=24576, show_default=True, help="Number of scenes to render and encode.")
+@click.option("--changes", default=8192, show_default=True, help="Scenes before and after a change of their text.")
 def main(
     out: Path,
     init: Path | None,
@@ -66,8 +65,7 @@ def main(
     dit_steps: int,
     decoder_minutes: float,
     made_minutes: float,
-    openings: int,
-    long_clips: int,
+    count: int,
     changes: int,
 ) -> None:
     place = torch.device(device)
@@ -91,21 +89,21 @@ def main(
     codec = wan.vae
     if decoder_minutes:
         save_decoder(tune_decoder(out / "decoder.pt", codec, size, decoder_minutes, 1.5e-3), weights / "codec")
-    opening_scenes = encode_scenes(codec, out / "openings", openings, 9, size, OPENING_SEED)
-    long_scenes = encode_scenes(codec, out / "long", long_clips, 129, size, LONG_SEED)
+    scenes = encode_scenes(codec, out / "scenes", count, size, SCENE_SEED)
+    held = encode_scenes(codec, out / "held", HELD * processes(), size, HELD_SEED)
 
     grid = LatentGrid.from_pixels(size, size, codec.config.scale_factor_spatial)
     model = new_model() if init is None else load_model(init / "toybox.safetensors", dtype=torch.float32)
     rate = 3e-3 if init is None else 1.2e-3  # more undoes what the end of the run before had gained
-    weights_C = channel_weights(codec, long_scenes.latents[:8, :6].float())
-    scenes = encode_changes(codec, out / "changes", changes, size, CHANGE_SEED)
-    training = DiTTraining(TeacherForcing(grid, place), opening_scenes, long_scenes, scenes, weights_C)
+    weights_C = channel_weights(codec, scenes.latents[:8, :6].float())
+    changed = encode_changes(codec, out / "changes", changes, size, CHANGE_SEED)
+    training = DiTTraining(TeacherForcing(grid, place), scenes, held, changed, weights_C)
     dit = training.train(out / "dit.pt", model, dit_steps, rate)
     if rank() == 0:
         save_model(copy.deepcopy(dit).to(torch.bfloat16), weights / "toybox.safetensors")
     if made_minutes:
         models = [(dit, SAMPLER, 160), (dit, FLOW_SAMPLER, 64)]
-        made = make_videos(out / "made.pt", models, long_scenes, LONG_SEED, grid)
+        made = make_videos(out / "made.pt", models, scenes, SCENE_SEED, grid)
         save_decoder(tune_decoder(out / "decoder.pt", codec, size, made_minutes, 1.2e-3, made), weights / "codec")
     if rank() == 0:
         plot(out)

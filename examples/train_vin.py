@@ -33,16 +33,15 @@ from causalrope_sp.toybox.toybox_text import leave_open
 from causalrope_sp.vin import ParallelChunksConfig, VideoInterfaceNetwork, VINConfig, load_vin, save_vin
 from causalrope_sp.weights import load_model, save_model
 
-SEED, SCENE_SEED = 70_000_000, 66_000_000
+SEED, SCENE_SEED, HELD_SEED = 70_000_000, 72_000_000, 99_000_000
+HELD, HELD_FRAMES = 48, 33  # scenes that are never learned from, and their latent frames
 CONFIG = VINConfig(global_tokens=32, dim=192, heads=6, layers=4)
 CHUNKS = ParallelChunksConfig(chunk_frames=9, overlap=1, keyframe_every=2)
 LENGTHS = {17: 0.3, 33: 0.35, 65: 0.35}  # latent frames of 64, 128 and 256 pixel frames, and how often each is drawn
 VIDEOS = 32  # a step, one chunk of each; half of the loss is over the frame, half over the objects alone
-PIXEL_FRAMES = 81  # of an encoded scene: 21 latent frames, of which the last 16 are a whole period
-PERIOD = 16
 COLORS_OPEN, PLACES_OPEN = 0.25, 0.1  # the shares of videos whose text does not name colours, or start positions
 NO_GLOBALS = 0.1  # the share of steps without global tokens
-SAVED_EVERY = 50  # steps
+SAVED_EVERY = 50  # steps; as often the error of held-out scenes is logged
 HIGH_NOISE = 0.75  # half of the noise levels are above: there it is decided where objects are and whether chunks agree
 SHIFT = 8.0  # half of the others are shifted towards noise too
 
@@ -71,12 +70,12 @@ def old_pair(folder: Path, dit: Path) -> Pair:
 
 
 def draw(scenes: Latents, generator: torch.Generator) -> Batch:
-    """Draws videos of one length, each with its own noise level; scenes are extended by their period."""
+    """Draws videos of one length, each with its own noise level."""
     lengths = list(LENGTHS)
     frames = lengths[int(torch.multinomial(torch.tensor(list(LENGTHS.values())), 1, generator=generator))]
-    pick, encoded = scenes.draw(VIDEOS, generator), scenes.latents.shape[1]
-    at = [f if f < encoded else encoded - PERIOD + (f - encoded) % PERIOD for f in range(frames)]
-    embeds, objects = scenes.embeds[pick].clone(), scenes.objects[pick][:, at]
+    pick = scenes.draw(VIDEOS, generator)
+    clean, objects = scenes.frames(pick, 0, frames)
+    embeds = scenes.embeds[pick].clone()
     for share, what in ((COLORS_OPEN, {"colors": True}), (PLACES_OPEN, {"places": True})):
         left_open = torch.rand(VIDEOS, generator=generator) < share
         embeds[left_open] = leave_open(embeds[left_open], **what)
@@ -85,10 +84,12 @@ def draw(scenes: Latents, generator: torch.Generator) -> Batch:
     times = torch.where(shifted, SHIFT * times / (1 + (SHIFT - 1) * times), times)
     high = torch.rand(VIDEOS, generator=generator) < 0.5
     times = torch.where(high, HIGH_NOISE + (1 - HIGH_NOISE) * torch.rand(VIDEOS, generator=generator), times)
-    return Batch(scenes.latents[pick][:, at].float(), objects, embeds, times)
+    return Batch(clean, objects, embeds, times)
 
 
-def train(out: Path, pair: Pair, scenes: Latents, forcing: TogetherForcing, minutes: float, lr: float) -> Pair:
+def train(
+    out: Path, pair: Pair, scenes: Latents, held: Latents, forcing: TogetherForcing, minutes: float, lr: float
+) -> Pair:
     """Trains for so many minutes, counted from zero when a run resumes; the learning rate is constant for a third of
     them, then falls."""
 
@@ -109,11 +110,24 @@ def train(out: Path, pair: Pair, scenes: Latents, forcing: TogetherForcing, minu
         loss = (errors.mean() + on_objects.mean()) / 2
         if not use_z:  # the optimiser needs a gradient of every parameter
             loss = loss + 0 * sum(parameter.sum() for parameter in training.model.vin.parameters())
+        if training.step % SAVED_EVERY == 0:
+            report |= held_out(forcing, training.ema, held)
         training.update(loss, rate, report)
         if training.step % SAVED_EVERY == 0:
             training.save()
     training.save()
     return training.ema
+
+
+@torch.no_grad()
+def held_out(forcing: TogetherForcing, pair: Pair, held: Latents) -> dict[str, float]:
+    """The mean square errors on objects of the first and second chunk of scenes that are never learned from, nearly at
+    pure noise, with whole texts."""
+    everyone = torch.arange(len(held.latents))
+    clean, objects = held.frames(everyone, 0, HELD_FRAMES)
+    batch = Batch(clean, objects, held.embeds, torch.full((len(clean),), 0.98))
+    errors = [forcing.errors(pair, batch, n, torch.Generator().manual_seed(SEED + n))[1].mean().item() for n in (0, 1)]
+    return {"held_out_first": errors[0], "held_out_second": errors[1]}
 
 
 def _agreed(value: float, device: torch.device) -> float:
@@ -128,7 +142,7 @@ def _agreed(value: float, device: torch.device) -> float:
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/vin"), show_default=True)
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
-@click.option("--scenes", "count", default=3072, show_default=True, help="Number of scenes to render and encode.")
+@click.option("--scenes", "count", default=24576, show_default=True, help="Number of scenes to render and encode.")
 @click.option("--minutes", default=240.0, show_default=True, help="Duration of the training in minutes.")
 @click.option("--rate", default=1e-3, show_default=True, help="The highest learning rate.")
 @click.option("--init", type=click.Path(exists=True, path_type=Path), help="Start from a folder's toybox-vin.")
@@ -142,11 +156,12 @@ def main(out: Path, device: str, count: int, minutes: float, rate: float, init: 
     wan = load_codec(WEIGHTS / "codec", "wan", on)
     assert isinstance(wan, WanCodec)
     codec = wan.vae.float()
-    scenes = encode_scenes(codec, out / "scenes", count, PIXEL_FRAMES, size, SCENE_SEED)
+    scenes = encode_scenes(codec, out / "scenes", count, size, SCENE_SEED)
+    held = encode_scenes(codec, out / "held", HELD * processes(), size, HELD_SEED)
     dit = WEIGHTS / "toybox.safetensors"
     pair = (new_pair(dit) if init is None else old_pair(init, dit)).to(on)
     forcing = TogetherForcing(LatentGrid.from_pixels(size, size, codec.config.scale_factor_spatial), CHUNKS, pair, on)
-    trained = train(out, pair, scenes, forcing, minutes, rate).to(torch.bfloat16)
+    trained = train(out, pair, scenes, held, forcing, minutes, rate).to(torch.bfloat16)
     if rank():
         return
     save_model(trained.dit, out / "toybox-vin-dit.safetensors")

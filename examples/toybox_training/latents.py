@@ -32,6 +32,8 @@ HARD = {  # how much more often than 1 a scene is drawn for the words of each of
     "small": 1.4,
 }
 MEETING = 1.5  # and for objects that meet
+PIXEL_FRAMES = 81  # of an encoded scene: 21 latent frames, whose last 16 are a whole period
+PERIOD = 16  # latent frames after which every motion repeats itself
 VISIBLE = 0.3  # how far a latent must be from the background's to count as part of an object, in its own units
 
 
@@ -48,6 +50,13 @@ class Latents:
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         return torch.multinomial(self.share, count, replacement=True, generator=generator)
+
+    def frames(self, picked: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Latents in float32, and where objects are, of frames `start` to `stop` of the picked scenes. Frames after the
+        encoded ones are those of the same moment some periods earlier."""
+        last = self.latents.shape[1] - PERIOD
+        at = [f if f < last else last + (f - last) % PERIOD for f in range(start, stop)]
+        return self.latents[picked][:, at].float(), self.objects[picked][:, at]
 
 
 @dataclass(frozen=True)
@@ -110,12 +119,12 @@ def draw_scenes(seed: int) -> tuple[list[SceneSpec], Tensor]:
 
 
 @torch.inference_mode()
-def encode_scenes(codec: WanVae, path: Path, videos: int, frames: int, size: int, seed: int) -> Latents:
+def encode_scenes(codec: WanVae, path: Path, videos: int, size: int, seed: int) -> Latents:
     """Renders and encodes this process's share of `videos` scenes of `frames` pixel frames, or reads it from `path`
     if the same was encoded before."""
     path = path.with_suffix(f".{rank()}.pt")
     weights = sum(float(p.double().square().sum()) for p in codec.encoder.parameters())
-    made_from = [videos, frames, size, seed, processes(), weights]
+    made_from = [videos, PIXEL_FRAMES, size, seed, processes(), weights]
     batches = range(rank(), videos // BATCH, processes())
     drawn = [draw_scenes(seed + batch) for batch in batches]
     scenes = [scene for scenes, _ in drawn for scene in scenes]
@@ -127,7 +136,7 @@ def encode_scenes(codec: WanVae, path: Path, videos: int, frames: int, size: int
     device = next(codec.parameters()).device
 
     def encode(scenes: list[SceneSpec], places: Tensor) -> Tensor:
-        pixels = render(scenes, places, torch.arange(frames), size).transpose(1, 2).to(device) * 2 - 1
+        pixels = render(scenes, places, torch.arange(PIXEL_FRAMES), size).transpose(1, 2).to(device) * 2 - 1
         return WanEncoderStream(codec).encode(pixels).cpu()
 
     empty = {word: encode([SceneSpec((), word)], torch.zeros(1, PLACE_VARIABLES))[0] for word in BACKGROUNDS}

@@ -44,7 +44,7 @@ def make_videos(
         partial.replace(path)
     saved = torch.load(path, weights_only=True)
     number, latents = saved["number"], saved["latents"]
-    truth, objects = scenes.latents[number, :FRAMES].float(), scenes.objects[number, :FRAMES]
+    truth, objects = scenes.frames(number, 0, FRAMES)
     error = ((latents.float() - truth).square().mean(2) * objects).sum((2, 3)) / objects.sum((2, 3)).clamp(min=1)
     drawn = [draw_scenes(scene_seed + rank() + processes() * (n // BATCH)) for n in number.tolist()]
     specs = [specs[n % BATCH] for (specs, _), n in zip(drawn, number.tolist(), strict=True)]

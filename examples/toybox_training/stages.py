@@ -20,31 +20,33 @@ from causalrope_sp.toybox.chart import chart
 from causalrope_sp.toybox.toybox_text import leave_open
 
 from .dit import CHUNK, RING, SAMPLER, STREAM, TIMES, Batch, TeacherForcing
-from .latents import Changes, Latents
+from .latents import PERIOD, Changes, Latents
 from .training import Training, processes, rank
 
 SEED = 60_000_000
-FIRST_BATCH = 12  # videos a step of which the first chunk is learned from `openings`
+FIRST_BATCH = 12  # videos a step of which the first chunk is learned
 PLATEAU = 0.2  # the share of the steps before the learning rate falls
 POOL = 160  # self-made videos that the DiT learns from at a time; made anew when a run is resumed
 NEW, EVERY = 8, 60  # as many are made new after as many steps
 STRAYED = 0.6  # the mean square error, on objects, from which on a self-made history teaches nothing
-PERIOD = 16  # latent frames after which every motion repeats itself
+FRAMES = 33  # latent frames of a scene that the DiT learns from
 LATE = 2  # periods by which a video that the DiT made is longer than its scene
+MEASURED_EVERY = 250  # steps
 LONGEST = 24  # periods by which a scene is made older than it is, so that a stream can go on for minutes
 DROPPED = 0.1  # how often the text is left out, for guidance
 
 
 class DiTTraining:
-    """Teaches a DiT first chunks from `openings`, later ones from `long`, and those after a new text from `changes`.
+    """Teaches a DiT the chunks of `scenes`, and from `changes` those after a new text.
 
-    `weights_C` says how much an error of each latent channel counts, 1 on average.
+    `weights_C` says how much an error of each latent channel counts, 1 on average. The log tells the errors of `held`
+    too, which is never learned from: where they stay and those of training fall, it lacks scenes, not steps.
     """
 
     def __init__(
-        self, forcing: TeacherForcing, openings: Latents, long: Latents, changes: Changes, weights_C: Tensor
+        self, forcing: TeacherForcing, scenes: Latents, held: Latents, changes: Changes, weights_C: Tensor
     ) -> None:
-        self._forcing, self._openings, self._long, self._changes = forcing, openings, long, changes
+        self._forcing, self._scenes, self._held, self._changes = forcing, scenes, held, changes
         self._weights_C = weights_C.to(forcing.device)
         self._pool: list[tuple[int, Tensor]] = []
 
@@ -64,7 +66,7 @@ class DiTTraining:
 
     def _step(self, training: Training[CausalDiT], steps: int, generator: torch.Generator) -> None:
         own_guess = training.step % 2 == 0
-        first = _batch(self._openings, FIRST_BATCH, [], [0], generator)
+        first = _batch(self._scenes, FIRST_BATCH, [], [0], generator)
         kind, later = self._later(training.step % 8, generator)
         losses, report = list[Tensor](), dict[str, float]()
         for name, batch in (("first", first), (kind, later)):
@@ -72,6 +74,8 @@ class DiTTraining:
             at_start = batch.times_BN > 0.99
             report |= {f"{name}_from_noise": on_objects.detach()[at_start].mean().item()}
             losses += [errors.mean(), on_objects.mean()]
+        if training.step % MEASURED_EVERY == 0:
+            report |= self._held_out(training.ema)
         progress = training.step / steps
         fall = 1 if progress < PLATEAU else max(0.02, (1 - progress) / (1 - PLATEAU))
         training.update(torch.stack(losses).mean(), min(1, (training.step + 1) / 100) * fall, report)
@@ -83,9 +87,9 @@ class DiTTraining:
         if turn in (1, 2) and torch.rand((), generator=generator) < 0.5:
             return "changed", self._after_a_change(8, generator)
         if turn == 0:
-            return "second", _batch(self._long, 10, [CHUNK], [0, 1], generator)
+            return "second", _batch(self._scenes, 10, [CHUNK], [0, 1], generator)
         if turn in (1, 4):
-            batch = _batch(self._long, 5, whole, [1, 2, 3, 4], generator)
+            batch = _batch(self._scenes, 5, whole, [1, 2, 3, 4], generator)
             if turn == 4:  # as after a picture
                 batch.embeds[:] = leave_open(batch.embeds, places=True)
             return "later", batch
@@ -93,7 +97,7 @@ class DiTTraining:
             return "image", self._on_a_picture(10, generator)
         offset, start = (0, 1) if turn == 6 else self._somewhere(generator)
         if turn == 7:
-            return "later", _batch(self._long, 7, whole, [3, 4], generator, offset, start)
+            return "later", _batch(self._scenes, 7, whole, [3, 4], generator, offset, start)
         return "own", self._on_its_own(7, whole, [1, 2] if turn == 6 else [3, 4], generator, offset, start)
 
     def _errors(
@@ -124,21 +128,34 @@ class DiTTraining:
         return error.mean(2) * weight_BN, on_objects * weight_BN
 
     @torch.no_grad()
+    def _held_out(self, model: CausalDiT) -> dict[str, float]:
+        """The mean square errors on objects, at pure noise after the truth's history, of the first and of later chunks
+        of scenes that are never learned from."""
+        generator = torch.Generator().manual_seed(SEED)
+        sizes, size = [CHUNK] * 4, len(self._held.latents)
+        batch = _batch(self._held, size, sizes, [0, 1, 2, 3, 4], generator, pick=torch.arange(size))
+        clean, objects = self._held.frames(batch.picked, 0, sum(sizes) + CHUNK)
+        batch = replace(batch, history=clean[:, :-CHUNK], embeds=self._held.embeds)
+        error = (self._guess(model, batch, generator) - batch.target).square() * self._weights_C.cpu()[:, None, None]
+        error = (error.mean(2) * objects).sum((0, 2, 3)) / objects.sum((0, 2, 3))
+        return {"held_out_first": error[:CHUNK].mean().item(), "held_out_later": error[CHUNK:].mean().item()}
+
+    @torch.no_grad()
     def _guess(self, model: CausalDiT, batch: Batch, generator: torch.Generator) -> Tensor:
         noise = torch.randn(batch.target.shape, generator=generator)
         at_start = replace(batch, times_BN=torch.ones_like(batch.times_BN))
         return noise - self._forcing.velocity(model, at_start, noise).cpu()
 
     def _somewhere(self, generator: torch.Generator) -> tuple[int, int]:
-        """A frame of `long` that has a ring and a chunk from it on, and a global time index for it: its own, or that of
-        the same moment some periods later."""
-        last = self._long.latents.shape[1] // CHUNK - RING // CHUNK
+        """A frame of a scene that has a ring and a chunk from it on, and a global time index for it: its own, or that
+        of the same moment some periods later."""
+        last = FRAMES // CHUNK - RING // CHUNK
         offset = CHUNK * int(torch.randint(1, last, (), generator=generator))
         return offset, 1 + offset + PERIOD * int(torch.randint(LONGEST, (), generator=generator))
 
     def _on_a_picture(self, size: int, generator: torch.Generator) -> Batch:
         """What follows on a first frame, which in most of the videos alone tells the places."""
-        batch = _batch(self._long, size, [1, CHUNK], [1, 2], generator)
+        batch = _batch(self._scenes, size, [1, CHUNK], [1, 2], generator)
         for n in range(size):
             if torch.rand((), generator=generator) < 0.75:
                 batch.embeds[n] = leave_open(batch.embeds[n], places=True)
@@ -172,12 +189,12 @@ class DiTTraining:
         before has left the truth: what cannot be found from its history would only teach to draw nothing clearly."""
         chosen = [self._pool[int(torch.randint(len(self._pool), (), generator=generator))] for _ in range(size)]
         pick = torch.tensor([number for number, _ in chosen])
-        batch = _batch(self._long, size, sizes[: max(numbers)], numbers, generator, offset, start, pick)
+        batch = _batch(self._scenes, size, sizes[: max(numbers)], numbers, generator, offset, start, pick)
         seen = slice(offset, offset + batch.history.shape[1])
         late = PERIOD * int(torch.randint(LATE + 1, (), generator=generator)) if offset else 0
         seen_late = slice(seen.start + late, seen.stop + late)  # the truth repeats itself
         own = torch.stack([video for _, video in chosen])[:, seen_late]
-        truth, objects = self._long.latents[pick, seen].float(), self._long.objects[pick, seen]
+        truth, objects = self._scenes.frames(pick, seen.start, seen.stop)
         error = (own - truth).square().mean(2)
         before = [number - 1 for number in numbers]
         error, objects = (_chunks(x, sizes, before).unflatten(1, (-1, CHUNK)).flatten(2) for x in (error, objects))
@@ -185,22 +202,22 @@ class DiTTraining:
         return replace(batch, history=own, weights_BN=(1 - strayed / STRAYED).clamp(min=0))
 
     def _roll_out(self, model: CausalDiT, generator: torch.Generator) -> list[tuple[int, Tensor]]:
-        """Videos that the model makes of scenes of `long`: (the scene's number, its latents)."""
-        pick = self._long.draw(NEW, generator)
-        frames, *shape = self._long.latents.shape[1:]
+        """Videos that the model makes of scenes: (the scene's number, its latents)."""
+        pick = self._scenes.draw(NEW, generator)
+        shape = self._scenes.latents.shape[2:]
 
         def noise(chunk: Chunk, _: int) -> Tensor:
             return torch.randn(NEW, chunk.frames, *shape, generator=generator)
 
         rounded = copy.deepcopy(model).to(torch.bfloat16).requires_grad_(False)  # as the weights are shipped
-        text, opening = self._long.embeds[pick].to(torch.bfloat16), chart(NEW, *shape)
+        text, opening = self._scenes.embeds[pick].to(torch.bfloat16), chart(NEW, *shape)
         with torch.inference_mode():
             chunks = sample_chunks(
                 rounded,
                 text,
                 noise,
                 self._forcing.grid,
-                frames + LATE * PERIOD,
+                FRAMES + LATE * PERIOD,
                 stream=STREAM,
                 sampler=SAMPLER,
                 initial_latents=opening,
@@ -227,8 +244,8 @@ def _batch(
     """Scenes from frame `offset` on, at any time, half of them with a noisy history."""
     pick = data.draw(size, generator) if pick is None else pick
     past = sum(sizes)
-    clean, objects = (x[pick, offset:] for x in (data.latents, data.objects))
-    clean, embeds = clean[:, : past + CHUNK].float(), data.embeds[pick]
+    clean, objects = data.frames(pick, offset, offset + past + CHUNK)
+    embeds = data.embeds[pick]
     target, objects = (_chunks(x, [*sizes, CHUNK], numbers) for x in (clean, objects))
     dropped = torch.rand(size, generator=generator) < DROPPED
     embeds[dropped], objects[dropped] = 0, True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -179,7 +180,8 @@ def test_the_recipe_takes_a_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     forcing = TogetherForcing(grid, train_vin.CHUNKS, pair, torch.device("cpu"))
     before = [x.clone() for x in pair.parameters()]
     with torch.compiler.set_stance("force_eager"):
-        trained = train_vin.train(tmp_path, pair, scenes, forcing, 1e-4, 1e-3)
+        trained = train_vin.train(tmp_path, pair, scenes, scenes, forcing, 1e-4, 1e-3)
     assert any(not torch.equal(x, y) for x, y in zip(before, trained.parameters(), strict=True))
     assert all(x.isfinite().all() for x in trained.parameters())
     assert (tmp_path / "vin.pt").is_file()
+    assert {"held_out_first", "held_out_second"} < set(json.loads((tmp_path / "vin.jsonl").read_text()))
