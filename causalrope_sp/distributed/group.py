@@ -28,6 +28,7 @@ from causalrope_sp.distributed.mesh import Mesh
 from causalrope_sp.distributed.notices import NoticeBoard
 from causalrope_sp.distributed.ranks import Ranks
 from causalrope_sp.distributed.stream_turns import StreamTurns
+from causalrope_sp.distributed.subgroup import subgroup
 from causalrope_sp.distributed.turns import Turns
 from causalrope_sp.distributed.watchdog import leave
 from causalrope_sp.errors import ConfigError
@@ -264,25 +265,13 @@ class SequenceParallel:
         return StreamTurns(self.turns, self.mesh.denoising, ahead)
 
     def _communicator(self, ranks: Sequence[int], backend: str | None = None) -> Communicator:
-        """The communicator of some ranks, made once, with the backend of the whole group if `backend` is None.
-
-        torch identifies a new group by its ranks and by how many groups each of them has made, so all of these ranks
-        must have made equally many groups before.
-        """
+        """The communicator of some ranks, made once, with the backend of the whole group if `backend` is None."""
         assert self._group is not None, "one process has no collectives"
         key = backend, tuple(ranks)
         if key not in self.communicators:
             group = self._group
             if len(ranks) < self.size or backend is not None:
-                every = dist.get_process_group_ranks(self._group)
-                made = dist.new_group(
-                    [every[rank] for rank in ranks],
-                    timeout=self._timeout,
-                    backend=backend,
-                    use_local_synchronization=True,
-                )
-                assert isinstance(made, dist.ProcessGroup)
-                group = made
+                group = subgroup(self._group, ranks, backend, self._timeout)
             cause = (lambda: None) if self._membership is None else self._membership.cause
             self.communicators[key] = Communicator(group, self.comm_stats, cause)
         return self.communicators[key]
