@@ -142,38 +142,41 @@ def flops_of(variant: str, variants: Variants, frames: int) -> int:
 
 
 @torch.inference_mode()
+def velocity(
+    variants: Variants, x: torch.Tensor, embeds: torch.Tensor, level: float, global_tokens: bool
+) -> torch.Tensor:
+    """The velocity of a whole video, (1, F, C, X, X), at a noise level from 0 to 1, unfused."""
+    pipe, config = variants.vin, variants.parallel_chunks.chunks
+    grid, parallel = pipe.settings().grid, SequenceParallel.single(device="cpu")
+    assigned = AssignedChunks(cut(x.shape[1], config, 1), config)
+    work = Workload(pipe.model.config, grid, config.chunk_frames + 1, 1, 1)
+    layout = choose_strategy(work, default_machine(parallel.device), parallel)
+    strategy = build_strategy(parallel, layout, work.grid, work.head_rings(layout.ulysses))
+    vin = variants.parallel_chunks.vin if global_tokens else None
+    state = ParallelChunksForward(pipe.model, vin, embeds, grid, assigned, 1, strategy, parallel)
+    opening = pipe.text.opening(*x.shape[2:])
+    assert opening is not None  # toybox begins every video with the same frame
+    state.commit(grid.patchify(opening))
+    return grid.unpatchify(join(state.velocities(grid.patchify(x), 1000 * level), config.overlap, fused=False))
+
+
+@torch.inference_mode()
 def held_out(variants: Variants, scenes: list[SceneSpec], frames: int) -> list[dict[str, Any]]:
     """The velocity's mean square error on rendered scenes at a few noise levels, with global tokens and without."""
-    pipe, rows, count = variants.vin, [], latent_frames(frames)
-    parallel, assigned = (
-        SequenceParallel.single(device="cpu"),
-        AssignedChunks(cut(count, variants.parallel_chunks.chunks, 1), variants.parallel_chunks.chunks),
-    )
-    work = Workload(pipe.model.config, pipe.settings().grid, variants.parallel_chunks.chunks.chunk_frames + 1, 1, 1)
+    pipe, rows = variants.vin, list[dict[str, Any]]()
     cases = []
     for seed, scene in enumerate(scenes):
         clean = variants.latents(scene, frames, seed)
         noise = torch.randn(clean.shape, generator=keyed_generator(seed, 1))
         cases.append((clean, noise, pipe.text.encode(scene.prompt(), seed)))
-    opening = pipe.text.opening(*clean.shape[2:])
-    assert opening is not None  # toybox begins every video with the same frame
     for left_open, what in OPEN.items():
         for level in LEVELS:
             errors: dict[bool, list[float]] = {True: [], False: []}
             for clean, noise, embeds in cases:
-                x = pipe.settings().grid.patchify((1 - level) * clean + level * noise)
+                x, said = (1 - level) * clean + level * noise, leave_open(embeds, **what)
                 for use in (True, False):
-                    vin, said = variants.parallel_chunks.vin if use else None, leave_open(embeds, **what)
-                    layout = choose_strategy(work, default_machine(parallel.device), parallel)
-                    strategy = build_strategy(parallel, layout, work.grid, work.head_rings(layout.ulysses))
-                    state = ParallelChunksForward(
-                        pipe.model, vin, said, pipe.settings().grid, assigned, 1, strategy, parallel
-                    )
-                    state.commit(pipe.settings().grid.patchify(opening))
-                    found = join(
-                        state.velocities(x, 1000 * level), variants.parallel_chunks.chunks.overlap, fused=False
-                    )
-                    errors[use].append(float((found - pipe.settings().grid.patchify(noise - clean)).square().mean()))
+                    found = velocity(variants, x, said, level, use)
+                    errors[use].append(float((found - (noise - clean)).square().mean()))
             means = {use: round(float(np.mean(each)), 4) for use, each in errors.items()}
             rows.append({"open": left_open, "level": level, "with": means[True], "without": means[False]})
     return rows
