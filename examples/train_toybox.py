@@ -1,13 +1,18 @@
-"""Trains toybox from rendered scenes alone: codec, DiT, and the decoder once more.
+"""Trains toybox from rendered scenes alone: codec, decoder, DiT, and the decoder once more.
 
     python examples/train_toybox.py --out runs/toybox
     torchrun --standalone --nproc-per-node 2 examples/train_toybox.py --out runs/toybox
 
-Every stage writes its checkpoint and its log there and goes on where it was stopped; the stages that are counted in
-minutes count them anew. At the end the codec and the weights of the DiT lie in the folder `weights`, next to a plot of
-the curves. Minutes on a GPU, hours on two CPU cores. One DiT samples in four steps (toybox) or in sixteen
-(toybox-flow). The decoder is trained twice after the rest of the codec, which changes no latent: on rendered scenes
-(`--decoder-minutes`), and on what the DiT makes of them (`--made-minutes`).
+Every stage keeps its checkpoint and its log (codec.jsonl, decoder.jsonl, dit.jsonl) in --out, and a further call with
+the same --out goes on from them. The stages that are counted in minutes count them anew. To give the DiT more steps
+after it has ended, copy dit-plateau.pt, from before its learning rate fell, over dit.pt. Encoded scenes are kept there
+too: 24576 of them take half an hour of a core and 1.1 GB, 8192 changes ten minutes and 0.5 GB.
+
+At the end the folder weights in --out is a model that `generate` opens, and curves.png has the curves of the logs
+(`pip install '.[dev]'` brings matplotlib). It all takes hours on two CPU cores. One DiT samples in four steps (toybox)
+or in sixteen (toybox-flow). The decoder is trained twice after the rest of the codec, which changes no latent: on
+rendered scenes, and on what the DiT makes of them. The shipped weights were made in many such calls, whose settings
+benchmarks/LOG.md has.
 """
 
 from __future__ import annotations
@@ -19,11 +24,14 @@ import shutil
 from pathlib import Path
 
 import click
+import matplotlib
 import torch
 import torch.distributed as dist
+from matplotlib import pyplot
 from toybox_training.codec import channel_weights, save_codec, save_decoder, train_codec, tune_decoder
 from toybox_training.dit import SAMPLER, TeacherForcing, new_model
-from toybox_training.latents import encode_changes, encode_scenes
+from toybox_training.kept import check_count
+from toybox_training.latents import SCENE_SEED, encode_changes, encode_scenes, held_out_scenes
 from toybox_training.made import make_videos
 from toybox_training.stages import DiTTraining
 from toybox_training.training import processes, rank
@@ -32,29 +40,44 @@ from causalrope_sp.codec import load_codec
 from causalrope_sp.codec.wan_vae import WanCodec
 from causalrope_sp.config import SamplerConfig
 from causalrope_sp.grid import LatentGrid
+from causalrope_sp.toybox import WEIGHTS
 from causalrope_sp.weights import load_model, save_model
 
-SCENE_SEED, HELD_SEED, HELD = 72_000_000, 99_000_000, 64
 CHANGE_SEED = 77_000_000
+matplotlib.use("Agg")
+
 FLOW_SAMPLER = SamplerConfig(steps=tuple(62.5 * n for n in range(16, 0, -1)), shift=1.0, solver="euler")
 
 
-@click.command()
-@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/toybox"), show_default=True)
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("runs/toybox"), show_default=True, help="The folder."
+)
 @click.option(
     "--init",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
-    help="A folder of weights, such as the shipped one: its codec is kept, its DiT is where this one starts.",
+    help="A folder of weights, such as the shipped one: its codec is taken, and its DiT is where this one starts.",
 )
-@click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
+@click.option(
+    "--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True, help="As in torch."
+)
 @click.option("--size", default=64, show_default=True, help="Height and width of the picture in pixels.")
-@click.option("--codec-steps", default=3600, show_default=True)
-@click.option("--codec-stop", default=1500, show_default=True, help="The step of the schedule to stop at.")
-@click.option("--dit-steps", default=7500, show_default=True)
-@click.option("--decoder-minutes", default=20.0, show_default=True, help="On rendered scenes; 0 leaves it out.")
-@click.option("--made-minutes", default=36.0, show_default=True, help="The decoder, on what the DiT makes.")
-@click.option("--scenes", "count", default=24576, show_default=True, help="Number of scenes to render and encode.")
-@click.option("--changes", default=8192, show_default=True, help="Scenes before and after a change of their text.")
+@click.option("--codec-steps", default=3600, show_default=True, help="The steps of the codec's schedule.")
+@click.option("--codec-stop", default=1500, show_default=True, help="The step of it at which the codec is good enough.")
+@click.option("--dit-steps", default=7500, show_default=True, help="The step at which the DiT's training ends.")
+@click.option(
+    "--decoder-minutes",
+    default=20.0,
+    show_default=True,
+    help="How long the decoder trains on scenes; 0 for not at all.",
+)
+@click.option(
+    "--made-minutes", default=36.0, show_default=True, help="How long it trains on the DiT's videos; 0 for not at all."
+)
+@click.option("--scenes", "count", default=24576, show_default=True, help="The number of scenes to render and encode.")
+@click.option(
+    "--changes", default=8192, show_default=True, help="The number of scenes in which the text changes on the way."
+)
 def main(
     out: Path,
     init: Path | None,
@@ -68,36 +91,40 @@ def main(
     count: int,
     changes: int,
 ) -> None:
-    place = torch.device(device)
+    """Trains toybox: codec, DiT, and the decoder once more. It goes on from what --out holds; see the file."""
+    on = torch.device(device)
     if "WORLD_SIZE" in os.environ:
-        if place.type == "cuda":
+        if on.type == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if on.type == "cuda" else "gloo")
+    check_count("--scenes", count)
+    check_count("--changes", changes)
     weights = out / "weights"
     weights.mkdir(parents=True, exist_ok=True)
 
+    is_tuned = (out / "decoder.pt").exists()  # then weights/codec has the decoder of an earlier call
     if init is None:
-        codec = train_codec(out / "codec.pt", size, codec_steps, codec_stop, 2e-3, place).eval()
-        if rank() == 0:
+        codec = train_codec(out / "codec.pt", size, codec_steps, codec_stop, 2e-3, on).eval()
+        if rank() == 0 and not is_tuned:
             save_codec(codec, weights / "codec", size)
-    elif rank() == 0:
+    elif rank() == 0 and not is_tuned:
         shutil.copytree(init / "codec", weights / "codec", dirs_exist_ok=True)
     if processes() > 1:
         dist.barrier()
-    wan = load_codec(weights / "codec", "wan", place)
+    wan = load_codec(weights / "codec", "wan", on)
     assert isinstance(wan, WanCodec)
     codec = wan.vae
     if decoder_minutes:
         save_decoder(tune_decoder(out / "decoder.pt", codec, size, decoder_minutes, 1.5e-3), weights / "codec")
     scenes = encode_scenes(codec, out / "scenes", count, size, SCENE_SEED)
-    held = encode_scenes(codec, out / "held", HELD * processes(), size, HELD_SEED)
+    held_out = held_out_scenes(codec, out / "held_out", size)
 
     grid = LatentGrid.from_pixels(size, size, codec.config.scale_factor_spatial)
     model = new_model() if init is None else load_model(init / "toybox.safetensors", dtype=torch.float32)
     rate = 3e-3 if init is None else 1.2e-3  # more undoes what the end of the run before had gained
     weights_C = channel_weights(codec, scenes.latents[:8, :6].float())
     changed = encode_changes(codec, out / "changes", changes, size, CHANGE_SEED)
-    training = DiTTraining(TeacherForcing(grid, place), scenes, held, changed, weights_C)
+    training = DiTTraining(TeacherForcing(grid, on), scenes, held_out, changed, weights_C)
     dit = training.train(out / "dit.pt", model, dit_steps, rate)
     if rank() == 0:
         save_model(copy.deepcopy(dit).to(torch.bfloat16), weights / "toybox.safetensors")
@@ -106,16 +133,13 @@ def main(
         made = make_videos(out / "made.pt", models, scenes, SCENE_SEED, grid)
         save_decoder(tune_decoder(out / "decoder.pt", codec, size, made_minutes, 1.2e-3, made), weights / "codec")
     if rank() == 0:
+        shutil.copy(WEIGHTS / "toybox.json", weights / "pipeline.json")
         plot(out)
+        print(f'causalrope-sp generate "a red circle bounces" --model {weights} --out a.mp4')
 
 
 def plot(out: Path) -> None:
     """The curves of the stages that were run here, side by side, from their logs."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     stages = [stage for stage in ("codec", "decoder", "dit") if (out / f"{stage}.jsonl").exists()]
     figure, axes = pyplot.subplots(
         1, len(stages), figsize=(4 * len(stages), 3.2), constrained_layout=True, squeeze=False
@@ -124,8 +148,10 @@ def plot(out: Path) -> None:
         lines = [json.loads(line) for line in (out / f"{stage}.jsonl").read_text().splitlines()]
         for name in sorted({name for line in lines for name in line} - {"step", "seconds", "loss"}):
             seen = [line for line in lines if name in line]
-            axis.plot([line["step"] for line in seen], [line[name] for line in seen], label=name.replace("_", " "))
-        measured = "PSNR, dB" if stage == "codec" else "mean square error of the velocity"
+            axis.plot(
+                [line["step"] for line in seen], [line[name] for line in seen], label=name.replace("_", " "), marker="."
+            )
+        measured = "PSNR, dB" if stage != "dit" else "mean square error of the velocity"
         axis.set(title=stage, xlabel="training step", ylabel=measured)
         axis.legend(fontsize=7)
     figure.savefig(out / "curves.png", dpi=110)

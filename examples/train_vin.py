@@ -4,16 +4,20 @@
     torchrun --standalone --nproc-per-node 2 examples/train_vin.py --out runs/vin
 
 The DiT starts from toybox and the VIN from random weights, or, with --init, both from a folder's toybox-vin, the DiT
-halfway between its own weights and toybox's, as the weights of the package did (benchmarks/LOG.md, 2026-11-29). In some
-videos the text does not name colours, in some it does not say where objects start, so that chunks that do not attend
-each other must agree on them through the global tokens. A step trains on one chunk of each of many videos, the same
-chunk in all. The script writes checkpoint and log to the folder, resumes from them, and writes the weights there at the
-end. It takes hours on a CPU.
+halfway between its own weights and toybox's. In some videos the text does not name colours, in some it does not say
+where objects start, so that chunks that do not attend each other must agree on them through the global tokens. A step
+trains on one chunk of each of many videos, the same chunk in all.
+
+Scenes are encoded first, in half an hour of a core for 24576 of them, 1.1 GB, and kept in --out, with the log vin.jsonl
+and a checkpoint from which the next call with the same --out goes on: it counts its minutes anew, and its learning rate
+rises again before it falls. Training takes hours on a CPU. At the end the folder weights in --out is a model that
+`generate` opens. The shipped weights were made in several such calls: benchmarks/LOG.md, "toybox-vin".
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -21,7 +25,8 @@ import click
 import torch
 import torch.distributed as dist
 from torch import nn
-from toybox_training.latents import Latents, encode_scenes
+from toybox_training.kept import check_count
+from toybox_training.latents import HELD_OUT, SCENE_SEED, Latents, encode_scenes, held_out_scenes
 from toybox_training.training import Training, processes, rank
 from vin_training.forward import Batch, Pair, TogetherForcing
 
@@ -33,15 +38,15 @@ from causalrope_sp.toybox.toybox_text import leave_open
 from causalrope_sp.vin import ParallelChunksConfig, VideoInterfaceNetwork, VINConfig, load_vin, save_vin
 from causalrope_sp.weights import load_model, save_model
 
-SEED, SCENE_SEED, HELD_SEED = 70_000_000, 72_000_000, 99_000_000
-HELD, HELD_FRAMES = 48, 33  # scenes that are never learned from, and their latent frames
+SEED = 70_000_000
 CONFIG = VINConfig(global_tokens=32, dim=192, heads=6, layers=4)
 CHUNKS = ParallelChunksConfig(chunk_frames=9, overlap=1, keyframe_every=2)
 LENGTHS = {17: 0.3, 33: 0.35, 65: 0.35}  # latent frames of 64, 128 and 256 pixel frames, and how often each is drawn
 VIDEOS = 32  # a step, one chunk of each; half of the loss is over the frame, half over the objects alone
 COLORS_OPEN, PLACES_OPEN = 0.25, 0.1  # the shares of videos whose text does not name colours, or start positions
 NO_GLOBALS = 0.1  # the share of steps without global tokens
-SAVED_EVERY = 50  # steps; as often the error of held-out scenes is logged
+SAVED_EVERY, MEASURED_EVERY = 50, 250  # steps
+MEASURED_FRAMES = 33  # latent frames
 HIGH_NOISE = 0.75  # half of the noise levels are above: there it is decided where objects are and whether chunks agree
 SHIFT = 8.0  # half of the others are shifted towards noise too
 
@@ -88,7 +93,7 @@ def draw(scenes: Latents, generator: torch.Generator) -> Batch:
 
 
 def train(
-    out: Path, pair: Pair, scenes: Latents, held: Latents, forcing: TogetherForcing, minutes: float, lr: float
+    out: Path, pair: Pair, scenes: Latents, held_out: Latents, forcing: TogetherForcing, minutes: float, lr: float
 ) -> Pair:
     """Trains for so many minutes, counted from zero when a run resumes; the learning rate is constant for a third of
     them, then falls."""
@@ -110,8 +115,9 @@ def train(
         loss = (errors.mean() + on_objects.mean()) / 2
         if not use_z:  # the optimiser needs a gradient of every parameter
             loss = loss + 0 * sum(parameter.sum() for parameter in training.model.vin.parameters())
-        if training.step % SAVED_EVERY == 0:
-            report |= held_out(forcing, training.ema, held)
+        if (training.step + 1) % MEASURED_EVERY == 0:
+            report |= measured(forcing, training.ema, held_out, "held_out")
+            report |= measured(forcing, training.ema, scenes, "learned")
         training.update(loss, rate, report)
         if training.step % SAVED_EVERY == 0:
             training.save()
@@ -120,14 +126,17 @@ def train(
 
 
 @torch.no_grad()
-def held_out(forcing: TogetherForcing, pair: Pair, held: Latents) -> dict[str, float]:
-    """The mean square errors on objects of the first and second chunk of scenes that are never learned from, nearly at
-    pure noise, with whole texts."""
-    everyone = torch.arange(len(held.latents))
-    clean, objects = held.frames(everyone, 0, HELD_FRAMES)
-    batch = Batch(clean, objects, held.embeds, torch.full((len(clean),), 0.98))
-    errors = [forcing.errors(pair, batch, n, torch.Generator().manual_seed(SEED + n))[1].mean().item() for n in (0, 1)]
-    return {"held_out_first": errors[0], "held_out_second": errors[1]}
+def measured(forcing: TogetherForcing, pair: Pair, scenes: Latents, name: str) -> dict[str, float]:
+    """The mean square errors on objects of some scenes nearly at pure noise: of the first and the second chunk with
+    whole texts, and of the second with texts that leave colours open."""
+    pick = torch.arange(min(HELD_OUT, len(scenes.latents)))
+    clean, objects = scenes.frames(pick, 0, MEASURED_FRAMES)
+    whole, noise_level = scenes.embeds[pick], torch.full((len(pick),), 0.98)
+    errors = {}
+    for what, chunk, embeds in (("first", 0, whole), ("second", 1, whole), ("open", 1, leave_open(whole, colors=True))):
+        batch, generator = Batch(clean, objects, embeds, noise_level), torch.Generator().manual_seed(SEED)
+        errors[f"{name}_{what}"] = forcing.errors(pair, batch, chunk, generator)[1].mean().item()
+    return errors
 
 
 def _agreed(value: float, device: torch.device) -> float:
@@ -139,33 +148,51 @@ def _agreed(value: float, device: torch.device) -> float:
     return broadcast.item()
 
 
-@click.command()
-@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/vin"), show_default=True)
-@click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
-@click.option("--scenes", "count", default=24576, show_default=True, help="Number of scenes to render and encode.")
-@click.option("--minutes", default=240.0, show_default=True, help="Duration of the training in minutes.")
-@click.option("--rate", default=1e-3, show_default=True, help="The highest learning rate.")
-@click.option("--init", type=click.Path(exists=True, path_type=Path), help="Start from a folder's toybox-vin.")
-def main(out: Path, device: str, count: int, minutes: float, rate: float, init: Path | None) -> None:
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/vin"), show_default=True, help="The folder.")
+@click.option(
+    "--toybox",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    default=WEIGHTS,
+    help="The folder with the codec and toybox.safetensors, such as runs/toybox/weights.  [default: the shipped one]",
+)
+@click.option(
+    "--init",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="A folder with toybox-vin-dit.safetensors and toybox-vin.safetensors to start from, such as the shipped one.",
+)
+@click.option(
+    "--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True, help="As in torch."
+)
+@click.option("--scenes", "count", default=24576, show_default=True, help="The number of scenes to render and encode.")
+@click.option("--minutes", default=240.0, show_default=True, help="How long this run trains, compilation included.")
+@click.option("--rate", default=1e-3, show_default=True, help="The highest learning rate of this run.")
+def main(out: Path, toybox: Path, init: Path | None, device: str, count: int, minutes: float, rate: float) -> None:
+    """Trains toybox-vin: a Video Interface Network and its DiT. It goes on from what --out holds; see the file."""
     on, size = torch.device(device), 64
     if "WORLD_SIZE" in os.environ:
         if on.type == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if on.type == "cuda" else "gloo")
-    out.mkdir(parents=True, exist_ok=True)
-    wan = load_codec(WEIGHTS / "codec", "wan", on)
+    check_count("--scenes", count)
+    weights = out / "weights"
+    weights.mkdir(parents=True, exist_ok=True)
+    dit = toybox / "toybox.safetensors"
+    pair = (new_pair(dit) if init is None else old_pair(init, dit)).to(on)
+    wan = load_codec(toybox / "codec", "wan", on)
     assert isinstance(wan, WanCodec)
     codec = wan.vae.float()
     scenes = encode_scenes(codec, out / "scenes", count, size, SCENE_SEED)
-    held = encode_scenes(codec, out / "held", HELD * processes(), size, HELD_SEED)
-    dit = WEIGHTS / "toybox.safetensors"
-    pair = (new_pair(dit) if init is None else old_pair(init, dit)).to(on)
+    held_out = held_out_scenes(codec, out / "held_out", size)
     forcing = TogetherForcing(LatentGrid.from_pixels(size, size, codec.config.scale_factor_spatial), CHUNKS, pair, on)
-    trained = train(out, pair, scenes, held, forcing, minutes, rate).to(torch.bfloat16)
+    trained = train(out, pair, scenes, held_out, forcing, minutes, rate).to(torch.bfloat16)
     if rank():
         return
-    save_model(trained.dit, out / "toybox-vin-dit.safetensors")
-    save_vin(trained.vin, CHUNKS, out / "toybox-vin.safetensors")
+    save_model(trained.dit, weights / "toybox-vin-dit.safetensors")
+    save_vin(trained.vin, CHUNKS, weights / "toybox-vin.safetensors")
+    shutil.copytree(toybox / "codec", weights / "codec", dirs_exist_ok=True)
+    shutil.copy(WEIGHTS / "toybox-vin.json", weights / "pipeline.json")
+    print(f'causalrope-sp generate "a red circle bounces" --model {weights} --parallel-chunks vin --out a.mp4')
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Stage 1, the codec: a small Wan VAE, as an autoencoder with a fixed latent noise.
+"""The codec: a small Wan VAE, as an autoencoder with a fixed latent noise.
 
 Clips grow from 5 frames, where most is learned, to 17, 33 and 65: a codec that has only seen short clips drifts in
 colour when it streams long ones.

@@ -1,4 +1,4 @@
-"""Stage 2, the training set: scenes rendered and encoded once, each process its own share.
+"""The training set: scenes rendered and encoded once, each process its own share.
 
 Shapes: N videos, F latent frames, C channels, X latent width = height, L text tokens, E text width.
 """
@@ -19,9 +19,9 @@ from causalrope_sp.toybox.prompts import BACKGROUNDS, COLORS, MOTIONS, SHAPES, S
 from causalrope_sp.toybox.scenes import PLACE_VARIABLES, random_scene, render, tracks
 from causalrope_sp.toybox.toybox_text import encode_scene
 
+from .kept import BATCH, fingerprint, kept, progress
 from .training import processes, rank
 
-BATCH = 16
 HARD = {  # how much more often than 1 a scene is drawn for the words of each of its objects
     "bounces": 4.0,
     "orbits clockwise": 2.0,
@@ -34,6 +34,8 @@ HARD = {  # how much more often than 1 a scene is drawn for the words of each of
 MEETING = 1.5  # and for objects that meet
 PIXEL_FRAMES = 81  # of an encoded scene: 21 latent frames, whose last 16 are a whole period
 PERIOD = 16  # latent frames after which every motion repeats itself
+SCENE_SEED, HELD_OUT_SEED = 72_000_000, 99_000_000
+HELD_OUT = 64  # scenes that are never learned from
 VISIBLE = 0.3  # how far a latent must be from the background's to count as part of an object, in its own units
 
 
@@ -52,10 +54,10 @@ class Latents:
         return torch.multinomial(self.share, count, replacement=True, generator=generator)
 
     def frames(self, picked: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Latents in float32, and where objects are, of frames `start` to `stop` of the picked scenes. Frames after the
-        encoded ones are those of the same moment some periods earlier."""
-        last = self.latents.shape[1] - PERIOD
-        at = [f if f < last else last + (f - last) % PERIOD for f in range(start, stop)]
+        """Latents in float32, and where objects are, of the frames from `start` to before `stop` of the picked scenes.
+        Frames after the encoded ones are those of the same moment some periods earlier."""
+        repeated = self.latents.shape[1] - PERIOD  # the first frame of the period that goes on
+        at = [f if f < repeated else repeated + (f - repeated) % PERIOD for f in range(start, stop)]
         return self.latents[picked][:, at].float(), self.objects[picked][:, at]
 
 
@@ -87,28 +89,25 @@ def other_scene(scene: SceneSpec, rng: random.Random) -> SceneSpec:
 
 @torch.inference_mode()
 def encode_changes(codec: WanVae, path: Path, videos: int, size: int, seed: int) -> Changes:
-    """Renders and encodes scenes before and after a change of their text, or reads them from `path`."""
-    path = path.with_suffix(f".{rank()}.pt")
-    if path.exists():
-        return Changes(**torch.load(path, weights_only=True))
-    device = next(codec.parameters()).device
-    rng, parts = random.Random(seed + rank()), list[tuple[Tensor, ...]]()
+    """Renders and encodes this process's share of scenes before and after a change of their text, or reads them from
+    `path`; see `kept`."""
+    rng, batches = random.Random(seed + rank()), range(rank(), videos // BATCH, processes())
 
-    def encode(scenes: list[SceneSpec], places: Tensor, frames: int) -> Tensor:
-        pixels = render(scenes, places, torch.arange(frames), size).transpose(1, 2).to(device) * 2 - 1
-        return WanEncoderStream(codec).encode(pixels).cpu()
+    def make() -> dict[str, Tensor]:
+        empty, parts = _backgrounds(codec, size, 61), list[tuple[Tensor, ...]]()
+        for batch in batches:
+            scenes, places = draw_scenes(seed + batch)
+            before = _encode(codec, [other_scene(scene, rng) for scene in scenes], places, 49, size)
+            after = _encode(codec, scenes, places, 61, size)
+            behind = torch.stack([empty[scene.background] for scene in scenes])
+            embeds = torch.stack([encode_scene(scene, p) for scene, p in zip(scenes, places, strict=True)])
+            parts.append((before.half(), after.half(), embeds, (after - behind).abs().mean(2) > VISIBLE))
+            progress("encoding changes", BATCH * len(parts), BATCH * len(batches))
+        return dict(
+            zip(("before", "after", "embeds", "objects"), map(torch.cat, zip(*parts, strict=True)), strict=True)
+        )
 
-    empty = {word: encode([SceneSpec((), word)], torch.zeros(1, PLACE_VARIABLES), 61)[0] for word in BACKGROUNDS}
-    for batch in range(rank(), videos // BATCH, processes()):
-        scenes, places = draw_scenes(seed + batch)
-        before = encode([other_scene(scene, rng) for scene in scenes], places, 49)
-        after = encode(scenes, places, 61)
-        behind = torch.stack([empty[scene.background] for scene in scenes])
-        embeds = torch.stack([encode_scene(scene, p) for scene, p in zip(scenes, places, strict=True)])
-        parts.append((before.half(), after.half(), embeds, (after - behind).abs().mean(2) > VISIBLE))
-    found = [torch.cat(each).clone() for each in zip(*parts, strict=True)]
-    torch.save(dict(zip(("before", "after", "embeds", "objects"), found, strict=True)), path)
-    return Changes(*found)
+    return Changes(**kept(path, [videos, size, seed, fingerprint(codec.encoder)], make))
 
 
 def draw_scenes(seed: int) -> tuple[list[SceneSpec], Tensor]:
@@ -118,40 +117,43 @@ def draw_scenes(seed: int) -> tuple[list[SceneSpec], Tensor]:
     return scenes, torch.rand(BATCH, PLACE_VARIABLES, generator=generator)
 
 
+def held_out_scenes(codec: WanVae, path: Path, size: int) -> Latents:
+    """Scenes that are never learned from, the same on every process."""
+    return encode_scenes(codec, path, HELD_OUT, size, HELD_OUT_SEED, share=False)
+
+
 @torch.inference_mode()
-def encode_scenes(codec: WanVae, path: Path, videos: int, size: int, seed: int) -> Latents:
-    """Renders and encodes this process's share of `videos` scenes of `frames` pixel frames, or reads it from `path`
-    if the same was encoded before."""
-    path = path.with_suffix(f".{rank()}.pt")
-    weights = sum(float(p.double().square().sum()) for p in codec.encoder.parameters())
-    made_from = [videos, PIXEL_FRAMES, size, seed, processes(), weights]
-    batches = range(rank(), videos // BATCH, processes())
+def encode_scenes(codec: WanVae, path: Path, videos: int, size: int, seed: int, share: bool = True) -> Latents:
+    """Renders and encodes `videos` scenes of `PIXEL_FRAMES` frames, with `share` this process's part of them, or reads
+    them from `path`; see `kept`."""
+    batches = range(rank(), videos // BATCH, processes()) if share else range(videos // BATCH)
     drawn = [draw_scenes(seed + batch) for batch in batches]
-    scenes = [scene for scenes, _ in drawn for scene in scenes]
-    share = torch.tensor([_share(*drawn_) for specs, places in drawn for drawn_ in zip(specs, places, strict=True)])
-    if path.exists():
-        saved = torch.load(path, weights_only=True)
-        if saved.pop("made_from") == made_from:
-            return Latents(**saved, scenes=scenes, share=share)
-    device = next(codec.parameters()).device
 
-    def encode(scenes: list[SceneSpec], places: Tensor) -> Tensor:
-        pixels = render(scenes, places, torch.arange(PIXEL_FRAMES), size).transpose(1, 2).to(device) * 2 - 1
-        return WanEncoderStream(codec).encode(pixels).cpu()
+    def make() -> dict[str, Tensor]:
+        empty, parts = _backgrounds(codec, size, PIXEL_FRAMES), list[tuple[Tensor, ...]]()
+        for specs, places in drawn:
+            latents = _encode(codec, specs, places, PIXEL_FRAMES, size)
+            behind = torch.stack([empty[scene.background] for scene in specs])
+            embeds = torch.stack([encode_scene(scene, p) for scene, p in zip(specs, places, strict=True)])
+            parts.append((latents.half(), embeds, (latents - behind).abs().mean(2) > VISIBLE))
+            progress(f"encoding {path.name}", BATCH * len(parts), BATCH * len(drawn))
+        return dict(zip(("latents", "embeds", "objects"), map(torch.cat, zip(*parts, strict=True)), strict=True))
 
-    empty = {word: encode([SceneSpec((), word)], torch.zeros(1, PLACE_VARIABLES))[0] for word in BACKGROUNDS}
-    parts: list[tuple[Tensor, ...]] = []
-    for batch, (specs, places) in zip(batches, drawn, strict=True):
-        latents = encode(specs, places)
-        behind = torch.stack([empty[scene.background] for scene in specs])
-        embeds = torch.stack([encode_scene(scene, p) for scene, p in zip(specs, places, strict=True)])
-        parts.append((latents.half(), embeds, (latents - behind).abs().mean(2) > VISIBLE))
-        print(f"encoded {(batch + 1) * BATCH} of {videos} videos", end="\r", flush=True)
-    found = dict(zip(("latents", "embeds", "objects"), map(torch.cat, zip(*parts, strict=True)), strict=True))
-    partial = path.with_suffix(".partial")
-    torch.save({"made_from": made_from, **found}, partial)
-    partial.replace(path)
-    return Latents(**found, scenes=scenes, share=share)
+    found = kept(path, [videos, PIXEL_FRAMES, size, seed, fingerprint(codec.encoder)], make)
+    often = torch.tensor([_share(*scene) for specs, places in drawn for scene in zip(specs, places, strict=True)])
+    return Latents(**found, scenes=[scene for specs, _ in drawn for scene in specs], share=often)
+
+
+def _encode(codec: WanVae, scenes: list[SceneSpec], places: Tensor, frames: int, size: int) -> Tensor:
+    """The latents of rendered scenes on the CPU, (N, F, C, X, X)."""
+    pixels = render(scenes, places, torch.arange(frames), size).transpose(1, 2) * 2 - 1
+    return WanEncoderStream(codec).encode(pixels.to(next(codec.parameters()).device)).cpu()
+
+
+def _backgrounds(codec: WanVae, size: int, frames: int) -> dict[str, Tensor]:
+    """The latents of scenes without objects, (F, C, X, X), by the background's word."""
+    nowhere = torch.zeros(1, PLACE_VARIABLES)
+    return {word: _encode(codec, [SceneSpec((), word)], nowhere, frames, size)[0] for word in BACKGROUNDS}
 
 
 def _share(scene: SceneSpec, places_6: Tensor) -> float:

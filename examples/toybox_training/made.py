@@ -1,4 +1,4 @@
-"""Stage 6, the decoder once more: on videos that the DiTs made, which are less sharp than what the encoder gives."""
+"""Videos that the DiT made, less sharp than what the encoder gives: what the decoder is trained on last."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from causalrope_sp.toybox.chart import chart
 
 from .codec import Made
 from .dit import STREAM
-from .latents import BATCH, Latents, draw_scenes
+from .kept import BATCH, fingerprint, kept, progress
+from .latents import Latents, draw_scenes
 from .training import processes, rank
 
 SEED = 31_000_000
@@ -31,18 +32,22 @@ def make_videos(
     scene_seed: int,
     grid: LatentGrid,
 ) -> Made:
-    """Videos of scenes that were encoded from `scene_seed`: so many by each of the models, or what `path` holds."""
-    if not path.exists():
+    """Videos of scenes that were encoded from `scene_seed`: so many by each of the models, or what `path` holds; see
+    `kept`."""
+    total = sum(count for *_, count in models)
+
+    def make() -> dict[str, torch.Tensor]:
         generator = torch.Generator().manual_seed(SEED + rank())
-        picks, parts = [], []
+        picks, parts = list[torch.Tensor](), list[torch.Tensor]()
         for model, sampler, count in models:
             for _ in range(count // AT_ONCE):
                 picks.append(scenes.draw(AT_ONCE, generator))
                 parts.append(_make(model, sampler, scenes.embeds[picks[-1]], scenes.latents.shape[2:], grid, generator))
-        partial = path.with_suffix(".partial")
-        torch.save({"number": torch.cat(picks), "latents": torch.cat(parts)}, partial)
-        partial.replace(path)
-    saved = torch.load(path, weights_only=True)
+                progress("making videos", AT_ONCE * len(parts), total)
+        return {"number": torch.cat(picks), "latents": torch.cat(parts)}
+
+    numbers = [x for model, sampler, count in models for x in (fingerprint(model), len(sampler.steps), count)]
+    saved = kept(path, [scene_seed, len(scenes.latents), *numbers], make)
     number, latents = saved["number"], saved["latents"]
     truth, objects = scenes.frames(number, 0, FRAMES)
     error = ((latents.float() - truth).square().mean(2) * objects).sum((2, 3)) / objects.sum((2, 3)).clamp(min=1)

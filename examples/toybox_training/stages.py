@@ -1,4 +1,4 @@
-"""Stage 3, the DiT: what it learns from at each step.
+"""The DiT: what it learns from at each step.
 
 One network is taught all noise levels, half of the time at pure noise, where most is decided. It then samples in four
 re-noised steps (toybox) or by Euler in sixteen (toybox-flow).
@@ -29,7 +29,7 @@ PLATEAU = 0.2  # the share of the steps before the learning rate falls
 POOL = 160  # self-made videos that the DiT learns from at a time; made anew when a run is resumed
 NEW, EVERY = 8, 60  # as many are made new after as many steps
 STRAYED = 0.6  # the mean square error, on objects, from which on a self-made history teaches nothing
-FRAMES = 33  # latent frames of a scene that the DiT learns from
+FRAMES = 33  # latent frames of a scene that the DiT learns from: those after the encoded 21 repeat them
 LATE = 2  # periods by which a video that the DiT made is longer than its scene
 MEASURED_EVERY = 250  # steps
 LONGEST = 24  # periods by which a scene is made older than it is, so that a stream can go on for minutes
@@ -39,14 +39,15 @@ DROPPED = 0.1  # how often the text is left out, for guidance
 class DiTTraining:
     """Teaches a DiT the chunks of `scenes`, and from `changes` those after a new text.
 
-    `weights_C` says how much an error of each latent channel counts, 1 on average. The log tells the errors of `held`
-    too, which is never learned from: where they stay and those of training fall, it lacks scenes, not steps.
+    `weights_C` says how much an error of each latent channel counts, 1 on average. Every `MEASURED_EVERY` steps the log
+    has the errors of the averaged model on `held_out`, which is never learned from, and on as many scenes that are. If
+    the latter fall and the former do not, more steps do not help: more scenes do.
     """
 
     def __init__(
-        self, forcing: TeacherForcing, scenes: Latents, held: Latents, changes: Changes, weights_C: Tensor
+        self, forcing: TeacherForcing, scenes: Latents, held_out: Latents, changes: Changes, weights_C: Tensor
     ) -> None:
-        self._forcing, self._scenes, self._held, self._changes = forcing, scenes, held, changes
+        self._forcing, self._scenes, self._held_out, self._changes = forcing, scenes, held_out, changes
         self._weights_C = weights_C.to(forcing.device)
         self._pool: list[tuple[int, Tensor]] = []
 
@@ -74,8 +75,8 @@ class DiTTraining:
             at_start = batch.times_BN > 0.99
             report |= {f"{name}_from_noise": on_objects.detach()[at_start].mean().item()}
             losses += [errors.mean(), on_objects.mean()]
-        if training.step % MEASURED_EVERY == 0:
-            report |= self._held_out(training.ema)
+        if (training.step + 1) % MEASURED_EVERY == 0:
+            report |= self._measured(training.ema)
         progress = training.step / steps
         fall = 1 if progress < PLATEAU else max(0.02, (1 - progress) / (1 - PLATEAU))
         training.update(torch.stack(losses).mean(), min(1, (training.step + 1) / 100) * fall, report)
@@ -127,18 +128,25 @@ class DiTTraining:
         on_objects = (error * objects).sum(2) / objects.sum(2).clamp(min=1)
         return error.mean(2) * weight_BN, on_objects * weight_BN
 
+    def _measured(self, model: CausalDiT) -> dict[str, float]:
+        """The errors of the first and of later chunks of held-out scenes, and of as many that are learned from."""
+        count, found = len(self._held_out.latents), dict[str, float]()
+        for name, scenes in (("held_out", self._held_out), ("learned", self._scenes)):
+            first, *later = self._errors_of_scenes(model, scenes, min(count, len(scenes.latents)))
+            found |= {f"{name}_first": first, f"{name}_later": sum(later) / len(later)}
+        return found
+
     @torch.no_grad()
-    def _held_out(self, model: CausalDiT) -> dict[str, float]:
-        """The mean square errors on objects, at pure noise after the truth's history, of the first and of later chunks
-        of scenes that are never learned from."""
-        generator = torch.Generator().manual_seed(SEED)
-        sizes, size = [CHUNK] * 4, len(self._held.latents)
-        batch = _batch(self._held, size, sizes, [0, 1, 2, 3, 4], generator, pick=torch.arange(size))
-        clean, objects = self._held.frames(batch.picked, 0, sum(sizes) + CHUNK)
-        batch = replace(batch, history=clean[:, :-CHUNK], embeds=self._held.embeds)
-        error = (self._guess(model, batch, generator) - batch.target).square() * self._weights_C.cpu()[:, None, None]
-        error = (error.mean(2) * objects).sum((0, 2, 3)) / objects.sum((0, 2, 3))
-        return {"held_out_first": error[:CHUNK].mean().item(), "held_out_later": error[CHUNK:].mean().item()}
+    def _errors_of_scenes(self, model: CausalDiT, scenes: Latents, count: int) -> list[float]:
+        """The mean square errors on objects of five chunks of the first scenes, at pure noise, after the truth."""
+        pick, sizes, numbers = torch.arange(count), [CHUNK] * 4, [0, 1, 2, 3, 4]
+        clean, objects = scenes.frames(pick, 0, CHUNK * len(numbers))
+        at_start, embeds = torch.ones(count, len(numbers)), scenes.embeds[pick]
+        batch = Batch(clean[:, :-CHUNK], sizes, clean, objects, numbers, at_start, embeds, pick)
+        guess = self._guess(model, batch, torch.Generator().manual_seed(SEED))
+        error = ((guess - clean).square() * self._weights_C.cpu()[:, None, None]).mean(2) * objects
+        parts = zip(error.split(CHUNK, 1), objects.split(CHUNK, 1), strict=True)
+        return [(e.sum() / o.sum()).item() for e, o in parts]
 
     @torch.no_grad()
     def _guess(self, model: CausalDiT, batch: Batch, generator: torch.Generator) -> Tensor:

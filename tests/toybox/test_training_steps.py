@@ -12,6 +12,7 @@ from causalrope_sp.codec import load_codec
 from causalrope_sp.codec.wan_vae import WanCodec, WanEncoderStream
 from causalrope_sp.grid import LatentGrid
 from causalrope_sp.toybox import WEIGHTS
+from causalrope_sp.toybox.prompts import SceneSpec
 from causalrope_sp.toybox.scenes import render
 from causalrope_sp.weights import load_model
 from tests.support.paths import ROOT
@@ -20,28 +21,32 @@ CPU = torch.device("cpu")
 
 
 def test_dit_learns_from_encoded_scenes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Scenes go on after the encoded frames as if more had been encoded, and some steps log the held-out errors."""
+    """Scenes go on after the encoded frames as if more had been encoded, and steps log what they and others err."""
     monkeypatch.syspath_prepend(ROOT / "examples")
     from toybox_training import stages
     from toybox_training.dit import TeacherForcing
-    from toybox_training.latents import draw_scenes, encode_changes, encode_scenes
+    from toybox_training.latents import VISIBLE, Changes, draw_scenes, encode_scenes
 
     wan = load_codec(WEIGHTS / "codec", "wan", CPU)
     assert isinstance(wan, WanCodec)
     scenes = encode_scenes(wan.vae, tmp_path / "scenes", 16, 64, 5)
     specs, places = draw_scenes(5)
-    longer = render(specs[:2], places[:2], torch.arange(129), 64).transpose(1, 2) * 2 - 1
-    with torch.inference_mode():
-        encoded = WanEncoderStream(wan.vae).encode(longer)
-    made_longer, objects = scenes.frames(torch.tensor([0, 1]), 3, 33)
-    assert (made_longer - encoded[:, 3:]).square().mean() < 1e-3 * encoded.square().mean()
-    assert objects.shape == (2, 30, 8, 8)
 
-    monkeypatch.setattr(stages, "MEASURED_EVERY", 1)
+    def encoded(scenes: list[SceneSpec]) -> torch.Tensor:
+        pixels = render(scenes, places[:2], torch.arange(129), 64).transpose(1, 2) * 2 - 1
+        with torch.inference_mode():
+            return WanEncoderStream(wan.vae).encode(pixels)[:, 3:]
+
+    longer, behind = encoded(specs[:2]), encoded([SceneSpec((), scene.background) for scene in specs[:2]])
+    latents, objects = scenes.frames(torch.tensor([0, 1]), 3, 33)
+    assert (latents - longer).square().mean() < 1e-4 * longer.square().mean()
+    assert (objects != ((longer - behind).abs().mean(2) > VISIBLE)).float().mean() < 1e-3
+
+    monkeypatch.setattr(stages, "MEASURED_EVERY", 2)
     monkeypatch.setattr(stages, "NEW", 2)
     model = load_model(WEIGHTS / "toybox.safetensors", dtype=torch.float32)
     before = [x.clone() for x in model.parameters()]
-    changes = encode_changes(wan.vae, tmp_path / "changes", 16, 64, 6)
+    changes = Changes(scenes.latents[:, :13], scenes.latents[:, :16], scenes.embeds, scenes.objects[:, :16])
     forcing = TeacherForcing(LatentGrid.from_pixels(64, 64, 8), CPU)
     with torch.compiler.set_stance("force_eager"):
         training = stages.DiTTraining(forcing, scenes, scenes, changes, torch.ones(16))
@@ -50,3 +55,23 @@ def test_dit_learns_from_encoded_scenes(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert all(x.isfinite().all() for x in trained.parameters())
     logged = json.loads((tmp_path / "dit.jsonl").read_text())
     assert 0 < logged["held_out_first"] < logged["held_out_later"] < 1
+    assert logged["held_out_later"] == logged["learned_later"], "the same scenes"
+
+
+def test_a_training_set_is_made_again_where_its_settings_differ(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    from toybox_training.kept import kept
+
+    made: list[int] = []
+
+    def make() -> dict[str, torch.Tensor]:
+        made.append(1)
+        return {"x": torch.ones(1)}
+
+    for settings, times, said in (([1, 2.5], 1, ""), ([1, 2.5], 1, ""), ([1, 3], 2, "other settings"), ([1, 3], 2, "")):
+        assert kept(tmp_path / "set", settings, make)["x"] == 1
+        assert len(made) == times
+        assert said in capsys.readouterr().out
+    assert [file.name for file in tmp_path.iterdir()] == ["set.0.pt"]

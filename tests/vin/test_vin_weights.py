@@ -171,10 +171,11 @@ def test_the_recipe_takes_a_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
     train_vin = importlib.import_module("train_vin")
     monkeypatch.setattr(train_vin, "VIDEOS", 2)
+    monkeypatch.setattr(train_vin, "MEASURED_EVERY", 1)
     pair = train_vin.old_pair(WEIGHTS, WEIGHTS / "toybox.safetensors")
     config, grid = pair.dit.config, LatentGrid.from_pixels(64, 64, 8)
     seen = torch.ones(2, 21, 8, 8, dtype=torch.bool)
-    embeds = torch.zeros(2, config.text_len, config.text_dim)
+    embeds = torch.ones(2, config.text_len, config.text_dim)
     latents = torch.randn(2, 21, 16, 8, 8, generator=torch.Generator().manual_seed(0))
     scenes = Latents(latents, embeds, seen, [parse_prompt("a red circle bounces")] * 2, torch.ones(2))
     forcing = TogetherForcing(grid, train_vin.CHUNKS, pair, torch.device("cpu"))
@@ -184,4 +185,6 @@ def test_the_recipe_takes_a_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert any(not torch.equal(x, y) for x, y in zip(before, trained.parameters(), strict=True))
     assert all(x.isfinite().all() for x in trained.parameters())
     assert (tmp_path / "vin.pt").is_file()
-    assert {"held_out_first", "held_out_second"} < set(json.loads((tmp_path / "vin.jsonl").read_text()))
+    logged = json.loads((tmp_path / "vin.jsonl").read_text())
+    assert logged["held_out_open"] == logged["learned_open"], "the same scenes"
+    assert len({0, *(logged[f"held_out_{what}"] for what in ("first", "second", "open"))}) == 4
