@@ -145,7 +145,8 @@ def flops_of(variant: str, variants: Variants, frames: int) -> int:
 def velocity(
     variants: Variants, x: torch.Tensor, embeds: torch.Tensor, level: float, global_tokens: bool
 ) -> torch.Tensor:
-    """The velocity of a whole video, (1, F, C, X, X), at a noise level from 0 to 1, unfused."""
+    """The velocity of a whole video, (1, F, C, X, X), at a noise level from 0 to 1. Where chunks overlap, it is the
+    earlier one's."""
     pipe, config = variants.vin, variants.parallel_chunks.chunks
     grid, parallel = pipe.settings().grid, SequenceParallel.single(device="cpu")
     assigned = AssignedChunks(cut(x.shape[1], config, 1), config)
