@@ -6,11 +6,13 @@
 #
 # Seen       `number / tensor` computes reciprocal(tensor) * number and rounds twice (Tensor.__rdiv__). So
 #              - 41.0 / tensor(41.0) is 0.99999994, and its floor is 0;
-#              - of 7.0 / 1 ... 7.0 / 2000 about a quarter are one unit off, and in bfloat16 more than a quarter;
+#              - of 7.0 / 1 ... 7.0 / 2000 a quarter to 28 % are off by one unit in the last place;
 #              - a quotient that is an ordinary number becomes infinite where the reciprocal overflows:
 #                0.001 / tensor(1e-39) is inf, while the quotient of two tensors is 1e36.
-#            `tensor(41.0) / tensor(41.0)` and `torch.div(tensor(41.0), ...)` divide. A noise schedule written
-#            `1000.0 / sigmas` thus differs in its last bit from the same line in numpy, float64 included.
+#            The same `1000.0 / sigmas` in numpy and in torch may thus differ in the last bit, float64 included.
+#            pytorch's issue 84194 asks about the like for tensors divided by numbers and was answered "expected".
+#
+# Instead    torch.div(torch.tensor(41.0), x), or torch.tensor(41.0) / x.
 #
 # Output, 2026-11-29:
 #   41.0 / tensor(41.0)          0.9999999403953552 floor 0.0
@@ -44,14 +46,18 @@ same = same and (41.0 / n).floor().item() == 0 and (torch.tensor(41.0) / n).item
 numbers = torch.arange(1, 2001, dtype=torch.float32)
 off = sum((float(k) / torch.tensor(float(k))).item() != 1 for k in range(1, 2001)) / 2000
 print(f"n / tensor(n) is not 1 for {off:.0%} of n = 1 ... 2000".replace("%", " %"))
-same = same and off > 0.05
+same = same and 0.12 < off < 0.16
 
 for dtype in (torch.float32, torch.float64, torch.bfloat16):
     x = numbers.to(dtype)
     tensors = torch.full_like(x, 7.0) / x
     share = (7.0 / x != tensors).double().mean().item()
+    above = torch.nextafter(tensors, torch.full_like(tensors, torch.inf))
+    below = torch.nextafter(tensors, torch.full_like(tensors, -torch.inf))
+    near = ((7.0 / x == tensors) | (7.0 / x == above) | (7.0 / x == below)).all().item()
+    same = same and near and torch.equal(torch.div(torch.tensor(7.0, dtype=dtype), x), tensors)
     line = f"{dtype!s:15} number / tensor {share:.1%} differ from the tensors' quotient".replace("%", " %")
-    same = same and share > 0.2
+    same = same and 0.24 < share < 0.3
     if dtype != torch.bfloat16:
         wrong = float(np.mean(7.0 / x.numpy() != tensors.numpy()))
         same = same and wrong == 0

@@ -10,13 +10,13 @@ from itertools import pairwise
 from os import PathLike
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from causalrope_sp.codec.causal_conv import CausalConv, PointwiseConv, RMSNorm
 from causalrope_sp.codec.conv_state import ConvCall
 from causalrope_sp.codec.wan_vae_config import WanVaeConfig
 from causalrope_sp.codec.wan_vae_layers import AttentionBlock, DownBlock, Downsample, MidBlock, ResidualBlock, UpBlock
+from causalrope_sp.io.saved_tensors import save_tensors
 
 
 class WanEncoder(nn.Module):
@@ -103,7 +103,7 @@ class WanVae(nn.Module):
         declared = {"_class_name": "AutoencoderKLWan", **self.config.as_json()}
         (home / "config.json").write_text(json.dumps(declared, indent=2) + "\n")
         state = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
-        save_file(state, home / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+        save_tensors(state, home / "diffusion_pytorch_model.safetensors", {"format": "pt"})
 
 
 def _down_blocks(config: WanVaeConfig) -> list[nn.Module]:

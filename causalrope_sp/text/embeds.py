@@ -15,11 +15,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from causalrope_sp.errors import CheckpointError, ConfigError, OutputError
-from causalrope_sp.io.output_files import check_replaceable
+from causalrope_sp.io.saved_tensors import save_tensors
 from causalrope_sp.weights.tensor_files import DTYPES, WeightFiles
 
 _NAME = "prompt_embeds"
@@ -63,10 +62,9 @@ def save_embeds(path: str | PathLike[str], embeds_1LE: Tensor, prompt: str, enco
         raise ConfigError(f"text embeddings {wrong}")
     embeds = embeds_1LE.detach().cpu().contiguous()
     saved = PromptEmbeds(embeds, prompt, encoder, length_of(embeds))
-    check_replaceable(path)
     described = prompt.encode(errors="replace").decode()  # half a surrogate pair cannot be written
     try:
-        save_file({_NAME: embeds}, path, {"prompt": described, "encoder": encoder, "length": str(saved.length)})
+        save_tensors({_NAME: embeds}, path, {"prompt": described, "encoder": encoder, "length": str(saved.length)})
     except (OSError, SafetensorError) as error:
         raise OutputError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
     return saved

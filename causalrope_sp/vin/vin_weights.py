@@ -12,13 +12,12 @@ from os import PathLike
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from causalrope_sp.config import DiTConfig
 from causalrope_sp.devices import on_meta
 from causalrope_sp.errors import CheckpointError
 from causalrope_sp.io.json_files import parse_object
-from causalrope_sp.io.output_files import check_replaceable
+from causalrope_sp.io.saved_tensors import save_tensors
 from causalrope_sp.vin.network import VideoInterfaceNetwork, sizes
 from causalrope_sp.vin.vin_config import ParallelChunksConfig, VINConfig
 from causalrope_sp.weights.finite import all_finite
@@ -45,8 +44,7 @@ def save_vin(vin: VideoInterfaceNetwork, chunks: ParallelChunksConfig, path: str
         "chunks": json.dumps(asdict(chunks)),
         "dit": json.dumps(sizes(vin.dit)),
     }
-    check_replaceable(path)
-    save_file({name: x.contiguous() for name, x in vin.state_dict().items()}, path, metadata)
+    save_tensors({name: x.contiguous() for name, x in vin.state_dict().items()}, path, metadata)
 
 
 def load_vin(

@@ -8,11 +8,9 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safetensors.torch import save_file
-
 from causalrope_sp.config import DiTConfig
 from causalrope_sp.errors import ConfigError
-from causalrope_sp.io.output_files import check_replaceable
+from causalrope_sp.io.saved_tensors import save_tensors
 from causalrope_sp.weights.diffusers_keys import DIFFUSERS
 from causalrope_sp.weights.fp8 import is_fp8
 from causalrope_sp.weights.key_layout import stored_tensors
@@ -63,7 +61,7 @@ def save_diffusers(model: CausalDiT, folder: str | PathLike[str]) -> None:
     own = {"text_len": config.text_len} if config.text_len != DiTConfig.text_len else {}
     (home / "config.json").write_text(json.dumps({**declared, **own}, indent=2) + "\n")
     stored = stored_tensors(DIFFUSERS, config, model.state_dict())
-    save_file(stored, home / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+    save_tensors(stored, home / "diffusion_pytorch_model.safetensors", {"format": "pt"})
 
 
 def save_model(model: CausalDiT, path: str | PathLike[str]) -> None:
@@ -80,5 +78,4 @@ def save_model(model: CausalDiT, path: str | PathLike[str]) -> None:
     if is_fp8(model):
         raise ConfigError("a model with fp8 weights cannot be saved; load it with weights='full'")
     metadata = {"layout": WAN.name, "config": json.dumps(asdict(model.config))}
-    check_replaceable(path)
-    save_file(stored_tensors(WAN, model.config, model.state_dict()), path, metadata)
+    save_tensors(stored_tensors(WAN, model.config, model.state_dict()), path, metadata)

@@ -15,6 +15,7 @@ from causalrope_sp.cli.encode import encode_to_file
 from causalrope_sp.config import DiTConfig
 from causalrope_sp.errors import OutputError
 from causalrope_sp.io.output_files import check_replaceable
+from causalrope_sp.io.saved_tensors import save_tensors
 from causalrope_sp.io.video_writer import VideoWriter, check_output
 from causalrope_sp.models.causal_dit import CausalDiT
 from causalrope_sp.text import save_embeds
@@ -36,6 +37,26 @@ def test_safetensors_replaces_a_pipe(pipe: Path) -> None:
     """Else the check is not needed any more."""
     save_file({"x": torch.zeros(1)}, pipe)
     assert stat.S_ISREG(pipe.stat().st_mode)
+
+
+def test_weights_have_the_permissions_of_any_new_file_or_of_the_one_that_they_replace(tmp_path: Path) -> None:
+    """safetensors alone gives every file to its owner alone."""
+    path, umask = tmp_path / "x.safetensors", os.umask(0o027)
+    try:
+        save_model(CausalDiT(DIT), path)
+        assert stat.S_IMODE(path.stat().st_mode) == 0o640
+        path.chmod(0o664)
+        save_model(CausalDiT(DIT), path)
+        assert stat.S_IMODE(path.stat().st_mode) == 0o664
+    finally:
+        os.umask(umask)
+
+
+def test_weights_that_cannot_be_written_leave_no_file(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    with pytest.raises(ValueError, match="non contiguous"):
+        save_tensors({"x": torch.zeros(4, 4).T[:2]}, path, {})
+    assert not path.exists()
 
 
 @pytest.mark.parametrize(
