@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import nn
 from toybox_training.kept import check_count
 from toybox_training.latents import HELD_OUT, SCENE_SEED, Latents, encode_scenes, held_out_scenes
-from toybox_training.training import Training, processes, rank
+from toybox_training.training import Training, agreed, processes, rank
 from vin_training.forward import Batch, Pair, TogetherForcing
 
 from causalrope_sp.codec import load_codec
@@ -103,7 +103,7 @@ def train(
 
     training = Training(pair, out / "vin.pt", lr, matrix, average=0.997)
     started = time.monotonic()
-    while (elapsed := _agreed((time.monotonic() - started) / (60 * minutes), forcing.device)) < 1:
+    while (elapsed := agreed((time.monotonic() - started) / (60 * minutes), forcing.device)) < 1:
         generator = torch.Generator().manual_seed(SEED + processes() * training.step + rank())
         batch = draw(scenes, generator)
         chunk = forcing.chunk(batch.clean.shape[1], generator)
@@ -139,15 +139,6 @@ def measured(forcing: TogetherForcing, pair: Pair, scenes: Latents, name: str) -
     return errors
 
 
-def _agreed(value: float, device: torch.device) -> float:
-    """Returns rank 0's value on every process: their clocks differ, their learning rates must not."""
-    if processes() == 1:
-        return value
-    broadcast = torch.tensor(value, dtype=torch.float64, device=device)
-    dist.broadcast(broadcast, 0)
-    return broadcast.item()
-
-
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/vin"), show_default=True, help="The folder.")
 @click.option(
@@ -165,7 +156,13 @@ def _agreed(value: float, device: torch.device) -> float:
     "--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True, help="As in torch."
 )
 @click.option("--scenes", "count", default=24576, show_default=True, help="The number of scenes to render and encode.")
-@click.option("--minutes", default=240.0, show_default=True, help="How long this run trains, compilation included.")
+@click.option(
+    "--minutes",
+    default=240.0,
+    show_default=True,
+    type=click.FloatRange(0, min_open=True),
+    help="How long this run trains, compilation included.",
+)
 @click.option("--rate", default=1e-3, show_default=True, help="The highest learning rate of this run.")
 def main(out: Path, toybox: Path, init: Path | None, device: str, count: int, minutes: float, rate: float) -> None:
     """Trains toybox-vin: a Video Interface Network and its DiT. It goes on from what --out holds; see the file."""

@@ -24,7 +24,7 @@ from causalrope_sp.codec.wan_vae_model import WanVae
 from causalrope_sp.toybox.prompts import BACKGROUNDS, SHAPES, SIZES, SceneSpec
 from causalrope_sp.toybox.scenes import PLACE_VARIABLES, random_scene, render
 
-from .training import Training, processes, rank
+from .training import Training, agreed, processes, rank
 
 LATENT_CHANNELS = 16
 SHAPE = {
@@ -106,8 +106,8 @@ def tune_decoder(path: Path, codec: WanVae, size: int, minutes: float, lr: float
         module.requires_grad_(True)
     training = Training(codec, path, lr, lambda _, p: p.requires_grad and p.ndim >= 4 and p.shape[0] > 3, average=0.99)
     channels_last(training.model)
-    begun, first = time.monotonic(), training.step
-    while (progress := (time.monotonic() - begun) / (60 * minutes)) < 1:
+    begun, first, device = time.monotonic(), training.step, next(codec.parameters()).device
+    while (progress := agreed((time.monotonic() - begun) / (60 * minutes), device)) < 1:
         generator = torch.Generator().manual_seed(DECODER_SEED + processes() * training.step + rank())
         learn = _from_truth if made is None or training.step % 2 else partial(_from_made, made=made)
         mse, on_objects, name = learn(training.model, size, training.step, generator)

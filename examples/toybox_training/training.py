@@ -31,6 +31,15 @@ def processes() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def agreed(value: float, device: torch.device) -> float:
+    """Returns rank 0's value on every process: their clocks differ, their steps and learning rates must not."""
+    if processes() == 1:
+        return value
+    broadcast = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.broadcast(broadcast, 0)
+    return broadcast.item()
+
+
 def _sum_over_processes(tensors: list[Tensor]) -> None:
     """Adds up every tensor over the processes, in place, in one collective."""
     if processes() == 1:
