@@ -12,7 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.distributed import Store  # type: ignore[attr-defined]
+from torch.testing._internal.distributed import fake_pg  # noqa: F401  # it registers the backend
 
 from causalrope_sp import CausalDiT, SequenceParallel
 from causalrope_sp.attention.base import Strategy
@@ -98,12 +99,27 @@ CASES = {
 }
 
 
+class EveryoneIsHere(Store):
+    """A store in which all ranks are found to have come."""
+
+    def add(self, key: str, amount: int) -> int:
+        return 1
+
+    def set(self, key: str, value: Any) -> None:
+        pass
+
+    def wait(self, keys: list[str], timeout: Any = None) -> None:
+        pass
+
+
 @pytest.fixture
 def ranks() -> Iterator[Any]:
     """Makes the group of a rank whose collectives are recorded and do nothing."""
 
+    store = EveryoneIsHere()  # torch keeps no reference to the Python object
+
     def make(count: int, case: Case) -> SequenceParallel:
-        dist.init_process_group("fake", rank=0, world_size=count, store=FakeStore())
+        dist.init_process_group("fake", rank=0, world_size=count, store=store)
         membership: Any = SimpleNamespace(board=None, cause=lambda: None)
         return SequenceParallel(
             dist.group.WORLD,
