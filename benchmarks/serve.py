@@ -196,6 +196,8 @@ def resident(process: int) -> float:
 def nonsense(server: RunningServer, count: int) -> dict[str, Any]:
     """Sends malformed messages and requests beside a viewer, and counts the answers by kind."""
     watching = RealTimeViewer(server.socket_url, math.inf)
+    while not watching.frames and watching.thread.is_alive():  # little nonsense is sent faster than a chunk is made
+        time.sleep(0.05)
     refused = send_messages(server.socket_url, count // 2)
     answers = send_requests(server.url, count // 2)  # it fails with the first status of 500 or above
     watching.seconds = 0
