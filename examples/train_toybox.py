@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -34,7 +33,7 @@ from toybox_training.kept import check_count
 from toybox_training.latents import SCENE_SEED, encode_changes, encode_scenes, held_out_scenes
 from toybox_training.made import make_videos
 from toybox_training.stages import DiTTraining
-from toybox_training.training import processes, rank
+from toybox_training.training import join_processes, processes, rank
 
 from causalrope_sp.codec import load_codec
 from causalrope_sp.codec.wan_vae import WanCodec
@@ -93,10 +92,7 @@ def main(
 ) -> None:
     """Trains toybox: codec, DiT, and the decoder once more. It goes on from what --out holds; see the file."""
     on = torch.device(device)
-    if "WORLD_SIZE" in os.environ:
-        if on.type == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if on.type == "cuda" else "gloo")
+    join_processes(on)
     check_count("--scenes", count)
     check_count("--changes", changes)
     weights = out / "weights"

@@ -16,18 +16,16 @@ rises again before it falls. Training takes hours on a CPU. At the end the folde
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from pathlib import Path
 
 import click
 import torch
-import torch.distributed as dist
 from torch import nn
 from toybox_training.kept import check_count
 from toybox_training.latents import HELD_OUT, SCENE_SEED, Latents, encode_scenes, held_out_scenes
-from toybox_training.training import Training, agreed, processes, rank
+from toybox_training.training import Training, agreed, join_processes, processes, rank
 from vin_training.forward import Batch, Pair, TogetherForcing
 
 from causalrope_sp.codec import load_codec
@@ -167,10 +165,7 @@ def measured(forcing: TogetherForcing, pair: Pair, scenes: Latents, name: str) -
 def main(out: Path, toybox: Path, init: Path | None, device: str, count: int, minutes: float, rate: float) -> None:
     """Trains toybox-vin: a Video Interface Network and its DiT. It goes on from what --out holds; see the file."""
     on, size = torch.device(device), 64
-    if "WORLD_SIZE" in os.environ:
-        if on.type == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if on.type == "cuda" else "gloo")
+    join_processes(on)
     check_count("--scenes", count)
     weights = out / "weights"
     weights.mkdir(parents=True, exist_ok=True)

@@ -67,6 +67,14 @@ def test_a_server_is_measured() -> None:
         assert found[f"{carrier}_lead_0.1_s"]["changes"] > 0
 
 
+def test_open_colors_are_told_where_there_is_little_noise() -> None:
+    """By two chunks of one scene; one chunk is refused."""
+    found = last_line(run("vin_ladder.py", "--scenes", "1", "--draws", "1", "--frames", "37"))["right"]
+    assert set(found) == {"0.99", "0.98", "0.97", "0.95", "0.9", "0.8"}
+    assert found["0.8"]["whole video"] == found["0.8"]["keyframes and last chunk"] == found["0.8"]["last chunk"] == 1
+    assert run("vin_ladder.py", "--frames", "33").returncode == 2
+
+
 def test_wide_parameters_embed_the_time_better() -> None:
     found = last_line(run("mixed_dtypes.py", "--seeds", "1", "--layers", "1"))
     assert len(found["rows"]) == 3

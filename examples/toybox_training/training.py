@@ -31,6 +31,14 @@ def processes() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def join_processes(device: torch.device) -> None:
+    """Makes torchrun's process group, if there is one, for training on this kind of device."""
+    if "WORLD_SIZE" in os.environ:
+        if device.type == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+
 def agreed(value: float, device: torch.device) -> float:
     """Returns rank 0's value on every process: their clocks differ, their steps and learning rates must not."""
     if processes() == 1:
