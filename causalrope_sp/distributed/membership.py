@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 from collections.abc import Callable, Collection
@@ -13,11 +14,12 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from causalrope_sp.distributed.comm_stats import CommStats
+from causalrope_sp.distributed.communicators import Communicators
 from causalrope_sp.distributed.loading_watch import LoadingWatch
 from causalrope_sp.distributed.notices import NoticeBoard, raised
 from causalrope_sp.distributed.termination import name_lost_rank_on_sigterm
 from causalrope_sp.distributed.turns import Turns
-from causalrope_sp.distributed.watchdog import Watchdog, leave
+from causalrope_sp.distributed.watchdog import LAST_S, Watchdog, leave
 from causalrope_sp.errors import RankLostError, first_line
 from causalrope_sp.siblings import Siblings, end_with_launcher
 
@@ -91,15 +93,17 @@ class Membership:
         assert dist.group.WORLD is not None, "it is made at construction and lives until `close`"
         return dist.group.WORLD
 
-    def watch(self, comm_stats: CommStats, peers: Collection[int], turns: Turns) -> None:
+    def watch(self, comm_stats: CommStats, peers: Collection[int], turns: Turns, communicators: Communicators) -> None:
         """Starts the watchdog of this rank, and tells the other ranks if an error ends the program.
 
         Args:
             comm_stats: counts the collectives of this rank.
             peers: the ranks that make the same collectives as this one.
             turns: the turns of this rank.
+            communicators: the communicators of this rank, which end with the program.
         """
-        self._comm_stats = comm_stats
+        self._comm_stats, self._communicators = comm_stats, communicators
+        atexit.register(communicators.end, LAST_S)  # after the watchdog has stopped, which registers later
         self._watchdog = Watchdog(
             self.board,
             self._rank,
@@ -136,5 +140,7 @@ class Membership:
             self._watchdog.stop()
             if sys.excepthook is self._hook:
                 sys.excepthook = self._other_hook
+            atexit.unregister(self._communicators.end)
+            self._communicators.end()
         if dist.is_initialized():
             dist.destroy_process_group()
