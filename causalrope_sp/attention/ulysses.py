@@ -17,8 +17,7 @@ from causalrope_kernels import Keys, PassOperations, Pieces, Slots, Source
 from causalrope_sp.attention.base import Strategy, attend_groups, by_chunk, joined, sum_of_ranks, write_chunk
 from causalrope_sp.attention.quantized_pieces import piece_shapes
 from causalrope_sp.cache.layer_cache import LayerCache
-from causalrope_sp.distributed.async_handle import AsyncHandle
-from causalrope_sp.distributed.communicator import Communicator, Shape
+from causalrope_sp.distributed.communicator import AsyncHandle, Communicator, Shape
 from causalrope_sp.grid import Chunk, shares
 from causalrope_sp.heads.placement import HeadPlacement
 

@@ -9,6 +9,7 @@ Shapes: B batch, F frames, S tokens of a frame on this rank, E numbers in a toke
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
@@ -17,7 +18,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from causalrope_sp.distributed.async_handle import AsyncHandle
 from causalrope_sp.distributed.comm_stats import LAYERLESS, CommStats, Entry
 from causalrope_sp.errors import RankLostError, first_line
 
@@ -27,6 +27,47 @@ all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_
 Shape = Sequence[int]
 
 
+class AsyncHandle:
+    """A collective that was started. After `wait` the send buffer may be written and the pieces may be read."""
+
+    def __init__(
+        self, work: dist.Work, pieces: list[Tensor], communicator: Communicator, kind: str, layer: int
+    ) -> None:
+        self._work, self._pieces, self._communicator = work, pieces, communicator
+        self._kind, self._layer = kind, layer
+
+    def wait(self) -> list[Tensor]:
+        """Waits for the collective. On CUDA the stream waits and the host does not.
+
+        Returns:
+            The pieces that this rank received, in order of rank.
+
+        Raises:
+            RankLostError: the collective failed; the message names the lost rank if the watchdog knows it.
+        """
+        comm_stats, kind, layer = self._communicator.comm_stats, self._kind, self._layer
+        if comm_stats.captured is not None:
+            self._work.wait()
+        elif self._pieces[0].is_cuda:
+            began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            began.record()
+            self._finish()
+            ended.record()
+            comm_stats.add_wait(kind, layer, began, ended)
+        else:
+            started = time.perf_counter()
+            self._finish()
+            comm_stats.add(kind, layer, Entry(waited_s=time.perf_counter() - started))
+        return self._pieces
+
+    def _finish(self) -> None:
+        """Waits, and raises RankLostError for a collective that failed."""
+        try:
+            self._work.wait()
+        except RuntimeError as error:
+            raise self._communicator.lost(self._kind, error) from error
+
+
 class Communicator:
     """The collectives of some ranks, and their buffers.
 
@@ -34,42 +75,13 @@ class Communicator:
         group: the process group of these ranks.
         comm_stats: counts every collective.
         lost_rank: called when a collective fails; returns a line that names the lost rank, or None.
-
-    Attributes:
-        buffers: the send and receive buffers, by use and dtype.
-        in_flight: the collectives that were started and not waited for.
     """
 
     def __init__(self, group: dist.ProcessGroup, comm_stats: CommStats, lost_rank: Callable[[], str | None]) -> None:
         self.rank, self.size = group.rank(), group.size()
         self.comm_stats, self._lost_rank = comm_stats, lost_rank
-        self._joined: dist.ProcessGroup | None = group
+        self._group = group
         self.buffers: dict[tuple[str, torch.dtype], Tensor] = {}
-        self.in_flight: set[dist.Work] = set()
-        self._agreeing = False  # whether `everyone` is under way
-
-    @property
-    def _group(self) -> dist.ProcessGroup:
-        if self._joined is None:
-            raise ValueError(f"rank {self.rank} of these ranks has closed its group: make another one")
-        return self._joined
-
-    @property
-    def busy(self) -> bool:
-        """Whether a collective is in flight."""
-        return self._agreeing or not all(work.is_completed() for work in self.in_flight)
-
-    def end(self) -> None:
-        """Destroys the process group if it is one of gloo and has no collective in flight."""
-        if self._joined is None or self.busy:
-            return
-        try:
-            if dist.get_backend(self._joined) != "gloo":
-                return
-            dist.destroy_process_group(self._joined)
-        except ValueError:  # the whole program has destroyed its groups
-            pass
-        self._joined = None  # which ends the group's threads
 
     def buffer(self, use: str, shapes: Sequence[Shape], like: Tensor, *, block: int | None = None) -> list[Tensor]:
         """Returns the pieces of a send buffer. The buffer is reused by the next call with the same use and dtype.
@@ -218,13 +230,10 @@ class Communicator:
         """
         gathered: list[Any] = [None] * self.size
         self.comm_stats.reach("everyone")
-        self._agreeing = True  # and stays so if it is interrupted
         try:
             dist.all_gather_object(gathered, fields, self._group)
         except RuntimeError as error:
-            self._agreeing = False
             raise self.lost("everyone", error) from error
-        self._agreeing = False
         return gathered
 
     def lost(self, kind: str, error: RuntimeError) -> RankLostError:
@@ -240,7 +249,6 @@ class Communicator:
                 raise
             raise self.lost(kind, error) from error
         assert work is not None, "an asynchronous call returns a handle"
-        self.in_flight.add(work)
         return work
 
     def _flat(self, use: str, size: int, like: Tensor) -> Tensor:

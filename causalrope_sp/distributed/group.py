@@ -21,7 +21,6 @@ from causalrope_sp.checks import check_choice, check_flag, check_text, check_who
 from causalrope_sp.devices import check_device, default_device, device_of_rank
 from causalrope_sp.distributed.comm_stats import LAYERLESS, CommStats
 from causalrope_sp.distributed.communicator import Communicator
-from causalrope_sp.distributed.communicators import Communicators
 from causalrope_sp.distributed.halo import SpatialShards
 from causalrope_sp.distributed.layout import AUTO, Layout, check_head_groups, parse_strategy
 from causalrope_sp.distributed.membership import Membership
@@ -29,6 +28,7 @@ from causalrope_sp.distributed.mesh import Mesh
 from causalrope_sp.distributed.notices import NoticeBoard
 from causalrope_sp.distributed.ranks import Ranks
 from causalrope_sp.distributed.stream_turns import StreamTurns
+from causalrope_sp.distributed.subgroup import subgroup
 from causalrope_sp.distributed.turns import Turns
 from causalrope_sp.distributed.watchdog import leave
 from causalrope_sp.errors import ConfigError
@@ -65,7 +65,6 @@ class SequenceParallel:
         sp_rank: this rank's number along the `sp` axis; `cfg_rank` and `chunk_rank` likewise.
         decodes: whether this rank only decodes.
         comm_stats: counts the collectives of this rank.
-        communicators: the communicators of this rank.
         turns: the order in which the ranks make their calls.
         everyone: all ranks of the group; `denoisers` are those that denoise.
 
@@ -89,6 +88,7 @@ class SequenceParallel:
         timeout: timedelta = default_pg_timeout,
         membership: Membership | None = None,
     ) -> None:
+        self._group = group
         self.device = check_device(device)
         self.rank = 0 if group is None else group.rank()
         self.size = 1 if group is None else group.size()
@@ -105,17 +105,16 @@ class SequenceParallel:
             raise ConfigError(f"attention: expected a backend that can run here, got {attention}, which {obstacle}")
         self.strategy, self.overlap, self.head_groups, self.attention = strategy, overlap, head_groups, attention
         self.comm_stats = CommStats()
-        self._membership = membership
-        lost_rank = (lambda: None) if membership is None else membership.cause
-        self.communicators = Communicators(group, self.comm_stats, timeout, lost_rank)
+        self.communicators: dict[tuple[str | None, tuple[int, ...]], Communicator] = {}
+        self._membership, self._timeout = membership, timeout
         board = None if membership is None else membership.board
         if group is not None and membership is None and self.size > 1:
             board = NoticeBoard.of_group(group)
         self.turns = Turns(board, self.rank, lambda: self.comm_stats.started)
-        self.everyone = Ranks(range(self.size), self.rank, self.communicators.among)
-        self.denoisers = Ranks(self.mesh.denoising, self.rank, self.communicators.among)
+        self.everyone = Ranks(range(self.size), self.rank, self._communicator)
+        self.denoisers = Ranks(self.mesh.denoising, self.rank, self._communicator)
         if decode_ranks:  # between all ranks, for tensors on the host
-            self.host_communicator = self.communicators.among(range(self.size), backend="gloo")
+            self.host_communicator = self._communicator(range(self.size), backend="gloo")
 
     @classmethod
     def single(cls, strategy: str = AUTO, device: torch.device | str | None = None, **options: Any) -> SequenceParallel:
@@ -173,14 +172,14 @@ class SequenceParallel:
         membership = Membership(own, timeout_s, silence_s, on_loss, siblings or Siblings())
         parallel = cls(membership.group, strategy, own, timeout=membership.timeout, membership=membership, **options)
         peers = mesh.decoding if parallel.decodes else mesh.denoising
-        membership.watch(parallel.comm_stats, peers, parallel.turns, parallel.communicators)
+        membership.watch(parallel.comm_stats, peers, parallel.turns)
         return parallel
 
     def moved_to(self, device: torch.device) -> SequenceParallel:
         """Returns the group of one process, with the same options, on another device."""
         assert self.size == 1, "only the group of one process can move to another device"
         options: dict[str, Any] = {name: getattr(self, name) for name in ("overlap", "head_groups", "attention")}
-        return SequenceParallel(None, self.strategy, device, **options)
+        return SequenceParallel(self._group, self.strategy, device, **options)
 
     def check(self, grid: LatentGrid, heads: int) -> None:
         """Checks before any stream that the group can run a model.
@@ -233,7 +232,7 @@ class SequenceParallel:
         Returns:
             The tensors in order of `cfg_rank`, valid until the next call.
         """
-        communicator = self.communicators.among(self.mesh.cfg_group(self.rank))
+        communicator = self._communicator(self.mesh.cfg_group(self.rank))
         return communicator.all_gather(kind, LAYERLESS, [tensor.shape] * self.mesh.cfg, tensor.contiguous()).wait()
 
     def spatial_shards(self, grid: LatentGrid, ranks: Sequence[int]) -> SpatialShards | None:
@@ -251,11 +250,11 @@ class SequenceParallel:
 
     def sp_communicator(self) -> Communicator:
         """Returns the communicator of the `sp` axis, which has several ranks. All of them must call this."""
-        return self.communicators.among(self.mesh.sp_group(self.rank))
+        return self._communicator(self.mesh.sp_group(self.rank))
 
     def communicator_among(self, ranks: Sequence[int]) -> Communicator | None:
         """Returns the communicator of some ranks, this one included, or None for one rank. All of them must call it."""
-        return self.communicators.among(ranks) if len(ranks) > 1 else None
+        return self._communicator(ranks) if len(ranks) > 1 else None
 
     def turn(self, call: str) -> AbstractContextManager[None]:
         """Runs the body as soon as all ranks are about to make the same call; see `Turns.take`."""
@@ -264,6 +263,18 @@ class SequenceParallel:
     def open_stream(self, ahead: bool = False) -> StreamTurns:
         """Makes the turns of a new stream; see `StreamTurns`. All ranks must call this in the same turn."""
         return StreamTurns(self.turns, self.mesh.denoising, ahead)
+
+    def _communicator(self, ranks: Sequence[int], backend: str | None = None) -> Communicator:
+        """The communicator of some ranks, made once, with the backend of the whole group if `backend` is None."""
+        assert self._group is not None, "one process has no collectives"
+        key = backend, tuple(ranks)
+        if key not in self.communicators:
+            group = self._group
+            if len(ranks) < self.size or backend is not None:
+                group = subgroup(self._group, ranks, backend, self._timeout)
+            cause = (lambda: None) if self._membership is None else self._membership.cause
+            self.communicators[key] = Communicator(group, self.comm_stats, cause)
+        return self.communicators[key]
 
     def fail(self, error: BaseException) -> None:
         """Tells the other ranks that an error ends this program, where `sys.excepthook` does not see it."""

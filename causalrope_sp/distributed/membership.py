@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import sys
+import time
 from collections.abc import Callable, Collection
 from datetime import timedelta
 from types import TracebackType
@@ -14,14 +15,15 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from causalrope_sp.distributed.comm_stats import CommStats
-from causalrope_sp.distributed.communicators import Communicators
 from causalrope_sp.distributed.loading_watch import LoadingWatch
 from causalrope_sp.distributed.notices import NoticeBoard, raised
 from causalrope_sp.distributed.termination import name_lost_rank_on_sigterm
 from causalrope_sp.distributed.turns import Turns
-from causalrope_sp.distributed.watchdog import LAST_S, Watchdog, leave
+from causalrope_sp.distributed.watchdog import Watchdog, leave
 from causalrope_sp.errors import RankLostError, first_line
 from causalrope_sp.siblings import Siblings, end_with_launcher
+
+REST_S = 0.2
 
 _servers: dict[int, TCPStore] = {}  # by port: a process keeps its store, since another rank may join anew at once
 
@@ -55,6 +57,8 @@ class Membership:
         self._watchdog: Watchdog | None = None
         self._rank, self._size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         end_with_launcher()
+        atexit.unregister(_rest)
+        atexit.register(_rest)  # after the watchdog has stopped, which registers later
         if on_loss is leave:
             name_lost_rank_on_sigterm(siblings)
         self._loading = LoadingWatch(siblings, on_loss)
@@ -93,17 +97,15 @@ class Membership:
         assert dist.group.WORLD is not None, "it is made at construction and lives until `close`"
         return dist.group.WORLD
 
-    def watch(self, comm_stats: CommStats, peers: Collection[int], turns: Turns, communicators: Communicators) -> None:
+    def watch(self, comm_stats: CommStats, peers: Collection[int], turns: Turns) -> None:
         """Starts the watchdog of this rank, and tells the other ranks if an error ends the program.
 
         Args:
             comm_stats: counts the collectives of this rank.
             peers: the ranks that make the same collectives as this one.
             turns: the turns of this rank.
-            communicators: the communicators of this rank, which end with the program.
         """
-        self._comm_stats, self._communicators = comm_stats, communicators
-        atexit.register(communicators.end, LAST_S)  # after the watchdog has stopped, which registers later
+        self._comm_stats = comm_stats
         self._watchdog = Watchdog(
             self.board,
             self._rank,
@@ -140,7 +142,14 @@ class Membership:
             self._watchdog.stop()
             if sys.excepthook is self._hook:
                 sys.excepthook = self._other_hook
-            atexit.unregister(self._communicators.end)
-            self._communicators.end()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _rest() -> None:
+    """Waits until the threads of gloo have let go of the last collectives' tensors, some time after these are over.
+
+    A thread that does so while Python ends aborts the process (pytorch issue 190489). To destroy the groups would end
+    the threads for certain, but wait for every collective in flight, also in groups that the program has made itself.
+    """
+    time.sleep(REST_S)

@@ -8,7 +8,6 @@ ahead of AdamW after 300 steps, on shorter clips. Whatever is no matrix is left 
 
 from __future__ import annotations
 
-import atexit
 import copy
 import json
 import os
@@ -38,7 +37,6 @@ def join_processes(device: torch.device) -> None:
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        atexit.register(dist.destroy_process_group)  # a thread of gloo that lives on while Python ends may abort it
 
 
 def agreed(value: float, device: torch.device) -> float:

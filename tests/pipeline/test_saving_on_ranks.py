@@ -55,7 +55,7 @@ def save(group: dist.ProcessGroup | None, device: str, folder: Path, strategy: s
     pipe.parallel.comm_stats.take()
     session.save(folder / f"{kind}-{pipe.parallel.size}")
     kinds = {kind: entry.calls for kind, entry in pipe.parallel.comm_stats.take().by_kind().items()}
-    assert not any(use.startswith(KIND) for c in pipe.parallel.communicators.made.values() for use, _ in c.buffers)
+    assert not any(use.startswith(KIND) for c in pipe.parallel.communicators.values() for use, _ in c.buffers)
     session.save(folder / f"{kind}-{pipe.parallel.size}-small", cache=False)
     resumed = pipe.resume(folder / f"{kind}-{pipe.parallel.size}")
     return frames_of(session, 2), frames_of(resumed, 2), kinds.get(KIND, 0)

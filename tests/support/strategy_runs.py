@@ -16,7 +16,7 @@ from causalrope_kernels import PassOperations
 from causalrope_sp import Chunk, ConfigError, DiTConfig, LatentGrid, SamplerConfig, StreamConfig
 from causalrope_sp.cache.window import SlidingWindow
 from causalrope_sp.diffusion.noise import seeded_noise
-from causalrope_sp.distributed import SequenceParallel, async_handle, communicator, strategies
+from causalrope_sp.distributed import SequenceParallel, communicator, strategies
 from causalrope_sp.heads import HeadPolicy
 from causalrope_sp.models.causal_dit import CausalDiT
 from causalrope_sp.planning.workload import Workload
@@ -204,7 +204,7 @@ def count_collectives(group: dist.ProcessGroup, device: str, strategy: str) -> d
     for n in range(5, 8):  # each fused pass after the first finds every buffer there
         stream.denoise(Chunk(n, 2 * n, 2), x, 1000.0, Part(Chunk(n - 1, 2 * n - 2, 2), x, 0.0) if n > 5 else None)
         allocated.append(
-            {use: room.data_ptr() for e in parallel.communicators.made.values() for use, room in e.buffers.items()}
+            {use: room.data_ptr() for e in parallel.communicators.values() for use, room in e.buffers.items()}
         )
     passes["buffers"] = {"allocated": allocated}
     return passes
@@ -261,7 +261,7 @@ def order_of_events(group: dist.ProcessGroup, device: str, strategy: str) -> lis
     with pytest.MonkeyPatch.context() as patch:
         for name in ("all_to_all", "all_gather"):
             patch.setattr(communicator.Communicator, name, noting("send", getattr(communicator.Communicator, name)))
-        patch.setattr(async_handle.AsyncHandle, "wait", noting("wait", async_handle.AsyncHandle.wait))
+        patch.setattr(communicator.AsyncHandle, "wait", noting("wait", communicator.AsyncHandle.wait))
         operations = PassOperations.unchecked(x)
         attend, parts = noting("attend", operations.attention), noting("attend", operations.attention_parts)
         noted = replace(operations, attention=attend, attention_parts=parts)
