@@ -33,7 +33,7 @@ from toybox_training.kept import check_count
 from toybox_training.latents import SCENE_SEED, encode_changes, encode_scenes, held_out_scenes
 from toybox_training.made import make_videos
 from toybox_training.stages import DiTTraining
-from toybox_training.training import join_processes, processes, rank
+from toybox_training.training import finite, join_processes, processes, rank
 
 from causalrope_sp.codec import load_codec
 from causalrope_sp.codec.wan_vae import WanCodec
@@ -67,11 +67,18 @@ FLOW_SAMPLER = SamplerConfig(steps=tuple(62.5 * n for n in range(16, 0, -1)), sh
 @click.option(
     "--decoder-minutes",
     default=20.0,
+    type=click.FloatRange(0),
+    callback=finite,
     show_default=True,
     help="How long the decoder trains on scenes; 0 for not at all.",
 )
 @click.option(
-    "--made-minutes", default=36.0, show_default=True, help="How long it trains on the DiT's videos; 0 for not at all."
+    "--made-minutes",
+    default=36.0,
+    type=click.FloatRange(0),
+    callback=finite,
+    show_default=True,
+    help="How long it trains on the DiT's videos; 0 for not at all.",
 )
 @click.option("--scenes", "count", default=24576, show_default=True, help="The number of scenes to render and encode.")
 @click.option(

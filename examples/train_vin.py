@@ -25,7 +25,7 @@ import torch
 from torch import nn
 from toybox_training.kept import check_count
 from toybox_training.latents import HELD_OUT, SCENE_SEED, Latents, encode_scenes, held_out_scenes
-from toybox_training.training import Training, agreed, join_processes, processes, rank
+from toybox_training.training import Training, agreed, finite, join_processes, processes, rank
 from vin_training.forward import Batch, Pair, TogetherForcing
 
 from causalrope_sp.codec import load_codec
@@ -159,9 +159,10 @@ def measured(forcing: TogetherForcing, pair: Pair, scenes: Latents, name: str) -
     default=240.0,
     show_default=True,
     type=click.FloatRange(0, min_open=True),
+    callback=finite,
     help="How long this run trains, compilation included.",
 )
-@click.option("--rate", default=1e-3, show_default=True, help="The highest learning rate of this run.")
+@click.option("--rate", default=1e-3, callback=finite, show_default=True, help="The highest learning rate of this run.")
 def main(out: Path, toybox: Path, init: Path | None, device: str, count: int, minutes: float, rate: float) -> None:
     """Trains toybox-vin: a Video Interface Network and its DiT. It goes on from what --out holds; see the file."""
     on, size = torch.device(device), 64

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import click
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -32,11 +34,14 @@ def processes() -> int:
 
 
 def join_processes(device: torch.device) -> None:
-    """Makes torchrun's process group, if there is one, for training on this kind of device."""
+    """Makes torchrun's process group, if there is one, for training on this kind of device, until the command ends."""
     if "WORLD_SIZE" in os.environ:
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend)
+        if backend == "gloo":  # whose threads abort a process that ends soon after a collective (pytorch issue 190489)
+            click.get_current_context().call_on_close(dist.destroy_process_group)
 
 
 def agreed(value: float, device: torch.device) -> float:
@@ -93,6 +98,17 @@ class Muon(torch.optim.Optimizer):
                 parameter.add_(update.to(parameter.dtype).view_as(parameter), alpha=-group["lr"] * scale)
 
 
+def _shapes(state: dict[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in state.items()}
+
+
+def finite(_: click.Context, option: click.Parameter, value: float) -> float:
+    """Refuses NaN and infinity, which click's ranges let pass."""
+    if not math.isfinite(value):
+        raise click.BadParameter(f"expected a finite number, not {value}", param=option)
+    return value
+
+
 class Training(Generic[M]):
     """One stage: a model, its running average, its optimisers and where it stands. Resumes from `path` if it is there.
 
@@ -123,6 +139,8 @@ class Training(Generic[M]):
             state = torch.load(path, weights_only=True)
             self.step = state["step"]
             for target, name in ((self.model, "model"), (self.ema, "ema")):
+                if _shapes(state[name]) != _shapes(target.state_dict()):
+                    raise click.UsageError(f"{path} is the checkpoint of another model: give another --out")
                 target.load_state_dict(state[name])
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(saved)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 
+import click
 import pytest
 import torch
+from click.testing import CliRunner
 
 from causalrope_sp.codec import load_codec
 from causalrope_sp.codec.wan_vae import WanCodec, WanEncoderStream
@@ -56,6 +59,29 @@ def test_dit_learns_from_encoded_scenes(monkeypatch: pytest.MonkeyPatch, tmp_pat
     logged = json.loads((tmp_path / "dit.jsonl").read_text())
     assert 0 < logged["held_out_first"] < logged["held_out_later"] < 1
     assert logged["held_out_later"] == logged["learned_later"], "the same scenes"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "option"), [("train_toybox", "--made-minutes"), ("train_vin", "--minutes"), ("train_vin", "--rate")]
+)
+def test_a_number_that_is_none_is_refused_before_anything_is_made(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, recipe: str, option: str
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    found = CliRunner().invoke(importlib.import_module(recipe).main, ["--out", str(tmp_path / "runs"), option, "nan"])
+    assert found.exit_code == 2
+    assert f"Invalid value for '{option}': expected a finite number, not nan" in found.output
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_checkpoint_of_another_model_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    from toybox_training.training import Training
+
+    Training(torch.nn.Linear(2, 3), tmp_path / "a.pt", 1e-3, lambda _, p: p.ndim == 2, 0.9).save()
+    Training(torch.nn.Linear(2, 3), tmp_path / "a.pt", 1e-3, lambda _, p: p.ndim == 2, 0.9)
+    with pytest.raises(click.UsageError, match=r"a.pt is the checkpoint of another model: give another --out"):
+        Training(torch.nn.Linear(2, 4), tmp_path / "a.pt", 1e-3, lambda _, p: p.ndim == 2, 0.9)
 
 
 def test_a_training_set_is_made_again_where_its_settings_differ(
