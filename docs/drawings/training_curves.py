@@ -21,7 +21,7 @@ CHUNKS = {
     "own": "later chunks, after frames of its own",
 }
 
-MORE_SCENES = 17000  # the step from which on the training set was eight times as large
+MORE_SCENES = {17000: "20480 scenes, not 2560", 27400: "36864"}  # the steps from which on the training set was larger
 
 
 def main() -> None:
@@ -31,8 +31,9 @@ def main() -> None:
     for chunk, label in CHUNKS.items():
         seen = [(int(point["step"]), float(point[chunk])) for point in points if point[chunk]]
         axis.plot(*zip(*seen, strict=True), label=label, linewidth=1)
-    axis.axvline(MORE_SCENES, color="grey", linewidth=1, linestyle="--")
-    axis.annotate("20480 scenes in place of 2560", (MORE_SCENES, 0.38), xytext=(6, 0), textcoords="offset points")
+    for step, scenes in MORE_SCENES.items():
+        axis.axvline(step, color="grey", linewidth=1, linestyle="--")
+        axis.annotate(scenes, (step, 0.38), xytext=(6, 0), textcoords="offset points")
     axis.set(xlabel="training step", ylabel="mean square error of the velocity\nat pure noise", ylim=(0, 0.4))
     axis.grid(alpha=0.3)
     axis.legend(ncols=2)
