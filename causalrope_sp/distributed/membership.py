@@ -23,7 +23,7 @@ from causalrope_sp.distributed.watchdog import Watchdog, leave
 from causalrope_sp.errors import RankLostError, first_line
 from causalrope_sp.siblings import Siblings, end_with_launcher
 
-REST_S = 0.2
+REST_S = 0.2  # seconds
 
 _servers: dict[int, TCPStore] = {}  # by port: a process keeps its store, since another rank may join anew at once
 
