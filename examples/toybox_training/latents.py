@@ -50,7 +50,13 @@ class Latents:
     scenes: list[SceneSpec]
     share: Tensor
 
+    def to(self, device: torch.device) -> Latents:
+        """Returns the same scenes with their tensors on a device; `share` stays on the CPU, where scenes are drawn."""
+        latents, embeds, objects = (x.to(device) for x in (self.latents, self.embeds, self.objects))
+        return Latents(latents, embeds, objects, self.scenes, self.share)
+
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """Draws the numbers of scenes, on the CPU."""
         return torch.multinomial(self.share, count, replacement=True, generator=generator)
 
     def frames(self, picked: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
@@ -58,7 +64,9 @@ class Latents:
         Frames after the encoded ones are those of the same moment some periods earlier."""
         repeated = self.latents.shape[1] - PERIOD  # the first frame of the period that goes on
         at = [f if f < repeated else repeated + (f - repeated) % PERIOD for f in range(start, stop)]
-        return self.latents[picked][:, at].float(), self.objects[picked][:, at]
+        device = self.latents.device
+        chosen = picked.to(device).unsqueeze(1), torch.tensor(at, device=device)
+        return self.latents[chosen].float(), self.objects[chosen]
 
 
 @dataclass(frozen=True)
@@ -70,6 +78,10 @@ class Changes:
     after: Tensor
     embeds: Tensor
     objects: Tensor
+
+    def to(self, device: torch.device) -> Changes:
+        """Returns the same scenes on a device."""
+        return Changes(*(x.to(device) for x in (self.before, self.after, self.embeds, self.objects)))
 
 
 def other_scene(scene: SceneSpec, rng: random.Random) -> SceneSpec:
@@ -145,9 +157,10 @@ def encode_scenes(codec: WanVae, path: Path, videos: int, size: int, seed: int, 
 
 
 def _encode(codec: WanVae, scenes: list[SceneSpec], places: Tensor, frames: int, size: int) -> Tensor:
-    """The latents of rendered scenes on the CPU, (N, F, C, X, X)."""
-    pixels = render(scenes, places, torch.arange(frames), size).transpose(1, 2) * 2 - 1
-    return WanEncoderStream(codec).encode(pixels.to(next(codec.parameters()).device)).cpu()
+    """The latents of scenes that are rendered where the codec is, on the CPU, (N, F, C, X, X)."""
+    with next(codec.parameters()).device:
+        pixels = render(scenes, places, torch.arange(frames), size).transpose(1, 2) * 2 - 1
+    return WanEncoderStream(codec).encode(pixels).cpu()
 
 
 def _backgrounds(codec: WanVae, size: int, frames: int) -> dict[str, Tensor]:

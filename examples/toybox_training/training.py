@@ -13,6 +13,7 @@ import json
 import math
 import os
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -63,16 +64,16 @@ def _sum_over_processes(tensors: list[Tensor]) -> None:
         tensor.copy_(total.view_as(tensor))
 
 
-def orthogonalize(gradient: Tensor) -> Tensor:
-    """The nearest orthogonal matrix, roughly: five quintic Newton-Schulz steps in bfloat16."""
-    x = gradient.bfloat16()
-    tall = x.shape[0] > x.shape[1]
-    x = x.T if tall else x
-    x = x / (x.norm() + 1e-7)
+def orthogonalize(gradients: Tensor) -> Tensor:
+    """The nearest orthogonal matrices, roughly, of several, (M, R, C): five quintic Newton-Schulz steps in bfloat16."""
+    x = gradients.bfloat16()
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
-        square = x @ x.T
+        square = x @ x.mT
         x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
-    return x.T if tall else x
+    return x.mT if tall else x
 
 
 class Muon(torch.optim.Optimizer):
@@ -84,18 +85,28 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            updates = []
-            for n, parameter in enumerate(group["params"]):
-                momentum = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
-                momentum.lerp_(parameter.grad, 1 - group["momentum"])
-                update = parameter.grad.lerp(momentum, group["momentum"]).flatten(1)
-                mine = n % processes() == rank()  # a matrix is orthogonalised by one process, for all
-                updates.append(orthogonalize(update) if mine else torch.zeros_like(update, dtype=torch.bfloat16))
+            parameters, keep = group["params"], group["momentum"]
+            gradients = [parameter.grad for parameter in parameters]
+            momenta = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in parameters]
+            torch._foreach_lerp_(momenta, gradients, 1 - keep)
+            updates = _orthogonal([x.flatten(1) for x in torch._foreach_lerp(gradients, momenta, keep)])
             _sum_over_processes(updates)
-            for parameter, update in zip(group["params"], updates, strict=True):
+            for parameter, update in zip(parameters, updates, strict=True):
                 rows, columns = update.shape
                 scale = max(1, rows / columns) ** 0.5 * 0.2 * max(rows, columns) ** 0.5
                 parameter.add_(update.to(parameter.dtype).view_as(parameter), alpha=-group["lr"] * scale)
+
+
+def _orthogonal(matrices: list[Tensor]) -> list[Tensor]:
+    """The matrices orthogonalised, those of one shape together: each by one process, zeros on the others."""
+    found = [torch.zeros_like(matrix, dtype=torch.bfloat16) for matrix in matrices]
+    alike = defaultdict[torch.Size, list[int]](list)
+    for n in range(rank(), len(matrices), processes()):
+        alike[matrices[n].shape].append(n)
+    for numbers in alike.values():
+        for n, matrix in zip(numbers, orthogonalize(torch.stack([matrices[n] for n in numbers])), strict=True):
+            found[n] = matrix
+    return found
 
 
 def _shapes(state: dict[str, Tensor]) -> dict[str, torch.Size]:
@@ -154,16 +165,14 @@ class Training(Generic[M]):
         loss.backward()
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         _sum_over_processes(gradients)
-        for gradient in gradients:
-            gradient /= processes()
+        torch._foreach_div_(gradients, processes())
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:
             optimizer.step()
         self.step += 1
         keep = min(self.average, self.step / (self.step + 19))
         with torch.no_grad():
-            for averaged, current in zip(self.ema.parameters(), self.model.parameters(), strict=True):
-                averaged.lerp_(current, 1 - keep)
+            torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - keep)
         self._log.append({"loss": loss.item(), **report})
         if self.step % 50 == 0 and rank() == 0:
             self._write_log()
