@@ -5,6 +5,8 @@ import os
 # Without a GPU kernels are interpreted, which must be said before any is defined; and then no test may find a GPU.
 if os.environ.get("CAUSALROPE_TEST_DEVICE", "cpu") == "cpu":
     os.environ |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+else:  # cuBLAS is deterministic with this workspace alone, and torch refuses it otherwise
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import signal
 from collections.abc import Iterator

@@ -36,15 +36,6 @@ def _rows(table, slots, batch, frame, frames, token, head, valid, COUNT: tl.cons
 
 
 @triton.jit
-def _scale_rows(table, slots, batch, frame, frames, token, head, valid, COUNT: tl.constexpr, SLOTS: tl.constexpr):
-    """The rows of the scales of a token's heads; None without a table."""
-    if table is None:
-        return None
-    else:
-        return _rows(table, slots, batch, frame, frames, token, head, valid, COUNT, SLOTS)
-
-
-@triton.jit
 def _axis(table, offset, pair, first, PAIRS: tl.constexpr):
     """Cosines and sines of one axis at its channel pairs, and zeros at the pairs of the other axes."""
     mask = (pair >= first) & (pair < first + PAIRS)
@@ -133,7 +124,9 @@ def projection_kernel(
               eps, TIMES, COUNT * WIDTH, WIDTH, HEADS, BLOCK)  # fmt: skip
     if K:
         rows = _rows(k_table, k_slots, batch, frame, frames, token, head, valid, COUNT, K_SLOTS)
-        scale_rows = _scale_rows(k_scale_table, k_slots, batch, frame, frames, token, head, valid, COUNT, K_SLOTS)
+        scale_rows = rows  # unused without scales; Triton 3.6 returns no None from a function
+        if k_scale_table is not None:
+            scale_rows = _rows(k_scale_table, k_slots, batch, frame, frames, token, head, valid, COUNT, K_SLOTS)
         offset = None
         if k_offset is not None:
             offset = k_offset + (batch * COUNT + head[:, None]) * WIDTH + channel[None, :]
@@ -142,7 +135,9 @@ def projection_kernel(
     if V:
         rows = _rows(v_table, v_slots, batch, frame, frames, token, head, valid, COUNT, V_SLOTS)
         value = tl.load(x + 2 * COUNT * WIDTH + head[:, None] * WIDTH + channel[None, :], mask=mask, other=0.0)
-        scale_rows = _scale_rows(v_scale_table, v_slots, batch, frame, frames, token, head, valid, COUNT, V_SLOTS)
+        scale_rows = rows
+        if v_scale_table is not None:
+            scale_rows = _rows(v_scale_table, v_slots, batch, frame, frames, token, head, valid, COUNT, V_SLOTS)
         _put(value, v_out, rows, v_scales, scale_rows, None, valid, mask, WIDTH, BLOCK)
 
 
