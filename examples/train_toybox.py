@@ -4,7 +4,7 @@
     torchrun --standalone --nproc-per-node 2 examples/train_toybox.py --out runs/toybox
 
 Every stage keeps its checkpoint and its log (codec.jsonl, decoder.jsonl, dit.jsonl) in --out, and a further call with
-the same --out goes on from them. The stages that are counted in minutes count them anew. To give the DiT more steps
+the same --out goes on from them. The stages that are counted in minutes count them anew. To train the DiT for longer
 after it has ended, copy dit-plateau.pt, from before its learning rate fell, over dit.pt. Encoded scenes are kept there
 too: 24576 of them take half an hour of a core and 1.1 GB, 8192 changes ten minutes and 0.5 GB.
 
@@ -63,7 +63,21 @@ FLOW_SAMPLER = SamplerConfig(steps=tuple(62.5 * n for n in range(16, 0, -1)), sh
 @click.option("--size", default=64, show_default=True, help="Height and width of the picture in pixels.")
 @click.option("--codec-steps", default=3600, show_default=True, help="The steps of the codec's schedule.")
 @click.option("--codec-stop", default=1500, show_default=True, help="The step of it at which the codec is good enough.")
-@click.option("--dit-steps", default=7500, show_default=True, help="The step at which the DiT's training ends.")
+@click.option(
+    "--dit-minutes",
+    default=90.0,
+    type=click.FloatRange(0),
+    callback=finite,
+    show_default=True,
+    help="How long the DiT trains, compilation included; 0 for not at all.",
+)
+@click.option(
+    "--batch",
+    default=1,
+    type=click.IntRange(1),
+    show_default=True,
+    help="Multiples of the CPU's batch: 12 videos' first chunk and 5 to 10 videos' later ones.",
+)
 @click.option(
     "--decoder-minutes",
     default=20.0,
@@ -91,7 +105,8 @@ def main(
     size: int,
     codec_steps: int,
     codec_stop: int,
-    dit_steps: int,
+    dit_minutes: float,
+    batch: int,
     decoder_minutes: float,
     made_minutes: float,
     count: int,
@@ -127,8 +142,9 @@ def main(
     rate = 3e-3 if init is None else 1.2e-3  # more undoes what the end of the run before had gained
     weights_C = channel_weights(codec, scenes.latents[:8, :6].float())
     changed = encode_changes(codec, out / "changes", changes, size, CHANGE_SEED)
-    training = DiTTraining(TeacherForcing(grid, on), scenes, held_out, changed, weights_C)
-    dit = training.train(out / "dit.pt", model, dit_steps, rate)
+    data = scenes.to(on), held_out.to(on), changed.to(on)
+    training = DiTTraining(TeacherForcing(grid, on), *data, weights_C, batch)
+    dit = training.train(out / "dit.pt", model, dit_minutes, rate)
     if rank() == 0:
         save_model(copy.deepcopy(dit).to(torch.bfloat16), weights / "toybox.safetensors")
     if made_minutes:

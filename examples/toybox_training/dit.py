@@ -55,7 +55,7 @@ class Batch:
     Clean history (B, F, C, X, X), the chart left out, whose first frame has the global time index `start` and whose
     chunks have `sizes` frames; and the chunks to predict, (B, N·CHUNK, C, X, X). Chunk n comes after the first
     `numbers[n]` chunks of the history. `objects` (B, N·CHUNK, X, X) is true where the target holds more than
-    background; `weights_BN` is how much each chunk counts, `picked` (B,) the numbers of the scenes.
+    background; `weights_BN` is how much each chunk counts.
     """
 
     history: Tensor
@@ -65,7 +65,6 @@ class Batch:
     numbers: Sequence[int]
     times_BN: Tensor
     embeds: Tensor
-    picked: Tensor
     start: int = 1
     weights_BN: Tensor = field(default_factory=lambda: torch.ones(()))
 
@@ -79,22 +78,28 @@ class TeacherForcing:
 
     def velocity(self, model: CausalDiT, batch: Batch, noisy: Tensor) -> Tensor:
         """The velocity of the noisy chunks (B, N·CHUNK, C, X, X), float32."""
-        history = torch.cat([chart(len(noisy), *noisy.shape[2:]), batch.history], 1)
+        still = _chart(*noisy.shape[2:], self.device).expand(len(noisy), -1, -1, -1, -1)
+        history = torch.cat([still, batch.history], 1)
         past = history.shape[1]
         ends = [1 + sum(batch.sizes[:number]) for number in range(len(batch.sizes) + 1)]
         starts = [ends[number] for number in batch.numbers]
-        tokens = torch.cat([self.grid.patchify(x.to(self.device)) for x in (history, noisy)], 1)
-        still = batch.times_BN.new_zeros(len(history), past)
-        timesteps = torch.cat([still, 1000 * batch.times_BN.repeat_interleave(CHUNK, 1)], 1).to(self.device)
+        tokens = torch.cat([self.grid.patchify(x) for x in (history, noisy)], 1)
+        clean = batch.times_BN.new_zeros(len(history), past)
+        timesteps = torch.cat([clean, 1000 * batch.times_BN.repeat_interleave(CHUNK, 1)], 1)
         frames = [*range(1, past), *(start + f for start in starts for f in range(CHUNK))]
         rotation = self._rope.rotation([0, *(batch.start - 1 + frame for frame in frames)]).of_queries
-        mask = _mask(tuple(ends), tuple(starts), self.grid.tokens).to(self.device)
-        velocity = forward(model, tokens, timesteps, batch.embeds.to(self.device), rotation, mask, noisy.shape[1])
+        mask = _mask(tuple(ends), tuple(starts), self.grid.tokens, self.device)
+        velocity = forward(model, tokens, timesteps, batch.embeds, rotation, mask, noisy.shape[1])
         return self.grid.unpatchify(velocity)
 
 
 @cache
-def _mask(ends: tuple[int, ...], starts: tuple[int, ...], tokens: int) -> Tensor:
+def _chart(channels: int, height: int, width: int, device: torch.device) -> Tensor:
+    return chart(1, channels, height, width).to(device)
+
+
+@cache
+def _mask(ends: tuple[int, ...], starts: tuple[int, ...], tokens: int, device: torch.device) -> Tensor:
     """What a token does not see, as -1e30 to add to its scores, (F·S, F·S)."""
     past = ends[-1]
     frames = past + CHUNK * len(starts)
@@ -106,7 +111,7 @@ def _mask(ends: tuple[int, ...], starts: tuple[int, ...], tokens: int) -> Tensor
         sees[own : own + CHUNK, max(1, begin + CHUNK - RING) : begin] = True
         sees[own : own + CHUNK, own : own + CHUNK] = True
     sees = sees.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
-    return torch.zeros(sees.shape).masked_fill(~sees, -1e30)
+    return torch.zeros(sees.shape).masked_fill(~sees, -1e30).to(device)
 
 
 def _linear(x: Tensor, layer: nn.Linear) -> Tensor:
@@ -138,49 +143,44 @@ def forward(
     Returns:
         The velocity, (B, predicted, S, E), float32.
     """
-    config = model.config
-    time = model.time_embedding(sinusoid(timesteps_BF, config.freq_dim).float())
+    time = model.time_embedding(sinusoid(timesteps_BF, model.config.freq_dim).float())
     parts = model.time_projection(time).unflatten(-1, (6, 1, -1))
     x = _linear(tokens_BFSE, model.patch_embedding)
     first, _, second = model.text_embedding
     assert isinstance(first, nn.Linear)
     assert isinstance(second, nn.Linear)
     text = _linear(functional.gelu(_linear(embeds, first), approximate="tanh"), second)
-    # A rotary pair is channels 2i and 2i + 1 of a head; here all first ones of a head come before all second ones.
-    channels = torch.arange(config.head_dim, device=x.device)
-    apart = torch.cat([channels[0::2], channels[1::2]])
     cos, sin = (table.unsqueeze(-2) for table in rotation)
+    if x.is_cuda:  # compiling for every shape, as on a CPU, would take longer there than the steps
+        _compile_once(((x, 2), (parts, 2), (text, 1), (cos, 1), (sin, 1), (mask, 2)))
     for layer, block in enumerate(model.blocks):
         assert isinstance(block, Block)
-        modulation = [parts[:, :, n] + block.modulation[n] for n in range(6)]
-        keys = None if further is None else _further(further[layer], apart)
-        text_keys = _text_keys(block, text, config.num_heads)
-        x = _block(x, modulation, _weights(block, apart, config), cos, sin, mask, text_keys, keys, config.num_heads)
+        keys = None if further is None else _further(further[layer])
+        x = _block(x, parts, _weights(block), cos, sin, mask, text, keys, model.config.num_heads)
     shift, scale = ((time[:, -predicted:] + learned).unsqueeze(2) for learned in model.head.modulation)
-    return _linear(functional.layer_norm(x[:, -predicted:], (config.dim,)) * (1 + scale) + shift, model.head.linear)
+    return _linear(functional.layer_norm(x[:, -predicted:], x.shape[-1:]) * (1 + scale) + shift, model.head.linear)
 
 
-def _further(keys: Keys, apart: Tensor) -> list[Tensor]:
+def _apart(x: Tensor, axis: int) -> Tensor:
+    """The channels of a head in another order. A rotary pair is channels 2i and 2i + 1; here all first ones come before
+    all second ones."""
+    return x.unflatten(axis, (-1, 2)).transpose(axis, axis + 1).flatten(axis, axis + 1)
+
+
+def _further(keys: Keys) -> list[Tensor]:
     """Further keys and values, (B, H, G, d)."""
-    return [x.to(BF16).transpose(1, 2) for x in (keys.k[..., apart], keys.v)]
+    return [x.to(BF16).transpose(1, 2) for x in (_apart(keys.k, 3), keys.v)]
 
 
-def _text_keys(block: Block, text: Tensor, heads: int) -> list[Tensor]:
-    """Keys and values of the text, (B, H, L, d)."""
-    k, v = _linear(text, block.cross_attn.kv).chunk(2, -1)
-    return [_by_head(x, heads) for x in (_norm(k, block.cross_attn.norm_k.weight), v)]
-
-
-def _weights(block: Block, apart: Tensor, config: DiTConfig) -> list[Tensor]:
+def _weights(block: Block) -> list[Tensor]:
+    """What `_block` takes: norms and modulation, then weight and bias of each linear layer."""
     own, cross, ffn = block.self_attn, block.cross_attn, block.ffn
-    firsts = torch.arange(0, config.dim, config.head_dim, device=apart.device)
-    order = (firsts[:, None] + apart).flatten()
-    rows = torch.cat([order, config.dim + order, torch.arange(2 * config.dim, 3 * config.dim, device=apart.device)])
-    norms = [own.norm_q.weight[order], own.norm_k.weight[order], block.cross_norm.weight, block.cross_norm.bias]
-    products = [own.qkv.weight[rows], own.qkv.bias[rows]]
-    for layer in (own.out, cross.q, cross.out, ffn.up, ffn.down):
-        products += [layer.weight, layer.bias]
-    return [*norms, cross.norm_q.weight, *(x.to(BF16) for x in products)]
+    norms = [own.norm_q.weight, own.norm_k.weight, block.cross_norm.weight, block.cross_norm.bias]
+    linears = (own.qkv, own.out, cross.q, cross.kv, cross.out, ffn.up, ffn.down)
+    products = [x for linear in linears for x in (linear.weight, linear.bias)]
+    weights = [*norms, cross.norm_q.weight, cross.norm_k.weight, block.modulation, *products]
+    # Detached, those of the model and of its average need one compiled block, not two.
+    return weights if torch.is_grad_enabled() else [weight.detach() for weight in weights]
 
 
 def _norm(x: Tensor, weight: Tensor) -> Tensor:
@@ -196,26 +196,39 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
     return torch.cat([first * cos - second * sin, first * sin + second * cos], -1).to(BF16).transpose(1, 2)
 
 
+def _compile_once(tensors: Sequence[tuple[Tensor, int]]) -> None:
+    """Has a compiled function take any size of so many first axes of its tensors."""
+    for tensor, axes in tensors:
+        torch._dynamo.maybe_mark_dynamic(tensor, list(range(axes)))
+
+
 @torch.compile(dynamic=False)
 def _block(
     x: Tensor,
-    modulation: list[Tensor],
+    parts: Tensor,
     weights: list[Tensor],
     cos: Tensor,
     sin: Tensor,
     mask: Tensor,
-    text: list[Tensor],
+    text: Tensor,
     further: list[Tensor] | None,
     heads: int,
 ) -> Tensor:
     """One block of the DiT, (B, F, S, D) float32, as `Block` defines it."""
-    norm_q, norm_k, cross_weight, cross_bias, cross_norm_q, *products = weights
+    norm_q, norm_k, cross_weight, cross_bias, cross_norm_q, cross_norm_k, modulation, *products = weights
     pairs = list(zip(products[::2], products[1::2], strict=True))
-    shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = modulation
+    shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = (parts[:, :, n] + modulation[n] for n in range(6))
     width, scale = (x.shape[-1],), (x.shape[-1] // heads) ** -0.5
 
-    def linear(y: Tensor, number: int) -> Tensor:
-        return functional.linear(y.to(BF16), *pairs[number])
+    def linear(y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return functional.linear(y.to(BF16), weight.to(BF16), bias.to(BF16))
+
+    def apart(rows: Tensor) -> Tensor:
+        return _apart(rows.unflatten(0, (heads, -1)), 1).flatten(0, 1)
+
+    def qkv(rows: Tensor) -> Tensor:
+        q, k, v = rows.chunk(3)
+        return torch.cat([apart(q), apart(k), v])
 
     def attend(q: Tensor, keys: Tensor, values: Tensor, hidden: Tensor | float) -> Tensor:
         scores = torch.matmul(q, keys.transpose(-1, -2)).float() * scale + hidden
@@ -223,15 +236,17 @@ def _block(
         return seen.transpose(1, 2).reshape(x.shape)
 
     y = functional.layer_norm(x, width) * (1 + scale_1) + shift_1
-    own_q, own_k, own_v = linear(y, 0).flatten(1, 2).float().chunk(3, -1)
-    own_q, own_k = _turn(_norm(own_q, norm_q), cos, sin, heads), _turn(_norm(own_k, norm_k), cos, sin, heads)
+    own_q, own_k, own_v = linear(y, *map(qkv, pairs[0])).flatten(1, 2).float().chunk(3, -1)
+    own_q, own_k = (_turn(_norm(z, apart(weight)), cos, sin, heads) for z, weight in ((own_q, norm_q), (own_k, norm_k)))
     own_v = _by_head(own_v, heads)
     if further is not None:
         own_k, own_v = torch.cat([own_k, further[0]], 2), torch.cat([own_v, further[1]], 2)
-    x = x + linear(attend(own_q, own_k, own_v, mask), 1).float() * gate_1
+    x = x + linear(attend(own_q, own_k, own_v, mask), *pairs[1]).float() * gate_1
     y = functional.layer_norm(x, width, cross_weight, cross_bias)
-    q = _by_head(_norm(linear(y, 2).flatten(1, 2).float(), cross_norm_q), heads)
-    x = x + linear(attend(q, text[0], text[1], 0.0), 3).float()
+    q = _by_head(_norm(linear(y, *pairs[2]).flatten(1, 2).float(), cross_norm_q), heads)
+    text_k, text_v = linear(text, *pairs[3]).float().chunk(2, -1)
+    text_k, text_v = _by_head(_norm(text_k, cross_norm_k), heads), _by_head(text_v, heads)
+    x = x + linear(attend(q, text_k, text_v, 0.0), *pairs[4]).float()
     y = functional.layer_norm(x, width) * (1 + scale_2) + shift_2
-    y = functional.gelu(linear(y, 4).float(), approximate="tanh")
-    return x + linear(y, 5).float() * gate_2
+    y = functional.gelu(linear(y, *pairs[5]).float(), approximate="tanh")
+    return x + linear(y, *pairs[6]).float() * gate_2

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import click
 import pytest
@@ -47,13 +49,14 @@ def test_dit_learns_from_encoded_scenes(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
     monkeypatch.setattr(stages, "MEASURED_EVERY", 2)
     monkeypatch.setattr(stages, "NEW", 2)
+    monkeypatch.setattr(stages, "time", SimpleNamespace(monotonic=count().__next__))  # a second a step
     model = load_model(WEIGHTS / "toybox.safetensors", dtype=torch.float32)
     before = [x.clone() for x in model.parameters()]
     changes = Changes(scenes.latents[:, :13], scenes.latents[:, :16], scenes.embeds, scenes.objects[:, :16])
     forcing = TeacherForcing(LatentGrid.from_pixels(64, 64, 8), CPU)
     with torch.compiler.set_stance("force_eager"):
-        training = stages.DiTTraining(forcing, scenes, scenes, changes, torch.ones(16))
-        trained = training.train(tmp_path / "dit.pt", model, 2, 1e-3)
+        training = stages.DiTTraining(forcing, scenes, scenes, changes, torch.ones(16), batch=2)
+        trained = training.train(tmp_path / "dit.pt", model, 3 / 60, 1e-3)
     assert any(not torch.equal(x, y) for x, y in zip(before, trained.parameters(), strict=True))
     assert all(x.isfinite().all() for x in trained.parameters())
     logged = json.loads((tmp_path / "dit.jsonl").read_text())
