@@ -1,5 +1,5 @@
-"""Devices: their check, the default one, that of a rank, copies to them that do not block the host, and the meta device
-for models whose weights are not read yet."""
+"""Devices: their check, the default one, that of a rank, copies to them that do not block the host, events of their
+streams, and the meta device for models whose weights are not read yet."""
 
 from __future__ import annotations
 
@@ -43,6 +43,32 @@ def check_device(value: object) -> torch.device:
             f"device must be one of this machine, which has {torch.cuda.device_count()} GPUs, not {value}"
         )
     return device
+
+
+def own_device(value: object) -> torch.device:
+    """Returns `value` as the device that this process computes on. "cuda" becomes the current GPU with its index, as
+    tensors name it: threads have a current GPU each, and torch sets none without an index.
+
+    Raises:
+        ConfigError: it names no device of this machine.
+    """
+    device = check_device(value)
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def recorded_event(device: torch.device, timing: bool = False) -> torch.cuda.Event:
+    """Returns an event that is recorded now in the current CUDA stream of a GPU, which need not be the current GPU of
+    this thread.
+
+    Args:
+        device: the GPU.
+        timing: whether the event measures time.
+    """
+    event = torch.cuda.Event(enable_timing=timing)
+    event.record(torch.cuda.current_stream(device))
+    return event
 
 
 def _known_device(value: object) -> torch.device:

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from causalrope_sp.devices import recorded_event
+
 KEPT_EVENTS = 4096  # pairs of CUDA events that are kept before those that are over are read
 CROSSING = 1 << 20  # the step of `begun` at a collective across the `cfg` axis: more collectives than a pass makes
 LAYERLESS = -1  # the layer of collectives outside the layers, such as those of a chunk's latents or the text
@@ -121,8 +123,7 @@ class CommStats:
         for kind, layer, entry in entries:
             self.add(kind, layer, entry)
         if device.type == "cuda" and entries:
-            event = torch.cuda.Event()
-            event.record()
+            event = recorded_event(device)
             self._starting.extend((kind, event) for kind, _, _ in entries)
         else:
             for kind, _, _ in entries:

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from causalrope_sp.devices import recorded_event
 from causalrope_sp.distributed.comm_stats import LAYERLESS, CommStats, Entry
 from causalrope_sp.errors import RankLostError, first_line
 
@@ -49,10 +50,9 @@ class AsyncHandle:
         if comm_stats.captured is not None:
             self._work.wait()
         elif self._pieces[0].is_cuda:
-            began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            began.record()
+            began = recorded_event(self._pieces[0].device, timing=True)
             self._finish()
-            ended.record()
+            ended = recorded_event(self._pieces[0].device, timing=True)
             comm_stats.add_wait(kind, layer, began, ended)
         else:
             started = time.perf_counter()

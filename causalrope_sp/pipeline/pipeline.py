@@ -8,7 +8,7 @@ from typing import Any, Self
 
 import torch
 
-from causalrope_sp.devices import check_device
+from causalrope_sp.devices import own_device
 from causalrope_sp.distributed import SequenceParallel
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.grid import LatentGrid
@@ -298,7 +298,7 @@ class CausalVideoPipeline(WithAdapters):
         """
         if isinstance(device, torch.dtype):
             device, dtype = None, device
-        target = self.device if device is None else check_device(device)
+        target = self.device if device is None else own_device(device)
         kind = self.model.dtype if dtype is None else check_dtype(dtype)
         if self.parallel.size > 1:
             raise ConfigError(f"device must be None on {self.parallel.size} ranks: each computes on its group's device")

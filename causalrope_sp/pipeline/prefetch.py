@@ -11,6 +11,8 @@ from typing import Generic, TypeVar
 
 import torch
 
+from causalrope_sp.devices import recorded_event
+
 T = TypeVar("T")
 Ready = tuple[T, torch.cuda.Event | None]
 
@@ -149,12 +151,13 @@ def _work(
     wanted: queue.SimpleQueue[bool],
     ready: queue.SimpleQueue[Ready[T] | BaseException | None],
 ) -> None:
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     while wanted.get():
-        try:
+        try:  # also what fails before an item reaches the caller, who waits for it
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
             item = make()
-            ready.put(None if item is None else (item, _event(device)))
+            event = recorded_event(device) if item is not None and device.type == "cuda" else None
+            ready.put(None if item is None else (item, event))
         except BaseException as error:
             ready.put(error)
 
@@ -166,12 +169,3 @@ def _stopper(thread: threading.Thread, wanted: queue.SimpleQueue[bool]) -> Calla
             thread.join()
 
     return stop
-
-
-def _event(device: torch.device) -> torch.cuda.Event | None:
-    """An event recorded in the thread's current CUDA stream; None on the CPU."""
-    if device.type != "cuda":
-        return None
-    event = torch.cuda.Event()
-    event.record()
-    return event

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from causalrope_sp.devices import recorded_event
 from causalrope_sp.errors import ConfigError
 
 
@@ -24,8 +25,7 @@ class FiniteCheck:
         self._finite = finite
         if finite.is_cuda:
             self._finite = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(finite, non_blocking=True)
-            self._arrived = torch.cuda.Event()
-            self._arrived.record()
+            self._arrived = recorded_event(finite.device)
 
     def read(self) -> None:
         """Waits for the answer; a caller that has launched the next chunk meanwhile finds it there.

@@ -203,6 +203,26 @@ def test_what_an_item_raises_comes_in_its_turn_and_the_item_again() -> None:
     ahead.close()
 
 
+def test_what_fails_before_an_item_reaches_the_caller_too() -> None:
+    """Without a GPU the thread cannot make one the current one."""
+    ahead = Prefetch(lambda: 0, torch.device("cuda", 0), set())
+    raised: list[BaseException] = []
+
+    def take() -> None:
+        try:
+            ahead.take()
+        except Exception as error:
+            raised.append(error)
+
+    for _ in range(2):
+        caller = threading.Thread(target=take, daemon=True)
+        caller.start()
+        caller.join(10)
+        assert not caller.is_alive(), "the caller waits for a thread that has ended"
+    assert len(raised) == 2
+    ahead.close()
+
+
 @pytest.mark.parametrize("ahead", [False, True])
 def test_what_is_put_back_comes_again_before_what_was_made_ahead(ahead: bool) -> None:
     made: list[int] = []

@@ -130,7 +130,7 @@ def test_where_it_cannot_run_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(ConfigError, match="needs dtype bfloat16 on a GPU, not float32"):
         load_model(FILE, weights="fp8-dynamic", device="cuda", dtype=torch.float32)
     pipe = CausalVideoPipeline.from_pretrained("toybox", device="cpu", weights="fp8-dynamic")
-    monkeypatch.setattr("causalrope_sp.pipeline.pipeline.check_device", lambda device: torch.device("cuda", 0))
+    monkeypatch.setattr("causalrope_sp.pipeline.pipeline.own_device", lambda device: torch.device("cuda", 0))
     with pytest.raises(ConfigError, match="needs dtype bfloat16 on a GPU, not float32"):
         pipe.to("cuda")
     with pytest.raises(ConfigError, match="a model with fp8 weights cannot be saved"):
