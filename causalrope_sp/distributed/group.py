@@ -18,7 +18,8 @@ from torch.distributed.constants import default_pg_timeout
 
 from causalrope_kernels import ATTENTION_BACKENDS, attention_obstacle
 from causalrope_sp.checks import check_choice, check_flag, check_text, check_whole, shown
-from causalrope_sp.devices import check_device, default_device, device_of_rank
+from causalrope_sp.devices import default_device, device_of_rank, own_device
+from causalrope_sp.distributed.backends import check_backend, check_own_gpu
 from causalrope_sp.distributed.comm_stats import LAYERLESS, CommStats
 from causalrope_sp.distributed.communicator import Communicator
 from causalrope_sp.distributed.halo import SpatialShards
@@ -48,7 +49,7 @@ class SequenceParallel:
     Args:
         group: the process group of the ranks, or None for one process.
         strategy: one of `STRATEGIES`, a product such as ulysses4xgather-kv2, or "auto" (see `layout`).
-        device: where this rank computes.
+        device: where this rank computes; "cuda" is the current GPU. Ranks on GPUs need NCCL, and a GPU each.
         cfg: the size of the mesh axis `cfg`: 2 runs the conditional and the unconditional branch of guidance at once.
         chunk: the size of the mesh axis `chunk`, for chunks that are denoised in parallel.
         decode_ranks: how many of the last ranks only decode.
@@ -70,7 +71,8 @@ class SequenceParallel:
 
     Raises:
         ConfigError: the strategy or attention backend is unknown or cannot run here, the strategy is a product for
-            another number of ranks, the axes do not divide the ranks, or an argument has a wrong type.
+            another number of ranks, the axes do not divide the ranks, the group's backend is not for the device,
+            another rank computes on the GPU, or an argument has a wrong type.
     """
 
     def __init__(
@@ -89,9 +91,12 @@ class SequenceParallel:
         membership: Membership | None = None,
     ) -> None:
         self._group = group
-        self.device = check_device(device)
+        self.device = own_device(device)
         self.rank = 0 if group is None else group.rank()
         self.size = 1 if group is None else group.size()
+        if group is not None and self.size > 1:
+            check_backend(group, self.device)
+            check_own_gpu(group, self.device)
         self.mesh = Mesh(self.size, cfg, chunk, decode_ranks)
         self.decodes = self.rank in self.mesh.decoding
         coordinates = (0, 0, 0) if self.decodes else self.mesh.coordinates(self.rank)
