@@ -95,8 +95,9 @@ def quantize_rows(x: Tensor, backend: Backend = "auto") -> tuple[Tensor, Tensor]
         return kernel.quantize_rows(x_TK, E4M3, LARGEST, LEAST)
     wide_TK = x_TK.float()
     largest = wide_TK.abs().amax(1, keepdim=True).clamp_(min=LEAST)
-    factor = torch.full_like(largest, LARGEST) / largest  # a number over a tensor would be rounded twice
-    return (wide_TK * factor).to(E4M3), largest / LARGEST
+    # tensors alone: a number over a tensor, and on CUDA a tensor over a number, would be rounded twice
+    limit = torch.full_like(largest, LARGEST)
+    return (wide_TK * (limit / largest)).to(E4M3), largest / limit
 
 
 def emulated(x: Tensor, numbers_NK: Tensor, scale_N: Tensor, bias: Tensor, gelu: bool) -> Tensor:

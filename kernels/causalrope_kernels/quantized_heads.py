@@ -25,7 +25,9 @@ def quantize(x: Tensor, dtype: torch.dtype, *, overwrite: bool = False) -> tuple
         The numbers, (…, d), and their scales, (…).
     """
     largest = LARGEST[dtype]
-    scales = torch.linalg.vector_norm(x, torch.inf, -1).div_(largest).clamp_(max=LARGEST_SCALE).to(SCALE_DTYPE)
+    maxima = torch.linalg.vector_norm(x, torch.inf, -1)
+    # on CUDA a division by a number would multiply by its rounded inverse
+    scales = maxima.div_(maxima.new_full((), largest)).clamp_(max=LARGEST_SCALE).to(SCALE_DTYPE)
     divisor = scales.to(x.dtype).masked_fill_(scales == 0, torch.inf).unsqueeze(-1)
     numbers = (x.div_(divisor) if overwrite else x / divisor).clamp_(-largest, largest)
     return (numbers.round_() if dtype == torch.int8 else numbers).to(dtype), scales

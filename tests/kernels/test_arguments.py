@@ -58,10 +58,10 @@ def kv_slots(*shape: int, dtype: torch.dtype = torch.float64, slots: Tensor | No
     return [Slots(torch.zeros(*shape, dtype=dtype), slots)]
 
 
-def with_environment(values: dict[str, str], call: Callable[[], object]) -> object:
+def interpreted(call: Callable[[], object], flag: str = "1") -> object:
+    """Calls where Triton's interpreter is asked for, or is not, whatever the device of the tests."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in values.items():
-            patch.setenv(name, value)
+        patch.setenv("TRITON_INTERPRET", flag)
         return call()
 
 
@@ -216,15 +216,15 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
         "backend: triton runs in float32.*not in torch.float64",
     ),
     "triton where a gradient is wanted": (
-        lambda: rms_norm(X.clone().requires_grad_(), VECTOR, EPS, backend="triton"),
+        lambda: interpreted(lambda: rms_norm(X.clone().requires_grad_(), VECTOR, EPS, backend="triton")),
         "backend: triton has no backward",
     ),
     "triton on the CPU": (
-        lambda: with_environment({"TRITON_INTERPRET": "0"}, lambda: rms_norm(X, VECTOR, EPS, backend="triton")),
+        lambda: interpreted(lambda: rms_norm(X, VECTOR, EPS, backend="triton"), "0"),
         "backend: triton runs on cuda, not on cpu",
     ),
     "bfloat16 interpreted": (
-        lambda: rms_norm(X.bfloat16(), VECTOR, EPS, backend="triton"),
+        lambda: interpreted(lambda: rms_norm(X.bfloat16(), VECTOR, EPS, backend="triton")),
         "backend: triton is interpreted in float32 and float16; in bfloat16",
     ),
     "a room that is no list": (
@@ -277,6 +277,7 @@ def test_wrong_input_is_refused_by_name_before_anything_runs(name: str, monkeypa
 def test_auto_is_torch_on_the_cpu_and_where_a_gradient_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not use_triton("auto", X)
     monkeypatch.setattr(backend, "runs_triton", lambda device: True)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert use_triton("auto", X)
     assert not use_triton("auto", X.double())
     assert not use_triton("auto", X, X.clone().requires_grad_())

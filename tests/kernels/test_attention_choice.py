@@ -17,9 +17,10 @@ from causalrope_kernels import Keys, attention_choice, attention_libraries, refe
 from causalrope_kernels.attention_choice import Shape, measure
 from causalrope_kernels.attention_libraries import LIBRARIES, Library
 from causalrope_kernels.reference import Partial
+from tests.support.triton_cases import DEVICE
 from tests.support.watching import noted
 
-SHAPE = Shape(torch.device("cpu"), torch.float32, 2, 5, 40, 3, 16)
+SHAPE = Shape(DEVICE, torch.float32, 2, 5, 40, 3, 16)
 Q, (K, V) = torch.randn(2, 5, 3, 16), torch.randn(2, 2, 40, 3, 16)
 
 

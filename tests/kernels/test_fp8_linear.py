@@ -24,7 +24,9 @@ from causalrope_kernels.fp8_linear import (
     scaled,
     settled_fp8_linear,
 )
-from tests.support.triton_cases import DTYPES, random
+from causalrope_kernels.quantized_heads import quantize
+from tests.support.cuda_division import CudaDivision
+from tests.support.triton_cases import DEVICE, DTYPES, random
 
 pytestmark = pytest.mark.usefixtures("bfloat16_as_on_a_gpu")
 
@@ -34,7 +36,7 @@ CPU = torch.device("cpu")
 def layer(dtype: torch.dtype, rows: int = 40, inputs: int = 96, outputs: int = 64) -> tuple[Tensor, ...]:
     """Activations, and a weight's numbers and scales with the bias."""
     x, weight, bias = random(2, rows // 2, inputs), random(outputs, inputs, seed=1), random(outputs, seed=2)
-    scale = torch.ldexp(torch.ones(outputs), torch.arange(outputs) % 7 - 8)
+    scale = torch.ldexp(torch.ones(outputs), torch.arange(outputs) % 7 - 8).to(DEVICE)
     return x.to(dtype), weight.to(E4M3), scale, bias.to(dtype)
 
 
@@ -44,9 +46,9 @@ def error(result: Tensor, truth: Tensor) -> float:
 
 @DTYPES
 def test_numbers_come_back_within_half_a_step_of_three_bits(dtype: torch.dtype) -> None:
-    x = (random(30, 77) * torch.logspace(-6, 4, 30, dtype=torch.float64).unsqueeze(1)).to(dtype)
+    x = (random(30, 77) * torch.logspace(-6, 4, 30, dtype=torch.float64, device=DEVICE).unsqueeze(1)).to(dtype)
     numbers, scale = quantize_rows(x)
-    assert torch.equal(scale, x.float().abs().amax(1, keepdim=True) / LARGEST)
+    assert torch.equal(scale.cpu(), x.float().abs().amax(1, keepdim=True).cpu() / LARGEST)
     assert numbers.float().abs().amax(1).eq(LARGEST).all()
     step = torch.maximum(x.double().abs(), scale * 2.0**-6) * 2.0**-4
     assert ((numbers.double() * scale - x.double()).abs() <= step * (1 + 1e-6)).all()
@@ -80,10 +82,23 @@ def test_the_kernel_rounds_as_torch_does(dtype: torch.dtype, rows: int, monkeypa
         assert torch.equal(scale, of_torch)
 
 
+def test_scales_are_divided_on_a_gpu_as_on_a_cpu() -> None:
+    x = random(200, 40).float().cpu()
+    for dtype in (torch.int8, E4M3):
+        expected = quantize_rows(x, "torch"), quantize(x, dtype)
+        with CudaDivision():
+            found = quantize_rows(x, "torch"), quantize(x, dtype)
+        for (numbers, scale), (right, right_scale) in zip(found, expected, strict=True):
+            assert torch.equal(numbers.float(), right.float())
+            assert torch.equal(scale, right_scale)
+
+
 @DTYPES
 @pytest.mark.parametrize("gelu", [False, True])
 def test_the_emulation_is_what_torch_computes_by_scaled_mm(dtype: torch.dtype, gelu: bool) -> None:
     """Against the same numbers multiplied in float64, both err by the roundings of the dtype."""
+    if (why := fp8_obstacle(DEVICE, dtype)) is not None:
+        pytest.skip(f"it needs {why}")
     x, numbers, scale, bias = layer(dtype)
     ours, of_torch = (compute(x, numbers, scale, bias, gelu) for compute in (emulated, scaled))
     truth = emulated(x.double(), numbers, scale, bias.double(), gelu)
@@ -147,9 +162,9 @@ def test_what_a_gpu_refuses_or_computes_wrongly_is_left_out(
     product = torch._scaled_mm
     with caplog.at_level(logging.INFO, "causalrope_kernels.fp8_linear"):
         monkeypatch.setattr(torch, "_scaled_mm", refuses)
-        assert measure(LinearShape(CPU, torch.bfloat16, 40, 96, 64, False)).chosen == "dequantized"
+        assert measure(LinearShape(DEVICE, torch.bfloat16, 40, 96, 64, False)).chosen == "dequantized"
         monkeypatch.setattr(torch, "_scaled_mm", lambda *args, **options: 1.1 * product(*args, **options))
-        assert measure(LinearShape(CPU, torch.bfloat16, 41, 96, 64, False)).chosen == "dequantized"
+        assert measure(LinearShape(DEVICE, torch.bfloat16, 41, 96, 64, False)).chosen == "dequantized"
     faults = [message for message in caplog.messages if "left out" in message]
     assert faults[0].endswith("fp8 is left out: Expected trailing dimension of mat1 to be divisible by 16")
     assert "its output is off by 1.0e-01" in faults[1]
