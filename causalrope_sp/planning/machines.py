@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 
@@ -53,6 +54,7 @@ LINKS = {
     "ethernet": (10e9, 50e-6),
     "loopback": (1e9, 200e-6),
 }
+USUAL_LINKS = {"a800": "nvlink-a800", "l40s": "pcie", "rtx4090": "pcie"}  # of GPUs without NVLink's full rate
 
 
 def machine(gpu: str, link: str) -> Machine:
@@ -69,8 +71,20 @@ def machine(gpu: str, link: str) -> Machine:
 
 
 def default_machine(device: torch.device) -> Machine:
-    """Returns the machine that predictions assume for this device: an H100 on NVLink, or a CPU."""
-    return H100 if device.type == "cuda" else CPU
+    """Returns the machine that predictions assume for this device: a GPU by its name, with its own memory, or a CPU."""
+    if device.type != "cuda":
+        return CPU
+    gpu = gpu_of(torch.cuda.get_device_name(device))
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return replace(machine(gpu, USUAL_LINKS.get(gpu, "nvlink")), memory=float(memory))
+
+
+def gpu_of(device_name: str) -> str:
+    """Returns the one of `GPUS` that a driver's name of a GPU stands for, such as "NVIDIA A100-SXM4-80GB"; an H100 for
+    an unknown one."""
+    words = device_name.lower().replace("-", " ").split()
+    names = {*words, *(a + b for a, b in pairwise(words))}  # "RTX 4090"
+    return next((gpu for gpu in GPUS if gpu in names), "h100")
 
 
 H100, CPU = machine("h100", "nvlink"), machine("cpu", "loopback")

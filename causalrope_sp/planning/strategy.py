@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
+
 from causalrope_sp.distributed import SequenceParallel
 from causalrope_sp.distributed.layout import AUTO, Layout, parse_strategy
 from causalrope_sp.planning.cost import plan
-from causalrope_sp.planning.machines import Machine
+from causalrope_sp.planning.machines import Machine, default_machine
 from causalrope_sp.planning.memory import NO_AUXILIARY, AuxiliaryMemory
 from causalrope_sp.planning.workload import Workload
 
@@ -34,3 +37,16 @@ def choose_strategy(
         costs = plan(workload, mesh.cfg * mesh.sp, machine, cfg_sizes=[mesh.cfg], auxiliary=auxiliary)
         name = next(cost.strategy for cost in costs if cost.chosen)
     return parse_strategy(name, mesh.sp)
+
+
+def common_machine(group: SequenceParallel) -> Machine:
+    """Returns the machine that all ranks which denoise plan with: that of the first one, since GPUs may differ. Every
+    one of them must call this.
+
+    Raises:
+        RankLostError: the collective failed.
+    """
+    own = default_machine(group.device)
+    if group.device.type == "cpu":
+        return own
+    return Machine(**json.loads(group.denoisers.first_says(json.dumps(asdict(own)))))

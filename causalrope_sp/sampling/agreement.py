@@ -12,8 +12,7 @@ from causalrope_sp.attention.base import Strategy
 from causalrope_sp.attention.build import build_strategy, describe_strategy
 from causalrope_sp.distributed import SequenceParallel
 from causalrope_sp.distributed.layout import Layout
-from causalrope_sp.planning.machines import default_machine
-from causalrope_sp.planning.strategy import choose_strategy
+from causalrope_sp.planning.strategy import choose_strategy, common_machine
 from causalrope_sp.planning.workload import Workload
 
 
@@ -37,6 +36,6 @@ def agree_on_strategy(
     Raises:
         ConfigError: ranks that differ, or that the strategy cannot use.
     """
-    layout = layout or choose_strategy(work, default_machine(parallel.device), parallel)
+    layout = layout or choose_strategy(work, common_machine(parallel), parallel)
     parallel.denoisers.agree({"strategy": describe_strategy(parallel, layout), **agreed})
     return build_strategy(parallel, layout, work.grid, work.head_rings(layout.ulysses))
