@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from causalrope_kernels import Rotation
@@ -27,20 +28,25 @@ class GraphedPasses:
         model: the DiT.
         strategy: how attention crosses ranks.
         relative: whether keys are rotated on read.
+        quantized: whether they are stored in 8 bits.
     """
 
-    def __init__(self, graphs: PassGraphs, model: CausalDiT, strategy: Strategy, *, relative: bool) -> None:
+    def __init__(
+        self, graphs: PassGraphs, model: CausalDiT, strategy: Strategy, *, relative: bool, quantized: bool
+    ) -> None:
         self._graphs, self._model, self._strategy = graphs, model, strategy
         # Triton reads on the device which keys are attended, so one graph serves a window that fills or rotates; `auto`
-        # takes it where keys are rotated on read, and for chunks whose heads attend different frames
         auto = strategy.backend == "auto" and use_triton("auto", model.patch_embedding.weight.detach())
-        self._rows_on_device = strategy.backend == "triton" or (auto and relative)
-        self._choice_on_device = strategy.backend == "triton" or auto
-        self._relative = relative
+        # takes it where keys are rotated on read, and for chunks whose heads attend different frames; but in float32
+        # the kernel rotates no queries, and torch attends the rotated keys of 8 bits by rows that it reads on the host
+        by_kernel = not (relative and quantized and model.dtype == torch.float32)
+        self._rows_on_device = by_kernel and (strategy.backend == "triton" or (auto and relative))
+        self._choice_on_device = by_kernel and (strategy.backend == "triton" or auto)
+        self._options = {"relative": relative, "quantized": quantized}
 
     def fork(self) -> GraphedPasses:
         """Returns what runs the passes of another stream: a graph has the addresses of one cache."""
-        return GraphedPasses(self._graphs.fork(), self._model, self._strategy, relative=self._relative)
+        return GraphedPasses(self._graphs.fork(), self._model, self._strategy, **self._options)
 
     def run(
         self,

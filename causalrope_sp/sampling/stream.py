@@ -77,7 +77,8 @@ class CausalStream:
         self._broken = False
         self._unchecked, self._settled = settled or settle(model, strategy.backend)
         self._checked_kinds: set[tuple[int, ...]] = set()  # of passes, by the frames of their chunks
-        self._graphs = None if graphs is None else GraphedPasses(graphs, model, strategy, relative=relative)
+        how = {"relative": relative, "quantized": quantized is not None}
+        self._graphs = None if graphs is None else GraphedPasses(graphs, model, strategy, **how)
         self.outputs = None if reuse is None else OutputStore(reuse, stays=graphs is not None)
         self._quantized = quantized
         self.cache = self._new_cache(len(embeds_BLE), window, history)

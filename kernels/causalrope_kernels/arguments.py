@@ -137,12 +137,15 @@ class Keys:
 
     @cached_property
     def layout(self) -> tuple[object, ...]:
-        """What a kernel takes from the memory besides its addresses."""
+        """What a kernel takes from the memory besides its addresses: all that it is compiled for."""
         k, v, rotate = self.k, self.v, self.rotate_on_read
-        on_read = None if rotate is None else (rotate.tokens, rotate.table.shape[2])
+        on_read = None
+        if rotate is not None:
+            on_read = rotate.tokens, rotate.table.shape[2], rotate.table.dtype, is_aligned(rotate.table)
         own = k.shape, k.stride(), v.stride(), is_aligned(k), is_aligned(v)
         scales = tuple(map(_kind, (self.k_scales, self.v_scales)))
-        return k.device, k.dtype, own, scales, self.bounds.shape[:-1], on_read, self.bands
+        bounds = self.bounds.shape[:-1], self.bounds.dtype, is_aligned(self.bounds)
+        return k.device, k.dtype, own, scales, bounds, on_read, self.bands
 
     @cached_property
     def bits(self) -> tuple[Tensor, Tensor]:

@@ -146,7 +146,7 @@ def attend(q_BTHD: Tensor, keys: Keys, *, reuse_q: bool = False) -> list[Partial
             return [by_blocks(q_BTHD, keys)]
         keys = replace(keys, k=rotated(keys.k, rotate_on_read), rotate_on_read=None)
         rotate_on_read = None
-    key = q_BTHD.shape, q_BTHD.stride(), is_aligned(q_BTHD), reuse_q, keys.layout
+    key = q_BTHD.shape, q_BTHD.stride(), q_BTHD.dtype, is_aligned(q_BTHD), reuse_q, keys.layout
     plan = PLANS.get(key)
     if plan is None:
         plan = PLANS[key] = _plan(q_BTHD, keys, reuse_q)

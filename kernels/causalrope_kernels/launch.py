@@ -70,8 +70,14 @@ class Kernel:
         with on(device):
             binary = self.function[grid](*tensors, *numbers, *constants, **options)
         rest = numbers + constants
-        if binary is None:  # by the interpreter
-            return lambda *tensors: self.function[grid](*tensors, *rest, **options)
+        if binary is None:
+            kinds = [_kind(x) for x in tensors]
+
+            def interpreted(*tensors: Any) -> None:
+                assert [_kind(x) for x in tensors] == kinds, "a binary would take these for what it was compiled for"
+                self.function[grid](*tensors, *rest, **options)
+
+            return interpreted
         runner = binary[grid + (1,) * (3 - len(grid))]
 
         def again(*tensors: Any) -> None:

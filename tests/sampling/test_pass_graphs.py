@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -11,9 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from causalrope_kernels import backend
 from causalrope_sp import CausalVideoPipeline, SamplerConfig, SequenceParallel, StreamConfig
 from causalrope_sp.config import CacheDtype
 from causalrope_sp.grid import Chunk
+from causalrope_sp.models.causal_dit import CausalDiT
 from causalrope_sp.reuse.policy import ReusePlan, ReusePolicy
 from causalrope_sp.sampling.steered_loop import SteeredLoop
 from causalrope_sp.sampling.stream_options import StreamOptions
@@ -54,6 +57,21 @@ def test_a_stream_by_graphs_is_the_eager_one(
     later = 8 - (full + 1)
     expected = (len(STEPS) - 1) * later - 1 + fused * (later - 1)
     assert made_once.replays == pytest.approx(expected * (1 + (scale > 1)), abs=2)
+
+
+@pytest.mark.parametrize("similar", [None, 2.0])
+def test_rows_that_torch_reads_on_the_host_are_not_those_of_another_pass(
+    similar: float | None, graphs: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32 the kernel rotates no queries, so that torch attends keys in 8 bits that are rotated on read."""
+    stream = StreamConfig(window=6, chunk_frames=2, rope="relative", cache="int8", similar_frames=similar)
+    options: dict[str, Any] = {"frames": 10, "sampler": SamplerConfig((1000, 500))}
+    model = CausalDiT(replace(CONFIG, num_layers=1, dim=12, num_heads=2)).eval().requires_grad_(False)
+    expected = video(stream, model, **options)
+    monkeypatch.setattr(backend, "runs_triton", lambda device: True)
+    made = graphs()
+    torch.testing.assert_close(video(stream, model, **options), expected, rtol=0, atol=1e-4)
+    assert bool(made[0].replays) == (similar is None)
 
 
 def test_a_graph_copies_nothing_from_the_host_and_asks_it_nothing(graphs: Install) -> None:
