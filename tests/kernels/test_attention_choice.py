@@ -169,3 +169,18 @@ def test_what_a_library_cannot_do_is_said(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert "compute capability 8" in LIBRARIES["flash"].obstacle(OnCuda(64))  # type: ignore
     assert attention_libraries.is_installed("torch.nn")
+
+
+def test_measuring_needs_little_memory(libraries: dict[str, Library]) -> None:
+    """Keys and values once in their dtype, what one head takes in float32, and the scores."""
+    shape = Shape(torch.device("cpu"), torch.bfloat16, 1, 64, 4096, 12, 64)
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        attention_choice._expected(*attention_choice._random(shape))
+    held = most = 0
+    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    keys, one_head = 4096 * 12 * 64 * 2, 2 * 4096 * 64 * 4
+    scores = 3 * 64 * 4096 * 4
+    assert keys < most < keys + one_head + scores + 1e6
