@@ -65,7 +65,7 @@ class LoadOptions:
         codec_weights: the file or folder of the codec; None takes the model's own.
         decode: "inline", "overlap" or "spatial" (see `pipeline.decoding`).
         preflight: whether a run that is predicted not to fit into memory is refused before weights are read.
-        graphs: whether a stream on GPUs runs its passes by CUDA graphs once its window slides (not yet run on a GPU);
+        graphs: whether a stream on GPUs runs its passes by CUDA graphs once its window slides;
             nothing changes on a CPU.
         parallel_chunks: "vin" denoises all chunks of a video at once with the model's Video Interface Network; None
             generates a stream.

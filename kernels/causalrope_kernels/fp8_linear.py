@@ -1,7 +1,7 @@
 """Linear layers whose weights and activations are fp8 (W8A8): every row of the activations is quantized as it comes.
 
 The numbers are e4m3. A row of the activations has one float32 scale, its largest magnitude divided by 448, and an
-output channel has the scale of its weights. On a GPU `torch._scaled_mm` multiplies the numbers (not yet run on a GPU);
+output channel has the scale of its weights. On a GPU `torch._scaled_mm` multiplies the numbers;
 elsewhere the same numbers are multiplied in float32.
 
 Shapes: T rows, K input channels, N output channels.
