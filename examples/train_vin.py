@@ -6,7 +6,7 @@
 The DiT starts from toybox and the VIN from random weights, or, with --init, both from a folder's toybox-vin, the DiT
 halfway between its own weights and toybox's. In some videos the text does not name colours, in some it does not say
 where objects start, so that chunks that do not attend each other must agree on them through the global tokens. A step
-trains on one chunk of each of many videos, the same chunk in all.
+trains on one chunk of each of many videos of 64 to 512 pixel frames, the same chunk in all.
 
 Scenes are encoded first, in half an hour of a core for 24576 of them, 1.1 GB, and kept in --out, with the log vin.jsonl
 and a checkpoint from which the next call with the same --out goes on: it counts its minutes anew, and its learning rate
@@ -39,8 +39,7 @@ from causalrope_sp.weights import load_model, save_model
 SEED = 70_000_000
 CONFIG = VINConfig(global_tokens=32, dim=192, heads=6, layers=4)
 CHUNKS = ParallelChunksConfig(chunk_frames=9, overlap=1, keyframe_every=2)
-LENGTHS = {17: 0.3, 33: 0.35, 65: 0.35}  # latent frames of 64, 128 and 256 pixel frames, and how often each is drawn
-VIDEOS = 32  # a step, one chunk of each; half of the loss is over the frame, half over the objects alone
+LENGTHS = {17: 0.25, 33: 0.25, 65: 0.3, 129: 0.2}  # latent frames, of 64 to 512 pixel frames, and their shares
 COLORS_OPEN, PLACES_OPEN = 0.25, 0.1  # the shares of videos whose text does not name colours, or start positions
 NO_GLOBALS = 0.1  # the share of steps without global tokens
 SAVED_EVERY, MEASURED_EVERY = 50, 250  # steps
@@ -72,29 +71,36 @@ def old_pair(folder: Path, dit: Path) -> Pair:
     return Pair(model, vin.float()).train().requires_grad_(True)
 
 
-def draw(scenes: Latents, generator: torch.Generator) -> Batch:
-    """Draws videos of one length, each with its own noise level."""
+def draw(scenes: Latents, videos: int, generator: torch.Generator) -> Batch:
+    """Draws videos of one length, each with its own noise level. The generator is on the CPU."""
     lengths = list(LENGTHS)
     frames = lengths[int(torch.multinomial(torch.tensor(list(LENGTHS.values())), 1, generator=generator))]
-    pick = scenes.draw(VIDEOS, generator)
+    pick = scenes.draw(videos, generator)
     clean, objects = scenes.frames(pick, 0, frames)
-    embeds = scenes.embeds[pick].clone()
+    embeds = scenes.embeds[pick.to(clean.device)]
     for share, what in ((COLORS_OPEN, {"colors": True}), (PLACES_OPEN, {"places": True})):
-        left_open = torch.rand(VIDEOS, generator=generator) < share
-        embeds[left_open] = leave_open(embeds[left_open], **what)
-    times = torch.rand(VIDEOS, generator=generator)
-    shifted = torch.rand(VIDEOS, generator=generator) < 0.5
+        left_open = (torch.rand(videos, generator=generator) < share).to(clean.device)
+        embeds = torch.where(left_open.view(-1, 1, 1), leave_open(embeds, **what), embeds)
+    times = torch.rand(videos, generator=generator)
+    shifted = torch.rand(videos, generator=generator) < 0.5
     times = torch.where(shifted, SHIFT * times / (1 + (SHIFT - 1) * times), times)
-    high = torch.rand(VIDEOS, generator=generator) < 0.5
-    times = torch.where(high, HIGH_NOISE + (1 - HIGH_NOISE) * torch.rand(VIDEOS, generator=generator), times)
-    return Batch(clean, objects, embeds, times)
+    high = torch.rand(videos, generator=generator) < 0.5
+    times = torch.where(high, HIGH_NOISE + (1 - HIGH_NOISE) * torch.rand(videos, generator=generator), times)
+    return Batch(clean, objects, embeds, times.to(clean.device))
 
 
 def train(
-    out: Path, pair: Pair, scenes: Latents, held_out: Latents, forcing: TogetherForcing, minutes: float, lr: float
+    out: Path,
+    pair: Pair,
+    scenes: Latents,
+    held_out: Latents,
+    forcing: TogetherForcing,
+    videos: int,
+    minutes: float,
+    lr: float,
 ) -> Pair:
-    """Trains for so many minutes, counted from zero when a run resumes; the learning rate is constant for a third of
-    them, then falls."""
+    """Trains on so many videos a step for so many minutes, counted from zero when a run resumes; the learning rate is
+    constant for a third of them, then falls. Half of the loss is over the frame, half over the objects alone."""
 
     def matrix(name: str, parameter: nn.Parameter) -> bool:
         return parameter.ndim == 2 and (".blocks." in name or "hand_over" in name) and "modulation" not in name
@@ -102,11 +108,12 @@ def train(
     training = Training(pair, out / "vin.pt", lr, matrix, average=0.997)
     started = time.monotonic()
     while (elapsed := agreed((time.monotonic() - started) / (60 * minutes), forcing.device)) < 1:
-        generator = torch.Generator().manual_seed(SEED + processes() * training.step + rank())
-        batch = draw(scenes, generator)
+        seed = SEED + processes() * training.step + rank()
+        generator, noise = torch.Generator().manual_seed(seed), torch.Generator(forcing.device).manual_seed(seed)
+        batch = draw(scenes, videos, generator)
         chunk = forcing.chunk(batch.clean.shape[1], generator)
         use_z = bool(torch.rand((), generator=generator) >= NO_GLOBALS)
-        errors, on_objects = forcing.errors(training.model, batch, chunk, generator, use_z=use_z)
+        errors, on_objects = forcing.errors(training.model, batch, chunk, noise, use_z=use_z)
         name = f"{batch.clean.shape[1]}_frames" if use_z else "without_globals"
         report = {f"{name}_loss": errors.mean().item(), f"{name}_objects": on_objects.mean().item()}
         rate = min(1, (training.step + 1) / 100) * min(1, max(0.02, 1.5 * (1 - elapsed)))
@@ -129,11 +136,11 @@ def measured(forcing: TogetherForcing, pair: Pair, scenes: Latents, name: str) -
     whole texts, and of the second with texts that leave colours open."""
     pick = torch.arange(min(HELD_OUT, len(scenes.latents)))
     clean, objects = scenes.frames(pick, 0, MEASURED_FRAMES)
-    whole, noise_level = scenes.embeds[pick], torch.full((len(pick),), 0.98)
+    whole, noise_level = scenes.embeds[pick.to(clean.device)], torch.full((len(pick),), 0.98, device=clean.device)
     errors = {}
     for what, chunk, embeds in (("first", 0, whole), ("second", 1, whole), ("open", 1, leave_open(whole, colors=True))):
-        batch, generator = Batch(clean, objects, embeds, noise_level), torch.Generator().manual_seed(SEED)
-        errors[f"{name}_{what}"] = forcing.errors(pair, batch, chunk, generator)[1].mean().item()
+        batch, noise = Batch(clean, objects, embeds, noise_level), torch.Generator(forcing.device).manual_seed(SEED)
+        errors[f"{name}_{what}"] = forcing.errors(pair, batch, chunk, noise)[1].mean().item()
     return errors
 
 
@@ -153,6 +160,13 @@ def measured(forcing: TogetherForcing, pair: Pair, scenes: Latents, name: str) -
 @click.option(
     "--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True, help="As in torch."
 )
+@click.option(
+    "--videos",
+    default=32,
+    type=click.IntRange(1),
+    show_default=True,
+    help="The number of videos a step, of one chunk each; a GPU has room for 256.",
+)
 @click.option("--scenes", "count", default=24576, show_default=True, help="The number of scenes to render and encode.")
 @click.option(
     "--minutes",
@@ -163,7 +177,9 @@ def measured(forcing: TogetherForcing, pair: Pair, scenes: Latents, name: str) -
     help="How long this run trains, compilation included.",
 )
 @click.option("--rate", default=1e-3, callback=finite, show_default=True, help="The highest learning rate of this run.")
-def main(out: Path, toybox: Path, init: Path | None, device: str, count: int, minutes: float, rate: float) -> None:
+def main(
+    out: Path, toybox: Path, init: Path | None, device: str, videos: int, count: int, minutes: float, rate: float
+) -> None:
     """Trains toybox-vin: a Video Interface Network and its DiT. It goes on from what --out holds; see the file."""
     on, size = torch.device(device), 64
     join_processes(on)
@@ -175,10 +191,10 @@ def main(out: Path, toybox: Path, init: Path | None, device: str, count: int, mi
     wan = load_codec(toybox / "codec", "wan", on)
     assert isinstance(wan, WanCodec)
     codec = wan.vae.float()
-    scenes = encode_scenes(codec, out / "scenes", count, size, SCENE_SEED)
-    held_out = held_out_scenes(codec, out / "held_out", size)
+    scenes = encode_scenes(codec, out / "scenes", count, size, SCENE_SEED).to(on)
+    held_out = held_out_scenes(codec, out / "held_out", size).to(on)
     forcing = TogetherForcing(LatentGrid.from_pixels(size, size, codec.config.scale_factor_spatial), CHUNKS, pair, on)
-    trained = train(out, pair, scenes, held_out, forcing, minutes, rate).to(torch.bfloat16)
+    trained = train(out, pair, scenes, held_out, forcing, videos, minutes, rate).to(torch.bfloat16)
     if rank():
         return
     save_model(trained.dit, weights / "toybox-vin-dit.safetensors")

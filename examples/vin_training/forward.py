@@ -8,6 +8,7 @@ height, L text tokens, W text width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -36,7 +37,7 @@ class Pair(nn.Module):
 @dataclass(frozen=True)
 class Batch:
     """Videos, (B, F, C, X, X), masks of their objects, (B, F, X, X), text embeddings, (B, L, W), and noise levels from
-    0 to 1, (B,)."""
+    0 to 1, (B,). All are on the device of the forward."""
 
     clean: Tensor
     objects: Tensor
@@ -68,51 +69,56 @@ class TogetherForcing:
         self, pair: Pair, batch: Batch, chunk: int, generator: torch.Generator, *, use_z: bool = True
     ) -> tuple[Tensor, Tensor]:
         """Returns the mean squared errors of the velocity of chunk number `chunk`, each (B,): over its frames, and over
-        the objects in them, 0 if there are none."""
-        noise = torch.randn(batch.clean.shape, generator=generator)
-        level = batch.times_B.view(-1, 1, 1, 1, 1)
-        noisy = (1 - level) * batch.clean + level * noise
+        the objects in them, 0 if there are none. The generator is on the device and draws the noise."""
+        noise = torch.randn(batch.clean.shape, generator=generator, device=self.device)
+        noisy = torch.lerp(batch.clean, noise, batch.times_B.view(-1, 1, 1, 1, 1))
         part = cut(noisy.shape[1], self.config)[chunk]
         frames = slice(part.start, part.stop)
-        velocity = self.velocity(pair, noisy, batch.embeds, batch.times_B, chunk, use_z)
-        error = (velocity - (noise - batch.clean)[:, frames].to(self.device)).square().mean(2)
-        mask = batch.objects[:, frames].to(self.device)
+        found = self.globals(pair.vin, noisy, batch.embeds, batch.times_B) if use_z else None
+        velocity = self.velocity(pair, noisy[:, frames], batch.embeds, batch.times_B, part.start, found)
+        error = (velocity - (noise - batch.clean)[:, frames]).square().mean(2)
+        mask = batch.objects[:, frames]
         on_objects = (error * mask).flatten(1).sum(1) / mask.flatten(1).sum(1).clamp(min=1)
         return error.flatten(1).mean(1), on_objects
 
     def velocity(
-        self, pair: Pair, noisy: Tensor, embeds: Tensor, times_B: Tensor, chunk: int, use_z: bool = True
+        self,
+        pair: Pair,
+        noisy: Tensor,
+        embeds: Tensor,
+        times_B: Tensor,
+        start: int,
+        found: Sequence[Keys] | None,
     ) -> Tensor:
-        """Returns the velocity of the frames of one chunk, its context first, (B, c, C, X, X)."""
-        noisy, embeds, times_B = noisy.to(self.device), embeds.to(self.device), 1000 * times_B.to(self.device)
-        part = cut(noisy.shape[1], self.config)[chunk]
-        still = chart(len(noisy), *noisy.shape[2:]).to(noisy)
-        tokens = self.grid.patchify(torch.cat([still, noisy[:, part.start : part.stop]], 1))
-        timesteps = torch.cat([times_B.new_zeros(len(noisy), 1), times_B.unsqueeze(1).expand(-1, part.frames)], 1)
-        times = [0, *range(part.start + 1, part.stop + 1)]  # the chart is the frame before the video
-        found = self._globals(pair.vin, noisy, embeds, times_B) if use_z else None
-        mask = _mask(self.grid.tokens, tokens.shape[1], 0 if found is None else found[0].k.shape[1]).to(self.device)
+        """Returns the velocity of the frames of one chunk, which begins at frame `start` of the video, its context
+        first, (B, c, C, X, X); `found` are the keys and values of the global tokens."""
+        frames = noisy.shape[1]
+        still = chart(1, *noisy.shape[2:]).to(noisy).expand(len(noisy), -1, -1, -1, -1)
+        tokens = self.grid.patchify(torch.cat([still, noisy], 1))
+        timesteps = torch.cat([times_B.new_zeros(len(noisy), 1), 1000 * times_B.unsqueeze(1).expand(-1, frames)], 1)
+        times = [0, *range(start + 1, start + frames + 1)]  # the chart is the frame before the video
+        mask = _mask(self.grid.tokens, tokens.shape[1], 0 if found is None else found[0].k.shape[1], self.device)
         rotation = self._rope.rotation(times).of_queries
-        velocity = forward(pair.dit, tokens, timesteps, embeds, rotation, mask, part.frames, found)
+        velocity = forward(pair.dit, tokens, timesteps, embeds, rotation, mask, frames, found)
         return self.grid.unpatchify(velocity)
 
     def chunk(self, frames: int, generator: torch.Generator) -> int:
         """Draws the number of a chunk of a video of so many latent frames."""
         return int(torch.randint(len(cut(frames, self.config)), (), generator=generator))
 
-    def _globals(self, vin: VideoInterfaceNetwork, noisy: Tensor, embeds: Tensor, timesteps_B: Tensor) -> list[Keys]:
+    def globals(self, vin: VideoInterfaceNetwork, noisy: Tensor, embeds: Tensor, times_B: Tensor) -> list[Keys]:
+        """Returns the keys and values of the global tokens of noisy videos, layer by layer."""
         video = AssignedChunks(cut(noisy.shape[1], self.config, start=1), self.config)
         tokens = self.grid.patchify(noisy[:, video.offsets(video.keyframes)])
-        times = torch.tensor(list(video.keyframes), device=self.device)
-        positions_KS3 = positions(times, *(x.to(self.device) for x in self._shard.rows_and_columns()))
-        time = vin.time(timesteps_B)
-        read = attention(vin.queries(time), vin.keyframes(tokens, positions_KS3, time), "torch")
-        return vin.globals(read, embeds, time, "torch")
+        positions_KS3 = positions(torch.tensor(list(video.keyframes)), *self._shard.rows_and_columns())
+        time = vin.time(1000 * times_B)
+        keys = vin.keyframes(tokens, positions_KS3.to(self.device), time)
+        return vin.globals(attention(vin.queries(time), keys, "torch"), embeds, time, "torch")
 
 
 @cache
-def _mask(tokens: int, frames: int, further: int) -> Tensor:
+def _mask(tokens: int, frames: int, further: int, device: torch.device) -> Tensor:
     """The first frame, the chart, sees itself alone; see `forward`."""
-    hidden = torch.zeros(frames * tokens, frames * tokens + further)
+    hidden = torch.zeros(frames * tokens, frames * tokens + further, device=device)
     hidden[:tokens, tokens:] = -1e30
     return hidden

@@ -145,8 +145,11 @@ def test_training_computes_what_the_sampler_does(monkeypatch: pytest.MonkeyPatch
     noisy = random(2, 13, *frame_shape(grid)).float()
     embeds = random(2, CONFIG.text_len, CONFIG.text_dim).float()
     level = torch.tensor([0.8, 0.3])
+    found = forcing.globals(vin, noisy, embeds, level)
+    parts = [slice(part.start, part.stop) for part in cut(13, chunks)]
     with torch.compiler.set_stance("force_eager"):
-        trained = torch.cat([forcing.velocity(pair, noisy, embeds, level, chunk) for chunk in range(3)], 1)
+        seen = [forcing.velocity(pair, noisy[:, part], embeds, level, part.start, found) for part in parts]
+    trained = torch.cat(seen, 1)
     parallel = SequenceParallel.single(device="cpu")
     assigned = AssignedChunks(cut(13, chunks, 1), chunks)
     work = replace(work_of(model), grid=grid)
@@ -170,7 +173,6 @@ def test_the_recipe_takes_a_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     from causalrope_sp.toybox.prompts import parse_prompt
 
     train_vin = importlib.import_module("train_vin")
-    monkeypatch.setattr(train_vin, "VIDEOS", 2)
     monkeypatch.setattr(train_vin, "MEASURED_EVERY", 1)
     pair = train_vin.old_pair(WEIGHTS, WEIGHTS / "toybox.safetensors")
     config, grid = pair.dit.config, LatentGrid.from_pixels(64, 64, 8)
@@ -181,7 +183,7 @@ def test_the_recipe_takes_a_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     forcing = TogetherForcing(grid, train_vin.CHUNKS, pair, torch.device("cpu"))
     before = [x.clone() for x in pair.parameters()]
     with torch.compiler.set_stance("force_eager"):
-        trained = train_vin.train(tmp_path, pair, scenes, scenes, forcing, 1e-4, 1e-3)
+        trained = train_vin.train(tmp_path, pair, scenes, scenes, forcing, 2, 1e-4, 1e-3)
     assert any(not torch.equal(x, y) for x, y in zip(before, trained.parameters(), strict=True))
     assert all(x.isfinite().all() for x in trained.parameters())
     assert (tmp_path / "vin.pt").is_file()
