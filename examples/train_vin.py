@@ -23,6 +23,7 @@ from pathlib import Path
 import click
 import torch
 from torch import nn
+from toybox_training.batches import Draws
 from toybox_training.kept import check_count
 from toybox_training.latents import HELD_OUT, SCENE_SEED, Latents, encode_scenes, held_out_scenes
 from toybox_training.training import Training, agreed, finite, join_processes, processes, rank
@@ -109,11 +110,12 @@ def train(
     started = time.monotonic()
     while (elapsed := agreed((time.monotonic() - started) / (60 * minutes), forcing.device)) < 1:
         seed = SEED + processes() * training.step + rank()
-        generator, noise = torch.Generator().manual_seed(seed), torch.Generator(forcing.device).manual_seed(seed)
+        draws = Draws.seeded(seed, forcing.device)
+        generator = draws.choices
         batch = draw(scenes, videos, generator)
         chunk = forcing.chunk(batch.clean.shape[1], generator)
         use_z = bool(torch.rand((), generator=generator) >= NO_GLOBALS)
-        errors, on_objects = forcing.errors(training.model, batch, chunk, noise, use_z=use_z)
+        errors, on_objects = forcing.errors(training.model, batch, chunk, draws.values, use_z=use_z)
         name = f"{batch.clean.shape[1]}_frames" if use_z else "without_globals"
         report = {f"{name}_loss": errors.mean().item(), f"{name}_objects": on_objects.mean().item()}
         rate = min(1, (training.step + 1) / 100) * min(1, max(0.02, 1.5 * (1 - elapsed)))
@@ -165,7 +167,7 @@ def measured(forcing: TogetherForcing, pair: Pair, scenes: Latents, name: str) -
     default=32,
     type=click.IntRange(1),
     show_default=True,
-    help="The number of videos a step, of one chunk each; a GPU has room for 256.",
+    help="The number of videos a step, of one chunk each.",
 )
 @click.option("--scenes", "count", default=24576, show_default=True, help="The number of scenes to render and encode.")
 @click.option(

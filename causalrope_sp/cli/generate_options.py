@@ -241,7 +241,7 @@ OPTIONS = (
         "--graphs/--no-graphs",
         default=True,
         show_default=True,
-        help="Run the passes of a stream on GPUs by CUDA graphs once its window slides. Not yet run on a GPU.",
+        help="Run the passes of a stream on GPUs by CUDA graphs once its window slides.",
     ),
     click.option(
         "--out",

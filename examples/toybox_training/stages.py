@@ -59,7 +59,7 @@ class DiTTraining:
         batch: int = 1,
     ) -> None:
         self._forcing, self._scenes, self._held_out, self._changes = forcing, scenes, held_out, changes
-        self._weights_C, self._times = weights_C.to(forcing.device), batch
+        self._weights_C, self._multiple = weights_C.to(forcing.device), batch
         self._pool: list[Tensor] = []  # the numbers of scenes, and the videos that the DiT made of them
 
     def train(self, path: Path, model: CausalDiT, minutes: float, lr: float) -> CausalDiT:
@@ -73,7 +73,7 @@ class DiTTraining:
             if training.step % EVERY == 0 or not self._pool:
                 made = self._roll_out(training.ema, draws)
                 pools = zip(self._pool or [x[:0] for x in made], made, strict=True)
-                self._pool = [torch.cat(pool)[-POOL * self._times :] for pool in pools]
+                self._pool = [torch.cat(pool)[-POOL * self._multiple :] for pool in pools]
             if elapsed >= PLATEAU and not falls:
                 training.save(path.with_stem(f"{path.stem}-plateau"))
                 falls = True
@@ -83,7 +83,7 @@ class DiTTraining:
 
     def _step(self, training: Training[CausalDiT], elapsed: float, draws: Draws) -> None:
         own_guess = training.step % 2 == 0
-        first = batch_of(self._scenes, FIRST_BATCH * self._times, [], [0], draws)
+        first = batch_of(self._scenes, FIRST_BATCH * self._multiple, [], [0], draws)
         kind, later = self._later(training.step % 8, draws)
         losses, from_noise = list[Tensor](), list[Tensor]()
         for batch in (first, later):
@@ -101,7 +101,7 @@ class DiTTraining:
     def _later(self, turn: int, draws: Draws) -> tuple[str, Batch]:
         """The chunks right after the start, whole windows, any time of a long stream, on the truth's history or on one
         that the DiT made; and what follows on a picture."""
-        whole, times = [CHUNK] * 4, self._times
+        whole, times = [CHUNK] * 4, self._multiple
         if turn in (1, 2) and draws.happens(0.5):
             return "changed", self._after_a_change(8 * times, draws)
         if turn == 0:
@@ -220,7 +220,7 @@ class DiTTraining:
 
     def _roll_out(self, model: CausalDiT, draws: Draws) -> tuple[Tensor, Tensor]:
         """Videos that the model makes of scenes: the scenes' numbers and the latents."""
-        count = NEW * self._times
+        count = NEW * self._multiple
         pick = send(self._scenes.draw(count, draws.choices), self._forcing.device)
         shape = self._scenes.latents.shape[2:]
 

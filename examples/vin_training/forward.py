@@ -74,7 +74,7 @@ class TogetherForcing:
         noisy = torch.lerp(batch.clean, noise, batch.times_B.view(-1, 1, 1, 1, 1))
         part = cut(noisy.shape[1], self.config)[chunk]
         frames = slice(part.start, part.stop)
-        found = self.globals(pair.vin, noisy, batch.embeds, batch.times_B) if use_z else None
+        found = self.global_keys(pair.vin, noisy, batch.embeds, batch.times_B) if use_z else None
         velocity = self.velocity(pair, noisy[:, frames], batch.embeds, batch.times_B, part.start, found)
         error = (velocity - (noise - batch.clean)[:, frames]).square().mean(2)
         mask = batch.objects[:, frames]
@@ -106,7 +106,7 @@ class TogetherForcing:
         """Draws the number of a chunk of a video of so many latent frames."""
         return int(torch.randint(len(cut(frames, self.config)), (), generator=generator))
 
-    def globals(self, vin: VideoInterfaceNetwork, noisy: Tensor, embeds: Tensor, times_B: Tensor) -> list[Keys]:
+    def global_keys(self, vin: VideoInterfaceNetwork, noisy: Tensor, embeds: Tensor, times_B: Tensor) -> list[Keys]:
         """Returns the keys and values of the global tokens of noisy videos, layer by layer."""
         video = AssignedChunks(cut(noisy.shape[1], self.config, start=1), self.config)
         tokens = self.grid.patchify(noisy[:, video.offsets(video.keyframes)])

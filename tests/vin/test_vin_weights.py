@@ -145,7 +145,7 @@ def test_training_computes_what_the_sampler_does(monkeypatch: pytest.MonkeyPatch
     noisy = random(2, 13, *frame_shape(grid)).float()
     embeds = random(2, CONFIG.text_len, CONFIG.text_dim).float()
     level = torch.tensor([0.8, 0.3])
-    found = forcing.globals(vin, noisy, embeds, level)
+    found = forcing.global_keys(vin, noisy, embeds, level)
     parts = [slice(part.start, part.stop) for part in cut(13, chunks)]
     with torch.compiler.set_stance("force_eager"):
         seen = [forcing.velocity(pair, noisy[:, part], embeds, level, part.start, found) for part in parts]
