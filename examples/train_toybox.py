@@ -33,7 +33,7 @@ from toybox_training.kept import check_count
 from toybox_training.latents import SCENE_SEED, encode_changes, encode_scenes, held_out_scenes
 from toybox_training.made import make_videos
 from toybox_training.stages import DiTTraining
-from toybox_training.training import finite, join_processes, processes, rank
+from toybox_training.training import device_of, finite, join_processes, processes, rank
 
 from causalrope_sp.codec import load_codec
 from causalrope_sp.codec.wan_vae import WanCodec
@@ -43,6 +43,7 @@ from causalrope_sp.toybox import WEIGHTS
 from causalrope_sp.weights import load_model, save_model
 
 CHANGE_SEED = 77_000_000
+PATCH = 16  # pixels of a token's side: a patch of 2 of the codec's stride of 8
 matplotlib.use("Agg")
 
 FLOW_SAMPLER = SamplerConfig(steps=tuple(62.5 * n for n in range(16, 0, -1)), shift=1.0, solver="euler")
@@ -50,33 +51,52 @@ FLOW_SAMPLER = SamplerConfig(steps=tuple(62.5 * n for n in range(16, 0, -1)), sh
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("runs/toybox"), show_default=True, help="The folder."
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("runs/toybox"),
+    show_default=True,
+    help="The folder of everything that is made.",
 )
 @click.option(
     "--init",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
-    help="A folder of weights, such as the shipped one: its codec is taken, and its DiT is where this one starts.",
+    help="A folder of weights, such as the shipped one: its codec is taken, and its DiT is where this one starts. Give "
+    "it again at every further call with the same --out.",
 )
 @click.option(
-    "--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True, help="As in torch."
+    "--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True, help="cpu, cuda or cuda:N."
 )
 @click.option("--size", default=64, show_default=True, help="Height and width of the picture in pixels.")
-@click.option("--codec-steps", default=3600, show_default=True, help="The steps of the codec's schedule.")
-@click.option("--codec-stop", default=1500, show_default=True, help="The step of it at which the codec is good enough.")
+@click.option(
+    "--codec-steps",
+    default=3600,
+    show_default=True,
+    type=click.IntRange(1),
+    help="The steps of the codec's schedule; without --init.",
+)
+@click.option(
+    "--codec-stop",
+    default=1500,
+    show_default=True,
+    type=click.IntRange(1),
+    help="The step at which the codec's training ends; without --init.",
+)
 @click.option(
     "--dit-minutes",
     default=90.0,
     type=click.FloatRange(0),
     callback=finite,
     show_default=True,
-    help="How long the DiT trains, compilation included; 0 for not at all.",
+    help="How long the DiT trains; 0 for not at all. The first steps compile, on a CPU up to a minute for each of eleven "
+    "kinds; a step that has begun is ended.",
 )
 @click.option(
     "--batch",
     default=1,
     type=click.IntRange(1),
     show_default=True,
-    help="Multiples of the CPU's batch: 12 videos' first chunk and 5 to 10 videos' later ones.",
+    help="How many times as many videos a step learns from: 1 suits a CPU (12 first chunks, and later ones of 5 to 10 "
+    "videos), 8 a GPU.",
 )
 @click.option(
     "--decoder-minutes",
@@ -92,7 +112,7 @@ FLOW_SAMPLER = SamplerConfig(steps=tuple(62.5 * n for n in range(16, 0, -1)), sh
     type=click.FloatRange(0),
     callback=finite,
     show_default=True,
-    help="How long it trains on the DiT's videos; 0 for not at all.",
+    help="How long the decoder trains on the DiT's videos; 0 for not at all.",
 )
 @click.option("--scenes", "count", default=24576, show_default=True, help="The number of scenes to render and encode.")
 @click.option(
@@ -113,10 +133,16 @@ def main(
     changes: int,
 ) -> None:
     """Trains toybox: codec, DiT, and the decoder once more. It goes on from what --out holds; see the file."""
-    on = torch.device(device)
+    on = device_of(device)
     join_processes(on)
     check_count("--scenes", count)
     check_count("--changes", changes)
+    if size % PATCH:
+        raise click.UsageError(f"--size: expected a multiple of {PATCH} pixels, not {size}")
+    if init is None and (out / "dit.pt").exists() and not (out / "codec.pt").exists():
+        raise click.UsageError(
+            f"--init: expected the folder that {out} began with, since its DiT was trained on that codec"
+        )
     weights = out / "weights"
     weights.mkdir(parents=True, exist_ok=True)
 

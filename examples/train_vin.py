@@ -26,7 +26,7 @@ from torch import nn
 from toybox_training.batches import Draws
 from toybox_training.kept import check_count
 from toybox_training.latents import HELD_OUT, SCENE_SEED, Latents, encode_scenes, held_out_scenes
-from toybox_training.training import Training, agreed, finite, join_processes, processes, rank
+from toybox_training.training import Training, agreed, device_of, finite, join_processes, processes, rank
 from vin_training.forward import Batch, Pair, TogetherForcing
 
 from causalrope_sp.codec import load_codec
@@ -147,7 +147,13 @@ def measured(forcing: TogetherForcing, pair: Pair, scenes: Latents, name: str) -
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/vin"), show_default=True, help="The folder.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("runs/vin"),
+    show_default=True,
+    help="The folder of everything that is made.",
+)
 @click.option(
     "--toybox",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
@@ -157,10 +163,11 @@ def measured(forcing: TogetherForcing, pair: Pair, scenes: Latents, name: str) -
 @click.option(
     "--init",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="A folder with toybox-vin-dit.safetensors and toybox-vin.safetensors to start from, such as the shipped one.",
+    help="A folder with toybox-vin-dit.safetensors and toybox-vin.safetensors to start from, such as the shipped one. The "
+    "DiT is averaged with that of --toybox, half and half.",
 )
 @click.option(
-    "--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True, help="As in torch."
+    "--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True, help="cpu, cuda or cuda:N."
 )
 @click.option(
     "--videos",
@@ -169,7 +176,9 @@ def measured(forcing: TogetherForcing, pair: Pair, scenes: Latents, name: str) -
     show_default=True,
     help="The number of videos a step, of one chunk each.",
 )
-@click.option("--scenes", "count", default=24576, show_default=True, help="The number of scenes to render and encode.")
+@click.option(
+    "--scenes", "count", default=24576, show_default=True, help="The scenes to render and encode, 0.1 s of a core each."
+)
 @click.option(
     "--minutes",
     default=240.0,
@@ -178,12 +187,19 @@ def measured(forcing: TogetherForcing, pair: Pair, scenes: Latents, name: str) -
     callback=finite,
     help="How long this run trains, compilation included.",
 )
-@click.option("--rate", default=1e-3, callback=finite, show_default=True, help="The highest learning rate of this run.")
+@click.option(
+    "--rate",
+    default=1e-3,
+    type=click.FloatRange(0, min_open=True),
+    callback=finite,
+    show_default=True,
+    help="The highest learning rate of this run.",
+)
 def main(
     out: Path, toybox: Path, init: Path | None, device: str, videos: int, count: int, minutes: float, rate: float
 ) -> None:
     """Trains toybox-vin: a Video Interface Network and its DiT. It goes on from what --out holds; see the file."""
-    on, size = torch.device(device), 64
+    on, size = device_of(device), 64
     join_processes(on)
     check_count("--scenes", count)
     weights = out / "weights"

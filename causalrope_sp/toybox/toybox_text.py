@@ -28,6 +28,8 @@ from causalrope_sp.toybox.scenes import PLACE_VARIABLES, tracks
 
 _WORDS = [*("first object", "second object", "background"), *SIZES, *COLORS, *SHAPES, *MOTIONS, *BACKGROUNDS]
 _INDEX = {word: index for index, word in enumerate(_WORDS)}
+COLOR_INDICES = [_INDEX[word] for word in COLORS]  # where an object's token has its colour
+BACKGROUND_INDICES = [_INDEX[word] for word in BACKGROUNDS]  # where the background's token has its own
 _NUMBERS = 3  # an object's share of `scenes.PLACE_VARIABLES`
 
 _START = 16  # values that encode where an object starts, as the chart encodes positions
@@ -96,7 +98,7 @@ def leave_open(embeds: Tensor, *, places: bool = False, colors: bool = False) ->
     if places:
         kept[len(_WORDS) :] = 0
     if colors:
-        kept[[_INDEX[word] for word in (*COLORS, *BACKGROUNDS)]] = 0
+        kept[[*COLOR_INDICES, *BACKGROUND_INDICES]] = 0
     return embeds * kept.to(embeds)
 
 

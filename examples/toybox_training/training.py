@@ -113,6 +113,18 @@ def _shapes(state: dict[str, Tensor]) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in state.items()}
 
 
+def device_of(name: str) -> torch.device:
+    """Returns the device that --device names, or refuses one that torch does not know or this machine does not have."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise click.UsageError(
+            f"--device: expected a device of this machine, such as cpu or cuda, not {name!r}"
+        ) from error
+    return device
+
+
 def finite(_: click.Context, option: click.Parameter, value: float) -> float:
     """Refuses NaN and infinity, which click's ranges let pass."""
     if not math.isfinite(value):
@@ -147,7 +159,7 @@ class Training(Generic[M]):
         self._log: list[dict[str, float]] = []
         self._started = time.perf_counter()
         if path.exists():
-            state = torch.load(path, weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
             self.step = state["step"]
             for target, name in ((self.model, "model"), (self.ema, "ema")):
                 if _shapes(state[name]) != _shapes(target.state_dict()):

@@ -104,3 +104,26 @@ def test_a_training_set_is_made_again_where_its_settings_differ(
         assert len(made) == times
         assert said in capsys.readouterr().out
     assert [file.name for file in tmp_path.iterdir()] == ["set.0.pt"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--device", "abacus"], "--device: expected a device of this machine, such as cpu or cuda, not 'abacus'"),
+        (["--device", "cuda:77"], "not 'cuda:77'"),
+        (["--size", "65"], "--size: expected a multiple of 16 pixels, not 65"),
+        (["--codec-steps", "0"], "0 is not in the range x>=1"),
+        (["--batch", "0"], "0 is not in the range x>=1"),
+        ([], "--init: expected the folder that"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, words: list[str], message: str
+) -> None:
+    """The last: a DiT that learned from a given codec, and a further call that would train another one."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    (tmp_path / "dit.pt").touch()
+    found = CliRunner().invoke(importlib.import_module("train_toybox").main, ["--out", str(tmp_path), *words])
+    assert found.exit_code == 2
+    assert message in " ".join(found.output.replace("│", " ").split())
+    assert [file.name for file in tmp_path.iterdir()] == ["dit.pt"]
