@@ -87,8 +87,8 @@ FLOW_SAMPLER = SamplerConfig(steps=tuple(62.5 * n for n in range(16, 0, -1)), sh
     type=click.FloatRange(0),
     callback=finite,
     show_default=True,
-    help="How long the DiT trains; 0 for not at all. The first steps compile, on a CPU up to a minute for each of eleven "
-    "kinds; a step that has begun is ended.",
+    help="How long the DiT trains; 0 for not at all. The first steps compile, on a CPU for up to a minute each; a step "
+    "that has begun is ended.",
 )
 @click.option(
     "--batch",
