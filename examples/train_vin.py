@@ -163,8 +163,8 @@ def measured(forcing: TogetherForcing, pair: Pair, scenes: Latents, name: str) -
 @click.option(
     "--init",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="A folder with toybox-vin-dit.safetensors and toybox-vin.safetensors to start from, such as the shipped one. The "
-    "DiT is averaged with that of --toybox, half and half.",
+    help="A folder with toybox-vin-dit.safetensors and toybox-vin.safetensors to start from, such as the shipped one. "
+    "The DiT is averaged with that of --toybox, half and half.",
 )
 @click.option(
     "--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True, help="cpu, cuda or cuda:N."

@@ -78,6 +78,8 @@ class DiTTraining:
                 training.save(path.with_stem(f"{path.stem}-plateau"))
                 falls = True
             self._step(training, elapsed, draws)
+        if minutes and not falls:  # the last step took longer than was left
+            training.save(path.with_stem(f"{path.stem}-plateau"))
         training.save()
         return training.ema
 

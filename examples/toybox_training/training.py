@@ -117,7 +117,7 @@ def device_of(name: str) -> torch.device:
     """Returns the device that --device names, or refuses one that torch does not know or this machine does not have."""
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise click.UsageError(
             f"--device: expected a device of this machine, such as cpu or cuda, not {name!r}"

@@ -24,6 +24,7 @@ from causalrope_kernels.reference import Partial
 
 RUNS = 5  # the median of so many is taken
 CLOCK = 2e9  # cycles a second of a fast GPU
+BEHIND = 8  # rows, of at least one number of 2 bytes
 MOST_KEYS = 1 << 14  # more keys would not change the choice
 _log = logging.getLogger(__name__)
 
@@ -133,15 +134,15 @@ def by_triton(q: Tensor, k: Tensor, v: Tensor) -> Partial:
 
 def _random(shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
     """Random q, k and v; k and v are strided as a cache strides them. Memory may be short in the middle of a pass, so
-    that both are views of one tensor, v one row behind k."""
+    that both are views of one tensor, v as many rows behind k as keep its address a multiple of 16 bytes."""
     generator = torch.Generator(shape.device).manual_seed(0)
 
     def draw(rows: int) -> Tensor:
         sizes = shape.batch, rows, shape.heads, shape.width
         return torch.randn(sizes, generator=generator, device=shape.device, dtype=shape.dtype)
 
-    q, keys = draw(shape.queries), draw(shape.keys + 1)
-    return q, keys[:, :-1], keys[:, 1:]
+    q, keys = draw(shape.queries), draw(shape.keys + BEHIND)
+    return q, keys[:, :-BEHIND], keys[:, BEHIND:]
 
 
 def _expected(q: Tensor, k: Tensor, v: Tensor) -> Partial:

@@ -184,3 +184,5 @@ def test_measuring_needs_little_memory(libraries: dict[str, Library]) -> None:
     keys, one_head = 4096 * 12 * 64 * 2, 2 * 4096 * 64 * 4
     scores = 3 * 64 * 4096 * 4
     assert keys < most < keys + one_head + scores + 1e6
+    _, k, v = attention_choice._random(Shape(torch.device("cpu"), torch.bfloat16, 1, 1, 40, 1, 12))
+    assert (v.data_ptr() - k.data_ptr()) % 16 == 0, "as those of a cache"

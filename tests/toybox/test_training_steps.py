@@ -59,6 +59,7 @@ def test_dit_learns_from_encoded_scenes(monkeypatch: pytest.MonkeyPatch, tmp_pat
         trained = training.train(tmp_path / "dit.pt", model, 3 / 60, 1e-3)
     assert any(not torch.equal(x, y) for x, y in zip(before, trained.parameters(), strict=True))
     assert all(x.isfinite().all() for x in trained.parameters())
+    assert (tmp_path / "dit-plateau.pt").is_file(), "also where one step takes all of the time"
     logged = json.loads((tmp_path / "dit.jsonl").read_text())
     assert 0 < logged["held_out_first"] < logged["held_out_later"] < 1
     assert logged["held_out_later"] == logged["learned_later"], "the same scenes"
@@ -111,6 +112,7 @@ def test_a_training_set_is_made_again_where_its_settings_differ(
     [
         (["--device", "abacus"], "--device: expected a device of this machine, such as cpu or cuda, not 'abacus'"),
         (["--device", "cuda:77"], "not 'cuda:77'"),
+        (["--device", "meta"], "not 'meta'"),
         (["--size", "65"], "--size: expected a multiple of 16 pixels, not 65"),
         (["--codec-steps", "0"], "0 is not in the range x>=1"),
         (["--batch", "0"], "0 is not in the range x>=1"),
