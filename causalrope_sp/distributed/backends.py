@@ -65,9 +65,8 @@ def check_own_gpu(group: dist.ProcessGroup, device: torch.device, timeout: timed
     try:
         board.put(keys[own], f"{gpu_uuid(device)} {device}")
         _meet(board, keys, timeout)
-    except BaseException:  # a later call of this rank can still meet the others
+    except BaseException:  # a later call of this rank can still meet the others, which may find its key meanwhile
         with suppress(RuntimeError):  # the store may have gone
-            board.remove(keys[own])
             store.add(counter, -1)
         raise
     ranks: dict[str, list[int]] = {}
