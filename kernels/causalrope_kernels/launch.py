@@ -92,8 +92,9 @@ class Kernel:
         return again
 
     def _binary_kinds(self, tensors: tuple[Any, ...]) -> dict[str, Any]:
-        """What a binary depends on of each tensor, by the names of the interpreted kernel's parameters."""
-        of_any_alignment = self.function.kwargs["do_not_specialize_on_alignment"] or ()
+        """What a binary depends on of each tensor, by the names of the parameters."""
+        decorated = getattr(self.function, "kwargs", {})  # only an interpreted kernel keeps what it was decorated with
+        of_any_alignment = decorated.get("do_not_specialize_on_alignment") or ()
         named = zip(self.function.arg_names, tensors, strict=False)
         return {name: x.dtype if name in of_any_alignment else _kind(x) for name, x in named}
 
