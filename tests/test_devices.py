@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from causalrope_sp import CausalVideoPipeline, SequenceParallel
 from causalrope_sp.devices import check_device, own_device, recorded_event
 from causalrope_sp.distributed import group
+from tests.support.paths import ROOT
 
 
 @pytest.fixture
@@ -56,3 +58,14 @@ def test_an_event_is_recorded_in_the_stream_of_its_gpu(monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: f"stream of {device}")
     recorded_event(torch.device("cuda", 1), timing=True)
     assert made == [(True, "stream of cuda:1")]
+
+
+def test_no_other_module_records_events_by_itself() -> None:
+    """`torch.cuda.Event().record()` records in the current stream of the thread's current GPU."""
+    found = list[str]()
+    for path in sorted((ROOT / "causalrope_sp").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            if called.endswith(("cuda.Event", ".record", ".record_event")) or called == "Event":
+                found.append(f"{path.name}: {called}")
+    assert found == ["devices.py: torch.cuda.Event", "devices.py: event.record"]

@@ -72,7 +72,8 @@ class SequenceParallel:
     Raises:
         ConfigError: the strategy or attention backend is unknown or cannot run here, the strategy is a product for
             another number of ranks, the axes do not divide the ranks, the group's backend is not for the device,
-            another rank computes on the GPU, or an argument has a wrong type.
+            two ranks compute on one GPU, or an argument has a wrong type.
+        RankLostError: a rank on a GPU did not come within the timeout.
     """
 
     def __init__(
@@ -96,7 +97,7 @@ class SequenceParallel:
         self.size = 1 if group is None else group.size()
         if group is not None and self.size > 1:
             check_backend(group, self.device)
-            check_own_gpu(group, self.device)
+            check_own_gpu(group, self.device, timeout)
         self.mesh = Mesh(self.size, cfg, chunk, decode_ranks)
         self.decodes = self.rank in self.mesh.decoding
         coordinates = (0, 0, 0) if self.decodes else self.mesh.coordinates(self.rank)

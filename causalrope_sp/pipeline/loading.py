@@ -25,7 +25,7 @@ from causalrope_sp.pipeline.offload import Offload
 from causalrope_sp.pipeline.option_checks import check_dtype
 from causalrope_sp.pipeline.parallel_chunks import ParallelChunks, check_requested
 from causalrope_sp.pipeline.preflight import Run, check_memory, describe_run
-from causalrope_sp.planning.strategy import choose_strategy
+from causalrope_sp.planning.strategy import choose_strategy, common_machine
 from causalrope_sp.sampling.guidance import check_guidance
 from causalrope_sp.sampling.stream_options import LowNoiseExpert, check_attention
 from causalrope_sp.weights import load_model, outline_model
@@ -152,9 +152,10 @@ def describe_for(config: ModelConfig, options: LoadOptions, parallel: SequencePa
     """Describes what this rank runs; see `describe_run`. Every rank must call it."""
     itemsize = dtype_of(options, parallel.device).itemsize
     offload, decode, codec, graphs = offload_of(options), options.decode, options.codec, options.graphs
-    return parallel.everyone.run_collectively(
+    run = parallel.everyone.run_collectively(
         lambda: describe_run(config, parallel, offload, decode, itemsize, codec, graphs)
     )
+    return replace(run, machine=common_machine(parallel, everyone=True))
 
 
 def choose_layout(run: Run, parallel: SequenceParallel) -> Layout:

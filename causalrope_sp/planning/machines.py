@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import pairwise
 
 import torch
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -74,17 +78,22 @@ def default_machine(device: torch.device) -> Machine:
     """Returns the machine that predictions assume for this device: a GPU by its name, with its own memory, or a CPU."""
     if device.type != "cuda":
         return CPU
-    gpu = gpu_of(torch.cuda.get_device_name(device))
     memory = torch.cuda.get_device_properties(device).total_memory
-    return replace(machine(gpu, USUAL_LINKS.get(gpu, "nvlink")), memory=float(memory))
+    return replace(machine_of(torch.cuda.get_device_name(device)), memory=float(memory))
 
 
-def gpu_of(device_name: str) -> str:
-    """Returns the one of `GPUS` that a driver's name of a GPU stands for, such as "NVIDIA A100-SXM4-80GB"; an H100 for
-    an unknown one."""
+@cache  # an assumption is logged once
+def machine_of(device_name: str) -> Machine:
+    """Returns the machine that a driver's name of a GPU stands for, such as "NVIDIA A100-SXM4-80GB"; an H100 for an
+    unknown one."""
     words = device_name.lower().replace("-", " ").split()
     names = {*words, *(a + b for a, b in pairwise(words))}  # "RTX 4090"
-    return next((gpu for gpu in GPUS if gpu in names), "h100")
+    known = next((gpu for gpu in GPUS if gpu in names), None)
+    gpu = known or "h100"
+    found = machine(gpu, "pcie" if "pcie" in words else USUAL_LINKS.get(gpu, "nvlink"))
+    if known is None:
+        _log.warning("%s has no known rates: predictions assume %s", device_name, found.name)
+    return found
 
 
 H100, CPU = machine("h100", "nvlink"), machine("cpu", "loopback")

@@ -39,9 +39,13 @@ def choose_strategy(
     return parse_strategy(name, mesh.sp)
 
 
-def common_machine(group: SequenceParallel) -> Machine:
-    """Returns the machine that all ranks which denoise plan with: that of the first one, since GPUs may differ. Every
-    one of them must call this.
+def common_machine(group: SequenceParallel, everyone: bool = False) -> Machine:
+    """Returns the machine that ranks plan with: that of the first one, since GPUs may differ. Every one of them must
+    call this.
+
+    Args:
+        group: the ranks.
+        everyone: whether all ranks call it, also those that only decode.
 
     Raises:
         RankLostError: the collective failed.
@@ -49,4 +53,5 @@ def common_machine(group: SequenceParallel) -> Machine:
     own = default_machine(group.device)
     if group.device.type == "cpu":
         return own
-    return Machine(**json.loads(group.denoisers.first_says(json.dumps(asdict(own)))))
+    ranks = group.everyone if everyone else group.denoisers
+    return Machine(**json.loads(ranks.first_says(json.dumps(asdict(own)))))

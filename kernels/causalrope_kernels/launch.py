@@ -71,10 +71,12 @@ class Kernel:
             binary = self.function[grid](*tensors, *numbers, *constants, **options)
         rest = numbers + constants
         if binary is None:
-            kinds = [_kind(x) for x in tensors]
+            compiled_for = self._binary_kinds(tensors)
 
             def interpreted(*tensors: Any) -> None:
-                assert [_kind(x) for x in tensors] == kinds, "a binary would take these for what it was compiled for"
+                for name, kind in self._binary_kinds(tensors).items():
+                    known = compiled_for[name]
+                    assert kind == known, f"{name}: a binary for {known} would take {kind} for the same"
                 self.function[grid](*tensors, *rest, **options)
 
             return interpreted
@@ -88,6 +90,13 @@ class Kernel:
                 runner(*tensors, *rest)
 
         return again
+
+    def _binary_kinds(self, tensors: tuple[Any, ...]) -> dict[str, Any]:
+        """What a binary depends on of each tensor, by the names of the parameters."""
+        decorated = getattr(self.function, "kwargs", {})  # only an interpreted kernel keeps what it was decorated with
+        of_any_alignment = decorated.get("do_not_specialize_on_alignment") or ()
+        named = zip(self.function.arg_names, tensors, strict=False)
+        return {name: x.dtype if name in of_any_alignment else _kind(x) for name, x in named}
 
 
 def _first(tensors: tuple[Any, ...]) -> Tensor:

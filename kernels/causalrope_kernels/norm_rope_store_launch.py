@@ -58,7 +58,7 @@ def store_projection(
     own = qkv.shape, qkv.stride(), qkv.dtype, qkv.device, is_aligned(qkv), *map(_kind, weights)
     layouts = [outputs[0].layout if outputs else None for outputs in (q, k, v)]
     offset = None if k_offset is None else _kind(k_offset)
-    key = projection.heads, projection.eps, rotation.sizes, own, offset, *layouts
+    key = projection.heads, projection.eps, rotation.sizes, rotation.kinds, own, offset, *layouts
     found = _STORES.get(key)
     if found is None:
         outputs, present = _outputs(q, k, v, qkv, projection.shape[4])

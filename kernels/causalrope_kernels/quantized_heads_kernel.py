@@ -17,9 +17,11 @@ def quantized(value, FLOAT8: tl.constexpr):
     To add and subtract 1.5·2^23 units rounds to multiples of the unit, half to even.
     """
     LARGEST: tl.constexpr = 448.0 if FLOAT8 else 127.0
-    scale = tl.minimum(tl.max(tl.abs(value), 1) / LARGEST, 65504.0).to(tl.float16)
+    largest = tl.max(tl.abs(value), 1)
+    scale = tl.div_rn(largest, tl.full(largest.shape, LARGEST, tl.float32))  # `/` is an approximation on a GPU
+    scale = tl.minimum(scale, 65504.0).to(tl.float16)
     divisor = tl.where(scale == 0.0, float("inf"), scale.to(tl.float32))
-    number = tl.minimum(tl.maximum(value / divisor[:, None], -LARGEST), LARGEST)
+    number = tl.minimum(tl.maximum(tl.div_rn(value, divisor[:, None]), -LARGEST), LARGEST)
     if FLOAT8:
         # the unit is 2^-3 of the number's power of two, which is 2^-6 at least
         exponent = tl.maximum((number.to(tl.uint32, bitcast=True) >> 23) & 0xFF, 121)

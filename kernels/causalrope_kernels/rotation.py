@@ -12,6 +12,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from causalrope_kernels.tables import is_aligned
+
 
 @dataclass(frozen=True)
 class Rotation:
@@ -49,6 +51,13 @@ class Rotation:
         """The numbers of the rotation that a kernel takes."""
         pairs = (table.shape[2] for table in (self.time, self.row, self.column))
         return self.start, self.tokens, self.columns, *pairs
+
+    @cached_property
+    def kinds(self) -> tuple[object, ...]:
+        """What a kernel is compiled for besides `sizes`. It takes times at any alignment."""
+        tables = (self.time, self.row, self.column)
+        own = [(table.dtype, is_aligned(table)) for table in tables]
+        return *own, self.query_times_F.dtype, self.key_times_F.dtype
 
     def part(self, frames: slice) -> Rotation:
         """Returns the rotation of some of the frames. It is made once, since every layer needs it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -12,11 +13,12 @@ from causalrope_sp import ConfigError, SequenceParallel
 from causalrope_sp.distributed import backends, group
 from causalrope_sp.distributed.backends import check_backend
 from causalrope_sp.distributed.launch import RankPool
+from causalrope_sp.errors import RankLostError
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 1)
 FOR_CPUS = (
-    "group: expected gloo for ranks on CPUs, got nccl for cuda: call init_process_group('gloo'), or give the rank's "
-    "GPU as device"
+    "group: expected gloo for ranks on CPUs, got a group without a backend for cpu (nccl for cuda): call "
+    "init_process_group('gloo'), or give the rank's GPU as device"
 )
 FOR_GPUS = (
     "group: expected NCCL for ranks on GPUs, got {}: call init_process_group('nccl') or "
@@ -28,7 +30,7 @@ FOR_GPUS = (
     ("config", "device", "message"),
     [
         ("cpu:gloo,cuda:gloo", GPU, FOR_GPUS.format("gloo")),
-        ("cpu:gloo", GPU, FOR_GPUS.format("gloo for cpu")),
+        ("cpu:gloo", GPU, FOR_GPUS.format("a group without a backend for cuda (gloo for cpu)")),
         ("cuda:nccl", CPU, FOR_CPUS),
         ("cpu:gloo,cuda:nccl", GPU, None),
         ("cuda:nccl", GPU, None),
@@ -70,21 +72,38 @@ def of_gloo(world: Any, device: str) -> list[str]:
     return world_of(said)
 
 
-def on_one_gpu(world: Any, device: str) -> list[str]:
-    """What is said of ranks 0 and 2 on one GPU, whose rank 2 comes last; then each has its own."""
+def on_gpus(patch: pytest.MonkeyPatch, world: Any, uuid: str, **options: Any) -> str:
+    """What is said to this rank on a GPU of one machine."""
+    as_with_gpus(patch, uuid)
+    patch.setattr(dist, "get_backend_config", lambda group: "cpu:gloo,cuda:nccl")
+    try:
+        return refusal(lambda: SequenceParallel(world, device="cuda:0", **options))
+    except RankLostError as error:
+        return f"lost: {error}"
+
+
+def on_one_gpu(world: Any, device: str) -> list[list[str]]:
+    """What is said of ranks 0 and 2 on one GPU, then with GPUs of their own, then with these exchanged."""
+    told = []
+    for number in (world.rank() % 2, world.rank(), 2 - world.rank()):
+        with pytest.MonkeyPatch.context() as patch:
+            told.append(on_gpus(patch, world, f"GPU {number}"))
+    return world_of(told)
+
+
+def before_all_have_come(world: Any, device: str) -> list[list[str]]:
+    """What is said where rank 1 does not come, and then does."""
+    told = ["is late"]
+    dist.barrier(world)
     with pytest.MonkeyPatch.context() as patch:
-        as_with_gpus(patch, f"GPU {world.rank() % 2}")
-        patch.setattr(dist, "get_backend_config", lambda group: "cpu:gloo,cuda:nccl")
-        for rank in range(world.size()):
-            if rank == world.rank():
-                said = refusal(lambda: SequenceParallel(world, device="cuda:0"))
-            dist.barrier(world)
-        patch.setattr(backends, "gpu_uuid", lambda device: f"GPU {10 + world.rank()}")
-        SequenceParallel(world, device="cuda:0")
-    return world_of(said)
+        if world.rank() != 1:
+            told = [on_gpus(patch, world, f"GPU {world.rank()}", timeout=timedelta(seconds=2))]
+        dist.barrier(world)
+        told.append(on_gpus(patch, world, f"GPU {world.rank()}"))
+    return world_of(told)
 
 
-def world_of(said: str) -> list[str]:
+def world_of(said: Any) -> list[Any]:
     """What every rank says."""
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, said)
@@ -95,9 +114,17 @@ def test_gloo_is_refused_on_gpus_by_every_rank(pool: RankPool) -> None:
     assert pool.run(of_gloo, 2) == [FOR_GPUS.format("gloo")] * 2
 
 
-def test_two_ranks_on_one_gpu_are_named(pool: RankPool) -> None:
-    of_rank_2 = (
-        "rank 2 has no GPU of its own: it computes on cuda:0, as rank 0 does; give every rank of a machine its own, "
-        "such as device=f'cuda:{LOCAL_RANK}'"
+def test_two_ranks_on_one_gpu_are_refused_on_every_rank_and_only_then(pool: RankPool) -> None:
+    shared = (
+        "ranks 0 and 2 compute on one GPU, cuda:0 of rank 0: give every rank of a machine its own, such as "
+        "device=f'cuda:{LOCAL_RANK}'"
     )
-    assert pool.run(on_one_gpu, 3) == ["nothing", "nothing", of_rank_2]
+    assert pool.run(on_one_gpu, 3) == [[shared, "nothing", "nothing"]] * 3
+
+
+def test_a_rank_that_does_not_come_is_named_and_may_come_later(pool: RankPool) -> None:
+    lost = (
+        "lost: rank 1 did not come within 2 s to tell on which GPU it computes: every rank must make its group, on a "
+        "GPU"
+    )
+    assert pool.run(before_all_have_come, 3) == [[lost, "nothing"], ["is late", "nothing"], [lost, "nothing"]]

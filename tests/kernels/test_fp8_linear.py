@@ -82,9 +82,21 @@ def test_the_kernel_rounds_as_torch_does(dtype: torch.dtype, rows: int, monkeypa
         assert torch.equal(scale, of_torch)
 
 
+def near_halves_of_scales(largest: float) -> Tensor:
+    """Maxima whose quotients lie at most three roundings away from the middle between two numbers of float16."""
+    steps = torch.arange(1024, device="cpu")
+    middles = ((1 + (steps + 0.5) / 1024) * largest).float()
+    return torch.stack([(middles.view(torch.int32) + n).view(torch.float32) for n in range(-3, 4)], -1).flatten()
+
+
 def test_scales_are_divided_on_a_gpu_as_on_a_cpu() -> None:
-    x = random(200, 40).float().cpu()
-    for dtype in (torch.int8, E4M3):
+    for dtype, largest in ((torch.int8, 127.0), (E4M3, 448.0)):
+        maxima = near_halves_of_scales(largest)
+        with CudaDivision():
+            rough = maxima / largest
+        assert not torch.equal(rough.half(), (maxima / largest).half())  # a division by a number would be noticed
+        x = random(len(maxima), 40).float().cpu().clamp(-1, 1)
+        x[:, 7] = maxima
         expected = quantize_rows(x, "torch"), quantize(x, dtype)
         with CudaDivision():
             found = quantize_rows(x, "torch"), quantize(x, dtype)

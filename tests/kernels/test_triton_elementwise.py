@@ -7,10 +7,10 @@ Sizes are odd on purpose: uneven shards that begin and end inside a row, frames 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -31,6 +31,7 @@ from causalrope_kernels import (
     split_tokens,
 )
 from causalrope_kernels.backend import Backend
+from causalrope_kernels.launch import Kernel
 from causalrope_sp.grid import Shard
 from causalrope_sp.models.rope import RotaryTables
 from tests.support.triton_cases import DEVICE, DTYPES, GRID, as_dtype, compare, no_worse, random
@@ -178,6 +179,49 @@ def test_projection(heads: int, width: int, split: Sequence[int], dtype: torch.d
         ours, rough = (written(given, split, name, frames, kinds) for name in ("triton", "torch"))
         for kind in kinds:
             no_worse(ours[kind], rough[kind], truth[kind])
+
+
+def test_a_launch_is_found_again_only_for_the_types_that_it_was_compiled_for() -> None:
+    """Times of either width, tables of float64 or float32, and parts of times and slots that lie at any alignment."""
+    given = a_projection(3, 20, 1, torch.float32)
+    batch, frames, tokens, heads, width = given.shape
+    rotation, counted = given.rotation, torch.arange(2 * frames + 1, device=DEVICE)
+    tables = {name: getattr(rotation, name) for name in ("time", "row", "column")}
+    cases = [
+        rotation,
+        replace(rotation, query_times_F=rotation.query_times_F.int()),
+        replace(rotation, key_times_F=rotation.key_times_F.int()),
+        *(replace(rotation, **{name: table.double()}) for name, table in tables.items()),
+        *(replace(rotation, query_times_F=counted[n:][:frames], key_times_F=counted[:frames]) for n in (0, 1)),
+    ]
+    for case in cases:
+        for first in (0, 1):
+            written_by: dict[str, Tensor] = {}
+            for name in ("triton", "torch"):
+                rings = given.like.new_zeros(2, batch, 2 * frames + 1, tokens, heads, width)
+                q, k = (Slots(ring, counted[first:][:frames]) for ring in rings)
+                norm_rope_store(replace(given, rotation=case), q=[q], k=[k], backend=name)
+                written_by[name] = rings
+            torch.testing.assert_close(written_by["triton"], written_by["torch"])
+
+
+class Interpreted:
+    """What `Kernel` needs of a kernel that the interpreter runs, here of one that does nothing."""
+
+    arg_names = ("x", "table", "times")
+    kwargs: ClassVar[dict[str, Any]] = {"do_not_specialize_on_alignment": ["times"]}
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *arguments, **options: None
+
+
+def test_the_interpreter_names_an_argument_that_a_binary_would_misread() -> None:
+    x, table, times = torch.zeros(8), torch.zeros(8), torch.zeros(8, dtype=torch.int64)
+    again = Kernel(Interpreted()).prepared((1,), (x, table, times), (), ())
+    again(x, table, times[1:])
+    for name, wrong in (("times", (x, table, times.int())), ("x", (x[1:], table, times)), ("table", (x, None, times))):
+        with pytest.raises(AssertionError, match=f"^{name}: a binary for"):
+            again(*wrong)
 
 
 def in_rings(source: Projection | Pieces, name: Backend, counts: Sequence[int]) -> list[Tensor]:
