@@ -39,6 +39,23 @@ def choose_strategy(
     return parse_strategy(name, mesh.sp)
 
 
+def layout_of_stream(workload: Workload, group: SequenceParallel, given: Layout | None) -> Layout:
+    """Returns the layout that a stream was given, or the one that all ranks choose. Every rank that denoises must call
+    this, also one that is given a layout.
+
+    Args:
+        workload: the stream.
+        group: the ranks, and the name of the strategy or "auto".
+        given: a layout that was chosen before, or None.
+
+    Raises:
+        ConfigError: as `choose_strategy`.
+        RankLostError: the collective failed.
+    """
+    machine = common_machine(group)
+    return given or choose_strategy(workload, machine, group)
+
+
 def common_machine(group: SequenceParallel, everyone: bool = False) -> Machine:
     """Returns the machine that ranks plan with: that of the first one, since GPUs may differ. Every one of them must
     call this.

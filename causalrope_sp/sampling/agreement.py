@@ -12,7 +12,6 @@ from causalrope_sp.attention.base import Strategy
 from causalrope_sp.attention.build import build_strategy, describe_strategy
 from causalrope_sp.distributed import SequenceParallel
 from causalrope_sp.distributed.layout import Layout
-from causalrope_sp.planning.strategy import choose_strategy, common_machine
 from causalrope_sp.planning.workload import Workload
 
 
@@ -23,19 +22,18 @@ def digest(x: Tensor) -> str:
 
 
 def agree_on_strategy(
-    parallel: SequenceParallel, work: Workload, layout: Layout | None, agreed: Mapping[str, object]
+    parallel: SequenceParallel, work: Workload, layout: Layout, agreed: Mapping[str, object]
 ) -> Strategy:
     """Returns this rank's strategy, after all ranks that denoise have agreed on it. Every one of them must call it.
 
     Args:
         parallel: the ranks.
         work: the stream, in sizes.
-        layout: how the ranks share attention; None takes what `choose_strategy` returns.
+        layout: how the ranks share attention.
         agreed: what else must be the same on all ranks, by name.
 
     Raises:
         ConfigError: ranks that differ, or that the strategy cannot use.
     """
-    layout = layout or choose_strategy(work, common_machine(parallel), parallel)
     parallel.denoisers.agree({"strategy": describe_strategy(parallel, layout), **agreed})
     return build_strategy(parallel, layout, work.grid, work.head_rings(layout.ulysses))

@@ -22,7 +22,7 @@ from causalrope_sp.errors import ConfigError
 from causalrope_sp.grid import Chunk, LatentGrid, split_into_chunks
 from causalrope_sp.models.causal_dit import CausalDiT
 from causalrope_sp.planning.counts import head_imbalance
-from causalrope_sp.planning.strategy import choose_strategy, common_machine
+from causalrope_sp.planning.strategy import layout_of_stream
 from causalrope_sp.planning.workload import Workload
 from causalrope_sp.reuse.policy import ReusePlan
 from causalrope_sp.sampling.agreement import agree_on_strategy, digest
@@ -124,7 +124,7 @@ class ChunkLoop:
             tensors = {"text": embeds, "negative text": options.negative_embeds, "latents": options.initial_latents}
             tensors |= {"given frames": options.given_frames, "image tokens": options.image_embeds}
             agreed |= {name: digest(x) for name, x in tensors.items() if x is not None}
-        self.layout = options.layout or choose_strategy(work, common_machine(self.parallel), self.parallel)
+        self.layout = layout_of_stream(work, self.parallel, options.layout)
         self.rings = work.head_rings(self.layout.ulysses)
         self.head_imbalance = head_imbalance(self.layout, work)
         strategy = agree_on_strategy(self.parallel, work, self.layout, agreed)

@@ -21,6 +21,7 @@ from causalrope_sp.distributed.layout import Layout
 from causalrope_sp.errors import ConfigError
 from causalrope_sp.grid import Chunk, LatentGrid
 from causalrope_sp.models.causal_dit import CausalDiT
+from causalrope_sp.planning.strategy import layout_of_stream
 from causalrope_sp.planning.workload import Workload
 from causalrope_sp.sampling.agreement import agree_on_strategy
 from causalrope_sp.sampling.chunk import ShardContext, check_text
@@ -108,7 +109,7 @@ def sample_parallel_chunks(
     stream, longest = StreamConfig(chunk_frames=chunks.chunk_frames), chunks.chunk_frames + initial_frames
     work = Workload.of(model.config, grid, stream, sampler, longest, len(embeds), model.dtype.itemsize)
     agreed = {"sampler": sampler, "chunks": (frames, initial_frames, chunks, preview_every), "vin": vin and vin.config}
-    strategy = agree_on_strategy(parallel, work, layout, agreed)
+    strategy = agree_on_strategy(parallel, work, layout_of_stream(work, parallel, layout), agreed)
     state = ParallelChunksForward(model, vin, embeds, grid, assigned, initial_frames, strategy, parallel)
     if initial_latents is not None:
         state.commit(context.tokens(initial_latents))

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from causalrope_sp import CausalVideoPipeline, SamplerConfig, SequenceParallel
-from causalrope_sp.attention.ulysses import Ulysses
 from causalrope_sp.distributed.launch import RankPool
 from causalrope_sp.distributed.layout import Layout, parse_strategy
 from causalrope_sp.pipeline import loading, preflight
@@ -21,7 +20,6 @@ from causalrope_sp.planning import strategy
 from causalrope_sp.planning.machines import CPU, H100, Machine, default_machine, machine, machine_of
 from causalrope_sp.planning.strategy import common_machine
 from causalrope_sp.planning.workload import Workload
-from causalrope_sp.sampling import agreement, chunk_loop
 from causalrope_sp.sampling.chunk_loop import ChunkLoop
 from causalrope_sp.sampling.stream_options import StreamOptions
 from tests.support.guided_runs import STREAM
@@ -87,7 +85,7 @@ def gpus_that_differ(parallel: SequenceParallel) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(strategy, "default_machine", lambda device: own)
         patch.setattr(preflight, "default_machine", lambda device: own)
-        for module in (chunk_loop, agreement, loading):
+        for module in (strategy, loading):
             patch.setattr(module, "common_machine", on_a_gpu)
             patch.setattr(module, "choose_strategy", by_machine)
         yield
@@ -99,9 +97,10 @@ def on_other_gpus(group: Any, device: str) -> bool:
     parallel = SequenceParallel(group, device=device)
     with gpus_that_differ(parallel):
         work, sampler = Workload(CONFIG, GRID, 3, 2, 2), SamplerConfig((999.0, 400.0))
-        agreed = agreement.agree_on_strategy(parallel, work, None, {})
+        given = parse_strategy("ulysses", parallel.mesh.sp) if parallel.rank else None  # to one rank alone
+        planned = [strategy.layout_of_stream(work, parallel, layout).name for layout in (None, given)]
         loop = ChunkLoop(MODEL, text(1), noise_of(1), GRID, 4, parallel, StreamOptions(stream=STREAM, sampler=sampler))
-        right = [isinstance(agreed, Ulysses), loop.layout.name == "ulysses"]
+        right = [planned == ["ulysses", "ulysses"], loop.layout.name == "ulysses"]
     parallel = SequenceParallel(group, device=device, decode_ranks=1)
     with gpus_that_differ(parallel):
         pipe = CausalVideoPipeline.from_pretrained("toybox", parallel=parallel)
