@@ -195,10 +195,18 @@ def measured(reader: AskingReader, held_out: Latents) -> dict[float, float]:
 
 
 @click.command()
-@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/reading"), show_default=True)
-@click.option("--scenes", "count", default=7168, show_default=True, type=click.IntRange(16))
-@click.option("--minutes", default=50.0, show_default=True, type=click.FloatRange(0))
-@click.option("--videos", default=24, show_default=True, type=click.IntRange(1), help="a step")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("runs/reading"),
+    show_default=True,
+    help="The folder of scenes, log and checkpoint.",
+)
+@click.option(
+    "--scenes", "count", default=7168, show_default=True, type=click.IntRange(16), help="The scenes to learn from."
+)
+@click.option("--minutes", default=50.0, show_default=True, type=click.FloatRange(0), help="How long it trains.")
+@click.option("--videos", default=24, show_default=True, type=click.IntRange(1), help="The videos of a step.")
 @click.option("--rate", default=2e-3, show_default=True, help="The highest learning rate.")
 def main(out: Path, count: int, minutes: float, videos: int, rate: float) -> None:
     out.mkdir(parents=True, exist_ok=True)

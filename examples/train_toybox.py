@@ -64,9 +64,18 @@ FLOW_SAMPLER = SamplerConfig(steps=tuple(62.5 * n for n in range(16, 0, -1)), sh
     "it again at every further call with the same --out.",
 )
 @click.option(
-    "--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True, help="cpu, cuda or cuda:N."
+    "--device",
+    default="cuda" if torch.cuda.is_available() else "cpu",
+    show_default=True,
+    help="The device: cpu, or cuda where there is a GPU.",
 )
-@click.option("--size", default=64, show_default=True, help="Height and width of the picture in pixels.")
+@click.option(
+    "--size",
+    default=64,
+    type=click.IntRange(PATCH),
+    show_default=True,
+    help="Height and width of the picture in pixels.",
+)
 @click.option(
     "--codec-steps",
     default=3600,
@@ -96,7 +105,7 @@ FLOW_SAMPLER = SamplerConfig(steps=tuple(62.5 * n for n in range(16, 0, -1)), sh
     type=click.IntRange(1),
     show_default=True,
     help="How many times as many videos a step learns from: 1 suits a CPU (12 first chunks, and later ones of 5 to 10 "
-    "videos), 8 a GPU.",
+    "videos), more a GPU.",
 )
 @click.option(
     "--decoder-minutes",
@@ -139,10 +148,9 @@ def main(
     check_count("--changes", changes)
     if size % PATCH:
         raise click.UsageError(f"--size: expected a multiple of {PATCH} pixels, not {size}")
-    if init is None and (out / "dit.pt").exists() and not (out / "codec.pt").exists():
-        raise click.UsageError(
-            f"--init: expected the folder that {out} began with, since its DiT was trained on that codec"
-        )
+    if (out / "dit.pt").exists() and (init is None) != (out / "codec.pt").exists():
+        began = "the folder that it began with" if init is None else "none, as it began"
+        raise click.UsageError(f"--init: the DiT of {out} was trained on another codec: expected {began}")
     weights = out / "weights"
     weights.mkdir(parents=True, exist_ok=True)
 

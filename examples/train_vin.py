@@ -167,7 +167,10 @@ def measured(forcing: TogetherForcing, pair: Pair, scenes: Latents, name: str) -
     "The DiT is averaged with that of --toybox, half and half.",
 )
 @click.option(
-    "--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True, help="cpu, cuda or cuda:N."
+    "--device",
+    default="cuda" if torch.cuda.is_available() else "cpu",
+    show_default=True,
+    help="The device: cpu, or cuda where there is a GPU.",
 )
 @click.option(
     "--videos",

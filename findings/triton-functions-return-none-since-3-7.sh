@@ -3,7 +3,7 @@
 #
 # Expected   A jitted function that is called by a kernel may return None, as None may be an argument: which branch is
 #            taken is known when it is compiled. That holds in the interpreter in both versions, and by the compiler of
-#            3.7.0 and later.
+#            3.7.0.
 #
 # Seen       The compiler of 3.6.0 refuses the kernel: the error points at the line of the call and says that None
 #            cannot be converted to a tensor. Whoever tests kernels on a CPU, by the interpreter or by compiling with

@@ -44,7 +44,8 @@ def check_backend(group: dist.ProcessGroup, device: torch.device) -> None:
 
 def check_own_gpu(group: dist.ProcessGroup, device: torch.device, timeout: timedelta) -> None:
     """Checks that every rank has a GPU of its own. All ranks on GPUs must call this, and it waits for all of them, so
-    that none goes on to a collective that another one has been refused.
+    that none goes on to a collective that another one has been refused. Where a rank has not come in time, another
+    group must be made: the ranks may not agree on how often they have met in this one.
 
     Args:
         group: the process group, whose NCCL would fail at the first collective.
@@ -59,7 +60,10 @@ def check_own_gpu(group: dist.ProcessGroup, device: torch.device, timeout: timed
         return
     store, own = group.get_group_store(), group.rank()
     counter = f"causalrope/gpu/{own}"
-    number = store.add(counter, 1)  # how often this rank has come here: GPUs of another time may be others
+    try:
+        number = store.add(counter, 1)  # how often this rank has come here: GPUs of another time may be others
+    except RuntimeError as error:
+        raise RankLostError(f"the process group's store has gone: {error}") from error
     board = NoticeBoard(PrefixStore(f"causalrope/gpus/{number}", store), own, group.size())
     keys = [str(rank) for rank in range(group.size())]
     try:

@@ -114,13 +114,21 @@ def _shapes(state: dict[str, Tensor]) -> dict[str, torch.Size]:
 
 
 def device_of(name: str) -> torch.device:
-    """Returns the device that --device names, or refuses one that torch does not know or this machine does not have."""
+    """Returns the device that --device names, under torchrun the GPU of the local rank; refuses one that torch does not
+    know or this machine does not have."""
     try:
         device = torch.device(name)
+        if device.type == "cuda" and "WORLD_SIZE" in os.environ:
+            if device.index is not None:
+                raise click.UsageError(
+                    f"--device: expected cuda under torchrun, where each process takes its own GPU, not {name!r}"
+                )
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
+        why = str(error).splitlines()[0]
         raise click.UsageError(
-            f"--device: expected a device of this machine, such as cpu or cuda, not {name!r}"
+            f"--device: expected a device of this machine, such as cpu or cuda, not {name!r}: {why}"
         ) from error
     return device
 

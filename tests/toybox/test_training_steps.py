@@ -116,7 +116,8 @@ def test_a_training_set_is_made_again_where_its_settings_differ(
         (["--size", "65"], "--size: expected a multiple of 16 pixels, not 65"),
         (["--codec-steps", "0"], "0 is not in the range x>=1"),
         (["--batch", "0"], "0 is not in the range x>=1"),
-        ([], "--init: expected the folder that"),
+        (["--size", "0"], "0 is not in the range x>=16"),
+        ([], "was trained on another codec: expected the folder that it began with"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(
