@@ -17,12 +17,12 @@ import torch
 from kernel_operations import Attention, Draw, Operation, Setting, operations
 from torch import Tensor
 
-from causalrope_kernels.attention_choice import Shape, choose, measure
+from causalrope_kernels.attention_choice import CLOCK, Shape, choose, measure
 from causalrope_kernels.attention_libraries import LIBRARIES
 from causalrope_sp.planning.workload import Workload
 
 TARGETS = {"of_floor": 1.25, "of_eager": 4.0, "of_best": 0.95, "share": 0.06}
-ROUNDS, L2, CLOCK = 5, 60e6, 2e9  # timed rounds, bytes of the cache, the highest clock in cycles a second
+ROUNDS, L2 = 5, 60e6  # timed rounds, bytes of the cache
 SIDE = 8192  # of the matrices that the matrix rate is measured with
 
 

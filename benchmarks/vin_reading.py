@@ -63,23 +63,6 @@ SEED = 71_000_000
 GRID = LatentGrid.from_pixels(64, 64, 8)
 
 
-class TextAtPlaces(nn.Module):
-    """A cross-attention of places to the text and a feed-forward of four times the width, each after a LayerNorm."""
-
-    def __init__(self, config: VINConfig, eps: float) -> None:
-        super().__init__()
-        self.norm_1, self.norm_2 = nn.LayerNorm(config.dim, eps), nn.LayerNorm(config.dim, eps)
-        self.attention = Attention(config, eps)
-        self.up = nn.Linear(config.dim, 4 * config.dim)
-        self.down = nn.Linear(4 * config.dim, config.dim)
-
-    def forward(self, x_BTD: Tensor, text_BLD: Tensor) -> Tensor:
-        keys = self.attention.keys(text_BLD, text_BLD)
-        found = attention(self.attention.queries(self.norm_1(x_BTD)), keys, "torch")
-        x_BTD = x_BTD + self.attention.out(found.flatten(2))
-        return x_BTD + self.down(linear_gelu(self.norm_2(x_BTD), self.up.weight, self.up.bias))
-
-
 class AskingReader(nn.Module):
     """Computes the global tokens of noisy videos, (B, G, D), and names colours by the first three."""
 
@@ -92,7 +75,7 @@ class AskingReader(nn.Module):
         self.frequencies = nn.Parameter(torch.randn(3, dim // 2))  # radians a frame, a row and a column
         self.embed_place, self.embed_text, self.embed_time = (_mlp(n, dim) for n in (dim, dit.text_dim, dit.freq_dim))
         self.asking = Block(config, eps)
-        self.text_at_places = nn.ModuleList(TextAtPlaces(config, eps) for _ in range(PLACE_LAYERS))
+        self.text_at_places = nn.ModuleList(Block(config, eps) for _ in range(PLACE_LAYERS))
         self.norm_tokens, self.norm_z, self.norm_out = (nn.LayerNorm(dim, eps) for _ in range(3))
         self.read = Attention(config, eps, dit.token_dim)
         self.norm_read = nn.RMSNorm(dim, eps)
@@ -118,8 +101,12 @@ class AskingReader(nn.Module):
         """What the text says of every position, (B, K·S, D)."""
         angles = positions_KS3.flatten(0, 1).double() @ self.frequencies.double()
         places = self.embed_place(torch.cat([angles.cos(), angles.sin()], -1).float()).expand(len(text_BLD), -1, -1)
-        for layer in self.text_at_places:
-            places = layer(places, text_BLD)
+        for block in self.text_at_places:
+            assert isinstance(block, Block)
+            keys = block.attention.keys(text_BLD, text_BLD)  # a cross-attention by the parts of a self-attention
+            found = attention(block.attention.queries(block.norm_1(places)), keys, "torch")
+            places = places + block.attention.out(found.flatten(2))
+            places = places + block.down(linear_gelu(block.norm_2(places), block.up.weight, block.up.bias))
         return places
 
     def loss(self, z_BGD: Tensor, whole_BLW: Tensor) -> Tensor:

@@ -109,12 +109,10 @@ def train(
     training = Training(pair, out / "vin.pt", lr, matrix, average=0.997)
     started = time.monotonic()
     while (elapsed := agreed((time.monotonic() - started) / (60 * minutes), forcing.device)) < 1:
-        seed = SEED + processes() * training.step + rank()
-        draws = Draws.seeded(seed, forcing.device)
-        generator = draws.choices
-        batch = draw(scenes, videos, generator)
-        chunk = forcing.chunk(batch.clean.shape[1], generator)
-        use_z = bool(torch.rand((), generator=generator) >= NO_GLOBALS)
+        draws = Draws.seeded(SEED + processes() * training.step + rank(), forcing.device)
+        batch = draw(scenes, videos, draws.choices)
+        chunk = forcing.chunk(batch.clean.shape[1], draws.choices)
+        use_z = not draws.happens(NO_GLOBALS)
         errors, on_objects = forcing.errors(training.model, batch, chunk, draws.values, use_z=use_z)
         name = f"{batch.clean.shape[1]}_frames" if use_z else "without_globals"
         report = {f"{name}_loss": errors.mean().item(), f"{name}_objects": on_objects.mean().item()}

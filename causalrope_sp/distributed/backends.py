@@ -44,8 +44,8 @@ def check_backend(group: dist.ProcessGroup, device: torch.device) -> None:
 
 def check_own_gpu(group: dist.ProcessGroup, device: torch.device, timeout: timedelta) -> None:
     """Checks that every rank has a GPU of its own. All ranks on GPUs must call this, and it waits for all of them, so
-    that none goes on to a collective that another one has been refused. Where a rank has not come in time, another
-    group must be made: the ranks may not agree on how often they have met in this one.
+    that none goes on to a collective that another one has been refused. Where a rank has not come in time, the others
+    may try again; if it came to some of them meanwhile, they disagree on how often they have met and wait in vain.
 
     Args:
         group: the process group, whose NCCL would fail at the first collective.

@@ -38,7 +38,7 @@ def join_processes(device: torch.device) -> None:
     """Makes torchrun's process group, if there is one, for training on this kind of device, until the command ends."""
     if "WORLD_SIZE" in os.environ:
         if device.type == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend)
         if backend == "gloo":  # whose threads abort a process that ends soon after a collective (pytorch issue 190489)

@@ -179,7 +179,7 @@ def median_milliseconds(run: Callable[[], object]) -> float:
     if not slept:
         slept, milliseconds = _launched_asleep(run, 4 * sleep_s)
     if not slept:
-        _log.info("attention: the host is slower than the device, so that times hold its launches")
+        _log.info("the host is slower than the device, so that measured times hold its launches")
     return sorted(milliseconds)[RUNS // 2]
 
 
