@@ -51,9 +51,11 @@ def train(steps: int, batch: int = 128) -> Pair:
     for step in range(steps):
         clean = videos(batch, generator)
         times = 0.3 + 0.7 * torch.rand(batch, generator=generator)
-        data = Batch(clean, torch.ones(clean.shape[:2] + clean.shape[3:]), torch.zeros(batch, 1, DIT.text_dim), times)
+        data = Batch(
+            clean, torch.ones(clean.shape[:2] + clean.shape[3:]), torch.zeros(batch, 1, DIT.text_dim), times, times
+        )
         chunk = forcing.chunk(FRAMES, generator)
-        errors, _ = forcing.errors(pair, data, chunk, generator, use_z=step % 4 != 3)
+        errors = forcing.errors(pair, data, chunk, generator, use_z=step % 4 != 3).everywhere
         optimizer.zero_grad()
         errors.mean().backward()
         nn.utils.clip_grad_norm_(pair.parameters(), 1.0)

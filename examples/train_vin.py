@@ -3,58 +3,85 @@
     python examples/train_vin.py --out runs/vin
     torchrun --standalone --nproc-per-node 2 examples/train_vin.py --out runs/vin
 
-The DiT starts from toybox and the VIN from random weights, or, with --init, both from a folder's toybox-vin, the DiT
-halfway between its own weights and toybox's. In some videos the text does not name colours, in some it does not say
-where objects start, so that chunks that do not attend each other must agree on them through the global tokens. A step
-trains on one chunk of each of many videos of 64 to 512 pixel frames, the same chunk in all.
+The DiT starts from toybox, or from --dit, and the VIN from random weights. First the VIN alone learns to read: where
+objects are, from the text, then which colours they have where the text does not name them; see `vin_training.reading`.
+Then both learn together. In some videos the text does not name colours, in some it does not say where objects start,
+so that chunks that do not attend each other must agree on them through the global tokens. In some of the former the VIN
+at first reads a less noisy video than the DiT denoises, so that the DiT learns what global tokens tell. A step trains
+on one chunk of each of many videos of 64 to 512 pixel frames, the same chunk in all.
 
-Scenes are encoded first, in half an hour of a core for 24576 of them, 1.1 GB, and kept in --out, with the log vin.jsonl
-and a checkpoint from which the next call with the same --out goes on: it counts its minutes anew, and its learning rate
-rises again before it falls. Training takes hours on a CPU. At the end the folder weights in --out is a model that
-`generate` opens. The shipped weights were made in several such calls: benchmarks/LOG.md, "toybox-vin".
+Scenes are encoded first, in half an hour of a core for 24576 of them, 1.1 GB, and kept in --out, with the logs and a
+checkpoint of each stage from which the next call with the same --out goes on: it counts its minutes anew, and its
+learning rate rises again before it falls. Training takes hours on a CPU. At the end the folder weights in --out is a
+model that `generate` opens. The shipped weights were made in several such calls: benchmarks/LOG.md, "toybox-vin".
 """
 
 from __future__ import annotations
 
 import shutil
-import time
 from pathlib import Path
 
 import click
 import torch
-from torch import nn
+from torch import Tensor, nn
 from toybox_training.batches import Draws
 from toybox_training.kept import check_count
-from toybox_training.latents import HELD_OUT, SCENE_SEED, Latents, encode_scenes, held_out_scenes
-from toybox_training.training import Training, agreed, device_of, finite, join_processes, processes, rank
+from toybox_training.latents import (
+    HELD_OUT,
+    HELD_OUT_SEED,
+    SCENE_SEED,
+    Latents,
+    drawn_scenes,
+    encode_scenes,
+    held_out_scenes,
+)
+from toybox_training.training import Training, device_of, finite, join_processes, rank
 from vin_training.forward import Batch, Pair, TogetherForcing
+from vin_training.loop import Report, learn
+from vin_training.reading import Covered, Heads, Reader, by_muon, computes_places, draw_length, learn_to_read, named
 
 from causalrope_sp.codec import load_codec
 from causalrope_sp.codec.wan_vae import WanCodec
 from causalrope_sp.grid import LatentGrid
+from causalrope_sp.models.causal_dit import CausalDiT
 from causalrope_sp.toybox import WEIGHTS
 from causalrope_sp.toybox.toybox_text import leave_open
-from causalrope_sp.vin import ParallelChunksConfig, VideoInterfaceNetwork, VINConfig, load_vin, save_vin
+from causalrope_sp.vin import ParallelChunksConfig, VideoInterfaceNetwork, VINConfig, save_vin
 from causalrope_sp.weights import load_model, save_model
 
 SEED = 70_000_000
-CONFIG = VINConfig(global_tokens=32, dim=192, heads=6, layers=4)
+CONFIG = VINConfig(global_tokens=32, dim=192, heads=6, layers=1, place_layers=2)
 CHUNKS = ParallelChunksConfig(chunk_frames=9, overlap=1, keyframe_every=2)
-LENGTHS = {17: 0.25, 33: 0.25, 65: 0.3, 129: 0.2}  # latent frames, of 64 to 512 pixel frames, and their shares
-COLORS_OPEN, PLACES_OPEN = 0.25, 0.1  # the shares of videos whose text does not name colours, or start positions
+LENGTHS = {17: 0.2, 33: 0.35, 65: 0.3, 129: 0.15}  # latent frames, of 64 to 512 pixel frames, and their shares
+COLORS_OPEN, PLACES_OPEN = 0.45, 0.1  # the shares of videos whose text does not name colours, or start positions
+OPEN_NOISE = (0.88, 0.99)  # half of the videos with open colours have a noise level between: there a colour is decided
+AHEAD = 0.6  # the share of videos with open colours of which the VIN reads a less noisy one,
+AHEAD_UNTIL = 0.4  # in this share of the time
+NAMES = 0.2  # how much the naming of colours counts
 NO_GLOBALS = 0.1  # the share of steps without global tokens
-SAVED_EVERY, MEASURED_EVERY = 50, 250  # steps
-MEASURED_FRAMES = 33  # latent frames
+MEASURED_FRAMES, MEASURED_AT = 33, 0.97  # latent frames, and the noise level
 HIGH_NOISE = 0.75  # half of the noise levels are above: there it is decided where objects are and whether chunks agree
 SHIFT = 8.0  # half of the others are shifted towards noise too
 
 
-def new_pair(dit: Path) -> Pair:
+class ReadingPair(Pair):
+    """A pair, and the layers that tell what its VIN has read."""
+
+    def __init__(self, dit: CausalDiT, vin: VideoInterfaceNetwork) -> None:
+        super().__init__(dit, vin)
+        self.heads = Heads(vin.config.dim)
+
+    @property
+    def reader(self) -> Reader:
+        return Reader(self.vin, self.heads)
+
+
+def new_pair(dit: Path) -> ReadingPair:
     """Makes the networks to train from a DiT. The global tokens' values start at zero, so that at first they only
     dilute attention."""
     torch.manual_seed(0)
     model = load_model(dit, dtype=torch.float32)
-    pair = Pair(model, VideoInterfaceNetwork(CONFIG, model.config))
+    pair = ReadingPair(model, VideoInterfaceNetwork(CONFIG, model.config))
     for linear in pair.vin.hand_over:
         assert isinstance(linear, nn.Linear)
         nn.init.zeros_(linear.weight[pair.dit.config.dim :])
@@ -62,72 +89,62 @@ def new_pair(dit: Path) -> Pair:
     return pair.train().requires_grad_(True)
 
 
-def old_pair(folder: Path, dit: Path) -> Pair:
-    """Makes the networks to train from trained ones, the DiT halfway between theirs and another."""
-    model, other = (load_model(path, dtype=torch.float32) for path in (folder / "toybox-vin-dit.safetensors", dit))
-    vin, _ = load_vin(folder / "toybox-vin.safetensors", model.config)
-    with torch.no_grad():
-        for own, weight in zip(model.parameters(), other.parameters(), strict=True):
-            own.lerp_(weight, 0.5)
-    return Pair(model, vin.float()).train().requires_grad_(True)
-
-
-def draw(scenes: Latents, videos: int, generator: torch.Generator) -> Batch:
-    """Draws videos of one length, each with its own noise level. The generator is on the CPU."""
-    lengths = list(LENGTHS)
-    frames = lengths[int(torch.multinomial(torch.tensor(list(LENGTHS.values())), 1, generator=generator))]
-    pick = scenes.draw(videos, generator)
+def draw(scenes: Latents, videos: int, ahead: float, draws: Draws) -> tuple[Batch, Tensor, Tensor]:
+    """Draws videos of one length, each with its own noise level; of those with open colours a share of `ahead` is read
+    with less noise. Returns them, their texts with nothing open, (B, L, W), and whether colours are open, (B,)."""
+    frames, pick = draw_length(LENGTHS, draws), scenes.draw(videos, draws.choices)
     clean, objects = scenes.frames(pick, 0, frames)
-    embeds = scenes.embeds[pick.to(clean.device)]
-    for share, what in ((COLORS_OPEN, {"colors": True}), (PLACES_OPEN, {"places": True})):
-        left_open = (torch.rand(videos, generator=generator) < share).to(clean.device)
-        embeds = torch.where(left_open.view(-1, 1, 1), leave_open(embeds, **what), embeds)
-    times = torch.rand(videos, generator=generator)
-    shifted = torch.rand(videos, generator=generator) < 0.5
-    times = torch.where(shifted, SHIFT * times / (1 + (SHIFT - 1) * times), times)
-    high = torch.rand(videos, generator=generator) < 0.5
-    times = torch.where(high, HIGH_NOISE + (1 - HIGH_NOISE) * torch.rand(videos, generator=generator), times)
-    return Batch(clean, objects, embeds, times.to(clean.device))
+
+    def uniform(low: float = 0.0, high: float = 1.0) -> Tensor:
+        return low + (high - low) * draws.uniform(videos)
+
+    times = uniform()
+    times = torch.where(draws.which(0.5, videos), SHIFT * times / (1 + (SHIFT - 1) * times), times)
+    times = torch.where(draws.which(0.5, videos), uniform(HIGH_NOISE), times)
+    colors, places = draws.which(COLORS_OPEN, videos), draws.which(PLACES_OPEN, videos)
+    times = torch.where(colors & draws.which(0.5, videos), uniform(*OPEN_NOISE), times)
+    read_times = torch.where(colors & draws.which(ahead, videos), times * uniform(), times)
+    embeds = whole = scenes.embeds[pick.to(clean.device)]
+    for which, opened in ((colors, {"colors": True}), (places, {"places": True})):
+        embeds = torch.where(which.view(-1, 1, 1), leave_open(embeds, **opened), embeds)
+    return Batch(clean, objects, embeds, times, read_times), whole, colors
 
 
 def train(
     out: Path,
-    pair: Pair,
+    pair: ReadingPair,
     scenes: Latents,
-    held_out: Latents,
+    held_out: Covered,
     forcing: TogetherForcing,
     videos: int,
     minutes: float,
     lr: float,
-) -> Pair:
-    """Trains on so many videos a step for so many minutes, counted from zero when a run resumes; the learning rate is
-    constant for a third of them, then falls. Half of the loss is over the frame, half over the objects alone."""
+) -> ReadingPair:
+    """Trains both networks for so many minutes on so many videos a step; places stay as they are."""
 
-    def matrix(name: str, parameter: nn.Parameter) -> bool:
-        return parameter.ndim == 2 and (".blocks." in name or "hand_over" in name) and "modulation" not in name
+    def loss(model: ReadingPair, draws: Draws, elapsed: float) -> tuple[Tensor, Report]:
+        batch, whole, is_open = draw(scenes, videos, AHEAD if elapsed < AHEAD_UNTIL else 0, draws)
+        chunk, use_z = forcing.chunk(batch.clean.shape[1], draws.choices), not draws.happens(NO_GLOBALS)
+        found = forcing.errors(model, batch, chunk, draws.values, use_z=use_z)
+        loss, report = (found.everywhere.mean() + found.on_objects.mean()) / 2, Report()
+        kind = "objects" if use_z else "objects_without_globals"
+        for name, which in ((f"{kind}_open", is_open), (kind, ~is_open)):
+            report[name] = found.on_objects[which].mean().item()
+        if found.z is not None:
+            names = model.heads.names_loss(found.z, whole)
+            loss, report["names"] = loss + NAMES * names, names.item()
+        return loss, report
 
-    training = Training(pair, out / "vin.pt", lr, matrix, average=0.997)
-    started = time.monotonic()
-    while (elapsed := agreed((time.monotonic() - started) / (60 * minutes), forcing.device)) < 1:
-        draws = Draws.seeded(SEED + processes() * training.step + rank(), forcing.device)
-        batch = draw(scenes, videos, draws.choices)
-        chunk = forcing.chunk(batch.clean.shape[1], draws.choices)
-        use_z = not draws.happens(NO_GLOBALS)
-        errors, on_objects = forcing.errors(training.model, batch, chunk, draws.values, use_z=use_z)
-        name = f"{batch.clean.shape[1]}_frames" if use_z else "without_globals"
-        report = {f"{name}_loss": errors.mean().item(), f"{name}_objects": on_objects.mean().item()}
-        rate = min(1, (training.step + 1) / 100) * min(1, max(0.02, 1.5 * (1 - elapsed)))
-        loss = (errors.mean() + on_objects.mean()) / 2
-        if not use_z:  # the optimiser needs a gradient of every parameter
-            loss = loss + 0 * sum(parameter.sum() for parameter in training.model.vin.parameters())
-        if (training.step + 1) % MEASURED_EVERY == 0:
-            report |= measured(forcing, training.ema, held_out, "held_out")
-            report |= measured(forcing, training.ema, scenes, "learned")
-        training.update(loss, rate, report)
-        if training.step % SAVED_EVERY == 0:
-            training.save()
-    training.save()
-    return training.ema
+    def measure(model: ReadingPair) -> Report:
+        report = named(forcing, held_out, model.reader)
+        for name, of in (("held_out", held_out.latents), ("learned", scenes)):
+            report |= measured(forcing, model, of, name)
+        return report
+
+    for name, parameter in pair.named_parameters():
+        parameter.requires_grad_(not computes_places(name))
+    training = Training(pair, out / "vin.pt", lr, by_muon, average=0.997)
+    return learn(training, minutes, SEED, forcing.device, loss, measure)
 
 
 @torch.no_grad()
@@ -136,11 +153,13 @@ def measured(forcing: TogetherForcing, pair: Pair, scenes: Latents, name: str) -
     whole texts, and of the second with texts that leave colours open."""
     pick = torch.arange(min(HELD_OUT, len(scenes.latents)))
     clean, objects = scenes.frames(pick, 0, MEASURED_FRAMES)
-    whole, noise_level = scenes.embeds[pick.to(clean.device)], torch.full((len(pick),), 0.98, device=clean.device)
+    whole = scenes.embeds[pick.to(clean.device)]
+    noise_level = torch.full((len(pick),), MEASURED_AT, device=clean.device)
     errors = {}
     for what, chunk, embeds in (("first", 0, whole), ("second", 1, whole), ("open", 1, leave_open(whole, colors=True))):
-        batch, noise = Batch(clean, objects, embeds, noise_level), torch.Generator(forcing.device).manual_seed(SEED)
-        errors[f"{name}_{what}"] = forcing.errors(pair, batch, chunk, noise)[1].mean().item()
+        batch = Batch(clean, objects, embeds, noise_level, noise_level)
+        noise = torch.Generator(forcing.device).manual_seed(SEED)
+        errors[f"{name}_{what}"] = forcing.errors(pair, batch, chunk, noise).on_objects.mean().item()
     return errors
 
 
@@ -159,10 +178,9 @@ def measured(forcing: TogetherForcing, pair: Pair, scenes: Latents, name: str) -
     help="The folder with the codec and toybox.safetensors, such as runs/toybox/weights.  [default: the shipped one]",
 )
 @click.option(
-    "--init",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="A folder with toybox-vin-dit.safetensors and toybox-vin.safetensors to start from, such as the shipped one. "
-    "The DiT is averaged with that of --toybox, half and half.",
+    "--dit",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="The DiT to start from, such as toybox-vin-dit.safetensors of an earlier training.  [default: toybox's]",
 )
 @click.option(
     "--device",
@@ -189,6 +207,14 @@ def measured(forcing: TogetherForcing, pair: Pair, scenes: Latents, name: str) -
     help="How long this run trains, compilation included.",
 )
 @click.option(
+    "--reading-minutes",
+    default=60.0,
+    show_default=True,
+    type=click.FloatRange(0),
+    callback=finite,
+    help="How long the VIN learns to read before, alone; skipped with 0, or when both have begun to learn.",
+)
+@click.option(
     "--rate",
     default=1e-3,
     type=click.FloatRange(0, min_open=True),
@@ -197,7 +223,15 @@ def measured(forcing: TogetherForcing, pair: Pair, scenes: Latents, name: str) -
     help="The highest learning rate of this run.",
 )
 def main(
-    out: Path, toybox: Path, init: Path | None, device: str, videos: int, count: int, minutes: float, rate: float
+    out: Path,
+    toybox: Path,
+    dit: Path | None,
+    device: str,
+    videos: int,
+    count: int,
+    minutes: float,
+    reading_minutes: float,
+    rate: float,
 ) -> None:
     """Trains toybox-vin: a Video Interface Network and its DiT. It goes on from what --out holds; see the file."""
     on, size = device_of(device), 64
@@ -205,14 +239,18 @@ def main(
     check_count("--scenes", count)
     weights = out / "weights"
     weights.mkdir(parents=True, exist_ok=True)
-    dit = toybox / "toybox.safetensors"
-    pair = (new_pair(dit) if init is None else old_pair(init, dit)).to(on)
+    pair = new_pair(dit or toybox / "toybox.safetensors").to(on)
     wan = load_codec(toybox / "codec", "wan", on)
     assert isinstance(wan, WanCodec)
     codec = wan.vae.float()
     scenes = encode_scenes(codec, out / "scenes", count, size, SCENE_SEED).to(on)
-    held_out = held_out_scenes(codec, out / "held_out", size).to(on)
-    forcing = TogetherForcing(LatentGrid.from_pixels(size, size, codec.config.scale_factor_spatial), CHUNKS, pair, on)
+    grid = LatentGrid.from_pixels(size, size, codec.config.scale_factor_spatial)
+    drawn = drawn_scenes(HELD_OUT, HELD_OUT_SEED, share=False)
+    held_out = Covered.of(held_out_scenes(codec, out / "held_out", size).to(on), drawn, grid.rows)
+    forcing = TogetherForcing(grid, CHUNKS, pair, on)
+    if reading_minutes and not (out / "vin.pt").exists():
+        covered = Covered.of(scenes, drawn_scenes(count, SCENE_SEED), grid.rows)
+        learn_to_read(out, pair.reader, covered, held_out, forcing, LENGTHS, videos, reading_minutes, rate)
     trained = train(out, pair, scenes, held_out, forcing, videos, minutes, rate).to(torch.bfloat16)
     if rank():
         return

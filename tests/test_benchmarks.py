@@ -75,22 +75,6 @@ def test_open_colors_are_told_where_there_is_little_noise() -> None:
     assert run("vin_ladder.py", "--frames", "33").returncode == 2
 
 
-def test_a_reader_learns_and_is_measured(tmp_path: Path) -> None:
-    """A network that has taken steps is kept, and what is kept is measured again."""
-    sizes = ("--out", str(tmp_path), "--scenes", "16", "--videos", "2")
-    named = last_line(run("vin_reading.py", *sizes, "--minutes", "0.03"))["named"]
-    assert list(named) == ["0.5", "0.8", "0.9", "0.95", "0.97"]
-    assert all(0 <= share < 0.6 for share in named.values()), "next to nothing is learned in two seconds"
-    kept = torch.load(tmp_path / "reading.pt", weights_only=True)
-    assert kept["step"] > 0
-    assert not torch.equal(kept["ema"]["colors.bias"], kept["model"]["colors.bias"]), "the average of steps"
-    kept["ema"] = {name: torch.zeros_like(x) for name, x in kept["ema"].items()}
-    torch.save(kept, tmp_path / "reading.pt")
-    blind = last_line(run("vin_reading.py", *sizes, "--minutes", "0"))["named"]
-    assert len(set(blind.values())) == 1, "zeros name one colour at every level"
-    assert blind != named
-
-
 def test_wide_parameters_embed_the_time_better() -> None:
     found = last_line(run("mixed_dtypes.py", "--seeds", "1", "--layers", "1"))
     assert len(found["rows"]) == 3

@@ -111,20 +111,36 @@ def render(specs: Sequence[SceneSpec], places_N6: Tensor, frames: Tensor, size: 
     Returns:
         Frames, float32 in [0, 1], (N, 3, T, size, size).
     """
-    axis = (torch.arange(size) + 0.5) / size
-    grid = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1)
-    frames = frames.to(torch.float32)
     video = torch.empty(len(specs), 3, len(frames), size, size)
     for n, spec in enumerate(specs):
         video[n] = torch.tensor(BACKGROUNDS[spec.background]).view(3, 1, 1, 1) / 255
-        for obj, path in zip(spec.objects, tracks(spec, places_N6[n].tolist(), frames)):
-            offset = grid - path.center_T2[:, None, None]
-            if obj.motion.startswith("slides"):
-                offset = (offset + 0.5) % 1.0 - 0.5
-            distance = _signed_distance(obj.shape, offset, path.radius_T[:, None, None])
-            cover = (0.5 - distance * size).clamp(0, 1)
-            video[n].lerp_(torch.tensor(COLORS[obj.color]).view(3, 1, 1, 1) / 255, cover)
+        for obj, cover_TXX in zip(spec.objects, covers(spec, places_N6[n].tolist(), frames, size)):
+            video[n].lerp_(torch.tensor(COLORS[obj.color]).view(3, 1, 1, 1) / 255, cover_TXX)
     return video
+
+
+def covers(spec: SceneSpec, starts: Sequence[float], frames: Tensor, size: int) -> list[Tensor]:
+    """Computes how much of each pixel each object of a scene covers, behind others too.
+
+    Args:
+        spec: the scene.
+        starts: the scene's six uniform numbers in [0, 1].
+        frames: the numbers of the pixel frames, (T,).
+        size: pixels of the picture's width and height.
+
+    Returns:
+        For each object shares from 0 to 1, float32, (T, size, size).
+    """
+    axis = (torch.arange(size) + 0.5) / size
+    grid = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1)
+    found = []
+    for obj, path in zip(spec.objects, tracks(spec, starts, frames.to(torch.float32))):
+        offset = grid - path.center_T2[:, None, None]
+        if obj.motion.startswith("slides"):
+            offset = (offset + 0.5) % 1.0 - 0.5
+        distance = _signed_distance(obj.shape, offset, path.radius_T[:, None, None])
+        found.append((0.5 - distance * size).clamp(0, 1))
+    return found
 
 
 def random_scene(generator: torch.Generator) -> SceneSpec:

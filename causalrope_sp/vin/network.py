@@ -1,9 +1,11 @@
 """The Video Interface Network (arXiv 2503.17539): it condenses keyframes of the whole noisy video into a few global
 tokens, and these into keys and values that every chunk attends in addition to its own, in each layer of the DiT.
 
-    read     One cross-attention of the learned tokens over the keyframes' tokens; its cost is linear in the length of
-             the video. Values depend on the tokens alone, keys on their position and the noise level too. The output is
-             normalized.
+    ask      One self-attention block over the learned tokens and the text, so that they look for what it names.
+    read     One cross-attention of these over the keyframes' tokens; its cost is linear in the length of the video.
+             Values depend on the tokens alone. Keys depend on the noise level and the place too: on a token's position
+             and on the text, which says what is there. Layers that attend the text compute the places, once a video.
+             The output is normalized.
     process  Self-attention blocks over global tokens and text.
     output   A linear layer for each layer of the DiT makes one key and one value of each global token. Keys are not
              rotated; a chunk selects what concerns its own time and position by its queries, which are rotated.
@@ -19,6 +21,8 @@ H VIN heads, d head width, L text tokens, W text width.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +58,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Self-attention and a feed-forward of four times the width, each after a LayerNorm."""
+    """Attention, to itself or to text, and a feed-forward of four times the width, each after a LayerNorm."""
 
     def __init__(self, config: VINConfig, eps: float) -> None:
         super().__init__()
@@ -64,11 +68,22 @@ class Block(nn.Module):
         self.up = nn.Linear(config.dim, 4 * config.dim)
         self.down = nn.Linear(4 * config.dim, config.dim)
 
-    def forward(self, x_BTD: Tensor, backend: str) -> Tensor:
+    def forward(self, x_BTD: Tensor, backend: str, text_BLD: Tensor | None = None) -> Tensor:
         normed = self.norm_1(x_BTD)
-        found = attention(self.attention.queries(normed), self.attention.keys(normed, normed), backend)
+        attended = normed if text_BLD is None else text_BLD
+        found = attention(self.attention.queries(normed), self.attention.keys(attended, attended), backend)
         x_BTD = x_BTD + self.attention.out(found.flatten(2))
         return x_BTD + self.down(linear_gelu(self.norm_2(x_BTD), self.up.weight, self.up.bias))
+
+
+@dataclass(frozen=True)
+class Asking:
+    """The global tokens before they read, (B, G, D), the text as they see it, (B, L, D), and the embedded noise level,
+    (B, 1, D)."""
+
+    z: Tensor
+    text: Tensor
+    time: Tensor
 
 
 class VideoInterfaceNetwork(nn.Module):
@@ -85,9 +100,12 @@ class VideoInterfaceNetwork(nn.Module):
         dim, eps = config.dim, dit.eps
         self.z_init = nn.Parameter(torch.randn(config.global_tokens, dim) / dim**0.5)
         self.embed_token = nn.Linear(dit.token_dim, dim, bias=False)
-        self.embed_place = nn.Linear(3 * dit.freq_dim, dim)
-        self.embed_text = nn.Linear(dit.text_dim, dim)
+        self.frequencies = nn.Parameter(torch.randn(3, dim // 2))  # radians a frame, a row and a column
+        self.embed_place = nn.Sequential(nn.Linear(2 * (dim // 2), dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.embed_text = nn.Sequential(nn.Linear(dit.text_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.embed_time = nn.Sequential(nn.Linear(dit.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.asking = Block(config, eps)
+        self.text_at_places = nn.ModuleList(Block(config, eps) for _ in range(config.place_layers))
         self.norm_tokens = nn.LayerNorm(dim, eps)
         self.norm_z = nn.LayerNorm(dim, eps)
         self.read = Attention(config, eps, dit.token_dim)
@@ -102,55 +120,97 @@ class VideoInterfaceNetwork(nn.Module):
         """The dtype of the parameters and of the forward."""
         return self.z_init.dtype
 
-    def time(self, timesteps_B: Tensor) -> Tensor:
-        """Embeds the noise level of a video, a timestep in [0, 1000]; returns (B, 1, D)."""
-        return self.embed_time(sinusoid(timesteps_B, self.dit.freq_dim).to(self.dtype)).unsqueeze(1)
+    def ask(self, embeds_BLW: Tensor, timesteps_B: Tensor, backend: str = "auto") -> Asking:
+        """Lets the learned tokens see the text, before they read.
 
-    def keyframes(self, tokens_BKSE: Tensor, positions_KS3: Tensor, time_B1D: Tensor) -> Keys:
+        Args:
+            embeds_BLW: text embeddings.
+            timesteps_B: the noise level of each video, a timestep in [0, 1000].
+            backend: of the attention.
+
+        Returns:
+            What the other methods take.
+        """
+        time = self.embed_time(sinusoid(timesteps_B, self.dit.freq_dim).to(self.dtype)).unsqueeze(1)
+        x = torch.cat([self.z_init + time, self.embed_text(embeds_BLW.to(self.dtype))], 1)
+        z, text = self.asking(x, backend).split([self.config.global_tokens, x.shape[1] - self.config.global_tokens], 1)
+        return Asking(z, text, time)
+
+    def places(self, positions_KS3: Tensor, embeds_BLW: Tensor, backend: str = "auto") -> Tensor:
+        """Embeds the places of keyframes' tokens: what the text says of their positions. It is the same in every step.
+
+        A position is waves of learned frequencies over time, rows and columns together (learnable Fourier features, Li
+        et al., arXiv 2106.02795, section 3), so that one of them can follow a motion.
+
+        Args:
+            positions_KS3: global time index, row and column of each token.
+            embeds_BLW: text embeddings.
+            backend: of the attention to the text.
+
+        Returns:
+            (B, K·s, D).
+        """
+        angles = positions_KS3.flatten(0, 1).double() @ self.frequencies.double()
+        position = self.embed_place(torch.cat([angles.cos(), angles.sin()], -1).to(self.dtype))
+        text = self.embed_text(embeds_BLW.to(self.dtype))
+        places = position.expand(len(text), -1, -1)
+        for layer in self.text_at_places:
+            places = layer(places, backend, text)
+        return places
+
+    def keyframes(self, tokens_BKSE: Tensor, places_BTD: Tensor, asking: Asking) -> Keys:
         """Projects the noisy tokens of keyframes to the keys and values of the read.
 
-        Only keys contain position and noise level: averaged over many tokens these would outweigh the faint signal in
-        the values.
+        Only keys contain place and noise level: averaged over many tokens these would outweigh the faint signal in the
+        values.
 
         Args:
             tokens_BKSE: the noisy tokens.
-            positions_KS3: global time index, row and column of each token.
-            time_B1D: what `time` returns.
+            places_BTD: what `places` returns.
+            asking: what `ask` returns.
 
         Returns:
             Keys and values, (B, K·s, H, d).
         """
         tokens = tokens_BKSE.flatten(1, 2).to(self.dtype)
-        position = self.embed_place(sinusoid(positions_KS3, self.dit.freq_dim).flatten(2).to(self.dtype)).flatten(0, 1)
-        return self.read.keys(self.norm_tokens(self.embed_token(tokens) + position + time_B1D), tokens)
+        return self.read.keys(self.norm_tokens(self.embed_token(tokens) + places_BTD + asking.time), tokens)
 
-    def queries(self, time_B1D: Tensor) -> Tensor:
+    def queries(self, asking: Asking) -> Tensor:
         """Returns the queries of the read, (B, G, H, d)."""
-        return self.read.queries(self.norm_z(self.z_init + time_B1D))
+        return self.read.queries(self.norm_z(asking.z))
 
-    def globals(self, read_BGHd: Tensor, embeds_BLW: Tensor, time_B1D: Tensor, backend: str = "auto") -> list[Keys]:
-        """Computes the keys and values that chunks attend.
+    def process(self, read_BGHd: Tensor, asking: Asking, backend: str = "auto") -> Tensor:
+        """Computes the global tokens from what they have read.
 
         The output of the read is normalized, since a mean of noise becomes smaller with the number of tokens.
 
         Args:
             read_BGHd: the merged output of the read.
-            embeds_BLW: text embeddings.
-            time_B1D: what `time` returns.
+            asking: what `ask` returns.
             backend: of the attention in the blocks.
+
+        Returns:
+            The global tokens, (B, G, D).
+        """
+        read_BGD = rms_norm(read_BGHd.flatten(2), self.norm_read.weight, self.dit.eps)
+        x = torch.cat([asking.z + self.read.out(read_BGD), asking.text], 1)
+        for block in self.blocks:
+            x = block(x, backend)
+        return self.norm_out(x[:, : self.config.global_tokens])
+
+    def globals(self, read_BGHd: Tensor, asking: Asking, backend: str = "auto") -> list[Keys]:
+        """Computes the keys and values that chunks attend, from what the global tokens have read; see `process`.
 
         Returns:
             Keys and values layer by layer, (B, G, heads of the DiT, head width of the DiT).
         """
-        read_BGD = rms_norm(read_BGHd.flatten(2), self.norm_read.weight, self.dit.eps)
-        z = self.z_init + time_B1D + self.read.out(read_BGD)
-        x = torch.cat([z, self.embed_text(embeds_BLW.to(self.z_init))], 1)
-        for block in self.blocks:
-            x = block(x, backend)
-        z = self.norm_out(x[:, : self.config.global_tokens])
+        return self.keys_of_layers(self.process(read_BGHd, asking, backend))
+
+    def keys_of_layers(self, z_BGD: Tensor) -> list[Keys]:
+        """Computes the keys and values that chunks attend from global tokens, layer by layer; see `globals`."""
         found = []
         for linear, norm in zip(self.hand_over, self.norm_k, strict=True):
-            k, v = linear(z).chunk(2, -1)
+            k, v = linear(z_BGD).chunk(2, -1)
             assert isinstance(norm, nn.RMSNorm)
             k = rms_norm(k, norm.weight, self.dit.eps)
             found.append(Keys(*(x.unflatten(-1, (self.dit.num_heads, -1)) for x in (k, v))))

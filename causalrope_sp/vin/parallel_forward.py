@@ -61,7 +61,8 @@ class ParallelChunksForward:
         self._across = ChunkExchange(parallel, assigned, grid)
         self._keyframes = assigned.offsets(assigned.keyframes)
         positions_KS3 = positions(torch.tensor(list(assigned.keyframes), dtype=torch.long), *shard.rows_and_columns())
-        self._positions = send(positions_KS3, model.device)
+        where_KS3 = send(positions_KS3, model.device)
+        self._places = None if vin is None else vin.places(where_KS3, self._embeds, strategy.backend)
         self._cache = ChunkCache(
             config.num_layers,
             len(embeds_BLW),
@@ -110,11 +111,13 @@ class ParallelChunksForward:
 
     def _read(self, held_BFSE: Tensor, timestep: float) -> None:
         assert self._vin is not None, "only a forward with a VIN reads"
+        assert self._places is not None
         vin, backend = self._vin, self._strategy.backend
-        time = vin.time(torch.full((len(held_BFSE),), timestep, dtype=torch.float32, device=held_BFSE.device))
-        keys = vin.keyframes(held_BFSE[:, self._keyframes], self._positions, time)
-        read = self._across.merge_read(attention_parts(vin.queries(time), keys, backend))
-        self._cache.write_globals(vin.globals(read, self._embeds, time, backend))
+        timesteps_B = torch.full((len(held_BFSE),), timestep, dtype=torch.float32, device=held_BFSE.device)
+        asking = vin.ask(self._embeds, timesteps_B, backend)
+        keys = vin.keyframes(held_BFSE[:, self._keyframes], self._places, asking)
+        read = self._across.merge_read(attention_parts(vin.queries(asking), keys, backend))
+        self._cache.write_globals(vin.globals(read, asking, backend))
 
     def _pass(self, chunks: Sequence[Chunk], tokens_BFSE: Tensor, times: Sequence[int], timestep: float) -> Tensor:
         def attend(layer: int, projection: Projection) -> Tensor:

@@ -26,7 +26,8 @@ class VINConfig:
         global_tokens: G, the global tokens of a video.
         dim: width of a global token.
         heads: attention heads of a block.
-        layers: self-attention blocks.
+        layers: self-attention blocks after the read; one more is before it.
+        place_layers: layers that let the positions of keyframes see the text.
 
     Raises:
         ConfigError: a size is below 1, or `heads` does not divide `dim`.
@@ -36,9 +37,10 @@ class VINConfig:
     dim: int
     heads: int
     layers: int
+    place_layers: int = 1
 
     def __post_init__(self) -> None:
-        check_fields(self, ["global_tokens", "dim", "heads", "layers"])
+        check_fields(self, ["global_tokens", "dim", "heads", "layers", "place_layers"])
         if self.dim % self.heads:
             raise ConfigError(f"VINConfig.dim {self.dim} is not divisible by its {self.heads} heads")
 

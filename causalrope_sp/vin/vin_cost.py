@@ -55,15 +55,23 @@ def parallel_chunks_flops(
 
 def vin_flops(config: DiTConfig, vin: VINConfig, grid: LatentGrid, keyframes: int) -> int:
     """Counts the FLOPs of the VIN in a step: the read over so many keyframes, the blocks, and the keys and values for
-    the DiT's layers."""
+    the DiT's layers; without `places_flops`."""
     dim, queries, text, frequencies = vin.dim, vin.global_tokens, config.text_len, config.freq_dim
     keys = keyframes * grid.tokens
     time = frequencies * dim + dim * dim
-    read = keys * (2 * config.token_dim + 3 * frequencies + dim) * dim  # embedding and position, to keys; to values
+    read = keys * (2 * config.token_dim + dim) * dim  # embedding, to keys; to values
     read += 2 * queries * dim * dim + 2 * queries * keys * dim  # queries and output; scores and sums
     block = (queries + text) * 12 * dim * dim + 2 * (queries + text) ** 2 * dim
     output = config.num_layers * queries * dim * 2 * config.dim
-    return 2 * (time + read + text * config.text_dim * dim + vin.layers * block + output)
+    return 2 * (time + read + text * (config.text_dim + dim) * dim + (1 + vin.layers) * block + output)
+
+
+def places_flops(config: DiTConfig, vin: VINConfig, grid: LatentGrid, keyframes: int) -> int:
+    """Counts the FLOPs of the places of so many keyframes, which a VIN computes once a video."""
+    dim, keys, text = vin.dim, keyframes * grid.tokens, config.text_len
+    embedded = keys * (3 * (dim // 2) + 2 * (dim // 2) * dim + dim * dim) + text * (config.text_dim + dim) * dim
+    layer = 2 * text * dim * dim + keys * (2 * text + 10 * dim) * dim  # keys and values; scores, sums and the rest
+    return 2 * (embedded + vin.place_layers * layer)
 
 
 def _dit_flops(config: DiTConfig, grid: LatentGrid, frames: int, pairs: int) -> int:

@@ -23,7 +23,7 @@ from causalrope_sp.vin.vin_config import ParallelChunksConfig, VINConfig
 from causalrope_sp.weights.finite import all_finite
 from causalrope_sp.weights.tensor_files import DTYPES
 
-LAYOUT = "causalrope_sp-vin-1"
+LAYOUT, OLD_LAYOUT = "causalrope_sp-vin-2", "causalrope_sp-vin-1"
 LONGEST = 200  # characters of the list of parameters that do not fit
 
 
@@ -68,6 +68,11 @@ def load_vin(
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
+            if metadata.get("layout") == OLD_LAYOUT:
+                raise CheckpointError(
+                    f"{path}: a Video Interface Network in the earlier layout {OLD_LAYOUT}, whose learned tokens read "
+                    "before they see the text: it cannot be run any more; examples/train_vin.py makes a new one"
+                )
             if metadata.get("layout") != LAYOUT:
                 raise CheckpointError(f"{path}: not a Video Interface Network: its layout is not {LAYOUT}")
             try:

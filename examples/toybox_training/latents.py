@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -33,6 +34,7 @@ HARD = {  # how much more often than 1 a scene is drawn for the words of each of
 }
 MEETING = 1.5  # and for objects that meet
 PIXEL_FRAMES = 81  # of an encoded scene: 21 latent frames, whose last 16 are a whole period
+LATENT_FRAMES = 21
 PERIOD = 16  # latent frames after which every motion repeats itself
 SCENE_SEED, HELD_OUT_SEED = 72_000_000, 99_000_000
 HELD_OUT = 64  # scenes that are never learned from
@@ -62,11 +64,15 @@ class Latents:
     def frames(self, picked: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Latents in float32, and where objects are, of the frames from `start` to before `stop` of the picked scenes.
         Frames after the encoded ones are those of the same moment some periods earlier."""
-        repeated = self.latents.shape[1] - PERIOD  # the first frame of the period that goes on
-        at = [f if f < repeated else repeated + (f - repeated) % PERIOD for f in range(start, stop)]
         device = self.latents.device
-        chosen = picked.to(device).unsqueeze(1), torch.tensor(at, device=device)
+        chosen = picked.to(device).unsqueeze(1), encoded_frames(range(start, stop), device)
         return self.latents[chosen].float(), self.objects[chosen]
+
+
+def encoded_frames(frames: Sequence[int], device: torch.device) -> Tensor:
+    """The numbers of the encoded frames that show the same as those of a longer video, (F,)."""
+    repeated = LATENT_FRAMES - PERIOD  # the first frame of the period that goes on
+    return torch.tensor([f if f < repeated else repeated + (f - repeated) % PERIOD for f in frames], device=device)
 
 
 @dataclass(frozen=True)
@@ -134,12 +140,17 @@ def held_out_scenes(codec: WanVae, path: Path, size: int) -> Latents:
     return encode_scenes(codec, path, HELD_OUT, size, HELD_OUT_SEED, share=False)
 
 
+def drawn_scenes(videos: int, seed: int, share: bool = True) -> list[tuple[list[SceneSpec], Tensor]]:
+    """Draws the batches of a training set, with `share` this process's alone; see `draw_scenes`."""
+    batches = range(rank(), videos // BATCH, processes()) if share else range(videos // BATCH)
+    return [draw_scenes(seed + batch) for batch in batches]
+
+
 @torch.inference_mode()
 def encode_scenes(codec: WanVae, path: Path, videos: int, size: int, seed: int, share: bool = True) -> Latents:
     """Renders and encodes `videos` scenes of `PIXEL_FRAMES` frames, with `share` this process's part of them, or reads
     them from `path`; see `kept`."""
-    batches = range(rank(), videos // BATCH, processes()) if share else range(videos // BATCH)
-    drawn = [draw_scenes(seed + batch) for batch in batches]
+    drawn = drawn_scenes(videos, seed, share)
 
     def make() -> dict[str, Tensor]:
         empty, parts = _backgrounds(codec, size, PIXEL_FRAMES), list[tuple[Tensor, ...]]()

@@ -153,7 +153,7 @@ class Training(Generic[M]):
     ) -> None:
         self.model, self.path, self.lr, self.average = model, path, lr, average
         self.ema = copy.deepcopy(model).requires_grad_(False)
-        chosen = {id(p) for n, p in model.named_parameters() if matrix(n, p)}
+        chosen = {id(p) for n, p in model.named_parameters() if p.requires_grad and matrix(n, p)}
         self.optimizers = [
             torch.optim.AdamW(
                 [p for p in model.parameters() if p.requires_grad and id(p) not in chosen],

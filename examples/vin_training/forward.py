@@ -9,6 +9,7 @@ height, L text tokens, W text width.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
 
@@ -37,12 +38,24 @@ class Pair(nn.Module):
 @dataclass(frozen=True)
 class Batch:
     """Videos, (B, F, C, X, X), masks of their objects, (B, F, X, X), text embeddings, (B, L, W), and noise levels from
-    0 to 1, (B,). All are on the device of the forward."""
+    0 to 1, (B,): of the chunk, and of the keyframes that the VIN reads, the same in a sampler. All are on the device of
+    the forward."""
 
     clean: Tensor
     objects: Tensor
     embeds: Tensor
     times_B: Tensor
+    read_times_B: Tensor
+
+
+@dataclass(frozen=True)
+class Errors:
+    """The mean squared errors of a chunk's velocity, each (B,), over its frames and over the objects in them, 0 without
+    objects; and the global tokens, (B, G, D), or None."""
+
+    everywhere: Tensor
+    on_objects: Tensor
+    z: Tensor | None
 
 
 class TogetherForcing:
@@ -65,21 +78,20 @@ class TogetherForcing:
         self._shard = Shard(grid)
         self._rope = RotaryTables(dit.head_dim, dit.theta, self._shard, device, torch.float32)
 
-    def errors(
-        self, pair: Pair, batch: Batch, chunk: int, generator: torch.Generator, *, use_z: bool = True
-    ) -> tuple[Tensor, Tensor]:
-        """Returns the mean squared errors of the velocity of chunk number `chunk`, each (B,): over its frames, and over
-        the objects in them, 0 if there are none. The generator is on the device and draws the noise."""
-        noise = torch.randn(batch.clean.shape, generator=generator, device=self.device)
-        noisy = torch.lerp(batch.clean, noise, batch.times_B.view(-1, 1, 1, 1, 1))
-        part = cut(noisy.shape[1], self.config)[chunk]
+    def errors(self, pair: Pair, batch: Batch, chunk: int, generator: torch.Generator, *, use_z: bool = True) -> Errors:
+        """Returns the errors of chunk number `chunk`; the generator, on the device, draws the noise."""
+        clean = batch.clean
+        noise = torch.randn(clean.shape, generator=generator, device=self.device)
+        part = cut(clean.shape[1], self.config)[chunk]
         frames = slice(part.start, part.stop)
-        found = self.global_keys(pair.vin, noisy, batch.embeds, batch.times_B) if use_z else None
-        velocity = self.velocity(pair, noisy[:, frames], batch.embeds, batch.times_B, part.start, found)
-        error = (velocity - (noise - batch.clean)[:, frames]).square().mean(2)
+        z = self.read(pair.vin, clean, noise, batch.embeds, batch.read_times_B) if use_z else None
+        found = None if z is None else pair.vin.keys_of_layers(z)
+        noisy = noised(clean[:, frames], noise[:, frames], batch.times_B)
+        velocity = self.velocity(pair, noisy, batch.embeds, batch.times_B, part.start, found)
+        error = (velocity - (noise - clean)[:, frames]).square().mean(2)
         mask = batch.objects[:, frames]
         on_objects = (error * mask).flatten(1).sum(1) / mask.flatten(1).sum(1).clamp(min=1)
-        return error.flatten(1).mean(1), on_objects
+        return Errors(error.flatten(1).mean(1), on_objects, z)
 
     def velocity(
         self,
@@ -106,14 +118,36 @@ class TogetherForcing:
         """Draws the number of a chunk of a video of so many latent frames."""
         return int(torch.randint(len(cut(frames, self.config)), (), generator=generator))
 
-    def global_keys(self, vin: VideoInterfaceNetwork, noisy: Tensor, embeds: Tensor, times_B: Tensor) -> list[Keys]:
-        """Returns the keys and values of the global tokens of noisy videos, layer by layer."""
-        video = AssignedChunks(cut(noisy.shape[1], self.config, start=1), self.config)
-        tokens = self.grid.patchify(noisy[:, video.offsets(video.keyframes)])
-        positions_KS3 = positions(torch.tensor(list(video.keyframes)), *self._shard.rows_and_columns())
-        time = vin.time(1000 * times_B)
-        keys = vin.keyframes(tokens, positions_KS3.to(self.device), time)
-        return vin.globals(attention(vin.queries(time), keys, "torch"), embeds, time, "torch")
+    def read(self, vin: VideoInterfaceNetwork, clean: Tensor, noise: Tensor, embeds: Tensor, times_B: Tensor) -> Tensor:
+        """Computes the global tokens of videos at their noise levels, (B, G, D), in bfloat16, without gradients of
+        places."""
+        keyframes = self.keyframes(clean.shape[1])
+        at = [time - 1 for time in keyframes]
+        noisy = noised(clean[:, at], noise[:, at], times_B)
+        with in_bfloat16(self.device):
+            with torch.no_grad():
+                places = self.places(vin, embeds, keyframes)
+            asking = vin.ask(embeds, 1000 * times_B, "torch")
+            keys = vin.keyframes(self.grid.patchify(noisy), places, asking)
+            return vin.process(attention(vin.queries(asking), keys, "torch"), asking, "torch").float()
+
+    def places(self, vin: VideoInterfaceNetwork, embeds: Tensor, times: Sequence[int]) -> Tensor:
+        """Computes the places of the tokens of frames with these global time indices, (B, len(times)·S, D)."""
+        positions_KS3 = positions(torch.tensor(list(times)), *self._shard.rows_and_columns())
+        return vin.places(positions_KS3.to(self.device), embeds, "torch")
+
+    def keyframes(self, frames: int) -> Sequence[int]:
+        """The global time indices of the keyframes of a video of so many latent frames."""
+        return AssignedChunks(cut(frames, self.config, start=1), self.config).keyframes
+
+
+def noised(clean: Tensor, noise: Tensor, times_B: Tensor) -> Tensor:
+    """Videos at their noise levels, (B, F, C, X, X)."""
+    return torch.lerp(clean, noise, times_B.view(-1, 1, 1, 1, 1))
+
+
+def in_bfloat16(device: torch.device) -> AbstractContextManager[None]:
+    return torch.autocast(device.type, torch.bfloat16)
 
 
 @cache

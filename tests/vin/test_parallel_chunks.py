@@ -26,7 +26,7 @@ from causalrope_sp.vin.chunks import AssignedChunks, cut
 from causalrope_sp.vin.fusion import fuse, join
 from causalrope_sp.vin.network import positions
 from causalrope_sp.vin.parallel_forward import ParallelChunksForward
-from causalrope_sp.vin.vin_cost import full_flops, parallel_chunks_flops
+from causalrope_sp.vin.vin_cost import full_flops, parallel_chunks_flops, places_flops
 from tests.support.exchange_formulas import overlap_elements, read_elements
 from tests.support.streams import strategy_of
 from tests.support.vin_runs import (
@@ -113,17 +113,18 @@ def test_joined_chunks_cover_every_frame(frames: int, overlap: int, fused: bool)
 def test_a_sharded_read_is_the_whole_read(shares: int) -> None:
     """Keyframes and tokens of a frame shared out, a share without any among them."""
     _, vin = make_pair()
-    time, grid = vin.time(torch.tensor([700.0, 300.0])), LatentGrid(2, 3)
+    embeds, grid = random(2, CONFIG.text_len, CONFIG.text_dim), LatentGrid(2, 3)
+    asking = vin.ask(embeds, torch.tensor([700.0, 300.0]))
     tokens, times = random(2, 4, grid.tokens, CONFIG.token_dim), torch.tensor([1, 3, 5, 7])
 
     def keys(frames: slice, shard: Shard) -> Any:
         where = positions(times[frames], *shard.rows_and_columns())
-        return vin.keyframes(tokens[:, frames, shard.start : shard.stop], where, time)
+        return vin.keyframes(tokens[:, frames, shard.start : shard.stop], vin.places(where, embeds), asking)
 
-    whole = attention(vin.queries(time), keys(slice(None), Shard(grid)))
+    whole = attention(vin.queries(asking), keys(slice(None), Shard(grid)))
     bounds = [round(4 * n / shares) for n in range(shares + 1)]
     parts = [
-        merge(attention_parts(vin.queries(time), keys(slice(first, stop), Shard(grid, place, 2))))
+        merge(attention_parts(vin.queries(asking), keys(slice(first, stop), Shard(grid, place, 2))))
         for first, stop in pairwise(bounds)
         for place in range(2)
     ]
@@ -259,8 +260,13 @@ def test_flops_are_those_that_torch_counts() -> None:
     def partial(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], *_: Any, **__: Any) -> int:
         return 4 * q[0] * q[1] * q[2] * k[2] * q[3]
 
+    video = AssignedChunks(chunks, CHUNKS)
+    where = positions(torch.tensor(video.keyframes), *Shard(GRID).rows_and_columns())
     with torch.inference_mode():
-        state = ParallelChunksForward(model, vin, embeds, GRID, AssignedChunks(chunks, CHUNKS), 1, strategy, parallel)
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            vin.places(where, embeds)
+        assert counter.get_total_flops() == places_flops(CONFIG, VIN, GRID, len(video.keyframes))
+        state = ParallelChunksForward(model, vin, embeds, GRID, video, 1, strategy, parallel)
         state.commit(torch.zeros(1, 1, GRID.tokens, CONFIG.token_dim))
         mapping = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: partial}
         with FlopCounterMode(display=False, custom_mapping=mapping) as counter, sdpa_kernel(SDPBackend.MATH):
@@ -285,12 +291,20 @@ def test_any_solver_leads_from_step_to_step() -> None:
     )
 
 
-def test_values_of_the_read_know_nothing_of_places_and_its_size_does_not_matter() -> None:
+def test_values_of_the_read_know_no_places_and_its_size_does_not_matter() -> None:
+    """Keys know positions, what the text says of them, and the noise level."""
     _, vin = make_pair()
-    tokens, where, time = random(1, 2, 7, CONFIG.token_dim), random(2, 7, 3, seed=2), vin.time(torch.tensor([800.0]))
-    one, other = vin.keyframes(tokens, where, time), vin.keyframes(tokens, where + 1, 2 * time)
-    assert torch.equal(one.v, other.v)
-    assert not torch.allclose(one.k, other.k)
-    read, embeds = random(1, VIN.global_tokens, VIN.heads, VIN.dim // VIN.heads), random(1, 3, CONFIG.text_dim)
-    for small, large in zip(vin.globals(read, embeds, time), vin.globals(100 * read, embeds, time), strict=True):
+    tokens, where, level = random(1, 2, 7, CONFIG.token_dim), random(2, 7, 3, seed=2), torch.tensor([800.0])
+    embeds = random(1, 3, CONFIG.text_dim)
+    places, asking = vin.places(where, embeds), vin.ask(embeds, level)
+    one = vin.keyframes(tokens, places, asking)
+    for other in (
+        vin.keyframes(tokens, vin.places(where + 1, embeds), asking),
+        vin.keyframes(tokens, vin.places(where, 2 * embeds), asking),
+        vin.keyframes(tokens, places, vin.ask(embeds, 0.5 * level)),
+    ):
+        assert torch.equal(one.v, other.v)
+        assert not torch.allclose(one.k, other.k)
+    read = random(1, VIN.global_tokens, VIN.heads, VIN.dim // VIN.heads)
+    for small, large in zip(vin.globals(read, asking), vin.globals(100 * read, asking), strict=True):
         assert relative(small.v, large.v) < 1e-4

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import json
 import sys
-from dataclasses import replace
+from contextlib import nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,12 +78,14 @@ def test_weights_come_back_and_others_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("said", "message"),
     [
+        ({"layout": "causalrope_sp-vin-1"}, "in the earlier layout causalrope_sp-vin-1, .* cannot be run any more"),
+        ({"layout": "other"}, "not a Video Interface Network: its layout is not causalrope_sp-vin-2"),
         ({"vin": "[1]"}, "its metadata lacks the sizes of a Video Interface Network"),
         ({"dit": "null"}, "its metadata lacks the sizes"),
         ({"chunks": "{"}, "its metadata lacks the sizes of a Video Interface Network: not JSON"),
         ({"chunks": '{"chunk_frames": 5, "overlap": 0, "keyframe_every": 1}'}, "cannot be read .*overlap must be"),
-        ({"vin": '{"global_tokens": 1000000000000, "dim": 24, "heads": 3, "layers": 2}'}, "z_init is"),
-        ({"vin": '{"global_tokens": 5, "dim": 24, "heads": 3, "layers": 99}'}, r"is missing; .*\.\.\. \(\d+ in all\)"),
+        ({"vin": json.dumps(asdict(VIN) | {"global_tokens": 10**12})}, "z_init is"),
+        ({"vin": json.dumps(asdict(VIN) | {"layers": 99})}, r"is missing; .*\.\.\. \(\d+ in all\)"),
     ],
 )
 def test_a_file_that_says_nonsense_is_refused_by_name(tmp_path: Path, said: dict[str, str], message: str) -> None:
@@ -138,6 +141,7 @@ def test_training_computes_what_the_sampler_does(monkeypatch: pytest.MonkeyPatch
     from causalrope_sp.toybox.chart import chart
 
     monkeypatch.setattr("toybox_training.dit.BF16", torch.float32)
+    monkeypatch.setattr("vin_training.forward.in_bfloat16", lambda device: nullcontext())
     chunks, grid = ParallelChunksConfig(5, 1, 4), LatentGrid(2, 3)
     model, vin = make_pair(torch.float32)
     pair = Pair(model, vin)
@@ -145,7 +149,7 @@ def test_training_computes_what_the_sampler_does(monkeypatch: pytest.MonkeyPatch
     noisy = random(2, 13, *frame_shape(grid)).float()
     embeds = random(2, CONFIG.text_len, CONFIG.text_dim).float()
     level = torch.tensor([0.8, 0.3])
-    found = forcing.global_keys(vin, noisy, embeds, level)
+    found = vin.keys_of_layers(forcing.read(vin, noisy, noisy, embeds, level))
     parts = [slice(part.start, part.stop) for part in cut(13, chunks)]
     with torch.compiler.set_stance("force_eager"):
         seen = [forcing.velocity(pair, noisy[:, part], embeds, level, part.start, found) for part in parts]
@@ -164,29 +168,99 @@ def test_training_computes_what_the_sampler_does(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_recipe_takes_a_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """From the weights that ship, on noise in place of encoded scenes."""
+    """The VIN's places, its reading, then both networks, from random weights, on noise in place of encoded scenes."""
     monkeypatch.syspath_prepend(ROOT / "examples")
-    from toybox_training.latents import Latents
+    from toybox_training.latents import Latents, draw_scenes
+    from vin_training import loop
     from vin_training.forward import TogetherForcing
+    from vin_training.reading import Covered, computes_places, learn_to_read
 
     from causalrope_sp.toybox import WEIGHTS
-    from causalrope_sp.toybox.prompts import parse_prompt
+    from causalrope_sp.toybox.toybox_text import encode_scene
 
     train_vin = importlib.import_module("train_vin")
-    monkeypatch.setattr(train_vin, "MEASURED_EVERY", 1)
-    pair = train_vin.old_pair(WEIGHTS, WEIGHTS / "toybox.safetensors")
-    config, grid = pair.dit.config, LatentGrid.from_pixels(64, 64, 8)
-    seen = torch.ones(2, 21, 8, 8, dtype=torch.bool)
-    embeds = torch.ones(2, config.text_len, config.text_dim)
-    latents = torch.randn(2, 21, 16, 8, 8, generator=torch.Generator().manual_seed(0))
-    scenes = Latents(latents, embeds, seen, [parse_prompt("a red circle bounces")] * 2, torch.ones(2))
+    monkeypatch.setattr(loop, "MEASURED_EVERY", 1)
+    pair = train_vin.new_pair(WEIGHTS / "toybox.safetensors")
+    specs, places = draw_scenes(0)
+    embeds = torch.stack([encode_scene(spec, starts) for spec, starts in zip(specs, places, strict=True)])
+    latents = torch.randn(len(specs), 21, 16, 8, 8, generator=torch.Generator().manual_seed(0))
+    objects = torch.ones(len(specs), 21, 8, 8, dtype=torch.bool)
+    grid = LatentGrid.from_pixels(64, 64, 8)
+    scenes = Covered.of(Latents(latents, embeds, objects, specs, torch.ones(len(specs))), [(specs, places)], grid.rows)
     forcing = TogetherForcing(grid, train_vin.CHUNKS, pair, torch.device("cpu"))
-    before = [x.clone() for x in pair.parameters()]
+    before = {name: x.clone() for name, x in pair.named_parameters()}
+
+    def changed() -> set[str]:
+        return {name for name, x in pair.named_parameters() if not torch.equal(x, before[name])}
+
+    learn_to_read(tmp_path, pair.reader, scenes, scenes, forcing, {17: 1.0}, 2, 1e-4, 1e-3)
+    assert {name.split(".")[0] for name in changed()} == {"vin", "heads"}, "the DiT does not learn"
+    assert {name for name, _ in pair.named_parameters() if computes_places(name)} <= changed()
+    assert not any("hand_over" in name for name in changed()), "nor how it takes global tokens"
+    assert json.loads((tmp_path / "places.jsonl").read_text())["explained"] < 1
+    assert 0 <= json.loads((tmp_path / "colors.jsonl").read_text())["named_0.8"] <= 1
+
+    before = {name: x.clone() for name, x in pair.named_parameters()}
     with torch.compiler.set_stance("force_eager"):
-        trained = train_vin.train(tmp_path, pair, scenes, scenes, forcing, 2, 1e-4, 1e-3)
-    assert any(not torch.equal(x, y) for x, y in zip(before, trained.parameters(), strict=True))
+        trained = train_vin.train(tmp_path, pair, scenes.latents, scenes, forcing, 2, 1e-4, 1e-3)
+    assert any(name.startswith("dit.") for name in changed())
+    assert not any(computes_places(name) for name in changed()), "places stay"
     assert all(x.isfinite().all() for x in trained.parameters())
     assert (tmp_path / "vin.pt").is_file()
     logged = json.loads((tmp_path / "vin.jsonl").read_text())
     assert logged["held_out_open"] == logged["learned_open"], "the same scenes"
     assert len({0, *(logged[f"held_out_{what}"] for what in ("first", "second", "open"))}) == 4
+
+
+def test_naming_is_judged_by_what_the_whole_text_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two scenes with three objects in all, a perfect reader errs in none; a reader of one colour in the others."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    from vin_training.reading import Heads
+
+    from causalrope_sp.toybox.prompts import BACKGROUNDS, COLORS, parse_prompt
+    from causalrope_sp.toybox.toybox_text import encode_scene
+
+    prompts = ("a red circle bounces and a blue square slides right", "a red circle bounces")
+    embeds = torch.stack([encode_scene(parse_prompt(prompt), torch.full((6,), 0.5)) for prompt in prompts])
+    heads = Heads(8)
+    with torch.no_grad():
+        for linear in (heads.colors, heads.backgrounds):
+            linear.weight.copy_(20 * torch.eye(len(linear.weight), 8))
+            linear.bias.zero_()
+    backgrounds = [parse_prompt(prompt).background for prompt in prompts]
+    red, blue = (list(COLORS).index(color) for color in ("red", "blue"))
+    ground = [list(BACKGROUNDS).index(background) for background in backgrounds]
+    z = torch.nn.functional.one_hot(torch.tensor([[red, blue, ground[0]], [red, red, ground[1]]]), 8).float()
+    assert heads.named(z, embeds) == 1
+    assert heads.names_loss(z, embeds) < 1e-6
+    z[0, 1] = z[0, 0]
+    assert heads.named(z, embeds) == pytest.approx(2 / 3)
+    assert heads.names_loss(z, embeds) > 6
+
+
+def test_covers_are_where_the_objects_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mean picture of each latent frame's tokens is the mean of the colours that cover it."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    from toybox_training.latents import Latents, draw_scenes
+    from vin_training.reading import Covered
+
+    from causalrope_sp.toybox.prompts import BACKGROUNDS, COLORS
+    from causalrope_sp.toybox.scenes import render
+
+    specs, places = draw_scenes(0)
+    nothing = torch.zeros(len(specs), 21, 1)
+    covered = Covered.of(Latents(nothing, nothing, nothing, specs, torch.ones(len(specs))), [(specs, places)], 4)
+    frames = [0, 7, 20, 36, 52]  # those after the twentieth are of the same moments as 20
+    shown = torch.nn.functional.avg_pool2d(
+        render(specs, places, torch.arange(81), 32).transpose(1, 2).flatten(0, 1), 8
+    ).unflatten(0, (len(specs), 81))
+    for number, spec in enumerate(specs):
+        shares = covered.covers(torch.tensor([number]), frames)[0].unflatten(0, (len(frames), 16))
+        behind = torch.tensor(BACKGROUNDS[spec.background]) / 255
+        colors = torch.stack([torch.tensor(COLORS[o.color]) / 255 for o in spec.objects])
+        shares = shares[..., : len(spec.objects)]
+        expected = (1 - shares.sum(-1, keepdim=True)) * behind + shares @ colors
+        for frame, tokens in zip((0, 7, 20, 20, 20), expected, strict=True):
+            pixel_frames = slice(0, 1) if frame == 0 else slice(4 * frame - 3, 4 * frame + 1)
+            picture = shown[number, pixel_frames].mean(0).flatten(1).T
+            assert (tokens - picture).abs().max() < 2e-3, "half precision"

@@ -1,0 +1,53 @@
+"""The loop of every stage of toybox-vin's training."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from toybox_training.batches import Draws
+from toybox_training.training import Training, agreed, processes, rank
+
+M = TypeVar("M", bound=nn.Module)
+Report = dict[str, float]
+WARM_UP, FALLS = 100, 0.5  # steps, and the share of the time after which the learning rate falls
+MEASURED_EVERY = 200  # steps
+
+
+def learn(
+    training: Training[M],
+    minutes: float,
+    seed: int,
+    device: torch.device,
+    loss_of: Callable[[M, Draws, float], tuple[Tensor, Report]],
+    measured: Callable[[M], Report],
+) -> M:
+    """Trains for so many minutes, counted from zero when a run resumes, and saves.
+
+    Args:
+        training: the model and its optimisers.
+        minutes: how long; the learning rate is constant for half of it, then falls to a fiftieth.
+        seed: of the draws.
+        device: where the model is.
+        loss_of: returns the loss of a step, given the model, the draws and the share of the time that is over, and what
+            to log of it.
+        measured: returns what to log of the averaged model now and then.
+
+    Returns:
+        The averaged model.
+    """
+    started = time.monotonic()
+    while (elapsed := agreed((time.monotonic() - started) / (60 * minutes), device)) < 1:
+        draws = Draws.seeded(seed + processes() * training.step + rank(), device)
+        loss, report = loss_of(training.model, draws, elapsed)
+        if (training.step + 1) % MEASURED_EVERY == 0:
+            with torch.no_grad():
+                report |= measured(training.ema)
+        unused = sum(x.sum() for x in training.model.parameters() if x.requires_grad)
+        rate = min(1, (training.step + 1) / WARM_UP) * min(1, max(0.02, (1 - elapsed) / (1 - FALLS)))
+        training.update(loss + 0 * unused, rate, report)  # the optimisers need a gradient of every parameter
+    training.save()
+    return training.ema
