@@ -26,7 +26,7 @@ from causalrope_sp.vin import PAPER_CHUNKS, PAPER_VIN, ParallelChunksConfig, sam
 from causalrope_sp.vin.chunks import AssignedChunks, cut
 from causalrope_sp.vin.fusion import join
 from causalrope_sp.vin.parallel_forward import ParallelChunksForward
-from causalrope_sp.vin.vin_cost import full_flops, parallel_chunks_flops
+from causalrope_sp.vin.vin_cost import full_flops, parallel_chunks_flops, places_flops
 
 if TYPE_CHECKING:
     from causalrope_sp.pipeline.parallel_chunks import ParallelChunks
@@ -138,7 +138,9 @@ def flops_of(variant: str, variants: Variants, frames: int) -> int:
     if variant == "full attention":
         return steps * full_flops(config, grid, count, initial_frames=1)
     vin, chunks = settings(variant, variants.parallel_chunks, count)
-    return steps * parallel_chunks_flops(config, vin and vin.config, grid, count, chunks, initial_frames=1)
+    denoising = steps * parallel_chunks_flops(config, vin and vin.config, grid, count, chunks, initial_frames=1)
+    keyframes = len(AssignedChunks(cut(count, chunks), chunks).keyframes)
+    return denoising + (places_flops(config, vin.config, grid, keyframes) if vin else 0)
 
 
 @torch.inference_mode()
