@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from vin_training.forward import Batch, Pair, TogetherForcing
 
 DIT = DiTConfig(dim=48, ffn_dim=96, num_heads=4, num_layers=2, text_dim=4, text_len=1, freq_dim=16, in_channels=2)
-VIN = VINConfig(global_tokens=4, dim=48, heads=4, layers=2)
+VIN = VINConfig(global_tokens=4, dim=48, heads=4, layers=2, position_layers=1)
 CHUNKS = ParallelChunksConfig(chunk_frames=3, overlap=1, keyframe_every=1)
 GRID = LatentGrid(1, 1)
 FRAMES, SIZE = 17, 0.6  # latent frames of a video, in eight chunks; the size of its numbers relative to the noise

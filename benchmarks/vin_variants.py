@@ -26,7 +26,7 @@ from causalrope_sp.vin import PAPER_CHUNKS, PAPER_VIN, ParallelChunksConfig, sam
 from causalrope_sp.vin.chunks import AssignedChunks, cut
 from causalrope_sp.vin.fusion import join
 from causalrope_sp.vin.parallel_forward import ParallelChunksForward
-from causalrope_sp.vin.vin_cost import full_flops, parallel_chunks_flops, places_flops
+from causalrope_sp.vin.vin_cost import full_flops, video_flops
 
 if TYPE_CHECKING:
     from causalrope_sp.pipeline.parallel_chunks import ParallelChunks
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 VARIANTS = ("VIN", "full attention", "autoregressive", "VIN without global tokens", "VIN without fusion")
 TRUTH = "rendered, through the codec"
 OPEN: dict[str, dict[str, bool]] = {"nothing": {}, "colours": {"colors": True}, "places": {"places": True}}
+PAPER_STEPS = 50
 LEVELS = (0.99, 0.98, 0.95, 0.9, 0.8, 0.5)
 
 
@@ -138,9 +139,7 @@ def flops_of(variant: str, variants: Variants, frames: int) -> int:
     if variant == "full attention":
         return steps * full_flops(config, grid, count, initial_frames=1)
     vin, chunks = settings(variant, variants.parallel_chunks, count)
-    denoising = steps * parallel_chunks_flops(config, vin and vin.config, grid, count, chunks, initial_frames=1)
-    keyframes = len(AssignedChunks(cut(count, chunks), chunks).keyframes)
-    return denoising + (places_flops(config, vin.config, grid, keyframes) if vin else 0)
+    return video_flops(config, vin and vin.config, grid, count, chunks, steps, initial_frames=1)
 
 
 @torch.inference_mode()
@@ -190,8 +189,6 @@ def large_flops() -> dict[str, float]:
     config, grid = PRESETS["wan2.1-1.3b"], LatentGrid.from_pixels(480, 832, 8)
     saved = {}
     for frames in (20, 40, 80):
-        of_full = parallel_chunks_flops(config, PAPER_VIN, grid, frames, PAPER_CHUNKS) / full_flops(
-            config, grid, frames
-        )
-        saved[str(frames)] = round(1 - of_full, 3)
+        made = video_flops(config, PAPER_VIN, grid, frames, PAPER_CHUNKS, PAPER_STEPS)
+        saved[str(frames)] = round(1 - made / (PAPER_STEPS * full_flops(config, grid, frames)), 3)
     return saved

@@ -18,6 +18,7 @@ model that `generate` opens. The shipped weights were made in several such calls
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 
@@ -38,7 +39,16 @@ from toybox_training.latents import (
 from toybox_training.training import Training, device_of, finite, join_processes, rank
 from vin_training.forward import Batch, Pair, TogetherForcing
 from vin_training.loop import Report, learn
-from vin_training.reading import Covered, Heads, Reader, by_muon, computes_places, draw_length, learn_to_read, named
+from vin_training.reading import (
+    OF_POSITIONS,
+    Options,
+    Probes,
+    Reader,
+    by_muon,
+    color_accuracy,
+    coverage_of,
+    learn_to_read,
+)
 
 from causalrope_sp.codec import load_codec
 from causalrope_sp.codec.wan_vae import WanCodec
@@ -50,14 +60,14 @@ from causalrope_sp.vin import ParallelChunksConfig, VideoInterfaceNetwork, VINCo
 from causalrope_sp.weights import load_model, save_model
 
 SEED = 70_000_000
-CONFIG = VINConfig(global_tokens=32, dim=192, heads=6, layers=1, place_layers=2)
+CONFIG = VINConfig(global_tokens=32, dim=192, heads=6, layers=1, position_layers=2)
 CHUNKS = ParallelChunksConfig(chunk_frames=9, overlap=1, keyframe_every=2)
 LENGTHS = {17: 0.2, 33: 0.35, 65: 0.3, 129: 0.15}  # latent frames, of 64 to 512 pixel frames, and their shares
 COLORS_OPEN, PLACES_OPEN = 0.45, 0.1  # the shares of videos whose text does not name colours, or start positions
 OPEN_NOISE = (0.88, 0.99)  # half of the videos with open colours have a noise level between: there a colour is decided
 AHEAD = 0.6  # the share of videos with open colours of which the VIN reads a less noisy one,
 AHEAD_UNTIL = 0.4  # in this share of the time
-NAMES = 0.2  # how much the naming of colours counts
+COLORS = 0.2  # how much the loss of colours counts
 NO_GLOBALS = 0.1  # the share of steps without global tokens
 MEASURED_FRAMES, MEASURED_AT = 33, 0.97  # latent frames, and the noise level
 HIGH_NOISE = 0.75  # half of the noise levels are above: there it is decided where objects are and whether chunks agree
@@ -65,15 +75,15 @@ SHIFT = 8.0  # half of the others are shifted towards noise too
 
 
 class ReadingPair(Pair):
-    """A pair, and the layers that tell what its VIN has read."""
+    """A pair, and the probes that tell what its VIN has read."""
 
     def __init__(self, dit: CausalDiT, vin: VideoInterfaceNetwork) -> None:
         super().__init__(dit, vin)
-        self.heads = Heads(vin.config.dim)
+        self.probes = Probes(vin.config.dim, math.prod(dit.config.patch_size))
 
     @property
     def reader(self) -> Reader:
-        return Reader(self.vin, self.heads)
+        return Reader(self.vin, self.probes)
 
 
 def new_pair(dit: Path) -> ReadingPair:
@@ -89,11 +99,11 @@ def new_pair(dit: Path) -> ReadingPair:
     return pair.train().requires_grad_(True)
 
 
-def draw(scenes: Latents, videos: int, ahead: float, draws: Draws) -> tuple[Batch, Tensor, Tensor]:
+def draw(scenes: Latents, options: Options, ahead: float, draws: Draws) -> tuple[Batch, Tensor, Tensor]:
     """Draws videos of one length, each with its own noise level; of those with open colours a share of `ahead` is read
     with less noise. Returns them, their texts with nothing open, (B, L, W), and whether colours are open, (B,)."""
-    frames, pick = draw_length(LENGTHS, draws), scenes.draw(videos, draws.choices)
-    clean, objects = scenes.frames(pick, 0, frames)
+    videos, pick = options.videos, scenes.draw(options.videos, draws.choices)
+    clean, objects = scenes.frames(pick, 0, options.draw_length(draws))
 
     def uniform(low: float = 0.0, high: float = 1.0) -> Tensor:
         return low + (high - low) * draws.uniform(videos)
@@ -111,19 +121,12 @@ def draw(scenes: Latents, videos: int, ahead: float, draws: Draws) -> tuple[Batc
 
 
 def train(
-    out: Path,
-    pair: ReadingPair,
-    scenes: Latents,
-    held_out: Covered,
-    forcing: TogetherForcing,
-    videos: int,
-    minutes: float,
-    lr: float,
+    pair: ReadingPair, scenes: Latents, held_out: Latents, forcing: TogetherForcing, options: Options, minutes: float
 ) -> ReadingPair:
-    """Trains both networks for so many minutes on so many videos a step; places stay as they are."""
+    """Trains both networks for so many minutes; what embeds positions and texts stays as it is."""
 
     def loss(model: ReadingPair, draws: Draws, elapsed: float) -> tuple[Tensor, Report]:
-        batch, whole, is_open = draw(scenes, videos, AHEAD if elapsed < AHEAD_UNTIL else 0, draws)
+        batch, whole, is_open = draw(scenes, options, AHEAD if elapsed < AHEAD_UNTIL else 0, draws)
         chunk, use_z = forcing.chunk(batch.clean.shape[1], draws.choices), not draws.happens(NO_GLOBALS)
         found = forcing.errors(model, batch, chunk, draws.values, use_z=use_z)
         loss, report = (found.everywhere.mean() + found.on_objects.mean()) / 2, Report()
@@ -131,19 +134,19 @@ def train(
         for name, which in ((f"{kind}_open", is_open), (kind, ~is_open)):
             report[name] = found.on_objects[which].mean().item()
         if found.z is not None:
-            names = model.heads.names_loss(found.z, whole)
-            loss, report["names"] = loss + NAMES * names, names.item()
+            colors = model.probes.color_loss(found.z, whole)
+            loss, report["colors"] = loss + COLORS * colors, colors.item()
         return loss, report
 
     def measure(model: ReadingPair) -> Report:
-        report = named(forcing, held_out, model.reader)
-        for name, of in (("held_out", held_out.latents), ("learned", scenes)):
+        report = color_accuracy(forcing, held_out, model.reader)
+        for name, of in (("held_out", held_out), ("learned", scenes)):
             report |= measured(forcing, model, of, name)
         return report
 
     for name, parameter in pair.named_parameters():
-        parameter.requires_grad_(not computes_places(name))
-    training = Training(pair, out / "vin.pt", lr, by_muon, average=0.997)
+        parameter.requires_grad_(not name.startswith(OF_POSITIONS))
+    training = Training(pair, options.out / "vin.pt", options.rate, by_muon, average=0.997)
     return learn(training, minutes, SEED, forcing.device, loss, measure)
 
 
@@ -212,7 +215,7 @@ def measured(forcing: TogetherForcing, pair: Pair, scenes: Latents, name: str) -
     show_default=True,
     type=click.FloatRange(0),
     callback=finite,
-    help="How long the VIN learns to read before, alone; skipped with 0, or when both have begun to learn.",
+    help="How long the VIN learns to read before, alone, unless both have begun to learn; 0 when it can read.",
 )
 @click.option(
     "--rate",
@@ -245,13 +248,13 @@ def main(
     codec = wan.vae.float()
     scenes = encode_scenes(codec, out / "scenes", count, size, SCENE_SEED).to(on)
     grid = LatentGrid.from_pixels(size, size, codec.config.scale_factor_spatial)
-    drawn = drawn_scenes(HELD_OUT, HELD_OUT_SEED, share=False)
-    held_out = Covered.of(held_out_scenes(codec, out / "held_out", size).to(on), drawn, grid.rows)
-    forcing = TogetherForcing(grid, CHUNKS, pair, on)
-    if reading_minutes and not (out / "vin.pt").exists():
-        covered = Covered.of(scenes, drawn_scenes(count, SCENE_SEED), grid.rows)
-        learn_to_read(out, pair.reader, covered, held_out, forcing, LENGTHS, videos, reading_minutes, rate)
-    trained = train(out, pair, scenes, held_out, forcing, videos, minutes, rate).to(torch.bfloat16)
+    held_out = held_out_scenes(codec, out / "held_out", size).to(on)
+    forcing, options = TogetherForcing(grid, CHUNKS, pair, on), Options(out, LENGTHS, videos, rate)
+    if not (out / "vin.pt").exists():
+        drawn = (drawn_scenes(count, SCENE_SEED), drawn_scenes(HELD_OUT, HELD_OUT_SEED, share=False))
+        covered, held_out_covered = (coverage_of(scenes, grid).to(on) for scenes in drawn)
+        learn_to_read(pair.reader, scenes, covered, held_out, held_out_covered, forcing, options, reading_minutes)
+    trained = train(pair, scenes, held_out, forcing, options, minutes).to(torch.bfloat16)
     if rank():
         return
     save_model(trained.dit, weights / "toybox-vin-dit.safetensors")

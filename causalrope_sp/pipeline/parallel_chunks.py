@@ -75,8 +75,8 @@ class ParallelChunks:
         return cls(*load_vin(weights, dit, dtype=dtype, device=device))
 
     def check_memory_for(self, model: CausalDiT, grid: LatentGrid, frames: int, parallel: SequenceParallel) -> None:
-        """Checks that this rank has enough memory for a lower bound: all latents, and the activations of one
-        feed-forward layer over all chunks of the rank, which are denoised at the same time.
+        """Checks that this rank has enough memory for a lower bound: all latents, the position embeddings of keyframes,
+        and the activations of one feed-forward layer over all chunks of the rank, which are denoised at the same time.
 
         Args:
             model: the transformer.
@@ -91,7 +91,8 @@ class ParallelChunks:
         rank_frames = -(-frames // parallel.mesh.chunk)
         tokens = rank_frames * -(-grid.tokens // parallel.mesh.sp)
         latents = 2 * 4 * frames * config.in_channels * grid.latent_height * grid.latent_width
-        needs = latents + tokens * (config.ffn_dim + 4 * config.dim) * model.dtype.itemsize
+        per_token = config.ffn_dim + 4 * config.dim + self.vin.config.dim // self.chunks.keyframe_every
+        needs = latents + tokens * per_token * model.dtype.itemsize
         if free is not None and needs > free:
             raise ConfigError(
                 f"{frames} latent frames made at once need at least {needs / 1e9:.3g} GB on {parallel.device}, "

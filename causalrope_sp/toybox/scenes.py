@@ -114,13 +114,13 @@ def render(specs: Sequence[SceneSpec], places_N6: Tensor, frames: Tensor, size: 
     video = torch.empty(len(specs), 3, len(frames), size, size)
     for n, spec in enumerate(specs):
         video[n] = torch.tensor(BACKGROUNDS[spec.background]).view(3, 1, 1, 1) / 255
-        for obj, cover_TXX in zip(spec.objects, covers(spec, places_N6[n].tolist(), frames, size)):
+        for obj, cover_TXX in zip(spec.objects, coverage(spec, places_N6[n].tolist(), frames, size)):
             video[n].lerp_(torch.tensor(COLORS[obj.color]).view(3, 1, 1, 1) / 255, cover_TXX)
     return video
 
 
-def covers(spec: SceneSpec, starts: Sequence[float], frames: Tensor, size: int) -> list[Tensor]:
-    """Computes how much of each pixel each object of a scene covers, behind others too.
+def coverage(spec: SceneSpec, starts: Sequence[float], frames: Tensor, size: int) -> list[Tensor]:
+    """Computes how much of each pixel each object of a scene covers, also behind the objects that follow it.
 
     Args:
         spec: the scene.

@@ -3,9 +3,9 @@ tokens, and these into keys and values that every chunk attends in addition to i
 
     ask      One self-attention block over the learned tokens and the text, so that they look for what it names.
     read     One cross-attention of these over the keyframes' tokens; its cost is linear in the length of the video.
-             Values depend on the tokens alone. Keys depend on the noise level and the place too: on a token's position
-             and on the text, which says what is there. Layers that attend the text compute the places, once a video.
-             The output is normalized.
+             Values depend on the tokens alone. Keys depend on the noise level, too, and on the embedded position, which
+             has attended the text: it knows what the text says of that position. It is computed once a video. The
+             output is normalized.
     process  Self-attention blocks over global tokens and text.
     output   A linear layer for each layer of the DiT makes one key and one value of each global token. Keys are not
              rotated; a chunk selects what concerns its own time and position by its queries, which are rotated.
@@ -22,6 +22,7 @@ H VIN heads, d head width, L text tokens, W text width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -58,7 +59,8 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, to itself or to text, and a feed-forward of four times the width, each after a LayerNorm."""
+    """Attention and a feed-forward of four times the width, each after a LayerNorm. Without a text it is
+    self-attention; a text gives the keys and values as it is."""
 
     def __init__(self, config: VINConfig, eps: float) -> None:
         super().__init__()
@@ -77,13 +79,18 @@ class Block(nn.Module):
 
 
 @dataclass(frozen=True)
-class Asking:
-    """The global tokens before they read, (B, G, D), the text as they see it, (B, L, D), and the embedded noise level,
-    (B, 1, D)."""
+class ReadState:
+    """What a step of a video reads with.
 
-    z: Tensor
-    text: Tensor
-    time: Tensor
+    Args:
+        z_BGD: the learned tokens, which have attended the text.
+        text_BLD: the text, which has attended them.
+        time_B1D: the embedded noise level.
+    """
+
+    z_BGD: Tensor
+    text_BLD: Tensor
+    time_B1D: Tensor
 
 
 class VideoInterfaceNetwork(nn.Module):
@@ -101,11 +108,11 @@ class VideoInterfaceNetwork(nn.Module):
         self.z_init = nn.Parameter(torch.randn(config.global_tokens, dim) / dim**0.5)
         self.embed_token = nn.Linear(dit.token_dim, dim, bias=False)
         self.frequencies = nn.Parameter(torch.randn(3, dim // 2))  # radians a frame, a row and a column
-        self.embed_place = nn.Sequential(nn.Linear(2 * (dim // 2), dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.embed_position = nn.Sequential(nn.Linear(2 * (dim // 2), dim), nn.SiLU(), nn.Linear(dim, dim))
         self.embed_text = nn.Sequential(nn.Linear(dit.text_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.embed_time = nn.Sequential(nn.Linear(dit.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
-        self.asking = Block(config, eps)
-        self.text_at_places = nn.ModuleList(Block(config, eps) for _ in range(config.place_layers))
+        self.ask_block = Block(config, eps)
+        self.position_blocks = nn.ModuleList(Block(config, eps) for _ in range(config.position_layers))
         self.norm_tokens = nn.LayerNorm(dim, eps)
         self.norm_z = nn.LayerNorm(dim, eps)
         self.read = Attention(config, eps, dit.token_dim)
@@ -115,99 +122,123 @@ class VideoInterfaceNetwork(nn.Module):
         self.hand_over = nn.ModuleList(nn.Linear(dim, 2 * dit.dim) for _ in range(dit.num_layers))
         self.norm_k = nn.ModuleList(nn.RMSNorm(dit.dim, eps) for _ in range(dit.num_layers))
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VideoInterfaceNetwork:
+        """Moves and casts, but keeps the frequencies in float32 or wider: rounded to bfloat16 they would
+        turn a position 500 latent frames on by a radian."""
+        kept = self.frequencies.data
+        super()._apply(fn, recurse)
+        if not kept.is_meta:
+            self.frequencies.data = kept.to(self.frequencies.device, at_least_float32(self.frequencies.dtype))
+        return self
+
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the parameters and of the forward."""
         return self.z_init.dtype
 
-    def ask(self, embeds_BLW: Tensor, timesteps_B: Tensor, backend: str = "auto") -> Asking:
-        """Lets the learned tokens see the text, before they read.
+    def text(self, embeds_BLW: Tensor) -> Tensor:
+        """Embeds the text, once a video.
 
         Args:
             embeds_BLW: text embeddings.
-            timesteps_B: the noise level of each video, a timestep in [0, 1000].
-            backend: of the attention.
 
         Returns:
-            What the other methods take.
+            (B, L, D).
         """
-        time = self.embed_time(sinusoid(timesteps_B, self.dit.freq_dim).to(self.dtype)).unsqueeze(1)
-        x = torch.cat([self.z_init + time, self.embed_text(embeds_BLW.to(self.dtype))], 1)
-        z, text = self.asking(x, backend).split([self.config.global_tokens, x.shape[1] - self.config.global_tokens], 1)
-        return Asking(z, text, time)
+        return self.embed_text(embeds_BLW.to(self.dtype))
 
-    def places(self, positions_KS3: Tensor, embeds_BLW: Tensor, backend: str = "auto") -> Tensor:
-        """Embeds the places of keyframes' tokens: what the text says of their positions. It is the same in every step.
+    def position_embeddings(self, positions_KS3: Tensor, text_BLD: Tensor, backend: str = "auto") -> Tensor:
+        """Embeds the positions of keyframes' tokens and lets them attend the text, once a video.
 
         A position is waves of learned frequencies over time, rows and columns together (learnable Fourier features, Li
         et al., arXiv 2106.02795, section 3), so that one of them can follow a motion.
 
         Args:
             positions_KS3: global time index, row and column of each token.
-            embeds_BLW: text embeddings.
+            text_BLD: what `text` returns.
             backend: of the attention to the text.
 
         Returns:
             (B, K·s, D).
         """
         angles = positions_KS3.flatten(0, 1).double() @ self.frequencies.double()
-        position = self.embed_place(torch.cat([angles.cos(), angles.sin()], -1).to(self.dtype))
-        text = self.embed_text(embeds_BLW.to(self.dtype))
-        places = position.expand(len(text), -1, -1)
-        for layer in self.text_at_places:
-            places = layer(places, backend, text)
-        return places
+        position = self.embed_position(torch.cat([angles.cos(), angles.sin()], -1).to(self.dtype))
+        embedded = position.expand(len(text_BLD), -1, -1)
+        for block in self.position_blocks:
+            embedded = block(embedded, backend, text_BLD)
+        return embedded
 
-    def keyframes(self, tokens_BKSE: Tensor, places_BTD: Tensor, asking: Asking) -> Keys:
+    def ask(self, text_BLD: Tensor, timesteps_B: Tensor, backend: str = "auto") -> ReadState:
+        """Lets the learned tokens and the text attend one another, before the read.
+
+        Args:
+            text_BLD: what `text` returns.
+            timesteps_B: the noise level of each video, a timestep in [0, 1000].
+            backend: of the attention.
+
+        Returns:
+            What the other methods take.
+        """
+        time_B1D = self.embed_time(sinusoid(timesteps_B, self.dit.freq_dim).to(self.dtype)).unsqueeze(1)
+        x = self.ask_block(torch.cat([self.z_init + time_B1D, text_BLD], 1), backend)
+        return ReadState(x[:, : self.config.global_tokens], x[:, self.config.global_tokens :], time_B1D)
+
+    def keyframes(self, tokens_BKSE: Tensor, positions_BTD: Tensor, state: ReadState) -> Keys:
         """Projects the noisy tokens of keyframes to the keys and values of the read.
 
-        Only keys contain place and noise level: averaged over many tokens these would outweigh the faint signal in the
-        values.
+        Only keys contain position and noise level: averaged over many tokens these would outweigh the faint signal in
+        the values.
 
         Args:
             tokens_BKSE: the noisy tokens.
-            places_BTD: what `places` returns.
-            asking: what `ask` returns.
+            positions_BTD: what `position_embeddings` returns, T = K·s.
+            state: what `ask` returns.
 
         Returns:
             Keys and values, (B, K·s, H, d).
         """
         tokens = tokens_BKSE.flatten(1, 2).to(self.dtype)
-        return self.read.keys(self.norm_tokens(self.embed_token(tokens) + places_BTD + asking.time), tokens)
+        return self.read.keys(self.norm_tokens(self.embed_token(tokens) + positions_BTD + state.time_B1D), tokens)
 
-    def queries(self, asking: Asking) -> Tensor:
-        """Returns the queries of the read, (B, G, H, d)."""
-        return self.read.queries(self.norm_z(asking.z))
+    def queries(self, state: ReadState) -> Tensor:
+        """Computes the queries of the read.
 
-    def process(self, read_BGHd: Tensor, asking: Asking, backend: str = "auto") -> Tensor:
-        """Computes the global tokens from what they have read.
+        Args:
+            state: what `ask` returns.
+
+        Returns:
+            (B, G, H, d).
+        """
+        return self.read.queries(self.norm_z(state.z_BGD))
+
+    def process(self, read_BGHd: Tensor, state: ReadState, backend: str = "auto") -> Tensor:
+        """Computes the global tokens from what was read.
 
         The output of the read is normalized, since a mean of noise becomes smaller with the number of tokens.
 
         Args:
             read_BGHd: the merged output of the read.
-            asking: what `ask` returns.
+            state: what `ask` returns.
             backend: of the attention in the blocks.
 
         Returns:
             The global tokens, (B, G, D).
         """
         read_BGD = rms_norm(read_BGHd.flatten(2), self.norm_read.weight, self.dit.eps)
-        x = torch.cat([asking.z + self.read.out(read_BGD), asking.text], 1)
+        x = torch.cat([state.z_BGD + self.read.out(read_BGD), state.text_BLD], 1)
         for block in self.blocks:
             x = block(x, backend)
         return self.norm_out(x[:, : self.config.global_tokens])
 
-    def globals(self, read_BGHd: Tensor, asking: Asking, backend: str = "auto") -> list[Keys]:
-        """Computes the keys and values that chunks attend, from what the global tokens have read; see `process`.
+    def keys_of_layers(self, z_BGD: Tensor) -> list[Keys]:
+        """Computes the keys and values that chunks attend.
+
+        Args:
+            z_BGD: the global tokens, what `process` returns.
 
         Returns:
             Keys and values layer by layer, (B, G, heads of the DiT, head width of the DiT).
         """
-        return self.keys_of_layers(self.process(read_BGHd, asking, backend))
-
-    def keys_of_layers(self, z_BGD: Tensor) -> list[Keys]:
-        """Computes the keys and values that chunks attend from global tokens, layer by layer; see `globals`."""
         found = []
         for linear, norm in zip(self.hand_over, self.norm_k, strict=True):
             k, v = linear(z_BGD).chunk(2, -1)
@@ -215,6 +246,11 @@ class VideoInterfaceNetwork(nn.Module):
             k = rms_norm(k, norm.weight, self.dit.eps)
             found.append(Keys(*(x.unflatten(-1, (self.dit.num_heads, -1)) for x in (k, v))))
         return found
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a VIN's frequencies."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def positions(times: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

@@ -53,16 +53,17 @@ class ParallelChunksForward:
         config = model.config
         self._model, self._vin, self._assigned, self._strategy = model, vin, assigned, strategy
         self._initial_frames = initial_frames
-        self._embeds = send(embeds_BLW, model.device)
         self._text = model.encode_text(embeds_BLW)
         compute = torch.float64 if model.dtype == torch.float64 else torch.float32
         shard = parallel.shard(grid)
         self._rope = RotaryTables(config.head_dim, config.theta, shard, model.device, compute)
         self._across = ChunkExchange(parallel, assigned, grid)
         self._keyframes = assigned.offsets(assigned.keyframes)
-        positions_KS3 = positions(torch.tensor(list(assigned.keyframes), dtype=torch.long), *shard.rows_and_columns())
-        where_KS3 = send(positions_KS3, model.device)
-        self._places = None if vin is None else vin.places(where_KS3, self._embeds, strategy.backend)
+        if vin is not None:
+            keyframes = torch.tensor(list(assigned.keyframes), dtype=torch.long)
+            where_KS3 = send(positions(keyframes, *shard.rows_and_columns()), model.device)
+            self._read_text = vin.text(send(embeds_BLW, model.device))
+            self._positions = vin.position_embeddings(where_KS3, self._read_text, strategy.backend)
         self._cache = ChunkCache(
             config.num_layers,
             len(embeds_BLW),
@@ -111,13 +112,12 @@ class ParallelChunksForward:
 
     def _read(self, held_BFSE: Tensor, timestep: float) -> None:
         assert self._vin is not None, "only a forward with a VIN reads"
-        assert self._places is not None
         vin, backend = self._vin, self._strategy.backend
         timesteps_B = torch.full((len(held_BFSE),), timestep, dtype=torch.float32, device=held_BFSE.device)
-        asking = vin.ask(self._embeds, timesteps_B, backend)
-        keys = vin.keyframes(held_BFSE[:, self._keyframes], self._places, asking)
-        read = self._across.merge_read(attention_parts(vin.queries(asking), keys, backend))
-        self._cache.write_globals(vin.globals(read, asking, backend))
+        state = vin.ask(self._read_text, timesteps_B, backend)
+        keys = vin.keyframes(held_BFSE[:, self._keyframes], self._positions, state)
+        read = self._across.merge_read(attention_parts(vin.queries(state), keys, backend))
+        self._cache.write_globals(vin.keys_of_layers(vin.process(read, state, backend)))
 
     def _pass(self, chunks: Sequence[Chunk], tokens_BFSE: Tensor, times: Sequence[int], timestep: float) -> Tensor:
         def attend(layer: int, projection: Projection) -> Tensor:

@@ -27,7 +27,7 @@ class VINConfig:
         dim: width of a global token.
         heads: attention heads of a block.
         layers: self-attention blocks after the read; one more is before it.
-        place_layers: layers that let the positions of keyframes see the text.
+        position_layers: layers in which the positions of keyframes' tokens attend the text.
 
     Raises:
         ConfigError: a size is below 1, or `heads` does not divide `dim`.
@@ -37,10 +37,10 @@ class VINConfig:
     dim: int
     heads: int
     layers: int
-    place_layers: int = 1
+    position_layers: int
 
     def __post_init__(self) -> None:
-        check_fields(self, ["global_tokens", "dim", "heads", "layers", "place_layers"])
+        check_fields(self, ["global_tokens", "dim", "heads", "layers", "position_layers"])
         if self.dim % self.heads:
             raise ConfigError(f"VINConfig.dim {self.dim} is not divisible by its {self.heads} heads")
 
@@ -91,6 +91,6 @@ class ParallelChunksConfig:
 
 # The paper's sizes. Its chunk has 20 latent frames, at 5 latent frames for 16 pixel frames. Its overlap of 12 pixel
 # frames is therefore 3.75 latent frames, and its keyframe a second, at 16 pixel frames a second, one in 5; t_α = 20 of
-# 50 steps.
-PAPER_VIN = VINConfig(global_tokens=512, dim=4096, heads=32, layers=4)
+# 50 steps. What comes before the read, two layers of positions and a block of text, is not the paper's.
+PAPER_VIN = VINConfig(global_tokens=512, dim=4096, heads=32, layers=4, position_layers=2)
 PAPER_CHUNKS = ParallelChunksConfig(chunk_frames=20, overlap=4, keyframe_every=5, fuse_above=0.4)

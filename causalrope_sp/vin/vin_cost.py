@@ -53,9 +53,32 @@ def parallel_chunks_flops(
     return flops if vin is None else flops + vin_flops(config, vin, grid, len(AssignedChunks(cuts, chunks).keyframes))
 
 
+def video_flops(
+    config: DiTConfig,
+    vin: VINConfig | None,
+    grid: LatentGrid,
+    frames: int,
+    chunks: ParallelChunksConfig,
+    steps: int,
+    initial_frames: int = 0,
+) -> int:
+    """Counts the FLOPs of a video of so many steps; see `parallel_chunks_flops` for the other arguments."""
+    once = 0
+    if vin is not None:
+        keyframes = len(AssignedChunks(cut(frames, chunks), chunks).keyframes)
+        once = vin_flops_once(config, vin, grid, keyframes)
+    return once + steps * parallel_chunks_flops(config, vin, grid, frames, chunks, initial_frames)
+
+
 def vin_flops(config: DiTConfig, vin: VINConfig, grid: LatentGrid, keyframes: int) -> int:
-    """Counts the FLOPs of the VIN in a step: the read over so many keyframes, the blocks, and the keys and values for
-    the DiT's layers; without `places_flops`."""
+    """Counts the FLOPs of the VIN in a step: the read, the blocks, and the keys and values for the DiT's layers.
+
+    Args:
+        config: sizes of the DiT.
+        vin: sizes of the VIN.
+        grid: the latent frame in tokens.
+        keyframes: the keyframes of the video, K.
+    """
     dim, queries, text, frequencies = vin.dim, vin.global_tokens, config.text_len, config.freq_dim
     keys = keyframes * grid.tokens
     time = frequencies * dim + dim * dim
@@ -63,15 +86,22 @@ def vin_flops(config: DiTConfig, vin: VINConfig, grid: LatentGrid, keyframes: in
     read += 2 * queries * dim * dim + 2 * queries * keys * dim  # queries and output; scores and sums
     block = (queries + text) * 12 * dim * dim + 2 * (queries + text) ** 2 * dim
     output = config.num_layers * queries * dim * 2 * config.dim
-    return 2 * (time + read + text * (config.text_dim + dim) * dim + (1 + vin.layers) * block + output)
+    return 2 * (time + read + (1 + vin.layers) * block + output)
 
 
-def places_flops(config: DiTConfig, vin: VINConfig, grid: LatentGrid, keyframes: int) -> int:
-    """Counts the FLOPs of the places of so many keyframes, which a VIN computes once a video."""
+def vin_flops_once(config: DiTConfig, vin: VINConfig, grid: LatentGrid, keyframes: int) -> int:
+    """Counts the FLOPs of the VIN once a video: the embedded text, and the embedded positions, which attend it.
+
+    Args:
+        config: sizes of the DiT.
+        vin: sizes of the VIN.
+        grid: the latent frame in tokens.
+        keyframes: the keyframes of the video, K.
+    """
     dim, keys, text = vin.dim, keyframes * grid.tokens, config.text_len
     embedded = keys * (3 * (dim // 2) + 2 * (dim // 2) * dim + dim * dim) + text * (config.text_dim + dim) * dim
     layer = 2 * text * dim * dim + keys * (2 * text + 10 * dim) * dim  # keys and values; scores, sums and the rest
-    return 2 * (embedded + vin.place_layers * layer)
+    return 2 * (embedded + vin.position_layers * layer)
 
 
 def _dit_flops(config: DiTConfig, grid: LatentGrid, frames: int, pairs: int) -> int:

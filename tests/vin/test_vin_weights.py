@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import sys
@@ -10,6 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import torch
 from safetensors import safe_open
@@ -75,6 +77,23 @@ def test_weights_come_back_and_others_are_refused(tmp_path: Path) -> None:
         load_vin(tmp_path / "vin.safetensors", CONFIG)
 
 
+def test_frequencies_are_not_rounded(tmp_path: Path) -> None:
+    """Far positions of a VIN in bfloat16 are those of one in float32 but for the rounding of what comes after."""
+    _, vin = make_pair(torch.float32)
+    save_vin(vin, CHUNKS, tmp_path / "vin.safetensors")
+    loaded, _ = load_vin(tmp_path / "vin.safetensors", CONFIG, dtype=torch.bfloat16)
+    save_vin(loaded, CHUNKS, tmp_path / "again.safetensors")
+    again, _ = load_vin(tmp_path / "again.safetensors", CONFIG)
+    cast = copy.deepcopy(vin).to(torch.bfloat16)
+    assert cast.dtype == loaded.dtype == torch.bfloat16
+    for other in (loaded, again, cast, copy.deepcopy(vin).double().float()):
+        assert torch.equal(other.frequencies, vin.frequencies)
+    where, embeds = torch.tensor([[[500.0, 1.0, 2.0]]]), random(1, 3, CONFIG.text_dim).float()
+    expected = vin.position_embeddings(where, vin.text(embeds))
+    for other in (loaded, cast):
+        assert relative(other.position_embeddings(where, other.text(embeds)).float(), expected) < 0.02
+
+
 @pytest.mark.parametrize(
     ("said", "message"),
     [
@@ -114,7 +133,7 @@ def with_another_dit() -> None:
         (lambda: ParallelChunksConfig(5, 3, 2), "more than half of a chunk"),
         (lambda: ParallelChunksConfig(5, 0, 2), "overlap must be a whole number of at least 1"),
         (lambda: ParallelChunksConfig(5, 2, 2, 1.5), "fuse_above is a share"),
-        (lambda: VINConfig(8, 10, 3, 1), "not divisible by its 3 heads"),
+        (lambda: VINConfig(8, 10, 3, 1, 1), "not divisible by its 3 heads"),
         (lambda: Job(0).outputs(SequenceParallel.single()), "frames must be at least 1"),
         (
             lambda: Job(5, preview_every=0).outputs(SequenceParallel.single()),
@@ -168,12 +187,12 @@ def test_training_computes_what_the_sampler_does(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_recipe_takes_a_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The VIN's places, its reading, then both networks, from random weights, on noise in place of encoded scenes."""
+    """Positions, then colours, then both networks, from random weights, on noise in place of encoded scenes."""
     monkeypatch.syspath_prepend(ROOT / "examples")
     from toybox_training.latents import Latents, draw_scenes
     from vin_training import loop
     from vin_training.forward import TogetherForcing
-    from vin_training.reading import Covered, computes_places, learn_to_read
+    from vin_training.reading import OF_COLORS, OF_POSITIONS, Options, coverage_of, learn_to_read
 
     from causalrope_sp.toybox import WEIGHTS
     from causalrope_sp.toybox.toybox_text import encode_scene
@@ -185,26 +204,40 @@ def test_the_recipe_takes_a_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     embeds = torch.stack([encode_scene(spec, starts) for spec, starts in zip(specs, places, strict=True)])
     latents = torch.randn(len(specs), 21, 16, 8, 8, generator=torch.Generator().manual_seed(0))
     objects = torch.ones(len(specs), 21, 8, 8, dtype=torch.bool)
-    grid = LatentGrid.from_pixels(64, 64, 8)
-    scenes = Covered.of(Latents(latents, embeds, objects, specs, torch.ones(len(specs))), [(specs, places)], grid.rows)
+    scenes, grid = Latents(latents, embeds, objects, specs, torch.ones(len(specs))), LatentGrid.from_pixels(64, 64, 8)
+    covered = coverage_of([(specs, places)], grid)
     forcing = TogetherForcing(grid, train_vin.CHUNKS, pair, torch.device("cpu"))
-    before = {name: x.clone() for name, x in pair.named_parameters()}
+    options = Options(tmp_path, {17: 1.0}, 2, 1e-3)
 
-    def changed() -> set[str]:
+    def parameters() -> dict[str, torch.Tensor]:
+        return {name: x.clone() for name, x in pair.named_parameters()}
+
+    def changed(before: dict[str, torch.Tensor]) -> set[str]:
         return {name for name, x in pair.named_parameters() if not torch.equal(x, before[name])}
 
-    learn_to_read(tmp_path, pair.reader, scenes, scenes, forcing, {17: 1.0}, 2, 1e-4, 1e-3)
-    assert {name.split(".")[0] for name in changed()} == {"vin", "heads"}, "the DiT does not learn"
-    assert {name for name, _ in pair.named_parameters() if computes_places(name)} <= changed()
-    assert not any("hand_over" in name for name in changed()), "nor how it takes global tokens"
-    assert json.loads((tmp_path / "places.jsonl").read_text())["explained"] < 1
-    assert 0 <= json.loads((tmp_path / "colors.jsonl").read_text())["named_0.8"] <= 1
+    def learn(minutes: float) -> set[str]:
+        before = parameters()
+        learn_to_read(pair.reader, scenes, covered, scenes, covered, forcing, options, minutes)
+        return changed(before)
 
-    before = {name: x.clone() for name, x in pair.named_parameters()}
+    with pytest.raises(click.UsageError, match="--reading-minutes: expected more than 0"):
+        learn(0)
+    of_both = learn(1e-4)
+    assert of_both <= {name for name, _ in pair.named_parameters() if name.startswith((*OF_POSITIONS, *OF_COLORS))}
+    assert {name for name, _ in pair.named_parameters() if name.startswith(OF_POSITIONS)} <= of_both
+    assert {"vin.z_init", "probes.colors.weight"} <= of_both
+    assert json.loads((tmp_path / "positions.jsonl").read_text())["r2"] < 0.5, "next to nothing is learned in a step"
+    assert {"accuracy_0.8", "accuracy_0.9", "accuracy_0.95"} <= set(json.loads((tmp_path / "colors.jsonl").read_text()))
+    of_colors = learn(1e-4)
+    assert "vin.z_init" in of_colors
+    assert not any(name.startswith(OF_POSITIONS) for name in of_colors), "a stage that is over stays so"
+    assert not learn(0), "what has learned to read is loaded"
+
+    before = parameters()
     with torch.compiler.set_stance("force_eager"):
-        trained = train_vin.train(tmp_path, pair, scenes.latents, scenes, forcing, 2, 1e-4, 1e-3)
-    assert any(name.startswith("dit.") for name in changed())
-    assert not any(computes_places(name) for name in changed()), "places stay"
+        trained = train_vin.train(pair, scenes, scenes, forcing, options, 1e-4)
+    assert any(name.startswith("dit.") for name in changed(before))
+    assert not any(name.startswith(OF_POSITIONS) for name in changed(before))
     assert all(x.isfinite().all() for x in trained.parameters())
     assert (tmp_path / "vin.pt").is_file()
     logged = json.loads((tmp_path / "vin.jsonl").read_text())
@@ -212,55 +245,54 @@ def test_the_recipe_takes_a_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert len({0, *(logged[f"held_out_{what}"] for what in ("first", "second", "open"))}) == 4
 
 
-def test_naming_is_judged_by_what_the_whole_text_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_colors_are_judged_by_what_the_whole_text_says(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of two scenes with three objects in all, a perfect reader errs in none; a reader of one colour in the others."""
     monkeypatch.syspath_prepend(ROOT / "examples")
-    from vin_training.reading import Heads
+    from vin_training.reading import Probes
 
     from causalrope_sp.toybox.prompts import BACKGROUNDS, COLORS, parse_prompt
     from causalrope_sp.toybox.toybox_text import encode_scene
 
     prompts = ("a red circle bounces and a blue square slides right", "a red circle bounces")
     embeds = torch.stack([encode_scene(parse_prompt(prompt), torch.full((6,), 0.5)) for prompt in prompts])
-    heads = Heads(8)
+    probes = Probes(8, 4)
     with torch.no_grad():
-        for linear in (heads.colors, heads.backgrounds):
+        for linear in (probes.colors, probes.backgrounds):
             linear.weight.copy_(20 * torch.eye(len(linear.weight), 8))
             linear.bias.zero_()
     backgrounds = [parse_prompt(prompt).background for prompt in prompts]
     red, blue = (list(COLORS).index(color) for color in ("red", "blue"))
     ground = [list(BACKGROUNDS).index(background) for background in backgrounds]
     z = torch.nn.functional.one_hot(torch.tensor([[red, blue, ground[0]], [red, red, ground[1]]]), 8).float()
-    assert heads.named(z, embeds) == 1
-    assert heads.names_loss(z, embeds) < 1e-6
+    assert probes.color_accuracy(z, embeds) == 1
+    assert probes.color_loss(z, embeds) < 1e-6
     z[0, 1] = z[0, 0]
-    assert heads.named(z, embeds) == pytest.approx(2 / 3)
-    assert heads.names_loss(z, embeds) > 6
+    assert probes.color_accuracy(z, embeds) == pytest.approx(2 / 3)
+    assert probes.color_loss(z, embeds) > 6
 
 
-def test_covers_are_where_the_objects_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The mean picture of each latent frame's tokens is the mean of the colours that cover it."""
+def test_coverage_is_where_the_objects_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mean colour of each latent pixel is that of what covers it; a square of toybox's size covers its area."""
     monkeypatch.syspath_prepend(ROOT / "examples")
-    from toybox_training.latents import Latents, draw_scenes
-    from vin_training.reading import Covered
+    from toybox_training.latents import draw_scenes
+    from vin_training.reading import coverage_of
 
-    from causalrope_sp.toybox.prompts import BACKGROUNDS, COLORS
+    from causalrope_sp.toybox.prompts import BACKGROUNDS, COLORS, parse_prompt
     from causalrope_sp.toybox.scenes import render
 
+    grid = LatentGrid.from_pixels(64, 64, 8)
     specs, places = draw_scenes(0)
-    nothing = torch.zeros(len(specs), 21, 1)
-    covered = Covered.of(Latents(nothing, nothing, nothing, specs, torch.ones(len(specs))), [(specs, places)], 4)
-    frames = [0, 7, 20, 36, 52]  # those after the twentieth are of the same moments as 20
-    shown = torch.nn.functional.avg_pool2d(
-        render(specs, places, torch.arange(81), 32).transpose(1, 2).flatten(0, 1), 8
-    ).unflatten(0, (len(specs), 81))
+    covered = coverage_of([(specs, places)], grid).float()
+    pictures = render(specs, places, torch.arange(81), 32).transpose(1, 2).flatten(0, 1)
+    shown = torch.nn.functional.avg_pool2d(pictures, 4).unflatten(0, (len(specs), 81))
     for number, spec in enumerate(specs):
-        shares = covered.covers(torch.tensor([number]), frames)[0].unflatten(0, (len(frames), 16))
+        shares = covered[number].unflatten(-1, (2, 4))[:, :, : len(spec.objects)]
         behind = torch.tensor(BACKGROUNDS[spec.background]) / 255
         colors = torch.stack([torch.tensor(COLORS[o.color]) / 255 for o in spec.objects])
-        shares = shares[..., : len(spec.objects)]
-        expected = (1 - shares.sum(-1, keepdim=True)) * behind + shares @ colors
-        for frame, tokens in zip((0, 7, 20, 20, 20), expected, strict=True):
+        expected = behind + torch.einsum("fsop,oc->fspc", shares, colors - behind)
+        for frame in (0, 7, 20):
             pixel_frames = slice(0, 1) if frame == 0 else slice(4 * frame - 3, 4 * frame + 1)
-            picture = shown[number, pixel_frames].mean(0).flatten(1).T
-            assert (tokens - picture).abs().max() < 2e-3, "half precision"
+            picture = grid.patchify(shown[number, pixel_frames].mean(0)[None, None])[0, 0]  # a token's channels, pixels
+            assert (expected[frame] - picture.unflatten(-1, (3, 4)).mT).abs().max() < 2e-3, "half precision"
+    square = coverage_of([([parse_prompt("a medium red square stays still")], torch.full((1, 6), 0.5))], grid)
+    assert square[0, 9].float().mean().item() * 2 == pytest.approx((2 * 0.92 * 17 / 128) ** 2, rel=0.03)
