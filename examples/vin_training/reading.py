@@ -40,8 +40,10 @@ from .loop import Loss, Measure, Report, learn
 OBJECTS = PLACE_VARIABLES // 3
 SEED = 71_000_000
 OF_POSITIONS = ("vin.frequencies", "vin.embed_position", "vin.embed_text", "vin.position_blocks", "probes.coverage")
-OF_COLORS = ("vin.z_init", "vin.embed_token", "vin.embed_time", "vin.ask_block", "vin.norm_tokens", "vin.norm_z")
-OF_COLORS += ("vin.read", "vin.norm_read", "vin.blocks", "vin.norm_out", "probes.colors", "probes.backgrounds")
+OF_COLORS = (
+    *("vin.z_init", "vin.embed_token", "vin.embed_time", "vin.ask_block", "vin.norm_tokens", "vin.norm_z", "vin.read"),
+    *("vin.norm_read", "vin.blocks", "vin.norm_out", "probes.colors", "probes.backgrounds"),
+)
 POSITIONS_SHARE = 0.4  # of the time
 TEXTS, TIMES = 4, 10  # a step of the first stage has so many texts for each video of later steps, at so many times
 OPEN_SHARE = 0.8  # of videos whose text does not name colours
