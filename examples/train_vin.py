@@ -13,7 +13,8 @@ on one chunk of each of many videos of 64 to 512 pixel frames, the same chunk in
 Scenes are encoded first, in half an hour of a core for 24576 of them, 1.1 GB, and kept in --out, with the logs and a
 checkpoint of each stage from which the next call with the same --out goes on: it counts its minutes anew, and its
 learning rate rises again before it falls. Training takes hours on a CPU. At the end the folder weights in --out is a
-model that `generate` opens. The shipped weights were made in several such calls: benchmarks/LOG.md, "toybox-vin".
+model that `generate` opens. The shipped weights were made by drafts of this recipe, in several stretches:
+benchmarks/LOG.md, "toybox-vin reads".
 """
 
 from __future__ import annotations
@@ -41,15 +42,18 @@ from vin_training.forward import Batch, Pair, TogetherForcing
 from vin_training.loop import Report, learn
 from vin_training.reading import (
     OF_POSITIONS,
+    POSITIONS_SHARE,
     Options,
     Probes,
     Reader,
     by_muon,
     color_accuracy,
     coverage_of,
-    learn_to_read,
+    learn_colors,
+    learn_positions,
 )
 
+from causalrope_sp import CheckpointError
 from causalrope_sp.codec import load_codec
 from causalrope_sp.codec.wan_vae import WanCodec
 from causalrope_sp.grid import LatentGrid
@@ -215,7 +219,7 @@ def measured(forcing: TogetherForcing, pair: Pair, scenes: Latents, name: str) -
     show_default=True,
     type=click.FloatRange(0),
     callback=finite,
-    help="How long the VIN learns to read before, alone, unless both have begun to learn; 0 when it can read.",
+    help="How long the VIN first learns to read, alone; a stage that another has followed in --out is over.",
 )
 @click.option(
     "--rate",
@@ -240,9 +244,14 @@ def main(
     on, size = device_of(device), 64
     join_processes(on)
     check_count("--scenes", count)
+    if not (reading_minutes or (out / "vin.pt").exists() or (out / "colors.pt").exists()):
+        raise click.UsageError(f"--reading-minutes: expected more than 0: {out} has no VIN that can read")
     weights = out / "weights"
     weights.mkdir(parents=True, exist_ok=True)
-    pair = new_pair(dit or toybox / "toybox.safetensors").to(on)
+    try:
+        pair = new_pair(dit or toybox / "toybox.safetensors").to(on)
+    except CheckpointError as error:
+        raise click.UsageError(str(error)) from error
     wan = load_codec(toybox / "codec", "wan", on)
     assert isinstance(wan, WanCodec)
     codec = wan.vae.float()
@@ -251,9 +260,13 @@ def main(
     held_out = held_out_scenes(codec, out / "held_out", size).to(on)
     forcing, options = TogetherForcing(grid, CHUNKS, pair, on), Options(out, LENGTHS, videos, rate)
     if not (out / "vin.pt").exists():
-        drawn = (drawn_scenes(count, SCENE_SEED), drawn_scenes(HELD_OUT, HELD_OUT_SEED, share=False))
-        covered, held_out_covered = (coverage_of(scenes, grid).to(on) for scenes in drawn)
-        learn_to_read(pair.reader, scenes, covered, held_out, held_out_covered, forcing, options, reading_minutes)
+        if not (out / "colors.pt").exists():
+            drawn = (drawn_scenes(count, SCENE_SEED), drawn_scenes(HELD_OUT, HELD_OUT_SEED, share=False))
+            covered, held_covered = (coverage_of(each, grid).to(on) for each in drawn)
+            of_positions = POSITIONS_SHARE * reading_minutes
+            learn_positions(pair.reader, scenes, covered, held_out, held_covered, forcing, options, of_positions)
+            reading_minutes -= of_positions
+        learn_colors(pair.reader, scenes, held_out, forcing, options, reading_minutes)
     trained = train(pair, scenes, held_out, forcing, options, minutes).to(torch.bfloat16)
     if rank():
         return

@@ -33,6 +33,8 @@ from causalrope_sp.config import DiTConfig
 from causalrope_sp.models.causal_dit import sinusoid
 from causalrope_sp.vin.vin_config import VINConfig
 
+AT_ONCE = 4096  # positions are embedded at a time, which bounds the memory
+
 
 class Attention(nn.Module):
     """The projections of an attention. Queries and keys are normalized by RMSNorms over all heads, as in the DiT;
@@ -107,7 +109,8 @@ class VideoInterfaceNetwork(nn.Module):
         dim, eps = config.dim, dit.eps
         self.z_init = nn.Parameter(torch.randn(config.global_tokens, dim) / dim**0.5)
         self.embed_token = nn.Linear(dit.token_dim, dim, bias=False)
-        self.frequencies = nn.Parameter(torch.randn(3, dim // 2))  # radians a frame, a row and a column
+        wide = at_least_float32(torch.get_default_dtype())
+        self.frequencies = nn.Parameter(torch.randn(3, dim // 2, dtype=wide))  # radians a frame, a row and a column
         self.embed_position = nn.Sequential(nn.Linear(2 * (dim // 2), dim), nn.SiLU(), nn.Linear(dim, dim))
         self.embed_text = nn.Sequential(nn.Linear(dit.text_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.embed_time = nn.Sequential(nn.Linear(dit.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
@@ -127,8 +130,11 @@ class VideoInterfaceNetwork(nn.Module):
         turn a position 500 latent frames on by a radian."""
         kept = self.frequencies.data
         super()._apply(fn, recurse)
-        if not kept.is_meta:
-            self.frequencies.data = kept.to(self.frequencies.device, at_least_float32(self.frequencies.dtype))
+        wide = at_least_float32(self.frequencies.dtype)
+        if self.frequencies.dtype != wide:
+            self.frequencies.data = kept.to(self.frequencies.device, wide)
+            if self.frequencies.grad is not None:
+                self.frequencies.grad = self.frequencies.grad.to(wide)
         return self
 
     @property
@@ -161,12 +167,15 @@ class VideoInterfaceNetwork(nn.Module):
         Returns:
             (B, K·s, D).
         """
-        angles = positions_KS3.flatten(0, 1).double() @ self.frequencies.double()
-        position = self.embed_position(torch.cat([angles.cos(), angles.sin()], -1).to(self.dtype))
-        embedded = position.expand(len(text_BLD), -1, -1)
-        for block in self.position_blocks:
-            embedded = block(embedded, backend, text_BLD)
-        return embedded
+        found = []
+        for positions_T3 in positions_KS3.flatten(0, 1).split(AT_ONCE):
+            angles = positions_T3.double() @ self.frequencies.double()
+            waves = torch.cat([angles.cos().to(self.dtype), angles.sin().to(self.dtype)], -1)
+            embedded = self.embed_position(waves).expand(len(text_BLD), -1, -1)
+            for block in self.position_blocks:
+                embedded = block(embedded, backend, text_BLD)
+            found.append(embedded)
+        return torch.cat(found, 1)
 
     def ask(self, text_BLD: Tensor, timesteps_B: Tensor, backend: str = "auto") -> ReadState:
         """Lets the learned tokens and the text attend one another, before the read.

@@ -86,6 +86,8 @@ def load_vin(
                 f"{name} {stored.get(name)}, not {x}" for name, x in sizes(dit).items() if stored.get(name) != x
             ]:
                 raise CheckpointError(f"{path}: for another DiT than this one: {'; '.join(wrong)}")
+            if config.layers + config.position_layers > len(file.keys()):
+                raise CheckpointError(f"{path}: holds {len(file.keys())} tensors, too few for its layers: {network}")
             with on_meta():
                 vin = VideoInterfaceNetwork(config, dit)
             _check_shapes(path, vin, {name: file.get_slice(name).get_shape() for name in file.keys()})

@@ -31,7 +31,8 @@ def learn(
 
     Args:
         training: the model and its optimisers.
-        minutes: how long, with 0 not at all; the learning rate is constant for half of it, then falls to a fiftieth.
+        minutes: how long, at least one step, and with 0 not at all; the learning rate is constant for half of it, then
+            falls to a fiftieth.
         seed: of the draws.
         device: where the model is.
         loss_of: returns the loss of a step, given the model, the draws and the share of the time that is over, and what
@@ -41,8 +42,13 @@ def learn(
     Returns:
         The averaged model.
     """
-    started = time.monotonic()
-    while minutes and (elapsed := agreed((time.monotonic() - started) / (60 * minutes), device)) < 1:
+    if training.step == 0:
+        training.save()  # the stage before is over
+    started, began = time.monotonic(), training.step
+    while minutes:
+        elapsed = agreed((time.monotonic() - started) / (60 * minutes), device)
+        if elapsed >= 1 and training.step > began:
+            break
         draws = Draws.seeded(seed + processes() * training.step + rank(), device)
         loss, report = loss_of(training.model, draws, elapsed)
         if (training.step + 1) % MEASURED_EVERY == 0 and rank() == 0:

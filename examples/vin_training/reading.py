@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import click
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -105,7 +104,7 @@ def by_muon(name: str, parameter: nn.Parameter) -> bool:
 
 
 def coverage_of(drawn: list[tuple[list[SceneSpec], Tensor]], grid: LatentGrid) -> Tensor:
-    """How much of each latent pixel each object of some scenes covers and shows, half precision, (N, F, S, O·P); the
+    """How much of each latent pixel each object of some scenes covers and shows, half precision, (N, F, S, P·O); the
     latents are square."""
     found = []
     for specs, places in drawn:
@@ -121,7 +120,7 @@ def coverage_of(drawn: list[tuple[list[SceneSpec], Tensor]], grid: LatentGrid) -
     return torch.stack(found)
 
 
-def learn_to_read(
+def learn_positions(
     reader: Reader,
     scenes: Latents,
     coverage_NFSO: Tensor,
@@ -131,14 +130,9 @@ def learn_to_read(
     options: Options,
     minutes: float,
 ) -> None:
-    """Trains a VIN alone for so many minutes, or loads it, with 0 minutes. A stage that another has followed is over.
-    The reader keeps the averaged weights.
+    """Trains what embeds positions and texts for so many minutes. The reader keeps the averaged weights."""
 
-    Raises:
-        click.UsageError: there are 0 minutes, and no VIN that has learned to read.
-    """
-
-    def positions_loss(model: Reader, draws: Draws, _: float) -> tuple[Tensor, Report]:
+    def loss(model: Reader, draws: Draws, _: float) -> tuple[Tensor, Report]:
         pick = scenes.draw(TEXTS * options.videos, draws.choices).to(forcing.device)
         frames = [draws.below(max(options.lengths)) for _ in range(TIMES)]
         embeds = _opened(scenes.embeds[pick], draws.which(OPEN_SHARE, len(pick)))
@@ -146,7 +140,17 @@ def learn_to_read(
         truth = _at(coverage_NFSO, pick, frames)
         return functional.binary_cross_entropy_with_logits(said, truth), {}
 
-    def colors_loss(model: Reader, draws: Draws, _: float) -> tuple[Tensor, Report]:
+    measure = partial(_coverage_r2, forcing, held_out, held_out_coverage)
+    _learn(reader, "positions", OF_POSITIONS, loss, measure, forcing, options, minutes)
+
+
+def learn_colors(
+    reader: Reader, scenes: Latents, held_out: Latents, forcing: TogetherForcing, options: Options, minutes: float
+) -> None:
+    """Trains the rest of what reads for so many minutes, or loads it, with 0 minutes. The reader keeps the averaged
+    weights."""
+
+    def loss(model: Reader, draws: Draws, _: float) -> tuple[Tensor, Report]:
         frames, videos = options.draw_length(draws), options.videos
         times = draws.uniform(videos)
         times = torch.where(draws.which(0.5, videos), HIGH_NOISE + (1 - HIGH_NOISE) * draws.uniform(videos), times)
@@ -154,21 +158,25 @@ def learn_to_read(
         z, whole = _read(model, forcing, scenes, pick, frames, times, is_open, draws)
         return model.probes.color_loss(z, whole), {"accuracy": model.probes.color_accuracy(z, whole)}
 
-    def stage(name: str, learned: Sequence[str], loss: Loss, measure: Measure, minutes: float) -> None:
-        for of, parameter in reader.named_parameters():
-            parameter.requires_grad_(of.startswith(tuple(learned)))
-        training = Training(reader, options.out / f"{name}.pt", options.rate, by_muon, average=0.997)
-        averaged = learn(training, minutes, SEED, forcing.device, loss, measure)
-        reader.load_state_dict(averaged.state_dict())
+    measure = partial(color_accuracy, forcing, held_out)
+    _learn(reader, "colors", OF_COLORS, loss, measure, forcing, options, minutes)
 
-    followed = (options.out / "colors.pt").exists()
-    if not (minutes or followed):
-        raise click.UsageError(f"--reading-minutes: expected more than 0: {options.out} has no VIN that can read")
-    if not followed:
-        r2 = partial(_coverage_r2, forcing, held_out, held_out_coverage)
-        stage("positions", OF_POSITIONS, positions_loss, r2, POSITIONS_SHARE * minutes)
-        minutes *= 1 - POSITIONS_SHARE
-    stage("colors", OF_COLORS, colors_loss, partial(color_accuracy, forcing, held_out), minutes)
+
+def _learn(
+    reader: Reader,
+    name: str,
+    learned: Sequence[str],
+    loss: Loss[Reader],
+    measure: Measure[Reader],
+    forcing: TogetherForcing,
+    options: Options,
+    minutes: float,
+) -> None:
+    for of, parameter in reader.named_parameters():
+        parameter.requires_grad_(of.startswith(tuple(learned)))
+    training = Training(reader, options.out / f"{name}.pt", options.rate, by_muon, average=0.997)
+    averaged = learn(training, minutes, SEED, forcing.device, loss, measure)
+    reader.load_state_dict(averaged.state_dict())
 
 
 @torch.no_grad()
@@ -193,14 +201,14 @@ def _coverage_r2(forcing: TogetherForcing, held_out: Latents, coverage_NFSO: Ten
 
 
 def _coverage_logits(forcing: TogetherForcing, reader: Reader, embeds: Tensor, times: Sequence[int]) -> Tensor:
-    """What a VIN's position embeddings say of coverage at these global time indices, (B, len(times)·S, O·P)."""
+    """What a VIN's position embeddings say of coverage at these global time indices, (B, len(times)·S, P·O)."""
     with in_bfloat16(forcing.device):
         found = forcing.position_embeddings(reader.vin, reader.vin.text(embeds), times)
         return reader.probes.coverage(found).float()
 
 
 def _at(coverage_NFSO: Tensor, picked: Tensor, frames: Sequence[int]) -> Tensor:
-    """The coverage of some scenes at some latent frames, float32, (B, len(frames)·S, O·P)."""
+    """The coverage of some scenes at some latent frames, float32, (B, len(frames)·S, P·O)."""
     device = coverage_NFSO.device
     return coverage_NFSO[picked.to(device).unsqueeze(1), encoded_frames(frames, device)].flatten(1, 2).float()
 

@@ -311,3 +311,11 @@ def test_values_of_the_read_know_no_positions_and_its_size_does_not_matter() -> 
         assert not torch.allclose(vin.queries(state), vin.queries(other_state))
     read = random(1, VIN.global_tokens, VIN.heads, VIN.dim // VIN.heads)
     assert relative(vin.process(read, state), vin.process(100 * read, state)) < 1e-4
+
+
+def test_positions_are_embedded_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, vin = make_pair()
+    where, text = random(3, 7, 3, seed=2), vin.text(random(2, 3, CONFIG.text_dim))
+    expected = vin.position_embeddings(where, text)
+    monkeypatch.setattr("causalrope_sp.vin.network.AT_ONCE", 4)
+    assert relative(vin.position_embeddings(where, text), expected) < 1e-12
