@@ -294,5 +294,5 @@ def test_coverage_is_where_the_objects_are_shown(monkeypatch: pytest.MonkeyPatch
             pixel_frames = slice(0, 1) if frame == 0 else slice(4 * frame - 3, 4 * frame + 1)
             picture = grid.patchify(shown[number, pixel_frames].mean(0)[None, None])[0, 0]  # a token's pixels, channels
             assert (expected[frame] - picture.unflatten(-1, (4, 3))).abs().max() < 2e-3, "half precision"
-    square = coverage_of([([parse_prompt("a medium red square stays still")], torch.full((1, 6), 0.5))], grid)
+    square = coverage_of([([parse_prompt("a red square stays still")], torch.full((1, 6), 0.5))], grid)
     assert square[0, 9].float().mean().item() * 2 == pytest.approx((2 * 0.92 * 17 / 128) ** 2, rel=0.03)
