@@ -91,7 +91,8 @@ def test_the_shipped_weights_are_small_and_in_bfloat16() -> None:
     assert sum(file.stat().st_size for file in files) <= 16 * 2**20
     for path in files:
         with safe_open(path, "pt") as file:
-            assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"BF16"}
+            wide = {name for name in file.keys() if file.get_slice(name).get_dtype() != "BF16"}
+            assert wide == ({"frequencies"} if path.stem == "toybox-vin" else set())
     assert json.loads((WEIGHTS / "toybox-vin.json").read_text())["vin"] == files[0].name
 
 
