@@ -14,7 +14,7 @@ Scenes are encoded first, in half an hour of a core for 24576 of them, 1.1 GB, a
 checkpoint of each stage from which the next call with the same --out goes on: it counts its minutes anew, and its
 learning rate rises again before it falls. Training takes hours on a CPU. At the end the folder weights in --out is a
 model that `generate` opens. The shipped weights were made by drafts of this recipe, in several stretches:
-benchmarks/LOG.md, "toybox-vin reads".
+benchmarks/LOG.md, "toybox-vin reads where objects are, then their colours".
 """
 
 from __future__ import annotations
@@ -211,7 +211,7 @@ def measured(forcing: TogetherForcing, pair: Pair, scenes: Latents, name: str) -
     show_default=True,
     type=click.FloatRange(0, min_open=True),
     callback=finite,
-    help="How long this run trains, compilation included.",
+    help="How long both train in this run, compilation included; a step that has begun is finished.",
 )
 @click.option(
     "--reading-minutes",
