@@ -61,8 +61,8 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and a feed-forward of four times the width, each after a LayerNorm. Without a text it is
-    self-attention; a text gives the keys and values as it is."""
+    """Attention and a feed-forward of four times the width, each after a LayerNorm. It is self-attention unless the
+    keys and values of something else are given."""
 
     def __init__(self, config: VINConfig, eps: float) -> None:
         super().__init__()
@@ -72,10 +72,10 @@ class Block(nn.Module):
         self.up = nn.Linear(config.dim, 4 * config.dim)
         self.down = nn.Linear(4 * config.dim, config.dim)
 
-    def forward(self, x_BTD: Tensor, backend: str, text_BLD: Tensor | None = None) -> Tensor:
+    def forward(self, x_BTD: Tensor, backend: str, keys: Keys | None = None) -> Tensor:
         normed = self.norm_1(x_BTD)
-        attended = normed if text_BLD is None else text_BLD
-        found = attention(self.attention.queries(normed), self.attention.keys(attended, attended), backend)
+        keys = self.attention.keys(normed, normed) if keys is None else keys
+        found = attention(self.attention.queries(normed), keys, backend)
         x_BTD = x_BTD + self.attention.out(found.flatten(2))
         return x_BTD + self.down(linear_gelu(self.norm_2(x_BTD), self.up.weight, self.up.bias))
 
@@ -126,8 +126,8 @@ class VideoInterfaceNetwork(nn.Module):
         self.norm_k = nn.ModuleList(nn.RMSNorm(dit.dim, eps) for _ in range(dit.num_layers))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VideoInterfaceNetwork:
-        """Moves and casts, but keeps the frequencies in float32 or wider: rounded to bfloat16 they would
-        turn a position 500 latent frames on by a radian."""
+        """Moves and casts, but keeps the frequencies in float32 or wider: in bfloat16 a position 500 latent frames on
+        would be off by most of a radian."""
         kept = self.frequencies.data
         super()._apply(fn, recurse)
         wide = at_least_float32(self.frequencies.dtype)
@@ -167,13 +167,16 @@ class VideoInterfaceNetwork(nn.Module):
         Returns:
             (B, K·s, D).
         """
-        found = []
+        keys, found = list[Keys](), list[Tensor]()
+        for block in self.position_blocks:
+            assert isinstance(block, Block)
+            keys.append(block.attention.keys(text_BLD, text_BLD))
         for positions_T3 in positions_KS3.flatten(0, 1).split(AT_ONCE):
             angles = positions_T3.double() @ self.frequencies.double()
             waves = torch.cat([angles.cos().to(self.dtype), angles.sin().to(self.dtype)], -1)
             embedded = self.embed_position(waves).expand(len(text_BLD), -1, -1)
-            for block in self.position_blocks:
-                embedded = block(embedded, backend, text_BLD)
+            for block, of_text in zip(self.position_blocks, keys, strict=True):
+                embedded = block(embedded, backend, of_text)
             found.append(embedded)
         return torch.cat(found, 1)
 

@@ -50,7 +50,7 @@ def parallel_chunks_flops(
     global_tokens = 0 if vin is None else vin.global_tokens
     pairs = sum(c.frames * tokens * (global_tokens + (initial_frames + c.frames) * tokens) for c in cuts)
     flops = _dit_flops(config, grid, sum(c.frames for c in cuts), pairs)
-    return flops if vin is None else flops + vin_flops(config, vin, grid, len(AssignedChunks(cuts, chunks).keyframes))
+    return flops if vin is None else flops + vin_flops(config, vin, grid, _keyframes(frames, chunks))
 
 
 def video_flops(
@@ -63,10 +63,7 @@ def video_flops(
     initial_frames: int = 0,
 ) -> int:
     """Counts the FLOPs of a video of so many steps; see `parallel_chunks_flops` for the other arguments."""
-    once = 0
-    if vin is not None:
-        keyframes = len(AssignedChunks(cut(frames, chunks), chunks).keyframes)
-        once = vin_flops_once(config, vin, grid, keyframes)
+    once = 0 if vin is None else vin_flops_once(config, vin, grid, _keyframes(frames, chunks))
     return once + steps * parallel_chunks_flops(config, vin, grid, frames, chunks, initial_frames)
 
 
@@ -102,6 +99,10 @@ def vin_flops_once(config: DiTConfig, vin: VINConfig, grid: LatentGrid, keyframe
     embedded = keys * (3 * (dim // 2) + 2 * (dim // 2) * dim + dim * dim) + text * (config.text_dim + dim) * dim
     layer = 2 * text * dim * dim + keys * (2 * text + 10 * dim) * dim  # keys and values; scores, sums and the rest
     return 2 * (embedded + vin.position_layers * layer)
+
+
+def _keyframes(frames: int, chunks: ParallelChunksConfig) -> int:
+    return len(AssignedChunks(cut(frames, chunks), chunks).keyframes)
 
 
 def _dit_flops(config: DiTConfig, grid: LatentGrid, frames: int, pairs: int) -> int:
