@@ -46,6 +46,7 @@ CHANGE_SEED = 77_000_000
 PATCH = 16  # pixels of a token's side: a patch of 2 of the codec's stride of 8
 matplotlib.use("Agg")
 
+MEASURED = {"codec": "PSNR, dB", "decoder": "mean absolute error", "dit": "mean square error of the velocity"}
 FLOW_SAMPLER = SamplerConfig(steps=tuple(62.5 * n for n in range(16, 0, -1)), shift=1.0, solver="euler")
 
 
@@ -204,8 +205,7 @@ def plot(out: Path) -> None:
             axis.plot(
                 [line["step"] for line in seen], [line[name] for line in seen], label=name.replace("_", " "), marker="."
             )
-        measured = "PSNR, dB" if stage != "dit" else "mean square error of the velocity"
-        axis.set(title=stage, xlabel="training step", ylabel=measured)
+        axis.set(title=stage, xlabel="training step", ylabel=MEASURED[stage])
         axis.legend(fontsize=7)
     figure.savefig(out / "curves.png", dpi=110)
 

@@ -98,8 +98,10 @@ def tune_decoder(path: Path, codec: WanVae, size: int, minutes: float, lr: float
     `path`, its minutes counted anew. Returns the averaged codec.
 
     It learns rendered scenes from their latents and, in half of the steps if there are any, from latents that a DiT
-    made of them, which are less sharp. Half of the loss is taken over objects and their outlines alone, where shapes
-    are told apart: over the whole picture the corners of a small square are a thousandth of the error.
+    made of them, which are less sharp. The loss is the absolute error. Where an outline may lie on either side of a
+    pixel, its best guess is one of the two colours; that of the squared error is their mix, a third colour. Half of the
+    loss is taken over objects and their outlines alone, where shapes are told apart: over the whole picture the corners
+    of a small square are a thousandth of the error.
     """
     codec.requires_grad_(False)
     for module in (codec.decoder, codec.post_quant_conv):
@@ -110,13 +112,10 @@ def tune_decoder(path: Path, codec: WanVae, size: int, minutes: float, lr: float
     while (progress := agreed((time.monotonic() - begun) / (60 * minutes), device)) < 1:
         generator = torch.Generator().manual_seed(DECODER_SEED + processes() * training.step + rank())
         learn = _from_truth if made is None or training.step % 2 else partial(_from_made, made=made)
-        mse, on_objects, name = learn(training.model, size, training.step, generator)
+        error, on_objects, name = learn(training.model, size, training.step, generator)
         fall = max(0.01, min(1, (1 - progress) / 0.7))
-        report = {
-            f"{name}_db": _decibels(mse),
-            f"{name}_objects_db": _decibels(on_objects),
-        }
-        training.update(mse + on_objects, min(1, (training.step - first + 1) / 50) * fall, report)
+        report = {f"{name}_error": error.item(), f"{name}_objects_error": on_objects.item()}
+        training.update(error + on_objects, min(1, (training.step - first + 1) / 50) * fall, report)
     training.save()
     return training.ema
 
@@ -136,11 +135,6 @@ def channel_weights(codec: WanVae, latents: Tensor) -> Tensor:
     return (changes_C / changes_C.mean()).cpu()
 
 
-def _decibels(mse: Tensor) -> float:
-    """The PSNR of pixels in [-1, 1]; that of an error of 0 too, where all made frames have left the truth."""
-    return -10 * math.log10(max(mse.item(), 1e-12) / 4)
-
-
 def _from_truth(codec: WanVae, size: int, step: int, generator: torch.Generator) -> tuple[Tensor, Tensor, str]:
     device = next(codec.parameters()).device
     count, frames = (1, 65) if step % 8 == 7 else (4, 17)
@@ -153,8 +147,8 @@ def _from_truth(codec: WanVae, size: int, step: int, generator: torch.Generator)
         amount = LATENT_NOISE * 2 * torch.rand(count, 1, 1, 1, 1, generator=generator)
         noise = amount * torch.randn(latents.shape, generator=generator)
         back = WanDecoderStream(codec).decode(latents + noise.to(device))
-    mse, on_objects = _errors(back.float(), pixels, scenes)
-    return mse.mean(), on_objects.mean(), "truth"
+    error, on_objects = _errors(back.float(), pixels, scenes)
+    return error.mean(), on_objects.mean(), "truth"
 
 
 def _from_made(
@@ -174,19 +168,19 @@ def _from_made(
             with torch.no_grad():
                 stream.decode(latents[:, :start])
         back = stream.decode(latents[:, start:])
-    mse, on_objects = _errors(back.float(), pixels, scenes)
+    error, on_objects = _errors(back.float(), pixels, scenes)
     weights = (1 - made.strayed_NF[pick, start : start + 5] / DECODER_STRAYED).clamp(min=0).repeat_interleave(4, 1)
-    weights = weights[:, -mse.shape[1] :].to(device)
-    return (mse * weights).mean(), (on_objects * weights).mean(), "made"
+    weights = weights[:, -error.shape[1] :].to(device)
+    return (error * weights).mean(), (on_objects * weights).mean(), "made"
 
 
 def _errors(back: Tensor, pixels: Tensor, scenes: Sequence[SceneSpec]) -> tuple[Tensor, Tensor]:
-    """The squared error of videos (B, T, 3, X, X), frame by frame, over the picture, and over objects and their
-    outlines."""
+    """The absolute error of videos (B, T, 3, X, X) in [-1, 1], frame by frame, over the picture, and over objects and
+    their outlines."""
     behind = torch.tensor([BACKGROUNDS[scene.background] for scene in scenes], device=pixels.device) / 127.5 - 1
     shown = ((pixels - behind[:, None, :, None, None]).abs().amax(2) > 0.02).float()
     near = functional.max_pool2d(shown, 2 * NEAR + 1, 1, NEAR)
-    error = (back - pixels).square().mean(2)
+    error = (back - pixels).abs().mean(2)
     return error.mean((2, 3)), (error * near).sum((2, 3)) / near.sum((2, 3)).clamp(min=1)
 
 
