@@ -27,16 +27,9 @@ import click
 import torch
 from torch import Tensor, nn
 from toybox_training.batches import Draws
+from toybox_training.coverage import CoverageProbe
 from toybox_training.kept import check_count
-from toybox_training.latents import (
-    HELD_OUT,
-    HELD_OUT_SEED,
-    SCENE_SEED,
-    Latents,
-    drawn_scenes,
-    encode_scenes,
-    held_out_scenes,
-)
+from toybox_training.latents import HELD_OUT, SCENE_SEED, Latents, encode_scenes, held_out_scenes
 from toybox_training.training import Training, device_of, finite, join_processes, rank
 from vin_training.forward import Batch, Pair, TogetherForcing
 from vin_training.loop import Report, learn
@@ -48,7 +41,6 @@ from vin_training.reading import (
     Reader,
     by_muon,
     color_accuracy,
-    coverage_of,
     learn_colors,
     learn_positions,
 )
@@ -71,7 +63,7 @@ COLORS_OPEN, PLACES_OPEN = 0.45, 0.1  # the shares of videos whose text does not
 OPEN_NOISE = (0.88, 0.99)  # half of the videos with open colours have a noise level between: there a colour is decided
 AHEAD = 0.6  # the share of videos with open colours of which the VIN reads a less noisy one,
 AHEAD_UNTIL = 0.4  # in this share of the time
-COLORS = 0.2  # how much the loss of colours counts
+COLORS, COVERAGE = 0.2, 2.0  # how much the losses of colours and of coverage count
 NO_GLOBALS = 0.1  # the share of steps without global tokens
 MEASURED_FRAMES, MEASURED_AT = 33, 0.97  # latent frames, and the noise level
 HIGH_NOISE = 0.75  # half of the noise levels are above: there it is decided where objects are and whether chunks agree
@@ -79,11 +71,12 @@ SHIFT = 8.0  # half of the others are shifted towards noise too
 
 
 class ReadingPair(Pair):
-    """A pair, and the probes that tell what its VIN has read."""
+    """A pair, and the probes that tell what its VIN has read and what its DiT knows of where objects are."""
 
     def __init__(self, dit: CausalDiT, vin: VideoInterfaceNetwork) -> None:
         super().__init__(dit, vin)
-        self.probes = Probes(vin.config.dim, math.prod(dit.config.patch_size))
+        pixels = math.prod(dit.config.patch_size)
+        self.probes, self.dit_probe = Probes(vin.config.dim, pixels), CoverageProbe(dit.config.dim, pixels)
 
     @property
     def reader(self) -> Reader:
@@ -103,9 +96,10 @@ def new_pair(dit: Path) -> ReadingPair:
     return pair.train().requires_grad_(True)
 
 
-def draw(scenes: Latents, options: Options, ahead: float, draws: Draws) -> tuple[Batch, Tensor, Tensor]:
+def draw(scenes: Latents, options: Options, ahead: float, draws: Draws) -> tuple[Batch, Tensor, Tensor, Tensor]:
     """Draws videos of one length, each with its own noise level; of those with open colours a share of `ahead` is read
-    with less noise. Returns them, their texts with nothing open, (B, L, W), and whether colours are open, (B,)."""
+    with less noise. Returns them, their numbers, their texts with nothing open, (B, L, W), and whether colours are
+    open, (B,)."""
     videos, pick = options.videos, scenes.draw(options.videos, draws.choices)
     clean, objects = scenes.frames(pick, 0, options.draw_length(draws))
 
@@ -121,7 +115,7 @@ def draw(scenes: Latents, options: Options, ahead: float, draws: Draws) -> tuple
     embeds = whole = scenes.embeds[pick.to(clean.device)]
     for which, opened in ((colors, {"colors": True}), (places, {"places": True})):
         embeds = torch.where(which.view(-1, 1, 1), leave_open(embeds, **opened), embeds)
-    return Batch(clean, objects, embeds, times, read_times), whole, colors
+    return Batch(clean, objects, embeds, times, read_times), pick, whole, colors
 
 
 def train(
@@ -130,10 +124,12 @@ def train(
     """Trains both networks for so many minutes; what embeds positions and texts stays as it is."""
 
     def loss(model: ReadingPair, draws: Draws, elapsed: float) -> tuple[Tensor, Report]:
-        batch, whole, is_open = draw(scenes, options, AHEAD if elapsed < AHEAD_UNTIL else 0, draws)
+        batch, pick, whole, is_open = draw(scenes, options, AHEAD if elapsed < AHEAD_UNTIL else 0, draws)
         chunk, use_z = forcing.chunk(batch.clean.shape[1], draws.choices), not draws.happens(NO_GLOBALS)
         found = forcing.errors(model, batch, chunk, draws.values, use_z=use_z)
-        loss, report = (found.everywhere.mean() + found.on_objects.mean()) / 2, Report()
+        coverage = model.dit_probe.loss(found.hidden, forcing.grid.patchify(scenes.covered(pick, found.frames)))
+        loss = (found.everywhere.mean() + found.on_objects.mean()) / 2 + COVERAGE * coverage
+        report = {"coverage": coverage.item()}
         kind = "objects" if use_z else "objects_without_globals"
         for name, which in ((f"{kind}_open", is_open), (kind, ~is_open)):
             report[name] = found.on_objects[which].mean().item()
@@ -261,10 +257,8 @@ def main(
     forcing, options = TogetherForcing(grid, CHUNKS, pair, on), Options(out, LENGTHS, videos, rate)
     if not (out / "vin.pt").exists():
         if not (out / "colors.pt").exists():
-            drawn = (drawn_scenes(count, SCENE_SEED), drawn_scenes(HELD_OUT, HELD_OUT_SEED, share=False))
-            covered, held_covered = (coverage_of(each, grid).to(on) for each in drawn)
             of_positions = POSITIONS_SHARE * reading_minutes
-            learn_positions(pair.reader, scenes, covered, held_out, held_covered, forcing, options, of_positions)
+            learn_positions(pair.reader, scenes, held_out, forcing, options, of_positions)
             reading_minutes -= of_positions
         learn_colors(pair.reader, scenes, held_out, forcing, options, reading_minutes)
     trained = train(pair, scenes, held_out, forcing, options, minutes).to(torch.bfloat16)

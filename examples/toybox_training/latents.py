@@ -1,6 +1,6 @@
 """The training set: scenes rendered and encoded once, each process its own share.
 
-Shapes: N videos, F latent frames, C channels, X latent width = height, L text tokens, E text width.
+Shapes: N videos, F latent frames, C channels, O = 2 objects, X latent width = height, L text tokens, E text width.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from causalrope_sp.toybox.prompts import BACKGROUNDS, COLORS, MOTIONS, SHAPES, S
 from causalrope_sp.toybox.scenes import PLACE_VARIABLES, random_scene, render, tracks
 from causalrope_sp.toybox.toybox_text import encode_scene
 
+from .coverage import OBJECTS, coverage_of
 from .kept import BATCH, fingerprint, kept, progress
 from .training import processes, rank
 
@@ -44,18 +45,19 @@ VISIBLE = 0.3  # how far a latent must be from the background's to count as part
 @dataclass(frozen=True)
 class Latents:
     """Encoded scenes: latents (N, F, C, X, X) in float16, text embeddings (N, L, E), where objects are (N, F, X, X),
-    and how often a scene is drawn, (N,)."""
+    how much of each latent pixel each covers, (N, F, O, X, X) in float16, and how often a scene is drawn, (N,)."""
 
     latents: Tensor
     embeds: Tensor
     objects: Tensor
+    coverage: Tensor
     scenes: list[SceneSpec]
     share: Tensor
 
     def to(self, device: torch.device) -> Latents:
         """Returns the same scenes with their tensors on a device; `share` stays on the CPU, where scenes are drawn."""
         latents, embeds, objects = (x.to(device) for x in (self.latents, self.embeds, self.objects))
-        return Latents(latents, embeds, objects, self.scenes, self.share)
+        return Latents(latents, embeds, objects, self.coverage.to(device), self.scenes, self.share)
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """Draws the numbers of scenes, on the CPU."""
@@ -64,9 +66,16 @@ class Latents:
     def frames(self, picked: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Latents in float32, and where objects are, of the frames from `start` to before `stop` of the picked scenes.
         Frames after the encoded ones are those of the same moment some periods earlier."""
-        device = self.latents.device
-        chosen = picked.to(device).unsqueeze(1), encoded_frames(range(start, stop), device)
+        chosen = self._chosen(picked, range(start, stop))
         return self.latents[chosen].float(), self.objects[chosen]
+
+    def covered(self, picked: Tensor, frames: Sequence[int]) -> Tensor:
+        """How much objects cover of latent pixels in some frames of the picked scenes, float32, (B, F, O, X, X)."""
+        return self.coverage[self._chosen(picked, frames)].float()
+
+    def _chosen(self, picked: Tensor, frames: Sequence[int]) -> tuple[Tensor, Tensor]:
+        device = self.latents.device
+        return picked.to(device).unsqueeze(1), encoded_frames(frames, device)
 
 
 def encoded_frames(frames: Sequence[int], device: torch.device) -> Tensor:
@@ -78,16 +87,18 @@ def encoded_frames(frames: Sequence[int], device: torch.device) -> Tensor:
 @dataclass(frozen=True)
 class Changes:
     """Scenes before and after a change of their text, at the same places: latents `before` (N, 13, C, X, X) and `after`
-    (N, 16, C, X, X) in float16, and of `after` the text embeddings (N, L, E) and where objects are (N, 16, X, X)."""
+    (N, 16, C, X, X) in float16, and of `after` the text embeddings (N, L, E), where objects are (N, 16, X, X), and how
+    much of each latent pixel each covers, (N, 16, O, X, X) in float16."""
 
     before: Tensor
     after: Tensor
     embeds: Tensor
     objects: Tensor
+    coverage: Tensor
 
     def to(self, device: torch.device) -> Changes:
         """Returns the same scenes on a device."""
-        return Changes(*(x.to(device) for x in (self.before, self.after, self.embeds, self.objects)))
+        return Changes(*(x.to(device) for x in (self.before, self.after, self.embeds, self.objects, self.coverage)))
 
 
 def other_scene(scene: SceneSpec, rng: random.Random) -> SceneSpec:
@@ -119,13 +130,13 @@ def encode_changes(codec: WanVae, path: Path, videos: int, size: int, seed: int)
             after = _encode(codec, scenes, places, 61, size)
             behind = torch.stack([empty[scene.background] for scene in scenes])
             embeds = torch.stack([encode_scene(scene, p) for scene, p in zip(scenes, places, strict=True)])
-            parts.append((before.half(), after.half(), embeds, (after - behind).abs().mean(2) > VISIBLE))
+            objects = (after - behind).abs().mean(2) > VISIBLE
+            parts.append((before.half(), after.half(), embeds, objects, _coverage(scenes, places, 61, after)))
             progress("encoding changes", BATCH * len(parts), BATCH * len(batches))
-        return dict(
-            zip(("before", "after", "embeds", "objects"), map(torch.cat, zip(*parts, strict=True)), strict=True)
-        )
+        names = ("before", "after", "embeds", "objects", "coverage")
+        return dict(zip(names, map(torch.cat, zip(*parts, strict=True)), strict=True))
 
-    return Changes(**kept(path, [videos, size, seed, fingerprint(codec.encoder)], make))
+    return Changes(**kept(path, [videos, size, seed, fingerprint(codec.encoder), OBJECTS], make))  # see encode_scenes
 
 
 def draw_scenes(seed: int) -> tuple[list[SceneSpec], Tensor]:
@@ -140,7 +151,7 @@ def held_out_scenes(codec: WanVae, path: Path, size: int) -> Latents:
     return encode_scenes(codec, path, HELD_OUT, size, HELD_OUT_SEED, share=False)
 
 
-def drawn_scenes(videos: int, seed: int, share: bool = True) -> list[tuple[list[SceneSpec], Tensor]]:
+def _drawn_scenes(videos: int, seed: int, share: bool = True) -> list[tuple[list[SceneSpec], Tensor]]:
     """Draws the batches of a training set, with `share` this process's alone; see `draw_scenes`."""
     batches = range(rank(), videos // BATCH, processes()) if share else range(videos // BATCH)
     return [draw_scenes(seed + batch) for batch in batches]
@@ -150,7 +161,7 @@ def drawn_scenes(videos: int, seed: int, share: bool = True) -> list[tuple[list[
 def encode_scenes(codec: WanVae, path: Path, videos: int, size: int, seed: int, share: bool = True) -> Latents:
     """Renders and encodes `videos` scenes of `PIXEL_FRAMES` frames, with `share` this process's part of them, or reads
     them from `path`; see `kept`."""
-    drawn = drawn_scenes(videos, seed, share)
+    drawn = _drawn_scenes(videos, seed, share)
 
     def make() -> dict[str, Tensor]:
         empty, parts = _backgrounds(codec, size, PIXEL_FRAMES), list[tuple[Tensor, ...]]()
@@ -158,11 +169,14 @@ def encode_scenes(codec: WanVae, path: Path, videos: int, size: int, seed: int, 
             latents = _encode(codec, specs, places, PIXEL_FRAMES, size)
             behind = torch.stack([empty[scene.background] for scene in specs])
             embeds = torch.stack([encode_scene(scene, p) for scene, p in zip(specs, places, strict=True)])
-            parts.append((latents.half(), embeds, (latents - behind).abs().mean(2) > VISIBLE))
+            objects = (latents - behind).abs().mean(2) > VISIBLE
+            parts.append((latents.half(), embeds, objects, _coverage(specs, places, PIXEL_FRAMES, latents)))
             progress(f"encoding {path.name}", BATCH * len(parts), BATCH * len(drawn))
-        return dict(zip(("latents", "embeds", "objects"), map(torch.cat, zip(*parts, strict=True)), strict=True))
+        names = ("latents", "embeds", "objects", "coverage")
+        return dict(zip(names, map(torch.cat, zip(*parts, strict=True)), strict=True))
 
-    found = kept(path, [videos, PIXEL_FRAMES, size, seed, fingerprint(codec.encoder)], make)
+    # OBJECTS tells files with coverage from those of before
+    found = kept(path, [videos, PIXEL_FRAMES, size, seed, fingerprint(codec.encoder), OBJECTS], make)
     often = torch.tensor([_share(*scene) for specs, places in drawn for scene in zip(specs, places, strict=True)])
     return Latents(**found, scenes=[scene for specs, _ in drawn for scene in specs], share=often)
 
@@ -172,6 +186,12 @@ def _encode(codec: WanVae, scenes: list[SceneSpec], places: Tensor, frames: int,
     with next(codec.parameters()).device:
         pixels = render(scenes, places, torch.arange(frames), size).transpose(1, 2) * 2 - 1
     return WanEncoderStream(codec).encode(pixels).cpu()
+
+
+def _coverage(scenes: list[SceneSpec], places: Tensor, frames: int, latents: Tensor) -> Tensor:
+    """What objects cover of the latents that so many pixel frames were encoded to, (N, F, O, X, X)."""
+    described = zip(scenes, places.tolist(), strict=True)
+    return torch.stack([coverage_of(scene, starts, frames, latents.shape[-1]) for scene, starts in described])
 
 
 def _backgrounds(codec: WanVae, size: int, frames: int) -> dict[str, Tensor]:

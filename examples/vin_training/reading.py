@@ -24,19 +24,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from toybox_training.batches import Draws
-from toybox_training.latents import PIXEL_FRAMES, Latents, encoded_frames
+from toybox_training.coverage import OBJECTS, CoverageProbe
+from toybox_training.latents import Latents
 from toybox_training.training import Training
 
-from causalrope_sp.grid import LatentGrid
-from causalrope_sp.toybox.prompts import SceneSpec
-from causalrope_sp.toybox.scenes import PLACE_VARIABLES, coverage
 from causalrope_sp.toybox.toybox_text import BACKGROUND_INDICES, COLOR_INDICES, leave_open
 from causalrope_sp.vin import VideoInterfaceNetwork
 
 from .forward import TogetherForcing, in_bfloat16
 from .loop import Loss, Measure, Report, learn
 
-OBJECTS = PLACE_VARIABLES // 3
 SEED = 71_000_000
 OF_POSITIONS = ("vin.frequencies", "vin.embed_position", "vin.embed_text", "vin.position_blocks", "probes.coverage")
 OF_COLORS = (
@@ -48,7 +45,6 @@ TEXTS, TIMES = 4, 10  # a step of the first stage has so many texts for each vid
 OPEN_SHARE = 0.8  # of videos whose text does not name colours
 HIGH_NOISE = 0.7  # half of the noise levels are above
 MEASURED_AT, MEASURED_FRAMES = (0.8, 0.9, 0.95), 65  # noise levels; latent frames
-PIXELS = 4  # of the width and height of a latent pixel, when its coverage is computed
 
 
 @dataclass(frozen=True)
@@ -71,7 +67,7 @@ class Probes(nn.Module):
 
     def __init__(self, dim: int, pixels: int) -> None:
         super().__init__()
-        self.coverage = nn.Linear(dim, OBJECTS * pixels)
+        self.coverage = CoverageProbe(dim, pixels)
         self.colors = nn.Linear(dim, len(COLOR_INDICES))
         self.backgrounds = nn.Linear(dim, len(BACKGROUND_INDICES))
 
@@ -103,29 +99,10 @@ def by_muon(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim == 2 and any(part in name for part in blocks) and "modulation" not in name
 
 
-def coverage_of(drawn: list[tuple[list[SceneSpec], Tensor]], grid: LatentGrid) -> Tensor:
-    """How much of each latent pixel each object of some scenes covers and shows, half precision, (N, F, S, P·O); the
-    latents are square."""
-    found = []
-    for specs, places in drawn:
-        for spec, starts in zip(specs, places.tolist(), strict=True):
-            size = PIXELS * grid.latent_width
-            shown_OTXX = torch.zeros(OBJECTS, PIXEL_FRAMES, size, size)
-            for number, cover_TXX in enumerate(coverage(spec, starts, torch.arange(PIXEL_FRAMES), size)):
-                shown_OTXX[:number] *= 1 - cover_TXX  # it is in front of those before
-                shown_OTXX[number] = cover_TXX
-            pixels = functional.avg_pool2d(shown_OTXX, PIXELS)
-            later = pixels[:, 1:].unflatten(1, (-1, 4)).mean(2)  # a latent frame after the first is four pixel frames
-            found.append(grid.patchify(torch.cat([pixels[:, :1], later], 1).transpose(0, 1).unsqueeze(0))[0].half())
-    return torch.stack(found)
-
-
 def learn_positions(
     reader: Reader,
     scenes: Latents,
-    coverage_NFSO: Tensor,
     held_out: Latents,
-    held_out_coverage: Tensor,
     forcing: TogetherForcing,
     options: Options,
     minutes: float,
@@ -136,11 +113,10 @@ def learn_positions(
         pick = scenes.draw(TEXTS * options.videos, draws.choices).to(forcing.device)
         frames = [draws.below(max(options.lengths)) for _ in range(TIMES)]
         embeds = _opened(scenes.embeds[pick], draws.which(OPEN_SHARE, len(pick)))
-        said = _coverage_logits(forcing, model, embeds, [1 + frame for frame in frames])
-        truth = _at(coverage_NFSO, pick, frames)
-        return functional.binary_cross_entropy_with_logits(said, truth), {}
+        embedded = _embedded(forcing, model, embeds, [1 + frame for frame in frames])
+        return model.probes.coverage.loss(embedded, _covered(forcing, scenes, pick, frames)), {}
 
-    measure = partial(_coverage_r2, forcing, held_out, held_out_coverage)
+    measure = partial(_coverage_r2, forcing, held_out)
     _learn(reader, "positions", OF_POSITIONS, loss, measure, forcing, options, minutes)
 
 
@@ -192,25 +168,23 @@ def color_accuracy(forcing: TogetherForcing, held_out: Latents, reader: Reader) 
 
 
 @torch.no_grad()
-def _coverage_r2(forcing: TogetherForcing, held_out: Latents, coverage_NFSO: Tensor, reader: Reader) -> Report:
+def _coverage_r2(forcing: TogetherForcing, held_out: Latents, reader: Reader) -> Report:
     """How much of the variance of coverage is explained in scenes which are never learned from, colours open."""
     pick, keyframes = torch.arange(len(held_out.latents)), forcing.keyframes(MEASURED_FRAMES)
-    said = _coverage_logits(forcing, reader, leave_open(held_out.embeds, colors=True), keyframes).sigmoid()
-    truth = _at(coverage_NFSO, pick, [time - 1 for time in keyframes])
-    return {"r2": 1 - ((said - truth).square().mean() / truth.var(correction=0)).item()}
+    embedded = _embedded(forcing, reader, leave_open(held_out.embeds, colors=True), keyframes)
+    truth = _covered(forcing, held_out, pick, [time - 1 for time in keyframes])
+    return {"r2": reader.probes.coverage.r2(embedded, truth)}
 
 
-def _coverage_logits(forcing: TogetherForcing, reader: Reader, embeds: Tensor, times: Sequence[int]) -> Tensor:
-    """What a VIN's position embeddings say of coverage at these global time indices, (B, len(times)·S, P·O)."""
+def _embedded(forcing: TogetherForcing, reader: Reader, embeds: Tensor, times: Sequence[int]) -> Tensor:
+    """A VIN's embeddings of the positions of tokens at these global time indices, float32, (B, len(times)·S, D)."""
     with in_bfloat16(forcing.device):
-        found = forcing.position_embeddings(reader.vin, reader.vin.text(embeds), times)
-        return reader.probes.coverage(found).float()
+        return forcing.position_embeddings(reader.vin, reader.vin.text(embeds), times).float()
 
 
-def _at(coverage_NFSO: Tensor, picked: Tensor, frames: Sequence[int]) -> Tensor:
-    """The coverage of some scenes at some latent frames, float32, (B, len(frames)·S, P·O)."""
-    device = coverage_NFSO.device
-    return coverage_NFSO[picked.to(device).unsqueeze(1), encoded_frames(frames, device)].flatten(1, 2).float()
+def _covered(forcing: TogetherForcing, scenes: Latents, picked: Tensor, frames: Sequence[int]) -> Tensor:
+    """What objects cover in some latent frames of some scenes, (B, len(frames)·S, P·O)."""
+    return forcing.grid.patchify(scenes.covered(picked, frames)).flatten(1, 2)
 
 
 def _read(

@@ -177,7 +177,7 @@ def test_training_computes_what_the_sampler_does(monkeypatch: pytest.MonkeyPatch
     found = vin.keys_of_layers(forcing.read(vin, noisy, noisy, embeds, level))
     parts = [slice(part.start, part.stop) for part in cut(13, chunks)]
     with torch.compiler.set_stance("force_eager"):
-        seen = [forcing.velocity(pair, noisy[:, part], embeds, level, part.start, found) for part in parts]
+        seen = [forcing.velocity(pair, noisy[:, part], embeds, level, part.start, found)[0] for part in parts]
     trained = torch.cat(seen, 1)
     parallel = SequenceParallel.single(device="cpu")
     assigned = AssignedChunks(cut(13, chunks, 1), chunks)
@@ -195,10 +195,11 @@ def test_training_computes_what_the_sampler_does(monkeypatch: pytest.MonkeyPatch
 def test_the_recipe_takes_a_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Positions, then colours, then both networks, from random weights, on noise in place of encoded scenes."""
     monkeypatch.syspath_prepend(ROOT / "examples")
-    from toybox_training.latents import Latents, draw_scenes
+    from toybox_training.coverage import coverage_of
+    from toybox_training.latents import PIXEL_FRAMES, Latents, draw_scenes
     from vin_training import loop
     from vin_training.forward import TogetherForcing
-    from vin_training.reading import OF_COLORS, OF_POSITIONS, Options, coverage_of, learn_colors, learn_positions
+    from vin_training.reading import OF_COLORS, OF_POSITIONS, Options, learn_colors, learn_positions
 
     from causalrope_sp.toybox import WEIGHTS
     from causalrope_sp.toybox.toybox_text import encode_scene
@@ -210,8 +211,10 @@ def test_the_recipe_takes_a_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     embeds = torch.stack([encode_scene(spec, starts) for spec, starts in zip(specs, places, strict=True)])
     latents = torch.randn(len(specs), 21, 16, 8, 8, generator=torch.Generator().manual_seed(0))
     objects = torch.ones(len(specs), 21, 8, 8, dtype=torch.bool)
-    scenes, grid = Latents(latents, embeds, objects, specs, torch.ones(len(specs))), LatentGrid.from_pixels(64, 64, 8)
-    covered = coverage_of([(specs, places)], grid)
+    described = zip(specs, places.tolist(), strict=True)
+    covered = torch.stack([coverage_of(spec, starts, PIXEL_FRAMES, 8) for spec, starts in described])
+    scenes = Latents(latents, embeds, objects, covered, specs, torch.ones(len(specs)))
+    grid = LatentGrid.from_pixels(64, 64, 8)
     forcing = TogetherForcing(grid, train_vin.CHUNKS, pair, torch.device("cpu"))
     options = Options(tmp_path, {17: 1.0}, 2, 1e-3)
 
@@ -222,7 +225,7 @@ def test_the_recipe_takes_a_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         return {name for name, x in pair.named_parameters() if not torch.equal(x, before[name])}
 
     before = parameters()
-    learn_positions(pair.reader, scenes, covered, scenes, covered, forcing, options, 1e-9)
+    learn_positions(pair.reader, scenes, scenes, forcing, options, 1e-9)
     assert changed(before) == {name for name in before if name.startswith(OF_POSITIONS)}
     assert json.loads((tmp_path / "positions.jsonl").read_text())["r2"] < 0.5, "next to nothing is learned in a step"
     before = parameters()
@@ -269,30 +272,3 @@ def test_colors_are_judged_by_what_the_whole_text_says(monkeypatch: pytest.Monke
     z[0, 1] = z[0, 0]
     assert probes.color_accuracy(z, embeds) == pytest.approx(2 / 3)
     assert probes.color_loss(z, embeds) > 6
-
-
-def test_coverage_is_where_the_objects_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The mean colour of each latent pixel is that of what covers it; a square of toybox's size covers its area."""
-    monkeypatch.syspath_prepend(ROOT / "examples")
-    from toybox_training.latents import draw_scenes
-    from vin_training.reading import coverage_of
-
-    from causalrope_sp.toybox.prompts import BACKGROUNDS, COLORS, parse_prompt
-    from causalrope_sp.toybox.scenes import render
-
-    grid = LatentGrid.from_pixels(64, 64, 8)
-    specs, places = draw_scenes(0)
-    covered = coverage_of([(specs, places)], grid).float()
-    pictures = render(specs, places, torch.arange(81), 32).transpose(1, 2).flatten(0, 1)
-    shown = torch.nn.functional.avg_pool2d(pictures, 4).unflatten(0, (len(specs), 81))
-    for number, spec in enumerate(specs):
-        shares = covered[number].unflatten(-1, (4, 2))[..., : len(spec.objects)]
-        behind = torch.tensor(BACKGROUNDS[spec.background]) / 255
-        colors = torch.stack([torch.tensor(COLORS[o.color]) / 255 for o in spec.objects])
-        expected = behind + torch.einsum("fspo,oc->fspc", shares, colors - behind)
-        for frame in (0, 7, 20):
-            pixel_frames = slice(0, 1) if frame == 0 else slice(4 * frame - 3, 4 * frame + 1)
-            picture = grid.patchify(shown[number, pixel_frames].mean(0)[None, None])[0, 0]  # a token's pixels, channels
-            assert (expected[frame] - picture.unflatten(-1, (4, 3))).abs().max() < 2e-3, "half precision"
-    square = coverage_of([([parse_prompt("a red square stays still")], torch.full((1, 6), 0.5))], grid)
-    assert square[0, 9].float().mean().item() * 2 == pytest.approx((2 * 0.92 * 17 / 128) ** 2, rel=0.03)

@@ -1,0 +1,61 @@
+"""How much of each latent pixel each object of a scene covers, and the probe by which a network learns it.
+
+What a network draws tells it only slowly where objects are. A linear layer on its tokens, a probe, that has to tell the
+coverage makes it learn that within minutes. Probes do not ship.
+
+Shapes: B videos, F latent frames, O = 2 objects, X latent width and height, S tokens a frame, P latent pixels of a
+token, D width of the network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from causalrope_sp.toybox.prompts import SceneSpec
+from causalrope_sp.toybox.scenes import PLACE_VARIABLES, coverage
+
+OBJECTS = PLACE_VARIABLES // 3
+PIXELS = 4  # of the width and height of a latent pixel, when its coverage is computed
+
+
+def coverage_of(scene: SceneSpec, starts: Sequence[float], pixel_frames: int, latent_size: int) -> Tensor:
+    """Computes how much of each latent pixel each object covers and shows.
+
+    Args:
+        scene: the scene.
+        starts: its six uniform numbers.
+        pixel_frames: 1 + 4n.
+        latent_size: X.
+
+    Returns:
+        Shares from 0 to 1, half precision, (F, O, X, X); 0 for a second object that does not exist.
+    """
+    shown_OTXX = torch.zeros(OBJECTS, pixel_frames, PIXELS * latent_size, PIXELS * latent_size)
+    for number, cover_TXX in enumerate(coverage(scene, starts, torch.arange(pixel_frames), shown_OTXX.shape[-1])):
+        shown_OTXX[:number] *= 1 - cover_TXX  # it is in front of those before
+        shown_OTXX[number] = cover_TXX
+    pixels = functional.avg_pool2d(shown_OTXX, PIXELS)
+    later = pixels[:, 1:].unflatten(1, (-1, 4)).mean(2)  # a latent frame after the first is four pixel frames
+    return torch.cat([pixels[:, :1], later], 1).transpose(0, 1).half()
+
+
+class CoverageProbe(nn.Linear):
+    """Tells what objects cover from a network's tokens, (..., S, D); the truth is (..., S, P·O), by patches."""
+
+    def __init__(self, dim: int, pixels: int) -> None:
+        super().__init__(dim, OBJECTS * pixels)
+        nn.init.zeros_(self.weight)  # so that at first it only learns what is usual
+        nn.init.zeros_(self.bias)
+
+    def loss(self, tokens: Tensor, covered: Tensor) -> Tensor:
+        """The mean cross-entropy of what is covered."""
+        return functional.binary_cross_entropy_with_logits(self(tokens), covered)
+
+    def r2(self, tokens: Tensor, covered: Tensor) -> float:
+        """How much of the variance of what is covered is explained: 1 for all of it, 0 for none."""
+        error = self(tokens).sigmoid() - covered
+        return 1 - (error.square().mean() / covered.var(correction=0)).item()
