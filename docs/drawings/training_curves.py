@@ -21,7 +21,7 @@ CHUNKS = {
     "own": "later chunks, after frames of its own",
 }
 
-MORE_SCENES = {17000: "20480 scenes, not 2560", 27400: "36864"}  # the steps from which on the training set was larger
+CHANGES = {17000: "20480 scenes", 27400: "36864", 38649: "25600, probe"}  # by steps
 
 
 def main() -> None:
@@ -31,9 +31,9 @@ def main() -> None:
     for chunk, label in CHUNKS.items():
         seen = [(int(point["step"]), float(point[chunk])) for point in points if point[chunk]]
         axis.plot(*zip(*seen, strict=True), label=label, linewidth=1)
-    for step, scenes in MORE_SCENES.items():
+    for step, change in CHANGES.items():
         axis.axvline(step, color="grey", linewidth=1, linestyle="--")
-        axis.annotate(scenes, (step, 0.38), xytext=(6, 0), textcoords="offset points")
+        axis.annotate(change, (step, 0.38), xytext=(6, 0), textcoords="offset points")
     axis.set(xlabel="training step", ylabel="mean square error of the velocity\nat pure noise", ylim=(0, 0.4))
     axis.grid(alpha=0.3)
     axis.legend(ncols=2)
