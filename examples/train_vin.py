@@ -27,7 +27,6 @@ import click
 import torch
 from torch import Tensor, nn
 from toybox_training.batches import Draws
-from toybox_training.coverage import CoverageProbe
 from toybox_training.kept import check_count
 from toybox_training.latents import HELD_OUT, SCENE_SEED, Latents, encode_scenes, held_out_scenes
 from toybox_training.training import Training, device_of, finite, join_processes, rank
@@ -63,7 +62,7 @@ COLORS_OPEN, PLACES_OPEN = 0.45, 0.1  # the shares of videos whose text does not
 OPEN_NOISE = (0.88, 0.99)  # half of the videos with open colours have a noise level between: there a colour is decided
 AHEAD = 0.6  # the share of videos with open colours of which the VIN reads a less noisy one,
 AHEAD_UNTIL = 0.4  # in this share of the time
-COLORS, COVERAGE = 0.2, 2.0  # how much the losses of colours and of coverage count
+COLORS = 0.2  # how much the loss of colours counts
 NO_GLOBALS = 0.1  # the share of steps without global tokens
 MEASURED_FRAMES, MEASURED_AT = 33, 0.97  # latent frames, and the noise level
 HIGH_NOISE = 0.75  # half of the noise levels are above: there it is decided where objects are and whether chunks agree
@@ -71,12 +70,11 @@ SHIFT = 8.0  # half of the others are shifted towards noise too
 
 
 class ReadingPair(Pair):
-    """A pair, and the probes that tell what its VIN has read and what its DiT knows of where objects are."""
+    """A pair, and the probes that tell what its VIN has read."""
 
     def __init__(self, dit: CausalDiT, vin: VideoInterfaceNetwork) -> None:
         super().__init__(dit, vin)
-        pixels = math.prod(dit.config.patch_size)
-        self.probes, self.dit_probe = Probes(vin.config.dim, pixels), CoverageProbe(dit.config.dim, pixels)
+        self.probes = Probes(vin.config.dim, math.prod(dit.config.patch_size))
 
     @property
     def reader(self) -> Reader:
@@ -96,10 +94,9 @@ def new_pair(dit: Path) -> ReadingPair:
     return pair.train().requires_grad_(True)
 
 
-def draw(scenes: Latents, options: Options, ahead: float, draws: Draws) -> tuple[Batch, Tensor, Tensor, Tensor]:
+def draw(scenes: Latents, options: Options, ahead: float, draws: Draws) -> tuple[Batch, Tensor, Tensor]:
     """Draws videos of one length, each with its own noise level; of those with open colours a share of `ahead` is read
-    with less noise. Returns them, their numbers, their texts with nothing open, (B, L, W), and whether colours are
-    open, (B,)."""
+    with less noise. Returns them, their texts with nothing open, (B, L, W), and whether colours are open, (B,)."""
     videos, pick = options.videos, scenes.draw(options.videos, draws.choices)
     clean, objects = scenes.frames(pick, 0, options.draw_length(draws))
 
@@ -115,7 +112,7 @@ def draw(scenes: Latents, options: Options, ahead: float, draws: Draws) -> tuple
     embeds = whole = scenes.embeds[pick.to(clean.device)]
     for which, opened in ((colors, {"colors": True}), (places, {"places": True})):
         embeds = torch.where(which.view(-1, 1, 1), leave_open(embeds, **opened), embeds)
-    return Batch(clean, objects, embeds, times, read_times), pick, whole, colors
+    return Batch(clean, objects, embeds, times, read_times), whole, colors
 
 
 def train(
@@ -124,12 +121,10 @@ def train(
     """Trains both networks for so many minutes; what embeds positions and texts stays as it is."""
 
     def loss(model: ReadingPair, draws: Draws, elapsed: float) -> tuple[Tensor, Report]:
-        batch, pick, whole, is_open = draw(scenes, options, AHEAD if elapsed < AHEAD_UNTIL else 0, draws)
+        batch, whole, is_open = draw(scenes, options, AHEAD if elapsed < AHEAD_UNTIL else 0, draws)
         chunk, use_z = forcing.chunk(batch.clean.shape[1], draws.choices), not draws.happens(NO_GLOBALS)
         found = forcing.errors(model, batch, chunk, draws.values, use_z=use_z)
-        coverage = model.dit_probe.loss(found.hidden, forcing.grid.patchify(scenes.covered(pick, found.frames)))
-        loss = (found.everywhere.mean() + found.on_objects.mean()) / 2 + COVERAGE * coverage
-        report = {"coverage": coverage.item()}
+        loss, report = (found.everywhere.mean() + found.on_objects.mean()) / 2, Report()
         kind = "objects" if use_z else "objects_without_globals"
         for name, which in ((f"{kind}_open", is_open), (kind, ~is_open)):
             report[name] = found.on_objects[which].mean().item()

@@ -58,13 +58,11 @@ def batch_of(
     pick = send(data.draw(size, draws.choices), data.latents.device) if pick is None else pick
     past = sum(sizes)
     clean, objects = data.frames(pick, offset, offset + past + CHUNK)
-    covered = data.covered(pick, range(offset, offset + past + CHUNK))
-    target, objects, covered = (chunks_of(x, [*sizes, CHUNK], numbers) for x in (clean, objects, covered))
+    target, objects = (chunks_of(x, [*sizes, CHUNK], numbers) for x in (clean, objects))
     dropped = draws.which(DROPPED, size, 1, 1)
     embeds, objects = data.embeds[pick].masked_fill(dropped, 0), objects | dropped.unsqueeze(3)
     history = with_noise(clean[:, :past], draws)
-    times = noise_levels(size, len(numbers), draws)
-    return Batch(history, sizes, target, objects, covered, numbers, times, embeds, start)
+    return Batch(history, sizes, target, objects, numbers, noise_levels(size, len(numbers), draws), embeds, start)
 
 
 def with_noise(history: Tensor, draws: Draws) -> Tensor:

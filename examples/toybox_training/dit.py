@@ -4,12 +4,11 @@ It computes what `CausalDiT` does in a stream, in bfloat16, 1.4 times as fast as
 the sequence, the two channels of a rotary pair apart, and the elementwise work fused by torch.compile.
 
 Shapes: B videos, N noisy chunks, F frames of the sequence, S tokens a frame, G further keys that are not rotated, H
-heads, d head width, D model width, O = 2 objects.
+heads, d head width, D model width.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -28,15 +27,12 @@ from causalrope_sp.models.rope import RotaryTables
 from causalrope_sp.toybox.chart import chart
 from causalrope_sp.toybox.toybox_text import TEXT_DIM, TEXT_LEN
 
-from .coverage import CoverageProbe
-
 CONFIG = DiTConfig(dim=192, ffn_dim=768, num_heads=6, num_layers=6, text_dim=TEXT_DIM, text_len=TEXT_LEN, freq_dim=64)
 CHUNK = 3
 STREAM = StreamConfig(  # the chart, a chunk of its own, stays, and four chunks go round
     window=13, sink=1, chunk_frames=CHUNK, independent_first_frame=True
 )
 RING = 12
-PROBED = 4  # after so many blocks a probe tells what the DiT knows of where objects are
 SAMPLER = SamplerConfig(steps=(1000, 750, 500, 250), shift=1.0)
 TIMES = torch.tensor(SAMPLER.steps) / 1000
 BF16 = torch.bfloat16
@@ -59,28 +55,18 @@ class Batch:
     Clean history (B, F, C, X, X), the chart left out, whose first frame has the global time index `start` and whose
     chunks have `sizes` frames; and the chunks to predict, (B, N·CHUNK, C, X, X). Chunk n comes after the first
     `numbers[n]` chunks of the history. `objects` (B, N·CHUNK, X, X) is true where the target holds more than
-    background, and `coverage` (B, N·CHUNK, O, X, X) how much of it each object covers; `weights_BN` is how much each
-    chunk counts.
+    background; `weights_BN` is how much each chunk counts.
     """
 
     history: Tensor
     sizes: Sequence[int]
     target: Tensor
     objects: Tensor
-    coverage: Tensor
     numbers: Sequence[int]
     times_BN: Tensor
     embeds: Tensor
     start: int = 1
     weights_BN: Tensor = field(default_factory=lambda: torch.ones(()))
-
-
-class ProbedDiT(nn.Module):
-    """A DiT, and the probe that tells what it knows of where objects are."""
-
-    def __init__(self, dit: CausalDiT) -> None:
-        super().__init__()
-        self.dit, self.probe = dit, CoverageProbe(dit.config.dim, math.prod(dit.config.patch_size))
 
 
 class TeacherForcing:
@@ -90,8 +76,8 @@ class TeacherForcing:
         self.grid, self.device = grid, device
         self._rope = RotaryTables(CONFIG.head_dim, CONFIG.theta, Shard(grid), device, torch.float32)
 
-    def velocity(self, model: CausalDiT, batch: Batch, noisy: Tensor) -> tuple[Tensor, Tensor]:
-        """The velocity of the noisy chunks (B, N·CHUNK, C, X, X), and their hidden states; see `forward`."""
+    def velocity(self, model: CausalDiT, batch: Batch, noisy: Tensor) -> Tensor:
+        """The velocity of the noisy chunks (B, N·CHUNK, C, X, X), float32."""
         still = _chart(*noisy.shape[2:], self.device).expand(len(noisy), -1, -1, -1, -1)
         history = torch.cat([still, batch.history], 1)
         past = history.shape[1]
@@ -103,8 +89,8 @@ class TeacherForcing:
         frames = [*range(1, past), *(start + f for start in starts for f in range(CHUNK))]
         rotation = self._rope.rotation([0, *(batch.start - 1 + frame for frame in frames)]).of_queries
         mask = _mask(tuple(ends), tuple(starts), self.grid.tokens, self.device)
-        velocity, hidden = forward(model, tokens, timesteps, batch.embeds, rotation, mask, noisy.shape[1])
-        return self.grid.unpatchify(velocity), hidden
+        velocity = forward(model, tokens, timesteps, batch.embeds, rotation, mask, noisy.shape[1])
+        return self.grid.unpatchify(velocity)
 
 
 @cache
@@ -141,7 +127,7 @@ def forward(
     mask: Tensor,
     predicted: int,
     further: Sequence[Keys] | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """Computes `CausalDiT.forward` for the last frames of a sequence.
 
     Args:
@@ -155,7 +141,7 @@ def forward(
         further: the further keys and values of each layer, (B, G, H, d); None for G = 0.
 
     Returns:
-        The velocity, (B, predicted, S, E), and the tokens after `PROBED` blocks, (B, predicted, S, D), both float32.
+        The velocity, (B, predicted, S, E), float32.
     """
     time = model.time_embedding(sinusoid(timesteps_BF, model.config.freq_dim).float())
     parts = model.time_projection(time).unflatten(-1, (6, 1, -1))
@@ -167,15 +153,12 @@ def forward(
     cos, sin = (table.unsqueeze(-2) for table in rotation)
     if x.is_cuda:  # compiling for every shape, as on a CPU, would take longer there than the steps
         _compile_once(((x, 2), (parts, 2), (text, 1), (cos, 1), (sin, 1), (mask, 2)))
-    hidden = x
     for layer, block in enumerate(model.blocks):
         assert isinstance(block, Block)
         keys = None if further is None else _further(further[layer])
         x = _block(x, parts, _weights(block), cos, sin, mask, text, keys, model.config.num_heads)
-        hidden = x if layer < PROBED else hidden
-    x, hidden = x[:, -predicted:], hidden[:, -predicted:]
     shift, scale = ((time[:, -predicted:] + learned).unsqueeze(2) for learned in model.head.modulation)
-    return _linear(functional.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift, model.head.linear), hidden
+    return _linear(functional.layer_norm(x[:, -predicted:], x.shape[-1:]) * (1 + scale) + shift, model.head.linear)
 
 
 def _apart(x: Tensor, axis: int) -> Tensor:

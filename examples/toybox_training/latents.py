@@ -87,18 +87,16 @@ def encoded_frames(frames: Sequence[int], device: torch.device) -> Tensor:
 @dataclass(frozen=True)
 class Changes:
     """Scenes before and after a change of their text, at the same places: latents `before` (N, 13, C, X, X) and `after`
-    (N, 16, C, X, X) in float16, and of `after` the text embeddings (N, L, E), where objects are (N, 16, X, X), and how
-    much of each latent pixel each covers, (N, 16, O, X, X) in float16."""
+    (N, 16, C, X, X) in float16, and of `after` the text embeddings (N, L, E) and where objects are (N, 16, X, X)."""
 
     before: Tensor
     after: Tensor
     embeds: Tensor
     objects: Tensor
-    coverage: Tensor
 
     def to(self, device: torch.device) -> Changes:
         """Returns the same scenes on a device."""
-        return Changes(*(x.to(device) for x in (self.before, self.after, self.embeds, self.objects, self.coverage)))
+        return Changes(*(x.to(device) for x in (self.before, self.after, self.embeds, self.objects)))
 
 
 def other_scene(scene: SceneSpec, rng: random.Random) -> SceneSpec:
@@ -130,13 +128,13 @@ def encode_changes(codec: WanVae, path: Path, videos: int, size: int, seed: int)
             after = _encode(codec, scenes, places, 61, size)
             behind = torch.stack([empty[scene.background] for scene in scenes])
             embeds = torch.stack([encode_scene(scene, p) for scene, p in zip(scenes, places, strict=True)])
-            objects = (after - behind).abs().mean(2) > VISIBLE
-            parts.append((before.half(), after.half(), embeds, objects, _coverage(scenes, places, 61, after)))
+            parts.append((before.half(), after.half(), embeds, (after - behind).abs().mean(2) > VISIBLE))
             progress("encoding changes", BATCH * len(parts), BATCH * len(batches))
-        names = ("before", "after", "embeds", "objects", "coverage")
-        return dict(zip(names, map(torch.cat, zip(*parts, strict=True)), strict=True))
+        return dict(
+            zip(("before", "after", "embeds", "objects"), map(torch.cat, zip(*parts, strict=True)), strict=True)
+        )
 
-    return Changes(**kept(path, [videos, size, seed, fingerprint(codec.encoder), OBJECTS], make))  # see encode_scenes
+    return Changes(**kept(path, [videos, size, seed, fingerprint(codec.encoder)], make))
 
 
 def draw_scenes(seed: int) -> tuple[list[SceneSpec], Tensor]:
@@ -170,7 +168,9 @@ def encode_scenes(codec: WanVae, path: Path, videos: int, size: int, seed: int, 
             behind = torch.stack([empty[scene.background] for scene in specs])
             embeds = torch.stack([encode_scene(scene, p) for scene, p in zip(specs, places, strict=True)])
             objects = (latents - behind).abs().mean(2) > VISIBLE
-            parts.append((latents.half(), embeds, objects, _coverage(specs, places, PIXEL_FRAMES, latents)))
+            described = zip(specs, places.tolist(), strict=True)
+            covered = [coverage_of(spec, starts, PIXEL_FRAMES, latents.shape[-1]) for spec, starts in described]
+            parts.append((latents.half(), embeds, objects, torch.stack(covered)))
             progress(f"encoding {path.name}", BATCH * len(parts), BATCH * len(drawn))
         names = ("latents", "embeds", "objects", "coverage")
         return dict(zip(names, map(torch.cat, zip(*parts, strict=True)), strict=True))
@@ -186,12 +186,6 @@ def _encode(codec: WanVae, scenes: list[SceneSpec], places: Tensor, frames: int,
     with next(codec.parameters()).device:
         pixels = render(scenes, places, torch.arange(frames), size).transpose(1, 2) * 2 - 1
     return WanEncoderStream(codec).encode(pixels).cpu()
-
-
-def _coverage(scenes: list[SceneSpec], places: Tensor, frames: int, latents: Tensor) -> Tensor:
-    """What objects cover of the latents that so many pixel frames were encoded to, (N, F, O, X, X)."""
-    described = zip(scenes, places.tolist(), strict=True)
-    return torch.stack([coverage_of(scene, starts, frames, latents.shape[-1]) for scene, starts in described])
 
 
 def _backgrounds(codec: WanVae, size: int, frames: int) -> dict[str, Tensor]:

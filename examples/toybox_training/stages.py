@@ -24,7 +24,7 @@ from causalrope_sp.toybox.chart import chart
 from causalrope_sp.toybox.toybox_text import leave_open
 
 from .batches import Draws, batch_of, by_frame, chunks_of, noise_levels, with_noise
-from .dit import CHUNK, RING, SAMPLER, STREAM, Batch, ProbedDiT, TeacherForcing
+from .dit import CHUNK, RING, SAMPLER, STREAM, Batch, TeacherForcing
 from .latents import PERIOD, Changes, Latents
 from .training import Training, agreed, processes, rank
 
@@ -37,7 +37,6 @@ STRAYED = 0.6  # the mean square error, on objects, from which on a self-made hi
 FRAMES = 33  # latent frames of a scene that the DiT learns from: those after the encoded 21 repeat them
 LATE = 2  # periods by which a video that the DiT made is longer than its scene
 MEASURED_EVERY = 250  # steps
-COVERAGE = 2.0  # how much the loss of coverage counts
 LONGEST = 24  # periods by which a scene is made older than it is, so that a stream can go on for minutes
 
 
@@ -67,13 +66,12 @@ class DiTTraining:
         """Trains for so many minutes, which are counted anew when it resumes from `path`; returns the averaged model.
         What it was before the learning rate fell is kept beside, to go on from."""
         device, falls = self._forcing.device, False
-        probed = ProbedDiT(model).requires_grad_(True).to(device)
-        training = Training(probed, path, lr, _matrix, average=0.998)
+        training = Training(model.requires_grad_(True).to(device), path, lr, _matrix, average=0.998)
         begun = time.monotonic()
         while minutes and (elapsed := agreed((time.monotonic() - begun) / (60 * minutes), device)) < 1:
             draws = Draws.seeded(SEED + processes() * training.step + rank(), device)
             if training.step % EVERY == 0 or not self._pool:
-                made = self._roll_out(training.ema.dit, draws)
+                made = self._roll_out(training.ema, draws)
                 pools = zip(self._pool or [x[:0] for x in made], made, strict=True)
                 self._pool = [torch.cat(pool)[-POOL * self._multiple :] for pool in pools]
             if elapsed >= PLATEAU and not falls:
@@ -83,20 +81,20 @@ class DiTTraining:
         if minutes and not falls:  # the last step took longer than was left
             training.save(path.with_stem(f"{path.stem}-plateau"))
         training.save()
-        return training.ema.dit
+        return training.ema
 
-    def _step(self, training: Training[ProbedDiT], elapsed: float, draws: Draws) -> None:
+    def _step(self, training: Training[CausalDiT], elapsed: float, draws: Draws) -> None:
         own_guess = training.step % 2 == 0
         first = batch_of(self._scenes, FIRST_BATCH * self._multiple, [], [0], draws)
         kind, later = self._later(training.step % 8, draws)
-        losses, reported = list[Tensor](), list[Tensor]()
+        losses, from_noise = list[Tensor](), list[Tensor]()
         for batch in (first, later):
-            errors, on_objects, coverage = self._errors(training.model, batch, draws, own_guess)
+            errors, on_objects = self._errors(training.model, batch, draws, own_guess)
             at_start = batch.times_BN > 0.99
-            reported += [(on_objects.detach() * at_start).sum() / at_start.sum(), coverage.detach()]
-            losses.append((errors.mean() + on_objects.mean()) / 2 + COVERAGE * coverage)
-        names = [f"{name}_{what}" for name in ("first", kind) for what in ("from_noise", "coverage")]
-        report = dict(zip(names, torch.stack(reported).tolist(), strict=True))
+            from_noise.append((on_objects.detach() * at_start).sum() / at_start.sum())
+            losses += [errors.mean(), on_objects.mean()]
+        names = ("first_from_noise", f"{kind}_from_noise")
+        report = dict(zip(names, torch.stack(from_noise).tolist(), strict=True))
         if (training.step + 1) % MEASURED_EVERY == 0:
             report |= self._measured(training.ema)
         fall = max(0.02, min(1, (1 - elapsed) / (1 - PLATEAU)))
@@ -122,9 +120,8 @@ class DiTTraining:
             return "later", batch_of(self._scenes, 7 * times, whole, [3, 4], draws, offset, start)
         return "own", self._on_its_own(7 * times, whole, [1, 2] if turn == 6 else [3, 4], draws, offset, start)
 
-    def _errors(self, model: ProbedDiT, batch: Batch, draws: Draws, own_guess: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """The squared error of the velocity that leads to the target, (B, N), over the picture and over its objects,
-        and the loss of what the DiT knows of coverage, ().
+    def _errors(self, model: CausalDiT, batch: Batch, draws: Draws, own_guess: bool) -> tuple[Tensor, Tensor]:
+        """The squared error of the velocity that leads to the target, (B, N), over the picture and over its objects.
 
         The second keeps a small object from costing next to nothing. With `own_guess` half of the states are noise on
         what the model itself makes of pure noise, as its sampler meets them, and half of the histories hold it too.
@@ -133,52 +130,45 @@ class DiTTraining:
         noise = draws.normal(batch.target.shape)
         source, weight_BN = batch.target, batch.weights_BN
         if own_guess:
-            guess = self._guess(model.dit, batch, draws.normal(batch.target.shape))
+            guess = self._guess(model, batch, draws.normal(batch.target.shape))
             half = draws.which(0.5, *batch.times_BN.shape)
             source = torch.where(by_frame(half), guess, source)
             weight_BN = torch.where(half, batch.times_BN**2, 1) * weight_BN
             batch = _with_history(batch, guess, draws)
         level = by_frame(batch.times_BN)
         noisy = (1 - level) * source + level * noise
-        velocity, hidden = self._forcing.velocity(model.dit, batch, noisy)
+        velocity = self._forcing.velocity(model, batch, noisy)
         error = (velocity - (noisy - batch.target) / level).square()
         error = (error * self._weights_C[:, None, None]).mean(2)
         error, objects = (x.unflatten(1, (-1, CHUNK)).flatten(2) for x in (error, batch.objects))
         on_objects = (error * objects).sum(2) / objects.sum(2).clamp(min=1)
-        coverage = model.probe.loss(hidden, self._forcing.grid.patchify(batch.coverage))
-        return error.mean(2) * weight_BN, on_objects * weight_BN, coverage
+        return error.mean(2) * weight_BN, on_objects * weight_BN
 
-    def _measured(self, model: ProbedDiT) -> dict[str, float]:
-        """The errors of the first and of later chunks of held-out scenes, and of as many that are learned from, and
-        how much of the variance of coverage the probe explains."""
+    def _measured(self, model: CausalDiT) -> dict[str, float]:
+        """The errors of the first and of later chunks of held-out scenes, and of as many that are learned from."""
         count, found = len(self._held_out.latents), dict[str, float]()
         for name, scenes in (("held_out", self._held_out), ("learned", self._scenes)):
-            (first, *later), r2 = self._measured_on(model, scenes, min(count, len(scenes.latents)))
-            found |= {f"{name}_first": first, f"{name}_later": sum(later) / len(later), f"{name}_coverage_r2": r2}
+            first, *later = self._errors_of_scenes(model, scenes, min(count, len(scenes.latents)))
+            found |= {f"{name}_first": first, f"{name}_later": sum(later) / len(later)}
         return found
 
     @torch.no_grad()
-    def _measured_on(self, model: ProbedDiT, scenes: Latents, count: int) -> tuple[list[float], float]:
-        """The mean square errors on objects of five chunks of the first scenes, at pure noise, after the truth, and
-        the R² of coverage."""
+    def _errors_of_scenes(self, model: CausalDiT, scenes: Latents, count: int) -> list[float]:
+        """The mean square errors on objects of five chunks of the first scenes, at pure noise, after the truth."""
         pick, sizes, numbers = torch.arange(count), [CHUNK] * 4, [0, 1, 2, 3, 4]
-        frames = CHUNK * len(numbers)
-        clean, objects = scenes.frames(pick, 0, frames)
-        covered = scenes.covered(pick, range(frames))
+        clean, objects = scenes.frames(pick, 0, CHUNK * len(numbers))
         at_start, embeds = clean.new_ones(count, len(numbers)), scenes.embeds[pick]
-        batch = Batch(clean[:, :-CHUNK], sizes, clean, objects, covered, numbers, at_start, embeds)
-        noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(SEED)).to(clean.device)
-        velocity, hidden = self._forcing.velocity(model.dit, batch, noise)
-        error = ((noise - velocity - clean).square() * self._weights_C[:, None, None]).mean(2) * objects
+        batch = Batch(clean[:, :-CHUNK], sizes, clean, objects, numbers, at_start, embeds)
+        noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(SEED))  # the same on every device
+        guess = self._guess(model, batch, noise.to(clean.device))
+        error = ((guess - clean).square() * self._weights_C[:, None, None]).mean(2) * objects
         parts = zip(error.split(CHUNK, 1), objects.split(CHUNK, 1), strict=True)
-        errors = torch.stack([e.sum() / o.sum() for e, o in parts]).tolist()
-        return errors, model.probe.r2(hidden, self._forcing.grid.patchify(covered))
+        return torch.stack([e.sum() / o.sum() for e, o in parts]).tolist()
 
     @torch.no_grad()
     def _guess(self, model: CausalDiT, batch: Batch, noise: Tensor) -> Tensor:
         at_start = replace(batch, times_BN=torch.ones_like(batch.times_BN))
-        velocity, _ = self._forcing.velocity(model, at_start, noise)
-        return noise - velocity
+        return noise - self._forcing.velocity(model, at_start, noise)
 
     def _somewhere(self, draws: Draws) -> tuple[int, int]:
         """A frame of a scene that has a ring and a chunk from it on, and a global time index for it: its own, or that
@@ -206,11 +196,10 @@ class DiTTraining:
         if newer and draws.happens(0.6):
             history[:, -CHUNK * newer :] = after[:, CHUNK * (past - newer) : CHUNK * past]
         next_chunk = slice(CHUNK * past, CHUNK * (past + 1))
-        objects, covered = (x[pick, offset:][:, next_chunk] for x in (found.objects, found.coverage))
+        objects = found.objects[pick, offset:][:, next_chunk]
         history, times = with_noise(history, draws), noise_levels(size, 1, draws)
         start = 1 + offset + PERIOD * periods
-        target, embeds = after[:, next_chunk], found.embeds[pick]
-        return Batch(history, [CHUNK] * past, target, objects, covered.float(), [past], times, embeds, start)
+        return Batch(history, [CHUNK] * past, after[:, next_chunk], objects, [past], times, found.embeds[pick], start)
 
     def _on_its_own(
         self, size: int, sizes: list[int], numbers: list[int], draws: Draws, offset: int, start: int
@@ -259,7 +248,7 @@ class DiTTraining:
 
 def _matrix(name: str, parameter: nn.Parameter) -> bool:
     """Whether Muon takes a parameter."""
-    return parameter.ndim == 2 and name.startswith("dit.blocks") and "modulation" not in name
+    return parameter.ndim == 2 and name.startswith("blocks") and "modulation" not in name
 
 
 def _with_history(batch: Batch, guess: Tensor, draws: Draws) -> Batch:

@@ -3,7 +3,7 @@ own frames and the global tokens of its video. `causalrope_sp.vin.parallel_sampl
 from a cache. The DiT runs compiled and in bfloat16, as in the training of toybox.
 
 Shapes: B videos, F latent frames of a video, c frames of a chunk, S tokens a frame, C channels, X latent width and
-height, L text tokens, W width of the text or of the DiT.
+height, L text tokens, W text width.
 """
 
 from __future__ import annotations
@@ -51,13 +51,10 @@ class Batch:
 @dataclass(frozen=True)
 class Errors:
     """The mean squared errors of a chunk's velocity, each (B,), over its frames and over the objects in them, 0 without
-    objects; the DiT's hidden states of the chunk, (B, c, S, W), see `forward`, and which frames these are; and the
-    global tokens, (B, G, D), or None."""
+    objects; and the global tokens, (B, G, D), or None."""
 
     everywhere: Tensor
     on_objects: Tensor
-    hidden: Tensor
-    frames: range
     z: Tensor | None
 
 
@@ -90,11 +87,11 @@ class TogetherForcing:
         z = self.read(pair.vin, clean, noise, batch.embeds, batch.read_times_B) if use_z else None
         found = None if z is None else pair.vin.keys_of_layers(z)
         noisy = noised(clean[:, frames], noise[:, frames], batch.times_B)
-        velocity, hidden = self.velocity(pair, noisy, batch.embeds, batch.times_B, part.start, found)
+        velocity = self.velocity(pair, noisy, batch.embeds, batch.times_B, part.start, found)
         error = (velocity - (noise - clean)[:, frames]).square().mean(2)
         mask = batch.objects[:, frames]
         on_objects = (error * mask).flatten(1).sum(1) / mask.flatten(1).sum(1).clamp(min=1)
-        return Errors(error.flatten(1).mean(1), on_objects, hidden, range(part.start, part.stop), z)
+        return Errors(error.flatten(1).mean(1), on_objects, z)
 
     def velocity(
         self,
@@ -104,9 +101,9 @@ class TogetherForcing:
         times_B: Tensor,
         start: int,
         found: Sequence[Keys] | None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Tensor:
         """Returns the velocity of the frames of one chunk, which begins at frame `start` of the video, its context
-        first, (B, c, C, X, X), and their hidden states; `found` are the keys and values of the global tokens."""
+        first, (B, c, C, X, X); `found` are the keys and values of the global tokens."""
         frames = noisy.shape[1]
         still = chart(1, *noisy.shape[2:]).to(noisy).expand(len(noisy), -1, -1, -1, -1)
         tokens = self.grid.patchify(torch.cat([still, noisy], 1))
@@ -114,8 +111,8 @@ class TogetherForcing:
         times = [0, *range(start + 1, start + frames + 1)]  # the chart is the frame before the video
         mask = _mask(self.grid.tokens, tokens.shape[1], 0 if found is None else found[0].k.shape[1], self.device)
         rotation = self._rope.rotation(times).of_queries
-        velocity, hidden = forward(pair.dit, tokens, timesteps, embeds, rotation, mask, frames, found)
-        return self.grid.unpatchify(velocity), hidden
+        velocity = forward(pair.dit, tokens, timesteps, embeds, rotation, mask, frames, found)
+        return self.grid.unpatchify(velocity)
 
     def chunk(self, frames: int, generator: torch.Generator) -> int:
         """Draws the number of a chunk of a video of so many latent frames."""

@@ -36,8 +36,8 @@ def test_training_computes_what_the_stream_does(monkeypatch: pytest.MonkeyPatch)
         history = torch.randn(2, sum(sizes), 16, 8, 8, generator=generator)
         noisy, times = noise.repeat(1, len(numbers), 1, 1, 1), torch.ones(2, len(numbers))
         with torch.compiler.set_stance("force_eager"):
-            batch = Batch(history, sizes, noisy, noisy, noisy, numbers, times, embeds)
-            velocity, _ = forcing.velocity(model, batch, noisy)
+            batch = Batch(history, sizes, noisy, noisy, numbers, times, embeds)
+            velocity = forcing.velocity(model, batch, noisy)
         for number, found in zip(numbers, velocity.split(CHUNK, 1), strict=True):
             initial = torch.cat([chart(2, 16, 8, 8), history[:, : sum(sizes[:number])]], 1)
             options: dict[str, Any] = {"stream": STREAM, "sampler": FIRST_STEP, "initial_latents": initial}

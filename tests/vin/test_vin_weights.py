@@ -177,7 +177,7 @@ def test_training_computes_what_the_sampler_does(monkeypatch: pytest.MonkeyPatch
     found = vin.keys_of_layers(forcing.read(vin, noisy, noisy, embeds, level))
     parts = [slice(part.start, part.stop) for part in cut(13, chunks)]
     with torch.compiler.set_stance("force_eager"):
-        seen = [forcing.velocity(pair, noisy[:, part], embeds, level, part.start, found)[0] for part in parts]
+        seen = [forcing.velocity(pair, noisy[:, part], embeds, level, part.start, found) for part in parts]
     trained = torch.cat(seen, 1)
     parallel = SequenceParallel.single(device="cpu")
     assigned = AssignedChunks(cut(13, chunks, 1), chunks)
