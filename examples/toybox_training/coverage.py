@@ -48,8 +48,6 @@ class CoverageProbe(nn.Linear):
 
     def __init__(self, dim: int, pixels: int) -> None:
         super().__init__(dim, OBJECTS * pixels)
-        nn.init.zeros_(self.weight)  # so that at first it only learns what is usual
-        nn.init.zeros_(self.bias)
 
     def loss(self, tokens: Tensor, covered: Tensor) -> Tensor:
         """The mean cross-entropy of what is covered."""

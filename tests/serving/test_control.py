@@ -78,7 +78,7 @@ def steer(viewer: Viewer, values: list[float]) -> tuple[list[SeenChunk], int]:
 
 
 def test_a_control_holds_from_the_chunk_that_its_answer_names(server: RunningServer, pipe: CausalVideoPipeline) -> None:
-    first, second = place(pipe, 0.3, 0.3), [2.0] * CHANNELS
+    first, second = place(pipe, 0.3, 0.3), [1.0] * CHANNELS
     with Viewer(server.socket_url) as viewer:
         opened = viewer.ask("open", prompt=RED, seed=5, media="jpeg", control=first)
         assert opened["control"] == {"channels": CHANNELS, "height": 8, "width": 8}

@@ -43,6 +43,8 @@ def test_what_a_probe_explains(monkeypatch: pytest.MonkeyPatch) -> None:
 
     probe, tokens = CoverageProbe(32, 4), torch.randn(2, 3, 16, 32, generator=torch.Generator().manual_seed(0))
     covered = (tokens[..., :8] > 0).float()
+    torch.nn.init.zeros_(probe.weight)
+    torch.nn.init.zeros_(probe.bias)
     assert probe.r2(tokens, covered) == pytest.approx(0, abs=0.01)
     assert probe.loss(tokens, covered).item() == pytest.approx(math.log(2))
     with torch.no_grad():
