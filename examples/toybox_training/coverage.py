@@ -1,7 +1,7 @@
 """How much of each latent pixel each object of a scene covers, and the probe by which a network learns it.
 
-What the videos of a text tell about where objects are is learned slowly. A linear layer on a network's tokens, a probe,
-that has to tell the coverage makes it learn that within minutes. Probes do not ship.
+From videos alone a VIN learns only slowly where a text places objects. A linear layer on its tokens, a probe, that has
+to tell the coverage makes it learn that within minutes. Probes do not ship.
 
 Shapes: B videos, F latent frames, O = 2 objects, X latent width and height, S tokens a frame, P latent pixels of a
 token, D width of the network.
