@@ -6,7 +6,7 @@
 Every stage keeps its checkpoint and its log (codec.jsonl, decoder.jsonl, dit.jsonl) in --out, and a further call with
 the same --out goes on from them. The stages that are counted in minutes count them anew. To train the DiT for longer
 after it has ended, copy dit-plateau.pt, from before its learning rate fell, over dit.pt. Encoded scenes are kept there
-too: 24576 of them take half an hour of a core and 1.1 GB, 8192 changes ten minutes and 0.5 GB.
+too: 24576 of them take half an hour of a core and 1.2 GB, 8192 changes ten minutes and 0.5 GB.
 
 At the end the folder weights in --out is a model that `generate` opens, and curves.png has the curves of the logs
 (`pip install '.[dev]'` brings matplotlib). It all takes hours on two CPU cores. One DiT samples in four steps (toybox)

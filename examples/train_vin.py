@@ -10,7 +10,7 @@ so that chunks that do not attend each other must agree on them through the glob
 at first reads a less noisy video than the DiT denoises, so that the DiT learns what global tokens tell. A step trains
 on one chunk of each of many videos of 64 to 512 pixel frames, the same chunk in all.
 
-Scenes are encoded first, in half an hour of a core for 24576 of them, 1.1 GB, and kept in --out, with the logs and a
+Scenes are encoded first, in half an hour of a core for 24576 of them, 1.2 GB, and kept in --out, with the logs and a
 checkpoint of each stage from which the next call with the same --out goes on: it counts its minutes anew, and its
 learning rate rises again before it falls. Training takes hours on a CPU. At the end the folder weights in --out is a
 model that `generate` opens. The shipped weights were made by drafts of this recipe, in several stretches:

@@ -21,7 +21,7 @@ CHUNKS = {
     "own": "later chunks, after frames of its own",
 }
 
-CHANGES = {17000: "20480 scenes", 27400: "36864", 38649: "25600, probe"}  # by steps
+CHANGES = {17000: "20480 scenes", 27400: "36864", 38649: "25600"}  # what was trained on from which step
 
 
 def main() -> None:

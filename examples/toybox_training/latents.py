@@ -45,7 +45,8 @@ VISIBLE = 0.3  # how far a latent must be from the background's to count as part
 @dataclass(frozen=True)
 class Latents:
     """Encoded scenes: latents (N, F, C, X, X) in float16, text embeddings (N, L, E), where objects are (N, F, X, X),
-    how much of each latent pixel each covers, (N, F, O, X, X) in float16, and how often a scene is drawn, (N,)."""
+    how much of each latent pixel each covers, (N, F, O, X, X) in float16, and how often a scene is drawn, (N,). Only
+    `train_vin` learns from coverage; it is made here because both recipes share the file."""
 
     latents: Tensor
     embeds: Tensor

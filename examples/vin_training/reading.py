@@ -9,8 +9,8 @@ where a colour is decided, a few tokens in hundreds tell it, faintly.
 
 The linear layers, which are probes, do not ship.
 
-Shapes: B videos, N scenes, F latent frames, O = 2 objects, S tokens a frame, P latent pixels of a token, T any tokens,
-D VIN width, G global tokens, L text tokens, W text width.
+Shapes: B videos, O = 2 objects, S tokens a frame, P latent pixels of a token, D VIN width, G global tokens, L text
+tokens, W text width.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from toybox_training.coverage import OBJECTS, CoverageProbe
 from toybox_training.latents import Latents
 from toybox_training.training import Training
 
+from causalrope_sp.grid import LatentGrid
 from causalrope_sp.toybox.toybox_text import BACKGROUND_INDICES, COLOR_INDICES, leave_open
 from causalrope_sp.vin import VideoInterfaceNetwork
 
@@ -114,7 +115,7 @@ def learn_positions(
         frames = [draws.below(max(options.lengths)) for _ in range(TIMES)]
         embeds = _opened(scenes.embeds[pick], draws.which(OPEN_SHARE, len(pick)))
         embedded = _embedded(forcing, model, embeds, [1 + frame for frame in frames])
-        return model.probes.coverage.loss(embedded, _covered(forcing, scenes, pick, frames)), {}
+        return model.probes.coverage.loss(embedded, _covered(forcing.grid, scenes, pick, frames)), {}
 
     measure = partial(_coverage_r2, forcing, held_out)
     _learn(reader, "positions", OF_POSITIONS, loss, measure, forcing, options, minutes)
@@ -172,7 +173,7 @@ def _coverage_r2(forcing: TogetherForcing, held_out: Latents, reader: Reader) ->
     """How much of the variance of coverage is explained in scenes which are never learned from, colours open."""
     pick, keyframes = torch.arange(len(held_out.latents)), forcing.keyframes(MEASURED_FRAMES)
     embedded = _embedded(forcing, reader, leave_open(held_out.embeds, colors=True), keyframes)
-    truth = _covered(forcing, held_out, pick, [time - 1 for time in keyframes])
+    truth = _covered(forcing.grid, held_out, pick, [time - 1 for time in keyframes])
     return {"r2": reader.probes.coverage.r2(embedded, truth)}
 
 
@@ -182,9 +183,9 @@ def _embedded(forcing: TogetherForcing, reader: Reader, embeds: Tensor, times: S
         return forcing.position_embeddings(reader.vin, reader.vin.text(embeds), times).float()
 
 
-def _covered(forcing: TogetherForcing, scenes: Latents, picked: Tensor, frames: Sequence[int]) -> Tensor:
+def _covered(grid: LatentGrid, scenes: Latents, picked: Tensor, frames: Sequence[int]) -> Tensor:
     """What objects cover in some latent frames of some scenes, (B, len(frames)·S, P·O)."""
-    return forcing.grid.patchify(scenes.covered(picked, frames)).flatten(1, 2)
+    return grid.patchify(scenes.covered(picked, frames)).flatten(1, 2)
 
 
 def _read(

@@ -1,4 +1,4 @@
-"""What the recipes' probes learn: how much of each latent pixel each object covers."""
+"""What the probe of toybox-vin's recipe learns: how much of each latent pixel each object covers."""
 
 from __future__ import annotations
 
