@@ -1,10 +1,6 @@
-"""How much of each latent pixel each object of a scene covers, and the probe by which a network learns it.
+"""How much of each latent pixel each object of a scene covers.
 
-From videos alone a VIN learns only slowly where a text places objects. A linear layer on its tokens, a probe, that has
-to tell the coverage makes it learn that within minutes. Probes do not ship.
-
-Shapes: B videos, F latent frames, O = 2 objects, X latent width and height, S tokens a frame, P latent pixels of a
-token, D width of the network.
+Shapes: F latent frames, O = 2 objects, X latent width and height.
 """
 
 from __future__ import annotations
@@ -12,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from causalrope_sp.toybox.prompts import SceneSpec
@@ -41,19 +37,3 @@ def coverage_of(scene: SceneSpec, starts: Sequence[float], pixel_frames: int, la
     pixels = functional.avg_pool2d(shown_OTXX, PIXELS)
     later = pixels[:, 1:].unflatten(1, (-1, 4)).mean(2)  # a latent frame after the first is four pixel frames
     return torch.cat([pixels[:, :1], later], 1).transpose(0, 1).half()
-
-
-class CoverageProbe(nn.Linear):
-    """Tells what objects cover from a network's tokens, (..., S, D); the truth is (..., S, P·O), by patches."""
-
-    def __init__(self, dim: int, pixels: int) -> None:
-        super().__init__(dim, OBJECTS * pixels)
-
-    def loss(self, tokens: Tensor, covered: Tensor) -> Tensor:
-        """The mean cross-entropy of what is covered."""
-        return functional.binary_cross_entropy_with_logits(self(tokens), covered)
-
-    def r2(self, tokens: Tensor, covered: Tensor) -> float:
-        """How much of the variance of what is covered is explained: 1 for all of it, 0 for none."""
-        error = self(tokens).sigmoid() - covered
-        return 1 - (error.square().mean() / covered.var(correction=0)).item()

@@ -20,7 +20,7 @@ from causalrope_sp.toybox.prompts import BACKGROUNDS, COLORS, MOTIONS, SHAPES, S
 from causalrope_sp.toybox.scenes import PLACE_VARIABLES, random_scene, render, tracks
 from causalrope_sp.toybox.toybox_text import encode_scene
 
-from .coverage import OBJECTS, coverage_of
+from .coverage import coverage_of
 from .kept import BATCH, fingerprint, kept, progress
 from .training import processes, rank
 
@@ -38,6 +38,7 @@ PIXEL_FRAMES = 81  # of an encoded scene
 LATENT_FRAMES = 1 + (PIXEL_FRAMES - 1) // 4  # whose last 16 are a whole period
 PERIOD = 16  # latent frames after which every motion repeats itself
 SCENE_SEED, HELD_OUT_SEED = 72_000_000, 99_000_000
+LAYOUT = 2  # of files of encoded scenes; the one before had no coverage
 HELD_OUT = 64  # scenes that are never learned from
 VISIBLE = 0.3  # how far a latent must be from the background's to count as part of an object, in its own units
 
@@ -176,8 +177,7 @@ def encode_scenes(codec: WanVae, path: Path, videos: int, size: int, seed: int, 
         names = ("latents", "embeds", "objects", "coverage")
         return dict(zip(names, map(torch.cat, zip(*parts, strict=True)), strict=True))
 
-    # OBJECTS tells files with coverage from those of before
-    found = kept(path, [videos, PIXEL_FRAMES, size, seed, fingerprint(codec.encoder), OBJECTS], make)
+    found = kept(path, [videos, PIXEL_FRAMES, size, seed, fingerprint(codec.encoder), LAYOUT], make)
     often = torch.tensor([_share(*scene) for specs, places in drawn for scene in zip(specs, places, strict=True)])
     return Latents(**found, scenes=[scene for specs, _ in drawn for scene in specs], share=often)
 

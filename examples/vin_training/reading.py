@@ -9,8 +9,8 @@ where a colour is decided, a few tokens in hundreds tell it, faintly.
 
 The linear layers, which are probes, do not ship.
 
-Shapes: B videos, O = 2 objects, S tokens a frame, P latent pixels of a token, D VIN width, G global tokens, L text
-tokens, W text width.
+Shapes: B videos, O = 2 objects, S tokens a frame, P latent pixels of a token, T any tokens, D VIN width, G global
+tokens, L text tokens, W text width.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from toybox_training.batches import Draws
-from toybox_training.coverage import OBJECTS, CoverageProbe
+from toybox_training.coverage import OBJECTS
 from toybox_training.latents import Latents
 from toybox_training.training import Training
 
@@ -68,9 +68,18 @@ class Probes(nn.Module):
 
     def __init__(self, dim: int, pixels: int) -> None:
         super().__init__()
-        self.coverage = CoverageProbe(dim, pixels)
+        self.coverage = nn.Linear(dim, OBJECTS * pixels)
         self.colors = nn.Linear(dim, len(COLOR_INDICES))
         self.backgrounds = nn.Linear(dim, len(BACKGROUND_INDICES))
+
+    def coverage_loss(self, embedded_BTD: Tensor, covered: Tensor) -> Tensor:
+        """The mean cross-entropy of what objects cover, (B, T, P·O), told from embeddings of positions."""
+        return functional.binary_cross_entropy_with_logits(self.coverage(embedded_BTD), covered)
+
+    def coverage_r2(self, embedded_BTD: Tensor, covered: Tensor) -> float:
+        """How much of the variance of what objects cover is explained: 1 for all of it, 0 for none."""
+        error = self.coverage(embedded_BTD).sigmoid() - covered
+        return 1 - (error.square().mean() / covered.var(correction=0)).item()
 
     def color_loss(self, z_BGD: Tensor, whole_BLW: Tensor) -> Tensor:
         """The mean cross-entropy of the objects' colours, plus that of backgrounds; the texts leave nothing open."""
@@ -115,7 +124,7 @@ def learn_positions(
         frames = [draws.below(max(options.lengths)) for _ in range(TIMES)]
         embeds = _opened(scenes.embeds[pick], draws.which(OPEN_SHARE, len(pick)))
         embedded = _embedded(forcing, model, embeds, [1 + frame for frame in frames])
-        return model.probes.coverage.loss(embedded, _covered(forcing.grid, scenes, pick, frames)), {}
+        return model.probes.coverage_loss(embedded, _covered(forcing.grid, scenes, pick, frames)), {}
 
     measure = partial(_coverage_r2, forcing, held_out)
     _learn(reader, "positions", OF_POSITIONS, loss, measure, forcing, options, minutes)
@@ -174,7 +183,7 @@ def _coverage_r2(forcing: TogetherForcing, held_out: Latents, reader: Reader) ->
     pick, keyframes = torch.arange(len(held_out.latents)), forcing.keyframes(MEASURED_FRAMES)
     embedded = _embedded(forcing, reader, leave_open(held_out.embeds, colors=True), keyframes)
     truth = _covered(forcing.grid, held_out, pick, [time - 1 for time in keyframes])
-    return {"r2": reader.probes.coverage.r2(embedded, truth)}
+    return {"r2": reader.probes.coverage_r2(embedded, truth)}
 
 
 def _embedded(forcing: TogetherForcing, reader: Reader, embeds: Tensor, times: Sequence[int]) -> Tensor:

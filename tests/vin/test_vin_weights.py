@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import json
+import math
 import sys
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -272,3 +273,20 @@ def test_colors_are_judged_by_what_the_whole_text_says(monkeypatch: pytest.Monke
     z[0, 1] = z[0, 0]
     assert probes.color_accuracy(z, embeds) == pytest.approx(2 / 3)
     assert probes.color_loss(z, embeds) > 6
+
+
+def test_what_the_probe_of_coverage_explains(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of the variance if it is right, none if it says the mean."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    from vin_training.reading import Probes
+
+    probes, tokens = Probes(32, 4), torch.randn(2, 3, 16, 32, generator=torch.Generator().manual_seed(0))
+    covered = (tokens[..., :8] > 0).float()
+    torch.nn.init.zeros_(probes.coverage.weight)
+    torch.nn.init.zeros_(probes.coverage.bias)
+    assert probes.coverage_r2(tokens, covered) == pytest.approx(0, abs=0.01)
+    assert probes.coverage_loss(tokens, covered).item() == pytest.approx(math.log(2))
+    with torch.no_grad():
+        probes.coverage.weight[:, :8] = 1e4 * torch.eye(8)
+    assert probes.coverage_r2(tokens, covered) == pytest.approx(1)
+    assert probes.coverage_loss(tokens, covered) < 1e-3
