@@ -2,7 +2,7 @@
 
     python benchmarks/compression.py [--scenes 24] [--frames 49] [--plot docs/compression.png]
 
-Scenes are rendered from texts and places that no training has seen. Every bit is counted: header, text, places, chunk
+Scenes are rendered from texts and starts that no training has seen. Every bit is counted: header, text, starts, chunk
 numbers and checksums. The others' are counted with their container (mp4) and without (the packets alone). PSNR and SSIM
 are of RGB; `judge` is the share of objects whose colour, shape and motion are right. The last line is JSON.
 """
@@ -30,7 +30,7 @@ from causalrope_sp import CausalVideoPipeline
 from causalrope_sp.compression import decode, encode
 from causalrope_sp.toybox.judge import judge, summarize
 from causalrope_sp.toybox.prompts import SceneSpec
-from causalrope_sp.toybox.scenes import PLACE_VARIABLES, random_scene, render
+from causalrope_sp.toybox.scenes import START_VARIABLES, random_scene, render
 
 SEED, SIZE, FPS = 24_000, 64, 16
 RATES = (10.0, 1.0, 0.1, 0.03)
@@ -49,12 +49,12 @@ Scenes = list[tuple[SceneSpec, str, np.ndarray]]
 
 
 def scenes_of(count: int, frames: int) -> Scenes:
-    """Scenes with the texts that tell them, places in hundredths, and their videos."""
+    """Scenes with the texts that tell them, starts in hundredths, and their videos."""
     generator, found = torch.Generator().manual_seed(SEED), []
     for _ in range(count):
-        spec, places = random_scene(generator), torch.rand(PLACE_VARIABLES, generator=generator)
-        video = render([spec], places[None], torch.arange(frames).float(), SIZE)[0].movedim(0, -1)
-        numbers = " ".join(str(int(100 * float(place))) for place in places[: 3 * len(spec.objects)])
+        spec, starts = random_scene(generator), torch.rand(START_VARIABLES, generator=generator)
+        video = render([spec], starts[None], torch.arange(frames).float(), SIZE)[0].movedim(0, -1)
+        numbers = " ".join(str(int(100 * float(start))) for start in starts[: 3 * len(spec.objects)])
         found.append((spec, f"{spec.prompt()} at {numbers}", video.mul(255).round().byte().numpy()))
     return found
 

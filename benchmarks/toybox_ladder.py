@@ -28,7 +28,7 @@ from causalrope_sp.sampling.sampler import sample_chunks
 from causalrope_sp.toybox.chart import chart
 from causalrope_sp.toybox.judge import Verdict, judge, summarize
 from causalrope_sp.toybox.prompts import SceneSpec
-from causalrope_sp.toybox.scenes import PLACE_VARIABLES, random_scene, render
+from causalrope_sp.toybox.scenes import START_VARIABLES, random_scene, render
 from causalrope_sp.toybox.toybox_text import encode_scene
 
 FRAMES = 81
@@ -119,17 +119,17 @@ def main(model: str, prompts: int, development: bool, codec_only: bool) -> None:
     if development:
         generator, first = torch.Generator().manual_seed(DEVELOPMENT_SEED), 1000
         scenes = [random_scene(generator) for _ in range(prompts)]
-    places = torch.stack([torch.rand(PLACE_VARIABLES, generator=keyed_generator(first + n)) for n in range(prompts)])
+    starts = torch.stack([torch.rand(START_VARIABLES, generator=keyed_generator(first + n)) for n in range(prompts)])
     times = torch.arange(FRAMES)
-    pixels = render(scenes, places, times, pipe.height)
+    pixels = render(scenes, starts, times, pipe.height)
     truth = encoded(pipe, pixels)
     rungs = [tell("rendered truth", as_bytes(pixels.transpose(1, 2)), scenes, False)]
     rungs.append(tell("through the codec", decoded(pipe, truth), scenes, True))
     rungs += [tell(f"codec, latent noise {s}", decoded(pipe, truth, s), scenes, False) for s in (0.2, 0.45)]
     if not codec_only:
-        behind = encoded(pipe, render([SceneSpec((), s.background) for s in scenes], places, times, pipe.height))
+        behind = encoded(pipe, render([SceneSpec((), s.background) for s in scenes], starts, times, pipe.height))
         objects = (truth - behind).abs().mean(2) > VISIBLE
-        embeds = torch.stack([encode_scene(scene, p) for scene, p in zip(scenes, places, strict=True)])
+        embeds = torch.stack([encode_scene(scene, start) for scene, start in zip(scenes, starts, strict=True)])
         for name, history in (("after the truth's history", truth), ("after its own history", None)):
             latents = sampled(pipe, embeds, history)
             rungs.append(tell(f"{model}, {name}", decoded(pipe, latents), scenes, True))

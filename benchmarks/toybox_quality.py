@@ -28,7 +28,7 @@ from causalrope_sp import CausalVideoPipeline
 from causalrope_sp.diffusion.noise import keyed_generator
 from causalrope_sp.toybox.judge import Verdict, judge, summarize
 from causalrope_sp.toybox.prompts import SceneSpec
-from causalrope_sp.toybox.scenes import PLACE_VARIABLES, random_scene, render
+from causalrope_sp.toybox.scenes import START_VARIABLES, random_scene, render
 
 SEED = 7
 GOALS = {"color": 0.97, "shape": 0.90, "motion": 0.93, "all": 0.80, "codec_psnr_db": 30.0}
@@ -61,8 +61,8 @@ def codec_psnr(pipe: CausalVideoPipeline, scenes: list[SceneSpec], frames: int) 
     generator = torch.Generator().manual_seed(SEED)
     values = []
     for scene in scenes:
-        places = torch.rand(1, PLACE_VARIABLES, generator=generator)
-        pixels = render([scene], places, torch.arange((frames - 1) // 4 * 4 + 1), pipe.height).transpose(1, 2)
+        starts = torch.rand(1, START_VARIABLES, generator=generator)
+        pixels = render([scene], starts, torch.arange((frames - 1) // 4 * 4 + 1), pipe.height).transpose(1, 2)
         pixels = pixels.to(pipe.codec.device, pipe.codec.dtype)
         latents = pipe.codec.encoder().encode(2 * pixels - 1)
         back = (pipe.codec.decoder().decode(latents).clamp(-1, 1) + 1) / 2
@@ -72,12 +72,12 @@ def codec_psnr(pipe: CausalVideoPipeline, scenes: list[SceneSpec], frames: int) 
 
 @torch.inference_mode()
 def judge_truth(pipe: CausalVideoPipeline, scenes: list[SceneSpec], frames: int) -> dict[str, dict[str, float]]:
-    """What the judge says of the scenes themselves, as rendered and through the codec, at the places that the model
+    """What the judge says of the scenes themselves, as rendered and through the codec, at the starts that the model
     is told."""
     as_rendered, through_codec = list[Verdict](), list[Verdict]()
     for seed, scene in enumerate(scenes):
-        places = torch.rand(1, PLACE_VARIABLES, generator=keyed_generator(seed))
-        pixels = render([scene], places, torch.arange((frames - 1) // 4 * 4 + 1), pipe.height).transpose(1, 2)
+        starts = torch.rand(1, START_VARIABLES, generator=keyed_generator(seed))
+        pixels = render([scene], starts, torch.arange((frames - 1) // 4 * 4 + 1), pipe.height).transpose(1, 2)
         latents = pipe.codec.encoder().encode((2 * pixels - 1).to(pipe.codec.device, pipe.codec.dtype))
         back = (pipe.codec.decoder().decode(latents).float().cpu() + 1) / 2
         for video, verdicts in ((pixels, as_rendered), (back, through_codec)):

@@ -3,7 +3,7 @@
     python benchmarks/toybox_steering.py [--count 16]
 
 A new prompt: one object, whose colour changes after four chunks with the window computed anew; right if the judge sees
-the new colour in the two chunks after the next two. A first image: one object that moves evenly, at places that the
+the new colour in the two chunks after the next two. A first image: one object that moves evenly, with a start that the
 seed has not drawn; right if 16 frames on the object is within a tenth of the picture of where the image leads to.
 Scenes and seeds are drawn in order and not chosen. The last line is JSON.
 """
@@ -21,7 +21,7 @@ from videos import video_of
 from causalrope_sp import CausalVideoPipeline
 from causalrope_sp.toybox.judge import judge
 from causalrope_sp.toybox.prompts import COLORS, SceneSpec
-from causalrope_sp.toybox.scenes import PLACE_VARIABLES, random_scene, render, tracks
+from causalrope_sp.toybox.scenes import START_VARIABLES, random_scene, render, tracks
 from causalrope_sp.toybox.seen import follow
 
 CHANGES, IMAGES = 95_000_000, 94_000_000  # the seeds of the scenes
@@ -40,12 +40,12 @@ def follows_a_prompt(pipe: CausalVideoPipeline, scene: SceneSpec, seed: int) -> 
     return all(verdict.color for verdict in judge(frames, changed))
 
 
-def follows_an_image(pipe: CausalVideoPipeline, scene: SceneSpec, places: torch.Tensor, seed: int) -> bool:
-    pixels = render([scene], places, torch.arange(1), 64)[0]
+def follows_an_image(pipe: CausalVideoPipeline, scene: SceneSpec, starts: torch.Tensor, seed: int) -> bool:
+    pixels = render([scene], starts, torch.arange(1), 64)[0]
     image = (255 * pixels[:, 0].permute(1, 2, 0)).round().to(torch.uint8).numpy()
     video = np.asarray(video_of(pipe, scene.prompt(), num_frames=21, seed=seed, image=image))
     seen, _ = follow(video, scene)
-    wanted = tracks(scene, places[0].tolist(), torch.arange(float(len(video))))[0].center_T2.numpy()
+    wanted = tracks(scene, starts[0].tolist(), torch.arange(float(len(video))))[0].center_T2.numpy()
     apart = np.hypot(*np.abs((seen[0] - wanted + 0.5) % 1 - 0.5)[-5:].T)
     return bool(np.where(np.isnan(apart), 9, apart).max() < 0.1)
 
@@ -63,10 +63,10 @@ def main(model: str, count: int) -> None:
             prompts.append(follows_a_prompt(pipe, scene, seed))
     generator, images, seed = torch.Generator().manual_seed(IMAGES), list[bool](), 0
     while len(images) < count:
-        scene, places = random_scene(generator), torch.rand(1, PLACE_VARIABLES, generator=generator)
+        scene, starts = random_scene(generator), torch.rand(1, START_VARIABLES, generator=generator)
         seed += 1
         if len(scene.objects) == 1 and scene.objects[0].motion not in ("bounces", "pulses"):
-            images.append(follows_an_image(pipe, scene, places, seed))
+            images.append(follows_an_image(pipe, scene, starts, seed))
     print(f"a new colour: {sum(prompts)} of {count}; a first image: {sum(images)} of {count}")
     finish("toybox_steering", model=model, prompts=sum(prompts), images=sum(images), count=count)
 

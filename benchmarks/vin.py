@@ -154,7 +154,7 @@ def main(lengths: str, prompts: int, ranks: str) -> None:
     if not prompts:
         return finish("vin", seconds=timings, saved_by_formula=large_flops())
     rows = quality(variants, (*VARIANTS, TRUTH), frames, scenes, "nothing")
-    for left_open in ("colours", "places"):
+    for left_open in ("colours", "starts"):
         rows += quality(variants, [w for w in VARIANTS if w.startswith("VIN")], [max(frames)], many, left_open)
     base = {row["frames"]: row["flops"] for row in rows if row["variant"] == "full attention"}
     columns = ("frames", "variant", "left open", "GFLOP", "of full", "colour", "shape", "motion", *MEASURES)

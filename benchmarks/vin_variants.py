@@ -20,7 +20,7 @@ from causalrope_sp.planning.machines import default_machine
 from causalrope_sp.planning.strategy import choose_strategy
 from causalrope_sp.planning.workload import Workload
 from causalrope_sp.toybox.prompts import SceneSpec
-from causalrope_sp.toybox.scenes import PLACE_VARIABLES, render
+from causalrope_sp.toybox.scenes import START_VARIABLES, render
 from causalrope_sp.toybox.toybox_text import leave_open
 from causalrope_sp.vin import PAPER_CHUNKS, PAPER_VIN, ParallelChunksConfig, sample_parallel_chunks
 from causalrope_sp.vin.chunks import AssignedChunks, cut
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 VARIANTS = ("VIN", "full attention", "autoregressive", "VIN without global tokens", "VIN without fusion")
 TRUTH = "rendered, through the codec"
-OPEN: dict[str, dict[str, bool]] = {"nothing": {}, "colours": {"colors": True}, "places": {"places": True}}
+OPEN: dict[str, dict[str, bool]] = {"nothing": {}, "colours": {"colors": True}, "starts": {"starts": True}}
 PAPER_STEPS = 50
 LEVELS = (0.99, 0.98, 0.95, 0.9, 0.8, 0.5)
 
@@ -85,10 +85,10 @@ class Variants:
 
     @torch.inference_mode()
     def latents(self, scene: SceneSpec, frames: int, seed: int) -> torch.Tensor:
-        """Of the rendered scene, with the places that its seed gives the text."""
-        places = torch.rand(1, PLACE_VARIABLES, generator=keyed_generator(seed))
+        """Of the rendered scene, with the starts that its seed gives the text."""
+        starts = torch.rand(1, START_VARIABLES, generator=keyed_generator(seed))
         whole = 4 * (latent_frames(frames) - 1) + 1
-        pixels = render([scene], places, torch.arange(whole), self.vin.height).transpose(1, 2) * 2 - 1
+        pixels = render([scene], starts, torch.arange(whole), self.vin.height).transpose(1, 2) * 2 - 1
         return self.vin.codec.encoder().encode(pixels)
 
     def seams(self, frames: int) -> list[int]:

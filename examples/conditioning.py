@@ -19,7 +19,7 @@ from causalrope_sp import CausalVideoPipeline
 from causalrope_sp.diffusion.noise import keyed_generator
 from causalrope_sp.io.media_reader import fit
 from causalrope_sp.toybox.prompts import parse_prompt
-from causalrope_sp.toybox.scenes import PLACE_VARIABLES, render
+from causalrope_sp.toybox.scenes import START_VARIABLES, render
 
 PROMPT, RECOLORED = "a large red circle slides right", "a large blue circle slides right"
 SEED, SHOWN, SCALE, LABEL, AXIS = 3, 10, 2, 310, 34
@@ -55,8 +55,8 @@ def made(pipe: CausalVideoPipeline, prompt: str, frames: int, seed: int, **start
 
 def scene(size: int) -> np.ndarray:
     """The first frame of the truth that the prompt and the seed describe."""
-    places = torch.rand(1, PLACE_VARIABLES, generator=keyed_generator(SEED))
-    pixels = render([parse_prompt(PROMPT)], places, torch.zeros(1), size)
+    starts = torch.rand(1, START_VARIABLES, generator=keyed_generator(SEED))
+    pixels = render([parse_prompt(PROMPT)], starts, torch.zeros(1), size)
     return (255 * pixels[0, :, 0]).round().to(torch.uint8).movedim(0, 2).numpy()
 
 

@@ -58,7 +58,7 @@ SEED = 70_000_000
 CONFIG = VINConfig(global_tokens=32, dim=192, heads=6, layers=1, position_layers=2)
 CHUNKS = ParallelChunksConfig(chunk_frames=9, overlap=1, keyframe_every=2)
 LENGTHS = {17: 0.2, 33: 0.35, 65: 0.3, 129: 0.15}  # latent frames, of 64 to 512 pixel frames, and their shares
-COLORS_OPEN, PLACES_OPEN = 0.45, 0.1  # the shares of videos whose text does not name colours, or start positions
+COLORS_OPEN, STARTS_OPEN = 0.45, 0.1  # the shares of videos whose text does not name colours, or start positions
 OPEN_NOISE = (0.88, 0.99)  # half of the videos with open colours have a noise level between: there a colour is decided
 AHEAD = 0.6  # the share of videos with open colours of which the VIN reads a less noisy one,
 AHEAD_UNTIL = 0.4  # in this share of the time
@@ -106,11 +106,11 @@ def draw(scenes: Latents, options: Options, ahead: float, draws: Draws) -> tuple
     times = uniform()
     times = torch.where(draws.which(0.5, videos), SHIFT * times / (1 + (SHIFT - 1) * times), times)
     times = torch.where(draws.which(0.5, videos), uniform(HIGH_NOISE), times)
-    colors, places = draws.which(COLORS_OPEN, videos), draws.which(PLACES_OPEN, videos)
+    colors, starts = draws.which(COLORS_OPEN, videos), draws.which(STARTS_OPEN, videos)
     times = torch.where(colors & draws.which(0.5, videos), uniform(*OPEN_NOISE), times)
     read_times = torch.where(colors & draws.which(ahead, videos), times * uniform(), times)
     embeds = whole = scenes.embeds[pick.to(clean.device)]
-    for which, opened in ((colors, {"colors": True}), (places, {"places": True})):
+    for which, opened in ((colors, {"colors": True}), (starts, {"starts": True})):
         embeds = torch.where(which.view(-1, 1, 1), leave_open(embeds, **opened), embeds)
     return Batch(clean, objects, embeds, times, read_times), whole, colors
 

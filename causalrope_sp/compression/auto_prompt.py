@@ -30,7 +30,7 @@ MOST = 48  # sentences that are compared
 
 
 def find_prompt(pipe: CausalVideoPipeline, video: Video) -> str:
-    """Returns the sentence of toybox's grammar, with places, that a video shows.
+    """Returns the sentence of toybox's grammar, with starts, that a video shows.
 
     Args:
         pipe: a pipeline of toybox.

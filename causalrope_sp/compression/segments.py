@@ -133,7 +133,7 @@ class Segments(Generic[Loop]):
 
     def _open(self) -> Loop:
         header, pipe = self._header, self._pipe
-        later = self._made > 0  # then the text's places are not those where the segment begins
+        later = self._made > 0  # then the text's starts are not those where the segment begins
         if later not in self._texts:
             (self._texts[later],) = encode_all(pipe, header.text_seed, later, [(header.prompt, None)])
         codebook = Codebook(header.seed, self._made, header.atoms, self._size)

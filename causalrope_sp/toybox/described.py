@@ -1,4 +1,4 @@
-"""Describes a toybox video: the sentences of the grammar, with places, that its frames may show.
+"""Describes a toybox video: the sentences of the grammar, with starts, that its frames may show.
 
 Colours, centres and sizes are measured (`seen`), and every motion is fitted to the centres. What measuring leaves open,
 the shape above all, is left to whoever compares the sentences.
@@ -25,10 +25,10 @@ NEAR = 1.5  # a motion is possible up to so many times the error of the best one
 
 @dataclass(frozen=True)
 class _Fit:
-    """A motion with the places, in hundredths, that fit an object best, and the mean distance of its centres."""
+    """A motion with the starts, in hundredths, that fit an object best, and the mean distance of its centres."""
 
     spec: ObjectSpec
-    places: tuple[int, int, int]
+    starts: tuple[int, int, int]
     error: float
 
 
@@ -59,14 +59,14 @@ def describe(frames_THW3: np.ndarray) -> list[str]:
                     ObjectSpec(each.spec.size, each.spec.color, shape, each.spec.motion)
                     for each, shape in zip(objects, shapes, strict=True)
                 ]
-                numbers = " ".join(str(place) for each in objects for place in each.places)
+                numbers = " ".join(str(hundredth) for each in objects for hundredth in each.starts)
                 sentences.append((error, f"{SceneSpec(tuple(specs), background).prompt()} at {numbers}"))
     best = min(error for error, _ in sentences)
     return [sentence for error, sentence in sorted(sentences) if error <= NEAR * best + 1e-3]
 
 
 def _fits(color: str, center_T2: np.ndarray, cover_THW: np.ndarray, half: tuple[float, float]) -> list[_Fit]:
-    """Every size and motion with the places that fit best."""
+    """Every size and motion with the starts that fit best."""
     seen = np.flatnonzero(np.isfinite(center_T2[:, 0]))
     frames, wanted = torch.from_numpy(seen).float(), torch.from_numpy(center_T2[seen]).float()
     area_T = torch.from_numpy(cover_THW[seen].mean((1, 2))).float()
@@ -75,21 +75,21 @@ def _fits(color: str, center_T2: np.ndarray, cover_THW: np.ndarray, half: tuple[
 
 def _fit(spec: ObjectSpec, frames: Tensor, wanted_T2: Tensor, area_T: Tensor, half: tuple[float, float]) -> _Fit:
     """Finds one number after the other, since each moves the centre along one axis or in time alone."""
-    places = [50, 50, 50]
+    starts = [50, 50, 50]
     for number in (0, 1, 0, 2):
         errors = []
         for hundredth in range(100):
-            places[number] = hundredth
-            errors.append(_error(spec, places, frames, wanted_T2, area_T, half))
-        places[number] = int(np.argmin(errors))
-    return _Fit(spec, (places[0], places[1], places[2]), min(errors))
+            starts[number] = hundredth
+            errors.append(_error(spec, starts, frames, wanted_T2, area_T, half))
+        starts[number] = int(np.argmin(errors))
+    return _Fit(spec, (starts[0], starts[1], starts[2]), min(errors))
 
 
 def _error(
-    spec: ObjectSpec, places: list[int], frames: Tensor, wanted_T2: Tensor, area_T: Tensor, half: tuple[float, float]
+    spec: ObjectSpec, starts: list[int], frames: Tensor, wanted_T2: Tensor, area_T: Tensor, half: tuple[float, float]
 ) -> float:
     """The mean distance of centres on the torus, and the mean difference of radii, which areas tell roughly."""
-    path = track(spec, [(place + 0.5) / 100 for place in places], half, frames)
+    path = track(spec, [(hundredth + 0.5) / 100 for hundredth in starts], half, frames)
     off = (path.center_T2 - wanted_T2 + 0.5) % 1 - 0.5
     radius = (area_T / 3.0).sqrt()  # of a circle; squares and triangles are within a fifth of it
     return float(off.norm(dim=1).mean() + 0.5 * (path.radius_T - radius).abs().mean())

@@ -106,7 +106,7 @@ def parse_prompt(prompt: str) -> SceneSpec:
     return SceneSpec(tuple(ObjectSpec(s or "medium", c, sh, m) for s, c, sh, m in phrases), background)
 
 
-def parse_places(prompt: str) -> tuple[float, ...] | None:
+def parse_starts(prompt: str) -> tuple[float, ...] | None:
     """Returns what a prompt says of where its objects start, three numbers in [0, 1) an object; None if nothing.
 
     Args:
@@ -115,11 +115,11 @@ def parse_places(prompt: str) -> tuple[float, ...] | None:
     Raises:
         PromptError: there are not three numbers for each object.
     """
-    _, places = _split(prompt)
+    _, starts = _split(prompt)
     objects = len(parse_prompt(prompt).objects)
-    if places is not None and len(places) != 3 * objects:
-        raise PromptError(f"the prompt {prompt!r} has {len(places)} numbers after 'at', and needs {3 * objects}")
-    return places
+    if starts is not None and len(starts) != 3 * objects:
+        raise PromptError(f"the prompt {prompt!r} has {len(starts)} numbers after 'at', and needs {3 * objects}")
+    return starts
 
 
 def _split(prompt: str) -> tuple[str, tuple[float, ...] | None]:

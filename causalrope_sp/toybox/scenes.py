@@ -27,7 +27,7 @@ ORBIT_RADIUS = 0.28
 PULSE_DEPTH = 0.3
 MARGIN = 0.03
 
-PLACE_VARIABLES = 6  # uniform numbers of a scene, three an object: its start and its phase
+START_VARIABLES = 6  # the starts of a scene: of each object uniform numbers along and across its path, and a phase
 
 _DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 
@@ -99,12 +99,12 @@ def _signed_distance(shape: str, offset: Tensor, radius: Tensor) -> Tensor:
     return torch.maximum(y - radius, (2 * x.abs() - (y + radius)) / slope)
 
 
-def render(specs: Sequence[SceneSpec], places_N6: Tensor, frames: Tensor, size: int) -> Tensor:
+def render(specs: Sequence[SceneSpec], starts_N6: Tensor, frames: Tensor, size: int) -> Tensor:
     """Renders N scenes. A slide wraps round the picture's edge.
 
     Args:
         specs: the scenes.
-        places_N6: the six uniform numbers of each.
+        starts_N6: the six uniform numbers of each.
         frames: the numbers of the pixel frames, (T,).
         size: pixels of the picture's width and height.
 
@@ -114,7 +114,7 @@ def render(specs: Sequence[SceneSpec], places_N6: Tensor, frames: Tensor, size: 
     video = torch.empty(len(specs), 3, len(frames), size, size)
     for n, spec in enumerate(specs):
         video[n] = torch.tensor(BACKGROUNDS[spec.background]).view(3, 1, 1, 1) / 255
-        for obj, cover_TXX in zip(spec.objects, coverage(spec, places_N6[n].tolist(), frames, size)):
+        for obj, cover_TXX in zip(spec.objects, coverage(spec, starts_N6[n].tolist(), frames, size)):
             video[n].lerp_(torch.tensor(COLORS[obj.color]).view(3, 1, 1, 1) / 255, cover_TXX)
     return video
 

@@ -26,7 +26,7 @@ NAMES = {
 GROUPS = (  # title, scene and seed, what the text leaves open, the rows
     ("Prompt 1; the text does not say which colours there are.", 0, "colours", (WITH, WITHOUT)),
     ("Prompt 2; the text does not say which colours there are.", 1, "colours", (WITH, WITHOUT)),
-    ("Prompt 2; the text says colours and places.", 1, "nothing", (WITH, STREAM)),
+    ("Prompt 2; the text says colours and starts.", 1, "nothing", (WITH, STREAM)),
 )
 NUM_FRAMES, SHOWN, TILE, GAP, LEFT, TITLE, AXIS = 256, 9, 88, 4, 190, 28, 44
 

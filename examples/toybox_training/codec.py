@@ -22,7 +22,7 @@ from causalrope_sp.codec.wan_vae import WanDecoderStream, WanEncoderStream
 from causalrope_sp.codec.wan_vae_config import WanVaeConfig
 from causalrope_sp.codec.wan_vae_model import WanVae
 from causalrope_sp.toybox.prompts import BACKGROUNDS, SHAPES, SIZES, SceneSpec
-from causalrope_sp.toybox.scenes import PLACE_VARIABLES, random_scene, render
+from causalrope_sp.toybox.scenes import START_VARIABLES, random_scene, render
 
 from .training import Training, agreed, processes, rank
 
@@ -66,8 +66,8 @@ def train_codec(path: Path, size: int, steps: int, stop: int, lr: float, device:
         generator = torch.Generator().manual_seed(SEED + processes() * training.step + rank())
         count, frames = _clips(progress, training.step)
         scenes = [random_scene(generator) for _ in range(count)]
-        places = torch.rand(count, PLACE_VARIABLES, generator=generator)
-        pixels = render(scenes, places, torch.arange(frames), size).transpose(1, 2).to(device) * 2 - 1
+        starts = torch.rand(count, START_VARIABLES, generator=generator)
+        pixels = render(scenes, starts, torch.arange(frames), size).transpose(1, 2).to(device) * 2 - 1
         with torch.autocast(device.type, torch.bfloat16):
             latents = WanEncoderStream(training.model).encode(pixels)
             noise = torch.randn(latents.shape, generator=generator).to(device)
@@ -84,12 +84,12 @@ def train_codec(path: Path, size: int, steps: int, stop: int, lr: float, device:
 
 @dataclass(frozen=True)
 class Made:
-    """Videos that a DiT made: latents (N, F, C, X, X) float16, the scenes and places they should show, and how far each
+    """Videos that a DiT made: latents (N, F, C, X, X) float16, the scenes and starts they should show, and how far each
     latent frame is from the truth, (N, F): the mean square error of normalised latents where objects are."""
 
     latents: Tensor
     scenes: Sequence[SceneSpec]
-    places_N6: Tensor
+    starts_N6: Tensor
     strayed_NF: Tensor
 
 
@@ -139,8 +139,8 @@ def _from_truth(codec: WanVae, size: int, step: int, generator: torch.Generator)
     device = next(codec.parameters()).device
     count, frames = (1, 65) if step % 8 == 7 else (4, 17)
     scenes = [_hard_scene(generator) for _ in range(count)]
-    places = torch.rand(count, PLACE_VARIABLES, generator=generator)
-    pixels = render(scenes, places, torch.arange(frames), size).transpose(1, 2).to(device) * 2 - 1
+    starts = torch.rand(count, START_VARIABLES, generator=generator)
+    pixels = render(scenes, starts, torch.arange(frames), size).transpose(1, 2).to(device) * 2 - 1
     with torch.autocast(device.type, torch.bfloat16):
         with torch.no_grad():
             latents = WanEncoderStream(codec).encode(pixels).float()
@@ -162,7 +162,7 @@ def _from_made(
     latents, stream = made.latents[pick, : start + 5].float().to(device), WanDecoderStream(codec)
     times = torch.arange(max(0, 4 * start - 3), 4 * start + 17)
     scenes = [made.scenes[int(n)] for n in pick]
-    pixels = render(scenes, made.places_N6[pick], times, size).transpose(1, 2).to(device) * 2 - 1
+    pixels = render(scenes, made.starts_N6[pick], times, size).transpose(1, 2).to(device) * 2 - 1
     with torch.autocast(device.type, torch.bfloat16):
         if start:
             with torch.no_grad():
@@ -217,8 +217,8 @@ def save_codec(codec: WanVae, folder: Path, size: int) -> None:
     parts = []
     for _ in range(16):
         scenes = [random_scene(generator) for _ in range(16)]
-        places = torch.rand(16, PLACE_VARIABLES, generator=generator)
-        pixels = render(scenes, places, torch.arange(33), size).transpose(1, 2) * 2 - 1
+        starts = torch.rand(16, START_VARIABLES, generator=generator)
+        pixels = render(scenes, starts, torch.arange(33), size).transpose(1, 2) * 2 - 1
         parts.append(WanEncoderStream(codec).encode(pixels.to(next(codec.parameters()).device)).cpu())
     by_channel = torch.cat(parts).transpose(0, 2).flatten(1)
     mean, std = ([round(v, 5) for v in of(1).tolist()] for of in (by_channel.mean, by_channel.std))

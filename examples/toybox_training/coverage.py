@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from causalrope_sp.toybox.prompts import SceneSpec
-from causalrope_sp.toybox.scenes import PLACE_VARIABLES, coverage
+from causalrope_sp.toybox.scenes import START_VARIABLES, coverage
 
-OBJECTS = PLACE_VARIABLES // 3
+OBJECTS = START_VARIABLES // 3
 PIXELS = 4  # of the width and height of a latent pixel, when its coverage is computed
 
 

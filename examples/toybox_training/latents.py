@@ -17,7 +17,7 @@ from torch import Tensor
 from causalrope_sp.codec.wan_vae import WanEncoderStream
 from causalrope_sp.codec.wan_vae_model import WanVae
 from causalrope_sp.toybox.prompts import BACKGROUNDS, COLORS, MOTIONS, SHAPES, SIZES, SceneSpec
-from causalrope_sp.toybox.scenes import PLACE_VARIABLES, random_scene, render, tracks
+from causalrope_sp.toybox.scenes import START_VARIABLES, random_scene, render, tracks
 from causalrope_sp.toybox.toybox_text import encode_scene
 
 from .coverage import coverage_of
@@ -88,7 +88,7 @@ def encoded_frames(frames: Sequence[int], device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class Changes:
-    """Scenes before and after a change of their text, at the same places: latents `before` (N, 13, C, X, X) and `after`
+    """Scenes before and after a change of their text, at the same starts: latents `before` (N, 13, C, X, X) and `after`
     (N, 16, C, X, X) in float16, and of `after` the text embeddings (N, L, E) and where objects are (N, 16, X, X)."""
 
     before: Tensor
@@ -125,11 +125,11 @@ def encode_changes(codec: WanVae, path: Path, videos: int, size: int, seed: int)
     def make() -> dict[str, Tensor]:
         empty, parts = _backgrounds(codec, size, 61), list[tuple[Tensor, ...]]()
         for batch in batches:
-            scenes, places = draw_scenes(seed + batch)
-            before = _encode(codec, [other_scene(scene, rng) for scene in scenes], places, 49, size)
-            after = _encode(codec, scenes, places, 61, size)
+            scenes, starts = draw_scenes(seed + batch)
+            before = _encode(codec, [other_scene(scene, rng) for scene in scenes], starts, 49, size)
+            after = _encode(codec, scenes, starts, 61, size)
             behind = torch.stack([empty[scene.background] for scene in scenes])
-            embeds = torch.stack([encode_scene(scene, p) for scene, p in zip(scenes, places, strict=True)])
+            embeds = torch.stack([encode_scene(scene, start) for scene, start in zip(scenes, starts, strict=True)])
             parts.append((before.half(), after.half(), embeds, (after - behind).abs().mean(2) > VISIBLE))
             progress("encoding changes", BATCH * len(parts), BATCH * len(batches))
         return dict(
@@ -140,10 +140,10 @@ def encode_changes(codec: WanVae, path: Path, videos: int, size: int, seed: int)
 
 
 def draw_scenes(seed: int) -> tuple[list[SceneSpec], Tensor]:
-    """The scenes of one batch, and the places of their objects, (BATCH, 6)."""
+    """The scenes of one batch, and the starts of their objects, (BATCH, 6)."""
     generator = torch.Generator().manual_seed(seed)
     scenes = [random_scene(generator) for _ in range(BATCH)]
-    return scenes, torch.rand(BATCH, PLACE_VARIABLES, generator=generator)
+    return scenes, torch.rand(BATCH, START_VARIABLES, generator=generator)
 
 
 def held_out_scenes(codec: WanVae, path: Path, size: int) -> Latents:
@@ -165,41 +165,41 @@ def encode_scenes(codec: WanVae, path: Path, videos: int, size: int, seed: int, 
 
     def make() -> dict[str, Tensor]:
         empty, parts = _backgrounds(codec, size, PIXEL_FRAMES), list[tuple[Tensor, ...]]()
-        for specs, places in drawn:
-            latents = _encode(codec, specs, places, PIXEL_FRAMES, size)
+        for specs, starts in drawn:
+            latents = _encode(codec, specs, starts, PIXEL_FRAMES, size)
             behind = torch.stack([empty[scene.background] for scene in specs])
-            embeds = torch.stack([encode_scene(scene, p) for scene, p in zip(specs, places, strict=True)])
+            embeds = torch.stack([encode_scene(scene, start) for scene, start in zip(specs, starts, strict=True)])
             objects = (latents - behind).abs().mean(2) > VISIBLE
-            described = zip(specs, places.tolist(), strict=True)
-            covered = [coverage_of(spec, starts, PIXEL_FRAMES, latents.shape[-1]) for spec, starts in described]
+            described = zip(specs, starts.tolist(), strict=True)
+            covered = [coverage_of(spec, start, PIXEL_FRAMES, latents.shape[-1]) for spec, start in described]
             parts.append((latents.half(), embeds, objects, torch.stack(covered)))
             progress(f"encoding {path.name}", BATCH * len(parts), BATCH * len(drawn))
         names = ("latents", "embeds", "objects", "coverage")
         return dict(zip(names, map(torch.cat, zip(*parts, strict=True)), strict=True))
 
     found = kept(path, [videos, PIXEL_FRAMES, size, seed, fingerprint(codec.encoder), LAYOUT], make)
-    often = torch.tensor([_share(*scene) for specs, places in drawn for scene in zip(specs, places, strict=True)])
+    often = torch.tensor([_share(*scene) for specs, starts in drawn for scene in zip(specs, starts, strict=True)])
     return Latents(**found, scenes=[scene for specs, _ in drawn for scene in specs], share=often)
 
 
-def _encode(codec: WanVae, scenes: list[SceneSpec], places: Tensor, frames: int, size: int) -> Tensor:
+def _encode(codec: WanVae, scenes: list[SceneSpec], starts: Tensor, frames: int, size: int) -> Tensor:
     """The latents of scenes that are rendered where the codec is, on the CPU, (N, F, C, X, X)."""
     with next(codec.parameters()).device:
-        pixels = render(scenes, places, torch.arange(frames), size).transpose(1, 2) * 2 - 1
+        pixels = render(scenes, starts, torch.arange(frames), size).transpose(1, 2) * 2 - 1
     return WanEncoderStream(codec).encode(pixels).cpu()
 
 
 def _backgrounds(codec: WanVae, size: int, frames: int) -> dict[str, Tensor]:
     """The latents of scenes without objects, (F, C, X, X), by the background's word."""
-    nowhere = torch.zeros(1, PLACE_VARIABLES)
+    nowhere = torch.zeros(1, START_VARIABLES)
     return {word: _encode(codec, [SceneSpec((), word)], nowhere, frames, size)[0] for word in BACKGROUNDS}
 
 
-def _share(scene: SceneSpec, places_6: Tensor) -> float:
+def _share(scene: SceneSpec, starts_6: Tensor) -> float:
     """How often a scene is drawn."""
     words = [(o.motion, o.shape, o.size) for o in scene.objects]
     share = sum(math.prod(HARD.get(word, 1.0) for word in of_object) for of_object in words)
-    paths = tracks(scene, places_6.tolist(), torch.arange(64.0))
+    paths = tracks(scene, starts_6.tolist(), torch.arange(64.0))
     if len(paths) == 2:
         apart = (paths[0].center_T2 - paths[1].center_T2).norm(dim=1) - paths[0].radius_T - paths[1].radius_T
         share *= MEETING if apart.min() < 0 else 1

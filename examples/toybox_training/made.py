@@ -53,8 +53,8 @@ def make_videos(
     error = ((latents.float() - truth).square().mean(2) * objects).sum((2, 3)) / objects.sum((2, 3)).clamp(min=1)
     drawn = [draw_scenes(scene_seed + rank() + processes() * (n // BATCH)) for n in number.tolist()]
     specs = [specs[n % BATCH] for (specs, _), n in zip(drawn, number.tolist(), strict=True)]
-    places = torch.stack([places[n % BATCH] for (_, places), n in zip(drawn, number.tolist(), strict=True)])
-    return Made(latents, specs, places, error)
+    starts = torch.stack([starts[n % BATCH] for (_, starts), n in zip(drawn, number.tolist(), strict=True)])
+    return Made(latents, specs, starts, error)
 
 
 def _make(

@@ -111,7 +111,7 @@ class DiTTraining:
         if turn in (1, 4):
             batch = batch_of(self._scenes, 5 * times, whole, [1, 2, 3, 4], draws)
             if turn == 4:  # as after a picture
-                batch.embeds = leave_open(batch.embeds, places=True)
+                batch.embeds = leave_open(batch.embeds, starts=True)
             return "later", batch
         if turn in (3, 5):
             return "image", self._on_a_picture(10 * times, draws)
@@ -177,14 +177,14 @@ class DiTTraining:
         return offset, 1 + offset + PERIOD * draws.below(LONGEST)
 
     def _on_a_picture(self, size: int, draws: Draws) -> Batch:
-        """What follows on a first frame, which in most of the videos alone tells the places."""
+        """What follows on a first frame, which in most of the videos alone tells where objects start."""
         batch = batch_of(self._scenes, size, [1, CHUNK], [1, 2], draws)
         alone = draws.which(0.75, size, 1, 1)
-        batch.embeds = torch.where(alone, leave_open(batch.embeds, places=True), batch.embeds)
+        batch.embeds = torch.where(alone, leave_open(batch.embeds, starts=True), batch.embeds)
         return batch
 
     def _after_a_change(self, size: int, draws: Draws) -> Batch:
-        """What follows on chunks of the same places under another text: all chunks, or all but the newest ones."""
+        """What follows on chunks with the same starts under another text: all chunks, or all but the newest ones."""
         found = self._changes
         past = 1 + draws.below(4)
         pick = send(torch.randint(len(found.before), (size,), generator=draws.choices), self._forcing.device)

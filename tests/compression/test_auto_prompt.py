@@ -9,7 +9,7 @@ import torch
 from causalrope_sp import CausalVideoPipeline, ConfigError, PromptError
 from causalrope_sp.compression import find_prompt
 from causalrope_sp.toybox.described import describe
-from causalrope_sp.toybox.prompts import parse_places, parse_prompt
+from causalrope_sp.toybox.prompts import parse_prompt, parse_starts
 from causalrope_sp.toybox.scenes import render
 from causalrope_sp.toybox.toybox_text import ToyboxText
 
@@ -22,16 +22,16 @@ SCENES = [
 
 
 def video(prompt: str, frames: int = 49) -> np.ndarray:
-    places = torch.full((1, 6), 0.5)
-    told = parse_places(prompt) or ()
-    places[0, : len(told)] = torch.tensor(told)
-    pixels = render([parse_prompt(prompt)], places, torch.arange(frames).float(), 64)[0]
+    starts = torch.full((1, 6), 0.5)
+    told = parse_starts(prompt) or ()
+    starts[0, : len(told)] = torch.tensor(told)
+    pixels = render([parse_prompt(prompt)], starts, torch.arange(frames).float(), 64)[0]
     return pixels.movedim(0, -1).mul(255).round().byte().numpy()
 
 
 @pytest.mark.parametrize("prompt", SCENES[1:3])
 def test_the_text_of_a_scene_is_found(prompt: str) -> None:
-    """Words are those of the scene; what its motion shows of the places is within two hundredths."""
+    """Words are those of the scene; what its motion shows of the starts is within two hundredths."""
     found = find_prompt(CausalVideoPipeline.from_pretrained("toybox"), video(prompt))
     assert parse_prompt(found) == parse_prompt(prompt)
     shown = video(found).astype(float)
@@ -62,8 +62,8 @@ def test_a_prompt_says_where_objects_start() -> None:
     other = text.encode(f"{plain} at 50 2 3", 0)
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
-    assert parse_places(plain) is None
-    assert parse_places(f"{plain} at 0 50 99") == (0.005, 0.505, 0.995)
+    assert parse_starts(plain) is None
+    assert parse_starts(f"{plain} at 0 50 99") == (0.005, 0.505, 0.995)
     for wrong in (f"{plain} at 1 2 3 4 5 6", f"{plain} at 1 2", f"{plain} at 1 2 300", f"{plain} at"):
         with pytest.raises(PromptError):
             text.encode(wrong, 0)

@@ -22,15 +22,15 @@ from causalrope_sp.errors import InputError
 from causalrope_sp.heads import HeadPolicy
 from causalrope_sp.sampling.chunk_loop import ChunkLoop
 from causalrope_sp.toybox.prompts import parse_prompt
-from causalrope_sp.toybox.scenes import PLACE_VARIABLES, render
+from causalrope_sp.toybox.scenes import START_VARIABLES, render
 
 PROMPT, SEED, FRAMES = "a green circle slides right and a blue square bounces", 3, 30
 
 
 def video(frames: int = FRAMES, seed: int = SEED) -> np.ndarray:
     """The scene where the text encoder puts it."""
-    places = torch.rand(1, PLACE_VARIABLES, generator=keyed_generator(seed))
-    pixels = render([parse_prompt(PROMPT)], places, torch.arange(frames).float(), 64)[0]
+    starts = torch.rand(1, START_VARIABLES, generator=keyed_generator(seed))
+    pixels = render([parse_prompt(PROMPT)], starts, torch.arange(frames).float(), 64)[0]
     return pixels.movedim(0, -1).mul(255).round().byte().numpy()
 
 

@@ -45,7 +45,7 @@ def circle_at(pipe: CausalVideoPipeline, x: float, y: float, frames: int = CHUNK
 
 def text_without_place(pipe: CausalVideoPipeline) -> Tensor:
     """A red circle, without where it is."""
-    return leave_open(pipe.text.encode("a red circle pulses", 0), places=True)
+    return leave_open(pipe.text.encode("a red circle pulses", 0), starts=True)
 
 
 def seen_at(frame_HW3: np.ndarray) -> tuple[float, float]:

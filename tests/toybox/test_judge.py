@@ -21,8 +21,8 @@ Frames = NDArray[np.uint8]
 FRAMES = 81
 
 
-def _video(spec: SceneSpec, places: torch.Tensor, size: int, speed: float = 1.0) -> Frames:
-    pixels = render([spec], places[None], torch.arange(FRAMES) * speed, size)[0]
+def _video(spec: SceneSpec, starts: torch.Tensor, size: int, speed: float = 1.0) -> Frames:
+    pixels = render([spec], starts[None], torch.arange(FRAMES) * speed, size)[0]
     return (pixels.permute(1, 2, 3, 0) * 255).round().to(torch.uint8).numpy()
 
 

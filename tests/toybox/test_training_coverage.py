@@ -16,11 +16,11 @@ def test_coverage_is_where_the_objects_are_shown(monkeypatch: pytest.MonkeyPatch
     from toybox_training.coverage import coverage_of
     from toybox_training.latents import draw_scenes
 
-    specs, places = draw_scenes(0)
-    pictures = render(specs, places, torch.arange(81), 32).transpose(1, 2).flatten(0, 1)
+    specs, starts = draw_scenes(0)
+    pictures = render(specs, starts, torch.arange(81), 32).transpose(1, 2).flatten(0, 1)
     shown = torch.nn.functional.avg_pool2d(pictures, 4).unflatten(0, (len(specs), 81))
-    for spec, starts, pixels in zip(specs, places.tolist(), shown, strict=True):
-        shares = coverage_of(spec, starts, 81, 8).float()
+    for spec, start, pixels in zip(specs, starts.tolist(), shown, strict=True):
+        shares = coverage_of(spec, start, 81, 8).float()
         assert shares.shape == (21, 2, 8, 8)
         assert not shares[:, len(spec.objects) :].any()
         behind = torch.tensor(BACKGROUNDS[spec.background]) / 255

@@ -35,10 +35,10 @@ def test_dit_learns_from_encoded_scenes(monkeypatch: pytest.MonkeyPatch, tmp_pat
     wan = load_codec(WEIGHTS / "codec", "wan", CPU)
     assert isinstance(wan, WanCodec)
     scenes = encode_scenes(wan.vae, tmp_path / "scenes", 16, 64, 5)
-    specs, places = draw_scenes(5)
+    specs, starts = draw_scenes(5)
 
     def encoded(scenes: list[SceneSpec]) -> torch.Tensor:
-        pixels = render(scenes, places[:2], torch.arange(129), 64).transpose(1, 2) * 2 - 1
+        pixels = render(scenes, starts[:2], torch.arange(129), 64).transpose(1, 2) * 2 - 1
         with torch.inference_mode():
             return WanEncoderStream(wan.vae).encode(pixels)[:, 3:]
 

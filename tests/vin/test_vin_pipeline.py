@@ -20,7 +20,7 @@ from causalrope_sp.distributed import SequenceParallel
 from causalrope_sp.distributed.launch import RankPool
 from causalrope_sp.toybox import WEIGHTS
 from causalrope_sp.toybox.prompts import parse_prompt
-from causalrope_sp.toybox.scenes import PLACE_VARIABLES, render
+from causalrope_sp.toybox.scenes import START_VARIABLES, render
 from causalrope_sp.toybox.toybox_text import ToyboxText, leave_open
 from tests.support.paths import ROOT
 from tests.support.videos import video_of
@@ -78,11 +78,11 @@ def test_what_a_text_leaves_open_is_not_in_it() -> None:
     first, second = (ToyboxText().encode(PROMPT, seed) for seed in (0, 1))
     other = ToyboxText().encode("a large blue circle slides right on a light background", 0)
     assert not torch.equal(first, second)
-    assert torch.equal(leave_open(first, places=True), leave_open(second, places=True))
+    assert torch.equal(leave_open(first, starts=True), leave_open(second, starts=True))
     assert not torch.equal(first, other)
     assert torch.equal(leave_open(first, colors=True), leave_open(other, colors=True))
     assert torch.equal(leave_open(first), first)
-    left = leave_open(first, colors=True, places=True)
+    left = leave_open(first, colors=True, starts=True)
     assert (left == 1).sum() == (first == 1).sum() - 2  # a colour and a background
 
 
@@ -178,10 +178,10 @@ def test_what_holds_a_video_together_is_measured() -> None:
     from vin_measures import agreement, measure
 
     spec = parse_prompt(PROMPT)
-    places = torch.rand(1, PLACE_VARIABLES, generator=torch.Generator().manual_seed(0))
+    starts = torch.rand(1, START_VARIABLES, generator=torch.Generator().manual_seed(0))
 
     def video(first: int, scene: str = PROMPT) -> np.ndarray:
-        frames = render([parse_prompt(scene)], places, torch.arange(first, first + 64), 64)
+        frames = render([parse_prompt(scene)], starts, torch.arange(first, first + 64), 64)
         return (255 * frames[0]).round().to(torch.uint8).permute(1, 2, 3, 0).numpy()
 
     whole = measure(np.concatenate([video(0), video(64)]), spec, [64])
