@@ -180,6 +180,7 @@ def main(
         **summarize(verdicts),
         "codec_psnr_db": psnr,
         "long_prompts": long_prompts,
+        "long_objects": len(late),
         "long_frames": long_frames,
         "long_color": summarize(late)["color"] if late else None,
         "goals": goals,

@@ -10,6 +10,7 @@ Scenes and seeds are drawn in order and not chosen. The last line is JSON.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import click
@@ -25,6 +26,7 @@ from causalrope_sp.toybox.scenes import START_VARIABLES, random_scene, render, t
 from causalrope_sp.toybox.seen import follow
 
 CHANGES, IMAGES = 95_000_000, 94_000_000  # the seeds of the scenes
+GOAL = 0.9  # the share of new prompts and of images that is to be followed
 
 
 def follows_a_prompt(pipe: CausalVideoPipeline, scene: SceneSpec, seed: int) -> bool:
@@ -41,7 +43,7 @@ def follows_a_prompt(pipe: CausalVideoPipeline, scene: SceneSpec, seed: int) -> 
 
 
 def follows_an_image(pipe: CausalVideoPipeline, scene: SceneSpec, starts: torch.Tensor, seed: int) -> bool:
-    pixels = render([scene], starts, torch.arange(1), 64)[0]
+    pixels = render([scene], starts, torch.arange(1), pipe.height)[0]
     image = (255 * pixels[:, 0].permute(1, 2, 0)).round().to(torch.uint8).numpy()
     video = np.asarray(video_of(pipe, scene.prompt(), num_frames=21, seed=seed, image=image))
     seen, _ = follow(video, scene)
@@ -50,10 +52,14 @@ def follows_an_image(pipe: CausalVideoPipeline, scene: SceneSpec, starts: torch.
     return bool(np.where(np.isnan(apart), 9, apart).max() < 0.1)
 
 
-@click.command()
-@click.option("--model", default="toybox", show_default=True)
-@click.option("--count", default=16, show_default=True)
-def main(model: str, count: int) -> None:
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--model", default="toybox", show_default=True, help="The model: a name, a folder or a file.")
+@click.option(
+    "--count", default=16, show_default=True, type=click.IntRange(1), help="The number of new prompts, and of images."
+)
+@click.option("--check", is_flag=True, help=f"Exit with status 1 if less than {GOAL:.0%} of either is right.")
+def main(model: str, count: int, check: bool) -> None:
+    """Judges whether a toybox model follows a new prompt and a first image."""
     torch.set_num_threads(1)
     pipe = CausalVideoPipeline.from_pretrained(model)
     generator, prompts, seed = torch.Generator().manual_seed(CHANGES), list[bool](), 0
@@ -69,6 +75,7 @@ def main(model: str, count: int) -> None:
             images.append(follows_an_image(pipe, scene, starts, seed))
     print(f"a new colour: {sum(prompts)} of {count}; a first image: {sum(images)} of {count}")
     finish("toybox_steering", model=model, prompts=sum(prompts), images=sum(images), count=count)
+    sys.exit(int(check and min(sum(prompts), sum(images)) < GOAL * count))
 
 
 if __name__ == "__main__":

@@ -1,20 +1,21 @@
 """Chunks in parallel (toybox-vin) against full attention, the autoregressive sampler, and itself without its parts.
 
     python benchmarks/vin.py --prompts 4
+    python benchmarks/vin.py --prompts 48 --lengths 256 --ranks "" --variants VIN --open nothing,colours
 
 Every variant makes the same prompts (seed 7, as in toybox_quality.py) at each length; decoded frames are measured at
 the seams of toybox-vin's chunks; rendered scenes through the codec, which have no seams, say what those measures cannot
 go below. toybox's text says which colours there are and where objects start, which lets chunks agree without knowing of
-one another; so VIN and its ablations make the longest videos again, of twice as many prompts, from texts that leave the
-one or the other open. Held-out videos, noised, say by how much global tokens lower the error of the velocity. FLOPs are
-counted by formula (held against torch's counter in tests/vin). Times are of the sampler alone, at P ranks of
-one thread, after the gate: the latents are those of one rank to 1e-5. Tables, then JSON.
+one another; so VIN and its ablations make the longest videos again from texts that leave the one or the other open.
+Where VIN and VIN without global tokens are both compared, held-out videos, noised, say by how much global tokens lower
+the error of the velocity. FLOPs are counted by formula (held against torch's counter in tests/vin). Times are of the
+sampler alone, at P ranks of one thread, after the gate: the latents are those of one rank to 1e-5. Tables, then JSON.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ import torch
 from printed import finish, print_table, stop
 from toybox_quality import draw_scenes
 from vin_measures import agreement, measure
-from vin_variants import TRUTH, VARIANTS, Variants, flops_of, held_out, large_flops, latent_frames, settings
+from vin_variants import OPEN, TRUTH, VARIANTS, Variants, flops_of, held_out, large_flops, latent_frames, settings
 
 from causalrope_sp import SamplerConfig, SequenceParallel, sample_chunks
 from causalrope_sp.diffusion.noise import seeded_noise
@@ -112,10 +113,10 @@ def quality(
             verdicts, found = [], []
             for seed, scene in enumerate(scenes):
                 video = variants.video(variant, scene, frames, seed, left_open)
-                verdicts += judge(video, scene)
+                verdicts += [] if left_open == "colours" else judge(video, scene)
                 seams = variants.seams(frames)
                 found.append(measure(video, scene, seams) | agreement(video, seams))
-            shares = {name: round(value, 3) for name, value in summarize(verdicts).items()}
+            shares = {name: round(value, 3) for name, value in summarize(verdicts).items()} if verdicts else None
             values = {name: np.array([each[name] for each in found], float) for name in MEASURES}
             means = {n: round(float(np.nanmean(v)), 3) if np.isfinite(v).any() else None for n, v in values.items()}
             flops = None if variant == TRUTH else flops_of(variant, variants, frames)
@@ -134,46 +135,71 @@ def quality(
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--lengths", default="64,128,256", show_default=True, help="pixel frames")
-@click.option("--prompts", default=8, show_default=True, type=click.IntRange(0), help="0 for times alone")
-@click.option("--ranks", default="1,2,4", show_default=True, help="of the times; empty for none")
-def main(lengths: str, prompts: int, ranks: str) -> None:
+@click.option(
+    "--lengths", default="64,128,256", show_default=True, help="The numbers of pixel frames, with commas between them."
+)
+@click.option(
+    "--prompts", default=16, show_default=True, type=click.IntRange(0), help="The number of prompts; 0 for times alone."
+)
+@click.option(
+    "--ranks", default="1,2,4", show_default=True, help="The numbers of ranks that are timed; empty for no times."
+)
+@click.option(
+    "--variants", "names", default=",".join((*VARIANTS, TRUTH)), show_default=True, help="The variants to compare."
+)
+@click.option("--open", "opened", default=",".join(OPEN), show_default=True, help="What texts leave open.")
+def main(lengths: str, prompts: int, ranks: str, names: str, opened: str) -> None:
+    """Compares chunks in parallel with other ways to sample a video."""
     try:
         frames, counts = ([int(n) for n in text.split(",") if n] for text in (lengths, ranks))
     except ValueError:
         stop("--lengths and --ranks are whole numbers with commas between them")
-    if min(frames) < 64 or (counts and counts[0] != 1):
+    if min(frames, default=0) < 64 or (counts and (counts[0] != 1 or min(counts) < 1)):
         stop("--lengths have at least 64 frames, two chunks, and --ranks begin with 1, which the others are held to")
+    chosen = [_known("--variants", name, (*VARIANTS, TRUTH)) for name in names.split(",")]
+    left_open = [_known("--open", what, OPEN) for what in opened.split(",")]
     variants = _loaded()
 
-    scenes, many = draw_scenes(prompts), draw_scenes(2 * prompts)
+    scenes = draw_scenes(prompts)
     print("saved by formula, Wan 2.1 1.3B at 480×832 with the paper's sizes:", large_flops(), "\n")
     timings = times(frames, counts) if counts else []
     if timings:
         print_table(("frames", "variant", *(f"P={n}" for n in counts)), [tuple(row.values()) for row in timings])
-    if not prompts:
-        return finish("vin", seconds=timings, saved_by_formula=large_flops())
-    rows = quality(variants, (*VARIANTS, TRUTH), frames, scenes, "nothing")
-    for left_open in ("colours", "starts"):
-        rows += quality(variants, [w for w in VARIANTS if w.startswith("VIN")], [max(frames)], many, left_open)
-    base = {row["frames"]: row["flops"] for row in rows if row["variant"] == "full attention"}
+    rows, errors = list[dict[str, Any]](), list[dict[str, Any]]()
+    for what in left_open if prompts else ():
+        if what == "nothing":
+            rows += quality(variants, chosen, frames, scenes, what)
+        else:
+            rows += quality(variants, [w for w in chosen if w.startswith("VIN")], [max(frames)], scenes, what)
+    if rows:
+        print_quality(rows, {n: flops_of("full attention", variants, n) for n in frames})
+    if prompts and {"VIN", "VIN without global tokens"} <= set(chosen):
+        errors = held_out(variants, scenes, max(frames))
+        print_table(
+            ("left open", "noise level", "error with global tokens", "without"),
+            [(e["open"], e["level"], e["with"], e["without"]) for e in errors],
+        )
+    finish("vin", prompts=prompts, rows=rows, seconds=timings, held_out=errors, saved_by_formula=large_flops())
+
+
+def print_quality(rows: list[dict[str, Any]], full: dict[int, int]) -> None:
+    """Prints a table of what `quality` returned; `full` are the FLOPs of full attention by the length of the video."""
     columns = ("frames", "variant", "left open", "GFLOP", "of full", "colour", "shape", "motion", *MEASURES)
     lines = []
     for row in rows:
         cost = (None, None) if row["flops"] is None else (
-            f"{row['flops'] / 1e9:.0f}", f"{row['flops'] / base[row['frames']]:.0%}"
+            f"{row['flops'] / 1e9:.0f}", f"{row['flops'] / full[row['frames']]:.0%}"
         )  # fmt: skip
-        named = row["open"] != "colours"
-        judged = [f"{row['judged'][name]:.0%}" if named else None for name in ("color", "shape", "motion")]
-        measured = [row["measured"][name] if named or name in OF_ANY_COLOR else None for name in MEASURES]
+        judged = [f"{row['judged'][name]:.0%}" if row["judged"] else None for name in ("color", "shape", "motion")]
+        measured = [row["measured"][name] if row["judged"] or name in OF_ANY_COLOR else None for name in MEASURES]
         lines.append((row["frames"], row["variant"], row["open"], *cost, *judged, *measured))
     print_table(columns, lines)
-    errors = held_out(variants, scenes, max(frames))
-    print_table(
-        ("left open", "noise level", "error with global tokens", "without"),
-        [(e["open"], e["level"], e["with"], e["without"]) for e in errors],
-    )
-    finish("vin", prompts=prompts, rows=rows, seconds=timings, held_out=errors, saved_by_formula=large_flops())
+
+
+def _known(option: str, name: str, names: Iterable[str]) -> str:
+    if name not in names:
+        stop(f"{option}: expected one of {', '.join(names)}, not {name!r}")
+    return name
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from causalrope_sp.toybox.chart import chart
 from causalrope_sp.vin import ParallelChunksConfig, VideoInterfaceNetwork, VINConfig, sample_parallel_chunks
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-from vin_training.forward import Batch, Pair, TogetherForcing
+from vin_training.forward import Pair, ParallelChunksForcing, VideoBatch
 
 DIT = DiTConfig(dim=48, ffn_dim=96, num_heads=4, num_layers=2, text_dim=4, text_len=1, freq_dim=16, in_channels=2)
 VIN = VINConfig(global_tokens=4, dim=48, heads=4, layers=2, position_layers=1)
@@ -45,14 +45,14 @@ def videos(count: int, generator: torch.Generator) -> Tensor:
 def train(steps: int, batch: int = 128) -> Pair:
     torch.manual_seed(0)
     pair = Pair(CausalDiT(DIT), VideoInterfaceNetwork(VIN, DIT))
-    forcing = TogetherForcing(GRID, CHUNKS, pair, torch.device("cpu"))
+    forcing = ParallelChunksForcing(GRID, CHUNKS, pair, torch.device("cpu"))
     optimizer = torch.optim.AdamW(pair.parameters(), 3e-3, weight_decay=0)
     generator = torch.Generator().manual_seed(0)
     for step in range(steps):
         clean = videos(batch, generator)
-        times = 0.3 + 0.7 * torch.rand(batch, generator=generator)
-        data = Batch(
-            clean, torch.ones(clean.shape[:2] + clean.shape[3:]), torch.zeros(batch, 1, DIT.text_dim), times, times
+        levels = 0.3 + 0.7 * torch.rand(batch, generator=generator)
+        data = VideoBatch(
+            clean, torch.ones(clean.shape[:2] + clean.shape[3:]), torch.zeros(batch, 1, DIT.text_dim), levels, levels
         )
         chunk = forcing.chunk(FRAMES, generator)
         errors = forcing.errors(pair, data, chunk, generator, use_z=step % 4 != 3).everywhere

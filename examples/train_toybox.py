@@ -25,25 +25,25 @@ from pathlib import Path
 import click
 import matplotlib
 import torch
-import torch.distributed as dist
 from matplotlib import pyplot
-from toybox_training.codec import channel_weights, save_codec, save_decoder, train_codec, tune_decoder
+from toybox_training.codec import channel_weights, save_codec, save_decoder, train_codec, tune_decoder, wan_codec
 from toybox_training.dit import SAMPLER, TeacherForcing, new_model
-from toybox_training.kept import check_count
-from toybox_training.latents import SCENE_SEED, encode_changes, encode_scenes, held_out_scenes
+from toybox_training.kept import check_count, fingerprint
+from toybox_training.latents import SCENE_SEED, SIZE, encode_changes, encode_scenes, held_out_scenes
 from toybox_training.made import make_videos
 from toybox_training.stages import DiTTraining
-from toybox_training.training import device_of, finite, join_processes, processes, rank
+from toybox_training.training import device_of, finite, join_processes, rank, wait_for_all
 
-from causalrope_sp.codec import load_codec
-from causalrope_sp.codec.wan_vae import WanCodec
+from causalrope_sp import CheckpointError
+from causalrope_sp.codec.wan_vae_model import WanVae
 from causalrope_sp.config import SamplerConfig
 from causalrope_sp.grid import LatentGrid
+from causalrope_sp.models.causal_dit import CausalDiT
 from causalrope_sp.toybox import WEIGHTS
 from causalrope_sp.weights import load_model, save_model
 
 CHANGE_SEED = 77_000_000
-PATCH = 16  # pixels of a token's side: a patch of 2 of the codec's stride of 8
+MADE, MADE_BY_FLOW = 160, 64  # the videos that the decoder learns from, in four steps and in sixteen
 matplotlib.use("Agg")
 
 MEASURED = {"codec": "PSNR, dB", "decoder": "mean absolute error", "dit": "mean square error of the velocity"}
@@ -69,13 +69,6 @@ FLOW_SAMPLER = SamplerConfig(steps=tuple(62.5 * n for n in range(16, 0, -1)), sh
     default="cuda" if torch.cuda.is_available() else "cpu",
     show_default=True,
     help="The device: cpu, or cuda where there is a GPU.",
-)
-@click.option(
-    "--size",
-    default=64,
-    type=click.IntRange(PATCH),
-    show_default=True,
-    help="Height and width of the picture in pixels.",
 )
 @click.option(
     "--codec-steps",
@@ -132,7 +125,6 @@ def main(
     out: Path,
     init: Path | None,
     device: str,
-    size: int,
     codec_steps: int,
     codec_stop: int,
     dit_minutes: float,
@@ -147,54 +139,71 @@ def main(
     join_processes(on)
     check_count("--scenes", count)
     check_count("--changes", changes)
-    if size % PATCH:
-        raise click.UsageError(f"--size: expected a multiple of {PATCH} pixels, not {size}")
+    if codec_stop > codec_steps:
+        raise click.UsageError(f"--codec-stop: expected at most --codec-steps, {codec_steps}, not {codec_stop}")
     if (out / "dit.pt").exists() and (init is None) != (out / "codec.pt").exists():
         began = "the folder that it began with" if init is None else "none, as it began"
         raise click.UsageError(f"--init: the DiT of {out} was trained on another codec: expected {began}")
+    model, rate = first_dit(init)
     weights = out / "weights"
-    weights.mkdir(parents=True, exist_ok=True)
+    codec = first_codec(out, init, codec_steps, codec_stop, on)
+    codec = tune_decoder(out / "decoder.pt", codec, decoder_minutes, 1.5e-3)
+    save_decoder(codec, weights / "codec")
+    scenes = encode_scenes(codec, out / "scenes", count, SCENE_SEED)
+    held_out = held_out_scenes(codec, out / "held_out")
 
-    is_tuned = (out / "decoder.pt").exists()  # then weights/codec has the decoder of an earlier call
-    if init is None:
-        codec = train_codec(out / "codec.pt", size, codec_steps, codec_stop, 2e-3, on).eval()
-        if rank() == 0 and not is_tuned:
-            save_codec(codec, weights / "codec", size)
-    elif rank() == 0 and not is_tuned:
-        shutil.copytree(init / "codec", weights / "codec", dirs_exist_ok=True)
-    if processes() > 1:
-        dist.barrier()
-    wan = load_codec(weights / "codec", "wan", on)
-    assert isinstance(wan, WanCodec)
-    codec = wan.vae
-    if decoder_minutes:
-        save_decoder(tune_decoder(out / "decoder.pt", codec, size, decoder_minutes, 1.5e-3), weights / "codec")
-    scenes = encode_scenes(codec, out / "scenes", count, size, SCENE_SEED)
-    held_out = held_out_scenes(codec, out / "held_out", size)
-
-    grid = LatentGrid.from_pixels(size, size, codec.config.scale_factor_spatial)
-    model = new_model() if init is None else load_model(init / "toybox.safetensors", dtype=torch.float32)
-    rate = 3e-3 if init is None else 1.2e-3  # more undoes what the end of the run before had gained
-    weights_C = channel_weights(codec, scenes.latents[:8, :6].float())
-    changed = encode_changes(codec, out / "changes", changes, size, CHANGE_SEED)
+    grid = LatentGrid.from_pixels(SIZE, SIZE, codec.config.scale_factor_spatial)
+    weights_C = channel_weights(codec, held_out.latents[:8, :6].float())
+    changed = encode_changes(codec, out / "changes", changes, CHANGE_SEED)
     data = scenes.to(on), held_out.to(on), changed.to(on)
     training = DiTTraining(TeacherForcing(grid, on), *data, weights_C, batch)
-    dit = training.train(out / "dit.pt", model, dit_minutes, rate)
+    encoder = fingerprint(*codec.encoder.parameters())
+    dit = training.train(out / "dit.pt", model, dit_minutes, rate, encoder)
     if rank() == 0:
         save_model(copy.deepcopy(dit).to(torch.bfloat16), weights / "toybox.safetensors")
     if made_minutes:
-        models = [(dit, SAMPLER, 160), (dit, FLOW_SAMPLER, 64)]
-        made = make_videos(out / "made.pt", models, scenes, SCENE_SEED, grid)
-        save_decoder(tune_decoder(out / "decoder.pt", codec, size, made_minutes, 1.2e-3, made), weights / "codec")
+        made = make_videos(out / "made.pt", [(dit, SAMPLER, MADE), (dit, FLOW_SAMPLER, MADE_BY_FLOW)], scenes, grid)
+        save_decoder(tune_decoder(out / "decoder.pt", codec, made_minutes, 1.2e-3, made), weights / "codec")
     if rank() == 0:
         shutil.copy(WEIGHTS / "toybox.json", weights / "pipeline.json")
         plot(out)
         print(f'causalrope-sp generate "a red circle bounces" --model {weights} --out a.mp4')
 
 
+def first_dit(init: Path | None) -> tuple[CausalDiT, float]:
+    """Returns the DiT that a training starts from, and its highest learning rate: a lower one for a trained DiT, which
+    a high one would undo."""
+    if init is None:
+        return new_model(), 3e-3
+    try:
+        return load_model(init / "toybox.safetensors", dtype=torch.float32), 1.2e-3
+    except CheckpointError as error:
+        raise click.UsageError(f"--init: {error}") from error
+
+
+def first_codec(out: Path, init: Path | None, steps: int, stop: int, device: torch.device) -> WanVae:
+    """Trains a codec, or takes that of `init`, writes it to the folder weights and reads it there."""
+    weights = out / "weights"
+    if init is None:
+        weights.mkdir(parents=True, exist_ok=True)
+        trained = train_codec(out / "codec.pt", steps, stop, device).eval()
+        if rank() == 0:
+            save_codec(trained, weights / "codec")
+    else:
+        wan_codec(init, device)
+        if rank() == 0:
+            shutil.copytree(init / "codec", weights / "codec", dirs_exist_ok=True)
+    wait_for_all()
+    codec = wan_codec(weights, device)
+    wait_for_all()  # before the decoder is written anew
+    return codec
+
+
 def plot(out: Path) -> None:
     """The curves of the stages that were run here, side by side, from their logs."""
     stages = [stage for stage in ("codec", "decoder", "dit") if (out / f"{stage}.jsonl").exists()]
+    if not stages:
+        return
     figure, axes = pyplot.subplots(
         1, len(stages), figsize=(4 * len(stages), 3.2), constrained_layout=True, squeeze=False
     )

@@ -27,10 +27,11 @@ import click
 import torch
 from torch import Tensor, nn
 from toybox_training.batches import Draws
-from toybox_training.kept import check_count
-from toybox_training.latents import HELD_OUT, SCENE_SEED, Latents, encode_scenes, held_out_scenes
+from toybox_training.codec import wan_codec
+from toybox_training.kept import check_count, fingerprint
+from toybox_training.latents import HELD_OUT, SCENE_SEED, SIZE, Latents, encode_scenes, held_out_scenes
 from toybox_training.training import Training, device_of, finite, join_processes, rank
-from vin_training.forward import Batch, Pair, TogetherForcing
+from vin_training.forward import Pair, ParallelChunksForcing, VideoBatch
 from vin_training.loop import Report, learn
 from vin_training.reading import (
     OF_POSITIONS,
@@ -45,8 +46,6 @@ from vin_training.reading import (
 )
 
 from causalrope_sp import CheckpointError
-from causalrope_sp.codec import load_codec
-from causalrope_sp.codec.wan_vae import WanCodec
 from causalrope_sp.grid import LatentGrid
 from causalrope_sp.models.causal_dit import CausalDiT
 from causalrope_sp.toybox import WEIGHTS
@@ -94,7 +93,7 @@ def new_pair(dit: Path) -> ReadingPair:
     return pair.train().requires_grad_(True)
 
 
-def draw(scenes: Latents, options: Options, ahead: float, draws: Draws) -> tuple[Batch, Tensor, Tensor]:
+def draw(scenes: Latents, options: Options, ahead: float, draws: Draws) -> tuple[VideoBatch, Tensor, Tensor]:
     """Draws videos of one length, each with its own noise level; of those with open colours a share of `ahead` is read
     with less noise. Returns them, their texts with nothing open, (B, L, W), and whether colours are open, (B,)."""
     videos, pick = options.videos, scenes.draw(options.videos, draws.choices)
@@ -103,25 +102,30 @@ def draw(scenes: Latents, options: Options, ahead: float, draws: Draws) -> tuple
     def uniform(low: float = 0.0, high: float = 1.0) -> Tensor:
         return low + (high - low) * draws.uniform(videos)
 
-    times = uniform()
-    times = torch.where(draws.which(0.5, videos), SHIFT * times / (1 + (SHIFT - 1) * times), times)
-    times = torch.where(draws.which(0.5, videos), uniform(HIGH_NOISE), times)
+    levels = uniform()
+    levels = torch.where(draws.which(0.5, videos), SHIFT * levels / (1 + (SHIFT - 1) * levels), levels)
+    levels = torch.where(draws.which(0.5, videos), uniform(HIGH_NOISE), levels)
     colors, starts = draws.which(COLORS_OPEN, videos), draws.which(STARTS_OPEN, videos)
-    times = torch.where(colors & draws.which(0.5, videos), uniform(*OPEN_NOISE), times)
-    read_times = torch.where(colors & draws.which(ahead, videos), times * uniform(), times)
+    levels = torch.where(colors & draws.which(0.5, videos), uniform(*OPEN_NOISE), levels)
+    read_levels = torch.where(colors & draws.which(ahead, videos), levels * uniform(), levels)
     embeds = whole = scenes.embeds[pick.to(clean.device)]
     for which, opened in ((colors, {"colors": True}), (starts, {"starts": True})):
         embeds = torch.where(which.view(-1, 1, 1), leave_open(embeds, **opened), embeds)
-    return Batch(clean, objects, embeds, times, read_times), whole, colors
+    return VideoBatch(clean, objects, embeds, levels, read_levels), whole, colors
 
 
 def train(
-    pair: ReadingPair, scenes: Latents, held_out: Latents, forcing: TogetherForcing, options: Options, minutes: float
+    pair: ReadingPair,
+    scenes: Latents,
+    held_out: Latents,
+    forcing: ParallelChunksForcing,
+    options: Options,
+    minutes: float,
 ) -> ReadingPair:
     """Trains both networks for so many minutes; what embeds positions and texts stays as it is."""
 
-    def loss(model: ReadingPair, draws: Draws, elapsed: float) -> tuple[Tensor, Report]:
-        batch, whole, is_open = draw(scenes, options, AHEAD if elapsed < AHEAD_UNTIL else 0, draws)
+    def loss(model: ReadingPair, draws: Draws, share: float) -> tuple[Tensor, Report]:
+        batch, whole, is_open = draw(scenes, options, AHEAD if share < AHEAD_UNTIL else 0, draws)
         chunk, use_z = forcing.chunk(batch.clean.shape[1], draws.choices), not draws.happens(NO_GLOBALS)
         found = forcing.errors(model, batch, chunk, draws.values, use_z=use_z)
         loss, report = (found.everywhere.mean() + found.on_objects.mean()) / 2, Report()
@@ -141,12 +145,12 @@ def train(
 
     for name, parameter in pair.named_parameters():
         parameter.requires_grad_(not name.startswith(OF_POSITIONS))
-    training = Training(pair, options.out / "vin.pt", options.rate, by_muon, average=0.997)
+    training = Training(pair, options.out / "vin.pt", options.rate, by_muon, average=0.997, codec=options.codec)
     return learn(training, minutes, SEED, forcing.device, loss, measure)
 
 
 @torch.no_grad()
-def measured(forcing: TogetherForcing, pair: Pair, scenes: Latents, name: str) -> dict[str, float]:
+def measured(forcing: ParallelChunksForcing, pair: Pair, scenes: Latents, name: str) -> dict[str, float]:
     """The mean square errors on objects of some scenes nearly at pure noise: of the first and the second chunk with
     whole texts, and of the second with texts that leave colours open."""
     pick = torch.arange(min(HELD_OUT, len(scenes.latents)))
@@ -155,7 +159,7 @@ def measured(forcing: TogetherForcing, pair: Pair, scenes: Latents, name: str) -
     noise_level = torch.full((len(pick),), MEASURED_AT, device=clean.device)
     errors = {}
     for what, chunk, embeds in (("first", 0, whole), ("second", 1, whole), ("open", 1, leave_open(whole, colors=True))):
-        batch = Batch(clean, objects, embeds, noise_level, noise_level)
+        batch = VideoBatch(clean, objects, embeds, noise_level, noise_level)
         noise = torch.Generator(forcing.device).manual_seed(SEED)
         errors[f"{name}_{what}"] = forcing.errors(pair, batch, chunk, noise).on_objects.mean().item()
     return errors
@@ -232,24 +236,25 @@ def main(
     rate: float,
 ) -> None:
     """Trains toybox-vin: a Video Interface Network and its DiT. It goes on from what --out holds; see the file."""
-    on, size = device_of(device), 64
+    on = device_of(device)
     join_processes(on)
     check_count("--scenes", count)
     if not (reading_minutes or (out / "vin.pt").exists() or (out / "colors.pt").exists()):
         raise click.UsageError(f"--reading-minutes: expected more than 0: {out} has no VIN that can read")
-    weights = out / "weights"
-    weights.mkdir(parents=True, exist_ok=True)
+    if dit and (out / "vin.pt").exists():
+        raise click.UsageError(f"--dit: the DiT of {out} has been trained already, and would not be this one")
     try:
         pair = new_pair(dit or toybox / "toybox.safetensors").to(on)
     except CheckpointError as error:
         raise click.UsageError(str(error)) from error
-    wan = load_codec(toybox / "codec", "wan", on)
-    assert isinstance(wan, WanCodec)
-    codec = wan.vae.float()
-    scenes = encode_scenes(codec, out / "scenes", count, size, SCENE_SEED).to(on)
-    grid = LatentGrid.from_pixels(size, size, codec.config.scale_factor_spatial)
-    held_out = held_out_scenes(codec, out / "held_out", size).to(on)
-    forcing, options = TogetherForcing(grid, CHUNKS, pair, on), Options(out, LENGTHS, videos, rate)
+    codec = wan_codec(toybox, on)
+    weights = out / "weights"
+    weights.mkdir(parents=True, exist_ok=True)
+    scenes = encode_scenes(codec, out / "scenes", count, SCENE_SEED).to(on)
+    held_out = held_out_scenes(codec, out / "held_out").to(on)
+    grid = LatentGrid.from_pixels(SIZE, SIZE, codec.config.scale_factor_spatial)
+    forcing = ParallelChunksForcing(grid, CHUNKS, pair, on)
+    options = Options(out, LENGTHS, videos, rate, fingerprint(*codec.encoder.parameters()))
     if not (out / "vin.pt").exists():
         if not (out / "colors.pt").exists():
             of_positions = POSITIONS_SHARE * reading_minutes

@@ -75,6 +75,31 @@ def test_open_colors_are_told_where_there_is_little_noise() -> None:
     assert run("vin_ladder.py", "--frames", "33").returncode == 2
 
 
+def test_toybox_is_judged_at_both_lengths() -> None:
+    """A long video is judged of every prompt that asks for one, however few short ones there are."""
+    short = ("--prompts", "1", "--frames", "17", "--long-prompts", "2", "--long-frames", "17")
+    found = last_line(run("toybox_quality.py", *short, "--json"))
+    assert (found["objects"], found["long_objects"]) == (2, 3)
+    assert found["goals"]["long_color"] == 0.95
+    assert found["truth"]["rendered"]["all"] == 1
+    steered = last_line(run("toybox_steering.py", "--count", "1"))
+    assert {steered["prompts"], steered["images"]} <= {0, 1}
+
+
+def test_only_the_variants_and_texts_that_are_asked_for_are_compared() -> None:
+    few = ("--prompts", "1", "--lengths", "64", "--ranks", "", "--variants", "VIN", "--open", "nothing,colours")
+    found = last_line(run("vin.py", *few))
+    assert [(row["variant"], row["open"], row["judged"] is None) for row in found["rows"]] == [
+        ("VIN", "nothing", False),
+        ("VIN", "colours", True),  # where the text names no colour, none is right or wrong
+    ]
+    assert (found["seconds"], found["held_out"]) == ([], [])
+    for words, message in ((("--open", "shapes"), "not 'shapes'"), (("--lengths", ""), "--lengths have at least 64")):
+        refused = run("vin.py", *words)
+        assert refused.returncode == 2
+        assert message in refused.stderr
+
+
 def test_wide_parameters_embed_the_time_better() -> None:
     found = last_line(run("mixed_dtypes.py", "--seeds", "1", "--layers", "1"))
     assert len(found["rows"]) == 3

@@ -33,12 +33,16 @@ class _Fit:
 
 
 def describe(frames_THW3: np.ndarray) -> list[str]:
-    """Returns the sentences that a video may show, the likeliest motions first; shapes are not told apart.
+    """Describes a video. Shapes are not told apart: each is named in a sentence of its own.
 
     Args:
         frames_THW3: uint8 (T, H, W, 3).
 
+    Returns:
+        The sentences that the video may show, the likeliest motions first.
+
     Raises:
+        ValueError: the frames are not uint8 (T, H, W, 3).
         PromptError: the video shows no object in a colour of the palette, or more than two.
     """
     background, share_K = palette(frames_THW3)

@@ -64,8 +64,6 @@ def judge(frames_THW3: Array, spec: SceneSpec) -> list[Verdict]:
     Raises:
         ValueError: the frames are not uint8 (T, H, W, 3), or two objects of the prompt have the same colour.
     """
-    if frames_THW3.dtype != np.uint8 or frames_THW3.ndim != 4 or frames_THW3.shape[-1] != 3 or not len(frames_THW3):
-        raise ValueError(f"frames must be uint8 (T, H, W, 3), not {frames_THW3.dtype} {frames_THW3.shape}")
     wanted = [o.color for o in spec.objects]
     if len(set(wanted)) < len(wanted):
         raise ValueError("objects are distinguished by their colours; the prompt has two of one colour")

@@ -107,10 +107,13 @@ def parse_prompt(prompt: str) -> SceneSpec:
 
 
 def parse_starts(prompt: str) -> tuple[float, ...] | None:
-    """Returns what a prompt says of where its objects start, three numbers in [0, 1) an object; None if nothing.
+    """Reads where a prompt says that its objects start.
 
     Args:
         prompt: a sentence of the grammar.
+
+    Returns:
+        Three numbers in [0, 1) an object, see `scenes.START_VARIABLES`; None if the prompt says nothing of it.
 
     Raises:
         PromptError: there are not three numbers for each object.

@@ -48,6 +48,9 @@ def track(spec: ObjectSpec, start: Sequence[float], half: tuple[float, float], f
         start: its three uniform numbers in [0, 1].
         half: the horizontal range, in fractions of the picture, that it stays in where its motion allows.
         frames: the numbers of the pixel frames, (T,).
+
+    Returns:
+        Its path over the T frames.
     """
     base = RADII[spec.size]
     radius = torch.full_like(frames, base)
@@ -83,6 +86,9 @@ def tracks(spec: SceneSpec, starts: Sequence[float], frames: Tensor) -> list[Tra
         spec: the scene.
         starts: the scene's six uniform numbers in [0, 1].
         frames: the numbers of the pixel frames, (T,).
+
+    Returns:
+        The path of each object over the T frames, in the order of the scene.
     """
     halves = [(0.0, 1.0)] if len(spec.objects) == 1 else [(0.0, 0.5), (0.5, 1.0)]
     return [track(o, starts[3 * i : 3 * i + 3], half, frames) for i, (o, half) in enumerate(zip(spec.objects, halves))]

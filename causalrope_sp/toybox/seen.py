@@ -32,7 +32,9 @@ AREA = {"circle": math.pi, "square": 4 * 0.92**2, "triangle": 2.0}  # in squared
 
 @dataclass(frozen=True)
 class SeenObject:
-    """One object over the T frames, in fractions of the picture (area: of the picture's area)."""
+    """One object over the T frames; every field is (T,). The centre `x`, `y` is in fractions of the picture, `area` in
+    fractions of its area; `fill` is the area against that of the bounding box, `aspect` its width against its height.
+    """
 
     x: Array
     y: Array
@@ -97,7 +99,12 @@ def segment(frames: Array, wanted: list[str]) -> tuple[str, Array, Array, Array]
     Returns:
         The background's word; each object's soft coverage, (O, T, H, W); the share of the picture that each palette
         colour covers, (T, K); and the share that colours far from all of them cover, (T,).
+
+    Raises:
+        ValueError: the frames are not uint8 (T, H, W, 3).
     """
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not len(frames):
+        raise ValueError(f"frames must be uint8 (T, H, W, 3), not {frames.dtype} {frames.shape}")
     pixels = frames.reshape(-1, 3).astype(np.float32)
     near = {w: ((pixels - np.array(c, np.float32)) ** 2).sum(1) < BACKGROUND_REACH**2 for w, c in BACKGROUNDS.items()}
     word = max(near, key=lambda w: int(near[w].sum()))
@@ -134,7 +141,10 @@ def find_objects(cover_OTHW: Array) -> list[SeenObject]:
     """Measures every object in every frame.
 
     Args:
-        cover_OTHW: the objects' soft coverages.
+        cover_OTHW: the objects' soft coverages, from 0 to 1.
+
+    Returns:
+        The O objects, in the order of their coverages.
     """
     reach = max(1, round(cover_OTHW.shape[-1] / 64))
     near = [_grow(cover > 0, reach) for cover in cover_OTHW]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from causalrope_sp.devices import send
 
-from .dit import CHUNK, TIMES, Batch
+from .dit import CHUNK, LEVELS, Batch
 from .latents import Latents
 
 DROPPED = 0.1  # how often the text is left out, for guidance
@@ -75,13 +75,14 @@ def with_noise(history: Tensor, draws: Draws) -> Tensor:
 def noise_levels(size: int, chunks: int, draws: Draws) -> Tensor:
     """Noise levels: pure noise, those that the four-step sampler meets, and any."""
     chosen, device = draws.uniform(size, chunks), draws.values.device
-    later = torch.randint(1, len(TIMES), chosen.shape, generator=draws.values, device=device)
+    later = torch.randint(1, len(LEVELS), chosen.shape, generator=draws.values, device=device)
     any_level = draws.uniform(size, chunks).clamp(min=0.02)
-    return torch.where(chosen < 0.45, 1.0, torch.where(chosen < 0.75, send(TIMES, device)[later], any_level))
+    return torch.where(chosen < 0.45, 1.0, torch.where(chosen < 0.75, send(LEVELS, device)[later], any_level))
 
 
 def chunks_of(latents: Tensor, sizes: list[int], numbers: list[int]) -> Tensor:
-    """The chunks of so many frames that come after the first `numbers` of those of `sizes` frames."""
+    """The chunks to predict, (B, N·CHUNK, ...): chunk n begins where the first `numbers[n]` chunks of the history, of
+    `sizes` frames each, end."""
     starts = [sum(sizes[:number]) for number in numbers]
     return torch.cat([latents[:, start : start + CHUNK] for start in starts], 1)
 

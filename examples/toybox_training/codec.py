@@ -8,23 +8,26 @@ from __future__ import annotations
 
 import copy
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
+import click
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from causalrope_sp.codec.wan_vae import WanDecoderStream, WanEncoderStream
+from causalrope_sp import CheckpointError
+from causalrope_sp.codec import load_codec
+from causalrope_sp.codec.wan_vae import WanCodec, WanDecoderStream, WanEncoderStream
 from causalrope_sp.codec.wan_vae_config import WanVaeConfig
 from causalrope_sp.codec.wan_vae_model import WanVae
 from causalrope_sp.toybox.prompts import BACKGROUNDS, SHAPES, SIZES, SceneSpec
 from causalrope_sp.toybox.scenes import START_VARIABLES, random_scene, render
 
-from .training import Training, agreed, processes, rank
+from .kept import fingerprint
+from .latents import SIZE
+from .training import Training, processes, rank, rate_at, shares_of_time
 
 LATENT_CHANNELS = 16
 SHAPE = {
@@ -45,6 +48,8 @@ NEAR = 2  # pixels around an object that count as its outline
 DECODER_STRAYED = 0.4  # the error of a latent frame, on objects, from which on it teaches the decoder nothing
 LATENT_NOISE = 0.1  # keeps the latents from carrying what a DiT could never predict
 CHANNEL_NOISE = 0.3  # what a DiT's latents are off by, about, where it is asked which channels matter
+CODEC_RATE = 2e-3  # the highest learning rate of the whole codec
+PLATEAU = 0.3  # the share of the decoder's minutes before its learning rate falls
 LATENT_PENALTY = 1e-4  # on their square, so that they do not grow out of the noise
 
 
@@ -57,17 +62,29 @@ def new_codec(mean: list[float] | None = None, std: list[float] | None = None) -
     return WanVae(WanVaeConfig.from_json(SHAPE | statistics))
 
 
-def train_codec(path: Path, size: int, steps: int, stop: int, lr: float, device: torch.device) -> WanVae:
+def wan_codec(folder: Path, device: torch.device) -> WanVae:
+    """Loads the codec of a folder of weights, in float32; refuses a folder that has none."""
+    try:
+        wan = load_codec(folder / "codec", "wan", device)
+    except CheckpointError as error:
+        raise click.UsageError(str(error)) from error
+    assert isinstance(wan, WanCodec)
+    return wan.vae.float()
+
+
+def train_codec(path: Path, steps: int, stop: int, device: torch.device) -> WanVae:
     """Trains for `stop` of `steps` steps, resuming from `path`; returns the averaged codec."""
     torch.manual_seed(0)
-    training = Training(new_codec().to(device), path, lr, lambda _, p: p.ndim >= 4 and p.shape[0] > 3, average=0.995)
+    training = Training(
+        new_codec().to(device), path, CODEC_RATE, lambda _, p: p.ndim >= 4 and p.shape[0] > 3, average=0.995
+    )
     while training.step < stop:
         progress = training.step / steps
         generator = torch.Generator().manual_seed(SEED + processes() * training.step + rank())
         count, frames = _clips(progress, training.step)
         scenes = [random_scene(generator) for _ in range(count)]
         starts = torch.rand(count, START_VARIABLES, generator=generator)
-        pixels = render(scenes, starts, torch.arange(frames), size).transpose(1, 2).to(device) * 2 - 1
+        pixels = render(scenes, starts, torch.arange(frames), SIZE).transpose(1, 2).to(device) * 2 - 1
         with torch.autocast(device.type, torch.bfloat16):
             latents = WanEncoderStream(training.model).encode(pixels)
             noise = torch.randn(latents.shape, generator=generator).to(device)
@@ -83,7 +100,7 @@ def train_codec(path: Path, size: int, steps: int, stop: int, lr: float, device:
 
 
 @dataclass(frozen=True)
-class Made:
+class GeneratedVideos:
     """Videos that a DiT made: latents (N, F, C, X, X) float16, the scenes and starts they should show, and how far each
     latent frame is from the truth, (N, F): the mean square error of normalised latents where objects are."""
 
@@ -93,9 +110,9 @@ class Made:
     strayed_NF: Tensor
 
 
-def tune_decoder(path: Path, codec: WanVae, size: int, minutes: float, lr: float, made: Made | None = None) -> WanVae:
+def tune_decoder(path: Path, codec: WanVae, minutes: float, lr: float, made: GeneratedVideos | None = None) -> WanVae:
     """Trains the decoder alone for so many minutes, so that latents stay what every DiT has learned; goes on from
-    `path`, its minutes counted anew. Returns the averaged codec.
+    `path`, its minutes counted anew. Returns the averaged codec, with 0 minutes as `path` has it, if there is one.
 
     It learns rendered scenes from their latents and, in half of the steps if there are any, from latents that a DiT
     made of them, which are less sharp. The loss is the absolute error. Where an outline may lie on either side of a
@@ -106,17 +123,20 @@ def tune_decoder(path: Path, codec: WanVae, size: int, minutes: float, lr: float
     codec.requires_grad_(False)
     for module in (codec.decoder, codec.post_quant_conv):
         module.requires_grad_(True)
-    training = Training(codec, path, lr, lambda _, p: p.requires_grad and p.ndim >= 4 and p.shape[0] > 3, average=0.99)
+    training = Training(
+        codec, path, lr, _matrix_of_decoder, average=0.99, codec=fingerprint(*codec.encoder.parameters())
+    )
     channels_last(training.model)
-    begun, first, device = time.monotonic(), training.step, next(codec.parameters()).device
-    while (progress := agreed((time.monotonic() - begun) / (60 * minutes), device)) < 1:
+    for share in shares_of_time(minutes, next(codec.parameters()).device):
         generator = torch.Generator().manual_seed(DECODER_SEED + processes() * training.step + rank())
-        learn = _from_truth if made is None or training.step % 2 else partial(_from_made, made=made)
-        error, on_objects, name = learn(training.model, size, training.step, generator)
-        fall = max(0.01, min(1, (1 - progress) / 0.7))
+        if made is None or training.step % 2:
+            name, (error, on_objects) = "truth", _from_truth(training.model, training.step, generator)
+        else:
+            name, (error, on_objects) = "made", _from_made(training.model, generator, made)
         report = {f"{name}_error": error.item(), f"{name}_objects_error": on_objects.item()}
-        training.update(error + on_objects, min(1, (training.step - first + 1) / 50) * fall, report)
-    training.save()
+        training.update(error + on_objects, rate_at(training.step, share, PLATEAU), report)
+    if minutes:
+        training.save()
     return training.ema
 
 
@@ -135,12 +155,12 @@ def channel_weights(codec: WanVae, latents: Tensor) -> Tensor:
     return (changes_C / changes_C.mean()).cpu()
 
 
-def _from_truth(codec: WanVae, size: int, step: int, generator: torch.Generator) -> tuple[Tensor, Tensor, str]:
+def _from_truth(codec: WanVae, step: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     device = next(codec.parameters()).device
     count, frames = (1, 65) if step % 8 == 7 else (4, 17)
     scenes = [_hard_scene(generator) for _ in range(count)]
     starts = torch.rand(count, START_VARIABLES, generator=generator)
-    pixels = render(scenes, starts, torch.arange(frames), size).transpose(1, 2).to(device) * 2 - 1
+    pixels = render(scenes, starts, torch.arange(frames), SIZE).transpose(1, 2).to(device) * 2 - 1
     with torch.autocast(device.type, torch.bfloat16):
         with torch.no_grad():
             latents = WanEncoderStream(codec).encode(pixels).float()
@@ -148,12 +168,10 @@ def _from_truth(codec: WanVae, size: int, step: int, generator: torch.Generator)
         noise = amount * torch.randn(latents.shape, generator=generator)
         back = WanDecoderStream(codec).decode(latents + noise.to(device))
     error, on_objects = _errors(back.float(), pixels, scenes)
-    return error.mean(), on_objects.mean(), "truth"
+    return error.mean(), on_objects.mean()
 
 
-def _from_made(
-    codec: WanVae, size: int, step: int, generator: torch.Generator, made: Made
-) -> tuple[Tensor, Tensor, str]:
+def _from_made(codec: WanVae, generator: torch.Generator, made: GeneratedVideos) -> tuple[Tensor, Tensor]:
     """Five latent frames of four videos, from a chunk's start on. Frames that have left the truth count less, down to
     nothing: their objects stand elsewhere, and their mean with the truth's is a blur."""
     device = next(codec.parameters()).device
@@ -162,7 +180,7 @@ def _from_made(
     latents, stream = made.latents[pick, : start + 5].float().to(device), WanDecoderStream(codec)
     times = torch.arange(max(0, 4 * start - 3), 4 * start + 17)
     scenes = [made.scenes[int(n)] for n in pick]
-    pixels = render(scenes, made.starts_N6[pick], times, size).transpose(1, 2).to(device) * 2 - 1
+    pixels = render(scenes, made.starts_N6[pick], times, SIZE).transpose(1, 2).to(device) * 2 - 1
     with torch.autocast(device.type, torch.bfloat16):
         if start:
             with torch.no_grad():
@@ -171,7 +189,7 @@ def _from_made(
     error, on_objects = _errors(back.float(), pixels, scenes)
     weights = (1 - made.strayed_NF[pick, start : start + 5] / DECODER_STRAYED).clamp(min=0).repeat_interleave(4, 1)
     weights = weights[:, -error.shape[1] :].to(device)
-    return (error * weights).mean(), (on_objects * weights).mean(), "made"
+    return (error * weights).mean(), (on_objects * weights).mean()
 
 
 def _errors(back: Tensor, pixels: Tensor, scenes: Sequence[SceneSpec]) -> tuple[Tensor, Tensor]:
@@ -201,6 +219,11 @@ def _hard_scene(generator: torch.Generator) -> SceneSpec:
     return replace(scene, objects=tuple(objects))
 
 
+def _matrix_of_decoder(_: str, parameter: nn.Parameter) -> bool:
+    """Whether Muon takes a parameter."""
+    return parameter.requires_grad and parameter.ndim >= 4 and parameter.shape[0] > 3
+
+
 def channels_last(module: nn.Module) -> None:
     """Puts convolutions into the layout that a CPU multiplies fastest: a decode takes 0.4 of the time."""
     for m in module.modules():
@@ -211,14 +234,14 @@ def channels_last(module: nn.Module) -> None:
 
 
 @torch.inference_mode()
-def save_codec(codec: WanVae, folder: Path, size: int) -> None:
+def save_codec(codec: WanVae, folder: Path) -> None:
     """Writes the codec in bfloat16, its latents normalised by their mean and deviation a channel over 256 scenes."""
     generator = torch.Generator().manual_seed(STATISTICS_SEED)
     parts = []
     for _ in range(16):
         scenes = [random_scene(generator) for _ in range(16)]
         starts = torch.rand(16, START_VARIABLES, generator=generator)
-        pixels = render(scenes, starts, torch.arange(33), size).transpose(1, 2) * 2 - 1
+        pixels = render(scenes, starts, torch.arange(33), SIZE).transpose(1, 2) * 2 - 1
         parts.append(WanEncoderStream(codec).encode(pixels.to(next(codec.parameters()).device)).cpu())
     by_channel = torch.cat(parts).transpose(0, 2).flatten(1)
     mean, std = ([round(v, 5) for v in of(1).tolist()] for of in (by_channel.mean, by_channel.std))

@@ -34,7 +34,7 @@ STREAM = StreamConfig(  # the chart, a chunk of its own, stays, and four chunks 
 )
 RING = 12
 SAMPLER = SamplerConfig(steps=(1000, 750, 500, 250), shift=1.0)
-TIMES = torch.tensor(SAMPLER.steps) / 1000
+LEVELS = torch.tensor(SAMPLER.steps) / 1000
 BF16 = torch.bfloat16
 torch._dynamo.config.recompile_limit = 32  # one compiled block for each shape of batch, with gradients and without
 
@@ -63,7 +63,7 @@ class Batch:
     target: Tensor
     objects: Tensor
     numbers: Sequence[int]
-    times_BN: Tensor
+    levels_BN: Tensor
     embeds: Tensor
     start: int = 1
     weights_BN: Tensor = field(default_factory=lambda: torch.ones(()))
@@ -84,8 +84,8 @@ class TeacherForcing:
         ends = [1 + sum(batch.sizes[:number]) for number in range(len(batch.sizes) + 1)]
         starts = [ends[number] for number in batch.numbers]
         tokens = torch.cat([self.grid.patchify(x) for x in (history, noisy)], 1)
-        clean = batch.times_BN.new_zeros(len(history), past)
-        timesteps = torch.cat([clean, 1000 * batch.times_BN.repeat_interleave(CHUNK, 1)], 1)
+        clean = batch.levels_BN.new_zeros(len(history), past)
+        timesteps = torch.cat([clean, 1000 * batch.levels_BN.repeat_interleave(CHUNK, 1)], 1)
         frames = [*range(1, past), *(start + f for start in starts for f in range(CHUNK))]
         rotation = self._rope.rotation([0, *(batch.start - 1 + frame for frame in frames)]).of_queries
         mask = _mask(tuple(ends), tuple(starts), self.grid.tokens, self.device)
@@ -191,7 +191,7 @@ def _by_head(x: Tensor, heads: int) -> Tensor:
     return x.to(BF16).unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
     first, second = x.unflatten(-1, (heads, -1)).chunk(2, -1)
     return torch.cat([first * cos - second * sin, first * sin + second * cos], -1).to(BF16).transpose(1, 2)
 
@@ -237,7 +237,9 @@ def _block(
 
     y = functional.layer_norm(x, width) * (1 + scale_1) + shift_1
     own_q, own_k, own_v = linear(y, *map(qkv, pairs[0])).flatten(1, 2).float().chunk(3, -1)
-    own_q, own_k = (_turn(_norm(z, apart(weight)), cos, sin, heads) for z, weight in ((own_q, norm_q), (own_k, norm_k)))
+    own_q, own_k = (
+        _rotate(_norm(z, apart(weight)), cos, sin, heads) for z, weight in ((own_q, norm_q), (own_k, norm_k))
+    )
     own_v = _by_head(own_v, heads)
     if further is not None:
         own_k, own_v = torch.cat([own_k, further[0]], 2), torch.cat([own_v, further[1]], 2)

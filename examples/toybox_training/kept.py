@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import click
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .training import processes, rank
 
 BATCH = 16  # scenes that are encoded at a time
-Made = dict[str, Tensor]
+Tensors = dict[str, Tensor]
 
 
-def kept(path: Path, made_from: Sequence[float], make: Callable[[], Made]) -> Made:
+def kept(path: Path, made_from: Sequence[float], make: Callable[[], Tensors]) -> Tensors:
     """Returns this process's tensors of `path`, or makes and writes them if there are none that were made from the same
     numbers by as many processes. Each process has a file of its own, `path` with its rank."""
     path, made_from = path.with_suffix(f".{rank()}.pt"), [processes(), *made_from]
     if path.exists():
-        saved = torch.load(path, weights_only=True)
+        saved = torch.load(path, map_location="cpu", weights_only=True)
         if saved.pop("made_from", None) == made_from:
             return saved
         print(f"{path} was made with other settings or weights; it is made again", flush=True)
@@ -38,9 +39,12 @@ def check_count(option: str, count: int) -> None:
         )
 
 
-def fingerprint(module: nn.Module) -> float:
-    """Returns a number that changes with the weights of a module."""
-    return sum(float(p.double().square().sum()) for p in module.parameters())
+def fingerprint(*tensors: Tensor) -> int:
+    """Returns a number that changes with the values of tensors, whatever device they are on."""
+    found = 0
+    for tensor in tensors:
+        found = zlib.crc32(tensor.detach().float().cpu().contiguous().numpy().tobytes(), found)
+    return found
 
 
 def progress(what: str, done: int, total: int) -> None:

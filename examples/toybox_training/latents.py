@@ -35,6 +35,7 @@ HARD = {  # how much more often than 1 a scene is drawn for the words of each of
 }
 MEETING = 1.5  # and for objects that meet
 PIXEL_FRAMES = 81  # of an encoded scene
+SIZE = 64  # height and width of every picture in pixels
 LATENT_FRAMES = 1 + (PIXEL_FRAMES - 1) // 4  # whose last 16 are a whole period
 PERIOD = 16  # latent frames after which every motion repeats itself
 SCENE_SEED, HELD_OUT_SEED = 72_000_000, 99_000_000
@@ -46,24 +47,26 @@ VISIBLE = 0.3  # how far a latent must be from the background's to count as part
 @dataclass(frozen=True)
 class Latents:
     """Encoded scenes: latents (N, F, C, X, X) in float16, text embeddings (N, L, E), where objects are (N, F, X, X),
-    how much of each latent pixel each covers, (N, F, O, X, X) in float16, and how often a scene is drawn, (N,). Only
-    `train_vin` learns from coverage; it is made here because both recipes share the file."""
+    how much of each latent pixel each covers, (N, F, O, X, X) in float16, the scenes themselves with their starts,
+    (N, 6), and how often each is drawn, relative to others, (N,). Only `train_vin` learns from coverage; it is made
+    here because both recipes share the file. What tells of scenes stays on the CPU."""
 
     latents: Tensor
     embeds: Tensor
     objects: Tensor
     coverage: Tensor
     scenes: list[SceneSpec]
-    share: Tensor
+    starts_N6: Tensor
+    weights_N: Tensor
 
     def to(self, device: torch.device) -> Latents:
-        """Returns the same scenes with their tensors on a device; `share` stays on the CPU, where scenes are drawn."""
-        latents, embeds, objects = (x.to(device) for x in (self.latents, self.embeds, self.objects))
-        return Latents(latents, embeds, objects, self.coverage.to(device), self.scenes, self.share)
+        """Returns the same scenes with what is learned from on a device."""
+        learned = {name: getattr(self, name).to(device) for name in ("latents", "embeds", "objects", "coverage")}
+        return replace(self, **learned)
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """Draws the numbers of scenes, on the CPU."""
-        return torch.multinomial(self.share, count, replacement=True, generator=generator)
+        return torch.multinomial(self.weights_N, count, replacement=True, generator=generator)
 
     def frames(self, picked: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Latents in float32, and where objects are, of the frames from `start` to before `stop` of the picked scenes.
@@ -78,6 +81,11 @@ class Latents:
     def _chosen(self, picked: Tensor, frames: Sequence[int]) -> tuple[Tensor, Tensor]:
         device = self.latents.device
         return picked.to(device).unsqueeze(1), encoded_frames(frames, device)
+
+
+def mean_on_objects(error: Tensor, objects: Tensor) -> Tensor:
+    """The mean of the last axis of an error where there is an object; 0 where there is none."""
+    return (error * objects).sum(-1) / objects.sum(-1).clamp(min=1)
 
 
 def encoded_frames(frames: Sequence[int], device: torch.device) -> Tensor:
@@ -117,17 +125,17 @@ def other_scene(scene: SceneSpec, rng: random.Random) -> SceneSpec:
 
 
 @torch.inference_mode()
-def encode_changes(codec: WanVae, path: Path, videos: int, size: int, seed: int) -> Changes:
+def encode_changes(codec: WanVae, path: Path, videos: int, seed: int) -> Changes:
     """Renders and encodes this process's share of scenes before and after a change of their text, or reads them from
     `path`; see `kept`."""
     rng, batches = random.Random(seed + rank()), range(rank(), videos // BATCH, processes())
 
     def make() -> dict[str, Tensor]:
-        empty, parts = _backgrounds(codec, size, 61), list[tuple[Tensor, ...]]()
+        empty, parts = _backgrounds(codec, 61), list[tuple[Tensor, ...]]()
         for batch in batches:
             scenes, starts = draw_scenes(seed + batch)
-            before = _encode(codec, [other_scene(scene, rng) for scene in scenes], starts, 49, size)
-            after = _encode(codec, scenes, starts, 61, size)
+            before = _encode(codec, [other_scene(scene, rng) for scene in scenes], starts, 49)
+            after = _encode(codec, scenes, starts, 61)
             behind = torch.stack([empty[scene.background] for scene in scenes])
             embeds = torch.stack([encode_scene(scene, start) for scene, start in zip(scenes, starts, strict=True)])
             parts.append((before.half(), after.half(), embeds, (after - behind).abs().mean(2) > VISIBLE))
@@ -136,7 +144,7 @@ def encode_changes(codec: WanVae, path: Path, videos: int, size: int, seed: int)
             zip(("before", "after", "embeds", "objects"), map(torch.cat, zip(*parts, strict=True)), strict=True)
         )
 
-    return Changes(**kept(path, [videos, size, seed, fingerprint(codec.encoder)], make))
+    return Changes(**kept(path, [videos, SIZE, seed, fingerprint(*codec.encoder.parameters())], make))
 
 
 def draw_scenes(seed: int) -> tuple[list[SceneSpec], Tensor]:
@@ -146,27 +154,27 @@ def draw_scenes(seed: int) -> tuple[list[SceneSpec], Tensor]:
     return scenes, torch.rand(BATCH, START_VARIABLES, generator=generator)
 
 
-def held_out_scenes(codec: WanVae, path: Path, size: int) -> Latents:
+def held_out_scenes(codec: WanVae, path: Path) -> Latents:
     """Scenes that are never learned from, the same on every process."""
-    return encode_scenes(codec, path, HELD_OUT, size, HELD_OUT_SEED, share=False)
+    return encode_scenes(codec, path, HELD_OUT, HELD_OUT_SEED, only_own=False)
 
 
-def _drawn_scenes(videos: int, seed: int, share: bool = True) -> list[tuple[list[SceneSpec], Tensor]]:
-    """Draws the batches of a training set, with `share` this process's alone; see `draw_scenes`."""
-    batches = range(rank(), videos // BATCH, processes()) if share else range(videos // BATCH)
+def _drawn_scenes(videos: int, seed: int, only_own: bool = True) -> list[tuple[list[SceneSpec], Tensor]]:
+    """Draws the batches of a training set, with `only_own` this process's alone; see `draw_scenes`."""
+    batches = range(rank(), videos // BATCH, processes()) if only_own else range(videos // BATCH)
     return [draw_scenes(seed + batch) for batch in batches]
 
 
 @torch.inference_mode()
-def encode_scenes(codec: WanVae, path: Path, videos: int, size: int, seed: int, share: bool = True) -> Latents:
-    """Renders and encodes `videos` scenes of `PIXEL_FRAMES` frames, with `share` this process's part of them, or reads
-    them from `path`; see `kept`."""
-    drawn = _drawn_scenes(videos, seed, share)
+def encode_scenes(codec: WanVae, path: Path, videos: int, seed: int, only_own: bool = True) -> Latents:
+    """Renders and encodes `videos` scenes of `PIXEL_FRAMES` frames, with `only_own` this process's part of them, or
+    reads them from `path`; see `kept`."""
+    drawn = _drawn_scenes(videos, seed, only_own)
 
     def make() -> dict[str, Tensor]:
-        empty, parts = _backgrounds(codec, size, PIXEL_FRAMES), list[tuple[Tensor, ...]]()
+        empty, parts = _backgrounds(codec, PIXEL_FRAMES), list[tuple[Tensor, ...]]()
         for specs, starts in drawn:
-            latents = _encode(codec, specs, starts, PIXEL_FRAMES, size)
+            latents = _encode(codec, specs, starts, PIXEL_FRAMES)
             behind = torch.stack([empty[scene.background] for scene in specs])
             embeds = torch.stack([encode_scene(scene, start) for scene, start in zip(specs, starts, strict=True)])
             objects = (latents - behind).abs().mean(2) > VISIBLE
@@ -177,30 +185,31 @@ def encode_scenes(codec: WanVae, path: Path, videos: int, size: int, seed: int, 
         names = ("latents", "embeds", "objects", "coverage")
         return dict(zip(names, map(torch.cat, zip(*parts, strict=True)), strict=True))
 
-    found = kept(path, [videos, PIXEL_FRAMES, size, seed, fingerprint(codec.encoder), LAYOUT], make)
-    often = torch.tensor([_share(*scene) for specs, starts in drawn for scene in zip(specs, starts, strict=True)])
-    return Latents(**found, scenes=[scene for specs, _ in drawn for scene in specs], share=often)
+    found = kept(path, [videos, PIXEL_FRAMES, SIZE, seed, fingerprint(*codec.encoder.parameters()), LAYOUT], make)
+    scenes, starts = [scene for specs, _ in drawn for scene in specs], torch.cat([starts for _, starts in drawn])
+    weights = torch.tensor([_weight(*scene) for scene in zip(scenes, starts, strict=True)])
+    return Latents(**found, scenes=scenes, starts_N6=starts, weights_N=weights)
 
 
-def _encode(codec: WanVae, scenes: list[SceneSpec], starts: Tensor, frames: int, size: int) -> Tensor:
+def _encode(codec: WanVae, scenes: list[SceneSpec], starts: Tensor, frames: int) -> Tensor:
     """The latents of scenes that are rendered where the codec is, on the CPU, (N, F, C, X, X)."""
     with next(codec.parameters()).device:
-        pixels = render(scenes, starts, torch.arange(frames), size).transpose(1, 2) * 2 - 1
+        pixels = render(scenes, starts, torch.arange(frames), SIZE).transpose(1, 2) * 2 - 1
     return WanEncoderStream(codec).encode(pixels).cpu()
 
 
-def _backgrounds(codec: WanVae, size: int, frames: int) -> dict[str, Tensor]:
+def _backgrounds(codec: WanVae, frames: int) -> dict[str, Tensor]:
     """The latents of scenes without objects, (F, C, X, X), by the background's word."""
     nowhere = torch.zeros(1, START_VARIABLES)
-    return {word: _encode(codec, [SceneSpec((), word)], nowhere, frames, size)[0] for word in BACKGROUNDS}
+    return {word: _encode(codec, [SceneSpec((), word)], nowhere, frames)[0] for word in BACKGROUNDS}
 
 
-def _share(scene: SceneSpec, starts_6: Tensor) -> float:
-    """How often a scene is drawn."""
+def _weight(scene: SceneSpec, starts_6: Tensor) -> float:
+    """How often a scene is drawn, relative to others."""
     words = [(o.motion, o.shape, o.size) for o in scene.objects]
-    share = sum(math.prod(HARD.get(word, 1.0) for word in of_object) for of_object in words)
+    weight = sum(math.prod(HARD.get(word, 1.0) for word in of_object) for of_object in words)
     paths = tracks(scene, starts_6.tolist(), torch.arange(64.0))
     if len(paths) == 2:
         apart = (paths[0].center_T2 - paths[1].center_T2).norm(dim=1) - paths[0].radius_T - paths[1].radius_T
-        share *= MEETING if apart.min() < 0 else 1
-    return share
+        weight *= MEETING if apart.min() < 0 else 1
+    return weight

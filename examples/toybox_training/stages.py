@@ -9,7 +9,6 @@ All that is large, scenes too, is where the DiT is, so that on a GPU a step hard
 from __future__ import annotations
 
 import copy
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,16 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from causalrope_sp.devices import send
-from causalrope_sp.grid import Chunk
 from causalrope_sp.models.causal_dit import CausalDiT
-from causalrope_sp.sampling.sampler import sample_chunks
-from causalrope_sp.toybox.chart import chart
 from causalrope_sp.toybox.toybox_text import leave_open
 
 from .batches import Draws, batch_of, by_frame, chunks_of, noise_levels, with_noise
-from .dit import CHUNK, RING, SAMPLER, STREAM, Batch, TeacherForcing
-from .latents import PERIOD, Changes, Latents
-from .training import Training, agreed, processes, rank
+from .dit import CHUNK, RING, Batch, TeacherForcing
+from .latents import PERIOD, Changes, Latents, mean_on_objects
+from .made import sample
+from .training import Training, processes, rank, rate_at, shares_of_time
 
 SEED = 60_000_000
 FIRST_BATCH = 12  # videos a step of which the first chunk is learned
@@ -62,63 +59,62 @@ class DiTTraining:
         self._weights_C, self._multiple = weights_C.to(forcing.device), batch
         self._pool: list[Tensor] = []  # the numbers of scenes, and the videos that the DiT made of them
 
-    def train(self, path: Path, model: CausalDiT, minutes: float, lr: float) -> CausalDiT:
+    def train(self, path: Path, model: CausalDiT, minutes: float, lr: float, codec: int) -> CausalDiT:
         """Trains for so many minutes, which are counted anew when it resumes from `path`; returns the averaged model.
-        What it was before the learning rate fell is kept beside, to go on from."""
+        What it was before the learning rate fell is kept beside, to go on from. `codec` is the fingerprint of the
+        encoder."""
         device, falls = self._forcing.device, False
-        training = Training(model.requires_grad_(True).to(device), path, lr, _matrix, average=0.998)
-        begun = time.monotonic()
-        while minutes and (elapsed := agreed((time.monotonic() - begun) / (60 * minutes), device)) < 1:
+        training = Training(model.requires_grad_(True).to(device), path, lr, _matrix, average=0.998, codec=codec)
+        for share in shares_of_time(minutes, device):
             draws = Draws.seeded(SEED + processes() * training.step + rank(), device)
             if training.step % EVERY == 0 or not self._pool:
                 made = self._roll_out(training.ema, draws)
                 pools = zip(self._pool or [x[:0] for x in made], made, strict=True)
                 self._pool = [torch.cat(pool)[-POOL * self._multiple :] for pool in pools]
-            if elapsed >= PLATEAU and not falls:
+            if share >= PLATEAU and not falls:
                 training.save(path.with_stem(f"{path.stem}-plateau"))
                 falls = True
-            self._step(training, elapsed, draws)
+            self._step(training, share, draws)
         if minutes and not falls:  # the last step took longer than was left
             training.save(path.with_stem(f"{path.stem}-plateau"))
         training.save()
         return training.ema
 
-    def _step(self, training: Training[CausalDiT], elapsed: float, draws: Draws) -> None:
+    def _step(self, training: Training[CausalDiT], share: float, draws: Draws) -> None:
         own_guess = training.step % 2 == 0
         first = batch_of(self._scenes, FIRST_BATCH * self._multiple, [], [0], draws)
         kind, later = self._later(training.step % 8, draws)
         losses, from_noise = list[Tensor](), list[Tensor]()
         for batch in (first, later):
             errors, on_objects = self._errors(training.model, batch, draws, own_guess)
-            at_start = batch.times_BN > 0.99
+            at_start = batch.levels_BN > 0.99
             from_noise.append((on_objects.detach() * at_start).sum() / at_start.sum())
             losses += [errors.mean(), on_objects.mean()]
         names = ("first_from_noise", f"{kind}_from_noise")
         report = dict(zip(names, torch.stack(from_noise).tolist(), strict=True))
         if (training.step + 1) % MEASURED_EVERY == 0:
             report |= self._measured(training.ema)
-        fall = max(0.02, min(1, (1 - elapsed) / (1 - PLATEAU)))
-        training.update(torch.stack(losses).mean(), min(1, (training.step + 1) / 100) * fall, report)
+        training.update(torch.stack(losses).mean(), rate_at(training.step, share, PLATEAU), report)
 
     def _later(self, turn: int, draws: Draws) -> tuple[str, Batch]:
         """The chunks right after the start, whole windows, any time of a long stream, on the truth's history or on one
         that the DiT made; and what follows on a picture."""
-        whole, times = [CHUNK] * 4, self._multiple
+        whole, multiple = [CHUNK] * 4, self._multiple
         if turn in (1, 2) and draws.happens(0.5):
-            return "changed", self._after_a_change(8 * times, draws)
+            return "changed", self._after_a_change(8 * multiple, draws)
         if turn == 0:
-            return "second", batch_of(self._scenes, 10 * times, [CHUNK], [0, 1], draws)
+            return "second", batch_of(self._scenes, 10 * multiple, [CHUNK], [0, 1], draws)
         if turn in (1, 4):
-            batch = batch_of(self._scenes, 5 * times, whole, [1, 2, 3, 4], draws)
+            batch = batch_of(self._scenes, 5 * multiple, whole, [1, 2, 3, 4], draws)
             if turn == 4:  # as after a picture
                 batch.embeds = leave_open(batch.embeds, starts=True)
             return "later", batch
         if turn in (3, 5):
-            return "image", self._on_a_picture(10 * times, draws)
+            return "image", self._on_a_picture(10 * multiple, draws)
         offset, start = (0, 1) if turn == 6 else self._somewhere(draws)
         if turn == 7:
-            return "later", batch_of(self._scenes, 7 * times, whole, [3, 4], draws, offset, start)
-        return "own", self._on_its_own(7 * times, whole, [1, 2] if turn == 6 else [3, 4], draws, offset, start)
+            return "later", batch_of(self._scenes, 7 * multiple, whole, [3, 4], draws, offset, start)
+        return "own", self._on_its_own(7 * multiple, whole, [1, 2] if turn == 6 else [3, 4], draws, offset, start)
 
     def _errors(self, model: CausalDiT, batch: Batch, draws: Draws, own_guess: bool) -> tuple[Tensor, Tensor]:
         """The squared error of the velocity that leads to the target, (B, N), over the picture and over its objects.
@@ -131,18 +127,17 @@ class DiTTraining:
         source, weight_BN = batch.target, batch.weights_BN
         if own_guess:
             guess = self._guess(model, batch, draws.normal(batch.target.shape))
-            half = draws.which(0.5, *batch.times_BN.shape)
+            half = draws.which(0.5, *batch.levels_BN.shape)
             source = torch.where(by_frame(half), guess, source)
-            weight_BN = torch.where(half, batch.times_BN**2, 1) * weight_BN
+            weight_BN = torch.where(half, batch.levels_BN**2, 1) * weight_BN
             batch = _with_history(batch, guess, draws)
-        level = by_frame(batch.times_BN)
+        level = by_frame(batch.levels_BN)
         noisy = (1 - level) * source + level * noise
         velocity = self._forcing.velocity(model, batch, noisy)
         error = (velocity - (noisy - batch.target) / level).square()
         error = (error * self._weights_C[:, None, None]).mean(2)
         error, objects = (x.unflatten(1, (-1, CHUNK)).flatten(2) for x in (error, batch.objects))
-        on_objects = (error * objects).sum(2) / objects.sum(2).clamp(min=1)
-        return error.mean(2) * weight_BN, on_objects * weight_BN
+        return error.mean(2) * weight_BN, mean_on_objects(error, objects) * weight_BN
 
     def _measured(self, model: CausalDiT) -> dict[str, float]:
         """The errors of the first and of later chunks of held-out scenes, and of as many that are learned from."""
@@ -161,13 +156,13 @@ class DiTTraining:
         batch = Batch(clean[:, :-CHUNK], sizes, clean, objects, numbers, at_start, embeds)
         noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(SEED))  # the same on every device
         guess = self._guess(model, batch, noise.to(clean.device))
-        error = ((guess - clean).square() * self._weights_C[:, None, None]).mean(2) * objects
+        error = ((guess - clean).square() * self._weights_C[:, None, None]).mean(2)
         parts = zip(error.split(CHUNK, 1), objects.split(CHUNK, 1), strict=True)
-        return torch.stack([e.sum() / o.sum() for e, o in parts]).tolist()
+        return torch.stack([mean_on_objects(e.flatten(), o.flatten()) for e, o in parts]).tolist()
 
     @torch.no_grad()
     def _guess(self, model: CausalDiT, batch: Batch, noise: Tensor) -> Tensor:
-        at_start = replace(batch, times_BN=torch.ones_like(batch.times_BN))
+        at_start = replace(batch, levels_BN=torch.ones_like(batch.levels_BN))
         return noise - self._forcing.velocity(model, at_start, noise)
 
     def _somewhere(self, draws: Draws) -> tuple[int, int]:
@@ -197,9 +192,9 @@ class DiTTraining:
             history[:, -CHUNK * newer :] = after[:, CHUNK * (past - newer) : CHUNK * past]
         next_chunk = slice(CHUNK * past, CHUNK * (past + 1))
         objects = found.objects[pick, offset:][:, next_chunk]
-        history, times = with_noise(history, draws), noise_levels(size, 1, draws)
+        history, levels = with_noise(history, draws), noise_levels(size, 1, draws)
         start = 1 + offset + PERIOD * periods
-        return Batch(history, [CHUNK] * past, after[:, next_chunk], objects, [past], times, found.embeds[pick], start)
+        return Batch(history, [CHUNK] * past, after[:, next_chunk], objects, [past], levels, found.embeds[pick], start)
 
     def _on_its_own(
         self, size: int, sizes: list[int], numbers: list[int], draws: Draws, offset: int, start: int
@@ -217,32 +212,16 @@ class DiTTraining:
         error = (own - truth).square().mean(2)
         before = [number - 1 for number in numbers]
         error, objects = (chunks_of(x, sizes, before).unflatten(1, (-1, CHUNK)).flatten(2) for x in (error, objects))
-        strayed = (error * objects).sum(2) / objects.sum(2).clamp(min=1)
+        strayed = mean_on_objects(error, objects)
         return replace(batch, history=own, weights_BN=(1 - strayed / STRAYED).clamp(min=0))
 
     def _roll_out(self, model: CausalDiT, draws: Draws) -> tuple[Tensor, Tensor]:
         """Videos that the model makes of scenes: the scenes' numbers and the latents."""
         count = NEW * self._multiple
         pick = send(self._scenes.draw(count, draws.choices), self._forcing.device)
-        shape = self._scenes.latents.shape[2:]
-
-        def noise(chunk: Chunk, _: int) -> Tensor:
-            return draws.normal((count, chunk.frames, *shape))
-
         rounded = copy.deepcopy(model).to(torch.bfloat16).requires_grad_(False)  # as the weights are shipped
-        text, opening = self._scenes.embeds[pick].to(torch.bfloat16), chart(count, *shape)
         with torch.inference_mode():
-            chunks = sample_chunks(
-                rounded,
-                text,
-                noise,
-                self._forcing.grid,
-                FRAMES + LATE * PERIOD,
-                stream=STREAM,
-                sampler=SAMPLER,
-                initial_latents=opening,
-            )
-            made = torch.cat([chunk.latents for chunk in chunks], 1)
+            made = sample(rounded, self._scenes.embeds[pick], draws.normal, self._forcing.grid, FRAMES + LATE * PERIOD)
         return pick, made.float().clone()
 
 

@@ -14,7 +14,7 @@ import math
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 M = TypeVar("M", bound=nn.Module)
+WARM_UP = 100  # steps
 
 
 def rank() -> int:
@@ -45,6 +46,12 @@ def join_processes(device: torch.device) -> None:
             click.get_current_context().call_on_close(dist.destroy_process_group)
 
 
+def wait_for_all() -> None:
+    """Returns when every process has come here, so that one may read what another has written before."""
+    if processes() > 1:
+        dist.barrier()
+
+
 def agreed(value: float, device: torch.device) -> float:
     """Returns rank 0's value on every process: their clocks differ, their steps and learning rates must not."""
     if processes() == 1:
@@ -52,6 +59,21 @@ def agreed(value: float, device: torch.device) -> float:
     broadcast = torch.tensor(value, dtype=torch.float64, device=device)
     dist.broadcast(broadcast, 0)
     return broadcast.item()
+
+
+def shares_of_time(minutes: float, device: torch.device) -> Iterator[float]:
+    """Yields before each step the share of so many minutes, counted from now, that is over, the same on every process.
+    There is at least one step, and with 0 minutes none."""
+    begun, share = time.monotonic(), 0.0
+    while minutes and share < 1:
+        yield share
+        share = agreed((time.monotonic() - begun) / (60 * minutes), device)
+
+
+def rate_at(step: int, share: float, plateau: float) -> float:
+    """Returns the learning rate of a step as a share of the highest: it rises over the first steps of a training, then
+    stays until the share `plateau` of the time is over, and falls to a fiftieth."""
+    return min(1, (step + 1) / WARM_UP) * max(0.02, min(1, (1 - share) / (1 - plateau)))
 
 
 def _sum_over_processes(tensors: list[Tensor]) -> None:
@@ -146,12 +168,19 @@ class Training(Generic[M]):
     Args:
         matrix: which named parameters Muon takes.
         average: how much of the running average is kept at a step, once it has warmed up.
+        codec: the fingerprint of the encoder whose latents the model learns; a checkpoint of another one is refused.
     """
 
     def __init__(
-        self, model: M, path: Path, lr: float, matrix: Callable[[str, nn.Parameter], bool], average: float
+        self,
+        model: M,
+        path: Path,
+        lr: float,
+        matrix: Callable[[str, nn.Parameter], bool],
+        average: float,
+        codec: int | None = None,
     ) -> None:
-        self.model, self.path, self.lr, self.average = model, path, lr, average
+        self.model, self.path, self.lr, self.average, self.codec = model, path, lr, average, codec
         self.ema = copy.deepcopy(model).requires_grad_(False)
         chosen = {id(p) for n, p in model.named_parameters() if p.requires_grad and matrix(n, p)}
         self.optimizers = [
@@ -168,6 +197,8 @@ class Training(Generic[M]):
         self._started = time.perf_counter()
         if path.exists():
             state = torch.load(path, map_location="cpu", weights_only=True)
+            if state.get("codec", codec) != codec:
+                raise click.UsageError(f"{path} was trained on another codec: give another --out")
             self.step = state["step"]
             for target, name in ((self.model, "model"), (self.ema, "ema")):
                 if _shapes(state[name]) != _shapes(target.state_dict()):
@@ -196,9 +227,10 @@ class Training(Generic[M]):
         keep = min(self.average, self.step / (self.step + 19))
         with torch.no_grad():
             torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - keep)
-        self._log.append({"loss": loss.item(), **report})
-        if self.step % 50 == 0 and rank() == 0:
-            self._write_log()
+        if rank() == 0:
+            self._log.append({"loss": loss.item(), **report})
+            if self.step % 50 == 0:
+                self._write_log()
         if self.step % 250 == 0:
             self.save()
 
@@ -209,6 +241,7 @@ class Training(Generic[M]):
             self._write_log()
         state: dict[str, Any] = {
             "step": self.step,
+            "codec": self.codec,
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],

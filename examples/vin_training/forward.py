@@ -16,6 +16,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 from toybox_training.dit import forward
+from toybox_training.latents import mean_on_objects
 
 from causalrope_kernels import Keys, attention
 from causalrope_sp.grid import LatentGrid, Shard
@@ -36,7 +37,7 @@ class Pair(nn.Module):
 
 
 @dataclass(frozen=True)
-class Batch:
+class VideoBatch:
     """Videos, (B, F, C, X, X), masks of their objects, (B, F, X, X), text embeddings, (B, L, W), and noise levels from
     0 to 1, (B,): of the chunk, and of the keyframes that the VIN reads, the same in a sampler. All are on the device of
     the forward."""
@@ -44,8 +45,8 @@ class Batch:
     clean: Tensor
     objects: Tensor
     embeds: Tensor
-    times_B: Tensor
-    read_times_B: Tensor
+    levels_B: Tensor
+    read_levels_B: Tensor
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Errors:
     z: Tensor | None
 
 
-class TogetherForcing:
+class ParallelChunksForcing:
     """The loss ‖v([X_i, Z], t) - v_i‖² over the frames of a chunk i, where v is the predicted velocity, ε - x0.
 
     The published loss is the sum over all chunks of a video (Video Interface Networks, arXiv 2503.17539). Here it is
@@ -78,19 +79,20 @@ class TogetherForcing:
         self._shard = Shard(grid)
         self._rope = RotaryTables(dit.head_dim, dit.theta, self._shard, device, torch.float32)
 
-    def errors(self, pair: Pair, batch: Batch, chunk: int, generator: torch.Generator, *, use_z: bool = True) -> Errors:
+    def errors(
+        self, pair: Pair, batch: VideoBatch, chunk: int, generator: torch.Generator, *, use_z: bool = True
+    ) -> Errors:
         """Returns the errors of chunk number `chunk`; the generator, on the device, draws the noise."""
         clean = batch.clean
         noise = torch.randn(clean.shape, generator=generator, device=self.device)
         part = cut(clean.shape[1], self.config)[chunk]
         frames = slice(part.start, part.stop)
-        z = self.read(pair.vin, clean, noise, batch.embeds, batch.read_times_B) if use_z else None
+        z = self.read(pair.vin, clean, noise, batch.embeds, batch.read_levels_B) if use_z else None
         found = None if z is None else pair.vin.keys_of_layers(z)
-        noisy = noised(clean[:, frames], noise[:, frames], batch.times_B)
-        velocity = self.velocity(pair, noisy, batch.embeds, batch.times_B, part.start, found)
+        noisy = noised(clean[:, frames], noise[:, frames], batch.levels_B)
+        velocity = self.velocity(pair, noisy, batch.embeds, batch.levels_B, part.start, found)
         error = (velocity - (noise - clean)[:, frames]).square().mean(2)
-        mask = batch.objects[:, frames]
-        on_objects = (error * mask).flatten(1).sum(1) / mask.flatten(1).sum(1).clamp(min=1)
+        on_objects = mean_on_objects(error.flatten(1), batch.objects[:, frames].flatten(1))
         return Errors(error.flatten(1).mean(1), on_objects, z)
 
     def velocity(
@@ -98,7 +100,7 @@ class TogetherForcing:
         pair: Pair,
         noisy: Tensor,
         embeds: Tensor,
-        times_B: Tensor,
+        levels_B: Tensor,
         start: int,
         found: Sequence[Keys] | None,
     ) -> Tensor:
@@ -107,10 +109,10 @@ class TogetherForcing:
         frames = noisy.shape[1]
         still = chart(1, *noisy.shape[2:]).to(noisy).expand(len(noisy), -1, -1, -1, -1)
         tokens = self.grid.patchify(torch.cat([still, noisy], 1))
-        timesteps = torch.cat([times_B.new_zeros(len(noisy), 1), 1000 * times_B.unsqueeze(1).expand(-1, frames)], 1)
-        times = [0, *range(start + 1, start + frames + 1)]  # the chart is the frame before the video
+        timesteps = torch.cat([levels_B.new_zeros(len(noisy), 1), 1000 * levels_B.unsqueeze(1).expand(-1, frames)], 1)
+        indices = [0, *range(start + 1, start + frames + 1)]  # the chart is the frame before the video
         mask = _mask(self.grid.tokens, tokens.shape[1], 0 if found is None else found[0].k.shape[1], self.device)
-        rotation = self._rope.rotation(times).of_queries
+        rotation = self._rope.rotation(indices).of_queries
         velocity = forward(pair.dit, tokens, timesteps, embeds, rotation, mask, frames, found)
         return self.grid.unpatchify(velocity)
 
@@ -118,21 +120,23 @@ class TogetherForcing:
         """Draws the number of a chunk of a video of so many latent frames."""
         return int(torch.randint(len(cut(frames, self.config)), (), generator=generator))
 
-    def read(self, vin: VideoInterfaceNetwork, clean: Tensor, noise: Tensor, embeds: Tensor, times_B: Tensor) -> Tensor:
+    def read(
+        self, vin: VideoInterfaceNetwork, clean: Tensor, noise: Tensor, embeds: Tensor, levels_B: Tensor
+    ) -> Tensor:
         """Computes the global tokens of videos at their noise levels, (B, G, D), in bfloat16."""
         keyframes = self.keyframes(clean.shape[1])
-        at = [time - 1 for time in keyframes]
-        noisy = noised(clean[:, at], noise[:, at], times_B)
+        at = [index - 1 for index in keyframes]
+        noisy = noised(clean[:, at], noise[:, at], levels_B)
         with in_bfloat16(self.device):
             text = vin.text(embeds)
             embedded = self.position_embeddings(vin, text, keyframes)
-            state = vin.ask(text, 1000 * times_B, "torch")
+            state = vin.ask(text, 1000 * levels_B, "torch")
             keys = vin.keyframes(self.grid.patchify(noisy), embedded, state)
             return vin.process(attention(vin.queries(state), keys, "torch"), state, "torch").float()
 
-    def position_embeddings(self, vin: VideoInterfaceNetwork, text_BLD: Tensor, times: Sequence[int]) -> Tensor:
-        """Computes the embeddings of the tokens' positions at these global time indices, (B, len(times)·S, D)."""
-        positions_KS3 = positions(torch.tensor(list(times)), *self._shard.rows_and_columns())
+    def position_embeddings(self, vin: VideoInterfaceNetwork, text_BLD: Tensor, indices: Sequence[int]) -> Tensor:
+        """Computes the embeddings of the tokens' positions at these global time indices, (B, len(indices)·S, D)."""
+        positions_KS3 = positions(torch.tensor(list(indices)), *self._shard.rows_and_columns())
         return vin.position_embeddings(positions_KS3.to(self.device), text_BLD, "torch")
 
     def keyframes(self, frames: int) -> Sequence[int]:
@@ -140,9 +144,9 @@ class TogetherForcing:
         return AssignedChunks(cut(frames, self.config, start=1), self.config).keyframes
 
 
-def noised(clean: Tensor, noise: Tensor, times_B: Tensor) -> Tensor:
+def noised(clean: Tensor, noise: Tensor, levels_B: Tensor) -> Tensor:
     """Videos at their noise levels, (B, F, C, X, X)."""
-    return torch.lerp(clean, noise, times_B.view(-1, 1, 1, 1, 1))
+    return torch.lerp(clean, noise, levels_B.view(-1, 1, 1, 1, 1))
 
 
 def in_bfloat16(device: torch.device) -> AbstractContextManager[None]:

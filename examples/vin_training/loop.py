@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from toybox_training.batches import Draws
-from toybox_training.training import Training, agreed, processes, rank
+from toybox_training.training import Training, processes, rank, rate_at, shares_of_time
 
 M = TypeVar("M", bound=nn.Module)
 Report = dict[str, float]
 Loss = Callable[[M, Draws, float], tuple[Tensor, Report]]
 Measure = Callable[[M], Report]
-WARM_UP, FALLS = 100, 0.5  # steps, and the share of the time after which the learning rate falls
+PLATEAU = 0.5  # the share of the time before the learning rate falls
 MEASURED_EVERY = 200  # steps
 
 
@@ -44,16 +43,11 @@ def learn(
     """
     if training.step == 0:
         training.save()  # the stage before is over
-    started, began = time.monotonic(), training.step
-    while minutes:
-        elapsed = agreed((time.monotonic() - started) / (60 * minutes), device)
-        if elapsed >= 1 and training.step > began:
-            break
+    for share in shares_of_time(minutes, device):
         draws = Draws.seeded(seed + processes() * training.step + rank(), device)
-        loss, report = loss_of(training.model, draws, elapsed)
+        loss, report = loss_of(training.model, draws, share)
         if (training.step + 1) % MEASURED_EVERY == 0 and rank() == 0:
             report |= measure(training.ema)
-        rate = min(1, (training.step + 1) / WARM_UP) * min(1, max(0.02, (1 - elapsed) / (1 - FALLS)))
-        training.update(loss, rate, report)
+        training.update(loss, rate_at(training.step, share, PLATEAU), report)
     training.save()
     return training.ema

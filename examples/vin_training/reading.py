@@ -32,7 +32,7 @@ from causalrope_sp.grid import LatentGrid
 from causalrope_sp.toybox.toybox_text import BACKGROUND_INDICES, COLOR_INDICES, leave_open
 from causalrope_sp.vin import VideoInterfaceNetwork
 
-from .forward import TogetherForcing, in_bfloat16
+from .forward import ParallelChunksForcing, in_bfloat16
 from .loop import Loss, Measure, Report, learn
 
 SEED = 71_000_000
@@ -42,7 +42,7 @@ OF_COLORS = (
     *("vin.norm_read", "vin.blocks", "vin.norm_out", "probes.colors", "probes.backgrounds"),
 )
 POSITIONS_SHARE = 0.4  # of the time
-TEXTS, TIMES = 4, 10  # a step of the first stage has so many texts for each video of later steps, at so many times
+TEXTS, FRAMES = 4, 10  # a step of the first stage has so many texts for each video of later steps, at so many frames
 OPEN_SHARE = 0.8  # of videos whose text does not name colours
 HIGH_NOISE = 0.7  # half of the noise levels are above
 MEASURED_AT, MEASURED_FRAMES = (0.8, 0.9, 0.95), 65  # noise levels; latent frames
@@ -51,12 +51,13 @@ MEASURED_AT, MEASURED_FRAMES = (0.8, 0.9, 0.95), 65  # noise levels; latent fram
 @dataclass(frozen=True)
 class Options:
     """What a training is given: its folder, the lengths of its videos in latent frames with their shares, the videos of
-    a step, and the highest learning rate."""
+    a step, the highest learning rate, and the fingerprint of the encoder."""
 
     out: Path
     lengths: dict[int, float]
     videos: int
     rate: float
+    codec: int
 
     def draw_length(self, draws: Draws) -> int:
         shares = torch.tensor(list(self.lengths.values()))
@@ -113,7 +114,7 @@ def learn_positions(
     reader: Reader,
     scenes: Latents,
     held_out: Latents,
-    forcing: TogetherForcing,
+    forcing: ParallelChunksForcing,
     options: Options,
     minutes: float,
 ) -> None:
@@ -121,7 +122,7 @@ def learn_positions(
 
     def loss(model: Reader, draws: Draws, _: float) -> tuple[Tensor, Report]:
         pick = scenes.draw(TEXTS * options.videos, draws.choices).to(forcing.device)
-        frames = [draws.below(max(options.lengths)) for _ in range(TIMES)]
+        frames = [draws.below(max(options.lengths)) for _ in range(FRAMES)]
         embeds = _opened(scenes.embeds[pick], draws.which(OPEN_SHARE, len(pick)))
         embedded = _embedded(forcing, model, embeds, [1 + frame for frame in frames])
         return model.probes.coverage_loss(embedded, _covered(forcing.grid, scenes, pick, frames)), {}
@@ -131,17 +132,17 @@ def learn_positions(
 
 
 def learn_colors(
-    reader: Reader, scenes: Latents, held_out: Latents, forcing: TogetherForcing, options: Options, minutes: float
+    reader: Reader, scenes: Latents, held_out: Latents, forcing: ParallelChunksForcing, options: Options, minutes: float
 ) -> None:
     """Trains the rest of what reads for so many minutes, or loads it, with 0 minutes. The reader keeps the averaged
     weights."""
 
     def loss(model: Reader, draws: Draws, _: float) -> tuple[Tensor, Report]:
         frames, videos = options.draw_length(draws), options.videos
-        times = draws.uniform(videos)
-        times = torch.where(draws.which(0.5, videos), HIGH_NOISE + (1 - HIGH_NOISE) * draws.uniform(videos), times)
+        levels = draws.uniform(videos)
+        levels = torch.where(draws.which(0.5, videos), HIGH_NOISE + (1 - HIGH_NOISE) * draws.uniform(videos), levels)
         pick, is_open = scenes.draw(videos, draws.choices), draws.which(OPEN_SHARE, videos)
-        z, whole = _read(model, forcing, scenes, pick, frames, times, is_open, draws)
+        z, whole = _read(model, forcing, scenes, pick, frames, levels, is_open, draws)
         return model.probes.color_loss(z, whole), {"accuracy": model.probes.color_accuracy(z, whole)}
 
     measure = partial(color_accuracy, forcing, held_out)
@@ -154,42 +155,42 @@ def _learn(
     learned: Sequence[str],
     loss: Loss[Reader],
     measure: Measure[Reader],
-    forcing: TogetherForcing,
+    forcing: ParallelChunksForcing,
     options: Options,
     minutes: float,
 ) -> None:
     for of, parameter in reader.named_parameters():
         parameter.requires_grad_(of.startswith(tuple(learned)))
-    training = Training(reader, options.out / f"{name}.pt", options.rate, by_muon, average=0.997)
+    training = Training(reader, options.out / f"{name}.pt", options.rate, by_muon, average=0.997, codec=options.codec)
     averaged = learn(training, minutes, SEED, forcing.device, loss, measure)
     reader.load_state_dict(averaged.state_dict())
 
 
 @torch.no_grad()
-def color_accuracy(forcing: TogetherForcing, held_out: Latents, reader: Reader) -> Report:
+def color_accuracy(forcing: ParallelChunksForcing, held_out: Latents, reader: Reader) -> Report:
     """The shares of open colours that are named in scenes which are never learned from, by noise level."""
     pick, found = torch.arange(len(held_out.latents)), {}
     everything = torch.ones(len(pick), dtype=torch.bool, device=forcing.device)
     for level in MEASURED_AT:
-        draws, times = Draws.seeded(SEED, forcing.device), torch.full((len(pick),), level, device=forcing.device)
-        z, whole = _read(reader, forcing, held_out, pick, MEASURED_FRAMES, times, everything, draws)
+        draws, levels = Draws.seeded(SEED, forcing.device), torch.full((len(pick),), level, device=forcing.device)
+        z, whole = _read(reader, forcing, held_out, pick, MEASURED_FRAMES, levels, everything, draws)
         found[f"accuracy_{level}"] = reader.probes.color_accuracy(z, whole)
     return found
 
 
 @torch.no_grad()
-def _coverage_r2(forcing: TogetherForcing, held_out: Latents, reader: Reader) -> Report:
+def _coverage_r2(forcing: ParallelChunksForcing, held_out: Latents, reader: Reader) -> Report:
     """How much of the variance of coverage is explained in scenes which are never learned from, colours open."""
     pick, keyframes = torch.arange(len(held_out.latents)), forcing.keyframes(MEASURED_FRAMES)
     embedded = _embedded(forcing, reader, leave_open(held_out.embeds, colors=True), keyframes)
-    truth = _covered(forcing.grid, held_out, pick, [time - 1 for time in keyframes])
+    truth = _covered(forcing.grid, held_out, pick, [index - 1 for index in keyframes])
     return {"r2": reader.probes.coverage_r2(embedded, truth)}
 
 
-def _embedded(forcing: TogetherForcing, reader: Reader, embeds: Tensor, times: Sequence[int]) -> Tensor:
-    """A VIN's embeddings of the positions of tokens at these global time indices, float32, (B, len(times)·S, D)."""
+def _embedded(forcing: ParallelChunksForcing, reader: Reader, embeds: Tensor, indices: Sequence[int]) -> Tensor:
+    """A VIN's embeddings of the positions of tokens at these global time indices, float32, (B, len(indices)·S, D)."""
     with in_bfloat16(forcing.device):
-        return forcing.position_embeddings(reader.vin, reader.vin.text(embeds), times).float()
+        return forcing.position_embeddings(reader.vin, reader.vin.text(embeds), indices).float()
 
 
 def _covered(grid: LatentGrid, scenes: Latents, picked: Tensor, frames: Sequence[int]) -> Tensor:
@@ -199,11 +200,11 @@ def _covered(grid: LatentGrid, scenes: Latents, picked: Tensor, frames: Sequence
 
 def _read(
     reader: Reader,
-    forcing: TogetherForcing,
+    forcing: ParallelChunksForcing,
     scenes: Latents,
     pick: Tensor,
     frames: int,
-    times_B: Tensor,
+    levels_B: Tensor,
     is_open_B: Tensor,
     draws: Draws,
 ) -> tuple[Tensor, Tensor]:
@@ -211,7 +212,7 @@ def _read(
     clean, _ = scenes.frames(pick, 0, frames)
     whole = scenes.embeds[pick.to(clean.device)]
     noise = draws.normal(tuple(clean.shape))
-    return forcing.read(reader.vin, clean, noise, _opened(whole, is_open_B), times_B), whole
+    return forcing.read(reader.vin, clean, noise, _opened(whole, is_open_B), levels_B), whole
 
 
 def _opened(whole_BLW: Tensor, is_open_B: Tensor) -> Tensor:

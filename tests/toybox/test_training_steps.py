@@ -6,13 +6,14 @@ import importlib
 import json
 from itertools import count
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import click
 import pytest
 import torch
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 
+from causalrope_sp import CausalVideoPipeline
 from causalrope_sp.codec import load_codec
 from causalrope_sp.codec.wan_vae import WanCodec, WanEncoderStream
 from causalrope_sp.grid import LatentGrid
@@ -28,13 +29,13 @@ CPU = torch.device("cpu")
 def test_dit_learns_from_encoded_scenes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Scenes go on after the encoded frames as if more had been encoded, and steps log what they and others err."""
     monkeypatch.syspath_prepend(ROOT / "examples")
-    from toybox_training import stages
+    from toybox_training import stages, training
     from toybox_training.dit import TeacherForcing
     from toybox_training.latents import VISIBLE, Changes, draw_scenes, encode_scenes
 
     wan = load_codec(WEIGHTS / "codec", "wan", CPU)
     assert isinstance(wan, WanCodec)
-    scenes = encode_scenes(wan.vae, tmp_path / "scenes", 16, 64, 5)
+    scenes = encode_scenes(wan.vae, tmp_path / "scenes", 16, 5)
     specs, starts = draw_scenes(5)
 
     def encoded(scenes: list[SceneSpec]) -> torch.Tensor:
@@ -49,18 +50,21 @@ def test_dit_learns_from_encoded_scenes(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
     monkeypatch.setattr(stages, "MEASURED_EVERY", 2)
     monkeypatch.setattr(stages, "NEW", 2)
-    monkeypatch.setattr(stages, "time", SimpleNamespace(monotonic=count().__next__))  # a second a step
+    monkeypatch.setattr(
+        training, "time", SimpleNamespace(monotonic=count().__next__, perf_counter=lambda: 0.0)
+    )  # a second a step
     model = load_model(WEIGHTS / "toybox.safetensors", dtype=torch.float32)
     before = [x.clone() for x in model.parameters()]
     changes = Changes(scenes.latents[:, :13], scenes.latents[:, :16], scenes.embeds, scenes.objects[:, :16])
     forcing = TeacherForcing(LatentGrid.from_pixels(64, 64, 8), CPU)
     with torch.compiler.set_stance("force_eager"):
-        training = stages.DiTTraining(forcing, scenes, scenes, changes, torch.ones(16), batch=2)
-        trained = training.train(tmp_path / "dit.pt", model, 3 / 60, 1e-3)
+        stage = stages.DiTTraining(forcing, scenes, scenes, changes, torch.ones(16), batch=2)
+        trained = stage.train(tmp_path / "dit.pt", model, 3 / 60, 1e-3, codec=5)
     assert any(not torch.equal(x, y) for x, y in zip(before, trained.parameters(), strict=True))
     assert all(x.isfinite().all() for x in trained.parameters())
-    assert (tmp_path / "dit-plateau.pt").is_file(), "also where one step takes all of the time"
-    logged = json.loads((tmp_path / "dit.jsonl").read_text())
+    assert (tmp_path / "dit-plateau.pt").is_file()
+    logged = json.loads((tmp_path / "dit.jsonl").read_text().splitlines()[-1])
+    assert logged["step"] == 3
     assert 0 < logged["held_out_first"] < logged["held_out_later"] < 1
     assert logged["held_out_later"] == logged["learned_later"], "the same scenes"
 
@@ -113,10 +117,9 @@ def test_a_training_set_is_made_again_where_its_settings_differ(
         (["--device", "abacus"], "--device: expected a device of this machine, such as cpu or cuda, not 'abacus'"),
         (["--device", "cuda:77"], "not 'cuda:77'"),
         (["--device", "meta"], "not 'meta'"),
-        (["--size", "65"], "--size: expected a multiple of 16 pixels, not 65"),
         (["--codec-steps", "0"], "0 is not in the range x>=1"),
         (["--batch", "0"], "0 is not in the range x>=1"),
-        (["--size", "0"], "0 is not in the range x>=16"),
+        (["--codec-stop", "3601"], "--codec-stop: expected at most --codec-steps, 3600, not 3601"),
         ([], "was trained on another codec: expected the folder that it began with"),
     ],
 )
@@ -130,3 +133,53 @@ def test_what_cannot_be_trained_is_refused(
     assert found.exit_code == 2
     assert message in " ".join(found.output.replace("│", " ").split())
     assert [file.name for file in tmp_path.iterdir()] == ["dit.pt"]
+
+
+def test_both_recipes_end_with_a_model_that_generates(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """After one step a stage. A call that trains nothing changes nothing; one that begins elsewhere is refused."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    from toybox_training import latents, made, stages
+
+    toybox, vin = importlib.import_module("train_toybox"), importlib.import_module("train_vin")
+    for module, name, value in (
+        (latents, "HELD_OUT", 16),
+        (stages, "NEW", 2),
+        (made, "AT_ONCE", 2),
+        (toybox, "MADE", 2),
+        (toybox, "MADE_BY_FLOW", 2),
+        (vin, "LENGTHS", {17: 1.0}),
+    ):
+        monkeypatch.setattr(module, name, value)
+
+    def train(recipe: ModuleType, out: str, *options: str) -> Result:
+        with torch.compiler.set_stance("force_eager"):
+            return CliRunner().invoke(
+                recipe.main, ["--device", "cpu", "--out", str(tmp_path / out), "--scenes", "16", *options]
+            )
+
+    def minutes(dit: float, decoder: float) -> list[str]:
+        return ["--dit-minutes", str(dit), "--decoder-minutes", str(decoder), "--made-minutes", str(decoder)]
+
+    begun = ["--init", str(WEIGHTS), "--changes", "16"]
+    assert train(toybox, "toybox", *begun, *minutes(1e-4, 1e-4)).exception is None
+    weights = tmp_path / "toybox" / "weights"
+    assert {file.name for file in weights.iterdir()} == {"codec", "toybox.safetensors", "pipeline.json"}
+    trained = (weights / "toybox.safetensors").read_bytes()
+    assert trained != (WEIGHTS / "toybox.safetensors").read_bytes()
+    assert train(toybox, "toybox", *begun, *minutes(0, 0)).exception is None
+    assert (weights / "toybox.safetensors").read_bytes() == trained
+    pipe = CausalVideoPipeline.from_pretrained(str(weights))
+    made_frames = [chunk.frames for chunk in pipe.stream("a red circle bounces", num_frames=5)]
+    assert sum(len(frames) for frames in made_frames if frames is not None) == 5
+
+    few = ["--toybox", str(weights), "--videos", "2"]
+    assert train(vin, "vin", *few, "--minutes", "1e-4", "--reading-minutes", "1e-4").exception is None
+    pipe = CausalVideoPipeline.from_pretrained(str(tmp_path / "vin" / "weights"), parallel_chunks="vin")
+    (video,) = (c.frames for c in pipe.stream("a red circle bounces", num_frames=65) if c.frames is not None)
+    assert len(video) == 65
+    again = train(vin, "vin", *few, "--dit", str(weights / "toybox.safetensors"))
+    assert again.exit_code == 2
+    assert "--dit: the DiT of" in again.output
+    nowhere = train(vin, "other", "--toybox", str(tmp_path))
+    assert nowhere.exit_code == 2
+    assert "no such file or folder" in " ".join(nowhere.output.replace("│", " ").split())

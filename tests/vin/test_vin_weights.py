@@ -12,6 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import torch
 from safetensors import safe_open
@@ -162,7 +163,7 @@ def test_nonsense_is_refused(wrong: Any, message: str) -> None:
 def test_training_computes_what_the_sampler_does(monkeypatch: pytest.MonkeyPatch) -> None:
     """The velocity of every chunk."""
     monkeypatch.syspath_prepend(ROOT / "examples")
-    from vin_training.forward import Pair, TogetherForcing
+    from vin_training.forward import Pair, ParallelChunksForcing
 
     from causalrope_sp.toybox.chart import chart
 
@@ -171,7 +172,7 @@ def test_training_computes_what_the_sampler_does(monkeypatch: pytest.MonkeyPatch
     chunks, grid = ParallelChunksConfig(5, 1, 4), LatentGrid(2, 3)
     model, vin = make_pair(torch.float32)
     pair = Pair(model, vin)
-    forcing = TogetherForcing(grid, chunks, pair, torch.device("cpu"))
+    forcing = ParallelChunksForcing(grid, chunks, pair, torch.device("cpu"))
     noisy = random(2, 13, *frame_shape(grid)).float()
     embeds = random(2, CONFIG.text_len, CONFIG.text_dim).float()
     level = torch.tensor([0.8, 0.3])
@@ -199,7 +200,7 @@ def test_the_recipe_takes_a_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     from toybox_training.coverage import coverage_of
     from toybox_training.latents import PIXEL_FRAMES, Latents, draw_scenes
     from vin_training import loop
-    from vin_training.forward import TogetherForcing
+    from vin_training.forward import ParallelChunksForcing
     from vin_training.reading import OF_COLORS, OF_POSITIONS, Options, learn_colors, learn_positions
 
     from causalrope_sp.toybox import WEIGHTS
@@ -214,10 +215,10 @@ def test_the_recipe_takes_a_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     objects = torch.ones(len(specs), 21, 8, 8, dtype=torch.bool)
     described = zip(specs, starts.tolist(), strict=True)
     covered = torch.stack([coverage_of(spec, start, PIXEL_FRAMES, 8) for spec, start in described])
-    scenes = Latents(latents, embeds, objects, covered, specs, torch.ones(len(specs)))
+    scenes = Latents(latents, embeds, objects, covered, specs, starts, torch.ones(len(specs)))
     grid = LatentGrid.from_pixels(64, 64, 8)
-    forcing = TogetherForcing(grid, train_vin.CHUNKS, pair, torch.device("cpu"))
-    options = Options(tmp_path, {17: 1.0}, 2, 1e-3)
+    forcing = ParallelChunksForcing(grid, train_vin.CHUNKS, pair, torch.device("cpu"))
+    options = Options(tmp_path, {17: 1.0}, 2, 1e-3, 5)
 
     def parameters() -> dict[str, torch.Tensor]:
         return {name: x.clone() for name, x in pair.named_parameters()}
@@ -236,6 +237,8 @@ def test_the_recipe_takes_a_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     before = parameters()
     learn_colors(pair.reader, scenes, scenes, forcing, options, 0)
     assert not changed(before), "what has learned to read is loaded"
+    with pytest.raises(click.UsageError, match=r"colors.pt was trained on another codec: give another --out"):
+        learn_colors(pair.reader, scenes, scenes, forcing, replace(options, codec=6), 0)
 
     before = parameters()
     with torch.compiler.set_stance("force_eager"):
