@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from causalrope_sp.pipeline.parallel_chunks import ParallelChunks
 
 VARIANTS = ("VIN", "full attention", "autoregressive", "VIN without global tokens", "VIN without fusion")
-TRUTH = "rendered, through the codec"
+TRUTH = "rendered through the codec"
 OPEN: dict[str, dict[str, bool]] = {"nothing": {}, "colours": {"colors": True}, "starts": {"starts": True}}
 PAPER_STEPS = 50
 LEVELS = (0.99, 0.98, 0.95, 0.9, 0.8, 0.5)

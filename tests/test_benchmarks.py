@@ -79,7 +79,7 @@ def test_toybox_is_judged_at_both_lengths() -> None:
     """A long video is judged of every prompt that asks for one, however few short ones there are."""
     short = ("--prompts", "1", "--frames", "17", "--long-prompts", "2", "--long-frames", "17")
     found = last_line(run("toybox_quality.py", *short, "--json"))
-    assert (found["objects"], found["long_objects"]) == (2, 3)
+    assert (found["objects"], found["long_objects"]) == (2, 4)
     assert found["goals"]["long_color"] == 0.95
     assert found["truth"]["rendered"]["all"] == 1
     steered = last_line(run("toybox_steering.py", "--count", "1"))
