@@ -19,12 +19,13 @@ from typing import Any
 import click
 import numpy as np
 import torch
+from printed import stop
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from videos import video_of
 
-from causalrope_sp import CausalVideoPipeline
+from causalrope_sp import CausalRopeError, CausalVideoPipeline
 from causalrope_sp.diffusion.noise import keyed_generator
 from causalrope_sp.toybox.judge import Verdict, judge, summarize
 from causalrope_sp.toybox.prompts import SceneSpec
@@ -160,7 +161,10 @@ def main(
     only_json: bool,
 ) -> None:
     """Measures the quality of a toybox model."""
-    pipe = CausalVideoPipeline.from_pretrained(model, window=window, solver=solver, guidance_scale=guidance)
+    try:
+        pipe = CausalVideoPipeline.from_pretrained(model, window=window, solver=solver, guidance_scale=guidance)
+    except CausalRopeError as error:
+        stop(str(error))
     scenes = draw_scenes(prompts)
     psnr = codec_psnr(pipe, scenes[:16], frames)
     verdicts = judge_pipeline(pipe, scenes, frames, None)

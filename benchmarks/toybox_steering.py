@@ -16,10 +16,10 @@ from dataclasses import replace
 import click
 import numpy as np
 import torch
-from printed import finish
+from printed import finish, stop
 from videos import video_of
 
-from causalrope_sp import CausalVideoPipeline
+from causalrope_sp import CausalRopeError, CausalVideoPipeline
 from causalrope_sp.toybox.judge import judge
 from causalrope_sp.toybox.prompts import COLORS, SceneSpec
 from causalrope_sp.toybox.scenes import START_VARIABLES, random_scene, render, tracks
@@ -61,7 +61,10 @@ def follows_an_image(pipe: CausalVideoPipeline, scene: SceneSpec, starts: torch.
 def main(model: str, count: int, check: bool) -> None:
     """Judges whether a toybox model follows a new prompt and a first image."""
     torch.set_num_threads(1)
-    pipe = CausalVideoPipeline.from_pretrained(model)
+    try:
+        pipe = CausalVideoPipeline.from_pretrained(model)
+    except CausalRopeError as error:
+        stop(str(error))
     generator, prompts, seed = torch.Generator().manual_seed(CHANGES), list[bool](), 0
     while len(prompts) < count:
         scene, seed = random_scene(generator), seed + 1

@@ -145,9 +145,13 @@ def quality(
     "--ranks", default="1,2,4", show_default=True, help="The numbers of ranks that are timed; empty for no times."
 )
 @click.option(
-    "--variants", "names", default=",".join((*VARIANTS, TRUTH)), show_default=True, help="The variants to compare."
+    "--variants",
+    "names",
+    default=",".join((*VARIANTS, TRUTH)),
+    show_default=True,
+    help="The variants to compare, with commas between; of open texts those of VIN alone.",
 )
-@click.option("--open", "opened", default=",".join(OPEN), show_default=True, help="What texts leave open.")
+@click.option("--open", "opened", default=",".join(OPEN), show_default=True, help="What texts leave open, with commas.")
 def main(lengths: str, prompts: int, ranks: str, names: str, opened: str) -> None:
     """Compares chunks in parallel with other ways to sample a video."""
     try:
@@ -158,6 +162,8 @@ def main(lengths: str, prompts: int, ranks: str, names: str, opened: str) -> Non
         stop("--lengths have at least 64 frames, two chunks, and --ranks begin with 1, which the others are held to")
     chosen = [_known("--variants", name, (*VARIANTS, TRUTH)) for name in names.split(",")]
     left_open = [_known("--open", what, OPEN) for what in opened.split(",")]
+    if set(left_open) != {"nothing"} and not any(name.startswith("VIN") for name in chosen):
+        stop("--open: only the variants of VIN are made from texts that leave something open")
     variants = _loaded()
 
     scenes = draw_scenes(prompts)

@@ -27,12 +27,20 @@ import matplotlib
 import torch
 from matplotlib import pyplot
 from toybox_training.codec import channel_weights, save_codec, save_decoder, train_codec, tune_decoder, wan_codec
-from toybox_training.dit import SAMPLER, TeacherForcing, new_model
+from toybox_training.dit import CONFIG, SAMPLER, TeacherForcing, new_model
 from toybox_training.kept import check_count, fingerprint
 from toybox_training.latents import SCENE_SEED, SIZE, encode_changes, encode_scenes, held_out_scenes
 from toybox_training.made import make_videos
 from toybox_training.stages import DiTTraining
-from toybox_training.training import device_of, finite, join_processes, rank, wait_for_all
+from toybox_training.training import (
+    check_codec,
+    device_of,
+    finite,
+    join_processes,
+    make_folder,
+    rank,
+    wait_for_all,
+)
 
 from causalrope_sp import CheckpointError
 from causalrope_sp.codec.wan_vae_model import WanVae
@@ -53,7 +61,7 @@ FLOW_SAMPLER = SamplerConfig(steps=tuple(62.5 * n for n in range(16, 0, -1)), sh
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=click.Path(path_type=Path, file_okay=False, writable=True),
     default=Path("runs/toybox"),
     show_default=True,
     help="The folder of everything that is made.",
@@ -139,12 +147,15 @@ def main(
     join_processes(on)
     check_count("--scenes", count)
     check_count("--changes", changes)
-    if codec_stop > codec_steps:
+    if init is None and codec_stop > codec_steps:
         raise click.UsageError(f"--codec-stop: expected at most --codec-steps, {codec_steps}, not {codec_stop}")
     if (out / "dit.pt").exists() and (init is None) != (out / "codec.pt").exists():
         began = "the folder that it began with" if init is None else "none, as it began"
-        raise click.UsageError(f"--init: the DiT of {out} was trained on another codec: expected {began}")
+        raise click.UsageError(
+            f"--init: the DiT of {out} was trained on another codec: expected {began}, or give another --out"
+        )
     model, rate = first_dit(init)
+    make_folder(out)
     weights = out / "weights"
     codec = first_codec(out, init, codec_steps, codec_stop, on)
     codec = tune_decoder(out / "decoder.pt", codec, decoder_minutes, 1.5e-3)
@@ -176,22 +187,27 @@ def first_dit(init: Path | None) -> tuple[CausalDiT, float]:
     if init is None:
         return new_model(), 3e-3
     try:
-        return load_model(init / "toybox.safetensors", dtype=torch.float32), 1.2e-3
+        model = load_model(init / "toybox.safetensors", dtype=torch.float32)
     except CheckpointError as error:
         raise click.UsageError(f"--init: {error}") from error
+    if model.config != CONFIG:
+        raise click.UsageError(f"--init: {init / 'toybox.safetensors'} has not the sizes of toybox's DiT")
+    return model, 1.2e-3
 
 
 def first_codec(out: Path, init: Path | None, steps: int, stop: int, device: torch.device) -> WanVae:
-    """Trains a codec, or takes that of `init`, writes it to the folder weights and reads it there."""
-    weights = out / "weights"
+    """Trains a codec, or takes that of `init`, writes it to the folder weights and reads it there. A codec that a
+    decoder or a DiT in `out` has learned from is not trained on; another one is refused."""
+    weights, learned = out / "weights", [path for path in (out / "decoder.pt", out / "dit.pt") if path.exists()]
     if init is None:
-        weights.mkdir(parents=True, exist_ok=True)
-        trained = train_codec(out / "codec.pt", steps, stop, device).eval()
+        if learned:
+            print(f"the codec of {out} stays as it is, since {learned[0].name} was trained on it", flush=True)
+        trained = train_codec(out / "codec.pt", steps, 0 if learned else stop, device).eval()
         if rank() == 0:
             save_codec(trained, weights / "codec")
     else:
-        wan_codec(init, device)
-        if rank() == 0:
+        check_codec(learned, fingerprint(*wan_codec(init, device).encoder.parameters()))
+        if rank() == 0 and init.resolve() != weights.resolve():
             shutil.copytree(init / "codec", weights / "codec", dirs_exist_ok=True)
     wait_for_all()
     codec = wan_codec(weights, device)

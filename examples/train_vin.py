@@ -28,9 +28,10 @@ import torch
 from torch import Tensor, nn
 from toybox_training.batches import Draws
 from toybox_training.codec import wan_codec
+from toybox_training.dit import CONFIG as CONFIG_OF_DIT
 from toybox_training.kept import check_count, fingerprint
 from toybox_training.latents import HELD_OUT, SCENE_SEED, SIZE, Latents, encode_scenes, held_out_scenes
-from toybox_training.training import Training, device_of, finite, join_processes, rank
+from toybox_training.training import Training, check_codec, device_of, finite, join_processes, make_folder, rank
 from vin_training.forward import Pair, ParallelChunksForcing, VideoBatch
 from vin_training.loop import Report, learn
 from vin_training.reading import (
@@ -168,7 +169,7 @@ def measured(forcing: ParallelChunksForcing, pair: Pair, scenes: Latents, name: 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=click.Path(path_type=Path, file_okay=False, writable=True),
     default=Path("runs/vin"),
     show_default=True,
     help="The folder of everything that is made.",
@@ -247,15 +248,23 @@ def main(
         pair = new_pair(dit or toybox / "toybox.safetensors").to(on)
     except CheckpointError as error:
         raise click.UsageError(str(error)) from error
-    codec = wan_codec(toybox, on)
+    if pair.dit.config != CONFIG_OF_DIT:
+        raise click.UsageError(f"{dit or toybox / 'toybox.safetensors'} has not the sizes of toybox's DiT")
     weights = out / "weights"
-    weights.mkdir(parents=True, exist_ok=True)
+    if toybox.resolve() == weights.resolve():
+        raise click.UsageError(f"--out: {out} is the folder of toybox's own training: give another one")
+    codec = wan_codec(toybox, on)
+    encoder = fingerprint(*codec.encoder.parameters())
+    check_codec((out / f"{stage}.pt" for stage in ("positions", "colors", "vin")), encoder)
+    make_folder(weights)
     scenes = encode_scenes(codec, out / "scenes", count, SCENE_SEED).to(on)
     held_out = held_out_scenes(codec, out / "held_out").to(on)
     grid = LatentGrid.from_pixels(SIZE, SIZE, codec.config.scale_factor_spatial)
     forcing = ParallelChunksForcing(grid, CHUNKS, pair, on)
-    options = Options(out, LENGTHS, videos, rate, fingerprint(*codec.encoder.parameters()))
-    if not (out / "vin.pt").exists():
+    options = Options(out, LENGTHS, videos, rate, encoder)
+    if (out / "vin.pt").exists():
+        print(f"the VIN of {out} has learned to read already: --reading-minutes is not used", flush=True)
+    else:
         if not (out / "colors.pt").exists():
             of_positions = POSITIONS_SHARE * reading_minutes
             learn_positions(pair.reader, scenes, held_out, forcing, options, of_positions)

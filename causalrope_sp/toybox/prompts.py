@@ -41,9 +41,9 @@ GRAMMAR = (
     f"COLOR: {', '.join(COLORS)}; SHAPE: {', '.join(SHAPES)}; MOTION: {', '.join(MOTIONS)}"
 )
 
-_OBJECT = r"(?:(?:an?|the) )?(?:(small|large) )?([a-z]+) ([a-z]+) ([a-z]+(?: [a-z]+)??)"
+_OBJECT = r"(?:(?:an?|the) )?(?:(small|large) )?(?!(?:an?|the) )([a-z]+) ([a-z]+) ([a-z]+(?: [a-z]+)??)"
 _PROMPT = re.compile(rf"{_OBJECT}(?: and {_OBJECT})?(?: on (?:an? |the )?([a-z]+) background)?")
-_PLACES = re.compile(r"(.*?) at\b ?(.*)")
+_STARTS = re.compile(r"(.*?) at\b ?(.*)")
 _WORDS = frozenset(
     ["a", "an", "the", "and", "on", "background", "small", "large", *COLORS, *SHAPES, *BACKGROUNDS]
     + [word for motion in MOTIONS for word in motion.split()]
@@ -93,16 +93,21 @@ def parse_prompt(prompt: str) -> SceneSpec:
         raise PromptError(f"unknown word {unknown[0]!r} in the prompt {prompt!r}; toybox knows: {GRAMMAR}")
     match = _PROMPT.fullmatch(words)
     if match is None:
-        raise PromptError(f"cannot read the prompt {prompt!r}; toybox knows: {GRAMMAR}")
+        raise PromptError(
+            f"cannot read the prompt {prompt!r}: an object is a COLOR, a SHAPE and a MOTION; toybox knows: {GRAMMAR}"
+        )
     *fields, background = match.groups()
     phrases = [fields[:4]] if fields[5] is None else [fields[:4], fields[4:]]
     background = background or "dark"
     for _size, color, shape, motion in phrases:
-        for word, known in ((color, COLORS), (shape, SHAPES), (motion, MOTIONS), (background, BACKGROUNDS)):
+        for kind, word, known in (
+            ("COLOR", color, COLORS),
+            ("SHAPE", shape, SHAPES),
+            ("MOTION", motion, MOTIONS),
+            ("background", background, BACKGROUNDS),
+        ):
             if word not in known:
-                raise PromptError(
-                    f"{word!r} is in the wrong position in the prompt {prompt!r}; toybox knows: {GRAMMAR}"
-                )
+                raise PromptError(f"{word!r} is no {kind} in the prompt {prompt!r}; toybox knows: {GRAMMAR}")
     return SceneSpec(tuple(ObjectSpec(s or "medium", c, sh, m) for s, c, sh, m in phrases), background)
 
 
@@ -128,10 +133,13 @@ def parse_starts(prompt: str) -> tuple[float, ...] | None:
 def _split(prompt: str) -> tuple[str, tuple[float, ...] | None]:
     """The words of a prompt and its numbers."""
     words = re.sub(r"[\s,.]+", " ", prompt.lower()).strip()
-    match = _PLACES.fullmatch(words)
+    match = _STARTS.fullmatch(words)
     if match is None:
         return words, None
     numbers = match[2].split()
     if len(numbers) not in (3, 6) or not all(re.fullmatch("[0-9]{1,2}", number) for number in numbers):
-        raise PromptError(f"after 'at' come 3 or 6 whole numbers from 0 to 99, not {match[2]!r}")
+        raise PromptError(
+            "after 'at', which comes last, an object has three whole numbers from 0 to 99 (along its path, across it, "
+            f"phase); not {match[2]!r}"
+        )
     return match[1], tuple((int(number) + 0.5) / 100 for number in numbers)

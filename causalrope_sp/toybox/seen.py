@@ -103,7 +103,7 @@ def segment(frames: Array, wanted: list[str]) -> tuple[str, Array, Array, Array]
     Raises:
         ValueError: the frames are not uint8 (T, H, W, 3).
     """
-    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not len(frames):
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size:
         raise ValueError(f"frames must be uint8 (T, H, W, 3), not {frames.dtype} {frames.shape}")
     pixels = frames.reshape(-1, 3).astype(np.float32)
     near = {w: ((pixels - np.array(c, np.float32)) ** 2).sum(1) < BACKGROUND_REACH**2 for w, c in BACKGROUNDS.items()}

@@ -21,10 +21,13 @@ def kept(path: Path, made_from: Sequence[float], make: Callable[[], Tensors]) ->
     numbers by as many processes. Each process has a file of its own, `path` with its rank."""
     path, made_from = path.with_suffix(f".{rank()}.pt"), [processes(), *made_from]
     if path.exists():
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            saved = dict(torch.load(path, map_location="cpu", weights_only=True))
+        except Exception:  # torch raises many kinds where a file is cut off or is another one
+            saved = {}
         if saved.pop("made_from", None) == made_from:
             return saved
-        print(f"{path} was made with other settings or weights; it is made again", flush=True)
+        print(f"{path} was made with other settings or weights, or cannot be read; it is made again", flush=True)
     found, partial = make(), path.with_suffix(".partial")
     torch.save({"made_from": made_from, **found}, partial)
     partial.replace(path)

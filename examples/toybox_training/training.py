@@ -14,7 +14,7 @@ import math
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -44,6 +44,14 @@ def join_processes(device: torch.device) -> None:
         dist.init_process_group(backend)
         if backend == "gloo":  # whose threads abort a process that ends soon after a collective (pytorch issue 190489)
             click.get_current_context().call_on_close(dist.destroy_process_group)
+
+
+def make_folder(out: Path) -> None:
+    """Makes the folder of --out, or refuses it."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise click.UsageError(f"--out: {error}") from error
 
 
 def wait_for_all() -> None:
@@ -162,6 +170,24 @@ def finite(_: click.Context, option: click.Parameter, value: float) -> float:
     return value
 
 
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Reads what `Training.save` has written; refuses anything else."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if {"step", "model", "ema", "optimizers"} <= state.keys():
+            return dict(state)
+    except Exception as error:  # torch raises many kinds, EOFError too, which click takes for the user's Ctrl-C
+        raise click.UsageError(f"{path} cannot be read as a checkpoint: delete it or give another --out") from error
+    raise click.UsageError(f"{path} is no checkpoint of a recipe: delete it or give another --out")
+
+
+def check_codec(paths: Iterable[Path], codec: int) -> None:
+    """Refuses checkpoints that were trained on another codec than that with the fingerprint `codec`."""
+    for path in paths:
+        if path.exists() and read_checkpoint(path).get("codec", codec) != codec:
+            raise click.UsageError(f"{path} was trained on another codec: give another --out")
+
+
 class Training(Generic[M]):
     """One stage: a model, its running average, its optimisers and where it stands. Resumes from `path` if it is there.
 
@@ -196,9 +222,11 @@ class Training(Generic[M]):
         self._log: list[dict[str, float]] = []
         self._started = time.perf_counter()
         if path.exists():
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            if state.get("codec", codec) != codec:
-                raise click.UsageError(f"{path} was trained on another codec: give another --out")
+            state = read_checkpoint(path)
+            if codec is not None:
+                check_codec([path], codec)
+                if "codec" not in state:
+                    print(f"{path} does not say on which codec it was trained; it is taken to be this one", flush=True)
             self.step = state["step"]
             for target, name in ((self.model, "model"), (self.ema, "ema")):
                 if _shapes(state[name]) != _shapes(target.state_dict()):

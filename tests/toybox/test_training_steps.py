@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 from itertools import count
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -12,7 +13,7 @@ import click
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from causalrope_sp import CausalVideoPipeline
 from causalrope_sp.codec import load_codec
@@ -25,6 +26,7 @@ from causalrope_sp.weights import load_model
 from tests.support.paths import ROOT
 
 CPU = torch.device("cpu")
+FILE = "diffusion_pytorch_model.safetensors"  # of a codec
 
 
 def test_dit_learns_from_encoded_scenes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -121,7 +123,7 @@ def test_a_training_set_is_made_again_where_its_settings_differ(
         (["--codec-steps", "0"], "0 is not in the range x>=1"),
         (["--batch", "0"], "0 is not in the range x>=1"),
         (["--codec-stop", "3601"], "--codec-stop: expected at most --codec-steps, 3600, not 3601"),
-        ([], "was trained on another codec: expected the folder that it began with"),
+        ([], "was trained on another codec: expected the folder that it began with, or give another --out"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(
@@ -158,6 +160,16 @@ def test_both_recipes_end_with_a_model_that_generates(monkeypatch: pytest.Monkey
                 recipe.main, ["--device", "cpu", "--out", str(tmp_path / out), "--scenes", "16", *options]
             )
 
+    def words_of(found: Result) -> str:
+        return " ".join(found.output.replace("│", " ").split())
+
+    def another_codec(folder: Path) -> Path:
+        shutil.copytree(WEIGHTS, folder)
+        state = load_file(folder / "codec" / FILE)
+        state["encoder.conv_in.bias"] *= 1.01
+        save_file(state, folder / "codec" / FILE)
+        return folder
+
     def minutes(dit: float, decoder: float) -> list[str]:
         return ["--dit-minutes", str(dit), "--decoder-minutes", str(decoder), "--made-minutes", str(decoder)]
 
@@ -169,11 +181,18 @@ def test_both_recipes_end_with_a_model_that_generates(monkeypatch: pytest.Monkey
     assert train(toybox, "toybox", *begun, *minutes(1e-4, 1e-4)).exception is None
     weights = tmp_path / "toybox" / "weights"
     assert {file.name for file in weights.iterdir()} == {"codec", "toybox.safetensors", "pipeline.json"}
+    tuned = (weights / "codec" / FILE).read_bytes()
     trained, shipped = load_file(weights / "toybox.safetensors"), load_file(WEIGHTS / "toybox.safetensors")
     assert any(not torch.equal(trained[name], shipped[name]) for name in shipped)
     assert train(toybox, "toybox", *begun, *minutes(0, 0)).exception is None
     again = load_file(weights / "toybox.safetensors")
     assert all(torch.equal(again[name], trained[name]) for name in trained)
+    encoded = (tmp_path / "toybox" / "scenes.0.pt").stat().st_mtime_ns
+    elsewhere = train(toybox, "toybox", "--init", str(another_codec(tmp_path / "elsewhere")), "--changes", "16")
+    assert elsewhere.exit_code == 2
+    assert "was trained on another codec: give another --out" in words_of(elsewhere)
+    assert (tmp_path / "toybox" / "scenes.0.pt").stat().st_mtime_ns == encoded, "nothing is lost"
+    assert (weights / "codec" / FILE).read_bytes() == tuned
     pipe = CausalVideoPipeline.from_pretrained(str(weights))
     assert frames_of(pipe, 5) == 5
 
@@ -184,6 +203,12 @@ def test_both_recipes_end_with_a_model_that_generates(monkeypatch: pytest.Monkey
     other = train(vin, "vin", *few, "--dit", str(weights / "toybox.safetensors"))
     assert other.exit_code == 2
     assert "--dit: the DiT of" in other.output
-    nowhere = train(vin, "other", "--toybox", str(tmp_path))
-    assert nowhere.exit_code == 2
-    assert "no such file or folder" in " ".join(nowhere.output.replace("│", " ").split())
+    for out, options, message in (
+        ("other", ["--toybox", str(tmp_path)], "no such file or folder"),
+        ("toybox", few, "is the folder of toybox's own training: give another one"),
+    ):
+        refused = train(vin, out, *options)
+        assert refused.exit_code == 2
+        assert message in words_of(refused)
+    (tmp_path / "vin" / "vin.pt").write_bytes(b"")
+    assert "vin.pt cannot be read as a checkpoint: delete it or give another --out" in words_of(train(vin, "vin", *few))
