@@ -81,7 +81,7 @@ def test_toybox_is_judged_at_both_lengths() -> None:
     found = last_line(run("toybox_quality.py", *short, "--json"))
     assert (found["objects"], found["long_objects"]) == (2, 4)
     assert found["goals"]["long_color"] == 0.95
-    assert found["truth"]["rendered"]["all"] == 1
+    assert found["truth"]["rendered"]["color"] == 1
     steered = last_line(run("toybox_steering.py", "--count", "1"))
     assert {steered["prompts"], steered["images"]} <= {0, 1}
 
