@@ -196,19 +196,18 @@ def first_dit(init: Path | None) -> tuple[CausalDiT, float]:
 
 
 def first_codec(out: Path, init: Path | None, steps: int, stop: int, device: torch.device) -> WanVae:
-    """Trains a codec, or takes that of `init`, writes it to the folder weights and reads it there. A codec that a
+    """Takes the codec of `init`, or trains one, writes it to the folder weights and reads it there. A codec that a
     decoder or a DiT in `out` has learned from is not trained on; another one is refused."""
     weights, learned = out / "weights", [path for path in (out / "decoder.pt", out / "dit.pt") if path.exists()]
-    if init is None:
-        if learned:
-            print(f"the codec of {out} stays as it is, since {learned[0].name} was trained on it", flush=True)
-        trained = train_codec(out / "codec.pt", steps, 0 if learned else stop, device).eval()
-        if rank() == 0:
-            save_codec(trained, weights / "codec")
-    else:
-        check_codec(learned, fingerprint(*wan_codec(init, device).encoder.parameters()))
-        if rank() == 0 and init.resolve() != weights.resolve():
-            shutil.copytree(init / "codec", weights / "codec", dirs_exist_ok=True)
+    if init is not None:
+        codec = wan_codec(init, device)
+        check_codec(learned, fingerprint(*codec.encoder.parameters()))
+        return codec
+    if learned:
+        print(f"the codec of {out} stays as it is, since {learned[0].name} was trained on it", flush=True)
+    trained = train_codec(out / "codec.pt", steps, 0 if learned else stop, device).eval()
+    if rank() == 0:
+        save_codec(trained, weights / "codec")
     wait_for_all()
     codec = wan_codec(weights, device)
     wait_for_all()  # before the decoder is written anew

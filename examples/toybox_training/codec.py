@@ -75,9 +75,7 @@ def wan_codec(folder: Path, device: torch.device) -> WanVae:
 def train_codec(path: Path, steps: int, stop: int, device: torch.device) -> WanVae:
     """Trains for `stop` of `steps` steps, resuming from `path`; returns the averaged codec."""
     torch.manual_seed(0)
-    training = Training(
-        new_codec().to(device), path, CODEC_RATE, lambda _, p: p.ndim >= 4 and p.shape[0] > 3, average=0.995
-    )
+    training = Training(new_codec().to(device), path, CODEC_RATE, _matrix, average=0.995)
     while training.step < stop:
         progress = training.step / steps
         generator = torch.Generator().manual_seed(SEED + processes() * training.step + rank())
@@ -123,9 +121,7 @@ def tune_decoder(path: Path, codec: WanVae, minutes: float, lr: float, made: Gen
     codec.requires_grad_(False)
     for module in (codec.decoder, codec.post_quant_conv):
         module.requires_grad_(True)
-    training = Training(
-        codec, path, lr, _matrix_of_decoder, average=0.99, codec=fingerprint(*codec.encoder.parameters())
-    )
+    training = Training(codec, path, lr, _matrix, average=0.99, codec=fingerprint(*codec.encoder.parameters()))
     channels_last(training.model)
     for share in shares_of_time(minutes, next(codec.parameters()).device):
         generator = torch.Generator().manual_seed(DECODER_SEED + processes() * training.step + rank())
@@ -219,9 +215,9 @@ def _hard_scene(generator: torch.Generator) -> SceneSpec:
     return replace(scene, objects=tuple(objects))
 
 
-def _matrix_of_decoder(_: str, parameter: nn.Parameter) -> bool:
+def _matrix(_: str, parameter: nn.Parameter) -> bool:
     """Whether Muon takes a parameter."""
-    return parameter.requires_grad and parameter.ndim >= 4 and parameter.shape[0] > 3
+    return parameter.ndim >= 4 and parameter.shape[0] > 3
 
 
 def channels_last(module: nn.Module) -> None:

@@ -184,8 +184,13 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 def check_codec(paths: Iterable[Path], codec: int) -> None:
     """Refuses checkpoints that were trained on another codec than that with the fingerprint `codec`."""
     for path in paths:
-        if path.exists() and read_checkpoint(path).get("codec", codec) != codec:
-            raise click.UsageError(f"{path} was trained on another codec: give another --out")
+        if path.exists():
+            _check_state(path, read_checkpoint(path), codec)
+
+
+def _check_state(path: Path, state: dict[str, Any], codec: int) -> None:
+    if state.get("codec", codec) != codec:
+        raise click.UsageError(f"{path} was trained on another codec: give another --out")
 
 
 class Training(Generic[M]):
@@ -224,7 +229,7 @@ class Training(Generic[M]):
         if path.exists():
             state = read_checkpoint(path)
             if codec is not None:
-                check_codec([path], codec)
+                _check_state(path, state, codec)
                 if "codec" not in state:
                     print(f"{path} does not say on which codec it was trained; it is taken to be this one", flush=True)
             self.step = state["step"]

@@ -138,6 +138,27 @@ def test_what_cannot_be_trained_is_refused(
     assert [file.name for file in tmp_path.iterdir()] == ["dit.pt"]
 
 
+def words_of(found: Result) -> str:
+    return " ".join(found.output.replace("│", " ").split())
+
+
+def another_codec(folder: Path) -> Path:
+    shutil.copytree(WEIGHTS, folder)
+    state = load_file(folder / "codec" / FILE)
+    state["encoder.conv_in.bias"] *= 1.01
+    save_file(state, folder / "codec" / FILE)
+    return folder
+
+
+def minutes(dit: float, decoder: float) -> list[str]:
+    return ["--dit-minutes", str(dit), "--decoder-minutes", str(decoder), "--made-minutes", str(decoder)]
+
+
+def frames_of(pipe: CausalVideoPipeline, count: int) -> int:
+    chunks = [chunk.frames for chunk in pipe.stream("a red circle bounces", num_frames=count)]
+    return sum(len(frames) for frames in chunks if frames is not None)
+
+
 def test_both_recipes_end_with_a_model_that_generates(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """After one step a stage. A call that trains nothing changes nothing; one that begins elsewhere is refused."""
     monkeypatch.syspath_prepend(ROOT / "examples")
@@ -159,23 +180,6 @@ def test_both_recipes_end_with_a_model_that_generates(monkeypatch: pytest.Monkey
             return CliRunner().invoke(
                 recipe.main, ["--device", "cpu", "--out", str(tmp_path / out), "--scenes", "16", *options]
             )
-
-    def words_of(found: Result) -> str:
-        return " ".join(found.output.replace("│", " ").split())
-
-    def another_codec(folder: Path) -> Path:
-        shutil.copytree(WEIGHTS, folder)
-        state = load_file(folder / "codec" / FILE)
-        state["encoder.conv_in.bias"] *= 1.01
-        save_file(state, folder / "codec" / FILE)
-        return folder
-
-    def minutes(dit: float, decoder: float) -> list[str]:
-        return ["--dit-minutes", str(dit), "--decoder-minutes", str(decoder), "--made-minutes", str(decoder)]
-
-    def frames_of(pipe: CausalVideoPipeline, count: int) -> int:
-        chunks = [chunk.frames for chunk in pipe.stream("a red circle bounces", num_frames=count)]
-        return sum(len(frames) for frames in chunks if frames is not None)
 
     begun = ["--init", str(WEIGHTS), "--changes", "16"]
     assert train(toybox, "toybox", *begun, *minutes(1e-4, 1e-4)).exception is None
