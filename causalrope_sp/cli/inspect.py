@@ -6,6 +6,7 @@ import json
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -20,6 +21,7 @@ from causalrope_sp.errors import CheckpointError, escaped_line, first_line
 from causalrope_sp.spatiotemporal.kinds import kind_of
 
 if TYPE_CHECKING:
+    from causalrope_sp.config import DiTConfig
     from causalrope_sp.weights import AdapterReport, CheckpointReport
 
 
@@ -43,7 +45,7 @@ if TYPE_CHECKING:
 @SHIFT
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object. The default is a text.")
 def inspect(path: str, part: str | None, preset: str | None, steps: str | None, as_json: bool, **run: Any) -> int:
-    """Reports the layout of the checkpoint at PATH, the evidence for it, missing tensors, and its preset.
+    """Reports the layout of the checkpoint at PATH, the evidence for it, missing tensors, its preset, and its VIN.
 
     Of a LoRA it reports the kind, whose names it has, ranks and scales; of a saved session, of embeddings, of a
     compressed video, of windows of heads and of a policy of reuse it says so in a sentence. The exit status is 1 if
@@ -69,8 +71,9 @@ def inspect(path: str, part: str | None, preset: str | None, steps: str | None, 
         return 1 if adapter.unknown else 0
     changes = {name: value for name, value in (run | {"steps": parse_steps(steps)}).items() if value is not None}
     report = examine(path, part, preset, changes)
+    vin = vin_fields(path, report.config)
     if rank() == 0:
-        click.echo(json.dumps(report_fields(report)) if as_json else report_text(report))
+        click.echo(json.dumps(report_fields(report) | vin) if as_json else report_text(report, vin))
     return 1 if report.problem else 0
 
 
@@ -149,9 +152,37 @@ def report_fields(report: CheckpointReport) -> dict[str, Any]:
     }
 
 
-def report_text(report: CheckpointReport) -> str:
-    """Returns the report as lines with a name and a value each; a value that is assumed says so."""
-    fields = report_fields(report) | {"wrapping": str(report.wrapping)}
+def vin_fields(path: str, dit: DiTConfig) -> dict[str, Any]:
+    """Reports on the Video Interface Network of a model, as values that JSON can represent.
+
+    Args:
+        path: the path of the model, or the name of an embedded one.
+        dit: the configuration of its transformer.
+
+    Returns:
+        One field, `vin`: its file, the number of its parameters, its sizes, and how it cuts a video. No field, if the
+        model names no VIN.
+
+    Raises:
+        CheckpointError: the VIN cannot be loaded, or is for another transformer.
+    """
+    from causalrope_sp.pipeline.load_options import LoadOptions
+    from causalrope_sp.pipeline.model_source import find_model
+    from causalrope_sp.vin import load_vin
+
+    file = None if _pipeline_file(path) is None else find_model(path, LoadOptions()).vin
+    if file is None:
+        return {}
+    network, chunks = load_vin(file, dit)
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    sizes = asdict(network.config) | asdict(chunks)
+    return {"vin": {"path": str(file), "parameters": parameters, **sizes}}
+
+
+def report_text(report: CheckpointReport, more: Mapping[str, Any] = MappingProxyType({})) -> str:
+    """Returns the report, and the fields of `more`, as lines with a name and a value each; a value that is assumed says
+    so."""
+    fields = report_fields(report) | {"wrapping": str(report.wrapping)} | dict(more)
     assumed = fields.pop("assumed")
     return _as_text(fields, assumed)
 

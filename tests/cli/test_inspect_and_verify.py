@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,29 @@ def test_inspect_opens_the_pipeline_files_that_generate_opens(tmp_path: Path) ->
     refused = shell("inspect", tmp_path)
     assert (refused.exit_code, len(refused.output.splitlines())) == (2, 1)
     assert "pipeline.json names no transformer" in refused.output
+
+
+def test_inspect_tells_the_sizes_of_a_vin(tmp_path: Path) -> None:
+    from safetensors import safe_open
+
+    from causalrope_sp.toybox import WEIGHTS
+
+    text, plain = shell("inspect", "toybox-vin"), shell("inspect", "toybox-vin", "--json")
+    vin = json.loads(plain.output)["vin"]
+    assert {"global_tokens", "dim", "layers", "chunk_frames", "overlap", "fuse_above"} <= set(vin)
+    with safe_open(vin["path"], "pt") as file:
+        assert vin["parameters"] == sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
+        metadata = file.metadata()
+    for name in ("vin", "chunks"):
+        assert json.loads(metadata[name]).items() <= vin.items()
+    assert f"global_tokens = {vin['global_tokens']}" in text.output
+    assert "vin" not in json.loads(shell("inspect", "toybox", "--json").output)
+    names = {"transformer": "toybox.safetensors", "vin": "toybox.safetensors", "codec": "codec"}
+    of_no_vin = {name: str(WEIGHTS / file) for name, file in names.items()} | {"text": "toybox"}
+    (tmp_path / "pipeline.json").write_text(json.dumps(of_no_vin))
+    refused = shell("inspect", tmp_path)
+    assert (refused.exit_code, len(refused.output.splitlines())) == (2, 1)
+    assert "not a Video Interface Network" in refused.output
 
 
 @pytest.mark.parametrize(("verdicts", "status"), [([True, None], 0), ([True, False], 1)])
