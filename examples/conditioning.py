@@ -7,10 +7,11 @@ strength.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
@@ -25,7 +26,10 @@ PROMPT, RECOLORED = "a large red circle slides right", "a large blue circle slid
 SEED, SHOWN, SCALE, LABEL, AXIS = 3, 10, 2, 310, 34
 
 
-def main(out: str = "docs/conditioning.png") -> None:
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("out", type=click.Path(dir_okay=False, writable=True, path_type=Path), default="docs/conditioning.png")
+def main(out: Path) -> None:
+    """Draws what a video can start from to OUT, a picture; the default is docs/conditioning.png."""
     pipe = CausalVideoPipeline.from_pretrained("toybox")
     picture = scene(256)
     first = fit(picture, pipe.height, pipe.width)[None]
@@ -89,4 +93,4 @@ def tile_of(frame: np.ndarray) -> Image.Image:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import sys
+import click
 
 from causalrope_sp import CausalVideoPipeline
 from causalrope_sp.io.video_writer import VideoWriter
 
 
-def main(prompt: str = "a red circle slides right", out: str = "generated.mp4", frames: str = "81") -> None:
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("prompt", default="a red circle slides right")
+@click.argument("out", default="generated.mp4")
+@click.argument("frames", default=81)
+def main(prompt: str, out: str, frames: int) -> None:
+    """Generates FRAMES frames of PROMPT, chunk by chunk, to the video OUT."""
     pipe = CausalVideoPipeline.from_pretrained("toybox")  # or a folder, or a file
     with VideoWriter(out, pipe.height, pipe.width, pipe.fps) as video:
-        for chunk in pipe.stream(prompt, num_frames=int(frames), seed=0):
+        for chunk in pipe.stream(prompt, num_frames=frames, seed=0):
             assert chunk.frames is not None  # uint8, T×H×W×3; only ranks above 0 of a parallel run get none
             video.write(chunk.frames)
             print(f"chunk {chunk.index}: {len(chunk.frames)} frames in {1000 * chunk.timings.total:.0f} ms")
@@ -19,4 +24,4 @@ def main(prompt: str = "a red circle slides right", out: str = "generated.mp4", 
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -15,6 +15,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import click
+
 from causalrope_sp import CausalVideoPipeline, PromptError
 from causalrope_sp.io.video_writer import VideoWriter
 
@@ -92,5 +94,12 @@ def by_lines(out: str) -> None:
     print(f"{video.frames} frames in {out}")
 
 
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("out", default="live.mp4")
+def main(out: str) -> None:
+    """Drives a session by single keys, or by lines where stdin is no terminal, into the video OUT."""
+    (by_keys if sys.stdin.isatty() else by_lines)(out)
+
+
 if __name__ == "__main__":
-    (by_keys if sys.stdin.isatty() else by_lines)(*sys.argv[1:] or ["live.mp4"])
+    main()

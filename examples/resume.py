@@ -7,14 +7,20 @@ torchrun --standalone --nproc-per-node 2 examples/resume.py [SESSION.safetensors
 from __future__ import annotations
 
 import contextlib
-import sys
 from pathlib import Path
+
+import click
 
 from causalrope_sp import CausalVideoPipeline, SequenceParallel
 from causalrope_sp.io.video_writer import VideoWriter
 
 
-def main(file: str = "session.safetensors", out: str = "resumed.mp4", chunks: str = "4") -> None:
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("file", metavar="SESSION", default="session.safetensors")
+@click.argument("out", default="resumed.mp4")
+@click.argument("chunks", default=4)
+def main(file: str, out: str, chunks: int) -> None:
+    """Goes on with the session of the file SESSION, or begins it: CHUNKS chunks to the video OUT."""
     parallel = SequenceParallel.from_env(strategy="auto")
     pipe = CausalVideoPipeline.from_pretrained("toybox", parallel=parallel)
     goes_on = parallel.everyone.first_says(str(Path(file).exists())) == "True"  # what rank 0 sees counts
@@ -24,7 +30,7 @@ def main(file: str = "session.safetensors", out: str = "resumed.mp4", chunks: st
         session,
         VideoWriter(out, pipe.height, pipe.width, pipe.fps) if is_writer else contextlib.nullcontext() as video,
     ):
-        for _ in range(int(chunks)):
+        for _ in range(chunks):
             chunk = session.step()  # every rank takes part in every chunk
             if video is not None and chunk.frames is not None:
                 video.write(chunk.frames)
@@ -36,4 +42,4 @@ def main(file: str = "session.safetensors", out: str = "resumed.mp4", chunks: st
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

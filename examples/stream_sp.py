@@ -6,18 +6,24 @@ torchrun --standalone --nproc-per-node 2 examples/stream_sp.py ["PROMPT" [OUT.mp
 from __future__ import annotations
 
 import contextlib
-import sys
+
+import click
 
 from causalrope_sp import CausalVideoPipeline, SequenceParallel
 from causalrope_sp.io.video_writer import VideoWriter
 
 
-def main(prompt: str = "a blue square bounces", out: str = "streamed.mp4", frames: str = "81") -> None:
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("prompt", default="a blue square bounces")
+@click.argument("out", default="streamed.mp4")
+@click.argument("frames", default=81)
+def main(prompt: str, out: str, frames: int) -> None:
+    """Generates FRAMES frames of PROMPT on all processes, to the video OUT."""
     parallel = SequenceParallel.from_env(strategy="auto")
     pipe = CausalVideoPipeline.from_pretrained("toybox", parallel=parallel)
     is_writer = parallel.rank == 0
     with VideoWriter(out, pipe.height, pipe.width, pipe.fps) if is_writer else contextlib.nullcontext() as video:
-        for chunk in pipe.stream(prompt, num_frames=int(frames), seed=0):  # every rank takes part in every chunk
+        for chunk in pipe.stream(prompt, num_frames=frames, seed=0):  # every rank takes part in every chunk
             if video is None or chunk.frames is None:
                 continue
             video.write(chunk.frames)
@@ -28,4 +34,4 @@ def main(prompt: str = "a blue square bounces", out: str = "streamed.mp4", frame
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()
