@@ -38,8 +38,18 @@ from causalrope_sp.vin import sample_parallel_chunks
 if TYPE_CHECKING:
     import torch.distributed as dist
 
-OF_ANY_COLOR = ("cut", "background", "palette")  # what can be measured where the text names no colours
-MEASURES = ("cut", "position", "velocity", "color", "period", "lost", "background", "palette")
+OF_ANY_COLOR = ("cuts", "one_background", "colors_in_common")  # what can be measured where texts name no colours
+MEASURES = {  # by their headings
+    "cuts": "cuts",
+    "position": "position",
+    "velocity": "velocity",
+    "color": "colour",
+    "position_period_later": "a period later",
+    "not_found": "not found",
+    "one_background": "one background",
+    "colors_in_common": "colours in common",
+}
+RIGHT = {"color": "colour right", "shape": "shape right", "motion": "motion right"}
 TIMED_STEPS, TIMED_CHUNKS = 6, 8
 
 
@@ -190,13 +200,13 @@ def main(lengths: str, prompts: int, ranks: str, names: str, opened: str) -> Non
 
 def print_quality(rows: list[dict[str, Any]], full: dict[int, int]) -> None:
     """Prints a table of what `quality` returned; `full` are the FLOPs of full attention by the length of the video."""
-    columns = ("frames", "variant", "left open", "GFLOP", "of full", "colour", "shape", "motion", *MEASURES)
+    columns = ("frames", "variant", "left open", "GFLOP", "of full", *RIGHT.values(), *MEASURES.values())
     lines = []
     for row in rows:
         cost = (None, None) if row["flops"] is None else (
             f"{row['flops'] / 1e9:.0f}", f"{row['flops'] / full[row['frames']]:.0%}"
         )  # fmt: skip
-        judged = [f"{row['judged'][name]:.0%}" if row["judged"] else None for name in ("color", "shape", "motion")]
+        judged = [f"{row['judged'][name]:.0%}" if row["judged"] else None for name in RIGHT]
         measured = [row["measured"][name] if row["judged"] or name in OF_ANY_COLOR else None for name in MEASURES]
         lines.append((row["frames"], row["variant"], row["open"], *cost, *judged, *measured))
     print_table(columns, lines)

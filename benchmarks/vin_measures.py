@@ -26,20 +26,20 @@ SMEAR = 4  # within so many pixel frames, over which the codec spreads the chang
 def measure(frames_THW3: Array, spec: SceneSpec, seams: list[int]) -> dict[str, float]:
     """Returns means over seams and objects; NaN if there is nothing to measure.
 
-    cut         share of the seams that are scene cuts
-    position    distance of an object from its position at constant speed, in % of the frame's size
-    velocity    difference of its speeds before and after the seam, in % of the frame's size a frame
-    color       distance of its mean colours before and after the seam, in 8-bit RGB
-    period      distance of an object from its position a period before, in % of the frame's size
-    lost        share of the frames in which an object of the prompt is not found
+    cuts                    share of the seams that are scene cuts
+    position                distance of an object from its position at constant speed, in % of the frame's size
+    velocity                difference of its speeds before and after the seam, in % of the frame's size a frame
+    color                   distance of its mean colours before and after the seam, in 8-bit RGB
+    position_period_later   distance of an object from its position a period before, in % of the frame's size
+    not_found               share of the frames in which an object of the prompt is not found
     """
     video = frames_THW3.astype(np.float32)
     change = np.abs(np.diff(video, axis=0)).mean((1, 2, 3))
     median = float(np.median(change))
     centers_OT2, cover_OTHW = follow(frames_THW3, spec)
-    found: dict[str, list[float]] = {name: [] for name in ("cut", "position", "velocity", "color")}
+    found: dict[str, list[float]] = {name: [] for name in ("cuts", "position", "velocity", "color")}
     for seam in seams:
-        found["cut"].append(change[seam - 1 : seam - 1 + SMEAR].max() > CUT * median + LEAST)
+        found["cuts"].append(change[seam - 1 : seam - 1 + SMEAR].max() > CUT * median + LEAST)
         for center_T2, cover_THW in zip(centers_OT2, cover_OTHW, strict=True):
             before, after = center_T2[seam - AROUND : seam], center_T2[seam : seam + AROUND]
             speed, speed_after = (_shortest(np.diff(x, axis=0)).mean(0) for x in (before, after))
@@ -50,20 +50,20 @@ def measure(frames_THW3: Array, spec: SceneSpec, seams: list[int]) -> dict[str, 
     later = _shortest(centers_OT2[:, PERIOD:] - centers_OT2[:, :-PERIOD])
     means = {name: _mean(values) for name, values in found.items()}
     return means | {
-        "period": _mean(100 * np.hypot(later[..., 0], later[..., 1])),
-        "lost": float(np.isnan(centers_OT2[..., 0]).mean()),
+        "position_period_later": _mean(100 * np.hypot(later[..., 0], later[..., 1])),
+        "not_found": float(np.isnan(centers_OT2[..., 0]).mean()),
     }
 
 
 def agreement(frames_THW3: Array, seams: list[int]) -> dict[str, float]:
     """Compares the first and the last chunk, independently of the prompt.
 
-    background  1 if both backgrounds have the same name, dark or light, else 0
-    palette     the share of their objects' colours that is the same, weighted by the pixels of each colour
+    one_background      1 if both backgrounds have the same name, dark or light, else 0
+    colors_in_common    the share of their objects' colours that is the same, weighted by the pixels of each colour
     """
     first, last = (palette(frames_THW3[part]) for part in (slice(0, seams[0]), slice(seams[-1], None)))
     shares = [covered / covered.sum() if covered.sum() else covered for _, covered in (first, last)]
-    return {"background": float(first[0] == last[0]), "palette": float(np.minimum(*shares).sum())}
+    return {"one_background": float(first[0] == last[0]), "colors_in_common": float(np.minimum(*shares).sum())}
 
 
 def _sides(seam: int) -> tuple[slice, slice]:

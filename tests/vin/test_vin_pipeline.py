@@ -185,18 +185,18 @@ def test_what_holds_a_video_together_is_measured() -> None:
         return (255 * frames[0]).round().to(torch.uint8).permute(1, 2, 3, 0).numpy()
 
     whole = measure(np.concatenate([video(0), video(64)]), spec, [64])
-    assert whole["cut"] == whole["lost"] == 0
-    assert max(whole["position"], whole["velocity"], whole["period"]) < 0.2
+    assert whole["cuts"] == whole["not_found"] == 0
+    assert max(whole["position"], whole["velocity"], whole["position_period_later"]) < 0.2
     assert whole["color"] < 1
     jumping = measure(np.concatenate([video(0), video(64 + 16)]), spec, [64])
-    assert jumping["cut"] == 1
+    assert jumping["cuts"] == 1
     assert jumping["position"] == pytest.approx(25, abs=0.5)
-    assert jumping["period"] == pytest.approx(25, abs=0.5)
+    assert jumping["position_period_later"] == pytest.approx(25, abs=0.5)
     turning = measure(np.concatenate([video(0), video(64, PROMPT.replace("right", "left"))]), spec, [64])
     assert turning["velocity"] == pytest.approx(2 * 100 / 64, abs=0.1)
     gone = measure(np.concatenate([video(0), np.full_like(video(0), 20)]), spec, [64])
-    assert gone["lost"] == pytest.approx(0.5)
+    assert gone["not_found"] == pytest.approx(0.5)
     assert math.isnan(gone["color"])
-    assert agreement(np.concatenate([video(0), video(64)]), [64]) == {"background": 1, "palette": 1}
+    assert agreement(np.concatenate([video(0), video(64)]), [64]) == {"one_background": 1, "colors_in_common": 1}
     recolored = np.concatenate([video(0), video(64, "a small blue square bounces on a light background")])
-    assert agreement(recolored, [64]) == {"background": 0, "palette": 0}
+    assert agreement(recolored, [64]) == {"one_background": 0, "colors_in_common": 0}
