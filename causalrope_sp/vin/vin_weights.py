@@ -67,29 +67,7 @@ def load_vin(
     """
     try:
         with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("layout") == OLD_LAYOUT:
-                raise CheckpointError(
-                    f"{path}: a Video Interface Network in the earlier layout {OLD_LAYOUT}, whose learned tokens read "
-                    "before they see the text: it cannot be run any more; examples/train_vin.py makes a new one"
-                )
-            if metadata.get("layout") != LAYOUT:
-                raise CheckpointError(f"{path}: not a Video Interface Network: its layout is not {LAYOUT}")
-            try:
-                network, cut, stored = (parse_object(metadata.get(name, "null")) for name in ("vin", "chunks", "dit"))
-            except ValueError as reason:
-                raise CheckpointError(
-                    f"{path}: its metadata lacks the sizes of a Video Interface Network: {reason}"
-                ) from reason
-            config, chunks = VINConfig(**network), ParallelChunksConfig(**cut)
-            if wrong := [
-                f"{name} {stored.get(name)}, not {x}" for name, x in sizes(dit).items() if stored.get(name) != x
-            ]:
-                raise CheckpointError(f"{path}: for another DiT than this one: {'; '.join(wrong)}")
-            if config.layers + config.position_layers > len(file.keys()):
-                raise CheckpointError(f"{path}: holds {len(file.keys())} tensors, too few for its layers: {network}")
-            with on_meta():
-                vin = VideoInterfaceNetwork(config, dit)
+            vin, chunks = _empty(path, file.metadata() or {}, dit, len(file.keys()))
             _check_shapes(path, vin, {name: file.get_slice(name).get_shape() for name in file.keys()})
             state = {name: file.get_tensor(name) for name in file.keys()}
     except CheckpointError:
@@ -108,6 +86,34 @@ def load_vin(
         raise CheckpointError(f"{path}: NaN or infinite: {', '.join(broken)}")
     vin.load_state_dict(state, strict=True, assign=True)
     return vin.eval().requires_grad_(False), chunks
+
+
+def _empty(
+    path: str | PathLike[str], metadata: dict[str, str], dit: DiTConfig, tensors: int
+) -> tuple[VideoInterfaceNetwork, ParallelChunksConfig]:
+    """Returns the network that the metadata of a file with so many tensors describes, on the meta device, and how its
+    videos are cut. Raises CheckpointError if they describe none, or one for another DiT."""
+    layout = metadata.get("layout")
+    if layout == OLD_LAYOUT:
+        raise CheckpointError(
+            f"{path}: a Video Interface Network in the earlier layout {OLD_LAYOUT}, whose learned tokens read "
+            "before they see the text: it cannot be run any more; examples/train_vin.py makes a new one"
+        )
+    if layout != LAYOUT:
+        raise CheckpointError(f"{path}: not a Video Interface Network: its layout is not {LAYOUT}")
+    try:
+        network, cut, stored = (parse_object(metadata.get(name, "null")) for name in ("vin", "chunks", "dit"))
+    except ValueError as reason:
+        raise CheckpointError(
+            f"{path}: its metadata lacks the sizes of a Video Interface Network: {reason}"
+        ) from reason
+    config, chunks = VINConfig(**network), ParallelChunksConfig(**cut)
+    if wrong := [f"{name} {stored.get(name)}, not {x}" for name, x in sizes(dit).items() if stored.get(name) != x]:
+        raise CheckpointError(f"{path}: for another DiT than this one: {'; '.join(wrong)}")
+    if config.layers + config.position_layers > tensors:
+        raise CheckpointError(f"{path}: holds {tensors} tensors, too few for its layers: {network}")
+    with on_meta():
+        return VideoInterfaceNetwork(config, dit), chunks
 
 
 def _check_shapes(path: str | PathLike[str], vin: VideoInterfaceNetwork, stored: dict[str, list[int]]) -> None:
