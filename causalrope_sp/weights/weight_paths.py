@@ -31,10 +31,18 @@ def weight_files(path: Path) -> Sequence[Path]:
     if not choices and (path / "transformer").is_dir():
         choices = _choices(path / "transformer")
     if not choices:
-        raise CheckpointError(f"{path}: holds no weights (no {', no '.join((*SAFETENSORS, *TORCH, *GGUF))})")
+        suffixes = ", no ".join((*SAFETENSORS, *TORCH, *GGUF))
+        raise CheckpointError(f"{path}: holds no weights (no {suffixes}){_models_inside(path)}")
     if len(choices) > 1:
-        raise CheckpointError(f"{path}: holds several checkpoints, name one of them: {some(choices)}")
+        several = f"{path}: holds several checkpoints, name one of them: {some(choices)}"
+        raise CheckpointError(several + _models_inside(path))
     return next(iter(choices.values()))
+
+
+def _models_inside(path: Path) -> str:
+    """What to say of the folders in a folder that are whole models."""
+    models = sorted(file.parent for file in path.glob("*/pipeline.json"))
+    return f"; models in it: {some(models)}" if models else ""
 
 
 def _choices(folder: Path) -> dict[str, Sequence[Path]]:

@@ -224,6 +224,16 @@ def a_broken_config(folder: Path) -> None:
     (folder / "config.json").write_text("{")
 
 
+def a_model_inside(folder: Path) -> None:
+    (folder / "weights").mkdir()
+    (folder / "weights" / "pipeline.json").write_text("{}")
+
+
+def checkpoints_beside_a_model(folder: Path) -> None:
+    two_checkpoints(folder)
+    a_model_inside(folder)
+
+
 def an_absent_shard(folder: Path) -> None:
     (folder / "w.safetensors.index.json").write_text('{"weight_map": {"a": "w-00001.safetensors"}}')
 
@@ -266,6 +276,8 @@ def text_under_a_torch_name(folder: Path) -> None:
         (truncated_torch_file, "w.pt: truncated"),
         (no_weights, "holds no weights"),
         (two_checkpoints, "a.safetensors, b.safetensors"),
+        (a_model_inside, "/weights"),
+        (checkpoints_beside_a_model, "a.safetensors, b.safetensors; models in it: /"),
         (another_model, "transformer_blocks.0.attn1.to_q.weight"),
         (unknown_heads, "give `config`"),
         (impossible_heads, "num_heads 5"),
