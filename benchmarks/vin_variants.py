@@ -14,6 +14,7 @@ from causalrope_sp.attention.build import build_strategy
 from causalrope_sp.codec.pixels import to_uint8
 from causalrope_sp.config import PRESETS, DiTConfig, StreamConfig
 from causalrope_sp.diffusion.noise import keyed_generator, seeded_noise
+from causalrope_sp.diffusion.schedule import model_timesteps
 from causalrope_sp.grid import split_into_chunks
 from causalrope_sp.planning.counts import cross_flops
 from causalrope_sp.planning.machines import default_machine
@@ -139,7 +140,8 @@ def flops_of(variant: str, variants: Variants, frames: int) -> int:
     if variant == "full attention":
         return steps * full_flops(config, grid, count, initial_frames=1)
     vin, chunks = settings(variant, variants.parallel_chunks, count)
-    return video_flops(config, vin and vin.config, grid, count, chunks, steps, initial_frames=1)
+    guided = sum(map(chunks.guides, model_timesteps(variants.vin.config.sampler)))
+    return video_flops(config, vin and vin.config, grid, count, chunks, steps, initial_frames=1, guided=guided)
 
 
 @torch.inference_mode()

@@ -69,11 +69,16 @@ class ChunkCache:
         shape = (layers, 2, batch, slots, tokens, heads, head_dim)
         self.storage_L2BKSHD = torch.empty(shape, dtype=dtype, device=device)
         self._slots: dict[Chunk, torch.Tensor] = {}  # on the device; all layers share what is made once per chunk
-        self._ranges: dict[tuple[Chunk, int, bool], tuple[tuple[tuple[int, int], ...], torch.Tensor]] = {}
+        self._attends_globals = True
+        self._ranges: dict[tuple[Chunk, int, bool, bool], tuple[tuple[tuple[int, int], ...], torch.Tensor]] = {}
 
     def layer(self, index: int) -> LayerCache:
         """Returns the view of one layer."""
         return LayerCache(self, index)
+
+    def attend_globals(self, attends: bool) -> None:
+        """Says whether the chunks of the passes that follow attend the global tokens."""
+        self._attends_globals = attends
 
     def write_globals(self, found: Sequence[Keys]) -> None:
         """Writes the global tokens' keys and values.
@@ -99,10 +104,11 @@ class ChunkCache:
         """Returns the keys that a chunk attends, the same for all readers; `old` ones are those that no chunk of the
         pass writes: the global tokens and the initial frames."""
         ring_2BKSHD = self.storage_L2BKSHD[layer]
-        key = chunk, since, old
+        key = chunk, since, old, self._attends_globals
         if key not in self._ranges:
             tokens = ring_2BKSHD.shape[3]
-            begin, own = self._before * tokens - self._globals, (self._before + self._initial_frames) * tokens
+            attended = self._globals if self._attends_globals else 0
+            begin, own = self._before * tokens - attended, (self._before + self._initial_frames) * tokens
             row = (own if since and not old else begin), own if old else own + chunk.frames * tokens
             if chunk.index == INITIAL:  # written before there are global tokens
                 row = self._before * tokens, own

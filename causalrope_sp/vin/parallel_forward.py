@@ -80,17 +80,19 @@ class ParallelChunksForward:
         """Writes the keys and values of the initial frames, once a video; they attend one another and nothing else."""
         self._pass([Chunk(INITIAL, 0, self._initial_frames)], initial_BFSE, range(self._initial_frames), 0.0)
 
-    def velocities(self, held_BFSE: Tensor, timestep: float) -> list[Tensor]:
+    def velocities(self, held_BFSE: Tensor, timestep: float, global_tokens: bool = True) -> list[Tensor]:
         """Predicts the velocity of the frames of every chunk of this rank.
 
         Args:
             held_BFSE: the noisy tokens of the frames that this rank holds.
             timestep: the noise level, in [0, 1000].
+            global_tokens: let the chunks attend global tokens, which are read anew; False is a forward without a VIN.
 
         Returns:
             The velocities, chunk by chunk, each (B, F, s, E); none for a rank without chunks.
         """
-        if self._vin is not None:
+        self._cache.attend_globals(self._vin is not None and global_tokens)
+        if self._vin is not None and global_tokens:
             self._read(held_BFSE, timestep)
         chunks = self._assigned.chunks
         if not chunks:
@@ -99,6 +101,11 @@ class ParallelChunksForward:
         tokens = held_BFSE[:, self._assigned.offsets(times)]
         velocity = self._pass(in_pass(chunks), tokens, times, timestep).to(held_BFSE.dtype)
         return list(velocity.split([chunk.frames for chunk in chunks], 1))
+
+    @property
+    def has_global_tokens(self) -> bool:
+        """Whether there is a VIN, whose global tokens the chunks attend."""
+        return self._vin is not None
 
     @property
     def assigned(self) -> AssignedChunks:

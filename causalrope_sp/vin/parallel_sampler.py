@@ -14,7 +14,7 @@ from torch import Tensor
 
 from causalrope_sp.config import SamplerConfig, StreamConfig
 from causalrope_sp.diffusion.noise import Noise
-from causalrope_sp.diffusion.schedule import guided_steps, model_timesteps, predict_x0, sigmas
+from causalrope_sp.diffusion.schedule import guide, guided_steps, model_timesteps, predict_x0, sigmas
 from causalrope_sp.diffusion.solvers import start_solver
 from causalrope_sp.distributed import SequenceParallel
 from causalrope_sp.distributed.layout import Layout
@@ -138,7 +138,7 @@ def _steps(
     x = draw(0)
     for step, sigma in enumerate(levels):
         fused = chunks.fuses(step, len(levels))
-        velocities = state.velocities(x, timesteps[step])
+        velocities = _guided_velocities(state, x, timesteps[step], chunks)
         before, after = state.across.swap(velocities, x, fused)
         velocity = join(velocities, chunks.overlap, fused=fused, before=before, after=after) if velocities else x
         to = levels[step + 1] if step + 1 < len(levels) else 0.0
@@ -148,6 +148,18 @@ def _steps(
         shown = x if step + 1 == len(levels) else predicted if preview else None
         latents = None if shown is None else context.grid.unpatchify(state.across.gather(shown))
         yield StepOutput(step + 1, len(levels), timesteps[step], latents)
+
+
+def _guided_velocities(
+    state: ParallelChunksForward, x: Tensor, timestep: float, chunks: ParallelChunksConfig
+) -> list[Tensor]:
+    """The velocities of a step, chunk by chunk: of one forward, or of two that guide by the global tokens."""
+    conditional = state.velocities(x, timestep)
+    if not (state.has_global_tokens and chunks.guides(timestep)):
+        return conditional
+    unconditional = state.velocities(x, timestep, global_tokens=False)
+    scale = chunks.global_guidance_scale
+    return [guide(v, v_without, scale) for v, v_without in zip(conditional, unconditional, strict=True)]
 
 
 def _check(
@@ -168,7 +180,9 @@ def _check(
     if vin is not None and (wrong := differing(vin.dit, model.config)):
         raise ConfigError(f"vin is for another DiT than this one: {'; '.join(wrong)}")
     if any(guided_steps(sampler)) or parallel.mesh.cfg > 1:
-        raise ConfigError("parallel chunks are not guided: the guidance scale must be 1, and cfg of the mesh 1")
+        raise ConfigError(
+            "parallel chunks are not guided by their text: the guidance scale must be 1, and cfg of the mesh 1"
+        )
     if parallel.mesh.decode:
         raise ConfigError(
             f"parallel chunks are all finished by the last step, so decode ranks would have nothing to do: expected "

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from causalrope_sp.checks import check_fields, check_whole
+from causalrope_sp.checks import check_fields, check_number, check_whole, shown
+from causalrope_sp.config import LARGEST
 from causalrope_sp.errors import ConfigError
 
 
@@ -57,16 +58,23 @@ class ParallelChunksConfig:
         overlap: frames that neighbouring chunks share.
         keyframe_every: one keyframe in so many frames is read into the global tokens.
         fuse_above: overlaps are fused while more than this share of the steps is left.
+        global_guidance_scale: s of classifier-free guidance (arXiv 2207.12598) by the global tokens alone, as by an
+            image in arXiv 2211.09800, section 3.2: v = v⁻ + s·(v⁺ - v⁻), where v⁺ is the velocity with global tokens
+            and v⁻ that without; at 1 there is no guidance, v = v⁺, and a step is one forward.
+        global_guidance_interval: lowest and highest timestep, as the model is called with it, at which steps are
+            guided (arXiv 2404.07724).
 
     Raises:
         ConfigError: a length is below 1, the overlap is more than half a chunk (a frame would be in three chunks), or
-            the share is outside [0, 1].
+            the share, the scale or the interval is out of range.
     """
 
     chunk_frames: int
     overlap: int
     keyframe_every: int
     fuse_above: float = 0.4
+    global_guidance_scale: float = 1.0
+    global_guidance_interval: tuple[float, float] = (0.0, 1000.0)
 
     def __post_init__(self) -> None:
         check_fields(self, ["chunk_frames", "overlap", "keyframe_every"])
@@ -76,6 +84,9 @@ class ParallelChunksConfig:
             )
         if not isinstance(self.fuse_above, int | float) or not 0 <= self.fuse_above <= 1:
             raise ConfigError(f"fuse_above is a share of the steps, from 0 to 1, not {self.fuse_above!r}")
+        scale = check_number("global_guidance_scale", self.global_guidance_scale, least=0, most=LARGEST)
+        object.__setattr__(self, "global_guidance_scale", scale)
+        object.__setattr__(self, "global_guidance_interval", _interval(self.global_guidance_interval))
 
     def filled_by(self, chunks: int) -> int:
         """Returns the latent frames that so many whole chunks cover."""
@@ -87,6 +98,21 @@ class ParallelChunksConfig:
         The paper's condition is t > t_α, where t = steps - step is the number of steps left.
         """
         return steps - step > self.fuse_above * steps
+
+    def guides(self, timestep: float) -> bool:
+        """Whether a step at this timestep is guided by the global tokens."""
+        low, high = self.global_guidance_interval
+        return self.global_guidance_scale != 1 and low <= timestep <= high
+
+
+def _interval(value: object) -> tuple[float, float]:
+    """Checks an interval of timesteps, and returns it as two floats."""
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise ConfigError(f"global_guidance_interval must be two timesteps, not {shown(value)}")
+    low, high = (check_number("a timestep of global_guidance_interval", x, least=0, most=1000) for x in value)
+    if low > high:
+        raise ConfigError(f"global_guidance_interval must begin with its lower timestep, not {shown(value)}")
+    return low, high
 
 
 # The paper's sizes. Its chunk has 20 latent frames, at 5 latent frames for 16 pixel frames. Its overlap of 12 pixel

@@ -61,10 +61,14 @@ def video_flops(
     chunks: ParallelChunksConfig,
     steps: int,
     initial_frames: int = 0,
+    guided: int = 0,
 ) -> int:
-    """Counts the FLOPs of a video of so many steps; see `parallel_chunks_flops` for the other arguments."""
+    """Counts the FLOPs of a video of so many steps, of which `guided` are guided by the global tokens; see
+    `parallel_chunks_flops` for the other arguments."""
     once = 0 if vin is None else vin_flops_once(config, vin, grid, _keyframes(frames, chunks))
-    return once + steps * parallel_chunks_flops(config, vin, grid, frames, chunks, initial_frames)
+    conditional = steps * parallel_chunks_flops(config, vin, grid, frames, chunks, initial_frames)
+    plain = 0 if vin is None else parallel_chunks_flops(config, None, grid, frames, chunks, initial_frames)
+    return once + conditional + guided * plain
 
 
 def vin_flops(config: DiTConfig, vin: VINConfig, grid: LatentGrid, keyframes: int) -> int:

@@ -26,7 +26,7 @@ from causalrope_sp.vin.chunks import AssignedChunks, cut
 from causalrope_sp.vin.fusion import fuse, join
 from causalrope_sp.vin.network import positions
 from causalrope_sp.vin.parallel_forward import ParallelChunksForward
-from causalrope_sp.vin.vin_cost import full_flops, parallel_chunks_flops, vin_flops_once
+from causalrope_sp.vin.vin_cost import full_flops, parallel_chunks_flops, video_flops, vin_flops_once
 from tests.support.exchange_formulas import overlap_elements, read_elements
 from tests.support.streams import strategy_of
 from tests.support.vin_runs import (
@@ -208,6 +208,7 @@ JOBS = {
     "five chunks": Job(17),
     "fresh noise, batch 2": Job(12, batch=2, sampler=replace(STEPS, solver="renoise"), initial_frames=2),
     "no initial frame, a short last chunk": Job(9, initial_frames=0),
+    "guided": Job(17, chunks=replace(CHUNKS, global_guidance_scale=2.5, global_guidance_interval=(500, 800))),
     "float32": Job(14, dtype=torch.float32),
     "bfloat16": Job(11, dtype=torch.bfloat16),
 }
@@ -271,12 +272,44 @@ def test_flops_are_those_that_torch_counts() -> None:
         state = ParallelChunksForward(model, vin, embeds, GRID, video, 1, strategy, parallel)
         state.commit(torch.zeros(1, 1, GRID.tokens, CONFIG.token_dim))
         mapping = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: partial}
-        with FlopCounterMode(display=False, custom_mapping=mapping) as counter, sdpa_kernel(SDPBackend.MATH):
-            state.velocities(torch.zeros(1, 11, GRID.tokens, CONFIG.token_dim), 500.0)
-    assert counter.get_total_flops() == parallel_chunks_flops(CONFIG, VIN, GRID, 11, CHUNKS, initial_frames=1)
+        for global_tokens, network in ((True, VIN), (False, None)):
+            with FlopCounterMode(display=False, custom_mapping=mapping) as counter, sdpa_kernel(SDPBackend.MATH):
+                state.velocities(torch.zeros(1, 11, GRID.tokens, CONFIG.token_dim), 500.0, global_tokens)
+            assert counter.get_total_flops() == parallel_chunks_flops(CONFIG, network, GRID, 11, CHUNKS, 1)
+    steps = [parallel_chunks_flops(CONFIG, network, GRID, 11, CHUNKS, 1) for network in (VIN, None)]
+    once = vin_flops_once(CONFIG, VIN, GRID, len(video.keyframes))
+    assert video_flops(CONFIG, VIN, GRID, 11, CHUNKS, 4, 1, guided=3) == once + 4 * steps[0] + 3 * steps[1]
     assert full_flops(CONFIG, GRID, 11, 1) == parallel_chunks_flops(
         CONFIG, None, GRID, 11, ParallelChunksConfig(11, 1, 1), 1
     )
+
+
+@pytest.mark.parametrize("scale", [0, 0.5, 3])
+def test_guidance_by_global_tokens_is_the_formula(scale: float) -> None:
+    """In one step, where a video is linear in velocities: v⁻ + s·(v⁺ - v⁻)."""
+    job = Job(14, sampler=SamplerConfig((1000,), shift=1.0, solver="euler"))
+    guided = replace(job, chunks=replace(CHUNKS, global_guidance_scale=scale))
+    without, with_tokens = single(replace(job, use_vin=False)), single(job)
+    assert relative(with_tokens, without) > 1e-3
+    assert relative(single(guided), without + scale * (with_tokens - without)) < 1e-12
+    assert torch.equal(single(replace(guided, use_vin=False)), without), "nothing to guide by"
+
+
+def test_steps_outside_the_interval_are_not_guided(monkeypatch: pytest.MonkeyPatch) -> None:
+    job, forwards = Job(14), list[tuple[float, bool]]()
+    velocities = ParallelChunksForward.velocities
+
+    def noted(state: ParallelChunksForward, held: Tensor, timestep: float, global_tokens: bool = True) -> list[Tensor]:
+        forwards.append((timestep, global_tokens))
+        return velocities(state, held, timestep, global_tokens)
+
+    monkeypatch.setattr(ParallelChunksForward, "velocities", noted)
+    between = replace(CHUNKS, global_guidance_scale=2, global_guidance_interval=(500, 750))
+    single(replace(job, chunks=between))
+    assert forwards == [(1000, True), (750, True), (750, False), (500, True), (500, False), (250, True)]
+    assert torch.equal(
+        single(replace(job, chunks=replace(between, global_guidance_interval=(600, 700)))), single(job)
+    ), "no step is in the interval"
 
 
 def test_any_solver_leads_from_step_to_step() -> None:

@@ -66,6 +66,9 @@ def test_weights_come_back_and_others_are_refused(tmp_path: Path) -> None:
     save_vin(vin, CHUNKS, tmp_path / "vin.safetensors")
     again, chunks = load_vin(tmp_path / "vin.safetensors", CONFIG)
     assert chunks == CHUNKS
+    guided = replace(CHUNKS, global_guidance_scale=2, global_guidance_interval=(850, 1000))
+    save_vin(vin, guided, tmp_path / "guided.safetensors")
+    assert load_vin(tmp_path / "guided.safetensors", CONFIG)[1] == guided
     assert all(torch.equal(x, again.state_dict()[name]) for name, x in vin.state_dict().items())
     with pytest.raises(CheckpointError, match="for another DiT than this one: num_layers 2, not 3"):
         load_vin(tmp_path / "vin.safetensors", replace(CONFIG, num_layers=3))
@@ -141,6 +144,11 @@ def with_another_dit() -> None:
         (lambda: ParallelChunksConfig(5, 3, 2), "more than half of a chunk"),
         (lambda: ParallelChunksConfig(5, 0, 2), "overlap must be a whole number of at least 1"),
         (lambda: ParallelChunksConfig(5, 2, 2, 1.5), "fuse_above is a share"),
+        (lambda: ParallelChunksConfig(5, 2, 2, 0.4, -1), "scale must be a finite number of at least 0"),
+        (lambda: ParallelChunksConfig(5, 2, 2, 0.4, math.nan), "global_guidance_scale must be a finite number"),
+        (lambda: ParallelChunksConfig(5, 2, 2, 0.4, 2, 900), "interval must be two timesteps, not 900"),  # type: ignore[arg-type]
+        (lambda: ParallelChunksConfig(5, 2, 2, 0.4, 2, (0, 1001)), "a timestep of global_guidance_interval must be"),
+        (lambda: ParallelChunksConfig(5, 2, 2, 0.4, 2, (900, 800)), "must begin with its lower timestep"),
         (lambda: VINConfig(8, 10, 3, 1, 1), "not divisible by its 3 heads"),
         (lambda: Job(0).outputs(SequenceParallel.single()), "frames must be at least 1"),
         (
@@ -150,7 +158,7 @@ def with_another_dit() -> None:
         (lambda: Job(5, preview_every=1.5).outputs(SequenceParallel.single()), "whole number of at least 1, not 1.5"),  # type: ignore[arg-type]
         (
             lambda: single(Job(5, sampler=replace(STEPS, guidance_scale=2.0))),
-            "parallel chunks are not guided",
+            "parallel chunks are not guided by their text",
         ),
         (with_another_dit, "for another DiT than this one: num_layers 3, not 2"),
     ],
