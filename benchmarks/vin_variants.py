@@ -32,7 +32,14 @@ from causalrope_sp.vin.vin_cost import full_flops, video_flops
 if TYPE_CHECKING:
     from causalrope_sp.pipeline.parallel_chunks import ParallelChunks
 
-VARIANTS = ("VIN", "full attention", "autoregressive", "VIN without global tokens", "VIN without fusion")
+VARIANTS = (
+    "VIN",
+    "full attention",
+    "autoregressive",
+    "VIN without global tokens",
+    "VIN without fusion",
+    "VIN without guidance",
+)
 TRUTH = "rendered through the codec"
 OPEN: dict[str, dict[str, bool]] = {"nothing": {}, "colours": {"colors": True}, "starts": {"starts": True}}
 PAPER_STEPS = 50
@@ -114,6 +121,8 @@ def settings(variant: str, parallel_chunks: ParallelChunks, frames: int) -> tupl
         return None, parallel_chunks.chunks
     if variant == "VIN without fusion":
         return parallel_chunks.vin, replace(parallel_chunks.chunks, fuse_above=1.0)
+    if variant == "VIN without guidance":
+        return parallel_chunks.vin, replace(parallel_chunks.chunks, global_guidance_scale=1.0)
     return parallel_chunks.vin, parallel_chunks.chunks
 
 
