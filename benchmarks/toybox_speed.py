@@ -2,9 +2,10 @@
 a cold process.
 
     python benchmarks/toybox_speed.py
+    python benchmarks/toybox_speed.py --against runs/toybox/weights
 
 Gate: the same seed gives the same video twice, and the first frames of a longer one. Times follow; the last line is
-JSON.
+JSON. With --against videos of two models alternate, in processor time, which a busy machine changes less.
 """
 
 from __future__ import annotations
@@ -29,11 +30,13 @@ PROMPT = "a red circle bounces and a blue square slides right"
 GOALS = {"fps": 24.0, "first_frame_s": 0.7, "cold_process_s": 15.0}
 
 
-@click.command()
-@click.option("--model", default="toybox", show_default=True)
-@click.option("--frames", default=241, show_default=True)
-@click.option("--runs", default=3, show_default=True)
-def main(model: str, frames: int, runs: int) -> None:
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--model", default="toybox", show_default=True, help="The model: a name, a folder or a file.")
+@click.option("--frames", default=241, show_default=True, type=click.IntRange(1), help="Pixel frames of each video.")
+@click.option("--runs", default=3, show_default=True, type=click.IntRange(1), help="The number of videos.")
+@click.option("--against", help="Another model: compare the processor time of whole videos with its.")
+def main(model: str, frames: int, runs: int, against: str | None) -> None:
+    """Measures how fast a model makes a video on this machine's processor."""
     pipe = CausalVideoPipeline.from_pretrained(model)
     short, again, longer = (np.asarray(video_of(pipe, PROMPT, num_frames=count)) for count in (20, 20, 41))
     assert np.array_equal(short, again), "the same seed gave another video"
@@ -62,9 +65,24 @@ def main(model: str, frames: int, runs: int) -> None:
         "threads": torch.get_num_threads(),
         "processor": platform.processor() or platform.machine(),
     }
+    if against is not None:
+        ratios = compare(pipe, CausalVideoPipeline.from_pretrained(against), frames, runs)
+        result |= {"against": against, "ratios": ratios}
+        print(f"processor time against {against}: {statistics.median(ratios)} ({min(ratios)} to {max(ratios)})")
     for name, goal in GOALS.items():
         print(f"{name:>16} {result[name]:>8}  (goal {'at least' if name == 'fps' else 'at most'} {goal})")
     print(json.dumps(result))
+
+
+def compare(one: CausalVideoPipeline, other: CausalVideoPipeline, frames: int, runs: int) -> list[float]:
+    """Returns the processor time of each video of the one over that of the other; which comes first alternates."""
+    took: dict[int, list[float]] = {0: [], 1: []}
+    for run in range(runs):
+        for which in (0, 1) if run % 2 else (1, 0):
+            started = time.process_time()
+            video_of((one, other)[which], PROMPT, num_frames=frames)
+            took[which].append(time.process_time() - started)
+    return [round(a / b, 3) for a, b in zip(took[0], took[1], strict=True)]
 
 
 if __name__ == "__main__":
