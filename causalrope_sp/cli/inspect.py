@@ -164,16 +164,16 @@ def vin_fields(path: str, dit: DiTConfig) -> dict[str, Any]:
         model names no VIN.
 
     Raises:
-        CheckpointError: the VIN cannot be loaded, or is for another transformer.
+        CheckpointError: the file holds no VIN, or one for another transformer.
     """
     from causalrope_sp.pipeline.load_options import LoadOptions
     from causalrope_sp.pipeline.model_source import find_model
-    from causalrope_sp.vin import load_vin
+    from causalrope_sp.vin import inspect_vin
 
     file = None if _pipeline_file(path) is None else find_model(path, LoadOptions()).vin
     if file is None:
         return {}
-    network, chunks = load_vin(file, dit)
+    network, chunks = inspect_vin(file, dit)
     parameters = sum(parameter.numel() for parameter in network.parameters())
     sizes = asdict(network.config) | asdict(chunks)
     return {"vin": {"path": str(file), "parameters": parameters, **sizes}}

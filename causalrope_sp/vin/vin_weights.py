@@ -7,6 +7,8 @@ for another DiT is refused before it runs.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from os import PathLike
 
@@ -47,6 +49,24 @@ def save_vin(vin: VideoInterfaceNetwork, chunks: ParallelChunksConfig, path: str
     save_tensors({name: x.contiguous() for name, x in vin.state_dict().items()}, path, metadata)
 
 
+def inspect_vin(path: str | PathLike[str], dit: DiTConfig) -> tuple[VideoInterfaceNetwork, ParallelChunksConfig]:
+    """Reads what a file says of a VIN, but no weights.
+
+    Args:
+        path: a file that `save_vin` wrote.
+        dit: sizes of the DiT that will attend the global tokens.
+
+    Returns:
+        The network on the meta device, where it has shapes alone, and how its videos are cut.
+
+    Raises:
+        CheckpointError: the file cannot be read or holds no VIN, the VIN is for a DiT of other sizes than `dit`, or
+            weights are missing, unexpected or of a wrong shape.
+    """
+    with _errors_of(path), safe_open(path, "pt") as file:
+        return _empty(path, file, dit)
+
+
 def load_vin(
     path: str | PathLike[str], dit: DiTConfig, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> tuple[VideoInterfaceNetwork, ParallelChunksConfig]:
@@ -65,15 +85,9 @@ def load_vin(
         CheckpointError: the file cannot be read or holds no VIN, the VIN is for a DiT of other sizes than `dit`, or
             weights are missing, unexpected, of a wrong shape, NaN or infinite.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            vin, chunks = _empty(path, file.metadata() or {}, dit, len(file.keys()))
-            _check_shapes(path, vin, {name: file.get_slice(name).get_shape() for name in file.keys()})
-            state = {name: file.get_tensor(name) for name in file.keys()}
-    except CheckpointError:
-        raise
-    except (OSError, SafetensorError, TypeError, ValueError, RuntimeError, OverflowError) as reason:
-        raise CheckpointError(f"{path}: cannot be read as a Video Interface Network: {reason}") from reason
+    with _errors_of(path), safe_open(path, "pt") as file:
+        vin, chunks = _empty(path, file, dit)
+        state = {name: file.get_tensor(name) for name in file.keys()}
     for name, tensor in state.items():
         if tensor.dtype not in DTYPES.values():
             raise CheckpointError(f"{path}: {name} is {tensor.dtype}, not float64, 32, 16 or bfloat16")
@@ -88,11 +102,23 @@ def load_vin(
     return vin.eval().requires_grad_(False), chunks
 
 
+@contextmanager
+def _errors_of(path: str | PathLike[str]) -> Iterator[None]:
+    """Turns what reading a file raises into a CheckpointError that names it."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (OSError, SafetensorError, TypeError, ValueError, RuntimeError, OverflowError) as reason:
+        raise CheckpointError(f"{path}: cannot be read as a Video Interface Network: {reason}") from reason
+
+
 def _empty(
-    path: str | PathLike[str], metadata: dict[str, str], dit: DiTConfig, tensors: int
+    path: str | PathLike[str], file: safe_open, dit: DiTConfig
 ) -> tuple[VideoInterfaceNetwork, ParallelChunksConfig]:
-    """Returns the network that the metadata of a file with so many tensors describes, on the meta device, and how its
-    videos are cut. Raises CheckpointError if they describe none, or one for another DiT."""
+    """Returns the network that a file's metadata describes, on the meta device, and how its videos are cut. Raises
+    CheckpointError if they describe none or one for another DiT, or if the tensors are others than its parameters."""
+    metadata = file.metadata() or {}
     layout = metadata.get("layout")
     if layout == OLD_LAYOUT:
         raise CheckpointError(
@@ -110,10 +136,12 @@ def _empty(
     config, chunks = VINConfig(**network), ParallelChunksConfig(**cut)
     if wrong := [f"{name} {stored.get(name)}, not {x}" for name, x in sizes(dit).items() if stored.get(name) != x]:
         raise CheckpointError(f"{path}: for another DiT than this one: {'; '.join(wrong)}")
-    if config.layers + config.position_layers > tensors:
-        raise CheckpointError(f"{path}: holds {tensors} tensors, too few for its layers: {network}")
+    if config.layers + config.position_layers > len(file.keys()):
+        raise CheckpointError(f"{path}: holds {len(file.keys())} tensors, too few for its layers: {network}")
     with on_meta():
-        return VideoInterfaceNetwork(config, dit), chunks
+        vin = VideoInterfaceNetwork(config, dit)
+    _check_shapes(path, vin, {name: file.get_slice(name).get_shape() for name in file.keys()})
+    return vin, chunks
 
 
 def _check_shapes(path: str | PathLike[str], vin: VideoInterfaceNetwork, stored: dict[str, list[int]]) -> None:
