@@ -30,6 +30,7 @@ from vin_variants import OPEN, TRUTH, VARIANTS, Variants, flops_of, held_out, la
 
 from causalrope_sp import SequenceParallel, sample_chunks
 from causalrope_sp.diffusion.noise import seeded_noise
+from causalrope_sp.diffusion.schedule import model_timesteps
 from causalrope_sp.distributed.launch import RankPool
 from causalrope_sp.toybox.judge import judge, summarize
 from causalrope_sp.toybox.prompts import SceneSpec
@@ -60,8 +61,8 @@ def _loaded() -> Variants:
 
 
 def timed(group: dist.ProcessGroup | None, device: str, variant: str, frames: int) -> tuple[float, torch.Tensor]:
-    """Seconds of a whole video by a variant on these ranks, one chunk after the other by the median of a few, and
-    latents."""
+    """Returns the seconds of a whole video by a variant on these ranks, and its latents (of the autoregressive sampler
+    those of the last chunk that it made). Seconds are medians of steps, or of chunks, times their number."""
     torch.set_num_threads(1)
     variants = _loaded()
     pipe, ranks = variants.vin, 1 if group is None else group.size()
@@ -69,13 +70,13 @@ def timed(group: dist.ProcessGroup | None, device: str, variant: str, frames: in
     noise = seeded_noise(0, (1, config.in_channels, grid.latent_height, grid.latent_width))
     embeds = torch.zeros(1, config.text_len, config.text_dim)
     opening = pipe.text.opening(config.in_channels, grid.latent_height, grid.latent_width)
+    took, clock = list[float](), time.perf_counter()
     if variant == "autoregressive":
         flow = variants.flow.config
         parts = sample_chunks(
             variants.flow.model, embeds, noise, grid, 3 * min(TIMED_CHUNKS, -(-count // 3)), stream=flow.stream,
             sampler=flow.sampler, parallel=SequenceParallel(group, device=device), initial_latents=opening,
         )  # fmt: skip
-        took, clock = list[float](), time.perf_counter()
         for part in parts:
             last = part.latents.clone()
             took.append(time.perf_counter() - clock)
@@ -88,10 +89,15 @@ def timed(group: dist.ProcessGroup | None, device: str, variant: str, frames: in
         pipe.model, vin, embeds, noise, grid, count, chunks=chunks, sampler=pipe.config.sampler, parallel=parallel,
         initial_latents=opening,
     )  # fmt: skip
-    clock = time.perf_counter()
-    *_, last_step = outputs
-    assert last_step.latents is not None, "the last step has the video"
-    return time.perf_counter() - clock, last_step.latents.clone()
+    for output in outputs:
+        took.append(time.perf_counter() - clock)
+        clock, latents = time.perf_counter(), output.latents
+    assert latents is not None, "the last step has the video"
+    guided = [vin is not None and chunks.guides(t) for t in model_timesteps(pipe.config.sampler)]
+    by_kind: dict[bool, list[float]] = {}
+    for is_guided, seconds in zip(guided, took, strict=True):
+        by_kind.setdefault(is_guided, []).append(seconds)
+    return sum(median(alike) * len(alike) for alike in by_kind.values()), latents.clone()
 
 
 def times(lengths: list[int], ranks: list[int]) -> list[dict[str, Any]]:

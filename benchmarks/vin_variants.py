@@ -122,8 +122,12 @@ def settings(variant: str, parallel_chunks: ParallelChunks, frames: int) -> tupl
     if variant == "VIN without fusion":
         return parallel_chunks.vin, replace(parallel_chunks.chunks, fuse_above=1.0)
     if variant == "VIN without guidance":
-        return parallel_chunks.vin, replace(parallel_chunks.chunks, global_guidance_scale=1.0)
+        return parallel_chunks.vin, unguided(parallel_chunks.chunks)
     return parallel_chunks.vin, parallel_chunks.chunks
+
+
+def unguided(chunks: ParallelChunksConfig) -> ParallelChunksConfig:
+    return replace(chunks, global_guidance_scale=1.0, global_guidance_interval=(0, 1000))
 
 
 def autoregressive_flops(config: DiTConfig, grid: LatentGrid, stream: StreamConfig, frames: int, steps: int) -> int:
@@ -150,7 +154,7 @@ def flops_of(variant: str, variants: Variants, frames: int) -> int:
         return steps * full_flops(config, grid, count, initial_frames=1)
     vin, chunks = settings(variant, variants.parallel_chunks, count)
     guided = sum(map(chunks.guides, model_timesteps(variants.vin.config.sampler)))
-    return video_flops(config, vin and vin.config, grid, count, chunks, steps, initial_frames=1, guided=guided)
+    return video_flops(config, vin and vin.config, grid, count, chunks, steps, initial_frames=1, guided_steps=guided)
 
 
 @torch.inference_mode()

@@ -11,9 +11,9 @@ from causalrope_sp.io.video_writer import VideoWriter
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("prompt", default="a red circle slides right")
 @click.argument("out", default="generated.mp4")
-@click.argument("frames", default=81)
+@click.argument("frames", default=81, type=click.IntRange(1))
 def main(prompt: str, out: str, frames: int) -> None:
-    """Generates FRAMES frames of PROMPT, chunk by chunk, to the video OUT."""
+    """Generates FRAMES pixel frames (81) of PROMPT, chunk by chunk, to the video OUT (generated.mp4)."""
     pipe = CausalVideoPipeline.from_pretrained("toybox")  # or a folder, or a file
     with VideoWriter(out, pipe.height, pipe.width, pipe.fps) as video:
         for chunk in pipe.stream(prompt, num_frames=frames, seed=0):

@@ -97,7 +97,7 @@ def by_lines(out: str) -> None:
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("out", default="live.mp4")
 def main(out: str) -> None:
-    """Drives a session by single keys, or by lines where stdin is no terminal, into the video OUT."""
+    """Drives a session by single keys, or by lines where stdin is no terminal, into the video OUT (live.mp4)."""
     (by_keys if sys.stdin.isatty() else by_lines)(out)
 
 

@@ -18,9 +18,10 @@ from causalrope_sp.io.video_writer import VideoWriter
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("file", metavar="SESSION", default="session.safetensors")
 @click.argument("out", default="resumed.mp4")
-@click.argument("chunks", default=4)
+@click.argument("chunks", default=4, type=click.IntRange(1))
 def main(file: str, out: str, chunks: int) -> None:
-    """Goes on with the session of the file SESSION, or begins it: CHUNKS chunks to the video OUT."""
+    """Goes on with the session of the file SESSION (session.safetensors), or begins it: CHUNKS chunks (4) to the video
+    OUT (resumed.mp4)."""
     parallel = SequenceParallel.from_env(strategy="auto")
     pipe = CausalVideoPipeline.from_pretrained("toybox", parallel=parallel)
     goes_on = parallel.everyone.first_says(str(Path(file).exists())) == "True"  # what rank 0 sees counts

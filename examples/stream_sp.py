@@ -16,9 +16,9 @@ from causalrope_sp.io.video_writer import VideoWriter
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("prompt", default="a blue square bounces")
 @click.argument("out", default="streamed.mp4")
-@click.argument("frames", default=81)
+@click.argument("frames", default=81, type=click.IntRange(1))
 def main(prompt: str, out: str, frames: int) -> None:
-    """Generates FRAMES frames of PROMPT on all processes, to the video OUT."""
+    """Generates FRAMES pixel frames (81) of PROMPT on all processes, to the video OUT (streamed.mp4)."""
     parallel = SequenceParallel.from_env(strategy="auto")
     pipe = CausalVideoPipeline.from_pretrained("toybox", parallel=parallel)
     is_writer = parallel.rank == 0

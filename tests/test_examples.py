@@ -6,20 +6,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
-WITHOUT_OPTIONS = "fused_kernels.py"
+import pytest
+
+from tests.support.paths import ROOT
+
+WITHOUT_ARGUMENTS = "fused_kernels.py"
+SCRIPTS = sorted(path for path in (ROOT / "examples").glob("*.py") if path.name != WITHOUT_ARGUMENTS)
 
 
-def test_every_script_says_how_it_is_called(tmp_path: Path) -> None:
-    scripts = [script for script in sorted(EXAMPLES.glob("*.py")) if script.name != WITHOUT_OPTIONS]
-    assert len(scripts) >= 7
-    asked = [
-        subprocess.Popen([sys.executable, script, option], cwd=tmp_path, text=True, stdout=subprocess.PIPE)
-        for script in scripts
-        for option in ("-h", "--help")
-    ]
-    for process in asked:
-        said, _ = process.communicate()
-        assert process.returncode == 0, process.args
-        assert said.startswith("Usage:"), process.args
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_a_script_says_how_it_is_called(script: Path, tmp_path: Path) -> None:
+    asked = subprocess.run(
+        [sys.executable, script, "-h"], cwd=tmp_path, text=True, capture_output=True, stdin=subprocess.DEVNULL
+    )
+    assert asked.returncode == 0, asked.stderr
+    assert asked.stdout.startswith("Usage:")
     assert not any(tmp_path.iterdir())

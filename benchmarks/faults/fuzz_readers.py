@@ -57,10 +57,11 @@ def _open_model(home: Path, path: Path) -> None:
 
 
 def _load_weights(home: Path, path: Path) -> None:
-    from causalrope_sp.cli.inspect import examine, report_text
+    from causalrope_sp.cli.inspect import examine, report_text, vin_fields
     from causalrope_sp.weights import load_model
 
-    report_text(examine(str(path), None, None, {}))
+    report = examine(str(path), None, None, {})
+    report_text(report, vin_fields(str(path), report))
     load_model(path)
 
 

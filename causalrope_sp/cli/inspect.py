@@ -21,7 +21,6 @@ from causalrope_sp.errors import CheckpointError, escaped_line, first_line
 from causalrope_sp.spatiotemporal.kinds import kind_of
 
 if TYPE_CHECKING:
-    from causalrope_sp.config import DiTConfig
     from causalrope_sp.weights import AdapterReport, CheckpointReport
 
 
@@ -71,10 +70,10 @@ def inspect(path: str, part: str | None, preset: str | None, steps: str | None, 
         return 1 if adapter.unknown else 0
     changes = {name: value for name, value in (run | {"steps": parse_steps(steps)}).items() if value is not None}
     report = examine(path, part, preset, changes)
-    vin = vin_fields(path, report.config)
+    vin = vin_fields(path, report)
     if rank() == 0:
         click.echo(json.dumps(report_fields(report) | vin) if as_json else report_text(report, vin))
-    return 1 if report.problem else 0
+    return 1 if report.problem or "problem" in vin.get("vin", {}) else 0
 
 
 def examine(path: str, part: str | None, preset: str | None, changes: Mapping[str, Any]) -> CheckpointReport:
@@ -152,19 +151,16 @@ def report_fields(report: CheckpointReport) -> dict[str, Any]:
     }
 
 
-def vin_fields(path: str, dit: DiTConfig) -> dict[str, Any]:
+def vin_fields(path: str, report: CheckpointReport) -> dict[str, Any]:
     """Reports on the Video Interface Network of a model, as values that JSON can represent.
 
     Args:
         path: the path of the model, or the name of an embedded one.
-        dit: the configuration of its transformer.
+        report: the report on its transformer.
 
     Returns:
-        One field, `vin`: its file, the number of its parameters, its sizes, and how it cuts a video. No field, if the
-        model names no VIN.
-
-    Raises:
-        CheckpointError: the file holds no VIN, or one for another transformer.
+        One field, `vin`: its file, the number of its parameters, its sizes and the settings of its parallel chunks, or
+        the problem that keeps it from being loaded. No field, if the model names no VIN.
     """
     from causalrope_sp.pipeline.load_options import LoadOptions
     from causalrope_sp.pipeline.model_source import find_model
@@ -173,7 +169,10 @@ def vin_fields(path: str, dit: DiTConfig) -> dict[str, Any]:
     file = None if _pipeline_file(path) is None else find_model(path, LoadOptions()).vin
     if file is None:
         return {}
-    network, chunks = inspect_vin(file, dit)
+    try:
+        network, chunks = inspect_vin(file, report.config)
+    except CheckpointError as problem:
+        return {"vin": {"path": str(file), "problem": str(problem)}}
     parameters = sum(parameter.numel() for parameter in network.parameters())
     sizes = asdict(network.config) | asdict(chunks)
     return {"vin": {"path": str(file), "parameters": parameters, **sizes}}

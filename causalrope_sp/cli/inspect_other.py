@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
+from causalrope_sp.checks import shown
 from causalrope_sp.errors import CheckpointError, escaped_line, printable
 
 
 def other_file(path: str) -> str | None:
-    """Describes a saved session, prompt embeddings, a compressed video or a policy in one sentence, without a model.
+    """Describes a saved session, prompt embeddings, a compressed video, a policy or a VIN in one sentence, without a
+    model.
 
     Args:
         path: the file.
@@ -78,6 +81,7 @@ def _of_safetensors(file: Path) -> str | None:
     from causalrope_sp.sessions import read_session
     from causalrope_sp.sessions.session_file import FORMAT
     from causalrope_sp.text.embeds import load_embeds
+    from causalrope_sp.vin.vin_weights import LAYOUT
     from causalrope_sp.weights.tensor_files import WeightFiles
 
     try:
@@ -89,6 +93,8 @@ def _of_safetensors(file: Path) -> str | None:
         by = f" by {escaped_line(found.encoder)}" if found.encoder else ""
         what = f'of the prompt "{escaped_line(found.prompt)}"' if found.prompt else "of a prompt"
         return f"embeddings {what}{by}, {found.length} tokens of {found.embeds.shape[2]} numbers, for `--text-embeds`"
+    if files.metadata.get("layout") == LAYOUT:
+        return _vin(file, files.metadata)
     if files.metadata.get("format") != FORMAT:
         return None
     saved = read_session(file)
@@ -100,4 +106,19 @@ def _of_safetensors(file: Path) -> str | None:
         f"a session of {saved.height}×{saved.width} pixels that was saved after {saved.shown} chunks under {said}, "
         f"{cache} keys and values, of the model with the digest {saved.model_digest}, with {loras}; `pipe.resume` goes "
         "on with it"
+    )
+
+
+def _vin(file: Path, metadata: Mapping[str, str]) -> str:
+    from causalrope_sp.io.json_files import parse_object
+
+    try:
+        sizes = parse_object(metadata.get("vin", "null"))
+    except ValueError as reason:
+        raise CheckpointError(
+            f"{file}: its metadata lacks the sizes of a Video Interface Network: {reason}"
+        ) from reason
+    return (
+        f"a Video Interface Network of {shown(sizes.get('global_tokens'))} global tokens of width "
+        f'{shown(sizes.get("dim"))}, for chunks in parallel; a model configuration names it as `"vin"`'
     )

@@ -172,7 +172,10 @@ class Generation:
         if parallel_chunks and (request.num_frames is None or self._stream != self._pipe.config.stream):
             raise ConfigError("chunks made in parallel have no window: num_frames must be given, window and sink not")
         if parallel_chunks and self._settings.sampler.guidance_scale != 1:
-            raise ConfigError("chunks made in parallel are not guided by their text: guidance_scale must be 1")
+            raise ConfigError(
+                "chunks made in parallel have no guidance by a negative text: guidance_scale must be 1, not "
+                f"{self._settings.sampler.guidance_scale:g}"
+            )
         negative = request.negative_prompt is not None or request.negative_prompt_embeds is not None
         if negative and not self._guided:
             raise ConfigError("a negative prompt needs guidance: a scale other than 1")

@@ -49,11 +49,11 @@ class PreviewFrame:
 
 @dataclass(frozen=True)
 class ParallelChunks:
-    """A Video Interface Network, and the chunks into which it was trained to divide a video.
+    """A Video Interface Network, and the settings of its parallel chunks.
 
     Args:
         vin: the network.
-        chunks: the size and overlap of chunks, in latent frames.
+        chunks: how a video is cut into parallel chunks, and how these are fused and guided.
     """
 
     vin: VideoInterfaceNetwork

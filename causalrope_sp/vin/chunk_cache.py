@@ -46,6 +46,9 @@ class ChunkCache:
         head_dim: d.
         dtype: of the stored keys and values.
         device: where they are stored.
+
+    Attributes:
+        attends_globals: whether the chunks of a pass attend the global tokens; initial frames never do.
     """
 
     def __init__(
@@ -69,16 +72,12 @@ class ChunkCache:
         shape = (layers, 2, batch, slots, tokens, heads, head_dim)
         self.storage_L2BKSHD = torch.empty(shape, dtype=dtype, device=device)
         self._slots: dict[Chunk, torch.Tensor] = {}  # on the device; all layers share what is made once per chunk
-        self._attends_globals = True
+        self.attends_globals = True
         self._ranges: dict[tuple[Chunk, int, bool, bool], tuple[tuple[tuple[int, int], ...], torch.Tensor]] = {}
 
     def layer(self, index: int) -> LayerCache:
         """Returns the view of one layer."""
         return LayerCache(self, index)
-
-    def attend_globals(self, attends: bool) -> None:
-        """Says whether the chunks of the passes that follow attend the global tokens."""
-        self._attends_globals = attends
 
     def write_globals(self, found: Sequence[Keys]) -> None:
         """Writes the global tokens' keys and values.
@@ -104,10 +103,10 @@ class ChunkCache:
         """Returns the keys that a chunk attends, the same for all readers; `old` ones are those that no chunk of the
         pass writes: the global tokens and the initial frames."""
         ring_2BKSHD = self.storage_L2BKSHD[layer]
-        key = chunk, since, old, self._attends_globals
+        key = chunk, since, old, self.attends_globals
         if key not in self._ranges:
             tokens = ring_2BKSHD.shape[3]
-            attended = self._globals if self._attends_globals else 0
+            attended = self._globals if self.attends_globals else 0
             begin, own = self._before * tokens - attended, (self._before + self._initial_frames) * tokens
             row = (own if since and not old else begin), own if old else own + chunk.frames * tokens
             if chunk.index == INITIAL:  # written before there are global tokens

@@ -80,19 +80,20 @@ class ParallelChunksForward:
         """Writes the keys and values of the initial frames, once a video; they attend one another and nothing else."""
         self._pass([Chunk(INITIAL, 0, self._initial_frames)], initial_BFSE, range(self._initial_frames), 0.0)
 
-    def velocities(self, held_BFSE: Tensor, timestep: float, global_tokens: bool = True) -> list[Tensor]:
+    def velocities(self, held_BFSE: Tensor, timestep: float, attend_globals: bool = True) -> list[Tensor]:
         """Predicts the velocity of the frames of every chunk of this rank.
 
         Args:
             held_BFSE: the noisy tokens of the frames that this rank holds.
             timestep: the noise level, in [0, 1000].
-            global_tokens: let the chunks attend global tokens, which are read anew; False is a forward without a VIN.
+            attend_globals: read global tokens anew and let the chunks attend them; False is the unconditional forward,
+                which does neither. Without a VIN there are none.
 
         Returns:
             The velocities, chunk by chunk, each (B, F, s, E); none for a rank without chunks.
         """
-        self._cache.attend_globals(self._vin is not None and global_tokens)
-        if self._vin is not None and global_tokens:
+        self._cache.attends_globals = attend_globals
+        if self._vin is not None and attend_globals:
             self._read(held_BFSE, timestep)
         chunks = self._assigned.chunks
         if not chunks:

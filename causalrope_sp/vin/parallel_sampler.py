@@ -1,4 +1,4 @@
-"""The sampling loop of parallel chunks (Video Interface Networks): read, denoise, fuse. A generator of steps.
+"""The sampling loop of parallel chunks (Video Interface Networks): read, denoise, guide, fuse. A generator of steps.
 
 Shapes: B batch, F latent frames, C channels, H×W latent size, s tokens of a frame on this rank, E numbers in a token.
 """
@@ -78,12 +78,13 @@ def sample_parallel_chunks(
 
     Args:
         model: the DiT; its dtype is the dtype of the forward. The sampler's own state is float32 or wider.
-        vin: its Video Interface Network; without one (None) chunks influence one another through their overlaps alone.
+        vin: its Video Interface Network; without one (None) chunks influence one another through their overlaps alone,
+            and guidance by global tokens has no effect.
         embeds: text embeddings, (B, text_len, text_dim), zeros after the text's end.
         noise: starting and fresh noise, see `seeded_noise`; it is called frame by frame, as if each were a chunk.
         grid: the latent frame in tokens.
         frames: latent frames to generate.
-        chunks: how the video is cut into chunks, read and fused.
+        chunks: how the video is cut into chunks, and how these are fused and guided.
         sampler: steps and solver.
         parallel: the ranks; one process if None.
         initial_latents: latent frames before the video, (B, F0, C, H, W), which every chunk attends; they are not
@@ -96,11 +97,12 @@ def sample_parallel_chunks(
 
     Raises:
         ConfigError: `frames` or `preview_every` is below 1, a shape does not fit the model or the grid, the VIN belongs
-            to another DiT, a step is guided, the mesh has ranks for guidance or decoding, or the strategy cannot use
+            to another DiT, the sampler guides a step by the text, no step is in the interval of guidance by global
+            tokens, the mesh has ranks for guidance or decoding, or the strategy cannot use
             the ranks.
     """
     parallel = parallel or SequenceParallel.single()
-    _check(model, vin, embeds, grid, frames, sampler, parallel, preview_every)
+    _check(model, vin, embeds, grid, frames, chunks, sampler, parallel, preview_every)
     context = ShardContext.of(model, grid, parallel.shard(grid), len(embeds))
     context.check_initial(initial_latents)
     initial_frames = 0 if initial_latents is None else initial_latents.shape[1]
@@ -157,9 +159,9 @@ def _guided_velocities(
     conditional = state.velocities(x, timestep)
     if not (state.has_global_tokens and chunks.guides(timestep)):
         return conditional
-    unconditional = state.velocities(x, timestep, global_tokens=False)
+    unconditional = state.velocities(x, timestep, attend_globals=False)
     scale = chunks.global_guidance_scale
-    return [guide(v, v_without, scale) for v, v_without in zip(conditional, unconditional, strict=True)]
+    return [guide(*velocities, scale) for velocities in zip(conditional, unconditional, strict=True)]
 
 
 def _check(
@@ -168,6 +170,7 @@ def _check(
     embeds: Tensor,
     grid: LatentGrid,
     frames: int,
+    chunks: ParallelChunksConfig,
     sampler: SamplerConfig,
     parallel: SequenceParallel,
     preview_every: int | None,
@@ -181,8 +184,14 @@ def _check(
         raise ConfigError(f"vin is for another DiT than this one: {'; '.join(wrong)}")
     if any(guided_steps(sampler)) or parallel.mesh.cfg > 1:
         raise ConfigError(
-            "parallel chunks are not guided by their text: the guidance scale must be 1, and cfg of the mesh 1"
+            "parallel chunks have no guidance by a negative text: guidance_scale must be 1, not "
+            f"{sampler.guidance_scale:g}, and cfg of the mesh 1, not {parallel.mesh.cfg}"
         )
+    guided = chunks.global_guidance_scale != 1 and vin is not None
+    if guided and not any(map(chunks.guides, model_timesteps(sampler))):
+        low, high = chunks.global_guidance_interval
+        steps = ", ".join(f"{t:g}" for t in model_timesteps(sampler))
+        raise ConfigError(f"no step is within the global_guidance_interval {low:g} to {high:g}; they are at {steps}")
     if parallel.mesh.decode:
         raise ConfigError(
             f"parallel chunks are all finished by the last step, so decode ranks would have nothing to do: expected "

@@ -48,7 +48,7 @@ class VINConfig:
 
 @dataclass(frozen=True)
 class ParallelChunksConfig:
-    """How a video is cut into parallel chunks. Lengths are in latent frames.
+    """How a video is cut into parallel chunks, and how these are fused and guided. Lengths are in latent frames.
 
     The shared frames serve two purposes of the paper: they are the end of the chunk before, which a chunk attends as
     context, and the frames whose velocities are fused.
@@ -60,13 +60,14 @@ class ParallelChunksConfig:
         fuse_above: overlaps are fused while more than this share of the steps is left.
         global_guidance_scale: s of classifier-free guidance (arXiv 2207.12598) by the global tokens alone, as by an
             image in arXiv 2211.09800, section 3.2: v = v⁻ + s·(v⁺ - v⁻), where v⁺ is the velocity with global tokens
-            and v⁻ that without; at 1 there is no guidance, v = v⁺, and a step is one forward.
+            and v⁻ that without. At 1 there is no guidance, v = v⁺, and a step is one forward of the DiT; at other
+            values a guided step is two.
         global_guidance_interval: lowest and highest timestep, as the model is called with it, at which steps are
             guided (arXiv 2404.07724).
 
     Raises:
         ConfigError: a length is below 1, the overlap is more than half a chunk (a frame would be in three chunks), or
-            the share, the scale or the interval is out of range.
+            the share, the scale or the interval is out of range, or there is an interval and no guidance.
     """
 
     chunk_frames: int
@@ -87,6 +88,8 @@ class ParallelChunksConfig:
         scale = check_number("global_guidance_scale", self.global_guidance_scale, least=0, most=LARGEST)
         object.__setattr__(self, "global_guidance_scale", scale)
         object.__setattr__(self, "global_guidance_interval", _interval(self.global_guidance_interval))
+        if scale == 1 and self.global_guidance_interval != (0, 1000):
+            raise ConfigError("global_guidance_interval says nothing without a global_guidance_scale other than 1")
 
     def filled_by(self, chunks: int) -> int:
         """Returns the latent frames that so many whole chunks cover."""

@@ -61,14 +61,14 @@ def video_flops(
     chunks: ParallelChunksConfig,
     steps: int,
     initial_frames: int = 0,
-    guided: int = 0,
+    guided_steps: int = 0,
 ) -> int:
-    """Counts the FLOPs of a video of so many steps, of which `guided` are guided by the global tokens; see
+    """Counts the FLOPs of a video of so many steps, of which `guided_steps` are guided by the global tokens; see
     `parallel_chunks_flops` for the other arguments."""
     once = 0 if vin is None else vin_flops_once(config, vin, grid, _keyframes(frames, chunks))
     conditional = steps * parallel_chunks_flops(config, vin, grid, frames, chunks, initial_frames)
-    plain = 0 if vin is None else parallel_chunks_flops(config, None, grid, frames, chunks, initial_frames)
-    return once + conditional + guided * plain
+    unconditional = 0 if vin is None else parallel_chunks_flops(config, None, grid, frames, chunks, initial_frames)
+    return once + conditional + guided_steps * unconditional
 
 
 def vin_flops(config: DiTConfig, vin: VINConfig, grid: LatentGrid, keyframes: int) -> int:

@@ -1,4 +1,5 @@
-"""Saving and loading a VIN as a safetensors file: parameters under their own names; sizes and chunking in the metadata.
+"""Saving and loading a VIN as a safetensors file: parameters under their own names; its sizes and its
+`ParallelChunksConfig` in the metadata.
 
 There is no published layout. The metadata also holds the sizes of the DiT that the VIN was trained with, so that a file
 for another DiT is refused before it runs.
@@ -30,11 +31,11 @@ LONGEST = 200  # characters of the list of parameters that do not fit
 
 
 def save_vin(vin: VideoInterfaceNetwork, chunks: ParallelChunksConfig, path: str | PathLike[str]) -> None:
-    """Writes a VIN and the chunking of its videos to one safetensors file.
+    """Writes a VIN and the settings of its parallel chunks to one safetensors file.
 
     Args:
         vin: the network.
-        chunks: how the videos that it was trained on are cut.
+        chunks: how its videos are cut into parallel chunks, and how these are fused and guided.
         path: the file to write.
 
     Raises:
@@ -57,7 +58,7 @@ def inspect_vin(path: str | PathLike[str], dit: DiTConfig) -> tuple[VideoInterfa
         dit: sizes of the DiT that will attend the global tokens.
 
     Returns:
-        The network on the meta device, where it has shapes alone, and how its videos are cut.
+        The network on the meta device, where it has shapes alone, and the settings of its parallel chunks.
 
     Raises:
         CheckpointError: the file cannot be read or holds no VIN, the VIN is for a DiT of other sizes than `dit`, or
@@ -70,7 +71,7 @@ def inspect_vin(path: str | PathLike[str], dit: DiTConfig) -> tuple[VideoInterfa
 def load_vin(
     path: str | PathLike[str], dit: DiTConfig, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> tuple[VideoInterfaceNetwork, ParallelChunksConfig]:
-    """Loads a VIN and the chunking of its videos from a file.
+    """Loads a VIN and the settings of its parallel chunks from a file.
 
     Args:
         path: a file that `save_vin` wrote.
@@ -79,7 +80,7 @@ def load_vin(
         device: where they are loaded to.
 
     Returns:
-        The network, in eval mode and without gradients, and how its videos are cut.
+        The network, in eval mode and without gradients, and the settings of its parallel chunks.
 
     Raises:
         CheckpointError: the file cannot be read or holds no VIN, the VIN is for a DiT of other sizes than `dit`, or
@@ -116,8 +117,9 @@ def _errors_of(path: str | PathLike[str]) -> Iterator[None]:
 def _empty(
     path: str | PathLike[str], file: safe_open, dit: DiTConfig
 ) -> tuple[VideoInterfaceNetwork, ParallelChunksConfig]:
-    """Returns the network that a file's metadata describes, on the meta device, and how its videos are cut. Raises
-    CheckpointError if they describe none or one for another DiT, or if the tensors are others than its parameters."""
+    """Returns the network that a file's metadata describes, on the meta device, and the settings of its parallel
+    chunks. Raises CheckpointError if it describes none or one for another DiT, or if the tensors are others than its
+    parameters."""
     metadata = file.metadata() or {}
     layout = metadata.get("layout")
     if layout == OLD_LAYOUT:

@@ -41,8 +41,8 @@ def weight_files(path: Path) -> Sequence[Path]:
 
 def _models_inside(path: Path) -> str:
     """What to say of the folders in a folder that are whole models."""
-    models = sorted(file.parent for file in path.glob("*/pipeline.json"))
-    return f"; models in it: {some(models)}" if models else ""
+    models = sorted(file.parent for name in ("pipeline.json", "model_index.json") for file in path.glob(f"*/{name}"))
+    return f"; to open a whole model in it name {some(models)}" if models else ""
 
 
 def _choices(folder: Path) -> dict[str, Sequence[Path]]:

@@ -70,20 +70,27 @@ def test_inspect_tells_the_sizes_of_a_vin(tmp_path: Path) -> None:
 
     text, plain = shell("inspect", "toybox-vin"), shell("inspect", "toybox-vin", "--json")
     vin = json.loads(plain.output)["vin"]
-    assert {"global_tokens", "dim", "layers", "chunk_frames", "overlap", "fuse_above"} <= set(vin)
+    assert {"global_tokens", "dim", "layers", "chunk_frames", "overlap", "global_guidance_scale"} <= set(vin)
     with safe_open(vin["path"], "pt") as file:
         assert vin["parameters"] == sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
         metadata = file.metadata()
     for name in ("vin", "chunks"):
         assert json.loads(metadata[name]).items() <= vin.items()
+    alone = shell("inspect", vin["path"])
+    assert alone.exit_code == 1
+    assert alone.stdout == (
+        f"{vin['path']}: a Video Interface Network of {vin['global_tokens']} global tokens of width {vin['dim']}, for "
+        'chunks in parallel; a model configuration names it as `"vin"`\n'
+    )
     assert f"global_tokens = {vin['global_tokens']}" in text.output
     assert "vin" not in json.loads(shell("inspect", "toybox", "--json").output)
     names = {"transformer": "toybox.safetensors", "vin": "toybox.safetensors", "codec": "codec"}
     of_no_vin = {name: str(WEIGHTS / file) for name, file in names.items()} | {"text": "toybox"}
     (tmp_path / "pipeline.json").write_text(json.dumps(of_no_vin))
-    refused = shell("inspect", tmp_path)
-    assert (refused.exit_code, len(refused.output.splitlines())) == (2, 1)
+    refused, plain = shell("inspect", tmp_path), shell("inspect", tmp_path, "--json")
+    assert (refused.exit_code, plain.exit_code) == (1, 1)
     assert "not a Video Interface Network" in refused.output
+    assert json.loads(plain.output)["vin"]["path"] == str(WEIGHTS / "toybox.safetensors")
 
 
 @pytest.mark.parametrize(("verdicts", "status"), [([True, None], 0), ([True, False], 1)])

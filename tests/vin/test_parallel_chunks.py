@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from causalrope_kernels import attention, attention_parts, merge
-from causalrope_sp import LatentGrid, SamplerConfig, StreamConfig
+from causalrope_sp import ConfigError, LatentGrid, SamplerConfig, StreamConfig
 from causalrope_sp.diffusion.noise import seeded_noise
 from causalrope_sp.distributed import SequenceParallel
 from causalrope_sp.distributed.launch import RankPool
@@ -209,6 +209,7 @@ JOBS = {
     "fresh noise, batch 2": Job(12, batch=2, sampler=replace(STEPS, solver="renoise"), initial_frames=2),
     "no initial frame, a short last chunk": Job(9, initial_frames=0),
     "guided": Job(17, chunks=replace(CHUNKS, global_guidance_scale=2.5, global_guidance_interval=(500, 800))),
+    "guided, float32": Job(11, chunks=replace(CHUNKS, global_guidance_scale=2.5), dtype=torch.float32),
     "float32": Job(14, dtype=torch.float32),
     "bfloat16": Job(11, dtype=torch.bfloat16),
 }
@@ -253,15 +254,22 @@ def test_every_step_is_reported_and_previews_where_asked() -> None:
     assert preview.shape == last.shape
 
 
+def attention_flops(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], *_: Any, **__: Any) -> int:
+    return 4 * q[0] * q[1] * q[2] * k[2] * q[3]
+
+
+def counting() -> FlopCounterMode:
+    """torch's counter, which does not know attention on a CPU."""
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return FlopCounterMode(display=False, custom_mapping={attention: attention_flops})
+
+
 def test_flops_are_those_that_torch_counts() -> None:
     model, vin = make_pair(torch.float32)
     chunks = cut(11, CHUNKS, 1)
     parallel = SequenceParallel.single(device="cpu")
     embeds = torch.zeros(1, CONFIG.text_len, CONFIG.text_dim)
     strategy = strategy_of(parallel, work_of(model))
-
-    def partial(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], *_: Any, **__: Any) -> int:
-        return 4 * q[0] * q[1] * q[2] * k[2] * q[3]
 
     video = AssignedChunks(chunks, CHUNKS)
     where = positions(torch.tensor(video.keyframes), *Shard(GRID).rows_and_columns())
@@ -271,14 +279,10 @@ def test_flops_are_those_that_torch_counts() -> None:
         assert counter.get_total_flops() == vin_flops_once(CONFIG, VIN, GRID, len(video.keyframes))
         state = ParallelChunksForward(model, vin, embeds, GRID, video, 1, strategy, parallel)
         state.commit(torch.zeros(1, 1, GRID.tokens, CONFIG.token_dim))
-        mapping = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: partial}
-        for global_tokens, network in ((True, VIN), (False, None)):
-            with FlopCounterMode(display=False, custom_mapping=mapping) as counter, sdpa_kernel(SDPBackend.MATH):
-                state.velocities(torch.zeros(1, 11, GRID.tokens, CONFIG.token_dim), 500.0, global_tokens)
+        for attend_globals, network in ((True, VIN), (False, None)):
+            with counting() as counter, sdpa_kernel(SDPBackend.MATH):
+                state.velocities(torch.zeros(1, 11, GRID.tokens, CONFIG.token_dim), 500.0, attend_globals)
             assert counter.get_total_flops() == parallel_chunks_flops(CONFIG, network, GRID, 11, CHUNKS, 1)
-    steps = [parallel_chunks_flops(CONFIG, network, GRID, 11, CHUNKS, 1) for network in (VIN, None)]
-    once = vin_flops_once(CONFIG, VIN, GRID, len(video.keyframes))
-    assert video_flops(CONFIG, VIN, GRID, 11, CHUNKS, 4, 1, guided=3) == once + 4 * steps[0] + 3 * steps[1]
     assert full_flops(CONFIG, GRID, 11, 1) == parallel_chunks_flops(
         CONFIG, None, GRID, 11, ParallelChunksConfig(11, 1, 1), 1
     )
@@ -299,17 +303,29 @@ def test_steps_outside_the_interval_are_not_guided(monkeypatch: pytest.MonkeyPat
     job, forwards = Job(14), list[tuple[float, bool]]()
     velocities = ParallelChunksForward.velocities
 
-    def noted(state: ParallelChunksForward, held: Tensor, timestep: float, global_tokens: bool = True) -> list[Tensor]:
-        forwards.append((timestep, global_tokens))
-        return velocities(state, held, timestep, global_tokens)
+    def noted(state: ParallelChunksForward, held: Tensor, timestep: float, attend_globals: bool = True) -> list[Tensor]:
+        forwards.append((timestep, attend_globals))
+        return velocities(state, held, timestep, attend_globals)
 
     monkeypatch.setattr(ParallelChunksForward, "velocities", noted)
     between = replace(CHUNKS, global_guidance_scale=2, global_guidance_interval=(500, 750))
     single(replace(job, chunks=between))
     assert forwards == [(1000, True), (750, True), (750, False), (500, True), (500, False), (250, True)]
-    assert torch.equal(
-        single(replace(job, chunks=replace(between, global_guidance_interval=(600, 700)))), single(job)
-    ), "no step is in the interval"
+    with pytest.raises(ConfigError, match=r"no step is within .*interval 600 to 700; they are at 1000, 750"):
+        single(replace(job, chunks=replace(between, global_guidance_interval=(600, 700))))
+
+
+def test_flops_of_guidance_are_those_that_torch_counts() -> None:
+    """What two guided steps of a video add."""
+
+    def counted(chunks: ParallelChunksConfig) -> int:
+        with counting() as counter, sdpa_kernel(SDPBackend.MATH):
+            single(Job(11, dtype=torch.float32, chunks=chunks))
+        return int(counter.get_total_flops())
+
+    guided = replace(CHUNKS, global_guidance_scale=2, global_guidance_interval=(500, 750))
+    formula = [video_flops(CONFIG, VIN, GRID, 11, CHUNKS, 4, 1, guided_steps=steps) for steps in (0, 2)]
+    assert counted(guided) - counted(CHUNKS) == formula[1] - formula[0] > 0
 
 
 def test_any_solver_leads_from_step_to_step() -> None:

@@ -25,6 +25,7 @@ from causalrope_sp.vin import (
     ParallelChunksConfig,
     VideoInterfaceNetwork,
     VINConfig,
+    inspect_vin,
     load_vin,
     sample_parallel_chunks,
     save_vin,
@@ -79,6 +80,9 @@ def test_weights_come_back_and_others_are_refused(tmp_path: Path) -> None:
     save_vin(vin, CHUNKS, tmp_path / "vin.safetensors")
     with pytest.raises(CheckpointError, match="NaN or infinite: z_init"):
         load_vin(tmp_path / "vin.safetensors", CONFIG)
+    inspected, chunks = inspect_vin(tmp_path / "vin.safetensors", CONFIG)  # reads no weights
+    assert (inspected.config, chunks) == (VIN, CHUNKS)
+    assert {x.device.type for x in inspected.parameters()} == {"meta"}
 
 
 def test_frequencies_are_not_rounded(tmp_path: Path) -> None:
@@ -149,6 +153,7 @@ def with_another_dit() -> None:
         (lambda: ParallelChunksConfig(5, 2, 2, 0.4, 2, 900), "interval must be two timesteps, not 900"),  # type: ignore[arg-type]
         (lambda: ParallelChunksConfig(5, 2, 2, 0.4, 2, (0, 1001)), "a timestep of global_guidance_interval must be"),
         (lambda: ParallelChunksConfig(5, 2, 2, 0.4, 2, (900, 800)), "must begin with its lower timestep"),
+        (lambda: ParallelChunksConfig(5, 2, 2, 0.4, 1, (800, 900)), "says nothing without a global_guidance_scale"),
         (lambda: VINConfig(8, 10, 3, 1, 1), "not divisible by its 3 heads"),
         (lambda: Job(0).outputs(SequenceParallel.single()), "frames must be at least 1"),
         (
@@ -158,7 +163,7 @@ def with_another_dit() -> None:
         (lambda: Job(5, preview_every=1.5).outputs(SequenceParallel.single()), "whole number of at least 1, not 1.5"),  # type: ignore[arg-type]
         (
             lambda: single(Job(5, sampler=replace(STEPS, guidance_scale=2.0))),
-            "parallel chunks are not guided by their text",
+            "no guidance by a negative text: guidance_scale must be 1, not 2, and cfg of the mesh 1",
         ),
         (with_another_dit, "for another DiT than this one: num_layers 3, not 2"),
     ],

@@ -226,7 +226,7 @@ def a_broken_config(folder: Path) -> None:
 
 def a_model_inside(folder: Path) -> None:
     (folder / "weights").mkdir()
-    (folder / "weights" / "pipeline.json").write_text("{}")
+    (folder / "weights" / "model_index.json").write_text("{}")
 
 
 def checkpoints_beside_a_model(folder: Path) -> None:
@@ -276,8 +276,8 @@ def text_under_a_torch_name(folder: Path) -> None:
         (truncated_torch_file, "w.pt: truncated"),
         (no_weights, "holds no weights"),
         (two_checkpoints, "a.safetensors, b.safetensors"),
-        (a_model_inside, "/weights"),
-        (checkpoints_beside_a_model, "a.safetensors, b.safetensors; models in it: /"),
+        (a_model_inside, "; to open a whole model in it name /"),
+        (checkpoints_beside_a_model, "a.safetensors, b.safetensors; to open a whole model in it name /"),
         (another_model, "transformer_blocks.0.attn1.to_q.weight"),
         (unknown_heads, "give `config`"),
         (impossible_heads, "num_heads 5"),
