@@ -187,10 +187,10 @@ def test_redrawn_by_all_steps_is_generated(pipe: CausalVideoPipeline, video: np.
     assert np.array_equal(made(pipe, OTHER, 49, video=video, strength=1), made(pipe, OTHER, 49))
 
 
-@pytest.mark.parametrize(("model", "steps", "bound"), [("toybox", 4, 23), ("toybox-flow", 16, 36)])
+@pytest.mark.parametrize(("model", "steps", "bound"), [("toybox", 4, 23), ("toybox-flow", 16, 23)])
 def test_redrawn_by_one_step_stays_near(video: np.ndarray, model: str, steps: int, bound: float) -> None:
-    """Another prompt, one step. Measured over five videos and prompts of one background: 24.0 to 32.7 dB from a noise
-    level of 0.25, 37.3 to 46.8 dB from 0.06; drawn anew it is 13.8 to 17.7 dB."""
+    """Another prompt, one step, whose noise level is 0.25 in both. Measured over five videos and prompts of one
+    background: 24.0 to 32.7 dB; drawn anew it is 13.8 to 17.7 dB."""
     pipe, source = CausalVideoPipeline.from_pretrained(model), video[:21]
     assert psnr(made(pipe, OTHER, 21, video=source, strength=1 / steps), source) > bound
     assert psnr(made(pipe, OTHER, 21, video=source, strength=0.9), source) < 20

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import sys
@@ -94,6 +95,24 @@ def test_the_shipped_weights_are_small_and_in_bfloat16() -> None:
             wide = {name for name in file.keys() if file.get_slice(name).get_dtype() != "BF16"}
             assert wide == ({"frequencies"} if path.stem == "toybox-vin" else set())
     assert json.loads((WEIGHTS / "toybox-vin.json").read_text())["vin"] == files[0].name
+
+
+def test_the_recipe_makes_what_is_shipped(pipe: CausalVideoPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sizes of the VIN, and how videos are cut into chunks, fused and guided."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    recipe, shipped = importlib.import_module("train_vin"), pipe.parts.parallel_chunks
+    assert shipped is not None
+    assert (shipped.vin.config, shipped.chunks) == (recipe.CONFIG, recipe.CHUNKS)
+
+
+def test_guidance_costs_a_forward_without_global_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the formulas of the benchmark: nine of toybox-vin's 25 steps are guided."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    made = importlib.import_module("vin_variants")
+    names = ("VIN", "VIN without guidance", "VIN without global tokens")
+    variants = made.Variants()
+    guided, unguided, without = (made.flops_of(name, variants, 256) for name in names)
+    assert guided - unguided == without * 9 // 25
 
 
 def test_generate_makes_a_video_and_previews(tmp_path: Path) -> None:
