@@ -42,11 +42,11 @@ if TYPE_CHECKING:
 OF_ANY_COLOR = ("cuts", "one_background", "colors_in_common")  # what can be measured where texts name no colours
 MEASURES = {  # by their headings
     "cuts": "cuts",
-    "position": "position",
-    "velocity": "velocity",
-    "color": "colour",
-    "position_period_later": "a period later",
-    "not_found": "not found",
+    "position": "position, % of frame",
+    "velocity": "velocity, % a frame",
+    "color": "colour, of 255",
+    "position_period_later": "a period later, % of frame",
+    "not_found": "frames without the object",
     "one_background": "one background",
     "colors_in_common": "colours in common",
 }

@@ -27,9 +27,11 @@ SEED, SHOWN, SCALE, LABEL, AXIS = 3, 10, 2, 310, 34
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("out", type=click.Path(dir_okay=False, writable=True, path_type=Path), default="docs/conditioning.png")
+@click.argument("out", type=click.Path(dir_okay=False, writable=True, path_type=Path), default="conditioning.png")
 def main(out: Path) -> None:
-    """Draws what a video can start from to OUT, a picture; the default is docs/conditioning.png."""
+    """Draws what a video can start from to OUT, a picture; the default is conditioning.png."""
+    if not out.parent.is_dir() or out.suffix not in Image.registered_extensions():
+        raise click.BadParameter(f"expected a picture such as {out.stem}.png in a folder that exists, not {out}")
     pipe = CausalVideoPipeline.from_pretrained("toybox")
     picture = scene(256)
     first = fit(picture, pipe.height, pipe.width)[None]

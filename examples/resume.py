@@ -16,7 +16,7 @@ from causalrope_sp.io.video_writer import VideoWriter
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("file", metavar="SESSION", default="session.safetensors")
+@click.argument("file", metavar="[SESSION]", default="session.safetensors")
 @click.argument("out", default="resumed.mp4")
 @click.argument("chunks", default=4, type=click.IntRange(1))
 def main(file: str, out: str, chunks: int) -> None:

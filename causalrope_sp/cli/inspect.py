@@ -72,7 +72,7 @@ def inspect(path: str, part: str | None, preset: str | None, steps: str | None, 
     report = examine(path, part, preset, changes)
     vin = vin_fields(path, report)
     if rank() == 0:
-        click.echo(json.dumps(report_fields(report) | vin) if as_json else report_text(report, vin))
+        click.echo(json.dumps(_joined(report_fields(report), vin)) if as_json else report_text(report, vin))
     return 1 if report.problem or "problem" in vin.get("vin", {}) else 0
 
 
@@ -125,7 +125,9 @@ def examine(path: str, part: str | None, preset: str | None, changes: Mapping[st
 
 
 def report_fields(report: CheckpointReport) -> dict[str, Any]:
-    """Returns the report as values that JSON can represent."""
+    """Returns the report as values that JSON can represent; `timesteps` are those of the sampler after its shift."""
+    from causalrope_sp.diffusion.schedule import model_timesteps
+
     preset = report.preset
     return {
         "path": str(report.path),
@@ -142,6 +144,7 @@ def report_fields(report: CheckpointReport) -> dict[str, Any]:
         "source": preset.source,
         "stream": stream_fields(preset.stream),
         "sampler": asdict(preset.sampler),
+        "timesteps": tuple(round(timestep, 1) for timestep in model_timesteps(preset.sampler)),
         "not_run": report.not_run,
         "missing": report.missing,
         "unexpected": report.unexpected,
@@ -181,9 +184,14 @@ def vin_fields(path: str, report: CheckpointReport) -> dict[str, Any]:
 def report_text(report: CheckpointReport, more: Mapping[str, Any] = MappingProxyType({})) -> str:
     """Returns the report, and the fields of `more`, as lines with a name and a value each; a value that is assumed says
     so."""
-    fields = report_fields(report) | {"wrapping": str(report.wrapping)} | dict(more)
+    fields = _joined(report_fields(report) | {"wrapping": str(report.wrapping)}, more)
     assumed = fields.pop("assumed")
     return _as_text(fields, assumed)
+
+
+def _joined(fields: Mapping[str, Any], vin: Mapping[str, Any]) -> dict[str, Any]:
+    """Adds the field of a VIN, whose model makes no stream, to the report on its transformer."""
+    return {name: value for name, value in fields.items() if not vin or name != "stream"} | dict(vin)
 
 
 def adapter_fields(report: AdapterReport) -> dict[str, Any]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
-from causalrope_sp.checks import shown
 from causalrope_sp.errors import CheckpointError, escaped_line, printable
 
 
@@ -20,7 +18,7 @@ def other_file(path: str) -> str | None:
         The sentence; None for every other file, folder or name.
 
     Raises:
-        CheckpointError: a saved session or embeddings are damaged.
+        CheckpointError: a saved session, embeddings or the settings of a VIN are damaged.
         ConfigError: a file of windows of heads, or a policy of reuse, has wrong fields.
         InputError: the header of a compressed video is damaged.
     """
@@ -81,7 +79,7 @@ def _of_safetensors(file: Path) -> str | None:
     from causalrope_sp.sessions import read_session
     from causalrope_sp.sessions.session_file import FORMAT
     from causalrope_sp.text.embeds import load_embeds
-    from causalrope_sp.vin.vin_weights import LAYOUT
+    from causalrope_sp.vin.vin_weights import LAYOUT, OLD_LAYOUT
     from causalrope_sp.weights.tensor_files import WeightFiles
 
     try:
@@ -93,8 +91,8 @@ def _of_safetensors(file: Path) -> str | None:
         by = f" by {escaped_line(found.encoder)}" if found.encoder else ""
         what = f'of the prompt "{escaped_line(found.prompt)}"' if found.prompt else "of a prompt"
         return f"embeddings {what}{by}, {found.length} tokens of {found.embeds.shape[2]} numbers, for `--text-embeds`"
-    if files.metadata.get("layout") == LAYOUT:
-        return _vin(file, files.metadata)
+    if files.metadata.get("layout") in (LAYOUT, OLD_LAYOUT):
+        return _vin(file)
     if files.metadata.get("format") != FORMAT:
         return None
     saved = read_session(file)
@@ -109,16 +107,12 @@ def _of_safetensors(file: Path) -> str | None:
     )
 
 
-def _vin(file: Path, metadata: Mapping[str, str]) -> str:
-    from causalrope_sp.io.json_files import parse_object
+def _vin(file: Path) -> str:
+    from causalrope_sp.vin.vin_weights import read_vin_settings
 
-    try:
-        sizes = parse_object(metadata.get("vin", "null"))
-    except ValueError as reason:
-        raise CheckpointError(
-            f"{file}: its metadata lacks the sizes of a Video Interface Network: {reason}"
-        ) from reason
+    config, chunks = read_vin_settings(file)
+    guidance = f", guided at a scale of {chunks.global_guidance_scale:g}" if chunks.global_guidance_scale != 1 else ""
     return (
-        f"a Video Interface Network of {shown(sizes.get('global_tokens'))} global tokens of width "
-        f'{shown(sizes.get("dim"))}, for chunks in parallel; a model configuration names it as `"vin"`'
+        f"a Video Interface Network of {config.global_tokens} global tokens of width {config.dim}, for parallel chunks "
+        f'of {chunks.chunk_frames} latent frames{guidance}; a model configuration names it as `"vin"`'
     )

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from causalrope_sp.checks import check_number, check_whole
+from causalrope_sp.checks import check_number, check_whole, shown
 from causalrope_sp.config import SamplerConfig, StreamConfig, stream_fields
 from causalrope_sp.diffusion.schedule import with_overrides
 from causalrope_sp.errors import CheckpointError, ConfigError, printable
@@ -191,6 +191,12 @@ class ModelConfig:
         }
 
 
+def _path(name: str, value: object) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"{name} must be a path, not {shown(value)}")
+    return value
+
+
 def read_fields(path: Path) -> dict[str, Any]:
     """Reads the fields of a pipeline.json, and resolves its paths against its folder.
 
@@ -199,7 +205,7 @@ def read_fields(path: Path) -> dict[str, Any]:
     """
     try:
         fields = read_object(path)
-        resolved = {name: path.parent / fields[name] for name in PATHS if name in fields}
+        resolved: dict[str, Any] = {name: path.parent / _path(name, fields[name]) for name in PATHS if name in fields}
         if "text" in fields:
             resolved["text"] = TextSource.from_json(fields["text"], path.parent)
         if "loras" in fields:

@@ -173,7 +173,9 @@ def check_requested(requested: str | None, weights: Path | None, changes: Collec
             'this model makes its chunks in parallel alone: say --parallel-chunks vin (parallel_chunks="vin")'
         )
     if requested and changes:
-        raise ConfigError(f"chunks made in parallel are no stream: they have no {', '.join(changes)} to set")
+        what = f"chunks made in parallel are no stream: they have no {', '.join(changes)} to set"
+        of_file = "; guidance by global tokens is set in the VIN's file" if "guidance" in changes else ""
+        raise ConfigError(what + of_file)
 
 
 def check_call(parallel_chunks: bool, conditioned: bool, reuse: bool, previews: bool) -> None:

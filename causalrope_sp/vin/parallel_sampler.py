@@ -5,6 +5,7 @@ Shapes: B batch, F latent frames, C channels, H×W latent size, s tokens of a fr
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +31,8 @@ from causalrope_sp.vin.fusion import join
 from causalrope_sp.vin.network import VideoInterfaceNetwork, differing
 from causalrope_sp.vin.parallel_forward import ParallelChunksForward
 from causalrope_sp.vin.vin_config import ParallelChunksConfig, check_preview
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -97,9 +100,8 @@ def sample_parallel_chunks(
 
     Raises:
         ConfigError: `frames` or `preview_every` is below 1, a shape does not fit the model or the grid, the VIN belongs
-            to another DiT, the sampler guides a step by the text, no step is in the interval of guidance by global
-            tokens, the mesh has ranks for guidance or decoding, or the strategy cannot use
-            the ranks.
+            to another DiT, the sampler guides a step by the text, the mesh has ranks for guidance or decoding, or the
+            strategy cannot use the ranks.
     """
     parallel = parallel or SequenceParallel.single()
     _check(model, vin, embeds, grid, frames, chunks, sampler, parallel, preview_every)
@@ -189,9 +191,11 @@ def _check(
         )
     guided = chunks.global_guidance_scale != 1 and vin is not None
     if guided and not any(map(chunks.guides, model_timesteps(sampler))):
-        low, high = chunks.global_guidance_interval
-        steps = ", ".join(f"{t:g}" for t in model_timesteps(sampler))
-        raise ConfigError(f"no step is within the global_guidance_interval {low:g} to {high:g}; they are at {steps}")
+        (low, high), timesteps = chunks.global_guidance_interval, model_timesteps(sampler)
+        _log.warning(
+            "no step is guided by global tokens: the global_guidance_interval is %g to %g, and the %d steps are at "
+            "timesteps %g to %g", low, high, len(timesteps), timesteps[-1], timesteps[0],
+        )  # fmt: skip
     if parallel.mesh.decode:
         raise ConfigError(
             f"parallel chunks are all finished by the last step, so decode ranks would have nothing to do: expected "

@@ -83,8 +83,7 @@ class ParallelChunksConfig:
             raise ConfigError(
                 f"an overlap of {self.overlap} is more than half of a chunk of {self.chunk_frames} frames"
             )
-        if not isinstance(self.fuse_above, int | float) or not 0 <= self.fuse_above <= 1:
-            raise ConfigError(f"fuse_above is a share of the steps, from 0 to 1, not {self.fuse_above!r}")
+        object.__setattr__(self, "fuse_above", check_number("fuse_above", self.fuse_above, least=0, most=1))
         scale = check_number("global_guidance_scale", self.global_guidance_scale, least=0, most=LARGEST)
         object.__setattr__(self, "global_guidance_scale", scale)
         object.__setattr__(self, "global_guidance_interval", _interval(self.global_guidance_interval))

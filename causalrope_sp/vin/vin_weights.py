@@ -10,15 +10,18 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import MISSING, asdict
+from dataclasses import fields as dataclass_fields
 from os import PathLike
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from causalrope_sp.config import DiTConfig
 from causalrope_sp.devices import on_meta
-from causalrope_sp.errors import CheckpointError
+from causalrope_sp.errors import CheckpointError, printable
 from causalrope_sp.io.json_files import parse_object
 from causalrope_sp.io.saved_tensors import save_tensors
 from causalrope_sp.vin.network import VideoInterfaceNetwork, at_least_float32, sizes
@@ -26,7 +29,9 @@ from causalrope_sp.vin.vin_config import ParallelChunksConfig, VINConfig
 from causalrope_sp.weights.finite import all_finite
 from causalrope_sp.weights.tensor_files import DTYPES
 
+C = TypeVar("C", VINConfig, ParallelChunksConfig)
 LAYOUT, OLD_LAYOUT = "causalrope_sp-vin-2", "causalrope_sp-vin-1"
+TENSORS_OF_LAYER = 10  # at least
 LONGEST = 200  # characters of the list of parameters that do not fit
 
 
@@ -64,8 +69,25 @@ def inspect_vin(path: str | PathLike[str], dit: DiTConfig) -> tuple[VideoInterfa
         CheckpointError: the file cannot be read or holds no VIN, the VIN is for a DiT of other sizes than `dit`, or
             weights are missing, unexpected or of a wrong shape.
     """
-    with _errors_of(path), safe_open(path, "pt") as file:
+    with _errors_of(path), _opened(path) as file:
         return _empty(path, file, dit)
+
+
+def read_vin_settings(path: str | PathLike[str]) -> tuple[VINConfig, ParallelChunksConfig]:
+    """Reads the settings of a VIN, whatever its DiT is.
+
+    Args:
+        path: a file that `save_vin` wrote.
+
+    Returns:
+        The sizes of the network, and the settings of its parallel chunks.
+
+    Raises:
+        CheckpointError: the file cannot be read, or its metadata describe no VIN.
+    """
+    with _errors_of(path), _opened(path) as file:
+        config, chunks, _ = _settings(path, file.metadata() or {})
+    return config, chunks
 
 
 def load_vin(
@@ -86,7 +108,7 @@ def load_vin(
         CheckpointError: the file cannot be read or holds no VIN, the VIN is for a DiT of other sizes than `dit`, or
             weights are missing, unexpected, of a wrong shape, NaN or infinite.
     """
-    with _errors_of(path), safe_open(path, "pt") as file:
+    with _errors_of(path), _opened(path) as file:
         vin, chunks = _empty(path, file, dit)
         state = {name: file.get_tensor(name) for name in file.keys()}
     for name, tensor in state.items():
@@ -114,13 +136,35 @@ def _errors_of(path: str | PathLike[str]) -> Iterator[None]:
         raise CheckpointError(f"{path}: cannot be read as a Video Interface Network: {reason}") from reason
 
 
+def _opened(path: str | PathLike[str]) -> safe_open:
+    """Opens a file; a folder or a pipe, which would never end, is refused first."""
+    if Path(path).exists() and not Path(path).is_file():
+        raise CheckpointError(f"{path}: cannot be read as a Video Interface Network: it is no regular file")
+    return safe_open(path, "pt")
+
+
 def _empty(
     path: str | PathLike[str], file: safe_open, dit: DiTConfig
 ) -> tuple[VideoInterfaceNetwork, ParallelChunksConfig]:
     """Returns the network that a file's metadata describes, on the meta device, and the settings of its parallel
     chunks. Raises CheckpointError if it describes none or one for another DiT, or if the tensors are others than its
     parameters."""
-    metadata = file.metadata() or {}
+    config, chunks, stored = _settings(path, file.metadata() or {})
+    if wrong := [f"{name} {stored.get(name)}, not {x}" for name, x in sizes(dit).items() if stored.get(name) != x]:
+        raise CheckpointError(f"{path}: for another DiT than this one: {'; '.join(wrong)}")
+    if TENSORS_OF_LAYER * (config.layers + config.position_layers) > len(file.keys()):
+        raise CheckpointError(f"{path}: holds {len(file.keys())} tensors, too few for its layers: {asdict(config)}")
+    with on_meta():
+        vin = VideoInterfaceNetwork(config, dit)
+    _check_shapes(path, vin, {name: file.get_slice(name).get_shape() for name in file.keys()})
+    return vin, chunks
+
+
+def _settings(
+    path: str | PathLike[str], metadata: dict[str, str]
+) -> tuple[VINConfig, ParallelChunksConfig, dict[str, Any]]:
+    """Returns what a file's metadata says: the sizes of the VIN, the settings of its parallel chunks, and the sizes of
+    its DiT."""
     layout = metadata.get("layout")
     if layout == OLD_LAYOUT:
         raise CheckpointError(
@@ -135,15 +179,17 @@ def _empty(
         raise CheckpointError(
             f"{path}: its metadata lacks the sizes of a Video Interface Network: {reason}"
         ) from reason
-    config, chunks = VINConfig(**network), ParallelChunksConfig(**cut)
-    if wrong := [f"{name} {stored.get(name)}, not {x}" for name, x in sizes(dit).items() if stored.get(name) != x]:
-        raise CheckpointError(f"{path}: for another DiT than this one: {'; '.join(wrong)}")
-    if config.layers + config.position_layers > len(file.keys()):
-        raise CheckpointError(f"{path}: holds {len(file.keys())} tensors, too few for its layers: {network}")
-    with on_meta():
-        vin = VideoInterfaceNetwork(config, dit)
-    _check_shapes(path, vin, {name: file.get_slice(name).get_shape() for name in file.keys()})
-    return vin, chunks
+    return _fields(path, VINConfig, network), _fields(path, ParallelChunksConfig, cut), stored
+
+
+def _fields(path: str | PathLike[str], kind: type[C], fields: dict[str, Any]) -> C:
+    """Makes a configuration of what a file says; raises CheckpointError if it lacks fields, or has others."""
+    known = {field.name: field.default is MISSING for field in dataclass_fields(kind)}
+    wrong = [f"no field {name}" for name, needed in known.items() if needed and name not in fields]
+    wrong += [f"an unknown field {printable(name)}" for name in fields if name not in known]
+    if wrong:
+        raise CheckpointError(f"{path}: its metadata for {kind.__name__} has {', '.join(wrong[:3])}")
+    return kind(**fields)
 
 
 def _check_shapes(path: str | PathLike[str], vin: VideoInterfaceNetwork, stored: dict[str, list[int]]) -> None:

@@ -41,7 +41,8 @@ def weight_files(path: Path) -> Sequence[Path]:
 
 def _models_inside(path: Path) -> str:
     """What to say of the folders in a folder that are whole models."""
-    models = sorted(file.parent for name in ("pipeline.json", "model_index.json") for file in path.glob(f"*/{name}"))
+    names = ("pipeline.json", "model_index.json")
+    models = sorted({file.parent for name in names for file in path.glob(f"*/{name}") if file.is_file()})
     return f"; to open a whole model in it name {some(models)}" if models else ""
 
 

@@ -65,6 +65,7 @@ def test_inspect_opens_the_pipeline_files_that_generate_opens(tmp_path: Path) ->
 
 def test_inspect_tells_the_sizes_of_a_vin(tmp_path: Path) -> None:
     from safetensors import safe_open
+    from safetensors.torch import save_file
 
     from causalrope_sp.toybox import WEIGHTS
 
@@ -80,10 +81,26 @@ def test_inspect_tells_the_sizes_of_a_vin(tmp_path: Path) -> None:
     assert alone.exit_code == 1
     assert alone.stdout == (
         f"{vin['path']}: a Video Interface Network of {vin['global_tokens']} global tokens of width {vin['dim']}, for "
-        'chunks in parallel; a model configuration names it as `"vin"`\n'
+        f"parallel chunks of {vin['chunk_frames']} latent frames, guided at a scale of {vin['global_guidance_scale']:g}"
+        '; a model configuration names it as `"vin"`\n'
     )
     assert f"global_tokens = {vin['global_tokens']}" in text.output
-    assert "vin" not in json.loads(shell("inspect", "toybox", "--json").output)
+    with safe_open(vin["path"], "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    for wrong, message in (
+        ({"chunks": '{"chunk_frames": 0, "overlap": 1, "keyframe_every": 2}'}, "chunk_frames must be"),
+        ({"layout": "causalrope_sp-vin-1"}, "in the earlier layout"),
+    ):
+        save_file(tensors, tmp_path / "wrong.safetensors", metadata | wrong)
+        refused = shell("inspect", tmp_path / "wrong.safetensors")
+        assert (refused.exit_code, len(refused.output.splitlines())) == (2, 1)
+        assert message in refused.output
+    toybox = json.loads(shell("inspect", "toybox", "--json").output)
+    assert "vin" not in toybox
+    assert toybox["timesteps"] == toybox["sampler"]["steps"], "a shift of 1"
+    assert "stream" in toybox
+    assert "stream" not in json.loads(plain.output)
+    assert json.loads(plain.output)["timesteps"][:2] == [1000, 986.3]
     names = {"transformer": "toybox.safetensors", "vin": "toybox.safetensors", "codec": "codec"}
     of_no_vin = {name: str(WEIGHTS / file) for name, file in names.items()} | {"text": "toybox"}
     (tmp_path / "pipeline.json").write_text(json.dumps(of_no_vin))

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from causalrope_kernels import attention, attention_parts, merge
-from causalrope_sp import ConfigError, LatentGrid, SamplerConfig, StreamConfig
+from causalrope_sp import LatentGrid, SamplerConfig, StreamConfig
 from causalrope_sp.diffusion.noise import seeded_noise
 from causalrope_sp.distributed import SequenceParallel
 from causalrope_sp.distributed.launch import RankPool
@@ -299,7 +299,9 @@ def test_guidance_by_global_tokens_is_the_formula(scale: float) -> None:
     assert torch.equal(single(replace(guided, use_vin=False)), without), "nothing to guide by"
 
 
-def test_steps_outside_the_interval_are_not_guided(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_outside_the_interval_are_not_guided(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     job, forwards = Job(14), list[tuple[float, bool]]()
     velocities = ParallelChunksForward.velocities
 
@@ -311,8 +313,10 @@ def test_steps_outside_the_interval_are_not_guided(monkeypatch: pytest.MonkeyPat
     between = replace(CHUNKS, global_guidance_scale=2, global_guidance_interval=(500, 750))
     single(replace(job, chunks=between))
     assert forwards == [(1000, True), (750, True), (750, False), (500, True), (500, False), (250, True)]
-    with pytest.raises(ConfigError, match=r"no step is within .*interval 600 to 700; they are at 1000, 750"):
-        single(replace(job, chunks=replace(between, global_guidance_interval=(600, 700))))
+    with caplog.at_level("WARNING"):
+        outside = single(replace(job, chunks=replace(between, global_guidance_interval=(600, 700))))
+    assert torch.equal(outside, single(job))
+    assert "interval is 600 to 700, and the 4 steps are at timesteps 250 to 1000" in caplog.text
 
 
 def test_flops_of_guidance_are_those_that_torch_counts() -> None:

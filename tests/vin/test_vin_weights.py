@@ -6,7 +6,9 @@ import copy
 import importlib
 import json
 import math
+import os
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -120,6 +122,10 @@ def test_frequencies_are_not_rounded(tmp_path: Path) -> None:
         ({"vin": json.dumps(asdict(VIN) | {"global_tokens": 10**12})}, "z_init is"),
         ({"vin": json.dumps(asdict(VIN) | {"layers": 9})}, r"is missing; .*\.\.\. \(\d+ in all\)"),
         ({"vin": json.dumps(asdict(VIN) | {"position_layers": 10**9})}, r"holds \d+ tensors, too few for its layers"),
+        (
+            {"chunks": '{"overlap": 1, "new": 2}'},
+            "no field chunk_frames, .*, an unknown field new",
+        ),
     ],
 )
 def test_a_file_that_says_nonsense_is_refused_by_name(tmp_path: Path, said: dict[str, str], message: str) -> None:
@@ -136,6 +142,14 @@ def test_a_file_that_says_nonsense_is_refused_by_name(tmp_path: Path, said: dict
         load_vin(path, CONFIG)
 
 
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
+def test_what_is_no_file_is_refused_at_once(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    make(tmp_path / "vin.safetensors")
+    for read in (load_vin, inspect_vin):
+        with pytest.raises(CheckpointError, match="it is no regular file"):
+            read(tmp_path / "vin.safetensors", CONFIG)
+
+
 def with_another_dit() -> None:
     vin = VideoInterfaceNetwork(VIN, replace(CONFIG, num_layers=3))
     noise, embeds = seeded_noise(0, (1, *frame_shape(GRID))), torch.zeros(1, CONFIG.text_len, CONFIG.text_dim)
@@ -147,7 +161,7 @@ def with_another_dit() -> None:
     [
         (lambda: ParallelChunksConfig(5, 3, 2), "more than half of a chunk"),
         (lambda: ParallelChunksConfig(5, 0, 2), "overlap must be a whole number of at least 1"),
-        (lambda: ParallelChunksConfig(5, 2, 2, 1.5), "fuse_above is a share"),
+        (lambda: ParallelChunksConfig(5, 2, 2, 1.5), "fuse_above must be a finite number of at least 0 and at most 1"),
         (lambda: ParallelChunksConfig(5, 2, 2, 0.4, -1), "scale must be a finite number of at least 0"),
         (lambda: ParallelChunksConfig(5, 2, 2, 0.4, math.nan), "global_guidance_scale must be a finite number"),
         (lambda: ParallelChunksConfig(5, 2, 2, 0.4, 2, 900), "interval must be two timesteps, not 900"),  # type: ignore[arg-type]
