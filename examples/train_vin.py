@@ -56,13 +56,7 @@ from causalrope_sp.weights import load_model, save_model
 
 SEED = 70_000_000
 CONFIG = VINConfig(global_tokens=32, dim=192, heads=6, layers=1, position_layers=2)
-CHUNKS = ParallelChunksConfig(
-    chunk_frames=9,
-    overlap=1,
-    keyframe_every=2,
-    global_guidance_scale=2.0,
-    global_guidance_interval=(850.0, 1000.0),
-)
+CHUNKS = ParallelChunksConfig(chunk_frames=9, overlap=1, keyframe_every=2)
 LENGTHS = {17: 0.2, 33: 0.35, 65: 0.3, 129: 0.15}  # latent frames, of 64 to 512 pixel frames, and their shares
 COLORS_OPEN, STARTS_OPEN = 0.45, 0.1  # the shares of videos whose text does not name colours, or start positions
 OPEN_NOISE = (0.88, 0.99)  # half of the videos with open colours have a noise level between: there a colour is decided

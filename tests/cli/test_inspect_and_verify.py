@@ -81,8 +81,7 @@ def test_inspect_tells_the_sizes_of_a_vin(tmp_path: Path) -> None:
     assert alone.exit_code == 1
     assert alone.stdout == (
         f"{vin['path']}: a Video Interface Network of {vin['global_tokens']} global tokens of width {vin['dim']}, for "
-        f"parallel chunks of {vin['chunk_frames']} latent frames, guided at a scale of {vin['global_guidance_scale']:g}"
-        '; a model configuration names it as `"vin"`\n'
+        f'parallel chunks of {vin["chunk_frames"]} latent frames; a model configuration names it as `"vin"`\n'
     )
     assert f"global_tokens = {vin['global_tokens']}" in text.output
     with safe_open(vin["path"], "pt") as file:
@@ -95,6 +94,9 @@ def test_inspect_tells_the_sizes_of_a_vin(tmp_path: Path) -> None:
         refused = shell("inspect", tmp_path / "wrong.safetensors")
         assert (refused.exit_code, len(refused.output.splitlines())) == (2, 1)
         assert message in refused.output
+    guided = json.dumps(json.loads(metadata["chunks"]) | {"global_guidance_scale": 2.5})
+    save_file(tensors, tmp_path / "guided.safetensors", metadata | {"chunks": guided})
+    assert "latent frames, guided at a scale of 2.5; " in shell("inspect", tmp_path / "guided.safetensors").output
     toybox = json.loads(shell("inspect", "toybox", "--json").output)
     assert "vin" not in toybox
     assert toybox["timesteps"] == toybox["sampler"]["steps"], "a shift of 1"

@@ -106,10 +106,10 @@ def test_the_recipe_makes_what_is_shipped(pipe: CausalVideoPipeline, monkeypatch
 
 
 def test_guidance_costs_a_forward_without_global_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the formulas of the benchmark: nine of toybox-vin's 25 steps are guided."""
+    """By the formulas of the benchmark, which guides nine of toybox-vin's 25 steps."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     made = importlib.import_module("vin_variants")
-    names = ("VIN", "VIN without guidance", "VIN without global tokens")
+    names = ("VIN with guidance", "VIN", "VIN without global tokens")
     variants = made.Variants()
     guided, unguided, without = (made.flops_of(name, variants, 256) for name in names)
     assert guided - unguided == without * 9 // 25
