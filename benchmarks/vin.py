@@ -30,7 +30,6 @@ from vin_variants import OPEN, TRUTH, VARIANTS, Variants, flops_of, held_out, la
 
 from causalrope_sp import SequenceParallel, sample_chunks
 from causalrope_sp.diffusion.noise import seeded_noise
-from causalrope_sp.diffusion.schedule import model_timesteps
 from causalrope_sp.distributed.launch import RankPool
 from causalrope_sp.toybox.judge import judge, summarize
 from causalrope_sp.toybox.prompts import SceneSpec
@@ -93,11 +92,7 @@ def timed(group: dist.ProcessGroup | None, device: str, variant: str, frames: in
         took.append(time.perf_counter() - clock)
         clock, latents = time.perf_counter(), output.latents
     assert latents is not None, "the last step has the video"
-    guided = [vin is not None and chunks.guides(t) for t in model_timesteps(pipe.config.sampler)]
-    by_kind: dict[bool, list[float]] = {}
-    for is_guided, seconds in zip(guided, took, strict=True):
-        by_kind.setdefault(is_guided, []).append(seconds)
-    return sum(median(alike) * len(alike) for alike in by_kind.values()), latents.clone()
+    return median(took) * len(took), latents.clone()
 
 
 def times(lengths: list[int], ranks: list[int]) -> list[dict[str, Any]]:

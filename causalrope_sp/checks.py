@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 
-from causalrope_sp.errors import ConfigError
+from causalrope_sp.errors import ConfigError, printable
 
 LONGEST_SHOWN = 80  # characters of a value that a message shows
 
@@ -102,6 +102,26 @@ def check_choice(name: str, value: object, known: Collection[str]) -> str:
     if not isinstance(value, str) or value not in known:
         raise ConfigError(f"{name} must be one of {', '.join(known)}, not {shown(value)}")
     return value
+
+
+def check_names(what: str, given: object, known: Collection[str], needed: Collection[str]) -> None:
+    """Checks that a value is a JSON object that has only known fields, and all that are needed.
+
+    Args:
+        what: the object, for the message.
+        given: the value.
+        known: names of all fields.
+        needed: names of the fields that must be there.
+
+    Raises:
+        ConfigError: `given` is no object, lacks a field, or has an unknown one.
+    """
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"{what} must be a JSON object, not {shown(given)}")
+    wrong = [f"no {name}" for name in sorted(needed) if name not in given]
+    wrong += [f"an unknown {printable(name)}" for name in given if name not in known]
+    if wrong:
+        raise ConfigError(f"{what} has {', '.join(wrong[:4])}")
 
 
 def shown(value: object) -> str:

@@ -181,10 +181,10 @@ def vin_fields(path: str, report: CheckpointReport) -> dict[str, Any]:
     return {"vin": {"path": str(file), "parameters": parameters, **sizes}}
 
 
-def report_text(report: CheckpointReport, more: Mapping[str, Any] = MappingProxyType({})) -> str:
-    """Returns the report, and the fields of `more`, as lines with a name and a value each; a value that is assumed says
-    so."""
-    fields = _joined(report_fields(report) | {"wrapping": str(report.wrapping)}, more)
+def report_text(report: CheckpointReport, vin: Mapping[str, Any] = MappingProxyType({})) -> str:
+    """Returns the report, with what `vin_fields` returned, as lines with a name and a value each; a value that is
+    assumed says so."""
+    fields = _joined(report_fields(report) | {"wrapping": str(report.wrapping)}, vin)
     assumed = fields.pop("assumed")
     return _as_text(fields, assumed)
 

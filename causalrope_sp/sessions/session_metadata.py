@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, asdict, fields
 from typing import Any, TypeVar
 
 from torch import Tensor
 
-from causalrope_sp.checks import check_choice, check_flag, check_number, check_text, check_whole, shown
+from causalrope_sp.checks import check_choice, check_flag, check_names, check_number, check_text, check_whole, shown
 from causalrope_sp.codec.conv_state import ConvState
 from causalrope_sp.config import SamplerConfig, StreamConfig, check_similar, stream_fields
 from causalrope_sp.errors import ConfigError, printable
@@ -85,7 +85,7 @@ def session_of(given: Mapping[str, Any], tensors: Mapping[str, Tensor], reader: 
         ConfigError: a field or tensor is missing, unknown, of a wrong kind, or contradicts another one.
     """
     known = {*_PLAIN, "stream", "sampler", "prompts", "loras", "chunks", "shots", "texts", "cache", "decoder"}
-    _check_names("a saved session", given, known, known)
+    check_names("a saved session", given, known, known)
     if _LATENTS not in tensors:
         raise ConfigError("there are no latents")
     unknown = [name for name in tensors if name not in _SINGLE and not name.startswith(_FOLDERS)]
@@ -123,7 +123,7 @@ def config_of(kind: type[T], given: Any) -> T:
         ConfigError: there is an unknown field, or a value is of another type or refused by the class.
     """
     known = {each.name: each for each in fields(kind)}  # type: ignore[arg-type]  # a dataclass
-    _check_names(kind.__name__, given, known, ())
+    check_names(kind.__name__, given, known, ())
     return kind(**{name: _typed(f"{kind.__name__}.{name}", value, known[name]) for name, value in given.items()})
 
 
@@ -163,7 +163,7 @@ def _cache_fields(cache: SavedCache) -> dict[str, Any]:
 
 def _cache(given: Any, tensors: Mapping[str, Tensor], reader: ReadLayer) -> SavedCache:
     names = ("branches", "layers", "batch", "tokens", "heads", "head_dim", "dtype", "kinds")
-    _check_names("the cache", given, names, names)
+    check_names("the cache", given, names, names)
     branches = tuple(branch_of(branch) for branch in _list("the cache's branches", given["branches"]))
     dtype = CACHE_DTYPES[check_choice("the cache's dtype", given["dtype"], CACHE_DTYPES)]
     offsets = {name.removeprefix(_OFFSETS): x for name, x in tensors.items()}
@@ -179,7 +179,7 @@ def branch_of(given: Any) -> SavedBranch:
         ConfigError: a field is missing, unknown or wrong.
     """
     names = ("name", "frames", "oldest", "kept_shot", "pending", "seen")
-    _check_names("a branch of the cache", given, names, names)
+    check_names("a branch of the cache", given, names, names)
     lists = {n: tuple(_list(f"the cache's {n}", given[n])) for n in ("frames", "pending") if given[n] is not None}
     seen = _numbers("the frames that heads hold", given["seen"])
     return SavedBranch(**{**given, **lists, "seen": seen})
@@ -192,7 +192,7 @@ def _numbers(name: str, given: Any) -> tuple[tuple[int, ...], ...]:
 
 def _texts(given: Any, embeds: dict[str, Tensor]) -> SavedTexts:
     names = ("recache", "recache_sink")
-    _check_names("the texts", given, names, names)
+    check_names("the texts", given, names, names)
     numbered = {_id(name, _TEXTS): tensor for name, tensor in embeds.items()}
     if sorted(numbered) != list(range(len(numbered))):
         raise ConfigError(f"texts must be numbered from 0 on, not {shown(sorted(numbered))}")
@@ -201,14 +201,14 @@ def _texts(given: Any, embeds: dict[str, Tensor]) -> SavedTexts:
 
 def _decoder(given: Any, frames: dict[str, Tensor]) -> SavedDecoder:
     names = ("codec", "frames")
-    _check_names("the decoder", given, names, names)
+    check_names("the decoder", given, names, names)
     state = ConvState({name.removeprefix(_DECODER): tensor for name, tensor in frames.items()})
     return SavedDecoder(given["codec"], given["frames"], state)
 
 
 def _prompt(given: Any) -> PromptUse:
     names = ("first_chunk", "prompt", "id")
-    _check_names("a prompt", given, names, names)
+    check_names("a prompt", given, names, names)
     return PromptUse(**given)
 
 
@@ -230,13 +230,3 @@ def _list(name: str, value: Any) -> list[Any]:
     if not isinstance(value, list):
         raise ConfigError(f"{name} must be a list, not {shown(value)}")
     return value
-
-
-def _check_names(what: str, given: Any, known: Collection[str], needed: Collection[str]) -> None:
-    """Checks that a value is a JSON object that has only known fields, and all that are needed."""
-    if not isinstance(given, Mapping):
-        raise ConfigError(f"{what} must be a JSON object, not {shown(given)}")
-    wrong = [f"no {name}" for name in sorted(needed) if name not in given]
-    wrong += [f"an unknown {printable(name)}" for name in given if name not in known]
-    if wrong:
-        raise ConfigError(f"{what} has {', '.join(wrong[:4])}")

@@ -10,8 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import MISSING, asdict
-from dataclasses import fields as dataclass_fields
+from dataclasses import MISSING, asdict, fields
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,9 +18,10 @@ from typing import Any, TypeVar
 import torch
 from safetensors import SafetensorError, safe_open
 
+from causalrope_sp.checks import check_names
 from causalrope_sp.config import DiTConfig
 from causalrope_sp.devices import on_meta
-from causalrope_sp.errors import CheckpointError, printable
+from causalrope_sp.errors import CheckpointError
 from causalrope_sp.io.json_files import parse_object
 from causalrope_sp.io.saved_tensors import save_tensors
 from causalrope_sp.vin.network import VideoInterfaceNetwork, at_least_float32, sizes
@@ -179,17 +179,14 @@ def _settings(
         raise CheckpointError(
             f"{path}: its metadata lacks the sizes of a Video Interface Network: {reason}"
         ) from reason
-    return _fields(path, VINConfig, network), _fields(path, ParallelChunksConfig, cut), stored
+    return _config_of(VINConfig, network), _config_of(ParallelChunksConfig, cut), stored
 
 
-def _fields(path: str | PathLike[str], kind: type[C], fields: dict[str, Any]) -> C:
-    """Makes a configuration of what a file says; raises CheckpointError if it lacks fields, or has others."""
-    known = {field.name: field.default is MISSING for field in dataclass_fields(kind)}
-    wrong = [f"no field {name}" for name, needed in known.items() if needed and name not in fields]
-    wrong += [f"an unknown field {printable(name)}" for name in fields if name not in known]
-    if wrong:
-        raise CheckpointError(f"{path}: its metadata for {kind.__name__} has {', '.join(wrong[:3])}")
-    return kind(**fields)
+def _config_of(kind: type[C], given: dict[str, Any]) -> C:
+    """Makes a configuration of what a file says; raises ConfigError if it lacks fields, or has others."""
+    needed = {field.name for field in fields(kind) if field.default is MISSING}
+    check_names(kind.__name__, given, [field.name for field in fields(kind)], needed)
+    return kind(**given)
 
 
 def _check_shapes(path: str | PathLike[str], vin: VideoInterfaceNetwork, stored: dict[str, list[int]]) -> None:

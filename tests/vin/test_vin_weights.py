@@ -124,7 +124,7 @@ def test_frequencies_are_not_rounded(tmp_path: Path) -> None:
         ({"vin": json.dumps(asdict(VIN) | {"position_layers": 10**9})}, r"holds \d+ tensors, too few for its layers"),
         (
             {"chunks": '{"overlap": 1, "new": 2}'},
-            "no field chunk_frames, .*, an unknown field new",
+            "has no chunk_frames, no keyframe_every, an unknown new",
         ),
     ],
 )
